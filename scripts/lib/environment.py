@@ -1,0 +1,235 @@
+"""A virtual environment with the right torch and nothing that replaces it. Standard library only.
+
+Which torch, in this order:
+1. the host's, where the Python underneath has torch_npu or a CUDA build of torch: the environment then lies over that
+   Python, which is read and never written;
+2. where an NVIDIA GPU is present: PyPI's build of the torch in constraints.txt;
+3. else PyTorch's CPU index, where it can be reached;
+4. else whatever pip finds for the torch in constraints.txt (a local wheel, or PyPI's build).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONSTRAINTS = REPOSITORY / "constraints.txt"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+OLDEST_TORCH, NEWEST_TORCH = (2, 7), (2, 13)
+STAMPS = "ascend-video.json"  # in the environment: what was installed, by a hash of what was asked for
+
+# Run by a host's Python: its torch, what accelerates it, and where its packages lie. Imports none of them.
+_INSPECT = """
+import importlib.metadata, importlib.util, json, runpy, site, sys
+torch = importlib.util.find_spec("torch")
+folder = torch and list(torch.submodule_search_locations)[0]
+print(json.dumps({
+    "python": sys.executable,
+    "torch": torch and importlib.metadata.version("torch"),
+    "cuda": torch and runpy.run_path(folder + "/version.py").get("cuda"),
+    "npu": bool(importlib.util.find_spec("torch_npu")),
+    "packages": [p for p in sys.path if p.rstrip("/").endswith(("site-packages", "dist-packages"))],
+}))
+"""
+
+# Appended to PyPI's torchvision, whose operators need CUDA libraries: without them even its import fails.
+_TORCHVISION_PATCH = """
+
+if not _has_ops():  # declare the operators whose absence stops the import; calling one still fails
+    _declared = torch.library.Library("torchvision", "DEF")
+    _declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+class SetupError(Exception):
+    """What stopped the set-up and what the user can do about it."""
+
+
+def say(text):
+    print(f"==> {text}", flush=True)
+
+
+@contextlib.contextmanager
+def step(text):
+    """Says what is done, then how long it took."""
+    say(text)
+    began = time.monotonic()
+    yield
+    say(f"    done in {time.monotonic() - began:.0f} s")
+
+
+@contextlib.contextmanager
+def lock():
+    """One set-up at a time in this repository."""
+    folder = REPOSITORY / ".cache"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "setup.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def inspect(python):
+    """What `python` has: dict of python, torch (version or None), cuda (version or None), npu, packages (folders)."""
+    answer = subprocess.run([str(python), "-c", _INSPECT], capture_output=True, text=True)
+    if answer.returncode:
+        raise SetupError(f"{python} cannot be asked what it has:\n{answer.stderr.strip()}")
+    return json.loads(answer.stdout)
+
+
+def accelerated_host(python):
+    """`inspect(python)` if its torch drives an NPU or a GPU and is a supported one; None if the machine has none."""
+    host = inspect(python)
+    has_npu = bool(list(Path("/dev").glob("davinci[0-9]*"))) or shutil.which("npu-smi")
+    if has_npu and not (host["torch"] and host["npu"]):
+        raise SetupError(f"this machine has NPUs, but {host['python']} has no torch with torch_npu. Name the Python "
+                         "that has them, as in PYTHON=/path/to/python3")
+    if not (host["torch"] and (host["npu"] or host["cuda"])):
+        return None
+    version = tuple(int(part) for part in host["torch"].split(".")[:2])
+    if OLDEST_TORCH <= version <= NEWEST_TORCH:
+        return host
+    problem = (f"torch {host['torch']} of {host['python']} is not supported: it must be "
+               f"{'.'.join(map(str, OLDEST_TORCH))} to {'.'.join(map(str, NEWEST_TORCH))}")
+    if has_npu:
+        raise SetupError(f"{problem}. Name another Python by PYTHON=/path/to/python3")
+    say(f"{problem}; taking another torch into .venv")
+    return None
+
+
+class Environment:
+    """The virtual environment in `folder`; over the Python that `host` describes (see `inspect`), or on its own."""
+
+    def __init__(self, folder, host=None):
+        self.folder, self.host = Path(folder), host
+        self.python = self.folder / "bin" / "python"
+        self.constraints = self.folder / "constraints.txt"
+        self.torch = None
+
+    def make(self, base=sys.executable):
+        """Creates it where it does not exist, and settles torch."""
+        if not self.python.exists():
+            with step(f"making {_shown(self.folder)} with {base}"):
+                made = subprocess.run([base, "-m", "venv", str(self.folder)], capture_output=True, text=True)
+                if made.returncode:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                    raise SetupError(f"{base} -m venv failed (Debian and Ubuntu: apt-get install python3-venv):\n"
+                                     f"{made.stdout.strip()}\n{made.stderr.strip()}")
+        if self.host:
+            self._lie_over_host()
+        elif not inspect(self.python)["torch"]:
+            self._install_torch()
+        self.torch = inspect(self.python)["torch"]
+        self.constraints.write_text(f"torch=={self.torch}\ntorchvision=={self._torchvision()}\n")
+
+    def install(self, name, requirements):
+        """Installs `requirements` (lines of a requirements file) as the set called `name`, unless it already did."""
+        self._once(name, requirements, lambda: self._install_lines(name, requirements))
+
+    def install_torch_companions(self):
+        """torchvision and torchaudio for ComfyUI, made to import beside any torch, which stays as it is."""
+        self._once("torch companions", [self.torch], self._install_companions)
+
+    def _lie_over_host(self):
+        """The host's packages come after the environment's own."""
+        lines = [f"import site; site.addsitedir({path!r})" for path in self.host["packages"]]
+        (self._library() / "host.pth").write_text("\n".join(lines) + "\n")
+
+    def _install_torch(self):
+        wanted = next(line for line in requirement_lines(CONSTRAINTS) if line.startswith("torch=="))
+        self.constraints.write_text(CONSTRAINTS.read_text())
+        index = self._cpu_index()
+        if shutil.which("nvidia-smi"):
+            say(f"an NVIDIA GPU is present: taking PyPI's build of {wanted} (several GB)")
+        elif index:
+            say(f"taking {wanted} from PyTorch's CPU index")
+        else:
+            say(f"PyTorch's CPU index cannot be reached; taking what pip finds: {self._found(wanted)}")
+        with step(f"installing {wanted}"):
+            self._pip(wanted, *index)
+
+    def _install_lines(self, name, requirements):
+        with step(f"installing what {name} needs"):
+            file = self.folder / "requested.txt"
+            file.write_text("\n".join(requirements) + "\n")
+            self._pip("-r", str(file))
+
+    def _install_companions(self):
+        with step("installing torchvision and torchaudio for ComfyUI"):
+            self._pip("--no-deps", f"torchvision=={self._torchvision()}", *(self._cpu_index() if "+cpu" in self.torch else ()))
+            self._pip("--no-deps", "torchaudio==2.11.0")
+            library = self._library()
+            for file in (library / "torchaudio").rglob("*.so"):  # built against another torch; ComfyUI needs none
+                file.unlink()
+            extension = library / "torchvision" / "extension.py"
+            if extension.exists() and _TORCHVISION_PATCH not in extension.read_text():
+                with open(extension, "a") as file:
+                    file.write(_TORCHVISION_PATCH)
+
+    def _torchvision(self):
+        """The torchvision that belongs to a torch: 2.y.z has 0.(y+15).z."""
+        _, minor, patch = self.torch.split("+")[0].split(".")[:3]
+        return f"0.{int(minor) + 15}.{patch}"
+
+    def _cpu_index(self):
+        """pip's arguments for PyTorch's CPU index; none where a GPU is present or the index cannot be reached."""
+        if shutil.which("nvidia-smi"):
+            return []
+        try:
+            urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=10).close()
+        except OSError:
+            return []
+        return ["--index-url", CPU_INDEX]
+
+    def _found(self, wanted):
+        """Which file pip would take for a requirement, and that PyPI's build is large."""
+        report = self.folder / "report.json"
+        self._pip("--dry-run", "--no-deps", "--report", str(report), wanted, quiet=True)
+        url = json.loads(report.read_text())["install"][0]["download_info"]["url"]
+        report.unlink()
+        name = url.rsplit("/", 1)[-1].replace("%2B", "+")
+        return name if "+cpu" in name else f"PyPI's build {name} (several GB with the libraries that it names)"
+
+    def _once(self, name, inputs, action):
+        """Does `action` unless a stamp says that it was done for the same inputs."""
+        stamps = self.folder / STAMPS
+        done = json.loads(stamps.read_text()) if stamps.exists() else {}
+        digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
+        if done.get(name) == digest:
+            return
+        action()
+        done[name] = digest
+        stamps.write_text(json.dumps(done, indent=1))
+
+    def _pip(self, *arguments, quiet=not sys.stdout.isatty()):
+        command = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input",
+                   *(["-qq"] if quiet else []), "-c", str(self.constraints), *arguments]
+        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+            raise SetupError(f"this command failed; its messages are above:\n{' '.join(command)}")
+
+    def _library(self):
+        return next((self.folder / "lib").glob("python3.*")) / "site-packages"
+
+
+def requirement_lines(file):
+    """The lines of a requirements file with its `-r` files read in, without comments."""
+    lines = []
+    for line in Path(file).read_text().splitlines():
+        line = line.split("#")[0].strip()
+        if line.startswith("-r "):
+            lines += requirement_lines(Path(file).parent / line[3:].strip())
+        elif line:
+            lines.append(line)
+    return lines
+
+
+def _shown(path):
+    return os.path.relpath(path, REPOSITORY)
