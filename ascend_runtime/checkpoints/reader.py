@@ -1,0 +1,107 @@
+"""Reads weights into a network that lies on the meta device, one tensor at a time, straight to where it is kept."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+MAX_NAMES = 8  # how many parameter names an error lists
+
+
+@contextmanager
+def open_shard(path: Path):
+    """The opened .safetensors file; raises ValueError where it is none."""
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes). Download it again.")
+    try:
+        with safe_open(path, framework="pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole .safetensors file ({error}). Download it again.") from None
+
+
+def load_weights(
+    module: nn.Module,
+    shards: Iterable[Path],
+    *,
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device,
+    rename: Callable[[str], str] = lambda name: name,
+    optional: tuple[str, ...] = (),
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Fills `module`, on the meta device, with the tensors of `shards`.
+
+    dtype_of: the dtype to keep a parameter in, by name.
+    rename: the module's name of a tensor, by its name on disk.
+    optional: parameters that may be missing because they share another's storage (tied).
+    on_tensor: told after each tensor how many are done, and how many there are.
+
+    Nothing is allocated before every name and shape is known to fit. Raises ValueError that lists missing,
+    unexpected, wrongly shaped and non-finite tensors by name. Nothing is ever left to chance values.
+    """
+    shards = tuple(shards)
+    wanted = module.state_dict(keep_vars=True)
+    places = _places(shards, rename)
+    _check_fit(module, shards, wanted, places, optional)
+    done = 0
+    for path in shards:
+        with open_shard(path) as shard:
+            for name, (home, key, _) in places.items():
+                if home == path:
+                    _assign(module, name, _finite(shard.get_tensor(key), name, path).to(device, dtype_of(name)))
+                    done += 1
+                    on_tensor(done, len(places))
+
+
+def _places(shards: tuple[Path, ...], rename: Callable[[str], str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    """Where each parameter is: shard, key and shape, in the order of the file."""
+    places = {}
+    for path in shards:
+        with open_shard(path) as shard:
+            for key in shard.keys():
+                places[rename(key)] = (path, key, tuple(shard.get_slice(key).get_shape()))
+    return places
+
+
+def _check_fit(module, shards, wanted, places, optional) -> None:
+    missing = [name for name in wanted if name not in places and name not in optional]
+    unexpected = [name for name in places if name not in wanted]
+    misshapen = [
+        f"{name} is {list(places[name][2])}, not {list(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in places and places[name][2] != tuple(tensor.shape)
+    ]
+    faults = [
+        f"{len(names)} {fault}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
+        for fault, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+        if names
+    ]
+    if faults:
+        raise ValueError(
+            f"{shards[0]} does not fit {type(module).__name__}. Tensors {'; '.join(faults)}. "
+            "Is it another model's file, or a config.json of another model beside it?"
+        )
+
+
+def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
+    """`tensor`, if its values are numbers: one sum shows it, as NaN and infinity outlive any addition."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
+    return tensor
+
+
+def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+

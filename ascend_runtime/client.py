@@ -1,0 +1,310 @@
+"""The group of ranks as one object: each call is one job, submitted, followed and answered.
+
+`Runtime` starts the ranks with its first job and keeps them. A job that loses a rank raises RankDied, and the next
+one starts a new group: descriptions travel with every job, so nothing else needs to be said again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import select
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from . import devices, transport
+from .launcher import RankGroup
+from .protocol import Cancel, Decode, Describe, Done, Encode, Failed, Free, Load, Message, Ping, Preview, Progress, Sample
+from .specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
+from .transport import ChannelClosed, SealedMessage
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05  # how often a running job asks whether it should be cancelled
+PEER_DEADLINE = 10.0  # seconds for the other ranks to answer once one has failed; they may wait for it in vain
+
+OnProgress = Callable[[str, int, int], None]  # (stage, step, total)
+OnPreview = Callable[[int, int, Tensor], None]  # (step, total, uint8 [H,W,3])
+ShouldCancel = Callable[[], bool]
+
+
+class JobCancelled(Exception):
+    """The job was cancelled by its caller; the ranks are ready for the next one."""
+
+
+class RankError(RuntimeError):
+    """A rank failed in a way that is not the request's fault; its traceback is in the text."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job returned. seconds: synchronised wall time by stage, of the slowest rank."""
+
+    tensor: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+class Runtime:
+    """Ranks that load, encode, sample and decode. A context manager; safe to use from several threads.
+
+    parallel: how many ranks, and the plan that `sample` uses where it is not given one.
+    device: "npu", "cuda", "cpu", or "auto" for the first of these that is there.
+    environment: variables for the ranks alone.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelSpec = ParallelSpec(),
+        device: str = "auto",
+        environment: dict[str, str] | None = None,
+    ):
+        self.parallel = parallel
+        self.device = devices.resolve_kind(device)
+        self.world_size = devices.resolve_ranks(parallel.min_ranks, self.device)
+        self._environment = environment
+        self._group: RankGroup | None = None
+        self._numbers = itertools.count(1)
+        self._one_job = threading.Lock()
+        self._running: int | None = None
+        self._cancel_requested = threading.Event()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    # Life
+
+    @property
+    def alive(self) -> bool:
+        """Whether a group of ranks stands ready."""
+        return self._group is not None and self._group.alive
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks, in order; empty where none are alive."""
+        return [rank.process.pid for rank in self._group.ranks] if self.alive else []
+
+    def start(self) -> None:
+        """Starts the ranks if none are alive; jobs do so by themselves."""
+        if self.alive:
+            return
+        if self._group is not None:
+            self._group.kill()
+        self._group = RankGroup(self.world_size, self.device, self._environment)
+        began = time.monotonic()
+        try:
+            self._group.start()
+        except BaseException:
+            self._group = None
+            raise
+        logger.info("%d rank(s) on %s ready in %.1f s", self.world_size, self.device, time.monotonic() - began)
+
+    def stop(self) -> None:
+        """Ends the ranks; a running job is cancelled first."""
+        self.cancel()
+        with self._one_job:
+            if self._group is not None:
+                self._group.stop()
+                self._group = None
+
+    def cancel(self) -> None:
+        """Asks the running job to end, from any thread; it raises JobCancelled where it was called."""
+        if self._running is not None:
+            self._cancel_requested.set()
+
+    # Jobs
+
+    def ping(self, tensor: Tensor | None = None, reply: int = 0, frames: tuple[int, ...] | None = None) -> Result:
+        """Asks every rank for an answer. For measuring the way there and back.
+
+        tensor travels to all ranks, `reply` floats come back, and the ranks fill `frames` [T,H,W,C] in fp32.
+        """
+        if frames is None:
+            return self._do(lambda job: Ping(job=job, tensor=tensor, reply=reply))
+        with transport.lend(frames, torch.float32) as (filled, shared):
+            self._do(lambda job: Ping(job=job, frames=shared))
+        return Result(filled)
+
+    def load(
+        self,
+        model: DiffusionModelSpec | None = None,
+        encoder: TextEncoderSpec | None = None,
+        vae: VaeSpec | None = None,
+        **hooks,
+    ) -> Result:
+        """Makes components ready ahead of the jobs that need them."""
+        return self._do(lambda job: Load(job=job, model=model, encoder=encoder, vae=vae), **hooks)
+
+    def encode(self, encoder: TextEncoderSpec, text: str, **hooks) -> Result:
+        """The embedding [1, 512, D] of a prompt, fp32, zeros behind its end."""
+        return self._do(lambda job: Encode(job=job, encoder=encoder, text=text), **hooks)
+
+    def sample(
+        self,
+        model: DiffusionModelSpec,
+        spec: SampleSpec,
+        latent: Tensor,
+        positive: Tensor,
+        negative: Tensor | None = None,
+        *,
+        parallel: ParallelSpec | None = None,
+        on_preview: OnPreview | None = None,
+        **hooks,
+    ) -> Result:
+        """The denoised latent [B,C,T,H,W], fp32 and not normalised.
+
+        latent: where to start, not normalised; zeros for a new video (see `VideoSize.latent_shape`).
+        positive, negative: embeddings [1, tokens, D]; negative may be missing where the guidance scale is 1.
+        """
+        return self._do(
+            lambda job: Sample(
+                job=job,
+                model=model,
+                parallel=parallel or self.parallel,
+                spec=spec,
+                latent=latent,
+                positive=positive,
+                negative=negative,
+                preview=on_preview is not None,
+            ),
+            on_preview=on_preview,
+            **hooks,
+        )
+
+    def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
+        """The frames [B*T,H,W,3] in 0..1 of a latent [B,C,T,H,W], in memory that the ranks wrote to."""
+        facts = self._do(lambda job: Describe(job=job, vae=vae), **hooks).info
+        if latent.ndim != 5:
+            raise ValueError(f"The latent has the shape {list(latent.shape)}; a video's is [B,C,T,H,W].")
+        batch, _, frames, height, width = latent.shape
+        num_frames = batch * ((frames - 1) * facts["temporal"] + 1)
+        shape = (num_frames, height * facts["spatial"], width * facts["spatial"], 3)
+        with transport.lend(shape, torch.float32) as (image, shared):
+            done = self._do(lambda job: Decode(job=job, vae=vae, latent=latent, frames=shared), **hooks)
+        return Result(image, done.seconds)
+
+    def free(self) -> None:
+        """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive."""
+        if self.alive:
+            self._do(lambda job: Free(job=job))
+
+    # One job
+
+    def _do(
+        self,
+        make: Callable[[int], Message],
+        on_progress: OnProgress | None = None,
+        on_preview: OnPreview | None = None,
+        should_cancel: ShouldCancel | None = None,
+    ) -> Result:
+        with self._one_job:
+            self._cancel_requested.clear()
+            self.start()
+            message = make(next(self._numbers))
+            self._running = message.job
+            follow = _Follow(message, self._group, self._cancel_requested, on_progress, on_preview, should_cancel)
+            try:
+                return follow.run()
+            except BaseException:
+                if follow.waiting:  # ranks are still at work on it, and nobody will hear their answer
+                    self._group.kill()
+                raise
+            finally:
+                self._running = None
+
+
+class _Follow:
+    """One job from its submission to the last rank's answer."""
+
+    def __init__(self, message, group: RankGroup, cancel_requested, on_progress, on_preview, should_cancel):
+        self.message = message
+        self.group = group
+        self.cancel_requested = cancel_requested
+        self.should_cancel = should_cancel or (lambda: False)
+        self.on_progress = on_progress or (lambda *_: None)
+        self.on_preview = on_preview or (lambda *_: None)
+        self.waiting = {rank.channel.fileno(): rank for rank in group.ranks}
+        self.answers: dict[int, Done | Failed] = {}
+        self.cancel_sent = False
+        self.caller_error: Exception | None = None
+        self.give_up_at: float | None = None
+
+    def run(self) -> Result:
+        try:
+            self._broadcast(self.message)
+            poll = select.poll()
+            for descriptor in self.waiting:
+                poll.register(descriptor, select.POLLIN)
+            while self.waiting:
+                for descriptor, _ in poll.poll(POLL_SECONDS * 1000):
+                    if self._hear(descriptor):
+                        poll.unregister(descriptor)
+                self._look_around()
+        except ChannelClosed:
+            raise self.group.died(f"the job {type(self.message).__name__.lower()!r}") from None
+        if self.caller_error is not None:
+            raise self.caller_error
+        return self._result()
+
+    def _broadcast(self, message: Message) -> None:
+        with SealedMessage(message) as sealed:
+            for rank in self.group.ranks:
+                rank.channel.send_sealed(sealed)
+
+    def _hear(self, descriptor: int) -> bool:
+        """Takes one message of a rank; True if it was its answer."""
+        rank = self.waiting[descriptor]
+        message = rank.channel.receive()
+        if isinstance(message, Progress):
+            self._tell(self.on_progress, message.stage, message.step, message.total)
+        elif isinstance(message, Preview):
+            self._tell(self.on_preview, message.step, message.total, message.image)
+        else:
+            assert isinstance(message, (Done, Failed)) and message.job == self.message.job, message
+            self.answers[rank.rank] = message
+            del self.waiting[descriptor]
+            if isinstance(message, Failed) and message.kind != "cancelled" and self.give_up_at is None:
+                self.give_up_at = time.monotonic() + PEER_DEADLINE
+            return True
+        return False
+
+    def _tell(self, callback: Callable, *arguments) -> Any:
+        """Calls back the caller. Its exception cancels the job, and is raised once the ranks are done with it."""
+        try:
+            return callback(*arguments)
+        except Exception as error:
+            self.caller_error = self.caller_error or error
+
+    def _look_around(self) -> None:
+        """Relays a wish to cancel; gives up on ranks that wait for one that failed."""
+        if not self.cancel_sent:
+            if self.cancel_requested.is_set() or self._tell(self.should_cancel) or self.caller_error is not None:
+                self.cancel_sent = True
+                self._broadcast(Cancel(job=self.message.job))
+        if self.give_up_at is not None and time.monotonic() > self.give_up_at and self.waiting:
+            self._result()
+
+    def _result(self) -> Result:
+        """The answers as one; raises the most telling failure."""
+        answers = [self.answers[rank] for rank in sorted(self.answers)]
+        failures = [answer for answer in answers if isinstance(answer, Failed)]
+        if failures:
+            order = ("user", "internal", "peer", "cancelled")
+            failure = min(failures, key=lambda failed: order.index(failed.kind))
+            if failure.kind == "user":
+                logger.debug("%s", failure.traceback)
+                raise ValueError(failure.error)
+            if failure.kind == "cancelled":
+                raise JobCancelled(failure.error)
+            raise RankError(f"{failure.error}\n{failure.traceback}")
+        stages = {stage for answer in answers for stage in answer.seconds}
+        seconds = {stage: max(answer.seconds.get(stage, 0.0) for answer in answers) for stage in sorted(stages)}
+        return Result(answers[0].tensor, seconds, answers[0].info)

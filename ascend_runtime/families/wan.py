@@ -1,0 +1,223 @@
+"""The Wan diffusion transformer (2.1 and 2.2): our blocks and block stack, diffusers' embedders and head.
+
+Parameters carry diffusers' names. Written for one device; `Sequence` says how the tokens are spread, if they are.
+diffusers' own block modulates and upcasts inside its forward, where no fused operator, cache or per-token
+modulation can reach: hence ours, which equals it (tests/test_wan_blocks.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from .. import ops
+from ..parallel.sequence import Sequence, WholeSequence
+
+# Kept in fp32 whatever the dtype of the blocks, as diffusers does: small, and the quality of every step hangs on them.
+FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+DEFAULT_BOUNDARY = 0.875  # of Wan2.2-T2V-A14B
+
+# Mean and standard deviation of the latents of the Wan 2.1 VAE, as published in its diffusers config.
+LATENTS_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENTS_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+# A picture of a Wan 2.1 latent without its VAE: rows of RGB weights in -1..1 a normalised channel, and a bias.
+# The figures are those of ComfyUI's latent format Wan21.
+LATENT_RGB = (
+    (-0.1299, -0.1692, 0.2932), (0.0671, 0.0406, 0.0442), (0.3568, 0.2548, 0.1747), (0.0372, 0.2344, 0.1420),
+    (0.0313, 0.0189, -0.0328), (0.0296, -0.0956, -0.0665), (-0.3477, -0.4059, -0.2925), (0.0166, 0.1902, 0.1975),
+    (-0.0412, 0.0267, -0.1364), (-0.1293, 0.0740, 0.1636), (0.0680, 0.3019, 0.1128), (0.0032, 0.0581, 0.0639),
+    (-0.1251, 0.0927, 0.1699), (0.0060, -0.0633, 0.0005), (0.3477, 0.2275, 0.2950), (0.1984, 0.0913, 0.1861),
+)  # fmt: skip
+LATENT_RGB_BIAS = (-0.1835, -0.0868, -0.3360)
+
+
+class WanSelfAttention(nn.Module):
+    """Attention of the video's tokens among themselves, with rotary positions."""
+
+    def __init__(self, dim: int, heads: int, eps: float, attention=ops.attention):
+        super().__init__()
+        self.heads = heads
+        self.eps = eps
+        self.attention = attention
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """x [B, S, D]; rotary: the table of these S tokens."""
+        query = ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
+        key = ops.rms_norm(self.to_k(x), self.norm_k.weight, self.eps).unflatten(2, (self.heads, -1))
+        value = self.to_v(x).unflatten(2, (self.heads, -1))
+        out = self.attention(ops.rotary(query, rotary), ops.rotary(key, rotary), value)
+        return self.to_out[0](out.flatten(2))
+
+
+class WanCrossAttention(nn.Module):
+    """Attention of the video's tokens to the text and, in image-to-video models of Wan 2.1, to an image."""
+
+    def __init__(self, dim: int, heads: int, eps: float, image_dim: int | None):
+        super().__init__()
+        self.heads = heads
+        self.eps = eps
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+        if image_dim is not None:
+            self.add_k_proj, self.add_v_proj = nn.Linear(image_dim, dim), nn.Linear(image_dim, dim)
+            self.norm_added_k = nn.RMSNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+        """x [B, S, D], text [B, L, D], image [B, I, D]."""
+        query = ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
+        out = self._attend(query, self.to_k(text), self.norm_k, self.to_v(text))
+        if image is not None:
+            out = out + self._attend(query, self.add_k_proj(image), self.norm_added_k, self.add_v_proj(image))
+        return self.to_out[0](out)
+
+    def _attend(self, query: Tensor, key: Tensor, norm: nn.RMSNorm, value: Tensor) -> Tensor:
+        key = ops.rms_norm(key, norm.weight, self.eps).unflatten(2, (self.heads, -1))
+        return ops.attention(query, key, value.unflatten(2, (self.heads, -1))).flatten(2)
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward; the first and the last modulated by the timestep."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        *,
+        eps: float = 1e-6,
+        cross_attn_norm: bool = True,
+        image_dim: int | None = None,
+        attention=ops.attention,
+    ):
+        super().__init__()
+        self.eps = eps
+        self.attn1 = WanSelfAttention(dim, heads, eps, attention)
+        self.attn2 = WanCrossAttention(dim, heads, eps, image_dim)
+        self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, timestep: Tensor, rotary: Tensor) -> Tensor:
+        """x [B, S, D]; timestep: its projection [B, 6, D], or [B, S, 6, D] with one timestep a token."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(timestep)
+        attended = self.attn1(ops.modulated_layer_norm(x, shift, scale, self.eps), rotary)
+        x = torch.addcmul(x.float(), attended.float(), gate).type_as(x)
+        x = x + self.attn2(self._norm_for_text(x), text, image)
+        fed = self.ffn(ops.modulated_layer_norm(x, ffn_shift, ffn_scale, self.eps))
+        return torch.addcmul(x.float(), fed.float(), ffn_gate).type_as(x)
+
+    def _modulation(self, timestep: Tensor) -> tuple[Tensor, ...]:
+        """Six fp32 tensors [B, 1 or S, D]."""
+        modulation = self.scale_shift_table + timestep.float()
+        per_token = timestep.ndim == 4
+        return modulation.unbind(2) if per_token else tuple(m.unsqueeze(1) for m in modulation.unbind(1))
+
+    def _norm_for_text(self, x: Tensor) -> Tensor:
+        return self.norm2(x.float()).type_as(x)
+
+
+class WanTransformer(nn.Module):
+    """The network: predicts the velocity of a noisy latent.
+
+    config: that of diffusers' WanTransformer3DModel, by name. Built on the meta device, its rotary tables aside.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        with torch.device("meta"):
+            shell = WanTransformer3DModel.from_config({**config, "num_layers": 0})
+        self.config = shell.config
+        dim = self.config.num_attention_heads * self.config.attention_head_dim
+        self.patch_embedding = shell.patch_embedding
+        self.condition_embedder = shell.condition_embedder
+        self.norm_out = shell.norm_out
+        self.proj_out = shell.proj_out
+        self.scale_shift_table = shell.scale_shift_table
+        self.rope = type(shell.rope)(
+            self.config.attention_head_dim, self.config.patch_size, self.config.rope_max_seq_len
+        )
+        with torch.device("meta"):
+            self.blocks = nn.ModuleList(
+                WanBlock(
+                    dim,
+                    self.config.ffn_dim,
+                    self.config.num_attention_heads,
+                    eps=self.config.eps,
+                    cross_attn_norm=self.config.cross_attn_norm,
+                    image_dim=self.config.added_kv_proj_dim,
+                )
+                for _ in range(config.get("num_layers", 40))
+            )
+        self.spread(WholeSequence())
+        self._rotary: tuple[torch.Size, Tensor] | None = None
+
+    def spread(self, sequence: Sequence) -> None:
+        """Says how the tokens are spread over ranks from now on."""
+        self.sequence = sequence
+        for block in self.blocks:
+            block.attn1.attention = sequence.attention
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+        """The velocity [B, C_out, T, H, W].
+
+        latent [B, C, T, H, W]; timestep [B] in 0..1000, or [B, S] with one a token; text [B, L, text_dim];
+        image [B, I, image_dim] for models that see one. H and W are even.
+        """
+        rotary = self.sequence.split(self._rotary_table(latent))
+        tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
+        length = tokens.shape[1]
+        if timestep.ndim == 2:  # split before it is embedded: six vectors a token are large
+            timestep = self.sequence.split(timestep)
+        embedded, projected, text, image = self._condition(timestep, text, image)
+        tokens = self.sequence.split(tokens).contiguous()
+        for block in self.blocks:
+            tokens = block(tokens, text, image, projected, rotary)
+        tokens = self.sequence.gather(self._head(tokens, embedded), length)
+        return self._unpatchify(tokens, latent.shape)
+
+    def _condition(self, timestep: Tensor, text: Tensor, image: Tensor | None):
+        """The timestep embedded [B, 1 or S, D] and projected [B, (S,) 6, D]; text and image in the blocks' width."""
+        per_token = timestep.shape[1] if timestep.ndim == 2 else None
+        embedded, projected, text, image = self.condition_embedder(
+            timestep.flatten(), text, image, timestep_seq_len=per_token
+        )
+        if per_token is None:
+            embedded = embedded.unsqueeze(1)
+        return embedded, projected.unflatten(-1, (6, -1)), text, image
+
+    def _head(self, tokens: Tensor, embedded: Tensor) -> Tensor:
+        """tokens [B, S, D] -> patches [B, S, prod(patch) * C_out]."""
+        shift, scale = (self.scale_shift_table.float().unsqueeze(1) + embedded.float().unsqueeze(2)).unbind(2)
+        return self.proj_out(ops.modulated_layer_norm(tokens, shift, scale, self.norm_out.eps))
+
+    def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:
+        """[B, S, pt*ph*pw*C] -> [B, C, T, H, W]."""
+        pt, ph, pw = self.config.patch_size
+        _, _, frames, height, width = latent_shape
+        grid = patches.unflatten(1, (frames // pt, height // ph, width // pw)).unflatten(-1, (pt, ph, pw, -1))
+        video = grid.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T/pt, pt, H/ph, ph, W/pw, pw]
+        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def _rotary_table(self, latent: Tensor) -> Tensor:
+        """The table of a latent of this size, kept until another size comes or `forget` is called."""
+        if self._rotary is None or self._rotary[0] != latent.shape:
+            cos, sin = self.rope(latent)
+            self._rotary = latent.shape, ops.rotary_table(cos, sin).to(latent.device)
+        return self._rotary[1]
+
+    def forget(self) -> None:
+        """Frees what was kept between the steps of one generation."""
+        self._rotary = None

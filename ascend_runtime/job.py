@@ -1,0 +1,146 @@
+"""A rank's loop: receives a message, has the pipeline do it, replies; and the life of one job on a rank."""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from . import devices
+from .parallel.mesh import highest
+from .pipeline import Pipeline
+from .protocol import Cancel, Decode, Describe, Done, Encode, Failed, Free, Load, Message, Ping, Preview
+from .protocol import Progress, Ready, Sample, Shutdown
+from .transport import Channel, ChannelClosed
+
+
+class Cancelled(Exception):
+    """The user asked for the end of the job."""
+
+
+class PeerFailed(Exception):
+    """Another rank cannot go on, and says why itself."""
+
+
+class Job:
+    """What the pipeline may ask for while it works on a job: progress, previews, the clock, and whether to go on."""
+
+    def __init__(self, message: Message, channel: Channel, device: torch.device):
+        self.message = message
+        self.seconds: dict[str, float] = {}
+        self._channel = channel
+        self._device = device
+        self._speaks = dist.get_rank() == 0
+        self._cancelled = False
+
+    @contextmanager
+    def stage(self, name: str):
+        """Times a stage from a still device to a still device."""
+        devices.synchronise(self._device)
+        start = time.perf_counter()
+        yield
+        devices.synchronise(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def progress(self, stage: str, step: int, total: int) -> None:
+        if self._speaks:
+            self._channel.send(Progress(job=self.message.job, stage=stage, step=step, total=total))
+
+    def preview(self, step: int, total: int, image: torch.Tensor) -> None:
+        """image: uint8 [H,W,3]."""
+        if self._speaks:
+            self._channel.send(Preview(job=self.message.job, step=step, total=total, image=image))
+
+    def check(self) -> None:
+        """Raises Cancelled if this rank has heard so. For work in which no other rank waits for this one."""
+        if self._heard_cancel():
+            raise Cancelled
+
+    def check_together(self) -> None:
+        """Raises Cancelled on all ranks alike, if any has heard so: no rank is left inside an exchange."""
+        if highest(self._heard_cancel()):
+            raise Cancelled
+
+    @contextmanager
+    def together(self):
+        """Around work that each rank does for itself before all exchange: if it fails on one, none goes on."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        worst = highest(0 if error is None else 1 if isinstance(error, Cancelled) else 2)
+        if error is not None and not isinstance(error, Cancelled):
+            raise error
+        if worst:
+            raise Cancelled if worst == 1 else PeerFailed
+
+    def _heard_cancel(self) -> bool:
+        while self._channel.poll():
+            message = self._channel.receive()
+            assert isinstance(message, Cancel), message  # a client sends one job at a time
+            self._cancelled |= message.job == self.message.job
+        return self._cancelled
+
+
+def serve(channel: Channel) -> None:
+    """Joins the group, says that this rank is ready, and works until the client leaves."""
+    torch.set_grad_enabled(False)
+    kind = os.environ["ASCEND_RUNTIME_DEVICE"]
+    device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
+    _join_group(kind)
+    pipeline = Pipeline(device)
+    channel.send(Ready(rank=dist.get_rank(), device=str(device)))
+    try:
+        while not isinstance(message := channel.receive(), Shutdown):
+            if not isinstance(message, Cancel):  # one that came after its job was done
+                channel.send(_answer(Job(message, channel, device), pipeline))
+            del message  # its tensors are shared memory, to be given back while this rank waits
+    except ChannelClosed:
+        pass  # the client left without a word
+    os._exit(0)  # destroying a process group can wait for peers that have left already
+
+
+def _join_group(kind: str) -> None:
+    """Meets the other ranks at the socket on which the starter of the group already listens."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    listen_fd = os.environ.get("ASCEND_RUNTIME_LISTEN_FD")  # rank 0 inherits it, so nobody can take its port
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=rank == 0,
+        master_listen_fd=int(listen_fd) if listen_fd else None,
+    )
+    dist.init_process_group(devices.BACKENDS[kind], store=store, rank=rank, world_size=world_size)
+
+
+def _answer(job: Job, pipeline: Pipeline) -> Message:
+    """Does the job; whatever goes wrong becomes a reply, so that a user's mistake never ends the rank."""
+    number = job.message.job
+    try:
+        return _WORK[type(job.message)](pipeline, job)
+    except Cancelled:
+        return Failed(job=number, kind="cancelled", error="The job was cancelled.")
+    except PeerFailed:
+        return Failed(job=number, kind="peer", error="Another rank failed.")
+    except ValueError as error:
+        return Failed(job=number, kind="user", error=str(error), traceback=traceback.format_exc())
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        return Failed(job=number, kind="internal", error=text, traceback=traceback.format_exc())
+
+
+_WORK = {
+    Ping: Pipeline.ping,
+    Load: Pipeline.load,
+    Encode: Pipeline.encode,
+    Sample: Pipeline.sample,
+    Describe: Pipeline.describe,
+    Decode: Pipeline.decode,
+    Free: Pipeline.free,
+}

@@ -1,0 +1,36 @@
+"""The ranks as a mesh with named axes: cfg (outer) x ulysses (inner, neighbours on one machine)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# torch 2.13 renamed it
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@lru_cache(maxsize=None)
+def mesh_of(kind: str, cfg_degree: int, ulysses_degree: int) -> DeviceMesh:
+    """The mesh of all ranks with these degrees; made once, so that a changed plan costs nothing the second time."""
+    return init_device_mesh(kind, (cfg_degree, ulysses_degree), mesh_dim_names=("cfg", "ulysses"))
+
+
+def highest(value: int) -> int:
+    """The highest `value` of all ranks; every rank must ask. Travels over the control backend (Gloo)."""
+    if dist.get_world_size() == 1:
+        return value
+    verdict = torch.tensor(value)
+    dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+    return int(verdict)
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all ranks of `group`, each of x's shape, as [ranks, *x.shape]."""
+    ranks = dist.get_world_size(group)
+    gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
+    _all_gather_single(gathered, x.contiguous(), group=group)
+    return gathered.unflatten(0, (ranks, -1))

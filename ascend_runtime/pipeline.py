@@ -1,0 +1,220 @@
+"""What a rank does with a job: load, encode, sample, decode. Knows nothing of sockets."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import devices
+from .components import Components, DiffusionModel, vae_facts
+from .parallel.cfg import guided
+from .parallel.mesh import mesh_of
+from .parallel.sequence import Ulysses, WholeSequence
+from .protocol import Done
+from .sampling import denoise
+from .specs import ParallelSpec
+from .text import encode_text
+from .transport import borrowed
+
+
+class Pipeline:
+    """The work of one rank; every method takes a job (see job.py) and returns its `Done`.
+
+    Encoding and decoding are rank 0's; the other ranks answer at once and leave it their cores.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.rank = dist.get_rank()
+        self.components = Components(device)
+
+    def ping(self, job) -> Done:
+        """Returns `reply` floats from rank 0; fills this rank's share of the frames, if some are lent."""
+        message = job.message
+        if message.frames is not None:
+            with borrowed(message.frames) as frames:
+                frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0)
+        reply = torch.ones(message.reply) if message.reply and self.rank == 0 else None
+        return _done(job, tensor=reply)
+
+    def load(self, job) -> Done:
+        for spec in (job.message.model, job.message.encoder, job.message.vae):
+            if spec is not None and (self.rank == 0 or spec is job.message.model):
+                self._component(spec, job)
+        return _done(job)
+
+    def encode(self, job) -> Done:
+        if self.rank != 0:
+            return _done(job)
+        encoder = self._component(job.message.encoder, job)
+
+        def on_block(index: int, total: int) -> None:
+            job.check()
+            job.progress("encode", index + 1, total)
+
+        with job.stage("encode"), devices.all_cores():
+            embedding = encode_text(encoder.model, encoder.tokenizer, job.message.text, on_block)
+        return _done(job, tensor=embedding)
+
+    def sample(self, job) -> Done:
+        message, spec = job.message, job.message.spec
+        cfg_degree, ulysses_degree = message.parallel.resolve(dist.get_world_size(), guided=spec.guided)
+        with job.together():
+            model = self._component(message.model, job)
+        _check_latent(message.latent, model)
+        _check_text(message, model)
+        mesh = mesh_of(self.device.type, cfg_degree, ulysses_degree)
+        sequence = Ulysses(mesh["ulysses"].get_group()) if ulysses_degree > 1 else WholeSequence()
+        for expert in model.experts:
+            expert.spread(sequence)
+        with job.stage("denoise"):
+            latent = self._denoise(job, model, mesh["cfg"].get_group() if cfg_degree > 1 else None)
+        _check_finite(latent, "The denoised latent")
+        return _done(job, tensor=latent if self.rank == 0 else None)
+
+    def describe(self, job) -> Done:
+        return _done(job, info=vae_facts(job.message.vae))
+
+    def decode(self, job) -> Done:
+        message = job.message
+        if self.rank != 0:
+            os.close(message.frames.fd)
+            return _done(job)
+        with borrowed(message.frames) as frames:
+            vae = self._component(message.vae, job)
+            _check_channels(message.latent, vae)
+            with job.stage("decode"), devices.all_cores():
+                _decode(vae, message.latent.to(self.device, vae.dtype), frames, job)
+        return _done(job)
+
+    def free(self, job) -> Done:
+        self.components.free()
+        return _done(job)
+
+    def _component(self, spec, job):
+        def on_tensor(done: int, total: int) -> None:
+            job.check()
+            job.progress("load", done, total)
+
+        with job.stage("load"):
+            return self.components.get(spec, on_tensor)
+
+    def _denoise(self, job, model: DiffusionModel, cfg_group) -> Tensor:
+        """The denoised latent, not normalised, on the CPU."""
+        message, spec = job.message, job.message.spec
+        text = {"cond": message.positive, "uncond": message.negative}
+        text = {name: self._text_for(model, t, message.latent.shape[0]) for name, t in text.items() if t is not None}
+
+        def predict(latent: Tensor, timestep: float, step: int) -> Tensor:
+            expert = model.expert_at(timestep)
+            scale = spec.low_noise_guidance if model.is_low_noise(timestep) else spec.guidance_scale
+            x = latent.to(self.device, model.dtype)
+            t = torch.full((x.shape[0],), timestep, device=self.device)
+            return guided(lambda name: expert(x, t, text[name]), scale, cfg_group).float().cpu()
+
+        def on_step(step: int, total: int, foreseen: Tensor) -> None:
+            job.progress("denoise", step, total)
+            if message.preview:
+                job.preview(step, total, _picture(foreseen, model))
+            job.check_together()
+
+        start = message.latent.float()
+        if start.any():  # an empty latent is zeros in either form
+            start = (start - model.latents_mean) / model.latents_std
+        try:
+            job.check_together()
+            latent = denoise(predict, spec, start, on_step)
+        finally:
+            for expert in model.experts:
+                expert.forget()
+        return latent * model.latents_std + model.latents_mean
+
+    def _text_for(self, model: DiffusionModel, text: Tensor, batch: int) -> Tensor:
+        return text.to(self.device, model.dtype).expand(batch, -1, -1)
+
+
+def _decode(vae, latent: Tensor, frames: Tensor, job) -> None:
+    """Decodes latent [B,C,T,H,W] into frames [B*T',H',W',3] in 0..1."""
+    total = latent.shape[0] * latent.shape[2]
+    calls = iter(range(total))
+
+    def before_frame(*_) -> None:  # the VAE decodes one latent frame a call
+        job.check()
+        job.progress("decode", next(calls) + 1, total)
+
+    hook = vae.decoder.register_forward_pre_hook(before_frame)
+    try:
+        per_video = frames.unflatten(0, (latent.shape[0], -1))
+        for video, out in zip(latent, per_video):
+            decoded = vae.decode(video.unsqueeze(0), return_dict=False)[0][0]  # [3,T',H',W'] in -1..1
+            _check_finite(decoded, "The decoded video")
+            out.copy_(decoded.permute(1, 2, 3, 0)).mul_(0.5).add_(0.5)
+    finally:
+        hook.remove()
+        vae.clear_cache()
+
+
+def _picture(foreseen: Tensor, model: DiffusionModel) -> Tensor:
+    """uint8 [H,W,3] of the middle frame of a normalised latent."""
+    frame = foreseen[0, :, foreseen.shape[2] // 2]  # [C,H,W]
+    rgb = frame.movedim(0, -1) @ model.latent_rgb + model.latent_rgb_bias
+    return rgb.add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
+
+
+def _check_channels(latent: Tensor, vae) -> None:
+    if latent.ndim != 5 or latent.shape[1] != vae.config.z_dim:
+        raise ValueError(
+            f"The latent has the shape {list(latent.shape)}; this VAE decodes [B,{vae.config.z_dim},T,H,W]. "
+            "Wan 2.1 and Wan2.2-A14B latents have 16 channels (the Wan 2.1 VAE), Wan2.2-TI2V-5B's 48 (the Wan 2.2 VAE)."
+        )
+    _check_finite(latent, "The latent")
+
+
+def _check_latent(latent: Tensor, model: DiffusionModel) -> None:
+    channels = model.high_noise.config.out_channels
+    if latent.ndim != 5 or latent.shape[1] != channels:
+        raise ValueError(
+            f"The latent has the shape {list(latent.shape)}; this model makes videos of [B,{channels},T,H,W]. "
+            "Use an empty video latent (EmptyHunyuanLatentVideo) for it."
+        )
+    _, patch_height, patch_width = model.high_noise.config.patch_size
+    height, width = latent.shape[3:]
+    if height % patch_height or width % patch_width:
+        raise ValueError(
+            f"The latent is {width} x {height}, a video of {width * 8} x {height * 8} pixels; "
+            "width and height must be multiples of 16 pixels."
+        )
+    _check_finite(latent, "The latent")
+
+
+def _check_text(message, model: DiffusionModel) -> None:
+    if message.spec.guided and message.negative is None:
+        raise ValueError(
+            f"guidance_scale is {message.spec.guidance_scale}, which needs a negative prompt; "
+            "connect one (an empty text will do) or set guidance_scale to 1."
+        )
+    width = model.high_noise.config.text_dim
+    for name, text in (("positive", message.positive), ("negative", message.negative)):
+        if text is None:
+            continue
+        if text.ndim != 3 or text.shape[2] != width:
+            raise ValueError(
+                f"The {name} conditioning has the shape {list(text.shape)}; this model reads [1, tokens, {width}]. "
+                "Encode the prompt with the text encoder that belongs to the model."
+            )
+        _check_finite(text, f"The {name} conditioning")
+
+
+def _check_finite(tensor: Tensor, what: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{what} has NaN or infinite values. If the checkpoint is sound, the dtype is too narrow: "
+            "try dtype bfloat16 instead of float16, or float32."
+        )
+
+
+def _done(job, **answer) -> Done:
+    return Done(job=job.message.job, seconds=job.seconds, **answer)

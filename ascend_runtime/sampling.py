@@ -1,0 +1,77 @@
+"""Sigmas, solvers and the denoise loop of flow matching. Knows nothing of ranks and devices.
+
+The solvers are diffusers' schedulers. Their arithmetic is small and stays on the CPU in fp32, where it is the same
+for every device and number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from .specs import SampleSpec
+
+TRAIN_TIMESTEPS = 1000
+_NEARLY_ONE = 1 - 1e-6  # the multistep solvers take log(1 - sigma)
+
+
+def noise_of(shape: tuple[int, ...], seed: int) -> Tensor:
+    """The noise of a seed, drawn whole on the CPU, so that a video does not hang on the device or the ranks."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+def simple_sigmas(steps: int, shift: float) -> tuple[float, ...]:
+    """Sigmas of core ComfyUI's schedule "simple": every (1000/steps)-th of 1000 shifted sigmas, then 0."""
+    times = torch.arange(1, TRAIN_TIMESTEPS + 1) / TRAIN_TIMESTEPS
+    table = shift * times / (1 + (shift - 1) * times)
+    stride = TRAIN_TIMESTEPS / steps
+    return tuple(float(table[-(1 + int(i * stride))]) for i in range(steps)) + (0.0,)
+
+
+def make_scheduler(spec: SampleSpec):
+    """diffusers' scheduler for the solver, its timesteps set.
+
+    With schedule "wan" the scheduler chooses its sigmas, as it does in diffusers' pipeline; otherwise they are given.
+    """
+    given = spec.sigmas or (simple_sigmas(spec.steps, spec.shift) if spec.schedule == "simple" else None)
+    scheduler = _solver(spec.solver, spec.shift)
+    scheduler.set_timesteps(len(given) - 1 if given else spec.steps, device="cpu")
+    if given:
+        scheduler.timesteps = torch.tensor(given[:-1]) * TRAIN_TIMESTEPS
+        top = 1.0 if spec.solver == "euler" else _NEARLY_ONE
+        scheduler.sigmas = torch.tensor(given).clamp(max=top)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _solver(name: str, shift: float):
+    if name == "euler":
+        return FlowMatchEulerDiscreteScheduler(shift=shift)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    return UniPCMultistepScheduler(**flow) if name == "unipc" else DPMSolverMultistepScheduler(**flow)
+
+
+def denoise(
+    predict: Callable[[Tensor, float, int], Tensor],
+    spec: SampleSpec,
+    latent: Tensor,
+    on_step: Callable[[int, int, Tensor], None] = lambda step, total, foreseen: None,
+) -> Tensor:
+    """The denoised latent [B,C,T,H,W] in fp32, from a normalised `latent` (zeros where there is none to start from).
+
+    predict: (latent, timestep in 0..1000, step) -> velocity, all on the CPU.
+    on_step: told after each step how many of how many are done, and the clean latent that this step foresaw.
+    """
+    scheduler = make_scheduler(spec)
+    sigmas, total = scheduler.sigmas, len(scheduler.timesteps)
+    start = 1.0 if sigmas[0] >= _NEARLY_ONE else float(sigmas[0])
+    x = start * noise_of(latent.shape, spec.seed) + (1 - start) * latent
+    for step, timestep in enumerate(scheduler.timesteps):
+        velocity = predict(x, float(timestep), step)
+        foreseen = x - float(sigmas[step]) * velocity
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+        on_step(step + 1, total, foreseen)
+    return x / (1 - float(sigmas[-1]))  # of a schedule cut short, as core ComfyUI hands it to the next sampler

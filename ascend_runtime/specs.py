@@ -1,0 +1,199 @@
+"""What a job is made of: frozen descriptions, validated when they are made, free of torch.
+
+A description stands for a loaded thing: whoever holds one can rebuild the thing in a new group of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+
+from msgspec import Struct
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SOLVERS = ("unipc", "euler", "dpm++")
+SCHEDULES = ("wan", "simple")
+MAX_SEED = 2**64 - 1
+
+
+def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it can be one of {', '.join(choices)}.")
+
+
+def _require_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+class ParallelSpec(Struct, frozen=True, kw_only=True):
+    """How many ranks there are and how they share one video; 0 leaves the choice to the runtime.
+
+    ranks: processes, one a device. 0: as many as visible devices, one on a CPU.
+    cfg_degree: 2 computes the cond and the uncond branch on different ranks, 1 one after the other.
+    ulysses_degree: ranks that share the sequence of one branch.
+    The product of the degrees must equal the ranks: see `resolve`.
+    """
+
+    ranks: int = 0
+    cfg_degree: int = 0
+    ulysses_degree: int = 0
+
+    def __post_init__(self):
+        for name in ("ranks", "cfg_degree", "ulysses_degree"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more, or 0 for automatic.")
+        if self.cfg_degree > 2:
+            raise ValueError(
+                f"cfg_degree is {self.cfg_degree}; it can be 1 or 2, as guidance has two branches. "
+                "Put the other ranks on ulysses_degree."
+            )
+        if self.ranks and self.cfg_degree and self.ulysses_degree:
+            self.resolve(self.ranks, guided=True)
+
+    @property
+    def min_ranks(self) -> int:
+        """Ranks to start where `ranks` is automatic but the degrees are given; 0 if they are not."""
+        return self.ranks or (self.cfg_degree * self.ulysses_degree)
+
+    def resolve(self, world_size: int, *, guided: bool) -> tuple[int, int]:
+        """The degrees (cfg, ulysses) for a group of `world_size` ranks.
+
+        Automatic degrees follow the published tables: CFG first where guidance is used and the ranks are even,
+        then Ulysses. Without guidance there is one branch, and every rank works on its sequence.
+
+        Raises ValueError where the product of the given degrees is not the number of ranks.
+        """
+        cfg = self.cfg_degree
+        if not cfg:
+            cfg = 2 if world_size % 2 == 0 and self.ulysses_degree != world_size else 1
+        self._require_product(world_size, cfg, self.ulysses_degree)
+        return (cfg, world_size // cfg) if guided else (1, world_size)
+
+    def _require_product(self, world_size: int, cfg: int, ulysses: int) -> None:
+        if world_size % cfg == 0 and ulysses in (0, world_size // cfg):
+            return
+        plans = [f"{c} x {world_size // c}" for c in (1, 2) if world_size % c == 0]
+        raise ValueError(
+            f"cfg_degree {cfg} x ulysses_degree {ulysses or 'auto'} does not make {world_size} ranks. "
+            f"Plans that do (cfg_degree x ulysses_degree): {', '.join(plans)}. "
+            "Change the degrees or the ranks, or set the degrees to 0 for automatic."
+        )
+
+
+class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
+    """A diffusion transformer on disk, with its low-noise expert where the model has two.
+
+    path: a diffusers folder (`transformer/`, and `transformer_2/` as low-noise expert) or a .safetensors file.
+    low_noise_path: the low-noise expert, where it is not found under `path`.
+    dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 elsewhere.
+    boundary: share of the 1000 training timesteps at and above which the high-noise expert works
+        (None: from the checkpoint, else 0.875).
+    """
+
+    path: str
+    low_noise_path: str | None = None
+    dtype: str = "auto"
+    boundary: float | None = None
+
+    def __post_init__(self):
+        _require_choice("dtype", self.dtype, DTYPES)
+        if self.boundary is not None:
+            _require_range("boundary", self.boundary, 0.0, 1.0)
+
+
+class TextEncoderSpec(Struct, frozen=True, kw_only=True):
+    """A UMT5 text encoder and its tokenizer: a diffusers folder (`text_encoder/`, `tokenizer/`)."""
+
+    path: str
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        _require_choice("dtype", self.dtype, DTYPES)
+
+
+class VaeSpec(Struct, frozen=True, kw_only=True):
+    """A Wan VAE: a diffusers folder (`vae/`)."""
+
+    path: str
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        _require_choice("dtype", self.dtype, DTYPES)
+
+
+class SampleSpec(Struct, frozen=True, kw_only=True):
+    """How a latent is denoised.
+
+    guidance_scale: of classifier-free guidance, u + s(c - u); 1 computes the cond branch alone.
+    guidance_scale_low_noise: that of the low-noise expert (None: the same).
+    solver: unipc, euler or dpm++, in their flow-matching forms.
+    schedule: "wan" is the original's own for the solver, "simple" is core ComfyUI's; both use `shift`.
+    sigmas: replaces steps, schedule and shift: falling, from at most 1 down to at least 0.
+    """
+
+    seed: int = 0
+    steps: int = 20
+    guidance_scale: float = 5.0
+    guidance_scale_low_noise: float | None = None
+    solver: str = "unipc"
+    schedule: str = "wan"
+    shift: float = 5.0
+    sigmas: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        _require_choice("solver", self.solver, SOLVERS)
+        _require_choice("schedule", self.schedule, SCHEDULES)
+        _require_range("seed", self.seed, 0, MAX_SEED)
+        _require_range("steps", self.steps, 1, 1000)
+        _require_range("shift", self.shift, 0.01, 1000.0)
+        for name in ("guidance_scale", "guidance_scale_low_noise"):
+            if getattr(self, name) is not None:
+                _require_range(name, getattr(self, name), 0.0, 1000.0)
+        if self.sigmas is not None:
+            _require_sigmas(self.sigmas)
+
+    @property
+    def low_noise_guidance(self) -> float:
+        scale = self.guidance_scale_low_noise
+        return self.guidance_scale if scale is None else scale
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs the uncond branch."""
+        return self.guidance_scale != 1.0 or self.low_noise_guidance != 1.0
+
+
+def _require_sigmas(sigmas: tuple[float, ...]) -> None:
+    falling = all(a > b for a, b in zip(sigmas, sigmas[1:]))
+    if len(sigmas) < 2 or not falling or not all(map(math.isfinite, sigmas)) or sigmas[0] > 1 or sigmas[-1] < 0:
+        raise ValueError(
+            f"sigmas are {list(sigmas)}; give at least two falling values from at most 1 down to at least 0, "
+            "such as those of a flow-matching scheduler (1.0, 0.94, 0.83, 0.63, 0.0)."
+        )
+
+
+class VideoSize(Struct, frozen=True, kw_only=True):
+    """Pixels and frames of a video that the Wan networks can make: multiples of 16, and 4n+1 frames."""
+
+    width: int = 832
+    height: int = 480
+    num_frames: int = 81
+
+    def __post_init__(self):
+        for name in ("width", "height"):
+            value = getattr(self, name)
+            if value < 16 or value % 16:
+                down = max(16, value // 16 * 16)
+                raise ValueError(
+                    f"{name} is {value}; it must be a multiple of 16. The nearest are {down} and {down + 16}."
+                )
+        if self.num_frames < 1 or self.num_frames % 4 != 1:
+            down = max(1, (self.num_frames - 1) // 4 * 4 + 1)
+            raise ValueError(
+                f"num_frames is {self.num_frames}; it must be 4n+1. The nearest are {down} and {down + 4}."
+            )
+
+    def latent_shape(self, channels: int = 16, spatial: int = 8, temporal: int = 4) -> tuple[int, ...]:
+        """Shape [B=1, C, T, H, W] of the latent of a VAE with these factors."""
+        frames = (self.num_frames - 1) // temporal + 1
+        return (1, channels, frames, self.height // spatial, self.width // spatial)

@@ -1,0 +1,40 @@
+"""A prompt as the Wan networks want it: cleaned, tokenised and encoded."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Callable
+
+import ftfy
+import torch
+from torch import Tensor
+
+MAX_TOKENS = 512  # what Wan was trained with
+
+
+def clean(text: str) -> str:
+    """Mended encoding, plain entities, single spaces: as the original's tokenizer cleans its prompts."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
+
+
+def encode_text(model, tokenizer, text: str, on_block: Callable[[int, int], None]) -> Tensor:
+    """The embedding [1, 512, D] of a prompt in fp32, zeros behind its end.
+
+    Only the prompt's own tokens go through the network: its mask hides the padding from them anyway.
+    on_block: told before each of the encoder's blocks which of how many it is.
+    """
+    tokens = tokenizer(clean(text), truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    blocks = model.encoder.block
+    hooks = [
+        block.register_forward_pre_hook(lambda *_, index=index: on_block(index, len(blocks)))
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    embedding = torch.zeros(1, MAX_TOKENS, hidden.shape[-1])
+    embedding[:, : hidden.shape[1]] = hidden
+    return embedding

@@ -1,0 +1,34 @@
+"""One rank: joins the others, then answers one job at a time until its control connection ends.
+
+Started by launcher.py, under torchrun's environment contract: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this rank when its starter dies, whatever this rank is doing then."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ["ASCEND_RUNTIME_PARENT"]):
+        sys.exit("The process that started this rank is gone.")
+
+
+def main() -> None:
+    die_with_parent()
+    # Imported only now: until here the death of the starter would go unnoticed.
+    import socket
+
+    from .job import serve
+    from .transport import Channel
+
+    channel = Channel(socket.socket(fileno=int(os.environ["ASCEND_RUNTIME_CONTROL_FD"])))
+    serve(channel)
+
+
+if __name__ == "__main__":
+    main()
