@@ -46,10 +46,16 @@ class PromptFailed(RuntimeError):
         super().__init__(f"{self.kind}: {self.details.get('exception_message', self.details)}")
 
 
-def free_port():
-    """An unused loopback TCP port."""
+def free_port(wanted=None):
+    """The wanted loopback TCP port, or any unused one. Raises OSError if another program listens on the wanted one,
+    which would otherwise answer in the server's place."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise OSError(f"port {wanted} of 127.0.0.1 cannot be had ({error.strerror}); name another one, or none "
+                          "to get an unused one") from None
         return listener.getsockname()[1]
 
 
@@ -100,8 +106,8 @@ class ComfyServer:
         if not (self.comfyui / "main.py").is_file():
             raise FileNotFoundError(f"no ComfyUI in {self.comfyui}: main.py is missing. Run `bash scripts/test.sh` "
                                     "once to fetch one, or name yours by COMFYUI_DIR")
+        self.port = free_port(self.port)
         self._make_base()
-        self.port = self.port or free_port()
         command = [self.python, "-u", str(self.comfyui / "main.py"), "--port", str(self.port),
                    "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
                    "--disable-auto-launch", "--disable-api-nodes", *(["--cpu"] if self.cpu else []), *self.extra_args]

@@ -151,7 +151,7 @@ def show_progress(lines):
         if event["type"] == "executing":
             print(f"    {event.get('title') or event.get('class_type')}", flush=True)
         elif event["type"] == "progress":
-            print(f"      {event.get('value')} of {event.get('max')}", flush=True)
+            print(f"      {event['completed']:.0f} of {event['total']:.0f}", flush=True)
         elif event["type"] == "envelope":
             result = event
     return result
