@@ -81,6 +81,7 @@ class ComfyServer:
         self.base = Path(base) if base else None
         self.port = port
         self.process = self.started_s = None
+        self._last_log = ""
 
     @property
     def url(self):
@@ -88,8 +89,9 @@ class ComfyServer:
 
     @property
     def log(self):
-        """All that the server has written to its standard output and error."""
-        return (self.base / LOG_NAME).read_text(errors="replace")
+        """All that the server has written to its standard output and error; also after `stop`."""
+        file = self.base / LOG_NAME
+        return file.read_text(errors="replace") if file.exists() else self._last_log
 
     @property
     def output(self):
@@ -135,6 +137,7 @@ class ComfyServer:
             except subprocess.TimeoutExpired:
                 continue
         if self._temporary and self.base:
+            self._last_log = self.log
             shutil.rmtree(self.base, ignore_errors=True)
 
     def get(self, path):

@@ -118,7 +118,7 @@ class Environment:
 
     def make(self, base=sys.executable):
         """Creates it where it does not exist, and settles torch."""
-        if not self.python.exists():
+        if not (self.folder / "bin" / "pip").exists():  # the last thing that venv makes
             with step(f"making {_shown(self.folder)} with {base}"):
                 made = subprocess.run([base, "-m", "venv", str(self.folder)], capture_output=True, text=True)
                 if made.returncode:
