@@ -15,7 +15,7 @@ from .parallel.mesh import mesh_of
 from .parallel.sequence import Ulysses, WholeSequence
 from .protocol import Done
 from .sampling import denoise
-from .specs import ParallelSpec
+from .specs import VideoSize
 from .text import encode_text
 from .transport import borrowed
 
@@ -180,13 +180,8 @@ def _check_latent(latent: Tensor, model: DiffusionModel) -> None:
             f"The latent has the shape {list(latent.shape)}; this model makes videos of [B,{channels},T,H,W]. "
             "Use an empty video latent (EmptyHunyuanLatentVideo) for it."
         )
-    _, patch_height, patch_width = model.high_noise.config.patch_size
-    height, width = latent.shape[3:]
-    if height % patch_height or width % patch_width:
-        raise ValueError(
-            f"The latent is {width} x {height}, a video of {width * 8} x {height * 8} pixels; "
-            "width and height must be multiples of 16 pixels."
-        )
+    _, _, frames, height, width = latent.shape
+    VideoSize(width=8 * width, height=8 * height, num_frames=4 * frames - 3)
     _check_finite(latent, "The latent")
 
 

@@ -1,0 +1,23 @@
+"""The nodes: widgets, defaults and tooltips, turned into descriptions. The ranks do the work."""
+
+from comfy_api.latest import ComfyExtension
+
+from .conditioning import TextEncode
+from .loaders import LoadDiffusionModel, LoadTextEncoder, LoadVAE
+from .ranks import FreeMemory, ParallelConfig
+from .sampler import Sampler
+from .vae import VAEDecode
+
+
+class AscendVideo(ComfyExtension):
+    async def get_node_list(self):
+        return [
+            ParallelConfig,
+            LoadDiffusionModel,
+            LoadTextEncoder,
+            LoadVAE,
+            TextEncode,
+            Sampler,
+            VAEDecode,
+            FreeMemory,
+        ]

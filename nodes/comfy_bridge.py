@@ -1,0 +1,141 @@
+"""ComfyUI as the ranks meet it: progress, previews, interrupt, requests for memory, and core types taken apart."""
+
+from __future__ import annotations
+
+import logging
+from typing import Callable
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy.patcher_extension import CallbacksMP
+from PIL import Image
+from torch import Tensor
+
+from ..ascend_runtime.client import JobCancelled, Result, Runtime
+from ..ascend_runtime.devices import resolve_kind, resolve_ranks
+from ..ascend_runtime.specs import ParallelSpec
+from .types import RanksHandle
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_SCALE = 8  # pixels of the video a latent pixel stands for
+PREVIEW_SIZE = 512  # pixels, the longest side that ComfyUI sends
+_UNUSED_BY_TEXT = {"pooled_output"}  # what a CONDITIONING may carry and no Wan network reads
+
+_runtime: Runtime | None = None
+
+
+def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview: bool = False) -> Result:
+    """Runs `job(runtime, hooks)` on the ranks, with progress, previews and the Cancel button of the running node."""
+    runtime = _runtime_for(ranks)
+    _memory.count()
+    bar = comfy.utils.ProgressBar(1)
+    hooks = {
+        "on_progress": lambda stage, step, total: bar.update_absolute(step, total),
+        "should_cancel": comfy.model_management.processing_interrupted,
+    }
+    if preview:
+        hooks["on_preview"] = lambda step, total, image: bar.update_absolute(step, total, _jpeg(image))
+    try:
+        result = job(runtime, hooks)
+    except JobCancelled:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise
+    logger.info("Ascend: %s", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items()))
+    return result
+
+
+def release(end_ranks: bool = False) -> None:
+    """Drops the ranks' weights, or ends the ranks."""
+    global _runtime
+    if _runtime is None:
+        return
+    if end_ranks:
+        _runtime.stop()
+        _runtime = None
+    else:
+        _runtime.free()
+
+
+def samples_of(latent: dict) -> Tensor:
+    """The tensor [B,C,T,H,W] of a LATENT. Raises ValueError for what a text-to-video model cannot honour."""
+    if latent.get("noise_mask") is not None:
+        raise ValueError("The latent has a noise mask, which Ascend Sampler does not honour yet. Leave the mask out.")
+    return latent["samples"]
+
+
+def text_of(conditioning: list, name: str) -> Tensor:
+    """The embedding [B, tokens, D] of a CONDITIONING. Raises ValueError rather than leave out what else it asks for."""
+    if len(conditioning) != 1:
+        raise ValueError(
+            f"The {name} conditioning has {len(conditioning)} parts; Ascend Sampler takes one. "
+            "Put the prompts into one text instead of combining conditionings."
+        )
+    embedding, extras = conditioning[0]
+    unknown = sorted(key for key, value in extras.items() if value is not None and key not in _UNUSED_BY_TEXT)
+    if unknown:
+        raise ValueError(
+            f"The {name} conditioning carries {', '.join(unknown)}, which Ascend Sampler does not honour. "
+            "Connect the output of a text encode node directly."
+        )
+    return embedding
+
+
+def _runtime_for(ranks: RanksHandle) -> Runtime:
+    """The runtime with these ranks; one that has others ends first, as both would not fit on the cards."""
+    global _runtime
+    if ranks.parallel is None and _runtime is not None:
+        return _runtime
+    parallel = ranks.parallel or ParallelSpec()
+    device = resolve_kind(ranks.device)
+    world_size = resolve_ranks(parallel.min_ranks, device)
+    if _runtime is not None and (_runtime.device, _runtime.world_size) != (device, world_size):
+        release(end_ranks=True)
+    if _runtime is None:
+        _runtime = Runtime(parallel, device)
+    return _runtime
+
+
+def _jpeg(image: Tensor) -> tuple[str, Image.Image, int]:
+    """A preview as ComfyUI's progress bar takes it; image: uint8 [H,W,3], a latent's pixels."""
+    picture = Image.fromarray(image.numpy())
+    size = (picture.width * PREVIEW_SCALE, picture.height * PREVIEW_SCALE)
+    return "JPEG", picture.resize(size, Image.Resampling.BICUBIC), PREVIEW_SIZE
+
+
+class AscendRanks(torch.nn.Module):
+    """Nothing but the name under which ComfyUI's log speaks of the ranks' weights."""
+
+
+class _RankMemory:
+    """Stands for the ranks' weights among the models that ComfyUI counts as loaded.
+
+    ComfyUI frees memory by detaching those models (its Unload Models button, POST /free, a core model that needs
+    room); being one of them is how the ranks hear of it.
+    """
+
+    def __init__(self):
+        self._counted = False
+        self._patcher = None
+
+    def count(self) -> None:
+        """Counts as loaded from now on, until ComfyUI detaches it."""
+        if self._counted:
+            return
+        self._patcher = comfy.model_patcher.ModelPatcher(
+            AscendRanks(),
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=torch.device("cpu"),
+        )
+        self._patcher.add_callback(CallbacksMP.ON_DETACH, self._on_detach)
+        comfy.model_management.load_models_gpu([self._patcher])
+        self._counted = True
+
+    def _on_detach(self, *_) -> None:
+        self._counted = False
+        release()
+
+
+_memory = _RankMemory()

@@ -1,0 +1,122 @@
+"""Loaders: a name and a dtype become a description; the ranks read the weights when a job first needs them."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..ascend_runtime.specs import DTYPES, DiffusionModelSpec, TextEncoderSpec, VaeSpec
+from . import model_files, types
+from .types import Handle, RanksHandle
+
+NO_MODEL = "none"
+
+
+def dtype_input(automatic: str) -> io.Input:
+    return io.Combo.Input(
+        "dtype",
+        options=list(DTYPES),
+        default="auto",
+        tooltip=f"Number format to compute in. auto: {automatic}.",
+    )
+
+
+class LoadDiffusionModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = model_files.transformer_names()
+        return io.Schema(
+            node_id="AscendLoadDiffusionModel",
+            display_name="Ascend Load Diffusion Model",
+            category="Ascend",
+            description="Picks the Wan transformer that Ascend Sampler runs on all ranks.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=names,
+                    tooltip="A diffusers folder of models/diffusers (both experts of Wan 2.2 in one), or a .safetensors "
+                    "file of models/diffusion_models. embedded/tiny_wan comes with the pack and runs anywhere.",
+                ),
+                dtype_input("float32 on a CPU, bfloat16 on an NPU or GPU"),
+                io.Combo.Input(
+                    "low_noise_model_name",
+                    options=[NO_MODEL, *names],
+                    default=NO_MODEL,
+                    optional=True,
+                    tooltip="The low-noise expert of Wan 2.2, where it is a file of its own. model_name is then the "
+                    "high-noise expert.",
+                ),
+                types.parallel_input(),
+            ],
+            outputs=[types.DiffusionModel.Output(display_name="model", tooltip="For Ascend Sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name) -> bool | str:
+        return model_files.check(model_name)
+
+    @classmethod
+    def execute(cls, model_name, dtype, low_noise_model_name=NO_MODEL, parallel=None) -> io.NodeOutput:
+        low_noise = None if low_noise_model_name == NO_MODEL else model_files.path_of(low_noise_model_name)
+        spec = DiffusionModelSpec(path=model_files.path_of(model_name), low_noise_path=low_noise, dtype=dtype)
+        return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
+
+
+class LoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AscendLoadTextEncoder",
+            display_name="Ascend Load Text Encoder",
+            category="Ascend",
+            description="Picks the UMT5 text encoder. It runs on the CPU of one rank and takes no card's memory.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=list(model_files.diffusers_folders()),
+                    tooltip="A diffusers folder of models/diffusers with a text_encoder and a tokenizer.",
+                ),
+                dtype_input("float32 if it is smaller than 1 GiB, else bfloat16"),
+                types.parallel_input(),
+            ],
+            outputs=[types.TextEncoder.Output(display_name="text_encoder", tooltip="For Ascend Text Encode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name) -> bool | str:
+        return model_files.check(model_name)
+
+    @classmethod
+    def execute(cls, model_name, dtype, parallel=None) -> io.NodeOutput:
+        spec = TextEncoderSpec(path=model_files.path_of(model_name), dtype=dtype)
+        return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
+
+
+class LoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AscendLoadVAE",
+            display_name="Ascend Load VAE",
+            category="Ascend",
+            description="Picks the Wan VAE that turns latents into frames.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=list(model_files.diffusers_folders()),
+                    tooltip="A diffusers folder of models/diffusers with a vae.",
+                ),
+                dtype_input("float32, which the quality of the frames asks for"),
+                types.parallel_input(),
+            ],
+            outputs=[types.Vae.Output(display_name="vae", tooltip="For Ascend VAE Decode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name) -> bool | str:
+        return model_files.check(model_name)
+
+    @classmethod
+    def execute(cls, model_name, dtype, parallel=None) -> io.NodeOutput:
+        spec = VaeSpec(path=model_files.path_of(model_name), dtype=dtype)
+        return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
+

@@ -1,0 +1,51 @@
+"""The models that the loaders list: diffusers folders and .safetensors files where ComfyUI keeps them, and our own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+EMBEDDED = "embedded/"  # prefix of the models that come with the pack
+
+
+def diffusers_folders() -> dict[str, Path]:
+    """Diffusers pipelines by name: those in models/diffusers, and the pack's own."""
+    roots = [("", Path(folder)) for folder in folder_paths.get_folder_paths("diffusers")]
+    found = {}
+    for prefix, root in [*roots, (EMBEDDED, ASSETS)]:
+        for index in sorted(root.glob("*/model_index.json")):
+            found.setdefault(prefix + index.parent.name, index.parent)
+    return found
+
+
+def transformer_names() -> list[str]:
+    """What Ascend Load Diffusion Model can load: diffusers folders first, then files of models/diffusion_models."""
+    files = folder_paths.get_filename_list("diffusion_models")
+    return [*diffusers_folders(), *(name for name in files if name.endswith(".safetensors"))]
+
+
+def path_of(name: str) -> str:
+    """The path that a listed name stands for. Raises ValueError that says where models belong."""
+    folder = diffusers_folders().get(name)
+    path = str(folder) if folder else folder_paths.get_full_path("diffusion_models", name)
+    if path is None:
+        places = ", ".join(folder_paths.get_folder_paths("diffusers") + folder_paths.get_folder_paths("diffusion_models"))
+        known = ", ".join(transformer_names())
+        raise ValueError(
+            f"There is no model {name!r}. There are: {known}. Put a diffusers folder (such as "
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope) into models/diffusers, or a transformer's "
+            f".safetensors file into models/diffusion_models. Looked in: {places}."
+        )
+    return path
+
+
+def check(name: str | None) -> bool | str:
+    """For a node's validate_inputs: True, or what is wrong. A name that is None comes by a link, and is checked later."""
+    try:
+        if name is not None:
+            path_of(name)
+    except ValueError as error:
+        return str(error)
+    return True

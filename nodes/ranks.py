@@ -1,0 +1,107 @@
+"""The group of ranks as the graph sees it: how many, in which plan, and when they give their memory back."""
+
+from __future__ import annotations
+
+import time
+
+from comfy_api.latest import io
+
+from ..ascend_runtime.devices import KINDS
+from ..ascend_runtime.specs import ParallelSpec
+from . import comfy_bridge, types
+from .types import RanksHandle
+
+MAX_RANKS = 1024
+
+
+class ParallelConfig(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AscendParallelConfig",
+            display_name="Ascend Parallel Config",
+            category="Ascend",
+            description="Says on how many ranks a video is made, and how they share it. All zeros fit any machine.",
+            inputs=[
+                io.Int.Input(
+                    "ranks",
+                    default=0,
+                    min=0,
+                    max=MAX_RANKS,
+                    tooltip="Processes, one a device. 0: as many as there are visible devices, one on a CPU. "
+                    "A graph with 0 made for eight cards runs on fewer.",
+                ),
+                io.Int.Input(
+                    "cfg_degree",
+                    default=0,
+                    min=0,
+                    max=2,
+                    tooltip="2: the positive and the negative prompt are computed on different ranks. 0: automatic.",
+                ),
+                io.Int.Input(
+                    "ulysses_degree",
+                    default=0,
+                    min=0,
+                    max=MAX_RANKS,
+                    tooltip="Ranks that share the tokens of one video. 0: automatic. "
+                    "cfg_degree x ulysses_degree must equal ranks.",
+                ),
+                io.Combo.Input(
+                    "device",
+                    options=list(KINDS),
+                    default="auto",
+                    tooltip="auto: NPUs, else CUDA devices, else the CPU.",
+                ),
+            ],
+            outputs=[types.Parallel.Output(display_name="parallel", tooltip="For the three Ascend loaders.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, ranks, cfg_degree, ulysses_degree) -> bool | str:
+        if None in (ranks, cfg_degree, ulysses_degree):
+            return True  # a link, known only when the graph runs
+        try:
+            ParallelSpec(ranks=ranks, cfg_degree=cfg_degree, ulysses_degree=ulysses_degree)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, ranks, cfg_degree, ulysses_degree, device) -> io.NodeOutput:
+        parallel = ParallelSpec(ranks=ranks, cfg_degree=cfg_degree, ulysses_degree=ulysses_degree)
+        return io.NodeOutput(RanksHandle(parallel, device))
+
+
+class FreeMemory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AscendFreeMemory",
+            display_name="Ascend Free Memory",
+            category="Ascend",
+            description="Gives the ranks' memory back when it is reached. ComfyUI's own Unload Models does so too.",
+            inputs=[
+                io.Combo.Input(
+                    "what",
+                    options=["weights", "ranks"],
+                    default="weights",
+                    tooltip="weights: the ranks stay and read them again when needed. ranks: the processes end.",
+                ),
+                io.AnyType.Input(
+                    "anything",
+                    optional=True,
+                    tooltip="What must be ready first, such as the IMAGE of Ascend VAE Decode; it is passed on.",
+                ),
+            ],
+            outputs=[io.AnyType.Output(display_name="anything", tooltip="What came in.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **kwargs) -> float:
+        return time.monotonic()  # it acts each time the graph runs
+
+    @classmethod
+    def execute(cls, what, anything=None) -> io.NodeOutput:
+        comfy_bridge.release(end_ranks=what == "ranks")
+        return io.NodeOutput(anything)

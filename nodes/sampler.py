@@ -1,0 +1,126 @@
+"""Latent and CONDITIONING to a denoised latent."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..ascend_runtime.specs import MAX_SEED, SCHEDULES, SOLVERS, SampleSpec
+from . import comfy_bridge, types
+
+
+class Sampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AscendSampler",
+            display_name="Ascend Sampler",
+            category="Ascend",
+            description="Denoises a video latent on all ranks.",
+            inputs=[
+                types.DiffusionModel.Input("model", tooltip="From Ascend Load Diffusion Model."),
+                io.Conditioning.Input("positive", tooltip="What the video shall show."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo; or a latent to start from.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="The noise to start from. The same seed gives the same video on any number of ranks.",
+                ),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=1000, tooltip="More steps take longer and show finer detail."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How strongly the prompt guides. 1 leaves the negative prompt out and halves the work.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=list(SOLVERS),
+                    default="unipc",
+                    tooltip="The solver. unipc and dpm++ are the original's; euler is what core workflows use.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=list(SCHEDULES),
+                    default="wan",
+                    tooltip="How the steps are spread. wan: as the original does for this solver. simple: as core does.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=5.0,
+                    min=0.01,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Moves steps towards high noise. Wan's own: 5; 3 for 480p image-to-video, 12 for 2.2 T2V-A14B.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What the video shall not show. Not needed where cfg is 1."
+                ),
+                io.Float.Input(
+                    "cfg_low_noise",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
+                    tooltip="cfg of the low-noise expert of Wan 2.2. 0: the same as cfg.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="Sigmas of your own; steps, scheduler and shift are then not used."
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        latent_image,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        shift,
+        negative=None,
+        cfg_low_noise=0.0,
+        sigmas=None,
+    ) -> io.NodeOutput:
+        spec = SampleSpec(
+            seed=seed,
+            steps=steps,
+            guidance_scale=cfg,
+            guidance_scale_low_noise=cfg_low_noise or None,
+            solver=sampler_name,
+            schedule=scheduler,
+            shift=shift,
+            sigmas=None if sigmas is None else tuple(sigmas.tolist()),
+        )
+        result = comfy_bridge.run_job(
+            model.ranks,
+            lambda runtime, hooks: runtime.sample(
+                model.spec,
+                spec,
+                comfy_bridge.samples_of(latent_image),
+                comfy_bridge.text_of(positive, "positive"),
+                None if negative is None else comfy_bridge.text_of(negative, "negative"),
+                parallel=model.ranks.parallel,
+                **hooks,
+            ),
+            preview=True,
+        )
+        return io.NodeOutput({"samples": result.tensor})
