@@ -207,21 +207,24 @@ class Runtime:
     ) -> Result:
         with self._one_job:
             self._cancel_requested.clear()
-            self.start()
-            message = make(next(self._numbers))
-            self._running = message.job
-            follow = _Follow(message, self._group, self._cancel_requested, on_progress, on_preview, should_cancel)
+            self._running = next(self._numbers)  # a wish to cancel counts from here on, while ranks start too
             try:
-                return follow.run()
-            except BaseException:
-                if follow.waiting:  # ranks are still at work on it, and nobody will hear their answer
-                    self._group.kill()
-                raise
+                return self._submit(make(self._running), on_progress, on_preview, should_cancel)
             finally:
                 self._running = None
 
+    def _submit(self, message: Message, on_progress, on_preview, should_cancel) -> Result:
+        self.start()
+        submission = _Submission(message, self._group, self._cancel_requested, on_progress, on_preview, should_cancel)
+        try:
+            return submission.run()
+        except BaseException:
+            if submission.waiting:  # ranks are still at work on it, and nobody will hear their answer
+                self._group.kill()
+            raise
 
-class _Follow:
+
+class _Submission:
     """One job from its submission to the last rank's answer."""
 
     def __init__(self, message, group: RankGroup, cancel_requested, on_progress, on_preview, should_cancel):

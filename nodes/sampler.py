@@ -123,4 +123,4 @@ class Sampler(io.ComfyNode):
             ),
             preview=True,
         )
-        return io.NodeOutput({"samples": result.tensor})
+        return io.NodeOutput({**latent_image, "samples": result.tensor})
