@@ -144,15 +144,18 @@ def run_workflow(prompt, server, python):
 
 
 def show_progress(lines):
-    """Prints comfy-cli's stream of events as it comes; returns its last object, the result."""
+    """Prints comfy-cli's stream of events as it comes, counts in place on a terminal; returns its last object, the
+    result."""
+    before, after = ("\r\033[K", "") if sys.stdout.isatty() else ("", "\n")
     result = {"ok": False, "error": {"message": "comfy-cli ended without a result"}}
     for line in lines:
         event = json.loads(line)
         if event["type"] == "executing":
-            print(f"    {event.get('title') or event.get('class_type')}", flush=True)
+            print(f"{before}    {event.get('title') or event.get('class_type')}", flush=True)
         elif event["type"] == "progress":
-            print(f"      {event['completed']:.0f} of {event['total']:.0f}", flush=True)
+            print(f"{before}      {event['completed']:.0f} of {event['total']:.0f}", end=after, flush=True)
         elif event["type"] == "envelope":
+            print(before, end="", flush=True)
             result = event
     return result
 
