@@ -66,7 +66,7 @@ class Runtime:
     ):
         self.parallel = parallel
         self.device = devices.resolve_kind(device)
-        self.world_size = devices.resolve_ranks(parallel.min_ranks, self.device)
+        self.world_size = devices.resolve_ranks(parallel.ranks, self.device)
         self._environment = environment
         self._group: RankGroup | None = None
         self._numbers = itertools.count(1)

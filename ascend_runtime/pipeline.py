@@ -73,7 +73,8 @@ class Pipeline:
         with job.stage("denoise"):
             latent = self._denoise(job, model, mesh["cfg"].get_group() if cfg_degree > 1 else None)
         _check_finite(latent, "The denoised latent")
-        return _done(job, tensor=latent if self.rank == 0 else None)
+        plan = {"cfg_degree": cfg_degree, "ulysses_degree": ulysses_degree}
+        return _done(job, tensor=latent if self.rank == 0 else None, info=plan)
 
     def describe(self, job) -> Done:
         return _done(job, info=vae_facts(job.message.vae))

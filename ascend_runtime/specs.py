@@ -31,7 +31,8 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
     ranks: processes, one a device. 0: as many as visible devices, one on a CPU.
     cfg_degree: 2 computes the cond and the uncond branch on different ranks, 1 one after the other.
     ulysses_degree: ranks that share the sequence of one branch.
-    The product of the degrees must equal the ranks: see `resolve`.
+    With given ranks, the product of given degrees must equal them. With automatic ranks the degrees are a wish:
+    what was made for eight cards runs on fewer.
     """
 
     ranks: int = 0
@@ -47,13 +48,8 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
                 f"cfg_degree is {self.cfg_degree}; it can be 1 or 2, as guidance has two branches. "
                 "Put the other ranks on ulysses_degree."
             )
-        if self.ranks and self.cfg_degree and self.ulysses_degree:
+        if self.ranks:
             self.resolve(self.ranks, guided=True)
-
-    @property
-    def min_ranks(self) -> int:
-        """Ranks to start where `ranks` is automatic but the degrees are given; 0 if they are not."""
-        return self.ranks or (self.cfg_degree * self.ulysses_degree)
 
     def resolve(self, world_size: int, *, guided: bool) -> tuple[int, int]:
         """The degrees (cfg, ulysses) for a group of `world_size` ranks.
@@ -61,22 +57,23 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
         Automatic degrees follow the published tables: CFG first where guidance is used and the ranks are even,
         then Ulysses. Without guidance there is one branch, and every rank works on its sequence.
 
-        Raises ValueError where the product of the given degrees is not the number of ranks.
+        Raises ValueError where given degrees do not make the given ranks.
         """
         cfg = self.cfg_degree
         if not cfg:
             cfg = 2 if world_size % 2 == 0 and self.ulysses_degree != world_size else 1
-        self._require_product(world_size, cfg, self.ulysses_degree)
+        if world_size % cfg or self.ulysses_degree not in (0, world_size // cfg):
+            if self.ranks:
+                raise ValueError(self._mismatch(world_size))
+            cfg = cfg if world_size % cfg == 0 else 1
         return (cfg, world_size // cfg) if guided else (1, world_size)
 
-    def _require_product(self, world_size: int, cfg: int, ulysses: int) -> None:
-        if world_size % cfg == 0 and ulysses in (0, world_size // cfg):
-            return
-        plans = [f"{c} x {world_size // c}" for c in (1, 2) if world_size % c == 0]
-        raise ValueError(
-            f"cfg_degree {cfg} x ulysses_degree {ulysses or 'auto'} does not make {world_size} ranks. "
-            f"Plans that do (cfg_degree x ulysses_degree): {', '.join(plans)}. "
-            "Change the degrees or the ranks, or set the degrees to 0 for automatic."
+    def _mismatch(self, world_size: int) -> str:
+        plans = ", ".join(f"{c} x {world_size // c}" for c in (1, 2) if world_size % c == 0)
+        return (
+            f"cfg_degree {self.cfg_degree or 'auto'} x ulysses_degree {self.ulysses_degree or 'auto'} does not make "
+            f"{world_size} ranks. Plans that do (cfg_degree x ulysses_degree): {plans}. "
+            "Change the degrees or the ranks, or set them to 0 for automatic."
         )
 
 

@@ -43,8 +43,14 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     except JobCancelled:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise
-    logger.info("Ascend: %s", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items()))
+    _log(result, runtime)
     return result
+
+
+def _log(result: Result, runtime: Runtime) -> None:
+    facts = [f"{name} {value}" for name, value in result.info.items()]
+    times = [f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items()]
+    logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, runtime.device, ", ".join(facts + times))
 
 
 def release(end_ranks: bool = False) -> None:
@@ -90,7 +96,7 @@ def _runtime_for(ranks: RanksHandle) -> Runtime:
         return _runtime
     parallel = ranks.parallel or ParallelSpec()
     device = resolve_kind(ranks.device)
-    world_size = resolve_ranks(parallel.min_ranks, device)
+    world_size = resolve_ranks(parallel.ranks, device)
     if _runtime is not None and (_runtime.device, _runtime.world_size) != (device, world_size):
         release(end_ranks=True)
     if _runtime is None:

@@ -43,8 +43,8 @@ class ParallelConfig(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_RANKS,
-                    tooltip="Ranks that share the tokens of one video. 0: automatic. "
-                    "cfg_degree x ulysses_degree must equal ranks.",
+                    tooltip="Ranks that share the tokens of one video. 0: automatic. cfg_degree x ulysses_degree must "
+                    "equal ranks; where ranks is 0, the degrees are a wish that fewer cards may not fulfil.",
                 ),
                 io.Combo.Input(
                     "device",
