@@ -67,7 +67,7 @@ def denoise(
     """
     scheduler = make_scheduler(spec)
     sigmas, total = scheduler.sigmas, len(scheduler.timesteps)
-    start = 1.0 if sigmas[0] >= _NEARLY_ONE else float(sigmas[0])
+    start = spec.sigmas[0] if spec.sigmas else 1.0  # both schedules begin at pure noise
     x = start * noise_of(latent.shape, spec.seed) + (1 - start) * latent
     for step, timestep in enumerate(scheduler.timesteps):
         velocity = predict(x, float(timestep), step)
