@@ -1,0 +1,105 @@
+"""Fixtures that tests share: small checkpoints, and groups of ranks that live as long as the tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import random_wan
+import tiny_models
+import torch
+from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, TextEncoderSpec, VaeSpec
+from comfy_server import ComfyServer
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)  # the networks are small, and the ranks need the cores
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-kills", action="store_true", help="20 kills of ranks and clients instead of a sample")
+    parser.addoption("--all-cancels", action="store_true", help="50 cancels at random moments instead of 10")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """`checkpoints(**form)`: the folder of a small checkpoint of that form (see tiny_models.wan_pipeline)."""
+    made = {}
+
+    def checkpoint(**form) -> Path:
+        key = tuple(sorted(form.items()))
+        if key not in made:
+            made[key] = tiny_models.save(tiny_models.wan_pipeline(**form), tmp_path_factory.mktemp("checkpoint"))
+        return made[key]
+
+    return checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints) -> Path:
+    return checkpoints()
+
+
+@pytest.fixture(scope="session")
+def runtimes():
+    """`runtimes(n)`: the session's group of n ranks on the CPU."""
+    started = {}
+
+    def runtime(ranks: int) -> Runtime:
+        if ranks not in started:
+            started[ranks] = Runtime(ParallelSpec(ranks=ranks), device="cpu")
+            started[ranks].start()
+        return started[ranks]
+
+    yield runtime
+    for group in started.values():
+        group.stop()
+
+
+@pytest.fixture(scope="session")
+def one_rank(runtimes) -> Runtime:
+    return runtimes(1)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(runtimes) -> Runtime:
+    return runtimes(2)
+
+
+class Specs:
+    """The descriptions of a checkpoint's components, and inputs that fit them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.model = DiffusionModelSpec(path=str(folder))
+        self.encoder = TextEncoderSpec(path=str(folder))
+        self.vae = VaeSpec(path=str(folder))
+
+    @staticmethod
+    def text(seed: int, batch: int = 1) -> torch.Tensor:
+        """An embedding [B, 512, D] as an encoder could have made it: 20 tokens, zeros behind them."""
+        embedding = torch.zeros(batch, 512, tiny_models.TEXT_DIM)
+        embedding[:, :20] = torch.randn(batch, 20, tiny_models.TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+        return embedding
+
+
+@pytest.fixture(scope="session")
+def specs_of():
+    return Specs
+
+
+@pytest.fixture(scope="session")
+def specs(checkpoint) -> Specs:
+    return Specs(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory, checkpoint):
+    """A ComfyUI with the pack, and random models in its folders (see comfy_graphs, random_wan)."""
+    base = tmp_path_factory.mktemp("comfyui")
+    folders = base / "models" / "diffusers"
+    folders.mkdir(parents=True)
+    (folders / "random_wan").symlink_to(checkpoint)
+    random_wan.heavy_transformer(folders / "heavy_wan")
+    random_wan.wide_text_encoder(folders / "wide_text_encoder")
+    random_wan.original_transformer(base / "models" / "diffusion_models" / "original_wan.safetensors")
+    with ComfyServer(base=base) as server:
+        yield server

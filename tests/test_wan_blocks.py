@@ -1,0 +1,90 @@
+"""Our Wan blocks and block stack equal diffusers', from which they take their parameters by name."""
+
+import pytest
+import tiny_models
+import torch
+from ascend_runtime.families.wan import WanTransformer
+from torch.testing import assert_close
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+IMAGE_DIM, IMAGE_TOKENS, TEXT_TOKENS = 40, 257, 512
+
+CONFIGS = {
+    "t2v": {},
+    "i2v": {"in_channels": 36, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 96},
+    "first-last-frame": {
+        "in_channels": 36, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 96, "pos_embed_seq_len": 2 * IMAGE_TOKENS
+    },
+    "no cross-attention norm": {"cross_attn_norm": False},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def ours_and_theirs(config):
+    theirs = tiny_models.wan_transformer(seed=1, **CONFIGS[config])
+    ours = WanTransformer(dict(theirs.config))
+    missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    assert not missing and not unexpected
+    return ours.eval(), theirs
+
+
+def inputs(config, *, per_token, batch=2, frames=3, height=6, width=10):
+    """latent, timestep, text and image of this config, from a fixed seed."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    tokens = frames * (height // 2) * (width // 2)
+    latent = draw(batch, CONFIGS[config].get("in_channels", 16), frames, height, width)
+    timestep = torch.rand(batch, *((tokens,) if per_token else ()), generator=generator) * 1000
+    images = CONFIGS[config].get("pos_embed_seq_len", IMAGE_TOKENS) // IMAGE_TOKENS
+    image = draw(batch * images, IMAGE_TOKENS, IMAGE_DIM) if "image_dim" in CONFIGS[config] else None
+    return latent, timestep, draw(batch, TEXT_TOKENS, tiny_models.TEXT_DIM), image
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["one timestep", "a timestep a token"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_stack_equals_diffusers(config, per_token):
+    ours, theirs = ours_and_theirs(config)
+    latent, timestep, text, image = inputs(config, per_token=per_token)
+    expected = theirs(latent, timestep, text, encoder_hidden_states_image=image, return_dict=False)[0]
+    assert expected.std() > 0.1
+    assert_close(ours(latent, timestep, text, image), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["one timestep", "a timestep a token"])
+@pytest.mark.parametrize("config", ["t2v", "i2v", "no cross-attention norm"])
+def test_a_block_equals_diffusers(config, per_token):
+    ours, theirs = ours_and_theirs(config)
+    latent, _, text, image = inputs(config, per_token=per_token)
+    _, _, frames, height, width = latent.shape
+    tokens, dim = frames * height * width // 4, 96
+    x, text = torch.randn(2, tokens, dim), torch.randn(2, TEXT_TOKENS, dim)
+    image = None if image is None else torch.randn(2, IMAGE_TOKENS, dim)
+    timestep = torch.randn(2, *((tokens,) if per_token else ()), 6, dim)
+    context = text if image is None else torch.cat([image, text], dim=1)
+    expected = theirs.blocks[0](x, context, timestep, theirs.rope(latent))
+    got = ours.blocks[0](x, text, image, timestep, ours._rotary_table(latent))
+    assert (expected - x).std() > 0.1
+    assert_close(got, expected, **TOLERANCE)
+
+
+def test_the_stack_sees_each_of_its_inputs():
+    ours, _ = ours_and_theirs("i2v")
+    arguments = list(inputs("i2v", per_token=False))
+    before = ours(*arguments)
+    for place in range(len(arguments)):
+        changed = list(arguments)
+        changed[place] = changed[place].flip(-1) + (100.0 if place == 1 else 0.0)
+        difference = (ours(*changed) - before).abs().max().item()
+        assert difference > 1e-3, f"input {place} has no influence"
+
+
+def test_a_new_size_gets_a_new_rotary_table():
+    ours, theirs = ours_and_theirs("t2v")
+    for size in ({"height": 6, "width": 10}, {"height": 10, "width": 6}, {"frames": 5, "batch": 1}):
+        latent, timestep, text, _ = inputs("t2v", per_token=False, **size)
+        assert_close(ours(latent, timestep, text), theirs(latent, timestep, text, return_dict=False)[0], **TOLERANCE)
