@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 import torch
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import devices
 from .checkpoints.layout import Component, find_component, find_transformer, has_component, read_json
@@ -139,8 +141,6 @@ def _per_channel(values) -> torch.Tensor:
 
 
 def _load_text_encoder(spec: TextEncoderSpec, found: list[Component], device, on_tensor) -> TextEncoder:
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
-
     component = found[0]
     dtype = _dtype(spec.dtype, torch.float32 if component.nbytes < SMALL else torch.bfloat16)
     with torch.device("meta"):
@@ -164,8 +164,6 @@ def _load_text_encoder(spec: TextEncoderSpec, found: list[Component], device, on
 
 
 def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor):
-    from diffusers import AutoencoderKLWan
-
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(found[0].config)
     dtype = _dtype(spec.dtype, torch.float32)
