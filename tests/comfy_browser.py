@@ -1,0 +1,87 @@
+"""A real browser on a real ComfyUI: headless chromium, driven by playwright.
+
+    with ComfyServer() as server, ComfyBrowser(server) as browser:
+        browser.open(json.loads(Path("workflows/tiny_wan_text_to_video.json").read_text()))
+        browser.page.screenshot(path="graph.png")
+"""
+
+import json
+import shutil
+
+from playwright.sync_api import sync_playwright
+
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+
+
+class ComfyBrowser:
+    """ComfyUI's page in a browser; a context manager.
+
+    server: a started ComfyServer. locale: of the user interface, such as "zh". size: of the page, in pixels.
+    scale: screenshot pixels a page pixel. Attribute: page (playwright's).
+    """
+
+    def __init__(self, server, locale="en", size=(1600, 900), scale=1):
+        self.server, self.locale, self.size, self.scale = server, locale, size, scale
+
+    def __enter__(self):
+        executable = shutil.which("chromium") or shutil.which("chromium-browser")
+        if executable is None:
+            raise FileNotFoundError("no chromium in PATH; `apt-get install chromium` brings it")
+        self.server.post("/settings/Comfy.TutorialCompleted", True)  # else its dialog takes the clicks
+        self.server.post("/settings/Comfy.Locale", self.locale)
+        self._playwright = sync_playwright().start()
+        self._chromium = self._playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
+        width, height = self.size
+        self.page = self._chromium.new_page(viewport={"width": width, "height": height},
+                                            device_scale_factor=self.scale)
+        self.page.set_default_timeout(90_000)
+        self.reload()
+        return self
+
+    def __exit__(self, *_):
+        self._chromium.close()
+        self._playwright.stop()
+
+    def reload(self):
+        """Opens ComfyUI's page and waits until it can be worked with."""
+        self.page.goto(self.server.url)
+        self.page.wait_for_function("window.app?.vueAppReady && window.app.extensionManager && window.app.graph")
+
+    def open(self, workflow):
+        """Puts a workflow on the canvas, in UI or API format (a dict)."""
+        self.page.evaluate("""async workflow => {
+            if (workflow.nodes) await app.loadGraphData(workflow)
+            else await app.loadApiJson(workflow, 'workflow')
+        }""", workflow)
+        self.page.wait_for_timeout(500)  # widgets are laid out by the frames that follow
+
+    def graph(self):
+        """The graph on the canvas in UI format."""
+        return json.loads(self.page.evaluate("JSON.stringify(app.graph.serialize())"))  # undefined is left out, not null
+
+    def prompt(self):
+        """The graph on the canvas in API format, as ComfyUI would queue it."""
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def hide_bars(self):
+        """Leaves nothing of the page but the canvas."""
+        self.page.evaluate("""async () => {
+            const settings = {'Comfy.Minimap.Visible': false, 'Comfy.Graph.CanvasInfo': false,
+                              'Comfy.Graph.CanvasMenu': false}
+            for (const [name, value] of Object.entries(settings))
+                await app.extensionManager.setting.set(name, value)
+            await app.extensionManager.command.execute('Workspace.ToggleFocusMode')
+        }""")
+        self.page.wait_for_timeout(1000)
+
+    def show(self, bounds, margin=40):
+        """Fills the canvas with its part (x, y, width, height), `margin` pixels around it."""
+        self.page.evaluate("""([[x, y, width, height], margin]) => {
+            const canvas = app.canvas, view = canvas.canvas.getBoundingClientRect()
+            const scale = Math.min((view.width - 2 * margin) / width, (view.height - 2 * margin) / height)
+            canvas.ds.scale = scale
+            canvas.ds.offset = [view.width / scale / 2 - x - width / 2, view.height / scale / 2 - y - height / 2]
+            canvas.setDirty(true, true)
+        }""", [bounds, margin])
+        self.page.wait_for_timeout(500)
