@@ -38,14 +38,28 @@ def checkpoint(checkpoints) -> Path:
     return checkpoints()
 
 
+# Ranks and tests share few cores: threads that wait must not burn them.
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
 @pytest.fixture(scope="session")
-def runtimes():
-    """`runtimes(n)`: the session's group of n ranks on the CPU."""
+def new_runtime():
+    """`new_runtime(n)`: a group of n ranks on the CPU, not started yet; the caller stops it."""
+
+    def runtime(ranks: int, **environment: str) -> Runtime:
+        return Runtime(ParallelSpec(ranks=ranks), device="cpu", environment={**RANK_ENVIRONMENT, **environment})
+
+    return runtime
+
+
+@pytest.fixture(scope="session")
+def runtimes(new_runtime):
+    """`runtimes(n)`: the session's group of n ranks."""
     started = {}
 
     def runtime(ranks: int) -> Runtime:
         if ranks not in started:
-            started[ranks] = Runtime(ParallelSpec(ranks=ranks), device="cpu")
+            started[ranks] = new_runtime(ranks)
             started[ranks].start()
         return started[ranks]
 
