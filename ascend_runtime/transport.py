@@ -103,14 +103,13 @@ class Channel:
         return data + self._receive_exactly(_HEADER.size - len(data)), descriptors
 
     def _receive_exactly(self, size: int) -> bytes:
-        buffer = bytearray(size)
-        view = memoryview(buffer)
-        while view:
-            got = self._socket.recv_into(view)
-            if not got:
+        data = b""
+        while len(data) < size:  # once, unless a signal comes between
+            more = self._socket.recv(size - len(data), socket.MSG_WAITALL)
+            if not more:
                 raise ChannelClosed("the control connection ended inside a message")
-            view = view[got:]
-        return bytes(buffer)
+            data += more
+        return data
 
 
 def channel_pair() -> tuple[Channel, socket.socket]:
