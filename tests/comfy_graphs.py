@@ -1,0 +1,47 @@
+"""Graphs in API format for the tests: the pack's own text-to-video workflow, made small or changed."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "tiny_wan_text_to_video.json"
+PARALLEL, MODEL, ENCODER, VAE, POSITIVE, NEGATIVE, EMPTY, SAMPLER, DECODE, VIDEO, SAVE = map(str, range(1, 12))
+RANDOM = "random_wan"  # names under which the `comfyui` fixture has models
+HEAVY = "heavy_wan"
+
+
+def video(model=RANDOM, ranks=0, length=9, size=64, **sampler) -> dict:
+    """The workflow with this model for all parts; `sampler` changes widgets of Ascend Sampler."""
+    graph = copy.deepcopy(json.loads(WORKFLOW.read_text()))
+    for node in (MODEL, ENCODER, VAE):
+        graph[node]["inputs"]["model_name"] = model
+    graph[PARALLEL]["inputs"]["ranks"] = ranks
+    graph[EMPTY]["inputs"].update(width=size, height=size, length=length)
+    graph[SAMPLER]["inputs"].update({"steps": 3, **sampler})
+    return graph
+
+
+def latent(**changes) -> dict:
+    """The same as far as the sampler, with its latent saved."""
+    graph = video(**changes)
+    for node in (VAE, DECODE, VIDEO, SAVE):
+        del graph[node]
+    graph[SAVE] = save_latent([SAMPLER, 0])
+    return graph
+
+
+def save_latent(source: list) -> dict:
+    return {"class_type": "SaveLatent", "inputs": {"samples": source, "filename_prefix": "latents/test"}}
+
+
+def saved(server, prompt_id: str, node: str = SAVE) -> Path:
+    """The file that an output node of a finished prompt wrote."""
+    (outputs,) = [value for value in server.wait(prompt_id)["outputs"][node].values() if value != [True]]
+    return server.output / outputs[0]["subfolder"] / outputs[0]["filename"]
+
+
+def saved_latent(server, prompt_id: str, node: str = SAVE) -> torch.Tensor:
+    return load_file(saved(server, prompt_id, node))["latent_tensor"]

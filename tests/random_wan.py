@@ -1,0 +1,74 @@
+"""Random checkpoints for ComfyUI's model folders, in the forms that its users have."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import tiny_models
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+TEXT_DIM = 4096  # of UMT5-XXL; core ComfyUI's Wan has no other
+HEAD_DIM = 128  # core's Wan has no other
+
+
+def original_transformer(file: Path, seed: int = 0, heads: int = 2, ffn: int = 512, layers: int = 2) -> Path:
+    """A text-to-video transformer in one .safetensors file with the original's parameter names, fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = _original_shapes(heads * HEAD_DIM, ffn, layers)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: _random(name, shape, generator) for name, shape in shapes.items()}, file)
+    return file
+
+
+def heavy_transformer(folder: Path, seed: int = 0) -> Path:
+    """A diffusers folder with a transformer alone, which weighs 101 MB and takes the small models' text."""
+    tiny_models.wan_transformer(seed, ffn_dim=65536).save_pretrained(folder / "transformer")
+    return _as_pipeline(folder)
+
+
+def wide_text_encoder(folder: Path, seed: int = 0) -> Path:
+    """A diffusers folder with a UMT5 of one layer that is as wide as the real one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(tiny_models.TOKENIZER, folder / "tokenizer")
+    words = len(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+    config = UMT5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1, dropout_rate=0.0)
+    tiny_models.randomise(UMT5EncoderModel(config), seed).save_pretrained(folder / "text_encoder")
+    return _as_pipeline(folder)
+
+
+def _as_pipeline(folder: Path) -> Path:
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    return folder
+
+
+def _original_shapes(dim: int, ffn: int, layers: int, channels: int = 16, freq: int = 256) -> dict[str, tuple]:
+    def linear(name: str, out: int, into: int) -> dict[str, tuple]:
+        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+
+    shapes = {"patch_embedding.weight": (dim, channels, 1, 2, 2), "patch_embedding.bias": (dim,)}
+    shapes |= linear("text_embedding.0", dim, TEXT_DIM) | linear("text_embedding.2", dim, dim)
+    shapes |= linear("time_embedding.0", dim, freq) | linear("time_embedding.2", dim, dim)
+    shapes |= linear("time_projection.1", 6 * dim, dim)
+    shapes |= linear("head.head", 4 * channels, dim) | {"head.modulation": (1, 2, dim)}
+    for index in range(layers):
+        block = f"blocks.{index}"
+        for attention in ("self_attn", "cross_attn"):
+            for part in "qkvo":
+                shapes |= linear(f"{block}.{attention}.{part}", dim, dim)
+            shapes |= {f"{block}.{attention}.norm_{part}.weight": (dim,) for part in "qk"}
+        shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,), f"{block}.modulation": (1, 6, dim)}
+        shapes |= linear(f"{block}.ffn.0", ffn, dim) | linear(f"{block}.ffn.2", dim, ffn)
+    return shapes
+
+
+def _random(name: str, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+    """Matrices keep the variance of what goes in; biases are small, norms near one, modulation neither."""
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name and name.endswith("weight"):
+        return 1 + 0.1 * noise
+    if name.endswith("modulation"):
+        return 0.3 * noise
+    return 0.1 * noise if len(shape) == 1 else noise / math.sqrt(math.prod(shape[1:]))
