@@ -21,8 +21,8 @@ class Sampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the video shall show."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo; or a latent to start from, with sigmas "
-                    "that begin below 1.",
+                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo; or a latent to start from, with "
+                    "sigmas that begin below 1.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -54,7 +54,7 @@ class Sampler(io.ComfyNode):
                     "scheduler",
                     options=list(SCHEDULES),
                     default="wan",
-                    tooltip="How the steps are spread. wan: as the original does for this solver. simple: as core does.",
+                    tooltip="How the steps are spread. wan: as the original for this solver. simple: as core does.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -63,7 +63,7 @@ class Sampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Moves steps towards high noise. Wan's own: 5; 3 for 480p image-to-video, 12 for 2.2 T2V-A14B.",
+                    tooltip="Moves steps towards high noise. Wan's own: 5 for Wan 2.1, 12 for Wan2.2-T2V-A14B.",
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What the video shall not show. Not needed where cfg is 1."
