@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime queue`: every prompt x every seed of a workflow, one after the other, resumable."""
+"""Runs a workflow on a ComfyUI for every prompt and seed, one after the other; resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,20 +64,21 @@ def _seeds(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns the exit status: 0 all succeeded, 1 some did not, 2 could not go on, 130 interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` means what Ctrl+C does
     results: dict[str, dict] = {}
     jobs: list[Job] = []
     try:
-        images = _pair_images(arguments)
+        pairs = _pair_images(arguments)
         results = _read_results(arguments.results)
         graph = workflow.read(arguments.workflow, arguments.host, arguments.port)
-        jobs = _make_jobs(graph, arguments, images)
+        jobs = _make_jobs(graph, arguments, pairs)
         with Server(arguments.host, arguments.port) as server:
             _run_jobs(server, jobs, results, arguments)
     except QueueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the job that ran was taken back from ComfyUI", file=sys.stderr)
+        print("interrupted; nothing of this command is left in ComfyUI's queue", file=sys.stderr)
         return 130
     finally:
         _print_table([results[job.key] for job in jobs if job.key in results])
@@ -85,9 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read_lines(path: Path, option: str) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise QueueError(f"Cannot read {option} {path}: {error}. It must be a text file in UTF-8.") from None
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except OSError as error:
+        raise QueueError(f"Cannot read {option} {path}: {error.strerror}. Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise QueueError(f"{option} {path} is no text in UTF-8 ({error}). Save it as such.") from None
     if not (kept := [line for line in lines if line and not line.startswith("#")]):
         raise QueueError(f"{option} {path} has no line to use. Write one a line; lines that start with # are skipped.")
     return kept
@@ -144,6 +148,7 @@ def _run_job(server: Server, job: Job, timeout: float, bar: tqdm) -> dict:
     def on_step(node, step, steps):
         bar.set_postfix_str(f"{job.graph.get(node, {}).get('class_type', node)} {step}/{steps}")
 
+    bar.set_postfix_str(job.prompt[:30])
     record = {"key": job.key, "prompt": job.prompt, "seed": job.seed, "image": job.image and str(job.image)}
     if job.image:
         server.upload(job.image, _upload_name(job.image))
@@ -175,21 +180,27 @@ def _files(outputs: dict) -> list[str]:
 
 
 def _read_results(path: Path | None) -> dict[str, dict]:
-    """The last record of every job in a results file, by key."""
+    """The last record of every job in a results file, by key; the file is made if need be, before any work is done."""
     results: dict[str, dict] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path and path.exists() else [], 1):
-        try:
-            record = json.loads(line)
-            results[record["key"]] = record
-        except (ValueError, TypeError, KeyError):
-            raise QueueError(f"--results {path}, line {number} is no record of this command: {line[:80]!r}. "
-                             "Remove the line, or name another file.") from None
+    if path is None:
+        return results
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8") as file:
+            file.seek(0)
+            for line in file:
+                record = json.loads(line)
+                results[record["key"]] = record
+    except OSError as error:
+        raise QueueError(f"Cannot write --results {path}: {error.strerror}. Name another file.") from None
+    except (ValueError, TypeError, KeyError):
+        raise QueueError(f"--results {path} has a line that is no record of this command: {line[:80]!r}. "
+                         "Remove the line, or name another file.") from None
     return results
 
 
 def _append_result(path: Path | None, record: dict) -> None:
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import requests
 import websocket
@@ -21,7 +22,7 @@ class Server:
     server cannot be reached."""
 
     def __init__(self, host: str, port: int):
-        self.address = f"{host}:{port}"
+        self._host, self._port, self.address = host, port, f"{host}:{port}"
         self._client_id = uuid.uuid4().hex
         self._http = requests.Session()
         self._http.trust_env = False  # the address is meant literally: no proxy between
@@ -44,27 +45,27 @@ class Server:
 
     def run(self, graph: dict, timeout: float, on_step: Callable[[str, int, int], None]) -> dict | None:
         """Queues a graph and waits for its end; returns its history entry, or None if it was taken from the queue.
-        When this is cut short (Ctrl+C, timeout), the server's job is too.
+        When this is cut short (Ctrl+C, timeout, an error), the server's job is too.
 
         on_step: called with a node's id, its step and its number of steps.
         timeout: seconds the job may run, those in the queue not counted. Raises TimeoutError.
-        Raises QueueError with every node's reasons if ComfyUI refuses the graph.
+        Raises QueueError with every node's reasons if ComfyUI refuses the graph or an output of it.
         """
         job = str(uuid.uuid4())
         try:
             job = self._queue(graph, job)
             return self._follow(job, timeout, on_step)
-        except (TimeoutError, KeyboardInterrupt):
+        except (TimeoutError, KeyboardInterrupt, QueueError):
             self._take_back(job)
             raise
 
     def _queue(self, graph: dict, job: str) -> str:
         """The job's id: `job`, or the server's own where it is too old to take one."""
         body = {"prompt": graph, "prompt_id": job, "client_id": self._client_id}
-        answer = self._request("POST", "/prompt", json=body)
-        if answer.status_code == 400:
-            raise QueueError(_refusal(graph, answer.json()))
-        return answer.json()["prompt_id"]
+        answer = self._request("POST", "/prompt", json=body).json()
+        if "error" in answer or answer.get("node_errors"):  # with errors alone, ComfyUI runs the outputs without any
+            raise QueueError(_refusal(graph, answer))
+        return answer["prompt_id"]
 
     def _follow(self, job: str, timeout: float, on_step) -> dict | None:
         deadline = None
@@ -109,8 +110,10 @@ class Server:
 
     def _connect(self) -> None:
         try:
+            # connected here, as websocket-client would go through a proxy of the environment even to 127.0.0.1
+            connection = socket.create_connection((self._host, self._port), timeout=10)
             self._socket = websocket.create_connection(f"ws://{self.address}/ws?clientId={self._client_id}",
-                                                       timeout=10, http_no_proxy=["*"])
+                                                       socket=connection)
             self._socket.settimeout(TICK_S)
         except (websocket.WebSocketException, OSError) as error:
             raise self._unreachable(error) from None
@@ -132,9 +135,8 @@ class Server:
 
 def _refusal(graph: dict, body: dict) -> str:
     """ComfyUI's answer to a graph that its validation refused, a line a reason."""
-    lines = [f"ComfyUI refused the workflow: {body['error']['message']}"]
-    if details := body["error"].get("details"):
-        lines[0] += f" ({details})"
+    error = body.get("error", {"message": "Some of its outputs failed validation"})
+    lines = [f"ComfyUI refused the workflow: {error['message']} {error.get('details', '')}".rstrip()]
     for name, node in (body.get("node_errors") or {}).items():
         title = graph.get(name, {}).get("_meta", {}).get("title", node["class_type"])
         lines += [f"  node {name} ({title}): {error['message']}: {error['details']}" for error in node["errors"]]

@@ -9,10 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Iterator
 
 from . import QueueError
 
@@ -68,11 +68,14 @@ def _from_ui_format(path: Path, host: str, port: int) -> dict:
     environment = {**os.environ, "DO_NOT_TRACK": "1", "NO_PROXY": "*"}
     answer = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
     try:
-        return json.loads(answer.stdout.strip().splitlines()[-1])["data"]["prompt"]
+        envelope = json.loads(answer.stdout.strip().splitlines()[-1])
+        if envelope["ok"]:
+            return envelope["data"]["prompt"]
+        reason = envelope["error"]["message"]
     except (IndexError, ValueError, KeyError, TypeError):
-        raise QueueError(f"comfy-cli could not convert {path} from UI to API format; it said:\n"
-                         f"{(answer.stdout + answer.stderr).strip()}\n"
-                         "Export it in ComfyUI by Workflow > Export (API).") from None
+        reason = (answer.stdout + answer.stderr).strip()
+    raise QueueError(f"comfy-cli could not convert {path} from UI to API format: {reason}\n"
+                     "Mend that, or export the workflow in ComfyUI by Workflow > Export (API).")
 
 
 def find(graph: dict, target: Target) -> list[Widget]:
