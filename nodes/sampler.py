@@ -21,8 +21,8 @@ class Sampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="What the video shall show."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo; or a latent to start from, with "
-                    "sigmas that begin below 1.",
+                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo; or a latent to start from, "
+                    "with sigmas that begin below 1.",
                 ),
                 io.Int.Input(
                     "seed",
