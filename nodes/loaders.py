@@ -34,7 +34,8 @@ class LoadDiffusionModel(io.ComfyNode):
                     "model_name",
                     options=names,
                     tooltip="A diffusers folder of models/diffusers (both experts of Wan 2.2 in one), or a "
-                    ".safetensors file of models/diffusion_models. embedded/tiny_wan comes with the pack and runs anywhere.",
+                    ".safetensors file of models/diffusion_models. embedded/tiny_wan comes with the pack and "
+                    "runs anywhere.",
                 ),
                 dtype_input("float32 on a CPU, bfloat16 on an NPU or GPU"),
                 io.Combo.Input(
