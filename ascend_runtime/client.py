@@ -19,7 +19,8 @@ from torch import Tensor
 
 from . import devices, transport
 from .launcher import RankGroup
-from .protocol import Cancel, Decode, Describe, Done, Encode, Failed, Free, Load, Message, Ping, Preview, Progress, Sample
+from .protocol import Cancel, Decode, Describe, Done, Encode, Failed, Free, Load, Message, Ping, Preview
+from .protocol import Progress, Sample
 from .specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
 from .transport import ChannelClosed, SealedMessage
 

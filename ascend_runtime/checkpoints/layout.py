@@ -99,7 +99,7 @@ def _single_transformer(path: Path) -> Component:
             f"Its first tensors are {', '.join(sorted(shapes)[:4])}."
         )
     if any(dtype.startswith("F8") for dtype in dtypes):
-        raise ValueError(f"{path} holds fp8 weights, which cannot be read yet. Take the fp16 or bf16 file of the model.")
+        raise ValueError(f"{path} holds fp8 weights, which cannot be read yet. Take the model's fp16 or bf16 file.")
     return Component(path.parent, _config_of(shapes), (path,), original_names=True)
 
 
