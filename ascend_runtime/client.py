@@ -183,8 +183,8 @@ class Runtime:
     def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
         """The frames [B*T,H,W,3] in 0..1 of a latent [B,C,T,H,W], in memory that the ranks wrote to."""
         facts = self._do(lambda job: Describe(job=job, vae=vae), **hooks).info
-        if latent.ndim != 5:
-            raise ValueError(f"The latent has the shape {list(latent.shape)}; a video's is [B,C,T,H,W].")
+        if latent.ndim != 5 or not latent.numel():
+            raise ValueError(f"The latent has the shape {list(latent.shape)}; a video's is [B,C,T,H,W], all 1 or more.")
         batch, _, frames, height, width = latent.shape
         num_frames = batch * ((frames - 1) * facts["temporal"] + 1)
         shape = (num_frames, height * facts["spatial"], width * facts["spatial"], 3)

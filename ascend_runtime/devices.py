@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 KINDS = ("auto", "npu", "cuda", "cpu")
@@ -49,6 +52,12 @@ def resolve_ranks(ranks: int, kind: str) -> int:
             f"{ranks} ranks were asked for, but {visible} {kind} device(s) are visible. "
             "Set ranks to 0 to use what there is, or make more devices visible."
         )
+    cores = len(os.sched_getaffinity(0))
+    if kind == "cpu" and ranks > cores:
+        logger.warning(
+            "%d ranks were asked for, but there are %d CPU core(s): the ranks will wait for each other. "
+            "Set ranks to %d or fewer, or to 0 for one.", ranks, cores, cores,
+        )  # fmt: skip
     return ranks or visible
 
 

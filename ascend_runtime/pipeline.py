@@ -196,9 +196,10 @@ def _check_text(message, model: DiffusionModel) -> None:
     for name, text in (("positive", message.positive), ("negative", message.negative)):
         if text is None:
             continue
-        if text.ndim != 3 or text.shape[2] != width:
+        if text.ndim != 3 or text.shape[2] != width or text.shape[0] not in (1, message.latent.shape[0]):
             raise ValueError(
-                f"The {name} conditioning has the shape {list(text.shape)}; this model reads [1, tokens, {width}]. "
+                f"The {name} conditioning has the shape {list(text.shape)}; this model reads [1, tokens, {width}], "
+                f"or one such for each of the {message.latent.shape[0]} videos of the latent. "
                 "Encode the prompt with the text encoder that belongs to the model."
             )
         _check_finite(text, f"The {name} conditioning")
