@@ -74,7 +74,9 @@ class Channel:
 
     def poll(self, timeout: float = 0.0) -> bool:
         """Whether `receive` would find something, an end of file too, within `timeout` seconds."""
-        return bool(select.select([self._socket], [], [], timeout)[0])
+        poll = select.poll()  # unlike select(), it takes descriptors above 1023
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
 
     def receive(self) -> Message:
         """Waits for the next message. Raises ChannelClosed at the end of file."""

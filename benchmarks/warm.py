@@ -1,0 +1,92 @@
+"""What a group of ranks costs once, when it starts, and whether it stays as it was while it works job after job."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Iterator
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
+
+from .opens import OpenCounter
+from .report import Row, context_of
+
+MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
+STARTS, RUNS = 3, 50
+QUICK_STARTS, QUICK_RUNS = 1, 6
+SIZE = VideoSize(width=64, height=64, num_frames=5)
+STEPS = 2
+
+
+def run(quick: bool) -> Iterator[Row]:
+    starts, runs = (QUICK_STARTS, QUICK_RUNS) if quick else (STARTS, RUNS)
+    yield _cold_start(starts, quick)
+    with tempfile.TemporaryDirectory() as folder:  # a copy, so that nobody else's reading is counted
+        model = shutil.copytree(MODEL, Path(folder) / MODEL.name)
+        yield from _warm(str(model), runs, quick)
+
+
+def _cold_start(starts: int, quick: bool) -> Row:
+    """Two ranks from nothing to the first null request answered, the networks imported.
+
+    The first start, which may read its files from disk, is counted in a quick run alone.
+    """
+    seconds = []
+    for _ in tqdm(range(starts if quick else starts + 1), desc="cold start"):
+        with Runtime(ParallelSpec(ranks=2), device="cpu") as runtime:
+            start = time.perf_counter()
+            runtime.ping()
+            seconds.append(time.perf_counter() - start)
+    seconds = seconds[-starts:]
+    context = context_of(quick, ranks=2, starts=starts, fastest=round(min(seconds), 2), slowest=round(max(seconds), 2))
+    return Row(name="warm.cold_start_s", value=median(seconds), unit="s", better="lower", baseline=4.0, context=context)
+
+
+def _warm(model: str, runs: int, quick: bool) -> Iterator[Row]:
+    """The same whole job again and again: text, a few steps with guidance, frames."""
+    seconds, resident = [], []
+    with Runtime(ParallelSpec(ranks=2), device="cpu") as runtime:
+        _job(runtime, model)  # loads
+        processes = [psutil.Process(pid) for pid in (psutil.Process().pid, *runtime.pids)]
+        with OpenCounter(Path(model).rglob("*.safetensors")) as opens:
+            for _ in tqdm(range(runs - 1), desc="warm runs"):
+                start = time.perf_counter()
+                _job(runtime, model)
+                seconds.append(time.perf_counter() - start)
+                resident.append([process.memory_info().rss / 1e6 for process in processes])
+            opened = opens.count()
+    half = runs // 2 - 1
+    early, late = median(seconds[:half]), median(seconds[half:])  # of runs 2-25 and 26-50, where there are 50
+    slopes = np.polyfit(range(runs - 1), np.array(resident), 1)[0]  # MB a run: of the client, then of each rank
+    context = context_of(
+        quick,
+        ranks=2,
+        runs=runs,
+        job=f"{SIZE.num_frames} frames of {SIZE.width} x {SIZE.height}, {STEPS} steps, assets/tiny_wan",
+        early_s=round(early, 3),
+        late_s=round(late, 3),
+        slopes_mb=[round(float(slope), 4) for slope in slopes],
+    )
+    figures = (
+        ("warm.late_over_early", late / early, "ratio", 1.02),
+        ("warm.rss_slope_mb", sum(slopes), "MB/run", 1.0),
+        ("warm.weight_opens", opened, "files", 0),
+    )
+    for name, value, unit, bar in figures:
+        yield Row(name=name, value=float(value), unit=unit, better="lower", baseline=bar, context=context)
+
+
+def _job(runtime: Runtime, model: str) -> None:
+    encoder = TextEncoderSpec(path=model)
+    texts = [runtime.encode(encoder, text).tensor for text in ("A red circle moves to the right.", "")]
+    start = torch.zeros(SIZE.latent_shape())
+    latent = runtime.sample(DiffusionModelSpec(path=model), SampleSpec(steps=STEPS), start, *texts).tensor
+    runtime.decode(VaeSpec(path=model), latent)
