@@ -19,7 +19,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from comfy_browser import ComfyBrowser  # noqa: E402
 from comfy_server import ComfyServer  # noqa: E402
 
-COLUMNS, ROWS = 4, 2  # of frames
+COLUMNS, ROWS = 3, 3  # of frames: the template browser shows squares
 WIDTH = 1200  # pixels of a thumbnail
 GAP = 6
 QUALITY = 88

@@ -14,6 +14,11 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
              "--disable-component-update", "--disable-sync"]
 
 
+def chromium():
+    """The path of chromium; None where there is none."""
+    return shutil.which("chromium") or shutil.which("chromium-browser")
+
+
 class ComfyBrowser:
     """ComfyUI's page in a browser; a context manager.
 
@@ -25,7 +30,7 @@ class ComfyBrowser:
         self.server, self.locale, self.size, self.scale = server, locale, size, scale
 
     def __enter__(self):
-        executable = shutil.which("chromium") or shutil.which("chromium-browser")
+        executable = chromium()
         if executable is None:
             raise FileNotFoundError("no chromium in PATH; `apt-get install chromium` brings it")
         self.server.post("/settings/Comfy.TutorialCompleted", True)  # else its dialog takes the clicks
@@ -58,7 +63,7 @@ class ComfyBrowser:
 
     def graph(self):
         """The graph on the canvas in UI format."""
-        return json.loads(self.page.evaluate("JSON.stringify(app.graph.serialize())"))  # undefined is left out, not null
+        return json.loads(self.page.evaluate("JSON.stringify(app.graph.serialize())"))  # leaves undefined out
 
     def prompt(self):
         """The graph on the canvas in API format, as ComfyUI would queue it."""
@@ -73,6 +78,7 @@ class ComfyBrowser:
                 await app.extensionManager.setting.set(name, value)
             await app.extensionManager.command.execute('Workspace.ToggleFocusMode')
         }""")
+        self.page.add_style_tag(content=".comfy-menu-hamburger { display: none }")
         self.page.wait_for_timeout(1000)
 
     def show(self, bounds, margin=40):

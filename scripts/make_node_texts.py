@@ -1,0 +1,99 @@
+"""Carries the nodes' names and tooltips to where ComfyUI's page reads them, so that they are written once a language.
+
+    .venv/bin/python scripts/make_node_texts.py
+
+English is written in the schemas (nodes/): it goes to locales/en/nodeDefs.json. Other languages are translated by
+hand in locales/*/nodeDefs.json. Both go into the tables of inputs and outputs of the help pages in web/docs.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOCALES = REPOSITORY / "locales"
+DOCS = REPOSITORY / "web" / "docs"
+HEADS = {  # of the tables: title, columns
+    "en": {
+        "inputs": ("Inputs", "input", "type", "default", "what it does"),
+        "outputs": ("Outputs", "output", "type", "what it is"),
+        "optional": " (optional)",
+    },
+    "zh": {
+        "inputs": ("输入", "输入", "类型", "默认值", "说明"),
+        "outputs": ("输出", "输出", "类型", "说明"),
+        "optional": "（可选）",
+    },
+}
+sys.path.insert(0, str(REPOSITORY / "tests"))
+from comfy_server import ComfyServer  # noqa: E402
+
+
+def main():
+    with ComfyServer() as server:
+        nodes = {name: node for name, node in server.get("/object_info").items() if name.startswith("Ascend")}
+    english = LOCALES / "en" / "nodeDefs.json"
+    english.write_text(json.dumps(node_definitions(nodes), indent=2, ensure_ascii=False) + "\n")
+    for language in HEADS:
+        texts = json.loads((LOCALES / language / "nodeDefs.json").read_text())
+        for name, node in nodes.items():
+            page = DOCS / name / f"{language}.md"
+            page.write_text(with_tables(page.read_text(), node, texts[name], language))
+
+
+def node_definitions(nodes):
+    """The English texts of nodes, as ComfyUI's page looks them up, from what GET /object_info answers."""
+    return {name: _texts(node) for name, node in sorted(nodes.items())}
+
+
+def with_tables(page, node, texts, language):
+    """A help page (Markdown) whose tables of inputs and outputs say what the schema and the language's texts do."""
+    for part, rows in (("inputs", _input_rows(node, texts, language)), ("outputs", _output_rows(node, texts))):
+        title, *columns = HEADS[language][part]
+        table = "\n".join([_row(columns), "|" + "---|" * len(columns), *map(_row, rows)])
+        page, count = re.subn(rf"(?<=^## {title}\n\n)(\|.*\n)+", lambda _: table + "\n", page, flags=re.MULTILINE)
+        if count != 1:
+            raise ValueError(f"{node['name']}, {language}: the help page has no table under '## {title}'")
+    return page
+
+
+def _input_rows(node, texts, language):
+    for group in ("required", "optional"):
+        for name, (kind, options) in node["input"].get(group, {}).items():
+            label = _label(name, texts["inputs"][name]["name"])
+            label += HEADS[language]["optional"] if group == "optional" else ""
+            default = options.get("default", "")
+            yield label, kind, "-" if default == "" else f"`{default}`", texts["inputs"][name]["tooltip"]
+
+
+def _output_rows(node, texts):
+    for index, (name, kind) in enumerate(zip(node["output_name"], node["output"])):
+        output = texts["outputs"][str(index)]
+        yield _label(name, output["name"]), kind, output["tooltip"]
+
+
+def _label(name, shown):
+    return f"`{name}`" if name == shown else f"{shown} `{name}`"
+
+
+def _row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def _texts(node):
+    options = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    inputs = {name: {"name": name, "tooltip": more.get("tooltip", "")} for name, (_, more) in options.items()}
+    if any(more.get("control_after_generate") for _, more in options.values()):
+        inputs["control_after_generate"] = {"name": "control after generate"}  # the widget that the page adds
+    outputs = enumerate(zip(node["output_name"], node["output_tooltips"]))
+    return {
+        "display_name": node["display_name"],
+        "description": node["description"],
+        "inputs": inputs,
+        "outputs": {str(index): {"name": name, "tooltip": tooltip or ""} for index, (name, tooltip) in outputs},
+    }
+
+
+if __name__ == "__main__":
+    main()

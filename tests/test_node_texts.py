@@ -1,0 +1,114 @@
+"""What users read at every node: names, tooltips and help, in English and Chinese."""
+
+import json
+import re
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from comfy_browser import ComfyBrowser, chromium
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from make_node_texts import node_definitions, with_tables  # noqa: E402
+
+LANGUAGES = ("en", "zh")
+HEADINGS = {"en": ("## Inputs", "## Outputs", "## Hints", "## Example"),
+            "zh": ("## 输入", "## 输出", "## 提示", "## 示例")}
+MAX_REQUIRED = 4
+CHINESE = re.compile("[\u4e00-\u9fff]")
+
+
+@pytest.fixture(scope="module")
+def nodes(comfyui) -> dict:
+    """Our nodes as GET /object_info describes them."""
+    ours = {name: node for name, node in comfyui.get("/object_info").items() if name.startswith("Ascend")}
+    assert len(ours) == 8
+    return ours
+
+
+@pytest.fixture(scope="module")
+def translations(comfyui) -> dict:
+    return comfyui.get("/i18n")
+
+
+def keys(tree) -> set:
+    return {(key, *more) for key, value in tree.items() for more in (keys(value) if isinstance(value, dict) else [()])}
+
+
+def leaves(tree) -> list:
+    return [leaf for value in tree.values() for leaf in (leaves(value) if isinstance(value, dict) else [value])]
+
+
+def test_every_input_and_output_has_a_tooltip(nodes):
+    for name, node in nodes.items():
+        assert node["category"] == "Ascend" and node["description"], name
+        inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+        without = [key for key, (_, options) in inputs.items() if not options.get("tooltip")]
+        assert without == [] and all(node["output_tooltips"]), name
+
+
+def test_few_inputs_are_required(nodes):
+    required = {name: len(node["input"].get("required", {})) for name, node in nodes.items()}
+    del required["AscendSampler"]
+    assert max(required.values()) <= MAX_REQUIRED, required
+
+
+def test_english_names_are_those_of_the_schemas(nodes, translations):
+    assert translations["en"]["nodeDefs"] == node_definitions(nodes), "run scripts/make_node_texts.py"
+
+
+def test_chinese_has_the_keys_of_english(translations):
+    assert keys(translations["zh"]) == keys(translations["en"])
+    texts = leaves(translations["zh"])
+    assert all(text.strip() for text in texts)
+    tooltips = [path for path in keys(translations["zh"]) if path[-1] in ("tooltip", "description", "display_name")]
+    assert tooltips
+    for path in tooltips:
+        text = translations["zh"]
+        for key in path:
+            text = text[key]
+        assert CHINESE.search(text), f"{path}: {text}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_node_has_a_help_page(comfyui, nodes, translations, language):
+    for name, node in nodes.items():
+        url = f"{comfyui.url}/extensions/ascend-video/docs/{name}/{language}.md"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            page = answer.read().decode()
+        assert page.startswith(f"# {translations[language]['nodeDefs'][name]['display_name']}\n"), url
+        assert [heading for heading in HEADINGS[language] if f"\n{heading}\n" not in page] == [], url
+        texts = translations[language]["nodeDefs"][name]
+        assert page == with_tables(page, node, texts, language), f"{url}: run scripts/make_node_texts.py"
+
+
+def test_no_help_page_without_a_node(nodes):
+    assert {folder.name for folder in (REPOSITORY / "web" / "docs").iterdir()} == set(nodes)
+
+
+@pytest.mark.skipif(not chromium(), reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it")
+def test_page_shows_chinese_names_and_help(comfyui, translations):
+    """With the interface in Chinese: names on the canvas, and the help page of a node, as ComfyUI's page finds them."""
+    expected = translations["zh"]["nodeDefs"]["AscendSampler"]
+    with ComfyBrowser(comfyui, locale="zh") as browser:
+        browser.open(json.loads((REPOSITORY / "workflows" / "wan2.2_t2v_a14b_text_to_video.json").read_text()))
+        node = browser.page.evaluate("""() => {
+            const node = app.graph.nodes.find(node => node.type === 'AscendSampler')
+            return {title: node.constructor.title, category: node.constructor.category,
+                    inputs: node.inputs.map(input => [input.name, input.localized_name]),
+                    outputs: node.outputs.map(output => output.localized_name)}
+        }""")
+        assert node["title"] == expected["display_name"] and node["category"] == "昇腾"
+        assert dict(node["inputs"]) == {
+            key: texts["name"] for key, texts in expected["inputs"].items() if key != "control_after_generate"
+        }
+        assert node["outputs"] == [expected["outputs"]["0"]["name"]]
+        browser.page.evaluate("app.canvas.selectNode(app.graph.nodes.find(node => node.type === 'AscendSampler'))")
+        browser.page.get_by_test_id("info-button").click()
+        page = browser.page.locator(".node-help-content")
+        page.get_by_role("heading", name="官方设置").wait_for()
+        artefacts = REPOSITORY / ".cache" / "artefacts"
+        artefacts.mkdir(parents=True, exist_ok=True)
+        browser.page.screenshot(path=artefacts / "graph_zh.png")

@@ -1,0 +1,124 @@
+"""The shipped workflows: UI and API format say the same, open cleanly, lie well, and are in the template browser."""
+
+import io
+import json
+import urllib.request
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from comfy_browser import ComfyBrowser, chromium
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+WORKFLOWS = REPOSITORY / "workflows"
+ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
+NAMES = ["tiny_wan_text_to_video", "wan2.2_t2v_a14b_text_to_video"]
+TITLE_HEIGHT = 30  # of a node, above its position
+NOTES = ("MarkdownNote", "Note")  # of the page alone: the API format has none
+
+needs_chromium = pytest.mark.skipif(
+    not chromium(), reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it"
+)
+
+
+def ui(name) -> dict:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+
+
+def api(name) -> dict:
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+
+
+def without_titles(prompt) -> dict:
+    return {number: {key: node[key] for key in ("class_type", "inputs")} for number, node in prompt.items()}
+
+
+def box(node) -> tuple:
+    """left, top, right, bottom, with the title."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE_HEIGHT, x + width, y + height
+
+
+def inside(inner, outer) -> bool:
+    return inner[0] >= outer[0] and inner[1] >= outer[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
+
+
+def apart(one, other) -> bool:
+    return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_every_workflow_has_both_formats_and_a_thumbnail():
+    for folder, ending in ((WORKFLOWS, "json"), (WORKFLOWS / "api", "json"), (WORKFLOWS, "jpg")):
+        assert sorted(file.stem for file in folder.glob(f"*.{ending}")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_lie_apart_each_in_a_group(name):
+    workflow = ui(name)
+    assert workflow["version"] == 0.4
+    boxes = {node["id"]: box(node) for node in workflow["nodes"]}
+    assert [pair for pair in combinations(boxes, 2) if not apart(boxes[pair[0]], boxes[pair[1]])] == []
+    groups = []
+    for group in workflow["groups"]:
+        left, top, width, height = group["bounding"]
+        groups.append((left, top, left + width, top + height))
+    assert all(apart(*pair) for pair in combinations(groups, 2))
+    assert [node for node, its in boxes.items() if sum(inside(its, group) for group in groups) != 1] == []
+    notes = [node for node in workflow["nodes"] if node["type"] in NOTES]
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_run_from_left_to_right(name):
+    """Or down a column: a link never ends left of where its node begins."""
+    workflow = ui(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert workflow["links"]
+    for _, source, _, target, _, _ in workflow["links"]:
+        assert nodes[source]["pos"][0] <= nodes[target]["pos"][0], (source, target)
+
+
+@needs_chromium
+def test_page_makes_the_api_format_of_the_ui_format(comfyui):
+    """Opened in ComfyUI's own page, either format becomes the prompt that the API format is."""
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    with ComfyBrowser(comfyui) as browser:
+        errors = []
+        browser.page.on("pageerror", lambda error: errors.append(str(error)))
+        for name in NAMES:
+            browser.open(ui(name))
+            assert without_titles(browser.prompt()) == without_titles(api(name)), name
+            titles = {number: node["_meta"]["title"] for number, node in browser.prompt().items()}
+            assert titles == {number: node["_meta"]["title"] for number, node in api(name).items()}, name
+            browser.page.screenshot(path=ARTEFACTS / f"{name}.png")
+            browser.open(api(name))
+            assert without_titles(browser.prompt()) == without_titles(api(name)), name
+        assert errors == []
+
+
+def test_templates_are_served_with_thumbnails(comfyui):
+    listed = comfyui.get("/workflow_templates")["ascend-video"]
+    assert sorted(listed) == NAMES
+    for name in NAMES:
+        assert comfyui.get(f"/api/workflow_templates/ascend-video/{name}.json") == ui(name)
+        with urllib.request.urlopen(f"{comfyui.url}/api/workflow_templates/ascend-video/{name}.jpg", timeout=30) as answer:
+            picture = Image.open(io.BytesIO(answer.read()))
+        assert picture.format == "JPEG" and picture.width >= 600 and picture.height >= 300, name
+
+
+@needs_chromium
+def test_template_browser_shows_the_workflows(comfyui):
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    with ComfyBrowser(comfyui) as browser:
+        page = browser.page
+        page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        page.get_by_text("ascend-video", exact=True).first.click()
+        pictures = page.locator("img[src*='workflow_templates/ascend-video']")
+        page.wait_for_function("""count => {
+            const shown = [...document.querySelectorAll("img[src*='workflow_templates/ascend-video']")]
+            return new Set(shown.filter(image => image.naturalWidth).map(image => image.src)).size === count
+        }""", arg=len(NAMES))
+        assert pictures.count() >= len(NAMES)
+        page.wait_for_timeout(500)
+        page.screenshot(path=ARTEFACTS / "templates.png")
