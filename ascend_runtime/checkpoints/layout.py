@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -23,8 +24,9 @@ class Component:
 
     @property
     def fingerprint(self) -> tuple:
-        """Changes when a file on disk does."""
-        return tuple((str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self.shards)
+        """Changes when a file on disk does, the config too where there is one."""
+        config = () if self.original_names else (self.folder / "config.json",)
+        return tuple((str(file), *_state(file)) for file in (*config, *self.shards))
 
     @property
     def nbytes(self) -> int:
@@ -52,7 +54,7 @@ def find_component(path: str, name: str) -> Component:
 def find_transformer(path: str, name: str = "transformer") -> Component:
     """A diffusion transformer: in a diffusers folder, or a single .safetensors file with the original's names."""
     root = existing(path)
-    return _single_transformer(root) if root.is_file() else find_component(path, name)
+    return _single_transformer(root, *_state(root)) if root.is_file() else find_component(path, name)
 
 
 def has_component(path: str, name: str) -> bool:
@@ -88,8 +90,17 @@ def _shards_of(folder: Path) -> tuple[Path, ...]:
     return shards
 
 
-def _single_transformer(path: Path) -> Component:
-    """A file as ComfyUI's users have: the original's names, with or without a prefix; the config is in the shapes."""
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of the last change."""
+    return file.stat().st_size, file.stat().st_mtime_ns
+
+
+@lru_cache(maxsize=8)
+def _single_transformer(path: Path, size: int, changed_ns: int) -> Component:
+    """A file as ComfyUI's users have: the original's names, with or without a prefix; the config is in the shapes.
+
+    Kept until the file changes, so that a job on a loaded model opens none.
+    """
     with open_shard(path) as shard:
         shapes = {to_diffusers_name(key): shard.get_slice(key).get_shape() for key in shard.keys()}
         dtypes = {shard.get_slice(key).get_dtype() for key in shard.keys()}
