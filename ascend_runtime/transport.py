@@ -2,15 +2,20 @@
 
 A message's tensors are copied once into an anonymous memory file (memfd), whose descriptor goes to every
 receiver (SCM_RIGHTS). Such memory has no name: it is gone with the last process that holds it, however that ends.
+Large ones are used again once every receiver has let go, as new pages cost more than the copy into them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import select
 import socket
 import struct
+import threading
+import weakref
+from collections import deque
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +26,8 @@ from .protocol import Message, SharedTensor
 
 _HEADER = struct.Struct("<IQI")  # bytes of the body, bytes of the tensor block, descriptors
 _MAX_DESCRIPTORS = 8
+_LARGE = 1 << 20  # bytes from which a block is kept for the next message of its size
+_KEPT = 2  # large blocks kept by a process: what it sent last, and what a receiver may hold on to meanwhile
 
 
 class ChannelClosed(EOFError):
@@ -32,7 +39,7 @@ class SealedMessage:
 
     def __init__(self, message: Message):
         parcel = protocol.encode(message)
-        self._own = _memory_of(parcel) if parcel.size else None
+        self._own = _blocks.fill(parcel) if parcel.size else None
         descriptors = ([self._own] if self._own is not None else []) + list(parcel.shared)
         self._data = _HEADER.pack(len(parcel.body), parcel.size, len(descriptors)) + parcel.body
         self._descriptors = descriptors
@@ -149,13 +156,64 @@ def borrowed(shared: SharedTensor):
         os.close(shared.fd)
 
 
-def _memory_of(parcel: protocol.Parcel) -> int:
-    """A memory file that holds the parcel's tensors; `pwrite` spares the page faults of a mapping."""
-    fd = os.memfd_create("ascend-message")
-    os.ftruncate(fd, parcel.size)
-    for offset, tensor in parcel.tensors:
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        while data:
-            written = os.pwrite(fd, data, offset)
-            data, offset = data[written:], offset + written
-    return fd
+class _Block:
+    """Memory that carries the tensors of one message at a time.
+
+    Receivers get a second opening of its file, which is locked (flock). Such a lock lives as long as any descriptor
+    or mapping of that opening, in whatever process: so the kernel knows when the last receiver has let go.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self._fd = os.memfd_create("ascend-message")
+        weakref.finalize(self, os.close, self._fd)
+        os.ftruncate(self._fd, size)
+        self._memory = mmap.mmap(self._fd, size)
+
+    def is_free(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        return True
+
+    def open(self) -> int:
+        """A descriptor for receivers; the block is not free before all of its copies and mappings are gone."""
+        descriptor = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return descriptor
+
+    def write(self, offset: int, tensor: Tensor) -> None:
+        if tensor.numel():
+            place = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
+            place.view(tensor.shape).copy_(tensor.detach())
+
+
+class _Blocks:
+    """The blocks of this process."""
+
+    def __init__(self):
+        self._kept: deque[_Block] = deque(maxlen=_KEPT)
+        self._one_at_a_time = threading.Lock()
+
+    def fill(self, parcel: protocol.Parcel) -> int:
+        """The descriptor of a block that holds the parcel's tensors."""
+        with self._one_at_a_time:
+            block = self._find(parcel.size)
+            descriptor = block.open()
+        for offset, tensor in parcel.tensors:
+            block.write(offset, tensor)
+        return descriptor
+
+    def _find(self, size: int) -> _Block:
+        for block in self._kept:
+            if block.size == size and block.is_free():
+                return block
+        block = _Block(size)
+        if size >= _LARGE:
+            self._kept.append(block)
+        return block
+
+
+_blocks = _Blocks()
