@@ -23,7 +23,7 @@ NAMES = {
 def test_writes_its_figures(name, tmp_path):
     file = tmp_path / "figures.jsonl"
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--json", str(file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["name"] for row in rows} == NAMES[name] and len(rows) == len(NAMES[name])
