@@ -33,6 +33,13 @@ def latent(**changes) -> dict:
     return graph
 
 
+def heavy_latent(**changes) -> dict:
+    """The same by a transformer of 101 MB, whose steps take long enough to do something meanwhile."""
+    graph = latent(**changes)
+    graph[MODEL]["inputs"]["model_name"] = HEAVY
+    return graph
+
+
 def save_latent(source: list) -> dict:
     return {"class_type": "SaveLatent", "inputs": {"samples": source, "filename_prefix": "latents/test"}}
 

@@ -1,0 +1,62 @@
+"""Memory that is given back when ComfyUI asks: the weights of the ranks, or the ranks."""
+
+import comfy_graphs as graphs
+import pytest
+import torch
+from comfy_listener import Listener
+from rank_processes import ranks_of, resident_mb, seconds_until
+
+HEAVY_MB = 101  # of random_wan.heavy_transformer
+
+
+def heavy(seed: int) -> dict:
+    return graphs.heavy_latent(seed=seed, ranks=2, steps=1)
+
+
+def then_free(graph: dict, what: str) -> dict:
+    """The graph with Ascend Free Memory behind its sampler."""
+    free = {"class_type": "AscendFreeMemory", "inputs": {"what": what, "anything": [graphs.SAMPLER, 0]}}
+    return {**graph, "20": free, graphs.SAVE: graphs.save_latent(["20", 0])}
+
+
+@pytest.mark.parametrize("request_body", [{"unload_models": True}, {"unload_models": True, "free_memory": True}])
+def test_comfyuis_own_request_drops_the_weights(comfyui, request_body):
+    with Listener(comfyui) as listener:
+        expected = graphs.saved_latent(comfyui, listener.run(heavy(1)).prompt_id)
+        ranks = ranks_of(comfyui.process.pid)
+        assert len(ranks) == 2
+        loaded = {pid: resident_mb(pid) for pid in ranks.values()}
+        comfyui.post("/free", request_body)
+        given_back = lambda: all(loaded[pid] - resident_mb(pid) > 0.9 * HEAVY_MB for pid in loaded)  # noqa: E731
+        seconds_until(given_back, timeout=20)
+        print(", ".join(f"rank {r}: {loaded[pid]:.0f} -> {resident_mb(pid):.0f} MB" for r, pid in ranks.items()))
+        listener.run(heavy(2))
+        again = listener.run(heavy(1))
+        assert graphs.SAMPLER not in again.cached()
+        assert torch.equal(graphs.saved_latent(comfyui, again.prompt_id), expected)
+        assert ranks_of(comfyui.process.pid) == ranks
+
+
+def test_free_before_any_job_and_twice_is_no_error(comfyui):
+    for _ in range(2):
+        comfyui.post("/free", {"unload_models": True})
+    comfyui.wait(comfyui.queue(graphs.latent(seed=3)))
+
+
+def test_node_drops_the_weights(comfyui):
+    comfyui.wait(comfyui.queue(heavy(4)))
+    ranks = ranks_of(comfyui.process.pid)
+    loaded = {pid: resident_mb(pid) for pid in ranks.values()}
+    comfyui.wait(comfyui.queue(then_free(heavy(4), "weights")))
+    assert all(loaded[pid] - resident_mb(pid) > 0.9 * HEAVY_MB for pid in loaded)
+    assert ranks_of(comfyui.process.pid) == ranks
+
+
+def test_node_ends_the_ranks(comfyui):
+    prompt = comfyui.queue(then_free(graphs.latent(seed=5, ranks=2), "ranks"))
+    first = graphs.saved_latent(comfyui, prompt)
+    assert ranks_of(comfyui.process.pid) == {}
+    comfyui.wait(comfyui.queue(graphs.latent(seed=6, ranks=2)))
+    assert len(ranks_of(comfyui.process.pid)) == 2
+    again = graphs.saved_latent(comfyui, comfyui.queue(graphs.latent(seed=5, ranks=2)))
+    assert torch.equal(first, again)
