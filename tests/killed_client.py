@@ -1,0 +1,61 @@
+"""A process that uses the runtime as ComfyUI does, for tests that kill it: `killed_client.py CHECKPOINT LATENT`.
+
+Makes one video from nothing, says on standard output which phase it has come to, writes the latent to the file
+LATENT and then idles. What the job is, is known to the tests by `latent_of`.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+from ascend_runtime import (
+    DiffusionModelSpec,
+    ParallelSpec,
+    Runtime,
+    SampleSpec,
+    TextEncoderSpec,
+    VaeSpec,
+)
+from safetensors.torch import save_file
+
+PROMPT = "a red ball " * 160  # long enough for a while in the encoder
+SHAPE = (1, 16, 5, 8, 8)
+PHASES = ("start", "load", "encode", "step", "decode", "idle")
+_STAGES = {"load": "load", "encode": "encode", "denoise": "step", "decode": "decode"}
+
+
+def latent_of(runtime, folder, on_phase=lambda phase: None):
+    """The latent [B,C,T,H,W] of the one job, by way of all phases but the last."""
+    model, encoder, vae = (kind(path=str(folder)) for kind in (DiffusionModelSpec, TextEncoderSpec, VaeSpec))
+
+    def on_progress(stage, step, total):
+        on_phase(_STAGES[stage])
+
+    on_phase("start")
+    runtime.start()
+    text = runtime.encode(encoder, PROMPT, on_progress=on_progress).tensor
+    spec = SampleSpec(seed=1, steps=6, guidance_scale=3.0)
+    latent = runtime.sample(model, spec, torch.zeros(SHAPE), text, torch.zeros_like(text), on_progress=on_progress)
+    runtime.decode(vae, latent.tensor, on_progress=on_progress)
+    return latent.tensor
+
+
+def main():
+    folder, latent_file = map(Path, sys.argv[1:])
+    runtime = Runtime(ParallelSpec(ranks=2), device="cpu")
+    said = set()
+
+    def say(phase):
+        if phase not in said:
+            said.add(phase)
+            print(phase, flush=True)
+
+    latent = latent_of(runtime, folder, say)
+    save_file({"latent": latent}, latent_file)
+    say("idle")
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""A job ends within a step of the wish to cancel, and leaves ranks that go on as if it had not been."""
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+from ascend_runtime import JobCancelled, SampleSpec
+from killed_client import PROMPT, SHAPE
+from torch.testing import assert_close
+
+PATIENCE = 0.1  # seconds beyond a step
+SPEC = SampleSpec(seed=1, steps=8, guidance_scale=3.0)
+SHORT = SampleSpec(seed=1, steps=1, guidance_scale=3.0)
+
+
+@pytest.fixture(scope="module")
+def specs(checkpoints, specs_of):
+    return specs_of(checkpoints(layers=24, text_layers=24))
+
+
+def sample(runtime, specs, spec=SPEC, **hooks):
+    return runtime.sample(specs.model, spec, torch.zeros(SHAPE), specs.text(1), specs.text(2), **hooks).tensor
+
+
+@pytest.fixture(scope="module")
+def expected(two_ranks, specs):
+    """The short job, never cancelled."""
+    latent = sample(two_ranks, specs, SHORT)
+    assert latent.std() > 0.1
+    return latent
+
+
+@pytest.fixture
+def survivors(two_ranks, specs, expected):
+    """Two ranks; after the test they are the same processes, and the next job equals one never cancelled."""
+    pids = two_ranks.pids
+    yield two_ranks
+    assert_close(sample(two_ranks, specs, SHORT), expected, atol=1e-6, rtol=0.0)
+    assert two_ranks.pids == pids
+
+
+class Stopwatch:
+    """Notes how long the steps of jobs take, from an `on_progress`."""
+
+    def __init__(self):
+        self.steps = []
+        self.last = None
+
+    def __call__(self, stage, step, total):
+        now = time.monotonic()
+        if step > 1 and self.last is not None:
+            self.steps.append(now - self.last)
+        self.last = now
+
+
+def cancelled_after(job, moment, cancel):
+    """Seconds from a cancel, `moment` seconds after the job's begin, to the job's end; None if the job was faster."""
+    cancelled_at = []
+
+    def fire():
+        cancelled_at.append(time.monotonic())
+        cancel()
+
+    timer = threading.Timer(moment, fire)
+    timer.start()
+    try:
+        job()
+    except JobCancelled:
+        return time.monotonic() - cancelled_at[0]
+    finally:
+        timer.cancel()
+        timer.join()
+    return None
+
+
+def test_cancels_at_random_moments(request, survivors, specs, expected):
+    wanted = 50 if request.config.getoption("--all-cancels") else 10
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    watch, delays = Stopwatch(), []
+    began = time.monotonic()
+    sample(survivors, specs, on_progress=watch)
+    duration = time.monotonic() - began
+    for _ in range(3 * wanted):
+        delay = cancelled_after(
+            lambda: sample(survivors, specs, on_progress=watch), rng.uniform(0, duration), survivors.cancel
+        )
+        assert_close(sample(survivors, specs, SHORT), expected, atol=1e-6, rtol=0.0)
+        if delay is not None:
+            delays.append(delay)
+        if len(delays) == wanted:
+            break
+    assert len(delays) == wanted
+    print(f"slowest step {max(watch.steps):.3f} s, slowest cancel {max(delays):.3f} s")
+    assert max(delays) <= max(watch.steps) + PATIENCE
+
+
+@pytest.mark.parametrize("stage", ["load", "encode", "denoise", "decode"])
+def test_cancel_in_every_stage(survivors, specs, stage):
+    """From a callback of that stage, at its first step; the last one is never reached."""
+    told = []
+
+    def on_progress(at, step, total):
+        told.append((at, step, total))
+        if at == stage:
+            survivors.cancel()
+
+    if stage == "load":
+        survivors.free()
+    jobs = {
+        "load": lambda: survivors.load(specs.model, on_progress=on_progress),
+        "encode": lambda: survivors.encode(specs.encoder, PROMPT, on_progress=on_progress),
+        "denoise": lambda: sample(survivors, specs, on_progress=on_progress),
+        "decode": lambda: survivors.decode(specs.vae, torch.zeros(1, 16, 21, 8, 8), on_progress=on_progress),
+    }
+    pytest.raises(JobCancelled, jobs[stage])
+    steps = [step for at, step, total in told if at == stage]
+    assert steps and max(steps) < told[-1][2]
+
+
+def test_a_cancelled_load_is_begun_anew(survivors, specs, expected):
+    survivors.free()
+    pytest.raises(JobCancelled, survivors.load, specs.model, on_progress=lambda *_: survivors.cancel())
+    told = []
+    survivors.load(specs.model, on_progress=lambda *news: told.append(news))
+    assert told and told[-1][1] == told[-1][2]
+
+
+def test_should_cancel_is_asked(survivors, specs):
+    steps = []
+    with pytest.raises(JobCancelled):
+        sample(survivors, specs, on_progress=lambda *news: steps.append(news), should_cancel=lambda: len(steps) > 1)
+    assert len(steps) < SPEC.steps
+
+
+def test_cancel_without_a_job_does_nothing(survivors, specs, expected):
+    survivors.cancel()
+    assert_close(sample(survivors, specs, SHORT), expected, atol=1e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("hook", ["on_progress", "on_preview", "should_cancel"])
+def test_an_exception_in_a_callback_ends_the_job_and_nothing_else(survivors, specs, hook):
+    class Interrupted(Exception):
+        pass
+
+    calls = []
+
+    def callback(*_):
+        calls.append(time.monotonic())
+        raise Interrupted("by the user")
+
+    with pytest.raises(Interrupted, match="by the user"):
+        sample(survivors, specs, **{hook: callback})
+    assert calls
+
+
+def test_a_cancel_while_the_ranks_start(new_runtime, specs, expected):
+    with new_runtime(2) as runtime:
+        delay = cancelled_after(lambda: sample(runtime, specs), 0.5, runtime.cancel)
+        assert delay is not None
+        assert_close(sample(runtime, specs, SHORT), expected, atol=1e-6, rtol=0.0)
