@@ -14,17 +14,11 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCALES = REPOSITORY / "locales"
 DOCS = REPOSITORY / "web" / "docs"
-HEADS = {  # of the tables: title, columns
-    "en": {
-        "inputs": ("Inputs", "input", "type", "default", "what it does"),
-        "outputs": ("Outputs", "output", "type", "what it is"),
-        "optional": " (optional)",
-    },
-    "zh": {
-        "inputs": ("输入", "输入", "类型", "默认值", "说明"),
-        "outputs": ("输出", "输出", "类型", "说明"),
-        "optional": "（可选）",
-    },
+TABLES = {  # narrow, as the help stands in a side bar
+    "en": {"inputs": ("Inputs", "input", "what it does"), "outputs": ("Outputs", "output", "what it is"),
+           "optional": " Optional.", "default": " Default: "},
+    "zh": {"inputs": ("输入", "输入", "说明"), "outputs": ("输出", "输出", "说明"),
+           "optional": "可选。", "default": "默认值："},
 }
 sys.path.insert(0, str(REPOSITORY / "tests"))
 from comfy_server import ComfyServer  # noqa: E402
@@ -35,7 +29,7 @@ def main():
         nodes = {name: node for name, node in server.get("/object_info").items() if name.startswith("Ascend")}
     english = LOCALES / "en" / "nodeDefs.json"
     english.write_text(json.dumps(node_definitions(nodes), indent=2, ensure_ascii=False) + "\n")
-    for language in HEADS:
+    for language in TABLES:
         texts = json.loads((LOCALES / language / "nodeDefs.json").read_text())
         for name, node in nodes.items():
             page = DOCS / name / f"{language}.md"
@@ -50,7 +44,7 @@ def node_definitions(nodes):
 def with_tables(page, node, texts, language):
     """A help page (Markdown) whose tables of inputs and outputs say what the schema and the language's texts do."""
     for part, rows in (("inputs", _input_rows(node, texts, language)), ("outputs", _output_rows(node, texts))):
-        title, *columns = HEADS[language][part]
+        title, *columns = TABLES[language][part]
         table = "\n".join([_row(columns), "|" + "---|" * len(columns), *map(_row, rows)])
         page, count = re.subn(rf"(?<=^## {title}\n\n)(\|.*\n)+", lambda _: table + "\n", page, flags=re.MULTILINE)
         if count != 1:
@@ -59,18 +53,21 @@ def with_tables(page, node, texts, language):
 
 
 def _input_rows(node, texts, language):
+    words = TABLES[language]
     for group in ("required", "optional"):
-        for name, (kind, options) in node["input"].get(group, {}).items():
-            label = _label(name, texts["inputs"][name]["name"])
-            label += HEADS[language]["optional"] if group == "optional" else ""
-            default = options.get("default", "")
-            yield label, kind, "-" if default == "" else f"`{default}`", texts["inputs"][name]["tooltip"]
+        for name, (_, options) in node["input"].get(group, {}).items():
+            what = texts["inputs"][name]["tooltip"]
+            if group == "optional":
+                what += words["optional"]
+            if options.get("default", "") != "":
+                what += f"{words['default']}`{options['default']}`"
+            yield _label(name, texts["inputs"][name]["name"]), what
 
 
 def _output_rows(node, texts):
-    for index, (name, kind) in enumerate(zip(node["output_name"], node["output"])):
+    for index, name in enumerate(node["output_name"]):
         output = texts["outputs"][str(index)]
-        yield _label(name, output["name"]), kind, output["tooltip"]
+        yield _label(name, output["name"]), output["tooltip"]
 
 
 def _label(name, shown):

@@ -55,6 +55,8 @@ The embedded model is small: 64 x 64 pixels, 17 frames, one shape that moves. It
 | shape | colour | moving | background |
 |---|---|---|---|
 | circle, square, triangle | red, green, yellow, white, cyan | left, right, up, down | black, gray, blue, purple |
+
+点击**运行**即可，无需下载：任何机器（包括 CPU）都能生成。提示词请用上表中的英文词。
 """,
     "wan2.2_t2v_a14b_text_to_video": """\
 ## Wan2.2-T2V-A14B
@@ -70,6 +72,9 @@ modelscope download --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --local_dir Wan2.2-
 2. Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card.
 
 The settings are the original's. Other sizes: 1280 x 720, or any multiples of 16; length 4n+1.
+
+将上述 diffusers 目录下载到 `ComfyUI/models/diffusers`（Hugging Face 或 ModelScope 任选其一），按 **R** 刷新后点击**运行**。\
+并行配置全部为 0 时使用所有可见的卡。
 """,
 }
 

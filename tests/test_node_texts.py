@@ -17,7 +17,15 @@ LANGUAGES = ("en", "zh")
 HEADINGS = {"en": ("## Inputs", "## Outputs", "## Hints", "## Example"),
             "zh": ("## 输入", "## 输出", "## 提示", "## 示例")}
 MAX_REQUIRED = 4
+KEEPS_TRANSLATIONS = (1, 34, 8)  # of ComfyUI's page
+WORKFLOW = REPOSITORY / "workflows" / "wan2.2_t2v_a14b_text_to_video.json"
+SAMPLER = "app.graph.nodes.find(node => node.type === 'AscendSampler')"
+ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
 CHINESE = re.compile("[\u4e00-\u9fff]")
+
+needs_chromium = pytest.mark.skipif(
+    not chromium(), reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,27 +96,40 @@ def test_no_help_page_without_a_node(nodes):
     assert {folder.name for folder in (REPOSITORY / "web" / "docs").iterdir()} == set(nodes)
 
 
-@pytest.mark.skipif(not chromium(), reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it")
-def test_page_shows_chinese_names_and_help(comfyui, translations):
-    """With the interface in Chinese: names on the canvas, and the help page of a node, as ComfyUI's page finds them."""
+@needs_chromium
+def test_page_shows_chinese_help(comfyui):
+    """With the interface in Chinese, a node's info button opens its Chinese help page."""
+    with ComfyBrowser(comfyui, locale="zh") as browser:
+        browser.open(json.loads(WORKFLOW.read_text()))
+        browser.page.evaluate(f"app.canvas.selectNode({SAMPLER})")
+        browser.page.get_by_test_id("info-button").click()
+        browser.page.get_by_role("heading", name="官方设置").wait_for()
+        screenshot(browser, "help_zh")
+
+
+@needs_chromium
+def test_page_shows_chinese_names(comfyui, translations):
+    """With the interface in Chinese, a node on the canvas has its Chinese names."""
     expected = translations["zh"]["nodeDefs"]["AscendSampler"]
     with ComfyBrowser(comfyui, locale="zh") as browser:
-        browser.open(json.loads((REPOSITORY / "workflows" / "wan2.2_t2v_a14b_text_to_video.json").read_text()))
-        node = browser.page.evaluate("""() => {
-            const node = app.graph.nodes.find(node => node.type === 'AscendSampler')
-            return {title: node.constructor.title, category: node.constructor.category,
-                    inputs: node.inputs.map(input => [input.name, input.localized_name]),
-                    outputs: node.outputs.map(output => output.localized_name)}
-        }""")
-        assert node["title"] == expected["display_name"] and node["category"] == "昇腾"
-        assert dict(node["inputs"]) == {
-            key: texts["name"] for key, texts in expected["inputs"].items() if key != "control_after_generate"
-        }
-        assert node["outputs"] == [expected["outputs"]["0"]["name"]]
-        browser.page.evaluate("app.canvas.selectNode(app.graph.nodes.find(node => node.type === 'AscendSampler'))")
-        browser.page.get_by_test_id("info-button").click()
-        page = browser.page.locator(".node-help-content")
-        page.get_by_role("heading", name="官方设置").wait_for()
-        artefacts = REPOSITORY / ".cache" / "artefacts"
-        artefacts.mkdir(parents=True, exist_ok=True)
-        browser.page.screenshot(path=artefacts / "graph_zh.png")
+        version = browser.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
+        if tuple(map(int, version.split(".")[:3])) < KEEPS_TRANSLATIONS:
+            pytest.skip(f"ComfyUI's page {version} forgets the translations of every pack when it loads a language "
+                        "(mended by Comfy-Org/ComfyUI_frontend#7214)")
+        browser.open(json.loads(WORKFLOW.read_text()))
+        node = browser.page.evaluate(f"""() => {{
+            const node = {SAMPLER}
+            return {{title: node.title, category: node.constructor.category,
+                     inputs: node.inputs.map(input => [input.name, input.localized_name]),
+                     outputs: node.outputs.map(output => output.localized_name)}}
+        }}""")
+        screenshot(browser, "graph_zh")
+    assert (node["title"], node["category"]) == (expected["display_name"], "昇腾")
+    names = {key: texts["name"] for key, texts in expected["inputs"].items() if key != "control_after_generate"}
+    assert dict(node["inputs"]) == names
+    assert node["outputs"] == [expected["outputs"]["0"]["name"]]
+
+
+def screenshot(browser, name):
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    browser.page.screenshot(path=ARTEFACTS / f"{name}.png")
