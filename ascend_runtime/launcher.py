@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import selectors
 import signal
 import socket
@@ -44,6 +45,7 @@ class Rank:
     process: subprocess.Popen
     channel: Channel
     output: int  # file descriptor of what it prints
+    unfinished: bytes = b""  # the line that it has begun to print
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_WORDS))
 
 
@@ -200,9 +202,11 @@ class RankGroup:
     def _forward(self, rank: Rank) -> bool:
         """Logs the rank's lines; False at the end of its output, which is its death."""
         data = os.read(rank.output, 65536)
-        for line in data.decode(errors="replace").splitlines():
-            rank.last_words.append(line)
-            logger.info("rank %d | %s", rank.rank, line)
+        *lines, rank.unfinished = re.split(rb"[\r\n]+", rank.unfinished + (data or b"\n"))
+        for line in filter(None, lines):
+            text = line.decode(errors="replace")
+            rank.last_words.append(text)
+            logger.info("rank %d | %s", rank.rank, text)
         return bool(data)
 
     def _bury(self, rank: Rank) -> None:
