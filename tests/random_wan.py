@@ -34,7 +34,7 @@ def wide_text_encoder(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(tiny_models.TOKENIZER, folder / "tokenizer")
     words = len(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
-    config = UMT5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1, dropout_rate=0.0)
+    config = UMT5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1)
     tiny_models.randomise(UMT5EncoderModel(config), seed).save_pretrained(folder / "text_encoder")
     return _as_pipeline(folder)
 

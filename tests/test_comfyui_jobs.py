@@ -63,10 +63,10 @@ def test_second_run_reads_no_weights_and_keeps_the_ranks(comfyui, listener, chec
 
 def test_the_watch_on_weights_sees_a_load(comfyui, listener, checkpoint):
     """The test above proves nothing if a load goes unseen."""
-    comfyui.post("/free", {"unload_models": True})
+    listener.run({"1": {"class_type": "AscendFreeMemory", "inputs": {"what": "weights"}}})
     with Opened(checkpoint.rglob("*.safetensors")) as opened:
         listener.run(graphs.video(seed=3))
-    assert {file.parent.name for file in opened.files()} == {"transformer", "vae"}
+    assert {file.parent.name for file in opened.files()} == {"text_encoder", "transformer", "vae"}
 
 
 def test_the_seed_decides_on_any_number_of_ranks(comfyui, listener):
@@ -77,6 +77,7 @@ def test_the_seed_decides_on_any_number_of_ranks(comfyui, listener):
         run = listener.run(graph)
         assert graphs.SAMPLER not in run.cached()
         assert len(ranks_of(comfyui.process.pid)) == cfg_degree * ulysses_degree
+        assert f"cfg_degree {cfg_degree}, ulysses_degree {ulysses_degree}, denoise" in comfyui.log
         latents.append(graphs.saved_latent(comfyui, run.prompt_id))
     errors = [(other - latents[0]).abs().max().item() for other in latents[1:]]
     print(f"one rank and cfg 2 differ by at most {errors[0]:.1e}, one rank and Ulysses 2 by {errors[1]:.1e}")

@@ -104,7 +104,7 @@ REFUSED = {
     conditioning_for_a_part_of_the_steps: ["positive", "end_percent", "start_percent", "text encode node directly"],
     two_conditionings: ["2 parts", "one text"],
     no_negative: ["needs a negative prompt", "guidance_scale to 1"],
-    sigmas_of_another_kind_of_model: ["sigmas are [14.0, 0.5, 0.0]", "from at most 1"],
+    sigmas_of_another_kind_of_model: ["sigmas are [14.0", "from at most 1 down"],
 }
 
 
