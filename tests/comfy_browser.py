@@ -78,7 +78,7 @@ class ComfyBrowser:
                 await app.extensionManager.setting.set(name, value)
             await app.extensionManager.command.execute('Workspace.ToggleFocusMode')
         }""")
-        self.page.add_style_tag(content=".comfy-menu-hamburger { display: none }")
+        self.page.add_style_tag(content=".comfy-menu-hamburger { display: none !important }")
         self.page.wait_for_timeout(1000)
 
     def show(self, bounds, margin=40):

@@ -34,6 +34,11 @@ def without_titles(prompt) -> dict:
     return {number: {key: node[key] for key in ("class_type", "inputs")} for number, node in prompt.items()}
 
 
+def own_titles(prompt) -> dict:
+    """Titles of the pack's nodes; those of core nodes change with ComfyUI's version."""
+    return {number: node["_meta"]["title"] for number, node in prompt.items() if node["class_type"].startswith("Ascend")}
+
+
 def box(node) -> tuple:
     """left, top, right, bottom, with the title."""
     (x, y), (width, height) = node["pos"], node["size"]
@@ -89,8 +94,7 @@ def test_page_makes_the_api_format_of_the_ui_format(comfyui):
         for name in NAMES:
             browser.open(ui(name))
             assert without_titles(browser.prompt()) == without_titles(api(name)), name
-            titles = {number: node["_meta"]["title"] for number, node in browser.prompt().items()}
-            assert titles == {number: node["_meta"]["title"] for number, node in api(name).items()}, name
+            assert own_titles(browser.prompt()) == own_titles(api(name)), name
             browser.page.screenshot(path=ARTEFACTS / f"{name}.png")
             browser.open(api(name))
             assert without_titles(browser.prompt()) == without_titles(api(name)), name
