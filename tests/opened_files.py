@@ -32,7 +32,7 @@ class Opened:
         os.close(self._inotify)
 
     def files(self) -> list[Path]:
-        """The opened files, once for each time; to be asked after the block."""
+        """The opened files in order, where one in a row counts once; to be asked after the block."""
         return self._found
 
     def _events(self):

@@ -2,6 +2,7 @@
 
 import comfy_graphs as graphs
 import pytest
+from opened_files import Opened
 
 MODEL = "original_wan.safetensors"
 TOLERANCE = 1e-3
@@ -38,3 +39,16 @@ def test_weights_text_and_guidance_all_show_in_the_latent(comfyui):
     one = graphs.saved_latent(comfyui, comfyui.queue(both(4, 1.0, 5.0, seed=3)), "core")
     guided = graphs.saved_latent(comfyui, comfyui.queue(both(4, 4.0, 5.0, seed=3)), "core")
     assert (one - guided).abs().max() > 100 * TOLERANCE
+
+
+def test_a_loaded_file_is_not_opened_again(comfyui):
+    """Its config is read off its header, which is no reason to open it in every job."""
+    opened = []
+    for seed in (1, 2):
+        graph = both(1, 1.0, 5.0, seed)
+        for node in ("20", "21", "22", "core"):
+            del graph[node]
+        with Opened([comfyui.base / "models" / "diffusion_models" / MODEL]) as watch:
+            comfyui.wait(comfyui.queue(graph))
+        opened.append(watch.files())
+    assert opened[1] == []
