@@ -36,7 +36,8 @@ def without_titles(prompt) -> dict:
 
 def own_titles(prompt) -> dict:
     """Titles of the pack's nodes; those of core nodes change with ComfyUI's version."""
-    return {number: node["_meta"]["title"] for number, node in prompt.items() if node["class_type"].startswith("Ascend")}
+    ours = {number: node for number, node in prompt.items() if node["class_type"].startswith("Ascend")}
+    return {number: node["_meta"]["title"] for number, node in ours.items()}
 
 
 def box(node) -> tuple:
