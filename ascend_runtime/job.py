@@ -13,7 +13,7 @@ import torch.distributed as dist
 from . import devices
 from .parallel.mesh import highest
 from .pipeline import Pipeline
-from .protocol import Cancel, Decode, Describe, Done, Encode, Failed, Free, Load, Message, Ping, Preview
+from .protocol import Cancel, Decode, Describe, Encode, Failed, Free, Load, Message, Ping, Preview
 from .protocol import Progress, Ready, Sample, Shutdown
 from .transport import Channel, ChannelClosed
 

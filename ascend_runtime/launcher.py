@@ -79,7 +79,10 @@ class RankGroup:
 
     @property
     def alive(self) -> bool:
-        return self._watcher.is_alive() and self._death is None and not self._stopping
+        """Whether a job may be given to these ranks; a death that the watcher is yet to see counts as one."""
+        if self._death is not None or self._stopping or not self._watcher.is_alive():
+            return False
+        return all(rank.process.poll() is None for rank in self.ranks)
 
     def died(self, doing: str) -> RankDied:
         """The error for a job that lost a rank while `doing` something; waits for the watcher to learn which."""

@@ -146,7 +146,7 @@ class Failed(Message):
     traceback: str = ""
 
 
-Any_Message = (
+AnyMessage = (
     Ping | Load | Encode | Sample | Decode | Describe | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
@@ -193,7 +193,7 @@ class _Reader(threading.local):
     """A decoder a thread, kept: to make one takes ten times as long as to read a message with it."""
 
     def __init__(self):
-        self._decoder = msgspec.msgpack.Decoder(Any_Message, dec_hook=self._place)
+        self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._place)
         self._block, self._shared = None, []
 
     def read(self, body: bytes, block, shared: list[int]) -> Message:
