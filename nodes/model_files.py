@@ -31,18 +31,17 @@ def path_of(name: str) -> str:
     folder = diffusers_folders().get(name)
     path = str(folder) if folder else folder_paths.get_full_path("diffusion_models", name)
     if path is None:
-        places = ", ".join(folder_paths.get_folder_paths("diffusers") + folder_paths.get_folder_paths("diffusion_models"))
-        known = ", ".join(transformer_names())
+        folders = [*folder_paths.get_folder_paths("diffusers"), *folder_paths.get_folder_paths("diffusion_models")]
         raise ValueError(
-            f"There is no model {name!r}. There are: {known}. Put a diffusers folder (such as "
-            "Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope) into models/diffusers, or a transformer's "
-            f".safetensors file into models/diffusion_models. Looked in: {places}."
+            f"There is no model {name!r}. There are: {', '.join(transformer_names())}. Put a diffusers folder (such as "
+            "Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope) into models/diffusers, or the "
+            f".safetensors file of a transformer into models/diffusion_models. Looked in: {', '.join(folders)}."
         )
     return path
 
 
 def check(name: str | None) -> bool | str:
-    """For a node's validate_inputs: True, or what is wrong. A name that is None comes by a link, and is checked later."""
+    """For a node's validate_inputs: True, or what is wrong. None stands for a link, checked when the graph runs."""
     try:
         if name is not None:
             path_of(name)
