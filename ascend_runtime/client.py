@@ -256,7 +256,10 @@ class _Submission:
             raise self.group.died(f"the job {type(self.message).__name__.lower()!r}") from None
         if self.caller_error is not None:
             raise self.caller_error
-        return self._result()
+        result = self._result()
+        if self.cancel_sent:  # too late for the ranks, but what was to follow must not begin
+            raise JobCancelled("The job was cancelled.")
+        return result
 
     def _broadcast(self, message: Message) -> None:
         with SealedMessage(message) as sealed:

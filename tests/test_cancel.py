@@ -157,8 +157,11 @@ def test_an_exception_in_a_callback_ends_the_job_and_nothing_else(survivors, spe
     assert calls
 
 
-def test_a_cancel_while_the_ranks_start(new_runtime, specs, expected):
+@pytest.mark.parametrize("job", [
+    lambda runtime, specs: sample(runtime, specs),
+    lambda runtime, specs: runtime.decode(specs.vae, torch.zeros(SHAPE)),  # which asks about the VAE before it decodes
+], ids=["sample", "decode"])  # fmt: skip
+def test_a_cancel_while_the_ranks_start(new_runtime, specs, expected, job):
     with new_runtime(2) as runtime:
-        delay = cancelled_after(lambda: sample(runtime, specs), 0.5, runtime.cancel)
-        assert delay is not None
+        assert cancelled_after(lambda: job(runtime, specs), 0.3, runtime.cancel) is not None
         assert_close(sample(runtime, specs, SHORT), expected, atol=1e-6, rtol=0.0)
