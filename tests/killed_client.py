@@ -37,7 +37,8 @@ def latent_of(runtime, folder, on_phase=lambda phase: None):
     text = runtime.encode(encoder, PROMPT, on_progress=on_progress).tensor
     spec = SampleSpec(seed=1, steps=6, guidance_scale=3.0)
     latent = runtime.sample(model, spec, torch.zeros(SHAPE), text, torch.zeros_like(text), on_progress=on_progress)
-    runtime.decode(vae, latent.tensor, on_progress=on_progress)
+    long = latent.tensor.repeat(1, 1, 4, 1, 1)
+    runtime.decode(vae, long, on_progress=on_progress)
     return latent.tensor
 
 
