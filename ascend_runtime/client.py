@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import devices, transport
+from .checkpoints.layout import frames_shape
 from .launcher import RankGroup
-from .protocol import Cancel, Decode, Describe, Done, Encode, Failed, Free, Load, Message, Ping, Preview
+from .protocol import Cancel, Decode, Done, Encode, Failed, Free, Load, Message, Ping, Preview
 from .protocol import Progress, Sample
 from .specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
 from .transport import ChannelClosed, SealedMessage
@@ -182,12 +183,7 @@ class Runtime:
 
     def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
         """The frames [B*T,H,W,3] in 0..1 of a latent [B,C,T,H,W], in memory that the ranks wrote to."""
-        facts = self._do(lambda job: Describe(job=job, vae=vae), **hooks).info
-        if latent.ndim != 5 or not latent.numel():
-            raise ValueError(f"The latent has the shape {list(latent.shape)}; a video's is [B,C,T,H,W], all 1 or more.")
-        batch, _, frames, height, width = latent.shape
-        num_frames = batch * ((frames - 1) * facts["temporal"] + 1)
-        shape = (num_frames, height * facts["spatial"], width * facts["spatial"], 3)
+        shape = frames_shape(vae.path, latent.shape)
         with transport.lend(shape, torch.float32) as (image, shared):
             done = self._do(lambda job: Decode(job=job, vae=vae, latent=latent, frames=shared), **hooks)
         return Result(image, done.seconds)

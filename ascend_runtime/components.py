@@ -171,16 +171,6 @@ def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor):
     return vae.eval()
 
 
-def vae_facts(spec: VaeSpec) -> dict[str, int]:
-    """What a client must know of a VAE to make room for its frames; reads its config alone."""
-    config = find_component(spec.path, "vae").config
-    return {
-        "channels": config.get("z_dim", 16),
-        "spatial": config.get("scale_factor_spatial", 8),
-        "temporal": config.get("scale_factor_temporal", 4),
-    }
-
-
 def _dtype(name: str, automatic: torch.dtype) -> torch.dtype:
     return automatic if name == "auto" else getattr(torch, name)
 

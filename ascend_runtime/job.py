@@ -13,7 +13,7 @@ import torch.distributed as dist
 from . import devices
 from .parallel.mesh import highest
 from .pipeline import Pipeline
-from .protocol import Cancel, Decode, Describe, Encode, Failed, Free, Load, Message, Ping, Preview
+from .protocol import Cancel, Decode, Encode, Failed, Free, Load, Message, Ping, Preview
 from .protocol import Progress, Ready, Sample, Shutdown
 from .transport import Channel, ChannelClosed
 
@@ -140,7 +140,6 @@ _WORK = {
     Load: Pipeline.load,
     Encode: Pipeline.encode,
     Sample: Pipeline.sample,
-    Describe: Pipeline.describe,
     Decode: Pipeline.decode,
     Free: Pipeline.free,
 }

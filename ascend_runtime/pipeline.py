@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import devices
-from .components import Components, DiffusionModel, vae_facts
+from .components import Components, DiffusionModel
 from .parallel.cfg import guided
 from .parallel.mesh import mesh_of
 from .parallel.sequence import Ulysses, WholeSequence
@@ -75,9 +75,6 @@ class Pipeline:
         _check_finite(latent, "The denoised latent")
         plan = {"cfg_degree": cfg_degree, "ulysses_degree": ulysses_degree}
         return _done(job, tensor=latent if self.rank == 0 else None, info=plan)
-
-    def describe(self, job) -> Done:
-        return _done(job, info=vae_facts(job.message.vae))
 
     def decode(self, job) -> Done:
         message = job.message
@@ -176,9 +173,10 @@ def _check_channels(latent: Tensor, vae) -> None:
 
 def _check_latent(latent: Tensor, model: DiffusionModel) -> None:
     channels = model.high_noise.config.out_channels
-    if latent.ndim != 5 or latent.shape[1] != channels:
+    if latent.ndim != 5 or latent.shape[1] != channels or not latent.numel():
         raise ValueError(
-            f"The latent has the shape {list(latent.shape)}; this model makes videos of [B,{channels},T,H,W]. "
+            f"The latent has the shape {list(latent.shape)}; this model makes videos of [B,{channels},T,H,W], "
+            "all 1 or more. "
             "Use an empty video latent (EmptyHunyuanLatentVideo) for it."
         )
     _, _, frames, height, width = latent.shape

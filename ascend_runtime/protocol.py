@@ -84,13 +84,6 @@ class Decode(Message):
     frames: SharedTensor
 
 
-class Describe(Message):
-    """Asks for the facts of a VAE that the client needs before it can decode; answered in `Done.info`."""
-
-    job: int
-    vae: VaeSpec
-
-
 class Free(Message):
     """Drops the weights."""
 
@@ -147,7 +140,7 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | Sample | Decode | Describe | Free | Cancel | Shutdown
+    Ping | Load | Encode | Sample | Decode | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 

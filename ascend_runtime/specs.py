@@ -57,8 +57,13 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
         Automatic degrees follow the published tables: CFG first where guidance is used and the ranks are even,
         then Ulysses. Without guidance there is one branch, and every rank works on its sequence.
 
-        Raises ValueError where given degrees do not make the given ranks.
+        Raises ValueError where given degrees do not make the given ranks, or the group has other ranks.
         """
+        if self.ranks not in (0, world_size):
+            raise ValueError(
+                f"The plan is for {self.ranks} ranks, but the group has {world_size}. Give a plan for {world_size}, "
+                f"or start a group of {self.ranks}."
+            )
         cfg = self.cfg_degree
         if not cfg:
             cfg = 2 if world_size % 2 == 0 and self.ulysses_degree != world_size else 1

@@ -33,7 +33,6 @@ MESSAGES = [
         positive=torch.ones(1, 4, 2, dtype=torch.bfloat16),
         preview=True,
     ),
-    protocol.Describe(job=6, vae=VAE),
     protocol.Free(job=7),
     protocol.Cancel(job=8),
     protocol.Shutdown(),

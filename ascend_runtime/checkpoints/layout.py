@@ -24,9 +24,11 @@ class Component:
 
     @property
     def fingerprint(self) -> tuple:
-        """Changes when a file on disk does, the config too where there is one."""
-        config = () if self.original_names else (self.folder / "config.json",)
-        return tuple((str(file), *_state(file)) for file in (*config, *self.shards))
+        """Changes when a file on disk does: the weights, and what says how to use them."""
+        root = self.folder.parent
+        described = [self.folder / "config.json", root / "model_index.json", root / "vae" / "config.json"]
+        files = self.shards if self.original_names else (*filter(Path.is_file, described), *self.shards)
+        return tuple((str(file), *_state(file)) for file in files)
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +57,19 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
     """A diffusion transformer: in a diffusers folder, or a single .safetensors file with the original's names."""
     root = existing(path)
     return _single_transformer(root, *_state(root)) if root.is_file() else find_component(path, name)
+
+
+def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """The frames [B*T',H',W',3] that a VAE makes of a latent [B,C,T,H,W], from its config alone.
+
+    Raises ValueError where there is no such VAE, or the latent is not a video's.
+    """
+    if len(latent_shape) != 5 or not all(latent_shape):
+        raise ValueError(f"The latent has the shape {list(latent_shape)}; a video's is [B,C,T,H,W], all 1 or more.")
+    config = find_component(vae_path, "vae").config
+    spatial, temporal = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
+    batch, _, frames, height, width = latent_shape
+    return batch * ((frames - 1) * temporal + 1), height * spatial, width * spatial, 3
 
 
 def has_component(path: str, name: str) -> bool:
