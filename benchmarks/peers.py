@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from importlib.util import find_spec
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -16,10 +15,6 @@ import torch
 from torch import Tensor
 
 WORKERS = 2
-
-
-def has_ray() -> bool:
-    return find_spec("ray") is not None
 
 
 def answer(request: tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib.util import find_spec
 from statistics import median
 from typing import Callable, Iterator
 
@@ -45,9 +46,9 @@ class Ours:
 
 
 def run(quick: bool) -> Iterator[Row]:
-    if not peers.has_ray():
-        print("ray is not installed: the rows that compare with it are skipped (pip install ray).")
-    systems = [Ours(), peers.Socket()] + ([peers.Ray()] if peers.has_ray() else [])
+    if find_spec("ray") is None:
+        raise SystemExit("The transport is compared with ray, which is missing: pip install -r requirements-dev.txt")
+    systems = [Ours(), peers.Socket(), peers.Ray()]
     sent = torch.rand(1000 if quick else SENT)
     reply, frames = (500, (5, 48, 64, 3)) if quick else (REPLY, FRAMES)
     # name, unit, bar, scale from seconds, rounds, calls a round, call

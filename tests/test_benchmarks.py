@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from benchmarks.opens import OpenCounter
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSPORT = ["transport.null_ms", "transport.request_ms", "transport.frames_s"]
-PEERS = ["socket", "ray"] if find_spec("ray") else ["socket"]
+PEERS = ["socket", "ray"]
 NAMES = {
     "transport": {*TRANSPORT, *(f"{name}_vs_{peer}" for name in TRANSPORT for peer in PEERS)},
     "warm": {"warm.cold_start_s", "warm.late_over_early", "warm.rss_slope_mb", "warm.weight_opens"},
