@@ -1,4 +1,4 @@
-"""How often files are opened, by any process: the kernel tells it (inotify), not the program under test."""
+"""Which files any process opens: the kernel tells it (inotify), not the program under test."""
 
 from __future__ import annotations
 
@@ -12,30 +12,36 @@ IN_OPEN = 0x20  # sys/inotify.h
 EVENT = struct.Struct("iIII")  # struct inotify_event without its name, which a watched file has not
 
 
-class OpenCounter:
-    """Counts the openings of `files` from its `with` on."""
+class Opened:
+    """Notes which of `files` are opened, by whomever, inside its `with` block. Raises ValueError for no file."""
 
     def __init__(self, files: Iterable[Path]):
-        self._files = list(files)
-        if not self._files:
+        self._watched = list(files)
+        if not self._watched:
             raise ValueError("There is no file to watch.")
+        self._names: dict[int, Path] = {}
+        self._found: list[Path] = []
 
-    def __enter__(self) -> OpenCounter:
+    def __enter__(self) -> Opened:
         libc = ctypes.CDLL(None, use_errno=True)
         self._inotify = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        for file in self._files:
-            if libc.inotify_add_watch(self._inotify, os.fsencode(file), IN_OPEN) < 0:
+        for file in self._watched:
+            watch = libc.inotify_add_watch(self._inotify, os.fsencode(file), IN_OPEN)
+            if watch < 0:
                 raise OSError(ctypes.get_errno(), "cannot watch", str(file))
+            self._names[watch] = Path(file)
         return self
 
-    def count(self) -> int:
-        """Openings since the last call. Like ones in a row are one event: 0 is exact, more is a lower bound."""
-        events = 0
+    def __exit__(self, *_) -> None:
         while True:
             try:
-                events += len(os.read(self._inotify, 1 << 16)) // EVENT.size
+                data = os.read(self._inotify, 1 << 16)
             except BlockingIOError:
-                return events
-
-    def __exit__(self, *_) -> None:
+                break
+            self._found += [self._names[watch] for watch, *_ in EVENT.iter_unpack(data)]
         os.close(self._inotify)
+
+    def files(self) -> list[Path]:
+        """The opened files in order, to be asked after the block. The same one twice in a row may be told once, so
+        none is exact, and more is a lower bound."""
+        return self._found

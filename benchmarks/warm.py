@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
 
-from .opens import OpenCounter
+from .opens import Opened
 from .report import Row, context_of
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
@@ -56,13 +56,12 @@ def _warm(model: str, runs: int, quick: bool) -> Iterator[Row]:
     with Runtime(ParallelSpec(ranks=2), device="cpu") as runtime:
         _job(runtime, model)  # loads
         processes = [psutil.Process(pid) for pid in (psutil.Process().pid, *runtime.pids)]
-        with OpenCounter(Path(model).rglob("*.safetensors")) as opens:
+        with Opened(Path(model).rglob("*.safetensors")) as opened:
             for _ in tqdm(range(runs - 1), desc="warm runs"):
                 start = time.perf_counter()
                 _job(runtime, model)
                 seconds.append(time.perf_counter() - start)
                 resident.append([process.memory_info().rss / 1e6 for process in processes])
-            opened = opens.count()
     half = runs // 2 - 1
     early, late = median(seconds[:half]), median(seconds[half:])  # of runs 2-25 and 26-50, where there are 50
     slopes = np.polyfit(range(runs - 1), np.array(resident), 1)[0]  # MB a run: of the client, then of each rank
@@ -78,7 +77,7 @@ def _warm(model: str, runs: int, quick: bool) -> Iterator[Row]:
     figures = (
         ("warm.late_over_early", late / early, "ratio", 1.02),
         ("warm.rss_slope_mb", sum(slopes), "MB/run", 1.0),
-        ("warm.weight_opens", opened, "files", 0),
+        ("warm.weight_opens", len(opened.files()), "files", 0),
     )
     for name, value, unit, bar in figures:
         yield Row(name=name, value=float(value), unit=unit, better="lower", baseline=bar, context=context)

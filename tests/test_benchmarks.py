@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from benchmarks.opens import OpenCounter
+from benchmarks.opens import Opened
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSPORT = ["transport.null_ms", "transport.request_ms", "transport.frames_s"]
@@ -36,15 +36,18 @@ def test_writes_its_figures(name, tmp_path):
     assert opens in ([], [0]), "a warm run read weights"
 
 
-def test_openings_are_counted(tmp_path):
-    file = tmp_path / "weights"
-    file.write_bytes(b"1")
-    with OpenCounter([file]) as opens:
-        assert opens.count() == 0
-        subprocess.run(["cat", str(file)], check=True, capture_output=True)
-        assert opens.count() == 1 and opens.count() == 0
+def test_openings_are_seen(tmp_path):
+    read, unread = tmp_path / "read", tmp_path / "unread"
+    for file in (read, unread):
+        file.write_bytes(b"1")
+    with Opened([read, unread]) as opened:
+        subprocess.run(["cat", str(read)], check=True, capture_output=True)
+    assert opened.files() == [read]
+    with Opened([read, unread]) as opened:
+        pass
+    assert opened.files() == []
 
 
 def test_no_file_to_watch_is_an_error():
     with pytest.raises(ValueError, match="no file"):
-        OpenCounter([])
+        Opened([])

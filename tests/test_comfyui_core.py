@@ -2,7 +2,7 @@
 
 import comfy_graphs as graphs
 import pytest
-from opened_files import Opened
+from benchmarks.opens import Opened
 
 MODEL = "original_wan.safetensors"
 TOLERANCE = 1e-3

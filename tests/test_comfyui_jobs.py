@@ -8,8 +8,8 @@ import av
 import comfy_graphs as graphs
 import pytest
 import torch
+from benchmarks.opens import Opened
 from comfy_listener import Listener
-from opened_files import Opened
 from rank_processes import ranks_of, seconds_until
 
 

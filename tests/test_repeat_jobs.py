@@ -8,7 +8,7 @@ import pytest
 import random_wan
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec
-from opened_files import Opened
+from benchmarks.opens import Opened
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
