@@ -1,6 +1,7 @@
 """Fixtures that tests share: small checkpoints, and groups of ranks that live as long as the tests."""
 
 import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, TextEncoderSpec, VaeSpec
 from comfy_server import ComfyServer
+from rank_processes import processes_with
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # the networks are small, and the ranks need the cores
@@ -54,7 +56,7 @@ def new_runtime():
 
 @pytest.fixture(scope="session")
 def runtimes(new_runtime):
-    """`runtimes(n)`: the session's group of n ranks."""
+    """`runtimes(n)`: the group of n ranks that all tests share."""
     started = {}
 
     def runtime(ranks: int) -> Runtime:
@@ -66,6 +68,13 @@ def runtimes(new_runtime):
     yield runtime
     for group in started.values():
         group.stop()
+
+
+@pytest.fixture
+def marked():
+    """(environment of a process and all that it starts, a function: their pids by rank, None for no rank)."""
+    variable, value = "ASCEND_TEST_MARKER", uuid.uuid4().hex
+    return {variable: value}, lambda: processes_with(variable, value)
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,26 @@ from pathlib import Path
 
 def ranks_of(parent: int) -> dict[int, int]:
     """Process ids by rank of the ranks that the process `parent` started. Its end does not hide them."""
+    return processes_with("ASCEND_RUNTIME_PARENT", str(parent))
+
+
+def processes_with(variable: str, value: str) -> dict[int | None, int]:
+    """Process ids by rank, None for what is no rank, of the processes whose environment has this variable."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
-        environment = _environment(process)
-        if environment.get("ASCEND_RUNTIME_PARENT") == str(parent):
-            found[int(environment["RANK"])] = int(process.name)
+        environment = environment_of(int(process.name))
+        if environment.get(variable) == value:
+            found[int(environment["RANK"]) if "RANK" in environment else None] = int(process.name)
     return found
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The variables that a process was started with; none of one that has ended, or is not ours."""
+    try:
+        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return {}
+    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def shared_memory(pids) -> set[int]:
@@ -37,14 +51,6 @@ def resident_mb(pid: int) -> float:
     """Resident memory of a process, in MB."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
     return int(line.split()[1]) / 1000
-
-
-def _environment(process: Path) -> dict[str, str]:
-    try:
-        entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return {}
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def _memory_files(process: Path) -> set[int]:

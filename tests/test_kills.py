@@ -1,4 +1,4 @@
-"""kill -9 of a rank, or of the process that ComfyUI is, in every phase: nothing stays behind, and the next job is right.
+"""kill -9 of a rank, or of what ComfyUI is, in every phase: nothing stays behind, and the next job is right.
 
 A sample of the kills by default; all 20 with --all-kills.
 """
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 GONE, HEARD = 3.0, 2.0  # seconds
-MARKER = "ASCEND_TEST_MARKER"
 RANKS_SAMPLE, CLIENTS_SAMPLE = ["load", "step", "decode"], ["start", "step", "idle"]
 RANKS_ALL = [*PHASES, "step", "load", "start", "decode"]
 CLIENTS_ALL = [phase for first in PHASES[:5] for phase in (first, "idle")]  # idle: after a job, which must be right
@@ -47,26 +45,6 @@ def expected(one_rank, slow_checkpoint):
     latent = latent_of(one_rank, slow_checkpoint)
     assert latent.std() > 0.1
     return latent
-
-
-@pytest.fixture
-def marked():
-    """(environment of a process and all that it starts, a function: their pids by rank, None for no rank)."""
-    marker = uuid.uuid4().hex
-
-    def living():
-        found = {}
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes().split(b"\0")  # empty for a zombie
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-            if f"{MARKER}={marker}".encode() in environment:
-                rank = [entry for entry in environment if entry.startswith(b"RANK=")]
-                found[int(rank[0][5:]) if rank else None] = int(process.name)
-        return found
-
-    return {MARKER: marker}, living
 
 
 def chosen(request, sample, all_of_them):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime import RankDied, launcher
-from rank_processes import ranks_of, seconds_until
-from test_kills import marked  # noqa: F401 (a fixture)
+from rank_processes import environment_of, ranks_of, seconds_until
 
 
 @pytest.fixture
@@ -33,7 +32,7 @@ time.sleep(60)
 """
 
 
-def test_a_rank_that_dies_at_start_says_why(new_runtime, broken_msgspec, marked, caplog):  # noqa: F811
+def test_a_rank_that_dies_at_start_says_why(new_runtime, broken_msgspec, marked, caplog):
     environment, living = marked
     runtime = new_runtime(3, **environment, **broken_msgspec(SAY_AND_FAIL))
     with caplog.at_level(logging.INFO), pytest.raises(RankDied) as error:
@@ -46,10 +45,10 @@ def test_a_rank_that_dies_at_start_says_why(new_runtime, broken_msgspec, marked,
     runtime.stop()
 
 
-def test_a_start_that_takes_too_long(new_runtime, broken_msgspec, marked, monkeypatch):  # noqa: F811
+def test_a_start_that_takes_too_long(new_runtime, broken_msgspec, marked, monkeypatch):
     environment, living = marked
     monkeypatch.setattr(launcher, "START_DEADLINE", 2.0)
-    runtime = new_runtime(2, **environment, **broken_msgspec("import time; print('still here', flush=True); time.sleep(60)"))
+    runtime = new_runtime(2, **environment, **broken_msgspec("import time; time.sleep(60)"))
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="Rank 0 of 2 was not ready within 2 s.*ASCEND_RUNTIME_START_DEADLINE"):
         runtime.ping()
@@ -58,7 +57,7 @@ def test_a_start_that_takes_too_long(new_runtime, broken_msgspec, marked, monkey
     runtime.stop()
 
 
-def test_stop_ends_the_ranks_and_the_next_job_starts_them(new_runtime, marked):  # noqa: F811
+def test_stop_ends_the_ranks_and_the_next_job_starts_them(new_runtime, marked):
     environment, living = marked
     runtime = new_runtime(2, **environment)
     assert not runtime.alive and runtime.pids == [] and not living()
@@ -84,8 +83,8 @@ def test_ranks_know_torchruns_variables(two_ranks):
     ranks = ranks_of(os.getpid())
     for rank, pid in enumerate(two_ranks.pids):
         assert pid in ranks.values()
-        environment = dict(e.split("=", 1) for e in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in e)
-        assert (environment["RANK"], environment["LOCAL_RANK"], environment["WORLD_SIZE"]) == (str(rank), str(rank), "2")
+        environment = environment_of(pid)
+        assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank) and environment["WORLD_SIZE"] == "2"
         assert environment["MASTER_ADDR"] == "127.0.0.1"
 
 
