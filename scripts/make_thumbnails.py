@@ -15,7 +15,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKFLOWS = REPOSITORY / "workflows"
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path.insert(0, str(REPOSITORY / "scripts" / "lib"))
 from comfy_browser import ComfyBrowser  # noqa: E402
 from comfy_server import ComfyServer  # noqa: E402
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKFLOWS = REPOSITORY / "workflows"
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path.insert(0, str(REPOSITORY / "scripts" / "lib"))
 from comfy_browser import ComfyBrowser  # noqa: E402
 from comfy_server import ComfyServer  # noqa: E402
 

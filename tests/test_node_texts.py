@@ -2,17 +2,14 @@
 
 import json
 import re
-import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 from comfy_browser import ComfyBrowser, chromium
+from make_node_texts import node_definitions, with_tables
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "scripts"))
-from make_node_texts import node_definitions, with_tables  # noqa: E402
-
 LANGUAGES = ("en", "zh")
 HEADINGS = {"en": ("## Inputs", "## Outputs", "## Hints", "## Example"),
             "zh": ("## 输入", "## 输出", "## 提示", "## 示例")}

@@ -11,10 +11,8 @@ import urllib.parse
 from pathlib import Path
 
 import comfyui
+from comfy_server import LOG_NAME, ComfyServer
 from environment import REPOSITORY, SetupError, say, step
-
-sys.path.insert(0, str(REPOSITORY / "tests"))
-from comfy_server import LOG_NAME, ComfyServer  # noqa: E402
 
 WORKFLOW = REPOSITORY / "workflows" / "api" / "tiny_wan_text_to_video.json"
 OUTPUT = REPOSITORY / "output"

@@ -21,7 +21,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from environment import REPOSITORY
+
 COMFYUI = Path(os.environ.get("COMFYUI_DIR") or REPOSITORY / ".cache" / "comfyui")
 PACK_NAME = "ascend-video"
 LOG_NAME = "comfyui.log"
