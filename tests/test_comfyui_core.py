@@ -29,7 +29,7 @@ def test_the_stock_graph_and_ours_give_the_same_latent(comfyui, steps, cfg, shif
     prompt = comfyui.queue(both(steps, cfg, shift, seed=3))
     core, ours = (graphs.saved_latent(comfyui, prompt, node) for node in ("core", "ours"))
     error = (core - ours).abs().max().item()
-    print(f"{steps} steps, cfg {cfg}, shift {shift}: differ by at most {error:.1e}, their deviation is {core.std():.2f}")
+    print(f"{steps} steps, cfg {cfg}, shift {shift}: at most {error:.1e} apart, their deviation is {core.std():.2f}")
     assert core.shape == ours.shape == (1, 16, 3, 8, 8)
     assert error <= TOLERANCE
 

@@ -48,7 +48,7 @@ def theirs(pipeline, solver="unipc", seed=SEED, **arguments):
 
 
 def denormalised(latent, vae):
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     return latent * std + mean
 
 
@@ -126,13 +126,13 @@ def their_euler_loop(pipeline, sigmas, latent=None):
     """The latent, not normalised, after diffusers' Euler steps over `sigmas`, whose last one is the end."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=np.array(sigmas[:-1]))
-    positive, negative = pipeline.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=512)
+    texts = pipeline.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=512)
     x = torch.randn(SIZE.latent_shape(), generator=torch.Generator().manual_seed(SEED))
     if latent is not None:
         x = sigmas[0] * x + (1 - sigmas[0]) * latent
     with torch.no_grad():
         for t in scheduler.timesteps:
-            cond, uncond = (pipeline.transformer(x, t[None], text, return_dict=False)[0] for text in (positive, negative))
+            cond, uncond = (pipeline.transformer(x, t[None], text, return_dict=False)[0] for text in texts)
             x = scheduler.step(uncond + 4.0 * (cond - uncond), t, x, return_dict=False)[0]
     return denormalised(x, pipeline.vae)
 

@@ -85,4 +85,5 @@ def test_each_step_tells_what_it_foresees():
 
 
 def test_the_noise_is_that_of_a_cpu_generator():
-    assert torch.equal(noise_of(SHAPE, 2**63 + 5), torch.randn(SHAPE, generator=torch.Generator().manual_seed(2**63 + 5)))
+    seed = 2**63 + 5
+    assert torch.equal(noise_of(SHAPE, seed), torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)))
