@@ -11,6 +11,7 @@ import logging
 import select
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from . import devices, transport
 from .checkpoints.layout import frames_shape
-from .launcher import RankGroup
+from .launcher import Rank, RankGroup
 from .protocol import Cancel, Decode, Done, Encode, Failed, Free, Load, Message, Ping, Preview
 from .protocol import Progress, Sample
 from .specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05  # how often a running job asks whether it should be cancelled
 PEER_DEADLINE = 10.0  # seconds for the other ranks to answer once one has failed; they may wait for it in vain
+CANCEL_DEADLINE = 60.0  # seconds to answer a cancel, or three times the longest step where that is more
 
 OnProgress = Callable[[str, int, int], None]  # (stage, step, total)
 OnPreview = Callable[[int, int, Tensor], None]  # (step, total, uint8 [H,W,3])
@@ -73,7 +75,8 @@ class Runtime:
         self._group: RankGroup | None = None
         self._numbers = itertools.count(1)
         self._one_job = threading.Lock()
-        self._running: int | None = None
+        self._owner: int | None = None  # the thread that is inside
+        self._running: int | None = None  # the number of its job
         self._cancel_requested = threading.Event()
 
     def __enter__(self) -> Runtime:
@@ -96,23 +99,13 @@ class Runtime:
 
     def start(self) -> None:
         """Starts the ranks if none are alive; jobs do so by themselves."""
-        if self.alive:
-            return
-        if self._group is not None:
-            self._group.kill()
-        self._group = RankGroup(self.world_size, self.device, self._environment)
-        began = time.monotonic()
-        try:
-            self._group.start()
-        except BaseException:
-            self._group = None
-            raise
-        logger.info("%d rank(s) on %s ready in %.1f s", self.world_size, self.device, time.monotonic() - began)
+        with self._exclusive():
+            self._start(check=lambda: None)
 
     def stop(self) -> None:
         """Ends the ranks; a running job is cancelled first."""
         self.cancel()
-        with self._one_job:
+        with self._exclusive():
             if self._group is not None:
                 self._group.stop()
                 self._group = None
@@ -121,6 +114,33 @@ class Runtime:
         """Asks the running job to end, from any thread; it raises JobCancelled where it was called."""
         if self._running is not None:
             self._cancel_requested.set()
+
+    @contextmanager
+    def _exclusive(self):
+        """One caller at a time. Raises RuntimeError in a callback of a running job, which would wait for itself."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError("A callback of a running job cannot ask its runtime for another; return from it first.")
+        with self._one_job:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _start(self, check: Callable[[], None]) -> None:
+        if self.alive:
+            return
+        if self._group is not None:
+            self._group.kill()
+        devices.warn_if_crowded(self.world_size, self.device)
+        self._group = RankGroup(self.world_size, self.device, self._environment)
+        began = time.monotonic()
+        try:
+            self._group.start(check)
+        except BaseException:
+            self._group = None
+            raise
+        logger.info("%d rank(s) on %s ready in %.1f s", self.world_size, self.device, time.monotonic() - began)
 
     # Jobs
 
@@ -190,29 +210,30 @@ class Runtime:
 
     def free(self) -> None:
         """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive."""
-        if self.alive:
-            self._do(lambda job: Free(job=job))
+        with self._exclusive():
+            if self.alive:
+                self._submit(Free(job=next(self._numbers)), _Hooks())
 
     # One job
 
-    def _do(
-        self,
-        make: Callable[[int], Message],
-        on_progress: OnProgress | None = None,
-        on_preview: OnPreview | None = None,
-        should_cancel: ShouldCancel | None = None,
-    ) -> Result:
-        with self._one_job:
+    def _do(self, make: Callable[[int], Message], **hooks) -> Result:
+        """Submits the job that `make(number)` describes, starting ranks for it if none are alive."""
+        hooks = _Hooks(**hooks)
+        with self._exclusive():
             self._cancel_requested.clear()
             self._running = next(self._numbers)  # a wish to cancel counts from here on, while ranks start too
             try:
-                return self._submit(make(self._running), on_progress, on_preview, should_cancel)
+                self._start(lambda: self._raise_if_cancelled(hooks))
+                return self._submit(make(self._running), hooks)
             finally:
                 self._running = None
 
-    def _submit(self, message: Message, on_progress, on_preview, should_cancel) -> Result:
-        self.start()
-        submission = _Submission(message, self._group, self._cancel_requested, on_progress, on_preview, should_cancel)
+    def _raise_if_cancelled(self, hooks: _Hooks) -> None:
+        if self._cancel_requested.is_set() or hooks.should_cancel():
+            raise JobCancelled("The job was cancelled while the ranks started.")
+
+    def _submit(self, message: Message, hooks: _Hooks) -> Result:
+        submission = _Submission(message, self._group, self._cancel_requested, hooks)
         try:
             return submission.run()
         except BaseException:
@@ -221,21 +242,30 @@ class Runtime:
             raise
 
 
+@dataclass(frozen=True)
+class _Hooks:
+    """What the caller of a job wants to be told and asked meanwhile."""
+
+    on_progress: OnProgress = lambda stage, step, total: None
+    on_preview: OnPreview | None = None
+    should_cancel: ShouldCancel = lambda: False
+
+
 class _Submission:
     """One job from its submission to the last rank's answer."""
 
-    def __init__(self, message, group: RankGroup, cancel_requested, on_progress, on_preview, should_cancel):
+    def __init__(self, message: Message, group: RankGroup, cancel_requested: threading.Event, hooks: _Hooks):
         self.message = message
         self.group = group
         self.cancel_requested = cancel_requested
-        self.should_cancel = should_cancel or (lambda: False)
-        self.on_progress = on_progress or (lambda *_: None)
-        self.on_preview = on_preview or (lambda *_: None)
+        self.hooks = hooks
         self.waiting = {rank.channel.fileno(): rank for rank in group.ranks}
         self.answers: dict[int, Done | Failed] = {}
-        self.cancel_sent = False
         self.caller_error: Exception | None = None
+        self.cancel_sent = False
         self.give_up_at: float | None = None
+        self.last_heard = time.monotonic()
+        self.longest_silence = 0.0
 
     def run(self) -> Result:
         try:
@@ -266,18 +296,24 @@ class _Submission:
         """Takes one message of a rank; True if it was its answer."""
         rank = self.waiting[descriptor]
         message = rank.channel.receive()
+        now = time.monotonic()
+        self.longest_silence = max(self.longest_silence, now - self.last_heard)
+        self.last_heard = now
         if isinstance(message, Progress):
-            self._tell(self.on_progress, message.stage, message.step, message.total)
+            self._tell(self.hooks.on_progress, message.stage, message.step, message.total)
         elif isinstance(message, Preview):
-            self._tell(self.on_preview, message.step, message.total, message.image)
+            self._tell(self.hooks.on_preview, message.step, message.total, message.image)
         else:
-            assert isinstance(message, (Done, Failed)) and message.job == self.message.job, message
-            self.answers[rank.rank] = message
+            self._take_answer(rank, message)
             del self.waiting[descriptor]
-            if isinstance(message, Failed) and message.kind != "cancelled" and self.give_up_at is None:
-                self.give_up_at = time.monotonic() + PEER_DEADLINE
             return True
         return False
+
+    def _take_answer(self, rank: Rank, message: Message) -> None:
+        assert isinstance(message, (Done, Failed)) and message.job == self.message.job, message
+        self.answers[rank.rank] = message
+        if isinstance(message, Failed) and message.kind != "cancelled" and self.give_up_at is None:
+            self.give_up_at = time.monotonic() + PEER_DEADLINE
 
     def _tell(self, callback: Callable, *arguments) -> Any:
         """Calls back the caller. Its exception cancels the job, and is raised once the ranks are done with it."""
@@ -287,13 +323,21 @@ class _Submission:
             self.caller_error = self.caller_error or error
 
     def _look_around(self) -> None:
-        """Relays a wish to cancel; gives up on ranks that wait for one that failed."""
+        """Relays a wish to cancel; gives up on ranks that have died, hang, or wait for one that failed."""
+        if self.group.lost:
+            raise ChannelClosed  # though something that the rank started holds its connection open
         if not self.cancel_sent:
-            if self.cancel_requested.is_set() or self._tell(self.should_cancel) or self.caller_error is not None:
+            if self.cancel_requested.is_set() or self._tell(self.hooks.should_cancel) or self.caller_error is not None:
                 self.cancel_sent = True
+                self.give_up_at = time.monotonic() + max(CANCEL_DEADLINE, 3 * self.longest_silence)
                 self._broadcast(Cancel(job=self.message.job))
-        if self.give_up_at is not None and time.monotonic() > self.give_up_at and self.waiting:
-            self._result()
+        if self.waiting and self.give_up_at is not None and time.monotonic() > self.give_up_at:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._result()  # raises what a rank has reported
+        silent = ", ".join(str(rank.rank) for rank in self.waiting.values())
+        raise JobCancelled(f"The job was cancelled. Rank {silent} did not answer in time, so the group was ended.")
 
     def _result(self) -> Result:
         """The answers as one; raises the most telling failure."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -15,7 +16,9 @@ from .checkpoints.layout import Component, find_component, find_transformer, has
 from .checkpoints.keys import to_diffusers_name
 from .checkpoints.reader import load_weights
 from .families import wan
-from .specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
+from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
+
+logger = logging.getLogger(__name__)
 
 SMALL = 2**30  # bytes on disk; a text encoder below this is computed in fp32, a larger one in bfloat16
 
@@ -29,7 +32,7 @@ class DiffusionModel:
     boundary: float
     latents_mean: torch.Tensor  # [1,C,1,1,1], fp32, on the CPU
     latents_std: torch.Tensor
-    latent_rgb: torch.Tensor  # [C,3]
+    latent_rgb: torch.Tensor | None  # [C,3]; None where no table is known, and then there are no previews
     latent_rgb_bias: torch.Tensor  # [3]
     dtype: torch.dtype
 
@@ -40,6 +43,10 @@ class DiffusionModel:
     def expert_at(self, timestep: float) -> wan.WanTransformer:
         """The expert for a timestep in 0..1000."""
         return self.low_noise if self.is_low_noise(timestep) else self.high_noise
+
+    def guided(self, spec: SampleSpec) -> bool:
+        """Whether any step needs the uncond branch."""
+        return spec.guidance_scale != 1.0 or (self.low_noise is not None and spec.low_noise_guidance != 1.0)
 
     def is_low_noise(self, timestep: float) -> bool:
         return self.low_noise is not None and timestep < self.boundary * 1000
@@ -84,28 +91,56 @@ class Components:
 
 
 def _transformer_files(spec: DiffusionModelSpec) -> list[Component]:
+    """The high-noise expert, and the low-noise one where there is one."""
     found = [find_transformer(spec.path)]
-    if spec.low_noise_path is not None:
-        found.append(find_transformer(spec.low_noise_path))
-    elif has_component(spec.path, "transformer_2"):
-        found.append(find_transformer(spec.path, "transformer_2"))
+    low_noise = spec.low_noise_path or spec.path
+    if has_component(low_noise, "transformer_2"):
+        found.append(find_transformer(low_noise, "transformer_2"))
+    elif spec.low_noise_path is not None:
+        found.append(find_transformer(low_noise))
+    if len(found) == 2 and found[0].shards == found[1].shards:
+        raise ValueError(f"{found[0].shards[0]} is given as both experts. Name the low-noise expert's file, or none.")
     return found
 
 
 def _load_diffusion_model(spec: DiffusionModelSpec, found: list[Component], device, on_tensor) -> DiffusionModel:
     dtype = _dtype(spec.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    latent_format = _latent_format(found[0])
+    for component in found:
+        _check_channels(component, found[0], latent_format["latents_mean"].shape[1])
     experts = [_load_transformer(component, dtype, device, on_tensor) for component in found]
-    root = found[0].folder.parent
-    boundary = spec.boundary
-    if boundary is None and (root / "model_index.json").is_file():
-        boundary = read_json(root / "model_index.json").get("boundary_ratio")
     return DiffusionModel(
         high_noise=experts[0],
         low_noise=experts[1] if len(experts) > 1 else None,
-        boundary=wan.DEFAULT_BOUNDARY if boundary is None else boundary,
+        boundary=_boundary(spec, found[0]),
         dtype=dtype,
-        **_latent_format(root),
+        **latent_format,
     )
+
+
+def _check_channels(component: Component, first: Component, channels: int) -> None:
+    """Raises ValueError for a transformer that does not make latents of this format from text alone."""
+    config, where = component.config, component.shards[0]
+    inputs, outputs = config.get("in_channels", 16), config.get("out_channels", 16)
+    if inputs != outputs:
+        raise ValueError(
+            f"{where} reads {inputs} channels and makes {outputs}: it is an image-to-video model, which cannot be used "
+            "yet. Take a text-to-video model."
+        )
+    if outputs != channels:
+        raise ValueError(
+            f"{where} makes latents of {outputs} channels, but its latent format has {channels}. Take the whole "
+            "diffusers folder of the model, whose vae/config.json has the format."
+        )
+    if config.get("text_dim", 4096) != first.config.get("text_dim", 4096):
+        raise ValueError(f"{where} reads another text encoder than {first.shards[0]}. Take both experts of one model.")
+
+
+def _boundary(spec: DiffusionModelSpec, component: Component) -> float:
+    boundary = spec.boundary
+    if boundary is None and component.root and (component.root / "model_index.json").is_file():
+        boundary = read_json(component.root / "model_index.json").get("boundary_ratio")
+    return wan.DEFAULT_BOUNDARY if boundary is None else boundary
 
 
 def _load_transformer(component: Component, dtype, device, on_tensor) -> wan.WanTransformer:
@@ -121,14 +156,18 @@ def _load_transformer(component: Component, dtype, device, on_tensor) -> wan.Wan
     return model.eval()
 
 
-def _latent_format(root) -> dict[str, torch.Tensor]:
+def _latent_format(component: Component) -> dict[str, torch.Tensor]:
     """How latents are normalised and pictured: by the VAE beside the model where it says so, else as Wan 2.1's."""
-    config = read_json(root / "vae" / "config.json") if has_component(str(root), "vae") else {}
-    rgb = read_json(root / "vae" / "latent_rgb.json") if (root / "vae" / "latent_rgb.json").is_file() else {}
+    vae = component.root and component.root / "vae"
+    config = read_json(vae / "config.json") if vae and (vae / "config.json").is_file() else {}
+    rgb = read_json(vae / "latent_rgb.json") if vae and (vae / "latent_rgb.json").is_file() else {}
+    mean, factors = config.get("latents_mean", wan.LATENTS_MEAN), rgb.get("factors", wan.LATENT_RGB)
+    if len(factors) != len(mean):
+        logger.warning("No RGB table is known for latents of %d channels: there will be no previews.", len(mean))
     return {
-        "latents_mean": _per_channel(config.get("latents_mean", wan.LATENTS_MEAN)),
+        "latents_mean": _per_channel(mean),
         "latents_std": _per_channel(config.get("latents_std", wan.LATENTS_STD)),
-        "latent_rgb": torch.tensor(rgb.get("factors", wan.LATENT_RGB)),
+        "latent_rgb": torch.tensor(factors) if len(factors) == len(mean) else None,
         "latent_rgb_bias": torch.tensor(rgb.get("bias", wan.LATENT_RGB_BIAS)),
     }
 
@@ -154,7 +193,7 @@ def _load_text_encoder(spec: TextEncoderSpec, found: list[Component], device, on
         on_tensor=on_tensor,
     )
     model.tie_weights()
-    tokenizer = component.folder.parent / "tokenizer"
+    tokenizer = component.root / "tokenizer"
     if not tokenizer.is_dir():
         raise ValueError(f"{tokenizer} does not exist; the text encoder needs the tokenizer folder beside it.")
     return TextEncoder(model.eval(), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))

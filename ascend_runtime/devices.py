@@ -52,19 +52,28 @@ def resolve_ranks(ranks: int, kind: str) -> int:
             f"{ranks} ranks were asked for, but {visible} {kind} device(s) are visible. "
             "Set ranks to 0 to use what there is, or make more devices visible."
         )
+    return ranks or visible
+
+
+def warn_if_crowded(ranks: int, kind: str) -> None:
+    """Says so where more ranks than cores are to compute on a CPU."""
     cores = len(os.sched_getaffinity(0))
     if kind == "cpu" and ranks > cores:
         logger.warning(
             "%d ranks were asked for, but there are %d CPU core(s): the ranks will wait for each other. "
             "Set ranks to %d or fewer, or to 0 for one.", ranks, cores, cores,
         )  # fmt: skip
-    return ranks or visible
 
 
 def take(kind: str, local_rank: int) -> torch.device:
     """Makes the device of this rank current."""
     if kind == "cpu":
         return torch.device("cpu")
+    if not hasattr(torch, kind):
+        raise RuntimeError(
+            f"torch has no {kind!r} devices in this process. Is torch_npu installed for this torch, and is "
+            "TORCH_DEVICE_BACKEND_AUTOLOAD not 0?"
+        )
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     return device

@@ -94,7 +94,7 @@ def serve(channel: Channel) -> None:
     device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
     _join_group(kind)
     pipeline = Pipeline(device)
-    channel.send(Ready(rank=dist.get_rank(), device=str(device)))
+    channel.send(Ready(rank=dist.get_rank()))
     try:
         while not isinstance(message := channel.receive(), Shutdown):
             if not isinstance(message, Cancel):  # one that came after its job was done

@@ -18,8 +18,10 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable
 
 from .protocol import Ready, Shutdown
 from .transport import Channel, ChannelClosed, channel_pair
@@ -30,7 +32,11 @@ PACK_ROOT = Path(__file__).resolve().parent.parent
 START_DEADLINE = float(os.environ.get("ASCEND_RUNTIME_START_DEADLINE", 300))  # seconds until all ranks are ready
 STOP_DEADLINE = 3.0  # seconds to leave by itself, after which a rank gets SIGTERM
 TERM_DEADLINE = 1.0  # seconds after SIGTERM, after which it gets SIGKILL
+START_POLL = 0.05  # seconds between looks while ranks start
+WATCH_POLL = 0.25  # seconds between looks for ranks that have ended without a sign
+ENDING_POLL = 0.005  # the same, once a rank's output has ended
 LAST_WORDS = 60  # lines of a rank's output that an error may quote
+LONGEST_LINE = 65536  # bytes; more than that without a line's end is not kept
 
 
 class RankDied(RuntimeError):
@@ -48,6 +54,28 @@ class Rank:
     unfinished: bytes = b""  # the line that it has begun to print
     last_words: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_WORDS))
 
+    def say(self, line: bytes) -> None:
+        """Logs a line that the rank printed."""
+        text = line.decode(errors="replace")
+        self.last_words.append(text)
+        logger.info("rank %d | %s", self.rank, text)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process has ended; it is left to the watcher to reap, which keeps its id from being reused."""
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True  # reaped
+
+    def signal_family(self, sign: signal.Signals) -> None:
+        """Sends a signal to the rank and to what it started: it leads a process group of its own."""
+        if self.process.returncode is None:
+            try:
+                os.killpg(self.process.pid, sign)
+            except ProcessLookupError:
+                pass  # all gone
+
 
 class RankGroup:
     """Ranks that live and die together. `ranks[i].channel` is the control connection of rank i."""
@@ -60,29 +88,39 @@ class RankGroup:
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._death: str | None = None
+        self._ready = False
         self._stopping = False
         self._watcher = threading.Thread(target=self._start_and_watch, name="ascend-ranks", daemon=True)
 
-    def start(self) -> None:
-        """Returns when every rank is ready; raises RankDied with a rank's last words, or TimeoutError."""
+    def start(self, check: Callable[[], None] = lambda: None) -> None:
+        """Returns when every rank is ready; raises RankDied with a rank's last words, or TimeoutError.
+
+        check: asked while waiting; what it raises ends the ranks and is raised here.
+        """
         deadline = time.monotonic() + START_DEADLINE
         self._watcher.start()
         self._started.wait()
-        if self._start_error:
-            raise self._start_error
         try:
+            if self._start_error:
+                raise self._start_error
             for rank in self.ranks:
-                self._await_ready(rank, deadline)
+                self._await_ready(rank, deadline, check)
         except BaseException:
             self.kill()
             raise
+        self._ready = True
 
     @property
     def alive(self) -> bool:
         """Whether a job may be given to these ranks; a death that the watcher is yet to see counts as one."""
-        if self._death is not None or self._stopping or not self._watcher.is_alive():
+        if not self._ready or self._stopping or self.lost:
             return False
-        return all(rank.process.poll() is None for rank in self.ranks)
+        return not any(rank.ended for rank in self.ranks)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a rank has died unasked."""
+        return self._death is not None
 
     def died(self, doing: str) -> RankDied:
         """The error for a job that lost a rank while `doing` something; waits for the watcher to learn which."""
@@ -116,15 +154,16 @@ class RankGroup:
 
     def _signal(self, sign: signal.Signals) -> None:
         for rank in self.ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(sign)
+            rank.signal_family(sign)
 
-    def _await_ready(self, rank: Rank, deadline: float) -> None:
-        if not rank.channel.poll(max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(
-                f"Rank {rank.rank} of {self.world_size} was not ready within {START_DEADLINE:.0f} s. "
-                "Set ASCEND_RUNTIME_START_DEADLINE to wait longer. It said last:\n" + "\n".join(rank.last_words)
-            )
+    def _await_ready(self, rank: Rank, deadline: float, check: Callable[[], None]) -> None:
+        while not rank.channel.poll(START_POLL):
+            check()
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"Rank {rank.rank} of {self.world_size} was not ready within {START_DEADLINE:.0f} s. "
+                    "Set ASCEND_RUNTIME_START_DEADLINE to wait longer. It said last:\n" + "\n".join(rank.last_words)
+                )
         try:
             message = rank.channel.receive()
         except ChannelClosed:
@@ -148,31 +187,38 @@ class RankGroup:
                 self.ranks.append(self._start_one(rank, rendezvous))
 
     def _start_one(self, rank: int, rendezvous: socket.socket) -> Rank:
-        channel, theirs = channel_pair()
-        output, their_output = os.pipe()
-        inherited = [theirs.fileno()] + ([rendezvous.fileno()] if rank == 0 else [])
-        try:
+        with ExitStack() as theirs, ExitStack() as on_failure:
+            channel, their_channel = channel_pair()
+            output, their_output = os.pipe()
+            theirs.callback(their_channel.close)
+            theirs.callback(os.close, their_output)
+            on_failure.callback(channel.close)
+            on_failure.callback(os.close, output)
+            inherited = [their_channel.fileno()] + ([rendezvous.fileno()] if rank == 0 else [])
             process = subprocess.Popen(
                 [sys.executable, "-m", "ascend_runtime.worker"],
                 cwd=PACK_ROOT,
-                env=self._rank_environment(rank, theirs.fileno(), rendezvous),
+                env=self._rank_environment(rank, their_channel.fileno(), rendezvous),
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
                 stdout=their_output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True,  # the terminal's Ctrl+C is the client's; and its helpers can be ended with it
             )
-        finally:
-            theirs.close()
-            os.close(their_output)
+            on_failure.pop_all()
+        os.set_blocking(output, False)
         return Rank(rank, process, channel, output)
 
     def _rank_environment(self, rank: int, control: int, rendezvous: socket.socket) -> dict[str, str]:
         threads = max(1, len(os.sched_getaffinity(0)) // self.world_size)
         environment = {
+            # Threads that wait must not burn the cores that ComfyUI and other ranks want: beside other load a decode
+            # on two cores took 1.2 s so, and 3.9 s with threads that spin.
+            "OMP_WAIT_POLICY": "PASSIVE",
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONSAFEPATH": "",  # the rank finds its code by its working directory
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
             **self._environment,
@@ -191,33 +237,54 @@ class RankGroup:
         return environment
 
     def _watch(self) -> None:
-        """Forwards what the ranks print until all are gone; the first that dies unasked takes the others along."""
+        """Forwards what the ranks print until all have ended; the first that dies unasked takes the others along.
+
+        A rank's output mostly ends with it, but not where it has started something that holds it open.
+        """
+        living = list(self.ranks)
         with selectors.DefaultSelector() as selector:
             for rank in self.ranks:
                 selector.register(rank.output, selectors.EVENT_READ, rank)
-            while selector.get_map():
-                for key, _ in selector.select():
+            while living:
+                ending = len(selector.get_map()) < len(living)
+                for key, _ in selector.select(ENDING_POLL if ending else WATCH_POLL):
                     if not self._forward(key.data):
                         selector.unregister(key.fd)
-                        os.close(key.fd)
-                        self._bury(key.data)
+                for rank in [rank for rank in living if rank.ended]:
+                    living.remove(rank)
+                    self._forward(rank)  # its last words
+                    self._bury(rank)
+        for rank in self.ranks:
+            os.close(rank.output)
 
     def _forward(self, rank: Rank) -> bool:
-        """Logs the rank's lines; False at the end of its output, which is its death."""
-        data = os.read(rank.output, 65536)
-        *lines, rank.unfinished = re.split(rb"[\r\n]+", rank.unfinished + (data or b"\n"))
-        for line in filter(None, lines):
-            text = line.decode(errors="replace")
-            rank.last_words.append(text)
-            logger.info("rank %d | %s", rank.rank, text)
-        return bool(data)
+        """Logs the whole lines that the rank has printed; False at the end of its output."""
+        try:
+            while data := os.read(rank.output, 65536):
+                *lines, unfinished = re.split(rb"[\r\n]+", rank.unfinished + data)
+                rank.unfinished = unfinished[-LONGEST_LINE:]
+                for line in filter(None, lines):
+                    rank.say(line)
+        except BlockingIOError:
+            return True
+        return False
 
     def _bury(self, rank: Rank) -> None:
+        if rank.unfinished:
+            rank.say(rank.unfinished)
+        rank.signal_family(signal.SIGKILL)  # what it started may still be there
         code = rank.process.wait()
-        if self._stopping or self._death is not None:
+        if self._stopping or self.lost:
             return
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         words = "\n".join(rank.last_words) or "(nothing)"
         self._death = f"Rank {rank.rank} of {self.world_size} {how}. Its last words:\n{words}"
         logger.error("%s", self._death)
         self._signal(signal.SIGKILL)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # some real-time signals have none
+        return f"signal {number}"

@@ -61,9 +61,9 @@ class Pipeline:
 
     def sample(self, job) -> Done:
         message, spec = job.message, job.message.spec
-        cfg_degree, ulysses_degree = message.parallel.resolve(dist.get_world_size(), guided=spec.guided)
         with job.together():
             model = self._component(message.model, job)
+        cfg_degree, ulysses_degree = message.parallel.resolve(dist.get_world_size(), guided=model.guided(spec))
         _check_latent(message.latent, model)
         _check_text(message, model)
         mesh = mesh_of(self.device.type, cfg_degree, ulysses_degree)
@@ -115,7 +115,7 @@ class Pipeline:
 
         def on_step(step: int, total: int, foreseen: Tensor) -> None:
             job.progress("denoise", step, total)
-            if message.preview:
+            if message.preview and model.latent_rgb is not None:
                 job.preview(step, total, _picture(foreseen, model))
             job.check_together()
 
@@ -185,7 +185,7 @@ def _check_latent(latent: Tensor, model: DiffusionModel) -> None:
 
 
 def _check_text(message, model: DiffusionModel) -> None:
-    if message.spec.guided and message.negative is None:
+    if model.guided(message.spec) and message.negative is None:
         raise ValueError(
             f"guidance_scale is {message.spec.guidance_scale}, which needs a negative prompt; "
             "connect one (an empty text will do) or set guidance_scale to 1."

@@ -100,7 +100,6 @@ class Shutdown(Message):
 
 class Ready(Message):
     rank: int
-    device: str
 
 
 class Progress(Message):

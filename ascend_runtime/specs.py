@@ -6,18 +6,29 @@ A description stands for a loaded thing: whoever holds one can rebuild the thing
 from __future__ import annotations
 
 import math
+import os
 
 from msgspec import Struct
+from msgspec.structs import force_setattr
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOLVERS = ("unipc", "euler", "dpm++")
 SCHEDULES = ("wan", "simple")
 MAX_SEED = 2**64 - 1
+MAX_RANKS = 1024
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it can be one of {', '.join(choices)}.")
+
+
+def _make_absolute(spec: Struct, *names: str) -> None:
+    """Ranks work in another folder than their client: a path must mean the same in both."""
+    for name in names:
+        path = getattr(spec, name)
+        if path is not None:
+            force_setattr(spec, name, os.path.abspath(os.path.expanduser(path)))
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
@@ -41,8 +52,8 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self):
         for name in ("ranks", "cfg_degree", "ulysses_degree"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more, or 0 for automatic.")
+            if not 0 <= getattr(self, name) <= MAX_RANKS:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 to {MAX_RANKS}, or 0 for automatic.")
         if self.cfg_degree > 2:
             raise ValueError(
                 f"cfg_degree is {self.cfg_degree}; it can be 1 or 2, as guidance has two branches. "
@@ -98,6 +109,7 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     boundary: float | None = None
 
     def __post_init__(self):
+        _make_absolute(self, "path", "low_noise_path")
         _require_choice("dtype", self.dtype, DTYPES)
         if self.boundary is not None:
             _require_range("boundary", self.boundary, 0.0, 1.0)
@@ -110,6 +122,7 @@ class TextEncoderSpec(Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
 
     def __post_init__(self):
+        _make_absolute(self, "path")
         _require_choice("dtype", self.dtype, DTYPES)
 
 
@@ -120,6 +133,7 @@ class VaeSpec(Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
 
     def __post_init__(self):
+        _make_absolute(self, "path")
         _require_choice("dtype", self.dtype, DTYPES)
 
 
@@ -158,11 +172,6 @@ class SampleSpec(Struct, frozen=True, kw_only=True):
     def low_noise_guidance(self) -> float:
         scale = self.guidance_scale_low_noise
         return self.guidance_scale if scale is None else scale
-
-    @property
-    def guided(self) -> bool:
-        """Whether any step needs the uncond branch."""
-        return self.guidance_scale != 1.0 or self.low_noise_guidance != 1.0
 
 
 def _require_sigmas(sigmas: tuple[float, ...]) -> None:

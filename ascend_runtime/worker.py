@@ -30,7 +30,9 @@ def main() -> None:
 
     gc.freeze()  # nor will these objects ever be garbage
     gc.enable()
-    channel = Channel(socket.socket(fileno=int(os.environ["ASCEND_RUNTIME_CONTROL_FD"])))
+    control = int(os.environ["ASCEND_RUNTIME_CONTROL_FD"])
+    os.set_inheritable(control, False)  # only this rank's death may end the connection
+    channel = Channel(socket.socket(fileno=control))
     serve(channel)
 
 

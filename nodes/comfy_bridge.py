@@ -13,8 +13,9 @@ from comfy.patcher_extension import CallbacksMP
 from PIL import Image
 from torch import Tensor
 
-from ..ascend_runtime.client import JobCancelled, Result, Runtime
+from ..ascend_runtime.client import JobCancelled, RankError, Result, Runtime
 from ..ascend_runtime.devices import resolve_kind, resolve_ranks
+from ..ascend_runtime.launcher import RankDied
 from ..ascend_runtime.specs import ParallelSpec
 from .types import RanksHandle
 
@@ -67,8 +68,9 @@ def release(end_ranks: bool = False) -> None:
 
 def samples_of(latent: dict) -> Tensor:
     """The tensor [B,C,T,H,W] of a LATENT. Raises ValueError for what a text-to-video model cannot honour."""
-    if latent.get("noise_mask") is not None:
-        raise ValueError("The latent has a noise mask, which Ascend Sampler does not honour yet. Leave the mask out.")
+    for name in ("noise_mask", "batch_index"):
+        if latent.get(name) is not None:
+            raise ValueError(f"The latent has a {name}, which Ascend Sampler does not honour yet. Leave it out.")
     return latent["samples"]
 
 
@@ -141,7 +143,10 @@ class _RankMemory:
 
     def _on_detach(self, *_) -> None:
         self._counted = False
-        release()
+        try:
+            release()
+        except (RankDied, RankError) as error:  # ComfyUI's worker would not survive it; and dead ranks hold no memory
+            logger.warning("Ascend: the ranks could not free their weights: %s", error)
 
 
 _memory = _RankMemory()

@@ -7,11 +7,9 @@ import time
 from comfy_api.latest import io
 
 from ..ascend_runtime.devices import KINDS
-from ..ascend_runtime.specs import ParallelSpec
+from ..ascend_runtime.specs import MAX_RANKS, ParallelSpec
 from . import comfy_bridge, types
 from .types import RanksHandle
-
-MAX_RANKS = 1024
 
 
 class ParallelConfig(io.ComfyNode):

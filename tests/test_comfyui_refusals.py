@@ -100,7 +100,7 @@ REFUSED = {
     text_of_another_encoder: ["[1, 512, 4096]", "[1, tokens, 32]", "text encoder that belongs to the model"],
     latent_of_32_channels: ["[1, 32, 3, 8, 8]", "[B,16,T,H,W]", "EmptyHunyuanLatentVideo"],
     latent_of_an_image: ["[1, 4, 8, 8]", "[B,16,T,H,W]", "EmptyHunyuanLatentVideo"],
-    noise_mask: ["noise mask", "Leave the mask out"],
+    noise_mask: ["noise_mask", "Leave it out"],
     conditioning_for_a_part_of_the_steps: ["positive", "end_percent", "start_percent", "text encode node directly"],
     two_conditionings: ["2 parts", "one text"],
     no_negative: ["needs a negative prompt", "guidance_scale to 1"],

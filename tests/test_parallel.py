@@ -27,7 +27,7 @@ def three_ranks(new_runtime):
 
 def sample(runtime, specs, shape, parallel=None, guidance_scale=4.0):
     spec = SampleSpec(seed=11, steps=4, guidance_scale=guidance_scale)
-    negative = specs.text(2) if spec.guided else None
+    negative = specs.text(2) if spec.guidance_scale != 1 else None
     return runtime.sample(specs.model, spec, torch.zeros(shape), specs.text(1), negative, parallel=parallel).tensor
 
 

@@ -56,7 +56,7 @@ def ours(runtime, specs, *, batch=1, seed=SEED, prompt=PROMPT, **arguments):
     """Our latent, by way of the encoder."""
     spec = SampleSpec(seed=seed, **{"steps": STEPS, "shift": SHIFT, "guidance_scale": 4.0, **arguments})
     positive = runtime.encode(specs.encoder, prompt).tensor
-    negative = runtime.encode(specs.encoder, NEGATIVE).tensor if spec.guided else None
+    negative = runtime.encode(specs.encoder, NEGATIVE).tensor if spec.guidance_scale != 1 else None
     latent = torch.zeros(batch, *SIZE.latent_shape()[1:])
     return runtime.sample(specs.model, spec, latent, positive, negative).tensor
 

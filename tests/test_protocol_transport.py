@@ -36,7 +36,7 @@ MESSAGES = [
     protocol.Free(job=7),
     protocol.Cancel(job=8),
     protocol.Shutdown(),
-    protocol.Ready(rank=1, device="npu:1"),
+    protocol.Ready(rank=1),
     protocol.Progress(job=9, stage="denoise", step=1, total=2),
     Preview(job=10, step=1, total=2, image=torch.full((2, 3, 3), 200, dtype=torch.uint8)),
     Done(job=11, seconds={"load": 0.5}, info={"spatial": 8}, tensor=LATENT),

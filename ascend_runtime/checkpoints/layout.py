@@ -3,32 +3,44 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from .keys import to_diffusers_name
 from .reader import open_shard
+
+KINDS = {  # of component: the key of its config that tells, and what it says
+    "transformer": ("_class_name", "WanTransformer3DModel"),
+    "text_encoder": ("model_type", "umt5"),
+    "vae": ("_class_name", "AutoencoderKLWan"),
+}
+STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
 
 
 @dataclass(frozen=True)
 class Component:
     """A network on disk: its config, its shards in the order to be read, and what was in them when it was found."""
 
-    folder: Path
     config: dict
     shards: tuple[Path, ...]
-    original_names: bool  # parameter names of the original Wan rather than diffusers'
+    folder: Path | None  # of a diffusers component; None for a single file
+    original_names: bool = False  # parameter names of the original Wan rather than diffusers'
+
+    @property
+    def root(self) -> Path | None:
+        """The diffusers pipeline that it belongs to; None for a single file."""
+        return self.folder and self.folder.parent
 
     @property
     def fingerprint(self) -> tuple:
         """Changes when a file on disk does: the weights, and what says how to use them."""
-        root = self.folder.parent
-        described = [self.folder / "config.json", root / "model_index.json", root / "vae" / "config.json"]
-        files = self.shards if self.original_names else (*filter(Path.is_file, described), *self.shards)
-        return tuple((str(file), *_state(file)) for file in files)
+        described = ()
+        if self.folder:
+            described = (self.folder / "config.json", self.root / "model_index.json", self.root / "vae" / "config.json")
+        return tuple((str(file), *_state(file)) for file in (*filter(Path.is_file, described), *self.shards))
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +62,9 @@ def find_component(path: str, name: str) -> Component:
             f"{root} has no {name}/config.json; it holds {held}. Give a diffusers folder, such as a download of "
             "Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope."
         )
-    return Component(folder, read_json(folder / "config.json"), _shards_of(folder), original_names=False)
+    config = read_json(folder / "config.json")
+    _check_kind(config, name, folder)
+    return Component(config, _shards_of(folder), folder)
 
 
 def find_transformer(path: str, name: str = "transformer") -> Component:
@@ -77,6 +91,13 @@ def has_component(path: str, name: str) -> bool:
     return (Path(path) / name / "config.json").is_file()
 
 
+def _check_kind(config: dict, name: str, folder: Path) -> None:
+    """diffusers and transformers write into a config what network it is of, each in its way."""
+    key, wanted = KINDS[name.removesuffix("_2")]
+    if config.get(key, wanted) != wanted:
+        raise ValueError(f"{folder} holds a {config[key]}; a {wanted} is wanted here.")
+
+
 def existing(path: str) -> Path:
     root = Path(path).expanduser()
     if not root.exists():
@@ -86,23 +107,34 @@ def existing(path: str) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}). Download it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object. Download it again.")
+    return content
 
 
 def _shards_of(folder: Path) -> tuple[Path, ...]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        names = sorted(set(read_json(indices[0])["weight_map"].values()))
+    """The weights of a component: those with the libraries' standard name where there are, else all that lie there."""
+    for index in _preferred(folder, "*.safetensors.index.json", [f"{name}.index.json" for name in STANDARD_NAMES]):
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder} lacks {', '.join(missing)}, which {indices[0].name} lists. Download them.")
+        if missing or not names:
+            raise ValueError(f"{folder} lacks {', '.join(missing) or 'weights'}, see {index.name}. Download them.")
         return tuple(folder / name for name in names)
-    shards = tuple(sorted(folder.glob("*.safetensors")))
+    shards = _preferred(folder, "*.safetensors", STANDARD_NAMES)
     if not shards:
         raise ValueError(f"{folder} has no .safetensors file. Download the weights beside config.json.")
     return shards
+
+
+def _preferred(folder: Path, pattern: str, names: Iterable[str]) -> tuple[Path, ...]:
+    """The file with one of `names` where it lies in `folder`, else all that fit the pattern."""
+    for name in names:
+        if (folder / name).is_file():
+            return (folder / name,)
+    return tuple(sorted(folder.glob(pattern)))
 
 
 def _state(file: Path) -> tuple[int, int]:
@@ -118,19 +150,19 @@ def _single_transformer(path: Path, size: int, changed_ns: int) -> Component:
     """
     with open_shard(path) as shard:
         shapes = {to_diffusers_name(key): shard.get_slice(key).get_shape() for key in shard.keys()}
-        dtypes = {shard.get_slice(key).get_dtype() for key in shard.keys()}
     if "patch_embedding.weight" not in shapes or "blocks.0.ffn.net.0.proj.weight" not in shapes:
         raise ValueError(
             f"{path} is not a Wan transformer: it has no patch_embedding and no blocks. "
             f"Its first tensors are {', '.join(sorted(shapes)[:4])}."
         )
-    if any(dtype.startswith("F8") for dtype in dtypes):
-        raise ValueError(f"{path} holds fp8 weights, which cannot be read yet. Take the model's fp16 or bf16 file.")
-    return Component(path.parent, _config_of(shapes), (path,), original_names=True)
+    return Component(_config_of(shapes, path), (path,), folder=None, original_names=True)
 
 
-def _config_of(shapes: dict[str, list[int]]) -> dict:
+def _config_of(shapes: dict[str, list[int]], path: Path) -> dict:
     """The config of diffusers' WanTransformer3DModel, read off the shapes; the original's head_dim is always 128."""
+    missing = [name for name in _TELLING if name not in shapes]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)} of a Wan transformer. Download it again.")
     dim, in_channels, *patch = shapes["patch_embedding.weight"]
     has_image = "condition_embedder.image_embedder.ff.net.0.proj.weight" in shapes
     positions = shapes.get("condition_embedder.image_embedder.pos_embed")
@@ -139,7 +171,7 @@ def _config_of(shapes: dict[str, list[int]]) -> dict:
         "num_attention_heads": dim // 128,
         "attention_head_dim": 128,
         "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // int(torch.tensor(patch).prod()),
+        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
         "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
         "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
         "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
@@ -149,3 +181,10 @@ def _config_of(shapes: dict[str, list[int]]) -> dict:
         "image_dim": shapes["condition_embedder.image_embedder.norm1.weight"][0] if has_image else None,
         "pos_embed_seq_len": positions[1] if positions else None,
     }
+
+
+_TELLING = (
+    "proj_out.weight",
+    "condition_embedder.text_embedder.linear_1.weight",
+    "condition_embedder.time_embedder.linear_1.weight",
+)

@@ -61,11 +61,16 @@ def load_weights(
 
 def _places(shards: tuple[Path, ...], rename: Callable[[str], str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     """Where each parameter is: shard, key and shape, in the order of the file."""
-    places = {}
+    places: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     for path in shards:
         with open_shard(path) as shard:
             for key in shard.keys():
-                places[rename(key)] = (path, key, tuple(shard.get_slice(key).get_shape()))
+                held, name = shard.get_slice(key), rename(key)
+                if name in places:
+                    raise ValueError(f"{path} and {places[name][0]} both hold {name}. Keep one of the two.")
+                if held.get_dtype().startswith("F8"):
+                    raise ValueError(f"{path} holds fp8 weights, which cannot be read yet. Take its fp16 or bf16 form.")
+                places[name] = (path, key, tuple(held.get_shape()))
     return places
 
 

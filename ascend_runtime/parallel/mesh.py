@@ -23,7 +23,7 @@ def highest(value: int) -> int:
     """The highest `value` of all ranks; every rank must ask. Travels over the control backend (Gloo)."""
     if dist.get_world_size() == 1:
         return value
-    verdict = torch.tensor(value)
+    verdict = torch.tensor(int(value))
     dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
     return int(verdict)
 
