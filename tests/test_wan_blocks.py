@@ -1,9 +1,15 @@
 """Our Wan blocks and block stack equal diffusers', from which they take their parameters by name."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny_models
 import torch
 from ascend_runtime.families.wan import WanTransformer
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
@@ -70,6 +76,28 @@ def test_a_block_equals_diffusers(config, per_token):
     got = ours.blocks[0](x, text, image, timestep, ours._rotary_table(latent))
     assert (expected - x).std() > 0.1
     assert_close(got, expected, **TOLERANCE)
+
+
+def test_a_timestep_a_token_on_two_ranks(tmp_path):
+    """Each rank holds a chunk of the tokens, and of their timesteps; the last chunk is padded."""
+    ours, theirs = ours_and_theirs("t2v")
+    latent, timestep, text, _ = inputs("t2v", per_token=True)
+    assert timestep.shape[1] % 2 == 1
+    (tmp_path / "config.json").write_text(theirs.to_json_string())
+    save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
+    save_file({"latent": latent, "timestep": timestep, "text": text}, tmp_path / "inputs.safetensors")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(Path(__file__).with_name("wan_rank.py")), str(tmp_path)]
+    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
+    try:
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    expected = ours(latent, timestep, text)
+    for rank in range(2):
+        assert_close(load_file(tmp_path / f"{rank}.safetensors")["velocity"], expected, atol=1e-5, rtol=0.0)
 
 
 def test_the_stack_sees_each_of_its_inputs():

@@ -1,0 +1,35 @@
+"""A rank that runs a Wan transformer on its chunk of the tokens, for a test: `wan_rank.py FOLDER`.
+
+RANK and WORLD_SIZE say which of how many. FOLDER holds config.json, weights.safetensors and inputs.safetensors
+(latent, timestep, text); the rank writes the velocity of the whole latent to RANK.safetensors. The ranks meet in a
+file of the folder, at no port.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ascend_runtime.families.wan import WanTransformer
+from ascend_runtime.parallel.sequence import Ulysses
+from safetensors.torch import load_file, save_file
+
+
+def main():
+    folder = Path(sys.argv[1]).resolve()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    model = WanTransformer(json.loads((folder / "config.json").read_text())).eval()
+    model.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
+    model.spread(Ulysses(dist.group.WORLD))
+    with torch.no_grad():
+        velocity = model(**load_file(folder / "inputs.safetensors"))
+    save_file({"velocity": velocity}, folder / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
