@@ -30,6 +30,7 @@ def wan_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
         "num_layers": 2,
         "rope_max_seq_len": 64,
     }
+    torch.manual_seed(seed)  # vectors stay near what they begin at, which is random in biases
     return randomise(WanTransformer3DModel(**{**config, **changes}), seed).eval()
 
 
@@ -43,6 +44,7 @@ def umt5(seed: int = 0, layers: int = 2, vocabulary: int = 64) -> UMT5EncoderMod
     config = UMT5Config(
         vocab_size=vocabulary, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=layers, dropout_rate=0.0
     )
+    torch.manual_seed(seed)
     return randomise(UMT5EncoderModel(config), seed).eval()
 
 
