@@ -335,7 +335,8 @@ class _Submission:
             self._give_up()
 
     def _give_up(self) -> None:
-        self._result()  # raises what a rank has reported
+        if self.answers:
+            self._result()  # raises what a rank has reported
         silent = ", ".join(str(rank.rank) for rank in self.waiting.values())
         raise JobCancelled(f"The job was cancelled. Rank {silent} did not answer in time, so the group was ended.")
 

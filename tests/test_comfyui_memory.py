@@ -1,5 +1,9 @@
 """Memory that is given back when ComfyUI asks: the weights of the ranks, or the ranks."""
 
+import os
+import signal
+import time
+
 import comfy_graphs as graphs
 import pytest
 import torch
@@ -60,3 +64,14 @@ def test_node_ends_the_ranks(comfyui):
     assert len(ranks_of(comfyui.process.pid)) == 2
     again = graphs.saved_latent(comfyui, comfyui.queue(graphs.latent(seed=5, ranks=2)))
     assert torch.equal(first, again)
+
+
+def test_dead_ranks_do_not_take_comfyuis_worker_along(comfyui):
+    """ComfyUI frees in a thread that ends for good with any exception."""
+    expected = graphs.saved_latent(comfyui, comfyui.queue(graphs.latent(seed=7)))
+    (rank,) = ranks_of(comfyui.process.pid).values()
+    os.kill(rank, signal.SIGSTOP)
+    comfyui.post("/free", {"unload_models": True})
+    time.sleep(2.0)  # ComfyUI looks at the request when it next wakes, and then waits for the rank
+    os.kill(rank, signal.SIGKILL)
+    assert torch.equal(graphs.saved_latent(comfyui, comfyui.queue(graphs.latent(seed=7))), expected)

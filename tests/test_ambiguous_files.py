@@ -1,0 +1,102 @@
+"""What could be meant in two ways is refused by name, and no file is used that nobody named."""
+
+import json
+import shutil
+
+import pytest
+import random_wan
+import torch
+from ascend_runtime import DiffusionModelSpec, SampleSpec
+from killed_client import SHAPE
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def latent_of(runtime, model, text):
+    spec = SampleSpec(seed=1, steps=2, guidance_scale=1.0)
+    return runtime.sample(model, spec, torch.zeros(SHAPE), text).tensor
+
+
+@pytest.fixture
+def two_experts(checkpoints, tmp_path):
+    folder = tmp_path / "two"
+    shutil.copytree(checkpoints(experts=2), folder)
+    return folder
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_home_and_relative_paths_mean_what_the_client_means(one_rank, specs, two_experts, monkeypatch):
+    expected = latent_of(one_rank, DiffusionModelSpec(path=str(two_experts)), specs.text(1))
+    monkeypatch.setenv("HOME", str(two_experts.parent))
+    monkeypatch.chdir(two_experts.parent)
+    for path in ("~/two", "two"):
+        assert_close(latent_of(one_rank, DiffusionModelSpec(path=path), specs.text(1)), expected, atol=1e-6, rtol=0)
+
+
+def test_a_single_file_takes_nothing_from_folders_beside_it(one_rank, tmp_path):
+    file = random_wan.original_transformer(tmp_path / "models" / "diffusion_models" / "wan.safetensors")
+    text = torch.randn(1, 8, random_wan.TEXT_DIM, generator=torch.Generator().manual_seed(3))
+    expected = latent_of(one_rank, DiffusionModelSpec(path=str(file)), text)
+    (tmp_path / "models" / "vae").mkdir()
+    (tmp_path / "models" / "vae" / "config.json").write_text(json.dumps({"latents_mean": [9.0] * 16}))
+    again = DiffusionModelSpec(path=str(file), dtype="float32")  # another description, so that it is loaded anew
+    assert_close(latent_of(one_rank, again, text), expected, atol=1e-6, rtol=0)
+
+
+def test_the_low_noise_expert_of_a_folder_is_its_own(one_rank, specs, two_experts):
+    path = str(two_experts)
+    expected = latent_of(one_rank, DiffusionModelSpec(path=path), specs.text(1))
+    given_twice = DiffusionModelSpec(path=path, low_noise_path=path)
+    assert_close(latent_of(one_rank, given_twice, specs.text(1)), expected, atol=1e-6, rtol=0)
+
+
+def test_one_file_is_not_both_experts(one_rank, specs):
+    path = str(specs.folder)
+    with pytest.raises(ValueError, match="given as both experts"):
+        latent_of(one_rank, DiffusionModelSpec(path=path, low_noise_path=path), specs.text(1))
+
+
+def other_weights(folder):
+    transformer = folder / "transformer"
+    weights = load_file(transformer / WEIGHTS)
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file(weights, transformer / name)
+    (transformer / WEIGHTS).unlink()
+
+
+def fp8(folder):
+    weights = load_file(folder / "transformer" / WEIGHTS)
+    save_file({name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}, folder / "transformer" / WEIGHTS)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (other_weights, ["both hold", "Keep one"]),
+    (fp8, ["fp8", "fp16 or bf16"]),
+    (lambda folder: (folder / "transformer" / "config.json").write_text("[]"), ["config.json", "no JSON object"]),
+    (lambda folder: (folder / "transformer" / f"{WEIGHTS}.index.json").write_text("{}"), ["lacks weights"]),
+    (lambda folder: edit(folder / "transformer" / "config.json", _class_name="AutoencoderKLWan"),
+        ["AutoencoderKLWan", "WanTransformer3DModel is wanted"]),
+    (lambda folder: edit(folder / "transformer" / "config.json", in_channels=36), ["36", "image-to-video"]),
+    (lambda folder: edit(folder / "vae" / "config.json", latents_mean=[0.0] * 48, latents_std=[1.0] * 48),
+        ["16 channels", "latent format has 48"]),
+    (lambda folder: edit(folder / "transformer_2" / "config.json", text_dim=99), ["another text encoder", "one model"]),
+])  # fmt: skip
+def test_refused_by_name(one_rank, specs, two_experts, damage, says):
+    pids = one_rank.pids
+    damage(two_experts)
+    with pytest.raises(ValueError) as error:
+        latent_of(one_rank, DiffusionModelSpec(path=str(two_experts)), specs.text(1))
+    assert not [words for words in says if words not in str(error.value)], error.value
+    assert one_rank.pids == pids
+
+
+def test_a_single_file_without_its_head_is_named(one_rank, tmp_path):
+    file = random_wan.original_transformer(tmp_path / "wan.safetensors")
+    save_file({name: w for name, w in load_file(file).items() if name != "head.head.weight"}, file)
+    with pytest.raises(ValueError, match="wan.safetensors lacks proj_out.weight"):
+        latent_of(one_rank, DiffusionModelSpec(path=str(file)), torch.zeros(1, 8, random_wan.TEXT_DIM))

@@ -1,0 +1,92 @@
+"""Threads, callbacks, helpers of ranks, hung ranks: what goes on around a group of ranks leaves it usable or ended."""
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from ascend_runtime import JobCancelled, RankDied, SampleSpec, client
+from killed_client import SHAPE
+from rank_processes import seconds_until
+
+HELPER = """
+import os, subprocess
+if os.environ.get("RANK") == "0":
+    subprocess.Popen(["sleep", "600"])  # holds the rank's output open, as a compiler's worker does
+"""
+
+
+def sample(runtime, specs, **hooks):
+    spec = SampleSpec(seed=1, steps=4, guidance_scale=1.0)
+    return runtime.sample(specs.model, spec, torch.zeros(SHAPE), specs.text(1), **hooks)
+
+
+def test_threads_that_start_and_ask_at_once_share_one_group(new_runtime):
+    with new_runtime(1) as runtime:
+        errors = []
+
+        def attempt(call):
+            try:
+                call()
+            except Exception as error:
+                errors.append(error)
+
+        calls = (runtime.start, runtime.ping, runtime.start, runtime.ping)
+        threads = [threading.Thread(target=attempt, args=(call,)) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=120)
+        assert not errors and len(runtime.pids) == 1
+
+
+def test_a_callback_that_asks_for_more_is_refused_and_not_hung(one_rank, specs):
+    with pytest.raises(RuntimeError, match="callback of a running job"):
+        sample(one_rank, specs, on_progress=lambda *_: one_rank.ping())
+    one_rank.ping()
+
+
+def test_a_rank_is_missed_and_its_helper_ended_though_that_holds_its_output(new_runtime, marked, specs, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HELPER)
+    environment, living = marked
+    with new_runtime(2, **environment, PYTHONPATH=str(tmp_path)) as runtime:
+        runtime.start()
+        (helper,) = psutil.Process(runtime.pids[0]).children()
+        killer = threading.Timer(0.5, os.kill, (runtime.pids[0], signal.SIGKILL))
+        killer.start()
+        began = time.monotonic()
+        with pytest.raises(RankDied, match="Rank 0 of 2 was killed by SIGKILL"):
+            while True:
+                sample(runtime, specs)
+        assert time.monotonic() - began < 60  # the kill came within it, after 0.5 s
+        seconds_until(lambda: not living() and not helper.is_running(), 3.0)
+
+
+def test_a_cancel_does_not_wait_for_the_ranks_to_start(new_runtime, marked, specs):
+    environment, living = marked
+    with new_runtime(1, **environment) as runtime:
+        cancelled_at = []
+        timer = threading.Timer(0.3, lambda: (cancelled_at.append(time.monotonic()), runtime.cancel()))
+        timer.start()
+        with pytest.raises(JobCancelled, match="while the ranks started"):
+            sample(runtime, specs)
+        assert time.monotonic() - cancelled_at[0] < 2.0
+        seconds_until(lambda: not living(), 3.0)
+        sample(runtime, specs)
+
+
+def test_a_cancel_ends_ranks_that_do_not_answer_it(new_runtime, specs, monkeypatch):
+    monkeypatch.setattr(client, "CANCEL_DEADLINE", 1.0)
+    with new_runtime(1) as runtime:
+        sample(runtime, specs)
+
+        def hang(stage, step, total):
+            os.kill(runtime.pids[0], signal.SIGSTOP)
+            runtime.cancel()
+
+        with pytest.raises(JobCancelled, match="Rank 0 did not answer in time"):
+            sample(runtime, specs, on_progress=hang)
+        sample(runtime, specs)
