@@ -79,7 +79,10 @@ class Sampler(io.ComfyNode):
                     tooltip="cfg of the low-noise expert of Wan 2.2. 0: the same as cfg.",
                 ),
                 io.Sigmas.Input(
-                    "sigmas", optional=True, tooltip="Sigmas of your own; steps, scheduler and shift are then not used."
+                    "sigmas",
+                    optional=True,
+                    tooltip="Sigmas of your own; steps, scheduler and shift are then not used. Noise is always added: "
+                    "another sampler's unfinished latent cannot be continued.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],

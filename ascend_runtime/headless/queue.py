@@ -22,7 +22,7 @@ COLUMNS = ("seed", "seconds", "result", "prompt")
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the workflow. key: what it computes, the same in every session."""
+    """One run of the workflow. key: what it computes, the same in every run."""
 
     prompt: str
     seed: int | None
