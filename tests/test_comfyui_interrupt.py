@@ -1,5 +1,12 @@
-"""ComfyUI's Cancel button: the ranks stop within a step, and stay."""
+"""ComfyUI's Cancel button: the ranks stop within a step, and stay.
 
+The bar is one step and 0.1 s from the request on. What a client sees of it is later by what ComfyUI takes to tell it,
+through an event loop that shares the machine with the ranks. The same run measures that: a request that asks ComfyUI
+nothing but for an answer passes the same loop, and the longest of several is the slack. The step is the longest that
+the run saw. Each interrupt is held to the bar, not their median.
+"""
+
+import random
 import time
 
 import comfy_graphs as graphs
@@ -10,35 +17,54 @@ from comfy_server import PromptFailed
 from rank_processes import ranks_of
 
 INTERRUPTS = 3
-ASKED = 0.1  # seconds beside one step
-WAY = 0.15  # seconds for the poll of the running job (0.05), and for the websocket
+BAR = 0.1  # seconds beside one step
+ANSWERS = 10
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_interrupt_ends_the_job_within_a_step(comfyui, ranks):
+    seed = random.randrange(2**32)
+    print(f"moments of seed {seed}")
+    rng = random.Random(seed)
     with Listener(comfyui) as listener:
         graph = graphs.heavy_latent(seed=1, ranks=ranks)
         expected = graphs.saved_latent(comfyui, listener.run(graph).prompt_id)
         before = ranks_of(comfyui.process.pid)
-        excess = [interrupt(comfyui, listener, seed=100 + i, ranks=ranks) for i in range(INTERRUPTS)]
-        print(f"{ranks} rank(s): ended {', '.join(f'{s:.3f}' for s in excess)} s later than a step after the request")
-        assert sorted(excess)[INTERRUPTS // 2] <= ASKED + WAY  # the median, as the machine may be busy
+        for i in range(INTERRUPTS):
+            took, step, told = interrupt(comfyui, listener, rng, seed=100 + i, ranks=ranks)
+            print(f"{ranks} rank(s): {took:.3f} s; longest step {step:.3f} s, ComfyUI's answer {told:.3f} s")
+            assert took <= step + BAR + told
         assert ranks_of(comfyui.process.pid) == before and len(before) == ranks
         after = listener.run(graph)
         assert graphs.SAMPLER not in after.cached()
         assert torch.equal(graphs.saved_latent(comfyui, after.prompt_id), expected)
 
 
-def interrupt(comfyui, listener, seed: int, ranks: int) -> float:
-    """Interrupts a job of a thousand steps in its fifth; the seconds it went on beyond the longest of its steps."""
+def interrupt(comfyui, listener, rng, seed: int, ranks: int) -> tuple[float, float, float]:
+    """Interrupts a job of a thousand steps at some moment after its second. Returns seconds: from the request until
+    ComfyUI said that the job was interrupted, of the longest step, and of the slowest of ComfyUI's answers meanwhile.
+    """
     run = listener.queue(graphs.heavy_latent(seed=seed, ranks=ranks, steps=1000, length=17))
-    run.wait_for_step(graphs.SAMPLER, 4)
-    comfyui.post("/interrupt")
+    run.wait_for_step(graphs.SAMPLER, 2)
+    told = max(seconds_of_an_answer(comfyui) for _ in range(ANSWERS))
+    time.sleep(rng.uniform(0, longest_step(run)))
     asked = time.monotonic()
+    comfyui.post("/interrupt")
     ending = run.end()
     assert ending.kind == "execution_interrupted" and ending.data["node_id"] == graphs.SAMPLER
     with pytest.raises(PromptFailed) as caught:
         comfyui.wait(run.prompt_id)
     assert caught.value.kind == "execution_interrupted"
+    return ending.at - asked, longest_step(run), told
+
+
+def longest_step(run) -> float:
+    """Seconds of the longest step so far, the one that the interrupt came in too: its end is told as that of any."""
     times = {event.data["value"]: event.at for event in run.of("progress", graphs.SAMPLER) if event.data["max"] == 1000}
-    return ending.at - asked - max(times[step + 1] - times[step] for step in sorted(times)[:-1])
+    return max(times[step + 1] - times[step] for step in sorted(times)[:-1])
+
+
+def seconds_of_an_answer(comfyui) -> float:
+    began = time.monotonic()
+    comfyui.get("/prompt")
+    return time.monotonic() - began
