@@ -4,18 +4,18 @@ import re
 
 from comfy_server import PACK_NAME, ComfyServer
 
+BAR = 0.5  # seconds
 STARTS = 3
 
 
 def test_the_pack_adds_less_than_half_a_second(comfyui):
-    """By ComfyUI's own clock of custom nodes; the best of three, as other programs take their share of the machine."""
-    logs = [comfyui.log]
-    for _ in range(STARTS - 1):
+    """By ComfyUI's own clock of custom nodes; up to two more starts where other programs took their share of one."""
+    seconds = [import_seconds(comfyui.log)]
+    while min(seconds) >= BAR and len(seconds) < STARTS:
         with ComfyServer() as server:
-            logs.append(server.log)
-    seconds = [import_seconds(log) for log in logs]
+            seconds.append(import_seconds(server.log))
     print(f"ComfyUI imported the pack in {', '.join(f'{s:.1f}' for s in seconds)} s")
-    assert min(seconds) < 0.5
+    assert min(seconds) < BAR
 
 
 def import_seconds(log: str) -> float:
