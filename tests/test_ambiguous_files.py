@@ -70,8 +70,8 @@ def other_weights(folder):
 
 
 def fp8(folder):
-    weights = load_file(folder / "transformer" / WEIGHTS)
-    save_file({name: weight.to(torch.float8_e4m3fn) for name, weight in weights.items()}, folder / "transformer" / WEIGHTS)
+    file = folder / "transformer" / WEIGHTS
+    save_file({name: weight.to(torch.float8_e4m3fn) for name, weight in load_file(file).items()}, file)
 
 
 @pytest.mark.parametrize("damage, says", [
