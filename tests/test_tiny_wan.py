@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import check_tiny_wan as check
 from tiny_wan import reader, text, vae_model, world
 from tiny_wan.dit_training import build_transformer
+from tiny_wan.loop import Stage, load_averages, train
 from tiny_wan.optim import orthogonalise
 
 CAPTION = "a red circle moving right on a blue background"
@@ -94,6 +95,27 @@ def test_every_caption_word_is_one_token():
 def test_orthogonalise_evens_out_singular_values(shape):
     values = torch.linalg.svdvals(orthogonalise(torch.randn(shape, generator=torch.Generator().manual_seed(6))))
     assert 0.3 < values.min() and values.max() < 1.3
+
+
+def test_training_resumes_where_it_stopped(tmp_path):
+    target = torch.randn(6, 6, generator=torch.Generator().manual_seed(7))
+
+    def stage(minutes: float) -> Stage:
+        layer = torch.nn.Linear(6, 6)
+
+        def step(_: float, generator: torch.Generator) -> torch.Tensor:
+            x = torch.randn(8, 6, generator=generator)
+            return (layer(x) - x @ target).square().mean()
+
+        return Stage("line", [layer], step, minutes, lr=0.02)
+
+    first, second = stage(0.005), stage(0.02)
+    train(first, tmp_path, seed=7)
+    train(second, tmp_path, seed=7)
+    assert second.losses[: len(first.losses)] == first.losses
+    assert len(second.losses) > len(first.losses) and second.losses[-1][1] < 0.2 * first.losses[0][1]
+    (average,) = load_averages(tmp_path / "line.pt", [torch.nn.Linear(6, 6)])
+    assert (average.weight.T - target).abs().max() < (torch.nn.Linear(6, 6).weight.T - target).abs().max()
 
 
 def test_asset_is_small_and_stands_alone():
