@@ -27,6 +27,7 @@ from tiny_wan.export import export
 from tiny_wan.generate import diffusers_engine
 from tiny_wan.latents import cache_latents, load_latents
 from tiny_wan.loop import load_averages, train
+from tiny_wan.preview import write_latent_rgb
 from tiny_wan.sheet import contact_sheet, loss_curve
 from tiny_wan.vae_model import build_vae
 from tiny_wan.vae_training import decoder_stage, vae_stage
@@ -65,6 +66,7 @@ def run_export(args: argparse.Namespace) -> None:
         load_averages(args.out / "decoder.pt", [nn.ModuleList([vae.post_quant_conv, vae.decoder])])
     transformer, encoder = load_averages(args.out / "dit.pt", build_modules())
     cache = load_latents(args.out / "latents.pt")
+    write_latent_rgb(args.model, vae, cache["mean"], cache["std"], args.seed)
     export(args.model, vae, transformer, encoder, cache["mean"], cache["std"])
 
 

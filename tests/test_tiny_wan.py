@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -141,3 +142,17 @@ def test_asset_loads_and_follows_a_held_out_prompt():
         clips = generate([scene.caption for scene in scenes], 0, 4.0, 12)
     assert clips[0].shape == (world.NUM_FRAMES, world.SIZE, world.SIZE, 3)
     assert check.score(clips, scenes)["average"] >= 0.75
+
+
+def test_preview_shows_the_colours_of_the_video():
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(ASSET / "vae", torch_dtype=torch.float32)
+    table = json.loads((ASSET / "vae" / "latent_rgb.json").read_text())
+    clips, _ = check.ground_truth(seed=3)
+    mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        latents = (vae.encode(clips[:6]).latent_dist.mode() - mean) / std
+    preview = latents.movedim(1, -1) @ torch.tensor(table["factors"]) + torch.tensor(table["bias"])
+    pooled = torch.nn.functional.adaptive_avg_pool3d(clips[:6], latents.shape[2:]).movedim(1, -1)
+    assert (preview - pooled).square().mean().sqrt() < 0.25 < pooled.std()
