@@ -155,4 +155,4 @@ def test_preview_shows_the_colours_of_the_video():
         latents = (vae.encode(clips[:6]).latent_dist.mode() - mean) / std
     preview = latents.movedim(1, -1) @ torch.tensor(table["factors"]) + torch.tensor(table["bias"])
     pooled = torch.nn.functional.adaptive_avg_pool3d(clips[:6], latents.shape[2:]).movedim(1, -1)
-    assert (preview - pooled).square().mean().sqrt() < 0.25 < pooled.std()
+    assert (preview - pooled).square().mean() < 0.5 * pooled.var()  # the rest is what no linear map tells
