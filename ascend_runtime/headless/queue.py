@@ -64,7 +64,7 @@ def _seeds(text: str) -> list[int]:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Returns the exit status: 0 all succeeded, 1 some did not, 2 could not go on, 130 interrupted."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # `kill` means what Ctrl+C does, which some shells have set to ignore
+    for number in (signal.SIGINT, signal.SIGTERM):  # `kill` means what Ctrl+C does, which some shells ignore
         signal.signal(number, signal.default_int_handler)
     results: dict[str, dict] = {}
     jobs: list[Job] = []
