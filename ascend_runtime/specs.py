@@ -14,6 +14,8 @@ from msgspec.structs import force_setattr
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOLVERS = ("unipc", "euler", "dpm++")
 SCHEDULES = ("wan", "simple")
+ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
+LAYER_NORMS = ("auto", "fused", "fp32")
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
 
@@ -135,6 +137,52 @@ class VaeSpec(Struct, frozen=True, kw_only=True):
     def __post_init__(self):
         _make_absolute(self, "path")
         _require_choice("dtype", self.dtype, DTYPES)
+
+
+class OperatorSpec(Struct, frozen=True, kw_only=True):
+    """Which operators compute, where a device has several for the same thing.
+
+    attention, on an NPU (elsewhere torch's own serves for all but fp8, which is refused):
+        auto: what the variable ALGO asks for, else fused.
+        fused: npu_fusion_attention, ALGO=0 of the original systems.
+        laser: MindIE SD's laser attention, ALGO=1: its products are fp16, the sum fp32.
+        infer: npu_fused_infer_attention_score, ALGO=3.
+        fastest: MindIE SD times what it has at the first use of a shape and takes the fastest; two runs may differ.
+        fp8: MXFP8 products, on cards of the 950 series alone; an approximation.
+        plain: torch's scaled_dot_product_attention.
+    heads_per_call: heads that one attention call computes, which bounds its memory; 0: all, unless the variable
+        USE_SUB_HEAD asks for another number.
+    layer_norm: fused: in the dtype of the blocks; fp32: upcast, as on other devices. auto: what FAST_LAYERNORM asks
+        for, else fused.
+    """
+
+    attention: str = "auto"
+    heads_per_call: int = 0
+    layer_norm: str = "auto"
+
+    def __post_init__(self):
+        _require_choice("attention", self.attention, ATTENTIONS)
+        _require_choice("layer_norm", self.layer_norm, LAYER_NORMS)
+        _require_range("heads_per_call", self.heads_per_call, 0, 1024)
+
+
+class ProfileSpec(Struct, frozen=True, kw_only=True):
+    """Which steps of a sampling job to record with the profiler, on which rank, and where to.
+
+    folder: gets one folder a recording, which TensorBoard and, on NPU, MindStudio Insight open.
+    first_step, last_step: both recorded, counted from 1.
+    """
+
+    folder: str
+    first_step: int = 2
+    last_step: int = 2
+    rank: int = 0
+
+    def __post_init__(self):
+        _make_absolute(self, "folder")
+        _require_range("first_step", self.first_step, 1, 1000)
+        _require_range("last_step", self.last_step, self.first_step, 1000)
+        _require_range("rank", self.rank, 0, MAX_RANKS - 1)
 
 
 class SampleSpec(Struct, frozen=True, kw_only=True):
