@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import torch
@@ -35,6 +35,7 @@ class DiffusionModel:
     latent_rgb: torch.Tensor | None  # [C,3]; None where no table is known, and then there are no previews
     latent_rgb_bias: torch.Tensor  # [3]
     dtype: torch.dtype
+    warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since it was loaded
 
     @property
     def experts(self) -> list[wan.WanTransformer]:
