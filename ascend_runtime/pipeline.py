@@ -6,16 +6,19 @@ import os
 
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 from torch import Tensor
 
 from . import devices
 from .components import Components, DiffusionModel
+from .ops import operators_for
 from .parallel.cfg import guided
-from .parallel.mesh import mesh_of
-from .parallel.sequence import Ulysses, WholeSequence
+from .parallel.mesh import highest, mesh_of
+from .parallel.sequence import Ulysses
+from .profiling import Recorder
 from .protocol import Done
 from .sampling import denoise
-from .specs import VideoSize
+from .specs import SampleSpec, VideoSize
 from .text import encode_text
 from .transport import borrowed
 
@@ -62,19 +65,24 @@ class Pipeline:
     def sample(self, job) -> Done:
         message, spec = job.message, job.message.spec
         with job.together():
+            recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job)
         cfg_degree, ulysses_degree = message.parallel.resolve(dist.get_world_size(), guided=model.guided(spec))
         _check_latent(message.latent, model)
         _check_text(message, model)
         mesh = mesh_of(self.device.type, cfg_degree, ulysses_degree)
-        sequence = Ulysses(mesh["ulysses"].get_group()) if ulysses_degree > 1 else WholeSequence()
+        operators = operators_for(self.device, message.operators, model.dtype)
+        sequence = Ulysses(mesh["ulysses"].get_group(), operators.attention) if ulysses_degree > 1 else None
         for expert in model.experts:
-            expert.spread(sequence)
-        with job.stage("denoise"):
-            latent = self._denoise(job, model, mesh["cfg"].get_group() if cfg_degree > 1 else None)
-        _check_finite(latent, "The denoised latent")
+            expert.arrange(operators, sequence)
+        cfg_group = mesh["cfg"].get_group() if cfg_degree > 1 else None
         plan = {"cfg_degree": cfg_degree, "ulysses_degree": ulysses_degree}
-        return _done(job, tensor=latent if self.rank == 0 else None, info=plan)
+        if message.warm_up:
+            self._warm_up(job, model, plan, cfg_group)
+        with job.stage("denoise"):
+            latent = self._denoise(job, "denoise", model, spec, cfg_group, around_step=recorder.step)
+        _check_finite(latent, "The denoised latent")
+        return _done(job, tensor=latent if self.rank == 0 else None, info=plan | recorder.info)
 
     def decode(self, job) -> Done:
         message = job.message
@@ -100,9 +108,23 @@ class Pipeline:
         with job.stage("load"):
             return self.components.get(spec, on_tensor)
 
-    def _denoise(self, job, model: DiffusionModel, cfg_group) -> Tensor:
-        """The denoised latent, not normalised, on the CPU."""
+    def _warm_up(self, job, model: DiffusionModel, plan: dict[str, int], cfg_group) -> None:
+        """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
         message, spec = job.message, job.message.spec
+        texts = tuple(text.shape for text in (message.positive, message.negative) if text is not None)
+        branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
+        kind = (*plan.values(), message.operators, message.latent.shape, texts, branches)
+        if not highest(kind not in model.warmed):  # ranks that failed apart may remember different kinds
+            return
+        below_boundary = model.boundary / 2 or 0.5
+        with job.stage("warm up"):
+            spec = replace(spec, solver="euler", sigmas=(1.0, below_boundary, 0.0))
+            self._denoise(job, "warm up", model, spec, cfg_group)
+        model.warmed.add(kind)
+
+    def _denoise(self, job, stage: str, model: DiffusionModel, spec: SampleSpec, cfg_group, **hooks) -> Tensor:
+        """The denoised latent, not normalised, on the CPU."""
+        message = job.message
         text = {"cond": message.positive, "uncond": message.negative}
         text = {name: self._text_for(model, t, message.latent.shape[0]) for name, t in text.items() if t is not None}
 
@@ -114,8 +136,8 @@ class Pipeline:
             return guided(lambda name: expert(x, t, text[name]), scale, cfg_group).float().cpu()
 
         def on_step(step: int, total: int, foreseen: Tensor) -> None:
-            job.progress("denoise", step, total)
-            if message.preview and model.latent_rgb is not None:
+            job.progress(stage, step, total)
+            if message.preview and stage == "denoise" and model.latent_rgb is not None:
                 job.preview(step, total, _picture(foreseen, model))
             job.check_together()
 
@@ -124,7 +146,7 @@ class Pipeline:
             start = (start - model.latents_mean) / model.latents_std
         try:
             job.check_together()
-            latent = denoise(predict, spec, start, on_step)
+            latent = denoise(predict, spec, start, on_step, **hooks)
         finally:
             for expert in model.experts:
                 expert.forget()

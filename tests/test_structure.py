@@ -21,11 +21,12 @@ LAYERS = [
     ("job", ("ascend_runtime.job",)),
     ("pipeline", ("ascend_runtime.pipeline",)),
     ("components", ("ascend_runtime.components",)),
-    ("sampling and text", ("ascend_runtime.sampling", "ascend_runtime.text")),
+    ("sampling, text and profiling", ("ascend_runtime.sampling", "ascend_runtime.text", "ascend_runtime.profiling")),
     ("families", ("ascend_runtime.families",)),
     ("parallel", ("ascend_runtime.parallel",)),
     ("checkpoints", ("ascend_runtime.checkpoints",)),
     ("ops", ("ascend_runtime.ops",)),
+    ("precision", ("ascend_runtime.precision",)),
     ("transport", ("ascend_runtime.transport",)),
     ("protocol", ("ascend_runtime.protocol",)),
     ("devices", ("ascend_runtime.devices",)),
@@ -33,13 +34,13 @@ LAYERS = [
 ]
 # What only some modules may import, by the first part of the name, or by the whole of it.
 RESERVED = {
-    "torch_npu": ("ascend_runtime.ops",),
-    "mindiesd": ("ascend_runtime.ops",),
+    "torch_npu": ("ascend_runtime.ops.libraries",),
+    "mindiesd": ("ascend_runtime.ops.libraries",),
     "socket": tuple(f"ascend_runtime.{name}" for name in ("transport", "launcher", "worker", "headless")),
     "subprocess": ("ascend_runtime.launcher", "ascend_runtime.headless"),
     "safetensors": ("ascend_runtime.checkpoints",),
     "transformers": ("ascend_runtime.components", "ascend_runtime.families"),
-    "torch.distributed": ("ascend_runtime.parallel", "ascend_runtime.job", "ascend_runtime.pipeline"),
+    "torch.distributed": tuple(f"ascend_runtime.{name}" for name in ("ops", "parallel", "job", "pipeline")),
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_extras", "comfy_execution", "execution", "folder_paths",
            "latent_preview", "node_helpers", "nodes", "server"}  # fmt: skip

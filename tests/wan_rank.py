@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ascend_runtime.families.wan import WanTransformer
+from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.sequence import Ulysses
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +25,8 @@ def main():
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     model = WanTransformer(json.loads((folder / "config.json").read_text())).eval()
     model.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
-    model.spread(Ulysses(dist.group.WORLD))
+    operators = PlainOperators()
+    model.arrange(operators, Ulysses(dist.group.WORLD, operators.attention))
     with torch.no_grad():
         velocity = model(**load_file(folder / "inputs.safetensors"))
     save_file({"velocity": velocity}, folder / f"{rank}.safetensors")

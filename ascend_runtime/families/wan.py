@@ -1,6 +1,7 @@
 """The Wan diffusion transformer (2.1 and 2.2): our blocks and block stack, diffusers' embedders and head.
 
-Parameters carry diffusers' names. Written for one device; `Sequence` says how the tokens are spread, if they are.
+Parameters carry diffusers' names. Written for one device: `PlainOperators` or another set computes, and `Sequence`
+says how the tokens are spread, if they are.
 diffusers' own block modulates and upcasts inside its forward, where no fused operator, cache or per-token
 modulation can reach: hence ours, which equals it (tests/test_wan_blocks.py).
 """
@@ -12,7 +13,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from .. import ops
+from ..ops import PlainOperators
+from ..ops.plain import RotaryTable
 from ..parallel.sequence import Sequence, WholeSequence
 
 # Kept in fp32 whatever the dtype of the blocks, as diffusers does: small, and the quality of every step hangs on them.
@@ -43,21 +45,20 @@ LATENT_RGB_BIAS = (-0.1835, -0.0868, -0.3360)
 class WanSelfAttention(nn.Module):
     """Attention of the video's tokens among themselves, with rotary positions."""
 
-    def __init__(self, dim: int, heads: int, eps: float, attention=ops.attention):
+    def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
         self.heads = heads
         self.eps = eps
-        self.attention = attention
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTable) -> Tensor:
         """x [B, S, D]; rotary: the table of these S tokens."""
-        query = ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
-        key = ops.rms_norm(self.to_k(x), self.norm_k.weight, self.eps).unflatten(2, (self.heads, -1))
+        query = self.ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
+        key = self.ops.rms_norm(self.to_k(x), self.norm_k.weight, self.eps).unflatten(2, (self.heads, -1))
         value = self.to_v(x).unflatten(2, (self.heads, -1))
-        out = self.attention(ops.rotary(query, rotary), ops.rotary(key, rotary), value)
+        out = self.attention(self.ops.rotary(query, rotary), self.ops.rotary(key, rotary), value)
         return self.to_out[0](out.flatten(2))
 
 
@@ -77,15 +78,15 @@ class WanCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
         """x [B, S, D], text [B, L, D], image [B, I, D]."""
-        query = ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
+        query = self.ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
         out = self._attend(query, self.to_k(text), self.norm_k, self.to_v(text))
         if image is not None:
             out = out + self._attend(query, self.add_k_proj(image), self.norm_added_k, self.add_v_proj(image))
         return self.to_out[0](out)
 
     def _attend(self, query: Tensor, key: Tensor, norm: nn.RMSNorm, value: Tensor) -> Tensor:
-        key = ops.rms_norm(key, norm.weight, self.eps).unflatten(2, (self.heads, -1))
-        return ops.attention(query, key, value.unflatten(2, (self.heads, -1))).flatten(2)
+        key = self.ops.rms_norm(key, norm.weight, self.eps).unflatten(2, (self.heads, -1))
+        return self.ops.attention(query, key, value.unflatten(2, (self.heads, -1))).flatten(2)
 
 
 class WanBlock(nn.Module):
@@ -100,33 +101,39 @@ class WanBlock(nn.Module):
         eps: float = 1e-6,
         cross_attn_norm: bool = True,
         image_dim: int | None = None,
-        attention=ops.attention,
     ):
         super().__init__()
         self.eps = eps
-        self.attn1 = WanSelfAttention(dim, heads, eps, attention)
+        self.attn1 = WanSelfAttention(dim, heads, eps)
         self.attn2 = WanCrossAttention(dim, heads, eps, image_dim)
         self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, timestep: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, timestep: Tensor, rotary: RotaryTable) -> Tensor:
         """x [B, S, D]; timestep: its projection [B, 6, D], or [B, S, 6, D] with one timestep a token."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(timestep)
-        attended = self.attn1(ops.modulated_layer_norm(x, shift, scale, self.eps), rotary)
-        x = torch.addcmul(x.float(), attended.float(), gate).type_as(x)
+        attended = self.attn1(self.ops.modulated_layer_norm(x, shift, scale, self.eps), rotary)
+        x = self.ops.gated_add(x, attended, gate)
         x = x + self.attn2(self._norm_for_text(x), text, image)
-        fed = self.ffn(ops.modulated_layer_norm(x, ffn_shift, ffn_scale, self.eps))
-        return torch.addcmul(x.float(), fed.float(), ffn_gate).type_as(x)
+        fed = self._feed_forward(self.ops.modulated_layer_norm(x, ffn_shift, ffn_scale, self.eps))
+        return self.ops.gated_add(x, fed, ffn_gate)
 
     def _modulation(self, timestep: Tensor) -> tuple[Tensor, ...]:
         """Six fp32 tensors [B, 1 or S, D]."""
-        modulation = self.scale_shift_table + timestep.float()
+        modulation = self.ops.modulation(self.scale_shift_table, timestep)
         per_token = timestep.ndim == 4
         return modulation.unbind(2) if per_token else tuple(m.unsqueeze(1) for m in modulation.unbind(1))
 
     def _norm_for_text(self, x: Tensor) -> Tensor:
-        return self.norm2(x.float()).type_as(x)
+        if isinstance(self.norm2, nn.Identity):
+            return x
+        return self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.eps)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """What `ffn`, whose parameters are diffusers', computes."""
+        widen, _, narrow = self.ffn.net
+        return narrow(self.ops.gelu(widen.proj(x)))
 
 
 class WanTransformer(nn.Module):
@@ -161,14 +168,17 @@ class WanTransformer(nn.Module):
                 )
                 for _ in range(config.get("num_layers", 40))
             )
-        self.spread(WholeSequence())
-        self._rotary: tuple[torch.Size, Tensor] | None = None
+        self._rotary: tuple[torch.Size, RotaryTable] | None = None
+        self.arrange(PlainOperators())
 
-    def spread(self, sequence: Sequence) -> None:
-        """Says how the tokens are spread over ranks from now on."""
-        self.sequence = sequence
+    def arrange(self, operators: PlainOperators, sequence: Sequence | None = None) -> None:
+        """Says which operators compute from now on, and how the tokens are spread over ranks (None: all are here)."""
+        self.forget()
+        self.ops = operators
+        self.sequence = sequence or WholeSequence(operators.attention)
         for block in self.blocks:
-            block.attn1.attention = sequence.attention
+            block.ops = block.attn1.ops = block.attn2.ops = operators
+            block.attn1.attention = self.sequence.attention
 
     def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         """The velocity [B, C_out, T, H, W].
@@ -176,7 +186,7 @@ class WanTransformer(nn.Module):
         latent [B, C, T, H, W]; timestep [B] in 0..1000, or [B, S] with one a token; text [B, L, text_dim];
         image [B, I, image_dim] for models that see one. H and W are even.
         """
-        rotary = self.sequence.split(self._rotary_table(latent))
+        rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent))
         tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
         length = tokens.shape[1]
         if timestep.ndim == 2:  # split before it is embedded: six vectors a token are large
@@ -200,8 +210,9 @@ class WanTransformer(nn.Module):
 
     def _head(self, tokens: Tensor, embedded: Tensor) -> Tensor:
         """tokens [B, S, D] -> patches [B, S, prod(patch) * C_out]."""
-        shift, scale = (self.scale_shift_table.float().unsqueeze(1) + embedded.float().unsqueeze(2)).unbind(2)
-        return self.proj_out(ops.modulated_layer_norm(tokens, shift, scale, self.norm_out.eps))
+        modulation = self.ops.modulation(self.scale_shift_table.unsqueeze(1), embedded.unsqueeze(2))
+        shift, scale = modulation.unbind(2)
+        return self.proj_out(self.ops.modulated_layer_norm(tokens, shift, scale, self.norm_out.eps))
 
     def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:
         """[B, S, pt*ph*pw*C] -> [B, C, T, H, W]."""
@@ -211,11 +222,11 @@ class WanTransformer(nn.Module):
         video = grid.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T/pt, pt, H/ph, ph, W/pw, pw]
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _rotary_table(self, latent: Tensor) -> Tensor:
+    def _rotary_table(self, latent: Tensor) -> RotaryTable:
         """The table of a latent of this size, kept until another size comes or `forget` is called."""
         if self._rotary is None or self._rotary[0] != latent.shape:
-            cos, sin = self.rope(latent)
-            self._rotary = latent.shape, ops.rotary_table(cos, sin).to(latent.device)
+            table = self.ops.rotary_table(*self.rope(latent))
+            self._rotary = latent.shape, tuple(part.to(latent.device) for part in table)
         return self._rotary[1]
 
     def forget(self) -> None:

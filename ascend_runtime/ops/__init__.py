@@ -1,7 +1,37 @@
-"""Operators with one signature each, whatever the device: the only place that knows what a device does best."""
+"""Operators with one signature each, whatever the device; the only place that knows what a device does best.
 
-from .attention import attention
-from .norm import modulated_layer_norm, rms_norm
-from .rotary import rotary, rotary_table
+`PlainOperators` are torch's own (CPU and CUDA); `AscendOperators` are those of an NPU.
+"""
 
-__all__ = ["attention", "modulated_layer_norm", "rms_norm", "rotary", "rotary_table"]
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ..specs import OperatorSpec
+from .plain import PlainOperators
+
+VARIABLE = "ASCEND_RUNTIME_OPERATORS"
+WAYS = ("auto", "npu", "torch")
+
+
+def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) -> PlainOperators:
+    """The operators for tensors on `device` in `dtype`, as `spec` (every choice in it made) asks.
+
+    The variable ASCEND_RUNTIME_OPERATORS overrides the device: "torch" takes torch's own on an NPU, to find out
+    whether a fused operator is at fault; "npu" takes an NPU's elsewhere, which only a stand-in for them survives.
+
+    Raises ValueError for what the device, the dtype or the installed libraries cannot do.
+    """
+    way = os.environ.get(VARIABLE, "auto")
+    if way not in WAYS:
+        raise ValueError(f"{VARIABLE} is {way!r}; it can be one of {', '.join(WAYS)}. Unset it for the device's own.")
+    if way == "npu" or (way == "auto" and device.type == "npu"):
+        from .ascend import AscendOperators  # what it needs is not on every machine
+
+        return AscendOperators(device, spec, dtype)
+    return PlainOperators(spec)
+
+
+__all__ = ["PlainOperators", "operators_for"]

@@ -7,6 +7,7 @@ from typing import Callable
 import torch.distributed as dist
 from torch import Tensor
 
+from ..precision import GUIDANCE
 from .mesh import all_gather
 
 
@@ -23,4 +24,5 @@ def guided(branch: Callable[[str], Tensor], scale: float, group: dist.ProcessGro
         cond, uncond = branch("cond"), branch("uncond")
     else:
         cond, uncond = all_gather(branch(("cond", "uncond")[dist.get_rank(group)]), group)
+    cond, uncond = cond.to(GUIDANCE.dtype), uncond.to(GUIDANCE.dtype)
     return uncond + scale * (cond - uncond)

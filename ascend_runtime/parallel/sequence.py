@@ -7,15 +7,17 @@ the degree are padded; the padding never enters a softmax.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Callable, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
 from .mesh import all_gather
+
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value, each [B, S, heads, head_dim]
 
 
 class Sequence(Protocol):
@@ -31,20 +33,25 @@ class Sequence(Protocol):
 class WholeSequence:
     """All tokens on this rank."""
 
+    def __init__(self, attention: Attention):
+        self.attention = attention
+
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         return x
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         return x
 
-    attention = staticmethod(ops.attention)
-
 
 class Ulysses:
-    """Tokens in equal chunks over the ranks of `group`, the last chunk padded with zeros."""
+    """Tokens in equal chunks over the ranks of `group`, the last chunk padded with zeros.
 
-    def __init__(self, group: dist.ProcessGroup):
+    attention: what each rank computes, on whole sequences of some heads.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, attention: Attention):
         self.group = group
+        self._attend = attention
         self.degree = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.length = 0  # tokens of the whole sequence, without padding
@@ -71,7 +78,7 @@ class Ulysses:
         packed = torch.stack((query, key, value))  # [3, B, S/U, heads, D]
         packed = _pad_end(packed, 3, -(-heads // self.degree) * self.degree)
         query, key, value = self._to_heads(packed).unbind()
-        out = ops.attention(query, key, value)
+        out = self._attend(query, key, value)
         out = _pad_end(out, 1, -(-self.length // self.degree) * self.degree)
         return self._to_chunks(out)[:, :, :heads]
 

@@ -1,0 +1,145 @@
+"""Operators of an NPU, by torch_npu and MindIE SD. Nothing of it has run on a device: checked by contract alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import devices
+from ..precision import NORMS, RESIDUAL, ROTARY
+from ..specs import OperatorSpec
+from . import ascend_attention
+from .ascend_attention import HALVES
+from .libraries import mindiesd, torch_npu
+from .plain import PlainOperators, RotaryTable
+
+ROTARY_LANES = 999  # batch x heads that npu_rotary_mul takes at once, when it rotates interleaved pairs
+REDUCING_RANKS = (2, 4, 8)  # that npu_mm_all_reduce_base joins
+
+
+class AscendOperators(PlainOperators):
+    """See `PlainOperators` for what each does."""
+
+    npu = True
+
+    def __init__(self, device: torch.device, spec: OperatorSpec, dtype: torch.dtype):
+        self.card = devices.card(device)
+        self.fused_norms = spec.layer_norm != "fp32"
+        self._dtype = dtype
+        super().__init__(spec)
+        self._self_attention, self._other_attention = self._attentions(spec.attention)
+
+    def _check(self, spec: OperatorSpec) -> None:
+        if spec.attention in ("laser", "infer", "fastest", "fp8") and self._dtype not in HALVES:
+            raise ValueError(
+                f"attention is {spec.attention!r}, which computes in bfloat16 or float16, and the model's dtype is "
+                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these, or attention to 'fused'."
+            )
+        if spec.attention in ("laser", "fastest") and mindiesd() is None:
+            raise ValueError(
+                f"attention is {spec.attention!r}, which MindIE SD computes, but mindiesd cannot be imported. "
+                "Install the mindiesd that fits this torch, or set attention to 'fused'."
+            )
+        if spec.attention == "fp8" and self.card != "a5":
+            raise ValueError(
+                f"attention is 'fp8', which cards of the 950 series compute; this card is {self.card or 'unknown'}. "
+                "Set it to 'fused', 'laser' or 'infer'."
+            )
+        if spec.attention in ("laser", "infer") and self.card == "duo":
+            raise ValueError(f"attention is {spec.attention!r}, which a 300I Duo has not. Set it to 'fused'.")
+
+    # Attention
+
+    def _attentions(self, name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+        """For a sequence with itself, and with another."""
+        fused = ascend_attention.prompt if self.card == "duo" else lambda *qkv: ascend_attention.fused(*qkv)[0]
+        if name == "plain":
+            return (lambda *qkv: PlainOperators._attend(self, *qkv)[0],) * 2
+        if name == "fp8":
+            return ascend_attention.fp8, fused
+        ways = {
+            "infer": lambda *qkv: ascend_attention.infer(*qkv)[0],
+            "laser": ascend_attention.laser,
+            "fastest": ascend_attention.fastest,
+        }
+        return (ways.get(name, fused),) * 2
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+        attend = self._self_attention if query.shape == key.shape else self._other_attention
+        return (attend(query, key, value),)
+
+    def _attend_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if query.dtype in HALVES:
+            return ascend_attention.infer(query, key, value, with_lse=True)
+        return ascend_attention.fused(query, key, value)
+
+    # Norms
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return torch_npu().npu_rms_norm(x, weight.type_as(x), epsilon=eps)[0]
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        if not self.fused_norms:
+            return super().layer_norm(x, weight, bias, eps)
+        return _layer_norm(x, weight, bias, eps)
+
+    def modulated_layer_norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        if not self.fused_norms:
+            return super().modulated_layer_norm(x, shift, scale, eps)
+        if scale.shape[:2] == (1, 1):  # one video, one timestep: the modulation is an affine map of the norm's own
+            return _layer_norm(x, (1 + scale).flatten(), shift.flatten(), eps)
+        scale, shift = scale.type_as(x), shift.type_as(x)
+        if mindiesd() is not None:
+            return mindiesd().layernorm_scale_shift(_bare_layer_norm(x.shape[-1], eps), x, scale, shift, fused=True)
+        return torch.addcmul(shift, _layer_norm(x, None, None, eps), 1 + scale)
+
+    def gated_add(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        return torch.addcmul(x, update, gate.to(RESIDUAL.npu_dtype or x.dtype))
+
+    # Rotary position embedding
+
+    def rotary_table(self, cos: Tensor, sin: Tensor) -> RotaryTable:
+        if self.card == "duo":  # its npu_rotary_mul does not rotate interleaved pairs
+            return super().rotary_table(cos, sin)
+        return cos.to(ROTARY.npu_dtype), sin.to(ROTARY.npu_dtype)
+
+    def rotary(self, x: Tensor, table: RotaryTable) -> Tensor:
+        if self.card == "duo":
+            return super().rotary(x, table)
+        videos = x.to(ROTARY.npu_dtype).split(max(1, ROTARY_LANES // x.shape[2]))
+        rotated = [torch_npu().npu_rotary_mul(video, *table, "interleave") for video in videos]
+        return (rotated[0] if len(rotated) == 1 else torch.cat(rotated)).type_as(x)
+
+    # Linear
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return torch_npu().npu_gelu(x, approximate="tanh")
+
+    def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        """The bias is added after: given to the fused operator, it would be summed over the ranks."""
+        if x.dtype not in HALVES or dist.get_world_size(group) not in REDUCING_RANKS:
+            return super().linear_all_reduce(x, weight, bias, group)
+        communicator = _communicator(group)
+        out = torch_npu().npu_mm_all_reduce_base(x.contiguous(), weight.t(), communicator, reduce_op="sum")
+        return out if bias is None else out + bias
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    dtype = NORMS.npu_dtype or x.dtype
+    weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
+    return torch_npu().npu_layer_norm_eval(x.to(dtype), x.shape[-1:], weight, bias, eps)
+
+
+@lru_cache(maxsize=8)
+def _bare_layer_norm(dim: int, eps: float) -> nn.LayerNorm:
+    """Carries dim and eps; it has no parameters."""
+    return nn.LayerNorm(dim, eps, elementwise_affine=False)
+
+
+def _communicator(group: dist.ProcessGroup) -> str:
+    """HCCL's name of `group` on this rank; it asks for the global rank, to find this rank's card by."""
+    return group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())

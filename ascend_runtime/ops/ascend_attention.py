@@ -1,0 +1,125 @@
+"""The attentions of an NPU: one function each, all with query [B, S, heads, head_dim] and key, value [B, L, ...].
+
+Their limits (dtypes, layouts, cards) are those that torch_npu 2.13 and MindIE SD 3.1 state for the operators.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..precision import LOG_SUM_EXP
+from .libraries import mindiesd, torch_npu
+
+HALVES = (torch.float16, torch.bfloat16)
+MAX_TOKENS = 2**31 - 1  # of a window that hides nothing
+# How npu_fused_infer_attention_score_v2 is told of MXFP8, as MindIE SD's MXFP8RotateQuantFA tells it.
+MXFP8_BY_HEAD_DIM, MXFP8_BY_TOKEN = 6, 8
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """By npu_fusion_attention; the second is the LSE [B, S, heads]."""
+    out, largest, total, *_ = torch_npu().npu_fusion_attention(
+        query, key, value, query.shape[2], "BSND", scale=_scale(query), keep_prob=1.0
+    )
+    lse = largest[..., 0] + total[..., 0].log()  # [B, heads, S, 8], the same value eight times
+    return out, lse.transpose(1, 2)
+
+
+def infer(query: Tensor, key: Tensor, value: Tensor, *, with_lse: bool = False) -> tuple[Tensor, Tensor]:
+    """By npu_fused_infer_attention_score; the second is the LSE [B, S, heads], if asked for."""
+    heads = query.shape[2]
+    out, lse = torch_npu().npu_fused_infer_attention_score(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        num_heads=heads,
+        num_key_value_heads=heads,
+        scale=_scale(query),
+        input_layout="BSND",
+        softmax_lse_flag=with_lse,
+    )
+    return out, lse.squeeze(-1).transpose(1, 2).to(LOG_SUM_EXP.dtype) if with_lse else lse
+
+
+def prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By npu_prompt_flash_attention: what a 300I Duo has instead of the others."""
+    return torch_npu().npu_prompt_flash_attention(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        num_heads=query.shape[2],
+        scale_value=_scale(query),
+        pre_tokens=MAX_TOKENS,
+        next_tokens=MAX_TOKENS,
+        input_layout="BSND",
+    )
+
+
+def laser(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By MindIE SD's laser attention; it takes its fused one itself where a sequence is shorter than 2048."""
+    return mindiesd().attention_forward(
+        query, key, value, scale=_scale(query), opt_mode="manual", op_type="ascend_laser_attention", layout="BNSD"
+    )
+
+
+def fastest(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By what MindIE SD finds fastest for these shapes, timed at their first use."""
+    return mindiesd().attention_forward(query, key, value, scale=_scale(query), opt_mode="runtime")
+
+
+def fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """With MXFP8 products (fp8, a power of two for each group of 32): self-attention on cards of the 950 series.
+
+    Query and key are rotated by a Hadamard matrix first, which leaves their products as they are and spreads outliers
+    over the head (Ashkboos et al., QuaRot, arXiv 2404.00456).
+    """
+    batch, length, heads, head_dim = query.shape
+    rotation = _hadamard(head_dim, query.device, query.dtype)
+    query, key, value = (x.flatten(0, 1) for x in (query @ rotation, key @ rotation, value))  # [T, heads, head_dim]
+    fp8_dtype, scale_dtype = torch.float8_e4m3fn, torch_npu().float8_e8m0fnu
+    (q, q_scale), (k, k_scale), (v, v_scale) = (
+        torch_npu().npu_dynamic_mx_quant(x, axis=axis, dst_type=fp8_dtype)
+        for x, axis in ((query, -1), (key, -1), (value, 0))
+    )
+    ends = [length * (i + 1) for i in range(batch)]
+    out, _ = torch_npu().npu_fused_infer_attention_score_v2(
+        q,
+        k,
+        v,
+        input_layout="TND",
+        num_query_heads=heads,
+        num_key_value_heads=heads,
+        softmax_scale=head_dim**-0.5,
+        actual_seq_qlen=ends,
+        actual_seq_kvlen=ends,
+        dequant_scale_query=q_scale,
+        dequant_scale_key=k_scale,
+        dequant_scale_value=v_scale,
+        query_quant_mode=MXFP8_BY_HEAD_DIM,
+        key_quant_mode=MXFP8_BY_HEAD_DIM,
+        value_quant_mode=MXFP8_BY_TOKEN,
+        query_dtype=fp8_dtype,
+        key_dtype=fp8_dtype,
+        value_dtype=fp8_dtype,
+        dequant_scale_query_dtype=scale_dtype,
+        dequant_scale_key_dtype=scale_dtype,
+        dequant_scale_value_dtype=scale_dtype,
+        out_dtype=query.dtype,
+    )
+    return out.unflatten(0, (batch, length))
+
+
+def _scale(query: Tensor) -> float:
+    return query.shape[-1] ** -0.5
+
+
+@lru_cache(maxsize=4)
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The orthogonal Hadamard matrix [size, size] of a power of two (Sylvester's)."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (matrix * size**-0.5).to(device, dtype)

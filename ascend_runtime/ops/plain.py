@@ -1,0 +1,129 @@
+"""Operators by torch's own means: on a CPU, on CUDA, and wherever an NPU has none that is better."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..precision import LOG_SUM_EXP, MODULATION, NORMS, RESIDUAL, ROTARY
+from ..specs import OperatorSpec
+
+logger = logging.getLogger(__name__)
+
+RotaryTable = tuple[Tensor, ...]
+
+
+class PlainOperators:
+    """One method an operator. spec: as in `operators_for`.
+
+    Attention takes query [B, S, heads, head_dim], key and value [B, L, heads, head_dim], and scales by
+    1 / sqrt(head_dim).
+    """
+
+    npu = False
+
+    def __init__(self, spec: OperatorSpec = OperatorSpec()):
+        self.heads_per_call = spec.heads_per_call
+        self._check(spec)
+
+    def _check(self, spec: OperatorSpec) -> None:
+        if spec.attention == "fp8":
+            raise ValueError(
+                "attention is 'fp8', which NPUs of the 950 series compute and this device does not. "
+                "Set it to 'auto' for attention in the dtype of the blocks."
+            )
+        if spec.attention not in ("auto", "plain", "fused"):
+            _say_once(f"attention {spec.attention!r} is an NPU's; here torch's own computes the same.")
+
+    # Attention
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """softmax(q k^T) v, of query's shape."""
+        return self._by_heads(self._attend, query, key, value)[0]
+
+    def attention_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention, and the logarithm of each row's sum of exponentials [B, S, heads] in fp32, to merge parts by."""
+        out, lse = self._by_heads(self._attend_with_lse, query, key, value)
+        return out, lse
+
+    def _by_heads(self, attend: Callable[..., tuple[Tensor, ...]], *qkv: Tensor) -> tuple[Tensor, ...]:
+        """`attend`, on at most `heads_per_call` heads at once."""
+        if not 0 < self.heads_per_call < qkv[0].shape[2]:
+            return attend(*qkv)
+        parts = [attend(*heads) for heads in zip(*(x.split(self.heads_per_call, dim=2) for x in qkv))]
+        return tuple(torch.cat(results, dim=2) for results in zip(*parts))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return (F.scaled_dot_product_attention(query, key, value).transpose(1, 2),)
+
+    def _attend_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """By the operators under scaled_dot_product_attention, which itself keeps the sums to itself."""
+        length = query.shape[1]
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        if query.device.type == "cpu":
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+        elif query.dtype == torch.float32:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
+        else:
+            out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
+        return out.transpose(1, 2), lse[:, :, :length].transpose(1, 2).to(LOG_SUM_EXP.dtype)
+
+    # Norms
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight over the last dim [..., D]."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        """Over the last dim [..., D]."""
+        dtype = NORMS.dtype
+        return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).type_as(x)
+
+    def modulated_layer_norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        """layer_norm(x) * (1 + scale) + shift; x [B, S, D], shift and scale [B, 1 or S, D] in fp32."""
+        normed = F.layer_norm(x.to(NORMS.dtype), x.shape[-1:], eps=eps)
+        return torch.addcmul(shift, normed, 1 + scale).type_as(x)
+
+    def gated_add(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        """x + update * gate; x and update [B, S, D], gate [B, 1 or S, D] in fp32."""
+        return torch.addcmul(x.to(RESIDUAL.dtype), update.to(RESIDUAL.dtype), gate).type_as(x)
+
+    def modulation(self, table: Tensor, timestep: Tensor) -> Tensor:
+        """table + timestep in fp32: the shifts, scales and gates of a block."""
+        return table.to(MODULATION.dtype) + timestep.to(MODULATION.dtype)
+
+    # Rotary position embedding over interleaved pairs (Su et al., arXiv 2104.09864), as Wan rotates
+
+    def rotary_table(self, cos: Tensor, sin: Tensor) -> RotaryTable:
+        """What `rotary` needs of cos and sin [1, S, 1, head_dim], each value given twice: tensors [1, S, 1, ...]."""
+        dtype = ROTARY.dtype
+        return (torch.complex(cos[..., 0::2].to(dtype).contiguous(), sin[..., 1::2].to(dtype).contiguous()),)
+
+    def rotary(self, x: Tensor, table: RotaryTable) -> Tensor:
+        """Rotates the pairs (x[2i], x[2i+1]) of x [B, S, heads, head_dim] by the angles of `table`."""
+        pairs = torch.view_as_complex(x.to(ROTARY.dtype).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * table[0]).flatten(-2).type_as(x)
+
+    # Linear
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The tanh approximation."""
+        return F.gelu(x, approximate="tanh")
+
+    def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        """The sum over `group` of x weight^T, and the bias once; x [B, S, K/ranks], weight [N, K/ranks], bias [N]."""
+        out = F.linear(x, weight)
+        dist.all_reduce(out, group=group)
+        return out if bias is None else out + bias
+
+
+@lru_cache(maxsize=None)
+def _say_once(text: str) -> None:
+    logger.info("%s", text)
