@@ -50,6 +50,6 @@ GUIDANCE = Rule(torch.float32, "u + s(c - u) subtracts two nearly equal predicti
 NOISE = Rule(torch.float32, "Drawn on the CPU from the seed: the same video on every device and number of ranks.")
 SOLVER = Rule(
     torch.float32,
-    "On the CPU: a latent is small, UniPC's linear solve tiny and ill-suited to an NPU, and the result the same for all.",
+    "On the CPU: a latent is small, UniPC's linear solve tiny and ill-suited to NPUs, and the result the same for all.",
 )
 LOG_SUM_EXP = Rule(torch.float32, "Partial attentions are merged by exponentials of differences of it.")
