@@ -17,6 +17,8 @@ _HOMES = {
     "VaeSpec": "specs",
     "ParallelSpec": "specs",
     "SampleSpec": "specs",
+    "OperatorSpec": "specs",
+    "ProfileSpec": "specs",
     "VideoSize": "specs",
 }
 __all__ = list(_HOMES)

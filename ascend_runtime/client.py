@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import select
 import threading
 import time
@@ -18,12 +19,20 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from . import devices, transport
+from . import devices, host, transport
 from .checkpoints.layout import frames_shape
 from .launcher import Rank, RankGroup
 from .protocol import Cancel, Decode, Done, Encode, Failed, Free, Load, Message, Ping, Preview
 from .protocol import Progress, Sample
-from .specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
+from .specs import (
+    DiffusionModelSpec,
+    OperatorSpec,
+    ParallelSpec,
+    ProfileSpec,
+    SampleSpec,
+    TextEncoderSpec,
+    VaeSpec,
+)
 from .transport import ChannelClosed, SealedMessage
 
 logger = logging.getLogger(__name__)
@@ -70,7 +79,7 @@ class Runtime:
     ):
         self.parallel = parallel
         self.device = devices.resolve_kind(device)
-        self.world_size = devices.resolve_ranks(parallel.ranks, self.device)
+        self.world_size = devices.resolve_ranks(parallel.ranks, self.device, {**os.environ, **(environment or {})})
         self._environment = environment
         self._group: RankGroup | None = None
         self._numbers = itertools.count(1)
@@ -178,6 +187,9 @@ class Runtime:
         negative: Tensor | None = None,
         *,
         parallel: ParallelSpec | None = None,
+        operators: OperatorSpec = OperatorSpec(),
+        warm_up: bool = False,
+        profile: ProfileSpec | None = None,
         on_preview: OnPreview | None = None,
         **hooks,
     ) -> Result:
@@ -185,8 +197,12 @@ class Runtime:
 
         latent: where to start, not normalised; zeros for a new video (see `VideoSize.latent_shape`).
         positive, negative: embeddings [1, tokens, D]; negative may be missing where the guidance scale is 1.
+        warm_up: before the first job of its kind (shapes, plan, operators) since the model was loaded, two steps are
+            made and thrown away, so that what is compiled at first use does not count in the job's own seconds.
+        profile: records these steps; `info["profile"]` of the result is the folder of the recording.
         """
-        return self._do(
+        profile = profile and _within(profile, spec.total_steps, self.world_size)
+        result = self._do(
             lambda job: Sample(
                 job=job,
                 model=model,
@@ -195,11 +211,16 @@ class Runtime:
                 latent=latent,
                 positive=positive,
                 negative=negative,
+                operators=operators,
+                warm_up=warm_up,
+                profile=profile,
                 preview=on_preview is not None,
             ),
             on_preview=on_preview,
             **hooks,
         )
+        _log_extras(result, profile)
+        return result
 
     def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
         """The frames [B*T,H,W,3] in 0..1 of a latent [B,C,T,H,W], in memory that the ranks wrote to."""
@@ -240,6 +261,27 @@ class Runtime:
             if submission.waiting:  # ranks are still at work on it, and nobody will hear their answer
                 self._group.kill()
             raise
+
+
+def _within(profile: ProfileSpec, steps: int, ranks: int) -> ProfileSpec:
+    """What the job can record of `profile`. Raises ValueError where that is nothing."""
+    possible = profile.within(steps, ranks)
+    if possible != profile:
+        logger.info("The recording ends with step %d, the job's last, not with step %d.", steps, profile.last_step)
+    return possible
+
+
+def _log_extras(result: Result, profile: ProfileSpec | None) -> None:
+    """Tells of a warm-up and of a recording."""
+    if "warm up" in result.seconds:
+        logger.info("warm-up took %.1f s", result.seconds["warm up"])
+    if profile is None:
+        return
+    steps = f"steps {profile.first_step} to {profile.last_step} on rank {profile.rank}"
+    if "profile" in result.info:
+        logger.info("Recorded %s: %s", steps, result.info["profile"])
+    else:  # torch_npu's profiler says what went wrong in the rank's output alone
+        logger.warning("The profiler has written nothing of %s into %s.", steps, profile.folder)
 
 
 @dataclass(frozen=True)
@@ -352,7 +394,8 @@ class _Submission:
                 raise ValueError(failure.error)
             if failure.kind == "cancelled":
                 raise JobCancelled(failure.error)
-            raise RankError(f"{failure.error}\n{failure.traceback}")
+            raise RankError(f"{host.advise(failure.error)}\n{failure.traceback}")
         stages = {stage for answer in answers for stage in answer.seconds}
         seconds = {stage: max(answer.seconds.get(stage, 0.0) for answer in answers) for stage in sorted(stages)}
-        return Result(answers[0].tensor, seconds, answers[0].info)
+        info = {name: fact for answer in reversed(answers) for name, fact in answer.info.items()}  # rank 0's count most
+        return Result(answers[0].tensor, seconds, info)

@@ -16,7 +16,15 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from .specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
+from .specs import (
+    DiffusionModelSpec,
+    OperatorSpec,
+    ParallelSpec,
+    ProfileSpec,
+    SampleSpec,
+    TextEncoderSpec,
+    VaeSpec,
+)
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype asks for
 
@@ -63,7 +71,11 @@ class Encode(Message):
 
 
 class Sample(Message):
-    """latent [B,C,T,H,W], positive and negative [B or 1, L, D]; `preview` asks for one picture a step."""
+    """latent [B,C,T,H,W], positive and negative [B or 1, L, D]; `preview` asks for one picture a step.
+
+    warm_up: two steps of the same kind come first, if none have been warmed up yet since the model was loaded.
+    profile: its steps and its rank must be this job's.
+    """
 
     job: int
     model: DiffusionModelSpec
@@ -72,6 +84,9 @@ class Sample(Message):
     latent: Tensor
     positive: Tensor
     negative: Tensor | None = None
+    operators: OperatorSpec = OperatorSpec()
+    warm_up: bool = False
+    profile: ProfileSpec | None = None
     preview: bool = False
 
 

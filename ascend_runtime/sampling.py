@@ -6,7 +6,8 @@ for every device and number of ranks.
 
 from __future__ import annotations
 
-from typing import Callable
+from contextlib import nullcontext
+from typing import Callable, ContextManager
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -59,19 +60,22 @@ def denoise(
     spec: SampleSpec,
     latent: Tensor,
     on_step: Callable[[int, int, Tensor], None] = lambda step, total, foreseen: None,
+    around_step: Callable[[int], ContextManager] = lambda step: nullcontext(),
 ) -> Tensor:
     """The denoised latent [B,C,T,H,W] in fp32, from a normalised `latent` (zeros where there is none to start from).
 
     predict: (latent, timestep in 0..1000, step) -> velocity, all on the CPU.
     on_step: told after each step how many of how many are done, and the clean latent that this step foresaw.
+    around_step: makes what step number 1, 2 ... is done in, `on_step` included.
     """
     scheduler = make_scheduler(spec)
     sigmas, total = scheduler.sigmas, len(scheduler.timesteps)
     start = spec.sigmas[0] if spec.sigmas else 1.0  # both schedules begin at pure noise
     x = start * noise_of(latent.shape, spec.seed) + (1 - start) * latent
     for step, timestep in enumerate(scheduler.timesteps):
-        velocity = predict(x, float(timestep), step)
-        foreseen = x - float(sigmas[step]) * velocity
-        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
-        on_step(step + 1, total, foreseen)
+        with around_step(step + 1):
+            velocity = predict(x, float(timestep), step)
+            foreseen = x - float(sigmas[step]) * velocity
+            x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+            on_step(step + 1, total, foreseen)
     return x / (1 - float(sigmas[-1]))  # of a schedule cut short, as core ComfyUI hands it to the next sampler

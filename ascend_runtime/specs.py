@@ -9,7 +9,7 @@ import math
 import os
 
 from msgspec import Struct
-from msgspec.structs import force_setattr
+from msgspec.structs import force_setattr, replace
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOLVERS = ("unipc", "euler", "dpm++")
@@ -169,8 +169,9 @@ class OperatorSpec(Struct, frozen=True, kw_only=True):
 class ProfileSpec(Struct, frozen=True, kw_only=True):
     """Which steps of a sampling job to record with the profiler, on which rank, and where to.
 
-    folder: gets one folder a recording, which TensorBoard and, on NPU, MindStudio Insight open.
-    first_step, last_step: both recorded, counted from 1.
+    folder: gets one folder a recording, its name made of the time and the rank: a Chrome trace, which TensorBoard and
+        Perfetto open; from an NPU, what MindStudio Insight opens.
+    first_step, last_step: both recorded, counted from 1. Where the job has fewer, the recording ends with it.
     """
 
     folder: str
@@ -183,6 +184,22 @@ class ProfileSpec(Struct, frozen=True, kw_only=True):
         _require_range("first_step", self.first_step, 1, 1000)
         _require_range("last_step", self.last_step, self.first_step, 1000)
         _require_range("rank", self.rank, 0, MAX_RANKS - 1)
+
+    def within(self, steps: int, ranks: int) -> ProfileSpec:
+        """The part of it that a job of `steps` steps on `ranks` ranks can record.
+
+        Raises ValueError where that is nothing.
+        """
+        if self.first_step > steps:
+            raise ValueError(
+                f"The profiler is to begin with step {self.first_step}, but the job has {steps}. "
+                f"Give a first_step from 1 to {steps}, or the job more steps."
+            )
+        if self.rank >= ranks:
+            raise ValueError(
+                f"The profiler is to record rank {self.rank}, but there are {ranks} rank(s). Give 0 to {ranks - 1}."
+            )
+        return replace(self, last_step=min(self.last_step, steps))
 
 
 class SampleSpec(Struct, frozen=True, kw_only=True):
@@ -215,6 +232,11 @@ class SampleSpec(Struct, frozen=True, kw_only=True):
                 _require_range(name, getattr(self, name), 0.0, 1000.0)
         if self.sigmas is not None:
             _require_sigmas(self.sigmas)
+
+    @property
+    def total_steps(self) -> int:
+        """How many steps there are, whether they are counted or given as sigmas."""
+        return self.steps if self.sigmas is None else len(self.sigmas) - 1
 
     @property
     def low_noise_guidance(self) -> float:
