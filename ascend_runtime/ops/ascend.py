@@ -56,17 +56,13 @@ class AscendOperators(PlainOperators):
 
     def _attentions(self, name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """For a sequence with itself, and with another."""
-        fused = ascend_attention.prompt if self.card == "duo" else lambda *qkv: ascend_attention.fused(*qkv)[0]
+        fused = ascend_attention.prompt if self.card == "duo" else ascend_attention.fused
         if name == "plain":
             return (lambda *qkv: PlainOperators._attend(self, *qkv)[0],) * 2
         if name == "fp8":
             return ascend_attention.fp8, fused
-        ways = {
-            "infer": lambda *qkv: ascend_attention.infer(*qkv)[0],
-            "laser": ascend_attention.laser,
-            "fastest": ascend_attention.fastest,
-        }
-        return (ways.get(name, fused),) * 2
+        others = {name: getattr(ascend_attention, name) for name in ("infer", "laser", "fastest")}
+        return (others.get(name, fused),) * 2
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         attend = self._self_attention if query.shape == key.shape else self._other_attention
@@ -74,8 +70,8 @@ class AscendOperators(PlainOperators):
 
     def _attend_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if query.dtype in HALVES:
-            return ascend_attention.infer(query, key, value, with_lse=True)
-        return ascend_attention.fused(query, key, value)
+            return ascend_attention.infer_with_lse(query, key, value)
+        return ascend_attention.fused_with_lse(query, key, value)
 
     # Norms
 

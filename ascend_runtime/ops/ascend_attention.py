@@ -19,19 +19,36 @@ MAX_TOKENS = 2**31 - 1  # of a window that hides nothing
 MXFP8_BY_HEAD_DIM, MXFP8_BY_TOKEN = 6, 8
 
 
-def fused(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By npu_fusion_attention."""
+    return _fusion_attention(query, key, value)[0]
+
+
+def fused_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """By npu_fusion_attention; the second is the LSE [B, S, heads]."""
-    out, largest, total, *_ = torch_npu().npu_fusion_attention(
-        query, key, value, query.shape[2], "BSND", scale=_scale(query), keep_prob=1.0
-    )
+    out, largest, total = _fusion_attention(query, key, value)[:3]
     lse = largest[..., 0] + total[..., 0].log()  # [B, heads, S, 8], the same value eight times
-    return out, lse.transpose(1, 2)
+    return out, lse.transpose(1, 2).to(LOG_SUM_EXP.dtype)
 
 
-def infer(query: Tensor, key: Tensor, value: Tensor, *, with_lse: bool = False) -> tuple[Tensor, Tensor]:
-    """By npu_fused_infer_attention_score; the second is the LSE [B, S, heads], if asked for."""
+def _fusion_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple:
+    return torch_npu().npu_fusion_attention(query, key, value, query.shape[2], "BSND", scale=_scale(query))
+
+
+def infer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """By npu_fused_infer_attention_score."""
+    return _infer(query, key, value, with_lse=False)[0]
+
+
+def infer_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """By npu_fused_infer_attention_score; the second is the LSE [B, S, heads]."""
+    out, lse = _infer(query, key, value, with_lse=True)  # [B, heads, S, 1]
+    return out, lse.squeeze(-1).transpose(1, 2).to(LOG_SUM_EXP.dtype)
+
+
+def _infer(query: Tensor, key: Tensor, value: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     heads = query.shape[2]
-    out, lse = torch_npu().npu_fused_infer_attention_score(
+    return torch_npu().npu_fused_infer_attention_score(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
@@ -41,7 +58,6 @@ def infer(query: Tensor, key: Tensor, value: Tensor, *, with_lse: bool = False) 
         input_layout="BSND",
         softmax_lse_flag=with_lse,
     )
-    return out, lse.squeeze(-1).transpose(1, 2).to(LOG_SUM_EXP.dtype) if with_lse else lse
 
 
 def prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
