@@ -105,7 +105,7 @@ def _transformer_files(spec: DiffusionModelSpec) -> list[Component]:
 
 
 def _load_diffusion_model(spec: DiffusionModelSpec, found: list[Component], device, on_tensor) -> DiffusionModel:
-    dtype = _dtype(spec.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = _dtype(spec.dtype, devices.default_dtype(device))
     latent_format = _latent_format(found[0])
     for component in found:
         _check_channels(component, found[0], latent_format["latents_mean"].shape[1])

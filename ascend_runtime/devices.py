@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
+from functools import lru_cache
+from typing import Iterable, Mapping
 
 import torch
 
+from . import host
+
 logger = logging.getLogger(__name__)
 
+CORES = frozenset(os.sched_getaffinity(0))  # the process's own: torch_npu binds threads once it has a card
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 KINDS = ("auto", "npu", "cuda", "cpu")
 
@@ -21,32 +24,34 @@ def resolve_kind(kind: str) -> str:
     if kind not in KINDS:
         raise ValueError(f"device is {kind!r}; it can be one of {', '.join(KINDS)}.")
     if kind == "auto":
-        return next(k for k in ("npu", "cuda", "cpu") if count_visible(k))
+        found = next(k for k in ("npu", "cuda", "cpu") if count_visible(k))
+        if found != "npu":
+            host.warn_of_idle_npus()
+        return found
     if not count_visible(kind):
-        raise ValueError(f"device is {kind!r}, but no such device is visible. Set it to 'auto' to take what there is.")
+        reasons = " ".join(["", *host.problems()]) if kind == "npu" else ""
+        raise ValueError(
+            f"device is {kind!r}, but no such device is visible. Set it to 'auto' to take what there is.{reasons}"
+        )
     return kind
 
 
-def count_visible(kind: str) -> int:
-    """Visible devices of one kind, counted without starting a driver; a CPU counts as one."""
-    if kind == "cpu":
-        return 1
-    if kind == "cuda":
-        return torch.cuda.device_count()
-    if find_spec("torch_npu") is None:
-        return 0
-    chosen = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    if chosen is not None:
-        return len([card for card in chosen.split(",") if card.strip()])
-    return sum(1 for node in Path("/dev").glob("davinci[0-9]*"))
+def count_visible(kind: str, environ: Mapping[str, str] = os.environ) -> int:
+    """Devices of one kind that a process with this environment sees, counted without starting a driver; a CPU is one.
+
+    CUDA devices are those that this process sees.
+    """
+    if kind == "npu":
+        return host.visible_cards(environ)
+    return torch.cuda.device_count() if kind == "cuda" else 1
 
 
-def resolve_ranks(ranks: int, kind: str) -> int:
-    """How many ranks to start when `ranks` are asked for: 0 means one a visible device.
+def resolve_ranks(ranks: int, kind: str, environ: Mapping[str, str] = os.environ) -> int:
+    """How many ranks to start when `ranks` are asked for: 0 means one a device that `environ` makes visible.
 
     Raises ValueError for more ranks than accelerators. On a CPU any number runs; they share its cores.
     """
-    visible = count_visible(kind)
+    visible = count_visible(kind, environ)
     if kind != "cpu" and ranks > visible:
         raise ValueError(
             f"{ranks} ranks were asked for, but {visible} {kind} device(s) are visible. "
@@ -74,9 +79,37 @@ def take(kind: str, local_rank: int) -> torch.device:
             f"torch has no {kind!r} devices in this process. Is torch_npu installed for this torch, and is "
             "TORCH_DEVICE_BACKEND_AUTOLOAD not 0?"
         )
+    if kind == "npu":
+        # Operators come compiled with CANN: compiling each shape at its first use takes minutes. And tensors stay in
+        # the layout that torch knows, as ranks exchange them and networks view them.
+        torch.npu.set_compile_mode(jit_compile=False)
+        torch.npu.config.allow_internal_format = False
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     return device
+
+
+# SoC versions: torch_npu 2.13.0, NpuVariables.h. The names are the product lines'.
+_CARDS = {"duo": range(200, 206), "a2": range(220, 226), "a3": range(250, 257), "a5": range(260, 261)}
+
+
+@lru_cache(maxsize=None)
+def card(device: torch.device) -> str | None:
+    """The line of an NPU: "a2" (910B), "a3" (910_93), "a5" (950), "duo" (310P, 300I Duo); None for all else."""
+    if device.type != "npu":
+        return None
+    soc = torch.npu.utils.get_soc_version()
+    return next((line for line, versions in _CARDS.items() if soc in versions), None)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """What a diffusion network computes in, where it is not told: float32 on a CPU, else bfloat16 where the card has
+    it, as Wan's attention overflows in float16; an NPU without bfloat16 (300I Duo) is left with float16."""
+    if device.type == "cpu":
+        return torch.float32
+    if device.type == "npu" and not torch.npu.is_bf16_supported():
+        return torch.float16
+    return torch.bfloat16
 
 
 def synchronise(device: torch.device) -> None:
@@ -93,10 +126,35 @@ def empty_cache(device: torch.device) -> None:
 
 @contextmanager
 def all_cores():
-    """Lets this rank compute on every core of the process's affinity: for work that no other rank shares."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    """Lets this rank compute on every core of the process: for work that no other rank shares.
+
+    With CPU_AFFINITY_CONF torch_npu has bound the threads of a rank to some cores; they get these back afterwards.
+    """
+    threads, bound = torch.get_num_threads(), _affinities()
+    for thread in bound:
+        _bind(thread, CORES)
+    torch.set_num_threads(len(CORES))
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        for thread in _affinities():  # those that were started meanwhile follow the main thread
+            _bind(thread, bound.get(thread, bound[os.getpid()]))
+
+
+def _affinities() -> dict[int, set[int]]:
+    """The cores of each thread of this process."""
+    found = {}
+    for thread in map(int, os.listdir("/proc/self/task")):
+        try:
+            found[thread] = os.sched_getaffinity(thread)
+        except ProcessLookupError:
+            pass  # it has ended
+    return found
+
+
+def _bind(thread: int, cores: Iterable[int]) -> None:
+    try:
+        os.sched_setaffinity(thread, cores)
+    except ProcessLookupError:
+        pass  # it has ended

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
+from . import host
+from .environment import rank_environment
 from .protocol import Ready, Shutdown
 from .transport import Channel, ChannelClosed, channel_pair
 
@@ -84,7 +86,8 @@ class RankGroup:
         self.world_size = world_size
         self.kind = kind
         self.ranks: list[Rank] = []
-        self._environment = environment or {}
+        self._own = environment or {}
+        self._environment = rank_environment(kind, os.environ, self._own)
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._death: str | None = None
@@ -93,10 +96,13 @@ class RankGroup:
         self._watcher = threading.Thread(target=self._start_and_watch, name="ascend-ranks", daemon=True)
 
     def start(self, check: Callable[[], None] = lambda: None) -> None:
-        """Returns when every rank is ready; raises RankDied with a rank's last words, or TimeoutError.
+        """Returns when every rank is ready; raises RankDied with a rank's last words, TimeoutError, or, before a rank
+        is started, ValueError where NPUs are wanted and this host has something that keeps them from working.
 
         check: asked while waiting; what it raises ends the ranks and is raised here.
         """
+        if self.kind == "npu":
+            host.require_npu(self._environment)
         deadline = time.monotonic() + START_DEADLINE
         self._watcher.start()
         self._started.wait()
@@ -215,13 +221,18 @@ class RankGroup:
             # Threads that wait must not burn the cores that ComfyUI and other ranks want: beside other load a decode
             # on two cores took 1.2 s so, and 3.9 s with threads that spin.
             "OMP_WAIT_POLICY": "PASSIVE",
-            **os.environ,
-            "OMP_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
+            **self._environment,
+            "OMP_NUM_THREADS": str(threads),
             "PYTHONSAFEPATH": "",  # the rank finds its code by its working directory
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
-            **self._environment,
+            **({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"} if self.kind == "npu" else {}),  # though ComfyUI may not want it
+            **self._own,
+            # All ranks see the same devices, and each takes that of its local rank. On NPUs this matters: torch_npu
+            # opens direct access between cards, and divides the cores between ranks, by the cards' numbers in one
+            # process (its NPUPeerToPeerAccess.h, NPUAffinityController.h); a rank that saw one card would be card 0 of
+            # 1. A user's ASCEND_RT_VISIBLE_DEVICES stays: the driver numbers its cards from 0.
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.world_size),
@@ -278,7 +289,7 @@ class RankGroup:
             return
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         words = "\n".join(rank.last_words) or "(nothing)"
-        self._death = f"Rank {rank.rank} of {self.world_size} {how}. Its last words:\n{words}"
+        self._death = host.advise(f"Rank {rank.rank} of {self.world_size} {how}. Its last words:\n{words}")
         logger.error("%s", self._death)
         self._signal(signal.SIGKILL)
 

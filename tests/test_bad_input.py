@@ -73,7 +73,7 @@ def test_with_automatic_ranks_degrees_are_a_wish(given, ranks, plan):
 
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
 def test_more_ranks_than_devices(monkeypatch, kind):
-    def fake_count_visible(asked):  # two devices of this kind, on a machine that has none
+    def fake_count_visible(asked, *_):  # two devices of this kind, on a machine that has none
         return 2 if asked == kind else 1
 
     monkeypatch.setattr(devices, "count_visible", fake_count_visible)
@@ -85,7 +85,7 @@ def test_more_ranks_than_devices(monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
 def test_a_device_that_is_not_there(monkeypatch, kind):
-    def fake_count_visible(asked):
+    def fake_count_visible(asked, *_):
         return int(asked == "cpu")
 
     monkeypatch.setattr(devices, "count_visible", fake_count_visible)

@@ -30,6 +30,7 @@ LAYERS = [
     ("transport", ("ascend_runtime.transport",)),
     ("protocol", ("ascend_runtime.protocol",)),
     ("devices", ("ascend_runtime.devices",)),
+    ("host and environment", ("ascend_runtime.host", "ascend_runtime.environment")),
     ("specs", ("ascend_runtime.specs",)),
 ]
 # What only some modules may import, by the first part of the name, or by the whole of it.
