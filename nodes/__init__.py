@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .conditioning import TextEncode
 from .loaders import LoadDiffusionModel, LoadTextEncoder, LoadVAE
+from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
 from .sampler import Sampler
 from .vae import VAEDecode
@@ -19,5 +20,6 @@ class AscendVideo(ComfyExtension):
             TextEncode,
             Sampler,
             VAEDecode,
+            Profiler,
             FreeMemory,
         ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Callable
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
+import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP
 from PIL import Image
@@ -64,6 +66,17 @@ def release(end_ranks: bool = False) -> None:
         _runtime = None
     else:
         _runtime.free()
+
+
+def output_folder(name: str) -> str:
+    """The path of a folder in ComfyUI's output folder. Raises ValueError for a name that leads out of it."""
+    name = name.strip()
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(
+            f"folder is {name!r}; give the name of a folder in ComfyUI's output folder, such as profiles or "
+            "profiles/wan: no absolute path, and no '..'."
+        )
+    return str(Path(folder_paths.get_output_directory()) / name)
 
 
 def samples_of(latent: dict) -> Tensor:

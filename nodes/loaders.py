@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.specs import DTYPES, DiffusionModelSpec, TextEncoderSpec, VaeSpec
+from ..ascend_runtime.specs import ATTENTIONS, DTYPES, DiffusionModelSpec, OperatorSpec, TextEncoderSpec, VaeSpec
 from . import model_files, types
-from .types import Handle, RanksHandle
+from .types import Handle, ModelHandle, RanksHandle
 
 NO_MODEL = "none"
 
@@ -46,6 +46,37 @@ class LoadDiffusionModel(io.ComfyNode):
                     tooltip="The low-noise expert of Wan 2.2, where it is a file of its own. model_name is then the "
                     "high-noise expert.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTIONS),
+                    default="auto",
+                    optional=True,
+                    tooltip="How an NPU computes attention; CPU and GPU use torch's own.\n"
+                    "auto: what the variable ALGO asks for, else fused.\n"
+                    "fused: CANN's flash attention.\n"
+                    "laser: MindIE SD's laser attention, whose products are float16.\n"
+                    "infer: CANN's attention for inference.\n"
+                    "fastest: MindIE SD tries what it has on each new shape and keeps the fastest; videos may differ a "
+                    "little from run to run.\n"
+                    "fp8: approximate, 8-bit products; only on cards that have them (950 series).\n"
+                    "plain: torch's own.",
+                ),
+                io.Int.Input(
+                    "heads_per_call",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    tooltip="Heads that are computed at once; fewer take less memory and more time. 0: all, unless the "
+                    "variable USE_SUB_HEAD asks for a number.",
+                ),
+                io.Boolean.Input(
+                    "warm_up",
+                    default=False,
+                    optional=True,
+                    tooltip="Before the first video of a size, two steps are made and thrown away, so that compiling "
+                    "operators is not part of the video's own time. The video is the same.",
+                ),
                 types.parallel_input(),
             ],
             outputs=[types.DiffusionModel.Output(display_name="model", tooltip="For Ascend Sampler.")],
@@ -56,10 +87,20 @@ class LoadDiffusionModel(io.ComfyNode):
         return model_files.check(model_name)
 
     @classmethod
-    def execute(cls, model_name, dtype, low_noise_model_name=NO_MODEL, parallel=None) -> io.NodeOutput:
+    def execute(
+        cls,
+        model_name,
+        dtype,
+        low_noise_model_name=NO_MODEL,
+        attention="auto",
+        heads_per_call=0,
+        warm_up=False,
+        parallel=None,
+    ) -> io.NodeOutput:
         low_noise = None if low_noise_model_name == NO_MODEL else model_files.path_of(low_noise_model_name)
         spec = DiffusionModelSpec(path=model_files.path_of(model_name), low_noise_path=low_noise, dtype=dtype)
-        return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
+        operators = OperatorSpec(attention=attention, heads_per_call=heads_per_call)
+        return io.NodeOutput(ModelHandle(spec, parallel or RanksHandle(), operators, warm_up))
 
 
 class LoadTextEncoder(io.ComfyNode):

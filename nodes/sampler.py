@@ -84,6 +84,9 @@ class Sampler(io.ComfyNode):
                     tooltip="Sigmas of your own; steps, scheduler and shift are then not used. Noise is always added: "
                     "another sampler's unfinished latent cannot be continued.",
                 ),
+                types.Profile.Input(
+                    "profile", optional=True, tooltip="From Ascend Profiler: records some steps, to see what takes time."
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],
         )
@@ -103,6 +106,7 @@ class Sampler(io.ComfyNode):
         negative=None,
         cfg_low_noise=0.0,
         sigmas=None,
+        profile=None,
     ) -> io.NodeOutput:
         spec = SampleSpec(
             seed=seed,
@@ -123,6 +127,9 @@ class Sampler(io.ComfyNode):
                 comfy_bridge.text_of(positive, "positive"),
                 None if negative is None else comfy_bridge.text_of(negative, "negative"),
                 parallel=model.ranks.parallel,
+                operators=model.operators,
+                warm_up=model.warm_up,
+                profile=profile,
                 **hooks,
             ),
             preview=True,

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.specs import DiffusionModelSpec, ParallelSpec, TextEncoderSpec, VaeSpec
+from ..ascend_runtime.specs import DiffusionModelSpec, OperatorSpec, ParallelSpec, TextEncoderSpec, VaeSpec
 
 Parallel = io.Custom("ASCEND_PARALLEL")
 DiffusionModel = io.Custom("ASCEND_MODEL")
 TextEncoder = io.Custom("ASCEND_TEXT_ENCODER")
 Vae = io.Custom("ASCEND_VAE")
+Profile = io.Custom("ASCEND_PROFILE")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,14 @@ class Handle:
 
     spec: DiffusionModelSpec | TextEncoderSpec | VaeSpec
     ranks: RanksHandle
+
+
+@dataclass(frozen=True)
+class ModelHandle(Handle):
+    """A diffusion model, and how it is to be run."""
+
+    operators: OperatorSpec = OperatorSpec()
+    warm_up: bool = False
 
 
 def parallel_input() -> io.Input:

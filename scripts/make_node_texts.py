@@ -75,7 +75,7 @@ def _label(name, shown):
 
 
 def _row(cells):
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cells)} |".replace("\n", "<br>")
 
 
 def _texts(node):

@@ -19,17 +19,17 @@ from comfy_server import ComfyServer  # noqa: E402
 # Where a node lies: x, y, width, height, by title for those that have one of their own.
 PLACES = {
     "AscendParallelConfig": (0, 0, 310, 130),
-    "AscendLoadDiffusionModel": (370, 0, 400, 106),
-    "AscendLoadTextEncoder": (370, 166, 400, 82),
-    "AscendLoadVAE": (370, 308, 400, 82),
-    "MarkdownNote": (0, 450, 770, 230),
-    "Positive prompt": (850, 0, 420, 200),
-    "Negative prompt": (850, 260, 420, 200),
-    "EmptyHunyuanLatentVideo": (850, 520, 420, 160),
-    "AscendSampler": (1350, 0, 340, 680),  # high enough for the preview below its widgets
+    "AscendLoadDiffusionModel": (370, 0, 400, 178),
+    "AscendLoadTextEncoder": (370, 238, 400, 82),
+    "AscendLoadVAE": (370, 380, 400, 82),
+    "MarkdownNote": (0, 522, 770, 230),
+    "Positive prompt": (850, 0, 420, 236),
+    "Negative prompt": (850, 296, 420, 236),
+    "EmptyHunyuanLatentVideo": (850, 592, 420, 160),
+    "AscendSampler": (1350, 0, 340, 752),  # high enough for the preview below its widgets
     "AscendVAEDecode": (1770, 0, 400, 46),
     "CreateVideo": (1770, 106, 400, 78),
-    "SaveVideo": (1770, 244, 400, 436),  # high enough for the video
+    "SaveVideo": (1770, 244, 400, 508),  # high enough for the video
 }
 COLOURS = {"Positive prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), "MarkdownNote": ("#432", "#653")}
 GROUPS = {  # title: the titles or types of the nodes in it, and a colour
