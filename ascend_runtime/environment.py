@@ -63,7 +63,7 @@ class Form:
 
 FLAG = Choice(("0", "1"))
 
-_NATURAL, _FRACTION, _TRUTH = r"\d+", r"0|1|[01]?\.\d+", "True|False"
+_NATURAL, _FRACTION, _TRUTH = r"\d+", r"0?\.\d+|0|1(\.0+)?", "True|False"
 # torch_npu: NPUAllocatorConfig.h, and the keys of torch's own AcceleratorAllocatorConfig.
 _ALLOCATOR_KEYS = {
     "base_addr_aligned_kb": r"\d|1[0-6]",

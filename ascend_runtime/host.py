@@ -33,7 +33,9 @@ def cards() -> list[int]:
 
 
 def visible_cards(environ: Mapping[str, str]) -> int:
-    """How many of these a process with this environment may use."""
+    """How many of these torch can use in a process with this environment."""
+    if find_spec("torch_npu") is None:
+        return 0
     chosen = environ.get("ASCEND_RT_VISIBLE_DEVICES")
     return len(cards()) if chosen is None else len([card for card in chosen.split(",") if card.strip()])
 
