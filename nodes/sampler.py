@@ -85,7 +85,9 @@ class Sampler(io.ComfyNode):
                     "another sampler's unfinished latent cannot be continued.",
                 ),
                 types.Profile.Input(
-                    "profile", optional=True, tooltip="From Ascend Profiler: records some steps, to see what takes time."
+                    "profile",
+                    optional=True,
+                    tooltip="From Ascend Profiler: records some steps, to see what takes time.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],

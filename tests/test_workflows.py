@@ -102,6 +102,19 @@ def test_page_makes_the_api_format_of_the_ui_format(comfyui):
         assert errors == []
 
 
+@needs_chromium
+def test_a_workflow_saved_before_an_input_was_added_gets_its_default(comfyui):
+    """The UI format has a node's values by their order: those of inputs that came later are missing at the end."""
+    workflow = ui("tiny_wan_text_to_video")
+    later = ("attention", "heads_per_call", "warm_up")
+    node = next(node for node in workflow["nodes"] if node["type"] == "AscendLoadDiffusionModel")
+    node["inputs"] = [slot for slot in node["inputs"] if slot["name"] not in later]
+    node["widgets_values"] = node["widgets_values"][: -len(later)]
+    with ComfyBrowser(comfyui) as browser:
+        browser.open(workflow)
+        assert without_titles(browser.prompt()) == without_titles(api("tiny_wan_text_to_video"))
+
+
 def test_templates_are_served_with_thumbnails(comfyui):
     listed = comfyui.get("/workflow_templates")["ascend-video"]
     assert sorted(listed) == NAMES
