@@ -1,0 +1,141 @@
+"""What NPU operators demand of their arguments beyond their schemas, as their documentation in torch_npu 2.13 and
+MindIE SD 3.1 states it. Meta kernels let much of it pass: a nonsense layout, a gamma of another dtype."""
+
+import torch
+
+HALVES = (torch.float16, torch.bfloat16)
+LAYOUTS = {
+    "npu_fusion_attention": ("BSH", "SBH", "BSND", "BNSD", "TND"),
+    "npu_fused_infer_attention_score": ("BSH", "BSND", "BNSD", "BNSD_BSND", "TND"),
+    "npu_fused_infer_attention_score_v2": ("BSH", "BSND", "BNSD", "BNSD_BSND", "TND"),
+    "npu_prompt_flash_attention": ("BSH", "BSND", "BNSD"),
+}
+MXFP8_GROUP = 32
+
+
+def check(name, values):
+    """Asserts that `values`, the arguments of operator `name` by their names in its schema, are what it takes."""
+    RULES[name](values)
+
+
+def _attention(name, values, layout, heads, scale, dtypes):
+    query, key, value = values["query"], values["key"], values["value"]
+    assert layout in LAYOUTS[name], f"{name} knows no layout {layout!r}"
+    assert query.dtype == key.dtype == value.dtype and query.dtype in dtypes, query.dtype
+    heads_at, tokens_at = {"BSND": (2, 1), "BNSD": (1, 2), "TND": (1, 0)}[layout]
+    assert heads == query.shape[heads_at] == key.shape[heads_at] == value.shape[heads_at]
+    assert key.shape == value.shape and query.shape[-1] == key.shape[-1]
+    if layout != "TND":
+        assert query.shape[0] == key.shape[0]
+    assert abs(scale - query.shape[-1] ** -0.5) < 1e-9
+    return tokens_at
+
+
+def _fusion_attention(values):
+    _attention("npu_fusion_attention", values, values["input_layout"], values["head_num"], values["scale"],
+               (*HALVES, torch.float32))  # fmt: skip
+    assert values["keep_prob"] == 1 and values["sparse_mode"] == 0
+    assert values["pre_tockens"] >= values["key"].shape[1] and values["next_tockens"] >= values["key"].shape[1]
+
+
+def _fused_infer(values):
+    name = "npu_fused_infer_attention_score"
+    _attention(name, values, values["input_layout"], values["num_heads"], values["scale"], HALVES)
+    assert values["num_key_value_heads"] in (0, values["num_heads"]) and values["num_heads"] <= 256
+    assert all(values[part].is_contiguous() for part in ("query", "key", "value"))
+    assert values["query"].shape[1] > 1, "one token takes another branch, which has other limits"
+
+
+def _fused_infer_v2(values):
+    _attention("npu_fused_infer_attention_score_v2", values, values["input_layout"], values["num_query_heads"],
+               values["softmax_scale"], (torch.float8_e4m3fn,))  # fmt: skip
+    assert values["input_layout"] == "TND"
+    for ends, tensor in (("actual_seq_qlen", "query"), ("actual_seq_kvlen", "key")):
+        assert values[ends] == sorted(values[ends]) and values[ends][-1] == values[tensor].shape[0]
+    tokens, heads, head_dim = values["query"].shape
+    groups = -(-head_dim // MXFP8_GROUP)
+    for part in ("query", "key"):
+        assert values[f"dequant_scale_{part}"].shape == (tokens, heads, -(-groups // 2), 2)
+    groups = -(-tokens // MXFP8_GROUP)
+    assert values["dequant_scale_value"].shape == (-(-groups // 2), heads, head_dim, 2)
+    modes = tuple(values[f"{part}_quant_mode"] for part in ("query", "key", "value"))
+    assert modes == (6, 6, 8), "MXFP8: query and key by head_dim, value by token"
+
+
+def _mx_quant(values):
+    assert values["input"].dtype in (*HALVES, torch.float32) and 1 <= values["input"].ndim <= 7
+    assert values["block_size"] == MXFP8_GROUP and values["round_mode"] == "rint"
+
+
+def _prompt(values):
+    _attention("npu_prompt_flash_attention", values, values["input_layout"], values["num_heads"],
+               values["scale_value"], HALVES)  # fmt: skip
+    assert all(values[part].is_contiguous() for part in ("query", "key", "value"))
+    assert values["next_tokens"] >= values["key"].shape[1], "its default hides all later tokens"
+
+
+def _rms_norm(values):
+    x, gamma = values["input"], values["gamma"]
+    assert gamma.dtype == x.dtype and x.dtype in (*HALVES, torch.float32)
+    assert gamma.shape == x.shape[-1:] and 2 <= x.ndim <= 8
+
+
+def _layer_norm_eval(values):
+    x = values["input"]
+    assert tuple(values["normalized_shape"]) == x.shape[-1:] and x.dtype in (*HALVES, torch.float32)
+    for part in ("weight", "bias"):
+        assert values[part] is None or (values[part].dtype == x.dtype and values[part].shape == x.shape[-1:]), part
+
+
+def _rotary_mul(values):
+    x, cos, sin = values["input"], values["r1"], values["r2"]
+    assert values["rotary_mode"] == "interleave", "Wan rotates interleaved pairs"
+    assert x.dtype == cos.dtype == sin.dtype and x.dtype in (*HALVES, torch.float32)
+    batch, tokens, heads, head_dim = x.shape
+    assert cos.shape == sin.shape == (1, tokens, 1, head_dim), "BSND takes 1S1D"
+    assert head_dim % 2 == 0 and head_dim < 896 and batch * heads < 1000
+
+
+def _gelu(values):
+    assert values["approximate"] == "tanh", "Wan's"
+
+
+def _mm_all_reduce(values):
+    x, weight = values["x1"], values["x2"]
+    assert x.ndim in (2, 3) and x.is_contiguous() and weight.ndim == 2 and weight.shape[0] == x.shape[-1]
+    assert x.dtype == weight.dtype and x.dtype in HALVES
+    assert isinstance(values["hcom"], str) and values["hcom"] and values["reduce_op"] == "sum"
+    assert values["bias"] is None, "each rank would add it"
+
+
+def _attention_forward(values):
+    options = values["kwargs"]
+    assert values["query"].ndim == 4 and not values["head_first"] and isinstance(values["scale"], float)
+    assert options["opt_mode"] in ("runtime", "static", "manual")
+    if options["opt_mode"] == "manual":
+        assert options["op_type"] in ("prompt_flash_attn", "fused_attn_score", "ascend_laser_attention")
+        assert options["layout"] == "BNSD", "the only one of laser attention"
+
+
+def _layernorm_scale_shift(values):
+    x, norm = values["x"], values["layernorm"]
+    assert isinstance(norm, torch.nn.LayerNorm) and norm.normalized_shape == x.shape[-1:] and norm.weight is None
+    for part in ("scale", "shift"):
+        assert values[part].dtype == x.dtype and values[part].shape[0] == x.shape[0] and values["fused"]
+        assert values[part].shape[1] in (1, x.shape[1]) and values[part].shape[2] == x.shape[2]
+
+
+RULES = {
+    "npu_fusion_attention": _fusion_attention,
+    "npu_fused_infer_attention_score": _fused_infer,
+    "npu_fused_infer_attention_score_v2": _fused_infer_v2,
+    "npu_dynamic_mx_quant": _mx_quant,
+    "npu_prompt_flash_attention": _prompt,
+    "npu_rms_norm": _rms_norm,
+    "npu_layer_norm_eval": _layer_norm_eval,
+    "npu_rotary_mul": _rotary_mul,
+    "npu_gelu": _gelu,
+    "npu_mm_all_reduce_base": _mm_all_reduce,
+    "attention_forward": _attention_forward,
+    "layernorm_scale_shift": _layernorm_scale_shift,
+}

@@ -1,0 +1,236 @@
+"""(a) Every call of the package into torch_npu and mindiesd is made here, against the real wheels' schemas.
+
+Contract, not device: the arguments are bound to the schema, held against operator_rules.py, and handed to the wheels'
+own meta kernels as fake tensors on "npu".
+"""
+
+import inspect
+from types import SimpleNamespace
+
+import call_sites
+import operator_rules
+import pytest
+import torch
+from ascend_runtime import devices, profiling
+from ascend_runtime.ops import ascend, ascend_attention, libraries
+from ascend_runtime.ops.ascend import AscendOperators
+from ascend_runtime.specs import OperatorSpec, ProfileSpec
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+NPU = torch.device("npu", 0)
+NOTED = set()
+HEADS, HEAD_DIM, TOKENS, TEXT = 40, 128, 4096, 512
+DIM = HEADS * HEAD_DIM
+EPS = 1e-6
+
+
+def answer(dotted, function, arguments, keywords):
+    """Checks the arguments of a call, and makes it."""
+    name = dotted.rpartition(".")[2]
+    if dotted.startswith("torch_npu.npu_"):
+        operator_rules.check(name, _by_schema(getattr(torch.ops.npu, name).default._schema, arguments, keywords))
+    elif dotted.startswith("mindiesd."):
+        bound = inspect.signature(function).bind(*arguments, **keywords)
+        bound.apply_defaults()
+        operator_rules.check(name, bound.arguments)
+    return function(*arguments, **keywords)
+
+
+def _by_schema(schema, arguments, keywords):
+    """The values of all parameters of an operator by name; fails where a call does not fit the schema."""
+    parameters = schema.arguments
+    positional = [p for p in parameters if not p.kwarg_only]
+    assert len(arguments) <= len(positional), schema
+    given = {p.name: value for p, value in zip(positional, arguments)}
+    unknown = keywords.keys() - {p.name for p in parameters}
+    assert not unknown, f"{unknown} are unknown to {schema}"
+    assert not given.keys() & keywords.keys(), f"given twice: {given.keys() & keywords.keys()} in {schema}"
+    given |= keywords
+    missing = [p.name for p in parameters if p.name not in given and not p.has_default_value()]
+    assert not missing, f"{missing} are missing of {schema}"
+    return {p.name: given.get(p.name, p.default_value) for p in parameters}
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch):
+    """The package's libraries, with a recorder before them."""
+    torch_npu = call_sites.Recorded(libraries.torch_npu(), "torch_npu", NOTED, answer)
+    mindiesd = call_sites.Recorded(libraries.mindiesd(), "mindiesd", NOTED, answer)
+    for module in (ascend, ascend_attention, profiling):
+        monkeypatch.setattr(module, "torch_npu", lambda: torch_npu)
+        if hasattr(module, "mindiesd"):
+            monkeypatch.setattr(module, "mindiesd", lambda: mindiesd)
+    monkeypatch.setattr(torch, "npu", call_sites.Recorded(torch.npu, "npu", NOTED, answer))
+
+
+@pytest.fixture
+def fake():
+    ascend_attention._hadamard.cache_clear()  # what it keeps is fake, and of one mode
+    with FakeTensorMode(), torch.no_grad():
+        yield lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device=NPU)
+
+
+def operators(dtype=torch.bfloat16, **options):
+    return AscendOperators(NPU, OperatorSpec(**options), dtype)
+
+
+@pytest.fixture
+def on_card(monkeypatch):
+    return lambda line: monkeypatch.setattr(devices, "card", lambda device: line)
+
+
+# Attention
+
+WAYS = [("a2", "fused"), ("a2", "infer"), ("a2", "laser"), ("a2", "fastest"), ("a2", "plain"), ("a3", "fused"),
+        ("a3", "infer"), ("a5", "fused"), ("a5", "fp8"), ("duo", "fused")]  # fmt: skip
+
+
+@pytest.mark.parametrize("heads_per_call", [0, 12])
+@pytest.mark.parametrize("card, attention", WAYS)
+def test_attention(fake, on_card, card, attention, heads_per_call):
+    on_card(card)
+    dtype = torch.float16 if card == "duo" else torch.bfloat16
+    serves = operators(dtype, attention=attention, heads_per_call=heads_per_call)
+    query = fake(2, TOKENS, HEADS, HEAD_DIM, dtype=dtype)
+    text = fake(2, TEXT, HEADS, HEAD_DIM, dtype=dtype)
+    for key in (query, text):
+        out = serves.attention(query, key, key)
+        assert out.shape == query.shape and out.dtype == dtype and out.device == NPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_attention_with_lse(fake, dtype):
+    query = fake(1, TOKENS, HEADS, HEAD_DIM, dtype=dtype)
+    text = fake(1, TEXT, HEADS, HEAD_DIM, dtype=dtype)
+    for key in (query, text):
+        out, lse = operators(dtype).attention_with_lse(query, key, key)
+        assert out.shape == query.shape and out.dtype == dtype
+        assert lse.shape == (1, TOKENS, HEADS) and lse.dtype == torch.float32
+
+
+def test_attention_of_parts_that_are_not_contiguous(fake):
+    """As they leave an all-to-all over heads."""
+    packed = fake(3, 1, TOKENS, HEADS, 2, HEAD_DIM).select(4, 0)
+    for attention in ("fused", "infer"):
+        assert operators(attention=attention).attention(*packed.unbind()).shape == (1, TOKENS, HEADS, HEAD_DIM)
+
+
+REFUSED = [
+    ("a2", "fp8", torch.bfloat16, "'fp8', which cards of the 950 series compute; this card is a2"),
+    ("duo", "infer", torch.float16, "which a 300I Duo has not"),
+    ("duo", "laser", torch.float16, "which a 300I Duo has not"),
+    *(("a2", name, torch.float32, "bfloat16 or float16") for name in ("laser", "infer", "fastest")),
+]
+
+
+@pytest.mark.parametrize("card, attention, dtype, words", REFUSED)
+def test_what_a_card_or_dtype_cannot_do_is_refused(on_card, card, attention, dtype, words):
+    on_card(card)
+    with pytest.raises(ValueError, match=words):
+        operators(dtype, attention=attention)
+
+
+@pytest.mark.parametrize("attention", ["laser", "fastest"])
+def test_without_mindiesd_its_attentions_are_refused(monkeypatch, attention):
+    monkeypatch.setattr(ascend, "mindiesd", lambda: None)
+    with pytest.raises(ValueError, match="Install the mindiesd"):
+        operators(attention=attention)
+
+
+# Norms, rotary, linear
+
+
+@pytest.mark.parametrize("library", ["mindiesd", "torch_npu alone"])
+@pytest.mark.parametrize("batch, modulated", [(1, 1), (2, 1), (1, TOKENS), (2, TOKENS)])
+def test_norms(fake, monkeypatch, library, batch, modulated):
+    if library != "mindiesd":
+        monkeypatch.setattr(ascend, "mindiesd", lambda: None)
+    serves, x = operators(), fake(batch, TOKENS, DIM)
+    row = fake(batch, modulated, DIM, dtype=torch.float32)
+    weight = fake(DIM, dtype=torch.float32)
+    for out in (serves.rms_norm(x, weight, EPS), serves.layer_norm(x, weight, weight, EPS),
+                serves.modulated_layer_norm(x, row, row, EPS), serves.gated_add(x, x, row)):  # fmt: skip
+        assert out.shape == x.shape and out.dtype == x.dtype and out.device == NPU
+
+
+def test_the_exact_layer_norm_is_torchs(fake):
+    before = set(NOTED)
+    NOTED.clear()
+    serves, x, row = operators(layer_norm="fp32"), fake(1, TOKENS, DIM), fake(1, 1, DIM, dtype=torch.float32)
+    assert serves.modulated_layer_norm(x, row, row, EPS).dtype == x.dtype
+    assert serves.layer_norm(x, row.flatten(), row.flatten(), EPS).dtype == x.dtype
+    assert not [called for *_, called in NOTED if "norm" in called]
+    NOTED.update(before)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 25])
+def test_rotary(fake, batch):
+    serves, x = operators(), fake(batch, 64, HEADS, HEAD_DIM)
+    table = serves.rotary_table(*(fake(1, 64, 1, HEAD_DIM, dtype=torch.float64) for _ in range(2)))
+    assert serves.rotary(x, table).shape == x.shape and serves.rotary(x, table).dtype == x.dtype
+
+
+def test_rotary_of_a_duo_is_torchs(fake, on_card):
+    on_card("duo")
+    serves, x = operators(torch.float16), fake(1, 64, HEADS, HEAD_DIM, dtype=torch.float16)
+    table = serves.rotary_table(*(fake(1, 64, 1, HEAD_DIM, dtype=torch.float32) for _ in range(2)))
+    assert serves.rotary(x, table).dtype == torch.float16
+
+
+def test_gelu(fake):
+    assert operators().gelu(fake(1, TOKENS, 13824)).shape == (1, TOKENS, 13824)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_all_reduce(fake, monkeypatch, bias):
+    """HCCL's group is a fake: a name."""
+    backend = SimpleNamespace(get_hccl_comm_name=lambda rank: f"communicator of rank {rank}")
+    group = SimpleNamespace(_get_backend=lambda device: backend)
+    monkeypatch.setattr(ascend.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(ascend.dist, "get_rank", lambda: 1)
+    x, weight = fake(1, TOKENS, DIM // 2), fake(DIM, DIM // 2)
+    out = operators().linear_all_reduce(x, weight, fake(DIM) if bias else None, group)
+    assert out.shape == (1, TOKENS, DIM) and out.dtype == x.dtype
+
+
+# Device and profiler, over the stub CANN
+
+
+def test_a_device_is_taken():
+    assert devices.take("npu", 0) == NPU
+    assert torch.npu.current_device() == 0
+    devices.card.cache_clear()
+    assert devices.card(NPU) == "a2" and devices.default_dtype(NPU) == torch.bfloat16
+    devices.synchronise(NPU)
+    devices.empty_cache(NPU)
+
+
+def test_steps_are_recorded(tmp_path):
+    recorder = profiling.Recorder(ProfileSpec(folder=str(tmp_path), first_step=1, last_step=1), NPU, 0)
+    with recorder.step(1):
+        pass
+
+
+# The sum
+
+
+def test_every_call_site_was_exercised():
+    """Last in the file, as it looks back on all others."""
+    exercised, unknown = call_sites.made(NOTED)
+    sites = call_sites.call_sites()
+    for site in sorted(sites, key=str):
+        print(f"{'called' if site in exercised else 'NEVER '} {site}")
+    print(f"{len(exercised)} of {len(sites)} calls")
+    assert not unknown, f"calls that the search in the syntax trees is blind to: {unknown}"
+    assert sites and exercised == sites
+
+
+def test_the_rules_see_what_meta_kernels_let_pass(fake):
+    x = fake(1, 64, HEADS, HEAD_DIM)
+    torch.ops.npu.npu_fusion_attention(x, x, x, HEADS, "NONSENSE")
+    with pytest.raises(AssertionError, match="NONSENSE"):
+        answer("torch_npu.npu_fusion_attention", None, (x, x, x, HEADS, "NONSENSE"), {"scale": HEAD_DIM**-0.5})
+    with pytest.raises(AssertionError, match="missing"):
+        answer("torch_npu.npu_fusion_attention", None, (x, x, x), {})
+    with pytest.raises(AssertionError, match="softmax_scale"):
+        answer("torch_npu.npu_fusion_attention", None, (x, x, x, HEADS, "BSND"), {"softmax_scale": 1.0})
