@@ -131,9 +131,12 @@ class Environment:
             self._install_torch()
         self._hold_torch()
 
-    def install(self, name, requirements):
-        """Installs `requirements` (lines of a requirements file) as the set called `name`, unless it already did."""
-        self._once(name, requirements, lambda: self._install_lines(name, requirements))
+    def install(self, name, requirements, *options):
+        """Installs `requirements` (lines of a requirements file) as the set called `name`, unless it already did.
+
+        `options` are pip's, beside those that every call has.
+        """
+        self._once(name, requirements, lambda: self._install_lines(name, requirements, *options))
 
     def install_torch_companions(self):
         """torchvision and torchaudio for ComfyUI where there are none, made to import beside any torch."""
@@ -181,11 +184,11 @@ class Environment:
         with step(f"installing {wanted}"):
             self._pip(wanted, *index)
 
-    def _install_lines(self, name, requirements):
+    def _install_lines(self, name, requirements, *options):
         with step(f"installing what {name} needs"):
             file = self.folder / "requested.txt"
             file.write_text("\n".join(requirements) + "\n")
-            self._pip("-r", str(file))
+            self._pip(*options, "-r", str(file))
 
     def _cpu_index(self):
         """pip's arguments for PyTorch's CPU index; none where a GPU is present or the index cannot be reached."""

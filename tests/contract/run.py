@@ -1,0 +1,33 @@
+"""Runs the contract tests: pytest in .venv-contract, over stub CANN libraries. Arguments go to pytest.
+
+The dynamic linker reads its search path when a process starts, so pytest must be started with it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path += [str(HERE), str(ROOT / "scripts" / "lib")]
+
+import cann  # noqa: E402
+import contract  # noqa: E402
+
+
+def main(arguments):
+    problem = contract.why_not()
+    if problem:
+        sys.exit(f"error: the contract tests cannot run: {problem}")
+    if Path(sys.prefix) != contract.FOLDER:
+        os.execv(contract.PYTHON, [str(contract.PYTHON), __file__, *arguments])
+    variables = {**os.environ, **cann.variables(cann.build()), "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "pytest", "-o", "cache_dir=.cache/pytest-contract", *arguments]
+    if not any("tests/contract" in argument for argument in arguments):
+        command.append("tests/contract")
+    os.chdir(ROOT)
+    os.execve(sys.executable, command, variables)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
