@@ -103,13 +103,19 @@ class PlainOperators:
 
     def rotary_table(self, cos: Tensor, sin: Tensor) -> RotaryTable:
         """What `rotary` needs of cos and sin [1, S, 1, head_dim], each value given twice: tensors [1, S, 1, ...]."""
-        dtype = ROTARY.dtype
-        return (torch.complex(cos[..., 0::2].to(dtype).contiguous(), sin[..., 1::2].to(dtype).contiguous()),)
+        return cos[..., 0::2].to(ROTARY.dtype).contiguous(), sin[..., 1::2].to(ROTARY.dtype).contiguous()
 
     def rotary(self, x: Tensor, table: RotaryTable) -> Tensor:
-        """Rotates the pairs (x[2i], x[2i+1]) of x [B, S, heads, head_dim] by the angles of `table`."""
-        pairs = torch.view_as_complex(x.to(ROTARY.dtype).unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * table[0]).flatten(-2).type_as(x)
+        """Rotates the pairs (x[2i], x[2i+1]) of x [B, S, heads, head_dim] by the angles of `table`.
+
+        Without complex numbers, which NPUs lack, and as fast as with them on a CPU.
+        """
+        cos, sin = table
+        even, odd = x.to(ROTARY.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        turned = even.new_empty(*even.shape, 2)
+        torch.mul(even, cos, out=turned[..., 0]).addcmul_(odd, sin, value=-1)
+        torch.mul(even, sin, out=turned[..., 1]).addcmul_(odd, cos)
+        return turned.flatten(-2).type_as(x)
 
     # Linear
 

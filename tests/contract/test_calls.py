@@ -11,8 +11,8 @@ import call_sites
 import operator_rules
 import pytest
 import torch
-from ascend_runtime import devices, profiling
-from ascend_runtime.ops import ascend, ascend_attention, libraries
+from ascend_runtime import devices, ops, profiling
+from ascend_runtime.ops import PlainOperators, ascend, ascend_attention, libraries
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.specs import OperatorSpec, ProfileSpec
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -135,6 +135,12 @@ def test_without_mindiesd_its_attentions_are_refused(monkeypatch, attention):
     monkeypatch.setattr(ascend, "mindiesd", lambda: None)
     with pytest.raises(ValueError, match="Install the mindiesd"):
         operators(attention=attention)
+
+
+def test_the_way_is_the_devices_unless_a_variable_asks_for_another(monkeypatch):
+    for way, expected in ((None, AscendOperators), ("npu", AscendOperators), ("torch", PlainOperators)):
+        monkeypatch.setenv(ops.VARIABLE, way) if way else monkeypatch.delenv(ops.VARIABLE, raising=False)
+        assert type(ops.operators_for(NPU, OperatorSpec(), torch.bfloat16)) is expected
 
 
 # Norms, rotary, linear
