@@ -30,6 +30,7 @@ class AscendOperators(PlainOperators):
         self.card = devices.card(device)
         self.fused_norms = spec.layer_norm != "fp32"
         self._dtype = dtype
+        mindiesd()  # says now, not in the middle of a job, if it is not there
         super().__init__(spec)
         self._self_attention, self._other_attention = self._attentions(spec.attention)
 
