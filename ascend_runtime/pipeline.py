@@ -11,10 +11,12 @@ from torch import Tensor
 
 from . import devices
 from .components import Components, DiffusionModel
+from .environment import with_defaults
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.mesh import highest, mesh_of
-from .parallel.sequence import Ulysses
+from .parallel.sequence import SpreadSequence
+from .parallel.ulysses import Ulysses
 from .profiling import Recorder
 from .protocol import Done
 from .sampling import denoise
@@ -71,8 +73,11 @@ class Pipeline:
         _check_latent(message.latent, model)
         _check_text(message, model)
         mesh = mesh_of(self.device.type, cfg_degree, ulysses_degree)
-        operators = operators_for(self.device, message.operators, model.dtype)
-        sequence = Ulysses(mesh["ulysses"].get_group(), operators.attention) if ulysses_degree > 1 else None
+        operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
+        sequence = None
+        if ulysses_degree > 1:
+            group = mesh["ulysses"].get_group()
+            sequence = SpreadSequence(group, operators.attention, Ulysses(group), None)
         for expert in model.experts:
             expert.arrange(operators, sequence)
         cfg_group = mesh["cfg"].get_group() if cfg_degree > 1 else None
