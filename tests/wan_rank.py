@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from ascend_runtime.families.wan import WanTransformer
 from ascend_runtime.ops import PlainOperators
-from ascend_runtime.parallel.sequence import Ulysses
+from ascend_runtime.parallel.sequence import SpreadSequence
+from ascend_runtime.parallel.ulysses import Ulysses
 from safetensors.torch import load_file, save_file
 
 
@@ -26,7 +27,8 @@ def main():
     model = WanTransformer(json.loads((folder / "config.json").read_text())).eval()
     model.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
     operators = PlainOperators()
-    model.arrange(operators, Ulysses(dist.group.WORLD, operators.attention))
+    group = dist.group.WORLD
+    model.arrange(operators, SpreadSequence(group, operators.attention, Ulysses(group), None))
     with torch.no_grad():
         velocity = model(**load_file(folder / "inputs.safetensors"))
     save_file({"velocity": velocity}, folder / f"{rank}.safetensors")

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -30,7 +31,19 @@ def highest(value: int) -> int:
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks of `group`, each of x's shape, as [ranks, *x.shape]."""
-    ranks = dist.get_world_size(group)
-    gathered = x.new_empty((ranks * x.shape[0], *x.shape[1:]))
-    _all_gather_single(gathered, x.contiguous(), group=group)
-    return gathered.unflatten(0, (ranks, -1))
+    gathered, work = start_all_gather(x, group)
+    work.wait()
+    return gathered
+
+
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+    """What will hold the tensors of all ranks [ranks, *x.shape] once the work is done."""
+    gathered = x.new_empty((dist.get_world_size(group), *x.shape))
+    work = _all_gather_single(gathered.flatten(0, 1), x.contiguous(), group=group, async_op=True)
+    return gathered, work
+
+
+def pad_end(x: Tensor, dim: int, size: int) -> Tensor:
+    """`x` with zeros after its end along `dim`, up to `size`."""
+    missing = size - x.shape[dim]
+    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x

@@ -1,21 +1,21 @@
 """One sequence over several ranks: each holds a chunk of the tokens, and attention sees them all.
 
-Ulysses (Jacobs et al., DeepSpeed-Ulysses, arXiv 2309.14509): before attention an all-to-all turns chunks of the
-sequence into groups of heads, after it another turns them back. Sequences and head counts that do not divide by
-the degree are padded; the padding never enters a softmax.
+Ulysses and a ring, or both (USP: Fang and Zhao, arXiv 2405.07719): the ring's ranks hold parts of the sequence, and the
+ranks of a Ulysses group chunks of one part. Sequences and head counts that do not divide are padded; the padding never
+enters a softmax.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Callable, Protocol
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from .mesh import all_gather
-
+from .mesh import all_gather, pad_end
+from .ring import Ring
+from .ulysses import Ulysses
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value, each [B, S, heads, head_dim]
 
@@ -30,11 +30,11 @@ class Sequence(Protocol):
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
 
 
+@dataclass(frozen=True)
 class WholeSequence:
     """All tokens on this rank."""
 
-    def __init__(self, attention: Attention):
-        self.attention = attention
+    attention: Attention
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         return x
@@ -43,65 +43,53 @@ class WholeSequence:
         return x
 
 
-class Ulysses:
-    """Tokens in equal chunks over the ranks of `group`, the last chunk padded with zeros.
+class SpreadSequence:
+    """Tokens in equal chunks over the ranks of `group`, the last ones padded with zeros.
 
-    attention: what each rank computes, on whole sequences of some heads.
+    group: all ranks that share the sequence, the ring's axis outermost.
+    ulysses, ring: how they attend; at least one. attention: what a rank without a ring computes.
     """
 
-    def __init__(self, group: dist.ProcessGroup, attention: Attention):
+    def __init__(self, group: dist.ProcessGroup, attention: Attention, ulysses: Ulysses | None, ring: Ring | None):
         self.group = group
-        self._attend = attention
+        self.ulysses, self.ring = ulysses, ring
         self.degree = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.length = 0  # tokens of the whole sequence, without padding
+        self._attend_whole = attention
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a rank, with padding."""
+        return -(-self.length // self.degree)
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's chunk of `x` along `dim`, the sequence."""
         self.length = x.shape[dim]
-        chunk = -(-self.length // self.degree)
-        start = min(self.rank * chunk, self.length)
-        own = x.narrow(dim, start, min(chunk, self.length - start))
-        return _pad_end(own, dim, chunk)
+        start = min(self.rank * self.chunk, self.length)
+        own = x.narrow(dim, start, min(self.chunk, self.length - start))
+        return pad_end(own, dim, self.chunk)
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """The whole sequence [B, length, D] from the chunks [B, S/U, D] of all ranks."""
-        chunks = all_gather(x, self.group)  # [U, B, S/U, D]
+        """The whole sequence [B, length, D] from the chunks [B, S/N, D] of all ranks.
+
+        Sends, a rank: (N-1) times the bytes of its chunk.
+        """
+        chunks = all_gather(x, self.group)  # [N, B, S/N, D]
         return chunks.transpose(0, 1).flatten(1, 2)[:, :length]
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention over the whole sequence; all tensors are [B, S/U, heads, head_dim].
+        """Attention over the whole sequence; all tensors are [B, S/N, heads, head_dim]."""
+        if self.ulysses is None:
+            return self._attend(query, key, value)
+        return self.ulysses.attention(lambda packed: self._attend(*packed.unbind()), query, key, value)
 
-        Sends, a rank: 4 (U-1)/U of its chunk's bytes, three parts before and one after the attention.
-        """
-        heads = query.shape[2]
-        packed = torch.stack((query, key, value))  # [3, B, S/U, heads, D]
-        packed = _pad_end(packed, 3, -(-heads // self.degree) * self.degree)
-        query, key, value = self._to_heads(packed).unbind()
-        out = self._attend(query, key, value)
-        out = _pad_end(out, 1, -(-self.length // self.degree) * self.degree)
-        return self._to_chunks(out)[:, :, :heads]
-
-    def _to_heads(self, x: Tensor) -> Tensor:
-        """[3, B, S/U, heads, D] of one chunk -> [3, B, S, heads/U, D] of all chunks, padding cut off."""
-        x = x.unflatten(3, (self.degree, -1)).movedim(3, 0)  # [U(heads), 3, B, S/U, heads/U, D]
-        x = self._all_to_all(x)  # [U(chunks), 3, B, S/U, heads/U, D]
-        return x.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)[:, :, : self.length]
-
-    def _to_chunks(self, x: Tensor) -> Tensor:
-        """[B, S, heads/U, D] of all chunks -> [B, S/U, heads, D] of one chunk."""
-        x = x.unflatten(1, (self.degree, -1)).movedim(1, 0)  # [U(chunks), B, S/U, heads/U, D]
-        x = self._all_to_all(x)  # [U(heads), B, S/U, heads/U, D]
-        return x.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-    def _all_to_all(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=self.group)
-        return received
-
-
-def _pad_end(x: Tensor, dim: int, size: int) -> Tensor:
-    """`x` with zeros after its end along `dim`, up to `size`."""
-    missing = size - x.shape[dim]
-    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Of this rank's part of the sequence [B, S/R, heads, head_dim], padded at its end, as the result is."""
+        tokens = query.shape[1]
+        if self.ring is None:
+            query, key, value = (x[:, : self.length] for x in (query, key, value))
+            return pad_end(self._attend_whole(query, key, value), 1, tokens)
+        lengths = [min(max(self.length - rank * tokens, 0), tokens) for rank in range(self.ring.degree)]
+        out = self.ring.attention(query[:, : lengths[self.ring.rank]], key, value, lengths)
+        return pad_end(out, 1, tokens)
