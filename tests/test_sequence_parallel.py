@@ -1,0 +1,59 @@
+"""Attention over a sequence that several ranks share equals attention over the whole: Ulysses, ring, and both."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+NAMES = ("ring", "ulysses", "exchange", "overlap", "tokens", "heads")
+CASES = {
+    2: [(2, 1, "rotate", False, 50, 4), (2, 1, "gather", False, 51, 4), (1, 2, "rotate", False, 51, 5),
+        (1, 2, "rotate", True, 50, 5), (1, 2, "rotate", True, 7, 1)],
+    3: [(3, 1, "rotate", False, 50, 4), (3, 1, "gather", False, 49, 4), (1, 3, "rotate", True, 50, 8)],
+    # 9 tokens on 4 ranks: the last has nothing but padding
+    4: [(4, 1, "rotate", False, 9, 3), (4, 1, "gather", False, 9, 3), (4, 1, "rotate", False, 64, 2),
+        (2, 2, "rotate", False, 51, 6), (2, 2, "rotate", True, 53, 5), (2, 2, "gather", True, 5, 1),
+        (1, 4, "rotate", True, 50, 6)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_equals_plain_attention(tmp_path, ranks):
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    cases = [dict(zip(NAMES, case)) for case in CASES[ranks]]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    expected = []
+    for number, case in enumerate(cases):
+        shape = (2, case["tokens"], case["heads"], 16)
+        inputs = {name: torch.randn(shape, generator=generator) for name in ("query", "key", "value")}
+        inputs["key"] *= 4  # a sharp softmax, which a wrong merge cannot hide behind
+        save_file(inputs, tmp_path / f"{number}.safetensors")
+        query, key, value = (x.transpose(1, 2) for x in inputs.values())
+        expected.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+    for outs in attend_on_ranks(tmp_path, ranks):
+        for number, case in enumerate(cases):
+            assert_close(outs[str(number)], expected[number], atol=1e-5, rtol=0.0, msg=lambda text: f"{case}: {text}")
+
+
+def attend_on_ranks(folder, ranks):
+    """What each rank has of the attention of each case, by its number."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": str(ranks),
+                   "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = [sys.executable, str(Path(__file__).with_name("sequence_rank.py")), str(folder)]
+    processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(ranks)]
+    try:
+        assert [process.wait(120) for process in processes] == [0] * ranks
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [load_file(folder / f"out-{rank}.safetensors") for rank in range(ranks)]
