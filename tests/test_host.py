@@ -241,7 +241,7 @@ import torch
 torch.set_num_threads(len(devices.CORES))
 torch.ones(2**20).sum()  # starts the pool
 wait = threading.Event()
-threads = [threading.Thread(target=wait.wait) for _ in range(2)]
+threads = [threading.Thread(target=wait.wait, daemon=True) for _ in range(2)]
 for thread in threads: thread.start()
 tasks = lambda: {int(t): os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")}
 
@@ -250,7 +250,7 @@ for number, task in enumerate(sorted(tasks())):  # as CPU_AFFINITY_CONF has torc
     os.sched_setaffinity(task, {cores[number % len(cores)]})
 torch.set_num_threads(1)
 before = tasks()
-late = threading.Thread(target=wait.wait)
+late = threading.Thread(target=wait.wait, daemon=True)
 try:
     with devices.all_cores():
         inside = tasks()
