@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
+from typing import Iterator
 
-from .report import print_table, to_json
+from .report import Row, print_table, to_json
 
-BENCHMARKS = ("transport", "warm")  # modules of this package, each with `run(quick: bool) -> Iterator[Row]`
+BENCHMARKS = ("transport", "warm", "ascend")  # modules of this package, each with `run(quick: bool) -> Iterator[Row]`
 
 
 def main() -> None:
@@ -16,11 +18,25 @@ def main() -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there, one JSON object a line")
     parser.add_argument("--quick", action="store_true", help="few runs and small sizes: shows that it works, no more")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="ascend: where the published models' folders lie")
     arguments = parser.parse_args()
-    rows = [row for name in arguments.names for row in import_module(f".{name}", __package__).run(arguments.quick)]
-    print_table(rows)
-    if arguments.json:
-        arguments.json.write_text("".join(map(to_json, rows)))
+    if arguments.models and "ascend" not in arguments.names:
+        parser.error("--models is an option of ascend alone")
+    rows = []
+    try:
+        with arguments.json.open("w") if arguments.json else nullcontext() as file:
+            for row in _measure(arguments):
+                rows.append(row)
+                if file:
+                    print(to_json(row), end="", file=file, flush=True)
+    finally:
+        print_table(rows)
+
+
+def _measure(arguments: argparse.Namespace) -> Iterator[Row]:
+    for name in arguments.names:
+        options = {"models": arguments.models} if name == "ascend" else {}
+        yield from import_module(f".{name}", __package__).run(arguments.quick, **options)
 
 
 if __name__ == "__main__":

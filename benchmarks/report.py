@@ -1,11 +1,13 @@
-"""A measured figure, where it was measured, and how it is shown."""
+"""A measured figure, where it was measured, and how it is shown; what was not measured, and why."""
 
 from __future__ import annotations
 
 import os
 import platform
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Iterable, Literal
+from typing import Any, Iterable, Iterator, Literal
 
 import msgspec
 import psutil
@@ -28,23 +30,36 @@ class Row(Struct, frozen=True, kw_only=True):
         return self.value <= self.baseline if self.better == "lower" else self.value >= self.baseline
 
 
-def context_of(quick: bool, **more) -> dict[str, Any]:
-    """The kind of machine and its load now, the versions, and `more`."""
+def context_of(quick: bool, device: str = "cpu", **more) -> dict[str, Any]:
+    """The kind of machine and of device, the load now, the versions, and `more`."""
     virtual = "hypervisor" in Path("/proc/cpuinfo").read_text()
     memory = psutil.virtual_memory().total / 2**30
     return {
-        "machine": f"{'virtual' if virtual else 'physical'} {platform.machine()} machine, {memory:.0f} GiB, CPU alone",
+        "machine": f"{'virtual' if virtual else 'physical'} {platform.machine()} machine, {memory:.0f} GiB",
+        "device": device,
         "cores": len(os.sched_getaffinity(0)),
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        **({name: _version(name) for name in ("torch_npu", "mindiesd")} if device == "npu" else {}),
         **({"quick": True} if quick else {}),
         **more,
     }
 
 
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def to_json(row: Row) -> str:
     return msgspec.json.encode(row).decode() + "\n"
+
+
+def from_json(line: str) -> Row:
+    return msgspec.json.decode(line, type=Row)
 
 
 def print_table(rows: Iterable[Row]) -> None:
@@ -53,4 +68,29 @@ def print_table(rows: Iterable[Row]) -> None:
     for row in rows:
         sign = "<=" if row.better == "lower" else ">="
         verdict = "holds" if row.holds else "missed"
-        print(f"{row.name:{width}}  {row.value:10.3f} {row.unit:7} {sign} {row.baseline:<7g} {verdict}")
+        print(f"{row.name:{width}}  {row.value:10.4g} {row.unit:7} {sign} {row.baseline:<7g} {verdict}")
+
+
+def leave_out(what: str, why: object) -> None:
+    """Says that something is not measured, and why."""
+    print(f"{what}: left out: {why}", flush=True)
+
+
+class Failures:
+    """What was to be measured and could not: said at once, while the other measurements go on."""
+
+    def __init__(self):
+        self.names: list[str] = []
+
+    @contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Around one measurement; whatever it raises is printed."""
+        try:
+            yield
+        except Exception as error:
+            self.names.append(what)
+            print(f"{what}: failed: {type(error).__name__}: {error}", flush=True)
+
+    def exit_if_any(self) -> None:
+        if self.names:
+            raise SystemExit(f"Not measured, as they failed: {', '.join(self.names)}; see above.")

@@ -7,15 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from ascend_runtime import SampleSpec, VideoSize
+from benchmarks import modes, workloads
 from benchmarks.opens import Opened
+from benchmarks.report import Failures
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSPORT = ["transport.null_ms", "transport.request_ms", "transport.frames_s"]
 PEERS = ["socket", "ray"]
+OPERATORS = ["attention_plain", "cross_attention_plain", "attention_with_lse", "rms_norm", "layer_norm",
+             "modulated_layer_norm", "modulated_layer_norm_per_token", "gated_add", "rotary", "gelu"]  # fmt: skip
 NAMES = {
     "transport": {*TRANSPORT, *(f"{name}_vs_{peer}" for name in TRANSPORT for peer in PEERS)},
     "warm": {"warm.cold_start_s", "warm.late_over_early", "warm.rss_slope_mb", "warm.weight_opens"},
-}
+    "ascend": {*(f"ascend.{name}_{what}" for name in OPERATORS for what in ("error", "time")),
+               *(f"ascend.{mode}_{what}" for mode in ("cfg2", "ulysses2") for what in ("speedup", "difference"))},
+}  # fmt: skip
+MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", "ascend.cfg2_difference", "ascend.ulysses2_difference")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -23,17 +31,73 @@ def test_writes_its_figures(name, tmp_path):
     file = tmp_path / "figures.jsonl"
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert {row["name"] for row in rows} == NAMES[name] and len(rows) == len(NAMES[name])
     for row in rows:
         assert set(row) == {"name", "value", "unit", "better", "baseline", "context"}
         assert row["better"] in ("lower", "higher") and row["name"] in done.stdout
         assert row["context"]["cores"] == len(os.sched_getaffinity(0)) and row["context"]["quick"] is True
-        if row["name"] not in ("warm.rss_slope_mb", "warm.weight_opens"):
+        assert row["context"]["device"] == "cpu"
+        if row["name"] not in MAY_BE_ZERO:
             assert row["value"] > 0, row
+        if row["name"].endswith(("_error", "_difference")):
+            assert row["value"] <= row["baseline"], row
+            assert row["context"]["measure"]
     opens = [row["value"] for row in rows if row["name"] == "warm.weight_opens"]
     assert opens in ([], [0]), "a warm run read weights"
+    if name == "ascend":
+        missing = {workload.name for workload in workloads.PUBLISHED} | {*workloads.NOT_YET, "linear_all_reduce"}
+        assert not [what for what in missing if f"{what}" not in done.stdout], "left out, and nothing said of it"
+
+
+def test_plans_fit_the_cards():
+    """A plan's name says its degrees, and no plan takes more cards than there are."""
+    assert list(modes.plans(1)) == ["one"]
+    assert set(modes.plans(2)) == {"one", "ulysses2", "cfg2"}
+    assert set(modes.plans(8)) == {"one", "ulysses2", "cfg2", "ulysses4", "cfg2_ulysses2", "ulysses8", "cfg2_ulysses4"}
+    assert set(modes.plans(16)) - set(modes.plans(8)) == {"cfg2_ulysses8"}
+    assert [plan.ranks for plan in modes.plans(7).values()] == [1, 2, 2, 4, 4]
+
+
+TINY = workloads.Workload("tiny", "tiny_wan", VideoSize(width=64, height=64, num_frames=5), SampleSpec(steps=2),
+                          (1, 1, 1), 0.001, "nobody's")  # fmt: skip
+
+
+def test_a_workload_is_run_as_it_is_described():
+    row = workloads.run(TINY, "cpu", ROOT / "assets")
+    assert row.name == "ascend.tiny_s" and row.baseline == 0.001 and not row.holds
+    assert row.value == pytest.approx(sum(row.context["seconds"].values()))
+    assert set(row.context["seconds"]) == {"encode", "denoise", "decode"} and min(row.context["seconds"].values()) > 0
+    assert row.context["device"] == "cpu" and row.context["source"] == "nobody's" and row.context["steps"] == 2
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"kind": "cpu"}, "a CPU"), ({"quick": True}, "--quick"), ({"cards": 7}, "takes 8 cards, and 7"),
+    ({"models": None}, "--models DIR"), ({}, "Wan2.2-T2V-A14B-Diffusers is no diffusers folder"),
+])  # fmt: skip
+def test_a_workload_that_cannot_be_run_is_left_out_with_the_reason(tmp_path, capsys, changes, why):
+    options = {"kind": "npu", "cards": 8, "models": tmp_path, "quick": False} | changes
+    failures = Failures()
+    assert not list(workloads.measure(**options, failures=failures)) and not failures.names
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("t2v_a14b_720p_8_cards"))
+    assert "435.99 s" in said and why in said
+
+
+def test_a_failure_is_said_and_the_exit_code_tells(capsys):
+    failures = Failures()
+    for number in range(2):
+        with failures.noted(f"number {number}"):
+            1 / number
+    assert "number 0: failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="number 0; see above"):
+        failures.exit_if_any()
+
+
+def test_models_are_an_option_of_ascend_alone():
+    command = [sys.executable, "-m", "benchmarks", "warm", "--models", "."]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and "--models is an option of ascend alone" in done.stderr
 
 
 def test_openings_are_seen(tmp_path):

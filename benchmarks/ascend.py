@@ -1,0 +1,48 @@
+"""What a machine with accelerators makes of the operators, the parallel modes and the published workloads.
+
+It takes the device that is there: NPUs, CUDA devices, or the CPU, where everything is tiny and shows no more than that
+the benchmark works.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+from ascend_runtime import devices, host
+from ascend_runtime.environment import rank_environment
+
+from . import modes, workloads
+from .report import Failures, Row, from_json
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_RANKS = 2
+
+
+def run(quick: bool, models: Path | None = None) -> Iterator[Row]:
+    """models: the folder that holds the published models as diffusers folders."""
+    kind = devices.resolve_kind("auto")
+    cards = CPU_RANKS if kind == "cpu" else devices.count_visible(kind)
+    failures = Failures()
+    yield from _operators(kind, quick, failures)
+    yield from modes.measure(kind, cards, quick, failures)
+    yield from workloads.measure(kind, cards, models, quick, failures)
+    failures.exit_if_any()
+
+
+def _operators(kind: str, quick: bool, failures: Failures) -> Iterator[Row]:
+    """In a process of their own: it has the ranks' environment, may die of an operator, and leaves the card empty."""
+    environment = rank_environment(kind, os.environ, {})
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        file.touch()
+        command = [sys.executable, "-m", "benchmarks.operators", kind, str(file), *(["--quick"] if quick else [])]
+        with failures.noted("operators"):
+            if kind == "npu":
+                host.require_npu(environment)
+            subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        yield from map(from_json, file.read_text().splitlines())

@@ -1,0 +1,131 @@
+"""Each parallel mode against one rank: how much faster a step is, and how far the latent is off."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime.families.wan import WanTransformer
+
+from .report import Failures, Row, context_of, leave_out
+
+MOST_CFG, ULYSSES = 2, (2, 4, 8)
+EFFICIENCY = 0.85  # of the ideal speed-up; cann-recipes publishes 0.96 of Ulysses on eight A3 cards (HunyuanVideo)
+# What we allow: in fp32, on a CPU, what our tests hold; elsewhere every operator of a step rounds to half precision.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "auto": 3e-2}
+MEASURE = "largest |difference| from one rank's latent, by its largest |value|"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A transformer of random weights and what it makes. dtype: of its blocks, as in DiffusionModelSpec."""
+
+    config: dict
+    size: VideoSize
+    steps: int
+    dtype: str
+
+
+WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
+           "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 4, "patch_size": [1, 2, 2],
+           "cross_attn_norm": True, "eps": 1e-6, "rope_max_seq_len": 1024,
+           "_class_name": "WanTransformer3DModel"}  # fmt: skip
+TEXT_TOKENS = 512
+TINY = {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "freq_dim": 32, "ffn_dim": 256}
+
+
+def job_for(kind: str, quick: bool) -> Job:
+    if kind == "cpu":
+        side = 64 if quick else 128
+        size = VideoSize(width=side, height=side, num_frames=9)
+        return Job({**WAN_14B, **TINY}, size, steps=2 if quick else 8, dtype="float32")
+    size = VideoSize(width=832, height=480, num_frames=17) if quick else VideoSize(width=1280, height=720)
+    return Job(WAN_14B, size, steps=2 if quick else 6, dtype="auto")
+
+
+def plans(cards: int) -> dict[str, ParallelSpec]:
+    """The plans that `cards` cards allow, by name; the first is one card."""
+    found = {"one": ParallelSpec(ranks=1)}
+    for cfg in (1, MOST_CFG):
+        for ulysses in (1, *ULYSSES):
+            if 1 < cfg * ulysses <= cards:
+                names = [f"cfg{cfg}"] * (cfg > 1) + [f"ulysses{ulysses}"] * (ulysses > 1)
+                found["_".join(names)] = ParallelSpec(ranks=cfg * ulysses, cfg_degree=cfg, ulysses_degree=ulysses)
+    return dict(sorted(found.items(), key=lambda item: item[1].ranks))
+
+
+def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
+    job, found = job_for(kind, quick), plans(cards)
+    if len(found) == 1:
+        leave_out("parallel modes", f"there is one {kind} device")
+        return
+    one = None
+    with tempfile.TemporaryDirectory() as folder:
+        write_transformer(Path(folder), job)
+        for ranks in sorted({plan.ranks for plan in found.values()}):
+            with Runtime(ParallelSpec(ranks=ranks), device=kind) as runtime:
+                for name in [name for name, plan in found.items() if plan.ranks == ranks]:
+                    with failures.noted(f"parallel mode {name}"):
+                        made = _sample(runtime, folder, job, found[name])
+                        one = one or made
+                        if made is not one:
+                            yield from _rows(name, kind, quick, job, found[name], made, one)
+            if one is None:  # there is nothing to compare with
+                return
+
+
+def write_transformer(folder: Path, job: Job) -> None:
+    """A diffusers folder of a transformer that keeps the variance of what goes in, always the same."""
+    generator, dtype = torch.Generator().manual_seed(0), torch.float32 if job.dtype == "float32" else torch.bfloat16
+    shapes = {name: p.shape for name, p in WanTransformer(job.config).named_parameters()}
+    tensors = {name: _random(name, shape, generator).to(dtype) for name, shape in shapes.items()}
+    (folder / "transformer").mkdir()
+    save_file(tensors, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    (folder / "transformer" / "config.json").write_text(json.dumps(job.config))
+
+
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return noise / math.sqrt(math.prod(shape[1:]))
+    return 0.1 * noise + ("norm" in name and name.endswith("weight"))
+
+
+def _sample(runtime: Runtime, folder: str, job: Job, plan: ParallelSpec) -> tuple[Tensor, float]:
+    """The latent, and seconds a step after a warm-up."""
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randn(1, TEXT_TOKENS, job.config["text_dim"], generator=generator) for _ in range(2)]
+    result = runtime.sample(
+        DiffusionModelSpec(path=folder, dtype=job.dtype), SampleSpec(steps=job.steps),
+        torch.zeros(job.size.latent_shape()), *texts, parallel=plan, warm_up=True,
+    )  # fmt: skip
+    return result.tensor, result.seconds["denoise"] / job.steps
+
+
+def _rows(name: str, kind: str, quick: bool, job: Job, plan: ParallelSpec, made, one) -> Iterator[Row]:
+    (latent, seconds), (one_latent, one_seconds) = made, one
+    size = job.size
+    context = context_of(
+        quick, kind, ranks=plan.ranks, dtype=job.dtype, steps=job.steps, blocks=job.config["num_layers"],
+        heads=job.config["num_attention_heads"], job=f"{size.num_frames} frames of {size.width} x {size.height}",
+        step_s=round(seconds, 4), one_step_s=round(one_seconds, 4),
+    )  # fmt: skip
+    ideal = 1 if kind == "cpu" else plan.ranks  # ranks on a CPU share the cores that one rank has for itself
+    yield Row(
+        name=f"ascend.{name}_speedup", value=one_seconds / seconds, unit="times", better="higher",
+        baseline=EFFICIENCY * ideal, context=context,
+    )  # fmt: skip
+    difference = float((latent - one_latent).abs().max() / one_latent.abs().max())
+    yield Row(
+        name=f"ascend.{name}_difference", value=difference, unit="share", better="lower",
+        baseline=LARGEST_DIFFERENCE[job.dtype], context={**context, "measure": MEASURE},
+    )  # fmt: skip

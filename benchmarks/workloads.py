@@ -1,0 +1,118 @@
+"""Published workloads, run as they were published, beside the published seconds. Nothing is scaled to other sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import torch
+
+from ascend_runtime import (
+    DiffusionModelSpec,
+    OperatorSpec,
+    ParallelSpec,
+    Runtime,
+    SampleSpec,
+    TextEncoderSpec,
+    VaeSpec,
+    VideoSize,
+)
+
+from .report import Failures, Row, context_of, leave_out
+
+PROMPT = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
+
+
+@dataclass(frozen=True)
+class Workload:
+    """folder: that of the model. plan: cards, cfg degree, ulysses degree. seconds: as `source` publishes them, for
+    text, denoising and frames of one video without the loading of weights."""
+
+    name: str
+    folder: str
+    size: VideoSize
+    sample: SampleSpec
+    plan: tuple[int, int, int]
+    seconds: float
+    source: str
+    attention: str = "fused"
+
+
+A14B = SampleSpec(steps=40, guidance_scale=4.0, guidance_scale_low_noise=3.0, shift=12.0)
+WAN_21 = SampleSpec(steps=50, guidance_scale=5.0, shift=5.0)
+PLANS_14B = {(1, 1, 1): 860.2, (2, 2, 1): 332.6, (2, 1, 2): 327.6, (4, 1, 4): 151.1, (4, 2, 2): 147.9,
+             (8, 1, 8): 78.1, (8, 2, 4): 76.4}  # fmt: skip
+PUBLISHED = (
+    *(
+        Workload(
+            f"t2v_14b_480p_cfg{cfg}_ulysses{ulysses}", "Wan2.1-T2V-14B-Diffusers", VideoSize(width=832, height=480),
+            WAN_21, (cards, cfg, ulysses), seconds, "MindIE's published table for Wan2.1, Atlas 800I A2",
+        )
+        for (cards, cfg, ulysses), seconds in PLANS_14B.items()
+    ),
+    Workload(
+        "t2v_a14b_720p_8_cards", "Wan2.2-T2V-A14B-Diffusers", VideoSize(width=1280, height=720), A14B, (8, 2, 4),
+        435.99, "MindIE's published table for Wan2.2, eight cards of an Atlas 800I A2, ALGO=1", attention="laser",
+    ),
+)  # fmt: skip
+NOT_YET = {
+    "ti2v_5b_704p_8_cards (72.21 s)": "TI2V-5B, and the Wan 2.2 VAE that it needs, are not supported yet",
+    "i2v_a14b_720p_8_cards (436.42 s)": "image-to-video models are not supported yet",
+}
+
+
+def measure(kind: str, cards: int, models: Path | None, quick: bool, failures: Failures) -> Iterator[Row]:
+    for name, why in NOT_YET.items():
+        leave_out(name, why)
+    for workload in PUBLISHED:
+        if why := _why_not(workload, kind, cards, models, quick):
+            leave_out(f"{workload.name} ({workload.seconds} s)", why)
+            continue
+        with failures.noted(workload.name):
+            yield run(workload, kind, models)
+
+
+def _why_not(workload: Workload, kind: str, cards: int, models: Path | None, quick: bool) -> str | None:
+    if kind == "cpu":
+        return "it is a workload of accelerators, and this is a CPU"
+    if quick:
+        return "--quick runs no published workload"
+    if workload.plan[0] > cards:
+        return f"it takes {workload.plan[0]} cards, and {cards} are visible"
+    if models is None:
+        return "--models DIR does not say where the published models are"
+    if not (models / workload.folder / "model_index.json").is_file():
+        return f"{models / workload.folder} is no diffusers folder"
+    return None
+
+
+def run(workload: Workload, kind: str, models: Path) -> Row:
+    """One video, after a warm-up of all that it takes."""
+    path = str(models / workload.folder)
+    ranks, cfg, ulysses = workload.plan
+    encoder, vae, model = TextEncoderSpec(path=path), VaeSpec(path=path), DiffusionModelSpec(path=path)
+    stages: dict[str, float] = {}
+    with Runtime(ParallelSpec(ranks=ranks, cfg_degree=cfg, ulysses_degree=ulysses), device=kind) as runtime:
+        runtime.load(model, encoder, vae)
+        texts = [runtime.encode(encoder, text) for text in (PROMPT, "")]
+        start = torch.zeros(workload.size.latent_shape())
+        runtime.decode(vae, start)
+        operators = OperatorSpec(attention=workload.attention)
+        sampled = runtime.sample(
+            model, workload.sample, start, *(text.tensor for text in texts), operators=operators, warm_up=True
+        )
+        decoded = runtime.decode(vae, sampled.tensor)
+    for result in (*texts, sampled, decoded):
+        for stage in result.seconds.keys() & {"encode", "denoise", "decode"}:
+            stages[stage] = stages.get(stage, 0.0) + result.seconds[stage]
+    size = workload.size
+    context = context_of(
+        False, kind, ranks=ranks, cfg_degree=cfg, ulysses_degree=ulysses, attention=workload.attention,
+        model=workload.folder, job=f"{size.num_frames} frames of {size.width} x {size.height}",
+        steps=workload.sample.steps, source=workload.source, seconds=stages,
+    )  # fmt: skip
+    return Row(
+        name=f"ascend.{workload.name}_s", value=sum(stages.values()), unit="s", better="lower",
+        baseline=workload.seconds, context=context,
+    )  # fmt: skip
