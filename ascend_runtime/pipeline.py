@@ -15,8 +15,8 @@ from .environment import with_defaults
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.mesh import highest, mesh_of
-from .parallel.sequence import SpreadSequence
-from .parallel.ulysses import Ulysses
+from .parallel.sequence import spread
+from .plans import Plan
 from .profiling import Recorder
 from .protocol import Done
 from .sampling import denoise
@@ -69,25 +69,21 @@ class Pipeline:
         with job.together():
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job)
-        cfg_degree, ulysses_degree = message.parallel.resolve(dist.get_world_size(), guided=model.guided(spec))
+        plan = message.parallel.resolve(dist.get_world_size(), guided=model.guided(spec))
         _check_latent(message.latent, model)
         _check_text(message, model)
-        mesh = mesh_of(self.device.type, cfg_degree, ulysses_degree)
         operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
-        sequence = None
-        if ulysses_degree > 1:
-            group = mesh["ulysses"].get_group()
-            sequence = SpreadSequence(group, operators.attention, Ulysses(group), None)
+        mesh = mesh_of(self.device.type, plan)
+        sequence = spread(mesh, plan, operators, message.parallel)
         for expert in model.experts:
             expert.arrange(operators, sequence)
-        cfg_group = mesh["cfg"].get_group() if cfg_degree > 1 else None
-        plan = {"cfg_degree": cfg_degree, "ulysses_degree": ulysses_degree}
+        cfg_group = mesh["cfg"].get_group() if plan.cfg > 1 else None
         if message.warm_up:
             self._warm_up(job, model, plan, cfg_group)
         with job.stage("denoise"):
             latent = self._denoise(job, "denoise", model, spec, cfg_group, around_step=recorder.step)
         _check_finite(latent, "The denoised latent")
-        return _done(job, tensor=latent if self.rank == 0 else None, info=plan | recorder.info)
+        return _done(job, tensor=latent if self.rank == 0 else None, info=plan.info | recorder.info)
 
     def decode(self, job) -> Done:
         message = job.message
@@ -113,12 +109,12 @@ class Pipeline:
         with job.stage("load"):
             return self.components.get(spec, on_tensor)
 
-    def _warm_up(self, job, model: DiffusionModel, plan: dict[str, int], cfg_group) -> None:
+    def _warm_up(self, job, model: DiffusionModel, plan: Plan, cfg_group) -> None:
         """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
         message, spec = job.message, job.message.spec
         texts = tuple(text.shape for text in (message.positive, message.negative) if text is not None)
         branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
-        kind = (*plan.values(), message.operators, message.latent.shape, texts, branches)
+        kind = (plan, message.parallel, message.operators, message.latent.shape, texts, branches)
         if not highest(kind not in model.warmed):  # ranks that failed apart may remember different kinds
             return
         below_boundary = model.boundary / 2 or 0.5

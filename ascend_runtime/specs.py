@@ -11,11 +11,14 @@ import os
 from msgspec import Struct
 from msgspec.structs import force_setattr, replace
 
+from .plans import AXES, Plan, choose, nearest
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOLVERS = ("unipc", "euler", "dpm++")
 SCHEDULES = ("wan", "simple")
 ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
 LAYER_NORMS = ("auto", "fused", "fp32")
+RING_EXCHANGES = ("rotate", "gather")
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
 
@@ -43,17 +46,23 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
 
     ranks: processes, one a device. 0: as many as visible devices, one on a CPU.
     cfg_degree: 2 computes the cond and the uncond branch on different ranks, 1 one after the other.
-    ulysses_degree: ranks that share the sequence of one branch.
-    With given ranks, the product of given degrees must equal them. With automatic ranks the degrees are a wish:
-    what was made for eight cards runs on fewer.
+    ring_degree: parts of the sequence whose keys and values travel from rank to rank.
+    ulysses_degree: chunks of such a part, exchanged for heads around each attention.
+    ring_exchange: "rotate" or "gather" (see parallel/ring.py). overlap: Ulysses' exchange travels while attention
+        computes (None: what the variable OVERLAP asks for, else not).
+    With given ranks, given degrees must make them. With automatic ranks the degrees are a wish: what was made for
+    eight cards runs on fewer.
     """
 
     ranks: int = 0
     cfg_degree: int = 0
+    ring_degree: int = 0
     ulysses_degree: int = 0
+    ring_exchange: str = "rotate"
+    overlap: bool | None = None
 
     def __post_init__(self):
-        for name in ("ranks", "cfg_degree", "ulysses_degree"):
+        for name in ("ranks", "cfg_degree", "ring_degree", "ulysses_degree"):
             if not 0 <= getattr(self, name) <= MAX_RANKS:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 to {MAX_RANKS}, or 0 for automatic.")
         if self.cfg_degree > 2:
@@ -61,14 +70,12 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
                 f"cfg_degree is {self.cfg_degree}; it can be 1 or 2, as guidance has two branches. "
                 "Put the other ranks on ulysses_degree."
             )
+        _require_choice("ring_exchange", self.ring_exchange, RING_EXCHANGES)
         if self.ranks:
             self.resolve(self.ranks, guided=True)
 
-    def resolve(self, world_size: int, *, guided: bool) -> tuple[int, int]:
-        """The degrees (cfg, ulysses) for a group of `world_size` ranks.
-
-        Automatic degrees follow the published tables: CFG first where guidance is used and the ranks are even,
-        then Ulysses. Without guidance there is one branch, and every rank works on its sequence.
+    def resolve(self, world_size: int, *, guided: bool) -> Plan:
+        """The plan for a group of `world_size` ranks. Without guidance every rank works on the one branch.
 
         Raises ValueError where given degrees do not make the given ranks, or the group has other ranks.
         """
@@ -77,21 +84,19 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
                 f"The plan is for {self.ranks} ranks, but the group has {world_size}. Give a plan for {world_size}, "
                 f"or start a group of {self.ranks}."
             )
-        cfg = self.cfg_degree
-        if not cfg:
-            cfg = 2 if world_size % 2 == 0 and self.ulysses_degree != world_size else 1
-        if world_size % cfg or self.ulysses_degree not in (0, world_size // cfg):
-            if self.ranks:
-                raise ValueError(self._mismatch(world_size))
-            cfg = cfg if world_size % cfg == 0 else 1
-        return (cfg, world_size // cfg) if guided else (1, world_size)
+        given = {axis: getattr(self, f"{axis}_degree") for axis in ("cfg", "ring", "ulysses")}
+        wish = {axis: degree for axis, degree in given.items() if degree} | {"tp": 1}
+        plan = choose(world_size, wish)
+        if plan is None and self.ranks:
+            raise ValueError(self._mismatch(given, nearest(world_size, wish)[:3]))
+        plan = plan or nearest(world_size, wish)[0]
+        return plan if guided else plan.unguided()
 
-    def _mismatch(self, world_size: int) -> str:
-        plans = ", ".join(f"{c} x {world_size // c}" for c in (1, 2) if world_size % c == 0)
+    def _mismatch(self, given: dict[str, int], plans: list[Plan]) -> str:
+        product = " x ".join(f"{axis}_degree {degree or 'auto'}" for axis, degree in given.items())
         return (
-            f"cfg_degree {self.cfg_degree or 'auto'} x ulysses_degree {self.ulysses_degree or 'auto'} does not make "
-            f"{world_size} ranks. Plans that do (cfg_degree x ulysses_degree): {plans}. "
-            "Change the degrees or the ranks, or set them to 0 for automatic."
+            f"{product} does not make {self.ranks} ranks. The nearest plans that do ({' x '.join(AXES)}): "
+            f"{', '.join(map(str, plans))}. Change the degrees or the ranks, or set them to 0 for automatic."
         )
 
 

@@ -16,6 +16,7 @@ from ascend_runtime import (
     VideoSize,
     devices,
 )
+from ascend_runtime.plans import Plan
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -38,9 +39,10 @@ WEIGHTS = {
     (lambda: VideoSize(num_frames=0), ["num_frames is 0", "1", "5"]),
     (lambda: ParallelSpec(ranks=-1), ["ranks is -1", "0 for automatic"]),
     (lambda: ParallelSpec(cfg_degree=3), ["cfg_degree is 3", "1 or 2", "ulysses_degree"]),
-    (lambda: ParallelSpec(ranks=8, cfg_degree=2, ulysses_degree=2),
-        ["cfg_degree 2 x ulysses_degree 2 does not make 8 ranks", "1 x 8, 2 x 4", "0 for automatic"]),
-    (lambda: ParallelSpec(ranks=3, cfg_degree=2), ["does not make 3 ranks", "1 x 3"]),
+    (lambda: ParallelSpec(ranks=8, cfg_degree=2, ulysses_degree=3),
+        ["cfg_degree 2 x ring_degree auto x ulysses_degree 3 does not make 8 ranks", "2 x 1 x 4 x 1", "for automatic"]),
+    (lambda: ParallelSpec(ranks=3, cfg_degree=2), ["does not make 3 ranks", "1 x 1 x 3 x 1"]),
+    (lambda: ParallelSpec(ring_exchange="swap"), ["ring_exchange is 'swap'", "rotate, gather"]),
     (lambda: SampleSpec(solver="ddim"), ["solver is 'ddim'", "unipc, euler, dpm++"]),
     (lambda: SampleSpec(schedule="karras"), ["schedule is 'karras'", "wan, simple"]),
     (lambda: SampleSpec(steps=0), ["steps is 0", "between 1 and 1000"]),
@@ -59,16 +61,20 @@ def test_descriptions(make, says):
 
 
 @pytest.mark.parametrize("given, ranks, plan", [
-    ({}, 1, (1, 1)), ({}, 2, (2, 1)), ({}, 3, (1, 3)), ({}, 8, (2, 4)),
-    ({"cfg_degree": 2, "ulysses_degree": 4}, 8, (2, 4)),
-    ({"cfg_degree": 2, "ulysses_degree": 4}, 2, (2, 1)),
-    ({"cfg_degree": 2, "ulysses_degree": 4}, 3, (1, 3)),
-    ({"cfg_degree": 1}, 4, (1, 4)),
-    ({"ulysses_degree": 2}, 2, (1, 2)),
+    ({}, 1, (1, 1, 1)), ({}, 2, (2, 1, 1)), ({}, 3, (1, 1, 3)), ({}, 8, (2, 1, 4)),
+    ({"cfg_degree": 2, "ulysses_degree": 4}, 8, (2, 1, 4)),
+    ({"cfg_degree": 2, "ulysses_degree": 4}, 2, (2, 1, 1)),
+    ({"cfg_degree": 2, "ulysses_degree": 4}, 3, (1, 1, 3)),
+    ({"cfg_degree": 2, "ulysses_degree": 2}, 8, (2, 2, 2)),
+    ({"cfg_degree": 1}, 4, (1, 1, 4)),
+    ({"ring_degree": 2}, 8, (2, 2, 2)),
+    ({"ring_degree": 4, "cfg_degree": 1}, 4, (1, 4, 1)),
+    ({"ulysses_degree": 2}, 2, (1, 1, 2)),
 ])  # fmt: skip
 def test_with_automatic_ranks_degrees_are_a_wish(given, ranks, plan):
-    assert ParallelSpec(**given).resolve(ranks, guided=True) == plan
-    assert ParallelSpec(**given).resolve(ranks, guided=False) == (1, ranks)
+    cfg, ring, ulysses = plan
+    assert ParallelSpec(**given).resolve(ranks, guided=True) == Plan(cfg=cfg, ring=ring, ulysses=ulysses)
+    assert ParallelSpec(**given).resolve(ranks, guided=False) == Plan(ring=ring, ulysses=ulysses * cfg)
 
 
 @pytest.mark.parametrize("kind", ["cuda", "npu"])

@@ -77,7 +77,7 @@ def test_the_seed_decides_on_any_number_of_ranks(comfyui, listener):
         run = listener.run(graph)
         assert graphs.SAMPLER not in run.cached()
         assert len(ranks_of(comfyui.process.pid)) == cfg_degree * ulysses_degree
-        assert f"cfg_degree {cfg_degree}, ulysses_degree {ulysses_degree}, denoise" in comfyui.log
+        assert f"cfg_degree {cfg_degree}, ring_degree 1, ulysses_degree {ulysses_degree}, tp_degree 1" in comfyui.log
         latents.append(graphs.saved_latent(comfyui, run.prompt_id))
     errors = [(other - latents[0]).abs().max().item() for other in latents[1:]]
     print(f"one rank and cfg 2 differ by at most {errors[0]:.1e}, one rank and Ulysses 2 by {errors[1]:.1e}")

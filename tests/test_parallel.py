@@ -46,16 +46,19 @@ def expected(one_rank, specs):
 
 
 @pytest.mark.parametrize("shape", [EVEN, ODD, FEW], ids=["even", "odd", "few"])
-@pytest.mark.parametrize("cfg, ulysses", [(2, 1), (1, 2), (0, 0)])
-def test_two_ranks(two_ranks, specs, expected, shape, cfg, ulysses):
-    plan = ParallelSpec(ranks=2, cfg_degree=cfg, ulysses_degree=ulysses)
+@pytest.mark.parametrize("cfg, ring, ulysses", [(2, 1, 1), (1, 1, 2), (1, 2, 1), (0, 0, 0)])
+def test_two_ranks(two_ranks, specs, expected, shape, cfg, ring, ulysses):
+    plan = ParallelSpec(ranks=2, cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
     assert_close(sample(two_ranks, specs, shape, plan), expected(shape), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [EVEN, ODD, FEW], ids=["even", "odd", "few"])
-@pytest.mark.parametrize("cfg, ulysses", [(2, 2), (1, 4)])
-def test_four_ranks(four_ranks, specs, expected, shape, cfg, ulysses):
-    plan = ParallelSpec(ranks=4, cfg_degree=cfg, ulysses_degree=ulysses)
+@pytest.mark.parametrize("cfg, ring, ulysses, exchange", [
+    (2, 1, 2, "rotate"), (1, 1, 4, "rotate"), (1, 2, 2, "rotate"), (2, 2, 1, "gather"), (1, 4, 1, "rotate")
+])  # fmt: skip
+def test_four_ranks(four_ranks, specs, expected, shape, cfg, ring, ulysses, exchange):
+    plan = ParallelSpec(ranks=4, cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses, ring_exchange=exchange,
+                        overlap=True)  # fmt: skip
     assert_close(sample(four_ranks, specs, shape, plan), expected(shape), **TOLERANCE)
 
 

@@ -32,6 +32,7 @@ LAYERS = [
     ("devices", ("ascend_runtime.devices",)),
     ("host and environment", ("ascend_runtime.host", "ascend_runtime.environment")),
     ("specs", ("ascend_runtime.specs",)),
+    ("plans", ("ascend_runtime.plans",)),
 ]
 # What only some modules may import, by the first part of the name, or by the whole of it.
 RESERVED = {

@@ -1,4 +1,4 @@
-"""The ranks as a mesh with named axes: cfg (outer) x ulysses (inner, neighbours on one machine)."""
+"""The ranks as a mesh with named axes, cfg x ring x ulysses x tp, the innermost neighbours on one machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ..plans import AXES, Plan
+
 # torch 2.13 renamed it
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+SEQUENCE = "sequence"  # the ring's and Ulysses' axes as one
+
+
 @lru_cache(maxsize=None)
-def mesh_of(kind: str, cfg_degree: int, ulysses_degree: int) -> DeviceMesh:
-    """The mesh of all ranks with these degrees; made once, so that a changed plan costs nothing the second time."""
-    return init_device_mesh(kind, (cfg_degree, ulysses_degree), mesh_dim_names=("cfg", "ulysses"))
+def mesh_of(kind: str, plan: Plan) -> DeviceMesh:
+    """The mesh of all ranks for this plan; made once, so that a changed plan costs nothing the second time."""
+    mesh = init_device_mesh(kind, plan.degrees, mesh_dim_names=AXES)
+    mesh["ring", "ulysses"]._flatten(SEQUENCE)
+    return mesh
 
 
 def highest(value: int) -> int:

@@ -12,8 +12,6 @@ from ..ops import PlainOperators
 from ..precision import LOG_SUM_EXP
 from .mesh import start_all_gather
 
-EXCHANGES = ("rotate", "gather")
-
 
 @dataclass(frozen=True)
 class Ring:

@@ -12,12 +12,16 @@ from typing import Callable, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from .mesh import all_gather, pad_end
+from ..ops import PlainOperators
+from ..plans import Plan
+from ..specs import ParallelSpec
+from .mesh import SEQUENCE, all_gather, pad_end
 from .ring import Ring
 from .ulysses import Ulysses
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value, each [B, S, heads, head_dim]
+_Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value, each [B, S, heads, head_dim]
 
 
 class Sequence(Protocol):
@@ -34,7 +38,7 @@ class Sequence(Protocol):
 class WholeSequence:
     """All tokens on this rank."""
 
-    attention: Attention
+    attention: _Attention
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         return x
@@ -50,7 +54,7 @@ class SpreadSequence:
     ulysses, ring: how they attend; at least one. attention: what a rank without a ring computes.
     """
 
-    def __init__(self, group: dist.ProcessGroup, attention: Attention, ulysses: Ulysses | None, ring: Ring | None):
+    def __init__(self, group: dist.ProcessGroup, attention: _Attention, ulysses: Ulysses | None, ring: Ring | None):
         self.group = group
         self.ulysses, self.ring = ulysses, ring
         self.degree = dist.get_world_size(group)
@@ -93,3 +97,12 @@ class SpreadSequence:
         lengths = [min(max(self.length - rank * tokens, 0), tokens) for rank in range(self.ring.degree)]
         out = self.ring.attention(query[:, : lengths[self.ring.rank]], key, value, lengths)
         return pad_end(out, 1, tokens)
+
+
+def spread(mesh: DeviceMesh, plan: Plan, operators: PlainOperators, spec: ParallelSpec) -> Sequence:
+    """How the tokens are spread over the ranks of `mesh`, which is that of `plan`."""
+    if plan.ring * plan.ulysses == 1:
+        return WholeSequence(operators.attention)
+    ulysses = Ulysses(mesh["ulysses"].get_group(), bool(spec.overlap)) if plan.ulysses > 1 else None
+    ring = Ring(mesh["ring"].get_group(), operators, spec.ring_exchange) if plan.ring > 1 else None
+    return SpreadSequence(mesh[SEQUENCE].get_group(), operators.attention, ulysses, ring)
