@@ -44,7 +44,7 @@ def _obstacle():
         return "this Python has a torch_npu of its own, which stub libraries must not meet"
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     if missing:
-        return f"there is no {' and no '.join(missing)} to make stub libraries with (Debian, Ubuntu: apt-get install gcc)"
+        return f"there is no {' and no '.join(missing)} to make stubs with (Debian, Ubuntu: apt-get install gcc)"
     return None
 
 

@@ -36,8 +36,8 @@ def packages():
 def build():
     """The folder with stub libraries for the installed wheels, inside this environment; compiled once."""
     torch_npu, mindiesd = packages()
-    binaries = [*torch_npu.glob("_C*.so"), torch_npu / "lib" / "libtorch_npu.so", torch_npu / "lib" / "libtensorpipe.so",
-                *mindiesd.glob("plugin/torch*/*.so")]  # fmt: skip
+    binaries = [*torch_npu.glob("_C*.so"), *mindiesd.glob("plugin/torch*/*.so"),
+                *(torch_npu / "lib" / name for name in ("libtorch_npu.so", "libtensorpipe.so"))]  # fmt: skip
     seen = [SOURCE.read_text(), Path(__file__).read_text(), *(f"{b} {b.stat().st_mtime_ns}" for b in binaries)]
     folder = Path(sys.prefix) / "stub-cann" / hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]
     if not folder.exists():

@@ -108,6 +108,35 @@ def _mm_all_reduce(values):
     assert values["bias"] is None, "each rank would add it"
 
 
+def _laser(values):
+    query, key, value = values["query"], values["key"], values["value"]
+    assert query.dtype == key.dtype == value.dtype == torch.float16, "MindIE SD brings them to float16"
+    assert values["input_layout"] == "BNSD" and values["head_num"] == query.shape[1] == key.shape[1]
+    for part in (query, key, value):
+        assert part.is_contiguous() and part.shape[2] % 256 == 0 and part.shape[3] == 128, part.shape
+    assert key.shape == value.shape and query.shape[0] == key.shape[0]
+    assert values["pre_tokens"] == 2**31 - 1 or 0 < values["pre_tokens"] < 256, "a number of keys that are padding"
+
+
+def _adaln(values):
+    x = values["x"]
+    assert x.ndim == 3 and x.dtype in (*HALVES, torch.float32)
+    for part in ("scale", "shift"):
+        assert values[part].dtype == x.dtype and values[part].shape in ((x.shape[0], x.shape[2]),
+                                                                         (x.shape[0], 1, x.shape[2])), part  # fmt: skip
+    for part in ("weight", "bias"):
+        assert values[part] is None or values[part].shape == x.shape[-1:], part
+
+
+def _mindiesd_layernorm(values):
+    _layer_norm_eval(values)
+    assert values["impl_mode"] in (0, 1) or values["input"].dtype == torch.float16
+
+
+def _fast_gelu(values):
+    assert values["input"].dtype in (*HALVES, torch.float32) and values["input"].ndim <= 8
+
+
 def _attention_forward(values):
     options = values["kwargs"]
     assert values["query"].ndim == 4 and not values["head_first"] and isinstance(values["scale"], float)
@@ -136,6 +165,11 @@ RULES = {
     "npu_rotary_mul": _rotary_mul,
     "npu_gelu": _gelu,
     "npu_mm_all_reduce_base": _mm_all_reduce,
+    "npu_fast_gelu": _fast_gelu,
+    "la": _laser,
+    "adaln": _adaln,
+    "adaln_v2": _adaln,
+    "layernorm": _mindiesd_layernorm,
     "attention_forward": _attention_forward,
     "layernorm_scale_shift": _layernorm_scale_shift,
 }

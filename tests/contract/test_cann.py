@@ -1,4 +1,4 @@
-"""The real torch_npu and mindiesd over stub CANN libraries: they import, see devices, and take tensors there and back."""
+"""torch_npu and mindiesd over stub CANN libraries: they import, see devices, and take tensors there and back."""
 
 import pytest
 import torch

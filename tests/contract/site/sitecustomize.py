@@ -1,0 +1,18 @@
+"""Run by each Python that starts with this folder on its PYTHONPATH: a rank whose NPU operators compute on its CPU.
+
+CONTRACT_WITHOUT   a package that this process is not to find, as if it were not installed
+CONTRACT_CALLS     a file that gets a line for each call of an operator
+"""
+
+import os
+import sys
+
+if missing := os.environ.get("CONTRACT_WITHOUT"):
+    sys.modules[missing] = None  # find_spec answers None, an import fails
+else:
+    import mindiesd  # noqa: F401  # its operators are declared when it is imported
+
+import cpu_kernels
+import torch_npu  # noqa: F401
+
+cpu_kernels.register(cpu_kernels.note_in(os.environ["CONTRACT_CALLS"]))

@@ -1,0 +1,290 @@
+"""The stand-ins of NPU operators (cpu_kernels.py) against torch's own maths, called as the package calls operators.
+
+Also: their outputs have the shapes and dtypes of the real wheels' meta kernels, and bad arguments are refused.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cpu_kernels
+import mindiesd
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_npu
+from torch.testing import assert_close
+
+SEED = 20
+B, S, L, HEADS, DIM = 2, 48, 40, 4, 32
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALVES = DTYPES[1:]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def calls():
+    """How often each operator was asked to compute."""
+    counted = {}
+    cpu_kernels.register(lambda name: counted.update({name: counted.get(name, 0) + 1}))
+    return counted
+
+
+@pytest.fixture
+def random():
+    print(f"seed {SEED}")
+    generator = torch.Generator().manual_seed(SEED)
+    return lambda *shape, dtype=torch.float32: torch.randn(*shape, generator=generator).to(dtype)
+
+
+def near(dtype):
+    """One rounding of the output."""
+    return {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 1e-2}
+
+
+def as_meta(operator, *arguments, **options):
+    """Asserts that the real meta kernel gives outputs of the same shapes and dtypes; returns what is computed."""
+    outs = operator(*arguments, **options)
+    to_meta = lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x  # noqa: E731
+    metas = operator(*map(to_meta, arguments), **{name: to_meta(x) for name, x in options.items()})
+    for out, meta in zip(*(x if isinstance(x, tuple) else (x,) for x in (outs, metas)), strict=True):
+        assert type(out) is type(meta)
+        if isinstance(out, torch.Tensor):
+            assert out.shape == meta.shape and out.dtype == meta.dtype, (out.shape, meta.shape, out.dtype, meta.dtype)
+    return outs
+
+
+def qkv(random, layout, dtype, lengths=(S, L)):
+    """(query, key, value in the layout, torch's own attention of them in it, in fp32)"""
+    query, key, value = (random(B, HEADS, length, DIM, dtype=dtype) for length in (lengths[0], lengths[1], lengths[1]))
+    expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    arranged = {"BNSD": lambda x: x, "BSND": lambda x: x.transpose(1, 2), "BSH": lambda x: x.transpose(1, 2).flatten(2)}
+    return *(arranged[layout](x).contiguous() for x in (query, key, value)), arranged[layout](expected)
+
+
+def lse_of(query, key):
+    """[B, heads, S] of query and key [B, S, heads, D]."""
+    scores = torch.einsum("bqnd,bknd->bnqk", query.float(), key.float()) * DIM**-0.5
+    return scores.logsumexp(-1)
+
+
+# Attention
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["BSND", "BNSD"])
+def test_fusion_attention(random, layout, dtype):
+    query, key, value, expected = qkv(random, layout, dtype)
+    out, largest, total, *_ = as_meta(torch_npu.npu_fusion_attention, query, key, value, HEADS, layout,
+                                      scale=DIM**-0.5)  # fmt: skip
+    assert_close(out.float(), expected, **near(dtype))
+    if layout == "BSND":
+        assert_close(largest[..., 3] + total[..., 5].log(), lse_of(query, key), **near(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", ["BSND", "BNSD"])
+def test_fused_infer_attention_score(random, layout, dtype):
+    query, key, value, expected = qkv(random, layout, dtype)
+    options = {"num_heads": HEADS, "scale": DIM**-0.5, "input_layout": layout, "num_key_value_heads": HEADS}
+    for with_lse in (False, True):
+        out, lse = as_meta(torch_npu.npu_fused_infer_attention_score, query, key, value, **options,
+                           softmax_lse_flag=with_lse)  # fmt: skip
+        assert_close(out.float(), expected, **near(dtype))
+    if layout == "BSND":
+        assert_close(lse.squeeze(-1), lse_of(query, key), **near(dtype))
+
+
+@pytest.mark.parametrize("layout", ["BSND", "BNSD"])
+def test_prompt_flash_attention(random, layout):
+    query, key, value, expected = qkv(random, layout, torch.float16)
+    out = as_meta(torch_npu.npu_prompt_flash_attention, query, key, value, num_heads=HEADS, scale_value=DIM**-0.5,
+                  next_tokens=2**31 - 1, input_layout=layout)  # fmt: skip
+    assert_close(out.float(), expected, **near(torch.float16))
+
+
+@pytest.mark.parametrize("lengths", [(2048, 2048), (2100, 2300)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_laser_attention_by_mindiesd(random, calls, dtype, lengths):
+    """By MindIE SD's own padding to 256 tokens, which the kernel masks, and 128 lanes."""
+    before = calls.get("mindiesd::la", 0)
+    query, key, value, expected = qkv(random, "BSND", dtype, lengths)
+    options = {"scale": DIM**-0.5, "opt_mode": "manual", "op_type": "ascend_laser_attention", "layout": "BNSD"}
+    out = mindiesd.attention_forward(query, key, value, **options)
+    assert calls["mindiesd::la"] == before + 1
+    assert out.dtype == dtype
+    assert_close(out.float(), expected, atol=2e-2, rtol=1e-2)
+
+
+def test_laser_attention_rounds_scores(random):
+    """fp16 scores before they are scaled: beyond 65504 they are infinite."""
+    query = torch.full((1, 1, 256, 128), 30.0, dtype=torch.float16)
+    assert torch.ops.mindiesd.la(query, query, query, head_num=1, scale_value=128**-0.5)[1].isnan().all()
+    query, key, value = (random(1, 1, 256, 128, dtype=torch.float16) for _ in range(3))
+    lse, out = torch.ops.mindiesd.la(query, key, value, head_num=1, scale_value=128**-0.5)
+    exact = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert 1e-6 < (out - exact).abs().max() < 1e-2
+    scores = query.float() @ key.float().transpose(-1, -2) * 128**-0.5
+    assert_close(lse, scores.logsumexp(-1), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("axis, shape", [(-1, (6, HEADS, 128)), (0, (70, HEADS, 5)), (1, (2, 33, 3))])
+def test_dynamic_mx_quant(random, axis, shape):
+    x = random(*shape) * random(*shape).exp()
+    quantized, scales = as_meta(torch_npu.npu_dynamic_mx_quant, x, axis=axis, dst_type=torch.float8_e4m3fn)
+    error = (cpu_kernels.dequantized(quantized, scales, axis) - x).abs()
+    assert error.max() > 0
+    for group, its_error in zip(x.split(32, axis), error.split(32, axis)):
+        largest = group.abs().amax(axis, keepdim=True)  # of e4m3's 3 bits half a unit; beyond 448 of 512 it clips
+        assert (its_error <= torch.maximum(group.abs() / 16, largest / 8)).all()
+    powers = 2.0 ** torch.arange(-4, 4).repeat(4).reshape(1, 32)
+    exact = torch_npu.npu_dynamic_mx_quant(powers, dst_type=torch.float8_e4m3fn)
+    assert torch.equal(cpu_kernels.dequantized(*exact, -1), powers)
+
+
+def test_mxfp8_attention(random):
+    """By the package's own function: the sequences of a batch do not see each other."""
+    from ascend_runtime.ops.ascend_attention import fp8  # noqa: PLC0415
+
+    query, key, value, expected = qkv(random, "BSND", torch.bfloat16, (S, S))
+    out = fp8(query, key, value)
+    error = (out.float() - expected).norm() / expected.norm()
+    assert 1e-3 < error < 6e-2, f"MXFP8 is {error:.1%} off"
+
+
+# Norms
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(random, dtype):
+    x, weight = random(B, S, 96, dtype=dtype), random(96, dtype=dtype)
+    out, reciprocal = as_meta(torch_npu.npu_rms_norm, x, weight, epsilon=1e-6)
+    assert_close(out.float(), F.rms_norm(x.float(), (96,), weight.float(), 1e-6), **near(dtype))
+    assert_close(reciprocal.squeeze(-1), (x.float().square().mean(-1) + 1e-6).rsqrt(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm(random, dtype, affine):
+    x = random(B, S, 96, dtype=dtype) + 1
+    weight, bias = (random(96, dtype=dtype), random(96, dtype=dtype)) if affine else (None, None)
+    expected = F.layer_norm(x.float(), (96,), *(p if p is None else p.float() for p in (weight, bias)), 1e-6)
+    assert_close(as_meta(torch_npu.npu_layer_norm_eval, x, [96], weight, bias, 1e-6).float(), expected, **near(dtype))
+    layer = torch.nn.LayerNorm(96, 1e-6, elementwise_affine=affine, dtype=dtype)
+    if affine:
+        layer.weight.data, layer.bias.data = weight, bias
+    with torch.no_grad():
+        assert_close(mindiesd.fast_layernorm(layer, x).float(), expected, **near(dtype))
+    as_meta(torch.ops.mindiesd.layernorm, x, [96], weight, bias, 1e-6)
+
+
+@pytest.mark.parametrize("tokenwise", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layernorm_scale_shift_by_mindiesd(random, calls, dtype, tokenwise):
+    x = random(B, S, 96, dtype=dtype) + 1
+    scale, shift = (random(B, S if tokenwise else 1, 96, dtype=dtype) for _ in range(2))
+    before = calls.get("mindiesd::adaln", 0)
+    norm = torch.nn.LayerNorm(96, 1e-6, elementwise_affine=False)
+    out = mindiesd.layernorm_scale_shift(norm, x, scale, shift, fused=True)
+    assert calls["mindiesd::adaln"] == before + 1, "an A2's"
+    expected = F.layer_norm(x.float(), (96,), eps=1e-6) * (1 + scale.float()) + shift.float()
+    assert_close(out.float(), expected, **near(dtype) | {"rtol": 2e-2})
+    if not tokenwise:
+        second = as_meta(torch.ops.mindiesd.adaln_v2, x, scale, shift, None, None, 1e-6)[0]
+        assert torch.equal(second, as_meta(torch.ops.mindiesd.adaln, x, scale, shift, None, None, 1e-6))
+
+
+# The rest of a block
+
+
+def test_rotary_mul_of_pairs(random):
+    x, angles = random(B, S, HEADS, DIM), random(1, S, 1, DIM // 2)
+    cos, sin = (f(angles).repeat_interleave(2, -1) for f in (torch.cos, torch.sin))
+    out = as_meta(torch_npu.npu_rotary_mul, x, cos, sin, "interleave")
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    assert_close(out, torch.view_as_real(pairs).flatten(-2), atol=1e-5, rtol=0)
+
+
+def test_rotary_mul_of_halves(random):
+    """Which Wan does not have, so the rules refuse it to the package."""
+    x, angles = random(B, S, HEADS, DIM), random(1, S, 1, DIM // 2)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    numbers = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+    out = cpu_kernels.rotary_mul(x, cos, sin, "half")
+    assert_close(out, torch.cat((numbers.real, numbers.imag), -1), atol=1e-5, rtol=0)
+    with pytest.raises(AssertionError, match="interleaved"):
+        torch_npu.npu_rotary_mul(x, cos, sin)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(random, dtype):
+    x = 3 * random(B, S, 96, dtype=dtype)
+    out = as_meta(torch_npu.npu_gelu, x, approximate="tanh")
+    assert_close(out.float(), F.gelu(x.float(), approximate="tanh"), **near(dtype))
+    fast = as_meta(torch_npu.npu_fast_gelu, x).float()
+    assert 1e-3 < (fast - F.gelu(x.float())).abs().max() < 3e-2
+
+
+def test_mm_all_reduce(tmp_path):
+    """On two ranks, over Gloo: the sum; a bias is summed too, which is why the package adds its own afterwards."""
+    code = f"""
+import cpu_kernels, torch, torch.distributed as dist, torch_npu
+from ascend_runtime.ops import ascend
+from ascend_runtime.specs import OperatorSpec
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=RANK, world_size=2)
+ascend._communicator = lambda group: group.group_name  # HCCL's name of a group, which Gloo has not
+calls = []
+cpu_kernels.register(calls.append)
+generator = torch.Generator().manual_seed({SEED})
+x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((2, 5, 64), (24, 64), (24,)))
+mine, share = (part.chunk(2, -1)[RANK] for part in (x, weight))
+operators = ascend.AscendOperators(torch.device("cpu"), OperatorSpec(attention="fused"), torch.bfloat16)
+out = operators.linear_all_reduce(mine, share, bias, dist.group.WORLD)
+assert calls == ["npu::npu_mm_all_reduce_base"], calls
+expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+torch.testing.assert_close(out.float(), expected, atol=5e-2, rtol=2e-2)
+twice = cpu_kernels.mm_all_reduce_base(mine, share.t(), dist.group.WORLD.group_name, "sum", bias)
+torch.testing.assert_close(twice.float(), expected + bias.float(), atol=1e-1, rtol=2e-2)
+dist.destroy_process_group()
+"""
+    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code.replace("RANK", str(rank))],
+                              stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+             for rank in range(2)]  # fmt: skip
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(error[-3000:] for error in errors)
+
+
+# What is refused
+
+
+BAD = {
+    "a layout that there is not": lambda q, f: torch_npu.npu_fusion_attention(q, q, q, HEADS, "BDSN", scale=f),
+    "the heads of another layout": lambda q, f: torch_npu.npu_fusion_attention(q, q, q, HEADS, "BNSD", scale=f),
+    "another number of heads": lambda q, f: torch_npu.npu_fusion_attention(q, q, q, HEADS + 1, "BSND", scale=f),
+    "no scale": lambda q, f: torch_npu.npu_fusion_attention(q, q, q, HEADS, "BSND"),
+    "two dtypes": lambda q, f: torch_npu.npu_fusion_attention(q, q.half(), q, HEADS, "BSND", scale=f),
+    "dropout": lambda q, f: torch_npu.npu_fusion_attention(q, q, q, HEADS, "BSND", scale=f, keep_prob=0.5),
+    "a mask, which no stand-in computes": lambda q, f: torch_npu.npu_fusion_attention(
+        q, q, q, HEADS, "BSND", scale=f, atten_mask=torch.zeros(S, S, dtype=torch.bool)),
+    "fp32 where halves are": lambda q, f: torch_npu.npu_fused_infer_attention_score(
+        q, q, q, num_heads=HEADS, scale=f, input_layout="BSND"),
+    "a gamma of another dtype": lambda q, f: torch_npu.npu_rms_norm(q, torch.ones(DIM).half()),
+    "a rotary table of another shape": lambda q, f: torch_npu.npu_rotary_mul(
+        q, *(torch.ones(S, 1, DIM // 2),) * 2, "interleave"),
+    "a name that the schema has not": lambda q, f: torch_npu.npu_rms_norm(q, torch.ones(DIM), eps=1e-6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_are_refused(random, call):
+    with pytest.raises((AssertionError, RuntimeError, TypeError, ValueError)):
+        call(random(B, S, HEADS, DIM), DIM**-0.5)
+
+
+def test_every_stand_in_is_for_an_operator_with_rules():
+    import operator_rules  # noqa: PLC0415
+
+    for name in cpu_kernels.KERNELS:
+        assert torch._C._dispatch_has_kernel(name), f"{name} is no operator of the wheels"
+        assert name.partition("::")[2] in operator_rules.RULES
+    assert Path(torch_npu.__file__).is_relative_to(sys.prefix)

@@ -1,0 +1,185 @@
+"""(c) The whole pipeline on real ranks, its NPU operators on CPU stand-ins, against the CPU's own way.
+
+Text encoder, sampling with guidance, VAE; one rank, and two with Ulysses and with CFG. The ranks are those of the
+product, started by the product; PYTHONPATH makes them take stand-ins (site/sitecustomize.py), and the variable
+ASCEND_RUNTIME_OPERATORS the NPU's operators. Every call of an operator is counted, so that none can go another way.
+"""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from ascend_runtime import OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime.specs import DiffusionModelSpec
+from tiny_models import wan_vae
+
+HERE = Path(__file__).resolve().parent
+RANKS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+SIZE = VideoSize(width=80, height=64, num_frames=9)  # 60 tokens
+LONG = VideoSize(width=256, height=256, num_frames=29)  # 2048 tokens, from which on MindIE SD takes laser attention
+LAYERS, STEPS, BRANCHES = 2, 2, 2
+FORWARDS = STEPS * BRANCHES
+SEED = 7
+# In fp32 the largest difference, of normalised latents and of frames in 0..1. In bf16, where the two ways round
+# differently and guidance amplifies it, the RMS of the difference, of latents in standard deviations; and the NPU's
+# way may be further from fp32 than the CPU's bf16 is by this factor.
+FP32, BF16, FURTHER = 1e-3, 2e-2, 1.25
+ATTENTION = {"fused": "npu::npu_fusion_attention", "infer": "npu::npu_fused_infer_attention_score",
+             "laser": "mindiesd::la"}  # fmt: skip
+ULYSSES, CFG = (ParallelSpec(ranks=2, cfg_degree=c, ulysses_degree=u) for c, u in ((1, 2), (2, 1)))
+
+
+class Group:
+    """Ranks whose NPU operators compute on the CPU, and the calls that they made since they were asked last."""
+
+    def __init__(self, ranks, file, **variables):
+        environment = {**RANKS, "PYTHONPATH": os.pathsep.join([str(HERE / "site"), os.environ["PYTHONPATH"]]),
+                       "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(file), **variables}  # fmt: skip
+        self.runtime = Runtime(ParallelSpec(ranks=ranks), device="cpu", environment=environment)
+        self._file, self._read = file, 0
+
+    def calls(self):
+        """[how often rank r called each operator, for r in ranks]"""
+        lines = self._file.read_text().splitlines()[self._read :]
+        self._read += len(lines)
+        counted = Counter(tuple(line.split()) for line in lines)
+        ranks = self.runtime.parallel.ranks
+        return [{name: n for (rank, name), n in counted.items() if rank == str(r)} for r in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """`groups(ranks, without=...)`: such a group, kept; without: a package that its ranks do not find."""
+    made = {}
+
+    def group(ranks, without=None):
+        if (ranks, without) not in made:
+            variables = {"CONTRACT_WITHOUT": without} if without else {}
+            made[ranks, without] = Group(ranks, tmp_path_factory.mktemp("calls") / "calls.txt", **variables)
+        return made[ranks, without]
+
+    yield group
+    for one in made.values():
+        one.runtime.stop()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """One rank that computes as a CPU does."""
+    with Runtime(ParallelSpec(ranks=1), device="cpu", environment=RANKS) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def expected(plain, specs):
+    """The CPU's (latent, frames), made once for each kind of job."""
+    known = {}
+
+    def by_the_cpu(**job):
+        key = tuple(sorted(job.items()))
+        if key not in known:
+            known[key] = make(plain, specs, **job)
+            assert known[key][0].std() > 0.5
+        return known[key]
+
+    return by_the_cpu
+
+
+def make(runtime, specs, *, dtype="float32", size=SIZE, batch=1, plan=None, attention="fused", guidance_scale=4.0):
+    """(latent, normalised; frames of the first video, or None for a long one)"""
+    model = DiffusionModelSpec(path=specs.model.path, dtype=dtype)
+    texts = [runtime.encode(specs.encoder, prompt).tensor for prompt in ("a red ball moves left to right", "blurry")]
+    spec = SampleSpec(seed=SEED, steps=STEPS, guidance_scale=guidance_scale, shift=3.0)
+    latent = torch.zeros(batch, *size.latent_shape()[1:])
+    operators = OperatorSpec(attention=attention)
+    latent = runtime.sample(model, spec, latent, *texts, parallel=plan, operators=operators).tensor
+    frames = runtime.decode(specs.vae, latent[:1]).tensor if size is SIZE else None
+    config = wan_vae().config
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return (latent - mean) / std, frames
+
+
+def assert_equal(made, expected, **job):
+    """That the (latent, frames) `made` are the CPU's of the same job."""
+    dtype = job.get("dtype", "float32")
+    for what, one, other in zip(("latent", "frames"), made, expected(**job)):
+        if one is not None:
+            unit = other.std() if what == "latent" else 1
+            error = (one - other).abs().max() if dtype == "float32" else rms(one - other) / unit
+            print(f"{what}: {error:.1e} off in {dtype}, seed {SEED}")
+            assert error <= (FP32 if dtype == "float32" else BF16), f"{what}: {error:.1e} off in {dtype}"
+    if dtype != "float32":
+        truth = expected(**{**job, "dtype": "float32"})[0]
+        ours, the_cpus = (rms(latent - truth) for latent in (made[0], expected(**job)[0]))
+        print(f"from fp32: {ours:.1e}, the CPU {the_cpus:.1e}")
+        assert ours <= FURTHER * the_cpus
+
+
+def rms(x):
+    return x.square().mean().sqrt()
+
+
+def calls_of(attentions, forwards=FORWARDS):
+    """What one rank calls in so many passes through the blocks and the head; attentions: those of one block."""
+    # A block has three norms (two of them modulated), two of queries and two of keys, turns these of its own tokens,
+    # and has one GELU; the head has a modulated norm.
+    rest = {"npu::npu_rms_norm": 4, "npu::npu_rotary_mul": 2, "npu::npu_gelu": 1}
+    counts = {name: LAYERS * n for name, n in {**attentions, **rest}.items()}
+    return {name: n * forwards for name, n in {**counts, "npu::npu_layer_norm_eval": LAYERS * 3 + 1}.items()}
+
+
+@pytest.mark.parametrize("without", [None, "mindiesd"])
+@pytest.mark.parametrize("dtype, attention", [("float32", "fused"), ("bfloat16", "fused"), ("bfloat16", "infer")])
+def test_one_rank(groups, specs, expected, dtype, attention, without):
+    group = groups(1, without)
+    made = make(group.runtime, specs, dtype=dtype, attention=attention)
+    assert group.calls() == [calls_of({ATTENTION[attention]: 2})]
+    assert_equal(made, expected, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype, attention", [("float32", "fused"), ("bfloat16", "infer")])
+@pytest.mark.parametrize("plan", [ULYSSES, CFG], ids=["ulysses", "cfg"])
+def test_two_ranks(groups, specs, expected, plan, dtype, attention):
+    group = groups(2)
+    made = make(group.runtime, specs, dtype=dtype, plan=plan, attention=attention)
+    assert group.calls() == [calls_of({ATTENTION[attention]: 2}, FORWARDS // plan.cfg_degree)] * 2
+    assert_equal(made, expected, dtype=dtype)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_laser_attention(groups, specs, expected, ranks):
+    """Of a sequence with itself; with the text, which is short, MindIE SD takes its fused one."""
+    group = groups(ranks)
+    plan = ULYSSES if ranks == 2 else None
+    made = make(group.runtime, specs, dtype="bfloat16", attention="laser", size=LONG, plan=plan)
+    assert group.calls() == [calls_of({ATTENTION["laser"]: 1, ATTENTION["fused"]: 1})] * ranks
+    assert_equal(made, expected, dtype="bfloat16", size=LONG)
+
+
+@pytest.mark.parametrize("without", [None, "mindiesd"])
+def test_two_videos(groups, specs, expected, without):
+    """Each has a modulation of its own, which MindIE SD's norm takes; torch_npu's alone does not."""
+    group = groups(1, without)
+    made = make(group.runtime, specs, batch=2)
+    (calls,) = group.calls()
+    modulated = (LAYERS * 2 + 1) * FORWARDS
+    assert calls.get("mindiesd::adaln", 0) == (0 if without else modulated)
+    assert calls["npu::npu_layer_norm_eval"] == LAYERS * FORWARDS + (modulated if without else 0)
+    assert_equal(made, expected, batch=2)
+
+
+def test_laser_attention_without_mindiesd_is_refused(groups, specs):
+    group = groups(1, "mindiesd")
+    with pytest.raises(ValueError, match="mindiesd cannot be imported"):
+        make(group.runtime, specs, dtype="bfloat16", attention="laser")
+    assert group.calls() == [{}]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_this_test_sees_a_difference(plain, specs, expected, dtype):
+    """Of half a unit in the guidance scale, say."""
+    other = make(plain, specs, dtype=dtype, guidance_scale=4.5)
+    with pytest.raises(AssertionError, match="latent: .* off"):
+        assert_equal(other, expected, dtype=dtype)
