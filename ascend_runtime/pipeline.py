@@ -74,10 +74,10 @@ class Pipeline:
         _check_text(message, model)
         operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
         mesh = mesh_of(self.device.type, plan)
-        sequence = spread(mesh, plan, operators, message.parallel)
+        sequence = spread(mesh, operators, message.parallel)
         for expert in model.experts:
             expert.arrange(operators, sequence)
-        cfg_group = mesh["cfg"].get_group() if plan.cfg > 1 else None
+        cfg_group = mesh.group("cfg") if plan.cfg > 1 else None
         if message.warm_up:
             self._warm_up(job, model, plan, cfg_group)
         with job.stage("denoise"):

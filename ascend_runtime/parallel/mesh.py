@@ -16,15 +16,31 @@ from ..plans import AXES, Plan
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-SEQUENCE = "sequence"  # the ring's and Ulysses' axes as one
+FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some exchange sees as one
+
+
+class Mesh:
+    """All ranks along the axes of a plan."""
+
+    def __init__(self, kind: str, plan: Plan):
+        self.plan = plan
+        axes = init_device_mesh(kind, plan.degrees, mesh_dim_names=AXES)
+        self._axes = {axis: axes[axis] for axis in AXES}
+        self._axes |= {name: axes[parts]._flatten(name) for name, parts in FLATTENED.items()}
+
+    def along(self, axis: str) -> DeviceMesh:
+        """This rank's one-dimensional mesh along an axis of AXES or FLATTENED."""
+        return self._axes[axis]
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along `axis` alone, itself among them."""
+        return self._axes[axis].get_group()
 
 
 @lru_cache(maxsize=None)
-def mesh_of(kind: str, plan: Plan) -> DeviceMesh:
+def mesh_of(kind: str, plan: Plan) -> Mesh:
     """The mesh of all ranks for this plan; made once, so that a changed plan costs nothing the second time."""
-    mesh = init_device_mesh(kind, plan.degrees, mesh_dim_names=AXES)
-    mesh["ring", "ulysses"]._flatten(SEQUENCE)
-    return mesh
+    return Mesh(kind, plan)
 
 
 def highest(value: int) -> int:

@@ -12,12 +12,10 @@ from typing import Callable, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops import PlainOperators
-from ..plans import Plan
 from ..specs import ParallelSpec
-from .mesh import SEQUENCE, all_gather, pad_end
+from .mesh import Mesh, all_gather, pad_end
 from .ring import Ring
 from .ulysses import Ulysses
 
@@ -99,10 +97,11 @@ class SpreadSequence:
         return pad_end(out, 1, tokens)
 
 
-def spread(mesh: DeviceMesh, plan: Plan, operators: PlainOperators, spec: ParallelSpec) -> Sequence:
-    """How the tokens are spread over the ranks of `mesh`, which is that of `plan`."""
+def spread(mesh: Mesh, operators: PlainOperators, spec: ParallelSpec) -> Sequence:
+    """How the tokens are spread over the ranks of `mesh`."""
+    plan = mesh.plan
     if plan.ring * plan.ulysses == 1:
         return WholeSequence(operators.attention)
-    ulysses = Ulysses(mesh["ulysses"].get_group(), bool(spec.overlap)) if plan.ulysses > 1 else None
-    ring = Ring(mesh["ring"].get_group(), operators, spec.ring_exchange) if plan.ring > 1 else None
-    return SpreadSequence(mesh[SEQUENCE].get_group(), operators.attention, ulysses, ring)
+    ulysses = Ulysses(mesh.group("ulysses"), bool(spec.overlap)) if plan.ulysses > 1 else None
+    ring = Ring(mesh.group("ring"), operators, spec.ring_exchange) if plan.ring > 1 else None
+    return SpreadSequence(mesh.group("sequence"), operators.attention, ulysses, ring)
