@@ -18,7 +18,7 @@ from ascend_runtime.families.wan import WanTransformer
 
 from .report import Failures, Row, context_of, leave_out
 
-MOST_CFG, ULYSSES = 2, (2, 4, 8)
+DEGREES = (2, 4, 8)  # of Ulysses and of rings
 EFFICIENCY = 0.85  # of the ideal speed-up; cann-recipes publishes 0.96 of Ulysses on eight A3 cards (HunyuanVideo)
 # What we allow: in fp32, on a CPU, what our tests hold; elsewhere every operator of a step rounds to half precision.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "auto": 3e-2}
@@ -53,14 +53,22 @@ def job_for(kind: str, quick: bool) -> Job:
 
 
 def plans(cards: int) -> dict[str, ParallelSpec]:
-    """The plans that `cards` cards allow, by name; the first is one card."""
-    found = {"one": ParallelSpec(ranks=1)}
-    for cfg in (1, MOST_CFG):
-        for ulysses in (1, *ULYSSES):
-            if 1 < cfg * ulysses <= cards:
-                names = [f"cfg{cfg}"] * (cfg > 1) + [f"ulysses{ulysses}"] * (ulysses > 1)
-                found["_".join(names)] = ParallelSpec(ranks=cfg * ulysses, cfg_degree=cfg, ulysses_degree=ulysses)
-    return dict(sorted(found.items(), key=lambda item: item[1].ranks))
+    """The plans that `cards` cards allow, by name, few cards first; the first is one card."""
+    found = {"one": ParallelSpec(ranks=1), "cfg2": _plan(cfg=2)}
+    for degree in DEGREES:
+        found |= {
+            f"ulysses{degree}": _plan(ulysses=degree),
+            f"ring{degree}": _plan(ring=degree),
+            f"ring{degree}_gather": _plan(ring=degree, exchange="gather"),
+            f"cfg2_ulysses{degree}": _plan(cfg=2, ulysses=degree),
+        }
+    return dict(sorted(((n, p) for n, p in found.items() if p.ranks <= cards), key=lambda item: item[1].ranks))
+
+
+def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, exchange: str = "rotate") -> ParallelSpec:
+    return ParallelSpec(
+        ranks=cfg * ring * ulysses, cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses, ring_exchange=exchange
+    )
 
 
 def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:

@@ -1,0 +1,126 @@
+"""What two ranks of one thread each make of two cores, and a whole video against diffusers' own pipeline.
+
+A block of Wan 1.3B's width runs on two ranks in each parallel mode, and, in turn with that, on both ranks as two
+independent ones: what these reach together is all that two ranks could.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Iterator
+
+import torch
+from tqdm import tqdm
+
+from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
+
+from .report import Row, context_of
+
+MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
+SIZE = VideoSize(width=64, height=64, num_frames=17)
+PROMPT = "a red circle moving right on a blue background"
+SPEC = SampleSpec(seed=3, steps=20, guidance_scale=4.0, shift=3.0)
+
+
+def run(quick: bool) -> Iterator[Row]:
+    yield from _modes(quick)
+    yield from _against_diffusers(quick)
+
+
+# Modes
+
+
+def _modes(quick: bool) -> Iterator[Row]:
+    """Two processes; the first prints the seconds of every round as JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.scaling_rank", folder, *(["--quick"] if quick else [])]
+        second = subprocess.Popen([*command, "--rank", "1"], stdout=subprocess.DEVNULL)
+        try:
+            told = subprocess.run([*command, "--rank", "0"], stdout=subprocess.PIPE, text=True, check=True).stdout
+        finally:
+            second.kill()
+            second.wait()
+    measured = json.loads(told)
+    for name, rounds in measured["shared"].items():
+        # Work done in a second by both: an independent round does two blocks' work, a shared one does one's.
+        shares = [alone / (2 * shared) for alone, shared in zip(measured["independent"], rounds)]
+        context = context_of(
+            quick,
+            ranks=2,
+            threads_a_rank=1,
+            tokens=measured["tokens"],
+            rounds=len(rounds),
+            shared_s=round(median(rounds), 3),
+            independent_s=round(median(measured["independent"]), 3),
+            slowest=round(min(shares), 3),
+            fastest=round(max(shares), 3),
+        )
+        yield Row(name=f"scaling.{name}2", value=median(shares), unit="share", better="higher", baseline=0.97,
+                  context=context)  # fmt: skip
+
+
+# A whole video
+
+
+def _against_diffusers(quick: bool) -> Iterator[Row]:
+    """Text to frames on one rank and on two, by turns with diffusers' WanPipeline: same weights, solver, all cores."""
+    rounds = 1 if quick else 5
+    theirs = _Theirs()
+    with Runtime(ParallelSpec(ranks=1), device="cpu") as one, Runtime(ParallelSpec(ranks=2), device="cpu") as two:
+        makers = {"diffusers": theirs.make, "1": lambda: _ours(one), "2": lambda: _ours(two)}
+        seconds = {name: [] for name in makers}
+        for make in makers.values():
+            make()  # loads
+        for _ in tqdm(range(rounds), desc="whole videos"):
+            for name, make in makers.items():
+                start = time.perf_counter()
+                make()
+                seconds[name].append(time.perf_counter() - start)
+    for ranks, bar in (("1", 1.02), ("2", 1.0)):
+        ratios = [ours / them for ours, them in zip(seconds[ranks], seconds["diffusers"])]
+        context = context_of(
+            quick,
+            job=f"{SIZE.num_frames} frames of {SIZE.width} x {SIZE.height}, {SPEC.steps} steps, assets/tiny_wan",
+            rounds=rounds,
+            ours_s=round(median(seconds[ranks]), 2),
+            diffusers_s=round(median(seconds["diffusers"]), 2),
+        )
+        yield Row(name=f"scaling.pipeline{ranks}_vs_diffusers", value=median(ratios), unit="ratio", better="lower",
+                  baseline=bar, context=context)  # fmt: skip
+
+
+def _ours(runtime: Runtime) -> None:
+    encoder = TextEncoderSpec(path=str(MODEL))
+    texts = [runtime.encode(encoder, text).tensor for text in (PROMPT, "")]
+    start = torch.zeros(SIZE.latent_shape())
+    latent = runtime.sample(DiffusionModelSpec(path=str(MODEL)), SPEC, start, *texts).tensor
+    runtime.decode(VaeSpec(path=str(MODEL)), latent)
+
+
+class _Theirs:
+    def __init__(self):
+        from diffusers import UniPCMultistepScheduler, WanPipeline
+
+        self._pipeline = WanPipeline.from_pretrained(MODEL)
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": SPEC.shift}
+        self._pipeline.scheduler = UniPCMultistepScheduler(**flow)
+        self._pipeline.set_progress_bar_config(disable=True)
+
+    def make(self) -> None:
+        self._pipeline(
+            prompt=PROMPT,
+            negative_prompt="",
+            width=SIZE.width,
+            height=SIZE.height,
+            num_frames=SIZE.num_frames,
+            num_inference_steps=SPEC.steps,
+            guidance_scale=SPEC.guidance_scale,
+            generator=torch.Generator().manual_seed(SPEC.seed),
+            output_type="np",
+        )

@@ -1,0 +1,106 @@
+"""One of the two ranks of `scaling`: times a block in each mode, and on its own beside the other. Prints JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ascend_runtime.families.wan import WanBlock
+from ascend_runtime.ops import PlainOperators
+from ascend_runtime.parallel.cfg import guided
+from ascend_runtime.parallel.mesh import mesh_of
+from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
+from ascend_runtime.plans import Plan
+from ascend_runtime.specs import ParallelSpec
+
+DIM, FFN, HEADS, TEXT = 1536, 8960, 12, 512  # Wan 2.1 1.3B
+TOKENS, ROUNDS = 4096, 7
+QUICK_TOKENS, QUICK_ROUNDS = 256, 2
+SHARED = {
+    "ulysses": (Plan(ulysses=2), ParallelSpec()),
+    "ulysses_overlap": (Plan(ulysses=2), ParallelSpec(overlap=True)),
+    "ring": (Plan(ring=2), ParallelSpec()),
+    "ring_gather": (Plan(ring=2), ParallelSpec(ring_exchange="gather")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    dist.init_process_group("gloo", init_method=f"file://{arguments.folder}/rendezvous", rank=arguments.rank,
+                            world_size=2)  # fmt: skip
+    tokens, rounds = (QUICK_TOKENS, QUICK_ROUNDS) if arguments.quick else (TOKENS, ROUNDS)
+    measured = _measure(_Block(tokens), rounds)
+    if arguments.rank == 0:
+        print(json.dumps({"tokens": tokens, **measured}))
+    dist.barrier()
+
+
+class _Block:
+    """A block with random weights, and a video's tokens for it."""
+
+    def __init__(self, tokens: int):
+        generator = torch.Generator().manual_seed(0)
+        draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+        self.operators = PlainOperators()
+        self.block = WanBlock(DIM, FFN, HEADS).eval()
+        self.x, self.text, self.timestep = draw(1, tokens, DIM), draw(1, TEXT, DIM), draw(1, 6, DIM)
+        angles = draw(1, tokens, 1, DIM // HEADS // 2).repeat_interleave(2, -1)
+        self.rotary = self.operators.rotary_table(angles.cos(), angles.sin())
+
+    def run(self, sequence: Sequence) -> Tensor:
+        """All tokens, of which this rank holds what `sequence` gives it."""
+        for module in (self.block, self.block.attn1, self.block.attn2):
+            module.ops = self.operators
+        self.block.attn1.attention = sequence.attention
+        rotary = tuple(sequence.split(part) for part in self.rotary)
+        x = sequence.split(self.x).contiguous()
+        return sequence.gather(self.block(x, self.text, None, self.timestep, rotary), self.x.shape[1])
+
+
+def _measure(block: _Block, rounds: int) -> dict:
+    """Seconds of each round of each mode; the rounds of all modes take turns."""
+    whole = WholeSequence(block.operators.attention)
+    modes: dict[str, Callable[[], object]] = {"independent": lambda: block.run(whole)}
+    for name, (plan, spec) in SHARED.items():
+        sequence = spread(mesh_of("cpu", plan), block.operators, spec)
+        modes[name] = lambda sequence=sequence: block.run(sequence)
+    group = mesh_of("cpu", Plan(cfg=2)).group("cfg")
+    modes["cfg"] = lambda: guided(lambda branch: block.run(whole), 5.0, group)
+    seconds: dict[str, list[float]] = {name: [] for name in modes}
+    for turn in range(rounds + 1):
+        for name, mode in modes.items():
+            took = _seconds(mode)
+            if turn:  # the first is a warm-up
+                seconds[name].append(took)
+    # Guidance makes two branches, and an independent round is one.
+    seconds["cfg"] = [took / 2 for took in seconds["cfg"]]
+    return {"independent": seconds.pop("independent"), "shared": seconds}
+
+
+def _seconds(mode: Callable[[], object]) -> float:
+    """Of the slower rank."""
+    dist.barrier()
+    start = time.perf_counter()
+    mode()
+    took = torch.tensor(time.perf_counter() - start)
+    dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    return float(took)
+
+
+if __name__ == "__main__":
+    main()
