@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environments (.venv, a ComfyUI in .cache/comfyui, .venv-contract) and runs all tests; arguments go to pytest.
-# Those of tests/contract run in .venv-contract: as one test of the others, or alone where they are named.
+# Makes the environments (.venv, .venv-contract, a ComfyUI in .cache/comfyui) and runs all tests.
+# Arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs them alone.
 #   PYTHON=...       the Python 3.10 - 3.12 to make .venv from
 #   COMFYUI_DIR=...  test against this ComfyUI instead
 set -euo pipefail
