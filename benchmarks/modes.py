@@ -20,8 +20,9 @@ from .report import Failures, Row, context_of, leave_out
 
 DEGREES = (2, 4, 8)  # of Ulysses and of rings
 EFFICIENCY = 0.85  # of the ideal speed-up; cann-recipes publishes 0.96 of Ulysses on eight A3 cards (HunyuanVideo)
-# What we allow: in fp32, on a CPU, what our tests hold; elsewhere every operator of a step rounds to half precision.
-LARGEST_DIFFERENCE = {"float32": 1e-4, "auto": 3e-2}
+# What we allow: in fp32, on a CPU, what our tests hold. In bfloat16 parts of a ring are rounded before they merge, and
+# random weights make more of it: 0.026 on two and four ranks of a CPU.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "auto": 5e-2}
 MEASURE = "largest |difference| from one rank's latent, by its largest |value|"
 
 
