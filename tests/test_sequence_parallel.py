@@ -2,10 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import gloo_ranks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,14 +44,5 @@ def test_equals_plain_attention(tmp_path, ranks):
 
 def attend_on_ranks(folder, ranks):
     """What each rank has of the attention of each case, by its number."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": str(ranks),
-                   "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name("sequence_rank.py")), str(folder)]
-    processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(ranks)]
-    try:
-        assert [process.wait(120) for process in processes] == [0] * ranks
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    gloo_ranks.run("sequence_rank.py", folder, ranks)
     return [load_file(folder / f"out-{rank}.safetensors") for rank in range(ranks)]

@@ -1,10 +1,6 @@
 """Our Wan blocks and block stack equal diffusers', from which they take their parameters by name."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import gloo_ranks
 import pytest
 import tiny_models
 import torch
@@ -86,15 +82,7 @@ def test_a_timestep_a_token_on_two_ranks(tmp_path):
     (tmp_path / "config.json").write_text(theirs.to_json_string())
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
     save_file({"latent": latent, "timestep": timestep, "text": text}, tmp_path / "inputs.safetensors")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(Path(__file__).with_name("wan_rank.py")), str(tmp_path)]
-    ranks = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(2)]
-    try:
-        assert [rank.wait(120) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+    gloo_ranks.run("wan_rank.py", tmp_path, 2)
     expected = ours(latent, timestep, text)
     for rank in range(2):
         assert_close(load_file(tmp_path / f"{rank}.safetensors")["velocity"], expected, atol=1e-5, rtol=0.0)

@@ -1,0 +1,87 @@
+"""A rank that counts what it sends in a step, for a test: `counting_rank.py FOLDER`.
+
+RANK and WORLD_SIZE say which of how many. FOLDER holds config.json of a transformer, the latent's shape and plans
+(cases.json); the rank writes what each plan's guided step sent, as [operation, bytes] by number, to sent-RANK.json.
+The ranks meet in a file of the folder, at no port.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ascend_runtime.families.wan import WanTransformer
+from ascend_runtime.ops import PlainOperators
+from ascend_runtime.parallel.cfg import guided
+from ascend_runtime.parallel.mesh import mesh_of
+from ascend_runtime.parallel.sequence import spread
+from ascend_runtime.plans import Plan
+from ascend_runtime.specs import ParallelSpec
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Sent(TorchDispatchMode):
+    """Notes every operation of torch.distributed, and how many bytes it takes from this rank to others."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        if operator.namespace in ("c10d", "_c10d_functional"):
+            name = operator.name().partition("::")[2].partition(".")[0]
+            tensors = [t for t in tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+            groups = [dist.get_world_size(g) for g in map(_group, tree_leaves(arguments)) if g is not None]
+            self.noted.append([name, _bytes_sent(name, tensors, groups[0] if groups else 0)])
+        return operator(*arguments, **(keywords or {}))
+
+
+def _group(argument):
+    try:
+        return dist.ProcessGroup.unbox(argument)
+    except (TypeError, RuntimeError):
+        return None
+
+
+def _bytes_sent(name, tensors, ranks):
+    """By a rank, however the backend does it: the least that the operation asks for."""
+    sizes = [tensor.nbytes for tensor in tensors]
+    if name == "alltoall_base_":
+        return sizes[1] * (ranks - 1) // ranks
+    if name == "_allgather_base_":
+        return sizes[1] * (ranks - 1)
+    if name == "allreduce_":
+        return 2 * sizes[0] * (ranks - 1) // ranks
+    return {"send": sum(sizes), "recv_": 0}[name]
+
+
+def main():
+    folder = Path(sys.argv[1]).resolve()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    config, cases = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "cases"))
+    model = WanTransformer(config)
+    model.to_empty(device="cpu")
+    sent = [step(model, **case) for case in cases]
+    (folder / f"sent-{rank}.json").write_text(json.dumps(sent))
+    dist.destroy_process_group()
+
+
+def step(model, *, plan, spec, latent):
+    """What a guided step sends."""
+    mesh, operators = mesh_of("cpu", Plan(**plan)), PlainOperators()
+    model.arrange(operators, spread(mesh, operators, ParallelSpec(**spec)))
+    text = torch.zeros(latent[0], 8, model.config.text_dim)
+    arguments = torch.zeros(latent), torch.zeros(latent[0]), text
+    with Sent() as sent:
+        guided(lambda branch: model(*arguments), 5.0, mesh.group("cfg") if mesh.plan.cfg > 1 else None)
+    return sent.noted
+
+
+if __name__ == "__main__":
+    main()
