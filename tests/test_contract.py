@@ -18,3 +18,24 @@ def test_calls_fit_the_real_torch_npu_and_mindiesd(capfd):
         print(f" contract: {summary.strip(' =')} ", end="", flush=True)
     if done.returncode or not re.search(r"[1-9]\d* passed", summary):
         pytest.fail(done.stdout, pytrace=False)
+
+
+@pytest.mark.parametrize("torch, torch_npu", [
+    ("2.13.0+cpu", "torch_npu==2.13.0"),
+    ("2.13.1", "torch_npu==2.13.0"),
+    ("2.9.1+cu128", "torch_npu==2.9.*"),
+])  # fmt: skip
+def test_torch_npu_is_the_one_for_this_torch(torch, torch_npu):
+    assert contract._requirements(torch) == [torch_npu, "mindiesd==3.1.0", "pyyaml"]
+
+
+def test_why_not_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(contract, "inspect", lambda python: {"npu": python == contract.PYTHON, "packages": []})
+    monkeypatch.setattr(contract, "PYTHON", tmp_path / "python")
+    assert "bash scripts/test.sh makes it" in contract.why_not()
+    contract.PYTHON.touch()
+    assert "could not be installed" in contract.why_not()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no gcc and no nm" in contract.why_not()
+    monkeypatch.setattr(contract, "inspect", lambda python: {"npu": True})
+    assert "torch_npu of its own" in contract.why_not()

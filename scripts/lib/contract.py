@@ -31,7 +31,7 @@ def make():
         try:
             with lock():
                 environment.make(base=UNDERNEATH)
-                environment.install("the contract tests", _requirements(host["torch"]), "--no-deps")
+                environment.install("a contract test", _requirements(host["torch"]), "--no-deps")
         except SetupError as error:
             problem = str(error)
     if problem:
