@@ -55,7 +55,7 @@ def job_for(kind: str, quick: bool) -> Job:
 
 def plans(cards: int) -> dict[str, ParallelSpec]:
     """The plans that `cards` cards allow, by name, few cards first; the first is one card."""
-    found = {"one": ParallelSpec(ranks=1), "cfg2": _plan(cfg=2)}
+    found = {"one": _plan(), "cfg2": _plan(cfg=2)}
     for degree in DEGREES:
         found |= {
             f"ulysses{degree}": _plan(ulysses=degree),

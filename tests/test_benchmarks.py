@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ascend_runtime import SampleSpec, VideoSize
-from benchmarks import modes, workloads
+from ascend_runtime.ops import PlainOperators
+from benchmarks import modes, operators, workloads
 from benchmarks.opens import Opened
 from benchmarks.report import Failures
 
@@ -65,6 +67,26 @@ def test_plans_fit_the_cards():
         degrees = {axis: int(degree) for axis, degree in re.findall(r"(cfg|ulysses|ring)(\d)", name)}
         made = [degrees.get(axis, 1) for axis in ("cfg", "ring", "ulysses")]
         assert [plan.cfg_degree, plan.ring_degree, plan.ulysses_degree] == made and plan.ranks == math.prod(made)
+
+
+class Wrong(PlainOperators):
+    """Forgets the gate, and overflows."""
+
+    def gated_add(self, x, update, gate):
+        return x + update
+
+    def gelu(self, x):
+        return x / 0
+
+
+def test_a_wrong_operator_is_seen(capsys):
+    bench = operators.Bench(torch.device("cpu"), torch.bfloat16, operators.TINY, operators.TINY, quick=True)
+    failures = Failures()
+    measured = {}
+    for name in ("gated_add", "gelu", "rotary"):
+        measured |= {row.name: row for row in bench.rows(operators.OTHERS[name], {name: Wrong()}, failures)}
+    assert not measured["ascend.gated_add_error"].holds and measured["ascend.rotary_error"].holds
+    assert failures.names == ["gelu"] and "gelu: failed: ValueError: the output has NaN" in capsys.readouterr().out
 
 
 TINY = workloads.Workload("tiny", "tiny_wan", VideoSize(width=64, height=64, num_frames=5), SampleSpec(steps=2),
