@@ -169,10 +169,13 @@ class Runtime:
         model: DiffusionModelSpec | None = None,
         encoder: TextEncoderSpec | None = None,
         vae: VaeSpec | None = None,
+        *,
+        parallel: ParallelSpec | None = None,
         **hooks,
     ) -> Result:
-        """Makes components ready ahead of the jobs that need them."""
-        return self._do(lambda job: Load(job=job, model=model, encoder=encoder, vae=vae), **hooks)
+        """Makes components ready ahead of the jobs that need them; `parallel` is these jobs' plan."""
+        parallel = parallel or self.parallel
+        return self._do(lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), **hooks)
 
     def encode(self, encoder: TextEncoderSpec, text: str, **hooks) -> Result:
         """The embedding [1, 512, D] of a prompt, fp32, zeros behind its end."""

@@ -16,6 +16,7 @@ from .checkpoints.layout import Component, find_component, find_transformer, has
 from .checkpoints.keys import to_diffusers_name
 from .checkpoints.reader import load_weights
 from .families import wan
+from .parallel.fsdp import Share, Sharding
 from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
 
 logger = logging.getLogger(__name__)
@@ -67,15 +68,18 @@ class Components:
         self._device = device
         self._slots: dict[type, tuple[Any, Any]] = {}
 
-    def get(self, spec, on_tensor: Callable[[int, int], None]) -> Any:
-        """The component that `spec` describes. `on_tensor` is told of each tensor read; none is, if it is loaded."""
+    def get(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding = Sharding()) -> Any:
+        """The component that `spec` describes. `on_tensor` is told of each tensor read; none is, if it is loaded.
+
+        sharding: how a diffusion model's weights are spread over the ranks; all else is whole.
+        """
         load, files = _KINDS[type(spec)]
         found = files(spec)
-        key = (spec, tuple(component.fingerprint for component in found))
+        key = (spec, sharding, tuple(component.fingerprint for component in found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
             self._drop(type(spec))  # first, so that never two are held
-            self._slots[type(spec)] = held = (key, load(spec, found, self._device, on_tensor))
+            self._slots[type(spec)] = held = (key, load(spec, found, self._device, on_tensor, sharding))
         return held[1]
 
     def free(self) -> None:
@@ -104,12 +108,14 @@ def _transformer_files(spec: DiffusionModelSpec) -> list[Component]:
     return found
 
 
-def _load_diffusion_model(spec: DiffusionModelSpec, found: list[Component], device, on_tensor) -> DiffusionModel:
+def _load_diffusion_model(
+    spec: DiffusionModelSpec, found: list[Component], device, on_tensor, sharding: Sharding
+) -> DiffusionModel:
     dtype = _dtype(spec.dtype, devices.default_dtype(device))
     latent_format = _latent_format(found[0])
     for component in found:
         _check_channels(component, found[0], latent_format["latents_mean"].shape[1])
-    experts = [_load_transformer(component, dtype, device, on_tensor) for component in found]
+    experts = [_load_transformer(component, dtype, device, on_tensor, sharding) for component in found]
     return DiffusionModel(
         high_noise=experts[0],
         low_noise=experts[1] if len(experts) > 1 else None,
@@ -144,14 +150,15 @@ def _boundary(spec: DiffusionModelSpec, component: Component) -> float:
     return wan.DEFAULT_BOUNDARY if boundary is None else boundary
 
 
-def _load_transformer(component: Component, dtype, device, on_tensor) -> wan.WanTransformer:
-    model = wan.WanTransformer(component.config)
+def _load_transformer(component: Component, dtype, device, on_tensor, sharding: Sharding) -> wan.WanTransformer:
+    model = wan.WanTransformer(component.config, sharding.tp)
     load_weights(
         model,
         component.shards,
-        dtype_of=lambda name: torch.float32 if any(part in name for part in wan.FP32_PARAMETERS) else dtype,
+        dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else dtype,
         device=device,
         rename=to_diffusers_name if component.original_names else lambda name: name,
+        share=Share(sharding, wan.cut_dim, wan.keeps_fp32, model.units),
         on_tensor=on_tensor,
     )
     return model.eval()
@@ -180,7 +187,7 @@ def _per_channel(values) -> torch.Tensor:
 # Text encoder
 
 
-def _load_text_encoder(spec: TextEncoderSpec, found: list[Component], device, on_tensor) -> TextEncoder:
+def _load_text_encoder(spec: TextEncoderSpec, found: list[Component], device, on_tensor, _) -> TextEncoder:
     component = found[0]
     dtype = _dtype(spec.dtype, torch.float32 if component.nbytes < SMALL else torch.bfloat16)
     with torch.device("meta"):
@@ -203,7 +210,7 @@ def _load_text_encoder(spec: TextEncoderSpec, found: list[Component], device, on
 # VAE
 
 
-def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor):
+def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor, _):
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(found[0].config)
     dtype = _dtype(spec.dtype, torch.float32)

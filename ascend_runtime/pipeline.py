@@ -14,13 +14,14 @@ from .components import Components, DiffusionModel
 from .environment import with_defaults
 from .ops import operators_for
 from .parallel.cfg import guided
+from .parallel.fsdp import Sharding, sharding_of
 from .parallel.mesh import highest, mesh_of
 from .parallel.sequence import spread
 from .plans import Plan
 from .profiling import Recorder
 from .protocol import Done
 from .sampling import denoise
-from .specs import SampleSpec, VideoSize
+from .specs import ParallelSpec, SampleSpec, VideoSize
 from .text import encode_text
 from .transport import borrowed
 
@@ -46,8 +47,11 @@ class Pipeline:
         return _done(job, tensor=reply)
 
     def load(self, job) -> Done:
-        for spec in (job.message.model, job.message.encoder, job.message.vae):
-            if spec is not None and (self.rank == 0 or spec is job.message.model):
+        message = job.message
+        if message.model is not None:
+            self._component(message.model, job, self._sharding(self._plan(message.parallel), message.parallel))
+        for spec in (message.encoder, message.vae):
+            if spec is not None and self.rank == 0:
                 self._component(spec, job)
         return _done(job)
 
@@ -66,10 +70,12 @@ class Pipeline:
 
     def sample(self, job) -> Done:
         message, spec = job.message, job.message.spec
+        plan = self._plan(message.parallel)
+        sharding = self._sharding(plan, message.parallel)
         with job.together():
             recorder = Recorder(message.profile, self.device, self.rank)
-            model = self._component(message.model, job)
-        plan = message.parallel.resolve(dist.get_world_size(), guided=model.guided(spec))
+            model = self._component(message.model, job, sharding)
+        plan = plan if model.guided(spec) else plan.unguided()
         _check_latent(message.latent, model)
         _check_text(message, model)
         operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
@@ -101,13 +107,20 @@ class Pipeline:
         self.components.free()
         return _done(job)
 
-    def _component(self, spec, job):
+    def _plan(self, parallel: ParallelSpec) -> Plan:
+        return parallel.resolve(dist.get_world_size(), guided=True)
+
+    def _sharding(self, plan: Plan, parallel: ParallelSpec) -> Sharding:
+        """How a model's weights are spread; every rank must ask, before it does what may fail on it alone."""
+        return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
+
+    def _component(self, spec, job, sharding: Sharding = Sharding()):
         def on_tensor(done: int, total: int) -> None:
             job.check()
             job.progress("load", done, total)
 
         with job.stage("load"):
-            return self.components.get(spec, on_tensor)
+            return self.components.get(spec, on_tensor, sharding)
 
     def _warm_up(self, job, model: DiffusionModel, plan: Plan, cfg_group) -> None:
         """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""

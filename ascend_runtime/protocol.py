@@ -56,9 +56,10 @@ class Ping(Message):
 
 
 class Load(Message):
-    """Makes the described components ready."""
+    """Makes the described components ready; parallel: the plan of the jobs to come."""
 
     job: int
+    parallel: ParallelSpec = ParallelSpec()
     model: DiffusionModelSpec | None = None
     encoder: TextEncoderSpec | None = None
     vae: VaeSpec | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,32 @@ def open_shard(path: Path):
         raise ValueError(f"{path} is not a whole .safetensors file ({error}). Download it again.") from None
 
 
+class Share(Protocol):
+    """What is held here of each parameter of a network."""
+
+    def prepare(self, module: nn.Module) -> None:
+        """Gives the parameters, on the meta device, the shapes that are held here."""
+
+    def part(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+        """Which part of a tensor of this shape on disk is held here; None: all of it."""
+
+    def parameter(self, module: nn.Module, name: str, part: torch.Tensor) -> torch.Tensor:
+        """The parameter to be set, of the part that was read."""
+
+
+class Whole:
+    """All is held here."""
+
+    def prepare(self, module: nn.Module) -> None:
+        pass
+
+    def part(self, name: str, shape: tuple[int, ...]) -> None:
+        return None
+
+    def parameter(self, module: nn.Module, name: str, part: torch.Tensor) -> torch.Tensor:
+        return part
+
+
 def load_weights(
     module: nn.Module,
     shards: Iterable[Path],
@@ -33,6 +59,7 @@ def load_weights(
     device: torch.device,
     rename: Callable[[str], str] = lambda name: name,
     optional: tuple[str, ...] = (),
+    share: Share = Whole(),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Fills `module`, on the meta device, with the tensors of `shards`.
@@ -40,6 +67,7 @@ def load_weights(
     dtype_of: the dtype to keep a parameter in, by name.
     rename: the module's name of a tensor, by its name on disk.
     optional: parameters that may be missing because they share another's storage (tied).
+    share: what is held here of each; no other byte is read.
     on_tensor: told after each tensor how many are done, and how many there are.
 
     Nothing is allocated before every name and shape is known to fit. Raises ValueError that lists missing,
@@ -49,12 +77,16 @@ def load_weights(
     wanted = module.state_dict(keep_vars=True)
     places = _places(shards, rename)
     _check_fit(module, shards, wanted, places, optional)
+    share.prepare(module)
     done = 0
     for path in shards:
         with open_shard(path) as shard:
-            for name, (home, key, _) in places.items():
+            for name, (home, key, shape) in places.items():
                 if home == path:
-                    _assign(module, name, _finite(shard.get_tensor(key), name, path).to(device, dtype_of(name)))
+                    part = share.part(name, shape)
+                    tensor = shard.get_tensor(key) if part is None else shard.get_slice(key)[part]
+                    held = _held(_finite(tensor, name, path), device, dtype_of(name), whole=part is None)
+                    _assign(module, name, share.parameter(module, name, held))
                     done += 1
                     on_tensor(done, len(places))
 
@@ -100,6 +132,13 @@ def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
     return tensor
+
+
+def _held(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, whole: bool) -> torch.Tensor:
+    """`tensor` as it is kept. A part is a view of the mapped file, of which nothing else is to stay."""
+    if whole:
+        return tensor.to(device, dtype)
+    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

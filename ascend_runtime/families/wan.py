@@ -8,6 +8,8 @@ modulation can reach: hence ours, which equals it (tests/test_wan_blocks.py).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention import FeedForward
@@ -16,9 +18,14 @@ from torch import Tensor, nn
 from ..ops import PlainOperators
 from ..ops.plain import RotaryTable
 from ..parallel.sequence import Sequence, WholeSequence
+from ..parallel.tensor import TensorParallel, WholeWeights
 
 # Kept in fp32 whatever the dtype of the blocks, as diffusers does: small, and the quality of every step hangs on them.
 FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+# How tensor parallelism cuts a block's layers: by columns, whole heads or a part of the feed-forward's width, with
+# their biases and the norms of query and key; or by rows, whose bias stays whole. What is not named is not cut.
+COLUMNS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "norm_q", "norm_k", "norm_added_k")
+ROWS = ("to_out.0", "ffn.net.2")
 DEFAULT_BOUNDARY = 0.875  # of Wan2.2-T2V-A14B
 
 # Mean and standard deviation of the latents of the Wan 2.1 VAE, as published in its diffusers config.
@@ -42,51 +49,79 @@ LATENT_RGB = (
 LATENT_RGB_BIAS = (-0.1835, -0.0868, -0.3360)
 
 
-class WanSelfAttention(nn.Module):
-    """Attention of the video's tokens among themselves, with rotary positions."""
+def keeps_fp32(name: str) -> bool:
+    """Whether a parameter is in fp32 whatever the dtype of the blocks."""
+    return any(part in name for part in FP32_PARAMETERS)
 
-    def __init__(self, dim: int, heads: int, eps: float):
+
+def cut_dim(name: str) -> int | None:
+    """The dim along which tensor parallelism cuts a parameter; None: every rank has all of it."""
+    layer, _, kind = name.rpartition(".")
+    if not name.startswith("blocks."):
+        return None
+    if layer.endswith(COLUMNS):
+        return 0
+    return 1 if layer.endswith(ROWS) and kind == "weight" else None
+
+
+def _check_tensor_parallel(heads: int, ffn_dim: int, degree: int) -> None:
+    most = math.gcd(heads, ffn_dim)
+    if most % degree:
+        legal = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+        raise ValueError(
+            f"tp_degree is {degree}, which does not cut this model into equal slices: it has {heads} heads and a "
+            f"feed-forward {ffn_dim} wide. Set it to one of {legal}; put other ranks on ulysses_degree or ring_degree."
+        )
+
+
+class WanAttention(nn.Module):
+    """What both attentions of a block have: projections, and norms of query and key over all heads."""
+
+    def __init__(self, dim: int, heads: int, eps: float, tp: WholeWeights | TensorParallel):
         super().__init__()
-        self.heads = heads
+        self.head_dim = dim // heads
         self.eps = eps
+        self.tp = tp
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+
+    def _normed(self, *pairs: tuple[nn.RMSNorm, Tensor]) -> list[Tensor]:
+        """Each tensor [B, S, D], normalised by the norm beside it, as heads."""
+        return [self._heads(x) for x in self.tp.rms_norms(self.ops, self.eps, *pairs)]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, self.head_dim))
+
+
+class WanSelfAttention(WanAttention):
+    """Attention of the video's tokens among themselves, with rotary positions."""
 
     def forward(self, x: Tensor, rotary: RotaryTable) -> Tensor:
         """x [B, S, D]; rotary: the table of these S tokens."""
-        query = self.ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
-        key = self.ops.rms_norm(self.to_k(x), self.norm_k.weight, self.eps).unflatten(2, (self.heads, -1))
-        value = self.to_v(x).unflatten(2, (self.heads, -1))
+        query, key = self._normed((self.norm_q, self.to_q(x)), (self.norm_k, self.to_k(x)))
+        value = self._heads(self.to_v(x))
         out = self.attention(self.ops.rotary(query, rotary), self.ops.rotary(key, rotary), value)
-        return self.to_out[0](out.flatten(2))
+        return self.tp.row_linear(self.ops, self.to_out[0], out.flatten(2))
 
 
-class WanCrossAttention(nn.Module):
+class WanCrossAttention(WanAttention):
     """Attention of the video's tokens to the text and, in image-to-video models of Wan 2.1, to an image."""
 
-    def __init__(self, dim: int, heads: int, eps: float, image_dim: int | None):
-        super().__init__()
-        self.heads = heads
-        self.eps = eps
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
+    def __init__(self, dim: int, heads: int, eps: float, tp: WholeWeights | TensorParallel, image_dim: int | None):
+        super().__init__(dim, heads, eps, tp)
         if image_dim is not None:
             self.add_k_proj, self.add_v_proj = nn.Linear(image_dim, dim), nn.Linear(image_dim, dim)
             self.norm_added_k = nn.RMSNorm(dim, eps=eps)
 
     def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
         """x [B, S, D], text [B, L, D], image [B, I, D]."""
-        query = self.ops.rms_norm(self.to_q(x), self.norm_q.weight, self.eps).unflatten(2, (self.heads, -1))
-        out = self._attend(query, self.to_k(text), self.norm_k, self.to_v(text))
+        query, key = self._normed((self.norm_q, self.to_q(x)), (self.norm_k, self.to_k(text)))
+        out = self.ops.attention(query, key, self._heads(self.to_v(text))).flatten(2)
         if image is not None:
-            out = out + self._attend(query, self.add_k_proj(image), self.norm_added_k, self.add_v_proj(image))
-        return self.to_out[0](out)
-
-    def _attend(self, query: Tensor, key: Tensor, norm: nn.RMSNorm, value: Tensor) -> Tensor:
-        key = self.ops.rms_norm(key, norm.weight, self.eps).unflatten(2, (self.heads, -1))
-        return self.ops.attention(query, key, value.unflatten(2, (self.heads, -1))).flatten(2)
+            (key,) = self._normed((self.norm_added_k, self.add_k_proj(image)))
+            out = out + self.ops.attention(query, key, self._heads(self.add_v_proj(image))).flatten(2)
+        return self.tp.row_linear(self.ops, self.to_out[0], out)
 
 
 class WanBlock(nn.Module):
@@ -101,11 +136,13 @@ class WanBlock(nn.Module):
         eps: float = 1e-6,
         cross_attn_norm: bool = True,
         image_dim: int | None = None,
+        tp: WholeWeights | TensorParallel = WholeWeights(),
     ):
         super().__init__()
         self.eps = eps
-        self.attn1 = WanSelfAttention(dim, heads, eps)
-        self.attn2 = WanCrossAttention(dim, heads, eps, image_dim)
+        self.tp = tp
+        self.attn1 = WanSelfAttention(dim, heads, eps, tp)
+        self.attn2 = WanCrossAttention(dim, heads, eps, tp, image_dim)
         self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
@@ -133,20 +170,23 @@ class WanBlock(nn.Module):
     def _feed_forward(self, x: Tensor) -> Tensor:
         """What `ffn`, whose parameters are diffusers', computes."""
         widen, _, narrow = self.ffn.net
-        return narrow(self.ops.gelu(widen.proj(x)))
+        return self.tp.row_linear(self.ops, narrow, self.ops.gelu(widen.proj(x)))
 
 
 class WanTransformer(nn.Module):
     """The network: predicts the velocity of a noisy latent.
 
     config: that of diffusers' WanTransformer3DModel, by name. Built on the meta device, its rotary tables aside.
+    tp: how the blocks' weights are cut; they are built whole, and `load_weights` reads this rank's slices (`cut_dim`).
+    Raises ValueError where they cannot be cut so.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, tp: WholeWeights | TensorParallel = WholeWeights()):
         super().__init__()
         with torch.device("meta"):
             shell = WanTransformer3DModel.from_config({**config, "num_layers": 0})
         self.config = shell.config
+        _check_tensor_parallel(self.config.num_attention_heads, self.config.ffn_dim, tp.degree)
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         self.patch_embedding = shell.patch_embedding
         self.condition_embedder = shell.condition_embedder
@@ -165,11 +205,17 @@ class WanTransformer(nn.Module):
                     eps=self.config.eps,
                     cross_attn_norm=self.config.cross_attn_norm,
                     image_dim=self.config.added_kv_proj_dim,
+                    tp=tp,
                 )
                 for _ in range(config.get("num_layers", 40))
             )
         self._rotary: tuple[torch.Size, RotaryTable] | None = None
         self.arrange(PlainOperators())
+
+    @property
+    def units(self) -> list[nn.Module]:
+        """What FSDP gathers at once, in the order in which it runs."""
+        return [self.condition_embedder, *self.blocks]
 
     def arrange(self, operators: PlainOperators, sequence: Sequence | None = None) -> None:
         """Says which operators compute from now on, and how the tokens are spread over ranks (None: all are here)."""

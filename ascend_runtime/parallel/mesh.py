@@ -43,6 +43,16 @@ def mesh_of(kind: str, plan: Plan) -> Mesh:
     return Mesh(kind, plan)
 
 
+@lru_cache(maxsize=None)
+def weights_mesh(kind: str, tp: int) -> DeviceMesh:
+    """The mesh fsdp x tp of all ranks: those that hold the same slice of the weights, and those that hold its others.
+
+    Because tp is the innermost axis of any plan, these are the same ranks whatever the other degrees: another plan
+    with as many slices leaves all weights where they are.
+    """
+    return init_device_mesh(kind, (dist.get_world_size() // tp, tp), mesh_dim_names=("fsdp", "tp"))
+
+
 def highest(value: int) -> int:
     """The highest `value` of all ranks; every rank must ask. Travels over the control backend (Gloo)."""
     if dist.get_world_size() == 1:
