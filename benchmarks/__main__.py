@@ -10,7 +10,8 @@ from typing import Iterator
 
 from .report import Row, print_table, to_json
 
-BENCHMARKS = ("transport", "warm", "ascend", "scaling")  # modules of this package, each with `run(quick: bool) -> Iterator[Row]`
+# Modules of this package, each with `run(quick: bool) -> Iterator[Row]`.
+BENCHMARKS = ("transport", "warm", "ascend", "scaling")
 
 
 def main() -> None:
