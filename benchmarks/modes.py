@@ -18,7 +18,7 @@ from ascend_runtime.families.wan import WanTransformer
 
 from .report import Failures, Row, context_of, leave_out
 
-DEGREES = (2, 4, 8)  # of Ulysses and of rings
+DEGREES = (2, 4, 8)  # of Ulysses, rings and slices of weights
 EFFICIENCY = 0.85  # of the ideal speed-up; cann-recipes publishes 0.96 of Ulysses on eight A3 cards (HunyuanVideo)
 # What we allow: in fp32, on a CPU, what our tests hold. In bfloat16 parts of a ring are rounded before they merge, and
 # random weights make more of it: 0.026 on two and four ranks of a CPU.
@@ -59,17 +59,19 @@ def plans(cards: int) -> dict[str, ParallelSpec]:
     for degree in DEGREES:
         found |= {
             f"ulysses{degree}": _plan(ulysses=degree),
+            f"ulysses{degree}_overlap": _plan(ulysses=degree, overlap=True),
+            f"ulysses{degree}_fsdp": _plan(ulysses=degree, fsdp=True),
             f"ring{degree}": _plan(ring=degree),
-            f"ring{degree}_gather": _plan(ring=degree, exchange="gather"),
+            f"ring{degree}_gather": _plan(ring=degree, ring_exchange="gather"),
+            f"tp{degree}": _plan(tp=degree),
             f"cfg2_ulysses{degree}": _plan(cfg=2, ulysses=degree),
         }
     return dict(sorted(((n, p) for n, p in found.items() if p.ranks <= cards), key=lambda item: item[1].ranks))
 
 
-def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, exchange: str = "rotate") -> ParallelSpec:
-    return ParallelSpec(
-        ranks=cfg * ring * ulysses, cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses, ring_exchange=exchange
-    )
+def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, overlap: bool = False, **more) -> ParallelSpec:
+    degrees = {"cfg_degree": cfg, "ring_degree": ring, "ulysses_degree": ulysses, "tp_degree": tp}
+    return ParallelSpec(ranks=cfg * ring * ulysses * tp, **degrees, overlap=overlap, **more)
 
 
 def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:

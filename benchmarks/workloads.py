@@ -26,8 +26,8 @@ PROMPT = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight 
 
 @dataclass(frozen=True)
 class Workload:
-    """folder: that of the model. plan: cards, cfg degree, ulysses degree. seconds: as `source` publishes them, for
-    text, denoising and frames of one video without the loading of weights."""
+    """folder: that of the model. plan: degrees (cfg, ulysses, tp), which make the cards. seconds: as `source` publishes
+    them, for text, denoising and frames of one video without the loading of weights."""
 
     name: str
     folder: str
@@ -38,21 +38,29 @@ class Workload:
     source: str
     attention: str = "fused"
 
+    @property
+    def parallel(self) -> ParallelSpec:
+        cfg, ulysses, tp = self.plan
+        degrees = {"cfg_degree": cfg, "ring_degree": 1, "ulysses_degree": ulysses, "tp_degree": tp}
+        return ParallelSpec(ranks=cfg * ulysses * tp, **degrees)
+
 
 A14B = SampleSpec(steps=40, guidance_scale=4.0, guidance_scale_low_noise=3.0, shift=12.0)
 WAN_21 = SampleSpec(steps=50, guidance_scale=5.0, shift=5.0)
-PLANS_14B = {(1, 1, 1): 860.2, (2, 2, 1): 332.6, (2, 1, 2): 327.6, (4, 1, 4): 151.1, (4, 2, 2): 147.9,
-             (8, 1, 8): 78.1, (8, 2, 4): 76.4}  # fmt: skip
+PLANS_14B = {(1, 1, 1): 860.2, (1, 1, 2): 502.8, (2, 1, 1): 332.6, (1, 2, 1): 327.6, (1, 1, 4): 204.0,
+             (2, 1, 2): 175.8, (1, 4, 1): 151.1, (2, 2, 1): 147.9, (1, 1, 8): 141.5, (2, 1, 4): 102.9,
+             (1, 8, 1): 78.1, (2, 4, 1): 76.4}  # fmt: skip
 PUBLISHED = (
     *(
         Workload(
-            f"t2v_14b_480p_cfg{cfg}_ulysses{ulysses}", "Wan2.1-T2V-14B-Diffusers", VideoSize(width=832, height=480),
-            WAN_21, (cards, cfg, ulysses), seconds, "MindIE's published table for Wan2.1, Atlas 800I A2",
+            f"t2v_14b_480p_cfg{cfg}_ulysses{ulysses}_tp{tp}", "Wan2.1-T2V-14B-Diffusers",
+            VideoSize(width=832, height=480), WAN_21, (cfg, ulysses, tp), seconds,
+            "MindIE's published table for Wan2.1, Atlas 800I A2",
         )
-        for (cards, cfg, ulysses), seconds in PLANS_14B.items()
+        for (cfg, ulysses, tp), seconds in PLANS_14B.items()
     ),
     Workload(
-        "t2v_a14b_720p_8_cards", "Wan2.2-T2V-A14B-Diffusers", VideoSize(width=1280, height=720), A14B, (8, 2, 4),
+        "t2v_a14b_720p_8_cards", "Wan2.2-T2V-A14B-Diffusers", VideoSize(width=1280, height=720), A14B, (2, 4, 1),
         435.99, "MindIE's published table for Wan2.2, eight cards of an Atlas 800I A2, ALGO=1", attention="laser",
     ),
 )  # fmt: skip
@@ -78,8 +86,8 @@ def _why_not(workload: Workload, kind: str, cards: int, models: Path | None, qui
         return "it is a workload of accelerators, and this is a CPU"
     if quick:
         return "--quick runs no published workload"
-    if workload.plan[0] > cards:
-        return f"it takes {workload.plan[0]} cards, and {cards} are visible"
+    if workload.parallel.ranks > cards:
+        return f"it takes {workload.parallel.ranks} cards, and {cards} are visible"
     if models is None:
         return "--models DIR does not say where the published models are"
     if not (models / workload.folder / "model_index.json").is_file():
@@ -90,10 +98,10 @@ def _why_not(workload: Workload, kind: str, cards: int, models: Path | None, qui
 def run(workload: Workload, kind: str, models: Path) -> Row:
     """One video, after a warm-up of all that it takes."""
     path = str(models / workload.folder)
-    ranks, cfg, ulysses = workload.plan
+    cfg, ulysses, tp = workload.plan
     encoder, vae, model = TextEncoderSpec(path=path), VaeSpec(path=path), DiffusionModelSpec(path=path)
     stages: dict[str, float] = {}
-    with Runtime(ParallelSpec(ranks=ranks, cfg_degree=cfg, ulysses_degree=ulysses), device=kind) as runtime:
+    with Runtime(workload.parallel, device=kind) as runtime:
         runtime.load(model, encoder, vae)
         texts = [runtime.encode(encoder, text) for text in (PROMPT, "")]
         start = torch.zeros(workload.size.latent_shape())
@@ -108,8 +116,8 @@ def run(workload: Workload, kind: str, models: Path) -> Row:
             stages[stage] = stages.get(stage, 0.0) + result.seconds[stage]
     size = workload.size
     context = context_of(
-        False, kind, ranks=ranks, cfg_degree=cfg, ulysses_degree=ulysses, attention=workload.attention,
-        model=workload.folder, job=f"{size.num_frames} frames of {size.width} x {size.height}",
+        False, kind, ranks=workload.parallel.ranks, cfg_degree=cfg, ulysses_degree=ulysses, tp_degree=tp,
+        attention=workload.attention, model=workload.folder, job=f"{size.num_frames} frames of {size.width} x {size.height}",
         steps=workload.sample.steps, source=workload.source, seconds=stages,
     )  # fmt: skip
     return Row(

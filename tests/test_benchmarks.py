@@ -21,7 +21,7 @@ TRANSPORT = ["transport.null_ms", "transport.request_ms", "transport.frames_s"]
 PEERS = ["socket", "ray"]
 OPERATORS = ["attention_plain", "cross_attention_plain", "attention_with_lse", "rms_norm", "layer_norm",
              "modulated_layer_norm", "modulated_layer_norm_per_token", "gated_add", "rotary", "gelu"]  # fmt: skip
-MODES = ["cfg2", "ulysses2", "ring2", "ring2_gather"]
+MODES = ["cfg2", "ulysses2", "ulysses2_overlap", "ulysses2_fsdp", "ring2", "ring2_gather", "tp2"]
 NAMES = {
     "transport": {*TRANSPORT, *(f"{name}_vs_{peer}" for name in TRANSPORT for peer in PEERS)},
     "warm": {"warm.cold_start_s", "warm.late_over_early", "warm.rss_slope_mb", "warm.weight_opens"},
@@ -60,13 +60,16 @@ def test_plans_fit_the_cards():
     """No plan takes more cards than there are, and its name says its degrees."""
     assert list(modes.plans(1)) == ["one"]
     assert set(modes.plans(2)) == {"one", *MODES}
-    four = {"ulysses4", "ring4", "ring4_gather", "cfg2_ulysses2"}
+    four = {mode.replace("2", "4") for mode in MODES[1:]} | {"cfg2_ulysses2"}
     assert set(modes.plans(7)) == {"one", *MODES, *four}
-    assert set(modes.plans(8)) == set(modes.plans(7)) | {"ulysses8", "ring8", "ring8_gather", "cfg2_ulysses4"}
+    eight = {mode.replace("2", "8") for mode in MODES[1:]} | {"cfg2_ulysses4"}
+    assert set(modes.plans(8)) == {"one", *MODES, *four, *eight}
+    axes = ("cfg", "ring", "ulysses", "tp")
     for name, plan in modes.plans(16).items():
-        degrees = {axis: int(degree) for axis, degree in re.findall(r"(cfg|ulysses|ring)(\d)", name)}
-        made = [degrees.get(axis, 1) for axis in ("cfg", "ring", "ulysses")]
-        assert [plan.cfg_degree, plan.ring_degree, plan.ulysses_degree] == made and plan.ranks == math.prod(made)
+        degrees = {axis: int(degree) for axis, degree in re.findall(rf"({'|'.join(axes)})(\d)", name)}
+        assert [getattr(plan, f"{axis}_degree") for axis in axes] == [degrees.get(axis, 1) for axis in axes]
+        assert plan.ranks == math.prod(degrees.values())
+        assert (plan.overlap, plan.fsdp) == ("overlap" in name, "fsdp" in name)
 
 
 class Wrong(PlainOperators):
