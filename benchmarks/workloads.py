@@ -117,8 +117,8 @@ def run(workload: Workload, kind: str, models: Path) -> Row:
     size = workload.size
     context = context_of(
         False, kind, ranks=workload.parallel.ranks, cfg_degree=cfg, ulysses_degree=ulysses, tp_degree=tp,
-        attention=workload.attention, model=workload.folder,
-        job=f"{size.num_frames} frames of {size.width} x {size.height}", steps=workload.sample.steps, source=workload.source, seconds=stages,
+        attention=workload.attention, model=workload.folder, steps=workload.sample.steps, source=workload.source,
+        job=f"{size.num_frames} frames of {size.width} x {size.height}", seconds=stages,
     )  # fmt: skip
     return Row(
         name=f"ascend.{workload.name}_s", value=sum(stages.values()), unit="s", better="lower",
