@@ -45,26 +45,44 @@ def expected(one_rank, specs):
     return by_one_rank
 
 
-@pytest.mark.parametrize("shape", [EVEN, ODD, FEW], ids=["even", "odd", "few"])
-@pytest.mark.parametrize("cfg, ring, ulysses", [(2, 1, 1), (1, 1, 2), (1, 2, 1), (0, 0, 0)])
-def test_two_ranks(two_ranks, specs, expected, shape, cfg, ring, ulysses):
-    plan = ParallelSpec(ranks=2, cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses)
-    assert_close(sample(two_ranks, specs, shape, plan), expected(shape), **TOLERANCE)
+def named(*plans):
+    """Plans as parameters of a test."""
+    return [pytest.param(plan, id=" ".join(f"{key} {value}" for key, value in plan.items())) for plan in plans]
 
 
 @pytest.mark.parametrize("shape", [EVEN, ODD, FEW], ids=["even", "odd", "few"])
-@pytest.mark.parametrize("cfg, ring, ulysses, exchange", [
-    (2, 1, 2, "rotate"), (1, 1, 4, "rotate"), (1, 2, 2, "rotate"), (2, 2, 1, "gather"), (1, 4, 1, "rotate")
-])  # fmt: skip
-def test_four_ranks(four_ranks, specs, expected, shape, cfg, ring, ulysses, exchange):
-    plan = ParallelSpec(ranks=4, cfg_degree=cfg, ring_degree=ring, ulysses_degree=ulysses, ring_exchange=exchange,
-                        overlap=True)  # fmt: skip
+@pytest.mark.parametrize("plan", named(
+    {"cfg_degree": 2}, {"ulysses_degree": 2}, {"ring_degree": 2}, {"tp_degree": 2},
+    {"cfg_degree": 2, "fsdp": True}, {"ulysses_degree": 2, "fsdp": True}, {}
+))  # fmt: skip
+def test_two_ranks(two_ranks, specs, expected, shape, plan):
+    assert_close(sample(two_ranks, specs, shape, ParallelSpec(ranks=2, **plan)), expected(shape), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [EVEN, ODD, FEW], ids=["even", "odd", "few"])
+@pytest.mark.parametrize("plan", named(
+    {"cfg_degree": 2, "ulysses_degree": 2},
+    {"ulysses_degree": 4},
+    {"ring_degree": 2, "ulysses_degree": 2},
+    {"cfg_degree": 2, "ring_degree": 2, "ring_exchange": "gather"},
+    {"ring_degree": 4},
+    {"cfg_degree": 2, "fsdp": True},
+    {"tp_degree": 4},
+    {"tp_degree": 2, "cfg_degree": 2},
+    {"tp_degree": 2, "ulysses_degree": 2},
+    {"tp_degree": 2, "cfg_degree": 2, "fsdp": True},
+    {"tp_degree": 2, "ulysses_degree": 2, "fsdp": True},
+    {"tp_degree": 2, "ring_degree": 2, "fsdp": True},
+))  # fmt: skip
+def test_four_ranks(four_ranks, specs, expected, shape, plan):
+    plan = ParallelSpec(ranks=4, overlap=True, **plan)
     assert_close(sample(four_ranks, specs, shape, plan), expected(shape), **TOLERANCE)
 
 
+@pytest.mark.parametrize("fsdp", [False, True], ids=["", "fsdp"])
 @pytest.mark.parametrize("shape", [EVEN, ODD, FEW], ids=["even", "odd", "few"])
-def test_three_ranks_divide_neither_heads_nor_tokens(three_ranks, specs, expected, shape):
-    assert_close(sample(three_ranks, specs, shape), expected(shape), **TOLERANCE)
+def test_three_ranks_divide_neither_heads_nor_tokens(three_ranks, specs, expected, shape, fsdp):
+    assert_close(sample(three_ranks, specs, shape, ParallelSpec(fsdp=fsdp)), expected(shape), **TOLERANCE)
 
 
 def test_without_guidance_all_ranks_share_the_sequence(two_ranks, specs, expected):
@@ -73,13 +91,14 @@ def test_without_guidance_all_ranks_share_the_sequence(two_ranks, specs, expecte
     assert (expected(EVEN, 1.0) - expected(EVEN)).abs().max() > 1e-2
 
 
-def test_an_expert_without_guidance_beside_one_with(two_ranks, one_rank, specs_of, checkpoints):
+@pytest.mark.parametrize("plan", named({}, {"fsdp": True}, {"tp_degree": 2}))
+def test_an_expert_without_guidance_beside_one_with(two_ranks, one_rank, specs_of, checkpoints, plan):
     """The high-noise expert is guided and the low-noise one is not: the ranks of the cfg axis stay in step."""
     specs = specs_of(checkpoints(experts=2))
     spec = SampleSpec(seed=3, steps=4, guidance_scale=4.0, guidance_scale_low_noise=1.0)
     one, two = (
-        runtime.sample(specs.model, spec, torch.zeros(EVEN), specs.text(1), specs.text(2)).tensor
-        for runtime in (one_rank, two_ranks)
+        runtime.sample(specs.model, spec, torch.zeros(EVEN), specs.text(1), specs.text(2), parallel=parallel).tensor
+        for runtime, parallel in ((one_rank, None), (two_ranks, ParallelSpec(ranks=2, **plan)))
     )
     assert_close(two, one, **TOLERANCE)
 

@@ -1,0 +1,144 @@
+"""A rank that holds its part of a Wan transformer's weights, for a test: `weights_rank.py FOLDER`.
+
+RANK and WORLD_SIZE say which of how many. FOLDER holds cases.json; the rank writes what each case made of the inputs
+to out-RANK.safetensors, and what it cost, in bytes, to told-RANK.json, both by the case's name. The ranks meet in a
+file of the folder, at no port.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ascend_runtime.checkpoints import reader
+from ascend_runtime.checkpoints.layout import find_transformer
+from ascend_runtime.families import wan
+from ascend_runtime.parallel.fsdp import Share, sharding_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+torch.set_grad_enabled(False)
+
+
+class CountingFile:
+    """A safetensors file that counts the bytes it gives."""
+
+    given = 0
+
+    def __init__(self, *arguments, **keywords):
+        self._file = safe_open(*arguments, **keywords)
+
+    def __enter__(self):
+        self._shard = self._file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._file.__exit__(*error)
+
+    def __getattr__(self, name):
+        return getattr(self._shard, name)
+
+    def get_tensor(self, key):
+        return self._count(self._shard.get_tensor(key))
+
+    def get_slice(self, key):
+        return CountingSlice(self._shard.get_slice(key), self._count)
+
+    @staticmethod
+    def _count(tensor):
+        CountingFile.given += tensor.nbytes
+        return tensor
+
+
+class CountingSlice:
+    def __init__(self, held, count):
+        self.get_shape, self.get_dtype = held.get_shape, held.get_dtype
+        self._held, self._count = held, count
+
+    def __getitem__(self, part):
+        return self._count(self._held[part])
+
+
+def alive():
+    """Bytes of all tensors' memory that any object of this process still refers to."""
+    tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and not isinstance(x, DTensor)]
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors if x.device.type == "cpu"}
+    return sum(storages.values())
+
+
+def run(folder, *, checkpoint, inputs, tp, fsdp, dtype):
+    """What the network makes of the inputs, and bytes: read, kept, at most held in a forward, left when it is gone."""
+    inputs = load_file(folder / inputs)
+    inputs = {name: x if name == "timestep" else x.to(getattr(torch, dtype)) for name, x in inputs.items()}
+    gc.collect()
+    before, CountingFile.given = alive(), 0
+    found = find_transformer(checkpoint)
+    sharding = sharding_of("cpu", dist.get_world_size(), tp, fsdp)
+    network = wan.WanTransformer(found.config, sharding.tp).eval()
+    buffers = alive() - before  # rotary tables, which no rank shares
+    reader.load_weights(
+        network,
+        found.shards,
+        dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else getattr(torch, dtype),
+        device=torch.device("cpu"),
+        share=Share(sharding, wan.cut_dim, wan.keeps_fp32, network.units),
+    )
+    told = {"read": CountingFile.given, "kept": alive() - before - buffers}
+    held = []
+    for block in network.blocks:  # after FSDP's own: the next block is on its way
+        block.register_forward_pre_hook(lambda *_: held.append(alive() - before - buffers))
+    velocity = network(**inputs)
+    told["held"] = max(held)
+    _fail_in_the_second_block(network, inputs)
+    again = network(**inputs)
+    assert torch.equal(again, velocity), "another forward, after one that failed, makes something else"
+    told["notes"] = _notes(network) if fsdp else 0
+    told["dtypes"] = {name: str(p.dtype) for name, p in network.named_parameters()}
+    del network, again, block
+    gc.collect()
+    told["left"] = alive() - before - velocity.nbytes
+    return velocity, told
+
+
+def _fail_in_the_second_block(network, inputs):
+    """On all ranks alike, as where memory is short."""
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = network.blocks[1].attn2.register_forward_pre_hook(fail)
+    try:
+        network(**inputs)
+    except MemoryError:
+        return
+    finally:
+        handle.remove()
+    raise AssertionError("it did not fail")
+
+
+def _notes(network):
+    """What FSDP2 remembers of past forwards."""
+    groups = [module._get_fsdp_state()._fsdp_param_group for module in (network, *network.units)]
+    return sum(len(group._post_forward_indices) + len(group.comm_ctx.post_forward_order) for group in groups)
+
+
+def main():
+    folder = Path(sys.argv[1]).resolve()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    reader.safe_open = CountingFile
+    gc.freeze()  # what the imports made is not looked through again
+    done = {name: run(folder, **case) for name, case in json.loads((folder / "cases.json").read_text()).items()}
+    save_file({name: velocity.contiguous() for name, (velocity, _) in done.items()}, folder / f"out-{rank}.safetensors")
+    (folder / f"told-{rank}.json").write_text(json.dumps({name: told for name, (_, told) in done.items()}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
