@@ -15,7 +15,7 @@ from typing import Callable, Mapping
 
 from msgspec.structs import replace
 
-from .specs import OperatorSpec
+from .specs import OperatorSpec, ParallelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -197,8 +197,7 @@ ORIGINAL = (
              remarks={"0": "noise is drawn on the CPU all the same, so that a seed means one video everywhere"}),
     Variable("T5_LOAD_CPU", FLAG, "1: the text encoder on the CPU", "MindIE",
              remarks={"0": "the text encoder stays on the CPU all the same, which leaves the cards to the video"}),
-    Variable("OVERLAP", FLAG, "1: attention overlaps with Ulysses' exchange", "MindIE",
-             remarks={"1": "Ulysses' exchange does not overlap with attention yet"}),
+    Variable("OVERLAP", FLAG, "1: Ulysses' exchange travels while attention computes", "MindIE"),
     Variable("ROPE_OPT", FLAG, "fused rotary embedding", "MindIE",
              remarks=dict.fromkeys("01", "no such choice is needed; it is fused where the card can")),
     Variable("ADA_LAYERNORM", FLAG, "layer norm fused with its modulation", "MindIE",
@@ -228,6 +227,15 @@ def with_defaults(spec: OperatorSpec, environ: Mapping[str, str]) -> OperatorSpe
         layer_norm=_LAYER_NORM_OF[environ.get("FAST_LAYERNORM", "1")] if layer_norm == "auto" else layer_norm,
         heads_per_call=spec.heads_per_call or int(environ.get("USE_SUB_HEAD", "0")),
     )
+
+
+def overlaps(spec: ParallelSpec, environ: Mapping[str, str]) -> bool:
+    """Whether Ulysses' exchange travels while attention computes: as `spec` says, else as OVERLAP asks for, else not.
+
+    Raises ValueError for an OVERLAP that is neither 0 nor 1.
+    """
+    _raise(_wrong(ORIGINAL, environ, {}))
+    return environ.get("OVERLAP", "0") == "1" if spec.overlap is None else spec.overlap
 
 
 def rank_environment(kind: str, environ: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import devices
 from .components import Components, DiffusionModel
-from .environment import with_defaults
+from .environment import overlaps, with_defaults
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.fsdp import Sharding, sharding_of
@@ -80,7 +80,7 @@ class Pipeline:
         _check_text(message, model)
         operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
         mesh = mesh_of(self.device.type, plan)
-        sequence = spread(mesh, operators, message.parallel)
+        sequence = spread(mesh, operators, message.parallel.ring_exchange, overlaps(message.parallel, os.environ))
         for expert in model.experts:
             expert.arrange(operators, sequence)
         cfg_group = mesh.group("cfg") if plan.cfg > 1 else None

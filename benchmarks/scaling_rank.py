@@ -19,16 +19,15 @@ from ascend_runtime.parallel.cfg import guided
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
 from ascend_runtime.plans import Plan
-from ascend_runtime.specs import ParallelSpec
 
 DIM, FFN, HEADS, TEXT = 1536, 8960, 12, 512  # Wan 2.1 1.3B
 TOKENS, ROUNDS = 4096, 7
 QUICK_TOKENS, QUICK_ROUNDS = 256, 2
 SHARED = {
-    "ulysses": (Plan(ulysses=2), ParallelSpec()),
-    "ulysses_overlap": (Plan(ulysses=2), ParallelSpec(overlap=True)),
-    "ring": (Plan(ring=2), ParallelSpec()),
-    "ring_gather": (Plan(ring=2), ParallelSpec(ring_exchange="gather")),
+    "ulysses": (Plan(ulysses=2), {}),
+    "ulysses_overlap": (Plan(ulysses=2), {"overlap": True}),
+    "ring": (Plan(ring=2), {}),
+    "ring_gather": (Plan(ring=2), {"ring_exchange": "gather"}),
 }
 
 
@@ -76,8 +75,8 @@ def _measure(block: _Block, rounds: int) -> dict:
     """Seconds of each round of each mode; the rounds of all modes take turns."""
     whole = WholeSequence(block.operators.attention)
     modes: dict[str, Callable[[], object]] = {"independent": lambda: block.run(whole)}
-    for name, (plan, spec) in SHARED.items():
-        sequence = spread(mesh_of("cpu", plan), block.operators, spec)
+    for name, (plan, options) in SHARED.items():
+        sequence = spread(mesh_of("cpu", plan), block.operators, **options)
         modes[name] = lambda sequence=sequence: block.run(sequence)
     group = mesh_of("cpu", Plan(cfg=2)).group("cfg")
     modes["cfg"] = lambda: guided(lambda branch: block.run(whole), 5.0, group)

@@ -7,7 +7,7 @@ import time
 from comfy_api.latest import io
 
 from ..ascend_runtime.devices import KINDS
-from ..ascend_runtime.specs import MAX_RANKS, ParallelSpec
+from ..ascend_runtime.specs import MAX_RANKS, RING_EXCHANGES, ParallelSpec
 from . import comfy_bridge, types
 from .types import RanksHandle
 
@@ -41,8 +41,9 @@ class ParallelConfig(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_RANKS,
-                    tooltip="Ranks that share the tokens of one video. 0: automatic. cfg_degree x ulysses_degree must "
-                    "equal ranks; where ranks is 0, the degrees are a wish that fewer cards may not fulfil.",
+                    tooltip="Ranks that share the tokens of one video and exchange them for heads. 0: automatic. "
+                    "cfg_degree x ring_degree x ulysses_degree x tp_degree must equal ranks; where ranks is 0, the "
+                    "degrees are a wish that fewer cards may not fulfil.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -50,24 +51,90 @@ class ParallelConfig(io.ComfyNode):
                     default="auto",
                     tooltip="auto: NPUs, else CUDA devices, else the CPU.",
                 ),
+                io.Int.Input(
+                    "ring_degree",
+                    default=0,
+                    min=0,
+                    max=MAX_RANKS,
+                    optional=True,
+                    tooltip="Parts of the video whose keys and values travel from rank to rank. 0: automatic, which "
+                    "is 1 unless the other degrees leave ranks over.",
+                ),
+                io.Int.Input(
+                    "tp_degree",
+                    default=1,
+                    min=1,
+                    max=MAX_RANKS,
+                    optional=True,
+                    tooltip="Slices of the transformer's weights, one a rank. It sends the most: for weights that do "
+                    "not fit. It must divide the model's heads.",
+                ),
+                io.Boolean.Input(
+                    "fsdp",
+                    default=False,
+                    optional=True,
+                    tooltip="Each rank keeps a share of the transformer's weights and fetches a block when it is "
+                    "needed: for weights that do not fit.",
+                ),
+                io.Combo.Input(
+                    "ring_exchange",
+                    options=list(RING_EXCHANGES),
+                    default="rotate",
+                    optional=True,
+                    tooltip="rotate: keys and values go from neighbour to neighbour. gather: all at once, which takes "
+                    "more memory and fewer steps.",
+                ),
+                io.Boolean.Input(
+                    "overlap",
+                    default=False,
+                    optional=True,
+                    tooltip="Heads of ulysses_degree travel in two parts, one while the attention of the other runs.",
+                ),
             ],
             outputs=[types.Parallel.Output(display_name="parallel", tooltip="For the three Ascend loaders.")],
         )
 
     @classmethod
-    def validate_inputs(cls, ranks, cfg_degree, ulysses_degree) -> bool | str:
-        if None in (ranks, cfg_degree, ulysses_degree):
+    def validate_inputs(
+        cls, ranks, cfg_degree, ulysses_degree, ring_degree=0, tp_degree=1, fsdp=False, ring_exchange="rotate"
+    ) -> bool | str:
+        values = (ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange)
+        if None in values:
             return True  # a link, known only when the graph runs
         try:
-            ParallelSpec(ranks=ranks, cfg_degree=cfg_degree, ulysses_degree=ulysses_degree)
+            _spec(*values, overlap=False)
         except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, ranks, cfg_degree, ulysses_degree, device) -> io.NodeOutput:
-        parallel = ParallelSpec(ranks=ranks, cfg_degree=cfg_degree, ulysses_degree=ulysses_degree)
+    def execute(
+        cls,
+        ranks,
+        cfg_degree,
+        ulysses_degree,
+        device,
+        ring_degree=0,
+        tp_degree=1,
+        fsdp=False,
+        ring_exchange="rotate",
+        overlap=False,
+    ) -> io.NodeOutput:
+        parallel = _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange, overlap)
         return io.NodeOutput(RanksHandle(parallel, device))
+
+
+def _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange, overlap) -> ParallelSpec:
+    return ParallelSpec(
+        ranks=ranks,
+        cfg_degree=cfg_degree,
+        ring_degree=ring_degree,
+        ulysses_degree=ulysses_degree,
+        tp_degree=tp_degree,
+        fsdp=fsdp,
+        ring_exchange=ring_exchange,
+        overlap=overlap or None,  # not asked for here: the variable OVERLAP may
+    )
 
 
 class FreeMemory(io.ComfyNode):

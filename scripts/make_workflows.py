@@ -18,7 +18,7 @@ from comfy_server import ComfyServer  # noqa: E402
 
 # Where a node lies: x, y, width, height, by title for those that have one of their own.
 PLACES = {
-    "AscendParallelConfig": (0, 0, 310, 130),
+    "AscendParallelConfig": (0, 0, 310, 250),
     "AscendLoadDiffusionModel": (370, 0, 400, 178),
     "AscendLoadTextEncoder": (370, 238, 400, 82),
     "AscendLoadVAE": (370, 380, 400, 82),

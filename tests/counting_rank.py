@@ -18,7 +18,6 @@ from ascend_runtime.parallel.cfg import guided
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.plans import Plan
-from ascend_runtime.specs import ParallelSpec
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -72,10 +71,10 @@ def main():
     dist.destroy_process_group()
 
 
-def step(model, *, plan, spec, latent):
+def step(model, *, plan, options, latent):
     """What a guided step sends."""
     mesh, operators = mesh_of("cpu", Plan(**plan)), PlainOperators()
-    model.arrange(operators, spread(mesh, operators, ParallelSpec(**spec)))
+    model.arrange(operators, spread(mesh, operators, **options))
     text = torch.zeros(latent[0], 8, model.config.text_dim)
     arguments = torch.zeros(latent), torch.zeros(latent[0]), text
     with Sent() as sent:

@@ -19,7 +19,7 @@ CASES = {
 }  # fmt: skip
 
 
-def formula(plan, spec):
+def formula(plan, options):
     """Bytes that a rank sends in a guided step, by what sends them: the formulas of parallel/*.py."""
     cfg, ring, ulysses = (plan.get(axis, 1) for axis in ("cfg", "ring", "ulysses"))
     branches = 2 // cfg
@@ -30,7 +30,8 @@ def formula(plan, spec):
     velocity = BYTES * LATENT[0] * TOKENS * 4 * LATENT[1]
     sent = Counter()
     sent["Ulysses"] = branches * BLOCKS * 4 * chunk * heads * ulysses * per_head * (ulysses - 1) // ulysses
-    sent["gathers" if spec.get("ring_exchange") == "gather" else "ring"] += branches * BLOCKS * (ring - 1) * key_value
+    travels = "gathers" if options.get("ring_exchange") == "gather" else "ring"
+    sent[travels] += branches * BLOCKS * (ring - 1) * key_value
     sent["gathers"] += branches * (ring * ulysses - 1) * BYTES * LATENT[0] * chunk * 4 * LATENT[1]
     sent["gathers"] += (cfg - 1) * velocity
     return sent
@@ -39,16 +40,16 @@ def formula(plan, spec):
 @pytest.mark.parametrize("ranks", CASES)
 def test_a_step_sends_what_the_formulas_say(tmp_path, ranks):
     (tmp_path / "config.json").write_text(tiny_models.wan_transformer(seed=1).to_json_string())
-    cases = [{"plan": plan, "spec": spec, "latent": LATENT} for plan, spec in CASES[ranks]]
+    cases = [{"plan": plan, "options": options, "latent": LATENT} for plan, options in CASES[ranks]]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     for counted in sent_by_ranks(tmp_path, ranks):
-        for (plan, spec), noted in zip(CASES[ranks], counted):
+        for (plan, options), noted in zip(CASES[ranks], counted):
             sent = Counter()
             for operation, sent_bytes in noted:
                 if operation != "recv_":
                     sent[NAMES[operation]] += sent_bytes
-            expected = formula(plan, spec)
-            print(f"{plan} {spec}: {dict(sent)}, by formula {dict(expected)}")
+            expected = formula(plan, options)
+            print(f"{plan} {options}: {dict(sent)}, by formula {dict(expected)}")
             for name in {*sent, *expected}:
                 assert abs(sent[name] - expected[name]) <= 0.05 * expected[name], (plan, name)
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from ascend_runtime import Runtime
+from ascend_runtime import Runtime, environment
 from ascend_runtime.environment import NPU, ORIGINAL, Choice, Form, Whole, rank_environment, with_defaults
 from ascend_runtime.launcher import RankGroup
-from ascend_runtime.specs import OperatorSpec
+from ascend_runtime.specs import OperatorSpec, ParallelSpec
 from rank_processes import environment_of
 
 BAD_FORMS = {  # what the tables cannot tell by themselves: values that break a rule of a form, each another
@@ -173,7 +173,7 @@ def test_the_choice_is_logged_in_one_line_a_group(caplog, monkeypatch):
 
 @pytest.mark.parametrize("name, value, words", [
     ("PRECISION", "0", "noise is drawn on the CPU"), ("T5_LOAD_CPU", "0", "stays on the CPU"),
-    ("OVERLAP", "1", "does not overlap"), ("ROPE_OPT", "1", "no such choice"), ("ROPE_OPT", "0", "no such choice"),
+    ("ROPE_OPT", "1", "no such choice"), ("ROPE_OPT", "0", "no such choice"),
     ("ADA_LAYERNORM", "1", "no such choice"), ("QUANT_ALLTOALL", "0", "no such choice"),
 ])  # fmt: skip
 def test_what_an_original_variable_cannot_change_is_logged(name, value, words, caplog):
@@ -183,7 +183,9 @@ def test_what_an_original_variable_cannot_change_is_logged(name, value, words, c
     assert line.startswith(f"{name}={value}: ") and words in line
 
 
-@pytest.mark.parametrize("name, value", [("PRECISION", "1"), ("T5_LOAD_CPU", "1"), ("OVERLAP", "0"), ("ALGO", "1")])
+@pytest.mark.parametrize("name, value", [
+    ("PRECISION", "1"), ("T5_LOAD_CPU", "1"), ("OVERLAP", "0"), ("OVERLAP", "1"), ("ALGO", "1"),
+])  # fmt: skip
 def test_what_is_done_anyway_is_not_worth_a_line(name, value, caplog):
     with caplog.at_level(logging.INFO):
         rank_environment("cpu", {name: value}, {})
@@ -237,3 +239,16 @@ def test_nothing_is_exported_here():
     for name in ("environment", "host", "devices", "launcher"):
         code = (Path(__file__).parent.parent / "ascend_runtime" / f"{name}.py").read_text()
         assert not re.search(r"os\.environ\[[^]]*\] *=|putenv|setdefault|environ\.update", code)
+
+
+@pytest.mark.parametrize("asked, variable, overlaps", [
+    (None, None, False), (None, "0", False), (None, "1", True), (True, "0", True), (False, "1", False)
+])  # fmt: skip
+def test_overlap_is_the_plans_and_else_the_variables(asked, variable, overlaps):
+    environ = {} if variable is None else {"OVERLAP": variable}
+    assert environment.overlaps(ParallelSpec(overlap=asked), environ) == overlaps
+
+
+def test_a_wrong_overlap_is_refused():
+    with pytest.raises(ValueError, match="OVERLAP is 'yes'; it can be one of 0, 1"):
+        environment.overlaps(ParallelSpec(), {"OVERLAP": "yes"})

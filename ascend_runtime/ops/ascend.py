@@ -117,8 +117,8 @@ class AscendOperators(PlainOperators):
         return torch_npu().npu_gelu(x, approximate="tanh")
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        """The bias is added after: given to the fused operator, it would be summed over the ranks."""
-        if x.dtype not in HALVES or dist.get_world_size(group) not in REDUCING_RANKS:
+        """The fused operator is documented for A2 cards alone. The bias is added after it: each rank would add it."""
+        if self.card != "a2" or x.dtype not in HALVES or dist.get_world_size(group) not in REDUCING_RANKS:
             return super().linear_all_reduce(x, weight, bias, group)
         communicator = _communicator(group)
         out = torch_npu().npu_mm_all_reduce_base(x.contiguous(), weight.t(), communicator, reduce_op="sum")

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import PlainOperators
-from ..specs import ParallelSpec
 from .mesh import Mesh, all_gather, pad_end
 from .ring import Ring
 from .ulysses import Ulysses
@@ -97,11 +96,11 @@ class SpreadSequence:
         return pad_end(out, 1, tokens)
 
 
-def spread(mesh: Mesh, operators: PlainOperators, spec: ParallelSpec) -> Sequence:
+def spread(mesh: Mesh, operators: PlainOperators, ring_exchange: str = "rotate", overlap: bool = False) -> Sequence:
     """How the tokens are spread over the ranks of `mesh`."""
     plan = mesh.plan
     if plan.ring * plan.ulysses == 1:
         return WholeSequence(operators.attention)
-    ulysses = Ulysses(mesh.group("ulysses"), bool(spec.overlap)) if plan.ulysses > 1 else None
-    ring = Ring(mesh.group("ring"), operators, spec.ring_exchange) if plan.ring > 1 else None
+    ulysses = Ulysses(mesh.group("ulysses"), overlap) if plan.ulysses > 1 else None
+    ring = Ring(mesh.group("ring"), operators, ring_exchange) if plan.ring > 1 else None
     return SpreadSequence(mesh.group("sequence"), operators.attention, ulysses, ring)
