@@ -17,6 +17,7 @@ from ascend_runtime.checkpoints import reader
 from ascend_runtime.checkpoints.layout import find_transformer
 from ascend_runtime.families import wan
 from ascend_runtime.parallel.fsdp import Share, sharding_of
+from counting_rank import Sent
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
@@ -71,7 +72,8 @@ def alive():
 
 
 def run(folder, *, checkpoint, inputs, tp, fsdp, dtype):
-    """What the network makes of the inputs, and bytes: read, kept, at most held in a forward, left when it is gone."""
+    """What the network makes of the inputs, and bytes: read, kept, held at most and sent in a forward, left when it
+    is gone."""
     inputs = load_file(folder / inputs)
     inputs = {name: x if name == "timestep" else x.to(getattr(torch, dtype)) for name, x in inputs.items()}
     gc.collect()
@@ -91,8 +93,9 @@ def run(folder, *, checkpoint, inputs, tp, fsdp, dtype):
     held = []
     for block in network.blocks:  # after FSDP's own: the next block is on its way
         block.register_forward_pre_hook(lambda *_: held.append(alive() - before - buffers))
-    velocity = network(**inputs)
-    told["held"] = max(held)
+    with Sent() as sent:
+        velocity = network(**inputs)
+    told |= {"held": max(held), "sent": sent.noted}
     _fail_in_the_second_block(network, inputs)
     again = network(**inputs)
     assert torch.equal(again, velocity), "another forward, after one that failed, makes something else"
