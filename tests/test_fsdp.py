@@ -149,8 +149,15 @@ def test_a_forward_holds_two_blocks_beside_the_part(told, whole):
     padding = 4 * sum(p[0].numel() for p in whole.parameters())  # FSDP2's: shares of one size
     for told_by in told:
         assert told_by["held"] <= told_by["kept"] + 2 * block + ends + padding + computed
-        assert told_by["held"] >= told_by["kept"] + 2 * block, "one block computes, and the next is on its way"
+        assert told_by["held"] >= told_by["kept"] + 2 * block, "the test sees what is held"
     assert told[0]["held"] < 0.75 * sum(p.nbytes for p in whole.parameters())
+
+
+@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case["fsdp"]], indirect=True)
+def test_the_next_block_travels_while_one_computes(told):
+    """When a block begins, the ends, the embedders, it and the next one have been asked for."""
+    for told_by in told:
+        assert told_by["begun"] == [min(block + 4, LAYERS + 2) for block in range(LAYERS)]
 
 
 def test_a_rank_sends_what_the_formulas_say(case, told, whole):

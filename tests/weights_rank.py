@@ -90,12 +90,13 @@ def run(folder, *, checkpoint, inputs, tp, fsdp, dtype):
         share=Share(sharding, wan.cut_dim, wan.keeps_fp32, network.units),
     )
     told = {"read": CountingFile.given, "kept": alive() - before - buffers}
-    held = []
-    for block in network.blocks:  # after FSDP's own: the next block is on its way
+    held, begun, sent = [], [], Sent()
+    for block in network.blocks:  # after FSDP's own hooks
         block.register_forward_pre_hook(lambda *_: held.append(alive() - before - buffers))
-    with Sent() as sent:
+        block.register_forward_pre_hook(lambda *_: begun.append(len(sent.noted)))
+    with sent:
         velocity = network(**inputs)
-    told |= {"held": max(held), "sent": sent.noted}
+    told |= {"held": max(held), "sent": sent.noted, "begun": begun[: len(network.blocks)]}
     _fail_in_the_second_block(network, inputs)
     again = network(**inputs)
     assert torch.equal(again, velocity), "another forward, after one that failed, makes something else"
