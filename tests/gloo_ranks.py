@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 
-def run(script, folder, ranks):
+def run(script, folder, ranks, timeout=120):
     """Runs tests/`script` FOLDER in `ranks` processes, which find RANK and WORLD_SIZE; all must succeed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": str(ranks),
                    "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
     command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
     processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(ranks)]
     try:
-        assert [process.wait(120) for process in processes] == [0] * ranks
+        assert [process.wait(timeout) for process in processes] == [0] * ranks
     finally:
         for process in processes:
             process.kill()
