@@ -63,10 +63,10 @@ class Form:
 
 FLAG = Choice(("0", "1"))
 
-_NATURAL, _FRACTION, _TRUTH = r"\d+", r"0?\.\d+|0|1(\.0+)?", "True|False"
+_NATURAL, _FRACTION, _TRUTH = r"[0-9]+", r"0?\.[0-9]+|0|1(\.0+)?", "True|False"
 # torch_npu: NPUAllocatorConfig.h, and the keys of torch's own AcceleratorAllocatorConfig.
 _ALLOCATOR_KEYS = {
-    "base_addr_aligned_kb": r"\d|1[0-6]",
+    "base_addr_aligned_kb": r"[0-9]|1[0-6]",
     "expandable_segments": _TRUTH,
     "garbage_collection_threshold": _FRACTION,
     "large_segment_size_mb": _NATURAL,
@@ -82,7 +82,7 @@ _ALLOCATOR_KEYS = {
     "pinned_reserve_segment_size_mb": _NATURAL,
     "pinned_use_background_threads": _TRUTH,
     "release_lock_on_npumalloc": _TRUTH,
-    "roundup_power2_divisions": r"\d+|\[.+\]",
+    "roundup_power2_divisions": r"[0-9]+|\[.+\]",
     "segment_size_mb": _NATURAL,
     "throw_on_npumalloc_oom": _TRUTH,
 }
@@ -98,21 +98,21 @@ def _is_allocator_setting(value: str) -> bool:
 
 
 def _is_port_ranges(value: str) -> bool:
-    pairs = [re.fullmatch(r"(\d{4,5})-(\d{4,5})", pair) for pair in value.split(",")]
+    pairs = [re.fullmatch(r"([0-9]{4,5})-([0-9]{4,5})", pair) for pair in value.split(",")]
     return value == "auto" or all(pair and 1024 <= int(pair[1]) <= int(pair[2]) <= 65535 for pair in pairs)
 
 
 def _is_card_list(value: str) -> bool:
-    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", value):
+    if not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", value):
         return False
     cards = [int(card) for card in value.split(",")]
     return all(a < b for a, b in zip(cards, cards[1:]))
 
 
 def _is_affinity(value: str) -> bool:
-    if not re.fullmatch(r"[012](,(npu\d{1,2}:\d+-\d+|(force|npu_affine|bind_irq|lazy_bind):[01]))*", value):
+    if not re.fullmatch(r"[012](,(npu[0-9]{1,2}:[0-9]+-[0-9]+|(force|npu_affine|bind_irq|lazy_bind):[01]))*", value):
         return False
-    return all(int(low) <= int(high) for low, high in re.findall(r":(\d+)-(\d+)", value))
+    return all(int(low) <= int(high) for low, high in re.findall(r":([0-9]+)-([0-9]+)", value))
 
 
 ALLOCATOR = Form(

@@ -15,7 +15,8 @@ def test_calls_fit_the_real_torch_npu_and_mindiesd(capfd):
                           text=True, timeout=580)  # fmt: skip
     *lines, summary = done.stdout.strip().splitlines()
     with capfd.disabled():
-        print("", *(line for line in lines if line.startswith("SKIPPED")), f"contract: {summary.strip(' =')} ", sep="\n")
+        skipped = (line for line in lines if line.startswith("SKIPPED"))
+        print("", *skipped, f"contract: {summary.strip(' =')} ", sep="\n")
     if done.returncode or not re.search(r"[1-9]\d* passed", summary):
         pytest.fail(done.stdout, pytrace=False)
 

@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from ascend_runtime import ops
-from ascend_runtime.ops import PlainOperators, operators_for
-from ascend_runtime.ops.plain import _say_once
+from ascend_runtime.ops import PlainOperators, operators_for, plain
+from ascend_runtime.ops.plain import say_once
 from ascend_runtime.specs import OperatorSpec
 from torch.testing import assert_close
 
@@ -39,6 +39,16 @@ def test_attention(draw, length, heads_per_call):
     out, lse = serves.attention_with_lse(query, key, value)
     assert_close(out, expected, atol=1e-5, rtol=1e-5)
     assert_close(lse, expected_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_spelt_out_in_blocks_of_rows(draw, monkeypatch):
+    """For devices on which torch does not tell the log-sum-exp."""
+    query, (key, value) = draw(BATCH, TOKENS, HEADS, HEAD_DIM), draw(2, BATCH, TEXT, HEADS, HEAD_DIM)
+    monkeypatch.setattr(plain, "SCORES", 3 * BATCH * HEADS * TEXT)  # three rows
+    out, lse = plain.spelt_out(*(x.transpose(1, 2) for x in (query, key, value)))
+    expected, expected_lse = formula(query, key, value)
+    assert_close(out.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
+    assert_close(lse.transpose(1, 2), expected_lse, atol=1e-5, rtol=1e-5)
 
 
 def test_parts_merge_by_their_log_sum_exp(draw):
@@ -87,7 +97,7 @@ def test_fp8_attention_is_refused_by_name():
 
 
 def test_an_npus_attention_is_torchs_here_and_the_log_says_so_once(caplog):
-    _say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ascend_runtime"):
         for _ in range(3):
             serves = operators_for(CPU, OperatorSpec(attention="laser"), torch.float32)

@@ -15,7 +15,7 @@ from ..specs import OperatorSpec
 from . import ascend_attention
 from .ascend_attention import HALVES
 from .libraries import mindiesd, torch_npu
-from .plain import PlainOperators, RotaryTable
+from .plain import PlainOperators, RotaryTable, say_once
 
 ROTARY_LANES = 999  # batch x heads that npu_rotary_mul takes at once, when it rotates interleaved pairs
 REDUCING_RANKS = (2, 4, 8)  # that npu_mm_all_reduce_base joins
@@ -30,6 +30,7 @@ class AscendOperators(PlainOperators):
         self.card = devices.card(device)
         self.fused_norms = spec.layer_norm != "fp32"
         self._dtype = dtype
+        self._attention = spec.attention
         mindiesd()  # says now, not in the middle of a job, if it is not there
         super().__init__(spec)
         self._self_attention, self._other_attention = self._attentions(spec.attention)
@@ -70,6 +71,10 @@ class AscendOperators(PlainOperators):
         return (attend(query, key, value),)
 
     def _attend_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if self._attention == "plain" or self.card == "duo":  # a 300I Duo's operators do not tell the LSE
+            return super()._attend_with_lse(query, key, value)
+        if self._attention in ("laser", "fastest", "fp8"):
+            say_once(f"attention is {self._attention!r}, which does not tell the log-sum-exp: a ring takes 'infer'.")
         if query.dtype in HALVES:
             return ascend_attention.infer_with_lse(query, key, value)
         return ascend_attention.fused_with_lse(query, key, value)

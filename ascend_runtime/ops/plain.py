@@ -17,6 +17,7 @@ from ..specs import OperatorSpec
 logger = logging.getLogger(__name__)
 
 RotaryTable = tuple[Tensor, ...]
+SCORES = 2**27  # that are spelt out at once: 512 MiB in fp32
 
 
 class PlainOperators:
@@ -39,7 +40,7 @@ class PlainOperators:
                 "Set it to 'auto' for attention in the dtype of the blocks."
             )
         if spec.attention not in ("auto", "plain", "fused"):
-            _say_once(f"attention {spec.attention!r} is an NPU's; here torch's own computes the same.")
+            say_once(f"attention {spec.attention!r} is an NPU's; here torch's own computes the same.")
 
     # Attention
 
@@ -67,7 +68,9 @@ class PlainOperators:
         """By the operators under scaled_dot_product_attention, which itself keeps the sums to itself."""
         length = query.shape[1]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        if query.device.type == "cpu":
+        if query.device.type == "npu":  # which has neither of these
+            out, lse = spelt_out(query, key, value)
+        elif query.device.type == "cpu":
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         elif query.dtype == torch.float32:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)
@@ -130,6 +133,20 @@ class PlainOperators:
         return out if bias is None else out + bias
 
 
+def spelt_out(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of [B, heads, S, head_dim], and its LSE [B, heads, S], by small operators in fp32; slow, as for the
+    sake of memory a block of rows comes after the other."""
+    rows = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    key, value = key.float().transpose(-1, -2), value.float()
+    outs, sums = [], []
+    for block in query.split(rows, dim=2):
+        scores = block.float() @ key * query.shape[-1] ** -0.5
+        lse = scores.logsumexp(-1, keepdim=True)
+        outs.append(((scores - lse).exp() @ value).type_as(query))
+        sums.append(lse.squeeze(-1))
+    return torch.cat(outs, 2), torch.cat(sums, 2)
+
+
 @lru_cache(maxsize=None)
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
     logger.info("%s", text)

@@ -108,6 +108,19 @@ def test_attention_with_lse(fake, dtype):
         assert lse.shape == (1, TOKENS, HEADS) and lse.dtype == torch.float32
 
 
+@pytest.mark.parametrize("card, attention", [("duo", "fused"), ("a2", "plain"), ("a2", "torch")])
+def test_attention_with_lse_where_no_fused_operator_tells_it(fake, on_card, card, attention):
+    """A 300I Duo, and torch's own, of whose fused ones an NPU has none."""
+    on_card(card)
+    query, key = (fake(1, n, HEADS, HEAD_DIM, dtype=torch.float16) for n in (TOKENS, TEXT))
+    serves = PlainOperators() if attention == "torch" else operators(torch.float16, attention=attention)
+    noted = set(NOTED)
+    out, lse = serves.attention_with_lse(query, key, key)
+    assert out.shape == query.shape and out.dtype == query.dtype
+    assert lse.shape == (1, TOKENS, HEADS) and lse.dtype == torch.float32
+    assert NOTED == noted
+
+
 def test_attention_of_parts_that_are_not_contiguous(fake):
     """As they leave an all-to-all over heads."""
     packed = fake(3, 1, TOKENS, HEADS, 2, HEAD_DIM).select(4, 0)
@@ -209,6 +222,11 @@ def test_a_device_is_taken():
     assert devices.card(NPU) == "a2" and devices.default_dtype(NPU) == torch.bfloat16
     devices.synchronise(NPU)
     devices.empty_cache(NPU)
+    assert devices.free_memory(NPU) > 0
+    copies = devices.SideStream(NPU)
+    with copies.after_now():
+        assert torch.npu.current_stream(NPU) != torch.npu.default_stream(NPU)
+    copies.join()
 
 
 def test_steps_are_recorded(tmp_path):

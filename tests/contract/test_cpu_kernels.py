@@ -95,6 +95,17 @@ def test_fused_infer_attention_score(random, layout, dtype):
         assert_close(lse.squeeze(-1), lse_of(query, key), **near(dtype))
 
 
+@pytest.mark.parametrize("name, dtype", [("fused_with_lse", torch.float32), ("infer_with_lse", torch.bfloat16)])
+def test_attention_with_lse(random, name, dtype):
+    """By the package's own functions."""
+    from ascend_runtime.ops import ascend_attention  # noqa: PLC0415
+
+    query, key, value, expected = qkv(random, "BSND", dtype)
+    out, lse = getattr(ascend_attention, name)(query, key, value)
+    assert_close(out.float(), expected, **near(dtype))
+    assert_close(lse, lse_of(query, key).transpose(1, 2), **near(dtype))
+
+
 @pytest.mark.parametrize("layout", ["BSND", "BNSD"])
 def test_prompt_flash_attention(random, layout):
     query, key, value, expected = qkv(random, layout, torch.float16)
@@ -239,6 +250,7 @@ generator = torch.Generator().manual_seed({SEED})
 x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((2, 5, 64), (24, 64), (24,)))
 mine, share = (part.chunk(2, -1)[RANK] for part in (x, weight))
 operators = ascend.AscendOperators(torch.device("cpu"), OperatorSpec(attention="fused"), torch.bfloat16)
+operators.card = "a2"  # which has the fused operator
 out = operators.linear_all_reduce(mine, share, bias, dist.group.WORLD)
 assert calls == ["npu::npu_mm_all_reduce_base"], calls
 expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())

@@ -121,6 +121,7 @@ def test_a_group_of_both_backends_is_joined(clean, python_on):
         job._join_group("npu")
         group = dist.distributed_c10d._get_default_group()
         dist.all_reduce(torch.ones(2))
+        assert callable(group._get_backend(device).get_hccl_comm_name)  # which npu_mm_all_reduce_base is told
         print(type(group._get_backend(device)).__name__, type(group._get_backend(torch.device("cpu"))).__name__)
     """
     assert python_on("Ascend910B4", code) == "ProcessGroupHCCL ProcessGroupGloo"

@@ -176,7 +176,7 @@ def test_shapes_and_dtypes(fake, model):
     ]
     rotated = calls.of("npu::npu_rotary_mul")
     assert rotated == [(((1, tokens, heads, 128), *((1, tokens, 1, 128),) * 2), (FP32,) * 3)] * 2
-    for name in ("npu::npu_rms_norm", "npu::npu_layer_norm_eval", "npu::npu_gelu", "mindiesd::adaln"):
+    for name in ("npu::npu_rms_norm", "npu::npu_layer_norm_eval", "npu::npu_gelu", "mindiesd::adaln", "aten::addcmul"):
         for _, dtypes in calls.of(name):
             assert set(dtypes) == {BF16}, (name, dtypes)
     normed = [shapes[0] for shapes, _ in calls.of("npu::npu_rms_norm")]
