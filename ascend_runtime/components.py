@@ -15,12 +15,14 @@ from . import devices
 from .checkpoints.layout import Component, find_component, find_transformer, has_component, read_json
 from .checkpoints.keys import to_diffusers_name
 from .checkpoints.reader import load_weights
+from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
 from .families import wan
 from .parallel.fsdp import Share, Sharding
 from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
 
 logger = logging.getLogger(__name__)
 
+ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free beside two experts: a 14B block at 1280 x 720 x 81 on one card
 SMALL = 2**30  # bytes on disk; a text encoder below this is computed in fp32, a larger one in bfloat16
 
 
@@ -36,6 +38,7 @@ class DiffusionModel:
     latent_rgb: torch.Tensor | None  # [C,3]; None where no table is known, and then there are no previews
     latent_rgb_bias: torch.Tensor  # [3]
     dtype: torch.dtype
+    swap: ExpertSwap | None = None  # where the two experts are one network on the device, and take turns
     warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since it was loaded
 
     @property
@@ -44,7 +47,16 @@ class DiffusionModel:
 
     def expert_at(self, timestep: float) -> wan.WanTransformer:
         """The expert for a timestep in 0..1000."""
-        return self.low_noise if self.is_low_noise(timestep) else self.high_noise
+        low_noise = self.is_low_noise(timestep)
+        if self.swap is not None:
+            self.swap.use(LOW_NOISE if low_noise else HIGH_NOISE)
+        return self.low_noise if low_noise else self.high_noise
+
+    def expect(self, timestep: float | None) -> None:
+        """Has the next pass fetch the expert of the timestep after it; None is another video's first."""
+        if self.swap is not None:
+            low_noise = timestep is not None and self.is_low_noise(timestep)
+            self.swap.fetch_ahead(LOW_NOISE if low_noise else HIGH_NOISE)
 
     def guided(self, spec: SampleSpec) -> bool:
         """Whether any step needs the uncond branch."""
@@ -115,14 +127,45 @@ def _load_diffusion_model(
     latent_format = _latent_format(found[0])
     for component in found:
         _check_channels(component, found[0], latent_format["latents_mean"].shape[1])
-    experts = [_load_transformer(component, dtype, device, on_tensor, sharding) for component in found]
+    high_noise = _load_transformer(found[0], dtype, device, on_tensor, sharding)
+    low_noise, swap = None, None
+    if len(found) > 1 and _must_swap(spec, found[1], high_noise, device, sharding):
+        idle = _load_transformer(found[1], dtype, torch.device("cpu"), on_tensor, sharding)
+        swap = ExpertSwap(high_noise, high_noise.units, dict(idle.named_parameters()), device)
+        low_noise = high_noise
+    elif len(found) > 1:
+        low_noise = _load_transformer(found[1], dtype, device, on_tensor, sharding)
     return DiffusionModel(
-        high_noise=experts[0],
-        low_noise=experts[1] if len(experts) > 1 else None,
+        high_noise=high_noise,
+        low_noise=low_noise,
         boundary=_boundary(spec, found[0]),
         dtype=dtype,
+        swap=swap,
         **latent_format,
     )
+
+
+def _must_swap(
+    spec: DiffusionModelSpec, component: Component, loaded: wan.WanTransformer, device, sharding: Sharding
+) -> bool:
+    """Whether the second expert is to take turns with the one that is loaded. Ranks may decide differently: the
+    video is the same."""
+    same = dict(loaded.config) == dict(wan.WanTransformer(component.config, sharding.tp).config)
+    if sharding.mesh is not None or not same:
+        if spec.experts == "swap":
+            why = "fsdp shares their weights" if same else "they are of different shapes"
+            raise ValueError(f"experts is 'swap', but {why}: set it to 'auto'.")
+        return False
+    if spec.experts != "auto":
+        return spec.experts == "swap"
+    free, needed = devices.free_memory(device), sum(p.nbytes for p in loaded.parameters())
+    if free is None or free >= needed + ROOM_TO_COMPUTE:
+        return False
+    logger.info(
+        "The second expert needs %.1f GB beside %.1f GB to compute in, and %.1f GB are free: the experts take turns.",
+        needed / 1e9, ROOM_TO_COMPUTE / 1e9, free / 1e9,
+    )  # fmt: skip
+    return True
 
 
 def _check_channels(component: Component, first: Component, channels: int) -> None:

@@ -124,6 +124,34 @@ def empty_cache(device: torch.device) -> None:
         getattr(torch, device.type).empty_cache()
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on `device`; None for a CPU, where the kernel decides."""
+    return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]
+
+
+class SideStream:
+    """Copies that run beside what `device` computes; on a CPU they are done at once."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = None if device.type == "cpu" else getattr(torch, device.type).Stream(device)
+
+    @contextmanager
+    def after_now(self):
+        """What is queued inside begins when all that the device has been given so far is done."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(getattr(torch, self._device.type).current_stream(self._device))
+        with getattr(torch, self._device.type).stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What the device is given from now on begins when the copies are done."""
+        if self._stream is not None:
+            getattr(torch, self._device.type).current_stream(self._device).wait_stream(self._stream)
+
+
 @contextmanager
 def all_cores():
     """Lets this rank compute on every core of the process: for work that no other rank shares.

@@ -142,12 +142,18 @@ class Pipeline:
         text = {"cond": message.positive, "uncond": message.negative}
         text = {name: self._text_for(model, t, message.latent.shape[0]) for name, t in text.items() if t is not None}
 
-        def predict(latent: Tensor, timestep: float, step: int) -> Tensor:
+        def predict(latent: Tensor, timestep: float, following: float | None) -> Tensor:
             expert = model.expert_at(timestep)
             scale = spec.low_noise_guidance if model.is_low_noise(timestep) else spec.guidance_scale
             x = latent.to(self.device, model.dtype)
             t = torch.full((x.shape[0],), timestep, device=self.device)
-            return guided(lambda name: expert(x, t, text[name]), scale, cfg_group).float().cpu()
+
+            def branch(name: str) -> Tensor:
+                if name == "uncond" or cfg_group is not None or scale == 1.0:  # this rank's last of the step
+                    model.expect(following)
+                return expert(x, t, text[name])
+
+            return guided(branch, scale, cfg_group).float().cpu()
 
         def on_step(step: int, total: int, foreseen: Tensor) -> None:
             job.progress(stage, step, total)

@@ -56,7 +56,7 @@ def _solver(name: str, shift: float):
 
 
 def denoise(
-    predict: Callable[[Tensor, float, int], Tensor],
+    predict: Callable[[Tensor, float, float | None], Tensor],
     spec: SampleSpec,
     latent: Tensor,
     on_step: Callable[[int, int, Tensor], None] = lambda step, total, foreseen: None,
@@ -64,7 +64,7 @@ def denoise(
 ) -> Tensor:
     """The denoised latent [B,C,T,H,W] in fp32, from a normalised `latent` (zeros where there is none to start from).
 
-    predict: (latent, timestep in 0..1000, step) -> velocity, all on the CPU.
+    predict: (latent, timestep in 0..1000, the next step's or None after the last) -> velocity, all on the CPU.
     on_step: told after each step how many of how many are done, and the clean latent that this step foresaw.
     around_step: makes what step number 1, 2 ... is done in, `on_step` included.
     """
@@ -72,9 +72,10 @@ def denoise(
     sigmas, total = scheduler.sigmas, len(scheduler.timesteps)
     start = spec.sigmas[0] if spec.sigmas else 1.0  # both schedules begin at pure noise
     x = start * noise_of(latent.shape, spec.seed) + (1 - start) * latent
+    timesteps = [*map(float, scheduler.timesteps), None]
     for step, timestep in enumerate(scheduler.timesteps):
         with around_step(step + 1):
-            velocity = predict(x, float(timestep), step)
+            velocity = predict(x, timesteps[step], timesteps[step + 1])
             foreseen = x - float(sigmas[step]) * velocity
             x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
             on_step(step + 1, total, foreseen)

@@ -19,6 +19,7 @@ SCHEDULES = ("wan", "simple")
 ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
 LAYER_NORMS = ("auto", "fused", "fp32")
 RING_EXCHANGES = ("rotate", "gather")
+EXPERTS = ("auto", "resident", "swap")
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
 
@@ -116,16 +117,20 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 elsewhere.
     boundary: share of the 1000 training timesteps at and above which the high-noise expert works
         (None: from the checkpoint, else 0.875).
+    experts: of two, "resident" keeps both on the device, "swap" one of them, while the other waits in host memory
+        (twice the size of one, a rank) and is fetched ahead of its first step. "auto": swap where they do not fit.
     """
 
     path: str
     low_noise_path: str | None = None
     dtype: str = "auto"
     boundary: float | None = None
+    experts: str = "auto"
 
     def __post_init__(self):
         _make_absolute(self, "path", "low_noise_path")
         _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("experts", self.experts, EXPERTS)
         if self.boundary is not None:
             _require_range("boundary", self.boundary, 0.0, 1.0)
 

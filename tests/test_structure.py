@@ -22,6 +22,7 @@ LAYERS = [
     ("pipeline", ("ascend_runtime.pipeline",)),
     ("components", ("ascend_runtime.components",)),
     ("sampling, text and profiling", ("ascend_runtime.sampling", "ascend_runtime.text", "ascend_runtime.profiling")),
+    ("experts", ("ascend_runtime.experts",)),
     ("families", ("ascend_runtime.families",)),
     ("parallel", ("ascend_runtime.parallel",)),
     ("checkpoints", ("ascend_runtime.checkpoints",)),

@@ -52,7 +52,9 @@ def _dotted(node, held):
     source = ast.unparse(node)
     if source in ("torch_npu()", "mindiesd()"):
         return source.removesuffix("()")
-    if source == "torch.npu" or (isinstance(node, ast.Call) and source.startswith("getattr(torch, ")):
+    of_torch = isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(torch, ")
+    of_torch = of_torch and isinstance(node.func, ast.Name)
+    if source == "torch.npu" or of_torch:
         return "npu"
     if isinstance(node, ast.Name):
         return held.get(node.id)
