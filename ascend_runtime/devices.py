@@ -84,6 +84,7 @@ def take(kind: str, local_rank: int) -> torch.device:
         # the layout that torch knows, as ranks exchange them and networks view them.
         torch.npu.set_compile_mode(jit_compile=False)
         torch.npu.config.allow_internal_format = False
+        torch.npu.conv.allow_hf32 = False  # float32 is asked for where it is needed: in the VAE
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     return device

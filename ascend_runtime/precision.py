@@ -1,4 +1,8 @@
-"""The dtypes of a generation, as data: what is computed in which, and why. No autocast: every dtype is written out."""
+"""The dtypes of a generation, as data: what is computed in which, and why. No autocast: every dtype is written out.
+
+Operators and guidance take theirs from here. BLOCKS, SINUSOID, NOISE and SOLVER say why what the model's own code and
+the libraries' do is right.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,11 @@ ROTARY = Rule(
     "Angles grow with the position: in bfloat16 neighbours far from the start would share one. float32 keeps the "
     "original's complex128 to 1e-7, and NPUs have no complex128.",
 )
-MODULATION = Rule(torch.float32, "Scale, shift and gate are small and multiply every token of every block.")
+MODULATION = Rule(
+    torch.float32,
+    "Scale, shift and gate are sums of two parts and multiply every token of every block. An NPU's fused operators take "
+    "the sum rounded to the blocks' dtype.",
+)
 NORMS = Rule(
     torch.float32,
     "Upcast, as the original does. An NPU's fused norms sum in float32 inside and round their output once: an upcast "

@@ -18,6 +18,8 @@ from .libraries import mindiesd, torch_npu
 from .plain import PlainOperators, RotaryTable, say_once
 
 ROTARY_LANES = 999  # batch x heads that npu_rotary_mul takes at once, when it rotates interleaved pairs
+LACKING = {"duo": ("laser", "infer"), "a5": ("laser",)}  # attentions that a card has not
+NAMES = {"duo": "a 300I Duo", "a5": "a card of the 950 series"}
 REDUCING_RANKS = (2, 4, 8)  # that npu_mm_all_reduce_base joins
 
 
@@ -51,8 +53,10 @@ class AscendOperators(PlainOperators):
                 f"attention is 'fp8', which cards of the 950 series compute; this card is {self.card or 'unknown'}. "
                 "Set it to 'fused', 'laser' or 'infer'."
             )
-        if spec.attention in ("laser", "infer") and self.card == "duo":
-            raise ValueError(f"attention is {spec.attention!r}, which a 300I Duo has not. Set it to 'fused'.")
+        if self.card in LACKING and spec.attention in LACKING[self.card]:
+            raise ValueError(f"attention is {spec.attention!r}, which {NAMES[self.card]} has not. Set it to 'fused'.")
+        if self.card == "duo" and self._dtype == torch.bfloat16:
+            raise ValueError("dtype is bfloat16, which a 300I Duo does not compute. Set it to 'auto' or 'float16'.")
 
     # Attention
 
@@ -95,7 +99,7 @@ class AscendOperators(PlainOperators):
         if scale.shape[:2] == (1, 1):  # one video, one timestep: the modulation is an affine map of the norm's own
             return _layer_norm(x, (1 + scale).flatten(), shift.flatten(), eps)
         scale, shift = scale.type_as(x), shift.type_as(x)
-        if mindiesd() is not None:
+        if mindiesd() is not None and self.card != "duo":
             return mindiesd().layernorm_scale_shift(_bare_layer_norm(x.shape[-1], eps), x, scale, shift, fused=True)
         return torch.addcmul(shift, _layer_norm(x, None, None, eps), 1 + scale)
 

@@ -15,6 +15,7 @@ from .libraries import mindiesd, torch_npu
 
 HALVES = (torch.float16, torch.bfloat16)
 MAX_TOKENS = 2**31 - 1  # of a window that hides nothing
+DUO_TOKENS = 65536  # that npu_prompt_flash_attention takes on a 300I Duo
 # How npu_fused_infer_attention_score_v2 is told of MXFP8, as MindIE SD's MXFP8RotateQuantFA tells it.
 MXFP8_BY_HEAD_DIM, MXFP8_BY_TOKEN = 6, 8
 
@@ -61,7 +62,16 @@ def _infer(query: Tensor, key: Tensor, value: Tensor, with_lse: bool) -> tuple[T
 
 
 def prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """By npu_prompt_flash_attention: what a 300I Duo has instead of the others."""
+    """By npu_prompt_flash_attention: what a 300I Duo has instead of the others.
+
+    Raises ValueError for a sequence that is longer than it takes there.
+    """
+    longest = max(query.shape[1], key.shape[1])
+    if longest > DUO_TOKENS:
+        raise ValueError(
+            f"This video has {longest} tokens, and attention on a 300I Duo takes {DUO_TOKENS} at most. Take fewer "
+            "frames or a smaller size: 832 x 480 x 81 has 32760."
+        )
     return torch_npu().npu_prompt_flash_attention(
         query.contiguous(),
         key.contiguous(),

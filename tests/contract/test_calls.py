@@ -33,6 +33,8 @@ def answer(dotted, function, arguments, keywords):
         bound = inspect.signature(function).bind(*arguments, **keywords)
         bound.apply_defaults()
         operator_rules.check(name, bound.arguments)
+    elif name == "profile":
+        assert {str(activity) for activity in keywords["activities"]} >= {"ProfilerActivity.CPU", "ProfilerActivity.NPU"}
     return function(*arguments, **keywords)
 
 
@@ -132,6 +134,8 @@ REFUSED = [
     ("a2", "fp8", torch.bfloat16, "'fp8', which cards of the 950 series compute; this card is a2"),
     ("duo", "infer", torch.float16, "which a 300I Duo has not"),
     ("duo", "laser", torch.float16, "which a 300I Duo has not"),
+    ("duo", "fused", torch.bfloat16, "dtype is bfloat16, which a 300I Duo does not compute"),
+    ("a5", "laser", torch.bfloat16, "which a card of the 950 series has not"),
     *(("a2", name, torch.float32, "bfloat16 or float16") for name in ("laser", "infer", "fastest")),
 ]
 
@@ -141,6 +145,13 @@ def test_what_a_card_or_dtype_cannot_do_is_refused(on_card, card, attention, dty
     on_card(card)
     with pytest.raises(ValueError, match=words):
         operators(dtype, attention=attention)
+
+
+def test_a_sequence_too_long_for_a_duo_is_refused(fake, on_card):
+    on_card("duo")
+    video = fake(1, 75600, 1, HEAD_DIM, dtype=torch.float16)
+    with pytest.raises(ValueError, match="75600 tokens.*65536 at most"):
+        operators(torch.float16).attention(video, video, video)
 
 
 @pytest.mark.parametrize("attention", ["laser", "fastest"])
