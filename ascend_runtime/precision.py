@@ -39,8 +39,8 @@ ROTARY = Rule(
 )
 MODULATION = Rule(
     torch.float32,
-    "Scale, shift and gate are sums of two parts and multiply every token of every block. An NPU's fused operators take "
-    "the sum rounded to the blocks' dtype.",
+    "Scale, shift and gate are sums of two parts and multiply every token of every block. An NPU's fused operators "
+    "take the sum rounded to the blocks' dtype.",
 )
 NORMS = Rule(
     torch.float32,
