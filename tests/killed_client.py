@@ -1,9 +1,10 @@
-"""A process that uses the runtime as ComfyUI does, for tests that kill it: `killed_client.py CHECKPOINT LATENT`.
+"""A process that uses the runtime as ComfyUI does, for tests that kill it: `killed_client.py CHECKPOINT LATENT PLAN`.
 
-Makes one video from nothing, says on standard output which phase it has come to, writes the latent to the file
+Makes one video from nothing, by the plan (JSON, fields of ParallelSpec), says on standard output which phase it has come to, writes the latent to the file
 LATENT and then idles. What the job is, is known to the tests by `latent_of`.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ PHASES = ("start", "load", "encode", "step", "decode", "idle")
 _STAGES = {"load": "load", "encode": "encode", "denoise": "step", "decode": "decode"}
 
 
-def latent_of(runtime, folder, on_phase=lambda phase: None):
+def latent_of(runtime, folder, on_phase=lambda phase: None, parallel=None):
     """The latent [B,C,T,H,W] of the one job, by way of all phases but the last."""
     model, encoder, vae = (kind(path=str(folder)) for kind in (DiffusionModelSpec, TextEncoderSpec, VaeSpec))
 
@@ -36,15 +37,16 @@ def latent_of(runtime, folder, on_phase=lambda phase: None):
     runtime.start()
     text = runtime.encode(encoder, PROMPT, on_progress=on_progress).tensor
     spec = SampleSpec(seed=1, steps=6, guidance_scale=3.0)
-    latent = runtime.sample(model, spec, torch.zeros(SHAPE), text, torch.zeros_like(text), on_progress=on_progress)
+    start, nothing = torch.zeros(SHAPE), torch.zeros_like(text)
+    latent = runtime.sample(model, spec, start, text, nothing, parallel=parallel, on_progress=on_progress)
     long = latent.tensor.repeat(1, 1, 4, 1, 1)
     runtime.decode(vae, long, on_progress=on_progress)
     return latent.tensor
 
 
 def main():
-    folder, latent_file = map(Path, sys.argv[1:])
-    runtime = Runtime(ParallelSpec(ranks=2), device="cpu")
+    folder, latent_file = map(Path, sys.argv[1:3])
+    runtime = Runtime(ParallelSpec(**json.loads(sys.argv[3])), device="cpu")
     said = set()
 
     def say(phase):

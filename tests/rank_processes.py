@@ -28,6 +28,12 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
+def waits(pid: int) -> bool:
+    """Whether all threads of a process sleep: it neither computes nor wants to."""
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
+    return set(states) == {"S"}
+
+
 def shared_memory(pids) -> set[int]:
     """Inodes of the runtime's memory files that these processes map or hold open."""
     return {inode for pid in pids for inode in _memory_files(Path("/proc") / str(pid))}

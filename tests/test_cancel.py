@@ -3,10 +3,12 @@
 import random
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
-from ascend_runtime import JobCancelled, SampleSpec
+from ascend_runtime import JobCancelled, ParallelSpec, SampleSpec
+from exchanges import EXCHANGES, some
 from killed_client import PROMPT, SHAPE
 from torch.testing import assert_close
 
@@ -75,20 +77,41 @@ def cancelled_after(job, moment, cancel):
     return None
 
 
-def test_cancels_at_random_moments(request, survivors, specs, expected):
-    wanted = 50 if request.config.getoption("--all-cancels") else 10
+@pytest.fixture
+def rng():
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    rng = random.Random(seed)
+    return random.Random(seed)
+
+
+def test_cancels_at_random_moments(request, survivors, specs, expected, rng):
+    assert_cancels(survivors, specs, rng, wanted=50 if request.config.getoption("--all-cancels") else 10)
+
+
+def test_cancels_within_exchanges(request, two_ranks, new_runtime, specs, rng):
+    """By plans with every kind of exchange: no rank is left in one, nor with what it received from half of one."""
+    everything = request.config.getoption("--all-cancels")
+    for name, plan in (EXCHANGES if everything else some(rng, 2)).items():
+        print(name)
+        with nullcontext(two_ranks) if plan["ranks"] == 2 else new_runtime(plan["ranks"]) as runtime:
+            assert_cancels(runtime, specs, rng, wanted=10 if everything else 3, parallel=ParallelSpec(**plan))
+
+
+def assert_cancels(runtime, specs, rng, wanted, parallel=None):
+    """Each within the bound, and the next job equals one that follows no cancel, on the same processes."""
     watch, delays = Stopwatch(), []
+    expected, pids = sample(runtime, specs, SHORT, parallel=parallel), runtime.pids
     began = time.monotonic()
-    sample(survivors, specs, on_progress=watch)
+    sample(runtime, specs, parallel=parallel, on_progress=watch)
     duration = time.monotonic() - began
     for _ in range(3 * wanted):
         delay = cancelled_after(
-            lambda: sample(survivors, specs, on_progress=watch), rng.uniform(0, duration), survivors.cancel
+            lambda: sample(runtime, specs, parallel=parallel, on_progress=watch),
+            rng.uniform(0, duration),
+            runtime.cancel,
         )
-        assert_close(sample(survivors, specs, SHORT), expected, atol=1e-6, rtol=0.0)
+        assert_close(sample(runtime, specs, SHORT, parallel=parallel), expected, atol=1e-6, rtol=0.0)
+        assert runtime.pids == pids
         if delay is not None:
             delays.append(delay)
         if len(delays) == wanted:
@@ -121,12 +144,15 @@ def test_cancel_in_every_stage(survivors, specs, stage):
     assert steps and max(steps) < told[-1][2]
 
 
-def test_a_cancelled_load_is_begun_anew(survivors, specs, expected):
+@pytest.mark.parametrize("plan", [{}, {"tp_degree": 2}, {"fsdp": True}], ids=["whole", "slices", "shares"])
+def test_a_cancelled_load_is_begun_anew(survivors, specs, expected, plan):
+    plan = ParallelSpec(ranks=2, **plan)
     survivors.free()
-    pytest.raises(JobCancelled, survivors.load, specs.model, on_progress=lambda *_: survivors.cancel())
+    pytest.raises(JobCancelled, survivors.load, specs.model, parallel=plan, on_progress=lambda *_: survivors.cancel())
     told = []
-    survivors.load(specs.model, on_progress=lambda *news: told.append(news))
+    survivors.load(specs.model, parallel=plan, on_progress=lambda *news: told.append(news))
     assert told and told[-1][1] == told[-1][2]
+    assert_close(sample(survivors, specs, SHORT, parallel=plan), expected, atol=1e-4, rtol=0.0)
 
 
 def test_should_cancel_is_asked(survivors, specs):

@@ -1,9 +1,10 @@
 """kill -9 of a rank, or of what ComfyUI is, in every phase: nothing stays behind, and the next job is right.
 
-A sample of the kills by default; all 20 with --all-kills.
+Of ranks also in the middle of every kind of exchange. A sample of the kills by default; all with --all-kills.
 """
 
 import gc
+import json
 import os
 import random
 import signal
@@ -14,14 +15,15 @@ import time
 from pathlib import Path
 
 import pytest
-from ascend_runtime import RankDied
+from ascend_runtime import ParallelSpec, RankDied
+from exchanges import EXCHANGES, some
 from killed_client import PHASES, latent_of
-from rank_processes import holders, seconds_until, shared_memory
+from rank_processes import holders, seconds_until, shared_memory, waits
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 GONE, HEARD = 3.0, 2.0  # seconds
-RANKS_SAMPLE, CLIENTS_SAMPLE = ["load", "step", "decode"], ["start", "step", "idle"]
+RANKS_SAMPLE, CLIENTS_SAMPLE = ["load", "decode"], ["start", "idle"]
 RANKS_ALL = [*PHASES, "step", "load", "start", "decode"]
 CLIENTS_ALL = [phase for first in PHASES[:5] for phase in (first, "idle")]  # idle: after a job, which must be right
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -84,6 +86,30 @@ class Kill:
         self.strike()
 
 
+class KillWithinExchange(Kill):
+    """Some time after the first step, halts the victim until all others wait for it, and kills it then."""
+
+    def __init__(self, living, victim, delay):
+        super().__init__(living, victim, "step", delay)
+        self.come_to, self.thread = None, None
+
+    def on_phase(self, phase):
+        self.come_to = phase
+        if phase == "step" and self.thread is None:
+            self.thread = threading.Thread(target=self._strike_within)
+            self.thread.start()
+
+    def _strike_within(self):
+        time.sleep(self.delay)
+        ranks = {rank: pid for rank, pid in self.living().items() if rank is not None}
+        os.kill(ranks.pop(self.victim), signal.SIGSTOP)
+        still = 0
+        while still < 5:  # looks in a row, so that one between two exchanges does not count
+            still = still + 1 if all(map(waits, ranks.values())) else 0
+            time.sleep(0.02)
+        self.strike()
+
+
 def test_kill_a_rank(request, new_runtime, slow_checkpoint, expected, marked, rng):
     environment, living = marked
     before = shared_memory([os.getpid()])
@@ -100,9 +126,7 @@ def test_kill_a_rank(request, new_runtime, slow_checkpoint, expected, marked, rn
                 latent_of(runtime, slow_checkpoint)
                 kill.strike()
             else:
-                said = last_words(runtime, slow_checkpoint, kill)
-                assert time.monotonic() - kill.at < HEARD, "the job heard too late of the death"
-                assert f"Rank {victim} of 2 was killed by SIGKILL" in said
+                assert_heard(runtime, slow_checkpoint, kill)
             gc.collect()
             await_nothing(living, kill.memory - before, kill.at)
             seconds_until(lambda: not runtime.alive, 1.0)
@@ -114,22 +138,49 @@ def test_kill_a_rank(request, new_runtime, slow_checkpoint, expected, marked, rn
     assert shared_memory([os.getpid()]) <= before
 
 
+def test_kill_a_rank_within_an_exchange(request, new_runtime, slow_checkpoint, expected, marked, rng):
+    environment, living = marked
+    before = shared_memory([os.getpid()])
+    exchanges = chosen(request, some(rng, 2), EXCHANGES)
+    for ranks in sorted({plan["ranks"] for plan in exchanges.values()}):
+        with new_runtime(ranks, **environment) as runtime:
+            for name in [name for name, plan in exchanges.items() if plan["ranks"] == ranks]:
+                plan, victim = ParallelSpec(**exchanges[name]), rng.randrange(ranks)
+                print(f"kill rank {victim} of {ranks} within {name}")
+                kill = KillWithinExchange(living, victim, delay=rng.uniform(0, 0.3))
+                assert_heard(runtime, slow_checkpoint, kill, plan)
+                kill.thread.join()
+                assert kill.come_to == "step", "the kill came after the exchanges"
+                gc.collect()
+                await_nothing(living, kill.memory - before, kill.at)
+                assert_close(latent_of(runtime, slow_checkpoint, parallel=plan), expected, **TOLERANCE)
+                assert len(living()) == ranks
+        assert not living()
+    gc.collect()
+    assert shared_memory([os.getpid()]) <= before
+
+
 def test_kill_the_client(request, slow_checkpoint, expected, marked, rng, tmp_path):
     environment, living = marked
-    for phase in chosen(request, CLIENTS_SAMPLE, CLIENTS_ALL):
-        print(f"kill the client in phase {phase!r}")
+    two = {"ranks": 2}
+    kills = [(phase, two) for phase in chosen(request, CLIENTS_SAMPLE, CLIENTS_ALL)]
+    kills += [("step", plan) for plan in chosen(request, some(rng, 1), EXCHANGES).values()]
+    for phase, plan in kills:
+        print(f"kill the client in phase {phase!r} of {plan}")
         latent_file = tmp_path / "latent.safetensors"
-        client = start_client(slow_checkpoint, latent_file, environment)
+        client = start_client(slow_checkpoint, latent_file, environment, plan)
         try:
             wait_for_phase(client, phase)
             if phase == "start":
                 time.sleep(rng.uniform(0, 2))
+            if phase == "step":  # from the first on
+                time.sleep(rng.uniform(0, 0.3))
             if phase == "idle":
                 assert_close(load_file(latent_file)["latent"], expected, **TOLERANCE)
             pids = living()
             memory = shared_memory(pids.values())
             assert pids[None] == client.pid
-            assert phase == "start" or set(pids) == {None, 0, 1}
+            assert phase == "start" or set(pids) == {None, *range(plan["ranks"])}
             assert_nothing_named(pids.values())
         finally:
             client.kill()
@@ -139,10 +190,17 @@ def test_kill_the_client(request, slow_checkpoint, expected, marked, rng, tmp_pa
         client.stdout.close()
 
 
-def last_words(runtime, checkpoint, kill):
+def assert_heard(runtime, checkpoint, kill, plan=None):
+    """The job ends soon after the kill, and its error names the victim."""
+    said = last_words(runtime, checkpoint, kill, plan)
+    assert time.monotonic() - kill.at < HEARD, "the job heard too late of the death"
+    assert f"Rank {kill.victim} of {runtime.world_size} was killed by SIGKILL" in said
+
+
+def last_words(runtime, checkpoint, kill, plan):
     """What the error of the job says; the error itself, whose traceback holds tensors, goes."""
     try:
-        latent_of(runtime, checkpoint, kill.on_phase)
+        latent_of(runtime, checkpoint, kill.on_phase, plan)
     except RankDied as error:
         return str(error)
     raise AssertionError("the job did not notice")
@@ -154,11 +212,12 @@ def await_nothing(living, memory, killed_at):
     print(f"nothing left after {time.monotonic() - killed_at:.2f} s")
 
 
-def start_client(checkpoint, latent_file, environment):
+def start_client(checkpoint, latent_file, environment, plan):
     root = Path(__file__).resolve().parent.parent
     paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    script = root / "tests" / "killed_client.py"
     return subprocess.Popen(
-        [sys.executable, str(root / "tests" / "killed_client.py"), str(checkpoint), str(latent_file)],
+        [sys.executable, str(script), str(checkpoint), str(latent_file), json.dumps(plan)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **environment},
         stdout=subprocess.PIPE,
         text=True,

@@ -7,6 +7,7 @@ folder, at no port. They are forked, for what takes long is to import.
 
 import json
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.plans import Plan
 from ascend_runtime.sampling import denoise
 from ascend_runtime.specs import SampleSpec
+from ascend_runtime.worker import die_with_parent
 from safetensors.torch import save_file
 
 
@@ -69,6 +71,7 @@ def on_ranks(networks, *, plan, fsdp, ring_exchange, overlap, guidance_scale, sh
 
 
 def work(folder: Path, rank: int, ranks: int, cases: list[dict]) -> None:
+    die_with_parent()
     meeting = f"file://{folder}/rendezvous-{ranks}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     held = {}
@@ -89,6 +92,7 @@ def main():
     folder = Path(sys.argv[1]).resolve()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    os.environ["ASCEND_RUNTIME_PARENT"] = str(os.getpid())
     context = multiprocessing.get_context("fork")
     for ranks, cases in json.loads((folder / "cases.json").read_text()).items():
         group = [context.Process(target=work, args=(folder, rank, int(ranks), cases)) for rank in range(int(ranks))]
