@@ -88,6 +88,7 @@ def test_cancels_at_random_moments(request, survivors, specs, expected, rng):
     assert_cancels(survivors, specs, rng, wanted=50 if request.config.getoption("--all-cancels") else 10)
 
 
+@pytest.mark.timeout(1800)  # with --all-cancels
 def test_cancels_within_exchanges(request, two_ranks, new_runtime, specs, rng):
     """By plans with every kind of exchange: no rank is left in one, nor with what it received from half of one."""
     everything = request.config.getoption("--all-cancels")

@@ -110,6 +110,7 @@ class KillWithinExchange(Kill):
         self.strike()
 
 
+@pytest.mark.timeout(1800)  # with --all-kills
 def test_kill_a_rank(request, new_runtime, slow_checkpoint, expected, marked, rng):
     environment, living = marked
     before = shared_memory([os.getpid()])
@@ -138,10 +139,11 @@ def test_kill_a_rank(request, new_runtime, slow_checkpoint, expected, marked, rn
     assert shared_memory([os.getpid()]) <= before
 
 
+@pytest.mark.timeout(1800)  # with --all-kills
 def test_kill_a_rank_within_an_exchange(request, new_runtime, slow_checkpoint, expected, marked, rng):
     environment, living = marked
     before = shared_memory([os.getpid()])
-    exchanges = chosen(request, some(rng, 2), EXCHANGES)
+    exchanges = chosen(request, some(rng, 1), EXCHANGES)
     for ranks in sorted({plan["ranks"] for plan in exchanges.values()}):
         with new_runtime(ranks, **environment) as runtime:
             for name in [name for name, plan in exchanges.items() if plan["ranks"] == ranks]:
@@ -160,6 +162,7 @@ def test_kill_a_rank_within_an_exchange(request, new_runtime, slow_checkpoint, e
     assert shared_memory([os.getpid()]) <= before
 
 
+@pytest.mark.timeout(1800)  # with --all-kills
 def test_kill_the_client(request, slow_checkpoint, expected, marked, rng, tmp_path):
     environment, living = marked
     two = {"ranks": 2}

@@ -1,4 +1,7 @@
-"""Several ranks give what one rank gives, in fp32, whatever the plan."""
+"""Several ranks give what one rank gives, in fp32: plans for two and three, lengths, experts, groups side by side.
+
+The plans for up to eight: test_plans.py.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,15 +11,9 @@ from ascend_runtime import ParallelSpec, SampleSpec
 from torch.testing import assert_close
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
-EVEN = (1, 16, 3, 8, 8)  # 48 tokens: 2, 3 and 4 divide them
-ODD = (2, 16, 5, 2, 10)  # 25 tokens, which none of them divides, in a batch of 2
-FEW = (1, 16, 1, 2, 4)  # 2 tokens: fewer than ranks
-
-
-@pytest.fixture(scope="module")
-def four_ranks(new_runtime):
-    with new_runtime(4) as runtime:
-        yield runtime
+EVEN = (1, 16, 3, 8, 8)  # 48 tokens: 2 and 3 divide them
+ODD = (2, 16, 5, 2, 10)  # 25 tokens, which neither divides, in a batch of 2
+FEW = (1, 16, 1, 2, 4)  # 2 tokens: fewer than three ranks
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +54,6 @@ def named(*plans):
 ))  # fmt: skip
 def test_two_ranks(two_ranks, specs, expected, shape, plan):
     assert_close(sample(two_ranks, specs, shape, ParallelSpec(ranks=2, **plan)), expected(shape), **TOLERANCE)
-
-
-@pytest.mark.parametrize("shape", [EVEN, ODD, FEW], ids=["even", "odd", "few"])
-@pytest.mark.parametrize("plan", named(
-    {"cfg_degree": 2, "ulysses_degree": 2},
-    {"ulysses_degree": 4},
-    {"ring_degree": 2, "ulysses_degree": 2},
-    {"cfg_degree": 2, "ring_degree": 2, "ring_exchange": "gather"},
-    {"ring_degree": 4},
-    {"cfg_degree": 2, "fsdp": True},
-    {"tp_degree": 4},
-    {"tp_degree": 2, "cfg_degree": 2},
-    {"tp_degree": 2, "ulysses_degree": 2},
-    {"tp_degree": 2, "cfg_degree": 2, "fsdp": True},
-    {"tp_degree": 2, "ulysses_degree": 2, "fsdp": True},
-    {"tp_degree": 2, "ring_degree": 2, "fsdp": True},
-))  # fmt: skip
-def test_four_ranks(four_ranks, specs, expected, shape, plan):
-    plan = ParallelSpec(ranks=4, overlap=True, **plan)
-    assert_close(sample(four_ranks, specs, shape, plan), expected(shape), **TOLERANCE)
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["", "fsdp"])

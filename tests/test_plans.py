@@ -106,6 +106,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("ranks", RANKS if metafunc.config.getoption("--all-plans") else (2, 8))
 
 
+@pytest.mark.timeout(1800)  # with --all-plans
 def test_text_to_video(request, rng, report, runtimes, new_runtime, one_rank, checkpoint, specs_of, ranks):
     expected = {
         (shape, scale): sample(one_rank, checkpoint, specs_of.text, shape, scale)
@@ -122,6 +123,7 @@ def test_text_to_video(request, rng, report, runtimes, new_runtime, one_rank, ch
     report(f"text-to-video, {ranks} ranks", errors)
 
 
+@pytest.mark.timeout(1800)  # with --all-plans
 def test_a_first_frame_continued(request, rng, report, checkpoint):
     """Image-to-video with a timestep a token: 0 for those of the frame that is given."""
     some_ranks = RANKS if request.config.getoption("--all-plans") else RANKS[:2]
@@ -131,7 +133,7 @@ def test_a_first_frame_continued(request, rng, report, checkpoint):
         for ranks, some in by_ranks.items()
     }
     (checkpoint / "cases.json").write_text(json.dumps(arguments))
-    gloo_ranks.run("ti2v_ranks.py", checkpoint, 1, timeout=500)
+    gloo_ranks.run("ti2v_ranks.py", checkpoint, 1, timeout=1500)
     network = ti2v_ranks.load(checkpoint)
     expected = {
         (shape, scale): ti2v_ranks.continued(network, None, shape, scale, STEPS)
