@@ -1,7 +1,7 @@
 """A process that uses the runtime as ComfyUI does, for tests that kill it: `killed_client.py CHECKPOINT LATENT PLAN`.
 
-Makes one video from nothing, by the plan (JSON, fields of ParallelSpec), says on standard output which phase it has come to, writes the latent to the file
-LATENT and then idles. What the job is, is known to the tests by `latent_of`.
+Makes one video from nothing, by the plan (JSON, the fields of ParallelSpec), says on standard output which phase it has
+come to, writes the latent to the file LATENT and then idles. What the job is, is known to the tests by `latent_of`.
 """
 
 import json
