@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .parts import Parts
+
 MAX_NAMES = 8  # how many parameter names an error lists
 
 
@@ -58,7 +60,6 @@ def load_weights(
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
     rename: Callable[[str], str] = lambda name: name,
-    optional: tuple[str, ...] = (),
     share: Share = Whole(),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -66,7 +67,6 @@ def load_weights(
 
     dtype_of: the dtype to keep a parameter in, by name.
     rename: the module's name of a tensor, by its name on disk.
-    optional: parameters that may be missing because they share another's storage (tied).
     share: what is held here of each; no other byte is read.
     on_tensor: told after each tensor how many are done, and how many there are.
 
@@ -76,16 +76,18 @@ def load_weights(
     shards = tuple(shards)
     wanted = module.state_dict(keep_vars=True)
     places = _places(shards, rename)
-    _check_fit(module, shards, wanted, places, optional)
+    _check_fit(module, shards, wanted, places)
     share.prepare(module)
     done = 0
     for path in shards:
-        with open_shard(path) as shard:
+        with open_shard(path) as shard, Parts(path) as parts:
             for name, (home, key, shape) in places.items():
                 if home == path:
-                    part = share.part(name, shape)
-                    tensor = shard.get_tensor(key) if part is None else shard.get_slice(key)[part]
-                    held = _held(_finite(tensor, name, path), device, dtype_of(name), whole=part is None)
+                    part, dtype = share.part(name, shape), dtype_of(name)
+                    # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
+                    stays = part is None and device.type == "cpu" and parts.dtype(key) == dtype
+                    tensor = shard.get_tensor(key) if stays else parts.read(key, part)
+                    held = _finite(tensor, name, path).to(device, dtype)
                     _assign(module, name, share.parameter(module, name, held))
                     done += 1
                     on_tensor(done, len(places))
@@ -106,8 +108,9 @@ def _places(shards: tuple[Path, ...], rename: Callable[[str], str]) -> dict[str,
     return places
 
 
-def _check_fit(module, shards, wanted, places, optional) -> None:
-    missing = [name for name in wanted if name not in places and name not in optional]
+def _check_fit(module, shards, wanted, places) -> None:
+    filled = {id(wanted[name]) for name in places if name in wanted}  # a parameter with two names needs one of them
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in filled]
     unexpected = [name for name in places if name not in wanted]
     misshapen = [
         f"{name} is {list(places[name][2])}, not {list(tensor.shape)}"
@@ -127,18 +130,11 @@ def _check_fit(module, shards, wanted, places, optional) -> None:
 
 
 def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
-    """`tensor`, if its values are numbers: one sum shows it, as NaN and infinity outlive any addition."""
-    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        if not torch.isfinite(tensor).all():
+    """`tensor`, if its values are numbers: its least and its greatest show it, as NaN is both."""
+    if tensor.is_floating_point() and tensor.numel():
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
     return tensor
-
-
-def _held(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, whole: bool) -> torch.Tensor:
-    """`tensor` as it is kept. A part is a view of the mapped file, of which nothing else is to stay."""
-    if whole:
-        return tensor.to(device, dtype)
-    return torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
 
 
 def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

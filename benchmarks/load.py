@@ -1,0 +1,216 @@
+"""What loading a checkpoint under FSDP costs each of 1, 2 and 4 ranks: bytes read, memory at most, weights held.
+
+All figures are the kernel's (proc(5)), of the ranks as they are, above what the same ranks take when idle. Idle is
+after a small job whose weights were freed, so that libraries which come with the first job are not counted as weights.
+The ranks' malloc gives back at once what is freed: left to itself it kept 60 % of the weights that had passed through
+a step in holes of its heap, which says nothing of cards, where no malloc holds weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+import psutil
+import torch
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime.families.wan import keeps_fp32
+
+from .report import Row, context_of
+
+RANKS = (1, 2, 4)
+DTYPE = torch.bfloat16
+FILES = 4
+# Wan 1.3B in width, with so many blocks that it weighs 4 GB
+WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "num_layers": 42}
+QUICK_WIDTHS = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 2048, "text_dim": 256, "num_layers": 12}
+SIZE = VideoSize(width=64, height=64, num_frames=5)
+TOKENS = 16  # of text
+POLL = 0.05  # seconds
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc's own default, which being set here does not grow (mallopt(3))
+
+
+def run(quick: bool) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = _write(Path(folder) / "checkpoint", QUICK_WIDTHS if quick else WIDTHS)
+        small = _write(Path(folder) / "small", {**QUICK_WIDTHS, "num_layers": 1})
+        for ranks in tqdm(RANKS, desc="groups of ranks"):
+            yield from _figures(_measure(checkpoint, small, ranks), checkpoint, ranks, quick)
+
+
+# The checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    text_dim: int
+    nbytes: int  # of all tensors
+    block: int  # bytes of one block
+
+
+def _write(folder: Path, widths: dict[str, int]) -> Checkpoint:
+    """A diffusers folder with a transformer of random weights, in the dtypes in which they are kept, in some files."""
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**widths)
+    dtypes = {name: torch.float32 if keeps_fp32(name) else DTYPE for name in network.state_dict()}
+    sizes = {name: x.numel() * dtypes[name].itemsize for name, x in network.state_dict().items()}
+    total = sum(sizes.values())
+    _check_room(folder.parent, total)
+    component = folder / "transformer"
+    component.mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
+    network.save_config(component)
+    files: dict[int, list[str]] = {}
+    for name in sizes:
+        written = sum(sizes[earlier] for names in files.values() for earlier in names)
+        files.setdefault(written * FILES // total, []).append(name)
+    shapes = {name: x.shape for name, x in network.state_dict().items()}
+    weight_map = {}
+    for number, names in files.items():
+        file = f"diffusion_pytorch_model-{number + 1:05}-of-{len(files):05}.safetensors"
+        save_file({name: torch.randn(shapes[name], dtype=dtypes[name]) * 0.02 for name in names}, component / file)
+        weight_map |= dict.fromkeys(names, file)
+    (component / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
+    return Checkpoint(folder, widths["text_dim"], total, block)
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    disk, memory = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    if min(disk / 1.2, memory / 2) < nbytes:
+        raise SystemExit(
+            f"load: a checkpoint of {nbytes / 1e9:.1f} GB needs 1.2 x as much on the disk of {folder} (free: "
+            f"{disk / 1e9:.1f} GB; TMPDIR names another) and 2 x as much memory (free: {memory / 1e9:.1f} GB)."
+        )
+
+
+# What a group of ranks makes of it
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes. read: of the checkpoint, a rank; loading: PSS at most, all ranks together; held: PSS at most within a
+    step, a rank. PSS is above that of the idle ranks."""
+
+    read: list[int]
+    loading: int
+    held: list[int]
+    seconds: float
+
+
+def _measure(checkpoint: Checkpoint, small: Checkpoint, ranks: int) -> Measured:
+    parallel = ParallelSpec(ranks=ranks, fsdp=True)
+    with Runtime(parallel, device="cpu", environment=MALLOC) as runtime:
+        _sample(runtime, small)
+        runtime.free()
+        idle, read_before = [_pss(pid) for pid in runtime.pids], [_read_calls(pid) for pid in runtime.pids]
+        with _peaks(runtime.pids) as loading:
+            start = time.perf_counter()
+            runtime.load(model=_spec(checkpoint), parallel=parallel)
+            seconds = time.perf_counter() - start
+        read = [_read_calls(pid) - before + _mapped(pid, checkpoint.path)
+                for pid, before in zip(runtime.pids, read_before)]  # fmt: skip
+        if sum(read) < 0.99 * checkpoint.nbytes:
+            raise RuntimeError(f"The ranks read {sum(read)} of {checkpoint.nbytes} bytes: some reading went unseen.")
+        with _peaks(runtime.pids) as working:
+            _sample(runtime, checkpoint)
+    held = [most - before for most, before in zip(working.of_each, idle)]
+    return Measured(read, loading.of_all - sum(idle), held, seconds)
+
+
+def _spec(checkpoint: Checkpoint) -> DiffusionModelSpec:
+    return DiffusionModelSpec(path=str(checkpoint.path), dtype=str(DTYPE).removeprefix("torch."))
+
+
+def _sample(runtime: Runtime, checkpoint: Checkpoint) -> None:
+    """One step of a video so small that it takes no memory to speak of."""
+    spec = SampleSpec(steps=1, guidance_scale=1.0, solver="euler")
+    text = torch.randn(1, TOKENS, checkpoint.text_dim)
+    runtime.sample(_spec(checkpoint), spec, torch.zeros(SIZE.latent_shape()), text)
+
+
+def _pss(pid: int) -> int:
+    """Bytes of a process's memory, of shared pages its part."""
+    return 1024 * int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
+
+
+def _read_calls(pid: int) -> int:
+    """Bytes that a process was given by read calls, whether they came from a disk or from the kernel's memory."""
+    return int(re.search(r"^rchar: (\d+)", Path(f"/proc/{pid}/io").read_text(), re.M)[1])
+
+
+def _mapped(pid: int, folder: Path) -> int:
+    """Bytes of the folder's files that a process has mapped and touched: these no read call tells of."""
+    total, counts = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            counts = f" {folder}/" in line
+        elif counts and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@dataclass
+class Peaks:
+    """The highest PSS seen: of each process, and of all at one time."""
+
+    of_each: list[int]
+    of_all: int = 0
+
+
+@contextmanager
+def _peaks(pids: list[int]) -> Iterator[Peaks]:
+    """Looks every POLL seconds, and once at the end."""
+    peaks, ended = Peaks([0] * len(pids)), threading.Event()
+
+    def look() -> None:
+        now = [_pss(pid) for pid in pids]
+        peaks.of_each = [max(pair) for pair in zip(peaks.of_each, now)]
+        peaks.of_all = max(peaks.of_all, sum(now))
+
+    def watch() -> None:
+        while not ended.wait(POLL):
+            look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        watcher.join()
+    look()
+
+
+def _figures(measured: Measured, checkpoint: Checkpoint, ranks: int, quick: bool) -> Iterator[Row]:
+    whole, blocks = checkpoint.nbytes, 2 * checkpoint.block / checkpoint.nbytes
+    context = context_of(
+        quick,
+        ranks=ranks,
+        checkpoint_gb=round(whole / 1e9, 3),
+        two_blocks=round(blocks, 4),
+        seconds=round(measured.seconds, 2),
+        mb_s=round(whole / 1e6 / measured.seconds),
+        files="in the kernel's memory, as they were just written",
+    )
+    figures = (
+        ("read_share", max(measured.read) / whole, 1 / ranks + 0.01, "bytes of read calls, and of mapped pages"),
+        ("pss_ratio", measured.loading / whole, 1.1, "highest sum of PSS while loading, above idle"),
+        ("rank_weights", max(measured.held) / whole, 1 / ranks + blocks, "highest PSS within a step, above idle"),
+    )
+    for name, value, bar, measure in figures:
+        yield Row(name=f"load.{name}.{ranks}", value=value, unit="share", better="lower", baseline=bar,
+                  context={**context, "measure": measure})  # fmt: skip
