@@ -23,7 +23,7 @@ from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
 logger = logging.getLogger(__name__)
 
 ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free beside two experts: a 14B block at 1280 x 720 x 81 on one card
-SMALL = 2**30  # bytes on disk; a text encoder below this is computed in fp32, a larger one in bfloat16
+SMALL = 2**30  # bytes on disk; on a CPU a text encoder below this is computed in fp32, a larger one in bfloat16
 
 
 @dataclass
@@ -83,22 +83,23 @@ class Components:
     def get(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding = Sharding()) -> Any:
         """The component that `spec` describes. `on_tensor` is told of each tensor read; none is, if it is loaded.
 
-        sharding: how a diffusion model's weights are spread over the ranks; all else is whole.
+        sharding: how the weights of a diffusion model or a text encoder are spread over the ranks; a VAE is whole.
         """
         load, files = _KINDS[type(spec)]
         found = files(spec)
         key = (spec, sharding, tuple(component.fingerprint for component in found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
-            self._drop(type(spec))  # first, so that never two are held
+            self.drop(type(spec))  # first, so that never two are held
             self._slots[type(spec)] = held = (key, load(spec, found, self._device, on_tensor, sharding))
         return held[1]
 
     def free(self) -> None:
         for kind in list(self._slots):
-            self._drop(kind)
+            self.drop(kind)
 
-    def _drop(self, kind: type) -> None:
+    def drop(self, kind: type) -> None:
+        """Frees what a description of this kind stands for, if it is held."""
         if self._slots.pop(kind, None) is not None:
             gc.collect()
             devices.empty_cache(self._device)
@@ -230,24 +231,36 @@ def _per_channel(values) -> torch.Tensor:
 # Text encoder
 
 
-def _load_text_encoder(spec: TextEncoderSpec, found: list[Component], device, on_tensor, _) -> TextEncoder:
+def _load_text_encoder(
+    spec: TextEncoderSpec, found: list[Component], device, on_tensor, sharding: Sharding
+) -> TextEncoder:
+    """On this rank's device, whole or a share, where its placement is ranks; else whole on the CPU."""
     component = found[0]
-    dtype = _dtype(spec.dtype, torch.float32 if component.nbytes < SMALL else torch.bfloat16)
+    device = device if spec.placement == "ranks" else torch.device("cpu")
+    dtype = _dtype(spec.dtype, _text_dtype(device, component.nbytes))
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config.from_dict(component.config))
+    model.set_input_embeddings(model.shared)  # one module under both names: FSDP2 gathers a module's own parameters
     load_weights(
         model,
         component.shards,
         dtype_of=lambda name: dtype,
-        device=torch.device("cpu"),
-        optional=("encoder.embed_tokens.weight",),
+        device=device,
+        share=Share(sharding, lambda name: None, lambda name: False, [model.shared, *model.encoder.block]),
         on_tensor=on_tensor,
     )
-    model.tie_weights()
     tokenizer = component.root / "tokenizer"
     if not tokenizer.is_dir():
         raise ValueError(f"{tokenizer} does not exist; the text encoder needs the tokenizer folder beside it.")
     return TextEncoder(model.eval(), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
+
+
+def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
+    """What an encoder of this size on disk computes in, where it is not told."""
+    if device.type == "cpu":
+        return torch.float32 if nbytes < SMALL else torch.bfloat16
+    dtype = devices.default_dtype(device)
+    return torch.float32 if dtype == torch.float16 else dtype  # T5's feed-forward overflows in float16
 
 
 # VAE

@@ -15,7 +15,7 @@ from typing import Callable, Mapping
 
 from msgspec.structs import replace
 
-from .specs import OperatorSpec, ParallelSpec
+from .specs import OperatorSpec, ParallelSpec, TextEncoderSpec
 
 logger = logging.getLogger(__name__)
 
@@ -191,15 +191,14 @@ NPU = (
     Variable("INF_NAN_MODE_FORCE_DISABLE", FLAG, "1 forces INF_NAN_MODE_ENABLE=0 on newer cards", "torch_npu"),
 )  # fmt: skip
 
-# These steer OperatorSpec, or things that are settled here, on every device.
+# These steer OperatorSpec, TextEncoderSpec, or things that are settled here, on every device.
 ORIGINAL = (
     Variable("ALGO", Choice(("0", "1", "3")), "attention: 0 fused, 1 laser, 3 infer", "MindIE"),
     Variable("FAST_LAYERNORM", FLAG, "layer norm: 0 upcast to fp32, 1 fused", "MindIE"),
     Variable("USE_SUB_HEAD", Whole(0, 1024), "heads that one attention call computes; 0: all", "MindIE"),
     Variable("PRECISION", FLAG, "1: noise drawn on the CPU", "MindIE",
              remarks={"0": "noise is drawn on the CPU all the same, so that a seed means one video everywhere"}),
-    Variable("T5_LOAD_CPU", FLAG, "1: the text encoder on the CPU", "MindIE",
-             remarks={"0": "the text encoder stays on the CPU all the same, which leaves the cards to the video"}),
+    Variable("T5_LOAD_CPU", FLAG, "the text encoder: 1 on one rank's CPU, 0 on the devices of all ranks", "MindIE"),
     Variable("OVERLAP", FLAG, "1: Ulysses' exchange travels while attention computes", "MindIE"),
     Variable("ROPE_OPT", FLAG, "fused rotary embedding", "MindIE",
              remarks=dict.fromkeys("01", "no such choice is needed; it is fused where the card can")),
@@ -239,6 +238,16 @@ def overlaps(spec: ParallelSpec, environ: Mapping[str, str]) -> bool:
     """
     _raise(_wrong(ORIGINAL, environ, {}))
     return environ.get("OVERLAP", "0") == "1" if spec.overlap is None else spec.overlap
+
+
+def placed(spec: TextEncoderSpec, environ: Mapping[str, str]) -> TextEncoderSpec:
+    """`spec` with its placement chosen: where it is auto, what T5_LOAD_CPU asks for, else cpu.
+
+    Raises ValueError for a T5_LOAD_CPU that is neither 0 nor 1.
+    """
+    _raise(_wrong(ORIGINAL, environ, {}))
+    asked = "cpu" if environ.get("T5_LOAD_CPU", "1") == "1" else "ranks"
+    return replace(spec, placement=asked if spec.placement == "auto" else spec.placement)
 
 
 def rank_environment(kind: str, environ: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,8 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from . import devices
-from .components import Components, DiffusionModel
-from .environment import overlaps, with_defaults
+from .components import Components, DiffusionModel, TextEncoder
+from .environment import overlaps, placed, with_defaults
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.fsdp import Sharding, sharding_of
@@ -21,7 +22,7 @@ from .plans import Plan
 from .profiling import Recorder
 from .protocol import Done
 from .sampling import denoise
-from .specs import ParallelSpec, SampleSpec, VideoSize
+from .specs import ParallelSpec, SampleSpec, TextEncoderSpec, VideoSize
 from .text import encode_text
 from .transport import borrowed
 
@@ -29,7 +30,8 @@ from .transport import borrowed
 class Pipeline:
     """The work of one rank; every method takes a job (see job.py) and returns its `Done`.
 
-    Encoding and decoding are rank 0's; the other ranks answer at once and leave it their cores.
+    Decoding is rank 0's, and so is encoding where the text encoder's placement is not ranks; the other ranks answer
+    at once and leave it their cores.
     """
 
     def __init__(self, device: torch.device):
@@ -48,25 +50,33 @@ class Pipeline:
 
     def load(self, job) -> Done:
         message = job.message
+        encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
             self._component(message.model, job, self._sharding(self._plan(message.parallel), message.parallel))
-        for spec in (message.encoder, message.vae):
-            if spec is not None and self.rank == 0:
-                self._component(spec, job)
+        if encoder is not None:
+            self._text_encoder(encoder, job, text_sharding)
+        if message.vae is not None and self.rank == 0:
+            self._component(message.vae, job)
         return _done(job)
 
     def encode(self, job) -> Done:
-        if self.rank != 0:
+        spec, sharding = self._placed(job.message.encoder)
+        on_ranks = spec.placement == "ranks"
+        with job.together() if on_ranks else nullcontext():
+            encoder = self._text_encoder(spec, job, sharding)
+        if encoder is None:
             return _done(job)
-        encoder = self._component(job.message.encoder, job)
 
         def on_block(index: int, total: int) -> None:
-            job.check()
+            if on_ranks:
+                job.check_together()
+            else:
+                job.check()
             job.progress("encode", index + 1, total)
 
-        with job.stage("encode"), devices.all_cores():
+        with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
             embedding = encode_text(encoder.model, encoder.tokenizer, job.message.text, on_block)
-        return _done(job, tensor=embedding)
+        return _done(job, tensor=embedding if self.rank == 0 else None)
 
     def sample(self, job) -> Done:
         message, spec = job.message, job.message.spec
@@ -113,6 +123,18 @@ class Pipeline:
     def _sharding(self, plan: Plan, parallel: ParallelSpec) -> Sharding:
         """How a model's weights are spread; every rank must ask, before it does what may fail on it alone."""
         return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
+
+    def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
+        """The text encoder with its placement chosen, and its sharding; every rank must ask, as for `_sharding`."""
+        spec = placed(spec, os.environ)
+        return spec, sharding_of(self.device.type, dist.get_world_size(), tp=1, fsdp=spec.placement == "ranks")
+
+    def _text_encoder(self, spec: TextEncoderSpec, job, sharding: Sharding) -> TextEncoder | None:
+        """None where it is rank 0's alone; this rank's share of one on the ranks is freed then."""
+        if spec.placement == "ranks" or self.rank == 0:
+            return self._component(spec, job, sharding)
+        self.components.drop(TextEncoderSpec)
+        return None
 
     def _component(self, spec, job, sharding: Sharding = Sharding()):
         def on_tensor(done: int, total: int) -> None:

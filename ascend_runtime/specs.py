@@ -20,6 +20,7 @@ ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
 LAYER_NORMS = ("auto", "fused", "fp32")
 RING_EXCHANGES = ("rotate", "gather")
 EXPERTS = ("auto", "resident", "swap")
+PLACEMENTS = ("auto", "cpu", "ranks")
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
 
@@ -136,14 +137,22 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
 
 
 class TextEncoderSpec(Struct, frozen=True, kw_only=True):
-    """A UMT5 text encoder and its tokenizer: a diffusers folder (`text_encoder/`, `tokenizer/`)."""
+    """A UMT5 text encoder and its tokenizer: a diffusers folder (`text_encoder/`, `tokenizer/`).
+
+    dtype: "auto" is float32 on a CPU below 1 GiB on disk, bfloat16 above; on other devices bfloat16, and float32 where
+        a card has none.
+    placement: "cpu" is rank 0's CPU, all its cores; "ranks" all ranks' devices, the weights shared by FSDP2.
+        "auto": what the variable T5_LOAD_CPU asks for, else cpu.
+    """
 
     path: str
     dtype: str = "auto"
+    placement: str = "auto"
 
     def __post_init__(self):
         _make_absolute(self, "path")
         _require_choice("dtype", self.dtype, DTYPES)
+        _require_choice("placement", self.placement, PLACEMENTS)
 
 
 class VaeSpec(Struct, frozen=True, kw_only=True):

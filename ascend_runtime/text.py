@@ -19,19 +19,19 @@ def clean(text: str) -> str:
 
 
 def encode_text(model, tokenizer, text: str, on_block: Callable[[int, int], None]) -> Tensor:
-    """The embedding [1, 512, D] of a prompt in fp32, zeros behind its end.
+    """The embedding [1, 512, D] of a prompt in fp32 on the CPU, zeros behind its end.
 
     Only the prompt's own tokens go through the network: its mask hides the padding from them anyway.
     on_block: told before each of the encoder's blocks which of how many it is.
     """
-    tokens = tokenizer(clean(text), truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    tokens = tokenizer(clean(text), truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(model.device)
     blocks = model.encoder.block
     hooks = [
         block.register_forward_pre_hook(lambda *_, index=index: on_block(index, len(blocks)))
         for index, block in enumerate(blocks)
     ]
     try:
-        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.float()
+        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.float().cpu()
     finally:
         for hook in hooks:
             hook.remove()

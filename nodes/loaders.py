@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.specs import ATTENTIONS, DTYPES, DiffusionModelSpec, OperatorSpec, TextEncoderSpec, VaeSpec
+from ..ascend_runtime.specs import ATTENTIONS, DTYPES, PLACEMENTS
+from ..ascend_runtime.specs import DiffusionModelSpec, OperatorSpec, TextEncoderSpec, VaeSpec
 from . import model_files, types
 from .types import Handle, ModelHandle, RanksHandle
 
@@ -110,15 +111,25 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="AscendLoadTextEncoder",
             display_name="Ascend Load Text Encoder",
             category="Ascend",
-            description="Picks the UMT5 text encoder. It runs on the CPU of one rank and takes no card's memory.",
+            description="Picks the UMT5 text encoder. It runs on the CPU of one rank, or on the devices of all.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=list(model_files.diffusers_folders()),
                     tooltip="A diffusers folder of models/diffusers with a text_encoder and a tokenizer.",
                 ),
-                dtype_input("float32 if it is smaller than 1 GiB, else bfloat16"),
+                dtype_input("on a CPU float32 if it is smaller than 1 GiB, else bfloat16; on an NPU or GPU bfloat16"),
                 types.parallel_input(),
+                io.Combo.Input(
+                    "placement",
+                    options=list(PLACEMENTS),
+                    default="auto",
+                    optional=True,
+                    tooltip="Where it runs.\n"
+                    "auto: what the variable T5_LOAD_CPU asks for (1: cpu, 0: ranks), else cpu.\n"
+                    "cpu: on the CPU of one rank; takes no card's memory.\n"
+                    "ranks: on the devices of all ranks, each of which holds a share of the weights.",
+                ),
             ],
             outputs=[types.TextEncoder.Output(display_name="text_encoder", tooltip="For Ascend Text Encode.")],
         )
@@ -128,8 +139,8 @@ class LoadTextEncoder(io.ComfyNode):
         return model_files.check(model_name)
 
     @classmethod
-    def execute(cls, model_name, dtype, parallel=None) -> io.NodeOutput:
-        spec = TextEncoderSpec(path=model_files.path_of(model_name), dtype=dtype)
+    def execute(cls, model_name, dtype, parallel=None, placement="auto") -> io.NodeOutput:
+        spec = TextEncoderSpec(path=model_files.path_of(model_name), dtype=dtype, placement=placement)
         return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
 
 

@@ -20,9 +20,9 @@ from comfy_server import ComfyServer  # noqa: E402
 PLACES = {
     "AscendParallelConfig": (0, 0, 310, 250),
     "AscendLoadDiffusionModel": (370, 0, 400, 178),
-    "AscendLoadTextEncoder": (370, 238, 400, 82),
-    "AscendLoadVAE": (370, 380, 400, 82),
-    "MarkdownNote": (0, 522, 770, 230),
+    "AscendLoadTextEncoder": (370, 238, 400, 106),
+    "AscendLoadVAE": (370, 404, 400, 82),
+    "MarkdownNote": (0, 546, 770, 206),
     "Positive prompt": (850, 0, 420, 236),
     "Negative prompt": (850, 296, 420, 236),
     "EmptyHunyuanLatentVideo": (850, 592, 420, 160),

@@ -99,7 +99,7 @@ class Share:
         for unit, following in zip(self.units, self.units[1:]):
             # not set_modules_to_forward_prefetch: it keeps the gathered bytes of a third unit for longer
             unit.register_forward_pre_hook(lambda *_, following=following: _gather_ahead(following))
-        network.register_forward_hook(lambda *_: _forget_forward([*self.units, network]))
+        network.register_forward_hook(lambda *_: _forget_forward([*self.units, network]), always_call=True)
 
 
 def _rows(rows: slice, mesh: DeviceMesh) -> slice:
@@ -119,8 +119,11 @@ def _gather_ahead(unit: FSDPModule) -> None:
 
 
 def _forget_forward(modules: list[FSDPModule]) -> None:
-    """FSDP2 notes each forward until a backward, which never comes here."""
+    """FSDP2 notes each forward until a backward, which never comes here; and keeps what one that was broken off, such
+    as by a cancel, has gathered."""
     for module in modules:
         group = module._get_fsdp_state()._fsdp_param_group
+        group.wait_for_unshard()
+        module.reshard()
         group.comm_ctx.post_forward_order.clear()
         group._post_forward_indices.clear()
