@@ -102,12 +102,13 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes. read: of the checkpoint, a rank; loading: PSS at most, all ranks together; held: PSS at most within a
-    step, a rank. PSS is above that of the idle ranks."""
+    """Bytes. read: of the checkpoint, a rank; loading: PSS at most, all ranks together; held, kept: PSS of a rank, at
+    most within a step, and after it. PSS is above that of the idle ranks."""
 
     read: list[int]
     loading: int
     held: list[int]
+    kept: list[int]
     seconds: float
 
 
@@ -127,8 +128,9 @@ def _measure(checkpoint: Checkpoint, small: Checkpoint, ranks: int) -> Measured:
             raise RuntimeError(f"The ranks read {sum(read)} of {checkpoint.nbytes} bytes: some reading went unseen.")
         with _peaks(runtime.pids) as working:
             _sample(runtime, checkpoint)
+        kept = [_pss(pid) - before for pid, before in zip(runtime.pids, idle)]
     held = [most - before for most, before in zip(working.of_each, idle)]
-    return Measured(read, loading.of_all - sum(idle), held, seconds)
+    return Measured(read, loading.of_all - sum(idle), held, kept, seconds)
 
 
 def _spec(checkpoint: Checkpoint) -> DiffusionModelSpec:
@@ -204,13 +206,15 @@ def _figures(measured: Measured, checkpoint: Checkpoint, ranks: int, quick: bool
         two_blocks=round(blocks, 4),
         seconds=round(measured.seconds, 2),
         mb_s=round(whole / 1e6 / measured.seconds),
+        kept_after_a_step=round(max(measured.kept) / whole, 4),
         files="in the kernel's memory, as they were just written",
     )
     figures = (
         ("read_share", max(measured.read) / whole, 1 / ranks + 0.01, "bytes of read calls, and of mapped pages"),
         ("pss_ratio", measured.loading / whole, 1.1, "highest sum of PSS while loading, above idle"),
-        ("rank_weights", max(measured.held) / whole, 1 / ranks + blocks, "highest PSS within a step, above idle"),
-    )
+        ("rank_weights", max(measured.held) / whole, 1 / ranks + blocks,
+         "highest PSS within a step, above idle: with what Gloo gathers a block into before it copies it out"),
+    )  # fmt: skip
     for name, value, bar, measure in figures:
         yield Row(name=f"load.{name}.{ranks}", value=value, unit="share", better="lower", baseline=bar,
                   context={**context, "measure": measure})  # fmt: skip

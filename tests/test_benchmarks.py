@@ -27,6 +27,9 @@ NAMES = {
     "warm": {"warm.cold_start_s", "warm.late_over_early", "warm.rss_slope_mb", "warm.weight_opens"},
     "ascend": {*(f"ascend.{name}_{what}" for name in OPERATORS for what in ("error", "time")),
                *(f"ascend.{mode}_{what}" for mode in MODES for what in ("speedup", "difference"))},
+    "scaling": {*(f"scaling.{mode}2" for mode in ("ulysses", "ulysses_overlap", "ring", "ring_gather", "cfg")),
+                "scaling.pipeline1_vs_diffusers", "scaling.pipeline2_vs_diffusers"},
+    "load": {f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)},
 }  # fmt: skip
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
 
