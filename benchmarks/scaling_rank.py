@@ -21,7 +21,7 @@ from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
 from ascend_runtime.plans import Plan
 
 DIM, FFN, HEADS, TEXT = 1536, 8960, 12, 512  # Wan 2.1 1.3B
-TOKENS, ROUNDS = 4096, 7
+TOKENS, ROUNDS = 4096, 5
 QUICK_TOKENS, QUICK_ROUNDS = 256, 2
 SHARED = {
     "ulysses": (Plan(ulysses=2), {}),
