@@ -151,22 +151,30 @@ def _must_swap(
 ) -> bool:
     """Whether the second expert is to take turns with the one that is loaded. Ranks may decide differently: the
     video is the same."""
-    same = dict(loaded.config) == dict(wan.WanTransformer(component.config, sharding.tp).config)
-    if sharding.mesh is not None or not same:
-        if spec.experts == "swap":
-            why = "fsdp shares their weights" if same else "they are of different shapes"
-            raise ValueError(f"experts is 'swap', but {why}: set it to 'auto'.")
+    if spec.experts == "resident":
         return False
-    if spec.experts != "auto":
-        return spec.experts == "swap"
+    if spec.experts == "auto" and (sharding.mesh is not None or _fits(loaded, device)):
+        return False
+    same = dict(loaded.config) == dict(wan.WanTransformer(component.config, sharding.tp).config)
+    if sharding.mesh is None and same:
+        return True
+    if spec.experts == "swap":
+        why = "fsdp shares their weights" if same else "they are of different shapes"
+        raise ValueError(f"experts is 'swap', but {why}: set it to 'auto'.")
+    return False
+
+
+def _fits(loaded: wan.WanTransformer, device) -> bool:
+    """Whether a second expert as large as `loaded`, and room to compute, are free; says so where they are not."""
     free, needed = devices.free_memory(device), sum(p.nbytes for p in loaded.parameters())
     if free is None or free >= needed + ROOM_TO_COMPUTE:
-        return False
+        return True
     logger.info(
-        "The second expert needs %.1f GB beside %.1f GB to compute in, and %.1f GB are free: the experts take turns.",
+        "The second expert needs %.1f GB beside %.1f GB to compute in; %.1f GB are free: experts of one shape take "
+        "turns.",
         needed / 1e9, ROOM_TO_COMPUTE / 1e9, free / 1e9,
     )  # fmt: skip
-    return True
+    return False
 
 
 def _check_channels(component: Component, first: Component, channels: int) -> None:

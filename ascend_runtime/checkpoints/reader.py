@@ -88,7 +88,7 @@ def load_weights(
                     stays = part is None and device.type == "cpu" and parts.dtype(key) == dtype
                     tensor = shard.get_tensor(key) if stays else parts.read(key, part)
                     held = _finite(tensor, name, path).to(device, dtype)
-                    _assign(module, name, share.parameter(module, name, held))
+                    assign(module, name, share.parameter(module, name, held))
                     done += 1
                     on_tensor(done, len(places))
 
@@ -137,7 +137,8 @@ def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
     return tensor
 
 
-def _assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Makes `tensor` the parameter or buffer of that name, without a gradient."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if leaf in owner._parameters:

@@ -67,8 +67,7 @@ class AscendOperators(PlainOperators):
             return (lambda *qkv: PlainOperators._attend(self, *qkv)[0],) * 2
         if name == "fp8":
             return ascend_attention.fp8, fused
-        others = {name: getattr(ascend_attention, name) for name in ("infer", "laser", "fastest")}
-        return (others.get(name, fused),) * 2
+        return (getattr(ascend_attention, name) if name in ("infer", "laser", "fastest") else fused,) * 2
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         attend = self._self_attention if query.shape == key.shape else self._other_attention

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..checkpoints.reader import assign
 from .mesh import weights_mesh
 from .tensor import TensorParallel, WholeWeights, slice_of
 
@@ -63,7 +64,7 @@ class Share:
         for name, parameter in list(network.named_parameters()):
             if (dim := self._cut(name)) is not None:
                 own = slice_of(parameter.shape[dim], self.sharding.tp)
-                _set(network, name, parameter.narrow(dim, own.start, own.stop - own.start).contiguous())
+                assign(network, name, parameter.narrow(dim, own.start, own.stop - own.start).contiguous())
         if self.sharding.mesh is not None:
             self._shard(network)
 
@@ -107,11 +108,6 @@ def _rows(rows: slice, mesh: DeviceMesh) -> slice:
     size = -(-(rows.stop - rows.start) // mesh.size())
     start = min(rows.start + mesh.get_local_rank() * size, rows.stop)
     return slice(start, min(start + size, rows.stop))
-
-
-def _set(network: nn.Module, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    network.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _gather_ahead(unit: FSDPModule) -> None:

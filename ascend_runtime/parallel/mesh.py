@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,7 +16,6 @@ from ..plans import AXES, Plan
 # torch 2.13 renamed it
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-
 FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some exchange sees as one
 
 
@@ -28,13 +28,24 @@ class Mesh:
         self._axes = {axis: axes[axis] for axis in AXES}
         self._axes |= {name: axes[parts]._flatten(name) for name, parts in FLATTENED.items()}
 
-    def along(self, axis: str) -> DeviceMesh:
-        """This rank's one-dimensional mesh along an axis of AXES or FLATTENED."""
-        return self._axes[axis]
-
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one along `axis` alone, itself among them."""
+        """The ranks that differ from this one along an axis of AXES or FLATTENED alone, itself among them."""
         return self._axes[axis].get_group()
+
+
+@dataclass(frozen=True)
+class Member:
+    """What this rank is in a group of ranks that share something: one of `degree`, number `rank`."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def degree(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
 
 
 @lru_cache(maxsize=None)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..ops import PlainOperators
 from ..precision import LOG_SUM_EXP
-from .mesh import start_all_gather
+from .mesh import Member, start_all_gather
 
 
 @dataclass(frozen=True)
-class Ring:
+class Ring(Member):
     """Attention over the tokens of all ranks of `group`, each of which holds an equal part, padded at the end.
 
     exchange: "rotate": keys and values go around, from neighbour to neighbour, while attention to the last ones runs;
@@ -22,17 +22,8 @@ class Ring:
         attention to all others follows: fewer, larger calls, and all parts in memory.
     """
 
-    group: dist.ProcessGroup
     operators: PlainOperators
     exchange: str = "rotate"
-
-    @property
-    def degree(self) -> int:
-        return dist.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
         """query [B, S', heads, head_dim] without padding, key and value [B, S/R, heads, head_dim] with it.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import PlainOperators
 from ..precision import NORMS
+from .mesh import Member
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,12 @@ class WholeWeights:
 
 
 @dataclass(frozen=True)
-class TensorParallel:
+class TensorParallel(Member):
     """The same on a rank that holds one slice of `degree`, those of `group`.
 
     Sends, a rank and a Wan block, 2 (T-1)/T times these bytes: of its tokens [B, S', D], three times, once a row
     layer; and 4 B (3 S' + L) for the norms (L tokens of text; an image's count as well).
     """
-
-    group: dist.ProcessGroup
-
-    @property
-    def degree(self) -> int:
-        return dist.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
 
     def rms_norms(self, ops: PlainOperators, eps: float, *pairs: tuple[nn.RMSNorm, Tensor]) -> list[Tensor]:
         """Over the full width, of which x [..., D/T] is this rank's slice; the squares of all pairs are summed in one

@@ -12,24 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .mesh import pad_end
+from .mesh import Member, pad_end
 
 PARTS = 2  # in which an overlapped exchange travels: the first part's is the only one that nothing hides
 
 
 @dataclass(frozen=True)
-class Ulysses:
+class Ulysses(Member):
     """The all-to-all around an attention over `group`.
 
     overlap: heads travel in parts, one while the attention of another runs.
     """
 
-    group: dist.ProcessGroup
     overlap: bool = False
-
-    @property
-    def degree(self) -> int:
-        return dist.get_world_size(self.group)
 
     def attention(self, attend: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of chunks [B, S/U, heads, head_dim]; the result is as query.
