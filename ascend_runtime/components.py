@@ -210,7 +210,7 @@ def _load_transformer(component: Component, dtype, device, on_tensor, sharding: 
         dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else dtype,
         device=device,
         rename=to_diffusers_name if component.original_names else lambda name: name,
-        share=Share(sharding, wan.cut_dim, wan.keeps_fp32, model.units),
+        share=Share(sharding, wan.cut_dim, wan.replicated, model.units),
         on_tensor=on_tensor,
     )
     return model.eval()

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import devices
 from .components import Components, DiffusionModel, TextEncoder
 from .environment import overlaps, placed, with_defaults
+from .families.context import Context
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.fsdp import Sharding, sharding_of
@@ -161,19 +162,24 @@ class Pipeline:
     def _denoise(self, job, stage: str, model: DiffusionModel, spec: SampleSpec, cfg_group, **hooks) -> Tensor:
         """The denoised latent, not normalised, on the CPU."""
         message = job.message
-        text = {"cond": message.positive, "uncond": message.negative}
-        text = {name: self._text_for(model, t, message.latent.shape[0]) for name, t in text.items() if t is not None}
+        texts = {"cond": message.positive, "uncond": message.negative}
+        texts = {name: self._text_for(model, t, message.latent.shape[0]) for name, t in texts.items() if t is not None}
+        contexts, working = {}, None  # of the expert that works now: True is the low-noise one
 
         def predict(latent: Tensor, timestep: float, following: float | None) -> Tensor:
+            nonlocal contexts, working
+            low_noise = model.is_low_noise(timestep)
+            if low_noise != working:
+                contexts, working = {name: Context(text) for name, text in texts.items()}, low_noise
             expert = model.expert_at(timestep)
-            scale = spec.low_noise_guidance if model.is_low_noise(timestep) else spec.guidance_scale
+            scale = spec.low_noise_guidance if low_noise else spec.guidance_scale
             x = latent.to(self.device, model.dtype)
             t = torch.full((x.shape[0],), timestep, device=self.device)
 
             def branch(name: str) -> Tensor:
                 if name == "uncond" or cfg_group is not None or scale == 1.0:  # this rank's last of the step
                     model.expect(following)
-                return expert(x, t, text[name])
+                return expert(x, t, contexts[name])
 
             return guided(branch, scale, cfg_group).float().cpu()
 

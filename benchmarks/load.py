@@ -1,7 +1,7 @@
 """What loading a checkpoint under FSDP costs each of 1, 2 and 4 ranks: bytes read, memory at most, weights held.
 
 All figures are the kernel's (proc(5)), of the ranks as they are, above what the same ranks take when idle. Idle is
-after a small job whose weights were freed, so that libraries which come with the first job are not counted as weights.
+after the same job, its weights freed, so that libraries which come with the first job are not counted as weights.
 The ranks' malloc gives back at once what is freed: left to itself it kept 60 % of the weights that had passed through
 a step in holes of its heap, which says nothing of cards, where no malloc holds weights.
 """
@@ -45,9 +45,12 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc's own default, which bein
 def run(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = _write(Path(folder) / "checkpoint", QUICK_WIDTHS if quick else WIDTHS)
-        small = _write(Path(folder) / "small", {**QUICK_WIDTHS, "num_layers": 1})
+        beside = 0
         for ranks in tqdm(RANKS, desc="groups of ranks"):
-            yield from _figures(_measure(checkpoint, small, ranks), checkpoint, ranks, quick)
+            measured = _measure(checkpoint, ranks)
+            if ranks == 1:  # which gathers nothing
+                beside = measured.held[0] - measured.kept[0]
+            yield from _figures(measured, beside, checkpoint, ranks, quick)
 
 
 # The checkpoint
@@ -102,23 +105,24 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes. read: of the checkpoint, a rank; loading: PSS at most, all ranks together; held, kept: PSS of a rank, at
-    most within a step, and after it. PSS is above that of the idle ranks."""
+    """Bytes. read: of the checkpoint, a rank; loading: PSS at most, all ranks together; kept, held: RSS of a rank when
+    all is loaded, and at most within a step after that. Memory is above that of the idle ranks."""
 
     read: list[int]
     loading: int
-    held: list[int]
     kept: list[int]
+    held: list[int]
     seconds: float
 
 
-def _measure(checkpoint: Checkpoint, small: Checkpoint, ranks: int) -> Measured:
+def _measure(checkpoint: Checkpoint, ranks: int) -> Measured:
     parallel = ParallelSpec(ranks=ranks, fsdp=True)
     with Runtime(parallel, device="cpu", environment=MALLOC) as runtime:
-        _sample(runtime, small)
+        _sample(runtime, checkpoint)
         runtime.free()
-        idle, read_before = [_pss(pid) for pid in runtime.pids], [_read_calls(pid) for pid in runtime.pids]
-        with _peaks(runtime.pids) as loading:
+        idle, idle_rss = sum(map(_pss, runtime.pids)), list(map(_rss, runtime.pids))
+        read_before = list(map(_read_calls, runtime.pids))
+        with _peak(runtime.pids) as loading:
             start = time.perf_counter()
             runtime.load(model=_spec(checkpoint), parallel=parallel)
             seconds = time.perf_counter() - start
@@ -126,11 +130,12 @@ def _measure(checkpoint: Checkpoint, small: Checkpoint, ranks: int) -> Measured:
                 for pid, before in zip(runtime.pids, read_before)]  # fmt: skip
         if sum(read) < 0.99 * checkpoint.nbytes:
             raise RuntimeError(f"The ranks read {sum(read)} of {checkpoint.nbytes} bytes: some reading went unseen.")
-        with _peaks(runtime.pids) as working:
-            _sample(runtime, checkpoint)
-        kept = [_pss(pid) - before for pid, before in zip(runtime.pids, idle)]
-    held = [most - before for most, before in zip(working.of_each, idle)]
-    return Measured(read, loading.of_all - sum(idle), held, kept, seconds)
+        kept = [_rss(pid) - before for pid, before in zip(runtime.pids, idle_rss)]
+        for pid in runtime.pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the highest RSS is counted from now on
+        _sample(runtime, checkpoint)
+        held = [_rss(pid, "VmHWM") - before for pid, before in zip(runtime.pids, idle_rss)]
+    return Measured(read, loading.most - idle, kept, held, seconds)
 
 
 def _spec(checkpoint: Checkpoint) -> DiffusionModelSpec:
@@ -147,6 +152,11 @@ def _sample(runtime: Runtime, checkpoint: Checkpoint) -> None:
 def _pss(pid: int) -> int:
     """Bytes of a process's memory, of shared pages its part."""
     return 1024 * int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
+
+
+def _rss(pid: int, of: str = "VmRSS") -> int:
+    """Bytes of a process's memory, shared pages in whole; VmHWM: the highest since it was last reset."""
+    return 1024 * int(re.search(rf"^{of}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)[1])
 
 
 def _read_calls(pid: int) -> int:
@@ -166,22 +176,19 @@ def _mapped(pid: int, folder: Path) -> int:
 
 
 @dataclass
-class Peaks:
-    """The highest PSS seen: of each process, and of all at one time."""
+class Peak:
+    """The highest sum of PSS seen."""
 
-    of_each: list[int]
-    of_all: int = 0
+    most: int = 0
 
 
 @contextmanager
-def _peaks(pids: list[int]) -> Iterator[Peaks]:
+def _peak(pids: list[int]) -> Iterator[Peak]:
     """Looks every POLL seconds, and once at the end."""
-    peaks, ended = Peaks([0] * len(pids)), threading.Event()
+    peak, ended = Peak(), threading.Event()
 
     def look() -> None:
-        now = [_pss(pid) for pid in pids]
-        peaks.of_each = [max(pair) for pair in zip(peaks.of_each, now)]
-        peaks.of_all = max(peaks.of_all, sum(now))
+        peak.most = max(peak.most, sum(map(_pss, pids)))
 
     def watch() -> None:
         while not ended.wait(POLL):
@@ -190,14 +197,15 @@ def _peaks(pids: list[int]) -> Iterator[Peaks]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield peaks
+        yield peak
     finally:
         ended.set()
         watcher.join()
     look()
 
 
-def _figures(measured: Measured, checkpoint: Checkpoint, ranks: int, quick: bool) -> Iterator[Row]:
+def _figures(measured: Measured, beside: int, checkpoint: Checkpoint, ranks: int, quick: bool) -> Iterator[Row]:
+    """beside: bytes that a step takes beside weights."""
     whole, blocks = checkpoint.nbytes, 2 * checkpoint.block / checkpoint.nbytes
     context = context_of(
         quick,
@@ -206,14 +214,14 @@ def _figures(measured: Measured, checkpoint: Checkpoint, ranks: int, quick: bool
         two_blocks=round(blocks, 4),
         seconds=round(measured.seconds, 2),
         mb_s=round(whole / 1e6 / measured.seconds),
-        kept_after_a_step=round(max(measured.kept) / whole, 4),
+        kept=round(max(measured.kept) / whole, 4),
         files="in the kernel's memory, as they were just written",
     )
     figures = (
         ("read_share", max(measured.read) / whole, 1 / ranks + 0.01, "bytes of read calls, and of mapped pages"),
         ("pss_ratio", measured.loading / whole, 1.1, "highest sum of PSS while loading, above idle"),
-        ("rank_weights", max(measured.held) / whole, 1 / ranks + blocks,
-         "highest PSS within a step, above idle: with what Gloo gathers a block into before it copies it out"),
+        ("rank_weights", (max(measured.held) - beside) / whole, 1 / ranks + blocks,
+         f"highest RSS within a step, above idle, without the {beside / 1e6:.1f} MB that it takes beside weights"),
     )  # fmt: skip
     for name, value, bar, measure in figures:
         yield Row(name=f"load.{name}.{ranks}", value=value, unit="share", better="lower", baseline=bar,

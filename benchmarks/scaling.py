@@ -47,17 +47,17 @@ def _modes(quick: bool) -> Iterator[Row]:
             second.kill()
             second.wait()
     measured = json.loads(told)
-    for name, rounds in measured["shared"].items():
+    for name, rounds in measured["seconds"].items():
         # Work done in a second by both: an independent round does two blocks' work, a shared one does one's.
-        shares = [alone / (2 * shared) for alone, shared in zip(measured["independent"], rounds)]
+        shares = [alone / (2 * shared) for alone, shared in rounds]
         context = context_of(
             quick,
             ranks=2,
             threads_a_rank=1,
             tokens=measured["tokens"],
             rounds=len(rounds),
-            shared_s=round(median(rounds), 3),
-            independent_s=round(median(measured["independent"]), 3),
+            shared_s=round(median(shared for _, shared in rounds), 3),
+            independent_s=round(median(alone for alone, _ in rounds), 3),
             slowest=round(min(shares), 3),
             fastest=round(max(shares), 3),
         )

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ascend_runtime.families.context import Context
 from ascend_runtime.families.wan import WanBlock
 from ascend_runtime.ops import PlainOperators
+from ascend_runtime.ops.plain import RotaryTable
 from ascend_runtime.parallel.cfg import guided
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
@@ -57,38 +59,43 @@ class _Block:
         draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
         self.operators = PlainOperators()
         self.block = WanBlock(DIM, FFN, HEADS).eval()
-        self.x, self.text, self.timestep = draw(1, tokens, DIM), draw(1, TEXT, DIM), draw(1, 6, DIM)
+        self.x, self.timestep = draw(1, tokens, DIM), draw(1, 6, DIM)
+        text = draw(1, TEXT, DIM)
+        self.context = Context(text)
+        self.context.embedded = text, None
         angles = draw(1, tokens, 1, DIM // HEADS // 2).repeat_interleave(2, -1)
         self.rotary = self.operators.rotary_table(angles.cos(), angles.sin())
 
-    def run(self, sequence: Sequence) -> Tensor:
-        """All tokens, of which this rank holds what `sequence` gives it."""
+    def on(self, sequence: Sequence) -> Callable[[], Tensor]:
+        """The block, run on what `sequence` gives this rank of the tokens; the prompt is the same in every run, and
+        the tokens are where the block before this one left them, as in all blocks of a step but its first."""
+        rotary = tuple(sequence.split(part).contiguous() for part in self.rotary)
+        x = sequence.split(self.x).contiguous()
+        return lambda: self._run(sequence, x, rotary)
+
+    def _run(self, sequence: Sequence, x: Tensor, rotary: RotaryTable) -> Tensor:
         for module in (self.block, self.block.attn1, self.block.attn2):
             module.ops = self.operators
         self.block.attn1.attention = sequence.attention
-        rotary = tuple(sequence.split(part) for part in self.rotary)
-        x = sequence.split(self.x).contiguous()
-        return sequence.gather(self.block(x, self.text, None, self.timestep, rotary), self.x.shape[1])
+        return self.block(x, self.context, self.timestep, rotary)
 
 
 def _measure(block: _Block, rounds: int) -> dict:
-    """Seconds of each round of each mode; the rounds of all modes take turns."""
-    whole = WholeSequence(block.operators.attention)
-    modes: dict[str, Callable[[], object]] = {"independent": lambda: block.run(whole)}
+    """Of each mode, seconds of each round: an independent one, and right after it a shared one."""
+    whole = block.on(WholeSequence(block.operators.attention))
+    modes: dict[str, Callable[[], object]] = {}
     for name, (plan, options) in SHARED.items():
-        sequence = spread(mesh_of("cpu", plan), block.operators, **options)
-        modes[name] = lambda sequence=sequence: block.run(sequence)
+        modes[name] = block.on(spread(mesh_of("cpu", plan), block.operators, **options))
     group = mesh_of("cpu", Plan(cfg=2)).group("cfg")
-    modes["cfg"] = lambda: guided(lambda branch: block.run(whole), 5.0, group)
-    seconds: dict[str, list[float]] = {name: [] for name in modes}
+    modes["cfg"] = lambda: guided(lambda branch: whole(), 5.0, group)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in modes}
     for turn in range(rounds + 1):
         for name, mode in modes.items():
-            took = _seconds(mode)
+            # Guidance makes two branches, and an independent round is one.
+            pair = _seconds(whole), _seconds(mode) / (2 if name == "cfg" else 1)
             if turn:  # the first is a warm-up
-                seconds[name].append(took)
-    # Guidance makes two branches, and an independent round is one.
-    seconds["cfg"] = [took / 2 for took in seconds["cfg"]]
-    return {"independent": seconds.pop("independent"), "shared": seconds}
+                seconds[name].append(pair)
+    return {"seconds": seconds}
 
 
 def _seconds(mode: Callable[[], object]) -> float:

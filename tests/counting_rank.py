@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ascend_runtime.families.context import Context
 from ascend_runtime.families.wan import WanTransformer
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import guided
@@ -76,9 +77,10 @@ def step(model, *, plan, options, latent):
     mesh, operators = mesh_of("cpu", Plan(**plan)), PlainOperators()
     model.arrange(operators, spread(mesh, operators, **options))
     text = torch.zeros(latent[0], 8, model.config.text_dim)
-    arguments = torch.zeros(latent), torch.zeros(latent[0]), text
+    latent, timestep = torch.zeros(latent), torch.zeros(latent[0])
+    cfg_group = mesh.group("cfg") if mesh.plan.cfg > 1 else None
     with Sent() as sent:
-        guided(lambda branch: model(*arguments), 5.0, mesh.group("cfg") if mesh.plan.cfg > 1 else None)
+        guided(lambda branch: model(latent, timestep, Context(text)), 5.0, cfg_group)
     return sent.noted
 
 

@@ -53,7 +53,7 @@ def main():
     sent = Sent()
     with sent:
         embedding = encode_text(model, encoder.tokenizer, "a red circle", lambda *_: None)
-    told |= {"gathers": len(sent.noted), "after": held(model)}
+    told |= {"gathers": [name for name, _ in sent.noted].count("send") // (ranks - 1), "after": held(model)}
     try:
         encode_text(model, encoder.tokenizer, "a red circle", stop)
     except Stop:

@@ -4,6 +4,7 @@ import gloo_ranks
 import pytest
 import tiny_models
 import torch
+from ascend_runtime.families.context import FEW, Context
 from ascend_runtime.families.wan import WanTransformer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -54,7 +55,7 @@ def test_the_stack_equals_diffusers(config, per_token):
     latent, timestep, text, image = inputs(config, per_token=per_token)
     expected = theirs(latent, timestep, text, encoder_hidden_states_image=image, return_dict=False)[0]
     assert expected.std() > 0.1
-    assert_close(ours(latent, timestep, text, image), expected, **TOLERANCE)
+    assert_close(tiny_models.velocity(ours, latent, timestep, text, image), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["one timestep", "a timestep a token"])
@@ -69,7 +70,9 @@ def test_a_block_equals_diffusers(config, per_token):
     timestep = torch.randn(2, *((tokens,) if per_token else ()), 6, dim)
     context = text if image is None else torch.cat([image, text], dim=1)
     expected = theirs.blocks[0](x, context, timestep, theirs.rope(latent))
-    got = ours.blocks[0](x, text, image, timestep, ours._rotary_table(latent))
+    own = Context(text, image)
+    own.embedded = text, image
+    got = ours.blocks[0](x, own, timestep, ours._rotary_table(latent))
     assert (expected - x).std() > 0.1
     assert_close(got, expected, **TOLERANCE)
 
@@ -83,7 +86,7 @@ def test_a_timestep_a_token_on_two_ranks(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
     save_file({"latent": latent, "timestep": timestep, "text": text}, tmp_path / "inputs.safetensors")
     gloo_ranks.run("wan_rank.py", tmp_path, 2)
-    expected = ours(latent, timestep, text)
+    expected = tiny_models.velocity(ours, latent, timestep, text)
     for rank in range(2):
         assert_close(load_file(tmp_path / f"{rank}.safetensors")["velocity"], expected, atol=1e-5, rtol=0.0)
 
@@ -91,11 +94,11 @@ def test_a_timestep_a_token_on_two_ranks(tmp_path):
 def test_the_stack_sees_each_of_its_inputs():
     ours, _ = ours_and_theirs("i2v")
     arguments = list(inputs("i2v", per_token=False))
-    before = ours(*arguments)
+    before = tiny_models.velocity(ours, *arguments)
     for place in range(len(arguments)):
         changed = list(arguments)
         changed[place] = changed[place].flip(-1) + (100.0 if place == 1 else 0.0)
-        difference = (ours(*changed) - before).abs().max().item()
+        difference = (tiny_models.velocity(ours, *changed) - before).abs().max().item()
         assert difference > 1e-3, f"input {place} has no influence"
 
 
@@ -103,4 +106,23 @@ def test_a_new_size_gets_a_new_rotary_table():
     ours, theirs = ours_and_theirs("t2v")
     for size in ({"height": 6, "width": 10}, {"height": 10, "width": 6}, {"frames": 5, "batch": 1}):
         latent, timestep, text, _ = inputs("t2v", per_token=False, **size)
-        assert_close(ours(latent, timestep, text), theirs(latent, timestep, text, return_dict=False)[0], **TOLERANCE)
+        expected = theirs(latent, timestep, text, return_dict=False)[0]
+        assert_close(tiny_models.velocity(ours, latent, timestep, text), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("config", ["t2v", "i2v", "first-last-frame"])
+@pytest.mark.parametrize("few", [True, False], ids=["few tokens", "many tokens"])
+def test_a_prompt_is_projected_once_where_that_is_felt(config, few):
+    """Later passes find keys and values where the video's tokens are few beside the text's; no bit changes."""
+    ours, _ = ours_and_theirs(config)
+    latent, timestep, text, image = inputs(config, per_token=False)
+    tokens = latent[0, 0].numel() // 4
+    text = text[:, : tokens // FEW + (1 if few else -1)]
+    context, passes = Context(text, image), []
+    ours.condition_embedder.text_embedder.linear_1.register_forward_hook(lambda _, x, __: passes.append(x[0].shape[1]))
+    ours.blocks[1].attn2.to_k.register_forward_hook(lambda *_: passes.append("keys"))
+    for step in (1, 2, 3):
+        passes.clear()
+        again = ours(latent * step, timestep / step, context)
+        assert passes == [text.shape[1] if step == 1 else 1, *([] if few and step > 1 else ["keys"])]
+        assert torch.equal(again, ours(latent * step, timestep / step, Context(text, image)))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ascend_runtime.checkpoints.layout import find_transformer
 from ascend_runtime.checkpoints.reader import load_weights
 from ascend_runtime.families import wan
+from ascend_runtime.families.context import Context
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import guided
 from ascend_runtime.parallel.fsdp import Share, Sharding, sharding_of
@@ -32,7 +33,7 @@ def load(folder: Path, sharding: Sharding = Sharding()) -> wan.WanTransformer:
     """What this rank holds of the network."""
     found = find_transformer(str(folder))
     network = wan.WanTransformer(found.config, sharding.tp).eval()
-    share = Share(sharding, wan.cut_dim, wan.keeps_fp32, network.units)
+    share = Share(sharding, wan.cut_dim, wan.replicated, network.units)
     cpu = torch.device("cpu")
     load_weights(network, found.shards, dtype_of=lambda name: torch.float32, device=cpu, share=share)
     return network
@@ -48,13 +49,14 @@ def continued(network, cfg_group, shape, guidance_scale, steps) -> torch.Tensor:
     first = torch.randn(*shape[:2], 1, *shape[3:], generator=generator)
     text = {name: torch.randn(1, 20, network.config.text_dim, generator=generator).expand(shape[0], -1, -1)
             for name in ("cond", "uncond")}  # fmt: skip
+    contexts = {name: Context(prompt) for name, prompt in text.items()}
     unknown = torch.ones(shape[2:])
     unknown[0] = 0
 
     def predict(latent, timestep, step):
         latent = torch.where(unknown.bool(), latent, first)
         timesteps = (timestep * unknown[:, ::2, ::2]).flatten().expand(shape[0], -1)
-        return guided(lambda name: network(latent, timesteps, text[name]), guidance_scale, cfg_group)
+        return guided(lambda name: network(latent, timesteps, contexts[name]), guidance_scale, cfg_group)
 
     spec = SampleSpec(seed=11, steps=steps, guidance_scale=guidance_scale)
     return torch.where(unknown.bool(), denoise(predict, spec, torch.zeros(shape)), first)

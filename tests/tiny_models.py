@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from ascend_runtime.families.context import Context
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from torch import nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
@@ -32,6 +33,11 @@ def wan_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     }
     torch.manual_seed(seed)  # vectors stay near what they begin at, which is random in biases
     return randomise(WanTransformer3DModel(**{**config, **changes}), seed).eval()
+
+
+def velocity(network, latent, timestep, text, image=None) -> torch.Tensor:
+    """What our transformer makes of a prompt that it has not seen."""
+    return network(latent, timestep, Context(text, image))
 
 
 def wan_vae(seed: int = 0) -> AutoencoderKLWan:

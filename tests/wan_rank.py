@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ascend_runtime.families.context import Context
 from ascend_runtime.families.wan import WanTransformer
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.sequence import SpreadSequence
@@ -29,8 +30,9 @@ def main():
     operators = PlainOperators()
     group = dist.group.WORLD
     model.arrange(operators, SpreadSequence(group, operators.attention, Ulysses(group), None))
+    inputs = load_file(folder / "inputs.safetensors")
     with torch.no_grad():
-        velocity = model(**load_file(folder / "inputs.safetensors"))
+        velocity = model(inputs["latent"], inputs["timestep"], Context(inputs["text"]))
     save_file({"velocity": velocity}, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 

@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import tiny_models
 import torch
 import torch.distributed as dist
 from ascend_runtime.checkpoints import reader
@@ -78,18 +79,18 @@ def run(folder, *, checkpoint, inputs, tp, fsdp, dtype):
         found.shards,
         dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else getattr(torch, dtype),
         device=torch.device("cpu"),
-        share=Share(sharding, wan.cut_dim, wan.keeps_fp32, network.units),
+        share=Share(sharding, wan.cut_dim, wan.replicated, network.units),
     )
     told = {"read": CountingFile.given, "kept": alive() - before - buffers}
     held, begun, sent = [], [], Sent()
     for block in network.blocks:  # after FSDP's own hooks
         block.register_forward_pre_hook(lambda *_: held.append(alive() - before - buffers))
-        block.register_forward_pre_hook(lambda *_: begun.append(len(sent.noted)))
+        block.register_forward_pre_hook(lambda *_: begun.append([name for name, _ in sent.noted].count("send")))
     with sent:
-        velocity = network(**inputs)
+        velocity = tiny_models.velocity(network, **inputs)
     told |= {"held": max(held), "sent": sent.noted, "begun": begun[: len(network.blocks)]}
     _fail_in_the_second_block(network, inputs)
-    again = network(**inputs)
+    again = tiny_models.velocity(network, **inputs)
     assert torch.equal(again, velocity), "another forward, after one that failed, makes something else"
     told["notes"] = _notes(network) if fsdp else 0
     told["dtypes"] = {name: str(p.dtype) for name, p in network.named_parameters()}
@@ -107,7 +108,7 @@ def _fail_in_the_second_block(network, inputs):
 
     handle = network.blocks[1].attn2.register_forward_pre_hook(fail)
     try:
-        network(**inputs)
+        tiny_models.velocity(network, **inputs)
     except MemoryError:
         return
     finally:

@@ -19,6 +19,7 @@ from ..ops import PlainOperators
 from ..ops.plain import RotaryTable
 from ..parallel.sequence import Sequence, WholeSequence
 from ..parallel.tensor import TensorParallel, WholeWeights
+from .context import Context
 
 # Kept in fp32 whatever the dtype of the blocks, as diffusers does: small, and the quality of every step hangs on them.
 FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -52,6 +53,12 @@ LATENT_RGB_BIAS = (-0.1835, -0.0868, -0.3360)
 def keeps_fp32(name: str) -> bool:
     """Whether a parameter is in fp32 whatever the dtype of the blocks."""
     return any(part in name for part in FP32_PARAMETERS)
+
+
+def replicated(name: str) -> bool:
+    """Whether every rank keeps a parameter whole under FSDP, which gathers one dtype at a time: what is in fp32 within
+    a unit of the blocks' dtype."""
+    return keeps_fp32(name) and "time_embedder" not in name
 
 
 def cut_dim(name: str) -> int | None:
@@ -114,14 +121,28 @@ class WanCrossAttention(WanAttention):
             self.add_k_proj, self.add_v_proj = nn.Linear(image_dim, dim), nn.Linear(image_dim, dim)
             self.norm_added_k = nn.RMSNorm(dim, eps=eps)
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
-        """x [B, S, D], text [B, L, D], image [B, I, D]."""
-        query, key = self._normed((self.norm_q, self.to_q(x)), (self.norm_k, self.to_k(text)))
-        out = self.ops.attention(query, key, self._heads(self.to_v(text))).flatten(2)
-        if image is not None:
-            (key,) = self._normed((self.norm_added_k, self.add_k_proj(image)))
-            out = out + self.ops.attention(query, key, self._heads(self.add_v_proj(image))).flatten(2)
-        return self.tp.row_linear(self.ops, self.to_out[0], out)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x [B, S, D]"""
+        query = self.norm_q, self.to_q(x)
+        if self in context.keys_values:
+            (query,) = self._normed(query)
+            keys_values = context.keys_values[self]
+        else:
+            query, *keys = self._normed(query, *self._keys(*context.embedded))
+            keys_values = list(zip(keys, self._values(*context.embedded)))
+            if context.worth_keeping(x.shape[1]):
+                context.keys_values[self] = keys_values
+        outs = [self.ops.attention(query, key, value).flatten(2) for key, value in keys_values]
+        return self.tp.row_linear(self.ops, self.to_out[0], sum(outs[1:], start=outs[0]))
+
+    def _keys(self, text: Tensor, image: Tensor | None) -> list[tuple[nn.RMSNorm, Tensor]]:
+        """Each with the norm that it needs."""
+        keys = [(self.norm_k, self.to_k(text))]
+        return keys if image is None else [*keys, (self.norm_added_k, self.add_k_proj(image))]
+
+    def _values(self, text: Tensor, image: Tensor | None) -> list[Tensor]:
+        values = [self.to_v(text)] if image is None else [self.to_v(text), self.add_v_proj(image)]
+        return [self._heads(value) for value in values]
 
 
 class WanBlock(nn.Module):
@@ -147,12 +168,12 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None, timestep: Tensor, rotary: RotaryTable) -> Tensor:
+    def forward(self, x: Tensor, context: Context, timestep: Tensor, rotary: RotaryTable) -> Tensor:
         """x [B, S, D]; timestep: its projection [B, 6, D], or [B, S, 6, D] with one timestep a token."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(timestep)
         attended = self.attn1(self.ops.modulated_layer_norm(x, shift, scale, self.eps), rotary)
         x = self.ops.gated_add(x, attended, gate)
-        x = x + self.attn2(self._norm_for_text(x), text, image)
+        x = x + self.attn2(self._norm_for_text(x), context)
         fed = self._feed_forward(self.ops.modulated_layer_norm(x, ffn_shift, ffn_scale, self.eps))
         return self.ops.gated_add(x, fed, ffn_gate)
 
@@ -214,8 +235,8 @@ class WanTransformer(nn.Module):
 
     @property
     def units(self) -> list[nn.Module]:
-        """What FSDP gathers at once, in the order in which it runs."""
-        return [self.condition_embedder, *self.blocks]
+        """What FSDP gathers at once, in the order in which they begin."""
+        return [self.condition_embedder, self.condition_embedder.time_embedder, *self.blocks]
 
     def arrange(self, operators: PlainOperators, sequence: Sequence | None = None) -> None:
         """Says which operators compute from now on, and how the tokens are spread over ranks (None: all are here)."""
@@ -226,33 +247,38 @@ class WanTransformer(nn.Module):
             block.ops = block.attn1.ops = block.attn2.ops = operators
             block.attn1.attention = self.sequence.attention
 
-    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+    def forward(self, latent: Tensor, timestep: Tensor, context: Context) -> Tensor:
         """The velocity [B, C_out, T, H, W].
 
-        latent [B, C, T, H, W]; timestep [B] in 0..1000, or [B, S] with one a token; text [B, L, text_dim];
-        image [B, I, image_dim] for models that see one. H and W are even.
+        latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000, or [B, S] with one a token; context: a new one,
+        or that of earlier passes with the same prompt.
         """
         rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent))
         tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
         length = tokens.shape[1]
         if timestep.ndim == 2:  # split before it is embedded: six vectors a token are large
             timestep = self.sequence.split(timestep)
-        embedded, projected, text, image = self._condition(timestep, text, image)
+        embedded, projected = self._condition(timestep, context)
         tokens = self.sequence.split(tokens).contiguous()
         for block in self.blocks:
-            tokens = block(tokens, text, image, projected, rotary)
+            tokens = block(tokens, context, projected, rotary)
         tokens = self.sequence.gather(self._head(tokens, embedded), length)
         return self._unpatchify(tokens, latent.shape)
 
-    def _condition(self, timestep: Tensor, text: Tensor, image: Tensor | None):
-        """The timestep embedded [B, 1 or S, D] and projected [B, (S,) 6, D]; text and image in the blocks' width."""
+    def _condition(self, timestep: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The timestep embedded [B, 1 or S, D] and projected [B, (S,) 6, D]; embeds the context if it is new."""
+        new = context.embedded is None
+        # The embedder wants a text in any case; of one token it costs nothing.
+        text, image = (context.text, context.image) if new else (context.text[:, :1], None)
         per_token = timestep.shape[1] if timestep.ndim == 2 else None
-        embedded, projected, text, image = self.condition_embedder(
+        embedded, projected, *prompt = self.condition_embedder(
             timestep.flatten(), text, image, timestep_seq_len=per_token
         )
+        if new:
+            context.embedded = tuple(prompt)
         if per_token is None:
             embedded = embedded.unsqueeze(1)
-        return embedded, projected.unflatten(-1, (6, -1)), text, image
+        return embedded, projected.unflatten(-1, (6, -1))
 
     def _head(self, tokens: Tensor, embedded: Tensor) -> Tensor:
         """tokens [B, S, D] -> patches [B, S, prod(patch) * C_out]."""

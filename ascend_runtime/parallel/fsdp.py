@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..checkpoints.reader import assign
+from .direct_gather import DirectGather
 from .mesh import weights_mesh
 from .tensor import TensorParallel, WholeWeights, slice_of
 
@@ -47,8 +48,9 @@ class Share:
     cut_dim: the dim along which tensor parallelism cuts a parameter, by name; None: it does not.
     replicated: whether every rank keeps a parameter whole under FSDP too, by name: the small ones of another dtype
         than their block, since FSDP2 gathers one dtype at a time.
-    units: the modules that are gathered at once, in the order in which they run; what is in none of them is gathered
-        for the whole forward. Each gathers the next one's weights while it computes.
+    units: the modules that are gathered at once, in the order in which they begin; what is in none of them is gathered
+        for the whole forward, and what is in a unit within another with the inner one. Each gathers the next one's
+        weights while it computes.
 
     Holds, of R ranks: 1/R of the weights, two units at most, what is in none, and what is replicated.
     Sends, a rank and a forward: its share, R-1 times.
@@ -95,9 +97,12 @@ class Share:
 
     def _shard(self, network: nn.Module) -> None:
         whole = {parameter for name, parameter in network.named_parameters() if self.replicated(name)}
-        for module in (*self.units, network):  # what is within must come before what it is within
+        for module in (*reversed(self.units), network):  # what is within must come before what it is within
             fully_shard(module, mesh=self.sharding.mesh, reshard_after_forward=True, ignored_params=whole)
-        for unit, following in zip(self.units, self.units[1:]):
+            if self.sharding.mesh.device_type == "cpu" and hasattr(module, "set_custom_all_gather"):  # of torch 2.8
+                module.set_custom_all_gather(DirectGather())
+        # The first unit too: what a module gathers on its own FSDP2 keeps until the next one's weights are in place.
+        for unit, following in zip((network, *self.units), self.units):
             # not set_modules_to_forward_prefetch: it keeps the gathered bytes of a third unit for longer
             unit.register_forward_pre_hook(lambda *_, following=following: _gather_ahead(following))
         network.register_forward_hook(lambda *_: _forget_forward([*self.units, network]), always_call=True)

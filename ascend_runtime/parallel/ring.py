@@ -32,12 +32,12 @@ class Ring(Member):
 
         Sends, a rank: (R-1) times the bytes of its key and value.
         """
-        merged, key_value = _Merged(query), torch.stack((key, value))
+        merged = _Merged(query)
         travel = self._gather if self.exchange == "gather" else self._rotate
-        travel(merged, query, key_value, lengths)
+        travel(merged, query, [key, value], lengths)
         return merged.result()
 
-    def _rotate(self, merged: _Merged, query: Tensor, key_value: Tensor, lengths: list[int]) -> None:
+    def _rotate(self, merged: _Merged, query: Tensor, key_value: list[Tensor], lengths: list[int]) -> None:
         for step in range(self.degree):
             travels = self._pass_on(key_value) if step + 1 < self.degree else None
             self._attend(merged, query, key_value, lengths[(self.rank - step) % self.degree])
@@ -46,26 +46,30 @@ class Ring(Member):
                 for work in works:
                     work.wait()
 
-    def _gather(self, merged: _Merged, query: Tensor, key_value: Tensor, lengths: list[int]) -> None:
-        gathered, work = start_all_gather(key_value, self.group)  # [R, 2, B, S/R, heads, head_dim]
+    def _gather(self, merged: _Merged, query: Tensor, key_value: list[Tensor], lengths: list[int]) -> None:
+        gathering = [start_all_gather(x, self.group) for x in key_value]  # [R, B, S/R, heads, head_dim] each
         self._attend(merged, query, key_value, lengths[self.rank])
-        work.wait()
-        others = torch.cat([gathered[rank, :, :, :n] for rank, n in enumerate(lengths) if rank != self.rank], dim=2)
-        self._attend(merged, query, others, others.shape[2])
+        others = []
+        for gathered, work in gathering:
+            work.wait()
+            parts = [gathered[rank, :, :n] for rank, n in enumerate(lengths) if rank != self.rank]
+            others.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        self._attend(merged, query, others, others[0].shape[1])
 
-    def _attend(self, merged: _Merged, query: Tensor, key_value: Tensor, length: int) -> None:
+    def _attend(self, merged: _Merged, query: Tensor, key_value: list[Tensor], length: int) -> None:
         if length and query.shape[1]:
-            key, value = key_value[:, :, :length].unbind()
+            key, value = (x[:, :length] for x in key_value)
             merged.add(*self.operators.attention_with_lse(query, key, value))
 
-    def _pass_on(self, x: Tensor) -> tuple[list[dist.Work], Tensor, Tensor]:
-        """Sends x to the next rank of the ring and receives the previous one's; the third must live until then."""
-        sent, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    def _pass_on(self, tensors: list[Tensor]) -> tuple[list[dist.Work], list[Tensor], list[Tensor]]:
+        """Sends them to the next rank of the ring and receives the previous one's; the third must live until then."""
+        sent = [x.contiguous() for x in tensors]
+        received = [torch.empty_like(x) for x in sent]
         after = dist.get_global_rank(self.group, (self.rank + 1) % self.degree)
         before = dist.get_global_rank(self.group, (self.rank - 1) % self.degree)
-        sending = dist.P2POp(dist.isend, sent, after, self.group)
-        receiving = dist.P2POp(dist.irecv, received, before, self.group)
-        return dist.batch_isend_irecv([sending, receiving]), received, sent
+        sending = [dist.P2POp(dist.isend, x, after, self.group) for x in sent]
+        receiving = [dist.P2POp(dist.irecv, x, before, self.group) for x in received]
+        return dist.batch_isend_irecv([*sending, *receiving]), received, sent
 
 
 class _Merged:
@@ -82,7 +86,7 @@ class _Merged:
             self._out, self._lse = out, lse
             return
         weight = torch.sigmoid(lse - self._lse).unsqueeze(-1)  # exp(lse) / (exp(lse) + exp(the others'))
-        self._out = torch.lerp(self._out, out, weight)
+        self._out.lerp_(out, weight)
         self._lse = torch.logaddexp(self._lse, lse)
 
     def result(self) -> Tensor:

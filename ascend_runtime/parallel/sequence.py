@@ -83,7 +83,7 @@ class SpreadSequence:
         """Attention over the whole sequence; all tensors are [B, S/N, heads, head_dim]."""
         if self.ulysses is None:
             return self._attend(query, key, value)
-        return self.ulysses.attention(lambda packed: self._attend(*packed.unbind()), query, key, value)
+        return self.ulysses.attention(self._attend, query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Of this rank's part of the sequence [B, S/R, heads, head_dim], padded at its end, as the result is."""

@@ -38,7 +38,8 @@ class TensorParallel(Member):
     """The same on a rank that holds one slice of `degree`, those of `group`.
 
     Sends, a rank and a Wan block, 2 (T-1)/T times these bytes: of its tokens [B, S', D], three times, once a row
-    layer; and 4 B (3 S' + L) for the norms (L tokens of text; an image's count as well).
+    layer; and 4 B (3 S' + L) for the norms (L tokens of text, an image's count as well; none where `Context` has
+    their keys).
     """
 
     def rms_norms(self, ops: PlainOperators, eps: float, *pairs: tuple[nn.RMSNorm, Tensor]) -> list[Tensor]:

@@ -26,30 +26,36 @@ class Ulysses(Member):
 
     overlap: bool = False
 
-    def attention(self, attend: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attention(
+        self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+    ) -> Tensor:
         """Attention of chunks [B, S/U, heads, head_dim]; the result is as query.
 
-        attend: of query, key and value stacked [3, B, S, some heads, head_dim] -> [B, S, these heads, head_dim].
+        attend: of query, key and value [B, S, some heads, head_dim] -> [B, S, these heads, head_dim].
 
         Sends, a rank: 4 (U-1)/U of its chunk's bytes (heads padded to a multiple of U), three parts of four before
         the attention and one after it.
         """
-        degree, heads = self.degree, query.shape[2]
-        packed = pad_end(torch.stack((query, key, value)), 3, -(-heads // degree) * degree)
-        packed = packed.unflatten(3, (degree, -1))  # [3, B, S/U, U, heads/U, D]
-        parts = packed.tensor_split(min(PARTS if self.overlap else 1, packed.shape[4]), dim=4)
+        heads = query.shape[2]
+        padded = -(-heads // self.degree) * self.degree
+        # [B, S/U, U, heads/U, D] each
+        qkv = [pad_end(x, 2, padded).unflatten(2, (self.degree, -1)) for x in (query, key, value)]
+        count = min(PARTS if self.overlap else 1, padded // self.degree)
+        parts = list(zip(*(x.tensor_split(count, dim=3) for x in qkv)))
         arriving, leaving = self._send_heads(parts[0]), []
         for part in range(len(parts)):
-            qkv = _received(arriving).permute(1, 2, 0, 3, 4, 5).flatten(2, 3)  # [3, B, S, heads of this part, D]
+            whole = [_received(x).transpose(0, 1).flatten(1, 2) for x in arriving]  # [B, S, heads of this part, D]
             if part + 1 < len(parts):
                 arriving = self._send_heads(parts[part + 1])
-            leaving.append(self._send_chunks(attend(qkv)))
+            leaving.append(self._send_chunks(attend(*whole)))
         outs = [_received(sent).permute(1, 2, 0, 3, 4) for sent in leaving]  # [B, S/U, U, heads of a part, D]
-        return torch.cat(outs, dim=3).flatten(2, 3)[:, :, :heads]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=3)
+        return out.flatten(2, 3)[:, :, :heads]
 
-    def _send_heads(self, x: Tensor) -> _Exchange:
-        """[3, B, S/U, U, heads, D] -> [U(chunks), 3, B, S/U, heads, D]"""
-        return self._all_to_all(x.movedim(3, 0))
+    def _send_heads(self, part: tuple[Tensor, Tensor, Tensor]) -> list[_Exchange]:
+        """[B, S/U, U, heads, D] -> [U(chunks), B, S/U, heads, D], each: with one video the chunks need no copy to be
+        the sequence."""
+        return [self._all_to_all(x.movedim(2, 0)) for x in part]
 
     def _send_chunks(self, x: Tensor) -> _Exchange:
         """[B, S, heads, D] -> [U(groups of heads), B, S/U, heads, D]"""

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from ascend_runtime.families.context import Context
 from ascend_runtime.families.wan import FP32_PARAMETERS, WanTransformer
 from ascend_runtime.ops import ascend
 from ascend_runtime.ops.ascend import AscendOperators
@@ -86,7 +87,7 @@ class Stack:
     def run(self):
         """The calls of the whole network."""
         with Calls() as calls:
-            velocity = self.network(self.latent, self.timestep, self.text, self.image)
+            velocity = self.network(self.latent, self.timestep, Context(self.text, self.image))
         assert velocity.shape == (1, self.config["out_channels"], *self.latent.shape[2:])
         assert velocity.dtype == BF16 and velocity.device == NPU
         return calls
@@ -99,9 +100,11 @@ class Stack:
         steps = (self.tokens,) if self.per_token else ()
         timestep = torch.empty(1, *steps, 6, self.dim, dtype=BF16, device=NPU)
         rotary = self.network._rotary_table(self.latent)
+        context = Context(self.text, self.image)
+        context.embedded = text, image
         with Calls() as calls:
             for block in self.network.blocks:
-                tokens = block(tokens, text, image, timestep, rotary)
+                tokens = block(tokens, context, timestep, rotary)
         assert tokens.shape == (1, self.tokens, self.dim) and tokens.dtype == BF16
         return calls
 
