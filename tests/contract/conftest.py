@@ -1,9 +1,11 @@
 """Fixtures of the contract tests, which run in an environment of their own (see run.py) and nowhere else."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -16,14 +18,37 @@ def pytest_report_header():
 
 
 @pytest.fixture(scope="session")
-def python_on():
-    """`python_on(soc, code, devices=1)`: what `code` prints, in a process of its own on such (fake) devices."""
+def zygote():
+    """A process that forks itself to run code; see zygote.py."""
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("zygote.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.stdin.close()
 
-    def run(soc, code, devices=1):
-        environment = {**os.environ, "STUB_SOC": soc, "STUB_DEVICES": str(devices)}
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
-        assert done.returncode == 0, f"on {soc}: {done.stderr[-4000:]}"
-        return done.stdout.strip()
+
+@pytest.fixture(scope="session")
+def python_on(zygote):
+    """`python_on(soc, code, devices=1)`: what `code` prints, in a process of its own on such (fake) devices, which has
+    torch and torch_npu imported.
+
+    With `variables`, which torch_npu may read as early as that, one that imports them first.
+    """
+
+    def run(soc, code, devices=1, variables=None):
+        code, stubs = textwrap.dedent(code), {"STUB_SOC": soc, "STUB_DEVICES": str(devices)}
+        done = _started(code, stubs | variables) if variables else _forked(zygote, code, stubs)
+        assert done["code"] == 0, f"on {soc}: {done['err'][-4000:]}"
+        return done["out"].strip()
 
     return run
+
+
+def _forked(zygote, code, environment):
+    print(json.dumps({"code": code, "environment": environment}), file=zygote.stdin, flush=True)
+    return json.loads(zygote.stdout.readline())
+
+
+def _started(code, environment):
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **environment},
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    return {"code": done.returncode, "out": done.stdout, "err": done.stderr}

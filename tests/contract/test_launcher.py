@@ -58,26 +58,23 @@ def test_the_environment_of_each_rank(clean, monkeypatch):
     assert all(("ASCEND_RUNTIME_LISTEN_FD" in ranks[n]) == (n == 0) for n in range(4))
 
 
-def test_torch_npu_takes_our_variables(clean, python_on, monkeypatch):
+def test_torch_npu_takes_our_variables(clean, python_on):
     """It reads them when the first card is taken, and ends the process where it takes one amiss."""
     (environment,) = environments(RankGroup(1, "npu"))
-    for row in NPU:
-        if row.name in environment:
-            monkeypatch.setenv(row.name, environment[row.name])
+    ours = {row.name: environment[row.name] for row in NPU if row.name in environment}
     code = """
         import torch
         torch.npu.set_device(0)
         x = torch.ones(2**20).to("npu")
         print(torch.npu.utils.get_task_queue_enable(), torch.equal(x.cpu(), torch.ones(2**20)))
     """
-    assert python_on("Ascend910B4", code) == "2 True"
+    assert python_on("Ascend910B4", code, variables=ours) == "2 True"
 
 
 @pytest.mark.parametrize("name, value", [("TASK_QUEUE_ENABLE", "3"), ("PYTORCH_NPU_ALLOC_CONF", "segments:True")])
-def test_torch_npu_refuses_what_we_refuse(clean, python_on, monkeypatch, name, value):
+def test_torch_npu_refuses_what_we_refuse(clean, python_on, name, value):
     with pytest.raises(ValueError, match=name):
         RankGroup(1, "npu", {name: value})
-    monkeypatch.setenv(name, value)
     code = """
         import torch
         try:
@@ -88,15 +85,14 @@ def test_torch_npu_refuses_what_we_refuse(clean, python_on, monkeypatch, name, v
         except (RuntimeError, ValueError) as error:
             print("refused")
     """
-    assert python_on("Ascend910B4", code) == "refused"
+    assert python_on("Ascend910B4", code, variables={name: value}) == "refused"
 
 
-def test_blocking_overrules_the_task_queue(clean, python_on, monkeypatch):
+def test_blocking_overrules_the_task_queue(clean, python_on):
     """So ASCEND_LAUNCH_BLOCKING=1 needs no other TASK_QUEUE_ENABLE, and ours stays."""
-    monkeypatch.setenv("ASCEND_LAUNCH_BLOCKING", "1")
-    monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
+    both = {"ASCEND_LAUNCH_BLOCKING": "1", "TASK_QUEUE_ENABLE": "2"}
     code = "import torch; torch.npu.set_device(0); print(torch.npu.utils.get_task_queue_enable())"
-    assert python_on("Ascend910B4", code) == "0"
+    assert python_on("Ascend910B4", code, variables=both) == "0"
 
 
 # HCCL
@@ -159,10 +155,9 @@ def test_which_card_and_which_dtype(python_on, soc):
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be divided")
-def test_cores_are_divided_by_the_number_of_the_card_and_lent_for_work_on_the_cpu(clean, python_on, monkeypatch):
+def test_cores_are_divided_by_the_number_of_the_card_and_lent_for_work_on_the_cpu(clean, python_on):
     """Why all ranks must see all cards; and that `all_cores` takes back what torch_npu has really bound."""
-    monkeypatch.setenv("CPU_AFFINITY_CONF", "1")
-    monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
+    bound = {"CPU_AFFINITY_CONF": "1", "TASK_QUEUE_ENABLE": "2"}
     code = """
         import time, torch
         from ascend_runtime import devices
@@ -181,7 +176,9 @@ def test_cores_are_divided_by_the_number_of_the_card_and_lent_for_work_on_the_cp
         bound = [cores for cores in before.values() if cores != devices.CORES]
         print(*set().union(*bound))
     """
-    first, second = (set(python_on("Ascend910B4", code.format(number=n), devices=2).split()) for n in (0, 1))
+    first, second = (
+        set(python_on("Ascend910B4", code.format(number=n), devices=2, variables=bound).split()) for n in (0, 1)
+    )
     assert first and second - first  # torch_npu's start on card 0 leaves threads there, whichever card is taken
 
 
