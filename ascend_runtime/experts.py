@@ -43,7 +43,8 @@ class ExpertSwap:
         names = {module: name + "." for name, module in network.named_modules()}
         self._parts = {unit: _Part({}, HIGH_NOISE) for unit in (*units, network)}
         for name, tensor in tensors.items():
-            owner = next((unit for unit in units if name.startswith(names[unit])), network)
+            owners = [unit for unit in units if name.startswith(names[unit])]
+            owner = max(owners, key=lambda unit: len(names[unit]), default=network)  # of units in units the inner one
             self._parts[owner].tensors[name] = tensor
         for unit in self._parts:  # the network's own last: it is called when all units have computed
             unit.register_forward_hook(lambda module, *_: self._after(module))

@@ -28,11 +28,11 @@ from tqdm import tqdm
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
 from ascend_runtime.families.wan import keeps_fp32
 
+from . import cold_load
 from .report import Row, context_of
 
 RANKS = (1, 2, 4)
 DTYPE = torch.bfloat16
-FILES = 4
 # Wan 1.3B in width, with so many blocks that it weighs 4 GB
 WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "num_layers": 42}
 QUICK_WIDTHS = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 2048, "text_dim": 256, "num_layers": 12}
@@ -51,6 +51,7 @@ def run(quick: bool) -> Iterator[Row]:
             if ranks == 1:  # which gathers nothing
                 beside = measured.held[0] - measured.kept[0]
             yield from _figures(measured, beside, checkpoint, ranks, quick)
+        yield from cold_load.run(_spec(checkpoint), sorted(checkpoint.path.rglob("*.safetensors")), quick)
 
 
 # The checkpoint
@@ -65,7 +66,7 @@ class Checkpoint:
 
 
 def _write(folder: Path, widths: dict[str, int]) -> Checkpoint:
-    """A diffusers folder with a transformer of random weights, in the dtypes in which they are kept, in some files."""
+    """A diffusers folder with a transformer of random weights, in the dtypes in which they are kept."""
     with torch.device("meta"):
         network = WanTransformer3DModel(**widths)
     dtypes = {name: torch.float32 if keeps_fp32(name) else DTYPE for name in network.state_dict()}
@@ -76,17 +77,8 @@ def _write(folder: Path, widths: dict[str, int]) -> Checkpoint:
     component.mkdir(parents=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     network.save_config(component)
-    files: dict[int, list[str]] = {}
-    for name in sizes:
-        written = sum(sizes[earlier] for names in files.values() for earlier in names)
-        files.setdefault(written * FILES // total, []).append(name)
-    shapes = {name: x.shape for name, x in network.state_dict().items()}
-    weight_map = {}
-    for number, names in files.items():
-        file = f"diffusion_pytorch_model-{number + 1:05}-of-{len(files):05}.safetensors"
-        save_file({name: torch.randn(shapes[name], dtype=dtypes[name]) * 0.02 for name in names}, component / file)
-        weight_map |= dict.fromkeys(names, file)
-    (component / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tensors = {name: torch.randn(x.shape, dtype=dtypes[name]) * 0.02 for name, x in network.state_dict().items()}
+    save_file(tensors, component / "diffusion_pytorch_model.safetensors")
     block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
     return Checkpoint(folder, widths["text_dim"], total, block)
 

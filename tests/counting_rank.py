@@ -1,7 +1,8 @@
 """A rank that counts what it sends in a step, for a test: `counting_rank.py FOLDER`.
 
 RANK and WORLD_SIZE say which of how many. FOLDER holds config.json of a transformer, the latent's shape and plans
-(cases.json); the rank writes what each plan's guided step sent, as [operation, bytes] by number, to sent-RANK.json.
+(cases.json); the rank writes what each plan's guided steps sent, a list of [operation, bytes] a step, by number, to
+sent-RANK.json. The steps have one prompt.
 The ranks meet in a file of the folder, at no port.
 """
 
@@ -13,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ascend_runtime.families.context import Context
-from ascend_runtime.families.wan import WanTransformer
+from ascend_runtime.families.wan import WanTransformer, cut_dim, replicated
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import guided
+from ascend_runtime.parallel.fsdp import Share, sharding_of
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.plans import Plan
@@ -65,23 +67,27 @@ def main():
     torch.set_grad_enabled(False)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     config, cases = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "cases"))
-    model = WanTransformer(config)
-    model.to_empty(device="cpu")
-    sent = [step(model, **case) for case in cases]
+    sent = [steps(config, **case) for case in cases]
     (folder / f"sent-{rank}.json").write_text(json.dumps(sent))
     dist.destroy_process_group()
 
 
-def step(model, *, plan, options, latent):
-    """What a guided step sends."""
+def steps(config, *, plan, options, latent):
+    """What two guided steps send."""
     mesh, operators = mesh_of("cpu", Plan(**plan)), PlainOperators()
+    sharding = sharding_of("cpu", dist.get_world_size(), mesh.plan.tp, fsdp=False)
+    model = WanTransformer(config, sharding.tp)
+    Share(sharding, cut_dim, replicated, model.units).prepare(model)
+    model.to_empty(device="cpu")
     model.arrange(operators, spread(mesh, operators, **options))
     text = torch.zeros(latent[0], 8, model.config.text_dim)
     latent, timestep = torch.zeros(latent), torch.zeros(latent[0])
     cfg_group = mesh.group("cfg") if mesh.plan.cfg > 1 else None
-    with Sent() as sent:
-        guided(lambda branch: model(latent, timestep, Context(text)), 5.0, cfg_group)
-    return sent.noted
+    contexts, sent = {"cond": Context(text), "uncond": Context(text)}, [Sent(), Sent()]
+    for step in sent:
+        with step:
+            guided(lambda branch: model(latent, timestep, contexts[branch]), 5.0, cfg_group)
+    return [step.noted for step in sent]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ NAMES = {
                *(f"ascend.{mode}_{what}" for mode in MODES for what in ("speedup", "difference"))},
     "scaling": {*(f"scaling.{mode}2" for mode in ("ulysses", "ulysses_overlap", "ring", "ring_gather", "cfg")),
                 "scaling.pipeline1_vs_diffusers", "scaling.pipeline2_vs_diffusers"},
-    "load": {f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)},
+    "load": {*(f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)),
+             "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
 }  # fmt: skip
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
 

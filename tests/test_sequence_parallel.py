@@ -42,6 +42,30 @@ def test_equals_plain_attention(tmp_path, ranks):
             assert_close(outs[str(number)], expected[number], atol=1e-5, rtol=0.0, msg=lambda text: f"{case}: {text}")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_half_precision_it_is_no_worse_than_plain_attention(tmp_path, dtype):
+    """Against fp64: parts of a ring are rounded before they merge, but merge in fp32."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    generator = torch.Generator().manual_seed(seed)
+    cases = [dict(zip(NAMES, case)) for case in [(4, 1, "rotate", False, 256, 4), (2, 2, "gather", True, 255, 5)]]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    wanted = []
+    for number, case in enumerate(cases):
+        shape = (2, case["tokens"], case["heads"], 16)
+        inputs = {name: torch.randn(shape, generator=generator).to(dtype) for name in ("query", "key", "value")}
+        save_file(inputs, tmp_path / f"{number}.safetensors")
+        query, key, value = (x.transpose(1, 2) for x in inputs.values())
+        exact, plain = (F.scaled_dot_product_attention(*(x.to(kind) for x in (query, key, value)))
+                        .transpose(1, 2).flatten(2) for kind in (torch.float64, dtype))  # fmt: skip
+        wanted.append((exact, (plain - exact).abs().mean().item()))
+    outs = attend_on_ranks(tmp_path, 4)[0]
+    for number, (exact, plain) in enumerate(wanted):
+        error = (outs[str(number)] - exact).abs().mean().item()
+        print(f"{cases[number]}: mean error {error:.2e}, of plain attention {plain:.2e}")
+        assert error < 1.3 * plain
+
+
 def attend_on_ranks(folder, ranks):
     """What each rank has of the attention of each case, by its number."""
     gloo_ranks.run("sequence_rank.py", folder, ranks)

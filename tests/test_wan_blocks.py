@@ -119,10 +119,16 @@ def test_a_prompt_is_projected_once_where_that_is_felt(config, few):
     tokens = latent[0, 0].numel() // 4
     text = text[:, : tokens // FEW + (1 if few else -1)]
     context, passes = Context(text, image), []
-    ours.condition_embedder.text_embedder.linear_1.register_forward_hook(lambda _, x, __: passes.append(x[0].shape[1]))
-    ours.blocks[1].attn2.to_k.register_forward_hook(lambda *_: passes.append("keys"))
+    embedder, attention = ours.condition_embedder, ours.blocks[1].attn2
+    embedder.text_embedder.linear_1.register_forward_hook(lambda _, x, __: passes.append(x[0].shape[1]))
+    once = [] if image is None else [embedder.image_embedder]
+    often = [attention.to_k, attention.to_v, *([] if image is None else [attention.add_k_proj, attention.add_v_proj])]
+    for layer in (*once, *often):
+        layer.register_forward_hook(lambda layer, *_: passes.append(layer))
     for step in (1, 2, 3):
         passes.clear()
         again = ours(latent * step, timestep / step, context)
-        assert passes == [text.shape[1] if step == 1 else 1, *([] if few and step > 1 else ["keys"])]
+        first, *layers = passes
+        assert first == (text.shape[1] if step == 1 else 1)
+        assert set(layers) == {*(once if step == 1 else []), *([] if few and step > 1 else often)}
         assert torch.equal(again, ours(latent * step, timestep / step, Context(text, image)))

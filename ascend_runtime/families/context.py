@@ -14,7 +14,7 @@ class Context:
 
     It is the same in every step, so the first pass leaves here what the later ones need of it: the embedders' outputs,
     and where the video's tokens on a rank are few beside the text's, keys and values of every block: these take
-    2 B (L + I) D elements a block, 0.4 GB in all for Wan 14B in bfloat16.
+    2 B (L + I) D elements a block and branch on this rank, by tp_degree: 0.4 GB a branch for Wan 14B in bfloat16.
     """
 
     def __init__(self, text: Tensor, image: Tensor | None = None):

@@ -6,11 +6,17 @@ FSDP2 asks for.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+# Ranks along an axis that spans them all share one group, a ring's and this: a tag of its own keeps messages apart,
+# whichever is waited for first.
+TAG = 1
 
 
 class DirectGather:
@@ -22,16 +28,15 @@ class DirectGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
-        """output_tensor [R * n], of which input_tensor [n], this rank's share, may be a part."""
+        """output_tensor [R * n], of which input_tensor [n], this rank's share, is a part."""
         own, places = dist.get_rank(group), output_tensor.chunk(dist.get_world_size(group))
-        if places[own].data_ptr() != input_tensor.data_ptr():
-            places[own].copy_(input_tensor)
+        assert places[own].data_ptr() == input_tensor.data_ptr(), "FSDP2 puts the share into its place"
         exchanges = []
         for rank, place in enumerate(places):
             if rank != own:
                 peer = dist.get_global_rank(group, rank)
-                exchanges.append(dist.P2POp(dist.isend, input_tensor, peer, group))
-                exchanges.append(dist.P2POp(dist.irecv, place, peer, group))
+                exchanges.append(dist.P2POp(dist.isend, input_tensor, peer, group, TAG))
+                exchanges.append(dist.P2POp(dist.irecv, place, peer, group, TAG))
         work = _Together(dist.batch_isend_irecv(exchanges))
         if async_op:
             return work
@@ -47,5 +52,11 @@ class _Together(dist.Work):
         self._works = works
 
     def wait(self, timeout: timedelta = timedelta()) -> bool:
-        """timeout: zero is the group's own."""
-        return all([work.wait(timeout) for work in self._works])
+        """timeout: zero is the group's own. All are waited for, whichever fails: their memory must outlive them."""
+        with ExitStack() as waits:
+            for work in self._works:
+                waits.callback(work.wait, timeout)
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)

@@ -52,7 +52,8 @@ class Share:
         for the whole forward, and what is in a unit within another with the inner one. Each gathers the next one's
         weights while it computes.
 
-    Holds, of R ranks: 1/R of the weights, two units at most, what is in none, and what is replicated.
+    Holds, of R ranks: 1/R of the weights, two units at most (one within another counts with it), what is in none, and
+    what is replicated.
     Sends, a rank and a forward: its share, R-1 times.
     """
 

@@ -18,8 +18,9 @@ class Ring(Member):
     """Attention over the tokens of all ranks of `group`, each of which holds an equal part, padded at the end.
 
     exchange: "rotate": keys and values go around, from neighbour to neighbour, while attention to the last ones runs;
-        a rank holds two parts at a time. "gather": they are gathered while attention to the rank's own runs, and one
-        attention to all others follows: fewer, larger calls, and all parts in memory.
+        a rank holds its own, those that it attends to and those that arrive. "gather": they are gathered while
+        attention to the rank's own runs, and one attention to all others follows: fewer, larger calls, and 2 R parts
+        in memory at most, while the others are put in a row.
     """
 
     operators: PlainOperators
@@ -41,35 +42,51 @@ class Ring(Member):
         for step in range(self.degree):
             travels = self._pass_on(key_value) if step + 1 < self.degree else None
             self._attend(merged, query, key_value, lengths[(self.rank - step) % self.degree])
-            if travels is not None:
-                works, key_value, _ = travels
-                for work in works:
-                    work.wait()
+            if travels:
+                key_value = travels.arrived()
 
     def _gather(self, merged: _Merged, query: Tensor, key_value: list[Tensor], lengths: list[int]) -> None:
         gathering = [start_all_gather(x, self.group) for x in key_value]  # [R, B, S/R, heads, head_dim] each
         self._attend(merged, query, key_value, lengths[self.rank])
-        others = []
-        for gathered, work in gathering:
-            work.wait()
-            parts = [gathered[rank, :, :n] for rank, n in enumerate(lengths) if rank != self.rank]
-            others.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+        others = [self._others(*gathering.pop(0), lengths) for _ in key_value]
         self._attend(merged, query, others, others[0].shape[1])
+
+    def _others(self, gathered: Tensor, work: dist.Work, lengths: list[int]) -> Tensor:
+        """What the other ranks hold, without padding, in a row [B, S - own, heads, head_dim]."""
+        work.wait()
+        parts = [gathered[rank, :, :length] for rank, length in enumerate(lengths) if rank != self.rank]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _attend(self, merged: _Merged, query: Tensor, key_value: list[Tensor], length: int) -> None:
         if length and query.shape[1]:
             key, value = (x[:, :length] for x in key_value)
             merged.add(*self.operators.attention_with_lse(query, key, value))
 
-    def _pass_on(self, tensors: list[Tensor]) -> tuple[list[dist.Work], list[Tensor], list[Tensor]]:
-        """Sends them to the next rank of the ring and receives the previous one's; the third must live until then."""
+    def _pass_on(self, tensors: list[Tensor]) -> _Travel:
+        """Sends them to the next rank of the ring, and receives the previous one's."""
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]
         after = dist.get_global_rank(self.group, (self.rank + 1) % self.degree)
         before = dist.get_global_rank(self.group, (self.rank - 1) % self.degree)
         sending = [dist.P2POp(dist.isend, x, after, self.group) for x in sent]
         receiving = [dist.P2POp(dist.irecv, x, before, self.group) for x in received]
-        return dist.batch_isend_irecv([*sending, *receiving]), received, sent
+        return _Travel(dist.batch_isend_irecv([*sending, *receiving]), received, sent)
+
+
+@dataclass
+class _Travel:
+    """Tensors on their way; `sent` must live until they have arrived."""
+
+    works: list[dist.Work]
+    received: list[Tensor]
+    sent: list[Tensor]
+
+    def arrived(self) -> list[Tensor]:
+        """What was received; nothing else is kept."""
+        for work in self.works:
+            work.wait()
+        received, self.works, self.received, self.sent = self.received, [], [], []
+        return received
 
 
 class _Merged:
