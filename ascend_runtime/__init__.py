@@ -12,6 +12,7 @@ _HOMES = {
     "RankDied": "launcher",
     "RankError": "client",
     "JobCancelled": "client",
+    "Conditioning": "protocol",
     "DiffusionModelSpec": "specs",
     "TextEncoderSpec": "specs",
     "VaeSpec": "specs",

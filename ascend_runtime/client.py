@@ -22,8 +22,8 @@ from torch import Tensor
 from . import devices, host, transport
 from .checkpoints.layout import frames_shape
 from .launcher import Rank, RankGroup
-from .protocol import Cancel, Decode, Done, Encode, Failed, Free, Load, Message, Ping, Preview
-from .protocol import Progress, Sample
+from .protocol import Cancel, Conditioning, Decode, Done, Encode, EncodeVideo, Failed, Free, Load, Message, Ping
+from .protocol import Preview, Progress, Sample
 from .specs import (
     DiffusionModelSpec,
     OperatorSpec,
@@ -186,9 +186,10 @@ class Runtime:
         model: DiffusionModelSpec,
         spec: SampleSpec,
         latent: Tensor,
-        positive: Tensor,
-        negative: Tensor | None = None,
+        positive: Tensor | Conditioning,
+        negative: Tensor | Conditioning | None = None,
         *,
+        noise_mask: Tensor | None = None,
         parallel: ParallelSpec | None = None,
         operators: OperatorSpec = OperatorSpec(),
         warm_up: bool = False,
@@ -199,7 +200,9 @@ class Runtime:
         """The denoised latent [B,C,T,H,W], fp32 and not normalised.
 
         latent: where to start, not normalised; zeros for a new video (see `VideoSize.latent_shape`).
-        positive, negative: embeddings [1, tokens, D]; negative may be missing where the guidance scale is 1.
+        positive, negative: embeddings [1, tokens, D], or what else a model of images sees beside them (`Conditioning`);
+            negative may be missing where the guidance scale is 1.
+        noise_mask: [B or 1, 1, T, H, W], 0 where `latent` is known and stays; how TI2V-5B continues a first frame.
         warm_up: before the first job of its kind (shapes, plan, operators) since the model was loaded, two steps are
             made and thrown away, so that what is compiled at first use does not count in the job's own seconds.
         profile: records these steps; `info["profile"]` of the result is the folder of the recording.
@@ -212,8 +215,9 @@ class Runtime:
                 parallel=parallel or self.parallel,
                 spec=spec,
                 latent=latent,
-                positive=positive,
-                negative=negative,
+                positive=_conditioning(positive),
+                negative=None if negative is None else _conditioning(negative),
+                noise_mask=noise_mask,
                 operators=operators,
                 warm_up=warm_up,
                 profile=profile,
@@ -231,6 +235,10 @@ class Runtime:
         with transport.lend(shape, torch.float32) as (image, shared):
             done = self._do(lambda job: Decode(job=job, vae=vae, latent=latent, frames=shared), **hooks)
         return Result(image, done.seconds)
+
+    def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
+        """The latent [1,C,T',H',W'], fp32 and not normalised, of frames [T,H,W,3] in 0..1; T is 4n+1."""
+        return self._do(lambda job: EncodeVideo(job=job, vae=vae, frames=frames), **hooks)
 
     def free(self) -> None:
         """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive."""
@@ -264,6 +272,10 @@ class Runtime:
             if submission.waiting:  # ranks are still at work on it, and nobody will hear their answer
                 self._group.kill()
             raise
+
+
+def _conditioning(given: Tensor | Conditioning) -> Conditioning:
+    return Conditioning(text=given) if isinstance(given, Tensor) else given
 
 
 def _within(profile: ProfileSpec, steps: int, ranks: int) -> ProfileSpec:

@@ -178,21 +178,26 @@ def _fits(loaded: wan.WanTransformer, device) -> bool:
 
 
 def _check_channels(component: Component, first: Component, channels: int) -> None:
-    """Raises ValueError for a transformer that does not make latents of this format from text alone."""
+    """Raises ValueError for a transformer that does not make latents of this format, from text or from an image."""
     config, where = component.config, component.shards[0]
     inputs, outputs = config.get("in_channels", 16), config.get("out_channels", 16)
-    if inputs != outputs:
+    image_to_video = 2 * outputs + wan.MASK_CHANNELS
+    if inputs not in (outputs, image_to_video):
         raise ValueError(
-            f"{where} reads {inputs} channels and makes {outputs}: it is an image-to-video model, which cannot be used "
-            "yet. Take a text-to-video model."
+            f"{where} reads {inputs} channels and makes {outputs}. It must read {outputs}, as a text-to-video model, "
+            f"or {image_to_video}, as an image-to-video model; other kinds (control, camera, VACE) cannot be used."
         )
     if outputs != channels:
         raise ValueError(
             f"{where} makes latents of {outputs} channels, but its latent format has {channels}. Take the whole "
             "diffusers folder of the model, whose vae/config.json has the format."
         )
-    if config.get("text_dim", 4096) != first.config.get("text_dim", 4096):
-        raise ValueError(f"{where} reads another text encoder than {first.shards[0]}. Take both experts of one model.")
+    for key, default in (("text_dim", 4096), ("in_channels", 16), ("image_dim", None)):
+        ours, theirs = config.get(key, default), first.config.get(key, default)
+        if ours != theirs:
+            raise ValueError(
+                f"{where} has {key} {ours}, {first.shards[0]} {theirs}. Take both experts of one model."
+            )
 
 
 def _boundary(spec: DiffusionModelSpec, component: Component) -> float:

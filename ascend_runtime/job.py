@@ -13,7 +13,7 @@ import torch.distributed as dist
 from . import devices
 from .parallel.mesh import highest
 from .pipeline import Pipeline
-from .protocol import Cancel, Decode, Encode, Failed, Free, Load, Message, Ping, Preview
+from .protocol import Cancel, Decode, Encode, EncodeVideo, Failed, Free, Load, Message, Ping, Preview
 from .protocol import Progress, Ready, Sample, Shutdown
 from .transport import Channel, ChannelClosed
 
@@ -141,5 +141,6 @@ _WORK = {
     Encode: Pipeline.encode,
     Sample: Pipeline.sample,
     Decode: Pipeline.decode,
+    EncodeVideo: Pipeline.encode_video,
     Free: Pipeline.free,
 }

@@ -7,32 +7,33 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 from torch import Tensor
 
-from . import devices
+from . import conditioning, devices
 from .components import Components, DiffusionModel, TextEncoder
 from .environment import overlaps, placed, with_defaults
-from .families.context import Context
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.fsdp import Sharding, sharding_of
 from .parallel.mesh import highest, mesh_of
 from .parallel.sequence import spread
 from .plans import Plan
+from .precision import check_finite
 from .profiling import Recorder
 from .protocol import Done
 from .sampling import denoise
-from .specs import ParallelSpec, SampleSpec, TextEncoderSpec, VideoSize
+from .specs import ParallelSpec, SampleSpec, TextEncoderSpec
 from .text import encode_text
 from .transport import borrowed
+from .video import decode_video, encode_video
 
 
 class Pipeline:
     """The work of one rank; every method takes a job (see job.py) and returns its `Done`.
 
-    Decoding is rank 0's, and so is encoding where the text encoder's placement is not ranks; the other ranks answer
-    at once and leave it their cores.
+    What a VAE does is rank 0's, and so is encoding a text where the encoder's placement is not ranks; the other ranks
+    answer at once and leave it their cores.
     """
 
     def __init__(self, device: torch.device):
@@ -87,8 +88,7 @@ class Pipeline:
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job, sharding)
         plan = plan if model.guided(spec) else plan.unguided()
-        _check_latent(message.latent, model)
-        _check_text(message, model)
+        conditioning.check(message, model)
         operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
         mesh = mesh_of(self.device.type, plan)
         sequence = spread(mesh, operators, message.parallel.ring_exchange, overlaps(message.parallel, os.environ))
@@ -99,7 +99,7 @@ class Pipeline:
             self._warm_up(job, model, plan, cfg_group)
         with job.stage("denoise"):
             latent = self._denoise(job, "denoise", model, spec, cfg_group, around_step=recorder.step)
-        _check_finite(latent, "The denoised latent")
+        check_finite(latent, "The denoised latent")
         return _done(job, tensor=latent if self.rank == 0 else None, info=plan.info | recorder.info)
 
     def decode(self, job) -> Done:
@@ -109,10 +109,18 @@ class Pipeline:
             return _done(job)
         with borrowed(message.frames) as frames:
             vae = self._component(message.vae, job)
-            _check_channels(message.latent, vae)
             with job.stage("decode"), devices.all_cores():
-                _decode(vae, message.latent.to(self.device, vae.dtype), frames, job)
+                decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
         return _done(job)
+
+    def encode_video(self, job) -> Done:
+        message = job.message
+        if self.rank != 0:
+            return _done(job)
+        vae = self._component(message.vae, job)
+        with job.stage("encode"), devices.all_cores():
+            latent = encode_video(vae, message.frames, _each_frame(job, "encode"))
+        return _done(job, tensor=latent)
 
     def free(self, job) -> Done:
         self.components.free()
@@ -148,9 +156,10 @@ class Pipeline:
     def _warm_up(self, job, model: DiffusionModel, plan: Plan, cfg_group) -> None:
         """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
         message, spec = job.message, job.message.spec
-        texts = tuple(text.shape for text in (message.positive, message.negative) if text is not None)
+        given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
         branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
-        kind = (plan, message.parallel, message.operators, message.latent.shape, texts, branches)
+        shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
+        kind = (plan, message.parallel, message.operators, shapes, branches)
         if not highest(kind not in model.warmed):  # ranks that failed apart may remember different kinds
             return
         below_boundary = model.boundary / 2 or 0.5
@@ -162,24 +171,23 @@ class Pipeline:
     def _denoise(self, job, stage: str, model: DiffusionModel, spec: SampleSpec, cfg_group, **hooks) -> Tensor:
         """The denoised latent, not normalised, on the CPU."""
         message = job.message
-        texts = {"cond": message.positive, "uncond": message.negative}
-        texts = {name: self._text_for(model, t, message.latent.shape[0]) for name, t in texts.items() if t is not None}
+        branches = conditioning.branches_of(message, model, self.device)
+        timesteps = conditioning.timesteps_of(message, model, self.device)
         contexts, working = {}, None  # of the expert that works now: True is the low-noise one
 
         def predict(latent: Tensor, timestep: float, following: float | None) -> Tensor:
             nonlocal contexts, working
             low_noise = model.is_low_noise(timestep)
             if low_noise != working:
-                contexts, working = {name: Context(text) for name, text in texts.items()}, low_noise
+                contexts, working = {name: branch.context() for name, branch in branches.items()}, low_noise
             expert = model.expert_at(timestep)
             scale = spec.low_noise_guidance if low_noise else spec.guidance_scale
             x = latent.to(self.device, model.dtype)
-            t = torch.full((x.shape[0],), timestep, device=self.device)
 
             def branch(name: str) -> Tensor:
                 if name == "uncond" or cfg_group is not None or scale == 1.0:  # this rank's last of the step
                     model.expect(following)
-                return expert(x, t, contexts[name])
+                return expert(branches[name].beside(x), timestep * timesteps, contexts[name])
 
             return guided(branch, scale, cfg_group).float().cpu()
 
@@ -189,40 +197,25 @@ class Pipeline:
                 job.preview(step, total, _picture(foreseen, model))
             job.check_together()
 
-        start = message.latent.float()
-        if start.any():  # an empty latent is zeros in either form
-            start = (start - model.latents_mean) / model.latents_std
+        start = conditioning.start_of(message, model)
+        known = conditioning.known_of(message, start, model)
         try:
             job.check_together()
-            latent = denoise(predict, spec, start, on_step, **hooks)
+            latent = denoise(predict, spec, start, on_step, known=known, **hooks)
         finally:
             for expert in model.experts:
                 expert.forget()
         return latent * model.latents_std + model.latents_mean
 
-    def _text_for(self, model: DiffusionModel, text: Tensor, batch: int) -> Tensor:
-        return text.to(self.device, model.dtype).expand(batch, -1, -1)
 
+def _each_frame(job, stage: str):
+    """What a VAE calls before each latent frame: the job's progress, and its end where that is asked for."""
 
-def _decode(vae, latent: Tensor, frames: Tensor, job) -> None:
-    """Decodes latent [B,C,T,H,W] into frames [B*T',H',W',3] in 0..1."""
-    total = latent.shape[0] * latent.shape[2]
-    calls = iter(range(total))
-
-    def before_frame(*_) -> None:  # the VAE decodes one latent frame a call
+    def on_frame(frame: int, total: int) -> None:
         job.check()
-        job.progress("decode", next(calls) + 1, total)
+        job.progress(stage, frame, total)
 
-    hook = vae.decoder.register_forward_pre_hook(before_frame)
-    try:
-        per_video = frames.unflatten(0, (latent.shape[0], -1))
-        for video, out in zip(latent, per_video):
-            decoded = vae.decode(video.unsqueeze(0), return_dict=False)[0][0]  # [3,T',H',W'] in -1..1
-            _check_finite(decoded, "The decoded video")
-            out.copy_(decoded.permute(1, 2, 3, 0)).mul_(0.5).add_(0.5)
-    finally:
-        hook.remove()
-        vae.clear_cache()
+    return on_frame
 
 
 def _picture(foreseen: Tensor, model: DiffusionModel) -> Tensor:
@@ -230,55 +223,6 @@ def _picture(foreseen: Tensor, model: DiffusionModel) -> Tensor:
     frame = foreseen[0, :, foreseen.shape[2] // 2]  # [C,H,W]
     rgb = frame.movedim(0, -1) @ model.latent_rgb + model.latent_rgb_bias
     return rgb.add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
-
-
-def _check_channels(latent: Tensor, vae) -> None:
-    if latent.ndim != 5 or latent.shape[1] != vae.config.z_dim:
-        raise ValueError(
-            f"The latent has the shape {list(latent.shape)}; this VAE decodes [B,{vae.config.z_dim},T,H,W]. "
-            "Wan 2.1 and Wan2.2-A14B latents have 16 channels (the Wan 2.1 VAE), Wan2.2-TI2V-5B's 48 (the Wan 2.2 VAE)."
-        )
-    _check_finite(latent, "The latent")
-
-
-def _check_latent(latent: Tensor, model: DiffusionModel) -> None:
-    channels = model.high_noise.config.out_channels
-    if latent.ndim != 5 or latent.shape[1] != channels or not latent.numel():
-        raise ValueError(
-            f"The latent has the shape {list(latent.shape)}; this model makes videos of [B,{channels},T,H,W], "
-            "all 1 or more. "
-            "Use an empty video latent (EmptyHunyuanLatentVideo) for it."
-        )
-    _, _, frames, height, width = latent.shape
-    VideoSize(width=8 * width, height=8 * height, num_frames=4 * frames - 3)
-    _check_finite(latent, "The latent")
-
-
-def _check_text(message, model: DiffusionModel) -> None:
-    if model.guided(message.spec) and message.negative is None:
-        raise ValueError(
-            f"guidance_scale is {message.spec.guidance_scale}, which needs a negative prompt; "
-            "connect one (an empty text will do) or set guidance_scale to 1."
-        )
-    width = model.high_noise.config.text_dim
-    for name, text in (("positive", message.positive), ("negative", message.negative)):
-        if text is None:
-            continue
-        if text.ndim != 3 or text.shape[2] != width or text.shape[0] not in (1, message.latent.shape[0]):
-            raise ValueError(
-                f"The {name} conditioning has the shape {list(text.shape)}; this model reads [1, tokens, {width}], "
-                f"or one such for each of the {message.latent.shape[0]} videos of the latent. "
-                "Encode the prompt with the text encoder that belongs to the model."
-            )
-        _check_finite(text, f"The {name} conditioning")
-
-
-def _check_finite(tensor: Tensor, what: str) -> None:
-    if not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"{what} has NaN or infinite values. If the checkpoint is sound, the dtype is too narrow: "
-            "try dtype bfloat16 instead of float16, or float32."
-        )
 
 
 def _done(job, **answer) -> Done:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,12 @@ SOLVER = Rule(
     "On the CPU: a latent is small, UniPC's linear solve tiny and ill-suited to NPUs, and the result the same for all.",
 )
 LOG_SUM_EXP = Rule(torch.float32, "Partial attentions are merged by exponentials of differences of it.")
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raises ValueError for numbers that a dtype could not hold, with what cures it."""
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{what} has NaN or infinite values. If the checkpoint is sound, the dtype is too narrow: "
+            "try dtype bfloat16 instead of float16, or float32."
+        )

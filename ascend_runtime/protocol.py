@@ -42,6 +42,21 @@ class SharedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Conditioning(Struct, kw_only=True):
+    """What one branch of guidance sees beside the noisy latent.
+
+    text [B or 1, L, D].
+    concat_latent [B or 1, C, T, H, W]: latent, not normalised, of the video as far as it is known.
+    concat_mask [B or 1, 1 or 4, T, H, W]: 0 where it is known; one channel for each of a latent frame's 4 frames.
+    clip_vision [B or 1, I, image_dim]: CLIP's penultimate hidden states of an image, or of two one behind the other.
+    """
+
+    text: Tensor
+    concat_latent: Tensor | None = None
+    concat_mask: Tensor | None = None
+    clip_vision: Tensor | None = None
+
+
 class Message(Struct, tag=True, kw_only=True):
     """Base of all messages."""
 
@@ -72,8 +87,9 @@ class Encode(Message):
 
 
 class Sample(Message):
-    """latent [B,C,T,H,W], positive and negative [B or 1, L, D]; `preview` asks for one picture a step.
+    """latent [B,C,T,H,W]; `preview` asks for one picture a step.
 
+    noise_mask [B or 1, 1, T, H, W]: 0 where the latent is known and stays, 1 where it is to be made; None: all is.
     warm_up: two steps of the same kind come first, if none have been warmed up yet since the model was loaded.
     profile: its steps and its rank must be this job's.
     """
@@ -83,8 +99,9 @@ class Sample(Message):
     parallel: ParallelSpec
     spec: SampleSpec
     latent: Tensor
-    positive: Tensor
-    negative: Tensor | None = None
+    positive: Conditioning
+    negative: Conditioning | None = None
+    noise_mask: Tensor | None = None
     operators: OperatorSpec = OperatorSpec()
     warm_up: bool = False
     profile: ProfileSpec | None = None
@@ -98,6 +115,14 @@ class Decode(Message):
     vae: VaeSpec
     latent: Tensor
     frames: SharedTensor
+
+
+class EncodeVideo(Message):
+    """frames [T,H,W,3] in 0..1."""
+
+    job: int
+    vae: VaeSpec
+    frames: Tensor
 
 
 class Free(Message):
@@ -155,7 +180,7 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | Sample | Decode | Free | Cancel | Shutdown
+    Ping | Load | Encode | Sample | Decode | EncodeVideo | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ for every device and number of ranks.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Callable, ContextManager
 
 import torch
@@ -55,18 +56,40 @@ def _solver(name: str, shift: float):
     return UniPCMultistepScheduler(**flow) if name == "unipc" else DPMSolverMultistepScheduler(**flow)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What of a video is given and stays.
+
+    latent [B,C,T,H,W], normalised; unknown [B,1,T,H,W]: 1 where it is to be made, 0 where it is known, or between.
+    noise: what the network sees the known part under, as much as of the rest; None: it sees it clean.
+    """
+
+    latent: Tensor
+    unknown: Tensor
+    noise: Tensor | None
+
+    def into(self, latent: Tensor, sigma: float = 0.0) -> Tensor:
+        """`latent` with the known part in its place, as noisy as the network is to see it at `sigma`."""
+        known = self.latent
+        if self.noise is not None:
+            known = sigma * self.noise + (1 - sigma) * known
+        return latent * self.unknown + known * (1 - self.unknown)
+
+
 def denoise(
     predict: Callable[[Tensor, float, float | None], Tensor],
     spec: SampleSpec,
     latent: Tensor,
     on_step: Callable[[int, int, Tensor], None] = lambda step, total, foreseen: None,
     around_step: Callable[[int], ContextManager] = lambda step: nullcontext(),
+    known: Known | None = None,
 ) -> Tensor:
     """The denoised latent [B,C,T,H,W] in fp32, from a normalised `latent` (zeros where there is none to start from).
 
     predict: (latent, timestep in 0..1000, the next step's or None after the last) -> velocity, all on the CPU.
     on_step: told after each step how many of how many are done, and the clean latent that this step foresaw.
     around_step: makes what step number 1, 2 ... is done in, `on_step` included.
+    known: what is put into each latent that `predict` is given, and into what comes of it.
     """
     scheduler = make_scheduler(spec)
     sigmas, total = scheduler.sigmas, len(scheduler.timesteps)
@@ -75,8 +98,13 @@ def denoise(
     timesteps = [*map(float, scheduler.timesteps), None]
     for step, timestep in enumerate(scheduler.timesteps):
         with around_step(step + 1):
-            velocity = predict(x, timesteps[step], timesteps[step + 1])
-            foreseen = x - float(sigmas[step]) * velocity
+            sigma = float(sigmas[step])
+            seen = x if known is None else known.into(x, sigma)
+            velocity = predict(seen, timesteps[step], timesteps[step + 1])
+            foreseen = seen - sigma * velocity
+            if known is not None:
+                foreseen = known.into(foreseen)
+                velocity = (x - foreseen) / sigma
             x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
             on_step(step + 1, total, foreseen)
     return x / (1 - float(sigmas[-1]))  # of a schedule cut short, as core ComfyUI hands it to the next sampler

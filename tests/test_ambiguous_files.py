@@ -81,10 +81,11 @@ def fp8(folder):
     (lambda folder: (folder / "transformer" / f"{WEIGHTS}.index.json").write_text("{}"), ["lacks weights"]),
     (lambda folder: edit(folder / "transformer" / "config.json", _class_name="AutoencoderKLWan"),
         ["AutoencoderKLWan", "WanTransformer3DModel is wanted"]),
-    (lambda folder: edit(folder / "transformer" / "config.json", in_channels=36), ["36", "image-to-video"]),
+    (lambda folder: edit(folder / "transformer" / "config.json", in_channels=48),
+        ["48", "must read 16", "or 36, as an image-to-video"]),
     (lambda folder: edit(folder / "vae" / "config.json", latents_mean=[0.0] * 48, latents_std=[1.0] * 48),
         ["16 channels", "latent format has 48"]),
-    (lambda folder: edit(folder / "transformer_2" / "config.json", text_dim=99), ["another text encoder", "one model"]),
+    (lambda folder: edit(folder / "transformer_2" / "config.json", text_dim=99), ["text_dim 99", "one model"]),
 ])  # fmt: skip
 def test_refused_by_name(one_rank, specs, two_experts, damage, says):
     pids = one_rank.pids

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 from ascend_runtime import protocol, specs, transport
-from ascend_runtime.protocol import Done, Message, Ping, Preview, Sample, SharedTensor
+from ascend_runtime.protocol import Conditioning, Done, Message, Ping, Preview, Sample, SharedTensor
 from ascend_runtime.transport import Channel, ChannelClosed, SealedMessage, channel_pair
 from torch import Tensor
 
@@ -30,12 +30,14 @@ MESSAGES = [
         parallel=specs.ParallelSpec(ranks=4, cfg_degree=2),
         spec=specs.SampleSpec(seed=specs.MAX_SEED, sigmas=(1.0, 0.5, 0.0), guidance_scale_low_noise=3.0),
         latent=LATENT,
-        positive=torch.ones(1, 4, 2, dtype=torch.bfloat16),
+        positive=Conditioning(text=torch.ones(1, 4, 2, dtype=torch.bfloat16), concat_latent=LATENT),
+        noise_mask=torch.zeros(1, 1, 3, 1, 5),
         operators=specs.OperatorSpec(attention="laser", heads_per_call=2),
         warm_up=True,
         profile=specs.ProfileSpec(folder="/profiles", last_step=3, rank=1),
         preview=True,
     ),
+    protocol.EncodeVideo(job=6, vae=VAE, frames=torch.rand(5, 8, 8, 3)),
     protocol.Free(job=7),
     protocol.Cancel(job=8),
     protocol.Shutdown(),
@@ -73,6 +75,8 @@ def assert_same(sent, received):
         ours, theirs = getattr(sent, name), getattr(received, name)
         if isinstance(ours, Tensor):
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs), name
+        elif isinstance(ours, Conditioning):
+            assert_same(ours, theirs)
         else:
             assert ours == theirs and type(ours) is type(theirs), name
 
@@ -114,8 +118,8 @@ def test_several_tensors_in_one_message(ends):
         parallel=specs.ParallelSpec(),
         spec=specs.SampleSpec(),
         latent=torch.randint(0, 255, (7,), dtype=torch.uint8),
-        positive=torch.randn(3, 3).bfloat16(),
-        negative=torch.empty(0, 4),
+        positive=Conditioning(text=torch.randn(3, 3).bfloat16(), clip_vision=torch.ones(5)),
+        negative=Conditioning(text=torch.empty(0, 4)),
     )
     assert_same(message, deliver(ends, message))
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from ascend_runtime import DiffusionModelSpec, JobCancelled, OperatorSpec, ParallelSpec, SampleSpec, protocol
+from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, OperatorSpec, ParallelSpec, SampleSpec
+from ascend_runtime import protocol
 from ascend_runtime.job import Job
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.pipeline import Pipeline
@@ -126,7 +127,8 @@ def test_both_experts_run_in_it(alone, checkpoints, specs_of, boundary, calls):
         expert.register_forward_pre_hook(lambda *_, name=name: called.append(name))
     message = protocol.Sample(
         job=1, model=specs.model, parallel=ParallelSpec(), spec=SampleSpec(steps=1, guidance_scale=3.0),
-        latent=torch.zeros(SHAPE), positive=specs.text(1), negative=specs.text(2), warm_up=True,
+        latent=torch.zeros(SHAPE), warm_up=True,
+        positive=Conditioning(text=specs.text(1)), negative=Conditioning(text=specs.text(2)),
     )  # fmt: skip
     done = pipeline.sample(Job(message, alone, torch.device("cpu")))
     assert "warm up" in done.seconds

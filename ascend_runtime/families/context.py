@@ -10,7 +10,8 @@ FEW = 16  # video tokens a text token, up to which projecting the text anew in e
 class Context:
     """A prompt through all passes of one generation by one network; another network needs one of its own.
 
-    text [B, L, text_dim], as the text encoder makes it; image [B, I, image_dim] for models that see one.
+    text [B, L, text_dim], as the text encoder makes it; image [B, I, image_dim] for models that see one, and
+    [2B, I, image_dim] for those that see a first and a last one, side by side.
 
     It is the same in every step, so the first pass leaves here what the later ones need of it: the embedders' outputs,
     and where the video's tokens on a rank are few beside the text's, keys and values of every block: these take
