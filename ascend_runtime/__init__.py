@@ -14,6 +14,7 @@ _HOMES = {
     "JobCancelled": "client",
     "Conditioning": "protocol",
     "DiffusionModelSpec": "specs",
+    "LoraSpec": "specs",
     "TextEncoderSpec": "specs",
     "VaeSpec": "specs",
     "ParallelSpec": "specs",

@@ -9,14 +9,17 @@ from typing import Any, Callable
 
 import torch
 from diffusers import AutoencoderKLWan
+from msgspec.structs import replace
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import devices
 from .checkpoints.layout import Component, find_component, find_transformer, has_component, read_json
 from .checkpoints.keys import to_diffusers_name
+from .checkpoints.lora import fingerprint
 from .checkpoints.reader import load_weights
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
 from .families import wan
+from .loras import Adapter, use_loras
 from .parallel.fsdp import Share, Sharding
 from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
 
@@ -38,6 +41,7 @@ class DiffusionModel:
     latent_rgb: torch.Tensor | None  # [C,3]; None where no table is known, and then there are no previews
     latent_rgb_bias: torch.Tensor  # [3]
     dtype: torch.dtype
+    adapters: dict[str, Adapter]  # of each expert
     swap: ExpertSwap | None = None  # where the two experts are one network on the device, and take turns
     warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since it was loaded
 
@@ -85,6 +89,15 @@ class Components:
 
         sharding: how the weights of a diffusion model or a text encoder are spread over the ranks; a VAE is whole.
         """
+        if not isinstance(spec, DiffusionModelSpec):
+            return self._held(spec, on_tensor, sharding)
+        for lora in spec.loras:
+            fingerprint(lora.path)  # before gigabytes are read: is it there?
+        model = self._held(replace(spec, loras=()), on_tensor, sharding)
+        use_loras(model.adapters, spec.loras, on_tensor)
+        return model
+
+    def _held(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding) -> Any:
         load, files = _KINDS[type(spec)]
         found = files(spec)
         key = (spec, sharding, tuple(component.fingerprint for component in found))
@@ -137,6 +150,7 @@ def _load_diffusion_model(
     elif len(found) > 1:
         low_noise = _load_transformer(found[1], dtype, device, on_tensor, sharding)
     return DiffusionModel(
+        adapters=_adapters(high_noise, low_noise, swap, device, sharding),
         high_noise=high_noise,
         low_noise=low_noise,
         boundary=_boundary(spec, found[0]),
@@ -144,6 +158,20 @@ def _load_diffusion_model(
         swap=swap,
         **latent_format,
     )
+
+
+def _adapters(high_noise, low_noise, swap: ExpertSwap | None, device, sharding: Sharding) -> dict[str, Adapter]:
+    """What changes the weights of each expert, where they are kept."""
+    adapters = {}
+    for expert, network in ((HIGH_NOISE, high_noise), (LOW_NOISE, low_noise)):
+        if network is not None:
+            names = [name for name, _ in network.named_parameters()]
+            share = _share(network, sharding)
+            if swap is None:
+                adapters[expert] = Adapter(names, network.get_parameter, share, device)
+            else:
+                adapters[expert] = Adapter(names, swap.on_host(expert).__getitem__, share, device, swap.outdate)
+    return adapters
 
 
 def _must_swap(
@@ -215,10 +243,14 @@ def _load_transformer(component: Component, dtype, device, on_tensor, sharding: 
         dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else dtype,
         device=device,
         rename=to_diffusers_name if component.original_names else lambda name: name,
-        share=Share(sharding, wan.cut_dim, wan.replicated, model.units),
+        share=_share(model, sharding),
         on_tensor=on_tensor,
     )
     return model.eval()
+
+
+def _share(model: wan.WanTransformer, sharding: Sharding) -> Share:
+    return Share(sharding, wan.cut_dim, wan.replicated, model.units)
 
 
 def _latent_format(component: Component) -> dict[str, torch.Tensor]:

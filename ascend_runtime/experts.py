@@ -1,8 +1,8 @@
 """Two experts on a device that has room for one: the idle one waits in pinned host memory.
 
-Weights never change, so the host keeps those of both, and the device's one set of tensors is written over, part by
-part, in the last pass through the network before the other expert's first: each block as soon as it has computed,
-while the next one computes.
+Weights change between jobs alone, so the host keeps those of both, and the device's one set of tensors is written over,
+part by part, in the last pass through the network before the other expert's first: each block as soon as it has
+computed, while the next one computes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Part:
     """Tensors of the network that change at once, and whose they are now."""
 
     tensors: dict[str, Tensor]
-    holder: str
+    holder: str | None
 
 
 class ExpertSwap:
@@ -37,6 +37,7 @@ class ExpertSwap:
             HIGH_NOISE: {name: _on_host(tensor, device) for name, tensor in tensors.items()},
             LOW_NOISE: {name: _on_host(tensor, device) for name, tensor in idle.items()},
         }
+        self._device = device
         self._copies = devices.SideStream(device)
         self._ahead: str | None = None
         self.fetched = 0
@@ -59,6 +60,17 @@ class ExpertSwap:
     def fetch_ahead(self, expert: str) -> None:
         """Has the next pass through the network leave it as that expert."""
         self._ahead = expert
+
+    def on_host(self, expert: str) -> dict[str, Tensor]:
+        """The expert's weights, by name. Before they are written into, `outdate` must be called."""
+        return self._host[expert]
+
+    def outdate(self) -> None:
+        """Has whatever is used next fetched from the host, from which no copy is under way when this returns."""
+        self._copies.join()
+        devices.synchronise(self._device)
+        for part in self._parts.values():
+            part.holder = None
 
     def _after(self, module: nn.Module) -> None:
         if self._ahead is not None:

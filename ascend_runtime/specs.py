@@ -21,6 +21,8 @@ LAYER_NORMS = ("auto", "fused", "fp32")
 RING_EXCHANGES = ("rotate", "gather")
 EXPERTS = ("auto", "resident", "swap")
 PLACEMENTS = ("auto", "cpu", "ranks")
+LORA_EXPERTS = ("both", "high_noise", "low_noise")
+MAX_STRENGTH = 10.0  # of a LoRA, either way
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
 
@@ -110,6 +112,23 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
         )
 
 
+class LoraSpec(Struct, frozen=True, kw_only=True):
+    """A LoRA (.safetensors) in a diffusion model's weights.
+
+    strength: factor of what it changes; 0 changes nothing, below 0 it is taken away.
+    expert: of two, which one gets it. A model of one expert is "both".
+    """
+
+    path: str
+    strength: float = 1.0
+    expert: str = "both"
+
+    def __post_init__(self):
+        _make_absolute(self, "path")
+        _require_range("strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
+        _require_choice("expert", self.expert, LORA_EXPERTS)
+
+
 class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     """A diffusion transformer on disk, with its low-noise expert where the model has two.
 
@@ -120,6 +139,7 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
         (None: from the checkpoint, else 0.875).
     experts: of two, "resident" keeps both on the device, "swap" one of them, while the other waits in host memory
         (twice the size of one, a rank) and is fetched ahead of its first step. "auto": swap where they do not fit.
+    loras: added to the weights in this order; other ones, or other strengths, read no weight of the model again.
     """
 
     path: str
@@ -127,6 +147,7 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     boundary: float | None = None
     experts: str = "auto"
+    loras: tuple[LoraSpec, ...] = ()
 
     def __post_init__(self):
         _make_absolute(self, "path", "low_noise_path")
@@ -134,6 +155,10 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
         _require_choice("experts", self.experts, EXPERTS)
         if self.boundary is not None:
             _require_range("boundary", self.boundary, 0.0, 1.0)
+
+    def with_lora(self, lora: LoraSpec) -> DiffusionModelSpec:
+        """The same with one LoRA more."""
+        return replace(self, loras=(*self.loras, lora))
 
 
 class TextEncoderSpec(Struct, frozen=True, kw_only=True):

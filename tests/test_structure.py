@@ -22,6 +22,7 @@ LAYERS = [
     ("pipeline", ("ascend_runtime.pipeline",)),
     ("conditioning", ("ascend_runtime.conditioning",)),
     ("components", ("ascend_runtime.components",)),
+    ("loras", ("ascend_runtime.loras",)),
     ("sampling, text, video and profiling",
         tuple(f"ascend_runtime.{name}" for name in ("sampling", "text", "video", "profiling"))),
     ("experts", ("ascend_runtime.experts",)),

@@ -80,6 +80,11 @@ class Share:
             part[0] = _rows(part[0], self.sharding.mesh)
         return tuple(part) if part != [slice(0, size) for size in shape] else None
 
+    def whole_shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
+        """The shape on disk of a parameter that has been set."""
+        dim = self._cut(name)
+        return tuple(size * self.sharding.tp.degree if at == dim else size for at, size in enumerate(parameter.shape))
+
     def parameter(self, network: nn.Module, name: str, part: Tensor) -> Tensor:
         """The parameter to be set, of the part that was read."""
         if not self._shared(name):
@@ -107,6 +112,11 @@ class Share:
             # not set_modules_to_forward_prefetch: it keeps the gathered bytes of a third unit for longer
             unit.register_forward_pre_hook(lambda *_, following=following: _gather_ahead(following))
         network.register_forward_hook(lambda *_: _forget_forward([*self.units, network]), always_call=True)
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, between two forwards: in the same memory, to be written into."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _rows(rows: slice, mesh: DeviceMesh) -> slice:

@@ -1,0 +1,116 @@
+"""LoRAs in the weights of loaded networks: merged, changed, taken out again, without a byte of the base being read.
+
+    W = (W0 in fp32 + the sum of what LoRAs add) in W's dtype
+
+of the part of W that this rank holds. W0, of what LoRAs touch, stays in host memory while they do.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from .checkpoints.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
+from .checkpoints.parts import Parts
+from .parallel.fsdp import Share, own_part
+from .specs import LoraSpec
+
+LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order in which they are added
+
+
+class Adapter:
+    """The LoRAs of one network, an expert.
+
+    names, parameter: its parameters, and one of them by name as it is now. share: what is held of each here.
+    device: computes what is merged. before_change: called before a weight changes.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        parameter: Callable[[str], Tensor],
+        share: Share,
+        device: torch.device,
+        before_change: Callable[[], None] = lambda: None,
+    ):
+        self._shapes = {name: share.whole_shape(name, parameter(name)) for name in names}
+        self._parameter = parameter
+        self._share = share
+        self._device = device
+        self._before_change = before_change
+        self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
+        self._loras: LorasInUse = []
+        self._merged = True  # False: a change was broken off
+
+    def opened(self, specs: list[LoraSpec]) -> LorasInUse:
+        """The LoRAs' files; those in use are not read again. Raises ValueError for one that does not fit."""
+        known = {file.fingerprint: file for file, _ in self._loras}
+        return [
+            (known.get(fingerprint(spec.path)) or read_lora(spec.path, self._shapes), spec.strength) for spec in specs
+        ]
+
+    def use(self, loras: LorasInUse, on_tensor: Callable[[int, int], None]) -> None:
+        """Makes the weights those of the base with these LoRAs; does nothing if they are."""
+        if self._merged and loras == self._loras:
+            return
+        self._before_change()
+        self._loras, self._merged = loras, False
+        names = sorted({*self._originals, *(name for file, _ in loras for name in file.changes)})
+        with ExitStack() as stack, torch.no_grad():
+            opened = [(file, stack.enter_context(Parts(file.path)), strength) for file, strength in loras]
+            for done, name in enumerate(names, 1):
+                changes = [(file.changes[name], *rest) for file, *rest in opened if name in file.changes]
+                if changes:
+                    self._merge(name, changes)
+                else:
+                    self._restore(name)
+                on_tensor(done, len(names))
+        self._merged = True
+
+    def _merge(self, name: str, changes: list[tuple[LowRank | Difference, Parts, float]]) -> None:
+        if name not in self._originals:
+            self._keep(name)
+        whole = self._shapes[name]
+        part = self._share.part(name, whole) or tuple(slice(0, size) for size in whole)
+        weight = self._originals[name].to(self._device, torch.float32, copy=True)
+        for change, parts, strength in changes:
+            change.add_to(weight, parts, part, whole, strength)
+        own_part(self._parameter(name)).copy_(weight)
+
+    def _keep(self, name: str) -> None:
+        """On a CPU the original stays as it lies, perhaps in the mapped file, and the parameter gets other memory.
+        Else the parameter keeps its memory: FSDP has what is sharded by other names too, a device has no room."""
+        parameter = self._parameter(name)
+        if self._may_move(parameter):
+            self._originals[name], parameter.data = parameter.data, torch.empty_like(parameter.data)
+        else:
+            self._originals[name] = own_part(parameter).to("cpu", copy=True)
+
+    def _restore(self, name: str) -> None:
+        parameter = self._parameter(name)
+        if self._may_move(parameter):
+            parameter.data = self._originals[name]
+        else:
+            own_part(parameter).copy_(self._originals[name])
+        del self._originals[name]
+
+    def _may_move(self, parameter: Tensor) -> bool:
+        return self._device.type == "cpu" and own_part(parameter) is parameter
+
+
+def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], on_tensor: Callable[[int, int], None]) -> None:
+    """Brings the experts, by name, to these LoRAs. Raises ValueError, before any weight changes, where one is for an
+    expert that there is not, or its file does not fit."""
+    for spec in specs:
+        if spec.expert != "both" and len(adapters) == 1:
+            raise ValueError(
+                f"The LoRA {spec.path} is for the expert {spec.expert}, but this model has no two experts. "
+                "Set expert to 'both'."
+            )
+    asked = {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in adapters}
+    loras = {expert: adapter.opened(asked[expert]) for expert, adapter in adapters.items()}
+    for expert, adapter in adapters.items():
+        adapter.use(loras[expert], on_tensor)
