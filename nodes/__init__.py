@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 
 from .conditioning import TextEncode
 from .loaders import LoadDiffusionModel, LoadTextEncoder, LoadVAE
+from .loras import LoadLora
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
 from .sampler import Sampler
@@ -15,6 +16,7 @@ class AscendVideo(ComfyExtension):
         return [
             ParallelConfig,
             LoadDiffusionModel,
+            LoadLora,
             LoadTextEncoder,
             LoadVAE,
             TextEncode,

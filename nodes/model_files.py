@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -40,11 +41,27 @@ def path_of(name: str) -> str:
     return path
 
 
-def check(name: str | None) -> bool | str:
+def lora_names() -> list[str]:
+    """What Ascend Load LoRA can load: files of models/loras."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+
+
+def lora_path_of(name: str) -> str:
+    """The path that a listed LoRA stands for. Raises ValueError that says where LoRAs belong."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise ValueError(
+            f"There is no LoRA {name!r}. There are: {', '.join(lora_names()) or 'none'}. Put its .safetensors file "
+            f"into models/loras. Looked in: {', '.join(folder_paths.get_folder_paths('loras'))}."
+        )
+    return path
+
+
+def check(name: str | None, find: Callable[[str], str] = path_of) -> bool | str:
     """For a node's validate_inputs: True, or what is wrong. None stands for a link, checked when the graph runs."""
     try:
         if name is not None:
-            path_of(name)
+            find(name)
     except ValueError as error:
         return str(error)
     return True
