@@ -13,8 +13,7 @@ from msgspec.structs import replace
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import devices
-from .checkpoints.layout import Component, find_component, find_transformer, has_component, read_json
-from .checkpoints.keys import to_diffusers_name
+from .checkpoints.layout import Component, find_component, find_transformer, has_low_noise, read_json
 from .checkpoints.lora import fingerprint
 from .checkpoints.reader import load_weights
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
@@ -125,7 +124,7 @@ def _transformer_files(spec: DiffusionModelSpec) -> list[Component]:
     """The high-noise expert, and the low-noise one where there is one."""
     found = [find_transformer(spec.path)]
     low_noise = spec.low_noise_path or spec.path
-    if has_component(low_noise, "transformer_2"):
+    if has_low_noise(low_noise):
         found.append(find_transformer(low_noise, "transformer_2"))
     elif spec.low_noise_path is not None:
         found.append(find_transformer(low_noise))
@@ -242,7 +241,7 @@ def _load_transformer(component: Component, dtype, device, on_tensor, sharding: 
         component.shards,
         dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else dtype,
         device=device,
-        rename=to_diffusers_name if component.original_names else lambda name: name,
+        rename=component.rename,
         share=_share(model, sharding),
         on_tensor=on_tensor,
     )

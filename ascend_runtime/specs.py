@@ -132,7 +132,8 @@ class LoraSpec(Struct, frozen=True, kw_only=True):
 class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     """A diffusion transformer on disk, with its low-noise expert where the model has two.
 
-    path: a diffusers folder (`transformer/`, and `transformer_2/` as low-noise expert) or a .safetensors file.
+    path: a folder or a file, told by what is in it: diffusers' (`transformer/`, and `transformer_2/` as low-noise
+        expert), the original's (`high_noise_model/`, `low_noise_model/`), MindSpeed-MM's, or one file, also in 8 bits.
     low_noise_path: the low-noise expert, where it is not found under `path`.
     dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 elsewhere.
     boundary: share of the 1000 training timesteps at and above which the high-noise expert works

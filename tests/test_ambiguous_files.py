@@ -69,14 +69,8 @@ def other_weights(folder):
     (transformer / WEIGHTS).unlink()
 
 
-def fp8(folder):
-    file = folder / "transformer" / WEIGHTS
-    save_file({name: weight.to(torch.float8_e4m3fn) for name, weight in load_file(file).items()}, file)
-
-
 @pytest.mark.parametrize("damage, says", [
     (other_weights, ["both hold", "Keep one"]),
-    (fp8, ["fp8", "fp16 or bf16"]),
     (lambda folder: (folder / "transformer" / "config.json").write_text("[]"), ["config.json", "no JSON object"]),
     (lambda folder: (folder / "transformer" / f"{WEIGHTS}.index.json").write_text("{}"), ["lacks weights"]),
     (lambda folder: edit(folder / "transformer" / "config.json", _class_name="AutoencoderKLWan"),

@@ -1,4 +1,4 @@
-"""The forms in which a transformer lies on disk all give the same network."""
+"""The folders and single files of diffusers' and the original's names give the same network."""
 
 import json
 
@@ -23,7 +23,7 @@ def read(path):
         found.shards,
         dtype_of=lambda name: torch.float32,
         device=torch.device("cpu"),
-        rename=to_diffusers_name if found.original_names else lambda name: name,
+        rename=found.rename,
     )
     return model
 

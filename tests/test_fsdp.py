@@ -4,15 +4,18 @@ import json
 import math
 
 import gloo_ranks
+import original_formats
 import pytest
 import tiny_models
 import torch
 from ascend_runtime.families.wan import WanTransformer, keeps_fp32, replicated
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 RANKS = 3
 LAYERS = 6
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Neither 104 nor 160 divides by 3, and 1 is less: the image's positions lie on rank 0 alone.
 NETWORKS = {
     "t2v": {"attention_head_dim": 26, "num_layers": LAYERS},
@@ -20,6 +23,7 @@ NETWORKS = {
             "added_kv_proj_dim": 104, "pos_embed_seq_len": 514},
     "six heads": {"num_attention_heads": 6, "attention_head_dim": 26, "ffn_dim": 162, "num_layers": LAYERS,
                   "in_channels": 36, "image_dim": 40, "added_kv_proj_dim": 156},
+    "8 bits": {"num_attention_heads": 6, "attention_head_dim": 26, "ffn_dim": 162, "num_layers": LAYERS},
 }  # fmt: skip
 CASES = {
     "t2v": {"network": "t2v", "tp": 1, "fsdp": True, "dtype": "float32"},
@@ -27,6 +31,8 @@ CASES = {
     "i2v in bfloat16": {"network": "i2v", "tp": 1, "fsdp": True, "dtype": "bfloat16"},
     "i2v in slices": {"network": "six heads", "tp": 3, "fsdp": False, "dtype": "float32"},
     "i2v in slices, in bfloat16": {"network": "six heads", "tp": 3, "fsdp": False, "dtype": "bfloat16"},
+    "8 bits shared": {"network": "8 bits", "tp": 1, "fsdp": True, "dtype": "float32"},
+    "8 bits in slices": {"network": "8 bits", "tp": 3, "fsdp": False, "dtype": "bfloat16"},
 }
 
 
@@ -37,6 +43,8 @@ def folder(tmp_path_factory):
     for name, changes in NETWORKS.items():
         network = tiny_models.wan_transformer(seed=5, **changes)
         network.save_pretrained(folder / name)
+        if name == "8 bits":
+            original_formats.save_old_mark(folder / name / WEIGHTS, *in_8_bits(folder / name))
         save_file(inputs(name), folder / f"{name}.safetensors")
     cases = {
         name: {"checkpoint": str(folder / case["network"]), "inputs": f"{case['network']}.safetensors",
@@ -46,6 +54,16 @@ def folder(tmp_path_factory):
     (folder / "cases.json").write_text(json.dumps(cases))
     gloo_ranks.run("weights_rank.py", folder, RANKS)
     return folder
+
+
+def in_8_bits(folder):
+    """The weights of a network, those of its matrices in 8 bits, and their scales; marks are left out."""
+    tensors = load_file(folder / WEIGHTS)
+    if "scaled_fp8" not in tensors:
+        return original_formats.in_8_bits(tensors)
+    scales = {name.removesuffix(".scale_weight"): x for name, x in tensors.items() if name.endswith(".scale_weight")}
+    marks = ("scaled_fp8", ".scale_weight", ".scale_input")
+    return {name: x for name, x in tensors.items() if not name.endswith(marks)}, scales
 
 
 def inputs(name):
@@ -79,7 +97,9 @@ def whole(folder, case):
     dtype = getattr(torch, CASES[case]["dtype"])
     path = folder / CASES[case]["network"]
     network = WanTransformer(json.loads((path / "config.json").read_text())).eval()
-    tensors = load_file(path / "diffusion_pytorch_model.safetensors")
+    tensors = load_file(path / WEIGHTS)
+    if CASES[case]["network"] == "8 bits":
+        tensors = original_formats.dequantized(*in_8_bits(path))
     network.load_state_dict(
         {name: x if keeps_fp32(name) else x.to(dtype) for name, x in tensors.items()}, strict=True, assign=True
     )
@@ -106,12 +126,18 @@ def test_the_dtypes_are_those_of_one_rank(told, whole):
     assert all(rank["dtypes"] == expected for rank in told)
 
 
-def test_a_rank_reads_its_part_and_no_more(case, told, whole):
-    """On disk all is fp32."""
+def test_a_rank_reads_its_part_and_no_more(folder, case, told, whole):
+    """On disk all is fp32, or in 8 bits, where the scale of each comes along."""
+    path, scales = folder / CASES[case]["network"], {}
+    if CASES[case]["network"] == "8 bits":
+        _, scales = in_8_bits(path)
+    with safe_open(path / WEIGHTS, framework="pt") as file:
+        dtypes = {name: file.get_slice(name).get_dtype() for name, _ in whole.named_parameters()}
+    sizes = {name: 1 if dtype.startswith("F8") else 4 for name, dtype in dtypes.items()}
     for rank, told_by in enumerate(told):
-        expected = 4 * sum(math.prod(shape) for shape in parts(case, whole, rank).values())
-        assert told_by["read"] == expected, f"rank {rank}"
-    everything = sum(4 * p.numel() for p in whole.parameters())
+        expected = sum(sizes[name] * math.prod(shape) for name, shape in parts(case, whole, rank).items())
+        assert told_by["read"] == expected + 4 * len(scales), f"rank {rank}"
+    everything = sum(sizes[name] * p.numel() for name, p in whole.named_parameters())
     assert max(rank["read"] for rank in told) < 0.6 * everything
 
 
@@ -172,7 +198,7 @@ def test_a_rank_sends_what_the_formulas_say(case, told, whole):
         )
         operations = {"send", "recv_"}
     else:
-        tokens, text, image = 12, 12, 257
+        tokens, text, image = 12, 12, 257 if whole.config.image_dim else 0
         block = 3 * tokens * 156 * itemsize + 4 * (3 * tokens + text + image)
         expected = LAYERS * block * 2 * (RANKS - 1) / RANKS
         operations = {"allreduce_"}

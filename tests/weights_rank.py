@@ -14,7 +14,7 @@ from pathlib import Path
 import tiny_models
 import torch
 import torch.distributed as dist
-from ascend_runtime.checkpoints import reader
+from ascend_runtime.checkpoints import reader, safetensors_file
 from ascend_runtime.checkpoints.layout import find_transformer
 from ascend_runtime.families import wan
 from ascend_runtime.parallel.fsdp import Share, sharding_of
@@ -127,7 +127,7 @@ def main():
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    reader.safe_open, os.preadv = CountingFile, counting_preadv
+    safetensors_file.safe_open, os.preadv = CountingFile, counting_preadv
     gc.freeze()  # what the imports made is not looked through again
     done = {name: run(folder, **case) for name, case in json.loads((folder / "cases.json").read_text()).items()}
     save_file({name: velocity.contiguous() for name, (velocity, _) in done.items()}, folder / f"out-{rank}.safetensors")

@@ -1,10 +1,20 @@
-"""Parameter names of the original Wan, and what diffusers calls them."""
+"""Parameter names of the systems that write checkpoints, and what diffusers and transformers call them."""
+
+from __future__ import annotations
 
 import re
 
-# In order: a later row sees what the earlier ones made.
-ORIGINAL_TO_DIFFUSERS = (
-    (r"^model\.diffusion_model\.", ""),
+Rules = tuple[tuple[str, str], ...]  # patterns and replacements, in order: a later one sees what the earlier ones made
+
+# The transformer, of the original (Wan-Video/Wan2.2, wan/modules/model.py), ComfyUI (a prefix), MindSpeed-MM
+# (checkpoint/sora_model/wan_converter.py) and diffusers, whose names no pattern fits.
+TRANSFORMER: Rules = (
+    (r"^(model\.diffusion_model|module|predictor)\.", ""),
+    (r"(self|cross)_attn\.proj_(q|k|v)\.", r"\1_attn.\2."),
+    (r"(self|cross)_attn\.proj_out\.", r"\1_attn.o."),
+    (r"cross_attn\.k_norm_img", "cross_attn.norm_k_img"),
+    (r"(self|cross)_attn\.(q|k)_norm", r"\1_attn.norm_\2"),
+    (r"^text_embedding\.linear_", "condition_embedder.text_embedder.linear_"),
     (r"self_attn\.norm_(q|k)", r"attn1.norm_\1"),
     (r"self_attn\.(q|k|v)\.", r"attn1.to_\1."),
     (r"self_attn\.o\.", "attn1.to_out.0."),
@@ -30,11 +40,14 @@ ORIGINAL_TO_DIFFUSERS = (
     (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
     (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
 )
-_RULES = [(re.compile(pattern), name) for pattern, name in ORIGINAL_TO_DIFFUSERS]
 
 
-def to_diffusers_name(name: str) -> str:
-    """diffusers' name of the transformer parameter that the original calls `name`."""
-    for pattern, replacement in _RULES:
-        name = pattern.sub(replacement, name)
+def to_diffusers_name(name: str) -> str | None:
+    """diffusers' name of a transformer's parameter, by its name in any system; None: it is no parameter."""
+    return None if name.endswith("._extra_state") else renamed(name, TRANSFORMER)  # what Megatron's layers note
+
+
+def renamed(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
     return name

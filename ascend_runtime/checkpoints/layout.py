@@ -1,37 +1,53 @@
-"""Where the files of a component lie: diffusers folders, and single .safetensors files of a transformer."""
+"""Where the files of a component lie, told by what is in them: the folders of diffusers, of the original and of
+MindSpeed-MM, and single files."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from .configs import TRANSFORMER_TELLS, count, transformer_config
 from .keys import to_diffusers_name
-from .reader import open_shard
+from .mindspeed import latest_shards
+from .tensor_files import open_tensors
 
 KINDS = {  # of component: the key of its config that tells, and what it says
     "transformer": ("_class_name", "WanTransformer3DModel"),
     "text_encoder": ("model_type", "umt5"),
     "vae": ("_class_name", "AutoencoderKLWan"),
 }
+ORIGINAL_TRANSFORMER = "WanModel"  # what the original's config.json says
+FOLDERS = {  # of a transformer within a model's, by who wrote it: diffusers, the original
+    "transformer": ("transformer", "high_noise_model"),
+    "transformer_2": ("transformer_2", "low_noise_model"),
+}
+Rename = Callable[[str, Path], str | None]  # a parameter's name by a tensor's, and its shard; None: it is none
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
+
+
+def _same(name: str, _: Path) -> str:
+    return name
 
 
 @dataclass(frozen=True)
 class Component:
-    """A network on disk: its config, its shards in the order to be read, and what was in them when it was found."""
+    """A network on disk: its config, its shards in the order to be read, and what their tensors are called.
+
+    A shard is a file, or the folder of a distributed checkpoint.
+    """
 
     config: dict
     shards: tuple[Path, ...]
-    folder: Path | None  # of a diffusers component; None for a single file
-    original_names: bool = False  # parameter names of the original Wan rather than diffusers'
+    folder: Path | None  # of a diffusers component; None for any other
+    rename: Rename = _same
 
     @property
     def root(self) -> Path | None:
-        """The diffusers pipeline that it belongs to; None for a single file."""
+        """The diffusers pipeline that it belongs to; None where it belongs to none."""
         return self.folder and self.folder.parent
 
     @property
@@ -40,11 +56,11 @@ class Component:
         described = ()
         if self.folder:
             described = (self.folder / "config.json", self.root / "model_index.json", self.root / "vae" / "config.json")
-        return tuple((str(file), *_state(file)) for file in (*filter(Path.is_file, described), *self.shards))
+        return _states((*filter(Path.is_file, described), *self.shards))
 
     @property
     def nbytes(self) -> int:
-        return sum(shard.stat().st_size for shard in self.shards)
+        return sum(file.stat().st_size for file in _files(self.shards))
 
 
 def find_component(path: str, name: str) -> Component:
@@ -68,9 +84,30 @@ def find_component(path: str, name: str) -> Component:
 
 
 def find_transformer(path: str, name: str = "transformer") -> Component:
-    """A diffusion transformer: in a diffusers folder, or a single .safetensors file with the original's names."""
+    """A diffusion transformer: a file, a folder that holds one, or the one of that name in a model's folder.
+
+    Raises ValueError that says what is there, and what was expected.
+    """
     root = existing(path)
-    return _single_transformer(root, *_state(root)) if root.is_file() else find_component(path, name)
+    if root.is_file():
+        return _transformer_of((root,))
+    inner = [root / folder for folder in FOLDERS[name] if (root / folder).is_dir()]
+    folder = inner[0] if inner else root
+    if shards := latest_shards(folder):
+        return _transformer_of(shards)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config.get("_class_name") == ORIGINAL_TRANSFORMER:
+        return _transformer_of(_shards_of(folder), config.get("num_heads"))
+    return find_component(str(folder), name)
+
+
+def has_low_noise(path: str) -> bool:
+    """Whether the folder `path` holds a low-noise expert. Raises ValueError where only the other one is there."""
+    root = Path(path).expanduser()
+    found = any((root / folder).is_dir() for folder in FOLDERS["transformer_2"])
+    if not found and (root / "high_noise_model").is_dir():
+        raise ValueError(f"{root} has a high_noise_model, but no low_noise_model beside it. Download that too.")
+    return found
 
 
 def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -86,11 +123,6 @@ def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int
     return batch * ((frames - 1) * temporal + 1), height * spatial, width * spatial, 3
 
 
-def has_component(path: str, name: str) -> bool:
-    """Whether the diffusers folder `path` holds the component `name`."""
-    return (Path(path) / name / "config.json").is_file()
-
-
 def _check_kind(config: dict, name: str, folder: Path) -> None:
     """diffusers and transformers write into a config what network it is of, each in its way."""
     key, wanted = KINDS[name.removesuffix("_2")]
@@ -101,7 +133,7 @@ def _check_kind(config: dict, name: str, folder: Path) -> None:
 def existing(path: str) -> Path:
     root = Path(path).expanduser()
     if not root.exists():
-        raise ValueError(f"{root} does not exist. Give the path of a diffusers folder or of a .safetensors file.")
+        raise ValueError(f"{root} does not exist. Give the path of a model's folder or file.")
     return root
 
 
@@ -137,54 +169,52 @@ def _preferred(folder: Path, pattern: str, names: Iterable[str]) -> tuple[Path, 
     return tuple(sorted(folder.glob(pattern)))
 
 
-def _state(file: Path) -> tuple[int, int]:
-    """Size and time of the last change."""
-    return file.stat().st_size, file.stat().st_mtime_ns
+def _files(shards: Iterable[Path]) -> list[Path]:
+    """The files that shards consist of."""
+    return [file for shard in shards for file in (sorted(shard.iterdir()) if shard.is_dir() else (shard,))]
+
+
+def _states(shards: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Of each file: path, size and time of the last change."""
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(shards))
+
+
+def _transformer_of(shards: tuple[Path, ...], heads: int | None = None) -> Component:
+    """Of shards beside which no diffusers config lies: it is in the shapes."""
+    config, first_blocks = _transformer_in(shards, heads, _states(shards))
+
+    def rename(name: str, shard: Path) -> str | None:
+        renamed = to_diffusers_name(name)
+        return renamed and _moved(renamed, first_blocks[shards.index(shard)])
+
+    return Component(config, shards, folder=None, rename=rename)
 
 
 @lru_cache(maxsize=8)
-def _single_transformer(path: Path, size: int, changed_ns: int) -> Component:
-    """A file as ComfyUI's users have: the original's names, with or without a prefix; the config is in the shapes.
+def _transformer_in(shards: tuple[Path, ...], heads: int | None, _: tuple) -> tuple[dict, tuple[int, ...]]:
+    """(config, the number of the first block of each shard).
 
-    Kept until the file changes, so that a job on a loaded model opens none.
+    Kept until a file changes, so that a job on a loaded model opens none.
     """
-    with open_shard(path) as shard:
-        shapes = {to_diffusers_name(key): shard.get_slice(key).get_shape() for key in shard.keys()}
-    if "patch_embedding.weight" not in shapes or "blocks.0.ffn.net.0.proj.weight" not in shapes:
+    shapes, first_blocks = {}, []
+    for shard in shards:
+        with open_tensors(shard) as file:
+            found = {to_diffusers_name(key): shape for key, shape in file.shapes.items()}
+        # Pipeline stages number their blocks from 0; the shards of one network have no block in common.
+        stages = shards[0].parent != shard.parent
+        first_blocks.append(count(shapes, "blocks.") if stages else 0)
+        shapes |= {_moved(name, first_blocks[-1]): shape for name, shape in found.items() if name}
+    missing = [name for name in TRANSFORMER_TELLS if name not in shapes]
+    if missing[:2] == list(TRANSFORMER_TELLS[:2]):
         raise ValueError(
-            f"{path} is not a Wan transformer: it has no patch_embedding and no blocks. "
+            f"{shards[0]} is not a Wan transformer: it has no patch_embedding and no blocks. "
             f"Its first tensors are {', '.join(sorted(shapes)[:4])}."
         )
-    return Component(_config_of(shapes, path), (path,), folder=None, original_names=True)
-
-
-def _config_of(shapes: dict[str, list[int]], path: Path) -> dict:
-    """The config of diffusers' WanTransformer3DModel, read off the shapes; the original's head_dim is always 128."""
-    missing = [name for name in _TELLING if name not in shapes]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)} of a Wan transformer. Download it again.")
-    dim, in_channels, *patch = shapes["patch_embedding.weight"]
-    has_image = "condition_embedder.image_embedder.ff.net.0.proj.weight" in shapes
-    positions = shapes.get("condition_embedder.image_embedder.pos_embed")
-    return {
-        "patch_size": tuple(patch),
-        "num_attention_heads": dim // 128,
-        "attention_head_dim": 128,
-        "in_channels": in_channels,
-        "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
-        "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
-        "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
-        "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
-        "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")),
-        "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
-        "added_kv_proj_dim": dim if has_image else None,
-        "image_dim": shapes["condition_embedder.image_embedder.norm1.weight"][0] if has_image else None,
-        "pos_embed_seq_len": positions[1] if positions else None,
-    }
+        raise ValueError(f"{shards[0]} lacks {', '.join(missing)} of a Wan transformer. Download it again.")
+    return transformer_config(shapes, heads), tuple(first_blocks)
 
 
-_TELLING = (
-    "proj_out.weight",
-    "condition_embedder.text_embedder.linear_1.weight",
-    "condition_embedder.time_embedder.linear_1.weight",
-)
+def _moved(name: str, blocks: int) -> str:
+    """The name of the same parameter so many blocks later."""
+    return re.sub(r"^blocks\.(\d+)", lambda number: f"blocks.{int(number[1]) + blocks}", name)

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .parts import Parts
+from .fp8 import dequantized, scales_of
+from .parts import Part
+from .tensor_files import TensorFile, open_tensors
 
 MAX_NAMES = 8  # how many parameter names an error lists
-
-
-@contextmanager
-def open_shard(path: Path):
-    """The opened .safetensors file; raises ValueError where it is none."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes). Download it again.")
-    try:
-        with safe_open(path, framework="pt") as shard:
-            yield shard
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole .safetensors file ({error}). Download it again.") from None
 
 
 class Share(Protocol):
@@ -33,7 +22,7 @@ class Share(Protocol):
     def prepare(self, module: nn.Module) -> None:
         """Gives the parameters, on the meta device, the shapes that are held here."""
 
-    def part(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
+    def part(self, name: str, shape: tuple[int, ...]) -> Part | None:
         """Which part of a tensor of this shape on disk is held here; None: all of it."""
 
     def parameter(self, module: nn.Module, name: str, part: torch.Tensor) -> torch.Tensor:
@@ -53,20 +42,30 @@ class Whole:
         return part
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter lies: shard, name there, shape, and the name of its scale where it was kept in 8 bits."""
+
+    shard: Path
+    key: str
+    shape: tuple[int, ...]
+    scale: str | None
+
+
 def load_weights(
     module: nn.Module,
     shards: Iterable[Path],
     *,
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
-    rename: Callable[[str], str] = lambda name: name,
+    rename: Callable[[str, Path], str | None] = lambda name, shard: name,
     share: Share = Whole(),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Fills `module`, on the meta device, with the tensors of `shards`.
 
     dtype_of: the dtype to keep a parameter in, by name.
-    rename: the module's name of a tensor, by its name on disk.
+    rename: the module's name of a tensor, by its name in a shard; None: it is none of the module's.
     share: what is held here of each; no other byte is read.
     on_tensor: told after each tensor how many are done, and how many there are.
 
@@ -79,32 +78,40 @@ def load_weights(
     _check_fit(module, shards, wanted, places)
     share.prepare(module)
     done = 0
-    for path in shards:
-        with open_shard(path) as shard, Parts(path) as parts:
-            for name, (home, key, shape) in places.items():
-                if home == path:
-                    part, dtype = share.part(name, shape), dtype_of(name)
-                    # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
-                    stays = part is None and device.type == "cpu" and parts.dtype(key) == dtype
-                    tensor = shard.get_tensor(key) if stays else parts.read(key, part)
-                    held = _finite(tensor, name, path).to(device, dtype)
-                    assign(module, name, share.parameter(module, name, held))
+    for shard in shards:
+        with open_tensors(shard) as file:
+            for name, place in places.items():
+                if place.shard == shard:
+                    tensor = _read(file, name, place, share.part(name, place.shape), dtype_of(name), device)
+                    assign(module, name, share.parameter(module, name, tensor))
                     done += 1
                     on_tensor(done, len(places))
 
 
-def _places(shards: tuple[Path, ...], rename: Callable[[str], str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """Where each parameter is: shard, key and shape, in the order of the file."""
-    places: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
-    for path in shards:
-        with open_shard(path) as shard:
-            for key in shard.keys():
-                held, name = shard.get_slice(key), rename(key)
+def _read(
+    file: TensorFile, name: str, place: _Place, part: Part | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """The part of a parameter that is held here, where and as it is kept."""
+    # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
+    stays = part is None and place.scale is None and device.type == "cpu" and file.dtype(place.key) == dtype
+    tensor = file.mapped(place.key) if stays else file.read(place.key, part)
+    scale = None if place.scale is None else file.read(place.scale)
+    return _finite(dequantized(tensor, scale), name, place.shard).to(device, dtype)
+
+
+def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]) -> dict[str, _Place]:
+    """Where each parameter is, in the order of the files."""
+    places: dict[str, _Place] = {}
+    for shard in shards:
+        with open_tensors(shard) as file:
+            scales, marks = scales_of(file)
+            for key, shape in file.shapes.items():
+                name = None if key in marks else rename(key, shard)
+                if name is None:
+                    continue
                 if name in places:
-                    raise ValueError(f"{path} and {places[name][0]} both hold {name}. Keep one of the two.")
-                if held.get_dtype().startswith("F8"):
-                    raise ValueError(f"{path} holds fp8 weights, which cannot be read yet. Take its fp16 or bf16 form.")
-                places[name] = (path, key, tuple(held.get_shape()))
+                    raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
+                places[name] = _Place(shard, key, tuple(shape), scales.get(key))
     return places
 
 
@@ -113,9 +120,9 @@ def _check_fit(module, shards, wanted, places) -> None:
     missing = [name for name, tensor in wanted.items() if id(tensor) not in filled]
     unexpected = [name for name in places if name not in wanted]
     misshapen = [
-        f"{name} is {list(places[name][2])}, not {list(tensor.shape)}"
+        f"{name} is {list(places[name].shape)}, not {list(tensor.shape)}"
         for name, tensor in wanted.items()
-        if name in places and places[name][2] != tuple(tensor.shape)
+        if name in places and places[name].shape != tuple(tensor.shape)
     ]
     faults = [
         f"{len(names)} {fault}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"

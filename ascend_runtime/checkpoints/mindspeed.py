@@ -1,0 +1,49 @@
+"""Checkpoints that MindSpeed-MM writes: a folder for each iteration, one file in it for each pipeline stage.
+
+    latest_checkpointed_iteration.txt     "release" (converted weights) or the number of the last iteration
+    release/ or iter_0001000/
+        mp_rank_00[_002]/model_optim_rng.pt   of tensor slice 0 (and pipeline stage 2); its weights under "model"
+        .metadata, *.distcp                   or instead of those: torch's distributed checkpoint
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .dcp import METADATA
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
+WEIGHTS = "model_optim_rng.pt"
+
+
+def latest_shards(folder: Path) -> tuple[Path, ...] | None:
+    """The files of the latest iteration in the order of their stages; None where MindSpeed-MM did not write `folder`.
+
+    Raises ValueError where the iteration is not there, or its weights are cut into slices.
+    """
+    if (folder / TRACKER).is_file():
+        latest = (folder / TRACKER).read_text().strip()
+        iteration = folder / (f"iter_{int(latest):07d}" if latest.isdigit() else latest)
+        if not iteration.is_dir():
+            raise ValueError(f"{folder / TRACKER} names {iteration.name}, which is not there. Copy it beside, or the "
+                             "number of another iteration into the file.")  # fmt: skip
+        return _shards(iteration)
+    return _shards(folder) if (folder / METADATA).is_file() or any(folder.glob("mp_rank_*")) else None
+
+
+def _shards(iteration: Path) -> tuple[Path, ...]:
+    if (iteration / METADATA).is_file():
+        return (iteration,)
+    found = {folder: RANK.fullmatch(folder.name) for folder in sorted(iteration.glob("mp_rank_*"))}
+    if any(rank is None or int(rank[1]) for rank in found.values()):
+        raise ValueError(
+            f"{iteration} holds the weights in slices ({', '.join(folder.name for folder in found)}). Convert them to "
+            "one slice with MindSpeed-MM's mm-convert WanConverter resplit (tensor parallel size 1)."
+        )
+    shards = tuple(folder / WEIGHTS for folder in found)
+    missing = [str(shard) for shard in shards if not shard.is_file()]
+    if missing or not shards:
+        raise ValueError(f"{', '.join(missing) or iteration / 'mp_rank_00' / WEIGHTS} does not exist. Copy it there.")
+    return shards

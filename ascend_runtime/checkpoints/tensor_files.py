@@ -1,0 +1,59 @@
+"""Files of tensors, told apart by what is in them: .safetensors, torch.save, torch's distributed checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .dcp import METADATA, DistributedCheckpoint
+from .parts import Part
+from .safetensors_file import SafetensorsFile
+from .torch_file import TorchFile
+
+
+ZIP, OLD_PICKLE = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files of torch.save begin; a .safetensors with a length
+
+
+class TensorFile(Protocol):
+    """An open file; a context manager, whose exit closes it."""
+
+    path: Path
+    header: dict[str, str]  # what the file says of itself
+    shapes: dict[str, tuple[int, ...]]  # of all its tensors, by name
+
+    def dtype(self, name: str) -> torch.dtype:
+        """On disk. Raises ValueError for one that torch has not."""
+
+    def read(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """This part of a tensor (None: all), in its dtype on disk and memory of its own. No other tensor is read."""
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A whole tensor as a view of the mapped file where it lies there in one piece, else as `read` gives it."""
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """The opened file, or folder of a distributed checkpoint. Raises ValueError where it is none of those, or cut."""
+    with _kind(path)(path) as file:
+        yield file
+
+
+def _kind(path: Path) -> type[TensorFile]:
+    if path.is_dir():
+        if not (path / METADATA).is_file():
+            raise ValueError(f"{path} is a folder without {METADATA}: no distributed checkpoint of torch.")
+        return DistributedCheckpoint
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty (0 bytes). Download it again.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start == OLD_PICKLE:
+        raise ValueError(
+            f"{path} was written by a torch before 1.6. Write it anew: "
+            "torch.save(torch.load(it, weights_only=True), it)."
+        )
+    return TorchFile if start == ZIP else SafetensorsFile
