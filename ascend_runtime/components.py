@@ -84,7 +84,8 @@ class Components:
         self._slots: dict[type, tuple[Any, Any]] = {}
 
     def get(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding = Sharding()) -> Any:
-        """The component that `spec` describes. `on_tensor` is told of each tensor read; none is, if it is loaded.
+        """The component that `spec` describes. `on_tensor` is told of each tensor read; none is, if it is loaded. LoRAs
+        are no part of what is loaded: it is told of each tensor that must change for them.
 
         sharding: how the weights of a diffusion model or a text encoder are spread over the ranks; a VAE is whole.
         """

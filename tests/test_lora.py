@@ -10,6 +10,7 @@ import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
 from ascend_runtime.checkpoints.lora import read_lora
 from ascend_runtime.components import Components
+from ascend_runtime.loras import Adapter
 from benchmarks.opens import Opened
 from diffusers.loaders import lora_conversion_utils
 from safetensors.torch import load_file, save_file
@@ -137,8 +138,13 @@ def test_each_expert_has_its_own(runtimes, one_rank, checkpoints, specs_of, tmp_
     assert_close(latent, sample(one_rank, with_loras(by_hand), text), atol=1e-4, rtol=0.0)
 
 
-def test_originals_stay_where_they_are_and_come_back(specs, loras, checkpoint, tmp_path):
-    """On a CPU they are the mapped file, of which nothing is copied; also when a merge is broken off."""
+@pytest.mark.parametrize("in_place", [False, True], ids=["moves", "in place"])
+def test_originals_come_back_to_where_they_were(specs, loras, checkpoint, tmp_path, monkeypatch, in_place):
+    """Also when a merge is broken off. On a CPU they are the mapped file, of which nothing is copied; on a device the
+    weights are written over."""
+    if in_place:
+        monkeypatch.setattr(Adapter, "_may_move", lambda adapter, parameter: False)
+    file = (checkpoint / "transformer" / WEIGHTS).read_bytes()
     components = Components(torch.device("cpu"))
 
     def get(*chosen, on_tensor=lambda done, total: None):
@@ -158,11 +164,13 @@ def test_originals_stay_where_they_are_and_come_back(specs, loras, checkpoint, t
         merged_weights = get(chosen)
         for name, weight in load_file(tmp_path / "merged").items():
             assert_close(merged_weights[name].data, weight, atol=1e-6, rtol=0.0)
-            assert (merged_weights[name].data_ptr() != before[name][0]) == (name in added), name
+            moved = merged_weights[name].data_ptr() != before[name][0]
+            assert moved == (name in added and not in_place), name
         with pytest.raises(InterruptedError):
             get(on_tensor=broken_off)
         for name, weight in get().items():
             assert weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1]), name
+    assert (checkpoint / "transformer" / WEIGHTS).read_bytes() == file
 
 
 def test_a_warm_model_stays_warm(one_rank, specs, loras):
