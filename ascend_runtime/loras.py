@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
-from .checkpoints.parts import Parts
+from .checkpoints.tensor_files import TensorFile, open_tensors
 from .parallel.fsdp import Share, own_part
 from .specs import LoraSpec
 
@@ -60,7 +60,7 @@ class Adapter:
         self._loras, self._merged = loras, False
         names = sorted({*self._originals, *(name for file, _ in loras for name in file.changes)})
         with ExitStack() as stack, torch.no_grad():
-            opened = [(file, stack.enter_context(Parts(file.path)), strength) for file, strength in loras]
+            opened = [(lora, stack.enter_context(open_tensors(lora.path)), strength) for lora, strength in loras]
             for done, name in enumerate(names, 1):
                 changes = [(file.changes[name], *rest) for file, *rest in opened if name in file.changes]
                 if changes:
@@ -70,14 +70,14 @@ class Adapter:
                 on_tensor(done, len(names))
         self._merged = True
 
-    def _merge(self, name: str, changes: list[tuple[LowRank | Difference, Parts, float]]) -> None:
+    def _merge(self, name: str, changes: list[tuple[LowRank | Difference, TensorFile, float]]) -> None:
         if name not in self._originals:
             self._keep(name)
         whole = self._shapes[name]
         part = self._share.part(name, whole) or tuple(slice(0, size) for size in whole)
         weight = self._originals[name].to(self._device, torch.float32, copy=True)
-        for change, parts, strength in changes:
-            change.add_to(weight, parts, part, whole, strength)
+        for change, file, strength in changes:
+            change.add_to(weight, file, part, whole, strength)
         own_part(self._parameter(name)).copy_(weight)
 
     def _keep(self, name: str) -> None:

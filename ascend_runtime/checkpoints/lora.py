@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from .keys import to_diffusers_name
-from .parts import Parts
-from .reader import MAX_NAMES, open_shard
+from .parts import Part
+from .reader import MAX_NAMES
+from .tensor_files import TensorFile, open_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -54,10 +55,10 @@ class LowRank:
     def keys(self) -> tuple[str, ...]:
         return self.up, self.down
 
-    def add_to(self, weight: Tensor, parts: Parts, part: tuple[slice, ...], whole: tuple[int, ...], strength: float):
+    def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
         """weight: fp32, the part of a tensor of the shape `whole` that is to be changed, in place."""
-        up = parts.read(self.up).flatten(1)[part[0]].to(weight)
-        down = parts.read(self.down).view(-1, *whole[1:])[(slice(None), *part[1:])].flatten(1).to(weight)
+        up = file.read(self.up).flatten(1)[part[0]].to(weight)
+        down = file.read(self.down).view(-1, *whole[1:])[(slice(None), *part[1:])].flatten(1).to(weight)
         weight += ((strength * self.scale) * (up @ down)).view_as(weight)
 
 
@@ -69,8 +70,8 @@ class Difference:
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
-    def add_to(self, weight: Tensor, parts: Parts, part: tuple[slice, ...], whole: tuple[int, ...], strength: float):
-        weight += strength * parts.read(self.key, part).to(weight)
+    def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
+        weight += strength * file.read(self.key, part).to(weight)
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,19 @@ def read_lora(path: str | Path, shapes: Shapes) -> LoraFile:
     Raises ValueError that lists by name what is of no known layout or layer, incomplete, wrongly shaped or not finite:
     nothing of a file is passed over.
     """
-    file, path = fingerprint(str(path)), Path(path)
+    state, path = fingerprint(str(path)), Path(path)
     faults: dict[str, list[str]] = defaultdict(list)
-    with open_shard(path) as shard, Parts(path) as parts:
-        on_disk = {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}
+    with open_tensors(path) as file:
+        on_disk = file.shapes
         changes = {}
         for name, keys in _by_parameter(on_disk, shapes, faults).items():
-            change = _change(name, keys, parts, faults)
+            change = _change(name, keys, file, faults)
             if change is not None and _fits(change, on_disk, name, shapes[name], faults):
                 changes[name] = change
         if not faults:
-            faults["with NaN or infinite values"] += [key for key in on_disk if not _finite(parts.read(key))]
+            faults["with NaN or infinite values"] += [key for key in on_disk if not _finite(file.read(key))]
     _refuse(path, faults, on_disk)
-    return LoraFile(file, changes)
+    return LoraFile(state, changes)
 
 
 def _by_parameter(on_disk: Shapes, shapes: Shapes, faults) -> dict[str, dict[str, str]]:
@@ -153,7 +154,7 @@ def _spellings(shapes: Shapes) -> dict[str, str]:
     return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}
 
 
-def _change(name: str, keys: dict[str, str], parts: Parts, faults) -> LowRank | Difference | None:
+def _change(name: str, keys: dict[str, str], file: TensorFile, faults) -> LowRank | Difference | None:
     if keys.keys() == {"diff"}:
         return Difference(keys["diff"])
     if not {"up", "down"} <= keys.keys() <= {"up", "down", "alpha"}:
@@ -161,11 +162,11 @@ def _change(name: str, keys: dict[str, str], parts: Parts, faults) -> LowRank | 
         return None
     scale = 1.0
     if "alpha" in keys:
-        alpha = parts.read(keys["alpha"])
+        alpha = file.read(keys["alpha"])
         if alpha.numel() != 1:
             faults["of the wrong shape"].append(f"{keys['alpha']} is {list(alpha.shape)}, not one number")
             return None
-        scale = alpha.item() / max(1, parts.read(keys["down"]).shape[0])
+        scale = alpha.item() / max(1, file.read(keys["down"]).shape[0])
     return LowRank(keys["up"], keys["down"], scale)
 
 
