@@ -232,7 +232,10 @@ def _boundary(spec: DiffusionModelSpec, component: Component) -> float:
     boundary = spec.boundary
     if boundary is None and component.root and (component.root / "model_index.json").is_file():
         boundary = read_json(component.root / "model_index.json").get("boundary_ratio")
-    return wan.DEFAULT_BOUNDARY if boundary is None else boundary
+    if boundary is not None:
+        return boundary
+    sees_image = component.config.get("in_channels", 16) != component.config.get("out_channels", 16)
+    return wan.IMAGE_BOUNDARY if sees_image else wan.DEFAULT_BOUNDARY
 
 
 def _load_transformer(component: Component, dtype, device, on_tensor, sharding: Sharding) -> wan.WanTransformer:

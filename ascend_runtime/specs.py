@@ -137,7 +137,7 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     low_noise_path: the low-noise expert, where it is not found under `path`.
     dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 elsewhere.
     boundary: share of the 1000 training timesteps at and above which the high-noise expert works
-        (None: from the checkpoint, else 0.875).
+        (None: from the checkpoint, else 0.875, and 0.9 for an image-to-video model).
     experts: of two, "resident" keeps both on the device, "swap" one of them, while the other waits in host memory
         (twice the size of one, a rank) and is fetched ahead of its first step. "auto": swap where they do not fit.
     loras: added to the weights in this order; other ones, or other strengths, read no weight of the model again.

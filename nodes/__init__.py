@@ -3,12 +3,13 @@
 from comfy_api.latest import ComfyExtension
 
 from .conditioning import TextEncode
+from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadTextEncoder, LoadVAE
 from .loras import LoadLora
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
 from .sampler import Sampler
-from .vae import VAEDecode
+from .vae import VAEDecode, VAEEncode
 
 
 class AscendVideo(ComfyExtension):
@@ -20,8 +21,10 @@ class AscendVideo(ComfyExtension):
             LoadTextEncoder,
             LoadVAE,
             TextEncode,
+            ImageToVideo,
             Sampler,
             VAEDecode,
+            VAEEncode,
             Profiler,
             FreeMemory,
         ]

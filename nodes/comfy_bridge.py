@@ -1,4 +1,4 @@
-"""ComfyUI as the ranks meet it: progress, previews, interrupt, requests for memory, and core types taken apart."""
+"""ComfyUI as the ranks meet it: progress, previews, interrupt and requests for memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 PREVIEW_SCALE = 8  # pixels of the video a latent pixel stands for
 PREVIEW_SIZE = 512  # pixels, the longest side that ComfyUI sends
-_UNUSED_BY_TEXT = {"pooled_output"}  # what a CONDITIONING may carry and no Wan network reads
 
 _runtime: Runtime | None = None
 
@@ -77,31 +76,6 @@ def output_folder(name: str) -> str:
             "profiles/wan: no absolute path, and no '..'."
         )
     return str(Path(folder_paths.get_output_directory()) / name)
-
-
-def samples_of(latent: dict) -> Tensor:
-    """The tensor [B,C,T,H,W] of a LATENT. Raises ValueError for what a text-to-video model cannot honour."""
-    for name in ("noise_mask", "batch_index"):
-        if latent.get(name) is not None:
-            raise ValueError(f"The latent has a {name}, which Ascend Sampler does not honour yet. Leave it out.")
-    return latent["samples"]
-
-
-def text_of(conditioning: list, name: str) -> Tensor:
-    """The embedding [B, tokens, D] of a CONDITIONING. Raises ValueError rather than leave out what else it asks for."""
-    if len(conditioning) != 1:
-        raise ValueError(
-            f"The {name} conditioning has {len(conditioning)} parts; Ascend Sampler takes one. "
-            "Put the prompts into one text instead of combining conditionings."
-        )
-    embedding, extras = conditioning[0]
-    unknown = sorted(key for key, value in extras.items() if value is not None and key not in _UNUSED_BY_TEXT)
-    if unknown:
-        raise ValueError(
-            f"The {name} conditioning carries {', '.join(unknown)}, which Ascend Sampler does not honour. "
-            "Connect the output of a text encode node directly."
-        )
-    return embedding
 
 
 def _runtime_for(ranks: RanksHandle) -> Runtime:

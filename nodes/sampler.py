@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ascend_runtime.specs import MAX_SEED, SCHEDULES, SOLVERS, SampleSpec
-from . import comfy_bridge, types
+from . import comfy_bridge, core_types, types
 
 
 class Sampler(io.ComfyNode):
@@ -18,11 +18,13 @@ class Sampler(io.ComfyNode):
             description="Denoises a video latent on all ranks.",
             inputs=[
                 types.DiffusionModel.Input("model", tooltip="From Ascend Load Diffusion Model."),
-                io.Conditioning.Input("positive", tooltip="What the video shall show."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What the video shall show; with images, from an image-to-video node."
+                ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo; or a latent to start from, "
-                    "with sigmas that begin below 1.",
+                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo or Ascend Image To Video; or a "
+                    "latent to start from, with sigmas that begin below 1. What its noise_mask leaves out stays.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -120,14 +122,16 @@ class Sampler(io.ComfyNode):
             shift=shift,
             sigmas=None if sigmas is None else tuple(sigmas.tolist()),
         )
+        samples = core_types.samples_of(latent_image)
         result = comfy_bridge.run_job(
             model.ranks,
             lambda runtime, hooks: runtime.sample(
                 model.spec,
                 spec,
-                comfy_bridge.samples_of(latent_image),
-                comfy_bridge.text_of(positive, "positive"),
-                None if negative is None else comfy_bridge.text_of(negative, "negative"),
+                samples,
+                core_types.conditioning_of(positive, "positive", samples),
+                None if negative is None else core_types.conditioning_of(negative, "negative", samples),
+                noise_mask=core_types.noise_mask_of(latent_image),
                 parallel=model.ranks.parallel,
                 operators=model.operators,
                 warm_up=model.warm_up,

@@ -1,4 +1,4 @@
-"""Latents to frames."""
+"""Latents to frames, and frames to latents."""
 
 from comfy_api.latest import io
 
@@ -22,8 +22,27 @@ class VAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, vae) -> io.NodeOutput:
-        latent = comfy_bridge.samples_of(samples)
-        result = comfy_bridge.run_job(
-            vae.ranks, lambda runtime, hooks: runtime.decode(vae.spec, latent, **hooks)
-        )
+        latent = samples["samples"]
+        result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.decode(vae.spec, latent, **hooks))
         return io.NodeOutput(result.tensor)
+
+
+class VAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AscendVAEEncode",
+            display_name="Ascend VAE Encode",
+            category="Ascend",
+            description="Encodes the frames of a video, or an image, into one latent.",
+            inputs=[
+                io.Image.Input("pixels", tooltip="The frames of one video: 4n+1 of them. One is an image."),
+                types.Vae.Input("vae", tooltip="From Ascend Load VAE."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend Sampler or a core sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, pixels, vae) -> io.NodeOutput:
+        result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.encode_video(vae.spec, pixels, **hooks))
+        return io.NodeOutput({"samples": result.tensor})

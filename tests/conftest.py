@@ -117,13 +117,19 @@ def specs(checkpoint) -> Specs:
 
 @pytest.fixture(scope="session")
 def comfyui(tmp_path_factory, checkpoint):
-    """A ComfyUI with the pack, and random models in its folders (see comfy_graphs, random_wan)."""
+    """A ComfyUI with the pack, nodes for tests, and random models in its folders (see comfy_graphs, random_wan)."""
     base = tmp_path_factory.mktemp("comfyui")
     folders = base / "models" / "diffusers"
     folders.mkdir(parents=True)
     (folders / "random_wan").symlink_to(checkpoint)
     random_wan.heavy_transformer(folders / "heavy_wan")
     random_wan.wide_text_encoder(folders / "wide_text_encoder")
-    random_wan.original_transformer(base / "models" / "diffusion_models" / "original_wan.safetensors")
+    files = base / "models" / "diffusion_models"
+    random_wan.original_transformer(files / "original_wan.safetensors")
+    random_wan.original_transformer(files / "original_i2v.safetensors", channels=36, image=True)
+    random_wan.original_transformer(files / "original_i2v_22.safetensors", channels=36)
+    tiny_models.wan22_vae().save_pretrained(random_wan.as_pipeline(folders / "wan22_vae") / "vae")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "test_nodes").symlink_to(Path(__file__).parent / "comfy_nodes")
     with ComfyServer(base=base) as server:
         yield server

@@ -12,12 +12,21 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 TEXT_DIM = 4096  # of UMT5-XXL; core ComfyUI's Wan has no other
 HEAD_DIM = 128  # core's Wan has no other
+IMAGE_DIM = 1280  # of CLIP; core's Wan has no other
+OUT_CHANNELS = 16
 
 
-def original_transformer(file: Path, seed: int = 0, heads: int = 2, ffn: int = 512, layers: int = 2) -> Path:
-    """A text-to-video transformer in one .safetensors file with the original's parameter names, fp32."""
+def original_transformer(
+    file: Path, seed: int = 0, heads: int = 2, ffn: int = 512, layers: int = 2, channels: int = 16, image: bool = False
+) -> Path:
+    """A transformer in one .safetensors file with the original's parameter names, fp32.
+
+    channels: that it reads; it makes 16. image: it looks at one through CLIP, as models of Wan 2.1 do.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shapes = _original_shapes(heads * HEAD_DIM, ffn, layers)
+    shapes = _original_shapes(heads * HEAD_DIM, ffn, layers, channels)
+    if image:
+        shapes |= _image_shapes(heads * HEAD_DIM, layers)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: _random(name, shape, generator) for name, shape in shapes.items()}, file)
     return file
@@ -26,7 +35,7 @@ def original_transformer(file: Path, seed: int = 0, heads: int = 2, ffn: int = 5
 def heavy_transformer(folder: Path, seed: int = 0) -> Path:
     """A diffusers folder with a transformer alone, which weighs 101 MB and takes the small models' text."""
     tiny_models.wan_transformer(seed, ffn_dim=65536).save_pretrained(folder / "transformer")
-    return _as_pipeline(folder)
+    return as_pipeline(folder)
 
 
 def wide_text_encoder(folder: Path, seed: int = 0) -> Path:
@@ -36,31 +45,46 @@ def wide_text_encoder(folder: Path, seed: int = 0) -> Path:
     words = len(AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
     config = UMT5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1)
     tiny_models.randomise(UMT5EncoderModel(config), seed).save_pretrained(folder / "text_encoder")
-    return _as_pipeline(folder)
+    return as_pipeline(folder)
 
 
-def _as_pipeline(folder: Path) -> Path:
+def as_pipeline(folder: Path) -> Path:
+    """Makes of a folder one that ComfyUI's users may choose from."""
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     return folder
 
 
-def _original_shapes(dim: int, ffn: int, layers: int, channels: int = 16, freq: int = 256) -> dict[str, tuple]:
-    def linear(name: str, out: int, into: int) -> dict[str, tuple]:
-        return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
+def _linear(name: str, out: int, into: int) -> dict[str, tuple]:
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
 
+
+def _image_shapes(dim: int, layers: int) -> dict[str, tuple]:
+    """What a model that looks at an image has beside the others' parameters."""
+    shapes = _linear("img_emb.proj.1", IMAGE_DIM, IMAGE_DIM) | _linear("img_emb.proj.3", dim, IMAGE_DIM)
+    for norm, width in (("img_emb.proj.0", IMAGE_DIM), ("img_emb.proj.4", dim)):
+        shapes |= {f"{norm}.weight": (width,), f"{norm}.bias": (width,)}
+    for index in range(layers):
+        attention = f"blocks.{index}.cross_attn"
+        shapes |= _linear(f"{attention}.k_img", dim, dim) | _linear(f"{attention}.v_img", dim, dim)
+        shapes |= {f"{attention}.norm_k_img.weight": (dim,)}
+    return shapes
+
+
+def _original_shapes(dim: int, ffn: int, layers: int, channels: int, freq: int = 256) -> dict[str, tuple]:
     shapes = {"patch_embedding.weight": (dim, channels, 1, 2, 2), "patch_embedding.bias": (dim,)}
-    shapes |= linear("text_embedding.0", dim, TEXT_DIM) | linear("text_embedding.2", dim, dim)
-    shapes |= linear("time_embedding.0", dim, freq) | linear("time_embedding.2", dim, dim)
-    shapes |= linear("time_projection.1", 6 * dim, dim)
-    shapes |= linear("head.head", 4 * channels, dim) | {"head.modulation": (1, 2, dim)}
+    shapes |= _linear("text_embedding.0", dim, TEXT_DIM) | _linear("text_embedding.2", dim, dim)
+    shapes |= _linear("time_embedding.0", dim, freq) | _linear("time_embedding.2", dim, dim)
+    shapes |= _linear("time_projection.1", 6 * dim, dim)
+    shapes |= _linear("head.head", 4 * OUT_CHANNELS, dim) | {"head.modulation": (1, 2, dim)}
     for index in range(layers):
         block = f"blocks.{index}"
         for attention in ("self_attn", "cross_attn"):
             for part in "qkvo":
-                shapes |= linear(f"{block}.{attention}.{part}", dim, dim)
+                shapes |= _linear(f"{block}.{attention}.{part}", dim, dim)
             shapes |= {f"{block}.{attention}.norm_{part}.weight": (dim,) for part in "qk"}
         shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,), f"{block}.modulation": (1, 6, dim)}
-        shapes |= linear(f"{block}.ffn.0", ffn, dim) | linear(f"{block}.ffn.2", dim, ffn)
+        shapes |= _linear(f"{block}.ffn.0", ffn, dim) | _linear(f"{block}.ffn.2", dim, ffn)
     return shapes
 
 

@@ -68,10 +68,10 @@ def latent_of_an_image(graph):
     graph[graphs.EMPTY] = {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
 
 
-def noise_mask(graph):
-    graph["20"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 64}}
-    graph["21"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": [graphs.EMPTY, 0], "mask": ["20", 0]}}
-    graph[graphs.SAMPLER]["inputs"]["latent_image"] = ["21", 0]
+def batch_index(graph):
+    inputs = {"samples": [graphs.EMPTY, 0], "batch_index": 0, "length": 1}
+    graph["20"] = {"class_type": "LatentFromBatch", "inputs": inputs}
+    graph[graphs.SAMPLER]["inputs"]["latent_image"] = ["20", 0]
 
 
 def conditioning_for_a_part_of_the_steps(graph):
@@ -101,7 +101,7 @@ REFUSED = {
     text_of_another_encoder: ["[1, 512, 4096]", "[1, tokens, 32]", "text encoder that belongs to the model"],
     latent_of_32_channels: ["[1, 32, 3, 8, 8]", "[B,16,T,H,W]", "EmptyHunyuanLatentVideo"],
     latent_of_an_image: ["[1, 4, 8, 8]", "[B,16,T,H,W]", "EmptyHunyuanLatentVideo"],
-    noise_mask: ["noise_mask", "Leave it out"],
+    batch_index: ["batch_index", "Leave it out"],
     conditioning_for_a_part_of_the_steps: ["positive", "end_percent", "start_percent", "text encode node directly"],
     two_conditionings: ["2 parts", "one text"],
     no_negative: ["needs a negative prompt", "guidance_scale to 1"],

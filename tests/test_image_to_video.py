@@ -3,10 +3,13 @@
 The models are small and random: Wan 2.1 with CLIP, first and last frame, Wan 2.2 with two experts, and TI2V.
 """
 
+import dataclasses
+
 import pytest
 import tiny_models
 import torch
-from ascend_runtime import Conditioning, JobCancelled, ParallelSpec, SampleSpec
+from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec, components
+from ascend_runtime.checkpoints.layout import find_transformer
 from msgspec.structs import replace
 from PIL import Image
 from test_parity import denormalised
@@ -281,3 +284,13 @@ def test_frames_that_cannot_be_encoded(one_rank, specs, frames, says):
     with pytest.raises(ValueError) as error:
         one_rank.encode_video(specs.vae, frames)
     assert not [words for words in says if words not in str(error.value)], error.value
+
+
+def test_the_boundary_of_a_model_that_names_none(cases):
+    """Where the original's experts meet: at 0.9 in image-to-video, at 0.875 in text-to-video."""
+    found = [find_transformer(str(cases(name).specs.folder)) for name in ("wan 2.2", "ti2v")]
+    spec = cases("wan 2.2").specs.model
+    files = [dataclasses.replace(component, folder=None) for component in found]  # nothing lies beside them
+    assert [components._boundary(spec, file) for file in files] == [0.9, 0.875]
+    given = DiffusionModelSpec(path=spec.path, boundary=0.5)
+    assert components._boundary(given, found[0]) == 0.5

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..specs import VideoSize
 from .configs import TRANSFORMER_TELLS, count, transformer_config
 from .keys import to_diffusers_name
 from .mindspeed import latest_shards
@@ -110,6 +111,26 @@ def has_low_noise(path: str) -> bool:
     return found
 
 
+@dataclass(frozen=True)
+class VaeForm:
+    """A latent's channels, and the pixels and frames that one of it stands for."""
+
+    channels: int
+    spatial: int
+    temporal: int
+
+    def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
+        """[B=1, C, T, H, W]"""
+        return size.latent_shape(self.channels, self.spatial, self.temporal)
+
+
+def vae_form(path: str) -> VaeForm:
+    """From the VAE's config alone. Raises ValueError where there is no VAE."""
+    config = find_component(path, "vae").config
+    spatial, temporal = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
+    return VaeForm(config.get("z_dim", 16), spatial, temporal)
+
+
 def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
     """The frames [B*T',H',W',3] that a VAE makes of a latent [B,C,T,H,W], from its config alone.
 
@@ -117,10 +138,9 @@ def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int
     """
     if len(latent_shape) != 5 or not all(latent_shape):
         raise ValueError(f"The latent has the shape {list(latent_shape)}; a video's is [B,C,T,H,W], all 1 or more.")
-    config = find_component(vae_path, "vae").config
-    spatial, temporal = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
+    form = vae_form(vae_path)
     batch, _, frames, height, width = latent_shape
-    return batch * ((frames - 1) * temporal + 1), height * spatial, width * spatial, 3
+    return batch * ((frames - 1) * form.temporal + 1), height * form.spatial, width * form.spatial, 3
 
 
 def _check_kind(config: dict, name: str, folder: Path) -> None:

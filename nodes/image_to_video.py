@@ -1,0 +1,151 @@
+"""Images to CONDITIONING and LATENT for an image-to-video model."""
+
+from __future__ import annotations
+
+import node_helpers
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..ascend_runtime.checkpoints.layout import VaeForm, vae_form
+from ..ascend_runtime.families.wan import TI2V_CHANNELS
+from ..ascend_runtime.specs import VideoSize
+from . import comfy_bridge, core_types, types
+
+
+class ImageToVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AscendImageToVideo",
+            display_name="Ascend Image To Video",
+            category="Ascend",
+            description="Prepares a video that begins with one image, or ends with another.",
+            inputs=[
+                io.Conditioning.Input("positive", tooltip="What the video shall show."),
+                types.Vae.Input("vae", tooltip="From Ascend Load VAE: the model's own."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input(
+                    "length", default=81, min=1, max=8193, step=4, optional=True, tooltip="Frames of the video: 4n+1."
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, optional=True, tooltip="Videos that are made at once."
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="What the video shall not show. Not needed where cfg is 1."
+                ),
+                io.Image.Input("start_image", optional=True, tooltip="The first frame, or the first few."),
+                io.Image.Input(
+                    "end_image", optional=True, tooltip="The last frame, or the last few. Not for Wan2.2-TI2V-5B."
+                ),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output",
+                    optional=True,
+                    tooltip="From core's CLIP Vision Encode of start_image. Models of Wan 2.1 need it, others have no "
+                    "use for it.",
+                ),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_end_output",
+                    optional=True,
+                    tooltip="The same of end_image, for Wan 2.1's model of a first and a last frame.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="With the images, for Ascend Sampler."),
+                io.Conditioning.Output(display_name="negative", tooltip="The same; nothing where none came in."),
+                io.Latent.Output(display_name="latent", tooltip="Of the video's size, for Ascend Sampler."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, width, height, length=81) -> bool | str:
+        if None in (width, height, length):
+            return True  # a link, known only when the graph runs
+        try:
+            VideoSize(width=width, height=height, num_frames=length)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        positive,
+        vae,
+        width,
+        height,
+        length=81,
+        batch_size=1,
+        negative=None,
+        start_image=None,
+        end_image=None,
+        clip_vision_output=None,
+        clip_vision_end_output=None,
+    ) -> io.NodeOutput:
+        form = vae_form(vae.spec.path)
+        size = _size(width, height, length, form)
+        start, end = (image if image is None else core_types.pixels_of(image, width, height)
+                      for image in (start_image, end_image))  # fmt: skip
+        clip = core_types.joined(clip_vision_output, clip_vision_end_output)
+        if form.channels == TI2V_CHANNELS:
+            if end is not None or clip is not None:
+                raise ValueError(
+                    "Wan2.2-TI2V-5B, to which this VAE belongs, knows a start_image alone. Disconnect end_image and "
+                    "both clip_vision outputs, or take another model with its VAE."
+                )
+            return io.NodeOutput(positive, negative, _latent_with_start(vae, form, size, batch_size, start))
+        values = {} if clip is None else {"clip_vision_output": clip}
+        if start is not None or end is not None:
+            values |= _known_video(vae, form, size, start, end)
+        positive, negative = (one and node_helpers.conditioning_set_values(one, values) for one in (positive, negative))
+        return io.NodeOutput(positive, negative, {"samples": torch.zeros(batch_size, *form.latent_shape(size)[1:])})
+
+
+def _size(width: int, height: int, length: int, form: VaeForm) -> VideoSize:
+    """Raises ValueError for a size whose latent the networks cannot cut into patches of 2 x 2."""
+    multiple = 2 * form.spatial
+    for name, pixels in (("width", width), ("height", height)):
+        if pixels % multiple:
+            down = max(multiple, pixels // multiple * multiple)
+            raise ValueError(
+                f"{name} is {pixels}; with this VAE it must be a multiple of {multiple}. The nearest are {down} and "
+                f"{down + multiple}."
+            )
+    return VideoSize(width=width, height=height, num_frames=length)
+
+
+def _latent_with_start(vae, form: VaeForm, size: VideoSize, batch: int, start: Tensor | None) -> dict:
+    """A LATENT whose first frames are known by its noise_mask; as core's Wan22ImageToVideoLatent makes it."""
+    shape = form.latent_shape(size)
+    if start is None:
+        return {"samples": torch.zeros(batch, *shape[1:])}
+    count = (min(len(start), size.num_frames) - 1) // form.temporal * form.temporal + 1  # that make latent frames
+    known = _encoded(vae, start[:count])
+    samples, mask = core_types.empty_wan22_latent(*shape), torch.ones(1, 1, *shape[2:])
+    samples[:, :, : known.shape[2]] = known
+    mask[:, :, : known.shape[2]] = 0
+    return {"samples": samples.repeat(batch, 1, 1, 1, 1), "noise_mask": mask.repeat(batch, 1, 1, 1, 1)}
+
+
+def _known_video(vae, form: VaeForm, size: VideoSize, start: Tensor | None, end: Tensor | None) -> dict:
+    """What stands beside the noise: as core's WanImageToVideo makes it, or its WanFirstLastFrameToVideo with an end."""
+    _, _, frames, height, width = form.latent_shape(size)
+    video = torch.full((size.num_frames, size.height, size.width, 3), 0.5)
+    mask = torch.ones(1, 1, frames * 4, height, width)  # the first latent frame stands for 1 frame, and has 4 as well
+    if start is not None:
+        start = start[: size.num_frames]
+        video[: len(start)] = start
+        # Without an end, core knows whole latent frames alone.
+        mask[:, :, : len(start) + 3 if end is not None else (len(start) - 1) // 4 * 4 + 4] = 0
+    if end is not None:
+        end = end[-size.num_frames :]
+        video[-len(end) :] = end
+        mask[:, :, -len(end) :] = 0
+    return {"concat_latent_image": _encoded(vae, video), "concat_mask": mask.unflatten(2, (-1, 4))[:, 0].movedim(2, 1)}
+
+
+def _encoded(vae, frames: Tensor) -> Tensor:
+    return comfy_bridge.run_job(
+        vae.ranks, lambda runtime, hooks: runtime.encode_video(vae.spec, frames, **hooks)
+    ).tensor

@@ -1,0 +1,100 @@
+"""Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, and files of what comes out."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy.clip_vision import Output
+from comfy_api.latest import ComfyExtension, io
+from diffusers import AutoencoderKLWan
+from safetensors.torch import save_file
+
+CATEGORY = "tests"
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class RandomImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        names = ("seed", "frames", "width", "height")
+        return io.Schema("TestRandomImage", category=CATEGORY, inputs=[io.Int.Input(name) for name in names],
+                         outputs=[io.Image.Output()])  # fmt: skip
+
+    @classmethod
+    def execute(cls, seed, frames, width, height):
+        return io.NodeOutput(random(seed, frames, height, width, 3))
+
+
+class RandomClipVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestRandomClipVision", category=CATEGORY, inputs=[io.Int.Input("seed")],
+                         outputs=[io.ClipVisionOutput.Output()])  # fmt: skip
+
+    @classmethod
+    def execute(cls, seed):
+        output = Output()
+        output.penultimate_hidden_states = random(seed, 1, 257, 1280) - 0.5
+        return io.NodeOutput(output)
+
+
+class CoreVae:
+    """A VAE of any size with what core's nodes ask of theirs, whose own Wan VAEs are large."""
+
+    def __init__(self, folder: str):
+        self.vae = AutoencoderKLWan.from_pretrained(folder).eval()
+        self.latent_channels = self.vae.config.z_dim
+
+    def spacial_compression_encode(self) -> int:
+        return self.vae.config.scale_factor_spatial
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.vae.encode(pixels.movedim(-1, 0)[None] * 2 - 1).latent_dist.mode()
+
+
+class LoadCoreVae(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestLoadCoreVae", category=CATEGORY, inputs=[io.String.Input("folder")],
+                         outputs=[io.Vae.Output()])  # fmt: skip
+
+    @classmethod
+    def execute(cls, folder):
+        return io.NodeOutput(CoreVae(folder))
+
+
+class Save(io.ComfyNode):
+    """Writes what a CONDITIONING and a LATENT hold."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            "TestSave", category=CATEGORY, is_output_node=True,
+            inputs=[io.Conditioning.Input("conditioning", optional=True), io.Latent.Input("latent", optional=True)],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, conditioning=None, latent=None):
+        held = dict(latent or {})
+        for text, extras in conditioning or []:
+            held |= {"text": text, **extras}
+        if held.get("clip_vision_output") is not None:
+            held["clip_vision_output"] = held["clip_vision_output"].penultimate_hidden_states
+        tensors = {name: value.contiguous() for name, value in held.items() if isinstance(value, torch.Tensor)}
+        folder, name, counter, _, _ = folder_paths.get_save_image_path("held", folder_paths.get_output_directory())
+        file = f"{name}_{counter:05}_.safetensors"
+        save_file(tensors, Path(folder) / file)
+        return io.NodeOutput(ui={"held": [{"filename": file, "subfolder": "", "type": "output"}]})
+
+
+class TestNodes(ComfyExtension):
+    async def get_node_list(self):
+        return [RandomImage, RandomClipVision, LoadCoreVae, Save]
+
+
+async def comfy_entrypoint():
+    return TestNodes()
