@@ -278,9 +278,10 @@ def _conditioning(given: Tensor | Conditioning) -> Conditioning:
     return Conditioning(text=given) if isinstance(given, Tensor) else given
 
 
-def _within(profile: ProfileSpec, steps: int, ranks: int) -> ProfileSpec:
-    """What the job can record of `profile`. Raises ValueError where that is nothing."""
-    possible = profile.within(steps, ranks)
+def _within(profile: ProfileSpec, steps: int | None, ranks: int) -> ProfileSpec:
+    """What the job can record of `profile`, as far as it is known before the model is loaded. Raises ValueError where
+    that is nothing."""
+    possible = profile.within(steps or profile.last_step, ranks)
     if possible != profile:
         logger.info("The recording ends with step %d, the job's last, not with step %d.", steps, profile.last_step)
     return possible

@@ -18,6 +18,7 @@ from .checkpoints.lora import fingerprint
 from .checkpoints.reader import load_weights
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
 from .families import wan
+from .families.defaults import WAN22_TEXT, Defaults, defaults_of
 from .loras import Adapter, use_loras
 from .parallel.fsdp import Share, Sharding
 from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
@@ -34,6 +35,7 @@ class DiffusionModel:
 
     high_noise: wan.WanTransformer
     low_noise: wan.WanTransformer | None
+    defaults: Defaults
     boundary: float
     latents_mean: torch.Tensor  # [1,C,1,1,1], fp32, on the CPU
     latents_std: torch.Tensor
@@ -149,11 +151,13 @@ def _load_diffusion_model(
         low_noise = high_noise
     elif len(found) > 1:
         low_noise = _load_transformer(found[1], dtype, device, on_tensor, sharding)
+    defaults = defaults_of(found[0].config, experts=len(found))
     return DiffusionModel(
         adapters=_adapters(high_noise, low_noise, swap, device, sharding),
         high_noise=high_noise,
         low_noise=low_noise,
-        boundary=_boundary(spec, found[0]),
+        defaults=defaults,
+        boundary=_boundary(spec, found[0], defaults),
         dtype=dtype,
         swap=swap,
         **latent_format,
@@ -228,14 +232,11 @@ def _check_channels(component: Component, first: Component, channels: int) -> No
             )
 
 
-def _boundary(spec: DiffusionModelSpec, component: Component) -> float:
+def _boundary(spec: DiffusionModelSpec, component: Component, defaults: Defaults) -> float:
     boundary = spec.boundary
     if boundary is None and component.root and (component.root / "model_index.json").is_file():
         boundary = read_json(component.root / "model_index.json").get("boundary_ratio")
-    if boundary is not None:
-        return boundary
-    sees_image = component.config.get("in_channels", 16) != component.config.get("out_channels", 16)
-    return wan.IMAGE_BOUNDARY if sees_image else wan.DEFAULT_BOUNDARY
+    return (defaults.boundary or WAN22_TEXT.boundary) if boundary is None else boundary
 
 
 def _load_transformer(component: Component, dtype, device, on_tensor, sharding: Sharding) -> wan.WanTransformer:

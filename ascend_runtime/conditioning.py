@@ -17,7 +17,7 @@ from .families.context import Context
 from .precision import check_finite
 from .protocol import Conditioning, Sample
 from .sampling import Known, noise_of
-from .specs import VideoSize
+from .specs import SampleSpec, VideoSize
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Branch:
         return latent if self.concat is None else torch.cat([latent, self.concat], dim=1)
 
 
-def check(message: Sample, model: DiffusionModel) -> None:
-    """Raises ValueError, before any exchange, for what this model cannot honour."""
+def check(message: Sample, spec: SampleSpec, model: DiffusionModel) -> None:
+    """Raises ValueError, before any exchange, for what this model cannot honour. spec: filled."""
     _check_latent(message.latent, model)
-    if model.guided(message.spec) and message.negative is None:
+    if model.guided(spec) and message.negative is None:
         raise ValueError(
-            f"guidance_scale is {message.spec.guidance_scale}, which needs a negative prompt; "
+            f"guidance_scale is {spec.guidance_scale}, which needs a negative prompt; "
             "connect one (an empty text will do) or set guidance_scale to 1."
         )
     if message.noise_mask is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from contextlib import nullcontext
 
@@ -81,14 +82,17 @@ class Pipeline:
         return _done(job, tensor=embedding if self.rank == 0 else None)
 
     def sample(self, job) -> Done:
-        message, spec = job.message, job.message.spec
+        message = job.message
         plan = self._plan(message.parallel)
         sharding = self._sharding(plan, message.parallel)
         with job.together():
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job, sharding)
+            # A latent's elements stand for 8 x 8 pixels in every model that asks for their number.
+            spec = model.defaults.fill(message.spec, pixels=64 * math.prod(message.latent.shape[3:]))
+            recorder.end_with(spec.total_steps)
         plan = plan if model.guided(spec) else plan.unguided()
-        conditioning.check(message, model)
+        conditioning.check(message, spec, model)
         operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
         mesh = mesh_of(self.device.type, plan)
         sequence = spread(mesh, operators, message.parallel.ring_exchange, overlaps(message.parallel, os.environ))
@@ -96,11 +100,12 @@ class Pipeline:
             expert.arrange(operators, sequence)
         cfg_group = mesh.group("cfg") if plan.cfg > 1 else None
         if message.warm_up:
-            self._warm_up(job, model, plan, cfg_group)
+            self._warm_up(job, model, spec, plan, cfg_group)
         with job.stage("denoise"):
             latent = self._denoise(job, "denoise", model, spec, cfg_group, around_step=recorder.step)
         check_finite(latent, "The denoised latent")
-        return _done(job, tensor=latent if self.rank == 0 else None, info=plan.info | recorder.info)
+        info = plan.info | _settings(spec, model) | recorder.info
+        return _done(job, tensor=latent if self.rank == 0 else None, info=info)
 
     def decode(self, job) -> Done:
         message = job.message
@@ -153,9 +158,9 @@ class Pipeline:
         with job.stage("load"):
             return self.components.get(spec, on_tensor, sharding)
 
-    def _warm_up(self, job, model: DiffusionModel, plan: Plan, cfg_group) -> None:
+    def _warm_up(self, job, model: DiffusionModel, spec: SampleSpec, plan: Plan, cfg_group) -> None:
         """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
-        message, spec = job.message, job.message.spec
+        message = job.message
         given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
         branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
         shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
@@ -206,6 +211,13 @@ class Pipeline:
             for expert in model.experts:
                 expert.forget()
         return latent * model.latents_std + model.latents_mean
+
+
+def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
+    """What the job was done with, whether it was given or the model's own."""
+    low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
+    shift = {} if spec.sigmas else {"shift": spec.shift}
+    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | shift
 
 
 def _each_frame(job, stage: str):

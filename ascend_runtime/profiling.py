@@ -27,12 +27,19 @@ class Recorder:
         self._device = device
         self._profiler: Any = None
         self._failed = False
+        self._spec = spec
         if spec is not None and spec.rank == rank:
             _require_writable(spec.folder)
             now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S.%f")[:-3]
             self._folder = os.path.join(spec.folder, f"{now}_rank{rank}")
             self._worker = f"rank{rank}"
             self._steps = range(spec.first_step, spec.last_step + 1)
+
+    def end_with(self, steps: int) -> None:
+        """Says how many steps the job has. Raises ValueError where none of them is to be recorded."""
+        if self._spec is not None:
+            last = self._spec.within(steps, self._spec.rank + 1).last_step
+            self._steps = self._steps[: max(0, last + 1 - self._spec.first_step)]
 
     @property
     def info(self) -> dict[str, str]:

@@ -137,7 +137,7 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     low_noise_path: the low-noise expert, where it is not found under `path`.
     dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 elsewhere.
     boundary: share of the 1000 training timesteps at and above which the high-noise expert works
-        (None: from the checkpoint, else 0.875, and 0.9 for an image-to-video model).
+        (None: from the checkpoint, else the published model's).
     experts: of two, "resident" keeps both on the device, "swap" one of them, while the other waits in host memory
         (twice the size of one, a rank) and is fetched ahead of its first step. "auto": swap where they do not fit.
     loras: added to the weights in this order; other ones, or other strengths, read no weight of the model again.
@@ -256,39 +256,39 @@ class ProfileSpec(Struct, frozen=True, kw_only=True):
 
 
 class SampleSpec(Struct, frozen=True, kw_only=True):
-    """How a latent is denoised.
+    """How a latent is denoised. What is None is the model's own (families/defaults.py).
 
     guidance_scale: of classifier-free guidance, u + s(c - u); 1 computes the cond branch alone.
-    guidance_scale_low_noise: that of the low-noise expert (None: the same).
+    guidance_scale_low_noise: that of the low-noise expert (None: as guidance_scale, where that is given).
     solver: unipc, euler or dpm++, in their flow-matching forms.
     schedule: "wan" is the original's own for the solver, "simple" is core ComfyUI's; both use `shift`.
     sigmas: replaces steps, schedule and shift: falling, from at most 1 down to at least 0.
     """
 
     seed: int = 0
-    steps: int = 20
-    guidance_scale: float = 5.0
+    steps: int | None = None
+    guidance_scale: float | None = None
     guidance_scale_low_noise: float | None = None
     solver: str = "unipc"
     schedule: str = "wan"
-    shift: float = 5.0
+    shift: float | None = None
     sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self):
         _require_choice("solver", self.solver, SOLVERS)
         _require_choice("schedule", self.schedule, SCHEDULES)
         _require_range("seed", self.seed, 0, MAX_SEED)
-        _require_range("steps", self.steps, 1, 1000)
-        _require_range("shift", self.shift, 0.01, 1000.0)
-        for name in ("guidance_scale", "guidance_scale_low_noise"):
+        ranges = {"steps": (1, 1000), "shift": (0.01, 1000.0), "guidance_scale": (0.0, 1000.0),
+                  "guidance_scale_low_noise": (0.0, 1000.0)}  # fmt: skip
+        for name, bounds in ranges.items():
             if getattr(self, name) is not None:
-                _require_range(name, getattr(self, name), 0.0, 1000.0)
+                _require_range(name, getattr(self, name), *bounds)
         if self.sigmas is not None:
             _require_sigmas(self.sigmas)
 
     @property
-    def total_steps(self) -> int:
-        """How many steps there are, whether they are counted or given as sigmas."""
+    def total_steps(self) -> int | None:
+        """How many steps there are, whether they are counted or given as sigmas; None: the model knows."""
         return self.steps if self.sigmas is None else len(self.sigmas) - 1
 
     @property

@@ -35,16 +35,21 @@ class Sampler(io.ComfyNode):
                     tooltip="The noise to start from. The same seed gives the same video on any number of ranks.",
                 ),
                 io.Int.Input(
-                    "steps", default=20, min=1, max=1000, tooltip="More steps take longer and show finer detail."
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="More steps take longer and show finer detail. 0: as many as the model is made for.",
                 ),
                 io.Float.Input(
                     "cfg",
-                    default=5.0,
+                    default=0.0,
                     min=0.0,
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How strongly the prompt guides. 1 leaves the negative prompt out and halves the work.",
+                    tooltip="How strongly the prompt guides. 1 leaves the negative prompt out and halves the work. "
+                    "0: as the model is made for, of two experts each in its way.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -60,12 +65,13 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "shift",
-                    default=5.0,
-                    min=0.01,
+                    default=0.0,
+                    min=0.0,
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Moves steps towards high noise. Wan's own: 5 for Wan 2.1, 12 for Wan2.2-T2V-A14B.",
+                    tooltip="Moves steps towards high noise. 0: as the model is made for, such as 5 for Wan 2.1 and 12 "
+                    "for Wan2.2-T2V-A14B.",
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What the video shall not show. Not needed where cfg is 1."
@@ -78,7 +84,7 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     optional=True,
-                    tooltip="cfg of the low-noise expert of Wan 2.2. 0: the same as cfg.",
+                    tooltip="cfg of the low-noise expert of Wan 2.2. 0: the same as cfg, or its own where cfg is 0.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
@@ -114,12 +120,12 @@ class Sampler(io.ComfyNode):
     ) -> io.NodeOutput:
         spec = SampleSpec(
             seed=seed,
-            steps=steps,
-            guidance_scale=cfg,
+            steps=steps or None,
+            guidance_scale=cfg or None,
             guidance_scale_low_noise=cfg_low_noise or None,
             solver=sampler_name,
             schedule=scheduler,
-            shift=shift,
+            shift=shift or None,
             sigmas=None if sigmas is None else tuple(sigmas.tolist()),
         )
         samples = core_types.samples_of(latent_image)

