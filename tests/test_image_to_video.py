@@ -24,6 +24,8 @@ PLANS = {
     "cfg 2": (2, {"cfg_degree": 2}),
     "ulysses 2": (2, {"ulysses_degree": 2}),
     "ring 2": (2, {"ring_degree": 2}),
+    "slices 2": (2, {"tp_degree": 2}),
+    "shares 2": (2, {"ulysses_degree": 2, "fsdp": True}),
 }
 
 
