@@ -128,7 +128,7 @@ def comfyui(tmp_path_factory, checkpoint):
     random_wan.original_transformer(files / "original_wan.safetensors")
     random_wan.original_transformer(files / "original_i2v.safetensors", channels=36, image=True)
     random_wan.original_transformer(files / "original_i2v_22.safetensors", channels=36)
-    tiny_models.wan22_vae().save_pretrained(random_wan.as_pipeline(folders / "wan22_vae") / "vae")
+    random_wan.ti2v(files / "original_ti2v.safetensors", folders / "ti2v_wan")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "test_nodes").symlink_to(Path(__file__).parent / "comfy_nodes")
     with ComfyServer(base=base) as server:

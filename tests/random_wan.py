@@ -1,5 +1,6 @@
 """Random checkpoints for ComfyUI's model folders, in the forms that its users have."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -7,29 +8,54 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from safetensors.torch import save_file
+from ascend_runtime.checkpoints.keys import to_diffusers_name
+from ascend_runtime.checkpoints.layout import find_transformer
+from comfy_server import COMFYUI
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 TEXT_DIM = 4096  # of UMT5-XXL; core ComfyUI's Wan has no other
 HEAD_DIM = 128  # core's Wan has no other
 IMAGE_DIM = 1280  # of CLIP; core's Wan has no other
-OUT_CHANNELS = 16
+DIM, FFN = 2 * HEAD_DIM, 512
 
 
 def original_transformer(
-    file: Path, seed: int = 0, heads: int = 2, ffn: int = 512, layers: int = 2, channels: int = 16, image: bool = False
+    file: Path, *, seed: int = 0, layers: int = 2, channels: int = 16, out_channels: int = 16, image: bool = False
 ) -> Path:
     """A transformer in one .safetensors file with the original's parameter names, fp32.
 
-    channels: that it reads; it makes 16. image: it looks at one through CLIP, as models of Wan 2.1 do.
+    channels: that it reads; out_channels: that it makes. image: it looks at one through CLIP, as models of Wan 2.1 do.
     """
     generator = torch.Generator().manual_seed(seed)
-    shapes = _original_shapes(heads * HEAD_DIM, ffn, layers, channels)
+    shapes = _original_shapes(DIM, layers, channels, out_channels)
     if image:
-        shapes |= _image_shapes(heads * HEAD_DIM, layers)
+        shapes |= _image_shapes(DIM, layers)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: _random(name, shape, generator) for name, shape in shapes.items()}, file)
     return file
+
+
+def ti2v(file: Path, folder: Path) -> None:
+    """A transformer of 48 channels in one file, and in a diffusers folder with a VAE of core's figures."""
+    original_transformer(file, channels=48, out_channels=48)
+    transformer = as_pipeline(folder) / "transformer"
+    transformer.mkdir()
+    config = {"_class_name": "WanTransformer3DModel", **find_transformer(str(file)).config}
+    (transformer / "config.json").write_text(json.dumps(config))
+    named = {to_diffusers_name(name): weight for name, weight in load_file(file).items()}
+    save_file(named, transformer / "diffusion_pytorch_model.safetensors")
+    figures = _core_latent_format("Wan22")
+    mean, std = (values.flatten().tolist() for values in (figures.latents_mean, figures.latents_std))
+    tiny_models.wan22_vae(mean=mean, std=std).save_pretrained(folder / "vae")
+
+
+def _core_latent_format(name: str):
+    """One of core ComfyUI's latent formats, from its file, which needs no other."""
+    spec = importlib.util.spec_from_file_location("core_latent_formats", COMFYUI / "comfy" / "latent_formats.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)()
 
 
 def heavy_transformer(folder: Path, seed: int = 0) -> Path:
@@ -71,12 +97,12 @@ def _image_shapes(dim: int, layers: int) -> dict[str, tuple]:
     return shapes
 
 
-def _original_shapes(dim: int, ffn: int, layers: int, channels: int, freq: int = 256) -> dict[str, tuple]:
+def _original_shapes(dim: int, layers: int, channels: int, out_channels: int, freq: int = 256) -> dict[str, tuple]:
     shapes = {"patch_embedding.weight": (dim, channels, 1, 2, 2), "patch_embedding.bias": (dim,)}
     shapes |= _linear("text_embedding.0", dim, TEXT_DIM) | _linear("text_embedding.2", dim, dim)
     shapes |= _linear("time_embedding.0", dim, freq) | _linear("time_embedding.2", dim, dim)
     shapes |= _linear("time_projection.1", 6 * dim, dim)
-    shapes |= _linear("head.head", 4 * OUT_CHANNELS, dim) | {"head.modulation": (1, 2, dim)}
+    shapes |= _linear("head.head", 4 * out_channels, dim) | {"head.modulation": (1, 2, dim)}
     for index in range(layers):
         block = f"blocks.{index}"
         for attention in ("self_attn", "cross_attn"):
@@ -84,7 +110,7 @@ def _original_shapes(dim: int, ffn: int, layers: int, channels: int, freq: int =
                 shapes |= _linear(f"{block}.{attention}.{part}", dim, dim)
             shapes |= {f"{block}.{attention}.norm_{part}.weight": (dim,) for part in "qk"}
         shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,), f"{block}.modulation": (1, 6, dim)}
-        shapes |= _linear(f"{block}.ffn.0", ffn, dim) | _linear(f"{block}.ffn.2", dim, ffn)
+        shapes |= _linear(f"{block}.ffn.0", FFN, dim) | _linear(f"{block}.ffn.2", dim, FFN)
     return shapes
 
 

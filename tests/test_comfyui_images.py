@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 TOLERANCE = {"atol": 1e-3, "rtol": 0.0}
 SIZE = {"width": 96, "height": 64, "length": 9, "batch_size": 1}
+TI2V = "ti2v_wan"
 CORE, OURS, SAVED = "core", "ours", "saved_"  # nodes, and prefix of those that save what these made
 INPUTS = {  # of our node: (class, its inputs)
     "start_image": ("TestRandomImage", {"seed": 1, "frames": 1, "width": 120, "height": 100}),
@@ -87,7 +88,7 @@ def test_conditioning_is_that_of_core(comfyui, core_node, inputs, size):
 @pytest.mark.parametrize("frames, batch_size", [(0, 1), (1, 2), (7, 1)])
 def test_a_latent_of_wan_22_is_that_of_core(comfyui, frames, batch_size):
     inputs = {"start_image": {"frames": frames}} if frames else {}
-    graph = prepared(comfyui, "Wan22ImageToVideoLatent", inputs, vae="wan22_vae", batch_size=batch_size)
+    graph = prepared(comfyui, "Wan22ImageToVideoLatent", inputs, vae=TI2V, batch_size=batch_size)
     core, ours = held(comfyui, graph)
     parts = {"latent samples", "latent noise_mask"} if frames else {"latent samples"}
     assert core.keys() == parts and parts <= ours.keys()
@@ -96,16 +97,18 @@ def test_a_latent_of_wan_22_is_that_of_core(comfyui, frames, batch_size):
         assert_close(ours[name], expected, **TOLERANCE)
 
 
-def sampled(graph: dict, model: str, **inputs) -> dict:
+def sampled(graph: dict, model: str, our_model: str | None = None, **inputs) -> dict:
     """Adds core's sampler on core's conditioning, and ours on both, each with its latent saved."""
     settings = {"seed": 5, "steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}
     graph["unet"] = {"class_type": "UNETLoader", "inputs": {"unet_name": model, "weight_dtype": "default"}}
     graph["shifted"] = {"class_type": "ModelSamplingSD3", "inputs": {"model": ["unet", 0], "shift": 5.0}}
     graph["model"] = graphs.latent()[graphs.MODEL]
-    graph["model"]["inputs"]["model_name"] = model
+    graph["model"]["inputs"]["model_name"] = our_model or model
 
     def add(name, kind, conditioned, **more):
         links = {"positive": [conditioned, 0], "negative": [conditioned, 1], "latent_image": [conditioned, 2]}
+        if graph[conditioned]["class_type"] == "Wan22ImageToVideoLatent":  # which passes no text on
+            links = {"positive": [graphs.POSITIVE, 0], "negative": [graphs.NEGATIVE, 0], "latent_image": [CORE, 0]}
         graph[name] = {"class_type": kind, "inputs": {**settings, **links, **more, **inputs}}
         graph[f"{SAVED}{name}"] = graphs.save_latent([name, 0])
 
@@ -115,22 +118,49 @@ def sampled(graph: dict, model: str, **inputs) -> dict:
     return graph
 
 
+def assert_same_latents(comfyui, graph: dict) -> None:
+    """Core's nodes and sampler, core's nodes and our sampler, our node and sampler."""
+    prompt = comfyui.queue(graph)
+    core, mixed, ours = (
+        graphs.saved_latent(comfyui, prompt, f"{SAVED}{by}") for by in ("core by core", "core by ours", "ours by ours")
+    )
+    print(f"at most {(mixed - core).abs().max():.1e} and {(ours - core).abs().max():.1e} apart")
+    assert core.std() > 0.1
+    assert_close(mixed, core, **TOLERANCE)
+    assert_close(ours, core, **TOLERANCE)
+
+
 @pytest.mark.parametrize("model, core_node, inputs", [
     ("original_i2v.safetensors", "WanImageToVideo", {"start_image": {}, "clip_vision_output": {}}),
     ("original_i2v_22.safetensors", "WanFirstLastFrameToVideo", {"start_image": {}, "end_image": {}}),
     ("original_i2v_22.safetensors", "WanImageToVideo", {}),
 ])  # fmt: skip
 def test_whole_graphs_give_core_samplers_latent(comfyui, model, core_node, inputs):
-    """Core's nodes and sampler, core's nodes and our sampler, our node and sampler."""
-    graph = sampled(prepared(comfyui, core_node, inputs), model)
-    prompt = comfyui.queue(graph)
-    core, mixed, ours = (
-        graphs.saved_latent(comfyui, prompt, f"{SAVED}{by}") for by in ("core by core", "core by ours", "ours by ours")
-    )
-    print(f"{model}: at most {(mixed - core).abs().max():.1e} and {(ours - core).abs().max():.1e} apart")
-    assert core.std() > 0.1
-    assert_close(mixed, core, **TOLERANCE)
-    assert_close(ours, core, **TOLERANCE)
+    assert_same_latents(comfyui, sampled(prepared(comfyui, core_node, inputs), model))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["first frame", "half of each frame"])
+def test_whole_graphs_of_ti2v_give_core_samplers_latent(comfyui, masked):
+    """What is known of a frame lowers the timestep of all its tokens, in core and here."""
+    start = {"start_image": {"frames": 9 if masked else 1}}
+    graph, inputs = prepared(comfyui, "Wan22ImageToVideoLatent", start, vae=TI2V), {}
+    if masked:
+        graph |= half_masked([OURS, 2])
+        inputs = {"latent_image": ["masked", 0]}
+    assert_same_latents(comfyui, sampled(graph, "original_ti2v.safetensors", TI2V, **inputs))
+
+
+def half_masked(latent: list) -> dict:
+    """Nodes of which "masked" gives a latent whose left half is known."""
+    return {
+        "half": {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 48, "height": 64}},
+        "whole": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 64}},
+        "mask": {
+            "class_type": "MaskComposite",
+            "inputs": {"destination": ["whole", 0], "source": ["half", 0], "x": 0, "y": 0, "operation": "multiply"},
+        },
+        "masked": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": latent, "mask": ["mask", 0]}},
+    }
 
 
 def test_a_masked_latent_is_filled_as_by_core(comfyui):
@@ -140,14 +170,8 @@ def test_a_masked_latent_is_filled_as_by_core(comfyui):
     graph |= {
         "pixels": pixels,
         "encoded": {"class_type": "AscendVAEEncode", "inputs": {"pixels": ["pixels", 0], "vae": [graphs.VAE, 0]}},
-        "half": {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 48, "height": 64}},
-        "whole": {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 64}},
-        "mask": {
-            "class_type": "MaskComposite",
-            "inputs": {"destination": ["whole", 0], "source": ["half", 0], "x": 0, "y": 0, "operation": "multiply"},
-        },
-        "masked": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["encoded", 0], "mask": ["mask", 0]}},
     }
+    graph |= half_masked(["encoded", 0])
     sampled(graph, "original_wan.safetensors", latent_image=["masked", 0])
     graph["given"] = graphs.save_latent(["encoded", 0])
     prompt = comfyui.queue(graph)
@@ -162,13 +186,13 @@ def test_a_masked_latent_is_filled_as_by_core(comfyui):
 def test_a_size_that_does_not_fit_is_refused(comfyui):
     with pytest.raises(PromptRejected, match="4n\\+1"):
         comfyui.queue(held_by_ours(prepared(comfyui, "WanImageToVideo", {}, length=8)))
-    graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {}, vae="wan22_vae", width=80))
+    graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {}, vae=TI2V, width=80))
     with pytest.raises(PromptFailed, match="width is 80; with this VAE it must be a multiple of 32.*64 and 96"):
         comfyui.wait(comfyui.queue(graph))
 
 
 def test_an_end_image_with_the_vae_of_wan_22_is_refused(comfyui):
-    graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {"end_image": {}}, vae="wan22_vae"))
+    graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {"end_image": {}}, vae=TI2V))
     with pytest.raises(PromptFailed, match="knows a start_image alone. Disconnect end_image"):
         comfyui.wait(comfyui.queue(graph))
 

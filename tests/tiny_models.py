@@ -56,13 +56,15 @@ def wan_vae(seed: int = 0) -> AutoencoderKLWan:
     return AutoencoderKLWan(base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1).eval()
 
 
-def wan22_vae(seed: int = 0) -> AutoencoderKLWan:
-    """A VAE of Wan 2.2's form: 48 channels, 16 x 16 x 4; with latent statistics of its own, and 8 base channels."""
+def wan22_vae(
+    seed: int = 0, mean=torch.linspace(-0.3, 0.3, 48), std=torch.linspace(0.5, 1.5, 48)
+) -> AutoencoderKLWan:
+    """A VAE of Wan 2.2's form: 48 channels, 16 x 16 x 4; with 8 base channels, and these latent statistics."""
     torch.manual_seed(seed)
     return AutoencoderKLWan(
         base_dim=8, decoder_base_dim=8, dim_mult=[1, 2, 2, 2], num_res_blocks=1, z_dim=48, in_channels=12,
         out_channels=12, patch_size=2, is_residual=True, scale_factor_spatial=16,
-        latents_mean=torch.linspace(-0.3, 0.3, 48).tolist(), latents_std=torch.linspace(0.5, 1.5, 48).tolist(),
+        latents_mean=list(map(float, mean)), latents_std=list(map(float, std)),
     ).eval()  # fmt: skip
 
 
