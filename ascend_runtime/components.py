@@ -13,15 +13,17 @@ from msgspec.structs import replace
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import devices
-from .checkpoints.layout import Component, find_component, find_transformer, has_low_noise, read_json
+from .checkpoints.configs import LATENTS_MEAN_22, LATENTS_STD_22
+from .checkpoints.layout import Component, find_text_encoder, find_transformer, find_vae, has_low_noise, read_json
 from .checkpoints.lora import fingerprint
-from .checkpoints.reader import load_weights
+from .checkpoints.reader import load_weights, tokenizer_model
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
 from .families import wan
 from .families.defaults import WAN22_TEXT, Defaults, defaults_of
 from .loras import Adapter, use_loras
 from .parallel.fsdp import Share, Sharding
 from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
+from .text import SentencePiece
 
 logger = logging.getLogger(__name__)
 
@@ -258,16 +260,20 @@ def _share(model: wan.WanTransformer, sharding: Sharding) -> Share:
 
 
 def _latent_format(component: Component) -> dict[str, torch.Tensor]:
-    """How latents are normalised and pictured: by the VAE beside the model where it says so, else as Wan 2.1's."""
+    """How latents are normalised and pictured: by the VAE beside the model where it says so, else as of the published
+    VAE with as many channels."""
     vae = component.root and component.root / "vae"
     config = read_json(vae / "config.json") if vae and (vae / "config.json").is_file() else {}
     rgb = read_json(vae / "latent_rgb.json") if vae and (vae / "latent_rgb.json").is_file() else {}
-    mean, factors = config.get("latents_mean", wan.LATENTS_MEAN), rgb.get("factors", wan.LATENT_RGB)
+    known = (wan.LATENTS_MEAN, wan.LATENTS_STD)
+    if component.config.get("out_channels", 16) == len(LATENTS_MEAN_22):
+        known = (LATENTS_MEAN_22, LATENTS_STD_22)
+    mean, factors = config.get("latents_mean", known[0]), rgb.get("factors", wan.LATENT_RGB)
     if len(factors) != len(mean):
         logger.warning("No RGB table is known for latents of %d channels: there will be no previews.", len(mean))
     return {
         "latents_mean": _per_channel(mean),
-        "latents_std": _per_channel(config.get("latents_std", wan.LATENTS_STD)),
+        "latents_std": _per_channel(config.get("latents_std", known[1])),
         "latent_rgb": torch.tensor(factors) if len(factors) == len(mean) else None,
         "latent_rgb_bias": torch.tensor(rgb.get("bias", wan.LATENT_RGB_BIAS)),
     }
@@ -285,6 +291,7 @@ def _load_text_encoder(
 ) -> TextEncoder:
     """On this rank's device, whole or a share, where its placement is ranks; else whole on the CPU."""
     component = found[0]
+    tokenizer = _tokenizer(component)  # before the weights are read, as it can be missing
     device = device if spec.placement == "ranks" else torch.device("cpu")
     dtype = _dtype(spec.dtype, _text_dtype(device, component.nbytes))
     with torch.device("meta"):
@@ -295,13 +302,27 @@ def _load_text_encoder(
         component.shards,
         dtype_of=lambda name: dtype,
         device=device,
+        rename=component.rename,
         share=Share(sharding, lambda name: None, lambda name: False, [model.shared, *model.encoder.block]),
         on_tensor=on_tensor,
     )
-    tokenizer = component.root / "tokenizer"
-    if not tokenizer.is_dir():
-        raise ValueError(f"{tokenizer} does not exist; the text encoder needs the tokenizer folder beside it.")
-    return TextEncoder(model.eval(), AutoTokenizer.from_pretrained(tokenizer, local_files_only=True))
+    return TextEncoder(model.eval(), tokenizer)
+
+
+def _tokenizer(component: Component) -> Any:
+    """The tokenizer of a text encoder: a folder's, or the one that its file brings along."""
+    found = component.tokenizer
+    if found is None:
+        raise ValueError(
+            f"{component.shards[0]} has no tokenizer in it, and none lies beside it. Put the folder google/umt5-xxl of "
+            "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) beside the file, or take ComfyUI's "
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which has one."
+        )
+    if found.is_file():
+        return SentencePiece(tokenizer_model(found))
+    if not found.is_dir():
+        raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
+    return AutoTokenizer.from_pretrained(found, local_files_only=True)
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
@@ -319,7 +340,14 @@ def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor, _):
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(found[0].config)
     dtype = _dtype(spec.dtype, torch.float32)
-    load_weights(vae, found[0].shards, dtype_of=lambda name: dtype, device=device, on_tensor=on_tensor)
+    load_weights(
+        vae,
+        found[0].shards,
+        dtype_of=lambda name: dtype,
+        device=device,
+        rename=found[0].rename,
+        on_tensor=on_tensor,
+    )
     return vae.eval()
 
 
@@ -329,6 +357,6 @@ def _dtype(name: str, automatic: torch.dtype) -> torch.dtype:
 
 _KINDS = {
     DiffusionModelSpec: (_load_diffusion_model, _transformer_files),
-    TextEncoderSpec: (_load_text_encoder, lambda spec: [find_component(spec.path, "text_encoder")]),
-    VaeSpec: (_load_vae, lambda spec: [find_component(spec.path, "vae")]),
+    TextEncoderSpec: (_load_text_encoder, lambda spec: [find_text_encoder(spec.path)]),
+    VaeSpec: (_load_vae, lambda spec: [find_vae(spec.path)]),
 }

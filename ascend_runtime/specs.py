@@ -163,8 +163,10 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
 
 
 class TextEncoderSpec(Struct, frozen=True, kw_only=True):
-    """A UMT5 text encoder and its tokenizer: a diffusers folder (`text_encoder/`, `tokenizer/`).
+    """A UMT5 text encoder and its tokenizer.
 
+    path: a folder or a file, told by what is in it: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
+        and `google/umt5-xxl/` beside it), or one file that brings its tokenizer along, as ComfyUI's do, also in 8 bits.
     dtype: "auto" is float32 on a CPU below 1 GiB on disk, bfloat16 above; on other devices bfloat16, and float32 where
         a card has none.
     placement: "cpu" is rank 0's CPU, all its cores; "ranks" all ranks' devices, the weights shared by FSDP2.
@@ -182,7 +184,10 @@ class TextEncoderSpec(Struct, frozen=True, kw_only=True):
 
 
 class VaeSpec(Struct, frozen=True, kw_only=True):
-    """A Wan VAE: a diffusers folder (`vae/`)."""
+    """A Wan VAE.
+
+    path: a folder or a file, told by what is in it: diffusers' (`vae/`), the original's (a .pth in it), or one file.
+    """
 
     path: str
     dtype: str = "auto"

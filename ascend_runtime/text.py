@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import html
 import re
+from dataclasses import dataclass
 from typing import Callable
 
 import ftfy
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 MAX_TOKENS = 512  # what Wan was trained with
+
+
+@dataclass
+class Tokens:
+    """Of one prompt, [1, tokens] each."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device) -> Tokens:
+        return Tokens(self.input_ids.to(device), self.attention_mask.to(device))
+
+
+class SentencePiece:
+    """A tokenizer from a sentencepiece model alone, called as transformers' are, with the end after each prompt."""
+
+    def __init__(self, model: bytes):
+        self._processor = SentencePieceProcessor(model_proto=model)
+
+    def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
+        assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"
+        tokens = torch.tensor([[*self._processor.encode(text)[: max_length - 1], self._processor.eos_id()]])
+        return Tokens(tokens, torch.ones_like(tokens))
 
 
 def clean(text: str) -> str:

@@ -4,9 +4,11 @@ The names of the original are written out in random_wan; those of MindSpeed-MM a
 its converter (checkpoint/sora_model/wan_converter.py).
 """
 
+import io
 import json
 import re
 
+import sentencepiece
 import torch
 import torch.distributed.checkpoint as dcp
 from diffusers import WanTransformer3DModel
@@ -134,3 +136,95 @@ def save_layer_marks(file, kept, scales):
     tensors = kept | {f"{layer}.weight_scale": scale for layer, scale in scales.items()}
     tensors |= {f"{layer}.input_scale": torch.ones(()) for layer in scales}
     save_file(tensors | {f"{layer}.comfy_quant": mark.clone() for layer in scales}, file)
+
+
+# Text encoders and VAEs, by the original's names of what transformers' and diffusers' networks hold
+
+
+def original_umt5(network):
+    """The state of a UMT5EncoderModel by the names of the original (wan/modules/t5.py)."""
+    state, renamed = network.state_dict(), {}
+    for block in range(network.config.num_layers):
+        ours, theirs = f"encoder.block.{block}.layer", f"blocks.{block}"
+        for part in "qkvo":
+            renamed[f"{theirs}.attn.{part}.weight"] = state[f"{ours}.0.SelfAttention.{part}.weight"]
+        bias = state[f"{ours}.0.SelfAttention.relative_attention_bias.weight"]
+        renamed[f"{theirs}.pos_embedding.embedding.weight"] = bias
+        for number in (0, 1):
+            renamed[f"{theirs}.norm{number + 1}.weight"] = state[f"{ours}.{number}.layer_norm.weight"]
+        for name, part in {"gate.0": "wi_0", "fc1": "wi_1", "fc2": "wo"}.items():
+            renamed[f"{theirs}.ffn.{name}.weight"] = state[f"{ours}.1.DenseReluDense.{part}.weight"]
+    renamed["token_embedding.weight"] = state["shared.weight"]
+    renamed["norm.weight"] = state["encoder.final_layer_norm.weight"]
+    assert len(renamed) == len(state) - 1, "one name is there twice"
+    return {name: tensor.clone() for name, tensor in renamed.items()}
+
+
+def comfyui_umt5(network, tokenizer, dtype=torch.float32):
+    """The state of a UMT5EncoderModel as ComfyUI's files have it: the embedding once, the tokenizer as a tensor."""
+    state = {name: x.to(dtype) for name, x in network.state_dict().items() if name != "encoder.embed_tokens.weight"}
+    return state | {"spiece_model": torch.tensor(list(tokenizer), dtype=torch.uint8)}
+
+
+def sentencepiece_model():
+    """A sentencepiece model of 36 pieces, numbered as T5's are, as bytes."""
+    model = io.BytesIO()
+    words = "red green blue yellow circle square moving left right up down on a the background".split()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"{a} {b} {c}" for a in words for b in words for c in words[:4]]), model_writer=model,
+        vocab_size=36, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+            "shortcut": "conv_shortcut"}  # fmt: skip
+
+
+def original_vae(vae):
+    """The state of an AutoencoderKLWan by the names of the original (wan/modules/vae2_1.py, vae2_2.py).
+
+    Walks through the original's order of layers, and takes from diffusers' what has that place there.
+    """
+    state, renamed = vae.state_dict(), {}
+    nested = vae.config.is_residual
+
+    def take(theirs, ours):
+        found = {name for name in state if name.startswith(f"{ours}.")}
+        for name in found:
+            renamed[f"{theirs}{name.removeprefix(ours)}"] = state[name]
+        return bool(found)
+
+    def layer(theirs, ours):
+        return sum([take(f"{theirs}.{name}", f"{ours}.{part}") for name, part in RESIDUAL.items()]) > 0
+
+    def resample(theirs, ours):
+        take(f"{theirs}.resample.1", f"{ours}.resample.1")
+        take(f"{theirs}.time_conv", f"{ours}.time_conv")
+
+    take("conv1", "quant_conv"), take("conv2", "post_quant_conv")
+    for side in ("encoder", "decoder"):
+        take(f"{side}.conv1", f"{side}.conv_in")
+        take(f"{side}.head.0", f"{side}.norm_out"), take(f"{side}.head.2", f"{side}.conv_out")
+        layer(f"{side}.middle.0", f"{side}.mid_block.resnets.0")
+        take(f"{side}.middle.1", f"{side}.mid_block.attentions.0")
+        layer(f"{side}.middle.2", f"{side}.mid_block.resnets.1")
+    number = {"encoder": 0, "decoder": 0}
+    sides = (("encoder", "downsamples", "down_blocks", 2), ("decoder", "upsamples", "up_blocks", 3))
+    for side, steps, blocks, layers in sides:
+        flat = side == "encoder" and not nested
+        for block in range(4):
+            for index in range(layers + 1):
+                place, last = number[side], index == layers
+                theirs = f"{side}.{steps}.{block}.{steps}.{index}" if nested else f"{side}.{steps}.{place}"
+                ours = f"{side}.{blocks}.{block}"
+                if flat:
+                    ours = f"{side}.{blocks}.{place}"
+                elif not last:
+                    ours += f".resnets.{index}"
+                else:
+                    ours += (".downsampler" if side == "encoder" else ".upsampler") if nested else ".upsamplers.0"
+                (resample if last else layer)(theirs, ours)
+                number[side] += 1
+    assert len(renamed) == len(state), set(state) - set(renamed)
+    return {name: tensor.clone() for name, tensor in renamed.items()}

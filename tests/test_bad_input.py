@@ -260,10 +260,11 @@ def test_a_file_of_another_network(survivors, checkpoint):
     assert_says(error, [str(path), "is not a Wan transformer", "Its first tensors are"])
 
 
-def test_a_file_where_a_folder_is_needed(survivors, checkpoint):
-    path = checkpoint / "vae" / WEIGHTS["vae"]
-    error = pytest.raises(ValueError, load, survivors, "vae", path)
-    assert_says(error, [str(path), "is a file", "vae/config.json"])
+def test_a_file_of_another_component(survivors, checkpoint):
+    for component, other, what in (("vae", "text_encoder", "Wan VAE"), ("text_encoder", "vae", "UMT5 text encoder")):
+        path = checkpoint / other / WEIGHTS[other]
+        error = pytest.raises(ValueError, load, survivors, component, path)
+        assert_says(error, [str(path), f"is not a {what}", "Its first tensors are"])
 
 
 def test_a_damaged_low_noise_expert_is_found_by_sampling_too(survivors, specs_of, checkpoints, tmp_path):

@@ -79,7 +79,8 @@ def test_the_embedding_goes_by_either_name(two_ranks, folder, expected, tmp_path
 
 
 def test_a_file_without_the_embedding_is_refused(two_ranks, folder, tmp_path):
-    shutil.copytree(folder / "text_encoder", tmp_path / "text_encoder")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(folder / part, tmp_path / part)
     file = tmp_path / "text_encoder" / "model.safetensors"
     save_file({name: x for name, x in load_file(file).items() if name not in NAMES["both"]}, file)
     with pytest.raises(ValueError, match="2 missing: shared.weight, encoder.embed_tokens.weight"):

@@ -6,6 +6,20 @@ import math
 
 Shapes = dict[str, tuple[int, ...]]  # by the names of diffusers or transformers
 
+# How latents of the Wan 2.2 VAE are normalised (Wan-Video/Wan2.2, wan/modules/vae2_2.py); diffusers has the 2.1's.
+LATENTS_MEAN_22 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+LATENTS_STD_22 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+
 HEAD_DIM = 128  # of every Wan transformer of the original
 TRANSFORMER_TELLS = (
     "patch_embedding.weight",
@@ -16,16 +30,15 @@ TRANSFORMER_TELLS = (
 )
 
 
-def transformer_config(shapes: Shapes, heads: int | None = None) -> dict:
-    """That of diffusers' WanTransformer3DModel. heads: where it is known; else each is 128 wide."""
+def transformer_config(shapes: Shapes) -> dict:
+    """That of diffusers' WanTransformer3DModel."""
     dim, in_channels, *patch = shapes["patch_embedding.weight"]
-    heads = heads or dim // HEAD_DIM
     has_image = "condition_embedder.image_embedder.ff.net.0.proj.weight" in shapes
     positions = shapes.get("condition_embedder.image_embedder.pos_embed")
     return {
         "patch_size": tuple(patch),
-        "num_attention_heads": heads,
-        "attention_head_dim": dim // heads,
+        "num_attention_heads": dim // HEAD_DIM,
+        "attention_head_dim": HEAD_DIM,
         "in_channels": in_channels,
         "out_channels": shapes["proj_out.weight"][0] // math.prod(patch),
         "text_dim": shapes["condition_embedder.text_embedder.linear_1.weight"][1],
@@ -37,6 +50,71 @@ def transformer_config(shapes: Shapes, heads: int | None = None) -> dict:
         "image_dim": shapes["condition_embedder.image_embedder.norm1.weight"][0] if has_image else None,
         "pos_embed_seq_len": positions[1] if positions else None,
     }
+
+
+TEXT_ENCODER_TELLS = (
+    "encoder.block.0.layer.0.SelfAttention.q.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+)
+
+
+def text_encoder_config(shapes: Shapes) -> dict:
+    """That of transformers' UMT5EncoderModel."""
+    attention, feed_forward = "encoder.block.0.layer.0.SelfAttention", "encoder.block.0.layer.1.DenseReluDense"
+    inner, width = shapes[f"{attention}.q.weight"]
+    buckets, heads = shapes[f"{attention}.relative_attention_bias.weight"]
+    embedding = shapes.get("shared.weight") or shapes.get("encoder.embed_tokens.weight") or (256384,)  # told later
+    return {
+        "model_type": "umt5",
+        "vocab_size": embedding[0],
+        "d_model": width,
+        "d_kv": inner // heads,
+        "num_heads": heads,
+        "d_ff": shapes[f"{feed_forward}.wi_0.weight"][0],
+        "num_layers": count(shapes, "encoder.block."),
+        "relative_attention_num_buckets": buckets,
+        "dropout_rate": 0.0,
+    }
+
+
+VAE_TELLS = (
+    "encoder.conv_in.weight",
+    "encoder.mid_block.resnets.0.conv1.weight",
+    "decoder.conv_out.weight",
+    "decoder.norm_out.gamma",
+    "post_quant_conv.weight",
+)
+
+
+def vae_config(shapes: Shapes) -> dict:
+    """That of diffusers' AutoencoderKLWan, with 2 layers a block as both published ones have."""
+    base, channels = shapes["encoder.conv_in.weight"][:2]
+    z_dim = shapes["post_quant_conv.weight"][0]
+    residual = "encoder.down_blocks.0.resnets.0.conv1.weight" in shapes
+    # The Wan 2.1 VAE counts layers and steps down in one row, the 2.2 blocks with both.
+    first, step = ("{0}.resnets.0.conv1", "{0}.downsampler") if residual else ("{1}.conv1", "{2}")
+    blocks = count(shapes, "encoder.down_blocks.") if residual else (count(shapes, "encoder.down_blocks.") + 1) // 3
+    at = [[f"encoder.down_blocks.{name.format(n, 3 * n, 3 * n + 2)}" for n in range(blocks)] for name in (first, step)]
+    temporal = [f"{name}.time_conv.weight" in shapes for name in at[1][:-1]]
+    patch = math.isqrt(channels // 3)
+    config = {
+        "base_dim": base,
+        "decoder_base_dim": shapes["decoder.norm_out.gamma"][0],
+        "z_dim": z_dim,
+        "dim_mult": [shapes.get(f"{name}.weight", (base,))[0] // base for name in at[0]],  # missing ones are told later
+        "num_res_blocks": 2,
+        "temperal_downsample": temporal,
+        "is_residual": residual,
+        "in_channels": channels,
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "patch_size": patch if patch > 1 else None,
+        "scale_factor_temporal": 2 ** sum(temporal),
+        "scale_factor_spatial": 2 ** (blocks - 1) * patch,
+    }
+    if z_dim == len(LATENTS_MEAN_22):
+        config |= {"latents_mean": list(LATENTS_MEAN_22), "latents_std": list(LATENTS_STD_22)}
+    return config
 
 
 def count(shapes: Shapes, prefix: str) -> int:

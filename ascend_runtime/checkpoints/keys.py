@@ -41,6 +41,60 @@ TRANSFORMER: Rules = (
     (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
 )
 
+# UMT5's encoder, of the original (wan/modules/t5.py), as transformers' UMT5EncoderModel calls it.
+TEXT_ENCODER: Rules = (
+    (r"^token_embedding\.", "shared."),
+    (r"^norm\.", "encoder.final_layer_norm."),
+    (r"^blocks\.", "encoder.block."),
+    (r"\.attn\.", ".layer.0.SelfAttention."),
+    (r"\.norm1\.", ".layer.0.layer_norm."),
+    (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
+    (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."),
+    (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
+    (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
+    (r"\.norm2\.", ".layer.1.layer_norm."),
+)
+TOKENIZER_MODEL = "spiece_model"  # ComfyUI's text encoders bring their tokenizer along, as the bytes of a tensor
+
+# The VAEs, of the original (wan/modules/vae2_1.py, vae2_2.py). The first numbers all that follow one another: 2 layers
+# and a step down in each block of the encoder, 3 and a step up in the decoder. The second has blocks within blocks.
+VAE: Rules = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
+    (r"coder\.head\.0\.", "coder.norm_out."),
+    (r"coder\.head\.2\.", "coder.conv_out."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"\.downsamples\.(\d+)\.downsamples\.2\.", r".down_blocks.\1.downsampler."),
+    (r"\.downsamples\.(\d+)\.downsamples\.", r".down_blocks.\1.resnets."),
+    (r"\.upsamples\.(\d+)\.upsamples\.3\.", r".up_blocks.\1.upsampler."),
+    (r"\.upsamples\.(\d+)\.upsamples\.", r".up_blocks.\1.resnets."),
+    (r"\.downsamples\.", ".down_blocks."),
+)
+UPSAMPLES = re.compile(r"^decoder\.upsamples\.(\d+)\.")
+
+
+def to_umt5_name(name: str) -> str | None:
+    """transformers' name of a text encoder's parameter; None: it is no parameter."""
+    return None if name == TOKENIZER_MODEL else renamed(name, TEXT_ENCODER)
+
+
+def to_vae_name(name: str) -> str:
+    """diffusers' name of a VAE's parameter."""
+
+    def up_block(number: re.Match) -> str:
+        block, layer = divmod(int(number[1]), 4)
+        return f"decoder.up_blocks.{block}." + (f"resnets.{layer}." if layer < 3 else "upsamplers.0.")
+
+    return UPSAMPLES.sub(up_block, renamed(name, VAE))
+
 
 def to_diffusers_name(name: str) -> str | None:
     """diffusers' name of a transformer's parameter, by its name in any system; None: it is no parameter."""

@@ -6,17 +6,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from ..specs import VideoSize
-from .configs import TRANSFORMER_TELLS, count, transformer_config
-from .keys import to_diffusers_name
+from . import configs
+from .keys import TOKENIZER_MODEL, to_diffusers_name, to_umt5_name, to_vae_name
 from .mindspeed import latest_shards
 from .tensor_files import open_tensors
 
-KINDS = {  # of component: the key of its config that tells, and what it says
+CLASSES = {  # of component: the key of its config that tells, and what it says
     "transformer": ("_class_name", "WanTransformer3DModel"),
     "text_encoder": ("model_type", "umt5"),
     "vae": ("_class_name", "AutoencoderKLWan"),
@@ -26,6 +26,7 @@ FOLDERS = {  # of a transformer within a model's, by who wrote it: diffusers, th
     "transformer": ("transformer", "high_noise_model"),
     "transformer_2": ("transformer_2", "low_noise_model"),
 }
+TOKENIZER = Path("google") / "umt5-xxl"  # beside the original's text encoder
 Rename = Callable[[str, Path], str | None]  # a parameter's name by a tensor's, and its shard; None: it is none
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
 
@@ -45,6 +46,7 @@ class Component:
     shards: tuple[Path, ...]
     folder: Path | None  # of a diffusers component; None for any other
     rename: Rename = _same
+    tokenizer: Path | None = None  # of a text encoder: its folder, or the file that has it; None: it is nowhere
 
     @property
     def root(self) -> Path | None:
@@ -70,8 +72,6 @@ def find_component(path: str, name: str) -> Component:
     Raises ValueError that says what is missing and what was expected.
     """
     root = existing(path)
-    if root.is_file():
-        raise ValueError(f"{root} is a file; give a diffusers folder, which holds {name}/config.json.")
     folder = root / name if (root / name).is_dir() else root
     if not (folder / "config.json").is_file():
         held = ", ".join(sorted(entry.name for entry in root.iterdir())) or "nothing"
@@ -81,7 +81,8 @@ def find_component(path: str, name: str) -> Component:
         )
     config = read_json(folder / "config.json")
     _check_kind(config, name, folder)
-    return Component(config, _shards_of(folder), folder)
+    tokenizer = folder.parent / "tokenizer" if name == "text_encoder" else None
+    return Component(config, _shards_of(folder), folder, tokenizer=tokenizer)
 
 
 def find_transformer(path: str, name: str = "transformer") -> Component:
@@ -91,15 +92,47 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
     """
     root = existing(path)
     if root.is_file():
-        return _transformer_of((root,))
+        return _found("transformer", (root,))
     inner = [root / folder for folder in FOLDERS[name] if (root / folder).is_dir()]
     folder = inner[0] if inner else root
     if shards := latest_shards(folder):
-        return _transformer_of(shards)
+        return _found("transformer", shards)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("_class_name") == ORIGINAL_TRANSFORMER:
-        return _transformer_of(_shards_of(folder), config.get("num_heads"))
+        found = _found("transformer", _shards_of(folder))
+        heads, width = (found.config[key] for key in ("num_attention_heads", "attention_head_dim"))
+        told = config.get("num_heads", heads)
+        shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
+        return replace(found, config=found.config | shape)
     return find_component(str(folder), name)
+
+
+def find_text_encoder(path: str) -> Component:
+    """A UMT5 and its tokenizer: a file, or the one in the folder of diffusers or of the original."""
+    found = _find_file(path, "text_encoder")
+    return found or find_component(path, "text_encoder")
+
+
+def find_vae(path: str) -> Component:
+    """A VAE: a file, or the one in the folder of diffusers or of the original."""
+    found = _find_file(path, "vae")
+    return found or find_component(path, "vae")
+
+
+def _find_file(path: str, kind: str) -> Component | None:
+    """The component that is the file `path`, or a file of torch.save in the folder `path`: told by its tensors."""
+    root = existing(path)
+    if root.is_file():
+        return _found(kind, (root,))
+    if (root / kind).is_dir():
+        return None
+    for file in sorted(root.glob("*.pth")):
+        if _is_kind(kind, file, _states((file,))):
+            return _found(kind, (file,))
+    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    if config.get("_class_name") == ORIGINAL_TRANSFORMER:
+        raise ValueError(f"{root} holds no {_KINDS[kind].what}. Download {_KINDS[kind].published} into it.")
+    return None
 
 
 def has_low_noise(path: str) -> bool:
@@ -126,7 +159,7 @@ class VaeForm:
 
 def vae_form(path: str) -> VaeForm:
     """From the VAE's config alone. Raises ValueError where there is no VAE."""
-    config = find_component(path, "vae").config
+    config = find_vae(path).config
     spatial, temporal = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
     return VaeForm(config.get("z_dim", 16), spatial, temporal)
 
@@ -145,7 +178,7 @@ def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int
 
 def _check_kind(config: dict, name: str, folder: Path) -> None:
     """diffusers and transformers write into a config what network it is of, each in its way."""
-    key, wanted = KINDS[name.removesuffix("_2")]
+    key, wanted = CLASSES[name.removesuffix("_2")]
     if config.get(key, wanted) != wanted:
         raise ValueError(f"{folder} holds a {config[key]}; a {wanted} is wanted here.")
 
@@ -199,40 +232,96 @@ def _states(shards: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(shards))
 
 
-def _transformer_of(shards: tuple[Path, ...], heads: int | None = None) -> Component:
-    """Of shards beside which no diffusers config lies: it is in the shapes."""
-    config, first_blocks = _transformer_in(shards, heads, _states(shards))
+@dataclass(frozen=True)
+class _Kind:
+    """How a network is known by its tensors alone."""
+
+    what: str
+    rename: Callable[[str], str | None]
+    published: str  # the original's file, and where to get it
+    tells: tuple[str, ...]  # names that it has, those that nothing else has first
+    config: Callable[[configs.Shapes], dict]
+
+
+_HUBS = "from Hugging Face or ModelScope"
+_KINDS = {
+    "transformer": _Kind(
+        what="Wan transformer",
+        rename=to_diffusers_name,
+        published=f"the shards of Wan-AI/Wan2.2-T2V-A14B {_HUBS}",
+        tells=configs.TRANSFORMER_TELLS,
+        config=configs.transformer_config,
+    ),
+    "text_encoder": _Kind(
+        what="UMT5 text encoder",
+        rename=to_umt5_name,
+        published=f"models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl of Wan-AI/Wan2.2-T2V-A14B {_HUBS}",
+        tells=configs.TEXT_ENCODER_TELLS,
+        config=configs.text_encoder_config,
+    ),
+    "vae": _Kind(
+        what="Wan VAE",
+        rename=to_vae_name,
+        published=f"Wan2.1_VAE.pth of Wan-AI/Wan2.2-T2V-A14B, or Wan2.2_VAE.pth of Wan2.2-TI2V-5B, {_HUBS}",
+        tells=configs.VAE_TELLS,
+        config=configs.vae_config,
+    ),
+}
+
+
+def _found(kind: str, shards: tuple[Path, ...]) -> Component:
+    """A network beside which no config lies: it is in the shapes. Raises ValueError where it is another network."""
+    described = _described(kind, shards, _states(shards))
 
     def rename(name: str, shard: Path) -> str | None:
-        renamed = to_diffusers_name(name)
-        return renamed and _moved(renamed, first_blocks[shards.index(shard)])
+        renamed = _KINDS[kind].rename(name)
+        return renamed and _moved(renamed, described.first_blocks[shards.index(shard)])
 
-    return Component(config, shards, folder=None, rename=rename)
+    beside = shards[0].parent / TOKENIZER
+    own = shards[0] if described.has_tokenizer else beside if beside.is_dir() else None
+    return Component(described.config, shards, None, rename, tokenizer=own if kind == "text_encoder" else None)
 
 
-@lru_cache(maxsize=8)
-def _transformer_in(shards: tuple[Path, ...], heads: int | None, _: tuple) -> tuple[dict, tuple[int, ...]]:
-    """(config, the number of the first block of each shard).
+@dataclass(frozen=True)
+class _Described:
+    config: dict
+    first_blocks: tuple[int, ...]  # the number of the first block of each shard
+    has_tokenizer: bool
 
-    Kept until a file changes, so that a job on a loaded model opens none.
-    """
-    shapes, first_blocks = {}, []
+
+@lru_cache(maxsize=16)
+def _described(kind_name: str, shards: tuple[Path, ...], _: tuple) -> _Described:
+    """What the shards hold. Kept until a file changes, so that a job on a loaded model opens none."""
+    kind, shapes, first_blocks, has_tokenizer = _KINDS[kind_name], {}, [], False
     for shard in shards:
-        with open_tensors(shard) as file:
-            found = {to_diffusers_name(key): shape for key, shape in file.shapes.items()}
+        names = _names(shard)
+        found = {kind.rename(key): shape for key, shape in names.items()}
+        has_tokenizer |= TOKENIZER_MODEL in names
         # Pipeline stages number their blocks from 0; the shards of one network have no block in common.
         stages = shards[0].parent != shard.parent
-        first_blocks.append(count(shapes, "blocks.") if stages else 0)
+        first_blocks.append(configs.count(shapes, "blocks.") if stages else 0)
         shapes |= {_moved(name, first_blocks[-1]): shape for name, shape in found.items() if name}
-    missing = [name for name in TRANSFORMER_TELLS if name not in shapes]
-    if missing[:2] == list(TRANSFORMER_TELLS[:2]):
+    missing = [name for name in kind.tells if name not in shapes]
+    if missing[:2] == list(kind.tells[:2]):
         raise ValueError(
-            f"{shards[0]} is not a Wan transformer: it has no patch_embedding and no blocks. "
+            f"{shards[0]} is not a {kind.what}: it has neither {' nor '.join(kind.tells[:2])}. "
             f"Its first tensors are {', '.join(sorted(shapes)[:4])}."
         )
     if missing:
-        raise ValueError(f"{shards[0]} lacks {', '.join(missing)} of a Wan transformer. Download it again.")
-    return transformer_config(shapes, heads), tuple(first_blocks)
+        raise ValueError(f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. Download it again.")
+    return _Described(kind.config(shapes), tuple(first_blocks), has_tokenizer)
+
+
+@lru_cache(maxsize=16)
+def _is_kind(kind: str, file: Path, _: tuple) -> bool:
+    names = {_KINDS[kind].rename(name) for name in _names(file)}
+    return any(name in names for name in _KINDS[kind].tells[:2])
+
+
+def _names(shard: Path) -> configs.Shapes:
+    """The shapes of the tensors of a shard, by their names there."""
+    with open_tensors(shard) as file:
+        return dict(file.shapes)
 
 
 def _moved(name: str, blocks: int) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .fp8 import dequantized, scales_of
+from .keys import TOKENIZER_MODEL
 from .parts import Part
 from .tensor_files import TensorFile, open_tensors
 
@@ -142,6 +143,12 @@ def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
     return tensor
+
+
+def tokenizer_model(file: Path) -> bytes:
+    """The sentencepiece model that a file of a text encoder brings along."""
+    with open_tensors(file) as tensors:
+        return tensors.read(TOKENIZER_MODEL).numpy().tobytes()
 
 
 def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
