@@ -24,7 +24,7 @@ def dtype_input(automatic: str) -> io.Input:
 class LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = model_files.transformer_names()
+        names = model_files.names(model_files.TRANSFORMER)
         return io.Schema(
             node_id="AscendLoadDiffusionModel",
             display_name="Ascend Load Diffusion Model",
@@ -34,9 +34,9 @@ class LoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=names,
-                    tooltip="A diffusers folder of models/diffusers (both experts of Wan 2.2 in one), or a "
-                    ".safetensors file of models/diffusion_models. embedded/tiny_wan comes with the pack and "
-                    "runs anywhere.",
+                    tooltip="A folder of models/diffusers as diffusers, the original or MindSpeed-MM write it (both "
+                    "experts of Wan 2.2 in one), or a file of models/diffusion_models, also fp8. What it is, is told "
+                    "by what is in it. embedded/tiny_wan comes with the pack and runs anywhere.",
                 ),
                 dtype_input("float32 on a CPU, bfloat16 on an NPU or GPU"),
                 io.Combo.Input(
@@ -85,7 +85,7 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name) -> bool | str:
-        return model_files.check(model_name)
+        return model_files.check(model_name, model_files.TRANSFORMER)
 
     @classmethod
     def execute(
@@ -98,8 +98,10 @@ class LoadDiffusionModel(io.ComfyNode):
         warm_up=False,
         parallel=None,
     ) -> io.NodeOutput:
-        low_noise = None if low_noise_model_name == NO_MODEL else model_files.path_of(low_noise_model_name)
-        spec = DiffusionModelSpec(path=model_files.path_of(model_name), low_noise_path=low_noise, dtype=dtype)
+        kind, low_noise = model_files.TRANSFORMER, None
+        if low_noise_model_name != NO_MODEL:
+            low_noise = model_files.path_of(low_noise_model_name, kind)
+        spec = DiffusionModelSpec(path=model_files.path_of(model_name, kind), low_noise_path=low_noise, dtype=dtype)
         operators = OperatorSpec(attention=attention, heads_per_call=heads_per_call)
         return io.NodeOutput(ModelHandle(spec, parallel or RanksHandle(), operators, warm_up))
 
@@ -115,8 +117,10 @@ class LoadTextEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=list(model_files.diffusers_folders()),
-                    tooltip="A diffusers folder of models/diffusers with a text_encoder and a tokenizer.",
+                    options=model_files.names(model_files.TEXT_ENCODER),
+                    tooltip="A folder of models/diffusers as diffusers or the original write it, or a file of "
+                    "models/text_encoders. ComfyUI's files bring their tokenizer along; beside the original's .pth "
+                    "must lie its folder google/umt5-xxl.",
                 ),
                 dtype_input("on a CPU float32 if it is smaller than 1 GiB, else bfloat16; on an NPU or GPU bfloat16"),
                 types.parallel_input(),
@@ -136,11 +140,12 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name) -> bool | str:
-        return model_files.check(model_name)
+        return model_files.check(model_name, model_files.TEXT_ENCODER)
 
     @classmethod
     def execute(cls, model_name, dtype, parallel=None, placement="auto") -> io.NodeOutput:
-        spec = TextEncoderSpec(path=model_files.path_of(model_name), dtype=dtype, placement=placement)
+        path = model_files.path_of(model_name, model_files.TEXT_ENCODER)
+        spec = TextEncoderSpec(path=path, dtype=dtype, placement=placement)
         return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
 
 
@@ -155,8 +160,9 @@ class LoadVAE(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=list(model_files.diffusers_folders()),
-                    tooltip="A diffusers folder of models/diffusers with a vae.",
+                    options=model_files.names(model_files.VAE),
+                    tooltip="A folder of models/diffusers as diffusers or the original write it, or a file of "
+                    "models/vae: the Wan 2.1 or the Wan 2.2 VAE.",
                 ),
                 dtype_input("float32, which the quality of the frames asks for"),
                 types.parallel_input(),
@@ -166,10 +172,10 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name) -> bool | str:
-        return model_files.check(model_name)
+        return model_files.check(model_name, model_files.VAE)
 
     @classmethod
     def execute(cls, model_name, dtype, parallel=None) -> io.NodeOutput:
-        spec = VaeSpec(path=model_files.path_of(model_name), dtype=dtype)
+        spec = VaeSpec(path=model_files.path_of(model_name, model_files.VAE), dtype=dtype)
         return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
 

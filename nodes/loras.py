@@ -24,7 +24,7 @@ class LoadLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=model_files.lora_names(),
+                    options=model_files.names(model_files.LORA),
                     tooltip="A .safetensors file of models/loras, for this Wan model: the layouts of diffusers, kohya "
                     "and ComfyUI. One that does not fit the model is refused.",
                 ),
@@ -54,9 +54,9 @@ class LoadLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, lora_name) -> bool | str:
-        return model_files.check(lora_name, model_files.lora_path_of)
+        return model_files.check(lora_name, model_files.LORA)
 
     @classmethod
     def execute(cls, model, lora_name, strength, expert="both") -> io.NodeOutput:
-        lora = LoraSpec(path=model_files.lora_path_of(lora_name), strength=strength, expert=expert)
+        lora = LoraSpec(path=model_files.path_of(lora_name, model_files.LORA), strength=strength, expert=expert)
         return io.NodeOutput(replace(model, spec=model.spec.with_lora(lora)))

@@ -1,67 +1,90 @@
-"""The models that the loaders list: diffusers folders and .safetensors files where ComfyUI keeps them, and our own."""
+"""The models that the loaders list: folders and files where ComfyUI keeps them, and our own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack
+SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
+# One of these makes a folder a model: of diffusers, of the original (both experts, or one), of MindSpeed-MM.
+MARKS = ("model_index.json", "high_noise_model", "config.json", "latest_checkpointed_iteration.txt")
 
 
-def diffusers_folders() -> dict[str, Path]:
-    """Diffusers pipelines by name: those in models/diffusers, and the pack's own."""
-    roots = [("", Path(folder)) for folder in folder_paths.get_folder_paths("diffusers")]
+@dataclass(frozen=True)
+class Kind:
+    """Where ComfyUI keeps a kind of model as single files, where such a model can be had, and whether it may be a
+    folder."""
+
+    category: str
+    published: str
+    folders: bool = True
+
+
+HUBS = "from Hugging Face or ModelScope"
+TRANSFORMER = Kind(
+    "diffusion_models",
+    f"a folder (Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B {HUBS}) into models/diffusers, or a file "
+    "(of Comfy-Org/Wan_2.2_ComfyUI_Repackaged) into models/diffusion_models",
+)
+TEXT_ENCODER = Kind(
+    "text_encoders",
+    f"a folder (Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B {HUBS}) into models/diffusers, or a file "
+    "(umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged) into models/text_encoders",
+)
+VAE = Kind(
+    "vae",
+    f"a folder (Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B {HUBS}) into models/diffusers, or a file "
+    "(wan_2.1_vae.safetensors or wan2.2_vae.safetensors of Comfy-Org/Wan_2.2_ComfyUI_Repackaged) into models/vae",
+)
+
+
+LORA = Kind("loras", "the .safetensors file of a LoRA for this Wan model into models/loras", folders=False)
+
+
+def folders(kind: Kind) -> dict[str, Path]:
+    """Models that are folders, by name: those of models/diffusers and of the kind's own place, and the pack's own."""
+    roots = [("", Path(place)) for place in _places(kind)]
     found = {}
-    for prefix, root in [*roots, (EMBEDDED, ASSETS)]:
-        for index in sorted(root.glob("*/model_index.json")):
-            found.setdefault(prefix + index.parent.name, index.parent)
+    for prefix, root in [*roots, (EMBEDDED, ASSETS)] if kind.folders else ():
+        for folder in sorted(root.glob("*/")):
+            if any((folder / mark).exists() for mark in MARKS):
+                found.setdefault(prefix + folder.name, folder)
     return found
 
 
-def transformer_names() -> list[str]:
-    """What Ascend Load Diffusion Model can load: diffusers folders first, then files of models/diffusion_models."""
-    files = folder_paths.get_filename_list("diffusion_models")
-    return [*diffusers_folders(), *(name for name in files if name.endswith(".safetensors"))]
+def names(kind: Kind) -> list[str]:
+    """What a loader of this kind can load: folders first, then files."""
+    listed = folders(kind)
+    files = [name for name in folder_paths.get_filename_list(kind.category) if name.endswith(SUFFIXES)]
+    return [*listed, *(name for name in files if Path(name).parts[0] not in listed)]
 
 
-def path_of(name: str) -> str:
+def path_of(name: str, kind: Kind) -> str:
     """The path that a listed name stands for. Raises ValueError that says where models belong."""
-    folder = diffusers_folders().get(name)
-    path = str(folder) if folder else folder_paths.get_full_path("diffusion_models", name)
+    folder = folders(kind).get(name)
+    path = str(folder) if folder else folder_paths.get_full_path(kind.category, name)
     if path is None:
-        folders = [*folder_paths.get_folder_paths("diffusers"), *folder_paths.get_folder_paths("diffusion_models")]
         raise ValueError(
-            f"There is no model {name!r}. There are: {', '.join(transformer_names())}. Put a diffusers folder (such as "
-            "Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope) into models/diffusers, or the "
-            f".safetensors file of a transformer into models/diffusion_models. Looked in: {', '.join(folders)}."
+            f"There is no model {name!r}. There are: {', '.join(names(kind)) or 'none'}. Put {kind.published}. "
+            f"Looked in: {', '.join(_places(kind))}."
         )
     return path
 
 
-def lora_names() -> list[str]:
-    """What Ascend Load LoRA can load: files of models/loras."""
-    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")]
+def _places(kind: Kind) -> list[str]:
+    in_common = folder_paths.get_folder_paths("diffusers") if kind.folders else []
+    return [*in_common, *folder_paths.get_folder_paths(kind.category)]
 
 
-def lora_path_of(name: str) -> str:
-    """The path that a listed LoRA stands for. Raises ValueError that says where LoRAs belong."""
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        raise ValueError(
-            f"There is no LoRA {name!r}. There are: {', '.join(lora_names()) or 'none'}. Put its .safetensors file "
-            f"into models/loras. Looked in: {', '.join(folder_paths.get_folder_paths('loras'))}."
-        )
-    return path
-
-
-def check(name: str | None, find: Callable[[str], str] = path_of) -> bool | str:
+def check(name: str | None, kind: Kind) -> bool | str:
     """For a node's validate_inputs: True, or what is wrong. None stands for a link, checked when the graph runs."""
     try:
         if name is not None:
-            find(name)
+            path_of(name, kind)
     except ValueError as error:
         return str(error)
     return True

@@ -6,11 +6,13 @@ import math
 import shutil
 from pathlib import Path
 
+import original_formats
 import tiny_models
 import torch
 from ascend_runtime.checkpoints.keys import to_diffusers_name
 from ascend_runtime.checkpoints.layout import find_transformer
 from comfy_server import COMFYUI
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
@@ -72,6 +74,20 @@ def wide_text_encoder(folder: Path, seed: int = 0) -> Path:
     config = UMT5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1)
     tiny_models.randomise(UMT5EncoderModel(config), seed).save_pretrained(folder / "text_encoder")
     return as_pipeline(folder)
+
+
+def single_files(models: Path, seed: int = 0) -> None:
+    """Into ComfyUI's folders: the original's folder of a transformer, a text encoder's file, a VAE's .pth."""
+    tensors = load_file(original_transformer(models / "diffusion_models" / "written_anew.safetensors", seed))
+    original_formats.original_folder(models / "diffusers" / "original_folder", tensors)
+    config = UMT5Config(vocab_size=40, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1)
+    encoder = tiny_models.randomise(UMT5EncoderModel(config), seed)
+    for kind in ("text_encoders", "vae"):
+        (models / kind).mkdir()
+    tensors = original_formats.comfyui_umt5(encoder, original_formats.sentencepiece_model(), torch.float16)
+    save_file(tensors, models / "text_encoders" / "umt5.safetensors")
+    vae = tiny_models.randomise(AutoencoderKLWan(base_dim=4), seed)
+    torch.save(original_formats.original_vae(vae), models / "vae" / "wan_vae.pth")
 
 
 def as_pipeline(folder: Path) -> Path:

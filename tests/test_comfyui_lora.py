@@ -61,7 +61,7 @@ def test_a_lora_that_is_not_there(comfyui, loras):
     with pytest.raises(PromptRejected) as caught:
         comfyui.queue(with_loras(graphs.latent(), {"no_such_lora": 1.0}))
     (error,) = caught.value.body["node_errors"]["ours 0"]["errors"]
-    assert "There is no LoRA 'no_such_lora'" in error["details"] and "models/loras" in error["details"]
+    assert "There is no model 'no_such_lora'" in error["details"] and "models/loras" in error["details"]
     assert "kohya.safetensors" in error["details"]
 
 
