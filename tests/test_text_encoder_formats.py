@@ -106,6 +106,14 @@ def test_the_originals_folder_without_it_says_where_to_get_it(tmp_path):
         load(tmp_path)
 
 
+def test_a_pth_that_cannot_be_read_is_named_where_the_encoder_is_missed(tmp_path, theirs, spiece):
+    (tmp_path / "a clip.pth").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match="holds no UMT5 text encoder.*a clip.pth is not a whole file of torch.save"):
+        load(tmp_path)
+    in_folder(tmp_path, formats.original_umt5(theirs), spiece)
+    assert_same(tmp_path, theirs, spiece, "beside a damaged file")
+
+
 def test_the_fingerprint_changes_with_the_file(tmp_path, theirs, spiece):
     file = in_folder(tmp_path, formats.original_umt5(theirs), spiece)
     before = find_text_encoder(str(tmp_path)).fingerprint

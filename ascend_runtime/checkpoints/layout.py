@@ -4,17 +4,13 @@ MindSpeed-MM, and single files."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 from ..specs import VideoSize
-from . import configs
-from .keys import TOKENIZER_MODEL, to_diffusers_name, to_umt5_name, to_vae_name
+from .kinds import KINDS, described, files_of, is_kind, moved, states
 from .mindspeed import latest_shards
-from .tensor_files import open_tensors
 
 CLASSES = {  # of component: the key of its config that tells, and what it says
     "transformer": ("_class_name", "WanTransformer3DModel"),
@@ -56,14 +52,14 @@ class Component:
     @property
     def fingerprint(self) -> tuple:
         """Changes when a file on disk does: the weights, and what says how to use them."""
-        described = ()
+        beside = ()
         if self.folder:
-            described = (self.folder / "config.json", self.root / "model_index.json", self.root / "vae" / "config.json")
-        return _states((*filter(Path.is_file, described), *self.shards))
+            beside = (self.folder / "config.json", self.root / "model_index.json", self.root / "vae" / "config.json")
+        return states((*filter(Path.is_file, beside), *self.shards))
 
     @property
     def nbytes(self) -> int:
-        return sum(file.stat().st_size for file in _files(self.shards))
+        return sum(file.stat().st_size for file in files_of(self.shards))
 
 
 def find_component(path: str, name: str) -> Component:
@@ -97,14 +93,19 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
     folder = inner[0] if inner else root
     if shards := latest_shards(folder):
         return _found("transformer", shards)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if config.get("_class_name") == ORIGINAL_TRANSFORMER:
-        found = _found("transformer", _shards_of(folder))
-        heads, width = (found.config[key] for key in ("num_attention_heads", "attention_head_dim"))
-        told = config.get("num_heads", heads)
-        shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
-        return replace(found, config=found.config | shape)
-    return find_component(str(folder), name)
+    if not _is_original(folder):
+        return find_component(str(folder), name)
+    found = _found("transformer", _shards_of(folder))
+    heads, width = (found.config[key] for key in ("num_attention_heads", "attention_head_dim"))
+    told = read_json(folder / "config.json").get("num_heads", heads)
+    shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
+    return replace(found, config=found.config | shape)
+
+
+def _is_original(folder: Path) -> bool:
+    """Whether the original's transformer lies in this folder, or its two in folders of it."""
+    told = [folder / "config.json", folder / FOLDERS["transformer"][1] / "config.json"]
+    return any(file.is_file() and read_json(file).get("_class_name") == ORIGINAL_TRANSFORMER for file in told)
 
 
 def find_text_encoder(path: str) -> Component:
@@ -126,12 +127,17 @@ def _find_file(path: str, kind: str) -> Component | None:
         return _found(kind, (root,))
     if (root / kind).is_dir():
         return None
+    unreadable = []
     for file in sorted(root.glob("*.pth")):
-        if _is_kind(kind, file, _states((file,))):
-            return _found(kind, (file,))
-    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    if config.get("_class_name") == ORIGINAL_TRANSFORMER:
-        raise ValueError(f"{root} holds no {_KINDS[kind].what}. Download {_KINDS[kind].published} into it.")
+        try:
+            if is_kind(kind, file, states((file,))):
+                return _found(kind, (file,))
+        except ValueError as error:  # it may be the one, or what nobody asks for
+            unreadable.append(str(error))
+    if unreadable or _is_original(root):
+        raise ValueError(
+            f"{root} holds no {KINDS[kind].what}. Download {KINDS[kind].published} into it. {' '.join(unreadable)}"
+        )
     return None
 
 
@@ -222,108 +228,14 @@ def _preferred(folder: Path, pattern: str, names: Iterable[str]) -> tuple[Path, 
     return tuple(sorted(folder.glob(pattern)))
 
 
-def _files(shards: Iterable[Path]) -> list[Path]:
-    """The files that shards consist of."""
-    return [file for shard in shards for file in (sorted(shard.iterdir()) if shard.is_dir() else (shard,))]
-
-
-def _states(shards: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
-    """Of each file: path, size and time of the last change."""
-    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in _files(shards))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How a network is known by its tensors alone."""
-
-    what: str
-    rename: Callable[[str], str | None]
-    published: str  # the original's file, and where to get it
-    tells: tuple[str, ...]  # names that it has, those that nothing else has first
-    config: Callable[[configs.Shapes], dict]
-
-
-_HUBS = "from Hugging Face or ModelScope"
-_KINDS = {
-    "transformer": _Kind(
-        what="Wan transformer",
-        rename=to_diffusers_name,
-        published=f"the shards of Wan-AI/Wan2.2-T2V-A14B {_HUBS}",
-        tells=configs.TRANSFORMER_TELLS,
-        config=configs.transformer_config,
-    ),
-    "text_encoder": _Kind(
-        what="UMT5 text encoder",
-        rename=to_umt5_name,
-        published=f"models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl of Wan-AI/Wan2.2-T2V-A14B {_HUBS}",
-        tells=configs.TEXT_ENCODER_TELLS,
-        config=configs.text_encoder_config,
-    ),
-    "vae": _Kind(
-        what="Wan VAE",
-        rename=to_vae_name,
-        published=f"Wan2.1_VAE.pth of Wan-AI/Wan2.2-T2V-A14B, or Wan2.2_VAE.pth of Wan2.2-TI2V-5B, {_HUBS}",
-        tells=configs.VAE_TELLS,
-        config=configs.vae_config,
-    ),
-}
-
-
 def _found(kind: str, shards: tuple[Path, ...]) -> Component:
     """A network beside which no config lies: it is in the shapes. Raises ValueError where it is another network."""
-    described = _described(kind, shards, _states(shards))
+    held = described(kind, shards, states(shards))
 
     def rename(name: str, shard: Path) -> str | None:
-        renamed = _KINDS[kind].rename(name)
-        return renamed and _moved(renamed, described.first_blocks[shards.index(shard)])
+        renamed = KINDS[kind].rename(name)
+        return renamed and moved(renamed, held.first_blocks[shards.index(shard)])
 
     beside = shards[0].parent / TOKENIZER
-    own = shards[0] if described.has_tokenizer else beside if beside.is_dir() else None
-    return Component(described.config, shards, None, rename, tokenizer=own if kind == "text_encoder" else None)
-
-
-@dataclass(frozen=True)
-class _Described:
-    config: dict
-    first_blocks: tuple[int, ...]  # the number of the first block of each shard
-    has_tokenizer: bool
-
-
-@lru_cache(maxsize=16)
-def _described(kind_name: str, shards: tuple[Path, ...], _: tuple) -> _Described:
-    """What the shards hold. Kept until a file changes, so that a job on a loaded model opens none."""
-    kind, shapes, first_blocks, has_tokenizer = _KINDS[kind_name], {}, [], False
-    for shard in shards:
-        names = _names(shard)
-        found = {kind.rename(key): shape for key, shape in names.items()}
-        has_tokenizer |= TOKENIZER_MODEL in names
-        # Pipeline stages number their blocks from 0; the shards of one network have no block in common.
-        stages = shards[0].parent != shard.parent
-        first_blocks.append(configs.count(shapes, "blocks.") if stages else 0)
-        shapes |= {_moved(name, first_blocks[-1]): shape for name, shape in found.items() if name}
-    missing = [name for name in kind.tells if name not in shapes]
-    if missing[:2] == list(kind.tells[:2]):
-        raise ValueError(
-            f"{shards[0]} is not a {kind.what}: it has neither {' nor '.join(kind.tells[:2])}. "
-            f"Its first tensors are {', '.join(sorted(shapes)[:4])}."
-        )
-    if missing:
-        raise ValueError(f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. Download it again.")
-    return _Described(kind.config(shapes), tuple(first_blocks), has_tokenizer)
-
-
-@lru_cache(maxsize=16)
-def _is_kind(kind: str, file: Path, _: tuple) -> bool:
-    names = {_KINDS[kind].rename(name) for name in _names(file)}
-    return any(name in names for name in _KINDS[kind].tells[:2])
-
-
-def _names(shard: Path) -> configs.Shapes:
-    """The shapes of the tensors of a shard, by their names there."""
-    with open_tensors(shard) as file:
-        return dict(file.shapes)
-
-
-def _moved(name: str, blocks: int) -> str:
-    """The name of the same parameter so many blocks later."""
-    return re.sub(r"^blocks\.(\d+)", lambda number: f"blocks.{int(number[1]) + blocks}", name)
+    own = shards[0] if held.has_tokenizer else beside if beside.is_dir() else None
+    return Component(held.config, shards, None, rename, tokenizer=own if kind == "text_encoder" else None)
