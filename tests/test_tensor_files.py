@@ -91,6 +91,15 @@ def test_a_tensor_that_lies_in_another_order(tmp_path):
         assert torch.equal(file.read("b"), tensor[1:3, 2:]) and torch.equal(file.mapped("b"), tensor[1:3, 2:])
 
 
+@pytest.mark.parametrize("device", ["npu:3", "cuda:0"])
+def test_a_file_that_was_saved_from_a_card(tmp_path, monkeypatch, device):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: device)
+        torch.save({"a": torch.arange(6.0)}, tmp_path / "a")
+    with open_tensors(tmp_path / "a") as file:
+        assert file.read("a").tolist() == file.mapped("a").tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_folder_of_nothing_is_none(tmp_path):
     with pytest.raises(ValueError, match=r"is a folder without \.metadata"), open_tensors(tmp_path):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import pickle
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,7 +41,8 @@ def stored_tensors(file: BinaryIO | Path) -> Any:
         file.seek(0)
     # Fake tensors have no memory, and their storages know where they lie (torch's notes on serialization).
     with torch.serialization.safe_globals([(_Unread, name) for name in unknown]), FakeTensorMode():
-        return _without_tensors(torch.load(file, weights_only=True, map_location="cpu"))
+        # torch's own: torch_npu puts another in the place of torch.load, which moves tensors
+        return _without_tensors(torch.serialization.load(file, weights_only=True, map_location="cpu"))
 
 
 def _without_tensors(content: Any) -> Any:
@@ -61,17 +63,7 @@ class TorchFile:
         self.header: dict[str, str] = {}
 
     def __enter__(self) -> TorchFile:
-        try:
-            content = stored_tensors(self.path)
-        except pickle.UnpicklingError:
-            raise ValueError(
-                f"{self.path} holds more than tensors and plain containers, and code of a file is never run. Save its "
-                "weights alone, as .safetensors."
-            ) from None
-        except (RuntimeError, EOFError) as error:
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{self.path} is not a whole file of torch.save ({why}). Download it again.") from None
-        self._tensors = dict(_named(self._weights(content)))
+        self._tensors = dict(_tensors(self.path, self.path.stat().st_mtime_ns))
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
         self._file = self.path.open("rb", buffering=0)
         self._mapping: mmap.mmap | None = None
@@ -95,15 +87,29 @@ class TorchFile:
         count = torch.Size(held.shape).numel()
         return torch.frombuffer(self._mapping, dtype=held.dtype, count=count, offset=held.start).view(held.shape)
 
-    def _weights(self, content: Any) -> Mapping:
-        if not isinstance(content, Mapping):
-            raise ValueError(f"{self.path} holds no tensors by name.")
-        if "model0" in content:
-            raise ValueError(
-                f"{self.path} holds virtual pipeline stages (model0, model1 ...). Convert it with MindSpeed-MM's "
-                "mm-convert WanConverter resplit, to one stage."
-            )
-        return next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+
+@lru_cache(maxsize=4)
+def _tensors(path: Path, _changed_ns: int) -> tuple[tuple[str, Stored], ...]:
+    """By name. Raises ValueError where the file is cut, or holds what is no tensor in a way that cannot be passed."""
+    try:
+        content = stored_tensors(path)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors and plain containers, and code of a file is never run. Save its weights "
+            "alone, as .safetensors."
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a whole file of torch.save ({why}). Download it again.") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no tensors by name.")
+    if "model0" in content:
+        raise ValueError(
+            f"{path} holds virtual pipeline stages (model0, model1 ...). Convert it with MindSpeed-MM's mm-convert "
+            "WanConverter resplit, to one stage."
+        )
+    weights = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    return tuple(_named(weights))
 
 
 def _named(content: Mapping, prefix: str = "") -> Iterator[tuple[str, Stored]]:
