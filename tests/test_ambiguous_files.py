@@ -55,6 +55,12 @@ def test_the_low_noise_expert_of_a_folder_is_its_own(one_rank, specs, two_expert
     assert_close(latent_of(one_rank, given_twice, specs.text(1)), expected, atol=1e-6, rtol=0)
 
 
+def test_a_low_noise_expert_that_was_not_downloaded_is_missed(one_rank, specs, two_experts):
+    shutil.rmtree(two_experts / "transformer_2")
+    with pytest.raises(ValueError, match="names a transformer_2, which is not there. Download"):
+        latent_of(one_rank, DiffusionModelSpec(path=str(two_experts)), specs.text(1))
+
+
 def test_one_file_is_not_both_experts(one_rank, specs):
     path = str(specs.folder)
     with pytest.raises(ValueError, match="given as both experts"):

@@ -183,7 +183,7 @@ def test_a_path_that_does_not_exist(survivors, component, tmp_path):
 def test_a_folder_without_the_component(survivors, component, tmp_path):
     (tmp_path / "photos").mkdir()
     error = pytest.raises(ValueError, load, survivors, component, tmp_path)
-    assert_says(error, [f"no {component}/config.json", "it holds photos", "Give a diffusers folder"])
+    assert_says(error, [f"no {component}/config.json", "it holds photos", "Give a folder of diffusers"])
 
 
 @COMPONENTS

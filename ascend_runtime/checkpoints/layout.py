@@ -72,8 +72,8 @@ def find_component(path: str, name: str) -> Component:
     if not (folder / "config.json").is_file():
         held = ", ".join(sorted(entry.name for entry in root.iterdir())) or "nothing"
         raise ValueError(
-            f"{root} has no {name}/config.json; it holds {held}. Give a diffusers folder, such as a download of "
-            "Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope."
+            f"{root} has no {name}/config.json; it holds {held}. Give a folder of diffusers or of the original, "
+            "such as a download of Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope."
         )
     config = read_json(folder / "config.json")
     _check_kind(config, name, folder)
@@ -142,11 +142,14 @@ def _find_file(path: str, kind: str) -> Component | None:
 
 
 def has_low_noise(path: str) -> bool:
-    """Whether the folder `path` holds a low-noise expert. Raises ValueError where only the other one is there."""
+    """Whether the folder `path` holds a low-noise expert. Raises ValueError where there is to be one, and is none."""
     root = Path(path).expanduser()
     found = any((root / folder).is_dir() for folder in FOLDERS["transformer_2"])
     if not found and (root / "high_noise_model").is_dir():
         raise ValueError(f"{root} has a high_noise_model, but no low_noise_model beside it. Download that too.")
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    if not found and any(index.get("transformer_2") or ()):
+        raise ValueError(f"{root / 'model_index.json'} names a transformer_2, which is not there. Download that too.")
     return found
 
 
