@@ -78,7 +78,7 @@ def wide_text_encoder(folder: Path, seed: int = 0) -> Path:
 
 def single_files(models: Path, seed: int = 0) -> None:
     """Into ComfyUI's folders: the original's folder of a transformer, a text encoder's file, a VAE's .pth."""
-    tensors = load_file(original_transformer(models / "diffusion_models" / "written_anew.safetensors", seed))
+    tensors = load_file(original_transformer(models / "diffusion_models" / "written_anew.safetensors", seed=seed))
     original_formats.original_folder(models / "diffusers" / "original_folder", tensors)
     config = UMT5Config(vocab_size=40, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1)
     encoder = tiny_models.randomise(UMT5EncoderModel(config), seed)

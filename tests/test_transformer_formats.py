@@ -143,7 +143,7 @@ def test_the_fingerprint_changes_with_any_file(tmp_path, tensors):
 
 def test_a_transformer_of_48_channels_has_the_latent_format_of_the_wan_22_vae(tmp_path):
     generator = torch.Generator().manual_seed(6)
-    shapes = random_wan._original_shapes(256, 512, 1, channels=48)
+    shapes = random_wan._original_shapes(256, 1, channels=48, out_channels=48)
     save_file({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, tmp_path / "wan")
     model = load(tmp_path / "wan")
     assert model.latents_mean.shape == model.latents_std.shape == (1, 48, 1, 1, 1)
