@@ -294,9 +294,7 @@ def _load_text_encoder(
     tokenizer = _tokenizer(component)  # before the weights are read, as it can be missing
     device = device if spec.placement == "ranks" else torch.device("cpu")
     dtype = _dtype(spec.dtype, _text_dtype(device, component.nbytes))
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config.from_dict(component.config))
-    model.set_input_embeddings(model.shared)  # one module under both names: FSDP2 gathers a module's own parameters
+    model = empty_network("text_encoder", component)
     load_weights(
         model,
         component.shards,
@@ -337,8 +335,7 @@ def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
 
 
 def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor, _):
-    with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(found[0].config)
+    vae = empty_network("vae", found[0])
     dtype = _dtype(spec.dtype, torch.float32)
     load_weights(
         vae,
@@ -349,6 +346,18 @@ def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor, _):
         on_tensor=on_tensor,
     )
     return vae.eval()
+
+
+def empty_network(kind: str, component: Component) -> torch.nn.Module:
+    """The network of a "transformer", "text_encoder" or "vae", on the meta device."""
+    with torch.device("meta"):
+        if kind == "vae":
+            return AutoencoderKLWan.from_config(component.config)
+        if kind == "text_encoder":
+            model = UMT5EncoderModel(UMT5Config.from_dict(component.config))
+            model.set_input_embeddings(model.shared)  # one module twice: FSDP2 gathers a module's own parameters
+            return model
+    return wan.WanTransformer(component.config)
 
 
 def _dtype(name: str, automatic: torch.dtype) -> torch.dtype:

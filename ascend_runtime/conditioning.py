@@ -152,7 +152,7 @@ def _check_latent(latent: Tensor, model: DiffusionModel) -> None:
 
 def _check_text(name: str, text: Tensor, batch: int, model: DiffusionModel) -> None:
     width = model.high_noise.config.text_dim
-    if text.ndim != 3 or text.shape[2] != width or text.shape[0] not in (1, batch):
+    if text.ndim != 3 or not text.shape[1] or text.shape[2] != width or text.shape[0] not in (1, batch):
         raise ValueError(
             f"The {name} conditioning has the shape {list(text.shape)}; this model reads [1, tokens, {width}], "
             f"or one such for each of the {batch} videos of the latent. "

@@ -30,7 +30,10 @@ class SentencePiece:
     """A tokenizer from a sentencepiece model alone, called as transformers' are, with the end after each prompt."""
 
     def __init__(self, model: bytes):
-        self._processor = SentencePieceProcessor(model_proto=model)
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"The file's sentencepiece model is damaged ({error}). Download it again.") from None
 
     def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
         assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"

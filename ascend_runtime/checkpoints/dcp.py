@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .parts import Part, Stored, read_stored, whole
-from .torch_file import stored_tensors
+from .torch_file import BROKEN, stored_tensors
 
 METADATA = ".metadata"
 WRAPPER = "model."  # before the names of the weights, where others lie beside them
@@ -110,7 +110,7 @@ def _moved(own: slice, by: int) -> slice:
 
 def _read_chunk(chunk: _Chunk, part: Part) -> Tensor:
     with chunk.file.open("rb", buffering=0) as file:
-        stored = stored_tensors(_View(file, chunk.start, chunk.length))
+        stored = stored_tensors(_View(file, chunk.start, chunk.length), chunk.file)
         return read_stored(file, Stored(chunk.start + stored.start, stored.shape, stored.dtype, stored.stride), part)
 
 
@@ -124,7 +124,7 @@ def _tensors(path: Path, _changed_ns: int) -> tuple[tuple[str, _Spread], ...]:
                   if getattr(index, "offset", None) is not None}  # fmt: skip
         described = [(name, held) for name, held in metadata.state_dict_metadata.items() if hasattr(held, "chunks")]
         tensors = tuple((name, _spread(path, name, held, places)) for name, held in described)
-    except (pickle.UnpicklingError, AttributeError, TypeError, EOFError, KeyError) as error:
+    except (pickle.UnpicklingError, *BROKEN) as error:
         raise ValueError(f"{path / METADATA} is not of a distributed checkpoint of torch ({error}).") from None
     for chunk in (chunk for _, held in tensors for chunk in held.chunks):
         if not chunk.file.is_file() or chunk.file.stat().st_size < chunk.start + chunk.length:

@@ -74,9 +74,7 @@ def load_weights(
     unexpected, wrongly shaped and non-finite tensors by name. Nothing is ever left to chance values.
     """
     shards = tuple(shards)
-    wanted = module.state_dict(keep_vars=True)
-    places = _places(shards, rename)
-    _check_fit(module, shards, wanted, places)
+    places = check_weights(module, shards, rename)
     share.prepare(module)
     done = 0
     for shard in shards:
@@ -87,6 +85,17 @@ def load_weights(
                     assign(module, name, share.parameter(module, name, tensor))
                     done += 1
                     on_tensor(done, len(places))
+
+
+def check_weights(
+    module: nn.Module, shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]
+) -> dict[str, _Place]:
+    """Where each parameter of `module` lies in `shards`. No weight is read. Raises ValueError as `load_weights` does,
+    but of values."""
+    wanted = module.state_dict(keep_vars=True)
+    places = _places(shards, rename)
+    _check_fit(module, shards, wanted, places)
+    return places
 
 
 def _read(

@@ -31,11 +31,30 @@ class _Unread:
         pass
 
 
-def stored_tensors(file: BinaryIO | Path) -> Any:
+# What reading a broken zip or pickle ends in: whatever its bytes happen to ask for.
+BROKEN = (RuntimeError, EOFError, ArithmeticError, AttributeError, AssertionError, LookupError, MemoryError, OSError,
+          TypeError, ValueError)  # fmt: skip
+
+
+def stored_tensors(file: BinaryIO | Path, path: Path) -> Any:
     """What torch.save wrote, a `Stored` in the place of each tensor. No weight is read.
 
     Only tensors and plain containers are made (weights_only); what else is in it becomes an `_Unread`.
+    Raises ValueError, which names `path`, where it is broken, or asks for code of its own to be run.
     """
+    try:
+        return _read_pickle(file)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors and plain containers, and code of a file is never run. Save its weights "
+            "alone, as .safetensors."
+        ) from None
+    except BROKEN as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a whole file of torch.save ({why}). Download it again.") from None
+
+
+def _read_pickle(file: BinaryIO | Path) -> Any:
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if not isinstance(file, Path):
         file.seek(0)
@@ -91,16 +110,7 @@ class TorchFile:
 @lru_cache(maxsize=4)
 def _tensors(path: Path, _changed_ns: int) -> tuple[tuple[str, Stored], ...]:
     """By name. Raises ValueError where the file is cut, or holds what is no tensor in a way that cannot be passed."""
-    try:
-        content = stored_tensors(path)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors and plain containers, and code of a file is never run. Save its weights "
-            "alone, as .safetensors."
-        ) from None
-    except (RuntimeError, EOFError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a whole file of torch.save ({why}). Download it again.") from None
+    content = stored_tensors(path, path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no tensors by name.")
     if "model0" in content:

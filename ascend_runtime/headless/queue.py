@@ -31,9 +31,10 @@ class Job:
     key: str
 
 
-def add_command(commands) -> None:
-    """Declares the command and its options; `commands` is what argparse's add_subparsers returned."""
-    parser = commands.add_parser("queue", help="run a workflow for many prompts on any ComfyUI", description=__doc__)
+def add_command(commands, does: str) -> None:
+    """Declares the command and its options; `commands` is what argparse's add_subparsers returned, `does` a line of
+    help."""
+    parser = commands.add_parser("queue", help=does, description=__doc__)
     parser.add_argument("workflow", type=Path, metavar="WORKFLOW", help="workflow JSON, in API or UI format")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE",
                         help="one prompt a line; empty lines and lines that start with # are skipped")

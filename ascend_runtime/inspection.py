@@ -1,0 +1,140 @@
+"""`python -m ascend_runtime inspect PATH`: what a model's folder or file holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoints.kinds import KINDS, is_kind, states
+from .checkpoints.layout import (
+    Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, read_json,
+)  # fmt: skip
+from .checkpoints.reader import check_weights
+from .checkpoints.tensor_files import open_tensors
+from .components import empty_network
+from .families.defaults import Defaults, defaults_of
+
+FINDERS: dict[str, Callable[[str], Component]] = {
+    "transformer": find_transformer,
+    "transformer_2": lambda path: find_transformer(path, "transformer_2"),
+    "text_encoder": find_text_encoder,
+    "vae": find_vae,
+}
+COLUMNS = ("part", "format", "files", "dtype", "size", "weights")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part of a model. fault: why it cannot be used, if it cannot; component: None where it is not there."""
+
+    part: str
+    component: Component | None
+    fault: str | None
+
+
+def add_command(commands, does: str) -> None:
+    parser = commands.add_parser("inspect", help=does, description=__doc__)
+    parser.add_argument("path", metavar="PATH", help="a folder or a file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints what is there. Returns 0 where there is something, and all of it can be used."""
+    try:
+        found = list(inspect(arguments.path))
+    except ValueError as error:
+        print(error)
+        return 1
+    rows = [COLUMNS, *(_row(one) for one in found)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    transformers = [one.component for one in found if one.part.startswith("transformer") and one.component]
+    if transformers:
+        print(_told(defaults_of(transformers[0].config, len(transformers))))
+    faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
+    print(*faults, sep="\n", end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+def inspect(path: str) -> Iterator[Found]:
+    """The parts of a model in a folder, or the one in a file. No weight is read.
+
+    Raises ValueError where the path is neither, or the file holds nothing known.
+    """
+    root = existing(path)
+    if root.is_file():
+        parts = [kind for kind in KINDS if is_kind(kind, root, states((root,)))]
+        if not parts:
+            raise ValueError(f"{root} holds none of these: {', '.join(kind.what for kind in KINDS.values())}.")
+    else:
+        parts = [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
+    for part in parts:
+        yield _looked_at(part, path)
+
+
+def _has_low_noise(path: str) -> bool:
+    try:
+        return has_low_noise(path)
+    except ValueError:  # there is to be one: `_looked_at` will say so
+        return True
+
+
+def _looked_at(part: str, path: str) -> Found:
+    try:
+        component = FINDERS[part](path)
+    except ValueError as error:
+        return Found(part, None, str(error))
+    try:
+        network = empty_network(part.removesuffix("_2"), component)
+        check_weights(network, component.shards, component.rename)
+    except ValueError as error:
+        return Found(part, component, str(error))
+    return Found(part, component, None)
+
+
+def _row(found: Found) -> tuple[str, ...]:
+    component = found.component
+    if component is None:
+        return found.part, "-", "-", "-", "-", "missing"
+    dtypes, count = _contents(component.shards)
+    size, weights = f"{component.nbytes / 1e9:.2f} GB", f"{count / 1e6:,.1f} M"
+    state = "not whole" if found.fault else "whole"
+    return (
+        found.part, _format(component), str(len(component.shards)), ", ".join(dtypes), size, f"{weights}, {state}"
+    )  # fmt: skip
+
+
+def _contents(shards: tuple[Path, ...]) -> tuple[list[str], int]:
+    """The dtypes of the tensors, that of most numbers first, and how many numbers there are."""
+    numbers: Counter[str] = Counter()
+    for shard in shards:
+        with open_tensors(shard) as file:
+            for name, shape in file.shapes.items():
+                numbers[str(file.dtype(name)).removeprefix("torch.")] += math.prod(shape)
+    return [dtype for dtype, _ in numbers.most_common()], numbers.total()
+
+
+def _format(component: Component) -> str:
+    first = component.shards[0]
+    if component.folder is not None:
+        return "diffusers"
+    if first.is_dir() or first.parent.name.startswith("mp_rank_"):
+        return "MindSpeed-MM"
+    config = first.parent / "config.json"
+    original = config.is_file() and read_json(config).get("_class_name") == "WanModel"
+    return "original" if original or first.suffix in (".pth", ".pt") else "single file"
+
+
+def _told(own: Defaults) -> str:
+    low_noise = "" if own.low_noise_guidance is None else f" and {own.low_noise_guidance:g} (low noise)"
+    boundary = "" if own.boundary is None else f", boundary {own.boundary:g}"
+    small = "" if own.small_shift is None else f" ({own.small_shift:g} up to 832 x 480)"
+    return (
+        f"looks as {own.name} does, whose own settings are: {own.steps} steps, shift {own.shift:g}{small}, guidance "
+        f"{own.guidance_scale:g}{low_noise}{boundary}, {own.num_frames} frames at {own.fps} a second"
+    )
