@@ -14,6 +14,7 @@ from torch import Tensor
 from .components import DiffusionModel
 from .families import wan
 from .families.context import Context
+from .families.defaults import TI2V_CHANNELS
 from .precision import check_finite
 from .protocol import Conditioning, Sample
 from .sampling import Known, noise_of
@@ -91,7 +92,7 @@ def timesteps_of(message: Sample, model: DiffusionModel, device: torch.device) -
 
 
 def _knows_by_timestep(model: DiffusionModel) -> bool:
-    return model.high_noise.config.out_channels == wan.TI2V_CHANNELS
+    return model.high_noise.config.out_channels == TI2V_CHANNELS
 
 
 def _branch(given: Conditioning, message: Sample, model: DiffusionModel, device: torch.device) -> Branch:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..ascend_runtime.checkpoints.layout import VaeForm, vae_form
-from ..ascend_runtime.families.wan import TI2V_CHANNELS
+from ..ascend_runtime.families.defaults import TI2V_CHANNELS
 from ..ascend_runtime.specs import VideoSize
 from . import comfy_bridge, core_types, types
 

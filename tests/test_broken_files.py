@@ -38,7 +38,8 @@ def sound(tmp_path_factory):
     save_file(umt5, folder / "text_encoder.safetensors")
     dim = tensors["blocks.0.ffn.0.weight"].shape[1]
     low_rank = {"lora_down.weight": torch.randn(4, dim), "lora_up.weight": torch.randn(dim, 4)}
-    save_file({f"lora_unet_blocks_0_self_attn_q.{name}": x for name, x in low_rank.items()}, folder / "lora.safetensors")
+    lora = {f"lora_unet_blocks_0_self_attn_q.{name}": x for name, x in low_rank.items()}
+    save_file(lora, folder / "lora.safetensors")
     return folder
 
 

@@ -96,7 +96,7 @@ def checkpoint(tmp_path_factory):
 
 
 def sample(runtime, checkpoint, text, shape, guidance_scale, parallel=None):
-    spec = SampleSpec(seed=11, steps=STEPS, guidance_scale=guidance_scale)
+    spec = SampleSpec(seed=11, steps=STEPS, guidance_scale=guidance_scale, shift=5.0)
     model = DiffusionModelSpec(path=str(checkpoint))
     return runtime.sample(model, spec, torch.zeros(shape), text(1), text(2), parallel=parallel).tensor
 

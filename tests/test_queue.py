@@ -256,10 +256,10 @@ def test_a_job_taken_from_the_queue_is_reported(command, server, tiny):
 
 
 def test_a_refused_workflow_names_its_nodes(command, tiny):
-    wrong = with_steps(tiny, 0)
+    wrong = with_steps(tiny, -1)
     assert command(wrong, CIRCLE) == (2, "")
     assert "ComfyUI refused the workflow" in command.log
-    assert "node 8 (Ascend Sampler): Value 0 smaller than min of 1: steps" in command.log
+    assert "node 8 (Ascend Sampler): Value -1 smaller than min of 0: steps" in command.log
 
 
 def test_a_workflow_is_refused_whole_if_one_output_is(command, server, tiny):

@@ -41,10 +41,8 @@ def test_solvers_reach_the_known_end(solver, schedule):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_more_steps_are_nearer(solver):
     expected = MEAN + DEVIATION * noise_of(SHAPE, 5)
-    errors = [
-        (denoise(velocity, SampleSpec(seed=5, steps=steps, solver=solver), torch.zeros(SHAPE)) - expected).abs().max()
-        for steps in (5, 20, 80)
-    ]
+    specs = [SampleSpec(seed=5, steps=steps, solver=solver, shift=5.0) for steps in (5, 20, 80)]
+    errors = [(denoise(velocity, spec, torch.zeros(SHAPE)) - expected).abs().max() for spec in specs]
     assert errors[0] > 2 * errors[1] and errors[1] > 2 * errors[2]
 
 
@@ -54,7 +52,7 @@ def test_given_sigmas_may_begin_late_and_end_early(solver):
     first, last = 0.8, 0.2
     sigmas = tuple(torch.linspace(first, last, 40, dtype=torch.float64).tolist())
     clean = MEAN + DEVIATION * noise_of(SHAPE, 6)
-    latent = denoise(velocity, SampleSpec(seed=5, solver=solver, sigmas=sigmas), clean)
+    latent = denoise(velocity, SampleSpec(seed=5, solver=solver, sigmas=sigmas, shift=5.0), clean)
     mixed = (1 - first) * clean + first * noise_of(SHAPE, 5)
     whitened = (mixed - (1 - first) * MEAN) / deviation_at(first)
     expected = ((1 - last) * MEAN + deviation_at(last) * whitened) / (1 - last)
@@ -77,7 +75,7 @@ def test_given_sigmas_win_over_steps_schedule_and_shift(solver):
 
 def test_each_step_tells_what_it_foresees():
     told = []
-    spec = SampleSpec(seed=5, steps=30, solver="euler", schedule="simple")
+    spec = SampleSpec(seed=5, steps=30, solver="euler", schedule="simple", shift=5.0)
     latent = denoise(velocity, spec, torch.zeros(SHAPE), lambda *news: told.append(news))
     assert [(step, total) for step, total, _ in told] == [(step, 30) for step in range(1, 31)]
     assert_close(told[0][2], torch.full(SHAPE, MEAN), atol=1e-3, rtol=0.0)  # of pure noise: the mean

@@ -58,7 +58,7 @@ def continued(network, cfg_group, shape, guidance_scale, steps) -> torch.Tensor:
         timesteps = (timestep * unknown[:, ::2, ::2]).flatten().expand(shape[0], -1)
         return guided(lambda name: network(latent, timesteps, contexts[name]), guidance_scale, cfg_group)
 
-    spec = SampleSpec(seed=11, steps=steps, guidance_scale=guidance_scale)
+    spec = SampleSpec(seed=11, steps=steps, guidance_scale=guidance_scale, shift=5.0)
     return torch.where(unknown.bool(), denoise(predict, spec, torch.zeros(shape)), first)
 
 

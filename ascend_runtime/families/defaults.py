@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from ..specs import SampleSpec
 
+TI2V_CHANNELS = 48  # of latents of the Wan 2.2 VAE; its models know of a given frame by its tokens' timestep 0
 SMALL_PICTURE = 832 * 480  # pixels, up to which Wan2.1's image-to-video takes another shift
 
 
@@ -58,7 +59,7 @@ def defaults_of(config: dict, experts: int) -> Defaults:
     One expert of Wan2.2-T2V-A14B alone looks as Wan2.1-T2V-14B does, and is taken for it.
     """
     inputs, outputs = config.get("in_channels", 16), config.get("out_channels", 16)
-    if outputs == 48:
+    if outputs == TI2V_CHANNELS:
         return WAN22_BOTH
     if inputs == outputs:
         return WAN22_TEXT if experts == 2 else WAN21_TEXT

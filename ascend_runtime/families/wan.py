@@ -28,7 +28,6 @@ FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm
 COLUMNS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "norm_q", "norm_k", "norm_added_k")
 ROWS = ("to_out.0", "ffn.net.2")
 MASK_CHANNELS = 4  # of an image-to-video model: the mask of a latent frame's 4 frames
-TI2V_CHANNELS = 48  # of latents of the Wan 2.2 VAE; its models know of a given frame by its tokens' timestep 0
 
 # Mean and standard deviation of the latents of the Wan 2.1 VAE, as published in its diffusers config.
 LATENTS_MEAN = (
