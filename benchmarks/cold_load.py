@@ -23,7 +23,7 @@ def run(model: DiffusionModelSpec, files: list[Path], quick: bool) -> Iterator[R
         parallel = ParallelSpec(ranks=RANKS, fsdp=fsdp)
         with Runtime(parallel, device="cpu") as runtime:
             runtime.load(model=model, parallel=parallel)  # what comes with the first job
-            rounds = [_round(runtime, model, parallel, files) for _ in range(ROUNDS)]
+            rounds = [_round(runtime, model, parallel, files) for _ in range(1 if quick else ROUNDS)]
         context = context_of(
             quick,
             ranks=RANKS,
