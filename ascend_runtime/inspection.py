@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoints.kinds import KINDS, is_kind, states
 from .checkpoints.layout import (
-    Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, read_json,
+    Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
 )  # fmt: skip
 from .checkpoints.reader import check_weights
 from .checkpoints.tensor_files import open_tensors
@@ -125,9 +125,7 @@ def _format(component: Component) -> str:
         return "diffusers"
     if first.is_dir() or first.parent.name.startswith("mp_rank_"):
         return "MindSpeed-MM"
-    config = first.parent / "config.json"
-    original = config.is_file() and read_json(config).get("_class_name") == "WanModel"
-    return "original" if original or first.suffix in (".pth", ".pt") else "single file"
+    return "original" if is_original(first.parent) or first.suffix in (".pth", ".pt") else "single file"
 
 
 def _told(own: Defaults) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
+from .checkpoints.parts import whole
 from .checkpoints.tensor_files import TensorFile, open_tensors
 from .parallel.fsdp import Share, own_part
 from .specs import LoraSpec
@@ -73,11 +74,11 @@ class Adapter:
     def _merge(self, name: str, changes: list[tuple[LowRank | Difference, TensorFile, float]]) -> None:
         if name not in self._originals:
             self._keep(name)
-        whole = self._shapes[name]
-        part = self._share.part(name, whole) or tuple(slice(0, size) for size in whole)
+        shape = self._shapes[name]
+        part = self._share.part(name, shape) or whole(shape)
         weight = self._originals[name].to(self._device, torch.float32, copy=True)
         for change, file, strength in changes:
-            change.add_to(weight, file, part, whole, strength)
+            change.add_to(weight, file, part, shape, strength)
         own_part(self._parameter(name)).copy_(weight)
 
     def _keep(self, name: str) -> None:

@@ -11,6 +11,7 @@ from ..ascend_runtime.checkpoints.layout import VaeForm, vae_form
 from ..ascend_runtime.families.defaults import TI2V_CHANNELS
 from ..ascend_runtime.specs import VideoSize
 from . import comfy_bridge, core_types, types
+from .validation import refusal
 
 
 class ImageToVideo(io.ComfyNode):
@@ -60,13 +61,7 @@ class ImageToVideo(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, width, height, length=81) -> bool | str:
-        if None in (width, height, length):
-            return True  # a link, known only when the graph runs
-        try:
-            VideoSize(width=width, height=height, num_frames=length)
-        except ValueError as error:
-            return str(error)
-        return True
+        return refusal(_video_size, width, height, length)
 
     @classmethod
     def execute(
@@ -112,6 +107,10 @@ def _size(width: int, height: int, length: int, form: VaeForm) -> VideoSize:
                 f"{name} is {pixels}; with this VAE it must be a multiple of {multiple}. The nearest are {down} and "
                 f"{down + multiple}."
             )
+    return _video_size(width, height, length)
+
+
+def _video_size(width: int, height: int, length: int) -> VideoSize:
     return VideoSize(width=width, height=height, num_frames=length)
 
 

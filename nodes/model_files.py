@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import folder_paths
+
+from ..ascend_runtime.checkpoints.kinds import HUBS
+from .validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack
@@ -24,7 +28,6 @@ class Kind:
     folders: bool = True
 
 
-HUBS = "from Hugging Face or ModelScope"
 TRANSFORMER = Kind(
     "diffusion_models",
     f"a folder (Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B {HUBS}) into models/diffusers, or a file "
@@ -82,9 +85,4 @@ def _places(kind: Kind) -> list[str]:
 
 def check(name: str | None, kind: Kind) -> bool | str:
     """For a node's validate_inputs: True, or what is wrong. None stands for a link, checked when the graph runs."""
-    try:
-        if name is not None:
-            path_of(name, kind)
-    except ValueError as error:
-        return str(error)
-    return True
+    return refusal(partial(path_of, kind=kind), name)

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..ascend_runtime.specs import MAX_RANKS, ProfileSpec
 from . import comfy_bridge, types
+from .validation import refusal
 
 
 class Profiler(io.ComfyNode):
@@ -49,13 +50,7 @@ class Profiler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder, first_step, last_step, rank) -> bool | str:
-        if None in (folder, first_step, last_step, rank):
-            return True  # a link, known only when the graph runs
-        try:
-            _spec(folder, first_step, last_step, rank)
-        except ValueError as error:
-            return str(error)
-        return True
+        return refusal(_spec, folder, first_step, last_step, rank)
 
     @classmethod
     def execute(cls, folder, first_step, last_step, rank) -> io.NodeOutput:

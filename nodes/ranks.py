@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from comfy_api.latest import io
 
@@ -10,6 +11,7 @@ from ..ascend_runtime.devices import KINDS
 from ..ascend_runtime.specs import MAX_RANKS, RING_EXCHANGES, ParallelSpec
 from . import comfy_bridge, types
 from .types import RanksHandle
+from .validation import refusal
 
 
 class ParallelConfig(io.ComfyNode):
@@ -99,13 +101,7 @@ class ParallelConfig(io.ComfyNode):
         cls, ranks, cfg_degree, ulysses_degree, ring_degree=0, tp_degree=1, fsdp=False, ring_exchange="rotate"
     ) -> bool | str:
         values = (ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange)
-        if None in values:
-            return True  # a link, known only when the graph runs
-        try:
-            _spec(*values, overlap=False)
-        except ValueError as error:
-            return str(error)
-        return True
+        return refusal(partial(_spec, overlap=False), *values)
 
     @classmethod
     def execute(

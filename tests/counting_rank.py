@@ -7,10 +7,8 @@ The ranks meet in a file of the folder, at no port.
 """
 
 import json
-import os
-import sys
-from pathlib import Path
 
+import gloo_ranks
 import torch
 import torch.distributed as dist
 from ascend_runtime.families.context import Context
@@ -61,11 +59,8 @@ def _bytes_sent(name, tensors, ranks):
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     config, cases = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "cases"))
     sent = [steps(config, **case) for case in cases]
     (folder / f"sent-{rank}.json").write_text(json.dumps(sent))

@@ -4,10 +4,8 @@ FOLDER holds weights.safetensors. The group saves its tensors, rows spread over 
 FOLDER/checkpoint. The ranks meet in a file of the folder, at no port.
 """
 
-import os
-import sys
-from pathlib import Path
 
+import gloo_ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -17,10 +15,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     mesh = init_device_mesh("cpu", (ranks,))
     tensors = load_file(folder / "weights.safetensors")
     spread = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}

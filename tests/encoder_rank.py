@@ -5,10 +5,8 @@ in a file of the folder, at no port.
 """
 
 import json
-import os
-import sys
-from pathlib import Path
 
+import gloo_ranks
 import torch
 import torch.distributed as dist
 from ascend_runtime.components import Components
@@ -35,10 +33,7 @@ class Stop(Exception):
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     spec = TextEncoderSpec(path=str(folder), placement="ranks")
     encoder = Components(torch.device("cpu")).get(spec, lambda *_: None, sharding_of("cpu", ranks, 1, True))
     model = encoder.model

@@ -5,6 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+
+def join():
+    """In such a process, of one thread: (the folder, its number, how many there are). They meet in a file of the
+    folder, at no port."""
+    folder = Path(sys.argv[1]).resolve()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    return folder, rank, ranks
+
 
 def run(script, folder, ranks, timeout=120):
     """Runs tests/`script` FOLDER in `ranks` processes, which find RANK and WORLD_SIZE; all must succeed."""

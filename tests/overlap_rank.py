@@ -7,10 +7,8 @@ writes what came to gathered-RANK.json.
 """
 
 import json
-import os
-import sys
-from pathlib import Path
 
+import gloo_ranks
 import torch
 import torch.distributed as dist
 from ascend_runtime.ops import PlainOperators
@@ -69,10 +67,7 @@ def gathered_around_an_exchange(rank):
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     (folder / f"gathered-{rank}.json").write_text(json.dumps(gathered_around_an_exchange(rank)))
     events, orders = [], []
     note(events)

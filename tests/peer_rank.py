@@ -6,11 +6,9 @@ the folder, at no port.
 """
 
 import json
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import gloo_ranks
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
@@ -51,11 +49,8 @@ def xfuser(query, key, value, *, ring, ulysses):
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     case = json.loads((folder / "case.json").read_text())
     degrees = {"ring": case["ring"], "ulysses": case["ulysses"]}
     inputs = load_file(folder / "inputs.safetensors")

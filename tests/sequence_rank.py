@@ -1,16 +1,12 @@
 """A rank that attends to its chunks of sequences, for a test: `sequence_rank.py FOLDER`.
 
 RANK and WORLD_SIZE say which of how many. FOLDER holds cases.json, and query, key and value of each case in
-NUMBER.safetensors; the rank writes the attention of the whole sequences to out-RANK.safetensors, by number. The ranks
-meet in a file of the folder, at no port.
+NUMBER.safetensors; the rank writes the attention of the whole sequences to out-RANK.safetensors, by number.
 """
 
 import json
-import os
-import sys
-from pathlib import Path
 
-import torch
+import gloo_ranks
 import torch.distributed as dist
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.ring import Ring
@@ -21,10 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     cases = json.loads((folder / "cases.json").read_text())
     outs = {str(number): attend(load_file(folder / f"{number}.safetensors"), **case)
             for number, case in enumerate(cases)}  # fmt: skip

@@ -6,10 +6,8 @@ file of the folder, at no port.
 """
 
 import json
-import os
-import sys
-from pathlib import Path
 
+import gloo_ranks
 import torch
 import torch.distributed as dist
 from ascend_runtime.families.context import Context
@@ -21,10 +19,7 @@ from safetensors.torch import load_file, save_file
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     model = WanTransformer(json.loads((folder / "config.json").read_text())).eval()
     model.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
     operators = PlainOperators()

@@ -8,10 +8,9 @@ file of the folder, at no port.
 import gc
 import json
 import os
-import sys
-from pathlib import Path
 
 import tiny_models
+import gloo_ranks
 import torch
 import torch.distributed as dist
 from ascend_runtime.checkpoints import reader, safetensors_file
@@ -123,10 +122,7 @@ def _notes(network):
 
 
 def main():
-    folder = Path(sys.argv[1]).resolve()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    folder, rank, ranks = gloo_ranks.join()
     safetensors_file.safe_open, os.preadv = CountingFile, counting_preadv
     gc.freeze()  # what the imports made is not looked through again
     done = {name: run(folder, **case) for name, case in json.loads((folder / "cases.json").read_text()).items()}

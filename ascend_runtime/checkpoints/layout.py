@@ -93,7 +93,7 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
     folder = inner[0] if inner else root
     if shards := latest_shards(folder):
         return _found("transformer", shards)
-    if not _is_original(folder):
+    if not is_original(folder):
         return find_component(str(folder), name)
     found = _found("transformer", _shards_of(folder))
     heads, width = (found.config[key] for key in ("num_attention_heads", "attention_head_dim"))
@@ -102,7 +102,7 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
     return replace(found, config=found.config | shape)
 
 
-def _is_original(folder: Path) -> bool:
+def is_original(folder: Path) -> bool:
     """Whether the original's transformer lies in this folder, or its two in folders of it."""
     told = [folder / "config.json", folder / FOLDERS["transformer"][1] / "config.json"]
     return any(file.is_file() and read_json(file).get("_class_name") == ORIGINAL_TRANSFORMER for file in told)
@@ -134,7 +134,7 @@ def _find_file(path: str, kind: str) -> Component | None:
                 return _found(kind, (file,))
         except ValueError as error:  # it may be the one, or what nobody asks for
             unreadable.append(str(error))
-    if unreadable or _is_original(root):
+    if unreadable or is_original(root):
         raise ValueError(
             f"{root} holds no {KINDS[kind].what}. Download {KINDS[kind].published} into it. {' '.join(unreadable)}"
         )

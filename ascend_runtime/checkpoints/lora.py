@@ -18,12 +18,11 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .keys import to_diffusers_name
 from .parts import Part
-from .reader import MAX_NAMES
+from .reader import is_finite, listed
 from .tensor_files import TensorFile, open_tensors
 
 Shapes = dict[str, tuple[int, ...]]
@@ -112,7 +111,7 @@ def read_lora(path: str | Path, shapes: Shapes) -> LoraFile:
             if change is not None and _fits(change, on_disk, name, shapes[name], faults):
                 changes[name] = change
         if not faults:
-            faults["with NaN or infinite values"] += [key for key in on_disk if not _finite(file.read(key))]
+            faults["with NaN or infinite values"] += [key for key in on_disk if not is_finite(file.read(key).float())]
     _refuse(path, faults, on_disk)
     return LoraFile(state, changes)
 
@@ -183,20 +182,12 @@ def _fits(change: LowRank | Difference, on_disk: Shapes, name: str, whole: tuple
     return fits
 
 
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor.float()))
-
-
 def _refuse(path: Path, faults: dict[str, list[str]], on_disk: Shapes) -> None:
     """Raises ValueError where there is a fault, or nothing in the file."""
-    told = [
-        f"{len(names)} {fault}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
-        for fault, names in faults.items()
-        if names
-    ]
+    told = listed(faults)
     if told or not on_disk:
         raise ValueError(
-            f"{path} is no LoRA for this model. Tensors {'; '.join(told) or 'there are none'}. Nothing was changed. "
+            f"{path} is no LoRA for this model. Tensors {told or 'there are none'}. Nothing was changed. "
             "Take a LoRA of this Wan model in the layout of diffusers, kohya or ComfyUI (low-rank pairs with or "
             "without alpha, whole differences)."
         )

@@ -134,23 +134,33 @@ def _check_fit(module, shards, wanted, places) -> None:
         for name, tensor in wanted.items()
         if name in places and places[name].shape != tuple(tensor.shape)
     ]
-    faults = [
-        f"{len(names)} {fault}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
-        for fault, names in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
-        if names
-    ]
+    faults = listed({"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen})
     if faults:
         raise ValueError(
-            f"{shards[0]} does not fit {type(module).__name__}. Tensors {'; '.join(faults)}. "
+            f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. "
             "Is it another model's file, or a config.json of another model beside it?"
         )
 
 
+def listed(faults: dict[str, list[str]]) -> str:
+    """Names of tensors by what is wrong with them, in words; the first ones of each fault."""
+    return "; ".join(
+        f"{len(names)} {fault}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
+        for fault, names in faults.items()
+        if names
+    )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are numbers: the least and the greatest show it, as NaN is both."""
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
 def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
-    """`tensor`, if its values are numbers: its least and its greatest show it, as NaN is both."""
-    if tensor.is_floating_point() and tensor.numel():
-        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-            raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
+    if not is_finite(tensor):
+        raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
     return tensor
 
 
