@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import devices, host, transport
-from .checkpoints.layout import frames_shape
+from .checkpoints.layout import encoded_shape, frames_shape
 from .launcher import Rank, RankGroup
 from .protocol import Cancel, Conditioning, Decode, Done, Encode, EncodeVideo, Failed, Free, Load, Message, Ping
 from .protocol import Preview, Progress, Sample
@@ -238,7 +238,10 @@ class Runtime:
 
     def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
         """The latent [1,C,T',H',W'], fp32 and not normalised, of frames [T,H,W,3] in 0..1; T is 4n+1."""
-        return self._do(lambda job: EncodeVideo(job=job, vae=vae, frames=frames), **hooks)
+        shape = encoded_shape(vae.path, frames.shape)
+        with transport.lend(shape, torch.float32) as (latent, shared):
+            done = self._do(lambda job: EncodeVideo(job=job, vae=vae, frames=frames, latent=shared), **hooks)
+        return Result(latent, done.seconds)
 
     def free(self) -> None:
         """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive."""

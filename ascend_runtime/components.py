@@ -18,7 +18,7 @@ from .checkpoints.layout import Component, find_text_encoder, find_transformer, 
 from .checkpoints.lora import fingerprint
 from .checkpoints.reader import load_weights, tokenizer_model
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
-from .families import wan
+from .families import wan, wan_vae
 from .families.defaults import WAN22_TEXT, Defaults, defaults_of
 from .loras import Adapter, use_loras
 from .parallel.fsdp import Share, Sharding
@@ -345,7 +345,7 @@ def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor, _):
         rename=found[0].rename,
         on_tensor=on_tensor,
     )
-    return vae.eval()
+    return wan_vae.streamed(vae.eval())
 
 
 def empty_network(kind: str, component: Component) -> torch.nn.Module:

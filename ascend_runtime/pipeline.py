@@ -33,8 +33,8 @@ from .video import decode_video, encode_video
 class Pipeline:
     """The work of one rank; every method takes a job (see job.py) and returns its `Done`.
 
-    What a VAE does is rank 0's, and so is encoding a text where the encoder's placement is not ranks; the other ranks
-    answer at once and leave it their cores.
+    Encoding a text is rank 0's where the encoder's placement is not ranks; the others answer at once and leave it their
+    cores. All else is the work of all.
     """
 
     def __init__(self, device: torch.device):
@@ -58,7 +58,7 @@ class Pipeline:
             self._component(message.model, job, self._sharding(self._plan(message.parallel), message.parallel))
         if encoder is not None:
             self._text_encoder(encoder, job, text_sharding)
-        if message.vae is not None and self.rank == 0:
+        if message.vae is not None:
             self._component(message.vae, job)
         return _done(job)
 
@@ -109,23 +109,19 @@ class Pipeline:
 
     def decode(self, job) -> Done:
         message = job.message
-        if self.rank != 0:
-            os.close(message.frames.fd)
-            return _done(job)
         with borrowed(message.frames) as frames:
-            vae = self._component(message.vae, job)
-            with job.stage("decode"), devices.all_cores():
+            vae = self._vae(job)
+            with job.stage("decode"):
                 decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
         return _done(job)
 
     def encode_video(self, job) -> Done:
         message = job.message
-        if self.rank != 0:
-            return _done(job)
-        vae = self._component(message.vae, job)
-        with job.stage("encode"), devices.all_cores():
-            latent = encode_video(vae, message.frames, _each_frame(job, "encode"))
-        return _done(job, tensor=latent)
+        with borrowed(message.latent) as latent:
+            vae = self._vae(job)
+            with job.stage("encode"):
+                encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
+        return _done(job)
 
     def free(self, job) -> Done:
         self.components.free()
@@ -149,6 +145,10 @@ class Pipeline:
             return self._component(spec, job, sharding)
         self.components.drop(TextEncoderSpec)
         return None
+
+    def _vae(self, job):
+        with job.together():
+            return self._component(job.message.vae, job)
 
     def _component(self, spec, job, sharding: Sharding = Sharding()):
         def on_tensor(done: int, total: int) -> None:
@@ -224,7 +224,7 @@ def _each_frame(job, stage: str):
     """What a VAE calls before each latent frame: the job's progress, and its end where that is asked for."""
 
     def on_frame(frame: int, total: int) -> None:
-        job.check()
+        job.check_together()
         job.progress(stage, frame, total)
 
     return on_frame

@@ -66,8 +66,19 @@ LOG_SUM_EXP = Rule(torch.float32, "Partial attentions are merged by exponentials
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raises ValueError for numbers that a dtype could not hold, with what cures it."""
-    if not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"{what} has NaN or infinite values. If the checkpoint is sound, the dtype is too narrow: "
-            "try dtype bfloat16 instead of float16, or float32."
-        )
+    if not is_finite(tensor):
+        raise not_finite(what)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers: the least and the greatest show it, as NaN is both."""
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
+    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def not_finite(what: str) -> ValueError:
+    return ValueError(
+        f"{what} has NaN or infinite values. If the checkpoint is sound, the dtype is too narrow: "
+        "try dtype bfloat16 instead of float16, or float32."
+    )

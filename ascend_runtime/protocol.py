@@ -118,11 +118,12 @@ class Decode(Message):
 
 
 class EncodeVideo(Message):
-    """frames [T,H,W,3] in 0..1."""
+    """frames [T,H,W,3] in 0..1; the ranks write the latent [1,C,T',H',W'] into `latent`."""
 
     job: int
     vae: VaeSpec
     frames: Tensor
+    latent: SharedTensor
 
 
 class Free(Message):

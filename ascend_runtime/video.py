@@ -1,68 +1,77 @@
-"""A VAE's work: frames to a latent and back, a latent frame at a time."""
+"""A VAE's work: frames to a latent and back, a latent frame at a time, each rank its tile."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Callable
+from collections.abc import Callable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .precision import check_finite
+from .families import wan_vae
+from .parallel.mesh import highest
+from .parallel.tiles import Tile, tile_of
+from .precision import check_finite, is_finite, not_finite
 
-OnFrame = Callable[[int, int], None]  # (latent frame 1, 2 ..., of how many)
+OnFrame = Callable[[int, int], None]  # (latent frame 1, 2 ..., of how many); called by all ranks, and may raise on all
 
 
-def encode_video(vae, frames: Tensor, on_frame: OnFrame) -> Tensor:
-    """The latent [1,C,T',H',W'], fp32, on the CPU and not normalised, of frames [T,H,W,3] in 0..1.
+def encode_video(vae, frames: Tensor, latent: Tensor, on_frame: OnFrame) -> None:
+    """Encodes frames [T,H,W,3] in 0..1 into latent [1,C,T',H',W'], fp32, on the CPU and not normalised: this rank its
+    tile of it.
 
     It is the mean of what the VAE finds likely, as the original and ComfyUI take it. on_frame: told before each.
     """
-    _check_frames(frames, vae.config.scale_factor_spatial)
-    video = frames[..., :3].to(vae.device, vae.dtype).movedim(-1, 0).unsqueeze(0)  # [1,3,T,H,W]
-    with _told(vae, vae.encoder, (video.shape[2] - 1) // 4 + 1, on_frame):
-        latent = vae.encode(video * 2 - 1, return_dict=False)[0].mode()
-    check_finite(latent, "The encoded video")
-    return latent.float().cpu()
+    count, height, width = latent.shape[2:]
+    tile = tile_of(height, width)
+    own = None if tile is None else frames[:, *tile.place(vae.config.scale_factor_spatial), :3]
+    _agreed(own, "The video to encode")
+    tiles = iter(()) if tile is None else wan_vae.encoded(vae, _groups(vae, own), tile)
+    for index in range(count):
+        on_frame(index + 1, count)
+        encoded = _agreed(next(tiles, None), "The encoded video")
+        if encoded is not None:
+            latent[0, :, index][:, *tile.place()] = encoded
 
 
 def decode_video(vae, latent: Tensor, frames: Tensor, on_frame: OnFrame) -> None:
-    """Decodes latent [B,C,T,H,W], not normalised, into frames [B*T',H',W',3] in 0..1. on_frame: told before each."""
+    """Decodes latent [B,C,T,H,W], not normalised, into frames [B*T',H',W',3] in 0..1: this rank its tile of them.
+
+    on_frame: told before each.
+    """
     _check_latent(latent, vae.config.z_dim)
-    latent = latent.to(vae.device, vae.dtype)
-    with _told(vae, vae.decoder, latent.shape[0] * latent.shape[2], on_frame):
-        per_video = frames.unflatten(0, (latent.shape[0], -1))
-        for video, out in zip(latent, per_video):
-            decoded = vae.decode(video.unsqueeze(0), return_dict=False)[0][0]  # [3,T',H',W'] in -1..1
-            check_finite(decoded, "The decoded video")
-            out.copy_(decoded.permute(1, 2, 3, 0)).mul_(0.5).add_(0.5)
+    batch, _, count, height, width = latent.shape
+    tile = tile_of(height, width)
+    for number, (video, out) in enumerate(zip(latent, frames.unflatten(0, (batch, -1)))):
+        tiles = iter(()) if tile is None else wan_vae.decoded(vae, _latent_frames(vae, video, tile), tile)
+        for index in range(count):
+            on_frame(number * count + index + 1, batch * count)
+            decoded = _agreed(next(tiles, None), "The decoded video")
+            if decoded is not None:
+                place = out[_frames_of(index)][:, *tile.place(vae.config.scale_factor_spatial)]
+                place.copy_(decoded.permute(1, 2, 3, 0)).mul_(0.5).add_(0.5)
 
 
-@contextmanager
-def _told(vae, part: nn.Module, total: int, on_frame: OnFrame):
-    """Tells of each latent frame, which is one call of the VAE's encoder or decoder. on_frame may raise."""
-    calls = iter(range(1, total + 1))
-    hook = part.register_forward_pre_hook(lambda *_: on_frame(next(calls), total))
-    try:
-        yield
-    finally:
-        hook.remove()
-        vae.clear_cache()
+def _groups(vae, frames: Tensor) -> Iterator[Tensor]:
+    """Of frames [T,h,w,3] in 0..1, those [3,t,h,w] in -1..1 of each frame of a latent, on the VAE's device."""
+    for index in range((len(frames) - 1) // wan_vae.FRAMES + 1):
+        yield frames[_frames_of(index)].to(vae.device, vae.dtype).movedim(-1, 0) * 2 - 1
 
 
-def _check_frames(frames: Tensor, spatial: int) -> None:
-    """Raises ValueError for frames that a VAE with this factor between pixels and latent does not encode whole."""
-    if frames.ndim != 4 or frames.shape[-1] < 3 or not frames.numel():
-        raise ValueError(f"The frames have the shape {list(frames.shape)}; a video's is [T,H,W,3], all 1 or more.")
-    count, *size, _ = frames.shape
-    if count % 4 != 1:
-        down = max(1, (count - 1) // 4 * 4 + 1)
-        raise ValueError(f"There are {count} frames; the VAE encodes 4n+1. The nearest are {down} and {down + 4}.")
-    for name, pixels in zip(("height", "width"), size):
-        if pixels % spatial:
-            down = pixels // spatial * spatial
-            near = f"{down} and {down + spatial}" if down else f"{spatial}"
-            raise ValueError(f"The frames' {name} is {pixels}; it must be a multiple of {spatial}, such as {near}.")
-    check_finite(frames, "The video to encode")
+def _latent_frames(vae, latent: Tensor, tile: Tile) -> Iterator[Tensor]:
+    """This tile's frames [C,h,w] of a latent [C,T,H,W], on the VAE's device."""
+    rows, columns = tile.place()
+    return (frame[:, rows, columns].to(vae.device, vae.dtype) for frame in latent.unbind(1))
+
+
+def _frames_of(index: int) -> slice:
+    """The frames that a frame of a latent stands for."""
+    return slice(0, 1) if index == 0 else slice(wan_vae.FRAMES * (index - 1) + 1, wan_vae.FRAMES * index + 1)
+
+
+def _agreed(tile: Tensor | None, what: str) -> Tensor | None:
+    """`tile`, if all ranks' are numbers; else all raise ValueError, and none is left in an exchange."""
+    if highest(tile is not None and not is_finite(tile)):
+        raise not_finite(what)
+    return tile
 
 
 def _check_latent(latent: Tensor, channels: int) -> None:

@@ -83,7 +83,3 @@ def steps(config, *, plan, options, latent):
         with step:
             guided(lambda branch: model(latent, timestep, contexts[branch]), 5.0, cfg_group)
     return [step.noted for step in sent]
-
-
-if __name__ == "__main__":
-    main()

@@ -22,7 +22,3 @@ def main():
     dcp.save({"model": spread, "optimizer": {"step": torch.ones(())}}, checkpoint_id=folder / "checkpoint")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

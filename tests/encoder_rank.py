@@ -57,7 +57,3 @@ def main():
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,20 @@
-"""Ranks that a test starts by itself, joined by Gloo: for what the runtime's own ranks do not show."""
+"""Ranks that a test starts by itself, joined by Gloo: for what the runtime's own ranks do not show.
 
+A script of such ranks has a `main()`, which asks `join()` who it is. Networks are imported once: the ranks are forked
+from a process that has done nothing else.
+"""
+
+import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+TESTS = Path(__file__).resolve().parent
 
 
 def join():
@@ -20,14 +28,51 @@ def join():
 
 
 def run(script, folder, ranks, timeout=120):
-    """Runs tests/`script` FOLDER in `ranks` processes, which find RANK and WORLD_SIZE; all must succeed."""
+    """Runs `main()` of tests/`script` for FOLDER in `ranks` processes; all must succeed."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": str(ranks),
                    "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
-    processes = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(ranks)]
+    command = [sys.executable, __file__, str(folder), script.removesuffix(".py")]
+    parent = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        assert [process.wait(timeout) for process in processes] == [0] * ranks
+        assert parent.wait(timeout) == 0
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        if parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGKILL)
+            parent.wait()
+
+
+def _fork(main, rank):
+    """The process id of a rank."""
+    if child := os.fork():
+        return child
+    os.environ["RANK"] = str(rank)
+    status = 1
+    try:
+        main()
+        status = 0
+    finally:
+        if status:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _run_forked():
+    """The process that imports, forks, and waits: the first rank that fails ends the others."""
+    sys.path.insert(0, str(TESTS))
+    main = importlib.import_module(sys.argv[2]).main
+    waiting = {_fork(main, rank) for rank in range(int(os.environ["WORLD_SIZE"]))}
+    failed = False
+    while waiting:
+        child, status = os.wait()
+        waiting.discard(child)
+        if status and not failed:
+            failed = True
+            for other in waiting:
+                os.kill(other, signal.SIGKILL)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    _run_forked()

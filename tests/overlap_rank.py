@@ -78,7 +78,3 @@ def main():
         orders.append("".join(LETTERS[event] for event in events))
     (folder / f"order-{rank}.json").write_text(json.dumps(orders))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -61,7 +61,3 @@ def main():
     save_file(out, folder / f"out-{rank}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -37,7 +37,3 @@ def attend(inputs, *, ring, ulysses, exchange, overlap, **_):
     )
     query, key, value = (sequence.split(inputs[name]) for name in ("query", "key", "value"))
     return sequence.gather(sequence.attention(query, key, value).flatten(2), inputs["query"].shape[1]).contiguous()
-
-
-if __name__ == "__main__":
-    main()

@@ -30,7 +30,3 @@ def main():
         velocity = model(inputs["latent"], inputs["timestep"], Context(inputs["text"]))
     save_file({"velocity": velocity}, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

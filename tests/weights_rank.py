@@ -130,7 +130,3 @@ def main():
     (folder / f"told-{rank}.json").write_text(json.dumps({name: told for name, (_, told) in done.items()}))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

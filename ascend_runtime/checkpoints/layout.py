@@ -185,6 +185,31 @@ def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int
     return batch * ((frames - 1) * form.temporal + 1), height * form.spatial, width * form.spatial, 3
 
 
+def encoded_shape(vae_path: str, frames_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The latent [1,C,T',H',W'] that a VAE makes of frames [T,H,W,3], from its config alone.
+
+    Raises ValueError where there is no such VAE, or it does not encode such frames whole.
+    """
+    if len(frames_shape) != 4 or frames_shape[-1] < 3 or not all(frames_shape):
+        raise ValueError(f"The frames have the shape {list(frames_shape)}; a video's is [T,H,W,3], all 1 or more.")
+    form = vae_form(vae_path)
+    frames, height, width, _ = frames_shape
+    if frames % form.temporal != 1:
+        down = max(1, (frames - 1) // form.temporal * form.temporal + 1)
+        raise ValueError(
+            f"There are {frames} frames; the VAE encodes {form.temporal}n+1. The nearest are {down} and "
+            f"{down + form.temporal}."
+        )
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels % form.spatial:
+            down = pixels // form.spatial * form.spatial
+            near = f"{down} and {down + form.spatial}" if down else f"{form.spatial}"
+            raise ValueError(
+                f"The frames' {name} is {pixels}; it must be a multiple of {form.spatial}, such as {near}."
+            )
+    return 1, form.channels, (frames - 1) // form.temporal + 1, height // form.spatial, width // form.spatial
+
+
 def _check_kind(config: dict, name: str, folder: Path) -> None:
     """diffusers and transformers write into a config what network it is of, each in its way."""
     key, wanted = CLASSES[name.removesuffix("_2")]

@@ -1,0 +1,187 @@
+"""The Wan VAE on one tile of the frames, a latent frame at a time.
+
+The network is diffusers' AutoencoderKLWan. What looks beyond a pixel or back in time (convolutions, resamplers,
+attention) becomes of a class derived from its own. Each keeps the frames that its next call looks back at, with the
+borders that neighbours sent, so that no border is sent twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock, WanCausalConv3d, WanResample, patchify, unpatchify,
+)  # fmt: skip
+from torch import Tensor, nn
+
+from ..parallel.tiles import Edges, Tile
+
+FRAMES = 4  # of a video, for each latent frame but the first, which stands for one
+
+
+@dataclass
+class Stream:
+    """One video's way through the encoder or the decoder: the tile that is seen, and what was seen so far."""
+
+    tile: Tile
+    memory_format: torch.memory_format
+    kept: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def extended(self, x: Tensor, edges: Edges, kept: Tensor | None, before: int) -> Tensor:
+        """x [..., T, h, w] with its edges, behind `before` frames: those that were kept, zeros where none were."""
+        left, right, top, bottom = edges
+        *others, frames, height, width = x.shape
+        shape = (*others, before + frames, top + height + bottom, left + width + right)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.memory_format)
+        missing = before if kept is None else before - kept.shape[-3]
+        out[..., :missing, :, :].zero_()
+        if kept is not None:
+            out[..., missing:before, :, :] = kept
+        new = out[..., before:, :, :]
+        new[..., top : top + height, left : left + width] = x
+        self.tile.fill_edges(new, edges)
+        return out
+
+
+class StreamedConv3d(WanCausalConv3d):
+    """Looks back at the frames of its own earlier calls."""
+
+    stream: Stream
+
+    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
+        """x: [B, C, T, h, w]"""
+        *edges, before, _ = self._padding
+        if before or any(edges):
+            x = self.stream.extended(x, tuple(edges), self.stream.kept.get(self), before)
+        if before:
+            self.stream.kept[self] = x[:, :, -before:].clone()
+        return F.conv3d(x, self.weight, self.bias, self.stride)
+
+
+class TiledConv2d(nn.Conv2d):
+    """Looks at its neighbours' pixels."""
+
+    stream: Stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [frames, C, h, w]"""
+        (vertical, horizontal) = self.padding
+        edges = (horizontal, horizontal, vertical, vertical)
+        x = self.stream.extended(x.unsqueeze(2), edges, None, 0).squeeze(2)
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class TiledPad2d(nn.ZeroPad2d):
+    """What a convolution with a stride reads beyond the last row and column."""
+
+    stream: Stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [frames, C, h, w]"""
+        return self.stream.extended(x.unsqueeze(2), self.padding, None, 0).squeeze(2)
+
+
+class StreamedResample(WanResample):
+    """Twice or half the pixels, and frames: the first frame of a video always stays one."""
+
+    stream: Stream
+
+    def forward(self, x: Tensor, feat_cache: None = None, feat_idx: object = None) -> Tensor:
+        """x: [B, C, T, h, w]"""
+        if self.mode == "upsample3d":
+            x = self._more_frames(x)
+        frames = self.resample(x.transpose(1, 2).flatten(0, 1))
+        x = frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        return self._fewer_frames(x) if self.mode == "downsample3d" else x
+
+    def _more_frames(self, x: Tensor) -> Tensor:
+        """Two of each frame. The first is not looked back at."""
+        if self not in self.stream.kept:
+            self.stream.kept[self] = x.new_empty(0)
+            return x
+        return self.time_conv(x).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
+
+    def _fewer_frames(self, x: Tensor) -> Tensor:
+        """One of two frames."""
+        last = self.stream.kept.get(self)
+        self.stream.kept[self] = x[:, :, -1:].clone()
+        return x if last is None else self.time_conv(torch.cat([last, x], dim=2))
+
+
+class TiledAttention(WanAttentionBlock):
+    """Each pixel of a tile attends to those of all tiles, frame by frame."""
+
+    stream: Stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, T, h, w]"""
+        frames = x.transpose(1, 2).flatten(0, 1)  # [B*T, C, h, w]
+        query, key_value = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).split([self.dim, 2 * self.dim], 2)
+        key, value = self.stream.tile.gather(key_value).chunk(2, dim=2)  # [B*T, H*W, C] each
+        attended = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+        out = self.proj(attended.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:]))
+        return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+CLASSES = {
+    WanCausalConv3d: StreamedConv3d,
+    WanResample: StreamedResample,
+    WanAttentionBlock: TiledAttention,
+    nn.Conv2d: TiledConv2d,
+    nn.ZeroPad2d: TiledPad2d,
+}
+
+
+def streamed(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The VAE, whose modules now stream. Parameters and names stay."""
+    for module in vae.modules():
+        if type(module) in CLASSES:
+            module.__class__ = CLASSES[type(module)]  # as FSDP2 does: nothing is built or copied
+    return vae
+
+
+def decoded(vae: AutoencoderKLWan, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
+    """The tile's frames [3, t, h', w'] in -1..1 for each frame [C, h, w] of a latent's tile, not normalised."""
+    with _streaming(vae, tile):
+        for index, frame in enumerate(latent):
+            frames = vae.decoder(vae.post_quant_conv(frame[None, :, None]), first_chunk=index == 0)
+            yield _unpatched(vae, frames).clamp_(-1, 1)[0]
+
+
+def encoded(vae: AutoencoderKLWan, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
+    """The latent tile's frame [C, h, w], not normalised, for each group of frames [3, t, h', w'] in -1..1 of the tile:
+    one frame, then FRAMES of them each. It is the mean of what the VAE finds likely."""
+    with _streaming(vae, tile):
+        for frames in video:
+            yield vae.quant_conv(vae.encoder(_patched(vae, frames.unsqueeze(0))))[0, : vae.config.z_dim, 0]
+
+
+def _patched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    return video if vae.config.patch_size is None else patchify(video, vae.config.patch_size)
+
+
+def _unpatched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+    return video if vae.config.patch_size is None else unpatchify(video, vae.config.patch_size)
+
+
+@contextmanager
+def _streaming(vae: AutoencoderKLWan, tile: Tile):
+    stream = Stream(tile, _memory_format(vae.device.type))
+    parts = [module for module in vae.modules() if type(module) in CLASSES.values()]
+    for part in parts:
+        part.stream = stream
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.stream
+
+
+def _memory_format(kind: str) -> torch.memory_format:
+    """CPUs and CUDA cards convolve a pixel's channels in a row; an NPU has formats of its own."""
+    return torch.contiguous_format if kind == "npu" else torch.channels_last_3d

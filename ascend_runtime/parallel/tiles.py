@@ -1,0 +1,149 @@
+"""A plane over several ranks: a grid of tiles, whose neighbours exchange borders.
+
+Exact: what a convolution reads beyond the edge of its tile is what it would read in the whole plane. Columns travel
+after rows, and take along what of rows has arrived: corners come so from the diagonal neighbour, by no message of their
+own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mesh import all_gather, pad_end
+
+Edges = tuple[int, int, int, int]  # pixels beyond a plane's left, right, top and bottom, as torch's padding has them
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a plane is cut: the heights of the rows of tiles and the widths of their columns, in pixels of its coarsest
+    form, such as a latent's. A finer form is cut at the same places."""
+
+    heights: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def tiles(self) -> int:
+        return len(self.heights) * len(self.widths)
+
+    @property
+    def largest(self) -> int:
+        """Pixels of the largest tile, which all ranks wait for."""
+        return max(self.heights) * max(self.widths)
+
+    @property
+    def border(self) -> int:
+        """Pixels that lie at a cut."""
+        height, width = sum(self.heights), sum(self.widths)
+        return 2 * (width * (len(self.heights) - 1) + height * (len(self.widths) - 1))
+
+
+@lru_cache(maxsize=None)
+def grid_of(ranks: int, height: int, width: int) -> Grid:
+    """The cut of a plane for this many ranks: the largest tile is as small as it can be, then the border. A plane with
+    fewer pixels than ranks leaves some without a tile."""
+    grids = [
+        Grid(_even(height, rows), _even(width, columns))
+        for rows in range(1, min(ranks, height) + 1)
+        for columns in range(1, min(ranks // rows, width) + 1)
+    ]
+    return min(grids, key=lambda grid: (grid.largest, grid.border, grid.tiles))
+
+
+def _even(size: int, parts: int) -> tuple[int, ...]:
+    """As even as can be; the first ones are larger by one."""
+    return tuple(size // parts + (part < size % parts) for part in range(parts))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The tile of the rank that holds number `index` of a grid, row by row; rank and index are the same number."""
+
+    grid: Grid
+    index: int
+
+    @property
+    def row(self) -> int:
+        return self.index // len(self.grid.widths)
+
+    @property
+    def column(self) -> int:
+        return self.index % len(self.grid.widths)
+
+    def place(self, scale: int = 1) -> tuple[slice, slice]:
+        """Its rows and columns in the plane, `scale` pixels for each of the coarsest form."""
+        heights, widths = ([0, *accumulate(sizes)] for sizes in (self.grid.heights, self.grid.widths))
+        rows = slice(scale * heights[self.row], scale * heights[self.row + 1])
+        return rows, slice(scale * widths[self.column], scale * widths[self.column + 1])
+
+    def fill_edges(self, x: Tensor, edges: Edges) -> None:
+        """Fills what lies around the tile in the middle of x [..., top + h + bottom, left + w + right]: by what
+        neighbours hold, or zeros beyond the edge of the plane.
+
+        All tiles of the grid must ask, with the same edges. Sends, a rank, for each of the leading elements: w x bottom
+        to the tile above, w x top to that below, (top + h + bottom) x right to the left one, and x left to the right
+        one, where there are such.
+        """
+        left, right, top, bottom = edges
+        rows, columns = len(self.grid.heights), len(self.grid.widths)
+        above = self.index - columns if self.row else None
+        below = self.index + columns if self.row + 1 < rows else None
+        before = self.index - 1 if self.column else None
+        after = self.index + 1 if self.column + 1 < columns else None
+        inner = x.narrow(-1, left, x.shape[-1] - left - right)
+        _fill_dim(inner, -2, (top, bottom), (above, below))
+        _fill_dim(x, -1, (left, right), (before, after))
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """tokens [B, h*w, C] of all tiles, in a row [B, H*W, C]: that of the tiles, not that of the plane.
+
+        Sends, a rank: (tiles - 1) times the bytes of the largest tile's tokens.
+        """
+        grid = self.grid
+        if grid.tiles == 1:
+            return tokens
+        sizes = [height * width for height in grid.heights for width in grid.widths]
+        scale = tokens.shape[1] // sizes[self.index]
+        padded = pad_end(tokens, 1, scale * grid.largest)
+        gathered = all_gather(padded, _group(grid.tiles))  # [tiles, B, largest, C]
+        return torch.cat([part[:, : scale * size] for part, size in zip(gathered, sizes)], dim=1)
+
+
+def tile_of(height: int, width: int) -> Tile | None:
+    """This rank's tile of a plane over all ranks; None where it has none. Every rank must ask."""
+    grid = grid_of(dist.get_world_size(), height, width)
+    _group(grid.tiles)
+    return Tile(grid, dist.get_rank()) if dist.get_rank() < grid.tiles else None
+
+
+@lru_cache(maxsize=None)
+def _group(tiles: int) -> dist.ProcessGroup:
+    """The ranks that have a tile. Making a group takes all ranks."""
+    return dist.group.WORLD if tiles == dist.get_world_size() else dist.new_group(range(tiles))
+
+
+def _fill_dim(x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> None:
+    """Fills the first and the last pixels of x along `dim` from the rank before and the rank after."""
+    (first, last), length = sizes, x.shape[dim]
+    borders = (x.narrow(dim, 0, first), x.narrow(dim, length - last, last))
+    wanted = (x.narrow(dim, first, last), x.narrow(dim, length - last - first, first))  # by the neighbours
+    exchanges, arriving = [], []
+    for border, own, neighbour in zip(borders, wanted, neighbours):
+        if neighbour is None:
+            border.zero_()
+            continue
+        if own.numel():
+            exchanges.append(dist.P2POp(dist.isend, own.contiguous(), neighbour))
+        if border.numel():
+            arriving.append((border, border.new_empty(border.shape)))
+            exchanges.append(dist.P2POp(dist.irecv, arriving[-1][1], neighbour))
+    for work in dist.batch_isend_irecv(exchanges) if exchanges else ():
+        work.wait()
+    for border, arrived in arriving:
+        border.copy_(arrived)
