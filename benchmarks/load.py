@@ -2,8 +2,7 @@
 
 All figures are the kernel's (proc(5)), of the ranks as they are, above what the same ranks take when idle. Idle is
 after the same job, its weights freed, so that libraries which come with the first job are not counted as weights.
-The ranks' malloc gives back at once what is freed: left to itself it kept 60 % of the weights that had passed through
-a step in holes of its heap, which says nothing of cards, where no malloc holds weights.
+The ranks' malloc gives back at once what is freed (`memory.GIVES_BACK`).
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec
 from ascend_runtime.families.wan import keeps_fp32
 
 from . import cold_load
+from .memory import GIVES_BACK, highest_rss, pss, rss
 from .report import Row, context_of
 
 RANKS = (1, 2, 4)
@@ -39,7 +39,6 @@ QUICK_WIDTHS = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 2
 SIZE = VideoSize(width=64, height=64, num_frames=5)
 TOKENS = 16  # of text
 POLL = 0.05  # seconds
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # glibc's own default, which being set here does not grow (mallopt(3))
 
 
 def run(quick: bool) -> Iterator[Row]:
@@ -109,10 +108,10 @@ class Measured:
 
 def _measure(checkpoint: Checkpoint, ranks: int) -> Measured:
     parallel = ParallelSpec(ranks=ranks, fsdp=True)
-    with Runtime(parallel, device="cpu", environment=MALLOC) as runtime:
+    with Runtime(parallel, device="cpu", environment=GIVES_BACK) as runtime:
         _sample(runtime, checkpoint)
         runtime.free()
-        idle, idle_rss = sum(map(_pss, runtime.pids)), list(map(_rss, runtime.pids))
+        idle, idle_rss = sum(map(pss, runtime.pids)), list(map(rss, runtime.pids))
         read_before = list(map(_read_calls, runtime.pids))
         with _peak(runtime.pids) as loading:
             start = time.perf_counter()
@@ -122,11 +121,10 @@ def _measure(checkpoint: Checkpoint, ranks: int) -> Measured:
                 for pid, before in zip(runtime.pids, read_before)]  # fmt: skip
         if sum(read) < 0.99 * checkpoint.nbytes:
             raise RuntimeError(f"The ranks read {sum(read)} of {checkpoint.nbytes} bytes: some reading went unseen.")
-        kept = [_rss(pid) - before for pid, before in zip(runtime.pids, idle_rss)]
-        for pid in runtime.pids:
-            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the highest RSS is counted from now on
-        _sample(runtime, checkpoint)
-        held = [_rss(pid, "VmHWM") - before for pid, before in zip(runtime.pids, idle_rss)]
+        kept = [rss(pid) - before for pid, before in zip(runtime.pids, idle_rss)]
+        with highest_rss(runtime.pids) as highest:
+            _sample(runtime, checkpoint)
+        held = [highest[pid] - before for pid, before in zip(runtime.pids, idle_rss)]
     return Measured(read, loading.most - idle, kept, held, seconds)
 
 
@@ -139,16 +137,6 @@ def _sample(runtime: Runtime, checkpoint: Checkpoint) -> None:
     spec = SampleSpec(steps=1, guidance_scale=1.0, solver="euler")
     text = torch.randn(1, TOKENS, checkpoint.text_dim)
     runtime.sample(_spec(checkpoint), spec, torch.zeros(SIZE.latent_shape()), text)
-
-
-def _pss(pid: int) -> int:
-    """Bytes of a process's memory, of shared pages its part."""
-    return 1024 * int(re.search(r"^Pss: +(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1])
-
-
-def _rss(pid: int, of: str = "VmRSS") -> int:
-    """Bytes of a process's memory, shared pages in whole; VmHWM: the highest since it was last reset."""
-    return 1024 * int(re.search(rf"^{of}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)[1])
 
 
 def _read_calls(pid: int) -> int:
@@ -180,7 +168,7 @@ def _peak(pids: list[int]) -> Iterator[Peak]:
     peak, ended = Peak(), threading.Event()
 
     def look() -> None:
-        peak.most = max(peak.most, sum(map(_pss, pids)))
+        peak.most = max(peak.most, sum(map(pss, pids)))
 
     def watch() -> None:
         while not ended.wait(POLL):

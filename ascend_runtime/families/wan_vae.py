@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
-    WanAttentionBlock, WanCausalConv3d, WanResample, patchify, unpatchify,
+    WanAttentionBlock, WanCausalConv3d, WanResample, WanRMS_norm, patchify, unpatchify,
 )  # fmt: skip
 from torch import Tensor, nn
 
+from ..ops.convolution import convolve_3d, frames_format
 from ..parallel.tiles import Edges, Tile
 
 FRAMES = 4  # of a video, for each latent frame but the first, which stands for one
@@ -60,7 +61,7 @@ class StreamedConv3d(WanCausalConv3d):
             x = self.stream.extended(x, tuple(edges), self.stream.kept.get(self), before)
         if before:
             self.stream.kept[self] = x[:, :, -before:].clone()
-        return F.conv3d(x, self.weight, self.bias, self.stride)
+        return convolve_3d(x, self.weight, self.bias, self.stride)
 
 
 class TiledConv2d(nn.Conv2d):
@@ -113,6 +114,14 @@ class StreamedResample(WanResample):
         return x if last is None else self.time_conv(torch.cat([last, x], dim=2))
 
 
+class ScaledNorm(WanRMS_norm):
+    """The same norm, scaled in one step where the original takes three, each a copy of the frames."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, ...]; fp32 inside, as the original"""
+        return F.normalize(x.float(), dim=1).to(x.dtype).mul_(self.gamma * self.scale)
+
+
 class TiledAttention(WanAttentionBlock):
     """Each pixel of a tile attends to those of all tiles, frame by frame."""
 
@@ -131,6 +140,7 @@ class TiledAttention(WanAttentionBlock):
 CLASSES = {
     WanCausalConv3d: StreamedConv3d,
     WanResample: StreamedResample,
+    WanRMS_norm: ScaledNorm,
     WanAttentionBlock: TiledAttention,
     nn.Conv2d: TiledConv2d,
     nn.ZeroPad2d: TiledPad2d,
@@ -142,6 +152,8 @@ def streamed(vae: AutoencoderKLWan) -> AutoencoderKLWan:
     for module in vae.modules():
         if type(module) in CLASSES:
             module.__class__ = CLASSES[type(module)]  # as FSDP2 does: nothing is built or copied
+        elif isinstance(module, nn.SiLU):
+            module.inplace = True  # it always follows a norm, whose result nothing else reads
     return vae
 
 
@@ -171,7 +183,7 @@ def _unpatched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
 @contextmanager
 def _streaming(vae: AutoencoderKLWan, tile: Tile):
-    stream = Stream(tile, _memory_format(vae.device.type))
+    stream = Stream(tile, frames_format(vae.device.type))
     parts = [module for module in vae.modules() if type(module) in CLASSES.values()]
     for part in parts:
         part.stream = stream
@@ -180,8 +192,3 @@ def _streaming(vae: AutoencoderKLWan, tile: Tile):
     finally:
         for part in parts:
             del part.stream
-
-
-def _memory_format(kind: str) -> torch.memory_format:
-    """CPUs and CUDA cards convolve a pixel's channels in a row; an NPU has formats of its own."""
-    return torch.contiguous_format if kind == "npu" else torch.channels_last_3d

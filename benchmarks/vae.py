@@ -1,0 +1,110 @@
+"""What a second rank makes of decoding and encoding a video: seconds, and memory of a rank; and one against diffusers'.
+
+A VAE of Wan 2.1's form and reduced width takes a video of 832 x 480 x 17 (a latent of 60 x 104 x 5) to frames and back,
+on one rank and on two by turns, one thread each.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Iterator
+
+import torch
+from diffusers import AutoencoderKLWan
+from tqdm import tqdm
+
+from ascend_runtime import ParallelSpec, Runtime, VaeSpec
+
+from .memory import GIVES_BACK, highest_rss, rss
+from .report import Row, context_of
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+CHANNELS, PIXELS = 16, 8
+SIZE, QUICK_SIZE = (5, 60, 104), (2, 8, 12)  # latent frames, height, width
+BASE_DIM, QUICK_BASE_DIM = 16, 8
+ROUNDS, QUICK_ROUNDS = 3, 1
+
+
+def run(quick: bool) -> Iterator[Row]:
+    size, rounds = (QUICK_SIZE, QUICK_ROUNDS) if quick else (SIZE, ROUNDS)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = _write(Path(folder), QUICK_BASE_DIM if quick else BASE_DIM)
+        with (
+            Runtime(ParallelSpec(ranks=1), device="cpu", environment=ONE_THREAD) as one,
+            Runtime(ParallelSpec(ranks=2), device="cpu", environment=ONE_THREAD) as two,
+        ):
+            makers = {
+                "diffusers": lambda: _by_diffusers(theirs, size),
+                "1": lambda: _decode(one, folder, size),
+                "2": lambda: _decode(two, folder, size),
+                "encode 1": lambda: _encode(one, folder, size),
+                "encode 2": lambda: _encode(two, folder, size),
+            }
+            seconds = {name: [] for name in makers}
+            for make in makers.values():
+                make()  # loads, and fills what libraries keep
+            for _ in tqdm(range(rounds), desc="videos"):
+                for name, make in makers.items():
+                    seconds[name].append(make())
+        peaks = [_peak(ranks, folder, size) for ranks in (1, 2)]
+    yield from _figures(seconds, peaks, quick, size)
+
+
+def _write(folder: Path, base_dim: int) -> AutoencoderKLWan:
+    """A diffusers folder with random weights."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=base_dim).eval()
+    vae.save_pretrained(folder / "vae")
+    return vae
+
+
+def _decode(runtime: Runtime, folder: str, size: tuple[int, int, int]) -> float:
+    """Seconds of the slowest rank."""
+    return runtime.decode(VaeSpec(path=folder), torch.zeros(1, CHANNELS, *size)).seconds["decode"]
+
+
+def _encode(runtime: Runtime, folder: str, size: tuple[int, int, int]) -> float:
+    frames, height, width = size
+    video = torch.zeros(4 * frames - 3, PIXELS * height, PIXELS * width, 3)
+    return runtime.encode_video(VaeSpec(path=folder), video).seconds["encode"]
+
+
+@torch.no_grad()
+def _by_diffusers(vae: AutoencoderKLWan, size: tuple[int, int, int]) -> float:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    vae.decode(torch.zeros(1, CHANNELS, *size))
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(threads)
+    return seconds
+
+
+def _peak(ranks: int, folder: str, size: tuple[int, int, int]) -> int:
+    """Bytes of RSS of the largest rank while it decodes, above what it takes with the VAE loaded; its tile of the frames
+    is among them."""
+    with Runtime(ParallelSpec(ranks=ranks), device="cpu", environment=ONE_THREAD | GIVES_BACK) as runtime:
+        _decode(runtime, folder, QUICK_SIZE)  # loads, and fills what libraries keep
+        before = {pid: rss(pid) for pid in runtime.pids}
+        with highest_rss(runtime.pids) as highest:
+            _decode(runtime, folder, size)
+        return max(highest[pid] - before[pid] for pid in before)
+
+
+def _figures(seconds: dict[str, list[float]], peaks: list[int], quick: bool, size) -> Iterator[Row]:
+    def ratio(one: str, other: str) -> float:
+        return median(a / b for a, b in zip(seconds[one], seconds[other]))
+
+    context = context_of(quick, threads_a_rank=1, latent=list(size), rounds=len(seconds["1"]),
+                         seconds={name: round(median(of), 3) for name, of in seconds.items()},
+                         peaks_mb=[round(peak / 1e6) for peak in peaks])  # fmt: skip
+    yield Row(name="vae.speedup2", value=ratio("1", "2"), unit="x", better="higher", baseline=1.85, context=context)
+    yield Row(name="vae.encode_speedup2", value=ratio("encode 1", "encode 2"), unit="x", better="higher",
+              baseline=1.85, context=context)  # fmt: skip
+    yield Row(name="vae.peak_ratio2", value=peaks[1] / peaks[0], unit="x", better="lower", baseline=0.6,
+              context=context)  # fmt: skip
+    yield Row(name="vae.vs_diffusers1", value=ratio("1", "diffusers"), unit="x", better="lower", baseline=1.0,
+              context=context)  # fmt: skip
