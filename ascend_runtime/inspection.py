@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .checkpoints.kinds import KINDS, is_kind, states
 from .checkpoints.layout import (
-    Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
+    CLASSES, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original, read_json,
 )  # fmt: skip
 from .checkpoints.reader import check_weights
 from .checkpoints.tensor_files import open_tensors
@@ -72,9 +72,15 @@ def inspect(path: str) -> Iterator[Found]:
         if not parts:
             raise ValueError(f"{root} holds none of these: {', '.join(kind.what for kind in KINDS.values())}.")
     else:
-        parts = [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
+        parts = _component(root) or [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
     for part in parts:
         yield _looked_at(part, path)
+
+
+def _component(root: Path) -> list[str]:
+    """The one that a folder is by its config; none where it is a model's."""
+    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    return [part for part, (key, value) in CLASSES.items() if config.get(key) == value]
 
 
 def _has_low_noise(path: str) -> bool:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 FP8 = torch.float8_e4m3fn
 MINDSPEED = (
     (r"attn\.(q|k|v)\.", r"attn.proj_\1."), (r"attn\.o\.", "attn.proj_out."), (r"attn\.norm_(q|k)\.", r"attn.\1_norm."),
+    (r"cross_attn\.norm_k_img", "cross_attn.k_norm_img"),
     (r"text_embedding\.0", "text_embedding.linear_1"), (r"text_embedding\.2", "text_embedding.linear_2"),
 )  # fmt: skip
 

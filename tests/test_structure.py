@@ -14,6 +14,7 @@ RUNTIME = "ascend_runtime"
 LAYERS = [
     ("commands", ("ascend_runtime.__main__",)),
     ("headless", ("ascend_runtime.headless",)),
+    ("conversion", ("ascend_runtime.conversion",)),
     ("inspection", ("ascend_runtime.inspection",)),
     ("nodes", ("nodes",)),
     ("client", ("ascend_runtime.client",)),

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 Rules = tuple[tuple[str, str], ...]  # patterns and replacements, in order: a later one sees what the earlier ones made
 
-# The transformer, of the original (Wan-Video/Wan2.2, wan/modules/model.py), ComfyUI (a prefix), MindSpeed-MM
-# (checkpoint/sora_model/wan_converter.py) and diffusers, whose names no pattern fits.
-TRANSFORMER: Rules = (
-    (r"^(model\.diffusion_model|module|predictor)\.", ""),
+# The transformer. The prefixes of ComfyUI and others go; MindSpeed-MM's names (checkpoint/sora_model/wan_converter.py)
+# become the original's (Wan-Video/Wan2.2, wan/modules/model.py), and those diffusers', whose own no pattern fits.
+PREFIXES: Rules = ((r"^(model\.diffusion_model|module|predictor)\.", ""),)
+MINDSPEED: Rules = (
     (r"(self|cross)_attn\.proj_(q|k|v)\.", r"\1_attn.\2."),
     (r"(self|cross)_attn\.proj_out\.", r"\1_attn.o."),
-    (r"cross_attn\.k_norm_img", "cross_attn.norm_k_img"),
     (r"(self|cross)_attn\.(q|k)_norm", r"\1_attn.norm_\2"),
-    (r"^text_embedding\.linear_", "condition_embedder.text_embedder.linear_"),
+    (r"^text_embedding\.linear_1\.", "text_embedding.0."),
+    (r"^text_embedding\.linear_2\.", "text_embedding.2."),
+)
+ORIGINAL: Rules = (
     (r"self_attn\.norm_(q|k)", r"attn1.norm_\1"),
     (r"self_attn\.(q|k|v)\.", r"attn1.to_\1."),
     (r"self_attn\.o\.", "attn1.to_out.0."),
@@ -78,6 +81,7 @@ VAE: Rules = (
     (r"\.upsamples\.(\d+)\.upsamples\.", r".up_blocks.\1.resnets."),
     (r"\.downsamples\.", ".down_blocks."),
 )
+GROUP = re.compile(r"\([^)]*\)")
 UPSAMPLES = re.compile(r"^decoder\.upsamples\.(\d+)\.")
 
 
@@ -98,10 +102,31 @@ def to_vae_name(name: str) -> str:
 
 def to_diffusers_name(name: str) -> str | None:
     """diffusers' name of a transformer's parameter, by its name in any system; None: it is no parameter."""
-    return None if name.endswith("._extra_state") else renamed(name, TRANSFORMER)  # what Megatron's layers note
+    if name.endswith("._extra_state"):  # what Megatron's layers note
+        return None
+    return renamed(name, (*PREFIXES, *MINDSPEED, *ORIGINAL))
+
+
+def to_mindspeed_name(name: str) -> str:
+    """MindSpeed-MM's name of a transformer's parameter, by diffusers'."""
+    return renamed(name, inverted((*MINDSPEED, *ORIGINAL)))
 
 
 def renamed(name: str, rules: Rules) -> str:
     for pattern, replacement in rules:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def inverted(rules: Rules) -> Rules:
+    """Rules that undo these, whose patterns are plain characters, groups and anchors alone."""
+    return tuple(_inverse(*rule) for rule in reversed(rules))
+
+
+def _inverse(pattern: str, replacement: str) -> tuple[str, str]:
+    groups = GROUP.findall(pattern)
+    start, end = "^" * pattern.startswith("^"), "$" * pattern.endswith("$")
+    made = re.sub(r"\\(\d)", lambda number: groups[int(number[1]) - 1], replacement.replace(".", r"\."))
+    numbers = itertools.count(1)
+    back = GROUP.sub(lambda _: rf"\{next(numbers)}", pattern).strip("^$").replace(r"\.", ".")
+    return f"{start}{made}{end}", back

@@ -16,6 +16,7 @@ from .dcp import METADATA
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
 WEIGHTS = "model_optim_rng.pt"
+RELEASE = "release"  # the folder of converted weights, and what the tracker says of it
 
 
 def latest_shards(folder: Path) -> tuple[Path, ...] | None:

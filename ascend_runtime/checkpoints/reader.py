@@ -106,7 +106,7 @@ def _read(
     stays = part is None and place.scale is None and device.type == "cpu" and file.dtype(place.key) == dtype
     tensor = file.mapped(place.key) if stays else file.read(place.key, part)
     scale = None if place.scale is None else file.read(place.scale)
-    return _finite(dequantized(tensor, scale), name, place.shard).to(device, dtype)
+    return finite(dequantized(tensor, scale), name, place.shard).to(device, dtype)
 
 
 def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]) -> dict[str, _Place]:
@@ -158,7 +158,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
 
 
-def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
+def finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
+    """`tensor`. Raises ValueError, which names it and the file, where it has values that are no numbers."""
     if not is_finite(tensor):
         raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
     return tensor

@@ -1,0 +1,377 @@
+"""`python -m ascend_runtime convert SOURCE TARGET --to FORMAT`: a model anew, as diffusers or MindSpeed-MM keep it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from tqdm import tqdm
+
+from .checkpoints.configs import HEAD_DIM
+from .checkpoints.fp8 import dequantized
+from .checkpoints.keys import to_mindspeed_name
+from .checkpoints.kinds import states
+from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, read_json
+from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
+from .checkpoints.parts import Part
+from .checkpoints.reader import check_weights, finite, is_finite, tokenizer_model
+from .checkpoints.tensor_files import TensorFile, open_tensors
+from .checkpoints.unfinished import Unfinished, sync, unfinished
+from .checkpoints.writers import lay_out, pieces, starts, write
+from .components import empty_network
+from .families import wan
+from .families.defaults import TI2V_CHANNELS, defaults_of
+from .inspection import inspect
+
+FORMATS = ("diffusers", "mindspeed")
+KEEP = "keep"
+DTYPES = {KEEP: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SYNC = 2**28  # bytes after which what was written is put on the disk, and counts as done
+INDEX, CONFIG = "model_index.json", "config.json"
+NOTHING = [None, None]  # in a pipeline's index
+
+
+@dataclass(frozen=True)
+class Move:
+    """A tensor: where it lies, and, on the meta device, what becomes of it."""
+
+    name: str  # diffusers' or transformers'
+    shard: Path
+    key: str
+    scale: str | None
+    made: torch.Tensor
+
+
+@dataclass
+class Plan:
+    """What a target will hold, by paths within it."""
+
+    moves: dict[Path, dict[str, Move]] = field(default_factory=dict)  # of each file of weights, by the names there
+    texts: dict[Path, bytes] = field(default_factory=dict)
+    copies: dict[Path, Path] = field(default_factory=dict)  # of files as they are
+    left_out: list[str] = field(default_factory=list)  # why, in words
+    sources: list[Component] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights."""
+        return sum(move.made.nbytes for moves in self.moves.values() for move in moves.values())
+
+    def source(self) -> list:
+        """Changes when a file that is read does."""
+        return [*(state for one in self.sources for state in one.fingerprint), *states(self.copies.values())]
+
+    def digest(self) -> str:
+        made = {str(path): [[name, str(move.made.dtype)] for name, move in moves.items()]
+                for path, moves in self.moves.items()}  # fmt: skip
+        texts = {str(path): text.decode("latin-1") for path, text in self.texts.items()}
+        return hashlib.sha256(json.dumps([made, texts, sorted(map(str, self.copies))]).encode()).hexdigest()
+
+
+def add_command(commands, does: str) -> None:
+    parser = commands.add_parser("convert", help=does, description=__doc__)
+    parser.add_argument("source", metavar="SOURCE", help="a model's folder or file, of any kind that the loaders take")
+    parser.add_argument("target", metavar="TARGET", help="the folder to make")
+    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--dtype", choices=DTYPES, default=KEEP,
+                        help="of the weights; what the networks compute in fp32 is not rounded; keep (the default): "
+                        "that of each tensor, bf16 for one of 8 bits")  # fmt: skip
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE",
+                        help="of diffusers' files (default: %(default)s)")  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Converts, and says what was made. Returns the exit status: 0 made, 1 refused, 130 interrupted."""
+    source, target = (Path(path).expanduser().absolute() for path in (arguments.source, arguments.target))
+    try:
+        plan = planned(source, arguments.to, DTYPES[arguments.dtype], arguments.shard_size)
+        print(*(f"left out: {why}" for why in plan.left_out), sep="\n", end="\n" if plan.left_out else "")
+        identity = {
+            "SOURCE": str(source), "--to": arguments.to, "--dtype": arguments.dtype,
+            "--shard-size": arguments.shard_size, "what SOURCE holds": plan.source(),
+            "what this version of the pack makes of it": [plan.digest()],
+        }  # fmt: skip
+        convert(plan, target, identity)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    files = [*plan.moves, *plan.texts, *plan.copies]
+    print(f"{target}: {len(files)} files, {plan.nbytes / 1e9:.2f} GB of weights")
+    return 0
+
+
+def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -> Plan:
+    """What is to be written. No weight is read.
+
+    dtype: of the weights; None: each one's own, bfloat16 for 8 bits. Raises ValueError where a part of the source is
+    not whole, or none of it can be kept so.
+    """
+    plan = Plan()
+    parts = _parts(source, plan.left_out)
+    if to == "mindspeed":
+        kept = {part: component for part, component in parts.items() if part in FOLDERS}
+        if not kept:
+            raise ValueError(f"{source} holds no transformer ({', '.join(parts)}), and MindSpeed-MM's layout nothing "
+                             "else. Convert it with --to diffusers.")  # fmt: skip
+        plan.left_out[:] = [f"{part}: MindSpeed-MM's layout is of transformers alone" for part in parts if
+                            part not in kept]  # fmt: skip
+        for part, component in kept.items():
+            _check_heads(component)
+            folder = Path(FOLDERS[part][1] if len(kept) > 1 else "")
+            moves = {to_mindspeed_name(move.name): move for move in _moves(part, component, dtype)}
+            plan.moves[folder / RELEASE / "mp_rank_00" / WEIGHTS] = moves
+            plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()
+        plan.sources += kept.values()
+    else:
+        _plan_tokenizer(plan, parts)
+        alone = len(parts) == 1 and not (plan.copies or plan.texts)
+        for part, component in parts.items():
+            _plan_component(plan, Path("" if alone else part), part, component, dtype, shard_size)
+        plan.sources += parts.values()
+        _plan_pipeline(plan, source, parts)
+    return plan
+
+
+def _check_heads(component: Component) -> None:
+    """Raises ValueError where what MindSpeed-MM's layout leaves unsaid would be read otherwise."""
+    width = component.config.get("attention_head_dim", HEAD_DIM)
+    if width != HEAD_DIM:
+        raise ValueError(f"{component.shards[0]} has heads of {width} channels. MindSpeed-MM's layout has no config, "
+                         f"and is read as of {HEAD_DIM}. Convert it with --to diffusers.")  # fmt: skip
+
+
+def _parts(source: Path, left_out: list[str]) -> dict[str, Component]:
+    """What is there, and whole; why something is not there goes to `left_out`."""
+    parts, faults = {}, []
+    for found in inspect(str(source)):
+        folders = FOLDERS.get(found.part, (found.part,))
+        if found.fault is None:
+            parts[found.part] = found.component
+        elif found.component or found.part == "transformer_2" or any((source / folder).is_dir() for folder in folders):
+            faults.append(f"{found.part}: {found.fault}")
+        else:
+            left_out.append(f"{found.part}: {found.fault}")
+    if faults or not parts:
+        raise ValueError("\n".join(faults or left_out))
+    return parts
+
+
+def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[Move]:
+    """In the order of the network. Raises ValueError where weights are missing, or do not fit."""
+    network = empty_network(part.removesuffix("_2"), component)
+    places = check_weights(network, component.shards, component.rename)
+    held = {}
+    for shard in component.shards:
+        with open_tensors(shard) as file:
+            held |= {name: file.dtype(place.key) for name, place in places.items() if place.shard == shard}
+    names = [name for name in network.state_dict() if name in places]
+    return [
+        Move(name, place.shard, place.key, place.scale,
+             torch.empty(place.shape, dtype=_dtype(part, name, held[name], dtype), device="meta"))
+        for name, place in ((name, places[name]) for name in names)
+    ]  # fmt: skip
+
+
+def _dtype(part: str, name: str, held: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """That of a weight in the target. What is loaded in fp32, whatever the dtype of the blocks, loses nothing."""
+    wanted = asked or (torch.bfloat16 if held.itemsize == 1 else held)
+    exact = part == "vae" or part in FOLDERS and wan.keeps_fp32(name)
+    return torch.float32 if exact and wanted != held else wanted
+
+
+def _plan_component(
+    plan: Plan, folder: Path, part: str, component: Component, dtype: torch.dtype | None, shard_size: str
+) -> None:
+    """A component as diffusers or transformers save it: their names of files, and of what is in them."""
+    moves = {move.name: move for move in _moves(part, component, dtype)}
+    standard = STANDARD_NAMES[part == "text_encoder"]
+    split = split_torch_state_dict_into_shards(
+        {name: move.made for name, move in moves.items()},
+        filename_pattern=standard.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        plan.moves[folder / file] = {name: moves[name] for name in names}
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        plan.texts[folder / f"{standard}.index.json"] = _json(index)
+    key, value = CLASSES[part.removesuffix("_2")]
+    own = {name: told for name, told in component.config.items() if name not in ("dtype", "torch_dtype")}
+    plan.texts[folder / CONFIG] = _json({key: value, **own})
+    if component.folder:  # such as the latents' colours beside a VAE
+        plan.copies |= {folder / file.name: file for file in sorted(component.folder.glob("*.json"))
+                        if file.name != CONFIG and not file.name.endswith(".index.json")}  # fmt: skip
+
+
+def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
+    """Beside a text encoder, where transformers' finds it."""
+    if "text_encoder" not in parts:
+        return
+    found = parts["text_encoder"].tokenizer
+    if found is None or not found.exists():
+        plan.left_out.append("tokenizer: there is none in the text encoder's file, nor beside it")
+    elif found.is_dir():
+        plan.copies |= _copies(found, Path("tokenizer"))
+    else:
+        tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
+        plan.texts[Path("tokenizer", "spiece.model")] = tokenizer_model(found)
+        plan.texts[Path("tokenizer", "tokenizer_config.json")] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
+
+
+def _plan_pipeline(plan: Plan, source: Path, parts: dict[str, Component]) -> None:
+    """What diffusers' pipeline needs beside its networks: as it is in one's folder, or made for the original's."""
+    if (source / INDEX).is_file():
+        plan.copies[Path(INDEX)] = source / INDEX
+        for name in read_json(source / INDEX):
+            if name not in parts and (source / name).is_dir():
+                plan.copies |= _copies(source / name, Path(name))
+    elif {"transformer", "text_encoder", "vae"} <= parts.keys() and any(path.parts[0] == "tokenizer" for path in
+                                                                         (*plan.copies, *plan.texts)):  # fmt: skip
+        config = parts["transformer"].config
+        own = defaults_of(config, sum(part in FOLDERS for part in parts))
+        scheduler = {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "flow_shift": own.shift,
+                     "prediction_type": "flow_prediction", "use_flow_sigmas": True}  # fmt: skip
+        plan.texts[Path("scheduler", "scheduler_config.json")] = _json(scheduler)
+        plan.texts[Path(INDEX)] = _json(_pipeline(config, "transformer_2" in parts, own.boundary))
+
+
+def _pipeline(config: dict, has_low_noise: bool, boundary: float | None) -> dict:
+    sees_image = config["in_channels"] != config["out_channels"]
+    transformer = ["diffusers", "WanTransformer3DModel"]
+    return {
+        "_class_name": "WanImageToVideoPipeline" if sees_image else "WanPipeline",
+        "boundary_ratio": boundary,
+        "expand_timesteps": config["out_channels"] == TI2V_CHANNELS,
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": transformer,
+        "transformer_2": transformer if has_low_noise else NOTHING,
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    } | ({"image_encoder": NOTHING, "image_processor": NOTHING} if sees_image else {})
+
+
+def _copies(folder: Path, to: Path) -> dict[Path, Path]:
+    return {to / file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def convert(plan: Plan, target: Path, identity: dict[str, object]) -> None:
+    """Makes the folder `target`, or goes on making it where that was stopped.
+
+    identity: what a conversion must have in common with the one that it goes on with. Raises ValueError where it cannot
+    be made, or a weight cannot be kept.
+    """
+    with unfinished(target, identity) as work:
+        if work.is_finished:
+            work.clear()
+            return
+        before = plan.source()
+        _check_space(plan, work.made)
+        _fill(plan, work)
+        if plan.source() != before:
+            raise ValueError("SOURCE changed while it was read. Delete what was made of it, and begin anew.")
+        for path in (*plan.copies, *plan.texts):  # what makes a model of a folder comes last
+            made = work.made / path
+            made.parent.mkdir(parents=True, exist_ok=True)
+            if path in plan.copies:
+                shutil.copyfile(plan.copies[path], made)
+            else:
+                made.write_bytes(plan.texts[path])
+            sync(made)
+        work.finish()
+
+
+def _check_space(plan: Plan, made: Path) -> None:
+    there = sum(file.stat().st_blocks * 512 for file in made.rglob("*") if file.is_file())
+    needed = plan.nbytes + sum(file.stat().st_size for file in plan.copies.values()) - there
+    free = shutil.disk_usage(made.parent).free
+    if needed > free:
+        raise ValueError(
+            f"{made.parent} needs {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free there. Make room, or "
+            "name a target on another disk."
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of a tensor on its way."""
+
+    file: Path
+    move: Move
+    part: Part
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(own.stop - own.start for own in self.part) * self.move.made.itemsize
+
+
+def _fill(plan: Plan, work: Unfinished) -> None:
+    """Writes the weights, in the order in which they lie in the target's files."""
+    if work.done is None:
+        for path, moves in plan.moves.items():
+            (work.made / path).parent.mkdir(parents=True, exist_ok=True)
+            lay_out(work.made / path, {name: move.made for name, move in moves.items()})
+            sync(work.made / path)
+        work.record(0)
+    steps = [step for path, moves in plan.moves.items() for step in _steps(work.made / path, moves)]
+    before = sum(step.nbytes for step in steps[: work.done])
+    bar = tqdm(total=plan.nbytes, initial=before, unit="B", unit_scale=True, desc="convert", disable=None)
+    with bar, ExitStack() as stack:
+        shards = {shard: stack.enter_context(open_tensors(shard)) for one in plan.sources for shard in one.shards}
+        for file, own in groupby(steps[work.done :], key=lambda step: step.file):
+            _fill_file(file, own, shards, work, bar)
+
+
+def _steps(file: Path, moves: dict[str, Move]) -> Iterator[Step]:
+    for name, start in starts(file).items():
+        for part, offset in pieces(moves[name].made):
+            yield Step(file, moves[name], part, start + offset)
+
+
+def _fill_file(path: Path, steps: Iterator[Step], shards: dict[Path, TensorFile], work: Unfinished, bar: tqdm) -> None:
+    with path.open("r+b", buffering=0) as file:
+        done, pending = work.done, 0
+        for step in steps:
+            write(file.fileno(), _converted(shards[step.move.shard], step), step.offset)
+            bar.update(step.nbytes)
+            done, pending = done + 1, pending + step.nbytes
+            if pending >= SYNC:
+                os.fdatasync(file.fileno())
+                work.record(done)
+                pending = 0
+        os.fdatasync(file.fileno())
+        work.record(done)
+
+
+def _converted(file: TensorFile, step: Step) -> torch.Tensor:
+    move = step.move
+    scale = None if move.scale is None else file.read(move.scale)
+    tensor = finite(dequantized(file.read(move.key, step.part), scale), move.name, move.shard)
+    made = tensor.to(move.made.dtype)
+    if not is_finite(made):
+        raise ValueError(
+            f"{move.shard} has values of up to {tensor.abs().max():.3g} in {move.name}, which {made.dtype} does not "
+            "hold. Take --dtype bf16 or fp32."
+        )
+    return made
