@@ -108,6 +108,9 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
+    except OSError as error:  # such as a disk that others filled meanwhile
+        print(f"{error}. Mend that; what was written is kept, and the same command goes on from here", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -369,7 +372,7 @@ def _converted(file: TensorFile, step: Step) -> torch.Tensor:
     scale = None if move.scale is None else file.read(move.scale)
     tensor = finite(dequantized(file.read(move.key, step.part), scale), move.name, move.shard)
     made = tensor.to(move.made.dtype)
-    if not is_finite(made):
+    if made is not tensor and not is_finite(made):
         raise ValueError(
             f"{move.shard} has values of up to {tensor.abs().max():.3g} in {move.name}, which {made.dtype} does not "
             "hold. Take --dtype bf16 or fp32."

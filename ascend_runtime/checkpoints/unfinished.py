@@ -41,8 +41,8 @@ class Unfinished:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it was stopped between its last two steps."""
-        return self.done is not None and not self.made.exists()
+        """Whether it was stopped when only clearing up was left to do."""
+        return self._target.exists()
 
     def clear(self) -> None:
         shutil.rmtree(partial_folder(self._target))
@@ -75,6 +75,9 @@ def unfinished(target: Path, identity: dict[str, object]) -> Iterator[Unfinished
         if lines:
             _check_same(folder, json.loads(lines[0]), json.loads(json.dumps(identity)))
             done = int(lines[-1]) if len(lines) > 1 else None
+            if target.exists() and (done is None or (folder / MADE).exists()):
+                raise ValueError(f"{target} came from elsewhere meanwhile. Move it away, or name another target.")
+            done = done if target.exists() or (folder / MADE).exists() else None
             journal.truncate(sum(len(line) + 1 for line in lines))
         else:
             done = None
