@@ -28,6 +28,7 @@ from .text import SentencePiece
 logger = logging.getLogger(__name__)
 
 ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free beside two experts: a 14B block at 1280 x 720 x 81 on one card
+SPIECE = "spiece.model"  # a sentencepiece model in a tokenizer's folder
 SMALL = 2**30  # bytes on disk; on a CPU a text encoder below this is computed in fp32, a larger one in bfloat16
 
 
@@ -320,6 +321,8 @@ def _tokenizer(component: Component) -> Any:
         return SentencePiece(tokenizer_model(found))
     if not found.is_dir():
         raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
+    if (found / SPIECE).is_file() and not (found / "tokenizer.json").is_file():  # transformers would want protobuf
+        return SentencePiece((found / SPIECE).read_bytes())
     return AutoTokenizer.from_pretrained(found, local_files_only=True)
 
 

@@ -29,8 +29,8 @@ from .checkpoints.parts import Part
 from .checkpoints.reader import check_weights, finite, is_finite, tokenizer_model
 from .checkpoints.tensor_files import TensorFile, open_tensors
 from .checkpoints.unfinished import Unfinished, sync, unfinished
-from .checkpoints.writers import lay_out, pieces, starts, write
-from .components import empty_network
+from .checkpoints.writers import PIECE, lay_out, pieces, starts, write
+from .components import SPIECE, empty_network
 from .families import wan
 from .families.defaults import TI2V_CHANNELS, defaults_of
 from .inspection import inspect
@@ -40,7 +40,16 @@ KEEP = "keep"
 DTYPES = {KEEP: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SYNC = 2**28  # bytes after which what was written is put on the disk, and counts as done
 INDEX, CONFIG = "model_index.json", "config.json"
-NOTHING = [None, None]  # in a pipeline's index
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+PIPELINE = {  # in its index: libraries and classes of what it consists of
+    "scheduler": ("diffusers", "UniPCMultistepScheduler"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "T5TokenizerFast"),
+    "transformer": ("diffusers", "WanTransformer3DModel"),
+    "transformer_2": ("diffusers", "WanTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+}
+NOTHING = (None, None)  # in the place of what it has not
 
 
 @dataclass(frozen=True)
@@ -69,15 +78,16 @@ class Plan:
         """Of the weights."""
         return sum(move.made.nbytes for moves in self.moves.values() for move in moves.values())
 
-    def source(self) -> list:
+    def source(self) -> list[tuple]:
         """Changes when a file that is read does."""
         return [*(state for one in self.sources for state in one.fingerprint), *states(self.copies.values())]
 
     def digest(self) -> str:
-        made = {str(path): [[name, str(move.made.dtype)] for name, move in moves.items()]
-                for path, moves in self.moves.items()}  # fmt: skip
-        texts = {str(path): text.decode("latin-1") for path, text in self.texts.items()}
-        return hashlib.sha256(json.dumps([made, texts, sorted(map(str, self.copies))]).encode()).hexdigest()
+        """Changes when something else is made of the same source, or in other steps."""
+        moves = [(str(path), name, move.key, str(move.made.dtype)) for path, moves in self.moves.items()
+                 for name, move in moves.items()]  # fmt: skip
+        made = repr((PIECE, moves, sorted(self.texts.items()), sorted(self.copies)))
+        return hashlib.sha256(made.encode()).hexdigest()
 
 
 def add_command(commands, does: str) -> None:
@@ -126,45 +136,30 @@ def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -
     not whole, or none of it can be kept so.
     """
     plan = Plan()
-    parts = _parts(source, plan.left_out)
+    parts = _parts(source, to, plan.left_out)
+    plan.sources += parts.values()
     if to == "mindspeed":
-        kept = {part: component for part, component in parts.items() if part in FOLDERS}
-        if not kept:
-            raise ValueError(f"{source} holds no transformer ({', '.join(parts)}), and MindSpeed-MM's layout nothing "
-                             "else. Convert it with --to diffusers.")  # fmt: skip
-        plan.left_out[:] = [f"{part}: MindSpeed-MM's layout is of transformers alone" for part in parts if
-                            part not in kept]  # fmt: skip
-        for part, component in kept.items():
-            _check_heads(component)
-            folder = Path(FOLDERS[part][1] if len(kept) > 1 else "")
-            moves = {to_mindspeed_name(move.name): move for move in _moves(part, component, dtype)}
-            plan.moves[folder / RELEASE / "mp_rank_00" / WEIGHTS] = moves
-            plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()
-        plan.sources += kept.values()
-    else:
-        _plan_tokenizer(plan, parts)
-        alone = len(parts) == 1 and not (plan.copies or plan.texts)
         for part, component in parts.items():
-            _plan_component(plan, Path("" if alone else part), part, component, dtype, shard_size)
-        plan.sources += parts.values()
+            _plan_release(plan, Path(FOLDERS[part][1] if len(parts) > 1 else ""), part, component, dtype)
+        return plan
+    _plan_tokenizer(plan, parts)
+    alone = len(parts) == 1 and not (plan.copies or plan.texts)
+    for part, component in parts.items():
+        _plan_component(plan, Path("" if alone else part), part, component, dtype, shard_size)
+    if not alone:
         _plan_pipeline(plan, source, parts)
     return plan
 
 
-def _check_heads(component: Component) -> None:
-    """Raises ValueError where what MindSpeed-MM's layout leaves unsaid would be read otherwise."""
-    width = component.config.get("attention_head_dim", HEAD_DIM)
-    if width != HEAD_DIM:
-        raise ValueError(f"{component.shards[0]} has heads of {width} channels. MindSpeed-MM's layout has no config, "
-                         f"and is read as of {HEAD_DIM}. Convert it with --to diffusers.")  # fmt: skip
-
-
-def _parts(source: Path, left_out: list[str]) -> dict[str, Component]:
-    """What is there, and whole; why something is not there goes to `left_out`."""
+def _parts(source: Path, to: str, left_out: list[str]) -> dict[str, Component]:
+    """What is there, and whole; why something is not taken goes to `left_out`."""
     parts, faults = {}, []
     for found in inspect(str(source)):
         folders = FOLDERS.get(found.part, (found.part,))
-        if found.fault is None:
+        if to == "mindspeed" and found.part not in FOLDERS:
+            if found.component:
+                left_out.append(f"{found.part}: MindSpeed-MM's layout is of transformers alone; take --to diffusers")
+        elif found.fault is None:
             parts[found.part] = found.component
         elif found.component or found.part == "transformer_2" or any((source / folder).is_dir() for folder in folders):
             faults.append(f"{found.part}: {found.fault}")
@@ -196,6 +191,17 @@ def _dtype(part: str, name: str, held: torch.dtype, asked: torch.dtype | None) -
     wanted = asked or (torch.bfloat16 if held.itemsize == 1 else held)
     exact = part == "vae" or part in FOLDERS and wan.keeps_fp32(name)
     return torch.float32 if exact and wanted != held else wanted
+
+
+def _plan_release(plan: Plan, folder: Path, part: str, component: Component, dtype: torch.dtype | None) -> None:
+    """A transformer as MindSpeed-MM's converter leaves it, in one pipeline stage."""
+    width = component.config.get("attention_head_dim", HEAD_DIM)
+    if width != HEAD_DIM:
+        raise ValueError(f"{component.shards[0]} has heads of {width} channels. MindSpeed-MM's layout has no config, "
+                         f"and is read as of {HEAD_DIM}. Convert it with --to diffusers.")  # fmt: skip
+    moves = {to_mindspeed_name(move.name): move for move in _moves(part, component, dtype)}
+    plan.moves[folder / RELEASE / "mp_rank_00" / WEIGHTS] = moves
+    plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()
 
 
 def _plan_component(
@@ -233,41 +239,35 @@ def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
         plan.copies |= _copies(found, Path("tokenizer"))
     else:
         tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
-        plan.texts[Path("tokenizer", "spiece.model")] = tokenizer_model(found)
+        plan.texts[Path("tokenizer", SPIECE)] = tokenizer_model(found)
         plan.texts[Path("tokenizer", "tokenizer_config.json")] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
 
 
 def _plan_pipeline(plan: Plan, source: Path, parts: dict[str, Component]) -> None:
-    """What diffusers' pipeline needs beside its networks: as it is in one's folder, or made for the original's."""
+    """What diffusers' pipeline has beside its networks: as it is in the source, or made where that is no pipeline."""
     if (source / INDEX).is_file():
         plan.copies[Path(INDEX)] = source / INDEX
         for name in read_json(source / INDEX):
             if name not in parts and (source / name).is_dir():
                 plan.copies |= _copies(source / name, Path(name))
-    elif {"transformer", "text_encoder", "vae"} <= parts.keys() and any(path.parts[0] == "tokenizer" for path in
-                                                                         (*plan.copies, *plan.texts)):  # fmt: skip
+        return
+    classes = {name: NOTHING for name in PIPELINE}
+    classes |= {name: PIPELINE[name] for name in (*parts, *(path.parts[0] for path in (*plan.copies, *plan.texts)))
+                if name in PIPELINE}  # fmt: skip
+    told = {"_class_name": "WanPipeline"}
+    if "transformer" in parts:
         config = parts["transformer"].config
         own = defaults_of(config, sum(part in FOLDERS for part in parts))
-        scheduler = {"_class_name": "UniPCMultistepScheduler", "num_train_timesteps": 1000, "flow_shift": own.shift,
-                     "prediction_type": "flow_prediction", "use_flow_sigmas": True}  # fmt: skip
-        plan.texts[Path("scheduler", "scheduler_config.json")] = _json(scheduler)
-        plan.texts[Path(INDEX)] = _json(_pipeline(config, "transformer_2" in parts, own.boundary))
-
-
-def _pipeline(config: dict, has_low_noise: bool, boundary: float | None) -> dict:
-    sees_image = config["in_channels"] != config["out_channels"]
-    transformer = ["diffusers", "WanTransformer3DModel"]
-    return {
-        "_class_name": "WanImageToVideoPipeline" if sees_image else "WanPipeline",
-        "boundary_ratio": boundary,
-        "expand_timesteps": config["out_channels"] == TI2V_CHANNELS,
-        "scheduler": ["diffusers", "UniPCMultistepScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": transformer,
-        "transformer_2": transformer if has_low_noise else NOTHING,
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    } | ({"image_encoder": NOTHING, "image_processor": NOTHING} if sees_image else {})
+        scheduler = {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        classes["scheduler"] = PIPELINE["scheduler"]
+        plan.texts[SCHEDULER] = _json({"_class_name": classes["scheduler"][1], **scheduler, "flow_shift": own.shift})
+        told |= {"boundary_ratio": own.boundary, "expand_timesteps": config["out_channels"] == TI2V_CHANNELS}
+        if config["in_channels"] != config["out_channels"]:
+            told["_class_name"] = "WanImageToVideoPipeline"
+            classes |= {"image_encoder": NOTHING, "image_processor": NOTHING}
+        if config.get("image_dim"):
+            plan.left_out.append("image_encoder: CLIP is not converted; give diffusers' pipeline one from elsewhere")
+    plan.texts[Path(INDEX)] = _json({**told, **classes})
 
 
 def _copies(folder: Path, to: Path) -> dict[Path, Path]:
@@ -293,7 +293,7 @@ def convert(plan: Plan, target: Path, identity: dict[str, object]) -> None:
         _fill(plan, work)
         if plan.source() != before:
             raise ValueError("SOURCE changed while it was read. Delete what was made of it, and begin anew.")
-        for path in (*plan.copies, *plan.texts):  # what makes a model of a folder comes last
+        for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # a model has it: last
             made = work.made / path
             made.parent.mkdir(parents=True, exist_ok=True)
             if path in plan.copies:
