@@ -19,7 +19,7 @@ from ascend_runtime.checkpoints import unfinished, writers
 from ascend_runtime.checkpoints.layout import find_transformer, find_vae
 from ascend_runtime.components import Components
 from ascend_runtime.families import wan
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 from test_transformer_formats import IN_8_BITS, WRITERS
@@ -130,17 +130,22 @@ def test_shards_are_the_librarys_own(tmp_path, tensors):
 # Models of several parts
 
 
+def encoder_and_vae(folder):
+    """What the original has beside its transformers, written there."""
+    encoder, vae = tiny_models.umt5(), tiny_models.randomise(AutoencoderKLWan(base_dim=4), seed=23)
+    torch.save(formats.original_umt5(encoder), folder / "models_t5.pth")
+    torch.save(formats.original_vae(vae), folder / "Wan2.1_VAE.pth")
+    shutil.copytree(tiny_models.TOKENIZER, folder / "google" / "umt5-xxl")
+    return encoder, vae
+
+
 def test_the_originals_folder_becomes_diffusers_pipeline_and_back(tmp_path, tensors, capsys):
     """Two experts, text encoder, tokenizer, VAE; then MindSpeed-MM's two folders."""
     source = tmp_path / "source"
     other = {name: tensor + 0.5 if name == "head.head.bias" else tensor for name, tensor in tensors.items()}
     formats.original_folder(source / "high_noise_model", tensors)
     formats.original_folder(source / "low_noise_model", other)
-    encoder = tiny_models.umt5()
-    vae = tiny_models.randomise(AutoencoderKLWan(base_dim=4), seed=23)
-    torch.save(formats.original_umt5(encoder), source / "models_t5.pth")
-    torch.save(formats.original_vae(vae), source / "Wan2.1_VAE.pth")
-    shutil.copytree(tiny_models.TOKENIZER, source / "google" / "umt5-xxl")
+    encoder, vae = encoder_and_vae(source)
     folder = convert(source, tmp_path / "diffusers", "diffusers")
     pipeline = WanPipeline.from_pretrained(folder)
     assert pipeline.config.boundary_ratio == 0.875 and pipeline.scheduler.config.flow_shift == 12.0
@@ -161,6 +166,17 @@ def test_the_originals_folder_becomes_diffusers_pipeline_and_back(tmp_path, tens
     assert json.loads((again / "model_index.json").read_text())["vae"] == [None, None]
     pipeline = WanPipeline.from_pretrained(again, vae=vae, text_encoder=encoder, tokenizer=pipeline.tokenizer)
     assert_same(pipeline.transformer_2.state_dict(), by_diffusers_names(other))
+
+
+def test_the_originals_image_to_video(tmp_path, capsys):
+    tensors = load_file(random_wan.original_transformer(tmp_path / "wan", seed=25, channels=36, image=True))
+    source = formats.original_folder(tmp_path / "source", tensors)
+    encoder_and_vae(source)
+    folder = convert(source, tmp_path / "made", "diffusers")
+    assert "left out: image_encoder: CLIP is not converted" in capsys.readouterr().out
+    pipeline = WanImageToVideoPipeline.from_pretrained(folder)
+    assert pipeline.image_encoder is None and pipeline.scheduler.config.flow_shift == 5.0
+    assert_same(pipeline.transformer.state_dict(), by_diffusers_names(tensors))
 
 
 def test_a_diffusers_folder_keeps_what_lies_in_it(tmp_path, checkpoints):

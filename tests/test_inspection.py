@@ -37,6 +37,11 @@ def test_a_diffusers_folder(told):
     assert "Wan2.1-T2V" in family and "50 steps, shift 5, guidance 5" in family
 
 
+def test_a_component_of_a_diffusers_folder(told):
+    status, text = told(ROOT / "assets" / "tiny_wan" / "vae")
+    assert status == 0 and len(text.splitlines()) == 2 and text.splitlines()[1].startswith("vae  ")
+
+
 def test_two_experts_one_of_which_is_gone(told, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints(experts=2), tmp_path / "model")
     status, text = told(folder)
