@@ -5,14 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
-import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -20,16 +15,15 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
 from .checkpoints.configs import HEAD_DIM
-from .checkpoints.fp8 import dequantized
 from .checkpoints.keys import to_mindspeed_name
 from .checkpoints.kinds import states
 from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, read_json
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
-from .checkpoints.parts import Part
-from .checkpoints.reader import check_weights, finite, is_finite, tokenizer_model
-from .checkpoints.tensor_files import TensorFile, open_tensors
-from .checkpoints.unfinished import Unfinished, sync, unfinished
-from .checkpoints.writers import PIECE, lay_out, pieces, starts, write
+from .checkpoints.reader import check_weights, tokenizer_model
+from .checkpoints.tensor_files import open_tensors
+from .checkpoints.transfer import Move, fill, laid_out
+from .checkpoints.unfinished import sync, unfinished
+from .checkpoints.writers import PIECE
 from .components import SPIECE, empty_network
 from .families import wan
 from .families.defaults import TI2V_CHANNELS, defaults_of
@@ -38,7 +32,6 @@ from .inspection import inspect
 FORMATS = ("diffusers", "mindspeed")
 KEEP = "keep"
 DTYPES = {KEEP: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SYNC = 2**28  # bytes after which what was written is put on the disk, and counts as done
 INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 PIPELINE = {  # in its index: libraries and classes of what it consists of
@@ -50,17 +43,6 @@ PIPELINE = {  # in its index: libraries and classes of what it consists of
     "vae": ("diffusers", "AutoencoderKLWan"),
 }
 NOTHING = (None, None)  # in the place of what it has not
-
-
-@dataclass(frozen=True)
-class Move:
-    """A tensor: where it lies, and, on the meta device, what becomes of it."""
-
-    name: str  # diffusers' or transformers'
-    shard: Path
-    key: str
-    scale: str | None
-    made: torch.Tensor
 
 
 @dataclass
@@ -288,10 +270,13 @@ def convert(plan: Plan, target: Path, identity: dict[str, object]) -> None:
         if work.is_finished:
             work.clear()
             return
-        before = plan.source()
+        held = plan.source()
         _check_space(plan, work.made)
-        _fill(plan, work)
-        if plan.source() != before:
+        steps = laid_out(plan.moves, work)
+        before = sum(step.nbytes for step in steps[: work.done])
+        with tqdm(total=plan.nbytes, initial=before, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
+            fill(steps, work, bar.update)
+        if plan.source() != held:
             raise ValueError("SOURCE changed while it was read. Delete what was made of it, and begin anew.")
         for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # a model has it: last
             made = work.made / path
@@ -313,68 +298,3 @@ def _check_space(plan: Plan, made: Path) -> None:
             f"{made.parent} needs {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free there. Make room, or "
             "name a target on another disk."
         )
-
-
-@dataclass(frozen=True)
-class Step:
-    """A piece of a tensor on its way."""
-
-    file: Path
-    move: Move
-    part: Part
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(own.stop - own.start for own in self.part) * self.move.made.itemsize
-
-
-def _fill(plan: Plan, work: Unfinished) -> None:
-    """Writes the weights, in the order in which they lie in the target's files."""
-    if work.done is None:
-        for path, moves in plan.moves.items():
-            (work.made / path).parent.mkdir(parents=True, exist_ok=True)
-            lay_out(work.made / path, {name: move.made for name, move in moves.items()})
-            sync(work.made / path)
-        work.record(0)
-    steps = [step for path, moves in plan.moves.items() for step in _steps(work.made / path, moves)]
-    before = sum(step.nbytes for step in steps[: work.done])
-    bar = tqdm(total=plan.nbytes, initial=before, unit="B", unit_scale=True, desc="convert", disable=None)
-    with bar, ExitStack() as stack:
-        shards = {shard: stack.enter_context(open_tensors(shard)) for one in plan.sources for shard in one.shards}
-        for file, own in groupby(steps[work.done :], key=lambda step: step.file):
-            _fill_file(file, own, shards, work, bar)
-
-
-def _steps(file: Path, moves: dict[str, Move]) -> Iterator[Step]:
-    for name, start in starts(file).items():
-        for part, offset in pieces(moves[name].made):
-            yield Step(file, moves[name], part, start + offset)
-
-
-def _fill_file(path: Path, steps: Iterator[Step], shards: dict[Path, TensorFile], work: Unfinished, bar: tqdm) -> None:
-    with path.open("r+b", buffering=0) as file:
-        done, pending = work.done, 0
-        for step in steps:
-            write(file.fileno(), _converted(shards[step.move.shard], step), step.offset)
-            bar.update(step.nbytes)
-            done, pending = done + 1, pending + step.nbytes
-            if pending >= SYNC:
-                os.fdatasync(file.fileno())
-                work.record(done)
-                pending = 0
-        os.fdatasync(file.fileno())
-        work.record(done)
-
-
-def _converted(file: TensorFile, step: Step) -> torch.Tensor:
-    move = step.move
-    scale = None if move.scale is None else file.read(move.scale)
-    tensor = finite(dequantized(file.read(move.key, step.part), scale), move.name, move.shard)
-    made = tensor.to(move.made.dtype)
-    if made is not tensor and not is_finite(made):
-        raise ValueError(
-            f"{move.shard} has values of up to {tensor.abs().max():.3g} in {move.name}, which {made.dtype} does not "
-            "hold. Take --dtype bf16 or fp32."
-        )
-    return made

@@ -15,7 +15,7 @@ import random_wan
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, TextEncoderSpec, conversion
-from ascend_runtime.checkpoints import unfinished, writers
+from ascend_runtime.checkpoints import transfer, unfinished, writers
 from ascend_runtime.checkpoints.layout import find_transformer, find_vae
 from ascend_runtime.components import Components
 from ascend_runtime.families import wan
@@ -233,8 +233,8 @@ class Deaths:
 
     def __init__(self, patch, at=None):
         self.count, self._at = 0, at
-        places = ((conversion, "write"), (conversion, "lay_out"), (conversion, "sync"), (unfinished, "sync"),
-                  (unfinished.Unfinished, "record"), (Path, "rename"), (shutil, "copyfile"),
+        places = ((transfer, "write"), (transfer, "lay_out"), (transfer, "sync"), (conversion, "sync"),
+                  (unfinished, "sync"), (unfinished.Unfinished, "record"), (Path, "rename"), (shutil, "copyfile"),
                   (shutil, "rmtree"))  # fmt: skip
         for owner, name in places:
             patch.setattr(owner, name, self._deadly(getattr(owner, name), name))
@@ -286,7 +286,7 @@ def contents(folder):
 @pytest.fixture
 def in_small_steps(monkeypatch):
     monkeypatch.setattr(writers, "PIECE", 2**18)
-    monkeypatch.setattr(conversion, "SYNC", 2**20)
+    monkeypatch.setattr(transfer, "SYNC", 2**20)
 
 
 @pytest.mark.parametrize("to", conversion.FORMATS)
@@ -319,7 +319,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, checkpoints, ten
 def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch, capsys):
     save_file(tensors, tmp_path / "wan")
     task = arguments(tmp_path / "wan", tmp_path / "made", "mindspeed")
-    begun, whole = [], conversion._converted
+    begun, whole = [], transfer._converted
 
     def converted(file, step):
         begun.append(step)
@@ -327,7 +327,7 @@ def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch,
             raise KeyboardInterrupt
         return whole(file, step)
 
-    monkeypatch.setattr(conversion, "_converted", converted)
+    monkeypatch.setattr(transfer, "_converted", converted)
     assert conversion.run(task) == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on from here\n", "no bar but on a terminal"
     recorded = int((tmp_path / "made.partial" / "journal").read_bytes().split(b"\n")[-2])
