@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/make_workflows.py
 
-The API format says what a workflow does; here stands where its nodes lie, how they are grouped and what its note says.
-Nodes of the same kind lie in the same place in every workflow.
+The API format says what a workflow does; here stands what its note says and where its files can be had, and in
+lib/workflow_layout.py where its nodes lie.
 """
 
 import json
@@ -15,33 +15,14 @@ WORKFLOWS = REPOSITORY / "workflows"
 sys.path.insert(0, str(REPOSITORY / "scripts" / "lib"))
 from comfy_browser import ComfyBrowser  # noqa: E402
 from comfy_server import ComfyServer  # noqa: E402
+from workflow_layout import NOTE, arrange  # noqa: E402
 
-# Where a node lies: x, y, width, height, by title for those that have one of their own.
-PLACES = {
-    "AscendParallelConfig": (0, 0, 310, 250),
-    "AscendLoadDiffusionModel": (370, 0, 400, 178),
-    "AscendLoadTextEncoder": (370, 238, 400, 106),
-    "AscendLoadVAE": (370, 404, 400, 82),
-    "MarkdownNote": (0, 546, 770, 206),
-    "Positive prompt": (850, 0, 420, 236),
-    "Negative prompt": (850, 296, 420, 236),
-    "EmptyHunyuanLatentVideo": (850, 592, 420, 160),
-    "AscendSampler": (1350, 0, 340, 752),  # high enough for the preview below its widgets
-    "AscendVAEDecode": (1770, 0, 400, 46),
-    "CreateVideo": (1770, 106, 400, 78),
-    "SaveVideo": (1770, 244, 400, 508),  # high enough for the video
-}
-COLOURS = {"Positive prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), "MarkdownNote": ("#432", "#653")}
-GROUPS = {  # title: the titles or types of the nodes in it, and a colour
-    "1. Ranks and models": (
-        ["AscendParallelConfig", "AscendLoadDiffusionModel", "AscendLoadTextEncoder", "AscendLoadVAE", "MarkdownNote"],
-        "#3f789e",
-    ),
-    "2. Prompt and size": (["Positive prompt", "Negative prompt", "EmptyHunyuanLatentVideo"], "#8A8"),
-    "3. Sample": (["AscendSampler"], "#A88"),
-    "4. Video": (["AscendVAEDecode", "CreateVideo", "SaveVideo"], "#88A"),
-}
-GROUP_MARGIN, GROUP_HEADER, NODE_HEADER = 20, 50, 30
+HUGGING_FACE = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
+MODELSCOPE = "https://modelscope.cn/models/Comfy-Org/{}/resolve/master/split_files/{}/{}"
+FOLDERS = {  # of ComfyUI's models, by the type of the node that loads from it
+    "AscendLoadDiffusionModel": "diffusion_models", "AscendLoadTextEncoder": "text_encoders", "AscendLoadVAE": "vae",
+    "AscendLoadLora": "loras", "CLIPVisionLoader": "clip_vision",
+}  # fmt: skip
 
 NOTES = {
     "tiny_wan_text_to_video": """\
@@ -76,6 +57,105 @@ The settings are the original's. Other sizes: 1280 x 720, or any multiples of 16
 将上述 diffusers 目录下载到 `ComfyUI/models/diffusers`（Hugging Face 或 ModelScope 任选其一），按 **R** 刷新后点击**运行**。\
 并行配置全部为 0 时使用所有可见的卡。
 """,
+    "wan2.1_flf2v_14b_first_last_frame_to_video": """\
+## Wan2.1-FLF2V-14B
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. Choose the \
+first and the last frame. 0 in Ascend Sampler is the original's setting: 50 steps, cfg 5, shift 16. It was trained \
+for 1280 x 720: smaller videos come out worse.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。请选择首帧与尾帧。采样器中的 0 为官方设置：50 步、cfg 5、\
+shift 16。模型按 1280 x 720 训练，更小的尺寸效果较差。
+""",
+    "wan2.1_i2v_14b_image_to_video": """\
+## Wan2.1-I2V-14B
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. 0 in Ascend \
+Sampler is the original's setting: 40 steps, cfg 5, shift 3 (5 above 832 x 480). For 1280 x 720 take \
+`wan2.1_i2v_720p_14B_fp16.safetensors`, from the same place, and set that size. Give it an image of the video's \
+shape: others are cropped.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。采样器中的 0 为官方设置：40 步、cfg 5、\
+shift 3（大于 832 x 480 时为 5）。要生成 1280 x 720，\
+请换用同一仓库的 `wan2.1_i2v_720p_14B_fp16.safetensors` 并修改尺寸。
+""",
+    "wan2.1_t2v_1.3b_text_to_video": """\
+## Wan2.1-T2V-1.3B
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. cfg 6 and \
+shift 8 are what its authors recommend for this small model; 0 in Ascend Sampler is the model's own. It was trained \
+for 832 x 480.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。cfg 6 与 shift 8 为官方对该小模型的建议值；\
+采样器中的 0 表示模型的默认值。训练尺寸为 832 x 480。
+""",
+    "wan2.1_t2v_14b_text_to_video": """\
+## Wan2.1-T2V-14B
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. 0 in Ascend \
+Sampler is the original's setting: 50 steps, cfg 5, shift 5. Other sizes: 1280 x 720, or any multiples of 16; length \
+4n+1.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。采样器中的 0 为官方设置：50 步、cfg 5、shift 5。\
+尺寸还可用 1280 x 720，或 16 的任意倍数；帧数为 4n+1。
+""",
+    "wan2.2_i2v_a14b_image_to_video": """\
+## Wan2.2-I2V-A14B
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. 20 steps, \
+as ComfyUI's own template has it, take half the time of the original's 40, which 0 asks for. The other zeros in \
+Ascend Sampler are the original's cfg 3.5 and shift 5. Other sizes: 1280 x 720, or any multiples of 16. Files with \
+fp16 for fp8_scaled in their names work as well.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。20 步与 ComfyUI 官方模板相同，耗时为原版 40 步（填 0）的一半；\
+其余的 0 为原版设置：cfg 3.5、shift 5。尺寸还可用 1280 x 720。
+""",
+    "wan2.2_i2v_a14b_image_to_video_4_steps": """\
+## Wan2.2-I2V-A14B in 4 steps
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. LightX2V's \
+LoRAs, one for each expert, make the video in 4 steps. They were trained for cfg 1, shift 5 and these steps: leave \
+Ascend Sampler as it is. With cfg 1 the negative prompt is not used.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。LightX2V 的两个 LoRA（每个专家一个）只需 4 步。\
+它们按 cfg 1、shift 5 训练，请保持采样器设置不变；cfg 为 1 时不使用反向提示词。
+""",
+    "wan2.2_ti2v_5b_image_to_video": """\
+## Wan2.2-TI2V-5B, from an image
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. 0 in Ascend \
+Sampler is the original's setting: 50 steps, cfg 5, shift 5. It was trained for 1280 x 704 at 24 frames a second; \
+sizes are multiples of 32. An image of another shape is cropped.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。采样器中的 0 为官方设置：50 步、cfg 5、shift 5。\
+按 1280 x 704、每秒 24 帧训练；尺寸须为 32 的倍数。
+""",
+    "wan2.2_ti2v_5b_text_to_video": """\
+## Wan2.2-TI2V-5B, from text
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. 0 in Ascend \
+Sampler is the original's setting: 50 steps, cfg 5, shift 5. It was trained for 1280 x 704 at 24 frames a second; \
+sizes are multiples of 32. Connect a Load Image to start_image, and the video begins with it.
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。采样器中的 0 为官方设置：50 步、cfg 5、shift 5。\
+按 1280 x 704、每秒 24 帧训练；尺寸须为 32 的倍数。将“加载图像”连到 start_image 即为图生视频。
+""",
 }
 
 
@@ -84,8 +164,9 @@ def main():
         for api in sorted((WORKFLOWS / "api").glob("*.json")):
             prompt = json.loads(api.read_text())
             browser.open(prompt)
-            workflow = arranged(browser.graph(), note=NOTES[api.stem])
-            browser.open(workflow)  # as it will be opened: the page completes what it saves
+            graph = with_note(browser.graph(), NOTES[api.stem])
+            arrange(graph)
+            browser.open(graph)  # as it will be opened: the page completes what it saves
             workflow = tidied(browser.graph())
             assert without_titles(browser.prompt()) == without_titles(prompt), f"{api}: the page made another prompt"
             target = WORKFLOWS / api.name
@@ -93,19 +174,32 @@ def main():
             print(target.relative_to(REPOSITORY))
 
 
-def arranged(graph, note):
-    """The graph, with its note, every node in its place and the groups drawn around them."""
+def published(node):
+    """The files that a node of a graph in UI format loads, as ComfyUI's page knows them: name, folder, address."""
+    values = node.get("widgets_values") or []
+    names = [value for value in values if isinstance(value, str) and value.endswith(".safetensors")]
+    folder = FOLDERS.get(node["type"])
+    return [{"name": name, "url": HUGGING_FACE.format(repository(name), folder, name), "directory": folder}
+            for name in names if folder]
+
+
+def repository(name):
+    """Where Comfy-Org publishes a file."""
+    return "Wan_2.2_ComfyUI_Repackaged" if name.startswith("wan2.2") else "Wan_2.1_ComfyUI_repackaged"
+
+
+def with_note(graph, text):
+    """The graph and a note: the text, in which {files} stands for a table of the files that the graph loads."""
+    rows = ["| download | | into `ComfyUI/models` |", "|---|---|---|"]
+    for file in (file for node in graph["nodes"] for file in published(node)):
+        name, folder = file["name"], file["directory"]
+        other = MODELSCOPE.format(repository(name), folder, name)
+        rows.append(f"| {name} | [Hugging Face]({file['url']}), [ModelScope]({other}) | {folder} |")
     number = max(node["id"] for node in graph["nodes"]) + 1
-    graph["nodes"].append({"id": number, "type": "MarkdownNote", "pos": [0, 0], "size": [0, 0], "flags": {}, "mode": 0,
+    graph["nodes"].append({"id": number, "type": NOTE, "pos": [0, 0], "size": [0, 0], "flags": {}, "mode": 0,
                            "order": 0, "inputs": [], "outputs": [], "title": "Read me", "properties": {},
-                           "widgets_values": [note]})
+                           "widgets_values": [text.replace("{files}", "\n".join(rows))]})
     graph["last_node_id"] = number
-    for node in graph["nodes"]:
-        x, y, width, height = PLACES[_place(node)]
-        node["pos"], node["size"] = [x, y], [width, height]
-        if _place(node) in COLOURS:
-            node["color"], node["bgcolor"] = COLOURS[_place(node)]
-    graph["groups"] = [_group(number, title) for number, title in enumerate(GROUPS, start=1)]
     return graph
 
 
@@ -114,7 +208,8 @@ def tidied(graph):
     graph["extra"] = {"ds": {"scale": 0.6, "offset": [120, 260]}}
     graph.pop("id", None)
     for node in graph["nodes"]:
-        node["properties"] = {"Node name for S&R": node["type"]}
+        models = published(node)
+        node["properties"] = {"Node name for S&R": node["type"]} | ({"models": models} if models else {})
         for slot in node.get("inputs", []) + node.get("outputs", []):
             slot.pop("localized_name", None)
     return graph
@@ -122,21 +217,6 @@ def tidied(graph):
 
 def without_titles(prompt):
     return {number: {key: node[key] for key in ("class_type", "inputs")} for number, node in prompt.items()}
-
-
-def _place(node):
-    return node["title"] if node.get("title") in PLACES else node["type"]
-
-
-def _group(number, title):
-    members, colour = GROUPS[title]
-    places = [PLACES[member] for member in members]
-    left = min(x for x, _, _, _ in places) - GROUP_MARGIN
-    top = min(y for _, y, _, _ in places) - NODE_HEADER - GROUP_HEADER
-    right = max(x + width for x, _, width, _ in places) + GROUP_MARGIN
-    bottom = max(y + height for _, y, _, height in places) + GROUP_MARGIN
-    return {"id": number, "title": title, "bounding": [left, top, right - left, bottom - top], "color": colour,
-            "font_size": 24, "flags": {}}
 
 
 if __name__ == "__main__":

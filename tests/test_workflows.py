@@ -13,7 +13,18 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKFLOWS = REPOSITORY / "workflows"
 ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
-NAMES = ["tiny_wan_text_to_video", "wan2.2_t2v_a14b_text_to_video"]
+NAMES = [
+    "tiny_wan_text_to_video",
+    "wan2.1_flf2v_14b_first_last_frame_to_video",
+    "wan2.1_i2v_14b_image_to_video",
+    "wan2.1_t2v_1.3b_text_to_video",
+    "wan2.1_t2v_14b_text_to_video",
+    "wan2.2_i2v_a14b_image_to_video",
+    "wan2.2_i2v_a14b_image_to_video_4_steps",
+    "wan2.2_t2v_a14b_text_to_video",
+    "wan2.2_ti2v_5b_image_to_video",
+    "wan2.2_ti2v_5b_text_to_video",
+]
 TITLE_HEIGHT = 30  # of a node, above its position
 NOTES = ("MarkdownNote", "Note")  # of the page alone: the API format has none
 
@@ -129,7 +140,7 @@ def test_templates_are_served_with_thumbnails(comfyui):
 @needs_chromium
 def test_template_browser_shows_the_workflows(comfyui):
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
-    with ComfyBrowser(comfyui) as browser:
+    with ComfyBrowser(comfyui, size=(1600, 1800)) as browser:  # it loads the pictures that are in view
         page = browser.page
         page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         page.get_by_text("ascend-video", exact=True).first.click()

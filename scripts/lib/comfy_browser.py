@@ -12,6 +12,7 @@ from playwright.sync_api import sync_playwright
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]
+MISSING_MODELS = "Comfy.Workflow.ShowMissingModelsWarning"  # a setting of the page
 
 
 def chromium():
@@ -34,6 +35,7 @@ class ComfyBrowser:
         if executable is None:
             raise FileNotFoundError("no chromium in PATH; `apt-get install chromium` brings it")
         self.server.post("/settings/Comfy.TutorialCompleted", True)  # else its dialog takes the clicks
+        self.server.post(f"/settings/{MISSING_MODELS}", False)  # likewise
         self.server.post("/settings/Comfy.Locale", self.locale)
         self._playwright = sync_playwright().start()
         self._chromium = self._playwright.chromium.launch(executable_path=executable, args=ARGUMENTS)
@@ -70,10 +72,10 @@ class ComfyBrowser:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
     def hide_bars(self):
-        """Leaves nothing of the page but the canvas."""
+        """Leaves nothing of the page but the canvas, with text however small."""
         self.page.evaluate("""async () => {
             const settings = {'Comfy.Minimap.Visible': false, 'Comfy.Graph.CanvasInfo': false,
-                              'Comfy.Graph.CanvasMenu': false}
+                              'Comfy.Graph.CanvasMenu': false, 'LiteGraph.Canvas.MinFontSizeForLOD': 0}
             for (const [name, value] of Object.entries(settings))
                 await app.extensionManager.setting.set(name, value)
             await app.extensionManager.command.execute('Workspace.ToggleFocusMode')

@@ -1,9 +1,12 @@
-"""Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, and files of what comes out."""
+"""Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, and files of what comes out; and a
+CLIP of two layers, as core has none but large ones."""
 
 from pathlib import Path
 
+import comfy.clip_vision
 import folder_paths
 import torch
+from comfy.clip_model import CLIPVisionModelProjection
 from comfy.clip_vision import Output
 from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoencoderKLWan
@@ -39,6 +42,16 @@ class RandomClipVision(io.ComfyNode):
         output = Output()
         output.penultimate_hidden_states = random(seed, 1, 257, 1280) - 0.5
         return io.NodeOutput(output)
+
+
+class FewLayers(CLIPVisionModelProjection):
+    """Takes the first two layers of a file, for which core would build as many as the published network has."""
+
+    def __init__(self, config, *args):
+        super().__init__({**config, "num_hidden_layers": 2}, *args)
+
+
+comfy.clip_vision.IMAGE_ENCODERS["clip_vision_model"] = FewLayers
 
 
 class CoreVae:

@@ -1,0 +1,137 @@
+"""Where the nodes of a workflow lie, and which groups are drawn around them."""
+
+# The columns of a graph from left to right; a node goes by its title where that is its own, else by its type. What a
+# workflow has not is left out.
+COLUMNS = [
+    ["AscendParallelConfig"],
+    ["AscendLoadDiffusionModel", "AscendLoadTextEncoder", "AscendLoadVAE", "CLIPVisionLoader"],
+    ["LoRA of the high-noise expert", "Positive prompt", "Negative prompt", "EmptyHunyuanLatentVideo", "First frame",
+     "Last frame"],
+    ["CLIP of the first frame", "CLIP of the last frame"],
+    ["LoRA of the low-noise expert", "AscendImageToVideo"],
+    ["AscendSampler"],
+    ["AscendVAEDecode", "CreateVideo", "SaveVideo"],
+]
+NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 260  # it lies below the first columns
+SIZES = {  # width, height
+    "AscendParallelConfig": (310, 250),
+    "AscendLoadDiffusionModel": (500, 178),
+    "AscendLoadTextEncoder": (500, 106),
+    "AscendLoadVAE": (500, 82),
+    "CLIPVisionLoader": (500, 58),
+    "LoRA of the high-noise expert": (480, 106),
+    "LoRA of the low-noise expert": (480, 106),
+    "Positive prompt": (480, 180),
+    "Negative prompt": (480, 180),
+    "EmptyHunyuanLatentVideo": (480, 130),
+    "First frame": (480, 300),
+    "Last frame": (480, 300),
+    "CLIP of the first frame": (300, 78),
+    "CLIP of the last frame": (300, 78),
+    "AscendImageToVideo": (400, 260),
+    "AscendSampler": (340, 500),
+    "AscendVAEDecode": (400, 46),
+    "CreateVideo": (400, 78),
+    "SaveVideo": (400, 300),
+}
+# What fills its column to the bottom, the first of these: a picture or a preview is seen better, a prompt read better.
+GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Positive prompt")
+BESIDE = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height
+COLOURS = {"Positive prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), NOTE: ("#432", "#653")}
+PROMPTS, LORAS = ["Positive prompt", "Negative prompt"], "LoRAs"
+GROUPS = {  # title: the nodes in it, and a colour. One whose last node is there takes what no other has taken
+    "Ranks and models": ([*COLUMNS[0], *COLUMNS[1], NOTE], "#3f789e"),
+    LORAS: (["LoRA of the high-noise expert", "LoRA of the low-noise expert"], "#b58b3a"),
+    "Prompt and size": ([*PROMPTS, "EmptyHunyuanLatentVideo"], "#8A8"),
+    "Prompt and images": ([*PROMPTS, "First frame", "Last frame"], "#8A8"),
+    "Prompt and image": ([*PROMPTS, "First frame"], "#8A8"),
+    "Prompt": (PROMPTS, "#8A8"),
+    "Conditioning": ([*COLUMNS[3], "AscendImageToVideo"], "#88A"),
+    "Sample": (["AscendSampler"], "#A88"),
+    "Video": (COLUMNS[-1], "#88A"),
+}
+GROUP_MARGIN, GROUP_HEADER, NODE_HEADER = 20, 50, 30
+COLUMN_GAP, GROUP_GAP = 60, 80  # between the nodes of neighbouring columns
+ROW_GAP, GROUP_ROW_GAP = 60, 120  # between the nodes of a column
+
+
+def arrange(graph):
+    """Gives every node of a graph in UI format its place, size and colour, and the graph its groups."""
+    nodes = {_name(node): node for node in graph["nodes"]}
+    assert len(nodes) == len(graph["nodes"]), "two nodes have one place"
+    owners = _owners(nodes)
+    places = _places(nodes, owners)
+    for name, node in nodes.items():
+        left, top, right, bottom = places[name]
+        node["pos"], node["size"] = [left, top], [right - left, bottom - top]
+        if name in COLOURS:
+            node["color"], node["bgcolor"] = COLOURS[name]
+    bottom = max(place[3] for place in places.values())
+    titles = [title for title in GROUPS if title in owners.values()]
+    graph["groups"] = [
+        _group(number, title, [places[name] for name in nodes if owners[name] == title], title != LORAS and bottom)
+        for number, title in enumerate(titles, start=1)
+    ]
+
+
+def _name(node):
+    return node["title"] if node.get("title") in SIZES else node["type"]
+
+
+def _owners(names):
+    """The title of each node's group."""
+    owners = {}
+    for title, (members, _) in GROUPS.items():
+        if members[-1] in names:
+            owners |= {name: title for name in members if name in names and name not in owners}
+    return owners
+
+
+def _places(names, owners):
+    """left, top, right, bottom of each node, without its title."""
+    places, columns, right, before = {}, [], None, None
+    for column in COLUMNS:
+        column = [name for name in column if name in names]
+        if not column:
+            continue
+        group = owners[column[-1]]
+        left = 0 if right is None else right + (COLUMN_GAP if group == before else GROUP_GAP)
+        right, before = left + max(SIZES[name][0] for name in column), group
+        top = 0
+        for name, following in zip(column, [*column[1:], None]):
+            places[name] = [left, top, left + SIZES[name][0], top + SIZES[name][1]]
+            top = places[name][3] + (ROW_GAP if owners[name] == owners.get(following) else GROUP_ROW_GAP)
+        columns.append(column)
+    above = [places[name] for column in columns[:NOTE_COLUMNS] for name in column]
+    top = max(place[3] for place in above) + ROW_GAP
+    places[NOTE] = [0, top, max(place[2] for place in above), top + NOTE_HEIGHT]
+    _grow(places, columns)
+    for name in set(BESIDE).intersection(places):
+        left, _, right, _ = places[name]
+        top = places[BESIDE[name]][1]
+        places[name] = [left, top, right, top + SIZES[name][1]]
+    return places
+
+
+def _grow(places, columns):
+    """Fills the columns to the bottom of the longest."""
+    bottom = max(place[3] for place in places.values())
+    places[NOTE][3] = bottom
+    for column in columns:
+        grows = [name for name in GROWS if name in column]
+        if grows:
+            room = bottom - places[column[-1]][3]
+            for name in column[column.index(grows[0]) + 1 :]:
+                places[name][1] += room
+                places[name][3] += room
+            places[grows[0]][3] += room
+
+
+def _group(number, title, places, bottom):
+    """A group around these places, down to `bottom` if that is given."""
+    left = min(place[0] for place in places) - GROUP_MARGIN
+    top = min(place[1] for place in places) - NODE_HEADER - GROUP_HEADER
+    right = max(place[2] for place in places) + GROUP_MARGIN
+    bottom = (bottom or max(place[3] for place in places)) + GROUP_MARGIN
+    return {"id": number, "title": f"{number}. {title}", "bounding": [left, top, right - left, bottom - top],
+            "color": GROUPS[title][1], "font_size": 24, "flags": {}}
