@@ -84,8 +84,11 @@ class LoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name) -> bool | str:
-        return model_files.check(model_name, model_files.TRANSFORMER)
+    def validate_inputs(cls, model_name, low_noise_model_name=NO_MODEL) -> bool | str:
+        answer = model_files.check(model_name, model_files.TRANSFORMER)
+        if answer is not True or low_noise_model_name == NO_MODEL:
+            return answer
+        return model_files.check(low_noise_model_name, model_files.TRANSFORMER)
 
     @classmethod
     def execute(

@@ -28,24 +28,25 @@ class Kind:
     folders: bool = True
 
 
-TRANSFORMER = Kind(
-    "diffusion_models",
-    f"a folder (Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B {HUBS}) into models/diffusers, or a file "
-    "(of Comfy-Org/Wan_2.2_ComfyUI_Repackaged) into models/diffusion_models",
-)
+REPACKAGED = "Comfy-Org/Wan_2.1_ComfyUI_repackaged and Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
+FOLDER = f"a folder (such as Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B, {HUBS}) into models/diffusers"
+TRANSFORMER = Kind("diffusion_models", f"a file (of {REPACKAGED}, {HUBS}) into models/diffusion_models, or {FOLDER}")
 TEXT_ENCODER = Kind(
     "text_encoders",
-    f"a folder (Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B {HUBS}) into models/diffusers, or a file "
-    "(umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged) into models/text_encoders",
+    "a file (umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged, "
+    f"{HUBS}) into models/text_encoders, or {FOLDER}",
 )
 VAE = Kind(
     "vae",
-    f"a folder (Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B {HUBS}) into models/diffusers, or a file "
-    "(wan_2.1_vae.safetensors or wan2.2_vae.safetensors of Comfy-Org/Wan_2.2_ComfyUI_Repackaged) into models/vae",
+    "a file (wan_2.1_vae.safetensors or wan2.2_vae.safetensors of Comfy-Org/Wan_2.2_ComfyUI_Repackaged, "
+    f"{HUBS}) into models/vae, or {FOLDER}",
 )
-
-
-LORA = Kind("loras", "the .safetensors file of a LoRA for this Wan model into models/loras", folders=False)
+LORA = Kind(
+    "loras",
+    "the .safetensors file of a LoRA for this Wan model (LightX2V's are in Comfy-Org/Wan_2.2_ComfyUI_Repackaged, "
+    f"{HUBS}) into models/loras",
+    folders=False,
+)
 
 
 def folders(kind: Kind) -> dict[str, Path]:

@@ -5,6 +5,8 @@ import comfy_graphs as graphs
 import numpy as np
 import published_models
 import pytest
+from comfy_server import PromptRejected
+from make_workflows import FOLDERS
 from PIL import Image
 from test_workflows import NAMES, api
 
@@ -43,3 +45,25 @@ def test_runs_whole(published, name):
     assert frames.shape == (SMALL["length"], SMALL["height"], SMALL["width"], 3)
     assert rate == graph["10"]["inputs"]["fps"]
     assert frames[0].std() > 1 and (frames[1:] != frames[:-1]).any(axis=(1, 2, 3)).all(), "it shows nothing"
+
+
+MODELS = [
+    (name, number, key)
+    for name in NAMES
+    for number, node in api(name).items()
+    for key in ("model_name", "low_noise_model_name", "lora_name")
+    if node["inputs"].get(key, "none") != "none" and name != "tiny_wan_text_to_video"
+]
+
+
+@pytest.mark.parametrize("name, number, key", MODELS)
+def test_a_missing_model_is_refused_with_where_it_can_be_had(published, name, number, key):
+    graph = api(name)
+    missing = graph[number]["inputs"][key] = f"missing_{graph[number]['inputs'][key]}"
+    with pytest.raises(PromptRejected) as caught:
+        published.queue(graph)
+    (errors,) = [node["errors"] for node in caught.value.body["node_errors"].values()]
+    (said,) = [error["details"] for error in errors if error["details"].startswith(f"{key} - ")]
+    folder = FOLDERS[graph[number]["class_type"]]
+    for part in (f"There is no model {missing!r}", "Comfy-Org/Wan_2.", "from Hugging Face or ModelScope", folder):
+        assert part in said

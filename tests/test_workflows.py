@@ -2,12 +2,15 @@
 
 import io
 import json
+import os
+import re
+import subprocess
 import urllib.request
 from itertools import combinations
 from pathlib import Path
 
 import pytest
-from comfy_browser import ComfyBrowser, chromium
+from comfy_browser import MISSING_MODELS, ComfyBrowser, chromium
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -96,6 +99,36 @@ def test_links_run_from_left_to_right(name):
         assert nodes[source]["pos"][0] <= nodes[target]["pos"][0], (source, target)
 
 
+def files_of(workflow) -> dict:
+    """The address of each file that a workflow in UI format asks for, by its place in ComfyUI's models."""
+    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", ())]
+    return {f"{model['directory']}/{model['name']}": model["url"] for model in models}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_has_its_address(name):
+    """In the nodes, for ComfyUI's page, and in the note."""
+    workflow = ui(name)
+    (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES]
+    values = [value for node in api(name).values() for value in node["inputs"].values()]
+    wanted = {value for value in values if str(value).endswith(".safetensors")}
+    assert {Path(place).name for place in files_of(workflow)} == wanted
+    assert all(url in note for url in files_of(workflow).values())
+
+
+def test_the_documented_lines_get_every_file():
+    """docs/models.md's own shell, with a `comfy` that says what it was asked for."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (REPOSITORY / "docs" / "models.md").read_text(), re.M | re.S)
+    lines = "".join(block for block in blocks if "get" in block)
+    script = f'comfy() {{ echo "$*"; }}\n{lines}'
+    environment = {key: value for key, value in os.environ.items() if key != "HF_ENDPOINT"}
+    asked = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True).stdout
+    pattern = r"--here model download --url (\S+) --relative-path models/(\S+) --filename (\S+)"
+    got = {f"{folder}/{file}": url for url, folder, file in re.findall(pattern, asked)}
+    assert len(got) == len(asked.splitlines())
+    assert got == {place: url for name in NAMES for place, url in files_of(ui(name)).items()}
+
+
 @needs_chromium
 def test_page_makes_the_api_format_of_the_ui_format(comfyui):
     """Opened in ComfyUI's own page, either format becomes the prompt that the API format is."""
@@ -111,6 +144,18 @@ def test_page_makes_the_api_format_of_the_ui_format(comfyui):
             browser.open(api(name))
             assert without_titles(browser.prompt()) == without_titles(api(name)), name
         assert errors == []
+
+
+@needs_chromium
+def test_page_says_which_files_are_missing(comfyui):
+    """As it does for its own templates, with buttons to download them or copy their addresses."""
+    text = json.dumps(ui("wan2.2_i2v_a14b_image_to_video_4_steps"))
+    workflow = json.loads(text.replace(".safetensors", "_of_nobody.safetensors"))
+    with ComfyBrowser(comfyui) as browser:
+        browser.page.evaluate(f"app.extensionManager.setting.set('{MISSING_MODELS}', true)")
+        browser.open(workflow)
+        for place in files_of(workflow):
+            browser.page.get_by_text(place.replace("/", " / ")).wait_for()
 
 
 @needs_chromium
