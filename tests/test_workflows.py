@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from ascend_runtime.headless import workflow as queued
 from comfy_browser import MISSING_MODELS, ComfyBrowser, chromium
 from PIL import Image
 
@@ -127,6 +128,16 @@ def test_the_documented_lines_get_every_file():
     got = {f"{folder}/{file}": url for url, folder, file in re.findall(pattern, asked)}
     assert len(got) == len(asked.splitlines())
     assert got == {place: url for name in NAMES for place, url in files_of(ui(name)).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_queue_finds_what_it_edits(name):
+    graph = api(name)
+    assert queued.require(graph, queued.PROMPT) == [("5", "text")]
+    assert queued.require_negative(graph) == [("6", "text")]
+    assert queued.require(graph, queued.SEED) == [("8", "seed")]
+    if "image_to_video" in name:
+        assert queued.require_image(graph) == [("12", "image")]
 
 
 @needs_chromium

@@ -15,12 +15,12 @@ COLUMNS = [
 NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 260  # it lies below the first columns
 SIZES = {  # width, height
     "AscendParallelConfig": (310, 250),
-    "AscendLoadDiffusionModel": (500, 178),
-    "AscendLoadTextEncoder": (500, 106),
-    "AscendLoadVAE": (500, 82),
-    "CLIPVisionLoader": (500, 58),
-    "LoRA of the high-noise expert": (480, 106),
-    "LoRA of the low-noise expert": (480, 106),
+    "AscendLoadDiffusionModel": (540, 178),
+    "AscendLoadTextEncoder": (540, 106),
+    "AscendLoadVAE": (540, 82),
+    "CLIPVisionLoader": (540, 58),
+    "LoRA of the high-noise expert": (530, 106),
+    "LoRA of the low-noise expert": (530, 106),
     "Positive prompt": (480, 180),
     "Negative prompt": (480, 180),
     "EmptyHunyuanLatentVideo": (480, 130),
