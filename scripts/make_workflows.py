@@ -204,7 +204,7 @@ def with_note(graph, text):
 
 
 def tidied(graph):
-    """The graph without what changes from one saving to the next, opened with its left edge and the groups' titles in view."""
+    """The graph without what changes from one saving to the next, opened with its upper left corner in view."""
     graph["extra"] = {"ds": {"scale": 0.6, "offset": [120, 340]}}
     graph.pop("id", None)
     for node in graph["nodes"]:

@@ -69,7 +69,7 @@ def arrange(graph):
     bottom = max(place[3] for place in places.values())
     titles = [title for title in GROUPS if title in owners.values()]
     graph["groups"] = [
-        _group(number, title, [places[name] for name in nodes if owners[name] == title], title != LORAS and bottom)
+        _group(number, title, [places[name] for name in nodes if owners[name] == title], None if title == LORAS else bottom)
         for number, title in enumerate(titles, start=1)
     ]
 
