@@ -68,10 +68,10 @@ def arrange(graph):
             node["color"], node["bgcolor"] = COLOURS[name]
     bottom = max(place[3] for place in places.values())
     titles = [title for title in GROUPS if title in owners.values()]
-    graph["groups"] = [
-        _group(number, title, [places[name] for name in nodes if owners[name] == title], None if title == LORAS else bottom)
-        for number, title in enumerate(titles, start=1)
-    ]
+    graph["groups"] = []
+    for number, title in enumerate(titles, start=1):
+        members = [places[name] for name in nodes if owners[name] == title]
+        graph["groups"].append(_group(number, title, members, None if title == LORAS else bottom))
 
 
 def _name(node):
