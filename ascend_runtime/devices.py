@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Iterable, Mapping
 
+import psutil
 import torch
 
 from . import host
@@ -128,6 +129,15 @@ def empty_cache(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on `device`; None for a CPU, where the kernel decides."""
     return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]
+
+
+def room(device: torch.device) -> int:
+    """Bytes that this rank can compute in: what is free on its card, and what the allocator holds for it; of a CPU's
+    memory, this rank's part of what is available."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    card = getattr(torch, device.type)
+    return free_memory(device) + card.memory_reserved(device) - card.memory_allocated(device)
 
 
 class SideStream:

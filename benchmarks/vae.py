@@ -84,8 +84,8 @@ def _by_diffusers(vae: AutoencoderKLWan, size: tuple[int, int, int]) -> float:
 
 
 def _peak(ranks: int, folder: str, size: tuple[int, int, int]) -> int:
-    """Bytes of RSS of the largest rank while it decodes, above what it takes with the VAE loaded; among them its tile of
-    the frames."""
+    """Bytes of RSS of the largest rank while it decodes, above what it takes with the VAE loaded; its tile of the
+    frames is among them."""
     with Runtime(ParallelSpec(ranks=ranks), device="cpu", environment=ONE_THREAD | GIVES_BACK) as runtime:
         _decode(runtime, folder, QUICK_SIZE)  # loads, and fills what libraries keep
         before = {pid: rss(pid) for pid in runtime.pids}

@@ -32,7 +32,7 @@ LAYERS = [
     ("parallel", ("ascend_runtime.parallel",)),
     ("checkpoints", ("ascend_runtime.checkpoints",)),
     ("ops", ("ascend_runtime.ops",)),
-    ("precision", ("ascend_runtime.precision",)),
+    ("precision and memory", ("ascend_runtime.precision", "ascend_runtime.memory")),
     ("transport", ("ascend_runtime.transport",)),
     ("protocol", ("ascend_runtime.protocol",)),
     ("devices", ("ascend_runtime.devices",)),

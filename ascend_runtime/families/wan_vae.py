@@ -7,9 +7,12 @@ borders that neighbours sent, so that no border is sent twice.
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +22,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )  # fmt: skip
 from torch import Tensor, nn
 
+from ..memory import most_allocated
 from ..ops.convolution import convolve_3d, frames_format
-from ..parallel.tiles import Edges, Tile
+from ..parallel.tiles import Edges, Grid, Tile
 
 FRAMES = 4  # of a video, for each latent frame but the first, which stands for one
 
@@ -159,10 +163,15 @@ def streamed(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 
 def decoded(vae: AutoencoderKLWan, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
     """The tile's frames [3, t, h', w'] in -1..1 for each frame [C, h, w] of a latent's tile, not normalised."""
+    for frames in decoder_output(vae, latent, tile):
+        yield unpatched(vae, frames).clamp_(-1, 1)[0]
+
+
+def decoder_output(vae: AutoencoderKLWan, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
+    """The same, before its patches [1, 3 * patch_size**2, t, h, w] become pixels."""
     with _streaming(vae, tile):
         for index, frame in enumerate(latent):
-            frames = vae.decoder(vae.post_quant_conv(frame[None, :, None]), first_chunk=index == 0)
-            yield _unpatched(vae, frames).clamp_(-1, 1)[0]
+            yield vae.decoder(vae.post_quant_conv(frame[None, :, None]), first_chunk=index == 0)
 
 
 def encoded(vae: AutoencoderKLWan, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
@@ -177,8 +186,25 @@ def _patched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     return video if vae.config.patch_size is None else patchify(video, vae.config.patch_size)
 
 
-def _unpatched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
+def unpatched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
     return video if vae.config.patch_size is None else unpatchify(video, vae.config.patch_size)
+
+
+def bytes_needed(vae: AutoencoderKLWan, work: str, height: int, width: int) -> int:
+    """To "decode" or to "encode" a tile of a latent of height x width, beside the weights; what kernels allocate inside
+    is not in it. A longer video needs no more."""
+    return _bytes_needed(json.dumps(dict(vae.config)), vae.dtype, work, height, width)
+
+
+@lru_cache(maxsize=64)
+def _bytes_needed(config: str, dtype: torch.dtype, work: str, height: int, width: int) -> int:
+    with torch.device("meta"):
+        vae = streamed(nn.Module.to(AutoencoderKLWan.from_config(json.loads(config)), dtype))
+        tile, pixels = Tile(Grid((height,), (width,)), 0), vae.config.scale_factor_spatial
+        latent = torch.empty(3, vae.config.z_dim, height, width, dtype=dtype)  # from the third frame on nothing is new
+        groups = [torch.empty(3, frames, pixels * height, pixels * width, dtype=dtype) for frames in (1, FRAMES, FRAMES)]
+    passes = decoded(vae, latent, tile) if work == "decode" else encoded(vae, groups, tile)
+    return most_allocated(lambda: deque(passes, maxlen=1))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .mesh import all_gather, pad_end
 
+Place = tuple[slice, slice]  # rows and columns of a plane
 Edges = tuple[int, int, int, int]  # pixels beyond a plane's left, right, top and bottom, as torch's padding has them
 
 
@@ -76,7 +77,7 @@ class Tile:
     def column(self) -> int:
         return self.index % len(self.grid.widths)
 
-    def place(self, scale: int = 1) -> tuple[slice, slice]:
+    def place(self, scale: int = 1) -> Place:
         """Its rows and columns in the plane, `scale` pixels for each of the coarsest form."""
         heights, widths = ([0, *accumulate(sizes)] for sizes in (self.grid.heights, self.grid.widths))
         rows = slice(scale * heights[self.row], scale * heights[self.row + 1])
@@ -115,9 +116,14 @@ class Tile:
         return torch.cat([part[:, : scale * size] for part, size in zip(gathered, sizes)], dim=1)
 
 
+def grid_here(height: int, width: int) -> Grid:
+    """The cut of a plane for all ranks."""
+    return grid_of(dist.get_world_size(), height, width)
+
+
 def tile_of(height: int, width: int) -> Tile | None:
     """This rank's tile of a plane over all ranks; None where it has none. Every rank must ask."""
-    grid = grid_of(dist.get_world_size(), height, width)
+    grid = grid_here(height, width)
     _group(grid.tiles)
     return Tile(grid, dist.get_rank()) if dist.get_rank() < grid.tiles else None
 
