@@ -22,6 +22,7 @@ FOLDERS = {  # of a transformer within a model's, by who wrote it: diffusers, th
     "transformer": ("transformer", "high_noise_model"),
     "transformer_2": ("transformer_2", "low_noise_model"),
 }
+DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # on any component of a diffusers folder
 TOKENIZER = Path("google") / "umt5-xxl"  # beside the original's text encoder
 Rename = Callable[[str, Path], str | None]  # a parameter's name by a tensor's, and its shard; None: it is none
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
@@ -43,6 +44,7 @@ class Component:
     folder: Path | None  # of a diffusers component; None for any other
     rename: Rename = _same
     tokenizer: Path | None = None  # of a text encoder: its folder, or the file that has it; None: it is nowhere
+    beside: tuple[Path, ...] = ()  # files that say how it is used, whether they are there or not
 
     @property
     def root(self) -> Path | None:
@@ -52,10 +54,8 @@ class Component:
     @property
     def fingerprint(self) -> tuple:
         """Changes when a file on disk does: the weights, and what says how to use them."""
-        beside = ()
-        if self.folder:
-            beside = (self.folder / "config.json", self.root / "model_index.json", self.root / "vae" / "config.json")
-        return states((*filter(Path.is_file, beside), *self.shards))
+        told_by = self.beside if self.tokenizer is None else (*self.beside, self.tokenizer)
+        return states((*filter(Path.exists, told_by), *self.shards))
 
     @property
     def nbytes(self) -> int:
@@ -77,8 +77,10 @@ def find_component(path: str, name: str) -> Component:
         )
     config = read_json(folder / "config.json")
     _check_kind(config, name, folder)
-    tokenizer = folder.parent / "tokenizer" if name == "text_encoder" else None
-    return Component(config, _shards_of(folder), folder, tokenizer=tokenizer)
+    pipeline = folder.parent
+    beside = (folder / "config.json", *(pipeline / deciding for deciding in DECIDING))
+    tokenizer = pipeline / "tokenizer" if name == "text_encoder" else None
+    return Component(config, _shards_of(folder), folder, tokenizer=tokenizer, beside=beside)
 
 
 def find_transformer(path: str, name: str = "transformer") -> Component:
@@ -95,7 +97,7 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
         return _found("transformer", shards)
     if not is_original(folder):
         return find_component(str(folder), name)
-    found = _found("transformer", _shards_of(folder))
+    found = replace(_found("transformer", _shards_of(folder)), beside=(folder / "config.json",))
     heads, width = (found.config[key] for key in ("num_attention_heads", "attention_head_dim"))
     told = read_json(folder / "config.json").get("num_heads", heads)
     shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
