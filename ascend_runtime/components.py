@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any, Callable, Hashable
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -105,12 +105,16 @@ class Components:
     def _held(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding) -> Any:
         load, files = _KINDS[type(spec)]
         found = files(spec)
-        key = (spec, sharding, tuple(component.fingerprint for component in found))
+        key = (spec, sharding, _state(found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
             self.drop(type(spec))  # first, so that never two are held
             self._slots[type(spec)] = held = (key, load(spec, found, self._device, on_tensor, sharding))
         return held[1]
+
+    def state(self, spec) -> Hashable:
+        """Changes when a file does that makes the component that `spec` describes what it is. Loads nothing."""
+        return _state(_KINDS[type(spec)][1](spec))
 
     def free(self) -> None:
         for kind in list(self._slots):
@@ -121,6 +125,10 @@ class Components:
         if self._slots.pop(kind, None) is not None:
             gc.collect()
             devices.empty_cache(self._device)
+
+
+def _state(found: list[Component]) -> Hashable:
+    return tuple(component.fingerprint for component in found)
 
 
 # Diffusion model

@@ -25,7 +25,7 @@ from .profiling import Recorder
 from .protocol import Done
 from .sampling import denoise
 from .specs import ParallelSpec, SampleSpec, TextEncoderSpec
-from .text import encode_text
+from .text import KnownPrompts, clean, embedding_of, encode_text
 from .transport import borrowed
 from .video import decode_video, encode_video
 
@@ -41,6 +41,7 @@ class Pipeline:
         self.device = device
         self.rank = dist.get_rank()
         self.components = Components(device)
+        self.prompts = KnownPrompts()  # on rank 0; outlives the encoder, as it is small
 
     def ping(self, job) -> Done:
         """Returns `reply` floats from rank 0; fills this rank's share of the frames, if some are lent."""
@@ -63,12 +64,27 @@ class Pipeline:
         return _done(job)
 
     def encode(self, job) -> Done:
+        """A prompt that rank 0 knows takes no encoder on any rank: none is loaded for it, and none is dropped."""
         spec, sharding = self._placed(job.message.encoder)
+        text = clean(job.message.text)
+        with job.together():
+            key = (spec, self.components.state(spec), text) if self.rank == 0 else None
+        hidden = self.prompts.get(key)
+        known = not highest(self.rank == 0 and hidden is None)
+        if not known:
+            hidden = self._encoded(job, spec, sharding, text)
+        if self.rank != 0:
+            return _done(job)
+        self.prompts.keep(key, hidden)
+        return _done(job, tensor=embedding_of(hidden), info={"prompt": "known"} if known else {})
+
+    def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding, text: str) -> Tensor | None:
+        """What the encoder makes of a clean prompt; None where that is another rank's work."""
         on_ranks = spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
             encoder = self._text_encoder(spec, job, sharding)
         if encoder is None:
-            return _done(job)
+            return None
 
         def on_block(index: int, total: int) -> None:
             if on_ranks:
@@ -78,8 +94,7 @@ class Pipeline:
             job.progress("encode", index + 1, total)
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
-            embedding = encode_text(encoder.model, encoder.tokenizer, job.message.text, on_block)
-        return _done(job, tensor=embedding if self.rank == 0 else None)
+            return encode_text(encoder.model, encoder.tokenizer, text, on_block)
 
     def sample(self, job) -> Done:
         message = job.message

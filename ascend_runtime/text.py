@@ -1,18 +1,21 @@
-"""A prompt as the Wan networks want it: cleaned, tokenised and encoded."""
+"""A prompt as the Wan networks want it: cleaned, tokenised and encoded. The last ones are known from then on."""
 
 from __future__ import annotations
 
 import html
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Hashable
 
 import ftfy
 import torch
+import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 MAX_TOKENS = 512  # what Wan was trained with
+KNOWN_PROMPTS = 16  # of UMT5-XXL 4 MB each at most in bfloat16, 8 in float32
 
 
 @dataclass
@@ -47,22 +50,47 @@ def clean(text: str) -> str:
 
 
 def encode_text(model, tokenizer, text: str, on_block: Callable[[int, int], None]) -> Tensor:
-    """The embedding [1, 512, D] of a prompt in fp32 on the CPU, zeros behind its end.
+    """What the encoder makes of a clean prompt, [1, tokens, D] in its dtype, on the CPU; 512 tokens at most.
 
-    Only the prompt's own tokens go through the network: its mask hides the padding from them anyway.
     on_block: told before each of the encoder's blocks which of how many it is.
     """
-    tokens = tokenizer(clean(text), truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(model.device)
+    tokens = tokenizer(text, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(model.device)
     blocks = model.encoder.block
     hooks = [
         block.register_forward_pre_hook(lambda *_, index=index: on_block(index, len(blocks)))
         for index, block in enumerate(blocks)
     ]
     try:
-        hidden = model(tokens.input_ids, tokens.attention_mask).last_hidden_state.float().cpu()
+        return model(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
     finally:
         for hook in hooks:
             hook.remove()
-    embedding = torch.zeros(1, MAX_TOKENS, hidden.shape[-1])
-    embedding[:, : hidden.shape[1]] = hidden
-    return embedding
+
+
+def embedding_of(hidden: Tensor) -> Tensor:
+    """The embedding [1, 512, D] of a prompt in fp32, zeros behind its end.
+
+    Only the prompt's own tokens went through the network: its mask hides the padding from them anyway.
+    """
+    return F.pad(hidden.float(), (0, 0, 0, MAX_TOKENS - hidden.shape[1]))
+
+
+class KnownPrompts:
+    """What the encoder made of the last prompts; of more than KNOWN_PROMPTS, the one goes first that was
+    asked for the longest ago.
+
+    Each is found by all that decides the result, its whole text included: two are never taken for each other.
+    """
+
+    def __init__(self):
+        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def get(self, key: Hashable) -> Tensor | None:
+        return self._known.get(key)
+
+    def keep(self, key: Hashable, hidden: Tensor) -> None:
+        """From now on it is the one that was asked for last."""
+        self._known[key] = hidden
+        self._known.move_to_end(key)
+        if len(self._known) > KNOWN_PROMPTS:
+            self._known.popitem(last=False)

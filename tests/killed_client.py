@@ -18,9 +18,9 @@ from ascend_runtime import (
     TextEncoderSpec,
     VaeSpec,
 )
+from new_prompts import new_prompt
 from safetensors.torch import save_file
 
-PROMPT = "a red ball " * 160  # long enough for a while in the encoder
 SHAPE = (1, 16, 5, 8, 8)
 PHASES = ("start", "load", "encode", "step", "decode", "idle")
 _STAGES = {"load": "load", "encode": "encode", "denoise": "step", "decode": "decode"}
@@ -35,7 +35,7 @@ def latent_of(runtime, folder, on_phase=lambda phase: None, parallel=None):
 
     on_phase("start")
     runtime.start()
-    text = runtime.encode(encoder, PROMPT, on_progress=on_progress).tensor
+    text = runtime.encode(encoder, new_prompt(), on_progress=on_progress).tensor
     spec = SampleSpec(seed=1, steps=6, guidance_scale=3.0)
     start, nothing = torch.zeros(SHAPE), torch.zeros_like(text)
     latent = runtime.sample(model, spec, start, text, nothing, parallel=parallel, on_progress=on_progress)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from ascend_runtime import JobCancelled, ParallelSpec, SampleSpec
 from exchanges import EXCHANGES, some
-from killed_client import PROMPT, SHAPE
+from killed_client import SHAPE
+from new_prompts import new_prompt
 from torch.testing import assert_close
 
 PATIENCE = 0.1  # seconds beyond a step
@@ -136,7 +137,7 @@ def test_cancel_in_every_stage(survivors, specs, stage):
         survivors.free()
     jobs = {
         "load": lambda: survivors.load(specs.model, on_progress=on_progress),
-        "encode": lambda: survivors.encode(specs.encoder, PROMPT, on_progress=on_progress),
+        "encode": lambda: survivors.encode(specs.encoder, new_prompt(), on_progress=on_progress),
         "denoise": lambda: sample(survivors, specs, on_progress=on_progress),
         "decode": lambda: survivors.decode(specs.vae, torch.zeros(1, 16, 21, 8, 8), on_progress=on_progress),
     }

@@ -64,8 +64,10 @@ def test_second_run_reads_no_weights_and_keeps_the_ranks(comfyui, listener, chec
 def test_the_watch_on_weights_sees_a_load(comfyui, listener, checkpoint):
     """The test above proves nothing if a load goes unseen."""
     listener.run({"1": {"class_type": "AscendFreeMemory", "inputs": {"what": "weights"}}})
+    graph = graphs.video(seed=3)
+    graph[graphs.POSITIVE]["inputs"]["text"] = "a prompt that no rank knows yet"
     with Opened(checkpoint.rglob("*.safetensors")) as opened:
-        listener.run(graphs.video(seed=3))
+        listener.run(graph)
     assert {file.parent.name for file in opened.files()} == {"text_encoder", "transformer", "vae"}
 
 

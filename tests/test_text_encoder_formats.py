@@ -10,7 +10,7 @@ import torch
 from ascend_runtime import TextEncoderSpec
 from ascend_runtime.checkpoints.layout import find_text_encoder
 from ascend_runtime.components import Components
-from ascend_runtime.text import encode_text
+from ascend_runtime.text import embedding_of, encode_text
 from safetensors.torch import save_file
 from transformers import T5TokenizerFast
 
@@ -56,7 +56,7 @@ def assert_same(path, theirs, spiece, what):
     encoder = load(path)
     tokens = [*sentencepiece.SentencePieceProcessor(str(spiece)).encode(PROMPT), 1]
     expected = theirs(torch.tensor([tokens])).last_hidden_state
-    made = encode_text(encoder.model, encoder.tokenizer, PROMPT, lambda *_: None)
+    made = embedding_of(encode_text(encoder.model, encoder.tokenizer, PROMPT, lambda *_: None))
     print(f"\n{what:40} largest difference {(made[:, : len(tokens)] - expected).abs().max():.1e}")
     assert expected.std() > 0.1
     torch.testing.assert_close(made[:, : len(tokens)], expected, atol=1e-4, rtol=0)
