@@ -8,6 +8,7 @@ file of the folder, at no port.
 import gc
 import json
 import os
+from threading import Lock
 
 import tiny_models
 import gloo_ranks
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 torch.set_grad_enabled(False)
+COUNTING = Lock()
 
 
 class CountingFile:
@@ -51,7 +53,8 @@ class CountingFile:
 
 def counting_preadv(*arguments, preadv=os.preadv):
     count = preadv(*arguments)
-    CountingFile.given += count
+    with COUNTING:  # several threads read
+        CountingFile.given += count
     return count
 
 

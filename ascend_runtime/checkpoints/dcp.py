@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ class DistributedCheckpoint:
         wrapped = {name.removeprefix(WRAPPER): held for name, held in tensors.items() if name.startswith(WRAPPER)}
         self._tensors = wrapped or tensors
         self.shapes = {name: held.shape for name, held in self._tensors.items()}
+        self._stored: dict[_Chunk, Stored] = {}  # that were asked for
+        self._one_at_a_time = Lock()
         return self
 
     def __exit__(self, *_) -> None:
@@ -97,21 +100,27 @@ class DistributedCheckpoint:
             ]
             if all(own.start < own.stop for own in overlap):
                 within = tuple(_moved(own, -offset) for own, offset in zip(overlap, chunk.offsets))
-                tensor[tuple(_moved(own, -to.start) for own, to in zip(overlap, part))] = _read_chunk(chunk, within)
+                to = tuple(_moved(own, -begin.start) for own, begin in zip(overlap, part))
+                tensor[to] = self._read_chunk(chunk, within)
         return tensor
+
+    def in_rows(self, name: str) -> bool:
+        return True
 
     def mapped(self, name: str) -> Tensor:
         return self.read(name)
 
+    def _read_chunk(self, chunk: _Chunk, part: Part) -> Tensor:
+        with chunk.file.open("rb", buffering=0) as file:
+            with self._one_at_a_time:  # what a pickle may name is the whole process's
+                if chunk not in self._stored:
+                    found = stored_tensors(_View(file, chunk.start, chunk.length), chunk.file)
+                    self._stored[chunk] = replace(found, start=chunk.start + found.start)
+            return read_stored(file, self._stored[chunk], part)
+
 
 def _moved(own: slice, by: int) -> slice:
     return slice(own.start + by, own.stop + by)
-
-
-def _read_chunk(chunk: _Chunk, part: Part) -> Tensor:
-    with chunk.file.open("rb", buffering=0) as file:
-        stored = stored_tensors(_View(file, chunk.start, chunk.length), chunk.file)
-        return read_stored(file, Stored(chunk.start + stored.start, stored.shape, stored.dtype, stored.stride), part)
 
 
 @lru_cache(maxsize=4)

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..precision import is_finite
 from .keys import to_diffusers_name
 from .parts import Part
-from .reader import is_finite, listed
+from .reader import listed
 from .tensor_files import TensorFile, open_tensors
 
 Shapes = dict[str, tuple[int, ...]]

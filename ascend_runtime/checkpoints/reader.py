@@ -1,7 +1,8 @@
-"""Reads weights into a network that lies on the meta device, one tensor at a time, straight to where it is kept."""
+"""Reads weights into a network that lies on the meta device, a few pieces at a time, straight to where it is kept."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable, Protocol
@@ -9,10 +10,11 @@ from typing import Callable, Iterable, Protocol
 import torch
 from torch import nn
 
-from .fp8 import dequantized, scales_of
+from .fp8 import scales_of
 from .keys import TOKENIZER_MODEL
 from .parts import Part
-from .tensor_files import TensorFile, open_tensors
+from .pieces import Wanted, read_in_pieces
+from .tensor_files import open_tensors
 
 MAX_NAMES = 8  # how many parameter names an error lists
 
@@ -78,13 +80,16 @@ def load_weights(
     share.prepare(module)
     done = 0
     for shard in shards:
-        with open_tensors(shard) as file:
-            for name, place in places.items():
-                if place.shard == shard:
-                    tensor = _read(file, name, place, share.part(name, place.shape), dtype_of(name), device)
-                    assign(module, name, share.parameter(module, name, tensor))
-                    done += 1
-                    on_tensor(done, len(places))
+        wanted = [
+            Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device)
+            for name, place in places.items()
+            if place.shard == shard
+        ]
+        with open_tensors(shard) as file, closing(read_in_pieces(file, wanted)) as tensors:
+            for name, tensor in tensors:
+                assign(module, name, share.parameter(module, name, tensor))
+                done += 1
+                on_tensor(done, len(places))
 
 
 def check_weights(
@@ -96,17 +101,6 @@ def check_weights(
     places = _places(shards, rename)
     _check_fit(module, shards, wanted, places)
     return places
-
-
-def _read(
-    file: TensorFile, name: str, place: _Place, part: Part | None, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """The part of a parameter that is held here, where and as it is kept."""
-    # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
-    stays = part is None and place.scale is None and device.type == "cpu" and file.dtype(place.key) == dtype
-    tensor = file.mapped(place.key) if stays else file.read(place.key, part)
-    scale = None if place.scale is None else file.read(place.scale)
-    return finite(dequantized(tensor, scale), name, place.shard).to(device, dtype)
 
 
 def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]) -> dict[str, _Place]:
@@ -121,6 +115,7 @@ def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None])
                     continue
                 if name in places:
                     raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
+                file.dtype(key)  # can it be read at all?
                 places[name] = _Place(shard, key, tuple(shape), scales.get(key))
     return places
 
@@ -149,20 +144,6 @@ def listed(faults: dict[str, list[str]]) -> str:
         for fault, names in faults.items()
         if names
     )
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are numbers: the least and the greatest show it, as NaN is both."""
-    if not (tensor.is_floating_point() and tensor.numel()):
-        return True
-    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
-
-
-def finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
-    """`tensor`. Raises ValueError, which names it and the file, where it has values that are no numbers."""
-    if not is_finite(tensor):
-        raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
-    return tensor
 
 
 def tokenizer_model(file: Path) -> bytes:

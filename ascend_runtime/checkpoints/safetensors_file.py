@@ -52,5 +52,8 @@ class SafetensorsFile:
         start = self._data + self._entries[name]["data_offsets"][0]
         return read_stored(self._file, Stored(start, self.shapes[name], self.dtype(name)), part)
 
+    def in_rows(self, name: str) -> bool:
+        return True
+
     def mapped(self, name: str) -> Tensor:
         return self._library.get_tensor(name)

@@ -19,7 +19,7 @@ ZIP, OLD_PICKLE = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files of torch.save 
 
 
 class TensorFile(Protocol):
-    """An open file; a context manager, whose exit closes it."""
+    """An open file; a context manager, whose exit closes it. Several threads may read at once; one maps."""
 
     path: Path
     header: dict[str, str]  # what the file says of itself
@@ -30,6 +30,9 @@ class TensorFile(Protocol):
 
     def read(self, name: str, part: Part | None = None) -> torch.Tensor:
         """This part of a tensor (None: all), in its dtype on disk and memory of its own. No other tensor is read."""
+
+    def in_rows(self, name: str) -> bool:
+        """Whether some rows of a tensor can be read without the others."""
 
     def mapped(self, name: str) -> torch.Tensor:
         """A whole tensor as a view of the mapped file where it lies there in one piece, else as `read` gives it."""

@@ -97,6 +97,9 @@ class TorchFile:
     def read(self, name: str, part: Part | None = None) -> Tensor:
         return read_stored(self._file, self._tensors[name], part)
 
+    def in_rows(self, name: str) -> bool:
+        return self._tensors[name].stride is None
+
     def mapped(self, name: str) -> Tensor:
         held = self._tensors[name]
         if held.stride is not None or 0 in held.shape:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from ..precision import is_finite
 from .fp8 import dequantized
 from .parts import Part
-from .reader import finite, is_finite
+from .pieces import finite
 from .tensor_files import TensorFile, open_tensors
 from .unfinished import Unfinished, sync
 from .writers import lay_out, pieces, starts, write

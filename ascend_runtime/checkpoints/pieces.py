@@ -1,0 +1,131 @@
+"""Tensors of an open file, read by several threads at once, piece by piece: little is under way, however large they
+are. A piece is some rows of a tensor: read, checked and made what it is to be kept as."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..precision import is_finite
+from .fp8 import dequantized
+from .parts import Part, whole
+from .tensor_files import TensorFile
+
+THREADS, MOST_THREADS = 4, 16  # a rank reads with as many as it computes with; with some, as they wait for a disk too
+PIECE = 4 * 2**20  # bytes on disk
+AHEAD = 2  # pieces a thread that are under way, or made and not taken yet
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A part of a tensor, as it lies in a file and as it is to be kept.
+
+    name: what errors call it. shape: of the whole tensor; part: None is all of it. scale: the name of its scale where
+    it was kept in 8 bits.
+    """
+
+    name: str
+    key: str
+    scale: str | None
+    shape: tuple[int, ...]
+    part: Part | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """part: of the tensor on disk; None: it is mapped, and there is nothing to read. rows: the same of `tensor`, as a
+    view. last: whether no other piece of the tensor follows."""
+
+    of: Wanted
+    part: Part | None
+    rows: Tensor
+    tensor: Tensor
+    last: bool
+
+
+def read_in_pieces(file: TensorFile, wanted: Iterable[Wanted]) -> Iterator[tuple[str, Tensor]]:
+    """Each name with its tensor, in the order in which they are wanted. To be closed before the file is.
+
+    Raises ValueError for the first one, in this order, that cannot be read or has values that are no numbers.
+    """
+    threads = min(max(THREADS, torch.get_num_threads()), MOST_THREADS)
+    under_way: deque[tuple[_Piece, Future]] = deque()
+    with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
+        try:
+            for piece in chain.from_iterable(_pieces(file, one) for one in wanted):
+                if len(under_way) == AHEAD * threads:
+                    yield from _taken(*under_way.popleft())
+                under_way.append((piece, pool.submit(_make, file, piece)))
+            while under_way:
+                yield from _taken(*under_way.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread_each():
+    """Threads that begin to compute inside do so alone, as there are many of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # not in these threads: the number is that of all which begin, and of libraries
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
+    held = file.dtype(wanted.key)
+    part = wanted.part or whole(wanted.shape)
+    # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
+    mapped = wanted.part is None and wanted.scale is None and wanted.device.type == "cpu" and held == wanted.dtype
+    if mapped:
+        tensor = file.mapped(wanted.key)
+    else:
+        tensor = torch.empty([own.stop - own.start for own in part], dtype=wanted.dtype, device=wanted.device)
+    if not tensor.numel() or not tensor.ndim or not (mapped or file.in_rows(wanted.key)):
+        yield _Piece(wanted, None if mapped else part, tensor, tensor, last=True)
+        return
+    count = max(1, PIECE // (tensor[0].numel() * held.itemsize))
+    for begin in range(0, len(tensor), count):
+        rows, start = tensor[begin : begin + count], part[0].start + begin
+        within = None if mapped else (slice(start, start + len(rows)), *part[1:])
+        yield _Piece(wanted, within, rows, tensor, last=begin + count >= len(tensor))
+
+
+def _make(file: TensorFile, piece: _Piece) -> Tensor:
+    """The piece, on the CPU; a tensor of the CPU has it then."""
+    of, rows = piece.of, piece.rows
+    if piece.part is not None:
+        rows = dequantized(file.read(of.key, piece.part), None if of.scale is None else file.read(of.scale))
+    finite(rows, of.name, file.path)
+    if of.device.type != "cpu":
+        return rows.to(of.dtype)
+    if piece.part is not None:
+        piece.rows.copy_(rows)
+    return piece.rows
+
+
+def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:
+    """The tensor with its name, if the piece was its last."""
+    rows = made.result()
+    if piece.of.device.type != "cpu":  # here: a device's context is that of the thread which took the device
+        piece.rows.copy_(rows)
+    if piece.last:
+        yield piece.of.name, piece.tensor
+
+
+def finite(tensor: Tensor, name: str, path: Path) -> Tensor:
+    """`tensor`. Raises ValueError, which names it and the file, where it has values that are no numbers."""
+    if not is_finite(tensor):
+        raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
+    return tensor
