@@ -22,7 +22,7 @@ from .families import wan, wan_vae
 from .families.defaults import WAN22_TEXT, Defaults, defaults_of
 from .loras import Adapter, use_loras
 from .parallel.fsdp import Share, Sharding
-from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec
+from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec, require_experts_in_order
 from .text import SentencePiece
 
 logger = logging.getLogger(__name__)
@@ -144,6 +144,8 @@ def _transformer_files(spec: DiffusionModelSpec) -> list[Component]:
         found.append(find_transformer(low_noise))
     if len(found) == 2 and found[0].shards == found[1].shards:
         raise ValueError(f"{found[0].shards[0]} is given as both experts. Name the low-noise expert's file, or none.")
+    if len(found) == 2:
+        require_experts_in_order(*(str(component.shards[0]) for component in found))
     return found
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import force_setattr, replace
@@ -25,6 +27,7 @@ LORA_EXPERTS = ("both", "high_noise", "low_noise")
 MAX_STRENGTH = 10.0  # of a LoRA, either way
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
+_EXPERT = re.compile(r"(?<![a-z])(high|low)(?=[-_ ]?noise|[^a-z]|$)", re.IGNORECASE)
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -38,6 +41,27 @@ def _make_absolute(spec: Struct, *names: str) -> None:
         path = getattr(spec, name)
         if path is not None:
             force_setattr(spec, name, os.path.abspath(os.path.expanduser(path)))
+
+
+def require_experts_in_order(high_noise: str, low_noise: str) -> None:
+    """Raises ValueError where the names of both files or folders say that each is the other expert: their tensors are
+    alike, so nothing else can tell. What both paths begin with says nothing."""
+    paths = [Path(high_noise).parts, Path(low_noise).parts]
+    apart = next((place for place, (one, other) in enumerate(zip(*paths)) if one != other), 0)
+    if [_expert_named(parts[apart:]) for parts in paths] == ["low", "high"]:
+        raise ValueError(
+            f"{high_noise} is given as the high-noise expert, and {low_noise} as the low-noise one, but their names "
+            "say that it is the other way round. Exchange the two, or rename them if the names are wrong."
+        )
+
+
+def _expert_named(parts: tuple[str, ...]) -> str | None:
+    """Which expert a path speaks of, by the last of its parts that speaks of one alone: "high" or "low"."""
+    for part in reversed(parts):
+        told = {word.lower() for word in _EXPERT.findall(part)}
+        if len(told) == 1:
+            return told.pop()
+    return None
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
@@ -152,6 +176,8 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self):
         _make_absolute(self, "path", "low_noise_path")
+        if self.low_noise_path is not None:
+            require_experts_in_order(self.path, self.low_noise_path)
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("experts", self.experts, EXPERTS)
         if self.boundary is not None:

@@ -67,6 +67,45 @@ def test_one_file_is_not_both_experts(one_rank, specs):
         latent_of(one_rank, DiffusionModelSpec(path=path, low_noise_path=path), specs.text(1))
 
 
+NAMES = [
+    ("wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", "wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors"),
+    ("high_noise_model", "low_noise_model"),
+    ("Wan2_2-T2V-A14B_HIGH_fp8.safetensors", "Wan2_2-T2V-A14B-LOW_fp8.safetensors"),
+    ("highnoise/model.safetensors", "lownoise/model.safetensors"),
+    ("low_noise/wan-high-noise.safetensors", "high_noise/wan-low-noise.safetensors"),
+]
+TELL_NOTHING = [("highlands.safetensors", "lowlands.safetensors"), ("low_noise.safetensors", "other.safetensors"),
+                ("high_and_low_noise/a", "high_and_low_noise/b"), ("low_noise_a", "low_noise_b")]  # fmt: skip
+
+
+@pytest.mark.parametrize("high, low", NAMES)
+def test_experts_whose_names_say_that_they_are_exchanged(high, low):
+    for folder in ("/models/", "/models/low_noise/", "/models/high_noise/"):
+        DiffusionModelSpec(path=folder + high, low_noise_path=folder + low)
+        with pytest.raises(ValueError, match="the other way round. Exchange the two, or rename them"):
+            DiffusionModelSpec(path=folder + low, low_noise_path=folder + high)
+
+
+@pytest.mark.parametrize("one, other", TELL_NOTHING)
+def test_names_that_do_not_tell_the_experts(one, other):
+    for high, low in ((one, other), (other, one)):
+        DiffusionModelSpec(path=f"/models/{high}", low_noise_path=f"/models/{low}")
+
+
+def test_a_folder_whose_experts_were_exchanged(one_rank, specs, two_experts):
+    """Only where the names of their files tell: their tensors are alike."""
+    model, experts = DiffusionModelSpec(path=str(two_experts)), ("transformer", "transformer_2")
+    expected = latent_of(one_rank, model, specs.text(1))
+    for names in (("low_noise", "high_noise"), ("high_noise", "low_noise")):
+        for expert, name in zip(experts, names):
+            (file,) = (two_experts / expert).glob("*.safetensors")
+            file.rename(file.with_name(f"{name}.safetensors"))
+        if names[0] == "low_noise":
+            with pytest.raises(ValueError, match="low_noise.safetensors is given as the high-noise expert"):
+                latent_of(one_rank, model, specs.text(1))
+    assert_close(latent_of(one_rank, model, specs.text(1)), expected, atol=1e-6, rtol=0)
+
+
 def other_weights(folder):
     transformer = folder / "transformer"
     weights = load_file(transformer / WEIGHTS)

@@ -1,13 +1,16 @@
 """Weights stay: what a job changes decides what is read again from disk. The kernel tells which files are opened."""
 
+import json
 import os
 import shutil
 import time
 
+import original_formats
 import pytest
 import random_wan
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec
+from ascend_runtime.checkpoints.layout import find_text_encoder, find_transformer, find_vae
 from benchmarks.opens import Opened
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -89,6 +92,35 @@ def test_a_changed_config_is_read_again(two_ranks, own):
     path.write_text(path.read_text().replace('"eps": 1e-06', '"eps": 0.5'))
     after, *_ = whole_video(two_ranks, own)
     assert (after - before).abs().max() > 1e-3
+
+
+def test_a_changed_config_of_the_original_is_read_again(one_rank, tmp_path):
+    tensors = load_file(random_wan.original_transformer(tmp_path / "wan.safetensors", layers=1))
+    folder = original_formats.original_folder(tmp_path / "original", tensors)
+    spec, text = SampleSpec(steps=1, seed=1, guidance_scale=1.0, solver="euler"), torch.ones(1, 8, random_wan.TEXT_DIM)
+    made = []
+    for heads in (2, 1):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "num_heads": heads}))
+        model = DiffusionModelSpec(path=str(folder))
+        made.append(one_rank.sample(model, spec, torch.zeros(SHAPE), text).tensor)
+    assert (made[1] - made[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("find, names", [
+    (find_transformer, ["transformer/config.json", "model_index.json", "vae/config.json", "vae/latent_rgb.json"]),
+    (find_text_encoder, ["text_encoder/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
+                         "tokenizer/added_tokens.json"]),
+    (find_vae, ["vae/config.json"]),
+])  # fmt: skip
+def test_every_file_beside_the_weights_is_looked_at(own, find, names):
+    """Changed, or put there: what is loaded is another component then (tests above and of prompts see it happen)."""
+    for name in names:
+        before = find(str(own.folder)).fingerprint
+        assert before == find(str(own.folder)).fingerprint
+        file = own.folder / name
+        file.write_text(file.read_text() + "\n" if file.exists() else "{}")
+        assert before != find(str(own.folder)).fingerprint, name
 
 
 def test_another_model_takes_the_place_of_the_first(two_ranks, own, specs):

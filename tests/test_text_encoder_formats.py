@@ -66,6 +66,9 @@ def assert_same(path, theirs, spiece, what):
 def test_the_originals_pth_equals_transformers(tmp_path, theirs, spiece):
     file = in_folder(tmp_path, formats.original_umt5(theirs), spiece)
     assert_same(file, theirs, spiece, "the original's .pth")
+    before, tokenizer = find_text_encoder(str(file)).fingerprint, tmp_path / "google" / "umt5-xxl" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert find_text_encoder(str(file)).fingerprint != before
     torch.save({"encoder.conv1.weight": torch.zeros(2)}, tmp_path / "a vae.pth")
     assert_same(tmp_path, theirs, spiece, "its folder")
 
