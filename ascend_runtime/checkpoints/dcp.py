@@ -89,10 +89,10 @@ class DistributedCheckpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str, part: Part | None = None) -> Tensor:
+    def read(self, name: str, part: Part | None = None, into: Tensor | None = None) -> Tensor:
         held = self._tensors[name]
         part = whole(held.shape) if part is None else part
-        tensor = torch.empty([own.stop - own.start for own in part], dtype=held.dtype)
+        tensor = torch.empty([own.stop - own.start for own in part], dtype=held.dtype) if into is None else into
         for chunk in held.chunks:
             overlap = [
                 slice(max(own.start, offset), min(own.stop, offset + size))

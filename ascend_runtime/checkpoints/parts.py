@@ -29,18 +29,20 @@ class Stored:
     stride: tuple[int, ...] | None = None
 
 
-def read_stored(file: BinaryIO, stored: Stored, part: Part | None = None) -> Tensor:
+def read_stored(file: BinaryIO, stored: Stored, part: Part | None = None, into: Tensor | None = None) -> Tensor:
     """This part of a tensor, in its dtype on disk; None: all of it. No other byte is read, if it lies row by row.
 
-    file: open without a buffer. Raises ValueError where it became shorter.
+    file: open without a buffer. into: where it goes, in one piece of memory, of its shape and dtype; None: memory of
+    its own. Raises ValueError where it became shorter.
     """
     if stored.stride is not None:
         span = 1 + sum((size - 1) * step for size, step in zip(stored.shape, stored.stride))
         flat = read_stored(file, Stored(stored.start, (span,), stored.dtype))
         tensor = flat.as_strided(stored.shape, stored.stride)
-        return (tensor if part is None else tensor[part]).contiguous()
+        tensor = tensor if part is None else tensor[part]
+        return tensor.contiguous() if into is None else into.copy_(tensor)
     part = whole(stored.shape) if part is None else part
-    tensor = torch.empty([own.stop - own.start for own in part], dtype=stored.dtype)
+    tensor = torch.empty([own.stop - own.start for own in part], dtype=stored.dtype) if into is None else into
     memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     begins, length = _runs(stored.shape, part)
     size = length * tensor.itemsize

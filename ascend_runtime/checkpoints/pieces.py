@@ -106,11 +106,13 @@ def _make(file: TensorFile, piece: _Piece) -> Tensor:
     """The piece, on the CPU; a tensor of the CPU has it then."""
     of, rows = piece.of, piece.rows
     if piece.part is not None:
-        rows = dequantized(file.read(of.key, piece.part), None if of.scale is None else file.read(of.scale))
+        straight = of.scale is None and of.device.type == "cpu" and of.dtype == file.dtype(of.key)
+        read = file.read(of.key, piece.part, piece.rows if straight else None)
+        rows = dequantized(read, None if of.scale is None else file.read(of.scale))
     finite(rows, of.name, file.path)
     if of.device.type != "cpu":
         return rows.to(of.dtype)
-    if piece.part is not None:
+    if rows is not piece.rows:
         piece.rows.copy_(rows)
     return piece.rows
 

@@ -48,9 +48,9 @@ class SafetensorsFile:
             raise ValueError(f"{self.path} holds {name} as {held}. Take its fp32, fp16, bf16 or fp8 form.")
         return DTYPES[held]
 
-    def read(self, name: str, part: Part | None = None) -> Tensor:
+    def read(self, name: str, part: Part | None = None, into: Tensor | None = None) -> Tensor:
         start = self._data + self._entries[name]["data_offsets"][0]
-        return read_stored(self._file, Stored(start, self.shapes[name], self.dtype(name)), part)
+        return read_stored(self._file, Stored(start, self.shapes[name], self.dtype(name)), part, into)
 
     def in_rows(self, name: str) -> bool:
         return True

@@ -28,8 +28,11 @@ class TensorFile(Protocol):
     def dtype(self, name: str) -> torch.dtype:
         """On disk. Raises ValueError for one that torch has not."""
 
-    def read(self, name: str, part: Part | None = None) -> torch.Tensor:
-        """This part of a tensor (None: all), in its dtype on disk and memory of its own. No other tensor is read."""
+    def read(self, name: str, part: Part | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
+        """This part of a tensor (None: all), in its dtype on disk. No other tensor is read.
+
+        into: where it goes, in one piece of memory, of its shape and dtype; None: memory of its own.
+        """
 
     def in_rows(self, name: str) -> bool:
         """Whether some rows of a tensor can be read without the others."""

@@ -94,8 +94,8 @@ class TorchFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensors[name].dtype
 
-    def read(self, name: str, part: Part | None = None) -> Tensor:
-        return read_stored(self._file, self._tensors[name], part)
+    def read(self, name: str, part: Part | None = None, into: Tensor | None = None) -> Tensor:
+        return read_stored(self._file, self._tensors[name], part, into)
 
     def in_rows(self, name: str) -> bool:
         return self._tensors[name].stride is None
