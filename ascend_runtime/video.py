@@ -24,8 +24,8 @@ FRAMES = wan_vae.FRAMES
 
 
 def encode_video(vae, frames: Tensor, latent: Tensor, on_frame: OnFrame) -> None:
-    """Encodes frames [T,H,W,3] in 0..1 into latent [1,C,T',H',W'], fp32, on the CPU and not normalised; this rank writes
-    its tile.
+    """Encodes frames [T,H,W,3] in 0..1 into latent [1,C,T',H',W'], fp32, on the CPU and not normalised; this rank
+    writes its tile.
 
     It is the mean of what the VAE finds likely, as the original and ComfyUI take it. on_frame: told before each frame
     of a tile.

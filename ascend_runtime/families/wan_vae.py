@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..memory import most_allocated
 from ..ops.convolution import convolve_3d, frames_format
-from ..parallel.tiles import Edges, Grid, Tile
+from ..parallel.tiles import Edges, Tile, whole
 
 FRAMES = 4  # of a video, for each latent frame but the first, which stands for one
 
@@ -200,9 +200,10 @@ def bytes_needed(vae: AutoencoderKLWan, work: str, height: int, width: int) -> i
 def _bytes_needed(config: str, dtype: torch.dtype, work: str, height: int, width: int) -> int:
     with torch.device("meta"):
         vae = streamed(nn.Module.to(AutoencoderKLWan.from_config(json.loads(config)), dtype))
-        tile, pixels = Tile(Grid((height,), (width,)), 0), vae.config.scale_factor_spatial
+        tile, pixels = whole(height, width), vae.config.scale_factor_spatial
         latent = torch.empty(3, vae.config.z_dim, height, width, dtype=dtype)  # from the third frame on nothing is new
-        groups = [torch.empty(3, frames, pixels * height, pixels * width, dtype=dtype) for frames in (1, FRAMES, FRAMES)]
+        size = (pixels * height, pixels * width)
+        groups = [torch.empty(3, frames, *size, dtype=dtype) for frames in (1, FRAMES, FRAMES)]
     passes = decoded(vae, latent, tile) if work == "decode" else encoded(vae, groups, tile)
     return most_allocated(lambda: deque(passes, maxlen=1))
 

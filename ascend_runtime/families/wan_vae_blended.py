@@ -1,7 +1,7 @@
 """The Wan VAE in overlapping tiles, one after the other, for a device with too little memory for the whole.
 
-Tiles see nothing beyond their edge; where they overlap, one fades into the next. Sizes and the order of fading are those
-of diffusers' tiled AutoencoderKLWan, whose result this is.
+Tiles see nothing beyond their edge; where they overlap, one fades into the next. Sizes and the order of fading are
+those of diffusers' tiled AutoencoderKLWan, whose result this is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from ..parallel.tiles import Grid, Place, Tile
+from ..parallel.tiles import Place, Tile, whole
 from . import wan_vae
 
 SIZE, STRIDE = 256, 192  # pixels of a tile, and from one to the next
@@ -112,7 +112,7 @@ def encoded(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -> Itera
 def _alone(place: Place) -> Tile:
     """A tile without neighbours."""
     rows, columns = place
-    return Tile(Grid((rows.stop - rows.start,), (columns.stop - columns.start,)), 0)
+    return whole(rows.stop - rows.start, columns.stop - columns.start)
 
 
 def _scaled(place: Place, scale: int) -> Place:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def frames_format(kind: str) -> torch.memory_format:
-    """How [B, C, T, H, W] lies in memory: CPUs and CUDA cards convolve, and norm, a pixel's channels in a row; an NPU has
-    formats of its own."""
+    """How [B, C, T, H, W] lies in memory: CPUs and CUDA cards convolve, and norm, a pixel's channels in a row; an NPU
+    has formats of its own."""
     return torch.contiguous_format if kind == "npu" else torch.channels_last_3d
 
 

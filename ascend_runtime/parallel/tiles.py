@@ -116,6 +116,11 @@ class Tile:
         return torch.cat([part[:, : scale * size] for part, size in zip(gathered, sizes)], dim=1)
 
 
+def whole(height: int, width: int) -> Tile:
+    """The tile of a plane that is not cut."""
+    return Tile(Grid((height,), (width,)), 0)
+
+
 def grid_here(height: int, width: int) -> Grid:
     """The cut of a plane for all ranks."""
     return grid_of(dist.get_world_size(), height, width)
