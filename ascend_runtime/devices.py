@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from . import host
 
 logger = logging.getLogger(__name__)
 
+LIBC = ctypes.CDLL(None)
 CORES = frozenset(os.sched_getaffinity(0))  # the process's own: torch_npu binds threads once it has a card
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
 KINDS = ("auto", "npu", "cuda", "cpu")
@@ -121,9 +123,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives unused device memory back to the driver."""
+    """Gives unused device memory back to the driver; a CPU's to the kernel."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
+    elif hasattr(LIBC, "malloc_trim"):  # of glibc alone
+        LIBC.malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -99,6 +99,8 @@ def serve(channel: Channel) -> None:
         while not isinstance(message := channel.receive(), Shutdown):
             if not isinstance(message, Cancel):  # one that came after its job was done
                 channel.send(_answer(Job(message, channel, device), pipeline))
+                if device.type == "cpu":
+                    devices.empty_cache(device)  # other processes need a CPU's memory, and what is computed can wait
             del message  # its tensors are shared memory, to be given back while this rank waits
     except ChannelClosed:
         pass  # the client left without a word

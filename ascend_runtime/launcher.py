@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Callable
 
 from . import host
-from .environment import rank_environment
+from .environment import HEAP, rank_environment
 from .protocol import Ready, Shutdown
 from .transport import Channel, ChannelClosed, channel_pair
 
@@ -222,6 +222,7 @@ class RankGroup:
             # on two cores took 1.2 s so, and 3.9 s with threads that spin.
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
+            **(HEAP if self.kind == "cpu" else {}),
             **self._environment,
             "OMP_NUM_THREADS": str(threads),
             "PYTHONSAFEPATH": "",  # the rank finds its code by its working directory

@@ -9,9 +9,9 @@ from typing import Iterable, Iterator
 
 
 # For ranks: glibc's malloc gives back at once what is freed. Left to itself it kept 60 % of the weights that had passed
-# through a step in holes of its heap, which says nothing of cards, where no malloc holds them. The value is glibc's own
-# default, which being set here does not grow (mallopt(3)).
-GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+# through a step in holes of its heap, which says nothing of cards, where no malloc holds them. Both values are glibc's
+# own defaults; the second, being set here, does not grow (mallopt(3)).
+GIVES_BACK = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
 def pss(pid: int) -> int:

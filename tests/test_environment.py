@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime import Runtime, environment
-from ascend_runtime.environment import NPU, ORIGINAL, Choice, Form, Whole, rank_environment, with_defaults
+from ascend_runtime.environment import HEAP, NPU, ORIGINAL, Choice, Form, Whole, rank_environment, with_defaults
 from ascend_runtime.launcher import RankGroup
 from ascend_runtime.specs import OperatorSpec, ParallelSpec
 from rank_processes import environment_of
@@ -230,7 +230,7 @@ def test_real_ranks_on_a_cpu(new_runtime, monkeypatch):
             set_by_us = {row.name for row in NPU} & theirs.keys()
             assert set_by_us == {"HCCL_BUFFSIZE", "TOKENIZERS_PARALLELISM"} and theirs["ASCEND_TEST_OWN"] == "1"
             changed = {name for name, value in before.items() if theirs.get(name) != value}
-            assert changed <= {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONSAFEPATH", *LOOPBACK}
+            assert changed <= {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONSAFEPATH", *HEAP, *LOOPBACK}
     assert dict(os.environ) == before
 
 
