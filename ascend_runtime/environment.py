@@ -153,8 +153,8 @@ class Variable:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-# A CPU's ranks keep what is freed within a job for the next tensors: glibc's malloc otherwise maps every large one anew,
-# and the kernel clears its pages, which took a third of a VAE's time. `devices.empty_cache` gives it back.
+# A CPU's ranks keep what is freed within a job for the next tensors: glibc's malloc otherwise maps every large one
+# anew, and the kernel clears its pages, which took a third of a VAE's time. `devices.empty_cache` gives it back.
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 NPU = (

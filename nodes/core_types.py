@@ -8,6 +8,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..ascend_runtime.checkpoints.layout import VaeForm
 from ..ascend_runtime.protocol import Conditioning
 
 _UNUSED = {"pooled_output"}  # what a CONDITIONING may carry and no Wan network reads
@@ -72,6 +73,17 @@ def pixels_of(image: Tensor, width: int, height: int) -> Tensor:
     """An IMAGE [T,h,w,3 or 4] scaled and cropped to [T,height,width,3], as core's video nodes do."""
     channels_first = image[..., :3].movedim(-1, 1)
     return comfy.utils.common_upscale(channels_first, width, height, "bilinear", "center").movedim(1, -1)
+
+
+def whole_of(image: Tensor, form: VaeForm) -> Tensor:
+    """The frames of an IMAGE [T,H,W,C] that a VAE encodes whole, as core's VAE Encode takes them: of the sides the
+    middle, of the frames the first."""
+    frames, *sides = image.shape[:3]
+    kept = [(0, max(1, (frames - 1) // form.temporal * form.temporal + 1))]
+    kept += [(side % form.spatial // 2, side // form.spatial * form.spatial) for side in sides]
+    for dim, (start, size) in enumerate(kept):
+        image = image.narrow(dim, start, size) if 0 < size < image.shape[dim] else image
+    return image
 
 
 def joined(*outputs: comfy.clip_vision.Output | None) -> comfy.clip_vision.Output | None:

@@ -1,8 +1,13 @@
 """Latents to frames, and frames to latents."""
 
+import logging
+
 from comfy_api.latest import io
 
-from . import comfy_bridge, types
+from ..ascend_runtime.checkpoints.layout import vae_form
+from . import comfy_bridge, core_types, types
+
+logger = logging.getLogger(__name__)
 
 
 class VAEDecode(io.ComfyNode):
@@ -36,7 +41,8 @@ class VAEEncode(io.ComfyNode):
             category="Ascend",
             description="Encodes the frames of a video, or an image, into one latent.",
             inputs=[
-                io.Image.Input("pixels", tooltip="The frames of one video: 4n+1 of them. One is an image."),
+                io.Image.Input("pixels", tooltip="The frames of one video, or an image. As in core's VAE Encode, what "
+                               "exceeds multiples of the VAE's pixels and 4n+1 frames is cut off."),
                 types.Vae.Input("vae", tooltip="From Ascend Load VAE."),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend Sampler or a core sampler.")],
@@ -44,5 +50,8 @@ class VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae) -> io.NodeOutput:
-        result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.encode_video(vae.spec, pixels, **hooks))
+        frames = core_types.whole_of(pixels, vae_form(vae.spec.path))
+        if frames.shape != pixels.shape:
+            logger.info("Of frames %s, %s are encoded.", list(pixels.shape[:3]), list(frames.shape[:3]))
+        result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.encode_video(vae.spec, frames, **hooks))
         return io.NodeOutput({"samples": result.tensor})

@@ -97,6 +97,19 @@ def test_a_latent_of_wan_22_is_that_of_core(comfyui, frames, batch_size):
         assert_close(ours[name], expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("vae, frames, width, height", [(graphs.RANDOM, 6, 77, 68), (TI2V, 4, 81, 64)])
+def test_frames_of_an_odd_size_are_encoded_as_by_core(comfyui, vae, frames, width, height):
+    graph = prepared(comfyui, "WanImageToVideo", {}, vae=vae)
+    pixels = {"seed": 6, "frames": frames, "width": width, "height": height}
+    graph["pixels"] = {"class_type": "TestRandomImage", "inputs": pixels}
+    for name, kind, loader in ((CORE, "VAEEncode", "core_vae"), (OURS, "AscendVAEEncode", graphs.VAE)):
+        graph[name] = {"class_type": kind, "inputs": {"pixels": ["pixels", 0], "vae": [loader, 0]}}
+        graph[f"{SAVED}{name}"] = graphs.save_latent([name, 0])
+    prompt = comfyui.queue(graph)
+    core, ours = (graphs.saved_latent(comfyui, prompt, f"{SAVED}{name}") for name in (CORE, OURS))
+    assert_close(ours, core, **TOLERANCE)
+
+
 def sampled(graph: dict, model: str, our_model: str | None = None, **inputs) -> dict:
     """Adds core's sampler on core's conditioning, and ours on both, each with its latent saved."""
     settings = {"seed": 5, "steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple"}

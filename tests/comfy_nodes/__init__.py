@@ -4,6 +4,7 @@ CLIP of two layers, as core has none but large ones."""
 from pathlib import Path
 
 import comfy.clip_vision
+import comfy.sd
 import folder_paths
 import torch
 from comfy.clip_model import CLIPVisionModelProjection
@@ -57,6 +58,8 @@ comfy.clip_vision.IMAGE_ENCODERS["clip_vision_model"] = FewLayers
 class CoreVae:
     """A VAE of any size with what core's nodes ask of theirs, whose own Wan VAEs are large."""
 
+    crop_input = True
+
     def __init__(self, folder: str):
         self.vae = AutoencoderKLWan.from_pretrained(folder).eval()
         self.latent_channels = self.vae.config.z_dim
@@ -66,6 +69,7 @@ class CoreVae:
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = comfy.sd.VAE.vae_encode_crop_pixels(self, pixels)
         return self.vae.encode(pixels.movedim(-1, 0)[None] * 2 - 1).latent_dist.mode()
 
 
