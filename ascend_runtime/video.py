@@ -68,8 +68,11 @@ def _counted(on_frame: OnFrame, total: int) -> Callable[[], None]:
 
 
 def _agreed(made: Tensor | None, what: str) -> Tensor | None:
-    """`made`, if all ranks' are numbers; else all raise ValueError, and none is left in an exchange."""
-    if highest(made is not None and not is_finite(made)):
+    """`made`, if all ranks' are numbers; else all raise ValueError, and none is left in an exchange.
+
+    Looked at by its first axis: of what lies apart, as a tile of frames does, torch makes a copy to look at it.
+    """
+    if highest(made is not None and not all(map(is_finite, made))):
         raise not_finite(what)
     return made
 

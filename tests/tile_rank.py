@@ -2,7 +2,8 @@
 
 FOLDER holds the VAEs (diffusers folders), cases.json with what each is to do, and what that works on
 (inputs.safetensors, by number). The rank writes its part of the results, which lie in memory that all ranks map
-(result-NUMBER), and what it sent in each case, a list of [operation, bytes], to sent-RANK.json.
+(result-NUMBER), and what it sent in each case, a list of [operation, bytes], to sent-RANK.json. Where a case names the
+bytes that are free on each rank, it is to be refused, and the rank writes the words to refused-RANK.json.
 """
 
 import json
@@ -10,6 +11,7 @@ import json
 import gloo_ranks
 import torch
 import torch.distributed as dist
+from ascend_runtime import devices
 from ascend_runtime.families import wan_vae
 from ascend_runtime.parallel import tiles
 from ascend_runtime.video import decode_video, encode_video
@@ -22,7 +24,7 @@ def main():
     torch.set_grad_enabled(False)
     folder, rank, _ = gloo_ranks.join()
     inputs = load_file(folder / "inputs.safetensors")
-    vaes, sent = {}, []
+    vaes, sent, refused = {}, [], []
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
         name = case["vae"]
         if name not in vaes:
@@ -30,10 +32,18 @@ def main():
         if case["grid"]:
             tiles.grid_of = lambda *_, grid=case["grid"]: tiles.Grid(*map(tuple, grid))
         work = {"decode": decode_video, "encode": encode_video}[case["work"]]
+        if "room" in case:
+            devices.room = lambda _, free=case["room"][rank]: free
         with Sent() as counted:
-            work(vaes[name], inputs[str(number)], shared(folder, number, case["shape"]), lambda *_: None)
+            try:
+                work(vaes[name], inputs[str(number)], shared(folder, number, case["shape"]), lambda *_: None)
+            except ValueError as error:
+                if "room" not in case:
+                    raise
+                refused.append(str(error))
         sent.append(counted.noted)
-    (folder / f"sent-{rank}.json").write_text(json.dumps(sent))
+    for what, noted in {"sent": sent, "refused": refused}.items():
+        (folder / f"{what}-{rank}.json").write_text(json.dumps(noted))
     dist.barrier()
     dist.destroy_process_group()
 

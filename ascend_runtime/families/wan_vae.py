@@ -193,7 +193,8 @@ def unpatched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 def bytes_needed(vae: AutoencoderKLWan, work: str, height: int, width: int) -> int:
     """To "decode" or to "encode" a tile of a latent of height x width, beside the weights; what kernels allocate inside
     is not in it. A longer video needs no more."""
-    return _bytes_needed(json.dumps(dict(vae.config)), vae.dtype, work, height, width)
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}  # not where it lies
+    return _bytes_needed(json.dumps(config), vae.dtype, work, height, width)
 
 
 @lru_cache(maxsize=64)
