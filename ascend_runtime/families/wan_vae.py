@@ -201,11 +201,12 @@ def bytes_needed(vae: AutoencoderKLWan, work: str, height: int, width: int) -> i
 def _bytes_needed(config: str, dtype: torch.dtype, work: str, height: int, width: int) -> int:
     with torch.device("meta"):
         vae = streamed(nn.Module.to(AutoencoderKLWan.from_config(json.loads(config)), dtype))
-        tile, pixels = whole(height, width), vae.config.scale_factor_spatial
-        latent = torch.empty(3, vae.config.z_dim, height, width, dtype=dtype)  # from the third frame on nothing is new
-        size = (pixels * height, pixels * width)
-        groups = [torch.empty(3, frames, *size, dtype=dtype) for frames in (1, FRAMES, FRAMES)]
-    passes = decoded(vae, latent, tile) if work == "decode" else encoded(vae, groups, tile)
+    tile, pixels = whole(height, width), vae.config.scale_factor_spatial
+    sizes = [(vae.config.z_dim, height, width)] * 3  # from the third frame on nothing is new
+    if work == "encode":
+        sizes = [(3, frames, pixels * height, pixels * width) for frames in (1, FRAMES, FRAMES)]
+    given = (torch.empty(size, dtype=dtype, device="meta") for size in sizes)
+    passes = decoded(vae, given, tile) if work == "decode" else encoded(vae, given, tile)
     return most_allocated(lambda: deque(passes, maxlen=1))
 
 
