@@ -17,6 +17,7 @@ from ascend_runtime import (
     devices,
 )
 from ascend_runtime.plans import Plan
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -296,9 +297,46 @@ def test_sample_requests(survivors, specs, changes, says):
     (torch.zeros(1, 16, 4, 4), ["[1, 16, 4, 4]", "[B,C,T,H,W]"]),
     (torch.zeros(1, 16, 0, 4, 4), ["[1, 16, 0, 4, 4]"]),
     (torch.full(SHAPE, float("nan")), ["latent has NaN"]),
+    (torch.full(SHAPE, float("-inf")), ["latent has NaN or infinite"]),
 ])  # fmt: skip
 def test_decode_requests(survivors, specs, latent, says):
     assert_says(pytest.raises(ValueError, survivors.decode, specs.vae, latent), says)
+
+
+@pytest.mark.parametrize("value, says", [
+    (float("nan"), "The video to encode has NaN or infinite"),
+    (float("inf"), "The video to encode has NaN or infinite"),
+    (3e38, "The encoded video has NaN or infinite"),  # a number, of which the network makes none
+])  # fmt: skip
+def test_videos_that_are_no_numbers(survivors, specs, value, says):
+    """In one rank's tile."""
+    video = torch.rand(9, 32, 64, 3, generator=torch.Generator().manual_seed(1))
+    expected = survivors.encode_video(specs.vae, video).tensor
+    bad = video.clone()
+    bad[-1, -1, -1, -1] = value
+    assert_says(pytest.raises(ValueError, survivors.encode_video, specs.vae, bad), [says])
+    assert_close(survivors.encode_video(specs.vae, video).tensor, expected, atol=1e-5, rtol=0.0)
+
+
+@torch.no_grad()
+def test_a_tile_that_overflows_is_refused_by_all(survivors, damaged):
+    """Numbers behind the VAE's attention, which all tiles see, that fp32 cannot hold: the right tile has none."""
+
+    def change(tensors):
+        for name, weight in tensors.items():
+            if "decoder.up_blocks" in name and name.endswith("resample.1.weight"):
+                weight.mul_(1e4)
+
+    change_tensors(damaged, "vae", change)
+    theirs, vae = AutoencoderKLWan.from_pretrained(str(damaged / "vae")), VaeSpec(path=str(damaged))
+    good = torch.randn(1, 16, 3, 4, 16, generator=torch.Generator().manual_seed(1))
+    bad = good.clone()
+    bad[0, :, 1, 0, 0] = 1e30
+    overflown = ~theirs.decode(bad).sample.isfinite()
+    assert overflown[..., :64].any() and not overflown[..., 64:].any() and not overflown[:, :, 0].any()
+    assert_says(pytest.raises(ValueError, survivors.decode, vae, bad), ["The decoded video has NaN or infinite"])
+    frames = survivors.decode(vae, good).tensor * 2 - 1
+    assert_close(frames, theirs.decode(good).sample[0].movedim(0, -1), atol=1e-4, rtol=0.0)
 
 
 def test_a_dtype_that_is_too_narrow(survivors, specs_of, damaged):
