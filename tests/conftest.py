@@ -18,8 +18,8 @@ torch.set_num_threads(1)  # the networks are small, and the ranks need the cores
 
 def pytest_addoption(parser):
     parser.addoption("--all-broken-files", action="store_true", help="500 broken files instead of 60")
-    parser.addoption("--all-kills", action="store_true", help="36 kills of ranks and clients instead of a sample")
-    parser.addoption("--all-cancels", action="store_true", help="130 cancels at random moments instead of 16")
+    parser.addoption("--all-kills", action="store_true", help="43 kills of ranks and clients instead of a sample")
+    parser.addoption("--all-cancels", action="store_true", help="170 cancels at random moments instead of 20")
     parser.addoption("--all-tiles", action="store_true", help="VAE tiles on 1 to 8 ranks, instead of some of these")
     parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2, 4 and 8 ranks, not one")
 

@@ -22,12 +22,12 @@ from new_prompts import new_prompt
 from safetensors.torch import save_file
 
 SHAPE = (1, 16, 5, 8, 8)
-PHASES = ("start", "load", "encode", "step", "decode", "idle")
+PHASES = ("start", "load", "encode", "step", "decode", "encode video", "idle")
 _STAGES = {"load": "load", "encode": "encode", "denoise": "step", "decode": "decode"}
 
 
-def latent_of(runtime, folder, on_phase=lambda phase: None, parallel=None):
-    """The latent [B,C,T,H,W] of the one job, by way of all phases but the last."""
+def latent_of(runtime, folder, on_phase=lambda phase: None, parallel=None, and_back=False):
+    """The latent [B,C,T,H,W] of the one job, by way of all phases as far as "decode"; and_back: "encode video" too."""
     model, encoder, vae = (kind(path=str(folder)) for kind in (DiffusionModelSpec, TextEncoderSpec, VaeSpec))
 
     def on_progress(stage, step, total):
@@ -40,7 +40,9 @@ def latent_of(runtime, folder, on_phase=lambda phase: None, parallel=None):
     start, nothing = torch.zeros(SHAPE), torch.zeros_like(text)
     latent = runtime.sample(model, spec, start, text, nothing, parallel=parallel, on_progress=on_progress)
     long = latent.tensor.repeat(1, 1, 4, 1, 1)
-    runtime.decode(vae, long, on_progress=on_progress)
+    frames = runtime.decode(vae, long, on_progress=on_progress).tensor
+    if and_back:
+        runtime.encode_video(vae, frames, on_progress=lambda *_: on_phase("encode video"))
     return latent.tensor
 
 
@@ -54,7 +56,7 @@ def main():
             said.add(phase)
             print(phase, flush=True)
 
-    latent = latent_of(runtime, folder, say)
+    latent = latent_of(runtime, folder, say, and_back=True)
     save_file({"latent": latent}, latent_file)
     say("idle")
     time.sleep(600)

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def rng():
 
 
 def test_cancels_at_random_moments(request, survivors, specs, expected, rng):
-    assert_cancels(survivors, specs, rng, wanted=50 if request.config.getoption("--all-cancels") else 10)
+    assert_cancels(survivors, *sampling_jobs(survivors, specs), rng, wanted=50 if request.config.getoption("--all-cancels") else 10)
 
 
 @pytest.mark.timeout(1800)  # with --all-cancels
@@ -96,23 +97,47 @@ def test_cancels_within_exchanges(request, two_ranks, new_runtime, specs, rng):
     for name, plan in (EXCHANGES if everything else some(rng, 2)).items():
         print(name)
         with nullcontext(two_ranks) if plan["ranks"] == 2 else new_runtime(plan["ranks"]) as runtime:
-            assert_cancels(runtime, specs, rng, wanted=10 if everything else 3, parallel=ParallelSpec(**plan))
+            long, short = sampling_jobs(runtime, specs, ParallelSpec(**plan))
+            assert_cancels(runtime, long, short, rng, wanted=10 if everything else 3)
 
 
-def assert_cancels(runtime, specs, rng, wanted, parallel=None):
+@pytest.mark.timeout(1800)  # with --all-cancels
+def test_cancels_between_frames(request, two_ranks, new_runtime, specs, rng):
+    """Of tiles that exchange borders: what a rank has kept of one video's frames is gone with it."""
+    everything = request.config.getoption("--all-cancels")
+    for ranks in (2, 3) if everything else (2,):
+        with nullcontext(two_ranks) if ranks == 2 else new_runtime(ranks) as runtime:
+            for long, short in video_jobs(runtime, specs):
+                assert_cancels(runtime, long, short, rng, wanted=10 if everything else 2)
+
+
+def sampling_jobs(runtime, specs, parallel=None):
+    """Sampling in eight steps, as `job(**hooks)`, and in one."""
+    return tuple(partial(sample, runtime, specs, spec, parallel=parallel) for spec in (SPEC, SHORT))
+
+
+def video_jobs(runtime, specs):
+    """Decoding and encoding, each of ten latent frames and of two."""
+    latent = torch.randn(1, 16, 10, 8, 8, generator=torch.Generator().manual_seed(1))
+    video = torch.rand(37, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+
+    def job(work, *given):
+        return lambda **hooks: work(specs.vae, *given, **hooks).tensor
+
+    yield job(runtime.decode, latent), job(runtime.decode, latent[:, :, :2])
+    yield job(runtime.encode_video, video), job(runtime.encode_video, video[:5])
+
+
+def assert_cancels(runtime, long, short, rng, wanted):
     """Each within the bound, and the next job equals one that follows no cancel, on the same processes."""
     watch, delays = Stopwatch(), []
-    expected, pids = sample(runtime, specs, SHORT, parallel=parallel), runtime.pids
+    expected, pids = short(), runtime.pids
     began = time.monotonic()
-    sample(runtime, specs, parallel=parallel, on_progress=watch)
+    long(on_progress=watch)
     duration = time.monotonic() - began
     for _ in range(3 * wanted):
-        delay = cancelled_after(
-            lambda: sample(runtime, specs, parallel=parallel, on_progress=watch),
-            rng.uniform(0, duration),
-            runtime.cancel,
-        )
-        assert_close(sample(runtime, specs, SHORT, parallel=parallel), expected, atol=1e-6, rtol=0.0)
+        delay = cancelled_after(lambda: long(on_progress=watch), rng.uniform(0, duration), runtime.cancel)
+        assert_close(short(), expected, atol=1e-6, rtol=0.0)
         assert runtime.pids == pids
         if delay is not None:
             delays.append(delay)
@@ -123,14 +148,14 @@ def assert_cancels(runtime, specs, rng, wanted, parallel=None):
     assert max(delays) <= max(watch.steps) + PATIENCE
 
 
-@pytest.mark.parametrize("stage", ["load", "encode", "denoise", "decode"])
+@pytest.mark.parametrize("stage", ["load", "encode", "denoise", "decode", "encode video"])
 def test_cancel_in_every_stage(survivors, specs, stage):
     """From a callback of that stage, at its first step; the last one is never reached."""
     told = []
 
     def on_progress(at, step, total):
         told.append((at, step, total))
-        if at == stage:
+        if at == stage.split()[0]:
             survivors.cancel()
 
     if stage == "load":
@@ -140,9 +165,10 @@ def test_cancel_in_every_stage(survivors, specs, stage):
         "encode": lambda: survivors.encode(specs.encoder, new_prompt(), on_progress=on_progress),
         "denoise": lambda: sample(survivors, specs, on_progress=on_progress),
         "decode": lambda: survivors.decode(specs.vae, torch.zeros(1, 16, 21, 8, 8), on_progress=on_progress),
+        "encode video": lambda: survivors.encode_video(specs.vae, torch.zeros(81, 64, 64, 3), on_progress=on_progress),
     }
     pytest.raises(JobCancelled, jobs[stage])
-    steps = [step for at, step, total in told if at == stage]
+    steps = [step for at, step, total in told if at == stage.split()[0]]
     assert steps and max(steps) < told[-1][2]
 
 

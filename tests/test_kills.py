@@ -25,7 +25,13 @@ from torch.testing import assert_close
 GONE, HEARD = 3.0, 2.0  # seconds
 RANKS_SAMPLE, CLIENTS_SAMPLE = ["load", "decode"], ["start", "idle"]
 RANKS_ALL = [*PHASES, "step", "load", "start", "decode"]
-CLIENTS_ALL = [phase for first in PHASES[:5] for phase in (first, "idle")]  # idle: after a job, which must be right
+CLIENTS_ALL = [phase for first in PHASES[:-1] for phase in (first, "idle")]  # idle: after a job, which must be right
+STEPS = {name: (plan, "step") for name, plan in EXCHANGES.items()}  # a kind of exchange: (the plan, its phase)
+BORDERS = {
+    f"borders, {phase} on {ranks}": ({"ranks": ranks}, phase)
+    for ranks in (2, 3)
+    for phase in ("decode", "encode video")
+}
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 
@@ -87,15 +93,15 @@ class Kill:
 
 
 class KillWithinExchange(Kill):
-    """Some time after the first step, halts the victim until all others wait for it, and kills it then."""
+    """Some time after the first step of a phase, halts the victim until all others wait for it, and kills it then."""
 
-    def __init__(self, living, victim, delay):
-        super().__init__(living, victim, "step", delay)
+    def __init__(self, living, victim, phase, delay):
+        super().__init__(living, victim, phase, delay)
         self.come_to, self.thread = None, None
 
     def on_phase(self, phase):
         self.come_to = phase
-        if phase == "step" and self.thread is None:
+        if phase == self.phase and self.thread is None:
             self.thread = threading.Thread(target=self._strike_within)
             self.thread.start()
 
@@ -143,16 +149,20 @@ def test_kill_a_rank(request, new_runtime, slow_checkpoint, expected, marked, rn
 def test_kill_a_rank_within_an_exchange(request, new_runtime, slow_checkpoint, expected, marked, rng):
     environment, living = marked
     before = shared_memory([os.getpid()])
-    exchanges = chosen(request, some(rng, 1), EXCHANGES)
-    for ranks in sorted({plan["ranks"] for plan in exchanges.values()}):
+    sample = {name: STEPS[name] for name in some(rng, 1)}
+    border = rng.choice([name for name, (plan, _) in BORDERS.items() if plan["ranks"] == 2])
+    strikes = chosen(request, sample | {border: BORDERS[border]}, STEPS | BORDERS)
+    for ranks in sorted({plan["ranks"] for plan, _ in strikes.values()}):
         with new_runtime(ranks, **environment) as runtime:
-            for name in [name for name, plan in exchanges.items() if plan["ranks"] == ranks]:
-                plan, victim = ParallelSpec(**exchanges[name]), rng.randrange(ranks)
+            for name, (options, phase) in strikes.items():
+                if options["ranks"] != ranks:
+                    continue
+                plan, victim = ParallelSpec(**options), rng.randrange(ranks)
                 print(f"kill rank {victim} of {ranks} within {name}")
-                kill = KillWithinExchange(living, victim, delay=rng.uniform(0, 0.3))
+                kill = KillWithinExchange(living, victim, phase, delay=rng.uniform(0, 0.3))
                 assert_heard(runtime, slow_checkpoint, kill, plan)
                 kill.thread.join()
-                assert kill.come_to == "step", "the kill came after the exchanges"
+                assert kill.come_to == phase, "the kill came after the exchanges"
                 gc.collect()
                 await_nothing(living, kill.memory - before, kill.at)
                 assert_close(latent_of(runtime, slow_checkpoint, parallel=plan), expected, **TOLERANCE)
@@ -203,7 +213,7 @@ def assert_heard(runtime, checkpoint, kill, plan=None):
 def last_words(runtime, checkpoint, kill, plan):
     """What the error of the job says; the error itself, whose traceback holds tensors, goes."""
     try:
-        latent_of(runtime, checkpoint, kill.on_phase, plan)
+        latent_of(runtime, checkpoint, kill.on_phase, plan, and_back=kill.phase == "encode video")
     except RankDied as error:
         return str(error)
     raise AssertionError("the job did not notice")
