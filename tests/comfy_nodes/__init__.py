@@ -1,5 +1,5 @@
-"""Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, and files of what comes out; and a
-CLIP of two layers, as core has none but large ones."""
+"""Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, files of what comes out, and what
+keeps an IMAGE beyond its prompt; and a CLIP of two layers, as core has none but large ones."""
 
 from pathlib import Path
 
@@ -102,15 +102,47 @@ class Save(io.ComfyNode):
         if held.get("clip_vision_output") is not None:
             held["clip_vision_output"] = held["clip_vision_output"].penultimate_hidden_states
         tensors = {name: value.contiguous() for name, value in held.items() if isinstance(value, torch.Tensor)}
-        folder, name, counter, _, _ = folder_paths.get_save_image_path("held", folder_paths.get_output_directory())
-        file = f"{name}_{counter:05}_.safetensors"
-        save_file(tensors, Path(folder) / file)
-        return io.NodeOutput(ui={"held": [{"filename": file, "subfolder": "", "type": "output"}]})
+        return _saved(tensors)
+
+
+def _saved(tensors: dict[str, torch.Tensor]) -> io.NodeOutput:
+    folder, name, counter, _, _ = folder_paths.get_save_image_path("held", folder_paths.get_output_directory())
+    file = f"{name}_{counter:05}_.safetensors"
+    save_file(tensors, Path(folder) / file)
+    return io.NodeOutput(ui={"held": [{"filename": file, "subfolder": "", "type": "output"}]})
+
+
+HELD: list[torch.Tensor] = []
+
+
+class Hold(io.ComfyNode):
+    """Keeps a view of an IMAGE, of all frames but the first, and says where in this process the IMAGE lies."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestHold", category=CATEGORY, is_output_node=True, inputs=[io.Image.Input("images")])
+
+    @classmethod
+    def execute(cls, images):
+        HELD.append(images[1:])
+        return io.NodeOutput(ui={"address": [images.data_ptr()]})
+
+
+class LetGo(io.ComfyNode):
+    """Writes what is held, and holds it no more."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestLetGo", category=CATEGORY, is_output_node=True, inputs=[io.Int.Input("seed")])
+
+    @classmethod
+    def execute(cls, seed):
+        return _saved({"images": HELD.pop().contiguous()})
 
 
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
-        return [RandomImage, RandomClipVision, LoadCoreVae, Save]
+        return [RandomImage, RandomClipVision, LoadCoreVae, Save, Hold, LetGo]
 
 
 async def comfy_entrypoint():
