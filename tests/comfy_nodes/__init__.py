@@ -85,18 +85,19 @@ class LoadCoreVae(io.ComfyNode):
 
 
 class Save(io.ComfyNode):
-    """Writes what a CONDITIONING and a LATENT hold."""
+    """Writes what a CONDITIONING and a LATENT hold, and an IMAGE."""
 
     @classmethod
     def define_schema(cls):
         return io.Schema(
             "TestSave", category=CATEGORY, is_output_node=True,
-            inputs=[io.Conditioning.Input("conditioning", optional=True), io.Latent.Input("latent", optional=True)],
+            inputs=[io.Conditioning.Input("conditioning", optional=True), io.Latent.Input("latent", optional=True),
+                    io.Image.Input("images", optional=True)],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, conditioning=None, latent=None):
-        held = dict(latent or {})
+    def execute(cls, conditioning=None, latent=None, images=None):
+        held = {**(latent or {}), "images": images}
         for text, extras in conditioning or []:
             held |= {"text": text, **extras}
         if held.get("clip_vision_output") is not None:
