@@ -87,7 +87,8 @@ def rng():
 
 
 def test_cancels_at_random_moments(request, survivors, specs, expected, rng):
-    assert_cancels(survivors, *sampling_jobs(survivors, specs), rng, wanted=50 if request.config.getoption("--all-cancels") else 10)
+    wanted = 50 if request.config.getoption("--all-cancels") else 10
+    assert_cancels(survivors, *sampling_jobs(survivors, specs), rng, wanted)
 
 
 @pytest.mark.timeout(1800)  # with --all-cancels

@@ -54,7 +54,7 @@ def mapped_at(pid: int, address: int) -> tuple[str, int]:
 
 
 def test_an_image_is_the_ranks_memory_until_nobody_looks(comfyui, checkpoint):
-    """Not a page of it is made or read in ComfyUI's process by decoding; it outlives the ranks, and not its last view."""
+    """Decoding makes and reads no page of it in ComfyUI's process; it outlives the ranks, and not its last view."""
     pid = comfyui.process.pid
     for seed, size in ((1, (64, 64, 5)), (2, (64, 64, 9))):  # loads, and fills what libraries keep
         comfyui.wait(comfyui.queue(decoded(*size)))
