@@ -10,6 +10,7 @@ from typing import Any, Callable, Hashable
 import torch
 from diffusers import AutoencoderKLWan
 from msgspec.structs import replace
+from torch import nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import devices
@@ -94,12 +95,15 @@ class Components:
 
         sharding: how the weights of a diffusion model or a text encoder are spread over the ranks; a VAE is whole.
         """
+        if isinstance(spec, VaeSpec):
+            return nn.Module.to(self._held(spec, on_tensor, sharding), self._device)  # it may have been moved away
         if not isinstance(spec, DiffusionModelSpec):
             return self._held(spec, on_tensor, sharding)
         for lora in spec.loras:
             fingerprint(lora.path)  # before gigabytes are read: is it there?
         model = self._held(replace(spec, loras=()), on_tensor, sharding)
         use_loras(model.adapters, spec.loras, on_tensor)
+        self._make_room()
         return model
 
     def _held(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding) -> Any:
@@ -111,6 +115,17 @@ class Components:
             self.drop(type(spec))  # first, so that never two are held
             self._slots[type(spec)] = held = (key, load(spec, found, self._device, on_tensor, sharding))
         return held[1]
+
+    def _make_room(self) -> None:
+        """Moves a VAE to the host where it leaves a card too little to compute in beside a diffusion model; no file is
+        read when it is wanted again."""
+        if VaeSpec not in self._slots or self._device.type == "cpu":
+            return
+        room = devices.room(self._device)
+        if room < ROOM_TO_COMPUTE:
+            logger.info("%.1f GB are free to sample in: the VAE waits in the host's memory.", room / 1e9)
+            nn.Module.to(self._slots[VaeSpec][1], "cpu")
+            devices.empty_cache(self._device)
 
     def state(self, spec) -> Hashable:
         """Changes when a file does that makes the component that `spec` describes what it is. Loads nothing."""
