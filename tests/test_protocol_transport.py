@@ -37,7 +37,6 @@ MESSAGES = [
         profile=specs.ProfileSpec(folder="/profiles", last_step=3, rank=1),
         preview=True,
     ),
-    protocol.EncodeVideo(job=6, vae=VAE, frames=torch.rand(5, 8, 8, 3)),
     protocol.Free(job=7),
     protocol.Cancel(job=8),
     protocol.Shutdown(),

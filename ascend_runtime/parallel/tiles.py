@@ -48,7 +48,11 @@ class Grid:
 @lru_cache(maxsize=None)
 def grid_of(ranks: int, height: int, width: int) -> Grid:
     """The cut of a plane for this many ranks: the largest tile is as small as it can be, then the border. A plane with
-    fewer pixels than ranks leaves some without a tile."""
+    fewer pixels than ranks leaves some without a tile.
+
+    A tile's time is that of its pixels: of 60 x 104 in 4 or in 8, rows, columns and both took the same within 2 % and
+    7 % (one thread of an x86).
+    """
     grids = [
         Grid(_even(height, rows), _even(width, columns))
         for rows in range(1, min(ranks, height) + 1)
