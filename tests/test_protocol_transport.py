@@ -81,7 +81,7 @@ def assert_same(sent, received):
 
 
 def test_every_message_is_tried():
-    lending = {protocol.Decode}  # see test_lent_memory_is_shared
+    lending = {protocol.Decode, protocol.EncodeVideo}  # see test_lent_memory_is_shared
     assert {type(message) for message in MESSAGES} | lending == set(Message.__subclasses__())
 
 
@@ -149,18 +149,21 @@ def test_one_memory_file_for_all_receivers():
         theirs.close()
 
 
-def test_lent_memory_is_shared(ends):
-    with transport.lend((2, 4, 4, 3), torch.float32) as (frames, shared):
-        message = protocol.Decode(job=1, vae=VAE, latent=LATENT, frames=shared)
-        received = deliver(ends, message)
-        assert received.vae == VAE and torch.equal(received.latent, LATENT)
-        assert isinstance(received.frames, SharedTensor) and received.frames.fd != shared.fd
-        with transport.borrowed(received.frames) as theirs:
-            theirs.copy_(torch.arange(96.0).view(2, 4, 4, 3))
+@pytest.mark.parametrize("kind, given, lent", [
+    (protocol.Decode, "latent", "frames"), (protocol.EncodeVideo, "frames", "latent")
+])  # fmt: skip
+def test_lent_memory_is_shared(ends, kind, given, lent):
+    with transport.lend((2, 4, 4, 3), torch.float32) as (result, shared):
+        received = deliver(ends, kind(job=1, vae=VAE, **{given: LATENT, lent: shared}))
+        assert received.vae == VAE and torch.equal(getattr(received, given), LATENT)
+        theirs = getattr(received, lent)
+        assert isinstance(theirs, SharedTensor) and theirs.fd != shared.fd
+        with transport.borrowed(theirs) as written:
+            written.copy_(torch.arange(96.0).view(2, 4, 4, 3))
         with pytest.raises(OSError):
-            os.fstat(received.frames.fd)
-    del theirs
-    assert torch.equal(frames, torch.arange(96.0).view(2, 4, 4, 3)), "frames outlive the loan"
+            os.fstat(theirs.fd)
+    del written
+    assert torch.equal(result, torch.arange(96.0).view(2, 4, 4, 3)), "results outlive the loan"
 
 
 def test_nothing_is_left_of_200_messages(ends):
