@@ -234,14 +234,14 @@ class Runtime:
         shape = frames_shape(vae.path, latent.shape)
         with transport.lend(shape, torch.float32) as (image, shared):
             done = self._do(lambda job: Decode(job=job, vae=vae, latent=latent, frames=shared), **hooks)
-        return Result(image, done.seconds)
+        return Result(image, done.seconds, done.info)
 
     def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
         """The latent [1,C,T',H',W'], fp32 and not normalised, of frames [T,H,W,3] in 0..1; T is 4n+1."""
         shape = encoded_shape(vae.path, frames.shape)
         with transport.lend(shape, torch.float32) as (latent, shared):
             done = self._do(lambda job: EncodeVideo(job=job, vae=vae, frames=frames, latent=shared), **hooks)
-        return Result(latent, done.seconds)
+        return Result(latent, done.seconds, done.info)
 
     def free(self) -> None:
         """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive."""

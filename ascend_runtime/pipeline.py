@@ -127,16 +127,16 @@ class Pipeline:
         with borrowed(message.frames) as frames:
             vae = self._vae(job)
             with job.stage("decode"):
-                decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
-        return _done(job)
+                facts = decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
+        return _done(job, info=facts)
 
     def encode_video(self, job) -> Done:
         message = job.message
         with borrowed(message.latent) as latent:
             vae = self._vae(job)
             with job.stage("encode"):
-                encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
-        return _done(job)
+                facts = encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
+        return _done(job, info=facts)
 
     def free(self, job) -> Done:
         self.components.free()

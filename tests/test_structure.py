@@ -27,6 +27,7 @@ LAYERS = [
     ("loras", ("ascend_runtime.loras",)),
     ("sampling, text, video and profiling",
         tuple(f"ascend_runtime.{name}" for name in ("sampling", "text", "video", "profiling"))),
+    ("tiling", ("ascend_runtime.tiling",)),
     ("experts", ("ascend_runtime.experts",)),
     ("families", ("ascend_runtime.families",)),
     ("parallel", ("ascend_runtime.parallel",)),

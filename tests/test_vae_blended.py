@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-from ascend_runtime import video
+from ascend_runtime import tiling, video
 from ascend_runtime.families import wan_vae, wan_vae_blended
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
@@ -49,7 +49,7 @@ def small_tiles(monkeypatch):
 @pytest.fixture
 def room(monkeypatch):
     """`room(bytes)`: what is free from then on."""
-    return lambda free: monkeypatch.setattr(video.devices, "room", lambda device: free)
+    return lambda free: monkeypatch.setattr(tiling.devices, "room", lambda device: free)
 
 
 def given_for(name, work, size, frames=2, batch=1):
@@ -84,7 +84,7 @@ def by_diffusers(vae, work, given):
 
 def needed(vae, name, work, size):
     """Bytes, with the margin, for tiles of this size in pixels."""
-    return video.MARGIN * wan_vae.bytes_needed(vae, work, *(side // VAES[name][2] for side in size))
+    return tiling.MARGIN * wan_vae.bytes_needed(vae, work, *(side // VAES[name][2] for side in size))
 
 
 @pytest.mark.parametrize("name, work", CASES)

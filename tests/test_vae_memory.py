@@ -9,7 +9,7 @@ from ascend_runtime import VaeSpec
 from ascend_runtime.families import wan_vae
 from ascend_runtime.memory import most_allocated
 from ascend_runtime.parallel.tiles import whole
-from ascend_runtime.video import MARGIN
+from ascend_runtime.tiling import MARGIN
 from benchmarks.memory import GIVES_BACK, highest_rss, rss
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from ascend_runtime.families import wan_vae
 from ascend_runtime.parallel.tiles import Grid, Tile, grid_of
-from ascend_runtime.video import MARGIN
+from ascend_runtime.tiling import MARGIN
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 from safetensors.torch import save_file
 

@@ -1,0 +1,134 @@
+"""How a VAE's work is cut: each rank a tile, or one device with little memory tile after tile."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from . import devices
+from .families import wan_vae, wan_vae_blended
+from .families.wan_vae import FRAMES
+from .parallel.mesh import highest
+from .parallel.tiles import Place, Tile, grid_here, tile_of
+
+logger = logging.getLogger(__name__)
+
+Made = Iterator[tuple[tuple[slice, slice, slice], Tensor | None]]  # frames, rows and columns, and what is there
+MARGIN = 1.2  # of memory, for what kernels allocate inside
+
+
+class Together:
+    """All ranks at once, each its tile, a latent frame after the other. A rank without a tile goes along, as all agree
+    after each frame."""
+
+    in_turn = 1  # tiles that a device works on, one after the other
+
+    def __init__(self, vae, tile: Tile | None, facts: dict[str, str]):
+        self._vae, self._tile, self.facts = vae, tile, facts
+
+    def own(self, frames: Tensor) -> Tensor | None:
+        """What this rank sees of a video's frames."""
+        return None if self._tile is None else frames[:, *self._tile.place(_pixels(self._vae)), :3]
+
+    def decoded(self, latent: Tensor, tell: Callable[[], None]) -> Made:
+        """Of a latent [C,T,H,W], pieces of frames [3,t,h,w] in -1..1."""
+        vae, tile = self._vae, self._tile
+        made = iter(()) if tile is None else wan_vae.decoded(vae, _latent_frames(vae, latent, tile.place()), tile)
+        place = (slice(0), slice(0)) if tile is None else tile.place(_pixels(vae))
+        for index in range(latent.shape[1]):
+            tell()
+            yield (_frames_of(index), *place), next(made, None)
+
+    def encoded(self, frames: Tensor, tell: Callable[[], None]) -> Made:
+        """Of frames [T,H,W,3] in 0..1, pieces of a latent [C,1,h,w]."""
+        vae, tile = self._vae, self._tile
+        made = iter(()) if tile is None else wan_vae.encoded(vae, _groups(vae, self.own(frames)), tile)
+        place = (slice(0), slice(0)) if tile is None else tile.place()
+        for index in range(_latent_length(frames)):
+            tell()
+            latent = next(made, None)
+            yield (slice(index, index + 1), *place), latent if latent is None else latent.unsqueeze(1)
+
+
+class InTurn:
+    """One device, a tile after the other, each with all its frames."""
+
+    def __init__(self, vae, tiles: int, facts: dict[str, str]):
+        self._vae, self.in_turn, self.facts = vae, tiles, facts
+
+    def own(self, frames: Tensor) -> Tensor:
+        return frames[..., :3]
+
+    def decoded(self, latent: Tensor, tell: Callable[[], None]) -> Made:
+        def crop(place: Place) -> Iterator[Tensor]:
+            return (tell() or frame for frame in _latent_frames(self._vae, latent, place))
+
+        for place, made in wan_vae_blended.decoded(self._vae, *latent.shape[2:], crop):
+            yield (slice(None), *place), made
+
+    def encoded(self, frames: Tensor, tell: Callable[[], None]) -> Made:
+        def crop(place: Place) -> Iterator[Tensor]:
+            return (tell() or group for group in _groups(self._vae, frames[:, *place, :3]))
+
+        for place, made in wan_vae_blended.encoded(self._vae, *frames.shape[1:3], crop):
+            yield (slice(None), *place), made
+
+
+def tiling_for(vae, work: str, height: int, width: int) -> Together | InTurn:
+    """How to "decode" or "encode" a latent of this size in the memory that is free. All ranks must ask.
+
+    Raises ValueError where nothing fits.
+    """
+    grid, pixels = grid_here(height, width), _pixels(vae)
+    needed = MARGIN * wan_vae.bytes_needed(vae, work, max(grid.heights), max(grid.widths))
+    free = -highest(-devices.room(vae.device))
+    if needed <= free:
+        facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{needed / 1e9:.1f} GB a rank"}
+        return Together(vae, tile_of(height, width), facts)
+    task = f"To {work} {pixels * width} x {pixels * height} pixels takes {needed / 1e9:.1f} GB"
+    if grid.tiles > 1:
+        fits = math.sqrt(free / needed)
+        raise ValueError(
+            f"{task} on each of {grid.tiles} ranks, and {free / 1e9:.1f} GB are free. What would fit: about "
+            f"{int(fits * width) * pixels} x {int(fits * height) * pixels} pixels, or "
+            f"{math.ceil(grid.tiles * needed / free)} ranks. Ascend Free Memory drops other models' weights."
+        )
+    tiles, size = wan_vae_blended.tiles_of(vae, work, height, width)
+    least = MARGIN * wan_vae.bytes_needed(vae, work, *size)
+    if least > free:
+        raise ValueError(
+            f"{task}, in small tiles {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Ascend Free Memory drops "
+            "other models' weights; the VAE in dtype bfloat16 takes half."
+        )
+    logger.warning("%s, and %.1f GB are free: it is done in small tiles, which are blended.", task, free / 1e9)
+    return InTurn(vae, tiles, {"tiles": f"{tiles} in turn", "memory": f"{least / 1e9:.1f} GB"})
+
+
+# What a VAE is fed with
+
+
+def _latent_frames(vae, latent: Tensor, place: Place) -> Iterator[Tensor]:
+    """Frames [C,h,w] of what is at a place of a latent [C,T,H,W], on the VAE's device."""
+    return (frame[:, *place].to(vae.device, vae.dtype) for frame in latent.unbind(1))
+
+
+def _groups(vae, frames: Tensor) -> Iterator[Tensor]:
+    """The frames [3,t,h,w] in -1..1 of each frame of a latent, of frames [T,h,w,3] in 0..1, on the VAE's device."""
+    for index in range(_latent_length(frames)):
+        yield frames[_frames_of(index)].to(vae.device, vae.dtype).movedim(-1, 0) * 2 - 1
+
+
+def _frames_of(index: int) -> slice:
+    """The frames that a frame of a latent stands for."""
+    return slice(0, 1) if index == 0 else slice(FRAMES * (index - 1) + 1, FRAMES * index + 1)
+
+
+def _latent_length(frames: Tensor) -> int:
+    return (len(frames) - 1) // FRAMES + 1
+
+
+def _pixels(vae) -> int:
+    return vae.config.scale_factor_spatial
