@@ -35,8 +35,8 @@ def encode_video(vae, frames: Tensor, latent: Tensor, on_frame: OnFrame) -> Fact
 def decode_video(vae, latent: Tensor, frames: Tensor, on_frame: OnFrame) -> Facts:
     """Decodes latent [B,C,T,H,W], not normalised, into frames [B*T',H',W',3] in 0..1; this rank writes its tile.
 
-    on_frame: told before each frame of a tile. Raises ValueError, on all ranks alike, for what cannot be decoded, or not
-    in the memory that is free.
+    on_frame: told before each frame of a tile. Raises ValueError, on all ranks alike, for what cannot be decoded in the
+    memory that is free, or at all.
     """
     _check_latent(latent, vae.config.z_dim)
     batch, _, length, *size = latent.shape
@@ -54,8 +54,7 @@ def _check_latent(latent: Tensor, channels: int) -> None:
         given = latent.shape[1] if latent.ndim == 5 else None
         fits = f" Load {VAES[given]}, for it." if given in VAES else ""
         raise ValueError(
-            f"The latent to decode has the shape {list(latent.shape)}; this VAE ({VAES.get(channels, 'another')}) decodes "
-            f"[B,{channels},T,H,W].{fits}"
+            f"The latent to decode has the shape {list(latent.shape)}; this VAE decodes [B,{channels},T,H,W].{fits}"
         )
     check_finite(latent, "The latent to decode")
 

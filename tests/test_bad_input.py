@@ -296,8 +296,8 @@ def test_sample_requests(survivors, specs, changes, says):
     (torch.zeros(1, 48, 1, 4, 4), ["[1, 48, 1, 4, 4]", "[B,16,T,H,W]", "Wan 2.2 VAE"]),
     (torch.zeros(1, 16, 4, 4), ["[1, 16, 4, 4]", "[B,C,T,H,W]"]),
     (torch.zeros(1, 16, 0, 4, 4), ["[1, 16, 0, 4, 4]"]),
-    (torch.full(SHAPE, float("nan")), ["latent has NaN"]),
-    (torch.full(SHAPE, float("-inf")), ["latent has NaN or infinite"]),
+    (torch.full(SHAPE, float("nan")), ["latent to decode has NaN"]),
+    (torch.full(SHAPE, float("-inf")), ["latent to decode has NaN or infinite"]),
 ])  # fmt: skip
 def test_decode_requests(survivors, specs, latent, says):
     assert_says(pytest.raises(ValueError, survivors.decode, specs.vae, latent), says)
