@@ -31,12 +31,16 @@ NAMES = {
                 "scaling.pipeline1_vs_diffusers", "scaling.pipeline2_vs_diffusers"},
     "load": {*(f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)),
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
+    "vae": {"vae.speedup2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1"},
 }  # fmt: skip
+SAMPLE = ("transport", "scaling", "vae")
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_writes_its_figures(name, tmp_path):
+def test_writes_its_figures(request, name, tmp_path):
+    if name not in SAMPLE and not request.config.getoption("--all-benchmarks"):
+        pytest.skip("one of those that --all-benchmarks runs")
     file = tmp_path / "figures.jsonl"
     command = [sys.executable, "-m", "benchmarks", name, "--quick", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
