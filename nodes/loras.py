@@ -26,7 +26,8 @@ class LoadLora(io.ComfyNode):
                     "lora_name",
                     options=model_files.names(model_files.LORA),
                     tooltip="A .safetensors file of models/loras, for this Wan model: the layouts of diffusers, kohya "
-                    "and ComfyUI. One that does not fit the model is refused.",
+                    "and ComfyUI. One that does not fit the model is refused; but what changes layers for CLIP's image "
+                    "alone is left out where the model has none, as Wan 2.2.",
                 ),
                 io.Float.Input(
                     "strength",

@@ -37,6 +37,7 @@ LAYOUTS = {  # prefix, whose names, down, up, whether there is an alpha
     "diffusers": ("transformer.", "diffusers", "lora_A.weight", "lora_B.weight", False),
     "no prefix": ("", "diffusers", "lora_A.weight", "lora_B.weight", False),
     "peft": ("base_model.model.", "diffusers", "lora_A.default.weight", "lora_B.default.weight", False),
+    "older diffusers": ("transformer.", "diffusers", "lora.down.weight", "lora.up.weight", False),
     "original": ("diffusion_model.", "original", "lora_A.weight", "lora_B.weight", False),
     "kohya": ("lora_unet_", "flat", "lora_down.weight", "lora_up.weight", True),
     "wan fun": ("lora_unet__", "flat", "lora_down.weight", "lora_up.weight", True),

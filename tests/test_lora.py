@@ -224,7 +224,8 @@ def another_layer(tensors):
 
 
 def another_kind(tensors):
-    return {"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(96, 1), "lora_te_q.alpha": torch.ones(())}
+    return {"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(96, 1), "lora_te_q.alpha": torch.ones(()),
+            "diffusion_model.blocks.0.ffn.0.hada_w1_a": torch.ones(96, 4)}  # fmt: skip
 
 
 def another_model(tensors):
@@ -248,8 +249,10 @@ def wide_difference(tensors):
 
 
 REFUSED = {
-    another_layer: ["1 of no known layout or layer: diffusion_model.blocks.7.self_attn.q.lora_A.weight"],
-    another_kind: ["2 of no known layout or layer", "dora_scale", "lora_te_q.alpha"],
+    another_layer: ["1 of no layer of this model: diffusion_model.blocks.7.self_attn.q.lora_A.weight"],
+    another_kind: ["1 of DoRA, which is not merged here: diffusion_model.blocks.0.self_attn.q.dora_scale",
+                   "1 of no known kind: diffusion_model.blocks.0.ffn.0.hada_w1_a",
+                   "1 of no layer of this model: lora_te_q.alpha"],
     another_model: ["of the wrong shape", "blocks.0.self_attn.q.lora_A.weight [4, 128]", "to_q.weight [96, 96]"],
     one_half: ["that make no change together", "head.head.lora_A.weight (of proj_out.weight)"],
     twice: ["given twice", "transformer.blocks.0.attn1.to_q.lora_A.weight"],
@@ -294,21 +297,35 @@ def test_other_refusals(two_ranks, specs, loras, expected, tmp_path):
     assert two_ranks.pids == pids
 
 
-def test_an_image_to_video_networks_own_layers(tmp_path):
-    """Its image's keys and values are known; a network without them refuses such a LoRA."""
+def test_an_image_to_video_networks_own_layers(tmp_path, caplog):
+    """A network that sees no image through CLIP goes without them, and takes the others, whatever they are called."""
     network = tiny_models.wan_transformer(image_dim=40, added_kv_proj_dim=96)
     shapes = {name: tuple(x.shape) for name, x in network.named_parameters()}
-    tensors = {}
-    for layer, into in [("blocks.0.cross_attn.k_img", 96), ("blocks.1.cross_attn.v_img", 96), ("img_emb.proj.3", 40)]:
-        tensors[f"diffusion_model.{layer}.lora_down.weight"] = torch.ones(2, into)
-        tensors[f"diffusion_model.{layer}.lora_up.weight"] = torch.ones(96, 2)
-    tensors["diffusion_model.blocks.0.cross_attn.norm_k_img.diff"] = torch.ones(96)
-    save_file(tensors, tmp_path / "lora.safetensors")
-    changes = read_lora(tmp_path / "lora.safetensors", shapes).changes
-    assert set(changes) == {
-        "blocks.0.attn2.add_k_proj.weight", "blocks.1.attn2.add_v_proj.weight", "blocks.0.attn2.norm_added_k.weight",
-        "condition_embedder.image_embedder.ff.net.2.weight",
-    }  # fmt: skip
     plain = {name: tuple(x.shape) for name, x in tiny_models.wan_transformer().named_parameters()}
-    with pytest.raises(ValueError, match="7 of no known layout or layer"):
-        read_lora(tmp_path / "lora.safetensors", plain)
+    layers = {"blocks.0.cross_attn.k_img": 96, "blocks.1.cross_attn.v_img": 96, "img_emb.proj.3": 40}
+    image = {
+        "blocks.0.attn2.add_k_proj.weight", "blocks.1.attn2.add_v_proj.weight", "blocks.0.attn2.norm_added_k.weight",
+        "condition_embedder.image_embedder.ff.net.2.weight", "condition_embedder.image_embedder.norm1.bias",
+    }  # fmt: skip
+
+    def saved(name, prefix, spelled=str):
+        tensors = {}
+        for layer, into in (layers | ({} if name == "image" else {"blocks.0.cross_attn.q": 96})).items():
+            tensors[f"{prefix}{spelled(layer)}.lora_down.weight"] = torch.ones(2, into)
+            tensors[f"{prefix}{spelled(layer)}.lora_up.weight"] = torch.ones(96, 2)
+        tensors[f"{prefix}{spelled('blocks.0.cross_attn.norm_k_img')}.diff"] = torch.ones(96)
+        tensors[f"{prefix}{spelled('img_emb.proj.0')}.diff_b"] = torch.ones(40)
+        save_file(tensors, tmp_path / name)
+        return tmp_path / name
+
+    for file in (saved("original", "diffusion_model."), saved("kohya", "lora_unet_", lambda x: x.replace(".", "_"))):
+        assert set(read_lora(file, shapes).changes) == {*image, "blocks.0.attn2.to_q.weight"}
+        assert caplog.messages == []
+        assert set(read_lora(file, plain).changes) == {"blocks.0.attn2.to_q.weight"}
+        (told,) = caplog.messages
+        assert f"{file} is used without 8 of layers for CLIP's image, which this model lacks: " in told
+        assert "cross_attn" in told
+        caplog.clear()
+    with pytest.raises(ValueError, match="8 of layers for CLIP's image, which this model lacks, and no other: "):
+        read_lora(saved("image", "diffusion_model."), plain)
+    assert caplog.messages == []
