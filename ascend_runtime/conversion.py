@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.reader import check_weights, tokenizer_model
 from .checkpoints.tensor_files import open_tensors
 from .checkpoints.transfer import Move, fill, laid_out
-from .checkpoints.unfinished import sync, unfinished
+from .checkpoints.unfinished import partial_folder, sync, unfinished
 from .checkpoints.writers import PIECE
 from .components import SPIECE, empty_network
 from .families import wan
@@ -52,6 +54,7 @@ class Plan:
     moves: dict[Path, dict[str, Move]] = field(default_factory=dict)  # of each file of weights, by the names there
     texts: dict[Path, bytes] = field(default_factory=dict)
     copies: dict[Path, Path] = field(default_factory=dict)  # of files as they are
+    folders: list[Path] = field(default_factory=list)  # of which all files are copied
     left_out: list[str] = field(default_factory=list)  # why, in words
     sources: list[Component] = field(default_factory=list)
 
@@ -59,6 +62,11 @@ class Plan:
     def nbytes(self) -> int:
         """Of the weights."""
         return sum(move.made.nbytes for moves in self.moves.values() for move in moves.values())
+
+    def copy(self, folder: Path, to: Path) -> None:
+        """All of a folder."""
+        self.folders.append(folder)
+        self.copies |= {to / file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
     def source(self) -> list[tuple]:
         """Changes when a file that is read does."""
@@ -101,14 +109,20 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:  # such as a disk that others filled meanwhile
-        print(f"{error}. Mend that; what was written is kept, and the same command goes on from here", file=sys.stderr)
+        print(f"{error}. Mend that, or name another target; {_kept(target)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"interrupted; {_kept(target)}", file=sys.stderr)
         return 130
     files = [*plan.moves, *plan.texts, *plan.copies]
     print(f"{target}: {len(files)} files, {plan.nbytes / 1e9:.2f} GB of weights")
     return 0
+
+
+def _kept(target: Path) -> str:
+    if os.path.isdir(partial_folder(target)):
+        return "what was written is kept, and the same command goes on from here"
+    return "nothing was written"
 
 
 def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -> Plan:
@@ -192,11 +206,14 @@ def _plan_component(
     """A component as diffusers or transformers save it: their names of files, and of what is in them."""
     moves = {move.name: move for move in _moves(part, component, dtype)}
     standard = STANDARD_NAMES[part == "text_encoder"]
-    split = split_torch_state_dict_into_shards(
-        {name: move.made for name, move in moves.items()},
-        filename_pattern=standard.replace(".safetensors", "{suffix}.safetensors"),
-        max_shard_size=shard_size,
-    )
+    try:
+        split = split_torch_state_dict_into_shards(
+            {name: move.made for name, move in moves.items()},
+            filename_pattern=standard.replace(".safetensors", "{suffix}.safetensors"),
+            max_shard_size=shard_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"--shard-size {shard_size}: {error} Give a number and a unit, such as 5GB.") from None
     for file, names in split.filename_to_tensors.items():
         plan.moves[folder / file] = {name: moves[name] for name in names}
     if split.is_sharded:
@@ -218,7 +235,7 @@ def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
     if found is None or not found.exists():
         plan.left_out.append("tokenizer: there is none in the text encoder's file, nor beside it")
     elif found.is_dir():
-        plan.copies |= _copies(found, Path("tokenizer"))
+        plan.copy(found, Path("tokenizer"))
     else:
         tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
         plan.texts[Path("tokenizer", SPIECE)] = tokenizer_model(found)
@@ -231,7 +248,7 @@ def _plan_pipeline(plan: Plan, source: Path, parts: dict[str, Component]) -> Non
         plan.copies[Path(INDEX)] = source / INDEX
         for name in read_json(source / INDEX):
             if name not in parts and (source / name).is_dir():
-                plan.copies |= _copies(source / name, Path(name))
+                plan.copy(source / name, Path(name))
         return
     classes = {name: NOTHING for name in PIPELINE}
     classes |= {name: PIPELINE[name] for name in (*parts, *(path.parts[0] for path in (*plan.copies, *plan.texts)))
@@ -252,10 +269,6 @@ def _plan_pipeline(plan: Plan, source: Path, parts: dict[str, Component]) -> Non
     plan.texts[Path(INDEX)] = _json({**told, **classes})
 
 
-def _copies(folder: Path, to: Path) -> dict[Path, Path]:
-    return {to / file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
 def _json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
@@ -266,6 +279,7 @@ def convert(plan: Plan, target: Path, identity: dict[str, object]) -> None:
     identity: what a conversion must have in common with the one that it goes on with. Raises ValueError where it cannot
     be made, or a weight cannot be kept.
     """
+    _check_apart(plan, target)
     with unfinished(target, identity) as work:
         if work.is_finished:
             work.clear()
@@ -289,12 +303,20 @@ def convert(plan: Plan, target: Path, identity: dict[str, object]) -> None:
         work.finish()
 
 
+def _check_apart(plan: Plan, target: Path) -> None:
+    """What is made must not be among what is read."""
+    whole = [*plan.folders, *(shard for one in plan.sources for shard in one.shards if shard.is_dir())]
+    for folder in whole:
+        if target.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{target} lies in {folder}, of which all is read. Name a target outside of it.")
+
+
 def _check_space(plan: Plan, made: Path) -> None:
     there = sum(file.stat().st_blocks * 512 for file in made.rglob("*") if file.is_file())
     needed = plan.nbytes + sum(file.stat().st_size for file in plan.copies.values()) - there
     free = shutil.disk_usage(made.parent).free
     if needed > free:
         raise ValueError(
-            f"{made.parent} needs {needed / 1e9:.2f} GB more, and {free / 1e9:.2f} GB are free there. Make room, or "
-            "name a target on another disk."
+            f"{made.parent} needs {math.ceil(needed / 1e7) / 100:.2f} GB more, and "
+            f"{math.floor(free / 1e7) / 100:.2f} GB are free there. Make room, or name a target on another disk."
         )

@@ -329,7 +329,8 @@ def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch,
 
     monkeypatch.setattr(transfer, "_converted", converted)
     assert conversion.run(task) == 130
-    assert capsys.readouterr().err == "interrupted; the same command goes on from here\n", "no bar but on a terminal"
+    told = "interrupted; what was written is kept, and the same command goes on from here\n"
+    assert capsys.readouterr().err == told, "no bar but on a terminal"
     recorded = int((tmp_path / "made.partial" / "journal").read_bytes().split(b"\n")[-2])
     assert 20 < recorded < 40
     assert conversion.run(task) == 0
@@ -377,11 +378,19 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     (tmp_path / "made.partial" / "own").touch()
     assert "is in the way" in refused(source, target, "diffusers")
     shutil.rmtree(tmp_path / "made.partial")
-    free = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    usage = shutil.disk_usage(tmp_path)
+    for to in conversion.FORMATS:  # nothing was written: another choice is no other than that which was begun
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
+            assert "needs 0.02 GB more, and 0.00 GB are free" in refused(source, target, to)
+        assert not (tmp_path / "made.partial").exists()
+
+    def interrupted(file, step):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: free)
-        told = refused(source, target, "diffusers")
-    assert "needs 0.02 GB more, and 0.00 GB are free" in told
+        patch.setattr(transfer, "_converted", interrupted)
+        assert conversion.run(arguments(source, target, "diffusers")) == 130
     assert "--to was diffusers, is mindspeed" in refused(source, target, "mindspeed")
     assert "--dtype was keep, is fp32" in refused(source, target, "diffusers", dtype="fp32")
     os.utime(source, (1, 1))
@@ -389,6 +398,40 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     shutil.rmtree(tmp_path / "made.partial")
     with unfinished.unfinished(target, {}):
         assert "Another process is writing" in refused(source, target, "diffusers")
+
+
+def test_a_target_is_refused_before_anything_is_written(tmp_path, tensors, refused, checkpoints, monkeypatch):
+    source, target = tmp_path / "wan", tmp_path / "link"
+    save_file(tensors, source)
+    monkeypatch.setattr(transfer, "lay_out", None)
+    monkeypatch.chdir(tmp_path)
+    target.symlink_to(tmp_path / "nothing")
+    assert "link is a link to " in refused(source, target, "diffusers")
+    for there in ("/", "..", ""):
+        assert "exists. Name another target" in refused(source, there, "diffusers")
+    for nowhere in (source / "below_a_file", tmp_path / ("x" * 250)):
+        told = refused(source, nowhere, "diffusers")
+        assert "Errno" in told and "nothing was written" in told and "kept" not in told
+    folder = shutil.copytree(checkpoints(), tmp_path / "folder")
+    for inner in ("tokenizer/made", "scheduler/a/made"):
+        assert "of which all is read. Name a target outside" in refused(folder, folder / inner, "diffusers")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("written", ["folders", "empty files"])
+def test_what_was_begun_without_a_weight_is_begun_anew(tmp_path, tensors, written, in_small_steps):
+    """Also as something else: nothing of it is of use."""
+    save_file(tensors, tmp_path / "wan")
+
+    def killed():
+        with pytest.MonkeyPatch.context() as patch:
+            Deaths(patch, 1 if written == "folders" else 2)
+            return conversion.run(arguments(tmp_path / "wan", tmp_path / "made", "diffusers", shard_size="2MB"))
+
+    assert in_a_child(killed) is None
+    assert (tmp_path / "made.partial" / "made").is_dir()
+    made = convert(tmp_path / "wan", tmp_path / "made", "mindspeed", dtype="bf16")
+    assert set(contents(made)) == {str(RELEASE), "latest_checkpointed_iteration.txt"}
 
 
 def test_refusals_of_sources(tmp_path, tensors, refused):
@@ -410,7 +453,9 @@ def test_refusals_of_sources(tmp_path, tensors, refused):
     assert "NaN or infinite values in blocks.1.attn1.to_q.bias" in told(broken)
     large = tensors | {bias: torch.full((256,), 1e6)}
     assert "up to 1e+06 in blocks.1.attn1.to_q.bias, which torch.float16 does not hold" in told(large, dtype="fp16")
-    assert "Supported units are TB, GB, MB, KB. Got 'much'" in told(tensors, shard_size="much")
+    for size in ("much", "0"):
+        said = told(tensors, shard_size=size)
+        assert f"--shard-size {size}: " in said and "Give a number and a unit, such as 5GB" in said
     narrow = tiny_models.wan_transformer()
     narrow.save_pretrained(tmp_path / "narrow")
     assert "has heads of 24 channels" in refused(tmp_path / "narrow", target, "mindspeed")

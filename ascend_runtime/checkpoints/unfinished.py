@@ -49,41 +49,59 @@ class Unfinished:
 
 
 def partial_folder(target: Path) -> Path:
-    return target.with_name(f"{target.name}.partial")
+    return target.parent / f"{target.name}.partial"
 
 
 @contextmanager
 def unfinished(target: Path, identity: dict[str, object]) -> Iterator[Unfinished]:
-    """Begins to make `target`, or goes on with it.
+    """Begins to make `target`, or goes on with it. What ends before anything is made leaves nothing.
 
     identity: what it is made of, by the words that a refusal names it with. Raises ValueError where `target` is there,
     or was begun of something else, or another process is making it.
     """
     folder = partial_folder(target)
-    if target.exists() and not (folder / JOURNAL).exists():
-        raise ValueError(f"{target} exists. Name another target, or move it away.")
-    if folder.exists() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is in the way, and not of a conversion. Move it away, or name another target.")
+    _check_free(target, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / JOURNAL).open("a+b", buffering=0) as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"Another process is writing {folder}. Wait for it, or name another target.") from None
-        journal.seek(0)
-        lines = journal.read().split(b"\n")[:-1]  # behind the last line end: nothing, or a line that was cut off
-        if lines:
-            _check_same(folder, json.loads(lines[0]), json.loads(json.dumps(identity)))
-            done = int(lines[-1]) if len(lines) > 1 else None
-            if target.exists() and (done is None or (folder / MADE).exists()):
-                raise ValueError(f"{target} came from elsewhere meanwhile. Move it away, or name another target.")
-            done = done if target.exists() or (folder / MADE).exists() else None
-            journal.truncate(sum(len(line) + 1 for line in lines))
-        else:
-            done = None
-            journal.truncate(0)
-            journal.write(json.dumps(identity).encode() + b"\n")
-        yield Unfinished(target, journal, done)
+        work = Unfinished(target, journal, _done(target, journal, identity))
+        try:
+            if work.done is None:
+                if work.made.exists():
+                    shutil.rmtree(work.made)
+                journal.truncate(0)
+                journal.write(json.dumps(identity).encode() + b"\n")
+            yield work
+        except BaseException:
+            if work.done is None and not work.made.exists():
+                work.clear()
+            raise
+
+
+def _check_free(target: Path, folder: Path) -> None:
+    if target.is_symlink() and not target.exists():
+        raise ValueError(f"{target} is a link to {os.readlink(target)}, which is not there. Name another target.")
+    if target.exists() and not (folder / JOURNAL).exists():
+        raise ValueError(f"{target} exists. Name another target, or move it away.")
+    if folder.exists() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is in the way, and not of a conversion. Move it away, or name another target.")
+
+
+def _done(target: Path, journal, identity: dict[str, object]) -> int | None:
+    """How many steps are recorded; None: nothing that counts is there, whatever it was begun of."""
+    journal.seek(0)
+    lines = journal.read().split(b"\n")[:-1]  # behind the last line end: nothing, or a line that was cut off
+    made = (partial_folder(target) / MADE).exists()
+    if target.exists() and (len(lines) < 2 or made):
+        raise ValueError(f"{target} came from elsewhere meanwhile. Move it away, or name another target.")
+    if len(lines) < 2 or not (target.exists() or made):
+        return None
+    _check_same(partial_folder(target), json.loads(lines[0]), json.loads(json.dumps(identity)))
+    journal.truncate(sum(len(line) + 1 for line in lines))
+    return int(lines[-1])
 
 
 def _check_same(folder: Path, begun: dict, asked: dict) -> None:
