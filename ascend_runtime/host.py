@@ -167,6 +167,10 @@ _CURES = (
     (r"was killed by SIGKILL",
      "If nobody ended the rank, the kernel did for want of memory: see `dmesg`. Each rank reads its weights by itself; "
      "take fewer ranks, a smaller model, or a machine with more memory."),
+    (r"was killed by SIGBUS",
+     "A model's file was cut short, or its disk failed, while ranks used it: a CPU's ranks have weights as they lie on "
+     "disk. Write the file anew, under another name first, which you then give the old one's (mv); the next job starts "
+     "new ranks. In a container, look for want of shared memory too: `df /dev/shm`."),
 )  # fmt: skip
 
 

@@ -1,14 +1,16 @@
 """Threads, callbacks, helpers of ranks, hung ranks: what goes on around a group of ranks leaves it usable or ended."""
 
 import os
+import shutil
 import signal
 import threading
 import time
 
 import psutil
 import pytest
+import tiny_models
 import torch
-from ascend_runtime import JobCancelled, RankDied, SampleSpec, client
+from ascend_runtime import DiffusionModelSpec, JobCancelled, RankDied, SampleSpec, client
 from killed_client import SHAPE
 from rank_processes import seconds_until
 
@@ -90,3 +92,20 @@ def test_a_cancel_ends_ranks_that_do_not_answer_it(new_runtime, specs, monkeypat
         with pytest.raises(JobCancelled, match="Rank 0 did not answer in time"):
             sample(runtime, specs, on_progress=hang)
         sample(runtime, specs)
+
+
+def test_a_file_that_is_cut_while_it_is_used_is_told_of(new_runtime, checkpoint, tmp_path):
+    """A CPU's ranks compute with the mapped file: there is no other sign than a signal."""
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    spec, text = SampleSpec(seed=1, steps=50, guidance_scale=1.0), torch.zeros(1, 512, tiny_models.TEXT_DIM)
+
+    def cut(stage, step, total):
+        if stage == "denoise":
+            os.truncate(weights, 0)
+
+    with new_runtime(1) as runtime:
+        with pytest.raises(RankDied, match="(?s)killed by SIGBUS.*What helps: A model's file was cut short"):
+            runtime.sample(DiffusionModelSpec(path=str(folder)), spec, torch.zeros(SHAPE), text, on_progress=cut)
+        with pytest.raises(ValueError, match="is empty"):
+            runtime.sample(DiffusionModelSpec(path=str(folder)), spec, torch.zeros(SHAPE), text)

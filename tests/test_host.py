@@ -206,6 +206,7 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60015"),
     ("RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", "npu-smi info"),
     ("Rank 1 of 8 was killed by SIGKILL. Its last words:", "dmesg"),
+    ("Rank 0 of 2 was killed by SIGBUS. Its last words:", "A model's file was cut short"),
 ])  # fmt: skip
 def test_known_failures_come_with_what_cures_them(failure, words):
     said = host.advise(failure)
