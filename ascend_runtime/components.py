@@ -294,14 +294,16 @@ def _latent_format(component: Component) -> dict[str, torch.Tensor]:
     known = (wan.LATENTS_MEAN, wan.LATENTS_STD)
     if component.config.get("out_channels", 16) == len(LATENTS_MEAN_22):
         known = (LATENTS_MEAN_22, LATENTS_STD_22)
-    mean, factors = config.get("latents_mean", known[0]), rgb.get("factors", wan.LATENT_RGB)
+    mean = config.get("latents_mean", known[0])
+    table = wan.LATENT_RGB.get(len(mean), {}) | rgb
+    factors = table.get("factors", ())
     if len(factors) != len(mean):
         logger.warning("No RGB table is known for latents of %d channels: there will be no previews.", len(mean))
     return {
         "latents_mean": _per_channel(mean),
         "latents_std": _per_channel(config.get("latents_std", known[1])),
         "latent_rgb": torch.tensor(factors) if len(factors) == len(mean) else None,
-        "latent_rgb_bias": torch.tensor(rgb.get("bias", wan.LATENT_RGB_BIAS)),
+        "latent_rgb_bias": torch.tensor(table.get("bias", (0.0, 0.0, 0.0))),
     }
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import original_formats
 import tiny_models
 import torch
-from ascend_runtime.checkpoints.keys import to_diffusers_name
-from ascend_runtime.checkpoints.layout import find_transformer
 from comfy_server import COMFYUI
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
@@ -39,20 +38,20 @@ def original_transformer(
 
 
 def ti2v(file: Path, folder: Path) -> None:
-    """A transformer of 48 channels in one file, and in a diffusers folder with a VAE of core's figures."""
+    """A transformer of 48 channels in one file, and as diffusers keeps it, in a folder with a VAE of core's figures."""
     original_transformer(file, channels=48, out_channels=48)
-    transformer = as_pipeline(folder) / "transformer"
-    transformer.mkdir()
-    config = {"_class_name": "WanTransformer3DModel", **find_transformer(str(file)).config}
-    (transformer / "config.json").write_text(json.dumps(config))
-    named = {to_diffusers_name(name): weight for name, weight in load_file(file).items()}
-    save_file(named, transformer / "diffusion_pytorch_model.safetensors")
-    figures = _core_latent_format("Wan22")
+    network = WanTransformer3DModel(
+        num_attention_heads=DIM // HEAD_DIM, attention_head_dim=HEAD_DIM, ffn_dim=FFN, num_layers=2, text_dim=TEXT_DIM,
+        in_channels=48, out_channels=48,
+    )  # fmt: skip
+    network.load_state_dict(convert_wan_transformer_to_diffusers(load_file(file)))
+    network.save_pretrained(as_pipeline(folder) / "transformer")
+    figures = core_latent_format("Wan22")
     mean, std = (values.flatten().tolist() for values in (figures.latents_mean, figures.latents_std))
     tiny_models.wan22_vae(mean=mean, std=std).save_pretrained(folder / "vae")
 
 
-def _core_latent_format(name: str):
+def core_latent_format(name: str):
     """One of core ComfyUI's latent formats, from its file, which needs no other."""
     spec = importlib.util.spec_from_file_location("core_latent_formats", COMFYUI / "comfy" / "latent_formats.py")
     module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,10 @@
 
 import comfy_graphs as graphs
 import pytest
+import random_wan
+import torch
+from ascend_runtime import DiffusionModelSpec
+from ascend_runtime.components import Components
 from comfy_server import PromptFailed, PromptRejected
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -214,3 +218,13 @@ def held_by_ours(graph: dict) -> dict:
     del graph[CORE]
     graph["saved"] = {"class_type": "TestSave", "inputs": {"latent": [OURS, 2]}}
     return graph
+
+
+@pytest.mark.parametrize("name, channels", [("Wan21", 16), ("Wan22", 48)])
+def test_latents_of_a_single_file_are_normalised_and_pictured_as_by_core(tmp_path, name, channels):
+    file = random_wan.original_transformer(tmp_path / "wan", layers=1, channels=channels, out_channels=channels)
+    model = Components(torch.device("cpu")).get(DiffusionModelSpec(path=str(file)), lambda *_: None)
+    core = random_wan.core_latent_format(name)
+    assert torch.equal(model.latents_mean, core.latents_mean) and torch.equal(model.latents_std, core.latents_std)
+    assert torch.equal(model.latent_rgb, torch.tensor(core.latent_rgb_factors))
+    assert torch.equal(model.latent_rgb_bias, torch.tensor(core.latent_rgb_factors_bias))

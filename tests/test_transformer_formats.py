@@ -147,7 +147,7 @@ def test_a_transformer_of_48_channels_has_the_latent_format_of_the_wan_22_vae(tm
     save_file({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, tmp_path / "wan")
     model = load(tmp_path / "wan")
     assert model.latents_mean.shape == model.latents_std.shape == (1, 48, 1, 1, 1)
-    assert model.latents_mean[0, 0].item() == pytest.approx(-0.2289) and model.latent_rgb is None
+    assert model.latents_mean[0, 0].item() == pytest.approx(-0.2289) and model.latent_rgb.shape == (48, 3)
     assert model.latents_std[0, 47].item() == pytest.approx(0.7744)
 
 
