@@ -1,6 +1,8 @@
 """Files are read by several threads in pieces, and all is as if one had read them tensor by tensor."""
 
+import faulthandler
 import os
+import signal
 import threading
 import time
 from contextlib import closing
@@ -103,14 +105,33 @@ def test_the_first_fault_in_the_given_order_is_told(tmp_path, kind):
             read(path, torch.float16, names=names)
 
 
-def test_a_file_that_becomes_shorter_is_told(tmp_path):
+def cut_while_it_is_read(path, dtype, part, came):
+    with open_tensors(path) as file, closing(read_in_pieces(file, wanted(file, dtype, part_of=PARTS[part]))) as made:
+        for name, _ in made:
+            came.append(name)
+            os.truncate(path, 1000)
+
+
+@pytest.mark.parametrize("dtype, part", [(torch.float16, "all"), (torch.float32, "rows")], ids=["converted", "as it is"])
+def test_a_file_that_becomes_shorter_is_told(tmp_path, dtype, part):
     path, came = saved("torch", tmp_path / "file", tensors(count=60)), []
-    with open_tensors(path) as file, closing(read_in_pieces(file, wanted(file, torch.float16))) as made:
-        with pytest.raises(ValueError, match="became shorter while it was read"):
-            for name, _ in made:
-                came.append(name)
-                os.truncate(path, 1000)
+    with pytest.raises(ValueError, match="became shorter while it was read"):
+        cut_while_it_is_read(path, dtype, part, came)
     assert came and came == [*tensors(count=60)][: len(came)]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_mapped_file_that_becomes_shorter_is_a_signal(tmp_path, kind):
+    """Which no process lives to tell of: `host.advise` does."""
+    path = saved(kind, tmp_path / "file", tensors(count=60))
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        try:
+            cut_while_it_is_read(path, torch.float32, "all", [])
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGBUS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
