@@ -42,20 +42,16 @@ The embedded model is small: 64 x 64 pixels, 17 frames, one shape that moves. It
     "wan2.2_t2v_a14b_text_to_video": """\
 ## Wan2.2-T2V-A14B
 
-1. Download the diffusers folder (both experts, text encoder and VAE in one) **into `ComfyUI/models/diffusers`**, \
-by one of these:
+{files}
 
-```
-hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir Wan2.2-T2V-A14B-Diffusers
-modelscope download --model Wan-AI/Wan2.2-T2V-A14B-Diffusers --local_dir Wan2.2-T2V-A14B-Diffusers
-```
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The settings \
+are the original's: 40 steps, shift 12, cfg 4 and, for the low-noise expert, 3. Other sizes: 1280 x 720, or any \
+multiples of 16; length 4n+1. Files with fp16 for fp8_scaled in their names work as well, and so does the diffusers \
+folder, chosen in all three loaders with `none` for the low-noise model.
 
-2. Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card.
-
-The settings are the original's. Other sizes: 1280 x 720, or any multiples of 16; length 4n+1.
-
-将上述 diffusers 目录下载到 `ComfyUI/models/diffusers`（Hugging Face 或 ModelScope 任选其一），按 **R** 刷新后点击**运行**。\
-并行配置全部为 0 时使用所有可见的卡。
+下载上表中的文件，按 **R** 刷新后点击**运行**。并行配置全部为 0 时使用所有可见的卡。采样器为官方设置：40 步、shift 12、\
+cfg 4（低噪声专家为 3）。尺寸还可用 1280 x 720，或 16 的任意倍数；帧数为 4n+1。也可使用文件名中为 fp16 的版本；\
+或在三个加载器中选择 diffusers 目录，并将“低噪声专家模型”设为 `none`。
 """,
     "wan2.1_flf2v_14b_first_last_frame_to_video": """\
 ## Wan2.1-FLF2V-14B

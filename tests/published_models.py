@@ -21,6 +21,8 @@ TRANSFORMERS = {  # file: what random_wan.original_transformer is asked for
     "wan2.1_t2v_14B_fp16": {"layers": 3},
     "wan2.1_i2v_480p_14B_fp16": {"channels": 36, "image": True},
     "wan2.1_flf2v_720p_14B_fp16": {"channels": 36, "image": True},
+    "wan2.2_t2v_high_noise_14B_fp8_scaled": {},
+    "wan2.2_t2v_low_noise_14B_fp8_scaled": {},
     "wan2.2_i2v_high_noise_14B_fp8_scaled": {"channels": 36},
     "wan2.2_i2v_low_noise_14B_fp8_scaled": {"channels": 36},
     "wan2.2_ti2v_5B_fp16": {"channels": 48, "out_channels": 48},
@@ -35,7 +37,6 @@ VAES = {
                    "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16},
 }  # fmt: skip
 TEXT_ENCODER, CLIP = "umt5_xxl_fp8_e4m3fn_scaled", "clip_vision_h"
-FOLDER = "Wan2.2-T2V-A14B-Diffusers"
 
 
 def write_all(models: Path) -> None:
@@ -56,7 +57,6 @@ def write_all(models: Path) -> None:
         save_file(formats.original_vae(vae), place("vae", name))
     _text_encoder(place("text_encoders", TEXT_ENCODER))
     _clip_vision(place("clip_vision", CLIP))
-    tiny_models.save(tiny_models.wan_pipeline(experts=2), models / "diffusers" / FOLDER)
 
 
 def _transformer(file: Path, **form) -> None:
