@@ -12,8 +12,8 @@ class TextEncode(io.ComfyNode):
             node_id="AscendTextEncode",
             display_name="Ascend Text Encode",
             category="Ascend",
-            description="Encodes a prompt with UMT5 on the CPU of one rank, which gets all cores for it. The last 16 "
-            "prompts are known, and need no encoder.",
+            description="Encodes a prompt with UMT5, where Ascend Load Text Encoder places it: on the CPU of one rank, "
+            "which gets all cores for it, or on all ranks. The last 16 prompts are known, and need no encoder.",
             inputs=[
                 types.TextEncoder.Input("text_encoder", tooltip="From Ascend Load Text Encoder."),
                 io.String.Input(

@@ -17,7 +17,8 @@ class VAEDecode(io.ComfyNode):
             node_id="AscendVAEDecode",
             display_name="Ascend VAE Decode",
             category="Ascend",
-            description="Decodes a video latent; the frames are written straight into the memory of the IMAGE.",
+            description="Decodes a video latent on all ranks, each a tile of the frames, written straight into "
+            "the memory of the IMAGE.",
             inputs=[
                 io.Latent.Input("samples", tooltip="From Ascend Sampler or a core sampler."),
                 types.Vae.Input("vae", tooltip="From Ascend Load VAE."),
@@ -39,7 +40,7 @@ class VAEEncode(io.ComfyNode):
             node_id="AscendVAEEncode",
             display_name="Ascend VAE Encode",
             category="Ascend",
-            description="Encodes the frames of a video, or an image, into one latent.",
+            description="Encodes the frames of a video, or an image, into one latent, on all ranks, each a tile.",
             inputs=[
                 io.Image.Input("pixels", tooltip="The frames of one video, or an image. As in core's VAE Encode, what "
                                "exceeds multiples of the VAE's pixels and 4n+1 frames is cut off."),

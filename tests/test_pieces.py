@@ -112,7 +112,7 @@ def cut_while_it_is_read(path, dtype, part, came):
             os.truncate(path, 1000)
 
 
-@pytest.mark.parametrize("dtype, part", [(torch.float16, "all"), (torch.float32, "rows")], ids=["converted", "as it is"])
+@pytest.mark.parametrize("dtype, part", [(torch.float16, "all"), (torch.float32, "rows")], ids=["converted", "as is"])
 def test_a_file_that_becomes_shorter_is_told(tmp_path, dtype, part):
     path, came = saved("torch", tmp_path / "file", tensors(count=60)), []
     with pytest.raises(ValueError, match="became shorter while it was read"):
