@@ -41,7 +41,7 @@ POLL_SECONDS = 0.05  # how often a running job asks whether it should be cancell
 PEER_DEADLINE = 10.0  # seconds for the other ranks to answer once one has failed; they may wait for it in vain
 CANCEL_DEADLINE = 60.0  # seconds to answer a cancel, or three times the longest step where that is more
 
-OnProgress = Callable[[str, int, int], None]  # (stage, step, total)
+OnProgress = Callable[[str, int, int], None]  # (stage, step, total); of "load", bytes
 OnPreview = Callable[[int, int, Tensor], None]  # (step, total, uint8 [H,W,3])
 ShouldCancel = Callable[[], bool]
 

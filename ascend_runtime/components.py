@@ -16,12 +16,11 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 from . import devices
 from .checkpoints.configs import LATENTS_MEAN_22, LATENTS_STD_22
 from .checkpoints.layout import Component, find_text_encoder, find_transformer, find_vae, has_low_noise, read_json
-from .checkpoints.lora import fingerprint
-from .checkpoints.reader import load_weights, tokenizer_model
+from .checkpoints.reader import Places, Progress, check_weights, load_weights, nbytes, tokenizer_model
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
 from .families import wan, wan_vae
 from .families.defaults import WAN22_TEXT, Defaults, defaults_of
-from .loras import Adapter, use_loras
+from .loras import Adapter, LorasInUse, by_expert, changed_by, read_loras, use_loras
 from .parallel.fsdp import Share, Sharding
 from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec, require_experts_in_order
 from .text import SentencePiece
@@ -81,6 +80,18 @@ class TextEncoder:
     tokenizer: Any
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """A network on the meta device, and where its weights lie, all of which fit."""
+
+    network: wan.WanTransformer
+    places: Places
+
+    @classmethod
+    def of(cls, network: wan.WanTransformer, component: Component) -> _Unread:
+        return cls(network, check_weights(network, component.shards, component.rename))
+
+
 class Components:
     """One slot a kind: a described component is loaded when first asked for, and kept until another takes its place,
     its files change on disk, or all are freed."""
@@ -89,31 +100,37 @@ class Components:
         self._device = device
         self._slots: dict[type, tuple[Any, Any]] = {}
 
-    def get(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding = Sharding()) -> Any:
-        """The component that `spec` describes. `on_tensor` is told of each tensor read; none is, if it is loaded. LoRAs
-        are no part of what is loaded: it is told of each tensor that must change for them.
+    def get(self, spec, on_bytes: Callable[[int, int], None], sharding: Sharding = Sharding()) -> Any:
+        """The component that `spec` describes. LoRAs are no part of what is loaded: they change it.
 
+        on_bytes: told how many bytes are done, and how many there are, after each tensor that is read, or that changes
+            for LoRAs: of whole tensors on disk, of all networks. Not called where nothing is to be done.
         sharding: how the weights of a diffusion model or a text encoder are spread over the ranks; a VAE is whole.
-        """
-        if isinstance(spec, VaeSpec):
-            return nn.Module.to(self._held(spec, on_tensor, sharding), self._device)  # it may have been moved away
-        if not isinstance(spec, DiffusionModelSpec):
-            return self._held(spec, on_tensor, sharding)
-        for lora in spec.loras:
-            fingerprint(lora.path)  # before gigabytes are read: is it there?
-        model = self._held(replace(spec, loras=()), on_tensor, sharding)
-        use_loras(model.adapters, spec.loras, on_tensor)
-        self._make_room()
-        return model
 
-    def _held(self, spec, on_tensor: Callable[[int, int], None], sharding: Sharding) -> Any:
+        Nothing is allocated before the names and shapes of all networks, and of LoRAs, are known to fit. Raises
+        ValueError where they do not, or a file changes meanwhile.
+        """
+        progress = Progress(on_bytes)
+        component = self._held(spec, progress, sharding)
+        if isinstance(spec, DiffusionModelSpec):
+            use_loras(component.adapters, spec.loras, progress)
+            self._make_room()
+        if isinstance(spec, VaeSpec):
+            nn.Module.to(component, self._device)  # it may have been moved away
+        return component
+
+    def _held(self, spec, progress: Progress, sharding: Sharding) -> Any:
         load, files = _KINDS[type(spec)]
         found = files(spec)
-        key = (spec, sharding, _state(found))
+        base = replace(spec, loras=()) if isinstance(spec, DiffusionModelSpec) else spec
+        key = (base, sharding, _state(found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
             self.drop(type(spec))  # first, so that never two are held
-            self._slots[type(spec)] = held = (key, load(spec, found, self._device, on_tensor, sharding))
+            self._slots[type(spec)] = held = (key, load(spec, found, self._device, progress, sharding))
+            if self.state(spec) != key[-1]:
+                self.drop(type(spec))
+                raise ValueError(f"{spec.path} changed while it was read. Run again.")
         return held[1]
 
     def _make_room(self) -> None:
@@ -159,63 +176,66 @@ def _transformer_files(spec: DiffusionModelSpec) -> list[Component]:
         found.append(find_transformer(low_noise))
     if len(found) == 2 and found[0].shards == found[1].shards:
         raise ValueError(f"{found[0].shards[0]} is given as both experts. Name the low-noise expert's file, or none.")
-    if len(found) == 2:
-        require_experts_in_order(*(str(component.shards[0]) for component in found))
     return found
 
 
 def _load_diffusion_model(
-    spec: DiffusionModelSpec, found: list[Component], device, on_tensor, sharding: Sharding
+    spec: DiffusionModelSpec, found: list[Component], device, progress: Progress, sharding: Sharding
 ) -> DiffusionModel:
     dtype = _dtype(spec.dtype, devices.default_dtype(device))
-    latent_format = _latent_format(found[0])
-    for component in found:
-        _check_channels(component, found[0], latent_format["latents_mean"].shape[1])
-    high_noise = _load_transformer(found[0], dtype, device, on_tensor, sharding)
+    check_experts(found)
+    defaults = defaults_of(found[0].config, experts=len(found))
+    boundary = _boundary(spec, found[0], defaults)
+    unread = {
+        expert: _Unread.of(wan.WanTransformer(component.config, sharding.tp), component)
+        for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)
+    }
+    can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
+    asked = by_expert(spec.loras, list(unread))
+    loras = {expert: read_loras(asked[expert], one.places) for expert, one in unread.items()}
+    progress.expect(
+        sum(nbytes(one.places) + nbytes(one.places, changed_by(loras[expert])) for expert, one in unread.items())
+    )
+    high_noise = _load_transformer(unread[HIGH_NOISE], dtype, device, progress, sharding)
     low_noise, swap = None, None
-    if len(found) > 1 and _must_swap(spec, found[1], high_noise, device, sharding):
-        idle = _load_transformer(found[1], dtype, torch.device("cpu"), on_tensor, sharding)
+    if can_swap and (spec.experts == "swap" or not _fits(high_noise, device)):  # ranks may decide differently
+        idle = _load_transformer(unread[LOW_NOISE], dtype, torch.device("cpu"), progress, sharding)
         swap = ExpertSwap(high_noise, high_noise.units, dict(idle.named_parameters()), device)
         low_noise = high_noise
-    elif len(found) > 1:
-        low_noise = _load_transformer(found[1], dtype, device, on_tensor, sharding)
-    defaults = defaults_of(found[0].config, experts=len(found))
+    elif LOW_NOISE in unread:
+        low_noise = _load_transformer(unread[LOW_NOISE], dtype, device, progress, sharding)
+    networks = {HIGH_NOISE: high_noise, LOW_NOISE: low_noise}
     return DiffusionModel(
-        adapters=_adapters(high_noise, low_noise, swap, device, sharding),
+        adapters={
+            expert: _adapter(expert, networks[expert], one.places, loras[expert], swap, device, sharding)
+            for expert, one in unread.items()
+        },
         high_noise=high_noise,
         low_noise=low_noise,
         defaults=defaults,
-        boundary=_boundary(spec, found[0], defaults),
+        boundary=boundary,
         dtype=dtype,
         swap=swap,
-        **latent_format,
+        **_latent_format(found[0]),
     )
 
 
-def _adapters(high_noise, low_noise, swap: ExpertSwap | None, device, sharding: Sharding) -> dict[str, Adapter]:
-    """What changes the weights of each expert, where they are kept."""
-    adapters = {}
-    for expert, network in ((HIGH_NOISE, high_noise), (LOW_NOISE, low_noise)):
-        if network is not None:
-            names = [name for name, _ in network.named_parameters()]
-            share = _share(network, sharding)
-            if swap is None:
-                adapters[expert] = Adapter(names, network.get_parameter, share, device)
-            else:
-                adapters[expert] = Adapter(names, swap.on_host(expert).__getitem__, share, device, swap.outdate)
-    return adapters
+def _adapter(
+    expert: str, network, places: Places, loras: LorasInUse, swap: ExpertSwap | None, device, sharding: Sharding
+) -> Adapter:
+    """What changes the weights of an expert, where they are kept."""
+    share, files = _share(network, sharding), [file for file, _ in loras]
+    if swap is None:
+        return Adapter(places, network.get_parameter, share, device, files)
+    return Adapter(places, swap.on_host(expert).__getitem__, share, device, files, swap.outdate)
 
 
-def _must_swap(
-    spec: DiffusionModelSpec, component: Component, loaded: wan.WanTransformer, device, sharding: Sharding
-) -> bool:
-    """Whether the second expert is to take turns with the one that is loaded. Ranks may decide differently: the
-    video is the same."""
-    if spec.experts == "resident":
+def _can_swap(spec: DiffusionModelSpec, networks: list[wan.WanTransformer], sharding: Sharding) -> bool:
+    """Whether there are two experts which may take turns on the device. Raises ValueError where they are to and
+    cannot."""
+    if len(networks) == 1 or spec.experts == "resident":
         return False
-    if spec.experts == "auto" and (sharding.mesh is not None or _fits(loaded, device)):
-        return False
-    same = dict(loaded.config) == dict(wan.WanTransformer(component.config, sharding.tp).config)
+    same = dict(networks[0].config) == dict(networks[1].config)
     if sharding.mesh is None and same:
         return True
     if spec.experts == "swap":
@@ -235,6 +255,15 @@ def _fits(loaded: wan.WanTransformer, device) -> bool:
         needed / 1e9, ROOM_TO_COMPUTE / 1e9, free / 1e9,
     )  # fmt: skip
     return False
+
+
+def check_experts(found: list[Component]) -> None:
+    """Raises ValueError where one, or two in this order, are not of a model that can be used."""
+    channels = _latent_format(found[0])["latents_mean"].shape[1]
+    for component in found:
+        _check_channels(component, found[0], channels)
+    if len(found) == 2:
+        require_experts_in_order(*(str(component.shards[0]) for component in found))
 
 
 def _check_channels(component: Component, first: Component, channels: int) -> None:
@@ -261,24 +290,32 @@ def _check_channels(component: Component, first: Component, channels: int) -> No
 
 
 def _boundary(spec: DiffusionModelSpec, component: Component, defaults: Defaults) -> float:
-    boundary = spec.boundary
-    if boundary is None and component.root and (component.root / "model_index.json").is_file():
-        boundary = read_json(component.root / "model_index.json").get("boundary_ratio")
+    boundary = own_boundary(component) if spec.boundary is None else spec.boundary
     return (defaults.boundary or WAN22_TEXT.boundary) if boundary is None else boundary
 
 
-def _load_transformer(component: Component, dtype, device, on_tensor, sharding: Sharding) -> wan.WanTransformer:
-    model = wan.WanTransformer(component.config, sharding.tp)
+def own_boundary(component: Component) -> float | None:
+    """What a model's folder says of it, if it does. Raises ValueError where that is no number from 0 to 1."""
+    index = component.root and component.root / "model_index.json"
+    boundary = read_json(index).get("boundary_ratio") if index and index.is_file() else None
+    if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
+        raise ValueError(
+            f"{index} has the boundary_ratio {boundary!r}; it must be a number from 0 to 1, such as "
+            f"{WAN22_TEXT.boundary}. Download it again, or give the model a boundary."
+        )
+    return boundary
+
+
+def _load_transformer(unread: _Unread, dtype, device, progress: Progress, sharding: Sharding) -> wan.WanTransformer:
     load_weights(
-        model,
-        component.shards,
+        unread.network,
+        unread.places,
         dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else dtype,
         device=device,
-        rename=component.rename,
-        share=_share(model, sharding),
-        on_tensor=on_tensor,
+        share=_share(unread.network, sharding),
+        on_bytes=progress.add,
     )
-    return model.eval()
+    return unread.network.eval()
 
 
 def _share(model: wan.WanTransformer, sharding: Sharding) -> Share:
@@ -315,7 +352,7 @@ def _per_channel(values) -> torch.Tensor:
 
 
 def _load_text_encoder(
-    spec: TextEncoderSpec, found: list[Component], device, on_tensor, sharding: Sharding
+    spec: TextEncoderSpec, found: list[Component], device, progress: Progress, sharding: Sharding
 ) -> TextEncoder:
     """On this rank's device, whole or a share, where its placement is ranks; else whole on the CPU."""
     component = found[0]
@@ -323,14 +360,15 @@ def _load_text_encoder(
     device = device if spec.placement == "ranks" else torch.device("cpu")
     dtype = _dtype(spec.dtype, _text_dtype(device, component.nbytes))
     model = empty_network("text_encoder", component)
+    places = check_weights(model, component.shards, component.rename)
+    progress.expect(nbytes(places))
     load_weights(
         model,
-        component.shards,
+        places,
         dtype_of=lambda name: dtype,
         device=device,
-        rename=component.rename,
         share=Share(sharding, lambda name: None, lambda name: False, [model.shared, *model.encoder.block]),
-        on_tensor=on_tensor,
+        on_bytes=progress.add,
     )
     return TextEncoder(model.eval(), tokenizer)
 
@@ -364,17 +402,12 @@ def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
 # VAE
 
 
-def _load_vae(spec: VaeSpec, found: list[Component], device, on_tensor, _):
+def _load_vae(spec: VaeSpec, found: list[Component], device, progress: Progress, _):
     vae = empty_network("vae", found[0])
+    places = check_weights(vae, found[0].shards, found[0].rename)
+    progress.expect(nbytes(places))
     dtype = _dtype(spec.dtype, torch.float32)
-    load_weights(
-        vae,
-        found[0].shards,
-        dtype_of=lambda name: dtype,
-        device=device,
-        rename=found[0].rename,
-        on_tensor=on_tensor,
-    )
+    load_weights(vae, places, dtype_of=lambda name: dtype, device=device, on_bytes=progress.add)
     return wan_vae.streamed(vae.eval())
 
 

@@ -7,14 +7,15 @@ of the part of W that this rank holds. W0, of what LoRAs touch, stays in host me
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Callable
 
 import torch
 from torch import Tensor
 
 from .checkpoints.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
 from .checkpoints.parts import whole
+from .checkpoints.reader import Places, Progress, nbytes
 from .checkpoints.tensor_files import TensorFile, open_tensors
 from .parallel.fsdp import Share, own_part
 from .specs import LoraSpec
@@ -25,56 +26,69 @@ LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order 
 class Adapter:
     """The LoRAs of one network, an expert.
 
-    names, parameter: its parameters, and one of them by name as it is now. share: what is held of each here.
-    device: computes what is merged. before_change: called before a weight changes.
+    places: of its parameters on disk. parameter: one of them by name, as it is now. share: what is held of each here.
+    device: computes what is merged. files: LoRAs that were read for it. before_change: called before a weight changes.
     """
 
     def __init__(
         self,
-        names: list[str],
+        places: Places,
         parameter: Callable[[str], Tensor],
         share: Share,
         device: torch.device,
+        files: Iterable[LoraFile] = (),
         before_change: Callable[[], None] = lambda: None,
     ):
-        self._shapes = {name: share.whole_shape(name, parameter(name)) for name in names}
+        self.places = places
         self._parameter = parameter
         self._share = share
         self._device = device
         self._before_change = before_change
+        self._files = tuple(files)
         self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
         self._loras: LorasInUse = []
         self._merged = True  # False: a change was broken off
 
     def opened(self, specs: list[LoraSpec]) -> LorasInUse:
-        """The LoRAs' files; those in use are not read again. Raises ValueError for one that does not fit."""
-        known = {file.fingerprint: file for file, _ in self._loras}
-        return [
-            (known.get(fingerprint(spec.path)) or read_lora(spec.path, self._shapes), spec.strength) for spec in specs
-        ]
+        """The LoRAs' files; those that were read are not read again. Raises ValueError for one that does not fit."""
+        return read_loras(specs, self.places, self._files)
 
-    def use(self, loras: LorasInUse, on_tensor: Callable[[int, int], None]) -> None:
-        """Makes the weights those of the base with these LoRAs; does nothing if they are."""
-        if self._merged and loras == self._loras:
+    def to_change(self, loras: LorasInUse) -> list[str]:
+        """The parameters that change where these LoRAs take the place of those in use."""
+        return [] if self._in_use(loras) else sorted({*self._originals, *changed_by(loras)})
+
+    def use(self, loras: LorasInUse, on_bytes: Callable[[int], None]) -> None:
+        """Makes the weights those of the base with these LoRAs; does nothing if they are.
+
+        Raises ValueError where a file changed meanwhile: the next use begins anew.
+        """
+        names = self.to_change(loras)
+        self._files = tuple(file for file, _ in loras)
+        if self._in_use(loras):
             return
         self._before_change()
         self._loras, self._merged = loras, False
-        names = sorted({*self._originals, *(name for file, _ in loras for name in file.changes)})
         with ExitStack() as stack, torch.no_grad():
             opened = [(lora, stack.enter_context(open_tensors(lora.path)), strength) for lora, strength in loras]
-            for done, name in enumerate(names, 1):
+            for name in names:
                 changes = [(file.changes[name], *rest) for file, *rest in opened if name in file.changes]
                 if changes:
                     self._merge(name, changes)
                 else:
                     self._restore(name)
-                on_tensor(done, len(names))
+                on_bytes(self.places[name].nbytes)
+        for file, _ in loras:
+            if fingerprint(str(file.path)) != file.fingerprint:
+                raise ValueError(f"{file.path} changed while it was read. Run again.")
         self._merged = True
+
+    def _in_use(self, loras: LorasInUse) -> bool:
+        return self._merged and loras == self._loras
 
     def _merge(self, name: str, changes: list[tuple[LowRank | Difference, TensorFile, float]]) -> None:
         if name not in self._originals:
             self._keep(name)
-        shape = self._shapes[name]
+        shape = self.places[name].shape
         part = self._share.part(name, shape) or whole(shape)
         weight = self._originals[name].to(self._device, torch.float32, copy=True)
         for change, file, strength in changes:
@@ -102,16 +116,35 @@ class Adapter:
         return self._device.type == "cpu" and own_part(parameter) is parameter
 
 
-def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], on_tensor: Callable[[int, int], None]) -> None:
+def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progress: Progress) -> None:
     """Brings the experts, by name, to these LoRAs. Raises ValueError, before any weight changes, where one is for an
     expert that there is not, or its file does not fit."""
+    asked = by_expert(specs, list(adapters))
+    loras = {expert: adapter.opened(asked[expert]) for expert, adapter in adapters.items()}
+    to_change = [(adapter.places, adapter.to_change(loras[expert])) for expert, adapter in adapters.items()]
+    progress.expect(sum(nbytes(*change) for change in to_change))
+    for expert, adapter in adapters.items():
+        adapter.use(loras[expert], progress.add)
+
+
+def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list[LoraSpec]]:
+    """Which LoRAs each expert gets. Raises ValueError where one is for an expert that there is not."""
     for spec in specs:
-        if spec.expert != "both" and len(adapters) == 1:
+        if spec.expert != "both" and len(experts) == 1:
             raise ValueError(
                 f"The LoRA {spec.path} is for the expert {spec.expert}, but this model has no two experts. "
                 "Set expert to 'both'."
             )
-    asked = {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in adapters}
-    loras = {expert: adapter.opened(asked[expert]) for expert, adapter in adapters.items()}
-    for expert, adapter in adapters.items():
-        adapter.use(loras[expert], on_tensor)
+    return {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in experts}
+
+
+def read_loras(specs: list[LoraSpec], places: Places, known: Iterable[LoraFile] = ()) -> LorasInUse:
+    """LoRAs for a network whose parameters lie so; those that are `known` are not read again. Raises ValueError for one
+    that does not fit."""
+    shapes, files = {name: place.shape for name, place in places.items()}, {file.fingerprint: file for file in known}
+    return [(files.get(fingerprint(spec.path)) or read_lora(spec.path, shapes), spec.strength) for spec in specs]
+
+
+def changed_by(loras: LorasInUse) -> set[str]:
+    """The names of the parameters that they touch."""
+    return {name for file, _ in loras for name in file.changes}

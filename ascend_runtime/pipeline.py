@@ -166,12 +166,12 @@ class Pipeline:
             return self._component(job.message.vae, job)
 
     def _component(self, spec, job, sharding: Sharding = Sharding()):
-        def on_tensor(done: int, total: int) -> None:
+        def on_bytes(done: int, total: int) -> None:
             job.check()
             job.progress("load", done, total)
 
         with job.stage("load"):
-            return self.components.get(spec, on_tensor, sharding)
+            return self.components.get(spec, on_bytes, sharding)
 
     def _warm_up(self, job, model: DiffusionModel, spec: SampleSpec, plan: Plan, cfg_group) -> None:
         """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""

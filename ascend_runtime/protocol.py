@@ -145,7 +145,7 @@ class Ready(Message):
 
 
 class Progress(Message):
-    """`stage` has done `step` of `total` parts."""
+    """`stage` has done `step` of `total` parts; bytes, where it is "load" (see `components.Components.get`)."""
 
     job: int
     stage: str

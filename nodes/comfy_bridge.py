@@ -35,7 +35,7 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     _memory.count()
     bar = comfy.utils.ProgressBar(1)
     hooks = {
-        "on_progress": lambda stage, step, total: bar.update_absolute(step, total),
+        "on_progress": lambda stage, step, total: bar.update_absolute(*_shown(stage, step, total)),
         "should_cancel": comfy.model_management.processing_interrupted,
     }
     if preview:
@@ -47,6 +47,11 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
         raise
     _log(result, runtime)
     return result
+
+
+def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
+    """What is done, and of how much, as a reader of ComfyUI's progress is told: bytes in percent, parts as they are."""
+    return (100 * step // total, 100) if stage == "load" else (step, total)
 
 
 def _log(result: Result, runtime: Runtime) -> None:

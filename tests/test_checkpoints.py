@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from ascend_runtime.checkpoints.keys import to_diffusers_name
 from ascend_runtime.checkpoints.layout import find_transformer
-from ascend_runtime.checkpoints.reader import load_weights
+from ascend_runtime.checkpoints.reader import check_weights, load_weights
 from ascend_runtime.families.wan import WanTransformer
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
@@ -18,13 +18,8 @@ def read(path):
     """The transformer at `path`, in fp32."""
     found = find_transformer(str(path))
     model = WanTransformer(found.config)
-    load_weights(
-        model,
-        found.shards,
-        dtype_of=lambda name: torch.float32,
-        device=torch.device("cpu"),
-        rename=found.rename,
-    )
+    places = check_weights(model, found.shards, found.rename)
+    load_weights(model, places, dtype_of=lambda name: torch.float32, device=torch.device("cpu"))
     return model
 
 

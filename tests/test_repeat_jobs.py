@@ -9,8 +9,9 @@ import original_formats
 import pytest
 import random_wan
 import torch
-from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec
+from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
 from ascend_runtime.checkpoints.layout import find_text_encoder, find_transformer, find_vae
+from ascend_runtime.components import Components
 from benchmarks.opens import Opened
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -152,11 +153,89 @@ def test_load_ahead_of_the_jobs(two_ranks, own):
     assert opened.files() == []
 
 
-def test_loads_are_reported_tensor_by_tensor(two_ranks, own):
+@pytest.fixture
+def told_of_loading(two_ranks):
+    """`told_of_loading(model)`: (bytes done, bytes) after each tensor, of one run from 0 to all."""
+
+    def load(model, **plan):
+        told = []
+        two_ranks.load(model, parallel=ParallelSpec(ranks=2, **plan), on_progress=lambda *news: told.append(news))
+        stages, done, totals = zip(*told)
+        assert set(stages) == {"load"} and len(set(totals)) == 1 and done[-1] == totals[0]
+        assert all(before < after for before, after in zip((0, *done), done))
+        return list(zip(done, totals))
+
+    return load
+
+
+def test_loads_are_reported_in_bytes_of_all_experts(own, told_of_loading):
+    on_disk = [load_file(weights(own.folder / name)[0]) for name in ("transformer", "transformer_2")]
+    nbytes = sum(tensor.nbytes for expert in on_disk for tensor in expert.values())
+    for plan in ({}, {"fsdp": True}):
+        told = told_of_loading(own.model, **plan)
+        assert told[-1] == (nbytes, nbytes) and len(told) == sum(map(len, on_disk)), plan
+
+
+def test_loras_are_reported_with_what_they_change(own, told_of_loading, tmp_path):
+    name = "blocks.0.attn1.to_q"
+    weight = load_file(weights(own.folder / "transformer")[0])[f"{name}.weight"]
+    save_file({f"{name}.diff": torch.ones_like(weight)}, tmp_path / "lora.safetensors")
+    lora = LoraSpec(path=str(tmp_path / "lora.safetensors"))
+    (*_, (base, _)) = told_of_loading(own.model)
+    assert told_of_loading(own.model.with_lora(lora)) == [(weight.nbytes * n, weight.nbytes * 2) for n in (1, 2)]
+    assert told_of_loading(own.model) == [(weight.nbytes * n, weight.nbytes * 2) for n in (1, 2)], "taken out again"
+    assert told_of_loading(own.model.with_lora(lora), fsdp=True)[-1][0] == base + 2 * weight.nbytes
+
+
+def test_nothing_is_read_before_all_is_known_to_fit(one_rank, own, tmp_path):
+    """A low-noise expert with a tensor too many; a LoRA of another model."""
     told = []
-    two_ranks.load(own.model, on_progress=lambda *news: told.append(news))
-    per_expert = len(load_file(weights(own.folder / "transformer")[0]))
-    assert told == [("load", done, per_expert) for _ in range(2) for done in range(1, per_expert + 1)]
+    save_file({"blocks.99.attn1.to_q.diff": torch.zeros(2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="is no LoRA for this model"):
+        one_rank.load(own.model.with_lora(LoraSpec(path=str(tmp_path / "lora.safetensors"))),
+                      on_progress=lambda *news: told.append(news))  # fmt: skip
+    (path,) = weights(own.folder / "transformer_2")
+    save_file(load_file(path) | {"one.more": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="transformer_2.* 1 unexpected: one.more"):
+        one_rank.load(own.model, on_progress=lambda *news: told.append(news))
+    assert told == []
+
+
+@pytest.mark.parametrize("kind", ["model", "encoder", "vae", "lora"])
+def test_what_changes_while_it_is_read_is_not_kept(own, tmp_path, kind):
+    file, components = tmp_path / "lora.safetensors", Components(torch.device("cpu"))
+    save_file({"proj_out.diff_b": torch.ones(64), "blocks.0.attn1.to_q.diff_b": torch.ones(96)}, file)
+    spec = getattr(own, "model" if kind == "lora" else kind)
+    if kind == "lora":
+        components.get(spec, lambda *_: None)
+        spec = spec.with_lora(LoraSpec(path=str(file)))
+    else:
+        file = weights(own.folder / {"model": "transformer_2", "encoder": "text_encoder", "vae": "vae"}[kind])[0]
+    before = load_file(file)
+
+    def rewritten(done, total):
+        save_file({name: tensor * 0.5 for name, tensor in before.items()}, tmp_path / "new")
+        os.replace(tmp_path / "new", file)
+
+    with pytest.raises(ValueError, match="changed while it was read. Run again"):
+        components.get(spec, rewritten)
+    expected = Components(torch.device("cpu")).get(spec, lambda *_: None)
+    loaded, again = components.get(spec, lambda *_: None), lambda one: [one.low_noise, one.high_noise]
+    networks = {"encoder": lambda one: [one.model], "vae": lambda one: [one]}.get(kind, again)
+    for network, wanted in zip(networks(loaded), networks(expected)):
+        for (name, parameter), right in zip(network.named_parameters(), wanted.parameters()):
+            assert torch.equal(parameter, right), name
+
+
+@pytest.mark.parametrize("boundary", ['"abc"', "[0.9]", "-3", "5", "true", "NaN"])
+def test_a_boundary_that_is_none_is_refused(own, boundary):
+    path = own.folder / "model_index.json"
+    index = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**index, "boundary_ratio": json.loads(boundary)}))
+    with pytest.raises(ValueError, match="model_index.json has the boundary_ratio .* number from 0 to 1"):
+        Components(torch.device("cpu")).get(own.model, lambda *_: None)
+    given = DiffusionModelSpec(path=own.model.path, boundary=0.5)
+    assert Components(torch.device("cpu")).get(given, lambda *_: None).boundary == 0.5
 
 
 def test_a_single_file_is_opened_once(two_ranks, tmp_path):

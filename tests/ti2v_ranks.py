@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from ascend_runtime.checkpoints.layout import find_transformer
-from ascend_runtime.checkpoints.reader import load_weights
+from ascend_runtime.checkpoints.reader import check_weights, load_weights
 from ascend_runtime.families import wan
 from ascend_runtime.families.context import Context
 from ascend_runtime.ops import PlainOperators
@@ -35,7 +35,8 @@ def load(folder: Path, sharding: Sharding = Sharding()) -> wan.WanTransformer:
     network = wan.WanTransformer(found.config, sharding.tp).eval()
     share = Share(sharding, wan.cut_dim, wan.replicated, network.units)
     cpu = torch.device("cpu")
-    load_weights(network, found.shards, dtype_of=lambda name: torch.float32, device=cpu, share=share)
+    places = check_weights(network, found.shards)
+    load_weights(network, places, dtype_of=lambda name: torch.float32, device=cpu, share=share)
     return network
 
 

@@ -78,7 +78,7 @@ def run(folder, *, checkpoint, inputs, tp, fsdp, dtype):
     buffers = alive() - before  # rotary tables, which no rank shares
     reader.load_weights(
         network,
-        found.shards,
+        reader.check_weights(network, found.shards),
         dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else getattr(torch, dtype),
         device=torch.device("cpu"),
         share=Share(sharding, wan.cut_dim, wan.replicated, network.units),

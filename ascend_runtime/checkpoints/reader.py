@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,40 +47,55 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a parameter lies: shard, name there, shape, and the name of its scale where it was kept in 8 bits."""
+class Place:
+    """Where a parameter lies: shard, name there, whole shape, bytes there, and the name of its scale where it was kept
+    in 8 bits."""
 
     shard: Path
     key: str
     shape: tuple[int, ...]
+    nbytes: int
     scale: str | None
+
+
+Places = dict[str, Place]  # by the names of a network's parameters, in the order of the files
+
+
+class Progress:
+    """Tells how many bytes are done, and how many there are: of whole tensors on disk, whatever part is held here."""
+
+    def __init__(self, tell: Callable[[int, int], None]):
+        self._tell = tell
+        self._done = self._total = 0
+
+    def expect(self, nbytes: int) -> None:
+        """From now on, so many are still to come."""
+        self._total = self._done + nbytes
+
+    def add(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._tell(self._done, self._total)
 
 
 def load_weights(
     module: nn.Module,
-    shards: Iterable[Path],
+    places: Places,
     *,
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
-    rename: Callable[[str, Path], str | None] = lambda name, shard: name,
     share: Share = Whole(),
-    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    on_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Fills `module`, on the meta device, with the tensors of `shards`.
+    """Fills `module`, on the meta device, with the tensors that `check_weights` found.
 
     dtype_of: the dtype to keep a parameter in, by name.
-    rename: the module's name of a tensor, by its name in a shard; None: it is none of the module's.
     share: what is held here of each; no other byte is read.
-    on_tensor: told after each tensor how many are done, and how many there are.
+    on_bytes: told after each tensor how many bytes the whole of it has on disk.
 
-    Nothing is allocated before every name and shape is known to fit. Raises ValueError that lists missing,
-    unexpected, wrongly shaped and non-finite tensors by name. Nothing is ever left to chance values.
+    Raises ValueError that names a tensor which cannot be read, or has values that are no numbers.
     """
-    shards = tuple(shards)
-    places = check_weights(module, shards, rename)
     share.prepare(module)
-    done = 0
-    for shard in shards:
+    for shard in dict.fromkeys(place.shard for place in places.values()):
         wanted = [
             Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device)
             for name, place in places.items()
@@ -88,24 +104,34 @@ def load_weights(
         with open_tensors(shard) as file, closing(read_in_pieces(file, wanted)) as tensors:
             for name, tensor in tensors:
                 assign(module, name, share.parameter(module, name, tensor))
-                done += 1
-                on_tensor(done, len(places))
+                on_bytes(places[name].nbytes)
 
 
 def check_weights(
-    module: nn.Module, shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]
-) -> dict[str, _Place]:
-    """Where each parameter of `module` lies in `shards`. No weight is read. Raises ValueError as `load_weights` does,
-    but of values."""
+    module: nn.Module,
+    shards: tuple[Path, ...],
+    rename: Callable[[str, Path], str | None] = lambda name, shard: name,
+) -> Places:
+    """Where each parameter of `module` lies in `shards`. Nothing is allocated, and no weight is read.
+
+    rename: the module's name of a tensor, by its name in a shard; None: it is none of the module's.
+
+    Raises ValueError that lists missing, unexpected and wrongly shaped tensors by name: nothing is ever left to chance
+    values.
+    """
     wanted = module.state_dict(keep_vars=True)
     places = _places(shards, rename)
     _check_fit(module, shards, wanted, places)
     return places
 
 
-def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]) -> dict[str, _Place]:
-    """Where each parameter is, in the order of the files."""
-    places: dict[str, _Place] = {}
+def nbytes(places: Places, names: Iterable[str] | None = None) -> int:
+    """On disk, of the whole tensors of these names; None: of all."""
+    return sum(places[name].nbytes for name in (places if names is None else names))
+
+
+def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]) -> Places:
+    places: Places = {}
     for shard in shards:
         with open_tensors(shard) as file:
             scales, marks = scales_of(file)
@@ -115,8 +141,8 @@ def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None])
                     continue
                 if name in places:
                     raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
-                file.dtype(key)  # can it be read at all?
-                places[name] = _Place(shard, key, tuple(shape), scales.get(key))
+                itemsize = file.dtype(key).itemsize  # can it be read at all?
+                places[name] = Place(shard, key, tuple(shape), math.prod(shape) * itemsize, scales.get(key))
     return places
 
 

@@ -80,11 +80,6 @@ class Share:
             part[0] = _rows(part[0], self.sharding.mesh)
         return tuple(part) if part != [slice(0, size) for size in shape] else None
 
-    def whole_shape(self, name: str, parameter: Tensor) -> tuple[int, ...]:
-        """The shape on disk of a parameter that has been set."""
-        dim = self._cut(name)
-        return tuple(size * self.sharding.tp.degree if at == dim else size for at, size in enumerate(parameter.shape))
-
     def parameter(self, network: nn.Module, name: str, part: Tensor) -> Tensor:
         """The parameter to be set, of the part that was read."""
         if not self._shared(name):
