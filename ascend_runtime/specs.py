@@ -27,7 +27,10 @@ LORA_EXPERTS = ("both", "high_noise", "low_noise")
 MAX_STRENGTH = 10.0  # of a LoRA, either way
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
-_EXPERT = re.compile(r"(?<![a-z])(high|low)(?=[-_ ]?noise|[^a-z]|$)", re.IGNORECASE)
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # where a word begins within another
+_NOISE = re.compile(r"(?<![a-z])(high|low)[-_ ]?noise")
+# Alone, it tells where a name ends, or a size, a dtype or a version follows: not in high_res, low_vram, low_steps.
+_ALONE = re.compile(r"(?<![a-z])(high|low)(?=(\.\D\w*)?$|[-_. ]?(\d+b|fp\d+|bf16|q\d|int\d|v\d+)(?![a-z]))")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -45,7 +48,7 @@ def _make_absolute(spec: Struct, *names: str) -> None:
 
 def require_experts_in_order(high_noise: str, low_noise: str) -> None:
     """Raises ValueError where the names of both files or folders say that each is the other expert: their tensors are
-    alike, so nothing else can tell. What both paths begin with says nothing."""
+    alike, so nothing else can tell. What both paths begin with says nothing; what can mean another thing neither."""
     paths = [Path(high_noise).parts, Path(low_noise).parts]
     apart = next((place for place, (one, other) in enumerate(zip(*paths)) if one != other), 0)
     if [_expert_named(parts[apart:]) for parts in paths] == ["low", "high"]:
@@ -56,11 +59,12 @@ def require_experts_in_order(high_noise: str, low_noise: str) -> None:
 
 
 def _expert_named(parts: tuple[str, ...]) -> str | None:
-    """Which expert a path speaks of, by the last of its parts that speaks of one alone: "high" or "low"."""
-    for part in reversed(parts):
-        told = {word.lower() for word in _EXPERT.findall(part)}
-        if len(told) == 1:
-            return told.pop()
+    """Which expert a path speaks of, by the last of its parts that speaks of the noise of one alone; else by a word
+    that stands alone in the last: "high" or "low"."""
+    words = [_HUMP.sub("_", part).lower() for part in reversed(parts)]
+    for said in (*map(_NOISE.findall, words), [word for word, *_ in _ALONE.findall(words[0])]):
+        if len(set(said)) == 1:
+            return said[0]
     return None
 
 

@@ -73,9 +73,31 @@ NAMES = [
     ("Wan2_2-T2V-A14B_HIGH_fp8.safetensors", "Wan2_2-T2V-A14B-LOW_fp8.safetensors"),
     ("highnoise/model.safetensors", "lownoise/model.safetensors"),
     ("low_noise/wan-high-noise.safetensors", "high_noise/wan-low-noise.safetensors"),
+    ("WanHighNoise.safetensors", "WanLowNoise.safetensors"),
+    ("smoothMixWan22_i2vHigh.safetensors", "smoothMixWan22_i2vLow.safetensors"),
+    ("wan22_FP8High.safetensors", "wan22_FP8Low.safetensors"),
+    ("wan22_highV8.safetensors", "wan22_lowV8.safetensors"),
+    ("WAN22-I2V-HIGH-Q4_K_M.pth", "WAN22-I2V-LOW-Q4_K_M.pth"),
+    ("Wan2.2-HIGH", "Wan2.2-LOW"),
+    ("low_vram_high_noise.safetensors", "high_vram_low_noise.safetensors"),
 ]
-TELL_NOTHING = [("highlands.safetensors", "lowlands.safetensors"), ("low_noise.safetensors", "other.safetensors"),
-                ("high_and_low_noise/a", "high_and_low_noise/b"), ("low_noise_a", "low_noise_b")]  # fmt: skip
+TELL_NOTHING = [  # or not enough to refuse whoever means what he says
+    ("highlands.safetensors", "lowlands.safetensors"),
+    ("low_noise.safetensors", "other.safetensors"),
+    ("high_and_low_noise/a", "high_and_low_noise/b"),
+    ("low_noise_a", "low_noise_b"),
+    ("wan_low_steps_hn.safetensors", "wan_high_steps_ln.safetensors"),
+    ("low-rank_hnoise.safetensors", "high-rank_lnoise.safetensors"),
+    ("wan22_I2V_low_res_H.safetensors", "wan22_I2V_high_res_L.safetensors"),
+    ("low_vram/wan22_expert1.safetensors", "high_quality/wan22_expert2.safetensors"),
+    ("low/wan22_expert1.safetensors", "high/wan22_expert2.safetensors"),
+    ("wanLowCfg_h.safetensors", "wanHighCfg_l.safetensors"),
+    ("yellow.safetensors", "wanHigh.safetensors"),
+    ("wan_low_8bit_hn.safetensors", "wan_high_8bit_ln.safetensors"),
+    ("wan_low_v2v.safetensors", "wan_high_v2v.safetensors"),
+    ("slow_noise.safetensors", "high_noise.safetensors"),
+    ("WanLowLight_1.safetensors", "WanHighLight_2.safetensors"),
+]
 
 
 @pytest.mark.parametrize("high, low", NAMES)
