@@ -88,7 +88,10 @@ class _Unread:
     places: Places
 
     @classmethod
-    def of(cls, network: wan.WanTransformer, component: Component) -> _Unread:
+    def of(cls, component: Component, sharding: Sharding) -> _Unread:
+        network = empty_network("transformer", component)
+        if sharding.tp.degree > 1:
+            network = wan.WanTransformer(component.config, sharding.tp)
         return cls(network, check_weights(network, component.shards, component.rename))
 
 
@@ -183,11 +186,11 @@ def _load_diffusion_model(
     spec: DiffusionModelSpec, found: list[Component], device, progress: Progress, sharding: Sharding
 ) -> DiffusionModel:
     dtype = _dtype(spec.dtype, devices.default_dtype(device))
-    check_experts(found)
+    latent_format = check_experts(found)
     defaults = defaults_of(found[0].config, experts=len(found))
     boundary = _boundary(spec, found[0], defaults)
     unread = {
-        expert: _Unread.of(wan.WanTransformer(component.config, sharding.tp), component)
+        expert: _Unread.of(component, sharding)
         for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)
     }
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
@@ -216,7 +219,7 @@ def _load_diffusion_model(
         boundary=boundary,
         dtype=dtype,
         swap=swap,
-        **_latent_format(found[0]),
+        **latent_format,
     )
 
 
@@ -257,13 +260,15 @@ def _fits(loaded: wan.WanTransformer, device) -> bool:
     return False
 
 
-def check_experts(found: list[Component]) -> None:
-    """Raises ValueError where one, or two in this order, are not of a model that can be used."""
-    channels = _latent_format(found[0])["latents_mean"].shape[1]
+def check_experts(found: list[Component]) -> dict[str, torch.Tensor]:
+    """The latent format of a model's expert, or two in this order. Raises ValueError where they are not of a model that
+    can be used."""
+    latent_format = _latent_format(found[0])
     for component in found:
-        _check_channels(component, found[0], channels)
+        _check_channels(component, found[0], latent_format["latents_mean"].shape[1])
     if len(found) == 2:
         require_experts_in_order(*(str(component.shards[0]) for component in found))
+    return latent_format
 
 
 def _check_channels(component: Component, first: Component, channels: int) -> None:
@@ -409,6 +414,16 @@ def _load_vae(spec: VaeSpec, found: list[Component], device, progress: Progress,
     dtype = _dtype(spec.dtype, torch.float32)
     load_weights(vae, places, dtype_of=lambda name: dtype, device=device, on_bytes=progress.add)
     return wan_vae.streamed(vae.eval())
+
+
+def check(kind: str, component: Component) -> None:
+    """Raises ValueError for a "transformer", "text_encoder" or "vae" which, whatever is beside it, cannot be loaded. No
+    weight is read."""
+    if kind == "text_encoder":
+        _tokenizer(component)
+    if kind == "transformer":
+        own_boundary(component)
+    check_weights(empty_network(kind, component), component.shards, component.rename)
 
 
 def empty_network(kind: str, component: Component) -> torch.nn.Module:

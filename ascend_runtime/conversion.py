@@ -148,16 +148,18 @@ def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -
 
 
 def _parts(source: Path, to: str, left_out: list[str]) -> dict[str, Component]:
-    """What is there, and whole; why something is not taken goes to `left_out`."""
+    """What is there; why something is not taken goes to `left_out`."""
     parts, faults = {}, []
     for found in inspect(str(source)):
+        if found.component is None and found.fault is None:
+            continue
         folders = FOLDERS.get(found.part, (found.part,))
         if to == "mindspeed" and found.part not in FOLDERS:
             if found.component:
                 left_out.append(f"{found.part}: MindSpeed-MM's layout is of transformers alone; take --to diffusers")
-        elif found.fault is None:
+        elif found.component:  # `_moves` finds out whether its weights fit; what a loader wants beside them may be left out
             parts[found.part] = found.component
-        elif found.component or found.part == "transformer_2" or any((source / folder).is_dir() for folder in folders):
+        elif found.part == "transformer_2" or any((source / folder).is_dir() for folder in folders):
             faults.append(f"{found.part}: {found.fault}")
         else:
             left_out.append(f"{found.part}: {found.fault}")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from .checkpoints.kinds import KINDS, is_kind, states
 from .checkpoints.layout import (
-    CLASSES, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original, read_json,
+    CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
+    read_json,
 )  # fmt: skip
-from .checkpoints.reader import check_weights
 from .checkpoints.tensor_files import open_tensors
-from .components import empty_network
+from .components import check, check_experts
 from .families.defaults import Defaults, defaults_of
 
 FINDERS: dict[str, Callable[[str], Component]] = {
@@ -29,7 +29,8 @@ COLUMNS = ("part", "format", "files", "dtype", "size", "weights")
 
 @dataclass(frozen=True)
 class Found:
-    """A part of a model. fault: why it cannot be used, if it cannot; component: None where it is not there."""
+    """A part of a model. fault: why it cannot be used, if it cannot; component: None where it is not there, which is no
+    fault where a folder of this layout need not have it."""
 
     part: str
     component: Component | None
@@ -43,7 +44,8 @@ def add_command(commands, does: str) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints what is there. Returns 0 where there is something, and all of it can be used."""
+    """Prints what is there. Returns 0 where there is something, and all of it can be used, as far as is known without
+    the values of its weights."""
     try:
         found = list(inspect(arguments.path))
     except ValueError as error:
@@ -64,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 def inspect(path: str) -> Iterator[Found]:
     """The parts of a model in a folder, or the one in a file. No weight is read.
 
-    Raises ValueError where the path is neither, or the file holds nothing known.
+    Raises ValueError where the path is neither, or it holds nothing known.
     """
     root = existing(path)
     if root.is_file():
@@ -73,8 +75,26 @@ def inspect(path: str) -> Iterator[Found]:
             raise ValueError(f"{root} holds none of these: {', '.join(kind.what for kind in KINDS.values())}.")
     else:
         parts = _component(root) or [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
-    for part in parts:
-        yield _looked_at(part, path)
+    experts: list[Component] = []
+    found = [_looked_at(part, path, experts) for part in parts]
+    missing = [one for one in found if one.component is None]
+    if len(missing) == len(found) and not any(_is_due(one.part, root) for one in missing):
+        raise ValueError(missing[0].fault)
+    for one in found:
+        due = one.component is not None or _is_due(one.part, root)
+        yield one if due else Found(one.part, None, None)
+
+
+def _is_due(part: str, root: Path) -> bool:
+    """Whether this part is to be there: it is what the file holds, has a folder, is in the pipeline's index, or the
+    folder is the original's of a whole model."""
+    if root.is_file() or part == "transformer_2" or any((root / name).is_dir() for name in FOLDERS.get(part, (part,))):
+        return True
+    if (root / "model_index.json").is_file():
+        told = read_json(root / "model_index.json").get(part)
+        return any(told) if isinstance(told, list) else bool(told)
+    is_expert = any(root.name in names[1:] for names in FOLDERS.values())
+    return not is_expert and (is_original(root) or any(root.glob("*.pth")))
 
 
 def _component(root: Path) -> list[str]:
@@ -90,14 +110,17 @@ def _has_low_noise(path: str) -> bool:
         return True
 
 
-def _looked_at(part: str, path: str) -> Found:
+def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
+    """experts: those before it that can be used; gets this one if it can be used with them."""
     try:
         component = FINDERS[part](path)
     except ValueError as error:
         return Found(part, None, str(error))
     try:
-        network = empty_network(part.removesuffix("_2"), component)
-        check_weights(network, component.shards, component.rename)
+        check(part.removesuffix("_2"), component)
+        if part in FOLDERS:
+            check_experts([*experts, component])
+            experts.append(component)
     except ValueError as error:
         return Found(part, component, str(error))
     return Found(part, component, None)
@@ -106,7 +129,7 @@ def _looked_at(part: str, path: str) -> Found:
 def _row(found: Found) -> tuple[str, ...]:
     component = found.component
     if component is None:
-        return found.part, "-", "-", "-", "-", "missing"
+        return found.part, "-", "-", "-", "-", "missing" if found.fault else "-"
     dtypes, count = _contents(component.shards)
     size, weights = f"{component.nbytes / 1e9:.2f} GB", f"{count / 1e6:,.1f} M"
     state = "not whole" if found.fault else "whole"

@@ -70,6 +70,9 @@ def find_component(path: str, name: str) -> Component:
     root = existing(path)
     folder = root / name if (root / name).is_dir() else root
     if not (folder / "config.json").is_file():
+        if loose := sorted(root.glob("*.safetensors")):
+            which = f"the file in it, {loose[0].name}" if len(loose) == 1 else f"one of its files, as {loose[0].name}"
+            raise ValueError(f"{root} is no folder of a model: it has no {name}/config.json. Give {which}.")
         held = ", ".join(sorted(entry.name for entry in root.iterdir())) or "nothing"
         raise ValueError(
             f"{root} has no {name}/config.json; it holds {held}. Give a folder of diffusers or of the original, "
