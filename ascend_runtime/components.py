@@ -306,7 +306,7 @@ def own_boundary(component: Component) -> float | None:
     if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
         raise ValueError(
             f"{index} has the boundary_ratio {boundary!r}; it must be a number from 0 to 1, such as "
-            f"{WAN22_TEXT.boundary}. Download it again, or give the model a boundary."
+            f"{WAN22_TEXT.boundary}. Correct it, or download the file again."
         )
     return boundary
 

@@ -157,7 +157,7 @@ def _parts(source: Path, to: str, left_out: list[str]) -> dict[str, Component]:
         if to == "mindspeed" and found.part not in FOLDERS:
             if found.component:
                 left_out.append(f"{found.part}: MindSpeed-MM's layout is of transformers alone; take --to diffusers")
-        elif found.component:  # `_moves` finds out whether its weights fit; what a loader wants beside them may be left out
+        elif found.component:  # `_moves` finds out whether its weights fit; what is to lie beside them may lack
             parts[found.part] = found.component
         elif found.part == "transformer_2" or any((source / folder).is_dir() for folder in folders):
             faults.append(f"{found.part}: {found.fault}")
