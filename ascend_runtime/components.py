@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import devices
 from .checkpoints.configs import LATENTS_MEAN_22, LATENTS_STD_22
+from .checkpoints.faults import usable
 from .checkpoints.layout import Component, find_text_encoder, find_transformer, find_vae, has_low_noise, read_json
 from .checkpoints.reader import Places, Progress, check_weights, load_weights, nbytes, tokenizer_model
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
@@ -333,24 +334,24 @@ def _latent_format(component: Component) -> dict[str, torch.Tensor]:
     vae = component.root and component.root / "vae"
     config = read_json(vae / "config.json") if vae and (vae / "config.json").is_file() else {}
     rgb = read_json(vae / "latent_rgb.json") if vae and (vae / "latent_rgb.json").is_file() else {}
-    known = (wan.LATENTS_MEAN, wan.LATENTS_STD)
+    known, said_by = (wan.LATENTS_MEAN, wan.LATENTS_STD), vae or component.shards[0]
     if component.config.get("out_channels", 16) == len(LATENTS_MEAN_22):
         known = (LATENTS_MEAN_22, LATENTS_STD_22)
-    mean = config.get("latents_mean", known[0])
-    table = wan.LATENT_RGB.get(len(mean), {}) | rgb
-    factors = table.get("factors", ())
-    if len(factors) != len(mean):
-        logger.warning("No RGB table is known for latents of %d channels: there will be no previews.", len(mean))
-    return {
-        "latents_mean": _per_channel(mean),
-        "latents_std": _per_channel(config.get("latents_std", known[1])),
-        "latent_rgb": torch.tensor(factors) if len(factors) == len(mean) else None,
-        "latent_rgb_bias": torch.tensor(table.get("bias", (0.0, 0.0, 0.0))),
-    }
-
-
-def _per_channel(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1, 1)
+    with usable(said_by, "its latents_mean and latents_std"):
+        mean, std = (torch.tensor(config.get(key, own), dtype=torch.float32)
+                     for key, own in zip(("latents_mean", "latents_std"), known))  # fmt: skip
+        if mean.ndim != 1 or mean.shape != std.shape:
+            raise ValueError(f"they are of the shapes {list(mean.shape)} and {list(std.shape)}")
+        mean, std = mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+    with usable(said_by, "its table of colours"):
+        table = wan.LATENT_RGB.get(mean.numel(), {}) | rgb
+        factors, bias = (torch.tensor(table.get(key, own), dtype=torch.float32)
+                         for key, own in (("factors", ()), ("bias", (0.0, 0.0, 0.0))))  # fmt: skip
+        channels = len(factors)
+    if channels != mean.numel():
+        logger.warning("No RGB table is known for latents of %d channels: there will be no previews.", mean.numel())
+        factors = None
+    return {"latents_mean": mean, "latents_std": std, "latent_rgb": factors, "latent_rgb_bias": bias}
 
 
 # Text encoder
@@ -388,12 +389,15 @@ def _tokenizer(component: Component) -> Any:
             "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which has one."
         )
     if found.is_file():
-        return SentencePiece(tokenizer_model(found))
+        model = tokenizer_model(found)
+        with usable(found, "its tokenizer"):
+            return SentencePiece(model)
     if not found.is_dir():
         raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
-    if (found / SPIECE).is_file() and not (found / "tokenizer.json").is_file():  # transformers would want protobuf
-        return SentencePiece((found / SPIECE).read_bytes())
-    return AutoTokenizer.from_pretrained(found, local_files_only=True)
+    with usable(found, "the tokenizer in it"):
+        if (found / SPIECE).is_file() and not (found / "tokenizer.json").is_file():  # transformers would want protobuf
+            return SentencePiece((found / SPIECE).read_bytes())
+        return AutoTokenizer.from_pretrained(found, local_files_only=True)
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
@@ -427,15 +431,18 @@ def check(kind: str, component: Component) -> None:
 
 
 def empty_network(kind: str, component: Component) -> torch.nn.Module:
-    """The network of a "transformer", "text_encoder" or "vae", on the meta device."""
-    with torch.device("meta"):
-        if kind == "vae":
-            return AutoencoderKLWan.from_config(component.config)
-        if kind == "text_encoder":
+    """The network of a "transformer", "text_encoder" or "vae", on the meta device. Raises ValueError where there is
+    none of this config."""
+    told_by = component.folder / "config.json" if component.folder else component.shards[0]
+    with usable(told_by, f"its config of a {kind}"):
+        if kind == "transformer":
+            return wan.WanTransformer(component.config)
+        with torch.device("meta"):
+            if kind == "vae":
+                return AutoencoderKLWan.from_config(component.config)
             model = UMT5EncoderModel(UMT5Config.from_dict(component.config))
             model.set_input_embeddings(model.shared)  # one module twice: FSDP2 gathers a module's own parameters
             return model
-    return wan.WanTransformer(component.config)
 
 
 def _dtype(name: str, automatic: torch.dtype) -> torch.dtype:

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from .checkpoints.configs import HEAD_DIM
 from .checkpoints.keys import to_mindspeed_name
-from .checkpoints.kinds import states
 from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, read_json
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.reader import check_weights, tokenizer_model
+from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
 from .checkpoints.transfer import Move, fill, laid_out
 from .checkpoints.unfinished import partial_folder, sync, unfinished

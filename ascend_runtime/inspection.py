@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoints.kinds import KINDS, is_kind, states
+from .checkpoints.kinds import KINDS, is_kind
 from .checkpoints.layout import (
     CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
     read_json,
 )  # fmt: skip
+from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
 from .components import check, check_experts
 from .families.defaults import Defaults, defaults_of
@@ -48,10 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     the values of its weights."""
     try:
         found = list(inspect(arguments.path))
+        rows = [COLUMNS, *(_row(one) for one in found)]
     except ValueError as error:
         print(error)
         return 1
-    rows = [COLUMNS, *(_row(one) for one in found)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -70,11 +70,12 @@ def check_finite(tensor: Tensor, what: str) -> None:
         raise not_finite(what)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are numbers: the least and the greatest show it, as NaN is both."""
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether all values are numbers, in `dtype` too where one is given: the least and the greatest show it, as NaN is
+    both."""
     if not (tensor.is_floating_point() and tensor.numel()):
         return True
-    return all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor))
+    return all(torch.isfinite(extreme.to(dtype or tensor.dtype)) for extreme in torch.aminmax(tensor))
 
 
 def not_finite(what: str) -> ValueError:

@@ -340,8 +340,16 @@ def test_a_tile_that_overflows_is_refused_by_all(survivors, damaged):
 
 
 def test_a_dtype_that_is_too_narrow(survivors, specs_of, damaged):
-    """Weights that are finite on disk and overflow in fp16: the user hears it instead of seeing black frames."""
-    change_tensors(damaged, "transformer", lambda tensors: tensors["proj_out.weight"].mul_(1e6))
+    """Weights that fp16 holds, and products that it does not: the user hears it instead of seeing black frames."""
+    change_tensors(damaged, "transformer", lambda tensors: tensors["proj_out.weight"].mul_(1e5))
     specs = specs_of(damaged)
     specs.model = DiffusionModelSpec(path=str(damaged), dtype="float16")
     assert_says(pytest.raises(ValueError, sample, survivors, specs), ["NaN or infinite", "dtype", "bfloat16"])
+
+
+def test_weights_that_a_dtype_does_not_hold(survivors, specs_of, damaged):
+    path = change_tensors(damaged, "transformer", lambda tensors: tensors["proj_out.weight"].mul_(1e6))
+    specs = specs_of(damaged)
+    specs.model = DiffusionModelSpec(path=str(damaged), dtype="float16")
+    says = [str(path), "proj_out.weight", "which torch.float16 does not hold", "bfloat16"]
+    assert_says(pytest.raises(ValueError, sample, survivors, specs), says)

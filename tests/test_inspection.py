@@ -1,6 +1,7 @@
 """`python -m ascend_runtime inspect`: what is there, and what keeps it from being used."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -173,3 +174,24 @@ def test_single_files(told, tmp_path):
     assert status == 1 and "Wan transformer, UMT5 text encoder, Wan VAE" in text
     status, text = told(tmp_path / "none")
     assert status == 1 and "does not exist" in text
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        status, text = told(path)
+        assert status == 1 and f"{path} is neither a folder nor a file. Give" in text
+
+
+def test_a_dtype_that_torch_has_not_is_named(told, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints(experts=1), tmp_path / "model")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "stranger": torch.zeros(2, dtype=torch.float8_e8m0fnu)}, file)
+    status, text = told(folder)
+    assert status == 1 and f"{file} holds stranger as F8_E8M0" in text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all files")
+def test_what_may_not_be_read_is_named(told, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints(experts=1), tmp_path / "model")
+    for path in ("transformer/diffusion_pytorch_model.safetensors", "vae/config.json"):
+        (folder / path).chmod(0)
+        status, text = told(folder)
+        assert status == 1 and f"{folder / path} cannot be read (Permission denied)" in text

@@ -244,6 +244,10 @@ def not_a_number(tensors):
     return {"diffusion_model.blocks.0.ffn.2.lora_B.weight": torch.full((96, 4), torch.nan)}
 
 
+def of_whole_numbers(tensors):
+    return {"diffusion_model.blocks.0.ffn.2.lora_B.weight": torch.ones(96, 4, dtype=torch.int8)}
+
+
 def wide_difference(tensors):
     return {"diffusion_model.blocks.0.norm3.diff": torch.ones(97)}
 
@@ -257,6 +261,7 @@ REFUSED = {
     one_half: ["that make no change together", "head.head.lora_A.weight (of proj_out.weight)"],
     twice: ["given twice", "transformer.blocks.0.attn1.to_q.lora_A.weight"],
     not_a_number: ["1 with NaN or infinite values: diffusion_model.blocks.0.ffn.2.lora_B.weight"],
+    of_whole_numbers: ["1 that are no floating-point numbers: diffusion_model.blocks.0.ffn.2.lora_B.weight as torch"],
     wide_difference: ["of the wrong shape: diffusion_model.blocks.0.norm3.diff [97]", "norm2.weight [96]"],
 }
 

@@ -105,6 +105,18 @@ def test_the_first_fault_in_the_given_order_is_told(tmp_path, kind):
             read(path, torch.float16, names=names)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("held, kept, value", [("float32", "float16", 1e30), ("float64", "float32", 1e300),
+                                               ("float32", "bfloat16", 3.4e38)])  # fmt: skip
+def test_what_a_dtype_does_not_hold_is_told(tmp_path, kind, held, kept, value):
+    given = tensors(getattr(torch, held), count=3)
+    given["01"][-1, 2] = -value
+    path = saved(kind, tmp_path / "file", given)
+    with pytest.raises(ValueError, match=rf"file has values of up to \S+ in 01, which torch.{kept} does not hold"):
+        read(path, getattr(torch, kept))
+    assert read(path, getattr(torch, held))["01"][-1, 2] == given["01"][-1, 2]
+
+
 def cut_while_it_is_read(path, dtype, part, came):
     with open_tensors(path) as file, closing(read_in_pieces(file, wanted(file, dtype, part_of=PARTS[part]))) as made:
         for name, _ in made:

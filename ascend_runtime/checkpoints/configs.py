@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 Shapes = dict[str, tuple[int, ...]]  # by the names of diffusers or transformers
+Tells = dict[str, int]  # names of tensors that a network has, those first that no other has, and how many dims
 
 # How latents of the Wan 2.2 VAE are normalised (Wan-Video/Wan2.2, wan/modules/vae2_2.py); diffusers has the 2.1's.
 LATENTS_MEAN_22 = (
@@ -21,18 +23,20 @@ LATENTS_STD_22 = (
 )  # fmt: skip
 
 HEAD_DIM = 128  # of every Wan transformer of the original
-TRANSFORMER_TELLS = (
-    "patch_embedding.weight",
-    "blocks.0.ffn.net.0.proj.weight",
-    "proj_out.weight",
-    "condition_embedder.text_embedder.linear_1.weight",
-    "condition_embedder.time_embedder.linear_1.weight",
-)
+TRANSFORMER_TELLS = {
+    "patch_embedding.weight": 5,
+    "blocks.0.ffn.net.0.proj.weight": 2,
+    "proj_out.weight": 2,
+    "condition_embedder.text_embedder.linear_1.weight": 2,
+    "condition_embedder.time_embedder.linear_1.weight": 2,
+}
 
 
 def transformer_config(shapes: Shapes) -> dict:
     """That of diffusers' WanTransformer3DModel."""
     dim, in_channels, *patch = shapes["patch_embedding.weight"]
+    if dim % HEAD_DIM:
+        raise ValueError(f"patch_embedding.weight makes {dim} channels, which are no heads of {HEAD_DIM}")
     has_image = "condition_embedder.image_embedder.ff.net.0.proj.weight" in shapes
     positions = shapes.get("condition_embedder.image_embedder.pos_embed")
     return {
@@ -52,11 +56,11 @@ def transformer_config(shapes: Shapes) -> dict:
     }
 
 
-TEXT_ENCODER_TELLS = (
-    "encoder.block.0.layer.0.SelfAttention.q.weight",
-    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
-)
+TEXT_ENCODER_TELLS = {
+    "encoder.block.0.layer.0.SelfAttention.q.weight": 2,
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": 2,
+    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": 2,
+}
 
 
 def text_encoder_config(shapes: Shapes) -> dict:
@@ -78,13 +82,13 @@ def text_encoder_config(shapes: Shapes) -> dict:
     }
 
 
-VAE_TELLS = (
-    "encoder.conv_in.weight",
-    "encoder.mid_block.resnets.0.conv1.weight",
-    "decoder.conv_out.weight",
-    "decoder.norm_out.gamma",
-    "post_quant_conv.weight",
-)
+VAE_TELLS = {
+    "encoder.conv_in.weight": 5,
+    "encoder.mid_block.resnets.0.conv1.weight": 5,
+    "decoder.conv_out.weight": 5,
+    "decoder.norm_out.gamma": 4,
+    "post_quant_conv.weight": 5,
+}
 
 
 def vae_config(shapes: Shapes) -> dict:
@@ -98,6 +102,8 @@ def vae_config(shapes: Shapes) -> dict:
     at = [[f"encoder.down_blocks.{name.format(n, 3 * n, 3 * n + 2)}" for n in range(blocks)] for name in (first, step)]
     temporal = [f"{name}.time_conv.weight" in shapes for name in at[1][:-1]]
     patch = math.isqrt(channels // 3)
+    if channels != 3 * patch**2 or not patch:
+        raise ValueError(f"encoder.conv_in.weight reads {channels} channels, which are no patches of RGB")
     config = {
         "base_dim": base,
         "decoder_base_dim": shapes["decoder.norm_out.gamma"][0],
@@ -117,7 +123,25 @@ def vae_config(shapes: Shapes) -> dict:
     return config
 
 
+# What our own code reads of a config, and reckons with.
+COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
+          "ffn_dim", "z_dim", "scale_factor_spatial", "scale_factor_temporal")  # fmt: skip
+
+
+def check_counts(config: dict, file: Path) -> None:
+    """Raises ValueError for a config, the JSON of `file`, where a number is none, or not above 0."""
+    wrong = [f"{name} {config[name]!r}" for name in COUNTS
+             if name in config and not (type(config[name]) is int and config[name] > 0)]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{file} says {', '.join(wrong)}. That must be whole numbers above 0. Download it again.")
+
+
 def count(shapes: Shapes, prefix: str) -> int:
-    """How many blocks there are, numbered from 0 behind `prefix`."""
-    numbers = [int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix)]
-    return max(numbers) + 1 if numbers else 0
+    """How many blocks there are, numbered from 0 behind `prefix`. Raises ValueError where a number is missing."""
+    found = {name.removeprefix(prefix).split(".")[0]: name for name in shapes if name.startswith(prefix)}
+    wanted = [str(number) for number in range(len(found))]
+    missing = next((number for number in wanted if number not in found), None)
+    if missing is not None:
+        strange = [name for number, name in found.items() if number not in wanted]
+        raise ValueError(f"there is no {prefix}{missing}, but {', '.join(strange[:3])}")
+    return len(found)

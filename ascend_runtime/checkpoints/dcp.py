@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .parts import Part, Stored, read_stored, whole
+from .states import states
 from .torch_file import BROKEN, stored_tensors
 
 METADATA = ".metadata"
@@ -74,8 +75,7 @@ class DistributedCheckpoint:
         self.header: dict[str, str] = {}
 
     def __enter__(self) -> DistributedCheckpoint:
-        metadata = self.path / METADATA
-        tensors = dict(_tensors(self.path, metadata.stat().st_mtime_ns))
+        tensors = dict(_tensors(self.path, states((self.path,))))
         wrapped = {name.removeprefix(WRAPPER): held for name, held in tensors.items() if name.startswith(WRAPPER)}
         self._tensors = wrapped or tensors
         self.shapes = {name: held.shape for name, held in self._tensors.items()}
@@ -124,7 +124,7 @@ def _moved(own: slice, by: int) -> slice:
 
 
 @lru_cache(maxsize=4)
-def _tensors(path: Path, _changed_ns: int) -> tuple[tuple[str, _Spread], ...]:
+def _tensors(path: Path, _: tuple) -> tuple[tuple[str, _Spread], ...]:
     """By name. Raises ValueError where `.metadata` says nothing of the sort, or a file that it names is cut."""
     try:
         with (path / METADATA).open("rb") as file:

@@ -9,9 +9,11 @@ times its scale; scales of inputs are for products in 8 bits, of which there are
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 
+from .faults import listed, usable
 from .tensor_files import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
@@ -23,36 +25,69 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 def scales_of(file: TensorFile) -> tuple[dict[str, str], set[str]]:
     """(the names of the weights' scales by those of the weights; all names that are no weights but marks or scales).
 
-    Both are empty where the file has no mark. Raises ValueError for a format that is not one scale a tensor.
+    Both are empty where the file has no mark. Raises ValueError for a format that is not one scale a tensor, for marks
+    that say nothing of the sort, and that lists weights without a scale and scales without such a weight.
     """
     leaves = {name: name.rpartition(".")[2] for name in file.shapes}
     marks = {name for name, leaf in leaves.items() if leaf in (OLD_MARK, LAYER_MARK)}
-    kinds = OLD_SCALES if any(leaves[name] == OLD_MARK for name in marks) else {}
+    old = any(leaves[name] == OLD_MARK for name in marks)
     formats = _formats(file, [name for name in marks if leaves[name] == LAYER_MARK])
-    if formats:
-        kinds = kinds | NEW_SCALES
     for layer, kept in formats.items():
         if kept not in FORMATS:
             raise ValueError(f"{file.path} holds {layer} as {kept}. Take its fp8_scaled, fp16 or bf16 form.")
-    scales = {}
-    for name, leaf in leaves.items():
-        if kinds.get(leaf):
-            weight = f"{name.removesuffix(leaf)}weight"
-            if torch.Size(file.shapes[name]).numel() != 1 or weight not in file.shapes:
-                raise ValueError(f"{file.path} holds {name} as {list(file.shapes[name])}: it is no scale of {weight}.")
-            scales[weight] = name
+    kinds = (OLD_SCALES if old else {}) | (NEW_SCALES if formats else {})
+    scales = {f"{name.removesuffix(leaf)}weight": name for name, leaf in leaves.items() if kinds.get(leaf)}
+    marked = {f"{layer}.weight" for layer in formats}
+    if old:
+        marked |= {name for name, leaf in leaves.items() if leaf == "weight" and is_8_bits(file.dtype(name))}
+    _check(file, scales, marked)
     return scales, marks | {name for name, leaf in leaves.items() if leaf in kinds}
 
 
 def _formats(file: TensorFile, marks: list[str]) -> dict[str, str]:
     """The format of each marked layer."""
-    layers = json.loads(file.header.get(NEW_MARK, "{}")).get("layers", {})
-    layers = layers | {name.rpartition(".")[0]: json.loads(bytes(file.read(name).tolist())) for name in marks}
-    return {name: layer.get("format", "nothing known") for name, layer in layers.items()}
+    with usable(file.path, f"the header's {NEW_MARK}"):
+        layers = dict(json.loads(file.header.get(NEW_MARK, "{}")).get("layers", {}))
+        formats = {name: layer.get("format", "nothing known") for name, layer in layers.items()}
+    for name in marks:
+        with usable(file.path, name):
+            mark = json.loads(bytes(file.read(name).tolist()))
+            formats[name.rpartition(".")[0]] = mark.get("format", "nothing known")
+    return formats
 
 
-def dequantized(tensor: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """A part of a weight, in fp32 where it was kept in 8 bits; scale: of one element, or None."""
-    if tensor.is_floating_point() and tensor.itemsize == 1:
+def _check(file: TensorFile, scales: dict[str, str], marked: set[str]) -> None:
+    """Raises ValueError that lists what a header shows to be no weight of 8 bits with its scale."""
+    told = listed({
+        "without a scale": sorted(marked - scales.keys()),
+        "that are no scale": [
+            f"{scale} {list(file.shapes[scale])} of {file.dtype(scale)}" for scale in scales.values()
+            if math.prod(file.shapes[scale]) != 1 or not file.dtype(scale).is_floating_point
+        ],
+        "with a scale, but not of 8 bits": [
+            weight for weight in scales if weight not in file.shapes or not is_8_bits(file.dtype(weight))
+        ],
+    })  # fmt: skip
+    if told:
+        raise ValueError(
+            f"{file.path} is marked as fp8_scaled. Tensors {told}. Download it again, or take its fp16 or bf16 form."
+        )
+
+
+def is_8_bits(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def scale_of(file: TensorFile, name: str) -> float:
+    """The number by which an 8-bit weight is to be multiplied. Raises ValueError where it is none above 0."""
+    scale = file.read(name).float().item()
+    if not 0 < scale < math.inf:
+        raise ValueError(f"{file.path} has the scale {scale} in {name}; it must be above 0. Download it again.")
+    return scale
+
+
+def dequantized(tensor: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """A part of a weight, in fp32 where it was kept in 8 bits."""
+    if is_8_bits(tensor.dtype):
         tensor = tensor.float()
-    return tensor if scale is None else tensor.float() * scale.float().reshape(())
+    return tensor if scale is None else tensor * scale

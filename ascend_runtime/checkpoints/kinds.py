@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from . import configs
+from .faults import listed, usable
 from .keys import TOKENIZER_MODEL, to_diffusers_name, to_umt5_name, to_vae_name
 from .tensor_files import open_tensors
 
@@ -20,7 +21,7 @@ class Kind:
     what: str
     rename: Callable[[str], str | None]
     published: str  # the original's file, and where to get it
-    tells: tuple[str, ...]  # names that it has, those that nothing else has first
+    tells: configs.Tells
     config: Callable[[configs.Shapes], dict]
 
 
@@ -50,16 +51,6 @@ KINDS = {
 }
 
 
-def files_of(shards: Iterable[Path]) -> list[Path]:
-    """The files that shards consist of."""
-    return [file for shard in shards for file in (sorted(shard.iterdir()) if shard.is_dir() else (shard,))]
-
-
-def states(shards: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
-    """Of each file: path, size and time of the last change."""
-    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(shards))
-
-
 @dataclass(frozen=True)
 class Described:
     config: dict
@@ -73,27 +64,35 @@ def described(kind_name: str, shards: tuple[Path, ...], _: tuple) -> Described:
     kind, shapes, first_blocks, has_tokenizer = KINDS[kind_name], {}, [], False
     for shard in shards:
         names = _names(shard)
-        found = {kind.rename(key): shape for key, shape in names.items()}
         has_tokenizer |= TOKENIZER_MODEL in names
         # Pipeline stages number their blocks from 0; the shards of one network have no block in common.
         stages = shards[0].parent != shard.parent
-        first_blocks.append(configs.count(shapes, "blocks.") if stages else 0)
-        shapes |= {moved(name, first_blocks[-1]): shape for name, shape in found.items() if name}
+        with usable(shard, "the names of its tensors"):
+            found = {kind.rename(key): shape for key, shape in names.items()}
+            first_blocks.append(configs.count(shapes, "blocks.") if stages else 0)
+            shapes |= {moved(name, first_blocks[-1]): shape for name, shape in found.items() if name}
     missing = [name for name in kind.tells if name not in shapes]
-    if missing[:2] == list(kind.tells[:2]):
+    if missing[:2] == [*kind.tells][:2]:
         raise ValueError(
-            f"{shards[0]} is not a {kind.what}: it has neither {' nor '.join(kind.tells[:2])}. "
+            f"{shards[0]} is not a {kind.what}: it has neither {' nor '.join(missing[:2])}. "
             f"Its first tensors are {', '.join(sorted(shapes)[:4])}."
         )
     if missing:
         raise ValueError(f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. Download it again.")
-    return Described(kind.config(shapes), tuple(first_blocks), has_tokenizer)
+    misshapen = [
+        f"{name} is {list(shapes[name])}, not of {dims} dims" for name, dims in kind.tells.items()
+        if len(shapes[name]) != dims or 0 in shapes[name]
+    ]  # fmt: skip
+    if told := listed({"of the wrong shape": misshapen}):
+        raise ValueError(f"{shards[0]} is no whole {kind.what}. Tensors {told}. Download it again.")
+    with usable(shards[0], f"it as a {kind.what}"):
+        return Described(kind.config(shapes), tuple(first_blocks), has_tokenizer)
 
 
 @lru_cache(maxsize=16)
 def is_kind(kind: str, file: Path, _: tuple) -> bool:
     names = {KINDS[kind].rename(name) for name in _names(file)}
-    return any(name in names for name in KINDS[kind].tells[:2])
+    return any(name in names for name in [*KINDS[kind].tells][:2])
 
 
 def _names(shard: Path) -> configs.Shapes:

@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..specs import VideoSize
-from .kinds import KINDS, described, files_of, is_kind, moved, states
+from .configs import check_counts
+from .faults import usable
+from .kinds import KINDS, described, is_kind, moved
 from .mindspeed import latest_shards
+from .states import files_of, states
 
 CLASSES = {  # of component: the key of its config that tells, and what it says
     "transformer": ("_class_name", "WanTransformer3DModel"),
@@ -80,6 +83,7 @@ def find_component(path: str, name: str) -> Component:
         )
     config = read_json(folder / "config.json")
     _check_kind(config, name, folder)
+    check_counts(config, folder / "config.json")
     pipeline = folder.parent
     beside = (folder / "config.json", *(pipeline / deciding for deciding in DECIDING))
     tokenizer = pipeline / "tokenizer" if name == "text_encoder" else None
@@ -103,6 +107,11 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
     found = replace(_found("transformer", _shards_of(folder)), beside=(folder / "config.json",))
     heads, width = (found.config[key] for key in ("num_attention_heads", "attention_head_dim"))
     told = read_json(folder / "config.json").get("num_heads", heads)
+    if type(told) is not int or told < 1 or heads * width % told:
+        raise ValueError(
+            f"{folder / 'config.json'} says num_heads {told!r}, which does not cut the {heads * width} channels of "
+            f"{found.shards[0].name} into heads. Download it again."
+        )
     shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
     return replace(found, config=found.config | shape)
 
@@ -153,7 +162,8 @@ def has_low_noise(path: str) -> bool:
     if not found and (root / "high_noise_model").is_dir():
         raise ValueError(f"{root} has a high_noise_model, but no low_noise_model beside it. Download that too.")
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-    if not found and any(index.get("transformer_2") or ()):
+    told = index.get("transformer_2")
+    if not found and (any(told) if isinstance(told, list) else told):
         raise ValueError(f"{root / 'model_index.json'} names a transformer_2, which is not there. Download that too.")
     return found
 
@@ -223,17 +233,21 @@ def _check_kind(config: dict, name: str, folder: Path) -> None:
 
 
 def existing(path: str) -> Path:
+    """`path`, which is a folder or a file. Raises ValueError where it is neither."""
     root = Path(path).expanduser()
-    if not root.exists():
-        raise ValueError(f"{root} does not exist. Give the path of a model's folder or file.")
+    if not (root.is_file() or root.is_dir()):
+        why = "is neither a folder nor a file" if root.exists() else "does not exist"
+        raise ValueError(f"{root} {why}. Give the path of a model's folder or file.")
     return root
 
 
 def read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}). Download it again.") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}). May you read it?") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object. Download it again.")
     return content
@@ -242,7 +256,8 @@ def read_json(path: Path) -> dict:
 def _shards_of(folder: Path) -> tuple[Path, ...]:
     """The weights of a component: those with the libraries' standard name where there are, else all that lie there."""
     for index in _preferred(folder, "*.safetensors.index.json", [f"{name}.index.json" for name in STANDARD_NAMES]):
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        with usable(index, "its weight_map"):
+            names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise ValueError(f"{folder} lacks {', '.join(missing) or 'weights'}, see {index.name}. Download them.")

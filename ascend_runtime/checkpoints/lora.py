@@ -26,9 +26,9 @@ from pathlib import Path
 from torch import Tensor
 
 from ..precision import is_finite
+from .faults import listed
 from .keys import to_diffusers_name
 from .parts import Part
-from .reader import listed
 from .tensor_files import TensorFile, open_tensors
 
 logger = logging.getLogger(__name__)
@@ -108,13 +108,16 @@ def read_lora(path: str | Path, shapes: Shapes) -> LoraFile:
     """What the file changes of a network whose parameters have these whole shapes.
 
     What is for an image that the network does not see is left out, with a warning. Raises ValueError that lists by name
-    what else is of no known kind or layer, incomplete, wrongly shaped or not finite.
+    what else is of no known kind or layer, incomplete, wrongly shaped, not finite or of whole numbers.
     """
     state, path = fingerprint(str(path)), Path(path)
     faults: dict[str, list[str]] = defaultdict(list)
     left_out: list[str] = []
     with open_tensors(path) as file:
         on_disk = file.shapes
+        for key in on_disk:
+            if not (file.dtype(key).is_floating_point or key.endswith(".alpha")):
+                faults["that are no floating-point numbers"].append(f"{key} as {file.dtype(key)}")
         changes = {}
         for name, keys in _by_parameter(on_disk, shapes, faults, left_out).items():
             change = _change(name, keys, file, faults)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import BinaryIO
@@ -53,6 +53,17 @@ def read_stored(file: BinaryIO, stored: Stored, part: Part | None = None, into: 
 
 def whole(shape: Sequence[int]) -> Part:
     return tuple(slice(0, size) for size in shape)
+
+
+def by_rows(part: Part, itemsize: int, nbytes: int) -> Iterator[Part]:
+    """A part in pieces of about so many bytes, each some rows of it; one at least."""
+    if not part:
+        yield part
+        return
+    rows, *rest = part
+    count = max(1, nbytes // max(1, itemsize * math.prod(own.stop - own.start for own in rest)))
+    for start in range(rows.start, max(rows.stop, rows.start + 1), count):
+        yield slice(start, min(start + count, rows.stop)), *rest
 
 
 def _fill(file: BinaryIO, memory: memoryview, offset: int) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..precision import is_finite
-from .fp8 import dequantized
-from .parts import Part, whole
+from .fp8 import dequantized, scale_of
+from .parts import Part, by_rows, whole
 from .tensor_files import TensorFile
 
 THREADS, MOST_THREADS = 4, 16  # a rank reads with as many as it computes with; with some, as they wait for a disk too
@@ -56,7 +56,8 @@ class _Piece:
 def read_in_pieces(file: TensorFile, wanted: Iterable[Wanted]) -> Iterator[tuple[str, Tensor]]:
     """Each name with its tensor, in the order in which they are wanted. To be closed before the file is.
 
-    Raises ValueError for the first one, in this order, that cannot be read or has values that are no numbers.
+    Raises ValueError for the first one, in this order, that cannot be read, or has values that are no
+    numbers, or beyond its dtype.
     """
     threads = min(max(THREADS, torch.get_num_threads()), MOST_THREADS)
     under_way: deque[tuple[_Piece, Future]] = deque()
@@ -92,29 +93,19 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
         tensor = file.mapped(wanted.key)
     else:
         tensor = torch.empty([own.stop - own.start for own in part], dtype=wanted.dtype, device=wanted.device)
-    if not tensor.numel() or not tensor.ndim or not (mapped or file.in_rows(wanted.key)):
-        yield _Piece(wanted, None if mapped else part, tensor, tensor, last=True)
-        return
-    count = max(1, PIECE // (tensor[0].numel() * held.itemsize))
-    for begin in range(0, len(tensor), count):
-        rows, start = tensor[begin : begin + count], part[0].start + begin
-        within = None if mapped else (slice(start, start + len(rows)), *part[1:])
-        yield _Piece(wanted, within, rows, tensor, last=begin + count >= len(tensor))
+    cuts = [*by_rows(part, held.itemsize, PIECE)] if mapped or file.in_rows(wanted.key) else [part]
+    for own in cuts:
+        rows = tensor[own[0].start - part[0].start : own[0].stop - part[0].start] if own else tensor
+        yield _Piece(wanted, None if mapped else own, rows, tensor, last=own is cuts[-1])
 
 
 def _make(file: TensorFile, piece: _Piece) -> Tensor:
     """The piece, on the CPU; a tensor of the CPU has it then."""
-    of, rows = piece.of, piece.rows
-    if piece.part is not None:
-        straight = of.scale is None and of.device.type == "cpu" and of.dtype == file.dtype(of.key)
-        read = file.read(of.key, piece.part, piece.rows if straight else None)
-        rows = dequantized(read, None if of.scale is None else file.read(of.scale))
-    finite(rows, of.name, file.path)
-    if of.device.type != "cpu":
-        return rows.to(of.dtype)
-    if rows is not piece.rows:
-        piece.rows.copy_(rows)
-    return piece.rows
+    of = piece.of
+    if piece.part is None:
+        return _checked(piece.rows, of.dtype, of.name, file.path)
+    into = piece.rows if of.device.type == "cpu" else None
+    return read_as(file, of.key, piece.part, of.dtype, scale=of.scale, name=of.name, into=into)
 
 
 def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:
@@ -126,8 +117,37 @@ def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:
         yield piece.of.name, piece.tensor
 
 
-def finite(tensor: Tensor, name: str, path: Path) -> Tensor:
-    """`tensor`. Raises ValueError, which names it and the file, where it has values that are no numbers."""
+def read_as(
+    file: TensorFile,
+    key: str,
+    part: Part,
+    dtype: torch.dtype,
+    *,
+    scale: str | None,
+    name: str,
+    into: Tensor | None = None,
+) -> Tensor:
+    """This part of a tensor of a file as it is to be kept.
+
+    scale: the name of its scale where it was kept in 8 bits. name: what errors call it. into: where it goes, in one
+    piece of memory, of its shape and this dtype; None: memory of its own.
+    Raises ValueError where values are no numbers, or beyond the dtype.
+    """
+    straight = into if scale is None and dtype == file.dtype(key) else None
+    tensor = file.read(key, part, straight)
+    tensor = _checked(dequantized(tensor, scale and scale_of(file, scale)), dtype, name, file.path)
+    if into is None:
+        return tensor.to(dtype)
+    return tensor if straight is not None else into.copy_(tensor)
+
+
+def _checked(tensor: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
+    """`tensor`. Raises ValueError, which names it and the file, where it has values that are no numbers in `dtype`."""
+    if is_finite(tensor, dtype):
+        return tensor
     if not is_finite(tensor):
         raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
-    return tensor
+    raise ValueError(
+        f"{path} has values of up to {tensor.abs().max():.3g} in {name}, which {dtype} does not hold. Take a dtype of "
+        "more range: bfloat16 or float32."
+    )

@@ -11,13 +11,12 @@ from typing import Callable, Iterable, Protocol
 import torch
 from torch import nn
 
+from .faults import listed
 from .fp8 import scales_of
 from .keys import TOKENIZER_MODEL
 from .parts import Part
 from .pieces import Wanted, read_in_pieces
 from .tensor_files import open_tensors
-
-MAX_NAMES = 8  # how many parameter names an error lists
 
 
 class Share(Protocol):
@@ -133,6 +132,7 @@ def nbytes(places: Places, names: Iterable[str] | None = None) -> int:
 def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]) -> Places:
     places: Places = {}
     for shard in shards:
+        numbers: list[str] = []
         with open_tensors(shard) as file:
             scales, marks = scales_of(file)
             for key, shape in file.shapes.items():
@@ -141,8 +141,12 @@ def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None])
                     continue
                 if name in places:
                     raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
-                itemsize = file.dtype(key).itemsize  # can it be read at all?
-                places[name] = Place(shard, key, tuple(shape), math.prod(shape) * itemsize, scales.get(key))
+                dtype = file.dtype(key)
+                if not dtype.is_floating_point:
+                    numbers.append(f"{key} as {dtype}")
+                places[name] = Place(shard, key, tuple(shape), math.prod(shape) * dtype.itemsize, scales.get(key))
+        if told := listed({"that are no floating-point numbers": numbers}):
+            raise ValueError(f"{shard} holds tensors {told}. Take its fp32, fp16, bf16 or fp8_scaled form.")
     return places
 
 
@@ -161,15 +165,6 @@ def _check_fit(module, shards, wanted, places) -> None:
             f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. "
             "Is it another model's file, or a config.json of another model beside it?"
         )
-
-
-def listed(faults: dict[str, list[str]]) -> str:
-    """Names of tensors by what is wrong with them, in words; the first ones of each fault."""
-    return "; ".join(
-        f"{len(names)} {fault}: {', '.join(names[:MAX_NAMES])}{', ...' if len(names) > MAX_NAMES else ''}"
-        for fault, names in faults.items()
-        if names
-    )
 
 
 def tokenizer_model(file: Path) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,9 @@ from .safetensors_file import SafetensorsFile
 from .torch_file import TorchFile
 
 
-ZIP, OLD_PICKLE = b"PK\x03\x04", b"\x80\x02\x8a\x0a"  # how files of torch.save begin; a .safetensors with a length
+# How files of torch.save begin, and llama.cpp's; a .safetensors with the length of its header, which has a bound.
+ZIP, OLD_PICKLE, GGUF = b"PK\x03\x04", b"\x80\x02\x8a\x0a", b"GGUF"
+LONGEST_HEADER = 100_000_000  # bytes (https://huggingface.co/docs/safetensors, "Format")
 
 
 class TensorFile(Protocol):
@@ -43,8 +45,13 @@ class TensorFile(Protocol):
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """The opened file, or folder of a distributed checkpoint. Raises ValueError where it is none of those, or cut."""
-    with _kind(path)(path) as file:
+    """The opened file, or folder of a distributed checkpoint. Raises ValueError where it is none of those, or cut, or
+    cannot be read."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(_kind(path)(path))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}). May you read it?") from None
         yield file
 
 
@@ -56,10 +63,19 @@ def _kind(path: Path) -> type[TensorFile]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes). Download it again.")
     with path.open("rb") as file:
-        start = file.read(4)
-    if start == OLD_PICKLE:
+        start = file.read(8)
+    if start.startswith(GGUF):
+        raise ValueError(f"{path} is a GGUF file, and GGUF is not read. Take the model's fp8_scaled or fp16 file.")
+    if start.startswith(OLD_PICKLE):
         raise ValueError(
             f"{path} was written by a torch before 1.6. Write it anew: "
             "torch.save(torch.load(it, weights_only=True), it)."
         )
-    return TorchFile if start == ZIP else SafetensorsFile
+    if start.startswith(ZIP):
+        return TorchFile
+    if int.from_bytes(start, "little") > LONGEST_HEADER:
+        raise ValueError(
+            f"{path} is no file of weights: neither .safetensors nor of torch.save; or its beginning is damaged. Give "
+            "the file that holds the weights, or the folder around it; if this is to be it, download it again."
+        )
+    return SafetensorsFile

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .parts import Part, Stored, read_stored
+from .states import states
 
 WRAPPERS = ("model", "state_dict")  # under which training systems keep the weights, beside what else they keep
 
@@ -82,7 +83,7 @@ class TorchFile:
         self.header: dict[str, str] = {}
 
     def __enter__(self) -> TorchFile:
-        self._tensors = dict(_tensors(self.path, self.path.stat().st_mtime_ns))
+        self._tensors = dict(_tensors(self.path, states((self.path,))))
         self.shapes = {name: stored.shape for name, stored in self._tensors.items()}
         self._file = self.path.open("rb", buffering=0)
         self._mapping: mmap.mmap | None = None
@@ -111,7 +112,7 @@ class TorchFile:
 
 
 @lru_cache(maxsize=4)
-def _tensors(path: Path, _changed_ns: int) -> tuple[tuple[str, Stored], ...]:
+def _tensors(path: Path, _: tuple) -> tuple[tuple[str, Stored], ...]:
     """By name. Raises ValueError where the file is cut, or holds what is no tensor in a way that cannot be passed."""
     content = stored_tensors(path, path)
     if not isinstance(content, Mapping):

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import torch
 
-from ..precision import is_finite
-from .fp8 import dequantized
 from .parts import Part
-from .pieces import finite
+from .pieces import read_as
 from .tensor_files import TensorFile, open_tensors
 from .unfinished import Unfinished, sync
 from .writers import lay_out, pieces, starts, write
@@ -83,7 +81,9 @@ def _fill_file(path: Path, steps: Iterator[Step], files: dict[Path, TensorFile],
     with path.open("r+b", buffering=0) as file:
         done, pending = work.done, 0
         for step in steps:
-            write(file.fileno(), _converted(files[step.move.shard], step), step.offset)
+            move = step.move
+            made = read_as(files[move.shard], move.key, step.part, move.made.dtype, scale=move.scale, name=move.name)
+            write(file.fileno(), made, step.offset)
             on_bytes(step.nbytes)
             done, pending = done + 1, pending + step.nbytes
             if pending >= SYNC:
@@ -92,16 +92,3 @@ def _fill_file(path: Path, steps: Iterator[Step], files: dict[Path, TensorFile],
                 pending = 0
         os.fdatasync(file.fileno())
         work.record(done)
-
-
-def _converted(file: TensorFile, step: Step) -> torch.Tensor:
-    move = step.move
-    scale = None if move.scale is None else file.read(move.scale)
-    tensor = finite(dequantized(file.read(move.key, step.part), scale), move.name, move.shard)
-    made = tensor.to(move.made.dtype)
-    if made is not tensor and not is_finite(made):
-        raise ValueError(
-            f"{move.shard} has values of up to {tensor.abs().max():.3g} in {move.name}, which {made.dtype} does not "
-            "hold. Take a dtype of more range: bf16 or fp32."
-        )
-    return made

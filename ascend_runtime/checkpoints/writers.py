@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .parts import Part
+from .parts import Part, by_rows, whole
 from .safetensors_file import DTYPES
 from .torch_file import stored_tensors
 
@@ -63,14 +63,8 @@ def starts(path: Path) -> dict[str, int]:
 
 def pieces(tensor: Tensor) -> Iterator[tuple[Part, int]]:
     """A tensor in rows of about PIECE bytes, and how many bytes each begins after the tensor does."""
-    if not tensor.shape:
-        yield (), 0
-        return
-    row = tensor[:1].nbytes
-    rows = max(1, PIECE // max(row, 1))
-    for first in range(0, tensor.shape[0], rows):
-        last = min(first + rows, tensor.shape[0])
-        yield (slice(first, last), *(slice(0, size) for size in tensor.shape[1:])), first * row
+    for part in by_rows(whole(tensor.shape), tensor.itemsize, PIECE):
+        yield part, part[0].start * tensor[:1].nbytes if part else 0
 
 
 def write(descriptor: int, tensor: Tensor, offset: int) -> None:

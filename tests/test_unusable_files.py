@@ -1,0 +1,177 @@
+"""Whole files whose contents cannot be a network's: refused by name, before anything is built or computed of them."""
+
+import json
+import shutil
+
+import original_formats as formats
+import pytest
+import random_wan
+import torch
+from ascend_runtime import DiffusionModelSpec, TextEncoderSpec, VaeSpec
+from ascend_runtime.components import Components
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+
+Q = "blocks.0.self_attn.q"
+SPECS = {"transformer": DiffusionModelSpec, "text_encoder": TextEncoderSpec, "vae": VaeSpec}
+
+
+@pytest.fixture(scope="module")
+def tensors(tmp_path_factory):
+    """By the original's names."""
+    return load_file(random_wan.original_transformer(tmp_path_factory.mktemp("wan") / "wan", seed=12, layers=1))
+
+
+def refused(path, kind="transformer"):
+    with pytest.raises(ValueError) as error:
+        Components(torch.device("cpu")).get(SPECS[kind](path=str(path)), lambda *_: None)
+    return str(error.value)
+
+
+def without(tensors, name):
+    return {other: x for other, x in tensors.items() if other != name}
+
+
+# 8 bits
+
+MARKS = {formats.save_old_mark: "scale_weight", formats.save_new_mark: "weight_scale",
+         formats.save_layer_marks: "weight_scale"}  # fmt: skip
+WRONG_SCALES = {
+    "1 without a scale: {weight}": lambda kept, scale: (kept, None),
+    "1 with a scale, but not of 8 bits: {weight}": lambda kept, scale: (kept.float(), scale),
+    "1 that are no scale: {scale} [] of torch.int8": lambda kept, scale: (kept, torch.ones((), dtype=torch.int8)),
+    "1 that are no scale: {scale} [2] of torch.float32": lambda kept, scale: (kept, torch.ones(2)),
+    "has the scale 0.0 in {scale}; it must be above 0": lambda kept, scale: (kept, torch.zeros(())),
+    "has the scale -1.0 in {scale}": lambda kept, scale: (kept, -torch.ones(())),
+    "has the scale nan in {scale}": lambda kept, scale: (kept, torch.tensor(float("nan"))),
+    "has the scale inf in {scale}": lambda kept, scale: (kept, torch.tensor(1e300, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("save", MARKS, ids=lambda save: save.__name__)
+@pytest.mark.parametrize("says", WRONG_SCALES)
+def test_each_weight_of_8_bits_has_its_scale(tmp_path, tensors, save, says):
+    file, scale = tmp_path / "wan.safetensors", f"{Q}.{MARKS[save]}"
+    save(file, *formats.in_8_bits(tensors))
+    held = load_file(file)
+    held[f"{Q}.weight"], held[scale] = WRONG_SCALES[says](held[f"{Q}.weight"], held[scale])
+    marks = json.dumps({"layers": {name.removesuffix(".weight_scale"): {"format": "float8_e4m3fn"} for name in held
+                                   if name.endswith(".weight_scale")}})  # fmt: skip
+    header = {"_quantization_metadata": marks} if save is formats.save_new_mark else None
+    save_file({name: x for name, x in held.items() if x is not None}, file, metadata=header)
+    message = refused(file)
+    assert str(file) in message and says.format(weight=f"{Q}.weight", scale=scale) in message, message
+
+
+@pytest.mark.parametrize("mark", ["[]", "{", '{"layers": ["a"]}', '{"layers": {"a": "float8"}}', '{"layers": 3}'])
+def test_marks_that_say_nothing(tmp_path, tensors, mark):
+    file = tmp_path / "wan.safetensors"
+    save_file(tensors, file, metadata={"_quantization_metadata": mark})
+    assert f"{file}: the header's _quantization_metadata cannot be used (" in refused(file)
+
+
+@pytest.mark.parametrize("mark", [torch.ones(3), torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor(3)], ids=str)
+def test_marks_of_layers_that_say_nothing(tmp_path, tensors, mark):
+    file = tmp_path / "wan.safetensors"
+    save_file(tensors | {f"{Q}.comfy_quant": mark}, file)
+    assert f"{file}: {Q}.comfy_quant cannot be used (" in refused(file)
+
+
+# Tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool], ids=str)
+def test_whole_numbers_are_no_weights(tmp_path, tensors, dtype):
+    file = tmp_path / "wan.safetensors"
+    save_file(tensors | {f"{Q}.weight": torch.ones(256, 256, dtype=dtype)}, file)
+    message = refused(file)
+    assert f"{file} holds tensors 1 that are no floating-point numbers: {Q}.weight as {dtype}" in message
+
+
+SHAPES = {
+    "makes 100 channels, which are no heads of 128": {"patch_embedding.weight": (100, 16, 1, 2, 2)},
+    "1 of the wrong shape: patch_embedding.weight is [256, 16, 1, 0, 2]": {
+        "patch_embedding.weight": (256, 16, 1, 0, 2)},
+    "1 of the wrong shape: patch_embedding.weight is [256], not of 5 dims": {"patch_embedding.weight": (256,)},
+    "1 of the wrong shape: proj_out.weight is [], not of 2 dims": {"head.head.weight": ()},
+    "text_embedder.linear_1.weight is [256], not of 2 dims": {"text_embedding.0.weight": (256,)},
+    "there is no blocks.1, but blocks.99999.attn1.to_q.weight": {"blocks.99999.self_attn.q.weight": (1,)},
+    "there is no blocks.1, but blocks.x.weight": {"blocks.x.weight": (1,)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("says", SHAPES)
+def test_shapes_of_no_network(tmp_path, tensors, says):
+    file = tmp_path / "wan.safetensors"
+    save_file(tensors | {name: torch.zeros(shape) for name, shape in SHAPES[says].items()}, file)
+    message = refused(file)
+    assert str(file) in message and says in message, message
+
+
+def test_a_vae_of_no_colours(tmp_path):
+    tensors = formats.original_vae(AutoencoderKLWan(base_dim=4))
+    conv = tensors["encoder.conv1.weight"]
+    for channels in (1, 4, 5):
+        tensors["encoder.conv1.weight"] = conv[:, :1].repeat(1, channels, 1, 1, 1)
+        save_file(tensors, tmp_path / "vae.safetensors")
+        message = refused(tmp_path / "vae.safetensors", "vae")
+        assert "vae.safetensors: it as a Wan VAE" in message and f"reads {channels} channels" in message
+
+
+# JSON
+
+
+@pytest.mark.parametrize("heads", [0, "12", None, 2.0, 3, -2, [2]])
+def test_the_originals_config(tmp_path, tensors, heads):
+    folder = formats.original_folder(tmp_path / "wan", tensors)
+    edit(folder / "config.json", num_heads=heads)
+    assert f"{folder / 'config.json'} says num_heads {heads!r}, which does not cut the 256 channels" in refused(folder)
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+CONFIGS = [
+    ("transformer", {"num_layers": "x"}), ("transformer", {"num_layers": None}), ("transformer", {"patch_size": 2}),
+    ("transformer", {"num_attention_heads": 0}), ("transformer", {"rope_max_seq_len": "x"}),
+    ("transformer", {"in_channels": "x"}), ("transformer", {"image_dim": "x", "added_kv_proj_dim": 96}),
+    ("vae", {"z_dim": "x"}), ("vae", {"scale_factor_spatial": 0}), ("vae", {"dim_mult": 3}),
+    ("text_encoder", {"num_layers": "x"}), ("text_encoder", {"d_model": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes", CONFIGS, ids=str)
+def test_diffusers_configs(checkpoint, tmp_path, kind, changes):
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    edit(folder / kind / "config.json", **changes)
+    message = refused(folder, kind)
+    assert str(folder / kind / "config.json") in message and "again" in message, message
+
+
+@pytest.mark.parametrize("changes", [{"latents_mean": 5}, {"latents_mean": ["a"] * 16}, {"latents_std": [1.0] * 15}],
+                         ids=str)  # fmt: skip
+def test_the_latents_format_beside_a_transformer(checkpoint, tmp_path, changes):
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    edit(folder / "vae" / "config.json", **changes)
+    assert f"{folder / 'vae'}: its latents_mean and latents_std cannot be used" in refused(folder)
+
+
+@pytest.mark.parametrize("name, content", [("tokenizer.json", "{}"), ("tokenizer.json", "{"),
+                                           ("tokenizer_config.json", "[]")])  # fmt: skip
+def test_tokenizers(checkpoint, tmp_path, name, content):
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    (folder / "tokenizer" / name).write_text(content)
+    assert f"{folder / 'tokenizer'}: the tokenizer in it cannot be used (" in refused(folder, "text_encoder")
+
+
+# What is no file of weights
+
+
+def test_other_files(tmp_path, checkpoint):
+    (tmp_path / "wan.gguf").write_bytes(b"GGUF" + bytes(range(200)))
+    assert "GGUF is not read. Take the model's fp8_scaled or fp16 file" in refused(tmp_path / "wan.gguf")
+    json_file = checkpoint / "transformer" / "config.json"
+    assert f"{json_file} is no file of weights: neither .safetensors nor" in refused(json_file)
+    torch.distributed.checkpoint.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert "is no file of weights" in refused(tmp_path / "dcp" / ".metadata")
