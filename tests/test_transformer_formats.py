@@ -225,6 +225,9 @@ def test_mindspeed_folders_that_are_not_whole(tmp_path, tensors):
     (folder / "latest_checkpointed_iteration.txt").write_text("20")
     with pytest.raises(ValueError, match="names iter_0000020, which is not there"):
         load(folder)
+    (folder / "latest_checkpointed_iteration.txt").write_bytes(b"\x9e")
+    with pytest.raises(ValueError, match="iteration.txt: the iteration that it names cannot be used"):
+        load(folder)
 
 
 def test_another_8_bit_format_is_refused(tmp_path, tensors):

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from .dcp import METADATA
+from .faults import usable
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?")
@@ -25,9 +26,11 @@ def latest_shards(folder: Path) -> tuple[Path, ...] | None:
     Raises ValueError where the iteration is not there, or its weights are cut into slices.
     """
     if (folder / TRACKER).is_file():
-        latest = (folder / TRACKER).read_text().strip()
-        iteration = folder / (f"iter_{int(latest):07d}" if latest.isdigit() else latest)
-        if not iteration.is_dir():
+        with usable(folder / TRACKER, "the iteration that it names"):
+            latest = (folder / TRACKER).read_text().strip()
+            iteration = folder / (f"iter_{int(latest):07d}" if latest.isdecimal() else latest)
+            there = iteration.is_dir()
+        if not there:
             raise ValueError(f"{folder / TRACKER} names {iteration.name}, which is not there. Copy it beside, or the "
                              "number of another iteration into the file.")  # fmt: skip
         return _shards(iteration)
