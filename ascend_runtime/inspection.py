@@ -49,10 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     the values of its weights."""
     try:
         found = list(inspect(arguments.path))
-        rows = [COLUMNS, *(_row(one) for one in found)]
     except ValueError as error:
         print(error)
         return 1
+    rows = [COLUMNS, *(_row(one) for one in found)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
@@ -131,7 +131,10 @@ def _row(found: Found) -> tuple[str, ...]:
     component = found.component
     if component is None:
         return found.part, "-", "-", "-", "-", "missing" if found.fault else "-"
-    dtypes, count = _contents(component.shards)
+    try:
+        dtypes, count = _contents(component.shards)
+    except ValueError:  # which is the fault that was found
+        return found.part, _format(component), str(len(component.shards)), "-", "-", "not whole"
     size, weights = f"{component.nbytes / 1e9:.2f} GB", f"{count / 1e6:,.1f} M"
     state = "not whole" if found.fault else "whole"
     return (
