@@ -7,6 +7,7 @@
 
 import io
 import json
+import socket
 import struct
 import threading
 import time
@@ -94,8 +95,9 @@ class Listener:
         return self
 
     def __exit__(self, *_):
-        self._socket.shutdown()
+        self._socket.sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread
         self._thread.join(5)
+        self._socket.shutdown()
 
     def queue(self, graph: dict) -> Run:
         """Queues an API-format graph; raises PromptRejected."""
