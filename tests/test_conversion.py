@@ -319,15 +319,15 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, checkpoints, ten
 def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch, capsys):
     save_file(tensors, tmp_path / "wan")
     task = arguments(tmp_path / "wan", tmp_path / "made", "mindspeed")
-    begun, whole = [], transfer._converted
+    begun, whole = [], transfer.read_as
 
-    def converted(file, step):
-        begun.append(step)
+    def counted(*what, **how):
+        begun.append(what[1:])  # key and part
         if len(begun) == 40:
             raise KeyboardInterrupt
-        return whole(file, step)
+        return whole(*what, **how)
 
-    monkeypatch.setattr(transfer, "_converted", converted)
+    monkeypatch.setattr(transfer, "read_as", counted)
     assert conversion.run(task) == 130
     told = "interrupted; what was written is kept, and the same command goes on from here\n"
     assert capsys.readouterr().err == told, "no bar but on a terminal"
@@ -336,7 +336,7 @@ def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch,
     assert conversion.run(task) == 0
     total = sum(len(list(writers.pieces(tensor))) for tensor in tensors.values())
     assert len(begun) == 40 + total - recorded, "nothing that was recorded is done again"
-    assert begun[40].offset == begun[recorded].offset
+    assert begun[40] == begun[recorded]
     assert_same(torch.load(tmp_path / "made" / RELEASE)["model"], formats.mindspeed_names(tensors))
 
 
@@ -385,11 +385,11 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
             assert "needs 0.02 GB more, and 0.00 GB are free" in refused(source, target, to)
         assert not (tmp_path / "made.partial").exists()
 
-    def interrupted(file, step):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "_converted", interrupted)
+        patch.setattr(transfer, "read_as", interrupted)
         assert conversion.run(arguments(source, target, "diffusers")) == 130
     assert "--to was diffusers, is mindspeed" in refused(source, target, "mindspeed")
     assert "--dtype was keep, is fp32" in refused(source, target, "diffusers", dtype="fp32")

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 GONE, HEARD = 3.0, 2.0  # seconds
-RANKS_SAMPLE, CLIENTS_SAMPLE = ["load", "decode"], ["start", "idle"]
+RANKS_SAMPLE, CLIENTS_SAMPLE = ["decode"], ["start"]
 RANKS_ALL = [*PHASES, "step", "load", "start", "decode"]
 CLIENTS_ALL = [phase for first in PHASES[:-1] for phase in (first, "idle")]  # idle: after a job, which must be right
 STEPS = {name: (plan, "step") for name, plan in EXCHANGES.items()}  # a kind of exchange: (the plan, its phase)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime import RankDied, launcher
-from rank_processes import environment_of, ranks_of, seconds_until
+from rank_processes import environment_of, seconds_until
 
 
 @pytest.fixture
@@ -80,9 +80,7 @@ def test_stop_ends_the_ranks_and_the_next_job_starts_them(new_runtime, marked):
 
 
 def test_ranks_know_torchruns_variables(two_ranks):
-    ranks = ranks_of(os.getpid())
     for rank, pid in enumerate(two_ranks.pids):
-        assert pid in ranks.values()
         environment = environment_of(pid)
         assert environment["RANK"] == environment["LOCAL_RANK"] == str(rank) and environment["WORLD_SIZE"] == "2"
         assert environment["MASTER_ADDR"] == "127.0.0.1"
