@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # the networks are small, and the ranks need the cores
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-benchmarks", action="store_true", help="6 benchmarks, each shortened, instead of 2")
+    parser.addoption("--all-benchmarks", action="store_true", help="6 benchmarks, each shortened, instead of 1")
     parser.addoption("--all-broken-files", action="store_true", help="500 broken files instead of 60")
     parser.addoption("--all-kills", action="store_true", help="43 kills of ranks and clients instead of a sample")
     parser.addoption("--all-cancels", action="store_true", help="170 cancels at random moments instead of 20")

@@ -33,7 +33,7 @@ NAMES = {
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
     "vae": {"vae.speedup2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1"},
 }  # fmt: skip
-SAMPLE = ("transport", "vae")
+SAMPLE = ("vae",)
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
 
 
