@@ -31,7 +31,7 @@ class Together:
 
     def own(self, frames: Tensor) -> Tensor | None:
         """What this rank sees of a video's frames."""
-        return None if self._tile is None else frames[:, *self._tile.place(_pixels(self._vae)), :3]
+        return None if self._tile is None else _crop(frames, self._tile.place(_pixels(self._vae)))
 
     def decoded(self, latent: Tensor, tell: Callable[[], None]) -> Made:
         """Of a latent [C,T,H,W], pieces of frames [3,t,h,w] in -1..1."""
@@ -71,7 +71,7 @@ class InTurn:
 
     def encoded(self, frames: Tensor, tell: Callable[[], None]) -> Made:
         def crop(place: Place) -> Iterator[Tensor]:
-            return (tell() or group for group in _groups(self._vae, frames[:, *place, :3]))
+            return (tell() or group for group in _groups(self._vae, _crop(frames, place)))
 
         for place, made in wan_vae_blended.encoded(self._vae, *frames.shape[1:3], crop):
             yield (slice(None), *place), made
@@ -110,9 +110,14 @@ def tiling_for(vae, work: str, height: int, width: int) -> Together | InTurn:
 # What a VAE is fed with
 
 
+def _crop(frames: Tensor, place: Place) -> Tensor:
+    """What is at a place of frames [T,H,W,C], without alpha: a view."""
+    return frames[(slice(None), *place)][..., :3]
+
+
 def _latent_frames(vae, latent: Tensor, place: Place) -> Iterator[Tensor]:
     """Frames [C,h,w] of what is at a place of a latent [C,T,H,W], on the VAE's device."""
-    return (frame[:, *place].to(vae.device, vae.dtype) for frame in latent.unbind(1))
+    return (frame[(slice(None), *place)].to(vae.device, vae.dtype) for frame in latent.unbind(1))
 
 
 def _groups(vae, frames: Tensor) -> Iterator[Tensor]:

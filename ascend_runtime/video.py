@@ -28,7 +28,7 @@ def encode_video(vae, frames: Tensor, latent: Tensor, on_frame: OnFrame) -> Fact
     tell = _counted(on_frame, latent.shape[2] * tiling.in_turn)
     for where, made in tiling.encoded(frames, tell):
         if _agreed(made, "The encoded video") is not None:
-            latent[0][:, *where] = made
+            latent[0][(slice(None), *where)] = made
     return tiling.facts
 
 

@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 
 import websocket
@@ -95,7 +96,9 @@ class Listener:
         return self
 
     def __exit__(self, *_):
-        self._socket.sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread
+        if self._socket.sock is not None:  # None: the server ended, and the thread with it
+            with suppress(OSError):
+                self._socket.sock.shutdown(socket.SHUT_RDWR)  # which wakes the thread
         self._thread.join(5)
         self._socket.shutdown()
 

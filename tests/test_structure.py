@@ -170,6 +170,16 @@ def test_functions_fit_a_screen(name):
 
 
 @pytest.mark.parametrize("name", modules())
+def test_no_syntax_that_python_3_10_lacks(name):
+    """x[:, *place] is of Python 3.11, and ast.parse(feature_version=(3, 10)) takes it."""
+    for node in ast.walk(ast.parse(modules()[name].read_text(), feature_version=(3, 10))):
+        cut = node.slice if isinstance(node, ast.Subscript) else None
+        if isinstance(cut, ast.Tuple) and any(isinstance(one, ast.Starred) for one in cut.elts):
+            in_parentheses = (cut.lineno, cut.col_offset) < (cut.elts[0].lineno, cut.elts[0].col_offset)
+            assert in_parentheses, f"{name}:{node.lineno} has a star in a subscript"
+
+
+@pytest.mark.parametrize("name", modules())
 def test_modules_say_what_they_are(name):
     text = modules()[name].read_text()
     assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
