@@ -21,6 +21,11 @@ _HOMES = {
     "SampleSpec": "specs",
     "OperatorSpec": "specs",
     "ProfileSpec": "specs",
+    "AccelerationSpec": "acceleration",
+    "AttentionCacheSpec": "acceleration",
+    "BlockCacheSpec": "acceleration",
+    "StepCacheSpec": "acceleration",
+    "RainFusionSpec": "acceleration",
     "VideoSize": "specs",
 }
 __all__ = list(_HOMES)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import devices, host, transport
+from .acceleration import AccelerationSpec
 from .checkpoints.layout import encoded_shape, frames_shape
 from .launcher import Rank, RankGroup
 from .protocol import Cancel, Conditioning, Decode, Done, Encode, EncodeVideo, Failed, Free, Load, Message, Ping
@@ -194,6 +195,7 @@ class Runtime:
         operators: OperatorSpec = OperatorSpec(),
         warm_up: bool = False,
         profile: ProfileSpec | None = None,
+        acceleration: AccelerationSpec = AccelerationSpec(),
         on_preview: OnPreview | None = None,
         **hooks,
     ) -> Result:
@@ -206,6 +208,8 @@ class Runtime:
         warm_up: before the first job of its kind (shapes, plan, operators) since the model was loaded, two steps are
             made and thrown away, so that what is compiled at first use does not count in the job's own seconds.
         profile: records these steps; `info["profile"]` of the result is the folder of the recording.
+        acceleration: what is left out of the computation; `info["acceleration"]` of the result tells what was, and
+            what that saved (see `accelerate.report.Tally.facts`).
         """
         profile = profile and _within(profile, spec.total_steps, self.world_size)
         result = self._do(
@@ -221,6 +225,7 @@ class Runtime:
                 operators=operators,
                 warm_up=warm_up,
                 profile=profile,
+                acceleration=acceleration,
                 preview=on_preview is not None,
             ),
             on_preview=on_preview,

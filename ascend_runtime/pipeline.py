@@ -12,8 +12,13 @@ from msgspec.structs import astuple, replace
 from torch import Tensor
 
 from . import conditioning, devices
+from .accelerate.job import Acceleration, Outline
+from .accelerate.passes import At
+from .acceleration import AccelerationSpec
 from .components import Components, DiffusionModel, TextEncoder
 from .environment import overlaps, placed, with_defaults
+from .experts import HIGH_NOISE, LOW_NOISE
+from .families.work import work_of
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.fsdp import Sharding, sharding_of
@@ -22,8 +27,8 @@ from .parallel.sequence import spread
 from .plans import Plan
 from .precision import check_finite
 from .profiling import Recorder
-from .protocol import Done
-from .sampling import denoise
+from .protocol import Done, Sample
+from .sampling import Step, denoise
 from .specs import ParallelSpec, SampleSpec, TextEncoderSpec
 from .text import KnownPrompts, clean, embedding_of, encode_text
 from .transport import borrowed
@@ -114,12 +119,14 @@ class Pipeline:
         for expert in model.experts:
             expert.arrange(operators, sequence)
         cfg_group = mesh.group("cfg") if plan.cfg > 1 else None
+        with job.together():
+            acceleration = Acceleration(message.acceleration, self._outline(message, model, spec, plan, sequence))
         if message.warm_up:
-            self._warm_up(job, model, spec, plan, cfg_group)
+            self._warm_up(job, model, spec, plan, sequence, cfg_group)
         with job.stage("denoise"):
-            latent = self._denoise(job, "denoise", model, spec, cfg_group, around_step=recorder.step)
+            latent = self._denoise(job, "denoise", model, spec, cfg_group, acceleration, around_step=recorder.step)
         check_finite(latent, "The denoised latent")
-        info = plan.info | _settings(spec, model) | recorder.info
+        info = plan.info | _settings(spec, model) | recorder.info | acceleration.facts()
         return _done(job, tensor=latent if self.rank == 0 else None, info=info)
 
     def decode(self, job) -> Done:
@@ -173,7 +180,7 @@ class Pipeline:
         with job.stage("load"):
             return self.components.get(spec, on_bytes, sharding)
 
-    def _warm_up(self, job, model: DiffusionModel, spec: SampleSpec, plan: Plan, cfg_group) -> None:
+    def _warm_up(self, job, model: DiffusionModel, spec: SampleSpec, plan: Plan, sequence, cfg_group) -> None:
         """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
         message = job.message
         given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
@@ -185,17 +192,36 @@ class Pipeline:
         below_boundary = model.boundary / 2 or 0.5
         with job.stage("warm up"):
             spec = replace(spec, solver="euler", sigmas=(1.0, below_boundary, 0.0))
-            self._denoise(job, "warm up", model, spec, cfg_group)
+            nothing_left_out = Acceleration(AccelerationSpec(), self._outline(message, model, spec, plan, sequence))
+            self._denoise(job, "warm up", model, spec, cfg_group, nothing_left_out)
         model.warmed.add(kind)
 
-    def _denoise(self, job, stage: str, model: DiffusionModel, spec: SampleSpec, cfg_group, **hooks) -> Tensor:
+    def _outline(self, message: Sample, model: DiffusionModel, spec: SampleSpec, plan: Plan, sequence) -> Outline:
+        network = model.high_noise
+        batch, _, *size = message.latent.shape
+        grid = tuple(length // patch for length, patch in zip(size, network.config.patch_size))
+        work = work_of(network.config, len(network.blocks), batch, math.prod(grid), message.positive.text.shape[1])
+        width = network.config.num_attention_heads * network.config.attention_head_dim
+        return Outline(
+            steps=spec.total_steps,
+            grid=grid,
+            branches=2 if model.guided(spec) and plan.cfg == 1 else 1,
+            output=batch * sequence.chunk_of(math.prod(grid)) * width * model.dtype.itemsize,
+            room=devices.room(self.device),
+            ring=plan.ring,
+            work=work,
+        )
+
+    def _denoise(
+        self, job, stage: str, model: DiffusionModel, spec: SampleSpec, cfg_group, acceleration: Acceleration, **hooks
+    ) -> Tensor:
         """The denoised latent, not normalised, on the CPU."""
         message = job.message
         branches = conditioning.branches_of(message, model, self.device)
         timesteps = conditioning.timesteps_of(message, model, self.device)
         contexts, working = {}, None  # of the expert that works now: True is the low-noise one
 
-        def predict(latent: Tensor, timestep: float, following: float | None) -> Tensor:
+        def predict(latent: Tensor, timestep: float, step: Step) -> Tensor:
             nonlocal contexts, working
             low_noise = model.is_low_noise(timestep)
             if low_noise != working:
@@ -206,12 +232,14 @@ class Pipeline:
 
             def branch(name: str) -> Tensor:
                 if name == "uncond" or cfg_group is not None or scale == 1.0:  # this rank's last of the step
-                    model.expect(following)
-                return expert(branches[name].beside(x), timestep * timesteps, contexts[name])
+                    model.expect(step.following)
+                passing = acceleration.passing(At(LOW_NOISE if low_noise else HIGH_NOISE, name, step.number))
+                return expert(branches[name].beside(x), timestep * timesteps, contexts[name], passing)
 
             return guided(branch, scale, cfg_group).float().cpu()
 
         def on_step(step: int, total: int, foreseen: Tensor) -> None:
+            acceleration.tally.stepped()
             job.progress(stage, step, total)
             if message.preview and stage == "denoise" and model.latent_rgb is not None:
                 job.preview(step, total, _picture(foreseen, model))
@@ -221,6 +249,7 @@ class Pipeline:
         known = conditioning.known_of(message, start, model)
         try:
             job.check_together()
+            acceleration.tally.start()
             latent = denoise(predict, spec, start, on_step, known=known, **hooks)
         finally:
             for expert in model.experts:

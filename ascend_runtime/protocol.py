@@ -16,6 +16,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
+from .acceleration import AccelerationSpec
 from .specs import (
     DiffusionModelSpec,
     OperatorSpec,
@@ -91,7 +92,7 @@ class Sample(Message):
 
     noise_mask [B or 1, 1, T, H, W]: 0 where the latent is known and stays, 1 where it is to be made; None: all is.
     warm_up: two steps of the same kind come first, if none have been warmed up yet since the model was loaded.
-    profile: its steps and its rank must be this job's.
+    profile: its steps and its rank must be this job's. acceleration: what is left out of the computation.
     """
 
     job: int
@@ -105,6 +106,7 @@ class Sample(Message):
     operators: OperatorSpec = OperatorSpec()
     warm_up: bool = False
     profile: ProfileSpec | None = None
+    acceleration: AccelerationSpec = AccelerationSpec()
     preview: bool = False
 
 

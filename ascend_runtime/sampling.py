@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Callable, ContextManager
+from typing import Callable, ContextManager, NamedTuple
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
@@ -76,8 +76,15 @@ class Known:
         return latent * self.unknown + known * (1 - self.unknown)
 
 
+class Step(NamedTuple):
+    """number: from 0. following: the next step's timestep, None after the last."""
+
+    number: int
+    following: float | None
+
+
 def denoise(
-    predict: Callable[[Tensor, float, float | None], Tensor],
+    predict: Callable[[Tensor, float, Step], Tensor],
     spec: SampleSpec,
     latent: Tensor,
     on_step: Callable[[int, int, Tensor], None] = lambda step, total, foreseen: None,
@@ -86,7 +93,7 @@ def denoise(
 ) -> Tensor:
     """The denoised latent [B,C,T,H,W] in fp32, from a normalised `latent` (zeros where there is none to start from).
 
-    predict: (latent, timestep in 0..1000, the next step's or None after the last) -> velocity, all on the CPU.
+    predict: (latent, timestep in 0..1000, which step it is) -> velocity, all on the CPU.
     on_step: told after each step how many of how many are done, and the clean latent that this step foresaw.
     around_step: makes what step number 1, 2 ... is done in, `on_step` included.
     known: what is put into each latent that `predict` is given, and into what comes of it.
@@ -100,7 +107,7 @@ def denoise(
         with around_step(step + 1):
             sigma = float(sigmas[step])
             seen = x if known is None else known.into(x, sigma)
-            velocity = predict(seen, timesteps[step], timesteps[step + 1])
+            velocity = predict(seen, timesteps[step], Step(step, timesteps[step + 1]))
             foreseen = seen - sigma * velocity
             if known is not None:
                 foreseen = known.into(foreseen)

@@ -76,7 +76,7 @@ class _Block:
     def _run(self, sequence: Sequence, x: Tensor, rotary: RotaryTable) -> Tensor:
         for module in (self.block, self.block.attn1, self.block.attn2):
             module.ops = self.operators
-        self.block.attn1.attention = sequence.attention
+        self.block.attn1.sequence = sequence
         return self.block(x, self.context, self.timestep, rotary)
 
 

@@ -30,6 +30,7 @@ LAYERS = [
     ("tiling", ("ascend_runtime.tiling",)),
     ("experts", ("ascend_runtime.experts",)),
     ("families", ("ascend_runtime.families",)),
+    ("accelerate", ("ascend_runtime.accelerate",)),
     ("parallel", ("ascend_runtime.parallel",)),
     ("checkpoints", ("ascend_runtime.checkpoints",)),
     ("ops", ("ascend_runtime.ops",)),
@@ -38,7 +39,7 @@ LAYERS = [
     ("protocol", ("ascend_runtime.protocol",)),
     ("devices", ("ascend_runtime.devices",)),
     ("host and environment", ("ascend_runtime.host", "ascend_runtime.environment")),
-    ("specs", ("ascend_runtime.specs",)),
+    ("specs", ("ascend_runtime.specs", "ascend_runtime.acceleration")),
     ("plans", ("ascend_runtime.plans",)),
 ]
 # What only some modules may import, by the first part of the name, or by the whole of it.

@@ -9,12 +9,15 @@ modulation can reach: hence ours, which equals it (tests/test_wan_blocks.py).
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Callable
 
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from ..accelerate.passes import EVERYTHING, Attend, Pass, Stack
 from ..ops import PlainOperators
 from ..ops.plain import RotaryTable
 from ..parallel.sequence import Sequence, WholeSequence
@@ -119,11 +122,12 @@ class WanAttention(nn.Module):
 class WanSelfAttention(WanAttention):
     """Attention of the video's tokens among themselves, with rotary positions."""
 
-    def forward(self, x: Tensor, rotary: RotaryTable) -> Tensor:
-        """x [B, S, D]; rotary: the table of these S tokens."""
+    def forward(self, x: Tensor, rotary: RotaryTable, attend: Attend | None = None) -> Tensor:
+        """x [B, S, D]; rotary: the table of these S tokens; attend: another attention than the operators'."""
         query, key = self._normed((self.norm_q, self.to_q(x)), (self.norm_k, self.to_k(x)))
         value = self._heads(self.to_v(x))
-        out = self.attention(self.ops.rotary(query, rotary), self.ops.rotary(key, rotary), value)
+        query, key = self.ops.rotary(query, rotary), self.ops.rotary(key, rotary)
+        out = self.sequence.attention(query, key, value, attend)
         return self.tp.row_linear(self.ops, self.to_out[0], out.flatten(2))
 
 
@@ -183,11 +187,24 @@ class WanBlock(nn.Module):
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 6, dim))
 
-    def forward(self, x: Tensor, context: Context, timestep: Tensor, rotary: RotaryTable) -> Tensor:
-        """x [B, S, D]; timestep: its projection [B, 6, D], or [B, S, 6, D] with one timestep a token."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Context,
+        timestep: Tensor,
+        rotary: RotaryTable,
+        self_attention: Callable[[Callable[[Attend | None], Tensor]], Tensor] = lambda compute: compute(None),
+    ) -> Tensor:
+        """x [B, S, D]; timestep: its projection [B, 6, D], or [B, S, 6, D] with one timestep a token.
+
+        self_attention: decides whether it is computed, and by which attention (see accelerate.passes.Pass).
+        """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(timestep)
-        attended = self.attn1(self.ops.modulated_layer_norm(x, shift, scale, self.eps), rotary)
-        x = self.ops.gated_add(x, attended, gate)
+
+        def attended(attend: Attend | None) -> Tensor:
+            return self.attn1(self.ops.modulated_layer_norm(x, shift, scale, self.eps), rotary, attend)
+
+        x = self.ops.gated_add(x, self_attention(attended), gate)
         x = x + self.attn2(self._norm_for_text(x), context)
         fed = self._feed_forward(self.ops.modulated_layer_norm(x, ffn_shift, ffn_scale, self.eps))
         return self.ops.gated_add(x, fed, ffn_gate)
@@ -260,13 +277,13 @@ class WanTransformer(nn.Module):
         self.sequence = sequence or WholeSequence(operators.attention)
         for block in self.blocks:
             block.ops = block.attn1.ops = block.attn2.ops = operators
-            block.attn1.attention = self.sequence.attention
+            block.attn1.sequence = self.sequence
 
-    def forward(self, latent: Tensor, timestep: Tensor, context: Context) -> Tensor:
+    def forward(self, latent: Tensor, timestep: Tensor, context: Context, passing: Pass = EVERYTHING) -> Tensor:
         """The velocity [B, C_out, T, H, W].
 
         latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000, or [B, S] with one a token; context: a new one,
-        or that of earlier passes with the same prompt.
+        or that of earlier passes with the same prompt; passing: what of the blocks is computed.
         """
         rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent))
         tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
@@ -275,8 +292,12 @@ class WanTransformer(nn.Module):
             timestep = self.sequence.split(timestep)
         embedded, projected = self._condition(timestep, context)
         tokens = self.sequence.split(tokens).contiguous()
-        for block in self.blocks:
-            tokens = block(tokens, context, projected, rotary)
+
+        def run(number: int, tokens: Tensor) -> Tensor:
+            self_attention = partial(passing.attention, number)
+            return self.blocks[number](tokens, context, projected, rotary, self_attention)
+
+        tokens = passing.blocks(Stack(run, len(self.blocks), projected), tokens)
         tokens = self.sequence.gather(self._head(tokens, embedded), length)
         return self._unpatchify(tokens, latent.shape)
 

@@ -8,6 +8,7 @@ enters a softmax.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Protocol
 
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from .mesh import Mesh, all_gather, pad_end
 from .ring import Ring
 from .ulysses import Ulysses
 
-_Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value, each [B, S, heads, head_dim]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value, each [B, S, heads, head_dim]
 
 
 class Sequence(Protocol):
@@ -28,14 +29,18 @@ class Sequence(Protocol):
 
     def gather(self, x: Tensor, length: int) -> Tensor: ...
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor: ...
+
+    def own(self, length: int) -> int: ...
+
+    def chunk_of(self, length: int) -> int: ...
 
 
 @dataclass(frozen=True)
 class WholeSequence:
-    """All tokens on this rank."""
+    """All tokens on this rank. dense: what attention is unless another is asked for."""
 
-    attention: _Attention
+    dense: Attend
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         return x
@@ -43,33 +48,42 @@ class WholeSequence:
     def gather(self, x: Tensor, length: int) -> Tensor:
         return x
 
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
+        return (attend or self.dense)(query, key, value)
+
+    def own(self, length: int) -> int:
+        return length
+
+    def chunk_of(self, length: int) -> int:
+        return length
+
 
 class SpreadSequence:
     """Tokens in equal chunks over the ranks of `group`, the last ones padded with zeros.
 
     group: all ranks that share the sequence, the ring's axis outermost.
-    ulysses, ring: how they attend; at least one. attention: what a rank without a ring computes.
+    ulysses, ring: how they attend; at least one. dense: what a rank without a ring computes, unless another is asked
+    for.
     """
 
-    def __init__(self, group: dist.ProcessGroup, attention: _Attention, ulysses: Ulysses | None, ring: Ring | None):
+    def __init__(self, group: dist.ProcessGroup, dense: Attend, ulysses: Ulysses | None, ring: Ring | None):
         self.group = group
         self.ulysses, self.ring = ulysses, ring
         self.degree = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.length = 0  # tokens of the whole sequence, without padding
-        self._attend_whole = attention
+        self._dense = dense
 
-    @property
-    def chunk(self) -> int:
-        """Tokens of a rank, with padding."""
-        return -(-self.length // self.degree)
+    def chunk_of(self, length: int) -> int:
+        """Tokens of a rank, with padding, of a sequence of `length`."""
+        return -(-length // self.degree)
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's chunk of `x` along `dim`, the sequence."""
         self.length = x.shape[dim]
-        start = min(self.rank * self.chunk, self.length)
-        own = x.narrow(dim, start, min(self.chunk, self.length - start))
-        return pad_end(own, dim, self.chunk)
+        chunk = self.chunk_of(self.length)
+        own = x.narrow(dim, min(self.rank * chunk, self.length), self.own(self.length))
+        return pad_end(own, dim, chunk)
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         """The whole sequence [B, length, D] from the chunks [B, S/N, D] of all ranks.
@@ -79,18 +93,25 @@ class SpreadSequence:
         chunks = all_gather(x, self.group)  # [N, B, S/N, D]
         return chunks.transpose(0, 1).flatten(1, 2)[:, :length]
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention over the whole sequence; all tensors are [B, S/N, heads, head_dim]."""
-        if self.ulysses is None:
-            return self._attend(query, key, value)
-        return self.ulysses.attention(self._attend, query, key, value)
+    def own(self, length: int) -> int:
+        """Tokens of this rank's chunk of a sequence of `length`, without padding."""
+        chunk = self.chunk_of(length)
+        return min(max(length - self.rank * chunk, 0), chunk)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
+        """Attention over the whole sequence; all tensors are [B, S/N, heads, head_dim].
+
+        attend: computes it on whole sequences of some heads; a ring has none, and computes the dense one.
+        """
+        part = partial(self._attend, attend or self._dense)
+        return part(query, key, value) if self.ulysses is None else self.ulysses.attention(part, query, key, value)
+
+    def _attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Of this rank's part of the sequence [B, S/R, heads, head_dim], padded at its end, as the result is."""
         tokens = query.shape[1]
         if self.ring is None:
             query, key, value = (x[:, : self.length] for x in (query, key, value))
-            return pad_end(self._attend_whole(query, key, value), 1, tokens)
+            return pad_end(attend(query, key, value), 1, tokens)
         lengths = [min(max(self.length - rank * tokens, 0), tokens) for rank in range(self.ring.degree)]
         out = self.ring.attention(query[:, : lengths[self.ring.rank]], key, value, lengths)
         return pad_end(out, 1, tokens)

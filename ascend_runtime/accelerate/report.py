@@ -1,0 +1,88 @@
+"""What a job left out, and what that saved: counted while it runs, told when it is done."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import median
+
+from .passes import At
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a pass through the network (a product and a sum are two), of all ranks together.
+
+    products: of a block's self-attention, q k^T and its product with v. attention: of that with its projections.
+    block: of a whole block. rest: of what is in no block. blocks: how many there are.
+    """
+
+    products: float
+    attention: float
+    block: float
+    rest: float
+    blocks: int
+
+    @property
+    def whole(self) -> float:
+        return self.blocks * self.block + self.rest
+
+
+class Tally:
+    """What each pass left out, on this rank."""
+
+    def __init__(self, work: Work):
+        self._work = work
+        self._passes: dict[At, float] = {}  # FLOPs that were left out
+        self._attentions: dict[int, int] = defaultdict(int)  # by step
+        self._blocks: dict[int, int] = defaultdict(int)
+        self._densities: list[float] = []
+        self._seconds: list[float] = []
+        self._clock = 0.0
+
+    def began(self, at: At) -> None:
+        self._passes[at] = 0.0
+
+    def reused_attention(self, at: At) -> None:
+        self._attentions[at.step] += 1
+        self._passes[at] += self._work.attention
+
+    def skipped_blocks(self, at: At, count: int) -> None:
+        self._blocks[at.step] += count
+        self._passes[at] += count * self._work.block
+
+    def sparse_attention(self, at: At, density: float) -> None:
+        """density: share of the products that one block's self-attention computed."""
+        self._densities.append(density)
+        self._passes[at] += (1 - density) * self._work.products
+
+    def start(self) -> None:
+        """The first step begins."""
+        self._clock = time.perf_counter()
+
+    def stepped(self) -> None:
+        """A step is done; its result is on the CPU, so what it computed is."""
+        now = time.perf_counter()
+        self._seconds.append(now - self._clock)
+        self._clock = now
+
+    def facts(self) -> dict[str, object]:
+        """By name: steps that reused attention or left out blocks (from 0), how many of these there were, the mean
+        density of sparse attention, FLOPs saved as a share, seconds a step, and the loop's speed-up: as the FLOPs
+        predict it, and as the steps that left nothing out show it (None where there was none)."""
+        saved, whole = sum(self._passes.values()), self._work.whole * len(self._passes)
+        full = [at.step for at in self._passes]
+        full = {step for step in full if not any(self._passes[at] for at in self._passes if at.step == step)}
+        times = [self._seconds[step] for step in full if step < len(self._seconds)]
+        seen = median(times) * len(self._seconds) / sum(self._seconds) if times else None
+        return {
+            "steps_reusing": sorted({*self._attentions, *self._blocks}),
+            "attentions_reused": sum(self._attentions.values()),
+            "blocks_skipped": sum(self._blocks.values()),
+            "mean_density": sum(self._densities) / len(self._densities) if self._densities else 1.0,
+            "flops_saved": saved / whole,
+            "seconds_a_step": [round(seconds, 4) for seconds in self._seconds],
+            "predicted_speed_up": whole / (whole - saved),
+            "seen_speed_up": seen,
+        }

@@ -1,0 +1,223 @@
+"""How a job may compute less than all: frozen descriptions, validated when they are made, free of torch.
+
+Steps and blocks are counted from 0. What a step reuses hangs on its number alone, never on how often something was
+called: guidance in series, a second expert or a warm-up shift nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Iterable
+
+from msgspec import Struct
+
+STEP_CACHES = ("fbcache", "teacache", "magcache", "taylorseer")
+RAINFUSIONS = ("v1", "v2", "v3")
+# Shares of a job's steps that the original systems reuse between (12 and 37 of 40), and that they compute densely (a
+# quarter) before attention is sparse.
+START, END, DENSE = 0.3, 0.925, 0.25
+MAX_STEPS = 1000
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise ValueError(text)
+
+
+class Window(Struct, frozen=True, kw_only=True):
+    """Steps and blocks in which something is stored and reused.
+
+    A step reuses where start < step <= end and interval does not divide step - start; other steps from start to end
+    store (MindIE SD's formula for its AttentionCache). start, end: None is 30 % and 92.5 % of a job's steps, as the
+    original's 12 and 37 of 40. interval: 1 reuses nothing.
+    first_block, last_block: both included; None: the first, the last.
+    """
+
+    start: int | None = None
+    end: int | None = None
+    interval: int = 4
+    first_block: int = 0
+    last_block: int | None = None
+
+    def __post_init__(self):
+        for name in ("start", "end", "first_block", "last_block"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= MAX_STEPS, f"{name} is {value}; give 0 to {MAX_STEPS}.")
+        _require(
+            1 <= self.interval <= MAX_STEPS,
+            f"interval is {self.interval}; give 1 to {MAX_STEPS}: with 4, three of four steps reuse; with 1, none.",
+        )
+        _require(
+            self.start is None or self.end is None or self.start <= self.end,
+            f"start is {self.start} and end is {self.end}; end must not come before start.",
+        )
+        _require(
+            self.last_block is None or self.first_block <= self.last_block,
+            f"first_block is {self.first_block} and last_block is {self.last_block}; the last must not come before "
+            "the first.",
+        )
+
+    def bounds(self, steps: int) -> tuple[int, int]:
+        """start and end for a job of so many steps."""
+        start = round(START * steps) if self.start is None else self.start
+        return start, round(END * steps) if self.end is None else self.end
+
+    def stores(self, step: int, steps: int) -> bool:
+        """Whether a step keeps what it computes."""
+        start, end = self.bounds(steps)
+        return start <= step <= end and not self.reuses(step, steps)
+
+    def reuses(self, step: int, steps: int) -> bool:
+        start, end = self.bounds(steps)
+        return start < step <= end and (step - start) % self.interval != 0
+
+    def reused(self, steps: int) -> list[int]:
+        """The steps that reuse."""
+        return [step for step in range(steps) if self.reuses(step, steps)]
+
+    def blocks(self, count: int) -> range:
+        """The blocks of `count` that take part. Raises ValueError where there are none."""
+        _require(
+            self.first_block < count,
+            f"first_block is {self.first_block}, but this model has {count} blocks, 0 to {count - 1}.",
+        )
+        return range(self.first_block, count if self.last_block is None else min(self.last_block + 1, count))
+
+
+class AttentionCacheSpec(Window, frozen=True, kw_only=True):
+    """The output of a block's self-attention is reused.
+
+    ratio: where it is above 1, a speed-up of the denoise loop that is wanted: start is then the latest step, and
+    interval the smallest, by which the FLOPs left out come to it.
+    """
+
+    ratio: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(
+            self.ratio is None or 1 <= self.ratio <= 10,
+            f"ratio is {self.ratio}; give a speed-up from 1 to 10, or None for start, end and interval as they are.",
+        )
+
+    def windowed(self, steps: int, share: float) -> Window:
+        """The steps and blocks that `ratio` asks for. share: of a step's FLOPs, what a step that reuses leaves out.
+
+        Raises ValueError where no window reaches it.
+        """
+        given = {name: getattr(self, name) for name in ("start", "end", "interval", "first_block", "last_block")}
+        if self.ratio is None or self.ratio == 1:
+            return Window(**given)
+        needed = math.ceil(steps * (1 - 1 / self.ratio) / share - 1e-9)
+        _, end = self.bounds(steps)
+        end = min(end, steps - 1)
+        for interval in range(max(self.interval, 2), steps + 1):
+            for start in range(end - 1, -1, -1):
+                window = Window(**given | {"start": start, "end": end, "interval": interval})
+                if len(window.reused(steps)) >= needed:
+                    return window
+        most = 1 / (1 - share * end / steps)
+        raise ValueError(
+            f"ratio is {self.ratio}, but attention is {share:.0%} of this job's work: reused in every step from 1 to "
+            f"{end} of {steps}, it makes the loop {most:.2f} times as fast at most. Ask for less, or take a step cache."
+        )
+
+
+class BlockCacheSpec(Window, frozen=True, kw_only=True):
+    """What a range of blocks adds to the tokens is reused (MindIE SD's DiTBlockCache)."""
+
+
+class StepCacheSpec(Struct, frozen=True, kw_only=True):
+    """What all blocks add to the tokens is reused, as long as it seems to change little.
+
+    method:
+        fbcache: first_block cache: as long as what the first block adds changes by less than `threshold` of itself.
+        teacache: until a polynomial of the timestep embedding's relative changes, summed up, reaches `threshold`.
+        magcache: until the errors that known magnitudes of the changes foretell come to `threshold`.
+        taylorseer: in all but every `interval`-th step, foretold by a Taylor expansion of `order` from those before.
+    threshold: None: the method's own (THRESHOLDS). first_steps, last_steps: always computed.
+    most: steps in a row that may be left out.
+    """
+
+    method: str = "fbcache"
+    threshold: float | None = None
+    first_steps: int = 1
+    last_steps: int = 1
+    most: int = MAX_STEPS
+    interval: int = 4
+    order: int = 1
+
+    def __post_init__(self):
+        _require(
+            self.method in STEP_CACHES, f"method is {self.method!r}; it can be one of {', '.join(STEP_CACHES)}."
+        )
+        _require(
+            self.threshold is None or 0 <= self.threshold <= 100,
+            f"threshold is {self.threshold}; give 0 (nothing is left out) to 100.",
+        )
+        for name, least, highest in (("first_steps", 1, MAX_STEPS), ("last_steps", 0, MAX_STEPS),
+                                     ("most", 1, MAX_STEPS), ("interval", 1, MAX_STEPS), ("order", 0, 4)):  # fmt: skip
+            value = getattr(self, name)
+            _require(least <= value <= highest, f"{name} is {value}; give {least} to {highest}.")
+
+
+class RainFusionSpec(Struct, frozen=True, kw_only=True):
+    """Self-attention computes a part of its products.
+
+    version:
+        v1: each head attends near by, or to a pattern over all of the video, whichever holds more of its softmax.
+        v2: bricks of 2 x 8 x 8 tokens attend to those bricks that match them best on the average.
+        v3: the same with tiles of 8 x 8 tokens of a frame; which ones, is kept for `refresh` steps.
+    sparsity: share of the products that is left out, before what is always dense. 0: none.
+    start: the first step that is sparse; None: a quarter of the steps. first_blocks, last_blocks: always dense.
+    """
+
+    version: str = "v2"
+    sparsity: float = 0.64
+    start: int | None = None
+    refresh: int = 1
+    first_blocks: int = 0
+    last_blocks: int = 0
+
+    def __post_init__(self):
+        _require(
+            self.version in RAINFUSIONS, f"version is {self.version!r}; it can be one of {', '.join(RAINFUSIONS)}."
+        )
+        _require(0 <= self.sparsity < 1, f"sparsity is {self.sparsity}; give 0 (dense) to less than 1.")
+        for name, least in (("start", 0), ("refresh", 1), ("first_blocks", 0), ("last_blocks", 0)):
+            value = getattr(self, name)
+            _require(value is None or least <= value <= MAX_STEPS, f"{name} is {value}; give {least} to {MAX_STEPS}.")
+
+    def begins(self, steps: int) -> int:
+        """The first sparse step of a job of so many."""
+        return round(DENSE * steps) if self.start is None else self.start
+
+    def sparse_in(self, step: int, steps: int, block: int, blocks: int) -> bool:
+        return step >= self.begins(steps) and self.first_blocks <= block < blocks - self.last_blocks
+
+
+class AccelerationSpec(Struct, frozen=True, kw_only=True):
+    """What a job leaves out; None: nothing of that kind. One cache at most, as they reuse parts of one another."""
+
+    attention_cache: AttentionCacheSpec | None = None
+    block_cache: BlockCacheSpec | None = None
+    step_cache: StepCacheSpec | None = None
+    rainfusion: RainFusionSpec | None = None
+
+    def __post_init__(self):
+        caches = [name for name in ("attention_cache", "block_cache", "step_cache") if getattr(self, name) is not None]
+        _require(
+            len(caches) < 2,
+            f"{_words(caches)} are given; take one of them: each reuses what the other would have to compute. "
+            "RainFusion goes with any.",
+        )
+
+    @property
+    def cache(self) -> str | None:
+        """The name of the one cache that is asked for."""
+        names = ("attention_cache", "block_cache", "step_cache")
+        return next((name for name in names if getattr(self, name) is not None), None)
+
+
+def _words(names: Iterable[str]) -> str:
+    return " and ".join(name.replace("_", " ") for name in names)
