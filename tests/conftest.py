@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, TextEncoderSpec, VaeSpec
 from comfy_server import ComfyServer
+from contract_beside import ContractRun
 from rank_processes import processes_with
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -17,12 +18,28 @@ torch.set_num_threads(1)  # the networks are small, and the ranks need the cores
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all-benchmarks", action="store_true", help="6 benchmarks, each shortened, instead of 1")
+    parser.addoption("--all-benchmarks", action="store_true", help="7 benchmarks, each shortened, instead of 1")
     parser.addoption("--all-broken-files", action="store_true", help="500 broken files instead of 60")
     parser.addoption("--all-kills", action="store_true", help="43 kills of ranks and clients instead of a sample")
     parser.addoption("--all-cancels", action="store_true", help="170 cancels at random moments instead of 20")
     parser.addoption("--all-tiles", action="store_true", help="VAE tiles on 1 to 8 ranks, instead of some of these")
     parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2, 4 and 8 ranks, not one")
+
+
+@pytest.hookimpl(trylast=True)  # when it is known what is deselected
+def pytest_collection_modifyitems(config, items):
+    """What waits for the contract tests, which are begun here, comes last."""
+    waiting = [item for item in items if "contract_run" in getattr(item, "fixturenames", ())]
+    if waiting and not config.option.collectonly:
+        items[:] = [item for item in items if item not in waiting] + waiting
+        config.contract_run = ContractRun()
+        config.add_cleanup(config.contract_run.end)
+
+
+@pytest.fixture
+def contract_run(request):
+    """The contract tests, at work beside all others."""
+    return request.config.contract_run
 
 
 @pytest.fixture(scope="session")
