@@ -7,6 +7,7 @@ from importlib import import_module
 COMMANDS = {  # by name: its module, which is imported if it is asked for, as torch comes with some; what it does
     "queue": (".headless.queue", "run a workflow for many prompts on any ComfyUI"),
     "inspect": (".inspection", "say what a model's folder or file holds"),
+    "calibrate": (".calibration", "find out what TeaCache and MagCache have to know of a model"),
     "convert": (".conversion", "write a model anew, as diffusers or MindSpeed-MM keep it"),
 }
 

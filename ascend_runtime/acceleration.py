@@ -12,10 +12,14 @@ from typing import Iterable
 from msgspec import Struct
 
 STEP_CACHES = ("fbcache", "teacache", "magcache", "taylorseer")
+CALIBRATED = ("teacache", "magcache")  # those that have to know something of the model beforehand
 RAINFUSIONS = ("v1", "v2", "v3")
 # Shares of a job's steps that the original systems reuse between (12 and 37 of 40), and that they compute densely (a
 # quarter) before attention is sparse.
 START, END, DENSE = 0.3, 0.925, 0.25
+# How much each step cache lets pass (the published defaults), and what more MagCache has of its own.
+THRESHOLDS = {"fbcache": 0.05, "teacache": 0.15, "magcache": 0.04}
+MAGCACHE_RETENTION, MAGCACHE_MOST = 0.2, 2
 MAX_STEPS = 1000
 
 
@@ -27,8 +31,8 @@ def _require(condition: bool, text: str) -> None:
 class Window(Struct, frozen=True, kw_only=True):
     """Steps and blocks in which something is stored and reused.
 
-    A step reuses where start < step <= end and interval does not divide step - start; other steps from start to end
-    store (MindIE SD's formula for its AttentionCache). start, end: None is 30 % and 92.5 % of a job's steps, as the
+    A step reuses where start < step <= end and interval does not divide step - start (MindIE SD's formula for its
+    AttentionCache); the step before such ones stores. start, end: None is 30 % and 92.5 % of a job's steps, as the
     original's 12 and 37 of 40. interval: 1 reuses nothing.
     first_block, last_block: both included; None: the first, the last.
     """
@@ -63,9 +67,8 @@ class Window(Struct, frozen=True, kw_only=True):
         return start, round(END * steps) if self.end is None else self.end
 
     def stores(self, step: int, steps: int) -> bool:
-        """Whether a step keeps what it computes."""
-        start, end = self.bounds(steps)
-        return start <= step <= end and not self.reuses(step, steps)
+        """Whether a step keeps what it computes: the next one reuses it."""
+        return not self.reuses(step, steps) and step + 1 < steps and self.reuses(step + 1, steps)
 
     def reuses(self, step: int, steps: int) -> bool:
         start, end = self.bounds(steps)
@@ -131,19 +134,21 @@ class StepCacheSpec(Struct, frozen=True, kw_only=True):
     """What all blocks add to the tokens is reused, as long as it seems to change little.
 
     method:
-        fbcache: first_block cache: as long as what the first block adds changes by less than `threshold` of itself.
+        fbcache: first-block cache: as long as what the first block adds differs by less than `threshold` of itself from
+            what it added in the last step that was computed.
         teacache: until a polynomial of the timestep embedding's relative changes, summed up, reaches `threshold`.
         magcache: until the errors that known magnitudes of the changes foretell come to `threshold`.
         taylorseer: in all but every `interval`-th step, foretold by a Taylor expansion of `order` from those before.
-    threshold: None: the method's own (THRESHOLDS). first_steps, last_steps: always computed.
-    most: steps in a row that may be left out.
+    threshold: None: the method's own (THRESHOLDS). 0: nothing is left out.
+    first_steps: of each expert, always computed (None: 1; a fifth of them for MagCache). last_steps: of the job.
+    most: steps in a row that may be left out (None: any number; 2 for MagCache).
     """
 
     method: str = "fbcache"
     threshold: float | None = None
-    first_steps: int = 1
+    first_steps: int | None = None
     last_steps: int = 1
-    most: int = MAX_STEPS
+    most: int | None = None
     interval: int = 4
     order: int = 1
 
@@ -158,7 +163,49 @@ class StepCacheSpec(Struct, frozen=True, kw_only=True):
         for name, least, highest in (("first_steps", 1, MAX_STEPS), ("last_steps", 0, MAX_STEPS),
                                      ("most", 1, MAX_STEPS), ("interval", 1, MAX_STEPS), ("order", 0, 4)):  # fmt: skip
             value = getattr(self, name)
-            _require(least <= value <= highest, f"{name} is {value}; give {least} to {highest}.")
+            _require(value is None or least <= value <= highest, f"{name} is {value}; give {least} to {highest}.")
+
+    @property
+    def limit(self) -> float:
+        """The threshold; of TaylorSeer, which has none, 0 where it is to leave nothing out."""
+        return THRESHOLDS.get(self.method, math.inf) if self.threshold is None else self.threshold
+
+    def beginning(self, steps: int) -> int:
+        """How many of an expert's steps are computed before any is left out."""
+        if self.first_steps is not None:
+            return self.first_steps
+        return max(1, round(MAGCACHE_RETENTION * steps)) if self.method == "magcache" else 1
+
+    @property
+    def in_a_row(self) -> int:
+        """The most steps that may be left out, one after the other."""
+        most = MAGCACHE_MOST if self.method == "magcache" else MAX_STEPS
+        if self.most is not None:
+            most = self.most
+        return min(most, self.interval - 1) if self.method == "taylorseer" else most
+
+
+class Calibration(Struct, frozen=True, kw_only=True):
+    """What step caches know of one expert of a model (see `python -m ascend_runtime calibrate`).
+
+    coefficients: of a polynomial, the highest power's first: from the relative change of the timestep embedding to that
+        of what the blocks make (TeaCache).
+    ratios: of each of its steps, how large what the blocks add is beside the step before (MagCache); the first is 1.
+    source: where these are from, in words.
+    """
+
+    coefficients: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()
+    source: str = "nothing is known"
+
+    def __post_init__(self):
+        numbers = (*self.coefficients, *self.ratios)
+        _require(all(map(math.isfinite, numbers)), "a calibration has a number that is not finite.")
+
+    def ratios_of(self, steps: int) -> list[float]:
+        """Those of a job in which the expert has so many steps: of each, the nearest one's."""
+        scale = (len(self.ratios) - 1) / max(steps - 1, 1)
+        return [1.0, *(self.ratios[round(step * scale)] for step in range(1, steps))]
 
 
 class RainFusionSpec(Struct, frozen=True, kw_only=True):
@@ -197,12 +244,16 @@ class RainFusionSpec(Struct, frozen=True, kw_only=True):
 
 
 class AccelerationSpec(Struct, frozen=True, kw_only=True):
-    """What a job leaves out; None: nothing of that kind. One cache at most, as they reuse parts of one another."""
+    """What a job leaves out; None: nothing of that kind. One cache at most, as they reuse parts of one another.
+
+    measure: leaves nothing out, and notes how the steps change (`accelerate.measuring`), for a calibration.
+    """
 
     attention_cache: AttentionCacheSpec | None = None
     block_cache: BlockCacheSpec | None = None
     step_cache: StepCacheSpec | None = None
     rainfusion: RainFusionSpec | None = None
+    measure: bool = False
 
     def __post_init__(self):
         caches = [name for name in ("attention_cache", "block_cache", "step_cache") if getattr(self, name) is not None]
@@ -210,6 +261,10 @@ class AccelerationSpec(Struct, frozen=True, kw_only=True):
             len(caches) < 2,
             f"{_words(caches)} are given; take one of them: each reuses what the other would have to compute. "
             "RainFusion goes with any.",
+        )
+        _require(
+            not self.measure or not caches and self.rainfusion is None,
+            "measure is given beside what is to be left out; what is measured must be computed whole.",
         )
 
     @property

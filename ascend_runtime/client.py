@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from . import devices, host, transport
-from .acceleration import AccelerationSpec
+from .acceleration import CALIBRATED, AccelerationSpec
+from .checkpoints.calibration import read_calibration
 from .checkpoints.layout import encoded_shape, frames_shape
 from .launcher import Rank, RankGroup
 from .protocol import Cancel, Conditioning, Decode, Done, Encode, EncodeVideo, Failed, Free, Load, Message, Ping
@@ -212,6 +213,9 @@ class Runtime:
             what that saved (see `accelerate.report.Tally.facts`).
         """
         profile = profile and _within(profile, spec.total_steps, self.world_size)
+        cache = acceleration.step_cache
+        calibrated = cache is not None and cache.method in CALIBRATED
+        calibration = read_calibration(model.path) if calibrated else {}
         result = self._do(
             lambda job: Sample(
                 job=job,
@@ -226,6 +230,7 @@ class Runtime:
                 warm_up=warm_up,
                 profile=profile,
                 acceleration=acceleration,
+                calibration=calibration,
                 preview=on_preview is not None,
             ),
             on_preview=on_preview,

@@ -56,10 +56,9 @@ class DiffusionModel:
 
     def expert_at(self, timestep: float) -> wan.WanTransformer:
         """The expert for a timestep in 0..1000."""
-        low_noise = self.is_low_noise(timestep)
         if self.swap is not None:
-            self.swap.use(LOW_NOISE if low_noise else HIGH_NOISE)
-        return self.low_noise if low_noise else self.high_noise
+            self.swap.use(self.name_at(timestep))
+        return self.low_noise if self.is_low_noise(timestep) else self.high_noise
 
     def expect(self, timestep: float | None) -> None:
         """Has the next pass fetch the expert of the timestep after it; None is another video's first."""
@@ -70,6 +69,10 @@ class DiffusionModel:
     def guided(self, spec: SampleSpec) -> bool:
         """Whether any step needs the uncond branch."""
         return spec.guidance_scale != 1.0 or (self.low_noise is not None and spec.low_noise_guidance != 1.0)
+
+    def name_at(self, timestep: float) -> str:
+        """Of the expert for a timestep in 0..1000."""
+        return LOW_NOISE if self.is_low_noise(timestep) else HIGH_NOISE
 
     def is_low_noise(self, timestep: float) -> bool:
         return self.low_noise is not None and timestep < self.boundary * 1000

@@ -17,7 +17,7 @@ from .accelerate.passes import At
 from .acceleration import AccelerationSpec
 from .components import Components, DiffusionModel, TextEncoder
 from .environment import overlaps, placed, with_defaults
-from .experts import HIGH_NOISE, LOW_NOISE
+from .families.calibrations import known_of
 from .families.work import work_of
 from .ops import operators_for
 from .parallel.cfg import guided
@@ -28,7 +28,7 @@ from .plans import Plan
 from .precision import check_finite
 from .profiling import Recorder
 from .protocol import Done, Sample
-from .sampling import Step, denoise
+from .sampling import Step, denoise, schedule_of
 from .specs import ParallelSpec, SampleSpec, TextEncoderSpec
 from .text import KnownPrompts, clean, embedding_of, encode_text
 from .transport import borrowed
@@ -202,9 +202,13 @@ class Pipeline:
         grid = tuple(length // patch for length, patch in zip(size, network.config.patch_size))
         work = work_of(network.config, len(network.blocks), batch, math.prod(grid), message.positive.text.shape[1])
         width = network.config.num_attention_heads * network.config.attention_head_dim
+        experts = tuple(model.name_at(timestep) for timestep in schedule_of(spec))
+        pixels = 64 * math.prod(message.latent.shape[3:])
         return Outline(
-            steps=spec.total_steps,
+            experts=experts,
+            known=known_of(message.calibration, tuple(model.adapters), model.defaults, width, pixels),
             grid=grid,
+            own=sequence.own(math.prod(grid)),
             branches=2 if model.guided(spec) and plan.cfg == 1 else 1,
             output=batch * sequence.chunk_of(math.prod(grid)) * width * model.dtype.itemsize,
             room=devices.room(self.device),
@@ -233,7 +237,7 @@ class Pipeline:
             def branch(name: str) -> Tensor:
                 if name == "uncond" or cfg_group is not None or scale == 1.0:  # this rank's last of the step
                     model.expect(step.following)
-                passing = acceleration.passing(At(LOW_NOISE if low_noise else HIGH_NOISE, name, step.number))
+                passing = acceleration.passing(At(model.name_at(timestep), name, step.number))
                 return expert(branches[name].beside(x), timestep * timesteps, contexts[name], passing)
 
             return guided(branch, scale, cfg_group).float().cpu()

@@ -16,7 +16,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from .acceleration import AccelerationSpec
+from .acceleration import AccelerationSpec, Calibration
 from .specs import (
     DiffusionModelSpec,
     OperatorSpec,
@@ -93,6 +93,8 @@ class Sample(Message):
     noise_mask [B or 1, 1, T, H, W]: 0 where the latent is known and stays, 1 where it is to be made; None: all is.
     warm_up: two steps of the same kind come first, if none have been warmed up yet since the model was loaded.
     profile: its steps and its rank must be this job's. acceleration: what is left out of the computation.
+    calibration: of each expert, what a file beside the model says, where a step cache asks for it: read once, so that
+        all ranks have the same.
     """
 
     job: int
@@ -107,6 +109,7 @@ class Sample(Message):
     warm_up: bool = False
     profile: ProfileSpec | None = None
     acceleration: AccelerationSpec = AccelerationSpec()
+    calibration: dict[str, Calibration] = {}
     preview: bool = False
 
 

@@ -49,6 +49,11 @@ def make_scheduler(spec: SampleSpec):
     return scheduler
 
 
+def schedule_of(spec: SampleSpec) -> list[float]:
+    """The timestep of each step, in 0..1000."""
+    return list(map(float, make_scheduler(spec).timesteps))
+
+
 def _solver(name: str, shift: float):
     if name == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=shift)

@@ -16,6 +16,7 @@ LAYERS = [
     ("headless", ("ascend_runtime.headless",)),
     ("conversion", ("ascend_runtime.conversion",)),
     ("inspection", ("ascend_runtime.inspection",)),
+    ("calibration", ("ascend_runtime.calibration",)),
     ("nodes", ("nodes",)),
     ("client", ("ascend_runtime.client",)),
     ("launcher", ("ascend_runtime.launcher",)),

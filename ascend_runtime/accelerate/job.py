@@ -7,29 +7,46 @@ from typing import Callable
 
 from torch import Tensor
 
-from ..acceleration import AccelerationSpec, AttentionCacheSpec, Window
+from ..acceleration import CALIBRATED, AccelerationSpec, AttentionCacheSpec, Calibration, StepCacheSpec, Window
 from .attention_cache import AttentionCache
 from .block_cache import BlockCache
+from .measuring import Measuring
 from .passes import EVERYTHING, At, Attend, Pass, Stack
 from .report import Tally, Work
+from .step_cache import Rule, StepCache
+from .step_rules import Always, FirstBlock, MagCache, TeaCache
+
+StackCache = BlockCache | StepCache | Measuring
+UNKNOWN = (1.0, 0.0)  # TeaCache's polynomial where none is known: the timestep's changes as they are
 
 
 @dataclass(frozen=True)
 class Outline:
     """A job as its accelerators see it.
 
-    grid: tokens of a video, as frames, rows and columns. branches: of guidance, that this rank computes.
+    experts: of each step, the expert that works in it. known: of each expert, what was found out beforehand.
+    grid: tokens of a video, as frames, rows and columns. own: how many of them this rank has.
+    branches: of guidance, that this rank computes.
     output: bytes of one block's output [B, S, D] on this rank. room: bytes that it has to keep things in.
     ring: ranks of the ring, 1 where there is none.
     """
 
-    steps: int
+    experts: tuple[str, ...]
+    known: dict[str, Calibration]
     grid: tuple[int, int, int]
+    own: int
     branches: int
     output: int
     room: int
     ring: int
     work: Work
+
+    @property
+    def steps(self) -> int:
+        return len(self.experts)
+
+    def steps_of(self, expert: str) -> list[int]:
+        return [step for step, one in enumerate(self.experts) if one == expert]
 
 
 class Acceleration:
@@ -38,26 +55,31 @@ class Acceleration:
     def __init__(self, spec: AccelerationSpec, outline: Outline):
         self.spec = spec
         self.tally = Tally(outline.work)
-        self._outline = outline
-        self._make_caches = lambda: _caches(spec, outline, self.tally)
-        self._attention, self._stack = self._make_caches()
+        self._caches = {expert: _caches(spec, outline, expert, self.tally) for expert in dict.fromkeys(outline.experts)}
+        self._known = {expert: outline.known.get(expert, Calibration()) for expert in self._caches}
         self._expert: str | None = None
 
     def passing(self, at: At) -> Pass:
-        """The pass that is about to begin. An expert begins with nothing kept: the one before it does not come back."""
+        """The pass that is about to begin. An expert begins with nothing kept, and the one before it lets go of all: it
+        does not come back."""
         if self._expert not in (None, at.expert):
-            self._attention, self._stack = self._make_caches()
+            self._caches.pop(self._expert)
         self._expert = at.expert
         self.tally.began(at)
-        return EVERYTHING if self.spec == AccelerationSpec() else _Pass(at, self._attention, self._stack)
+        return EVERYTHING if self.spec == AccelerationSpec() else _Pass(at, *self._caches[at.expert])
 
     def facts(self) -> dict[str, object]:
         """What it left out so far; nothing where nothing was asked for."""
-        return {} if self.spec == AccelerationSpec() else {"acceleration": self.tally.facts()}
+        if self.spec == AccelerationSpec():
+            return {}
+        cache = self.spec.step_cache
+        calibrated = cache is not None and cache.method in CALIBRATED
+        told = {"calibration": {expert: known.source for expert, known in self._known.items()}} if calibrated else {}
+        return {"acceleration": self.tally.facts() | told}
 
 
 class _Pass(Pass):
-    def __init__(self, at: At, attention: AttentionCache | None, stack: BlockCache | None):
+    def __init__(self, at: At, attention: AttentionCache | None, stack: StackCache | None):
         self._at, self._attention, self._stack = at, attention, stack
 
     def blocks(self, stack: Stack, tokens: Tensor) -> Tensor:
@@ -71,15 +93,48 @@ class _Pass(Pass):
 
 
 def _caches(
-    spec: AccelerationSpec, outline: Outline, tally: Tally
-) -> tuple[AttentionCache | None, BlockCache | None]:
-    """What is asked at each attention, and what at each pass."""
+    spec: AccelerationSpec, outline: Outline, expert: str, tally: Tally
+) -> tuple[AttentionCache | None, StackCache | None]:
+    """What is asked at each attention, and what at each pass, of one expert."""
     steps, blocks = outline.steps, outline.work.blocks
     if spec.attention_cache is not None:
         return AttentionCache(_window(spec.attention_cache, outline), steps, blocks, tally), None
     if spec.block_cache is not None:
         return None, BlockCache(spec.block_cache, steps, blocks, tally)
-    return None, None
+    if spec.step_cache is not None:
+        return None, _step_cache(spec.step_cache, outline, expert, tally)
+    return None, Measuring(outline.own, tally) if spec.measure else None
+
+
+def _step_cache(spec: StepCacheSpec, outline: Outline, expert: str, tally: Tally) -> StepCache:
+    own = outline.steps_of(expert)
+    always = {*own[: spec.beginning(len(own))], *range(outline.steps - spec.last_steps, outline.steps)}
+    order = spec.order if spec.method == "taylorseer" else 0
+    needed = (outline.branches * (order + 1) + 2) * outline.output  # two: what is compared, or was learnt before
+    if needed > outline.room:
+        raise ValueError(
+            f"The step cache {spec.method} would keep {needed / 1e9:.1f} GB on a rank, and {outline.room / 1e9:.1f} GB "
+            "are free. Spread the video over more ranks (ulysses_degree, or cfg_degree 2), make it smaller"
+            + (", or give a lower order." if order else ".")
+        )
+    return StepCache(_rule(spec, outline, expert), always, spec.in_a_row, order, tally)
+
+
+def _rule(spec: StepCacheSpec, outline: Outline, expert: str) -> Rule:
+    known = outline.known.get(expert, Calibration())
+    if spec.method == "fbcache":
+        return FirstBlock(spec.limit, outline.own)
+    if spec.method == "teacache":
+        return TeaCache(spec.limit, known.coefficients or UNKNOWN, outline.own)
+    if spec.method == "taylorseer":
+        return Always(spec.limit)
+    if not known.ratios:
+        raise ValueError(
+            "MagCache has to know how large what the blocks add is in each step, and nothing is known of this model. "
+            "Run `python -m ascend_runtime calibrate MODEL` once, or take fbcache or taylorseer."
+        )
+    steps = outline.steps_of(expert)
+    return MagCache(spec.limit, dict(zip(steps, known.ratios_of(len(steps)))))
 
 
 def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 from .passes import At
 
@@ -29,6 +30,20 @@ class Work:
         return self.blocks * self.block + self.rest
 
 
+class Change(NamedTuple):
+    """How much a step of the cond branch differs from the one before it, by the same expert.
+
+    timestep, output: relative L1 changes of the timestep's projection and of the tokens after all blocks. ratio: of the
+    norms of what the blocks add, the mean over all tokens.
+    """
+
+    expert: str
+    step: int
+    timestep: float
+    output: float
+    ratio: float
+
+
 class Tally:
     """What each pass left out, on this rank."""
 
@@ -38,6 +53,7 @@ class Tally:
         self._attentions: dict[int, int] = defaultdict(int)  # by step
         self._blocks: dict[int, int] = defaultdict(int)
         self._densities: list[float] = []
+        self._changes: list[Change] = []
         self._seconds: list[float] = []
         self._clock = 0.0
 
@@ -57,6 +73,9 @@ class Tally:
         self._densities.append(density)
         self._passes[at] += (1 - density) * self._work.products
 
+    def changed(self, change: Change) -> None:
+        self._changes.append(change)
+
     def start(self) -> None:
         """The first step begins."""
         self._clock = time.perf_counter()
@@ -70,13 +89,10 @@ class Tally:
     def facts(self) -> dict[str, object]:
         """By name: steps that reused attention or left out blocks (from 0), how many of these there were, the mean
         density of sparse attention, FLOPs saved as a share, seconds a step, and the loop's speed-up: as the FLOPs
-        predict it, and as the steps that left nothing out show it (None where there was none)."""
+        predict it, and as the steps that left nothing out show it (None where there was none). Where changes were
+        measured, these."""
         saved, whole = sum(self._passes.values()), self._work.whole * len(self._passes)
-        full = [at.step for at in self._passes]
-        full = {step for step in full if not any(self._passes[at] for at in self._passes if at.step == step)}
-        times = [self._seconds[step] for step in full if step < len(self._seconds)]
-        seen = median(times) * len(self._seconds) / sum(self._seconds) if times else None
-        return {
+        facts = {
             "steps_reusing": sorted({*self._attentions, *self._blocks}),
             "attentions_reused": sum(self._attentions.values()),
             "blocks_skipped": sum(self._blocks.values()),
@@ -84,5 +100,13 @@ class Tally:
             "flops_saved": saved / whole,
             "seconds_a_step": [round(seconds, 4) for seconds in self._seconds],
             "predicted_speed_up": whole / (whole - saved),
-            "seen_speed_up": seen,
+            "seen_speed_up": self._seen_speed_up(),
         }
+        return facts | ({"changes": [change._asdict() for change in self._changes]} if self._changes else {})
+
+    def _seen_speed_up(self) -> float | None:
+        """By the median pass of the steps that left nothing out: experts may have one pass a step, or two."""
+        passes = Counter(at.step for at in self._passes)
+        thinned = {at.step for at, saved in self._passes.items() if saved}
+        whole = [seconds / passes[step] for step, seconds in enumerate(self._seconds) if step not in thinned]
+        return median(whole) * len(self._passes) / sum(self._seconds) if whole else None

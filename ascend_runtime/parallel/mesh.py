@@ -73,6 +73,14 @@ def highest(value: int) -> int:
     return int(verdict)
 
 
+def summed(values: Tensor) -> list[float]:
+    """The sums of each of `values` over all ranks; every rank must ask. Travels as `highest` does."""
+    values = values.cpu().to(torch.float64, copy=True)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks of `group`, each of x's shape, as [ranks, *x.shape]."""
     gathered, work = start_all_gather(x, group)
