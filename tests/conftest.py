@@ -18,6 +18,7 @@ torch.set_num_threads(1)  # the networks are small, and the ranks need the cores
 
 
 def pytest_addoption(parser):
+    parser.addoption("--all-accelerators", action="store_true", help="each plan with each cache, not with some of them")
     parser.addoption("--all-benchmarks", action="store_true", help="7 benchmarks, each shortened, instead of 1")
     parser.addoption("--all-broken-files", action="store_true", help="500 broken files instead of 60")
     parser.addoption("--all-kills", action="store_true", help="43 kills of ranks and clients instead of a sample")
