@@ -10,10 +10,12 @@ import math
 from typing import Iterable
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 STEP_CACHES = ("fbcache", "teacache", "magcache", "taylorseer")
 CALIBRATED = ("teacache", "magcache")  # those that have to know something of the model beforehand
 RAINFUSIONS = ("v1", "v2", "v3")
+WAYS = {"step_cache": "method", "rainfusion": "version"}  # fields that say how, where there are several ways
 # Shares of a job's steps that the original systems reuse between (12 and 37 of 40), and that they compute densely (a
 # quarter) before attention is sparse.
 START, END, DENSE = 0.3, 0.925, 0.25
@@ -272,6 +274,17 @@ class AccelerationSpec(Struct, frozen=True, kw_only=True):
         """The name of the one cache that is asked for."""
         names = ("attention_cache", "block_cache", "step_cache")
         return next((name for name in names if getattr(self, name) is not None), None)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What is asked for, by name: its method or version, "" for what knows one way."""
+        given = {name: getattr(self, name) for name in self.__struct_fields__}
+        return {name: getattr(spec, WAYS.get(name, ""), "") for name, spec in given.items() if spec is not None}
+
+    def beside(self, kind: str, spec: Struct) -> AccelerationSpec:
+        """This and one more. Raises ValueError for two of a kind, and for two caches."""
+        _require(getattr(self, kind) is None, f"Two of {_words([kind])} are given; take one of them.")
+        return replace(self, **{kind: spec})
 
 
 def _words(names: Iterable[str]) -> str:

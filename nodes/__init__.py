@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from .accelerators import AttentionCache, BlockCache, RainFusion, StepCache
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadTextEncoder, LoadVAE
@@ -25,6 +26,10 @@ class AscendVideo(ComfyExtension):
             Sampler,
             VAEDecode,
             VAEEncode,
+            AttentionCache,
+            BlockCache,
+            StepCache,
+            RainFusion,
             Profiler,
             FreeMemory,
         ]

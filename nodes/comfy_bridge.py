@@ -13,11 +13,13 @@ import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP
 from PIL import Image
+from server import PromptServer
 from torch import Tensor
 
 from ..ascend_runtime.client import JobCancelled, RankError, Result, Runtime
 from ..ascend_runtime.devices import resolve_kind, resolve_ranks
 from ..ascend_runtime.launcher import RankDied
+from ..ascend_runtime.report_words import words_of
 from ..ascend_runtime.specs import ParallelSpec
 from .types import RanksHandle
 
@@ -55,9 +57,18 @@ def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
 
 
 def _log(result: Result, runtime: Runtime) -> None:
-    facts = [f"{name} {value}" for name, value in result.info.items()]
+    facts = [f"{name} {value}" for name, value in result.info.items() if name != "acceleration"]
     times = [f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items()]
     logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, runtime.device, ", ".join(facts + times))
+    if "denoise" in result.seconds:
+        logger.info("Ascend: %s.", words_of(result.info, result.seconds))
+
+
+def show(node: str, text: str) -> None:
+    """Shows a text on a node of the graph, in the page that has queued it."""
+    server = PromptServer.instance
+    if server.client_id is not None:
+        server.send_progress_text(text, node, sid=server.client_id)
 
 
 def release(end_ranks: bool = False) -> None:

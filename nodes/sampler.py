@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
+from ..ascend_runtime.acceleration import AccelerationSpec
+from ..ascend_runtime.report_words import words_of
 from ..ascend_runtime.specs import MAX_SEED, SCHEDULES, SOLVERS, SampleSpec
 from . import comfy_bridge, core_types, types
 
@@ -97,8 +99,15 @@ class Sampler(io.ComfyNode):
                     optional=True,
                     tooltip="From Ascend Profiler: records some steps, to see what takes time.",
                 ),
+                types.Acceleration.Input(
+                    "acceleration",
+                    optional=True,
+                    tooltip="From Ascend AttentionCache, Block Cache, Step Cache or RainFusion: leaves out a part of "
+                    "the work. What that saved is shown below and in the log.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -117,6 +126,7 @@ class Sampler(io.ComfyNode):
         cfg_low_noise=0.0,
         sigmas=None,
         profile=None,
+        acceleration=None,
     ) -> io.NodeOutput:
         spec = SampleSpec(
             seed=seed,
@@ -142,8 +152,11 @@ class Sampler(io.ComfyNode):
                 operators=model.operators,
                 warm_up=model.warm_up,
                 profile=profile,
+                acceleration=acceleration or AccelerationSpec(),
                 **hooks,
             ),
             preview=True,
         )
-        return io.NodeOutput({**latent_image, "samples": result.tensor})
+        report = words_of(result.info, result.seconds)
+        comfy_bridge.show(cls.hidden.unique_id, report)
+        return io.NodeOutput({**latent_image, "samples": result.tensor}, ui=ui.PreviewText(report))

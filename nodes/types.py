@@ -13,6 +13,7 @@ DiffusionModel = io.Custom("ASCEND_MODEL")
 TextEncoder = io.Custom("ASCEND_TEXT_ENCODER")
 Vae = io.Custom("ASCEND_VAE")
 Profile = io.Custom("ASCEND_PROFILE")
+Acceleration = io.Custom("ASCEND_ACCELERATION")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ LAYERS = [
     ("protocol", ("ascend_runtime.protocol",)),
     ("devices", ("ascend_runtime.devices",)),
     ("host and environment", ("ascend_runtime.host", "ascend_runtime.environment")),
+    ("presets and reports", ("ascend_runtime.presets", "ascend_runtime.report_words")),
     ("specs", ("ascend_runtime.specs", "ascend_runtime.acceleration")),
     ("plans", ("ascend_runtime.plans",)),
 ]

@@ -69,13 +69,13 @@ class Acceleration:
         return EVERYTHING if self.spec == AccelerationSpec() else _Pass(at, *self._caches[at.expert])
 
     def facts(self) -> dict[str, object]:
-        """What it left out so far; nothing where nothing was asked for."""
+        """What was asked for and what it left out so far; nothing where nothing was asked for."""
         if self.spec == AccelerationSpec():
             return {}
         cache = self.spec.step_cache
         calibrated = cache is not None and cache.method in CALIBRATED
         told = {"calibration": {expert: known.source for expert, known in self._known.items()}} if calibrated else {}
-        return {"acceleration": self.tally.facts() | told}
+        return {"acceleration": {"accelerators": self.spec.kinds, **self.tally.facts(), **told}}
 
 
 class _Pass(Pass):
