@@ -278,7 +278,7 @@ class AccelerationSpec(Struct, frozen=True, kw_only=True):
     @property
     def kinds(self) -> dict[str, str]:
         """What is asked for, by name: its method or version, "" for what knows one way."""
-        given = {name: getattr(self, name) for name in self.__struct_fields__}
+        given = {name: getattr(self, name) for name in ("attention_cache", "block_cache", "step_cache", "rainfusion")}
         return {name: getattr(spec, WAYS.get(name, ""), "") for name, spec in given.items() if spec is not None}
 
     def beside(self, kind: str, spec: Struct) -> AccelerationSpec:

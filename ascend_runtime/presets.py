@@ -28,9 +28,9 @@ TABLE = {
         ),
         "teacache": ({"threshold": 0.1}, {"threshold": 0.15}, {"threshold": 0.25}),
         "magcache": (
-            {"threshold": 0.02, "most": 1, "first_steps": 4},
-            {"threshold": 0.04, "most": 2, "first_steps": 4},
-            {"threshold": 0.12, "most": 4, "first_steps": 4},
+            {"threshold": 0.02, "most": 1},
+            {"threshold": 0.04, "most": 2},
+            {"threshold": 0.12, "most": 4},
         ),
         "taylorseer": (
             {"interval": 3, "order": 1, "first_steps": 3},

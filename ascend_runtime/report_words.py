@@ -13,8 +13,8 @@ def words_of(info: dict[str, Any], seconds: dict[str, float]) -> str:
     facts = info.get("acceleration")
     if facts is None:
         return f"{info['steps']} steps, {_time(seconds['denoise'] / info['steps'])} a step; nothing left out"
-    parts = [f"{names_of(facts)}: {_saved(facts)}", f"{_time(mean(facts['seconds_a_step']))} a step", _speed_ups(facts)]
-    return "; ".join(parts)
+    parts = [f"{names_of(facts)}: {_saved(facts)}", f"{_time(mean(facts['seconds_a_step']))} a step"]
+    return "; ".join([*parts, _speed_ups(facts)] if facts["flops_saved"] else parts)
 
 
 def names_of(facts: dict[str, Any]) -> str:
@@ -30,7 +30,7 @@ def _saved(facts: dict[str, Any]) -> str:
     if list(asked) != ["rainfusion"]:
         said.append(f"{len(facts['steps_reusing'])} of {len(facts['seconds_a_step'])} steps reused")
     if "rainfusion" in asked:
-        said.append(f"sparse attention computed {facts['mean_density']:.0%} of its products".replace("%", " %"))
+        said.append(f"attention {100 * facts['mean_density']:.0f} % dense")
     return ", ".join([*said, f"{100 * facts['flops_saved']:.0f} % of the FLOPs saved"])
 
 

@@ -168,9 +168,9 @@ class StepCache(io.ComfyNode):
                     tooltip="How much may change before a step is computed: more is faster and less exact. Not for "
                     "taylorseer. 0: the method's own." + ALONE,
                 ),
-                _number("first_steps", 1, "So many steps at the beginning are always computed.", least=1),
+                _number("first_steps", 0, "So many steps at the beginning are always computed. 0: the method's own."),
                 _number("last_steps", 1, "So many steps at the end are always computed."),
-                _number("most", 0, "So many steps in a row may be left out. 0: any number."),
+                _number("most", 0, "So many steps in a row may be left out. 0: the method's own."),
                 _number("interval", 4, "taylorseer: every so many steps one is computed.", least=1),
                 _number("order", 1, "taylorseer: of the expansion. 0: the last computed step, as it is.", most=4),
                 _chain(),
@@ -180,7 +180,7 @@ class StepCache(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, preset, method="fbcache", threshold=0.0, first_steps=1, last_steps=1, most=0, interval=4, order=1
+        cls, preset, method="fbcache", threshold=0.0, first_steps=0, last_steps=1, most=0, interval=4, order=1
     ) -> bool | str:
         return refusal(_step_cache, preset, method, threshold, first_steps, last_steps, most, interval, order)
 
@@ -190,7 +190,7 @@ class StepCache(io.ComfyNode):
         preset,
         method="fbcache",
         threshold=0.0,
-        first_steps=1,
+        first_steps=0,
         last_steps=1,
         most=0,
         interval=4,
@@ -295,8 +295,9 @@ def _window_values(start, end, interval, first_block, last_block) -> dict:
 
 
 def _step_cache(preset, method, threshold, first_steps, last_steps, most, interval, order):
-    custom = {"threshold": threshold or None, "first_steps": first_steps, "last_steps": last_steps,
-              "most": most or MAX_STEPS, "interval": interval, "order": order}  # fmt: skip
+    given = {"threshold": threshold, "first_steps": first_steps, "most": most}
+    custom = {name: value for name, value in given.items() if value}  # 0: the method's own
+    custom |= {"last_steps": last_steps, "interval": interval, "order": order}
     return _of("step_cache", preset, {"method": method}, custom)
 
 

@@ -39,6 +39,19 @@ The embedded model is small: 64 x 64 pixels, 17 frames, one shape that moves. It
 
 点击**运行**即可，无需下载：任何机器（包括 CPU）都能生成。提示词请用上表中的英文词。
 """,
+    "tiny_wan_fast_text_to_video": """\
+## The same video with a part of the work left out
+
+Press **Run**, then read below the sampler what was saved. Ascend Step Cache leaves out steps in which little changes; \
+Ascend RainFusion, chained to it, thins out the attention of large videos (in one as small as this there is nothing \
+to leave out). `preset` goes from quality to fast. Ascend AttentionCache or Ascend Block Cache can take the step \
+cache's place; two caches exclude each other. The nodes fit any model of the other templates: connect them to \
+Ascend Sampler.
+
+点击**运行**，然后在采样器下方查看节省了多少。步缓存省去变化不大的步；串接的 RainFusion 让大视频的注意力变稀疏\
+（这样小的视频没有可省的）。预设从 quality 到 fast 依次变快。也可换成 AttentionCache 或块缓存，但两种缓存不能同时使用。\
+这些节点适用于其他模板中的任何模型：接到昇腾采样器即可。
+""",
     "wan2.2_t2v_a14b_text_to_video": """\
 ## Wan2.2-T2V-A14B
 

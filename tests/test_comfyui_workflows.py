@@ -52,7 +52,7 @@ MODELS = [
     for name in NAMES
     for number, node in api(name).items()
     for key in ("model_name", "low_noise_model_name", "lora_name")
-    if node["inputs"].get(key, "none") != "none" and name != "tiny_wan_text_to_video"
+    if node["inputs"].get(key, "none") != "none" and not name.startswith("tiny_wan")
 ]
 
 

@@ -18,6 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WORKFLOWS = REPOSITORY / "workflows"
 ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
 NAMES = [
+    "tiny_wan_fast_text_to_video",
     "tiny_wan_text_to_video",
     "wan2.1_flf2v_14b_first_last_frame_to_video",
     "wan2.1_i2v_14b_image_to_video",

@@ -9,6 +9,7 @@ COLUMNS = [
      "Last frame"],
     ["CLIP of the first frame", "CLIP of the last frame"],
     ["LoRA of the low-noise expert", "AscendImageToVideo"],
+    ["AscendStepCache", "AscendRainFusion"],
     ["AscendSampler"],
     ["AscendVAEDecode", "CreateVideo", "SaveVideo"],
 ]
@@ -29,7 +30,9 @@ SIZES = {  # width, height
     "CLIP of the first frame": (300, 78),
     "CLIP of the last frame": (300, 78),
     "AscendImageToVideo": (400, 260),
-    "AscendSampler": (340, 500),
+    "AscendStepCache": (340, 250),
+    "AscendRainFusion": (340, 230),
+    "AscendSampler": (340, 520),
     "AscendVAEDecode": (400, 46),
     "CreateVideo": (400, 78),
     "SaveVideo": (400, 300),
@@ -47,6 +50,7 @@ GROUPS = {  # title: the nodes in it, and a colour. One whose last node is there
     "Prompt and image": ([*PROMPTS, "First frame"], "#8A8"),
     "Prompt": (PROMPTS, "#8A8"),
     "Conditioning": ([*COLUMNS[3], "AscendImageToVideo"], "#88A"),
+    "Accelerate": (["AscendStepCache", "AscendRainFusion"], "#b58b3a"),
     "Sample": (["AscendSampler"], "#A88"),
     "Video": (COLUMNS[-1], "#88A"),
 }
