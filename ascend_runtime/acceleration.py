@@ -34,7 +34,7 @@ class Window(Struct, frozen=True, kw_only=True):
     """Steps and blocks in which something is stored and reused.
 
     A step reuses where start < step <= end and interval does not divide step - start (MindIE SD's formula for its
-    AttentionCache); the step before such ones stores. start, end: None is 30 % and 92.5 % of a job's steps, as the
+    AttentionCache); what the step before such ones computes is kept for them. start, end: None is 30 % and 92.5 % of a job's steps, as the
     original's 12 and 37 of 40. interval: 1 reuses nothing.
     first_block, last_block: both included; None: the first, the last.
     """
@@ -69,8 +69,8 @@ class Window(Struct, frozen=True, kw_only=True):
         return start, round(END * steps) if self.end is None else self.end
 
     def stores(self, step: int, steps: int) -> bool:
-        """Whether a step keeps what it computes: the next one reuses it."""
-        return not self.reuses(step, steps) and step + 1 < steps and self.reuses(step + 1, steps)
+        """Whether what a step computes, or reuses, is kept for the next one."""
+        return step + 1 < steps and self.reuses(step + 1, steps)
 
     def reuses(self, step: int, steps: int) -> bool:
         start, end = self.bounds(steps)

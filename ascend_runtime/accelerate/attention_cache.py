@@ -29,14 +29,12 @@ class AttentionCache:
         key = (at.expert, at.branch, block)
         if block not in self._blocks:
             return compute()
-        if self._window.reuses(at.step, self._steps):
-            if key in self._kept:
-                self._tally.reused_attention(at)
-                return self._kept[key]
-            out = self._kept[key] = compute()
-            return out
+        keeps = self._window.stores(at.step, self._steps)
+        if self._window.reuses(at.step, self._steps) and key in self._kept:
+            self._tally.reused_attention(at)
+            return self._kept[key] if keeps else self._kept.pop(key)
         self._kept.pop(key, None)  # first, so that never two of a block are held
         out = compute()
-        if self._window.stores(at.step, self._steps):
+        if keeps:
             self._kept[key] = out
         return out

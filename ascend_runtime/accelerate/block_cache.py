@@ -27,12 +27,12 @@ class BlockCache:
 
     def _range(self, at: At, stack: Stack, tokens: Tensor) -> Tensor:
         key = (at.expert, at.branch)
-        reuses = self._window.reuses(at.step, self._steps)
-        if reuses and key in self._kept:
+        keeps = self._window.stores(at.step, self._steps)
+        if self._window.reuses(at.step, self._steps) and key in self._kept:
             self._tally.skipped_blocks(at, len(self._blocks))
-            return tokens + self._kept[key]
+            return tokens + (self._kept[key] if keeps else self._kept.pop(key))
         self._kept.pop(key, None)
         out = stack.through(tokens, self._blocks)
-        if reuses or self._window.stores(at.step, self._steps):
+        if keeps:
             self._kept[key] = out - tokens
         return out
