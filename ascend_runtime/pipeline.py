@@ -200,7 +200,9 @@ class Pipeline:
         network = model.high_noise
         batch, _, *size = message.latent.shape
         grid = tuple(length // patch for length, patch in zip(size, network.config.patch_size))
-        work = work_of(network.config, len(network.blocks), batch, math.prod(grid), message.positive.text.shape[1])
+        tokens = math.prod(grid)
+        chunk, text_tokens = sequence.chunk_of(tokens), message.positive.text.shape[1]
+        work = work_of(network.config, len(network.blocks), batch, tokens, text_tokens, on_rank=chunk)
         width = network.config.num_attention_heads * network.config.attention_head_dim
         experts = tuple(model.name_at(timestep) for timestep in schedule_of(spec))
         pixels = 64 * math.prod(message.latent.shape[3:])
@@ -208,9 +210,9 @@ class Pipeline:
             experts=experts,
             known=known_of(message.calibration, tuple(model.adapters), model.defaults, width, pixels),
             grid=grid,
-            own=sequence.own(math.prod(grid)),
+            own=sequence.own(tokens),
             branches=2 if model.guided(spec) and plan.cfg == 1 else 1,
-            output=batch * sequence.chunk_of(math.prod(grid)) * width * model.dtype.itemsize,
+            output=batch * chunk * width * model.dtype.itemsize,
             room=devices.room(self.device),
             ring=plan.ring,
             work=work,

@@ -25,4 +25,9 @@ class Context:
 
     def worth_keeping(self, tokens: int) -> bool:
         """Whether keys and values should be, beside `tokens` of the video on this rank."""
-        return tokens <= FEW * self.text.shape[1]
+        return worth_keeping(tokens, self.text.shape[1])
+
+
+def worth_keeping(tokens: int, text_tokens: int) -> bool:
+    """Whether a block's keys and values of so many tokens of text are kept beside `tokens` of the video on a rank."""
+    return tokens <= FEW * text_tokens
