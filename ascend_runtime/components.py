@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from . import devices
+from .accelerate.quantized import WAYS, linears, quantize, quantized_parameters
 from .checkpoints.configs import LATENTS_MEAN_22, LATENTS_STD_22
 from .checkpoints.faults import usable
 from .checkpoints.layout import Component, find_text_encoder, find_transformer, find_vae, has_low_noise, read_json
@@ -22,8 +23,11 @@ from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
 from .families import wan, wan_vae
 from .families.defaults import WAN22_TEXT, Defaults, defaults_of
 from .loras import Adapter, LorasInUse, by_expert, changed_by, read_loras, use_loras
+from .ops import check_quantized
 from .parallel.fsdp import Share, Sharding
-from .specs import DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec, require_experts_in_order
+from .specs import (
+    DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeSpec, require_experts_in_order, require_no_loras,
+)  # fmt: skip
 from .text import SentencePiece
 
 logger = logging.getLogger(__name__)
@@ -86,17 +90,24 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class _Unread:
-    """A network on the meta device, and where its weights lie, all of which fit."""
+    """A network on the meta device, and where its weights lie, all of which fit.
+
+    scales_of: of the weights that are quantized as they are read, what their scales are called.
+    """
 
     network: wan.WanTransformer
     places: Places
+    scales_of: dict[str, str]
 
     @classmethod
-    def of(cls, component: Component, sharding: Sharding) -> _Unread:
+    def of(cls, component: Component, sharding: Sharding, quantization: str) -> _Unread:
         network = empty_network("transformer", component)
         if sharding.tp.degree > 1:
-            network = wan.WanTransformer(component.config, sharding.tp)
-        return cls(network, check_weights(network, component.shards, component.rename))
+            network = _as_described(wan.WanTransformer(component.config, sharding.tp), component)
+        places = check_weights(network, component.shards, component.rename, component.quantized)
+        layers = [] if quantization == "none" else linears(network, wan.kept_in_8_bits)
+        quantize(network, {name: WAYS[quantization] for name in layers})
+        return cls(network, places, {f"{name}.weight": f"{name}.weight_scale" for name in layers})
 
 
 class Components:
@@ -183,18 +194,33 @@ def _transformer_files(spec: DiffusionModelSpec) -> list[Component]:
         found.append(find_transformer(low_noise))
     if len(found) == 2 and found[0].shards == found[1].shards:
         raise ValueError(f"{found[0].shards[0]} is given as both experts. Name the low-noise expert's file, or none.")
+    for component in found:
+        if component.quantized is not None:
+            _check_quantized_files(spec, component)
     return found
+
+
+def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> None:
+    told_by = component.quantized.file
+    require_no_loras(spec.loras, f"{told_by} says that the model is quantized")
+    if spec.quantization != "none":
+        raise ValueError(
+            f"quantization is {spec.quantization!r}, but {told_by} says that the model is quantized already. Set it "
+            "to 'none', which takes the files as they are."
+        )
 
 
 def _load_diffusion_model(
     spec: DiffusionModelSpec, found: list[Component], device, progress: Progress, sharding: Sharding
 ) -> DiffusionModel:
     dtype = _dtype(spec.dtype, devices.default_dtype(device))
+    if spec.quantization != "none" or any(component.quantized for component in found):
+        check_quantized(device, dtype)
     latent_format = check_experts(found)
     defaults = defaults_of(found[0].config, experts=len(found))
     boundary = _boundary(spec, found[0], defaults)
     unread = {
-        expert: _Unread.of(component, sharding)
+        expert: _Unread.of(component, sharding, spec.quantization)
         for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)
     }
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
@@ -242,7 +268,8 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[wan.WanTransformer], shar
     cannot."""
     if len(networks) == 1 or spec.experts == "resident":
         return False
-    same = dict(networks[0].config) == dict(networks[1].config)
+    one, other = ({name: (p.shape, p.dtype) for name, p in network.named_parameters()} for network in networks)
+    same = one == other and dict(networks[0].config) == dict(networks[1].config)
     if sharding.mesh is None and same:
         return True
     if spec.experts == "swap":
@@ -316,13 +343,15 @@ def own_boundary(component: Component) -> float | None:
 
 
 def _load_transformer(unread: _Unread, dtype, device, progress: Progress, sharding: Sharding) -> wan.WanTransformer:
+    in_8_bits = quantized_parameters(unread.network)
     load_weights(
         unread.network,
         unread.places,
-        dtype_of=lambda name: torch.float32 if wan.keeps_fp32(name) else dtype,
+        dtype_of=lambda name: in_8_bits.get(name) or (torch.float32 if wan.keeps_fp32(name) else dtype),
         device=device,
         share=_share(unread.network, sharding),
         on_bytes=progress.add,
+        scales_of=unread.scales_of,
     )
     return unread.network.eval()
 
@@ -430,7 +459,7 @@ def check(kind: str, component: Component) -> None:
         _tokenizer(component)
     if kind == "transformer":
         own_boundary(component)
-    check_weights(empty_network(kind, component), component.shards, component.rename)
+    check_weights(empty_network(kind, component), component.shards, component.rename, component.quantized)
 
 
 def empty_network(kind: str, component: Component) -> torch.nn.Module:
@@ -439,13 +468,20 @@ def empty_network(kind: str, component: Component) -> torch.nn.Module:
     told_by = component.folder / "config.json" if component.folder else component.shards[0]
     with usable(told_by, f"its config of a {kind}"):
         if kind == "transformer":
-            return wan.WanTransformer(component.config)
+            return _as_described(wan.WanTransformer(component.config), component)
         with torch.device("meta"):
             if kind == "vae":
                 return AutoencoderKLWan.from_config(component.config)
             model = UMT5EncoderModel(UMT5Config.from_dict(component.config))
             model.set_input_embeddings(model.shared)  # one module twice: FSDP2 gathers a module's own parameters
             return model
+
+
+def _as_described(network: wan.WanTransformer, component: Component) -> wan.WanTransformer:
+    """`network`, with quantized layers where the component's description says so."""
+    if component.quantized is not None:
+        quantize(network, component.quantized.renamed(lambda name: component.rename(name, component.shards[0])))
+    return network
 
 
 def _dtype(name: str, automatic: torch.dtype) -> torch.dtype:

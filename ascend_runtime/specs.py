@@ -22,6 +22,7 @@ ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
 LAYER_NORMS = ("auto", "fused", "fp32")
 RING_EXCHANGES = ("rotate", "gather")
 EXPERTS = ("auto", "resident", "swap")
+QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
 LORA_EXPERTS = ("both", "high_noise", "low_noise")
 MAX_STRENGTH = 10.0  # of a LoRA, either way
@@ -169,6 +170,8 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     experts: of two, "resident" keeps both on the device, "swap" one of them, while the other waits in host memory
         (twice the size of one, a rank) and is fetched ahead of its first step. "auto": swap where they do not fit.
     loras: added to the weights in this order; other ones, or other strengths, read no weight of the model again.
+    quantization: "w8a8_dynamic" keeps the weights of the blocks' linear layers, but those that narrow the feed-forward,
+        in 8 bits, and quantizes what goes in as it comes. "none": as the files are, which may be quantized themselves.
     """
 
     path: str
@@ -177,6 +180,7 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     boundary: float | None = None
     experts: str = "auto"
     loras: tuple[LoraSpec, ...] = ()
+    quantization: str = "none"
 
     def __post_init__(self):
         _make_absolute(self, "path", "low_noise_path")
@@ -184,12 +188,24 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
             require_experts_in_order(self.path, self.low_noise_path)
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("experts", self.experts, EXPERTS)
+        _require_choice("quantization", self.quantization, QUANTIZATIONS)
+        if self.quantization != "none":
+            require_no_loras(self.loras, f"quantization is {self.quantization!r}")
         if self.boundary is not None:
             _require_range("boundary", self.boundary, 0.0, 1.0)
 
     def with_lora(self, lora: LoraSpec) -> DiffusionModelSpec:
         """The same with one LoRA more."""
         return replace(self, loras=(*self.loras, lora))
+
+
+def require_no_loras(loras: tuple[LoraSpec, ...], why: str) -> None:
+    """Raises ValueError where there are some: what is merged into integers of 8 bits would be rounded away."""
+    if loras:
+        raise ValueError(
+            f"{why}, and weights in 8 bits take no LoRA ({loras[0].path}). Set quantization to 'none' with the model's "
+            "bf16, fp16 or fp8_scaled files, or leave the LoRA out."
+        )
 
 
 class TextEncoderSpec(Struct, frozen=True, kw_only=True):

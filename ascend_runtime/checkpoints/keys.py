@@ -10,6 +10,8 @@ Rules = tuple[tuple[str, str], ...]  # patterns and replacements, in order: a la
 # The transformer. The prefixes of ComfyUI and others go; MindSpeed-MM's names (checkpoint/sora_model/wan_converter.py)
 # become the original's (Wan-Video/Wan2.2, wan/modules/model.py), and those diffusers', whose own no pattern fits.
 PREFIXES: Rules = ((r"^(model\.diffusion_model|module|predictor)\.", ""),)
+# What msModelSlim puts before the last part of a name, where it moved outliers from activations into weights.
+MODELSLIM: Rules = ((r"\.(linear|div)(?=\.[^.]+$)", ""),)
 MINDSPEED: Rules = (
     (r"(self|cross)_attn\.proj_(q|k|v)\.", r"\1_attn.\2."),
     (r"(self|cross)_attn\.proj_out\.", r"\1_attn.o."),
@@ -104,7 +106,7 @@ def to_diffusers_name(name: str) -> str | None:
     """diffusers' name of a transformer's parameter, by its name in any system; None: it is no parameter."""
     if name.endswith("._extra_state"):  # what Megatron's layers note
         return None
-    return renamed(name, (*PREFIXES, *MINDSPEED, *ORIGINAL))
+    return renamed(name, (*MODELSLIM, *PREFIXES, *MINDSPEED, *ORIGINAL))
 
 
 def to_mindspeed_name(name: str) -> str:

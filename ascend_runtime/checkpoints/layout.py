@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..specs import VideoSize
 from .configs import check_counts
 from .faults import usable
 from .kinds import KINDS, described, is_kind, moved
 from .mindspeed import latest_shards
+from .msmodelslim import WEIGHTS, Description, description_in, read_description
 from .states import files_of, states
 
 CLASSES = {  # of component: the key of its config that tells, and what it says
@@ -48,6 +49,7 @@ class Component:
     rename: Rename = _same
     tokenizer: Path | None = None  # of a text encoder: its folder, or the file that has it; None: it is nowhere
     beside: tuple[Path, ...] = ()  # files that say how it is used, whether they are there or not
+    quantized: Description | None = None  # which layers lie there quantized; None: all lie as numbers
 
     @property
     def root(self) -> Path | None:
@@ -81,13 +83,18 @@ def find_component(path: str, name: str) -> Component:
             f"{root} has no {name}/config.json; it holds {held}. Give a folder of diffusers or of the original, "
             "such as a download of Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope."
         )
+    return _of_diffusers(folder, name)
+
+
+def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = None) -> Component:
+    """What the config.json in `folder` says, of these shards; None: those that lie there."""
     config = read_json(folder / "config.json")
     _check_kind(config, name, folder)
     check_counts(config, folder / "config.json")
     pipeline = folder.parent
     beside = (folder / "config.json", *(pipeline / deciding for deciding in DECIDING))
     tokenizer = pipeline / "tokenizer" if name == "text_encoder" else None
-    return Component(config, _shards_of(folder), folder, tokenizer=tokenizer, beside=beside)
+    return Component(config, shards or _shards_of(folder), folder, tokenizer=tokenizer, beside=beside)
 
 
 def find_transformer(path: str, name: str = "transformer") -> Component:
@@ -97,14 +104,22 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
     """
     root = existing(path)
     if root.is_file():
-        return _found("transformer", (root,))
+        described = description_in(root.parent) if root.match(WEIGHTS) else None
+        return _found("transformer", (root,)) if described is None else _quantized(root.parent, (root,), described)
     inner = [root / folder for folder in FOLDERS[name] if (root / folder).is_dir()]
     folder = inner[0] if inner else root
     if shards := latest_shards(folder):
         return _found("transformer", shards)
+    if described := description_in(folder):
+        named = any(folder.glob(WEIGHTS))
+        return _quantized(folder, _shards_of(folder, WEIGHTS) if named else _shards_of(folder), described)
     if not is_original(folder):
         return find_component(str(folder), name)
-    found = replace(_found("transformer", _shards_of(folder)), beside=(folder / "config.json",))
+    return _original(folder, _found("transformer", _shards_of(folder)))
+
+
+def _original(folder: Path, found: Component) -> Component:
+    """A transformer of the original, with the heads that its config.json says."""
     heads, width = (found.config[key] for key in ("num_attention_heads", "attention_head_dim"))
     told = read_json(folder / "config.json").get("num_heads", heads)
     if type(told) is not int or told < 1 or heads * width % told:
@@ -113,7 +128,23 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
             f"{found.shards[0].name} into heads. Download it again."
         )
     shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
-    return replace(found, config=found.config | shape)
+    beside = (*found.beside, folder / "config.json")
+    return replace(found, config=found.config | shape, beside=beside)
+
+
+def _quantized(folder: Path, shards: tuple[Path, ...], described: Path) -> Component:
+    """A transformer that msModelSlim wrote, of any system's names: its config is diffusers', or in the shapes."""
+    description = read_description(described)
+    if (folder / "config.json").is_file() and not is_original(folder):
+        found = _of_diffusers(folder, "transformer", shards)
+    else:
+        found = _found("transformer", shards)
+        found = _original(folder, found) if is_original(folder) else found
+
+    def rename(name: str, _: Path) -> str | None:
+        return KINDS["transformer"].rename(name)
+
+    return replace(found, rename=rename, beside=(*found.beside, described), quantized=description)
 
 
 def is_original(folder: Path) -> bool:
@@ -253,18 +284,20 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def _shards_of(folder: Path) -> tuple[Path, ...]:
-    """The weights of a component: those with the libraries' standard name where there are, else all that lie there."""
-    for index in _preferred(folder, "*.safetensors.index.json", [f"{name}.index.json" for name in STANDARD_NAMES]):
+def _shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:
+    """The weights of a component: those with the libraries' standard name where there are, else all that lie there.
+    pattern: of their names."""
+    standard = [name for name in STANDARD_NAMES if PurePath(name).match(pattern)]
+    for index in _preferred(folder, f"{pattern}.index.json", [f"{name}.index.json" for name in standard]):
         with usable(index, "its weight_map"):
             names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise ValueError(f"{folder} lacks {', '.join(missing) or 'weights'}, see {index.name}. Download them.")
         return tuple(folder / name for name in names)
-    shards = _preferred(folder, "*.safetensors", STANDARD_NAMES)
+    shards = _preferred(folder, pattern, standard)
     if not shards:
-        raise ValueError(f"{folder} has no .safetensors file. Download the weights beside config.json.")
+        raise ValueError(f"{folder} has no {pattern.lstrip('*')} file. Download the weights beside config.json.")
     return shards
 
 

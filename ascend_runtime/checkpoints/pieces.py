@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..ops.quantization import quantized_rows
 from ..precision import is_finite
 from .fp8 import dequantized, scale_of
+from .msmodelslim import as_numbers
 from .parts import Part, by_rows, whole
 from .tensor_files import TensorFile
 
@@ -29,7 +31,8 @@ class Wanted:
     """A part of a tensor, as it lies in a file and as it is to be kept.
 
     name: what errors call it. shape: of the whole tensor; part: None is all of it. scale: the name of its scale where
-    it was kept in 8 bits.
+    it was kept in 8 bits. scales: what the scales of its rows are to be called, where it is to be kept as integers of
+    8 bits, of its own making; each is that of a whole row, whatever part of it is wanted.
     """
 
     name: str
@@ -39,17 +42,18 @@ class Wanted:
     part: Part | None
     dtype: torch.dtype
     device: torch.device
+    scales: str | None = None
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """part: of the tensor on disk; None: it is mapped, and there is nothing to read. rows: the same of `tensor`, as a
-    view. last: whether no other piece of the tensor follows."""
+    """part: of the tensor on disk; None: it is mapped, and there is nothing to read. rows: the same of `made`, the
+    tensors by name, as views. last: whether no other piece of the tensor follows."""
 
     of: Wanted
     part: Part | None
-    rows: Tensor
-    tensor: Tensor
+    rows: list[Tensor]
+    made: dict[str, Tensor]
     last: bool
 
 
@@ -89,32 +93,51 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
     part = wanted.part or whole(wanted.shape)
     # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
     mapped = wanted.part is None and wanted.scale is None and wanted.device.type == "cpu" and held == wanted.dtype
-    if mapped:
-        tensor = file.mapped(wanted.key)
-    else:
-        tensor = torch.empty([own.stop - own.start for own in part], dtype=wanted.dtype, device=wanted.device)
+    shape = [own.stop - own.start for own in part]
+    made = {wanted.name: file.mapped(wanted.key) if mapped else _empty(shape, wanted.dtype, wanted.device)}
+    if wanted.scales:
+        made[wanted.scales] = _empty([shape[0], 1], torch.float32, wanted.device)
+        part = (part[0], *whole(wanted.shape)[1:])
     cuts = [*by_rows(part, held.itemsize, PIECE)] if mapped or file.in_rows(wanted.key) else [part]
     for own in cuts:
-        rows = tensor[own[0].start - part[0].start : own[0].stop - part[0].start] if own else tensor
-        yield _Piece(wanted, None if mapped else own, rows, tensor, last=own is cuts[-1])
+        rows = slice(own[0].start - part[0].start, own[0].stop - part[0].start) if own else ...
+        yield _Piece(wanted, None if mapped else own, [x[rows] for x in made.values()], made, last=own is cuts[-1])
 
 
-def _make(file: TensorFile, piece: _Piece) -> Tensor:
-    """The piece, on the CPU; a tensor of the CPU has it then."""
+def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _make(file: TensorFile, piece: _Piece) -> list[Tensor]:
+    """The piece, on the CPU; tensors of the CPU have it then."""
     of = piece.of
     if piece.part is None:
-        return _checked(piece.rows, of.dtype, of.name, file.path)
-    into = piece.rows if of.device.type == "cpu" else None
-    return read_as(file, of.key, piece.part, of.dtype, scale=of.scale, name=of.name, into=into)
+        return [_checked(piece.rows[0], of.dtype, of.name, file.path)]
+    if of.scales:
+        return _quantized(file, piece)
+    into = piece.rows[0] if of.device.type == "cpu" else None
+    return [read_as(file, of.key, piece.part, of.dtype, scale=of.scale, name=of.name, into=into)]
+
+
+def _quantized(file: TensorFile, piece: _Piece) -> list[Tensor]:
+    """Integers of 8 bits, and the scales of their rows."""
+    of = piece.of
+    weight = read_as(file, of.key, piece.part, torch.float32, scale=of.scale, name=of.name)
+    made, scales = quantized_rows(weight)
+    made = made if of.part is None else made[:, of.part[1]]
+    if of.device.type != "cpu":
+        return [made, scales]
+    return [into.copy_(x) for into, x in zip(piece.rows, (made, scales))]
 
 
 def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:
-    """The tensor with its name, if the piece was its last."""
+    """The tensors with their names, if the piece was the last."""
     rows = made.result()
     if piece.of.device.type != "cpu":  # here: a device's context is that of the thread which took the device
-        piece.rows.copy_(rows)
+        for into, x in zip(piece.rows, rows):
+            into.copy_(x)
     if piece.last:
-        yield piece.of.name, piece.tensor
+        yield from piece.made.items()
 
 
 def read_as(
@@ -134,7 +157,7 @@ def read_as(
     Raises ValueError where values are no numbers, or beyond the dtype.
     """
     straight = into if scale is None and dtype == file.dtype(key) else None
-    tensor = file.read(key, part, straight)
+    tensor = as_numbers(file.read(key, part, straight))
     tensor = _checked(dequantized(tensor, scale and scale_of(file, scale)), dtype, name, file.path)
     if into is None:
         return tensor.to(dtype)

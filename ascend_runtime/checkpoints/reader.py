@@ -14,6 +14,7 @@ from torch import nn
 from .faults import listed
 from .fp8 import scales_of
 from .keys import TOKENIZER_MODEL
+from .msmodelslim import Description
 from .parts import Part
 from .pieces import Wanted, read_in_pieces
 from .tensor_files import open_tensors
@@ -57,6 +58,7 @@ class Place:
     scale: str | None
 
 
+NOTHING: dict[str, str] = {}
 Places = dict[str, Place]  # by the names of a network's parameters, in the order of the files
 
 
@@ -84,10 +86,12 @@ def load_weights(
     device: torch.device,
     share: Share = Whole(),
     on_bytes: Callable[[int], None] = lambda nbytes: None,
+    scales_of: dict[str, str] = NOTHING,
 ) -> None:
     """Fills `module`, on the meta device, with the tensors that `check_weights` found.
 
     dtype_of: the dtype to keep a parameter in, by name.
+    scales_of: of the weights which are quantized row by row as they are read, the names of the scales that this makes.
     share: what is held here of each; no other byte is read.
     on_bytes: told after each tensor how many bytes the whole of it has on disk.
 
@@ -96,30 +100,33 @@ def load_weights(
     share.prepare(module)
     for shard in dict.fromkeys(place.shard for place in places.values()):
         wanted = [
-            Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device)
+            Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device,
+                   scales_of.get(name))
             for name, place in places.items()
             if place.shard == shard
-        ]
+        ]  # fmt: skip
         with open_tensors(shard) as file, closing(read_in_pieces(file, wanted)) as tensors:
             for name, tensor in tensors:
                 assign(module, name, share.parameter(module, name, tensor))
-                on_bytes(places[name].nbytes)
+                on_bytes(places[name].nbytes if name in places else 0)
 
 
 def check_weights(
     module: nn.Module,
     shards: tuple[Path, ...],
     rename: Callable[[str, Path], str | None] = lambda name, shard: name,
+    quantized: Description | None = None,
 ) -> Places:
     """Where each parameter of `module` lies in `shards`. Nothing is allocated, and no weight is read.
 
     rename: the module's name of a tensor, by its name in a shard; None: it is none of the module's.
+    quantized: what is said of layers that lie there quantized, as they are in `module`.
 
     Raises ValueError that lists missing, unexpected and wrongly shaped tensors by name: nothing is ever left to chance
     values.
     """
     wanted = module.state_dict(keep_vars=True)
-    places = _places(shards, rename)
+    places = _places(shards, rename, quantized)
     _check_fit(module, shards, wanted, places)
     return places
 
@@ -129,20 +136,23 @@ def nbytes(places: Places, names: Iterable[str] | None = None) -> int:
     return sum(places[name].nbytes for name in (places if names is None else names))
 
 
-def _places(shards: tuple[Path, ...], rename: Callable[[str, Path], str | None]) -> Places:
+def _places(
+    shards: tuple[Path, ...], rename: Callable[[str, Path], str | None], quantized: Description | None
+) -> Places:
     places: Places = {}
     for shard in shards:
         numbers: list[str] = []
         with open_tensors(shard) as file:
             scales, marks = scales_of(file)
+            parts = quantized.parts_in(file) if quantized else {}
             for key, shape in file.shapes.items():
-                name = None if key in marks else rename(key, shard)
+                name = None if key in marks or parts.get(key) is False else rename(key, shard)
                 if name is None:
                     continue
                 if name in places:
                     raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
                 dtype = file.dtype(key)
-                if not dtype.is_floating_point:
+                if not (dtype.is_floating_point or parts.get(key)):
                     numbers.append(f"{key} as {dtype}")
                 places[name] = Place(shard, key, tuple(shape), math.prod(shape) * dtype.itemsize, scales.get(key))
         if told := listed({"that are no floating-point numbers": numbers}):

@@ -18,6 +18,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ..accelerate.passes import EVERYTHING, Attend, Pass, Stack
+from ..accelerate.quantized import QuantizedLinear
 from ..ops import PlainOperators
 from ..ops.plain import RotaryTable
 from ..parallel.sequence import Sequence, WholeSequence
@@ -30,6 +31,10 @@ FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm
 # their biases and the norms of query and key; or by rows, whose bias stays whole. What is not named is not cut.
 COLUMNS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "norm_q", "norm_k", "norm_added_k")
 ROWS = ("to_out.0", "ffn.net.2")
+UNCUT = ("input_scale", "input_offset")  # of a quantized layer
+# Which layers of a block are kept in 8 bits on demand: all but the one that msModelSlim's recipes for Wan leave alone
+# too, whose inputs have a few values far above all others.
+IN_8_BITS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0", "ffn.net.0.proj")
 MASK_CHANNELS = 4  # of an image-to-video model: the mask of a latent frame's 4 frames
 
 # Mean and standard deviation of the latents of the Wan 2.1 VAE, as published in its diffusers config.
@@ -85,8 +90,13 @@ def cut_dim(name: str) -> int | None:
     if not name.startswith("blocks."):
         return None
     if layer.endswith(COLUMNS):
-        return 0
-    return 1 if layer.endswith(ROWS) and kind == "weight" else None
+        return None if kind in (*UNCUT, "mul_scale") else 0
+    return {"weight": 1, "mul_scale": 0}.get(kind) if layer.endswith(ROWS) else None
+
+
+def kept_in_8_bits(layer: str) -> bool:
+    """Whether a layer is quantized where a model is to be as it is read."""
+    return layer.startswith("blocks.") and layer.endswith(IN_8_BITS)
 
 
 def _check_tensor_parallel(heads: int, ffn_dim: int, degree: int) -> None:
@@ -278,6 +288,9 @@ class WanTransformer(nn.Module):
         for block in self.blocks:
             block.ops = block.attn1.ops = block.attn2.ops = operators
             block.attn1.sequence = self.sequence
+        for module in self.blocks.modules():
+            if isinstance(module, QuantizedLinear):
+                module.ops = operators
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Context, passing: Pass = EVERYTHING) -> Tensor:
         """The velocity [B, C_out, T, H, W].

@@ -24,14 +24,31 @@ def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) 
 
     Raises ValueError for what the device, the dtype or the installed libraries cannot do.
     """
-    way = os.environ.get(VARIABLE, "auto")
-    if way not in WAYS:
-        raise ValueError(f"{VARIABLE} is {way!r}; it can be one of {', '.join(WAYS)}. Unset it for the device's own.")
-    if way == "npu" or (way == "auto" and device.type == "npu"):
+    if _way(device) == "npu":
         from .ascend import AscendOperators  # what it needs is not on every machine
 
         return AscendOperators(device, spec, dtype)
     return PlainOperators(spec)
 
 
-__all__ = ["PlainOperators", "operators_for"]
+def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError where linears with weights and activations in 8 bits (W8A8) are not computed on `device`, or
+    not in this dtype of the blocks."""
+    if _way(device) == "npu":
+        from . import ascend
+
+        ascend.check_quantized(device, dtype)
+    elif device.type == "npu":
+        raise ValueError(f"{VARIABLE} is 'torch', which has no W8A8 linears on an NPU. Unset it, or quantize nothing.")
+
+
+def _way(device: torch.device) -> str:
+    way = os.environ.get(VARIABLE, "auto")
+    if way not in WAYS:
+        raise ValueError(f"{VARIABLE} is {way!r}; it can be one of {', '.join(WAYS)}. Unset it for the device's own.")
+    if way == "auto":
+        return "npu" if device.type == "npu" else "torch"
+    return way
+
+
+__all__ = ["PlainOperators", "check_quantized", "operators_for"]

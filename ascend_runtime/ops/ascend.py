@@ -16,6 +16,7 @@ from . import ascend_attention
 from .ascend_attention import HALVES
 from .libraries import mindiesd, torch_npu
 from .plain import PlainOperators, RotaryTable, say_once
+from .quantization import Static
 
 ROTARY_LANES = 999  # batch x heads that npu_rotary_mul takes at once, when it rotates interleaved pairs
 LACKING = {"duo": ("laser", "infer"), "a5": ("laser",)}  # attentions that a card has not
@@ -131,6 +132,40 @@ class AscendOperators(PlainOperators):
         communicator = _communicator(group)
         out = torch_npu().npu_mm_all_reduce_base(x.contiguous(), weight.t(), communicator, reduce_op="sum")
         return out if bias is None else out + bias
+
+    # Linear in 8 bits. Products come scaled and in 16 bits, which `check_quantized` has seen to
+
+    def quantized_linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        rows, row_scale = torch_npu().npu_dynamic_quant(x.flatten(0, -2))
+        return self._products(rows, row_scale, weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+    def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
+        scale = static.input_scale.expand(tokens.shape[1])  # the operator wants one a channel
+        offset = static.input_offset.to(torch.int8).expand(tokens.shape[1])
+        return torch_npu().npu_quantize(tokens.float(), scale, offset, torch.qint8, -1)
+
+    def _products(
+        self, rows: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        row_scale = None if row_scale is None else row_scale.flatten()
+        return torch_npu().npu_quant_matmul(
+            rows, weight.t(), scale, pertoken_scale=row_scale, bias=bias, output_dtype=dtype
+        )
+
+
+def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError for a card or a dtype of the blocks in which W8A8 linears are not computed."""
+    if devices.card(device) == "duo":
+        raise ValueError(
+            "W8A8 linears, each token with a scale of its own, are computed by cards of the A2, A3 and 950 series; "
+            "this is a 300I Duo. Load the model's float files, with quantization 'none'."
+        )
+    if dtype not in HALVES:
+        raise ValueError(
+            f"An NPU's W8A8 linears make bfloat16 or float16, and the model's dtype is "
+            f"{str(dtype).removeprefix('torch.')}. Set dtype to 'auto', or to one of these."
+        )
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

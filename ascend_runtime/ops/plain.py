@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..precision import LOG_SUM_EXP, MODULATION, NORMS, RESIDUAL, ROTARY
 from ..specs import OperatorSpec
+from .quantization import Static, quantized_rows, row_largest, scaled_products, statically_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,50 @@ class PlainOperators:
         out = F.linear(x, weight)
         dist.all_reduce(out, group=group)
         return out if bias is None else out + bias
+
+    # Linear in 8 bits (see quantization.py): weight int8 [N, K], scale [N] in fp32; in the dtype of x
+
+    def quantized_linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """x (scale weight)^T + bias, x [..., K]; each token is quantized by its own largest value."""
+        tokens = x.flatten(0, -2)
+        return self._products(*quantized_rows(tokens), weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+    def quantized_linear_all_reduce(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup
+    ) -> Tensor:
+        """The sum over `group` of x (scale weight)^T, and the bias once; x [B, S, K/ranks], weight [N, K/ranks].
+
+        A token's scale is that of its whole row, so that the integers are those of one rank: the largest values, one
+        a token in fp32, are exchanged before.
+        """
+        largest = row_largest(x)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        rows = quantized_rows(x.flatten(0, -2), largest.flatten(0, -2))
+        out = self._products(*rows, weight, scale, None, x.dtype).view(*x.shape[:-1], -1)
+        dist.all_reduce(out, group=group)
+        return out if bias is None else out + bias
+
+    def static_linear(self, x: Tensor, weight: Tensor, static: Static) -> Tensor:
+        """x [..., K] is quantized by a scale and an offset that are known before it is."""
+        rows = self._static_rows(x.flatten(0, -2), static)
+        return self._products(rows, None, weight, static.scale, static.bias, x.dtype).view(*x.shape[:-1], -1)
+
+    def static_linear_all_reduce(self, x: Tensor, weight: Tensor, static: Static, group: dist.ProcessGroup) -> Tensor:
+        """The sum over `group`, the bias once; x [B, S, K/ranks], weight [N, K/ranks]."""
+        rows = self._static_rows(x.flatten(0, -2), static)
+        out = self._products(rows, None, weight, static.scale, None, x.dtype).view(*x.shape[:-1], -1)
+        dist.all_reduce(out, group=group)
+        return out + (static.scale * static.bias).to(out.dtype)
+
+    def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
+        return statically_quantized(tokens, static.input_scale, static.input_offset)
+
+    def _products(
+        self, rows: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """See `quantization.scaled_products`."""
+        return scaled_products(rows, row_scale, weight, scale, bias, dtype)
 
 
 def spelt_out(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

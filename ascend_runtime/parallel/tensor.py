@@ -28,7 +28,7 @@ class WholeWeights:
         """Each tensor [..., D] of the pairs, normalised by the norm beside it."""
         return [ops.rms_norm(x, norm.weight, eps) for norm, x in pairs]
 
-    def row_linear(self, ops: PlainOperators, layer: nn.Linear, x: Tensor) -> Tensor:
+    def row_linear(self, ops: PlainOperators, layer: nn.Module, x: Tensor) -> Tensor:
         """The layer after one that is cut by columns; x [B, S, K]."""
         return layer(x)
 
@@ -55,8 +55,10 @@ class TensorParallel(Member):
             for (norm, given), x, part, summed in zip(pairs, wide, squares, totals)
         ]
 
-    def row_linear(self, ops: PlainOperators, layer: nn.Linear, x: Tensor) -> Tensor:
-        """x [B, S, K/T] -> the whole output, on every rank."""
+    def row_linear(self, ops: PlainOperators, layer: nn.Module, x: Tensor) -> Tensor:
+        """x [B, S, K/T] -> the whole output, on every rank. layer: nn.Linear, or one that reduces by itself."""
+        if not isinstance(layer, nn.Linear):
+            return layer.all_reduced(x, self)
         return ops.linear_all_reduce(x, layer.weight, layer.bias, self.group)
 
 

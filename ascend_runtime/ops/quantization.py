@@ -1,0 +1,82 @@
+"""Numbers in 8 bits: a row of a weight, or a token, each with a scale of its own, symmetric around 0.
+
+    x = scale * integer,  scale = the largest magnitude of the row / 127
+
+Products of two such are whole numbers, which 32 bits hold for rows of up to 133 000 values.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LARGEST = 127
+BLOCK = 2**26  # products that are held as 32-bit integers at once: 256 MiB
+CUDA_MULTIPLE, CUDA_ROWS = 8, 17  # torch._int_mm there takes widths that are multiples of this, and so many rows
+
+
+def quantized_rows(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(int8 of x's shape, scale [..., 1] in fp32) of x [..., K].
+
+    largest: the largest magnitude of each whole row [..., 1], where x is a part of it. A row of zeros has the scale 1.
+    """
+    if largest is None:
+        largest = row_largest(x)
+    scale = largest / LARGEST
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (x.to(scale.dtype) / scale).round_().to(torch.int8), scale
+
+
+def row_largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row [..., 1] of x [..., K], in fp32."""
+    return x.abs().amax(-1, keepdim=True).float()
+
+
+class Static(NamedTuple):
+    """Of a layer whose activations' scale was measured before: they are x / input_scale + input_offset, and what comes
+    out is (products + bias) * scale. Tensors of one number each, and [N]."""
+
+    input_scale: Tensor
+    input_offset: Tensor
+    scale: Tensor  # the input's times the weight's
+    bias: Tensor  # int32: the layer's, in units of `scale`, less what the offset adds to the products
+
+
+def statically_quantized(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """int8 of x's shape."""
+    return (x.float() / scale + offset).round_().clamp_(-LARGEST - 1, LARGEST).to(torch.int8)
+
+
+def scaled_products(
+    rows: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """rows weight^T, times the scales of both, plus the bias: [M, N] in `dtype`, reckoned in fp32.
+
+    rows int8 [M, K], row_scale [M, 1] (None: 1); weight int8 [N, K], scale [N]; bias [N], of whole numbers before the
+    products are scaled.
+    """
+    out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=rows.device)
+    count = max(1, BLOCK // weight.shape[0])
+    whole = bias is not None and not bias.is_floating_point()
+    for start in range(0, rows.shape[0], count):
+        part = slice(start, start + count)
+        made = _products(rows[part], weight)
+        made = (made + bias if whole else made) * scale
+        made = made if row_scale is None else made.mul_(row_scale[part])
+        out[part] = made if bias is None or whole else made.add_(bias)
+    return out
+
+
+def _products(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows weight^T in int32."""
+    if rows.device.type != "cuda":
+        return torch._int_mm(rows, weight.t())
+    (count, width), outputs = rows.shape, weight.shape[0]
+    wide, far = (-size % CUDA_MULTIPLE for size in (width, outputs))
+    rows = F.pad(rows, (0, wide, 0, max(0, CUDA_ROWS - count)))
+    if wide or far:
+        weight = F.pad(weight, (0, wide, 0, far))
+    return torch._int_mm(rows, weight.t())[:count, :outputs]
