@@ -120,9 +120,10 @@ class Pipeline:
             expert.arrange(operators, sequence)
         cfg_group = mesh.group("cfg") if plan.cfg > 1 else None
         with job.together():
-            acceleration = Acceleration(message.acceleration, self._outline(message, model, spec, plan, sequence))
+            outline = self._outline(message, model, spec, plan, sequence)
+            acceleration = Acceleration(message.acceleration, outline, operators)
         if message.warm_up:
-            self._warm_up(job, model, spec, plan, sequence, cfg_group)
+            self._warm_up(job, model, spec, plan, outline, operators, cfg_group)
         with job.stage("denoise"):
             latent = self._denoise(job, "denoise", model, spec, cfg_group, acceleration, around_step=recorder.step)
         check_finite(latent, "The denoised latent")
@@ -180,20 +181,26 @@ class Pipeline:
         with job.stage("load"):
             return self.components.get(spec, on_bytes, sharding)
 
-    def _warm_up(self, job, model: DiffusionModel, spec: SampleSpec, plan: Plan, sequence, cfg_group) -> None:
-        """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
+    def _warm_up(
+        self, job, model: DiffusionModel, spec: SampleSpec, plan: Plan, outline: Outline, operators, cfg_group
+    ) -> None:
+        """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job.
+
+        They leave nothing out but what sparse attention does, whose operator begins now where the job has it.
+        """
         message = job.message
+        rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=0)
         given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
         branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
         shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
-        kind = (plan, message.parallel, message.operators, shapes, branches)
+        kind = (plan, message.parallel, message.operators, rainfusion, shapes, branches)
         if not highest(kind not in model.warmed):  # ranks that failed apart may remember different kinds
             return
         below_boundary = model.boundary / 2 or 0.5
         with job.stage("warm up"):
             spec = replace(spec, solver="euler", sigmas=(1.0, below_boundary, 0.0))
-            nothing_left_out = Acceleration(AccelerationSpec(), self._outline(message, model, spec, plan, sequence))
-            self._denoise(job, "warm up", model, spec, cfg_group, nothing_left_out)
+            acceleration = Acceleration(AccelerationSpec(rainfusion=rainfusion), outline, operators)
+            self._denoise(job, "warm up", model, spec, cfg_group, acceleration)
         model.warmed.add(kind)
 
     def _outline(self, message: Sample, model: DiffusionModel, spec: SampleSpec, plan: Plan, sequence) -> Outline:

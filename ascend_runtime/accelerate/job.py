@@ -8,10 +8,12 @@ from typing import Callable
 from torch import Tensor
 
 from ..acceleration import CALIBRATED, AccelerationSpec, AttentionCacheSpec, Calibration, StepCacheSpec, Window
+from ..ops import PlainOperators
 from .attention_cache import AttentionCache
 from .block_cache import BlockCache
 from .measuring import Measuring
 from .passes import EVERYTHING, At, Attend, Pass, Stack
+from .rainfusion import RainFusion
 from .report import Tally, Work
 from .step_cache import Rule, StepCache
 from .step_rules import Always, FirstBlock, MagCache, TeaCache
@@ -52,11 +54,13 @@ class Outline:
 class Acceleration:
     """Raises ValueError, before anything is computed, for what this job cannot have."""
 
-    def __init__(self, spec: AccelerationSpec, outline: Outline):
+    def __init__(self, spec: AccelerationSpec, outline: Outline, operators: PlainOperators = PlainOperators()):
         self.spec = spec
         self.tally = Tally(outline.work)
         self._caches = {expert: _caches(spec, outline, expert, self.tally) for expert in dict.fromkeys(outline.experts)}
         self._known = {expert: outline.known.get(expert, Calibration()) for expert in self._caches}
+        self._make_rainfusion = lambda: _rainfusion(spec, outline, operators, self.tally)
+        self._rainfusion = self._make_rainfusion()
         self._expert: str | None = None
 
     def passing(self, at: At) -> Pass:
@@ -64,9 +68,12 @@ class Acceleration:
         does not come back."""
         if self._expert not in (None, at.expert):
             self._caches.pop(self._expert)
+            self._rainfusion = self._make_rainfusion()
         self._expert = at.expert
         self.tally.began(at)
-        return EVERYTHING if self.spec == AccelerationSpec() else _Pass(at, *self._caches[at.expert])
+        if self.spec == AccelerationSpec():
+            return EVERYTHING
+        return _Pass(at, *self._caches[at.expert], self._rainfusion)
 
     def facts(self) -> dict[str, object]:
         """What was asked for and what it left out so far; nothing where nothing was asked for."""
@@ -79,17 +86,21 @@ class Acceleration:
 
 
 class _Pass(Pass):
-    def __init__(self, at: At, attention: AttentionCache | None, stack: StackCache | None):
-        self._at, self._attention, self._stack = at, attention, stack
+    def __init__(
+        self, at: At, attention: AttentionCache | None, stack: StackCache | None, rainfusion: RainFusion | None
+    ):
+        self._at, self._attention, self._stack, self._rainfusion = at, attention, stack, rainfusion
 
     def blocks(self, stack: Stack, tokens: Tensor) -> Tensor:
         return super().blocks(stack, tokens) if self._stack is None else self._stack.blocks(self._at, stack, tokens)
 
     def attention(self, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
-        attend = None
-        if self._attention is None:
-            return compute(attend)
-        return self._attention.attention(self._at, block, lambda: compute(attend))
+        def computed() -> Tensor:
+            if self._rainfusion is None:
+                return compute(None)
+            return self._rainfusion.attention(self._at, block, compute)
+
+        return computed() if self._attention is None else self._attention.attention(self._at, block, computed)
 
 
 def _caches(
@@ -152,3 +163,18 @@ def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
             + (f", or let last_block be first_block + {fitting - 1} at most." if fitting else ".")
         )
     return window
+
+
+def _rainfusion(
+    spec: AccelerationSpec, outline: Outline, operators: PlainOperators, tally: Tally
+) -> RainFusion | None:
+    """Raises ValueError where the ranks or the device have no sparse attention."""
+    if spec.rainfusion is None:
+        return None
+    if outline.ring > 1:
+        raise ValueError(
+            f"RainFusion needs all tokens of a head on one rank, and ring_degree is {outline.ring}, whose ranks hold "
+            "parts of them. Put these ranks on ulysses_degree."
+        )
+    operators.check_sparse()
+    return RainFusion(spec.rainfusion, outline.grid, outline.steps, outline.work.blocks, operators, tally)

@@ -69,7 +69,8 @@ class Tally:
         self._passes[at] += count * self._work.block
 
     def sparse_attention(self, at: At, density: float) -> None:
-        """density: share of the products that one block's self-attention computed."""
+        """density: share of the products that one block's self-attention computed; a tensor of one number serves, so
+        that nothing waits for a device before `facts`."""
         self._densities.append(density)
         self._passes[at] += (1 - density) * self._work.products
 
@@ -91,12 +92,12 @@ class Tally:
         density of sparse attention, FLOPs saved as a share, seconds a step, and the loop's speed-up: as the FLOPs
         predict it, and as the steps that left nothing out show it (None where there was none). Where changes were
         measured, these."""
-        saved, whole = sum(self._passes.values()), self._work.whole * len(self._passes)
+        saved, whole = float(sum(self._passes.values())), self._work.whole * len(self._passes)
         facts = {
             "steps_reusing": sorted({*self._attentions, *self._blocks}),
             "attentions_reused": sum(self._attentions.values()),
             "blocks_skipped": sum(self._blocks.values()),
-            "mean_density": sum(self._densities) / len(self._densities) if self._densities else 1.0,
+            "mean_density": float(sum(self._densities)) / len(self._densities) if self._densities else 1.0,
             "flops_saved": saved / whole,
             "seconds_a_step": [round(seconds, 4) for seconds in self._seconds],
             "predicted_speed_up": whole / (whole - saved),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..precision import LOG_SUM_EXP, MODULATION, NORMS, RESIDUAL, ROTARY
 from ..specs import OperatorSpec
+from . import sparse
 from .quantization import Static, quantized_rows, row_largest, scaled_products, statically_quantized
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,15 @@ class PlainOperators:
         else:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
         return out.transpose(1, 2), lse[:, :, :length].transpose(1, 2).to(LOG_SUM_EXP.dtype)
+
+    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Attention of [B, heads, S, head_dim], of the mask blocks (`sparse.BLOCK` queries by as many keys) for which
+        mask [B, heads, blocks, blocks] is true; every row has one at least."""
+        compute = sparse.flex if query.device.type == "cuda" else sparse.gathered
+        return compute(query, key, value, mask)
+
+    def check_sparse(self) -> None:
+        """Raises ValueError where there is no `sparse_attention`."""
 
     # Norms
 
