@@ -22,6 +22,7 @@ START, END, DENSE = 0.3, 0.925, 0.25
 # How much each step cache lets pass (the published defaults), and what more MagCache has of its own.
 THRESHOLDS = {"fbcache": 0.05, "teacache": 0.15, "magcache": 0.04}
 MAGCACHE_RETENTION, MAGCACHE_MOST = 0.2, 2
+TAYLORSEER_FIRST = 3
 MAX_STEPS = 1000
 
 
@@ -34,8 +35,8 @@ class Window(Struct, frozen=True, kw_only=True):
     """Steps and blocks in which something is stored and reused.
 
     A step reuses where start < step <= end and interval does not divide step - start (MindIE SD's formula for its
-    AttentionCache); what the step before such ones computes is kept for them. start, end: None is 30 % and 92.5 % of a job's steps, as the
-    original's 12 and 37 of 40. interval: 1 reuses nothing.
+    AttentionCache); what the step before such ones computes is kept for them. start, end: None is 30 % and 92.5 % of a
+    job's steps, as the original's 12 and 37 of 40. interval: 1 reuses nothing.
     first_block, last_block: both included; None: the first, the last.
     """
 
@@ -142,7 +143,8 @@ class StepCacheSpec(Struct, frozen=True, kw_only=True):
         magcache: until the errors that known magnitudes of the changes foretell come to `threshold`.
         taylorseer: in all but every `interval`-th step, foretold by a Taylor expansion of `order` from those before.
     threshold: None: the method's own (THRESHOLDS). 0: nothing is left out.
-    first_steps: of each expert, always computed (None: 1; a fifth of them for MagCache). last_steps: of the job.
+    first_steps: of each expert, always computed (None: 1; a fifth of them for MagCache; 3 for TaylorSeer, which learns
+        from them how steps go on). last_steps: of the job.
     most: steps in a row that may be left out (None: any number; 2 for MagCache).
     """
 
@@ -176,7 +178,8 @@ class StepCacheSpec(Struct, frozen=True, kw_only=True):
         """How many of an expert's steps are computed before any is left out."""
         if self.first_steps is not None:
             return self.first_steps
-        return max(1, round(MAGCACHE_RETENTION * steps)) if self.method == "magcache" else 1
+        own = {"magcache": max(1, round(MAGCACHE_RETENTION * steps)), "taylorseer": TAYLORSEER_FIRST}
+        return own.get(self.method, 1)
 
     @property
     def in_a_row(self) -> int:

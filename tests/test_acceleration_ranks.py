@@ -26,7 +26,7 @@ CACHES = {
     "fbcache": {"step_cache": StepCacheSpec(threshold=0.7)},
     "teacache": {"step_cache": StepCacheSpec(method="teacache", threshold=0.25)},
     "magcache": {"step_cache": StepCacheSpec(method="magcache", threshold=0.1)},
-    "taylorseer": {"step_cache": StepCacheSpec(method="taylorseer", interval=3)},
+    "taylorseer": {"step_cache": StepCacheSpec(method="taylorseer", interval=3, first_steps=2)},
 }
 PLANS = {
     2: [{"cfg_degree": 2}, {"ulysses_degree": 2}, {"ring_degree": 2, "ulysses_degree": 1}, {"tp_degree": 2},

@@ -68,8 +68,11 @@ def test_several_ranks_measure_as_one(one_rank, two_ranks, specs_of, checkpoints
 
 def test_the_fit_is_of_a_polynomial_that_is_known():
     known = (30.0, -20.0, 4.0, 1.0, 0.02)
-    videos = [[{"expert": "high_noise", "step": step, "timestep": 0.02 * step, "ratio": 1 - 0.01 * step * (1 + video),
-                "output": float(np.polyval(known, 0.02 * step))} for step in range(1, 9)] for video in (0, 1)]  # fmt: skip
+    videos = [
+        [{"expert": "high_noise", "step": step, "timestep": 0.02 * step, "ratio": 1 - 0.01 * step * (1 + video),
+          "output": float(np.polyval(known, 0.02 * step))} for step in range(1, 9)]
+        for video in (0, 1)
+    ]  # fmt: skip
     found = calibration.fitted(videos, "a test")["high_noise"]
     assert found.ratios == (1.0, *(round(1 - 0.015 * step, 5) for step in range(1, 9))) and found.source == "a test"
     for x in (0.03, 0.1, 0.15):
@@ -98,7 +101,8 @@ def no_new_ranks(one_rank, monkeypatch):
 def test_it_writes_beside_the_model_and_jobs_read_it(model, monkeypatch, capsys, one_rank, specs_of, no_new_ranks):
     assert run(monkeypatch, model, *OPTIONS, "--random-prompts", 2) == 0
     out = capsys.readouterr().out
-    assert "video 2: 8 steps in" in out and f"{calibration_file(str(model))}: 6 steps of high_noise, 2 steps of low" in out
+    assert "video 2: 8 steps in" in out
+    assert f"{calibration_file(str(model))}: 6 steps of high_noise, 2 steps of low_noise" in out
     found = read_calibration(str(model))
     assert [len(one.ratios) for one in found.values()] == [6, 2]
     assert all(one.ratios[0] == 1.0 and len(one.coefficients) == min(5, len(one.ratios) - 1) for one in found.values())

@@ -43,7 +43,7 @@ def test_a_pass_computes_what_work_of_says(name, text, kept):
     flops()  # the first pass embeds the text besides
     whole = flops()
     attention = whole - flops(WithoutAttention())
-    print(f"{name}: {whole:.4g} counted, {work.whole:.4g} by formula; attention {attention:.4g}, {3 * work.attention:.4g}")
+    print(f"{whole:.4g} counted, {work.whole:.4g} by formula; attention {attention:.4g}, {3 * work.attention:.4g}")
     assert bool(context.keys_values) == kept
     assert whole == pytest.approx(work.whole, rel=0.02)
     assert attention == pytest.approx(3 * work.attention, rel=0.02)

@@ -47,12 +47,14 @@ def test_attention_cache(draw):
     reused = 0
     for window, steps, blocks in jobs(draw):
         window = Window(start=window.start, end=window.end, interval=window.interval)
-        agent, (cache, tally) = agent_of("attention_cache", window, steps, blocks), ours(AttentionCache, window, steps, blocks)
+        agent = agent_of("attention_cache", window, steps, blocks)
+        cache, tally = ours(AttentionCache, window, steps, blocks)
         for step in range(steps):
             tally.began(at := At("high_noise", "cond", step))
             for block in range(blocks):
                 new = torch.tensor([step, block])
-                assert cache.attention(at, block, lambda: new) is agent.apply(lambda: new), (window, steps, blocks, step)
+                out = cache.attention(at, block, lambda: new)
+                assert out is agent.apply(lambda: new), (window, steps, blocks, step)
         reused += tally.facts()["attentions_reused"]
     assert reused > JOBS
 
