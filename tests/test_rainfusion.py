@@ -75,7 +75,7 @@ def test_a_mask_block_of_bricks_is_2_8_8():
 
 
 def spelt_out_best(query, key, sparsity, protected):
-    """Row by row, of [B, heads, S, head_dim]: the mask, and which rows have no tie at the cut that rounding may turn."""
+    """Row by row, of [B, heads, S, head_dim]: the mask, and which rows have no tie at the cut, which rounding turns."""
     starts = range(0, query.shape[2], 128)
     count = len(starts)
     mask, sure = (torch.zeros(*query.shape[:2], count, width, dtype=torch.bool) for width in (count, 1))

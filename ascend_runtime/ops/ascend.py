@@ -83,6 +83,25 @@ class AscendOperators(PlainOperators):
             return ascend_attention.infer_with_lse(query, key, value)
         return ascend_attention.fused_with_lse(query, key, value)
 
+    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        compute = ascend_attention.block_sparse_by_mask if self.card == "a5" else ascend_attention.block_sparse
+        return compute(query, key, value, mask)
+
+    def check_sparse(self) -> None:
+        instead = "Leave RainFusion out; AttentionCache, the block cache and the step caches need no operator."
+        if self.card == "duo":
+            raise ValueError(f"A 300I Duo has no operator for sparse attention. {instead}")
+        if mindiesd() is None:
+            raise ValueError(
+                "RainFusion's operator is MindIE SD's, but mindiesd cannot be imported. Install the mindiesd that fits "
+                f"this torch. Or: {instead[0].lower()}{instead[1:]}"
+            )
+        if self._dtype not in HALVES:
+            raise ValueError(
+                "RainFusion's operator computes in bfloat16 or float16, and the model's dtype is "
+                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these."
+            )
+
     # Norms
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

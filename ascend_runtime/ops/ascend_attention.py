@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..precision import LOG_SUM_EXP
 from .libraries import mindiesd, torch_npu
+from .sparse import BLOCK
 
 HALVES = (torch.float16, torch.bfloat16)
 MAX_TOKENS = 2**31 - 1  # of a window that hides nothing
@@ -136,6 +137,52 @@ def fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out_dtype=query.dtype,
     )
     return out.unflatten(0, (batch, length))
+
+
+def block_sparse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """By MindIE SD's operator under its rf_v2, which A2 and A3 cards have: see `PlainOperators.sparse_attention`.
+
+    A video at a time, as it takes the mask of one: each query block's key blocks, in order, and -1 behind them.
+    """
+    rain_fusion = mindiesd().layers.flash_attn.sparse_flash_attn_rf_v2
+    columns = torch.arange(mask.shape[-1], device=mask.device)
+    outs = []
+    for *qkv, chosen in zip(*(x.split(1) for x in (query, key, value)), mask):
+        ranked = torch.where(chosen, columns, len(columns)).float().sort(-1).values
+        indices = torch.where(ranked < len(columns), ranked, -1).long()
+        outs.append(
+            rain_fusion.rain_fusion_attention(
+                *(x.contiguous() for x in qkv),
+                scale=_scale(query),
+                head_num=query.shape[1],
+                input_layout="BNSD",
+                select_idx=indices.transpose(0, 1),  # [query blocks, heads, key blocks]
+                select_num_idx=chosen.sum(-1).transpose(0, 1),
+                blockshape=[BLOCK, BLOCK],
+                actual_seq_lengths=[query.shape[2]],
+                actual_seq_lengths_kv=[query.shape[2]],
+                inner_precise=0,
+            )
+        )
+    return torch.cat(outs)
+
+
+def block_sparse_by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """By MindIE SD's operator under its rf_v3: the one of cards of the 950 series."""
+    lengths = [query.shape[2]] * query.shape[0]
+    return mindiesd().layers.flash_attn.sparse_flash_attn_rf_v3.rain_fusion_attention_v3(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        mask.to(torch.int8),
+        scale=_scale(query),
+        head_num=query.shape[1],
+        input_layout="BNSD",
+        actual_seq_lengths=lengths,
+        actual_seq_lengths_kv=lengths,
+        block_size_q=BLOCK,
+        inner_precise=4,  # which these cards demand
+    )
 
 
 def _scale(query: Tensor) -> float:

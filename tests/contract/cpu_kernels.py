@@ -139,6 +139,40 @@ def laser_attention(query, key, value, scale_value, head_num, input_layout, pre_
     return (largest + total.log()).squeeze(-1), weights.half().float() @ value.float() / total
 
 
+@kernel("mindiesd::rainfusionattention")
+def rain_fusion_attention(
+    query, key, value, select_idx, select_num_idx, blockshape, actual_seq_qlen, actual_seq_kvlen, q_input_layout,
+    kv_input_layout, head_num, scale, inner_precise
+):  # fmt: skip
+    """BNSD of one video alone. The real one's second output, the LSE, is not made."""
+    rows, heads, columns = select_idx.shape
+    mask = torch.zeros(heads, rows, columns, dtype=torch.bool)
+    for row in range(rows):
+        for head in range(heads):
+            chosen = select_idx[row, head, : select_num_idx[row, head]]
+            assert chosen.tolist() == sorted(set(chosen.tolist())) and (chosen >= 0).all(), "in order, each once"
+            assert (select_idx[row, head, len(chosen) :] == -1).all(), "and -1 behind them"
+            mask[head, row, chosen] = True
+    return _attend_blocks(query, key, value, mask[None], blockshape, scale), query.new_empty(0)
+
+
+@kernel("mindiesd::block_sparse_attention")
+def block_sparse_attention(
+    query, key, value, block_sparse_mask, block_shape, q_input_layout, kv_input_layout, num_key_value_heads,
+    scale_value, inner_precise, actual_seq_lengths, actual_seq_lengths_kv, softmax_lse_flag
+):  # fmt: skip
+    """BNSD alone. The LSE, which is not asked for, is empty."""
+    return _attend_blocks(query, key, value, block_sparse_mask != 0, block_shape, scale_value), torch.empty(0)
+
+
+def _attend_blocks(query, key, value, mask, sides, scale):
+    """By heads, under a mask of blocks [B, heads, rows, columns]."""
+    length = query.shape[2]
+    within = mask.repeat_interleave(sides[0], 2).repeat_interleave(sides[1], 3)[:, :, :length, :length]
+    scores = (query.float() @ key.float().transpose(-1, -2) * scale).masked_fill(~within, -torch.inf)
+    return (scores.softmax(-1) @ value.float()).to(query.dtype)
+
+
 # MXFP8: fp8 with a power of two for each group of 32 (OCP Microscaling Formats 1.0)
 
 

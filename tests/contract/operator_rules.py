@@ -154,7 +154,64 @@ def _layernorm_scale_shift(values):
         assert values[part].shape[1] in (1, x.shape[1]) and values[part].shape[2] == x.shape[2]
 
 
+def _block_sparse(values, layout, heads, scale):
+    """What aclnnRainFusionAttention and aclnnBlockSparseAttention share."""
+    query = values["query"]
+    assert layout == "BNSD" and heads == query.shape[1] and query.dtype in HALVES
+    for part in ("key", "value"):
+        assert values[part].shape == query.shape and values[part].dtype == query.dtype
+    assert all(values[part].is_contiguous() for part in ("query", "key", "value"))
+    assert abs(scale - query.shape[-1] ** -0.5) < 1e-9
+    return query.shape, -(-query.shape[2] // 128)
+
+
+def _select(values, batch, heads, blocks):
+    index, count = values["select_idx"], values["select_num_idx"]
+    assert batch == 1, "MindIE SD takes the first video's mask for all"
+    assert index.dtype == count.dtype == torch.int64
+    assert index.shape == (blocks, heads, blocks) and count.shape == (blocks, heads)
+    assert values["blockshape"] == [128, 128] and values["inner_precise"] == 0, "bfloat16 takes fp32 softmax alone"
+
+
+def _rain_fusion(values):
+    (batch, heads, length, _), blocks = _block_sparse(values, values["input_layout"], values["head_num"],
+                                                      values["scale"])  # fmt: skip
+    _select(values, batch, heads, blocks)
+    assert values["actual_seq_lengths"] == values["actual_seq_lengths_kv"] == [length]
+
+
+def _rainfusionattention(values):
+    (batch, heads, length, _), blocks = _block_sparse(values, values["q_input_layout"], values["head_num"],
+                                                      values["scale"])  # fmt: skip
+    _select(values, batch, heads, blocks)
+    assert values["kv_input_layout"] == "BNSD" and values["attn_mask"] is None and values["mask_type"] == 0
+    assert values["actual_seq_qlen"] == values["actual_seq_kvlen"] == [length]
+
+
+def _by_mask(values, layout, heads, scale, block_shape):
+    (batch, _, length, head_dim), blocks = _block_sparse(values, layout, heads, scale)
+    mask = values["block_sparse_mask"]
+    assert mask.dtype == torch.int8 and mask.shape == (batch, heads, blocks, blocks) and block_shape == [128, 128]
+    assert values["actual_seq_lengths"] == values["actual_seq_lengths_kv"] == [length] * batch
+    assert values["inner_precise"] == 4, "cards of the 950 series take no other"
+
+
+def _rain_fusion_v3(values):
+    sides = [values["block_size_q"], values["block_size_kv"] or values["block_size_q"]]
+    _by_mask(values, values["input_layout"], values["head_num"], values["scale"], sides)
+
+
+def _block_sparse_attention(values):
+    _by_mask(values, values["q_input_layout"], values["num_key_value_heads"], values["scale_value"],
+             values["block_shape"])  # fmt: skip
+    assert values["kv_input_layout"] == "BNSD" and values["softmax_lse_flag"] == 0
+
+
 RULES = {
+    "rain_fusion_attention": _rain_fusion,
+    "rainfusionattention": _rainfusionattention,
+    "rain_fusion_attention_v3": _rain_fusion_v3,
+    "block_sparse_attention": _block_sparse_attention,
     "npu_fusion_attention": _fusion_attention,
     "npu_fused_infer_attention_score": _fused_infer,
     "npu_fused_infer_attention_score_v2": _fused_infer_v2,

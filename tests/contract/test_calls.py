@@ -154,6 +154,30 @@ def test_a_sequence_too_long_for_a_duo_is_refused(fake, on_card):
         operators(torch.float16).attention(video, video, video)
 
 
+@pytest.mark.parametrize("card", ["a2", "a3", "a5"])
+def test_sparse_attention(fake, on_card, card):
+    on_card(card)
+    serves, query = operators(), fake(2, HEADS, TOKENS + 5, HEAD_DIM)
+    serves.check_sparse()
+    blocks = -(-query.shape[2] // 128)
+    out = serves.sparse_attention(query, query, query, fake(2, HEADS, blocks, blocks, dtype=torch.bool))
+    assert out.shape == query.shape and out.dtype == query.dtype and out.device == NPU
+
+
+@pytest.mark.parametrize("card, dtype, library, words", [
+    ("duo", torch.float16, True, "A 300I Duo has no operator"),
+    ("a2", torch.float32, True, "dtype is float32. Set dtype to one of these"),
+    ("a2", torch.bfloat16, False, "Install the mindiesd"),
+])  # fmt: skip
+def test_sparse_attention_is_refused_where_no_operator_computes_it(on_card, monkeypatch, card, dtype, library, words):
+    on_card(card)
+    serves = operators(dtype)
+    if not library:
+        monkeypatch.setattr(ascend, "mindiesd", lambda: None)
+    with pytest.raises(ValueError, match=words):
+        serves.check_sparse()
+
+
 @pytest.mark.parametrize("attention", ["laser", "fastest"])
 def test_without_mindiesd_its_attentions_are_refused(monkeypatch, attention):
     monkeypatch.setattr(ascend, "mindiesd", lambda: None)
