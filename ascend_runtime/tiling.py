@@ -123,7 +123,8 @@ def _latent_frames(vae, latent: Tensor, place: Place) -> Iterator[Tensor]:
 def _groups(vae, frames: Tensor) -> Iterator[Tensor]:
     """The frames [3,t,h,w] in -1..1 of each frame of a latent, of frames [T,h,w,3] in 0..1, on the VAE's device."""
     for index in range(_latent_length(frames)):
-        yield frames[_frames_of(index)].to(vae.device, vae.dtype).movedim(-1, 0) * 2 - 1
+        group = frames[_frames_of(index)].to(vae.device).float().movedim(-1, 0)
+        yield (group * 2 - 1).to(vae.dtype)  # rounded after, not before it is made twice as large
 
 
 def _frames_of(index: int) -> slice:

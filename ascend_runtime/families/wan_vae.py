@@ -43,10 +43,11 @@ class Stream:
         *others, frames, height, width = x.shape
         shape = (*others, before + frames, top + height + bottom, left + width + right)
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=self.memory_format)
-        missing = before if kept is None else before - kept.shape[-3]
-        out[..., :missing, :, :].zero_()
-        if kept is not None:
-            out[..., missing:before, :, :] = kept
+        past = out[..., :before, :, :]
+        if kept is None:
+            past.zero_()
+        else:
+            past.copy_(kept)
         new = out[..., before:, :, :]
         new[..., top : top + height, left : left + width] = x
         self.tile.fill_edges(new, edges)
@@ -169,17 +170,40 @@ def decoded(vae: AutoencoderKLWan, latent: Iterable[Tensor], tile: Tile) -> Iter
 
 def decoder_output(vae: AutoencoderKLWan, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
     """The same, before its patches [1, 3 * patch_size**2, t, h, w] become pixels."""
-    with _streaming(vae, tile):
-        for index, frame in enumerate(latent):
-            yield vae.decoder(vae.post_quant_conv(frame[None, :, None]), first_chunk=index == 0)
+    stream = Stream(tile, frames_format(vae.device.type))
+    for index, frame in enumerate(latent):
+        yield _decode(vae, frame, stream, first=index == 0)
 
 
 def encoded(vae: AutoencoderKLWan, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
     """The latent tile's frame [C, h, w], not normalised, for each group of frames [3, t, h', w'] in -1..1 of the tile:
     one frame, then FRAMES of them each. It is the mean of what the VAE finds likely."""
-    with _streaming(vae, tile):
-        for frames in video:
-            yield vae.quant_conv(vae.encoder(_patched(vae, frames.unsqueeze(0))))[0, : vae.config.z_dim, 0]
+    stream = Stream(tile, frames_format(vae.device.type))
+    for frames in video:
+        yield _encode(vae, frames, stream)
+
+
+def _decode(vae: AutoencoderKLWan, frame: Tensor, stream: Stream, first: bool) -> Tensor:
+    with _seen_by(vae, stream):
+        return vae.decoder(vae.post_quant_conv(frame[None, :, None]), first_chunk=first)
+
+
+def _encode(vae: AutoencoderKLWan, frames: Tensor, stream: Stream) -> Tensor:
+    with _seen_by(vae, stream):
+        return vae.quant_conv(vae.encoder(_patched(vae, frames.unsqueeze(0))))[0, : vae.config.z_dim, 0]
+
+
+@contextmanager
+def _seen_by(vae: AutoencoderKLWan, stream: Stream):
+    """For one pass and no longer: after it a video may be left behind, and the next one begun."""
+    parts = [module for module in vae.modules() if type(module) in CLASSES.values()]
+    for part in parts:
+        part.stream = stream
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part.stream
 
 
 def _patched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
@@ -208,16 +232,3 @@ def _bytes_needed(config: str, dtype: torch.dtype, work: str, height: int, width
     given = (torch.empty(size, dtype=dtype, device="meta") for size in sizes)
     passes = decoded(vae, given, tile) if work == "decode" else encoded(vae, given, tile)
     return most_allocated(lambda: deque(passes, maxlen=1))
-
-
-@contextmanager
-def _streaming(vae: AutoencoderKLWan, tile: Tile):
-    stream = Stream(tile, frames_format(vae.device.type))
-    parts = [module for module in vae.modules() if type(module) in CLASSES.values()]
-    for part in parts:
-        part.stream = stream
-    try:
-        yield
-    finally:
-        for part in parts:
-            del part.stream
