@@ -135,11 +135,16 @@ def free_memory(device: torch.device) -> int | None:
     return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]
 
 
+def host_memory() -> int:
+    """Bytes of the host's memory that processes can still take."""
+    return psutil.virtual_memory().available
+
+
 def room(device: torch.device) -> int:
     """Bytes that this rank can compute in: what is free on its card, and what the allocator holds for it; of a CPU's
     memory, this rank's part of what is available."""
     if device.type == "cpu":
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     card = getattr(torch, device.type)
     return free_memory(device) + card.memory_reserved(device) - card.memory_allocated(device)
 

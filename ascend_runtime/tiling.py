@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from . import devices
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 Made = Iterator[tuple[tuple[slice, slice, slice], Tensor | None]]  # frames, rows and columns, and what is there
 MARGIN = 1.2  # of memory, for what kernels allocate inside
+HOLES = 2.2  # besides, on a CPU: of what its ranks keep (environment.HEAP), not all fits what comes next. Measured: 2.1
 
 
 class Together:
@@ -82,29 +84,49 @@ def tiling_for(vae, work: str, height: int, width: int) -> Together | InTurn:
 
     Raises ValueError where nothing fits.
     """
-    grid, pixels = grid_here(height, width), _pixels(vae)
-    needed = MARGIN * wan_vae.bytes_needed(vae, work, max(grid.heights), max(grid.widths))
+    grid, pixels, spare = grid_here(height, width), _pixels(vae), margin(vae.device)
+    needed = spare * wan_vae.bytes_needed(vae, work, max(grid.heights), max(grid.widths))
     free = -highest(-devices.room(vae.device))
     if needed <= free:
         facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{needed / 1e9:.1f} GB a rank"}
         return Together(vae, tile_of(height, width), facts)
     task = f"To {work} {pixels * width} x {pixels * height} pixels takes {needed / 1e9:.1f} GB"
     if grid.tiles > 1:
-        fits = math.sqrt(free / needed)
+        free = max(free, 1)
+        sides = (max(1, int(math.sqrt(free / needed) * side)) * pixels for side in (width, height))
+        on_cards = "" if vae.device.type == "cpu" else f", or {math.ceil(grid.tiles * needed / free)} ranks"
         raise ValueError(
             f"{task} on each of {grid.tiles} ranks, and {free / 1e9:.1f} GB are free. What would fit: about "
-            f"{int(fits * width) * pixels} x {int(fits * height) * pixels} pixels, or "
-            f"{math.ceil(grid.tiles * needed / free)} ranks. Ascend Free Memory drops other models' weights."
+            f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory drops other models' weights."
         )
     tiles, size = wan_vae_blended.tiles_of(vae, work, height, width)
-    least = MARGIN * wan_vae.bytes_needed(vae, work, *size)
+    least = spare * wan_vae.bytes_needed(vae, work, *size)
     if least > free:
+        half = "; the VAE in dtype bfloat16 takes half" if vae.dtype == torch.float32 else ""
         raise ValueError(
             f"{task}, in small tiles {least / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Ascend Free Memory drops "
-            "other models' weights; the VAE in dtype bfloat16 takes half."
+            f"other models' weights{half}."
         )
     logger.warning("%s, and %.1f GB are free: it is done in small tiles, which are blended.", task, free / 1e9)
     return InTurn(vae, tiles, {"tiles": f"{tiles} in turn", "memory": f"{least / 1e9:.1f} GB"})
+
+
+def margin(device: torch.device) -> float:
+    """What a device needs for each byte of the tensors that `wan_vae.bytes_needed` tells of."""
+    return MARGIN * HOLES if device.type == "cpu" else MARGIN
+
+
+def check_host_holds(frames: Tensor) -> None:
+    """Raises ValueError, on all ranks alike, where frames [T,H,W,3] that nobody has written to yet would not fit into
+    the host's memory: the kernel would end some process for it."""
+    free = -highest(-devices.host_memory())
+    if frames.nbytes > free:
+        number, height, width, _ = frames.shape
+        raise ValueError(
+            f"The decoded video, {number} frames of {width} x {height} pixels, takes {frames.nbytes / 1e9:.1f} GB of "
+            f"the host's memory, and {free / 1e9:.1f} GB are free. What would fit: {free * number // frames.nbytes} "
+            "frames of this size."
+        )
 
 
 # What a VAE is fed with

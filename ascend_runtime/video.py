@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .parallel.mesh import highest
 from .precision import check_finite, is_finite, not_finite
-from .tiling import tiling_for
+from .tiling import check_host_holds, tiling_for
 
 OnFrame = Callable[[int, int], None]  # (latent frame 1, 2 ..., of how many); called by all ranks, and may raise on all
 Facts = dict[str, str]  # how it was done, in words
@@ -39,6 +39,7 @@ def decode_video(vae, latent: Tensor, frames: Tensor, on_frame: OnFrame) -> Fact
     memory that is free, or at all.
     """
     _check_latent(latent, vae.config.z_dim)
+    check_host_holds(frames)
     batch, _, length, *size = latent.shape
     tiling = tiling_for(vae, "decode", *size)
     tell = _counted(on_frame, batch * length * tiling.in_turn)

@@ -1,10 +1,10 @@
-"""A VAE on one rank: videos that were left behind, and dtypes that are narrow."""
+"""A VAE on one rank: videos that were left behind, dtypes that are narrow, and frames that no memory holds."""
 
 import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-from ascend_runtime import video
+from ascend_runtime import devices, video
 from ascend_runtime.families import wan_vae
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
@@ -70,6 +70,13 @@ def test_narrow_dtypes_lose_no_more_than_in_diffusers(name, dtype):
     given = frames.movedim(-1, 0)[None] * 2 - 1
     wanted, narrow = (vae.encode(given.to(vae.dtype)).latent_dist.mode() for vae in (exact, theirs))
     no_worse(f"Wan {name} {dtype} encode", result - wanted, narrow - wanted)
+
+
+def test_frames_that_the_host_cannot_hold_are_refused(monkeypatch):
+    ours, latent, frames = wan_vae.streamed(made("2.1")), torch.zeros(1, 16, 3, 2, 2), torch.empty(9, 16, 16, 3)
+    monkeypatch.setattr(devices, "host_memory", lambda: frames.nbytes - 1)
+    with pytest.raises(ValueError, match="9 frames of 16 x 16 pixels.* What would fit: 8 frames of this size"):
+        video.decode_video(ours, latent, frames, lambda *_: pytest.fail("it has begun"))
 
 
 @torch.no_grad()

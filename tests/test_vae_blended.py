@@ -84,7 +84,7 @@ def by_diffusers(vae, work, given):
 
 def needed(vae, name, work, size):
     """Bytes, with the margin, for tiles of this size in pixels."""
-    return tiling.MARGIN * wan_vae.bytes_needed(vae, work, *(side // VAES[name][2] for side in size))
+    return tiling.margin(vae.device) * wan_vae.bytes_needed(vae, work, *(side // VAES[name][2] for side in size))
 
 
 @pytest.mark.parametrize("name, work", CASES)

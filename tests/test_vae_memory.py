@@ -9,7 +9,7 @@ from ascend_runtime import VaeSpec
 from ascend_runtime.families import wan_vae
 from ascend_runtime.memory import most_allocated
 from ascend_runtime.parallel.tiles import whole
-from ascend_runtime.tiling import MARGIN
+from ascend_runtime.tiling import MARGIN, margin
 from benchmarks.memory import GIVES_BACK, highest_rss, rss
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
@@ -97,6 +97,19 @@ def test_what_is_told_is_what_ranks_take(thrifty, vae, work):
     taken = [peak - before for peak, before in zip(own_peaks(thrifty, vae, work, 3, LARGE), idle)]
     print(f"{work}: told {told / 1e6:.1f} MB, taken " + ", ".join(f"{each / 1e6:.1f}" for each in taken))
     assert all(told / MARGIN < each < MARGIN * told for each in taken)
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_ranks_that_keep_what_is_freed_take_no_more_than_is_asked_for(two_ranks, vae, work):
+    """As they are started, with the heap that is fast and has holes."""
+    done(two_ranks, vae, work, 3, SMALL)  # loads, and fills what libraries keep
+    two_ranks.ping()  # by when they have given back what they kept
+    idle = [rss(pid) for pid in two_ranks.pids]
+    height, width = LARGE
+    needed = margin(torch.device("cpu")) * wan_vae.bytes_needed(tiny_models.wan_vae(), work, height, width // 2)
+    taken = [peak - before for peak, before in zip(own_peaks(two_ranks, vae, work, 9, LARGE), idle)]
+    print(f"{work}: asked for {needed / 1e6:.1f} MB, taken " + ", ".join(f"{each / 1e6:.1f}" for each in taken))
+    assert max(taken) < needed < 3 * min(taken)
 
 
 @pytest.mark.parametrize("work", WORKS)
