@@ -467,17 +467,22 @@ def empty_network(kind: str, component: Component) -> torch.nn.Module:
     none of this config."""
     told_by = component.folder / "config.json" if component.folder else component.shards[0]
     with usable(told_by, f"its config of a {kind}"):
-        if kind == "transformer":
-            return _as_described(wan.WanTransformer(component.config), component)
-        with torch.device("meta"):
-            if kind == "vae":
-                return AutoencoderKLWan.from_config(component.config)
-            model = UMT5EncoderModel(UMT5Config.from_dict(component.config))
-            model.set_input_embeddings(model.shared)  # one module twice: FSDP2 gathers a module's own parameters
-            return model
+        network = _network(kind, component.config)
+    return _as_described(network, component)
 
 
-def _as_described(network: wan.WanTransformer, component: Component) -> wan.WanTransformer:
+def _network(kind: str, config: dict) -> torch.nn.Module:
+    if kind == "transformer":
+        return wan.WanTransformer(config)
+    with torch.device("meta"):
+        if kind == "vae":
+            return AutoencoderKLWan.from_config(config)
+        model = UMT5EncoderModel(UMT5Config.from_dict(config))
+        model.set_input_embeddings(model.shared)  # one module twice: FSDP2 gathers a module's own parameters
+        return model
+
+
+def _as_described(network: nn.Module, component: Component) -> nn.Module:
     """`network`, with quantized layers where the component's description says so."""
     if component.quantized is not None:
         quantize(network, component.quantized.renamed(lambda name: component.rename(name, component.shards[0])))

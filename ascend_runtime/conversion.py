@@ -169,7 +169,12 @@ def _parts(source: Path, to: str, left_out: list[str]) -> dict[str, Component]:
 
 
 def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[Move]:
-    """In the order of the network. Raises ValueError where weights are missing, or do not fit."""
+    """In the order of the network. Raises ValueError where weights are missing, do not fit, or lie there quantized."""
+    if component.quantized is not None:
+        raise ValueError(
+            f"{component.quantized.file} says that the {part} is quantized; other formats have no place for that. "
+            "Convert the model's bf16 or fp16 form."
+        )
     network = empty_network(part.removesuffix("_2"), component)
     places = check_weights(network, component.shards, component.rename)
     held = {}

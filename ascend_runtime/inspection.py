@@ -154,6 +154,8 @@ def _contents(shards: tuple[Path, ...]) -> tuple[list[str], int]:
 
 def _format(component: Component) -> str:
     first = component.shards[0]
+    if component.quantized is not None:
+        return f"msModelSlim {', '.join(component.quantized.algorithms)}"
     if component.folder is not None:
         return "diffusers"
     if first.is_dir() or first.parent.name.startswith("mp_rank_"):

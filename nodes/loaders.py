@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.specs import ATTENTIONS, DTYPES, PLACEMENTS
+from ..ascend_runtime.specs import ATTENTIONS, DTYPES, PLACEMENTS, QUANTIZATIONS
 from ..ascend_runtime.specs import DiffusionModelSpec, OperatorSpec, TextEncoderSpec, VaeSpec
 from . import model_files, types
 from .types import Handle, ModelHandle, RanksHandle
@@ -34,9 +34,9 @@ class LoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=names,
-                    tooltip="A folder of models/diffusers as diffusers, the original or MindSpeed-MM write it (both "
-                    "experts of Wan 2.2 in one), or a file of models/diffusion_models, also fp8. What it is, is told "
-                    "by what is in it. embedded/tiny_wan comes with the pack and runs anywhere.",
+                    tooltip="A folder of models/diffusers as diffusers, the original, MindSpeed-MM or msModelSlim write "
+                    "it (both experts of Wan 2.2 in one), or a file of models/diffusion_models, also fp8. What it is, "
+                    "is told by what is in it. embedded/tiny_wan comes with the pack and runs anywhere.",
                 ),
                 dtype_input("float32 on a CPU, bfloat16 on an NPU or GPU"),
                 io.Combo.Input(
@@ -79,6 +79,16 @@ class LoadDiffusionModel(io.ComfyNode):
                     "operators is not part of the video's own time. The video is the same.",
                 ),
                 types.parallel_input(),
+                io.Combo.Input(
+                    "quantization",
+                    options=list(QUANTIZATIONS),
+                    default="none",
+                    optional=True,
+                    tooltip="Whether linear layers compute in 8 bits. It is an approximation, and takes no LoRA.\n"
+                    "none: as the files are, which may be quantized themselves.\n"
+                    "w8a8_dynamic: weights are made integers of 8 bits as they are read, which halves what these layers "
+                    "weigh against bfloat16, and each token as it comes.",
+                ),
             ],
             outputs=[types.DiffusionModel.Output(display_name="model", tooltip="For Ascend Sampler.")],
         )
@@ -100,11 +110,13 @@ class LoadDiffusionModel(io.ComfyNode):
         heads_per_call=0,
         warm_up=False,
         parallel=None,
+        quantization="none",
     ) -> io.NodeOutput:
         kind, low_noise = model_files.TRANSFORMER, None
         if low_noise_model_name != NO_MODEL:
             low_noise = model_files.path_of(low_noise_model_name, kind)
-        spec = DiffusionModelSpec(path=model_files.path_of(model_name, kind), low_noise_path=low_noise, dtype=dtype)
+        path = model_files.path_of(model_name, kind)
+        spec = DiffusionModelSpec(path=path, low_noise_path=low_noise, dtype=dtype, quantization=quantization)
         operators = OperatorSpec(attention=attention, heads_per_call=heads_per_call)
         return io.NodeOutput(ModelHandle(spec, parallel or RanksHandle(), operators, warm_up))
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import folder_paths
 
 from ..ascend_runtime.checkpoints.kinds import HUBS
+from ..ascend_runtime.checkpoints.msmodelslim import DESCRIPTION
 from .validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
-# One of these makes a folder a model: of diffusers, of the original (both experts, or one), of MindSpeed-MM.
-MARKS = ("model_index.json", "high_noise_model", "config.json", "latest_checkpointed_iteration.txt")
+# One of these makes a folder a model: of diffusers, of the original (both experts, or one), of MindSpeed-MM, of
+# msModelSlim.
+MARKS = ("model_index.json", "high_noise_model", "config.json", "latest_checkpointed_iteration.txt", DESCRIPTION)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def folders(kind: Kind) -> dict[str, Path]:
     found = {}
     for prefix, root in [*roots, (EMBEDDED, ASSETS)] if kind.folders else ():
         for folder in sorted(root.glob("*/")):
-            if any((folder / mark).exists() for mark in MARKS):
+            if any(any(folder.glob(mark)) for mark in MARKS):
                 found.setdefault(prefix + folder.name, folder)
     return found
 

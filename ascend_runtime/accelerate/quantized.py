@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.faults import listed
 from ..checkpoints.msmodelslim import DYNAMIC, STATIC, Layer
 from ..ops import PlainOperators
 from ..ops.quantization import Static
@@ -80,8 +81,8 @@ def quantize(network: nn.Module, layers: Mapping[str, Layer]) -> None:
     strange = [name for name in layers if not (name.startswith("blocks.") and _is_linear(network, name))]
     if strange:
         raise ValueError(
-            f"{len(strange)} layers are quantized that are no linear layers of this network's blocks: "
-            f"{', '.join(strange[:8])}. Is it another model's description, or were embedders or the head quantized too?"
+            f"What is quantized must be linear layers of this network's blocks; {listed({'are not': strange})}. Is it "
+            "another model's description, or were embedders or the head quantized too?"
         )
     for name, layer in layers.items():
         owner, _, leaf = name.rpartition(".")

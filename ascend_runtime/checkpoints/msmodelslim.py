@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from .faults import listed, usable
+from .faults import listed
 from .keys import MODELSLIM, renamed
 from .tensor_files import TensorFile
 
@@ -119,17 +119,12 @@ def read_description(file: Path) -> Description:
         raise ValueError(f"{file} is not JSON ({error}). Quantize the model again.") from None
     if not isinstance(told, dict):
         raise ValueError(f"{file} holds no JSON object. Quantize the model again.")
-    with usable(file, "what it says of tensors"):
-        algorithms = {name: said.upper() for name, said in told.items() if isinstance(said, str)}
-        _check(file, algorithms)
-        smoothed = {plain_name(name).removesuffix(".mul_scale") for name in algorithms if name.endswith(".mul_scale")}
-        layers = {
-            name: Layer(said, name in smoothed)
-            for name, said in (
-                (plain_name(key).removesuffix(".weight"), said) for key, said in algorithms.items()
-                if key.endswith(".weight") and said != FLOAT
-            )
-        }  # fmt: skip
+    algorithms = {plain_name(name): said.upper() for name, said in told.items() if isinstance(said, str)}
+    _check(file, algorithms)
+    smoothed = {name.removesuffix(".mul_scale") for name in algorithms if name.endswith(".mul_scale")}
+    quantized = {name.removesuffix(".weight"): said for name, said in algorithms.items()
+                 if name.endswith(".weight") and said != FLOAT}  # fmt: skip
+    layers = {name: Layer(said, name in smoothed) for name, said in quantized.items()}
     if not layers:
         raise ValueError(f"{file} names no quantized weight. Quantize the model again, or delete this file.")
     return Description(file, layers)

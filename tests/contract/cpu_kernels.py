@@ -221,6 +221,36 @@ def fused_infer_attention_score_v2(
 _DTYPES = {5: torch.float16, 15: torch.bfloat16}  # c10's numbers
 
 
+# W8A8
+
+INT8, QINT8 = 127, 12  # c10's number of torch.qint8
+
+
+@kernel("npu::npu_dynamic_quant")
+def dynamic_quant(input):
+    """int8 of input's shape, and the scale of each row."""
+    scale = input.float().abs().amax(-1) / INT8
+    rows = input.float() / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return rows.round().to(torch.int8), scale
+
+
+@kernel("npu::npu_quantize")
+def quantize(input, scales, zero_points, dtype, axis):
+    assert dtype == QINT8, "int8"
+    rows = input.float() / scales.float() + zero_points.float()
+    return rows.round().clamp(-INT8 - 1, INT8).to(torch.int8)
+
+
+@kernel("npu::npu_quant_matmul")
+def quant_matmul(x1, x2, scale, pertoken_scale, bias, output_dtype):
+    """(x1 x2 + bias, if that is of whole numbers) scale pertoken_scale + bias, in fp32, and in 16 bits then."""
+    out = x1.double() @ x2.double()
+    whole = bias is not None and not bias.is_floating_point()
+    out = ((out + bias if whole else out) * scale.double()).float()
+    out = out if pertoken_scale is None else out * pertoken_scale.unsqueeze(-1)
+    return (out if bias is None or whole else out + bias.float()).to(_DTYPES[output_dtype])
+
+
 # Norms
 
 

@@ -11,6 +11,7 @@ LAYOUTS = {
     "npu_prompt_flash_attention": ("BSH", "BSND", "BNSD"),
 }
 MXFP8_GROUP = 32
+DTYPES = {5: torch.float16, 15: torch.bfloat16, **{dtype: dtype for dtype in HALVES}}  # as c10 numbers them
 
 
 def check(name, values):
@@ -72,6 +73,34 @@ def _prompt(values):
                values["scale_value"], HALVES)  # fmt: skip
     assert all(values[part].is_contiguous() for part in ("query", "key", "value"))
     assert values["next_tokens"] >= values["key"].shape[1], "its default hides all later tokens"
+
+
+def _dynamic_quant(values):
+    assert values["input"].dtype in HALVES and values["input"].ndim > 1
+    assert values["quant_mode"] == "pertoken"
+
+
+def _quantize(values):
+    x, scales, zero_points = values["input"], values["scales"], values["zero_points"]
+    assert x.dtype in (*HALVES, torch.float32) and values["axis"] == -1 and values["div_mode"]
+    assert scales.shape == zero_points.shape == x.shape[-1:] and scales.dtype in (torch.float32, torch.bfloat16)
+    assert zero_points.dtype in (torch.int8, torch.uint8, torch.int32, torch.bfloat16)
+
+
+def _quant_matmul(values):
+    """Of two matrices of int8, into 16 bits, as on A2 and A3."""
+    x, weight, scale, rows, bias = (values[name] for name in ("x1", "x2", "scale", "pertoken_scale", "bias"))
+    assert x.dtype == weight.dtype == torch.int8 and x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[0]
+    assert x.is_contiguous() and max(*x.shape[1:], *weight.shape) <= 65535
+    assert scale.shape == weight.shape[1:] and scale.dtype == torch.float32 and scale.is_contiguous()
+    assert bias is None or bias.shape == weight.shape[1:]
+    made = DTYPES[values["output_dtype"]]
+    if rows is None:
+        assert bias is None or bias.dtype in (torch.int32, *((torch.bfloat16, torch.float32) if made == torch.bfloat16
+                                                              else ()))  # fmt: skip
+    else:
+        assert rows.shape == x.shape[:1] and rows.dtype == torch.float32
+        assert bias is None or bias.dtype in (torch.int32, torch.float32, made)
 
 
 def _rms_norm(values):
@@ -217,6 +246,9 @@ RULES = {
     "npu_fused_infer_attention_score_v2": _fused_infer_v2,
     "npu_dynamic_mx_quant": _mx_quant,
     "npu_prompt_flash_attention": _prompt,
+    "npu_dynamic_quant": _dynamic_quant,
+    "npu_quantize": _quantize,
+    "npu_quant_matmul": _quant_matmul,
     "npu_rms_norm": _rms_norm,
     "npu_layer_norm_eval": _layer_norm_eval,
     "npu_rotary_mul": _rotary_mul,

@@ -14,6 +14,7 @@ import torch
 from ascend_runtime import devices, ops, profiling
 from ascend_runtime.ops import PlainOperators, ascend, ascend_attention, libraries
 from ascend_runtime.ops.ascend import AscendOperators
+from ascend_runtime.ops.quantization import Static
 from ascend_runtime.specs import OperatorSpec, ProfileSpec
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -245,6 +246,51 @@ def test_linear_all_reduce(fake, monkeypatch, bias):
     x, weight = fake(1, TOKENS, DIM // 2), fake(DIM, DIM // 2)
     out = operators().linear_all_reduce(x, weight, fake(DIM) if bias else None, group)
     assert out.shape == (1, TOKENS, DIM) and out.dtype == x.dtype
+
+
+@pytest.fixture
+def quantized(fake):
+    """(x, weight, scale, bias, what is static) of a layer, as it is kept."""
+    scale = fake(DIM, 1, dtype=torch.float32).flatten()
+    numbers = [fake(1, dtype=torch.float32) for _ in range(2)]
+    static = Static(*numbers, scale, fake(DIM, dtype=torch.int32))
+    return fake(2, TOKENS, DIM), fake(DIM, DIM, dtype=torch.int8), scale, fake(DIM), static
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantized_linears(quantized, dtype, bias):
+    x, weight, scale, given, static = quantized
+    x, given = x.to(dtype), given.to(dtype) if bias else None
+    for out in (operators(dtype).quantized_linear(x, weight, scale, given),
+                operators(dtype).static_linear(x, weight, static)):  # fmt: skip
+        assert out.shape == x.shape and out.dtype == dtype and out.device == NPU
+
+
+def test_quantized_linears_that_are_summed(quantized, monkeypatch):
+    x, weight, scale, bias, static = quantized
+    summed = []
+    monkeypatch.setattr("ascend_runtime.ops.plain.dist.all_reduce", lambda x, *_, group: summed.append(x.shape))
+    half, weight = x[..., : DIM // 2], weight[:, : DIM // 2].contiguous()
+    for out in (operators().quantized_linear_all_reduce(half, weight, scale, bias, None),
+                operators().static_linear_all_reduce(half, weight, static, None)):  # fmt: skip
+        assert out.shape == x.shape and out.dtype == x.dtype
+    assert summed == [(2, TOKENS, 1), (2, TOKENS, DIM), (2, TOKENS, DIM)]
+
+
+def test_where_nothing_is_quantized(on_card, monkeypatch):
+    for card in ("a2", "a3", "a5"):
+        on_card(card)
+        ops.check_quantized(NPU, torch.bfloat16)
+    with pytest.raises(ValueError, match="bfloat16 or float16, and the model's dtype is float32"):
+        ops.check_quantized(NPU, torch.float32)
+    on_card("duo")
+    with pytest.raises(ValueError, match="cards of the A2, A3 and 950 series; this is a 300I Duo"):
+        ops.check_quantized(NPU, torch.float16)
+    monkeypatch.setenv(ops.VARIABLE, "torch")
+    with pytest.raises(ValueError, match="'torch', which has no W8A8 linears on an NPU"):
+        ops.check_quantized(NPU, torch.bfloat16)
+    ops.check_quantized(torch.device("cpu"), torch.float32)
 
 
 # Device and profiler, over the stub CANN

@@ -163,6 +163,58 @@ def test_mxfp8_attention(random):
     assert 1e-3 < error < 6e-2, f"MXFP8 is {error:.1%} off"
 
 
+# W8A8
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_dynamic_quant(random, dtype):
+    x = random(40, 96, dtype=dtype)
+    rows, scale = as_meta(torch_npu.npu_dynamic_quant, x)
+    assert torch.equal(rows.int().abs().amax(-1), torch.full((40,), 127, dtype=torch.int32))
+    assert ((rows * scale.unsqueeze(-1) - x.float()).abs() <= 0.5001 * scale.unsqueeze(-1)).all()
+
+
+def test_quantize(random):
+    x, scale, offset = random(40, 96).bfloat16().float(), torch.full((96,), 0.02), torch.full((96,), 3, dtype=torch.int8)
+    rows = as_meta(torch_npu.npu_quantize, x, scale, offset, torch.qint8, -1)
+    exact = (x.double() / 0.02 + 3).clamp(-128, 127)
+    assert ((rows - exact).abs() <= 0.5001).all() and rows.min() == -128 and rows.max() == 127
+
+
+@pytest.mark.parametrize("bias", ["none", "of the dtype", "whole numbers"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_quant_matmul(random, dtype, bias):
+    rows, weight = ((30 * random(*shape)).clamp(-127, 127).to(torch.int8) for shape in ((40, 96), (24, 96)))
+    scale, row_scale = random(24).abs(), None if bias == "whole numbers" else random(40).abs()
+    bias = {"none": None, "of the dtype": random(24).to(dtype), "whole numbers": (100 * random(24)).int()}[bias]
+    out = as_meta(torch_npu.npu_quant_matmul, rows, weight.t(), scale, pertoken_scale=row_scale, bias=bias,
+                  output_dtype=dtype)  # fmt: skip
+    products = torch.einsum("mk,nk->mn", rows.double(), weight.double())
+    if row_scale is None:
+        expected = (products + bias) * scale
+    else:
+        expected = products * scale * row_scale.unsqueeze(-1) + (0 if bias is None else bias.double())
+    assert_close(out.double(), expected.to(dtype).double(), atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_quantized_linears_are_those_of_the_cpu(random, calls, dtype):
+    """By the package's own functions, with weights of which it made integers."""
+    from ascend_runtime.ops import PlainOperators, ascend, quantization  # noqa: PLC0415
+    from ascend_runtime.specs import OperatorSpec  # noqa: PLC0415
+
+    npu = ascend.AscendOperators(torch.device("cpu"), OperatorSpec(attention="fused"), dtype)
+    x, bias = random(B, S, 96, dtype=dtype), random(24, dtype=dtype)
+    weight, scale = quantization.quantized_rows(random(24, 96))
+    static = quantization.Static(torch.tensor([0.03]), torch.tensor([-2.0]), 0.03 * scale.flatten(),
+                                 (100 * random(24)).int())  # fmt: skip
+    for name, arguments in (("quantized_linear", (scale.flatten(), bias)), ("static_linear", (static,))):
+        made, expected = (getattr(ops, name)(x, weight, *arguments) for ops in (npu, PlainOperators()))
+        assert made.shape == (B, S, 24) and made.dtype == dtype
+        assert_close(made.float(), expected.float(), **near(dtype))
+    assert {f"npu::npu_{name}" for name in ("dynamic_quant", "quantize", "quant_matmul")} <= calls.keys()
+
+
 # Norms
 
 

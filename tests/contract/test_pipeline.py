@@ -25,10 +25,12 @@ SEED = 7
 # In fp32 the largest difference, of normalised latents and of frames in 0..1. In bf16, where the two ways round
 # differently and guidance amplifies it, the RMS of the difference, of latents in standard deviations; and the NPU's
 # way may be further from fp32 than the CPU's bf16 is by this factor.
-FP32, BF16, FURTHER = 1e-3, 2e-2, 1.25
+# Quantized, a difference in a last digit can become one of a whole step of 1/127.
+FP32, BF16, W8A8, FURTHER = 1e-3, 2e-2, 4e-2, 1.25
 ATTENTION = {"fused": "npu::npu_fusion_attention", "infer": "npu::npu_fused_infer_attention_score",
              "laser": "mindiesd::la"}  # fmt: skip
 ULYSSES, CFG = (ParallelSpec(ranks=2, cfg_degree=c, ulysses_degree=u) for c, u in ((1, 2), (2, 1)))
+TP = ParallelSpec(ranks=2, cfg_degree=1, tp_degree=2)
 
 
 class Group:
@@ -87,9 +89,10 @@ def expected(plain, specs):
     return by_the_cpu
 
 
-def make(runtime, specs, *, dtype="float32", size=SIZE, batch=1, plan=None, attention="fused", guidance_scale=4.0):
+def make(runtime, specs, *, dtype="float32", size=SIZE, batch=1, plan=None, attention="fused", guidance_scale=4.0,
+         quantization="none"):  # fmt: skip
     """(latent, normalised; frames of the first video, or None for a long one)"""
-    model = DiffusionModelSpec(path=specs.model.path, dtype=dtype)
+    model = DiffusionModelSpec(path=specs.model.path, dtype=dtype, quantization=quantization)
     texts = [runtime.encode(specs.encoder, prompt).tensor for prompt in ("a red ball moves left to right", "blurry")]
     spec = SampleSpec(seed=SEED, steps=STEPS, guidance_scale=guidance_scale, shift=3.0)
     latent = torch.zeros(batch, *size.latent_shape()[1:])
@@ -104,12 +107,13 @@ def make(runtime, specs, *, dtype="float32", size=SIZE, batch=1, plan=None, atte
 def assert_equal(made, expected, **job):
     """That the (latent, frames) `made` are the CPU's of the same job."""
     dtype = job.get("dtype", "float32")
+    bar = FP32 if dtype == "float32" else W8A8 if "quantization" in job else BF16
     for what, one, other in zip(("latent", "frames"), made, expected(**job)):
         if one is not None:
             unit = other.std() if what == "latent" else 1
             error = (one - other).abs().max() if dtype == "float32" else rms(one - other) / unit
             print(f"{what}: {error:.1e} off in {dtype}, seed {SEED}")
-            assert error <= (FP32 if dtype == "float32" else BF16), f"{what}: {error:.1e} off in {dtype}"
+            assert error <= bar, f"{what}: {error:.1e} off in {dtype}"
     if dtype != "float32":
         truth = expected(**{**job, "dtype": "float32"})[0]
         ours, the_cpus = (rms(latent - truth) for latent in (made[0], expected(**job)[0]))
@@ -148,6 +152,19 @@ def test_two_ranks(groups, specs, expected, plan, dtype, attention):
     made = make(group.runtime, specs, dtype=dtype, plan=plan, attention=attention)
     assert group.calls() == [calls_of({ATTENTION[attention]: 2}, FORWARDS // plan.cfg_degree)] * 2
     assert_equal(made, expected, dtype=dtype)
+
+
+@pytest.mark.parametrize("plan", [None, ULYSSES, TP], ids=["one rank", "ulysses", "slices"])
+def test_quantized(groups, specs, expected, plan):
+    """A block has nine linears that are quantized, of which two see the text, once a prompt. Those that are summed over
+    slices have the scales of whole tokens, which are exchanged."""
+    group = groups(2 if plan else 1)
+    made = make(group.runtime, specs, dtype="bfloat16", plan=plan, quantization="w8a8_dynamic")
+    products = LAYERS * (7 * FORWARDS + 2 * BRANCHES)
+    for calls in group.calls():
+        assert calls["npu::npu_quant_matmul"] == products
+        assert calls["npu::npu_dynamic_quant"] == products - (LAYERS * 2 * FORWARDS if plan is TP else 0)
+    assert_equal(made, expected, dtype="bfloat16", quantization="w8a8_dynamic")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

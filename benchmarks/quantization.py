@@ -1,0 +1,127 @@
+"""What W8A8 costs and saves, of a Wan block: the error of its output, and time and bytes of its linear layers.
+
+Weights are those that diffusers' network begins with. What goes in has a few channels far above all others, as the
+streams of trained transformers have (Dettmers et al., arXiv 2208.07339).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ascend_runtime.accelerate.quantized import WAYS, QuantizedLinear, linears, quantize
+from ascend_runtime.checkpoints.reader import assign
+from ascend_runtime.families.context import Context
+from ascend_runtime.families.wan import WanTransformer, kept_in_8_bits
+from ascend_runtime.ops import PlainOperators
+from ascend_runtime.ops.quantization import quantized_rows
+
+from .report import Row, context_of
+
+WAN_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1}
+TOKENS, TEXT = 512, 64
+QUICK_TOKENS = 128
+OUTLIERS, ABOVE = 16, 20.0  # channels of the stream that are so many times as large
+LARGEST_ERROR, MEMORY, NO_SLOWER = 0.01, 0.51, 1.0
+TURNS, QUICK_TURNS = 7, 2
+SEED = 0
+
+
+def run(quick: bool) -> Iterator[Row]:
+    yield from measure(quick)
+
+
+@torch.no_grad()
+def measure(quick: bool) -> list[Row]:
+    """Three figures: the share of the float block's output by which that of the quantized one is off, in fp32; time and
+    bytes of the layers that are quantized, by those of the float ones, in fp32 and bfloat16."""
+    network = WanTransformer(WAN_1_3B)
+    _fill(network)
+    inputs = block_inputs(network, QUICK_TOKENS if quick else TOKENS)
+    exact = network.blocks[0](*inputs)
+    layers = linears(network, kept_in_8_bits)
+    floats = [network.get_submodule(name) for name in layers]
+    in_8_bits(network, layers)
+    made = network.blocks[0](*inputs)
+    integers = [network.get_submodule(name) for name in layers]
+    context = context_of(quick, tokens=inputs[0].shape[1], seed=SEED, block="Wan 1.3B", outliers=OUTLIERS, above=ABOVE)
+    turns = _turns(floats, integers, inputs[0].shape[1], QUICK_TURNS if quick else TURNS)
+    return [
+        _row("relative_error", relative(made, exact), "share", LARGEST_ERROR,
+             {**context, "of_what_it_adds": relative(made - inputs[0], exact - inputs[0])},
+             "norm of the difference by that of the output; of_what_it_adds: without the stream that goes through"),
+        _row("linear_time", statistics.median(a / b for a, b in turns), "ratio", NO_SLOWER, context,
+             "median of turns, each the time of the int8 layers by that of the fp32 ones just before"),
+        _row("linear_bytes", nbytes(integers) / (nbytes(floats) / 2), "ratio", MEMORY, context,
+             "the layers' parameters by those in bfloat16"),
+    ]  # fmt: skip
+
+
+def block_inputs(network: nn.Module, tokens: int) -> tuple[Any, ...]:
+    """What a block of `network` is called with; the same each time."""
+    generator = torch.Generator().manual_seed(SEED)
+    dim = network.config.num_attention_heads * network.config.attention_head_dim
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    stream = draw(1, tokens, dim)
+    stream[..., torch.randperm(dim, generator=generator)[:OUTLIERS]] *= ABOVE
+    context = Context(draw(1, TEXT, network.config.text_dim))
+    context.embedded = draw(1, TEXT, dim), None
+    angle = draw(1, tokens, 1, network.config.attention_head_dim // 2).repeat_interleave(2, -1)
+    return stream, context, draw(1, 6, dim) * 0.5, network.ops.rotary_table(angle.cos(), angle.sin())
+
+
+def in_8_bits(network: nn.Module, layers: list[str]) -> None:
+    """Quantizes these layers of a network that is in memory."""
+    weights = {name: network.get_submodule(name) for name in layers}
+    quantize(network, {name: WAYS["w8a8_dynamic"] for name in layers})
+    for name, layer in weights.items():
+        made, scale = quantized_rows(layer.weight)
+        for leaf, tensor in (("weight", made), ("weight_scale", scale), ("bias", layer.bias)):
+            assign(network, f"{name}.{leaf}", tensor.detach())
+
+
+def relative(made: Tensor, exact: Tensor) -> float:
+    return float((made - exact).norm() / exact.norm())
+
+
+def nbytes(layers: list[nn.Module]) -> int:
+    return sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+
+
+def _fill(network: WanTransformer) -> None:
+    """The block's parameters, as diffusers makes them; the rest stays on the meta device."""
+    torch.manual_seed(SEED)
+    network.blocks.to_empty(device="cpu")
+    for module in network.blocks.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    dim = network.blocks[0].scale_shift_table.shape[-1]
+    network.blocks[0].scale_shift_table.data = torch.randn(1, 6, dim) / dim**0.5
+    network.arrange(PlainOperators())
+
+
+def _turns(floats: list[nn.Module], integers: list[QuantizedLinear], tokens: int, count: int) -> Iterator[tuple]:
+    """(seconds of the integers, seconds of the floats), one after the other."""
+    inputs = [torch.randn(1, tokens, layer.in_features) for layer in floats]
+    for _ in range(count + 1):
+        slow, fast = (_seconds(lambda layers=layers: [layer(x) for layer, x in zip(layers, inputs)])
+                      for layers in (floats, integers))  # fmt: skip
+        yield fast, slow
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _row(name: str, value: float, unit: str, baseline: float, context: dict[str, Any], measure: str) -> Row:
+    return Row(name=f"accelerate.w8a8.{name}", value=value, unit=unit, better="lower", baseline=baseline,
+               context={**context, "measure": measure})  # fmt: skip

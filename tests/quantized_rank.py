@@ -1,0 +1,36 @@
+"""A rank that holds its part of a quantized transformer, for a test: `quantized_rank.py FOLDER`.
+
+RANK and WORLD_SIZE say which of how many. FOLDER holds cases.json, each with a model's path, how to load it and the
+plan; and inputs.safetensors. The rank writes each case's velocity to out-RANK.safetensors, and to told-RANK.json the
+bytes that it keeps of quantized weights, and what it sends in a forward: [operation, bytes].
+"""
+
+import json
+
+import gloo_ranks
+import tiny_models
+import torch
+import torch.distributed as dist
+from ascend_runtime import DiffusionModelSpec
+from ascend_runtime.components import Components
+from ascend_runtime.parallel.fsdp import own_part, sharding_of
+from counting_rank import Sent
+from safetensors.torch import load_file, save_file
+
+
+def main():
+    torch.set_grad_enabled(False)
+    folder, rank, ranks = gloo_ranks.join()
+    inputs, outs, told = load_file(folder / "inputs.safetensors"), {}, {}
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
+        spec = DiffusionModelSpec(path=case["path"], dtype="float32", quantization=case["quantization"])
+        sharding = sharding_of("cpu", ranks, case["tp"], case["fsdp"])
+        network = Components(torch.device("cpu")).get(spec, lambda *_: None, sharding).high_noise
+        with Sent() as sent:
+            outs[name] = tiny_models.velocity(network, **inputs).contiguous()
+        whole = [own_part(p) for p in network.parameters() if p.dtype == torch.int8]
+        told[name] = {"kept": sum(x.nbytes for x in whole), "sent": sent.noted}
+    save_file(outs, folder / f"out-{rank}.safetensors")
+    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    dist.barrier()
+    dist.destroy_process_group()
