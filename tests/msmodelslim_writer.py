@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 
+STEPS = 3  # of the inputs of "timestep"
+
+
 class Tree(nn.Module):
     """The layers of a file: nn.Linear for a matrix, a parameter for each other tensor. Calls each linear layer."""
 
@@ -95,7 +98,11 @@ def by_calibrator(tree, target, how):
                   if isinstance(layer, nn.Linear) and (not name.startswith("blocks.") or name.endswith("ffn.2"))]
     config = QuantConfig(w_bit=8, dev_type="cpu", is_dynamic=how == "dynamic", mm_tensor=False, act_method=1,
                          disable_names=left_alone)  # fmt: skip
-    calibrator = Calibrator(tree, config, calib_data=[[torch.tensor(7)]], disable_level="L0")
+    calls = [[torch.tensor(7)]]
+    if how == "timestep":
+        config = config.timestep_quant(0)
+        calls = [{"timestep_idx": step, "args": [torch.tensor(step)]} for step in range(STEPS)]
+    calibrator = Calibrator(tree, config, calib_data=calls, disable_level="L0")
     calibrator.run()
     calibrator.save(str(target), save_type=["safe_tensor"])
 

@@ -32,6 +32,7 @@ NAMES = {
     "load": {*(f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)),
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
     "vae": {"vae.speedup2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1"},
+    "quantization": {f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")},
 }  # fmt: skip
 SAMPLE = ("vae",)
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))

@@ -309,8 +309,8 @@ BAD = {
     "an embedder": ({"said": {"text_embedding.0.weight": "W8A8_DYNAMIC"}}, "blocks; 1 are not: condition_embedder.text_emb"),
     "MXFP8": ({"said": {f"{Q}.weight": "W8A8_MXFP8"}}, f"1 as W8A8_MXFP8: {Q}. That is for cards of the 950 series"),
     "MXFP4": ({"said": {f"{Q}.weight": "W4A4_MXFP4_DUALSCALE"}}, "as W4A4_MXFP4_DUALSCALE.*cards of the 950"),
-    "an attention": ({"said": {"blocks.0.self_attn.quant_type": "FP8_DYNAMIC"}}, "FP8_DYNAMIC: blocks.0.*cards of the 950"),
-    "an older attention": ({"said": {"blocks.0.self_attn.fa_q.scale": "FAQuant"}}, "FAQUANT: blocks.0.self.*cards of the 9"),
+    "an attention": ({"said": {"blocks.0.self_attn.quant_type": "FP8_DYNAMIC"}}, "FP8_DYNAMIC: blocks.0.*cards of the 9"),
+    "an older attention": ({"said": {"blocks.0.self_attn.fa_q.scale": "FAQuant"}}, "FAQUANT: .*cards of the A2, A3"),
     "what nobody knows": ({"said": {f"{Q}.weight": "W3A5"}}, f"1 as W3A5: {Q}. Take the model's W8A8_DYNAMIC"),
     "all left alone": ({"said": {}}, "names no quantized weight"),
 }  # fmt: skip

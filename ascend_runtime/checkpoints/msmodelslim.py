@@ -43,13 +43,13 @@ BESIDE = {
     TIMESTEP: ("weight_offset", "deq_scale", "quant_bias", "input_scale", "input_offset"),
 }
 SCALES = ("weight_scale", "deq_scale", "input_scale")  # numbers above 0
-# What is recognised, and who computes it.
+# What is recognised by a part of its name, the first that fits, and which cards compute it.
 ELSEWHERE = {
-    "MXFP8": "cards of the 950 series",
-    "MXFP4": "cards of the 950 series",
-    "W4A4": "cards of the 950, A2 and A3 series through MindIE SD",
-    "W8A16": "NPUs through MindIE SD",
-    "W4A16": "NPUs through MindIE SD",
+    "MXFP": "cards of the 950 series",
+    "FP8": "cards of the 950 series",
+    "FAQUANT": "cards of the A2, A3 and 950 series",
+    "W4A4": "cards of the A2 and A3 series",
+    "A16": "cards of the A2 and A3 series",
 }
 ATTENTION = ".quant_type"  # after an attention's name: the algorithm of its products
 QUANTIZED_ATTENTION = "FAQUANT"  # what is said of an attention's scales
@@ -139,13 +139,11 @@ def _check(file: Path, algorithms: dict[str, str]) -> None:
     if not unknown:
         return
     said = sorted(set(unknown.values()))
-    cards = sorted({cards for one in said for mark, cards in ELSEWHERE.items() if mark in one})
-    if attentions and not cards:
-        cards = ["cards of the 950 series"]
+    cards = {next((cards for mark, cards in ELSEWHERE.items() if mark in one), None) for one in said} - {None}
     kinds = {f"as {one}": sorted(name for name, its in unknown.items() if its == one) for one in said}
     raise ValueError(
         f"{file} quantizes layers in a way that is not computed here: {listed(kinds)}. "
-        + (f"That is for {' and '.join(cards)}, in MindIE SD. " if cards else "")
+        + (f"That is for {' and '.join(sorted(cards))}, in MindIE SD. " if cards else "")
         + OTHER_FORM
     )
 
