@@ -31,7 +31,7 @@ NAMES = {
                 "scaling.pipeline1_vs_diffusers", "scaling.pipeline2_vs_diffusers"},
     "load": {*(f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)),
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
-    "vae": {"vae.speedup2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1"},
+    "vae": {"vae.speedup2", "vae.of_machine2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1"},
     "quantization": {f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")},
 }  # fmt: skip
 SAMPLE = ("vae",)
