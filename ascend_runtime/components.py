@@ -154,7 +154,7 @@ class Components:
     def _make_room(self) -> None:
         """Moves a VAE to the host where it leaves a card too little to compute in beside a diffusion model; no file is
         read when it is wanted again."""
-        if VaeSpec not in self._slots or self._device.type == "cpu":
+        if VaeSpec not in self._slots or self._slots[VaeSpec][1].device.type == "cpu":
             return
         room = devices.room(self._device)
         if room < ROOM_TO_COMPUTE:

@@ -64,6 +64,11 @@ SOLVER = Rule(
 LOG_SUM_EXP = Rule(torch.float32, "Partial attentions are merged by exponentials of differences of it.")
 
 
+WIDER = (
+    "If the checkpoint is sound, the dtype is too narrow: try dtype bfloat16 instead of float16, or float32."
+)
+
+
 def check_finite(tensor: Tensor, what: str) -> None:
     """Raises ValueError for numbers that a dtype could not hold, with what cures it."""
     if not is_finite(tensor):
@@ -78,8 +83,5 @@ def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     return all(torch.isfinite(extreme.to(dtype or tensor.dtype)) for extreme in torch.aminmax(tensor))
 
 
-def not_finite(what: str) -> ValueError:
-    return ValueError(
-        f"{what} has NaN or infinite values. If the checkpoint is sound, the dtype is too narrow: "
-        "try dtype bfloat16 instead of float16, or float32."
-    )
+def not_finite(what: str, cure: str = WIDER) -> ValueError:
+    return ValueError(f"{what} has NaN or infinite values. {cure}")

@@ -8,7 +8,7 @@ from itertools import count
 from torch import Tensor
 
 from .parallel.mesh import highest
-from .precision import check_finite, is_finite, not_finite
+from .precision import WIDER, check_finite, is_finite, not_finite
 from .tiling import check_host_holds, tiling_for
 
 OnFrame = Callable[[int, int], None]  # (latent frame 1, 2 ..., of how many); called by all ranks, and may raise on all
@@ -24,7 +24,7 @@ def encode_video(vae, frames: Tensor, latent: Tensor, on_frame: OnFrame) -> Fact
     of a tile. Raises ValueError, on all ranks alike, for what cannot be encoded in the memory that is free.
     """
     tiling = tiling_for(vae, "encode", *latent.shape[3:])
-    _agreed(tiling.own(frames), "The video to encode")
+    _agreed(tiling.own(frames), "The video to encode", "Look for what made its frames so before they came here.")
     tell = _counted(on_frame, latent.shape[2] * tiling.in_turn)
     for where, made in tiling.encoded(frames, tell):
         if _agreed(made, "The encoded video") is not None:
@@ -65,11 +65,11 @@ def _counted(on_frame: OnFrame, total: int) -> Callable[[], None]:
     return lambda: on_frame(next(numbers), total)
 
 
-def _agreed(made: Tensor | None, what: str) -> Tensor | None:
+def _agreed(made: Tensor | None, what: str, cure: str = WIDER) -> Tensor | None:
     """`made`, if all ranks' are numbers; else all raise ValueError, and none is left in an exchange.
 
     Looked at by its first axis: of what lies apart, as a tile of frames does, torch makes a copy to look at it.
     """
     if highest(made is not None and not all(map(is_finite, made))):
-        raise not_finite(what)
+        raise not_finite(what, cure)
     return made

@@ -304,7 +304,7 @@ def test_decode_requests(survivors, specs, latent, says):
 
 
 @pytest.mark.parametrize("value, says", [
-    (float("nan"), "The video to encode has NaN or infinite"),
+    (float("nan"), "The video to encode has NaN or infinite values. Look for what made its frames so"),
     (float("inf"), "The video to encode has NaN or infinite"),
     (3e38, "The encoded video has NaN or infinite"),  # a number, of which the network makes none
 ])  # fmt: skip
