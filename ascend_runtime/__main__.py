@@ -8,6 +8,7 @@ COMMANDS = {  # by name: its module, which is imported if it is asked for, as to
     "queue": (".headless.queue", "run a workflow for many prompts on any ComfyUI"),
     "inspect": (".inspection", "say what a model's folder or file holds"),
     "calibrate": (".calibration", "find out what TeaCache and MagCache have to know of a model"),
+    "compare": (".comparison.command", "make one video with and without accelerators, side by side"),
     "convert": (".conversion", "write a model anew, as diffusers or MindSpeed-MM keep it"),
 }
 

@@ -15,6 +15,7 @@ LAYERS = [
     ("commands", ("ascend_runtime.__main__",)),
     ("headless", ("ascend_runtime.headless",)),
     ("conversion", ("ascend_runtime.conversion",)),
+    ("comparison", ("ascend_runtime.comparison",)),
     ("inspection", ("ascend_runtime.inspection",)),
     ("calibration", ("ascend_runtime.calibration",)),
     ("nodes", ("nodes",)),

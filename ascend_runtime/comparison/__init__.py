@@ -1,0 +1,1 @@
+"""`python -m ascend_runtime compare`: one video with and without accelerators, side by side."""

@@ -1,0 +1,89 @@
+"""What a comparison shows: speed-up against likeness as a plot, and the videos side by side as a clip."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from .table import Row
+
+SMALLEST, WIDEST = 320, 1920  # pixels: of a video in the clip, and of the clip
+FONT, LINES, GAP = 13, 3, 8
+INK, PAPER = "#20242c", "#ffffff"
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Writes a PNG: a point for each setting, those equal to the plain video on a line of their own above all others.
+
+    rows: the first is the plain one.
+    """
+    done = [row for row in rows[1:] if row.refused is None]
+    finite = [row.psnr for row in done if math.isfinite(row.psnr)] or [40.0]
+    equal = max(finite) + max(3.0, 0.15 * (max(finite) - min(finite)))
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for row, colour in zip(done, matplotlib.colormaps["tab10"].colors * math.ceil(len(done) / 10)):
+        axes.scatter(row.speed_up, min(row.psnr, equal), s=60, color=colour, label=row.setting, zorder=3)
+    axes.axvline(1.0, color="grey", linewidth=1, linestyle=":")
+    if any(math.isinf(row.psnr) for row in done):
+        axes.axhline(equal, color="grey", linewidth=1, linestyle=":")
+        axes.annotate("equal", (1.0, equal), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right",
+                      textcoords="offset points", color="grey")  # fmt: skip
+    axes.set_xlabel("speed-up of the denoise loop")
+    axes.set_ylabel("PSNR to the plain video (dB)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.savefig(path)
+
+
+def clip(videos: dict[str, np.ndarray], path: Path, fps: float) -> None:
+    """Writes an MP4 of videos side by side, each under its name. videos: uint8 [T,H,W,3], of one shape."""
+    columns = len(videos) if len(videos) <= 3 else math.ceil(math.sqrt(len(videos)))
+    frames, height, width = next(iter(videos.values())).shape[:3]
+    shown = _shown(width, columns)
+    size = shown, round(height * shown / width / 2) * 2
+    header = (FONT + 4) * LINES // 2 * 2
+    cell = size[0] + GAP, size[1] + header
+    titles = {name: _title(name, (size[0], header)) for name in videos}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16"})
+        stream.width, stream.height = cell[0] * columns - GAP, cell[1] * math.ceil(len(videos) / columns)
+        stream.pix_fmt = "yuv420p"
+        for number in range(frames):
+            sheet = Image.new("RGB", (stream.width, stream.height), PAPER)
+            for place, (name, video) in enumerate(videos.items()):
+                corner = place % columns * cell[0], place // columns * cell[1]
+                sheet.paste(titles[name], corner)
+                sheet.paste(_resized(video[number], size), (corner[0], corner[1] + header))
+            for packet in stream.encode(av.VideoFrame.from_image(sheet)):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def _shown(width: int, columns: int) -> int:
+    """How wide a video is in the clip: even; small ones are enlarged by a whole number."""
+    enlarged = width * max(1, math.ceil(SMALLEST / width))
+    return min(enlarged, WIDEST // columns) // 2 * 2
+
+
+def _resized(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    image = Image.fromarray(frame)
+    enlarged = size[0] % image.width == 0
+    return image.resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+
+
+def _title(name: str, size: tuple[int, int]) -> Image.Image:
+    picture = Image.new("RGB", size, PAPER)
+    lines = [part for line in name.split("\n") for part in textwrap.wrap(line, size[0] // (FONT // 2 + 1))]
+    text, font = "\n".join(lines[:LINES]), ImageFont.load_default(FONT)
+    ImageDraw.Draw(picture).multiline_text((4, 2), text, fill=INK, font=font)
+    return picture
