@@ -33,9 +33,9 @@ TABLE = {
             {"threshold": 0.12, "most": 4},
         ),
         "taylorseer": (
+            {"interval": 2, "order": 1, "first_steps": 3},
             {"interval": 3, "order": 1, "first_steps": 3},
             {"interval": 4, "order": 1, "first_steps": 3},
-            {"interval": 5, "order": 1, "first_steps": 3},
         ),
     },
     "rainfusion": {version: ({"sparsity": 0.5}, {"sparsity": 0.64}, {"sparsity": 0.8}) for version in RAINFUSIONS},
