@@ -176,16 +176,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(spec, needed, 
         Acceleration(spec, outline(room=needed - 1))
 
 
-def test_an_expert_lets_go_of_what_it_kept():
-    acceleration = Acceleration(AccelerationSpec(block_cache=BlockCacheSpec(start=0, end=3, interval=4)),
-                                outline(experts=("high_noise",) * 2 + ("low_noise",) * 2))  # fmt: skip
+@pytest.mark.parametrize("spec", [
+    {"block_cache": BlockCacheSpec(start=0, end=3, interval=4)},
+    {"step_cache": StepCacheSpec(method="taylorseer", first_steps=1, last_steps=0)},
+])  # fmt: skip
+def test_an_expert_lets_go_of_what_it_kept(spec):
+    acceleration = Acceleration(
+        AccelerationSpec(**spec), outline(experts=("high_noise",) * 2 + ("low_noise",) * 2)
+    )
     ran = []
     for step, expert in enumerate(("high_noise", "high_noise", "low_noise", "low_noise")):
         stack = Stack(lambda block, x: (ran.append((step, block)), x + step)[1], 9, torch.zeros(1))
         out = acceleration.passing(At(expert, "cond", step)).blocks(stack, torch.tensor(0.0))
         assert out == 9 * (step - step % 2)
     assert ran == [(step, block) for step in (0, 2) for block in range(9)]
-    assert acceleration.tally.facts()["steps_reusing"] == [1, 3]
+    assert acceleration.tally.facts()["steps_reusing"] == [1, 3] and list(acceleration._caches) == ["low_noise"]
 
 
 def test_the_speed_up_that_is_seen_counts_the_passes_of_each_expert():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec, __main__ as command_line
+from ascend_runtime import ParallelSpec, SampleSpec, __main__ as command_line
 from ascend_runtime import calibration
 from ascend_runtime.accelerate.step_rules import polynomial
 from ascend_runtime.acceleration import AccelerationSpec, Calibration, StepCacheSpec

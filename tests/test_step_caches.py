@@ -181,6 +181,47 @@ def test_magcache_sums_up_errors(alone):
     assert run(Always(0.1), [0] * 7, most=2) == [1, 2, 4, 5]
 
 
+class Told:
+    """A rule that lets all pass, and notes what it is asked."""
+
+    leading = 0
+
+    def __init__(self):
+        self.asked = []
+
+    def sees(self, stack, tokens, led):
+        return tokens
+
+    def reuses(self, step, seen, forced):
+        self.asked.append((step, None if seen is None else seen.item(), forced))
+        return not forced
+
+
+@pytest.mark.parametrize("branches, seen", [(("cond", "uncond"), 1.0), (("cond",), 1.0), (("uncond",), None)])
+def test_the_cond_branch_decides_once_a_step(branches, seen):
+    """And a rank that computes uncond alone counts nothing."""
+    rule, tally = Told(), Tally(Work(1.0, 1.0, 1.0, 1.0, 2))
+    cache = StepCache(rule, (0,), 100, 0, tally)
+    for step in range(2):
+        for branch in branches:
+            value = {"cond": 1.0, "uncond": 5.0}[branch]
+            tally.began(at := At("high_noise", branch, step))
+            stack = Stack(lambda block, x: x * 2, 2, torch.zeros(1))
+            assert cache.blocks(at, stack, torch.tensor([[[value]]])).item() == 4 * value, "each has its own"
+    assert rule.asked == [(0, seen, True), (1, seen, False)]
+    assert tally.facts()["blocks_skipped"] == 2 * len(branches)
+
+
+def test_padding_is_not_looked_at():
+    tokens, led = torch.zeros(1, 3, 2), torch.arange(6.0).view(1, 3, 2)
+    assert torch.equal(FirstBlock(0.1, 2).sees(Stack(None, 1, None), tokens, led), led[:, :2])
+    assert FirstBlock(0.1, 0).sees(Stack(None, 1, None), tokens, led).numel() == 0
+    each = torch.randn(1, 3, 6, 128)
+    assert torch.equal(TeaCache(0.1, (), 2).sees(Stack(None, 1, each), tokens, led), each[:, :2, :, [0, 64]])
+    whole = each[:, 0]
+    assert torch.equal(TeaCache(0.1, (), 2).sees(Stack(None, 1, whole), tokens, led), whole)
+
+
 def test_nothing_compared_with_nothing_is_a_change(alone):
     reference = Reference()
     reference.keep(torch.zeros(1, 0, 4))
