@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascend_runtime import OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime.acceleration import AccelerationSpec, RainFusionSpec
 from ascend_runtime.specs import DiffusionModelSpec
 from tiny_models import wan_vae
 
@@ -89,15 +90,18 @@ def expected(plain, specs):
     return by_the_cpu
 
 
-def make(runtime, specs, *, dtype="float32", size=SIZE, batch=1, plan=None, attention="fused", guidance_scale=4.0,
-         quantization="none"):  # fmt: skip
+def make(
+    runtime, specs, *, dtype="float32", size=SIZE, batch=1, plan=None, attention="fused", guidance_scale=4.0,
+    quantization="none", acceleration=AccelerationSpec(),
+):  # fmt: skip
     """(latent, normalised; frames of the first video, or None for a long one)"""
     model = DiffusionModelSpec(path=specs.model.path, dtype=dtype, quantization=quantization)
     texts = [runtime.encode(specs.encoder, prompt).tensor for prompt in ("a red ball moves left to right", "blurry")]
     spec = SampleSpec(seed=SEED, steps=STEPS, guidance_scale=guidance_scale, shift=3.0)
     latent = torch.zeros(batch, *size.latent_shape()[1:])
     operators = OperatorSpec(attention=attention)
-    latent = runtime.sample(model, spec, latent, *texts, parallel=plan, operators=operators).tensor
+    latent = runtime.sample(model, spec, latent, *texts, parallel=plan, operators=operators,
+                            acceleration=acceleration).tensor  # fmt: skip
     frames = runtime.decode(specs.vae, latent[:1]).tensor if size is SIZE else None
     config = wan_vae().config
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
@@ -187,6 +191,31 @@ def test_two_videos(groups, specs, expected, without):
     assert calls.get("mindiesd::adaln", 0) == (0 if without else modulated)
     assert calls["npu::npu_layer_norm_eval"] == LAYERS * FORWARDS + (modulated if without else 0)
     assert_equal(made, expected, batch=2)
+
+
+RAINFUSION = AccelerationSpec(rainfusion=RainFusionSpec(sparsity=0.6, start=1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rainfusion(groups, specs, expected, ranks):
+    """The second step is sparse."""
+    group = groups(ranks)
+    plan = ULYSSES if ranks == 2 else None
+    job = {"dtype": "bfloat16", "size": LONG, "acceleration": RAINFUSION}
+    made = make(group.runtime, specs, plan=plan, **job)
+    dense, sparse = LAYERS * FORWARDS, LAYERS * BRANCHES
+    for calls in group.calls():
+        assert calls["mindiesd::rainfusionattention"] == sparse
+        assert calls[ATTENTION["fused"]] == 2 * dense - sparse
+    assert_equal(made, expected, **job)
+
+
+@pytest.mark.parametrize("dtype, without, says", [("float32", None, "Set dtype"), ("bfloat16", "mindiesd", "Install")])
+def test_rainfusion_that_no_operator_computes_is_refused(groups, specs, dtype, without, says):
+    group = groups(1, without)
+    with pytest.raises(ValueError, match=says):
+        make(group.runtime, specs, dtype=dtype, acceleration=RAINFUSION)
+    assert group.calls() == [{}]
 
 
 def test_laser_attention_without_mindiesd_is_refused(groups, specs):
