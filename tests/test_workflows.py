@@ -174,7 +174,7 @@ def test_page_says_which_files_are_missing(comfyui):
 def test_a_workflow_saved_before_an_input_was_added_gets_its_default(comfyui):
     """The UI format has a node's values by their order: those of inputs that came later are missing at the end."""
     workflow = ui("tiny_wan_text_to_video")
-    later = ("attention", "heads_per_call", "warm_up")
+    later = ("attention", "heads_per_call", "warm_up", "quantization")
     node = next(node for node in workflow["nodes"] if node["type"] == "AscendLoadDiffusionModel")
     node["inputs"] = [slot for slot in node["inputs"] if slot["name"] not in later]
     node["widgets_values"] = node["widgets_values"][: -len(later)]
