@@ -14,8 +14,9 @@ import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec, conversion, inspection
 from ascend_runtime.checkpoints.keys import to_diffusers_name
 from ascend_runtime.components import Components
-from ascend_runtime.families.wan import WanTransformer, kept_in_8_bits
+from ascend_runtime.families.wan import WanTransformer, cut_dim, kept_in_8_bits
 from ascend_runtime.ops import PlainOperators, quantization
+from ascend_runtime.parallel import fsdp
 from benchmarks.quantization import linears, measure, nbytes
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -278,6 +279,18 @@ def test_experts_of_which_one_is_quantized_do_not_take_turns(tmp_path, original)
 
 
 # What is refused
+
+
+def test_a_torch_that_shares_no_integers(monkeypatch):
+    """It says that only floating point can require gradients, which an older torch asks for without need."""
+    network = WanTransformer(tiny_models.wan_transformer().config)
+
+    def too_old(*_, **__):
+        raise RuntimeError("only Tensors of floating point dtype can require gradients")
+
+    monkeypatch.setattr(fsdp, "fully_shard", too_old)
+    with pytest.raises(ValueError, match="shares no weights in 8 bits. Take torch 2.13, or leave fsdp off"):
+        fsdp.Share(fsdp.Sharding(mesh=object()), cut_dim, lambda name: False, network.units).prepare(network)
 
 
 def edited(folder, tensors=None, said=None):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -99,7 +100,7 @@ class Share:
     def _shard(self, network: nn.Module) -> None:
         whole = {parameter for name, parameter in network.named_parameters() if self.replicated(name)}
         for module in (*reversed(self.units), network):  # what is within must come before what it is within
-            fully_shard(module, mesh=self.sharding.mesh, reshard_after_forward=True, ignored_params=whole)
+            self._fully_shard(module, whole)
             if self.sharding.mesh.device_type == "cpu" and hasattr(module, "set_custom_all_gather"):  # of torch 2.8
                 module.set_custom_all_gather(DirectGather())
         # The first unit too: what a module gathers on its own FSDP2 keeps until the next one's weights are in place.
@@ -107,6 +108,18 @@ class Share:
             # not set_modules_to_forward_prefetch: it keeps the gathered bytes of a third unit for longer
             unit.register_forward_pre_hook(lambda *_, following=following: _gather_ahead(following))
         network.register_forward_hook(lambda *_: _forget_forward([*self.units, network]), always_call=True)
+
+    def _fully_shard(self, module: nn.Module, whole: set[nn.Parameter]) -> None:
+        """Raises ValueError where torch is too old for weights in 8 bits (pytorch/pytorch#177844)."""
+        try:
+            fully_shard(module, mesh=self.sharding.mesh, reshard_after_forward=True, ignored_params=whole)
+        except RuntimeError as error:
+            if "can require gradients" not in str(error):
+                raise
+            raise ValueError(
+                f"fsdp of torch {torch.__version__} shares no weights in 8 bits. Take torch 2.13, or leave fsdp off, "
+                "or set quantization to 'none' with the model's float files."
+            ) from error
 
 
 def own_part(parameter: Tensor) -> Tensor:
