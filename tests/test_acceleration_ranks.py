@@ -61,7 +61,7 @@ def cases(ranks, every):
     names = list(MODELS)
     for number, plan in enumerate(PLANS[ranks]):
         for place, cache in enumerate(CACHES):
-            if every or (place + number) % (3 if ranks == 2 else 6) == 0:
+            if every or (place + number) % (3 if plan.get("fsdp") else 6) == 0:
                 model = names[(number + place // 3) % (2 if plan.get("fsdp") else 3)]
                 yield ParallelSpec(ranks=ranks, **plan), cache, model
 
