@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ascend_runtime import ParallelSpec, SampleSpec
 from ascend_runtime.accelerate import masks
 from ascend_runtime.accelerate.bricks import bricks, by_frames, by_places, tiles
-from ascend_runtime.accelerate.rainfusion import _version
+from ascend_runtime.accelerate.rainfusion import version_of
 from ascend_runtime.acceleration import AccelerationSpec, AttentionCacheSpec, RainFusionSpec
 from ascend_runtime.ops import PlainOperators, sparse
 from torch.nn.attention.flex_attention import flex_attention
@@ -190,14 +190,14 @@ def test_a_version_equals_dense_attention_under_its_mask(version):
         spec = RainFusionSpec(version=version, sparsity=0.8)
         qkv = inputs(grid, batch=2, seed=number)
         spelt = Spelt()
-        expected = _version(spec, grid, spelt)(*qkv, None)
-        found = _version(spec, grid, PlainOperators())(*qkv, None)
+        expected = version_of(spec, grid, spelt)(*qkv, None)
+        found = version_of(spec, grid, PlainOperators())(*qkv, None)
         assert_close(found.out, expected.out, atol=1e-5, rtol=0)
-        again = _version(spec, grid, PlainOperators())(*qkv, found.plan)
+        again = version_of(spec, grid, PlainOperators())(*qkv, found.plan)
         assert torch.equal(again.out, found.out) and torch.equal(again.density, found.density)
         shares = torch.cat([full(mask, math.prod(grid)).float().mean((0, 2, 3)) for mask in spelt.masks])
         assert_close(found.density.sort().values, shares.sort().values, atol=1e-6, rtol=0)
-        dense = _version(RainFusionSpec(version=version, sparsity=0), grid, PlainOperators())(*qkv, None)
+        dense = version_of(RainFusionSpec(version=version, sparsity=0), grid, PlainOperators())(*qkv, None)
         assert_close(dense.out, PlainOperators().attention(*qkv), atol=1e-5, rtol=0)
         assert_close(dense.density, torch.ones(3))
 

@@ -40,7 +40,7 @@ class RainFusion:
         self, spec: RainFusionSpec, grid: Grid, steps: int, blocks: int, operators: PlainOperators, tally: Tally
     ):
         self._spec, self._steps, self._blocks, self._tally = spec, steps, blocks, tally
-        self._version = _version(spec, grid, operators)
+        self._version = version_of(spec, grid, operators)
         self._plans: dict[tuple[str, str, int, int], Tensor] = {}  # by expert, branch, block and part
 
     def attention(self, at: At, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
@@ -67,7 +67,8 @@ class RainFusion:
         return attended
 
 
-def _version(spec: RainFusionSpec, grid: Grid, operators: PlainOperators) -> Version:
+def version_of(spec: RainFusionSpec, grid: Grid, operators: PlainOperators) -> Version:
+    """What a description asks for."""
     if spec.version == "v1":
         return _Bands(spec.sparsity, grid, operators)
     return _Bricks(spec.sparsity, bricks if spec.version == "v2" else tiles, grid, operators)

@@ -13,7 +13,7 @@ import torch
 from ascend_runtime import devices
 from ascend_runtime.accelerate import masks
 from ascend_runtime.accelerate.bricks import bricks, tiles
-from ascend_runtime.accelerate.rainfusion import _version
+from ascend_runtime.accelerate.rainfusion import version_of
 from ascend_runtime.acceleration import RainFusionSpec
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.ops.ascend import AscendOperators
@@ -67,7 +67,7 @@ def test_version_3_is_its_sparse_attention(grid):
     # It pools in bfloat16, which may turn a close choice: the mask is compared above, here the rest.
     *_, pooled = rf_v2.do_tensor_rearrange_pooling(query, key, value, 0, 128, grid, grid, "BSND")
     plan = rf_v2.get_blockwise_mask(pooled, 0, 0.7, 0.25, 128, grid, grid, "BSND", return_binary=True).bool()
-    ours = _version(RainFusionSpec(version="v3", sparsity=0.7), grid, PlainOperators())(query, key, value, plan)
+    ours = version_of(RainFusionSpec(version="v3", sparsity=0.7), grid, PlainOperators())(query, key, value, plan)
     assert_close(ours.out, theirs.transpose(1, 2), atol=2e-2, rtol=1e-2)
 
 
@@ -80,8 +80,8 @@ def test_an_npu_computes_what_a_cpu_does(monkeypatch, card, version):
         inputs = [x.expand(2, -1, -1, -1) * torch.tensor([1.0, -0.5]).view(2, 1, 1, 1).bfloat16()
                   for x in qkv(grid, dtype=torch.bfloat16)]  # fmt: skip
         spec = RainFusionSpec(version=version, sparsity=0.8)
-        ours = _version(spec, grid, npu)(*inputs, None)
-        expected = _version(spec, grid, PlainOperators())(*inputs, None)
+        ours = version_of(spec, grid, npu)(*inputs, None)
+        expected = version_of(spec, grid, PlainOperators())(*inputs, None)
         assert_close(ours.out, expected.out, atol=2e-2, rtol=1e-2)
 
 
