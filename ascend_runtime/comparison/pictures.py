@@ -40,7 +40,8 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_xlabel("speed-up of the denoise loop")
     axes.set_ylabel("PSNR to the plain video (dB)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    if done:
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.savefig(path)
 
 
