@@ -2,7 +2,8 @@
 
 RANK and WORLD_SIZE say which of how many. FOLDER holds cases.json, each with a model's path, how to load it and the
 plan; and inputs.safetensors. The rank writes each case's velocity to out-RANK.safetensors, and to told-RANK.json the
-bytes that it keeps of quantized weights, and what it sends in a forward: [operation, bytes].
+bytes that it keeps of quantized weights, and what it sends in a forward: [operation, bytes]. What it keeps of LAYER goes
+to kept-RANK.safetensors, by case and name.
 """
 
 import json
@@ -18,18 +19,24 @@ from counting_rank import Sent
 from safetensors.torch import load_file, save_file
 
 
+LAYER = "blocks.0.attn1.to_out.0"  # which slices cut along what goes in
+
+
 def main():
     torch.set_grad_enabled(False)
     folder, rank, ranks = gloo_ranks.join()
-    inputs, outs, told = load_file(folder / "inputs.safetensors"), {}, {}
+    inputs, outs, told, kept = load_file(folder / "inputs.safetensors"), {}, {}, {}
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         spec = DiffusionModelSpec(path=case["path"], dtype="float32", quantization=case["quantization"])
         sharding = sharding_of("cpu", ranks, case["tp"], case["fsdp"])
         network = Components(torch.device("cpu")).get(spec, lambda *_: None, sharding).high_noise
         with Sent() as sent:
             outs[name] = tiny_models.velocity(network, **inputs).contiguous()
-        whole = [own_part(p) for p in network.parameters() if p.dtype == torch.int8]
-        told[name] = {"kept": sum(x.nbytes for x in whole), "sent": sent.noted}
+        integers = [own_part(p) for p in network.parameters() if p.dtype == torch.int8]
+        told[name] = {"kept": sum(x.nbytes for x in integers), "sent": sent.noted}
+        kept |= {f"{name}, {leaf}": own_part(p).contiguous()
+                 for leaf, p in network.get_submodule(LAYER).named_parameters()}  # fmt: skip
+    save_file(kept, folder / f"kept-{rank}.safetensors")
     save_file(outs, folder / f"out-{rank}.safetensors")
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.barrier()

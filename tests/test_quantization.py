@@ -8,6 +8,7 @@ import described_folders
 import gloo_ranks
 import original_formats as formats
 import pytest
+import quantized_rank
 import random_wan
 import tiny_models
 import torch
@@ -187,7 +188,7 @@ def test_what_is_quantized_weighs_half(checkpoint):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """(cases, one rank's velocity by case, what each of 4 ranks made and told)"""
+    """(cases, one rank's network and velocity by case, what each of 4 ranks made, told and kept)"""
     folder = tmp_path_factory.mktemp("quantized")
     network = tiny_models.wan_transformer(5)
     network.save_pretrained(folder / "float")
@@ -210,8 +211,8 @@ def sharded(tmp_path_factory):
     gloo_ranks.run("quantized_rank.py", folder, 4)
     alone = {name: load(case["path"], quantization=case["quantization"]) for name, case in cases.items()}
     expected = {name: (network, velocity(network)) for name, network in alone.items()}
-    ranks = [(load_file(folder / f"out-{rank}.safetensors"), json.loads((folder / f"told-{rank}.json").read_text()))
-             for rank in range(4)]  # fmt: skip
+    ranks = [(load_file(folder / f"out-{rank}.safetensors"), json.loads((folder / f"told-{rank}.json").read_text()),
+              load_file(folder / f"kept-{rank}.safetensors")) for rank in range(4)]  # fmt: skip
     return cases, expected, ranks
 
 
@@ -219,7 +220,7 @@ def test_ranks_with_parts_of_the_weights_equal_one(sharded):
     """FSDP to the last digit. Slices to that of a sum, as long as none of these digits rounds an integer another way,
     from where on all later ones differ: by what 8 bits lose anyway."""
     cases, expected, ranks = sharded
-    worst = {name: max(float((outs[name] - whole).abs().max()) for outs, _ in ranks)
+    worst = {name: max(float((outs[name] - whole).abs().max()) for outs, *_ in ranks)
              for name, (_, whole) in expected.items()}  # fmt: skip
     print("", *(f"{name}: {error:.1e} off one rank" for name, error in worst.items()), sep="\n")
     assert not any(error for name, error in worst.items() if name.endswith(", shares"))
@@ -232,11 +233,23 @@ def test_each_rank_keeps_a_part_of_the_integers_and_gathers_no_more(sharded):
     cases, expected, ranks = sharded
     for name, (network, _) in expected.items():
         integers = sum(p.nbytes for p in network.parameters() if p.dtype == torch.int8)
-        assert all(told[name]["kept"] == integers // 4 for _, told in ranks), name
+        assert all(told[name]["kept"] == integers // 4 for _, told, _ in ranks), name
         if name.endswith(", shares"):
             gathered = sum(p.nbytes for p in network.parameters())
             sent = sum(count for _, count in ranks[0][1][name]["sent"])
             assert sent <= gathered * 3 / 4 * 1.02, (sent, gathered)
+
+
+def test_parts_of_a_row_have_the_scale_of_all_of_it(sharded):
+    """Each rank keeps what it would cut out of one rank's integers."""
+    cases, expected, ranks = sharded
+    for name, (network, _) in expected.items():
+        tp, shares = cases[name]["tp"], 4 // cases[name]["tp"] if cases[name]["fsdp"] else 1
+        for rank, (*_, kept) in enumerate(ranks):
+            for leaf in ("weight", "weight_scale", "deq_scale"):
+                if (whole := network.get_submodule(quantized_rank.LAYER)._parameters.get(leaf)) is not None:
+                    own = whole.chunk(tp, 1)[rank % tp] if leaf == "weight" else whole
+                    assert torch.equal(kept[f"{name}, {leaf}"], own.chunk(shares)[rank // tp % shares]), (name, leaf)
 
 
 @pytest.mark.parametrize("plan", [{"tp_degree": 2}, {"fsdp": True}, {"ulysses_degree": 2, "cfg_degree": 1},
