@@ -1,0 +1,104 @@
+"""What each preset of each accelerator costs on the embedded model: PSNR and SSIM to the dense video, and how often a
+reader of the frames finds what the prompt says.
+
+The held-out prompts of assets/tiny_wan, 20 steps, guidance 4; the accelerated video begins at the dense one's noise.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ascend_runtime import (
+    AccelerationSpec, DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize,
+)  # fmt: skip
+from ascend_runtime.acceleration import WAYS
+from ascend_runtime.comparison.likeness import mean_ssim, psnr
+from ascend_runtime.presets import PRESETS, TABLE, chosen
+
+from .report import Row, context_of
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))  # of the embedded model's world and its reader
+
+from check_tiny_wan import score  # noqa: E402
+from tiny_wan import world  # noqa: E402
+
+MODEL = str(ROOT / "assets" / "tiny_wan")
+STEPS, GUIDANCE, SHIFT = 20, 4.0, 3.0  # as scripts/check_tiny_wan.py
+BATCH = 8  # videos that a job makes
+PSNR = {"quality": 35.0, "balanced": 25.0, "fast": 20.0}  # dB, at least
+SSIM = {"quality": 0.97, "balanced": 0.9, "fast": 0.8}
+LOST = {"quality": 0, "balanced": 2, "fast": 4}  # prompts of 48 that may be followed by the dense video alone
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    scenes = world.held_out_scenes()[: 2 if quick else None]
+    asked = dict(list(_settings().items())[: 1 if quick else None])
+    with Runtime(ParallelSpec(ranks=1), device="cpu") as runtime:
+        maker = _Maker(runtime, scenes, steps=4 if quick else STEPS)
+        dense, _ = maker.videos(AccelerationSpec())
+        followed = score(dense, scenes)
+        for name, (preset, spec) in tqdm(asked.items(), desc="presets"):
+            videos, speed_up = maker.videos(spec)
+            yield from _figures(name, preset, dense, videos, followed, score(videos, scenes), speed_up, quick)
+
+
+def _settings() -> dict[str, tuple[str, AccelerationSpec]]:
+    """By name, such as attention_cache.quality or step_cache.fbcache.fast: the preset and what it asks for."""
+    settings = {}
+    for kind, methods in TABLE.items():
+        for method in methods:
+            way = {WAYS[kind]: method} if method else {}
+            for preset in PRESETS:
+                name = ".".join(filter(None, (kind, method, preset)))
+                settings[name] = preset, AccelerationSpec(**{kind: chosen(kind, preset, **way)})
+    return settings
+
+
+class _Maker:
+    """Videos of some scenes, BATCH at a time, always from the same noise."""
+
+    def __init__(self, runtime: Runtime, scenes: list[world.Scene], steps: int):
+        self._runtime, self._steps = runtime, steps
+        encoder = TextEncoderSpec(path=MODEL)
+        self._texts = [runtime.encode(encoder, scene.caption).tensor for scene in scenes]
+        self._negative = runtime.encode(encoder, "").tensor
+
+    def videos(self, spec: AccelerationSpec) -> tuple[list[np.ndarray], float]:
+        """([T,H,W,3] in 0..1 each, the loop's speed-up by FLOPs)"""
+        made, speed_ups = [], []
+        for first in range(0, len(self._texts), BATCH):
+            texts = torch.cat(self._texts[first : first + BATCH])
+            size = VideoSize(width=world.SIZE, height=world.SIZE, num_frames=world.NUM_FRAMES)
+            start = torch.zeros(len(texts), *size.latent_shape()[1:])
+            sample = SampleSpec(seed=first, steps=self._steps, guidance_scale=GUIDANCE, shift=SHIFT)
+            result = self._runtime.sample(
+                DiffusionModelSpec(path=MODEL), sample, start, texts, self._negative, acceleration=spec
+            )
+            frames = self._runtime.decode(VaeSpec(path=MODEL), result.tensor).tensor
+            made += list(frames.unflatten(0, (len(texts), -1)).numpy())
+            speed_ups.append(result.info.get("acceleration", {}).get("predicted_speed_up", 1.0))
+        return made, fmean(speed_ups)
+
+
+def _figures(name, preset, dense, videos, followed: dict, follows: dict, speed_up: float, quick) -> Iterator[Row]:
+    pairs = [(torch.from_numpy(one), torch.from_numpy(other)) for one, other in zip(dense, videos)]
+    whole = [torch.from_numpy(np.stack(some)) for some in (dense, videos)]  # of their mean error: one may have none
+    values = {
+        "psnr": (psnr(*whole), "dB", PSNR[preset]),
+        "ssim": (fmean(mean_ssim(*pair) for pair in pairs), "", SSIM[preset]),
+        "prompt_following": (follows["all four"] / followed["all four"] if followed["all four"] else 1.0, "share",
+                             1 - LOST[preset] / len(dense)),
+    }  # fmt: skip
+    context = context_of(quick, videos=len(dense), steps=STEPS, guidance=GUIDANCE, dense_follows=followed,
+                         follows=follows, predicted_speed_up=round(speed_up, 3))  # fmt: skip
+    for what, (value, unit, bar) in values.items():
+        yield Row(name=f"accelerate.{name}.{what}", value=value, unit=unit, better="higher", baseline=bar,
+                  context=context)  # fmt: skip
