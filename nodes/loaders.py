@@ -34,9 +34,9 @@ class LoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=names,
-                    tooltip="A folder of models/diffusers as diffusers, the original, MindSpeed-MM or msModelSlim write "
-                    "it (both experts of Wan 2.2 in one), or a file of models/diffusion_models, also fp8. What it is, "
-                    "is told by what is in it. embedded/tiny_wan comes with the pack and runs anywhere.",
+                    tooltip="A folder of models/diffusers as diffusers, the original, MindSpeed-MM or msModelSlim "
+                    "write it (both experts of Wan 2.2 in one), or a file of models/diffusion_models, also fp8. What "
+                    "it is, is told by what is in it. embedded/tiny_wan comes with the pack and runs anywhere.",
                 ),
                 dtype_input("float32 on a CPU, bfloat16 on an NPU or GPU"),
                 io.Combo.Input(
@@ -86,8 +86,8 @@ class LoadDiffusionModel(io.ComfyNode):
                     optional=True,
                     tooltip="Whether linear layers compute in 8 bits. It is an approximation, and takes no LoRA.\n"
                     "none: as the files are, which may be quantized themselves.\n"
-                    "w8a8_dynamic: weights are made integers of 8 bits as they are read, which halves what these layers "
-                    "weigh against bfloat16, and each token as it comes.",
+                    "w8a8_dynamic: weights are made integers of 8 bits as they are read, which halves what these "
+                    "layers weigh against bfloat16, and each token as it comes.",
                 ),
             ],
             outputs=[types.DiffusionModel.Output(display_name="model", tooltip="For Ascend Sampler.")],

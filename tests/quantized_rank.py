@@ -2,8 +2,8 @@
 
 RANK and WORLD_SIZE say which of how many. FOLDER holds cases.json, each with a model's path, how to load it and the
 plan; and inputs.safetensors. The rank writes each case's velocity to out-RANK.safetensors, and to told-RANK.json the
-bytes that it keeps of quantized weights, and what it sends in a forward: [operation, bytes]. What it keeps of LAYER goes
-to kept-RANK.safetensors, by case and name.
+bytes that it keeps of quantized weights, and what it sends in a forward: [operation, bytes]. What it keeps of LAYER
+goes to kept-RANK.safetensors, by case and name.
 """
 
 import json

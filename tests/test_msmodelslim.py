@@ -47,10 +47,13 @@ def test_what_it_wrote_loads(source, tmp_path, how):
     for name, module in network.named_modules():
         if isinstance(module, QuantizedLinear):
             twin = twin_of(folder, name)
-            module.register_forward_hook(lambda _, given, out, twin=twin: worst.append((twin(given[0]) - out).abs().max()))
+            module.register_forward_hook(
+                lambda _, given, out, twin=twin: worst.append((twin(given[0]) - out).abs().max())
+            )
     made, expected, own = (velocity(one) for one in (network, exact, fly))
-    print(f"\nmsModelSlim {described.get('model_quant_type')}, {how}: {(made - expected).norm() / expected.norm():.2%} off "
-          f"the float network; {max(worst):.1e} a layer off its twin; {(made - own).abs().max():.1e} off ours")  # fmt: skip
+    off = (made - expected).norm() / expected.norm()
+    print(f"\nmsModelSlim {HOW[how]}, {how}: {off:.2%} off the float network; {max(worst):.1e} a layer off its twin; "
+          f"{(made - own).abs().max():.1e} off ours")  # fmt: skip
     assert len(worst) == 2 * 9 and max(worst) < (1e-2 if how == "static" else 1e-4)
     if how != "static":
         assert torch.equal(made, own)  # ours makes the same integers of the same weights
@@ -63,7 +66,8 @@ def load(path, **spec):
 
 def velocity(network):
     generator = torch.Generator().manual_seed(3)
-    latent, text = (torch.randn(*shape, generator=generator) for shape in ((1, 16, 2, 4, 4), (1, 6, random_wan.TEXT_DIM)))
+    shapes = (1, 16, 2, 4, 4), (1, 6, random_wan.TEXT_DIM)
+    latent, text = (torch.randn(*shape, generator=generator) for shape in shapes)
     with torch.no_grad():
         return tiny_models.velocity(network, latent, torch.tensor([600.0]), text)
 

@@ -175,7 +175,8 @@ def test_dynamic_quant(random, dtype):
 
 
 def test_quantize(random):
-    x, scale, offset = random(40, 96).bfloat16().float(), torch.full((96,), 0.02), torch.full((96,), 3, dtype=torch.int8)
+    x, scale = random(40, 96).bfloat16().float(), torch.full((96,), 0.02)
+    offset = torch.full((96,), 3, dtype=torch.int8)
     rows = as_meta(torch_npu.npu_quantize, x, scale, offset, torch.qint8, -1)
     exact = (x.double() / 0.02 + 3).clamp(-128, 127)
     assert ((rows - exact).abs() <= 0.5001).all() and rows.min() == -128 and rows.max() == 127
