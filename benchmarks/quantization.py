@@ -35,10 +35,22 @@ def run(quick: bool) -> Iterator[Row]:
     yield from measure(quick)
 
 
-@torch.no_grad()
 def measure(quick: bool) -> list[Row]:
     """Three figures: the share of the float block's output by which that of the quantized one is off, in fp32; time and
-    bytes of the layers that are quantized, by those of the float ones, in fp32 and bfloat16."""
+    bytes of the layers that are quantized, by those of the float ones, in fp32 and bfloat16.
+
+    On one thread: where others compute too, threads wait for one another, and the integers' work has more such places.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return _measured(quick)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(quick: bool) -> list[Row]:
     network = WanTransformer(WAN_1_3B)
     _fill(network)
     inputs = block_inputs(network, QUICK_TOKENS if quick else TOKENS)
@@ -48,8 +60,11 @@ def measure(quick: bool) -> list[Row]:
     in_8_bits(network, layers)
     made = network.blocks[0](*inputs)
     integers = [network.get_submodule(name) for name in layers]
-    context = context_of(quick, tokens=inputs[0].shape[1], seed=SEED, block="Wan 1.3B", outliers=OUTLIERS, above=ABOVE)
-    turns = _turns(floats, integers, inputs[0].shape[1], QUICK_TURNS if quick else TURNS)
+    tokens = inputs[0].shape[1]
+    context = context_of(
+        quick, tokens=tokens, seed=SEED, block="Wan 1.3B", outliers=OUTLIERS, above=ABOVE, threads=1
+    )  # fmt: skip
+    _, *turns = _turns(floats, integers, tokens, QUICK_TURNS if quick else TURNS)  # the first one warms up
     return [
         _row("relative_error", relative(made, exact), "share", LARGEST_ERROR,
              {**context, "of_what_it_adds": relative(made - inputs[0], exact - inputs[0])},
