@@ -11,7 +11,7 @@ from typing import Iterator
 from .report import Row, print_table, to_json
 
 # Modules of this package, each with `run(quick: bool) -> Iterator[Row]`.
-BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "quantization")
+BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelerate")
 
 
 def main() -> None:

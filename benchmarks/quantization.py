@@ -31,11 +31,7 @@ TURNS, QUICK_TURNS = 7, 2
 SEED = 0
 
 
-def run(quick: bool) -> Iterator[Row]:
-    yield from measure(quick)
-
-
-def measure(quick: bool) -> list[Row]:
+def rows(quick: bool) -> list[Row]:
     """Three figures: the share of the float block's output by which that of the quantized one is off, in fp32; time and
     bytes of the layers that are quantized, by those of the float ones, in fp32 and bfloat16.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ascend_runtime import SampleSpec, VideoSize
 from ascend_runtime.ops import PlainOperators
-from benchmarks import modes, operators, workloads
+from benchmarks import caches, modes, operators, workloads
 from benchmarks.opens import Opened
 from benchmarks.report import Failures
 
@@ -32,7 +32,10 @@ NAMES = {
     "load": {*(f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)),
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
     "vae": {"vae.speedup2", "vae.of_machine2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1"},
-    "quantization": {f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")},
+    "accelerate": {*(f"accelerate.{name}.of_ideal" for name in caches.CACHES),
+                   *(f"accelerate.rainfusion.of_bound.{density}" for density in ("0.43", "0.49", "0.61")),
+                   *(f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")),
+                   *(f"accelerate.attention_cache.quality.{what}" for what in ("psnr", "ssim", "prompt_following"))},
 }  # fmt: skip
 SAMPLE = ("vae",)
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
