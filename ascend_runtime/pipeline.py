@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from contextlib import nullcontext
@@ -186,10 +187,10 @@ class Pipeline:
     ) -> None:
         """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job.
 
-        They leave nothing out but what sparse attention does, whose operator begins now where the job has it.
+        They leave nothing out but what sparse attention does, in the second: the operators of both begin now.
         """
         message = job.message
-        rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=0)
+        rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=1)
         given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
         branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
         shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
@@ -199,6 +200,7 @@ class Pipeline:
         below_boundary = model.boundary / 2 or 0.5
         with job.stage("warm up"):
             spec = replace(spec, solver="euler", sigmas=(1.0, below_boundary, 0.0))
+            outline = dataclasses.replace(outline, experts=tuple(map(model.name_at, schedule_of(spec))))
             acceleration = Acceleration(AccelerationSpec(rainfusion=rainfusion), outline, operators)
             self._denoise(job, "warm up", model, spec, cfg_group, acceleration)
         model.warmed.add(kind)

@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, OperatorSpec, ParallelSpec, SampleSpec
-from ascend_runtime import protocol
+from ascend_runtime import (
+    AccelerationSpec, Conditioning, DiffusionModelSpec, JobCancelled, OperatorSpec, ParallelSpec, RainFusionSpec,
+    SampleSpec, protocol,
+)  # fmt: skip
 from ascend_runtime.job import Job
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.pipeline import Pipeline
@@ -133,3 +135,24 @@ def test_both_experts_run_in_it(alone, checkpoints, specs_of, boundary, calls):
     done = pipeline.sample(Job(message, alone, torch.device("cpu")))
     assert "warm up" in done.seconds
     assert called == calls
+
+
+@pytest.mark.parametrize("sigmas, expert", [((1.0, 0.9), "high"), ((0.5, 0.25, 0.0), "low")])
+def test_attention_begins_dense_and_sparse_also_for_a_job_of_one_expert(alone, checkpoints, specs_of, sigmas, expert):
+    """A schedule cut in two has the other expert in the warm-up alone."""
+    specs = specs_of(checkpoints(experts=2))
+    pipeline, attended = Pipeline(torch.device("cpu")), []
+    model = pipeline.components.get(specs.model, lambda done, total: None)
+    for name, network in (("high", model.high_noise), ("low", model.low_noise)):
+        network.blocks[0].attn1.register_forward_pre_hook(
+            lambda _, given, name=name: attended.append((name, "dense" if given[2] is None else "sparse"))
+        )
+    message = protocol.Sample(
+        job=1, model=specs.model, parallel=ParallelSpec(), latent=torch.zeros(SHAPE), warm_up=True,
+        spec=SampleSpec(sigmas=sigmas, guidance_scale=1.0, guidance_scale_low_noise=1.0),
+        acceleration=AccelerationSpec(rainfusion=RainFusionSpec(start=0)),
+        positive=Conditioning(text=specs.text(1)), negative=None,
+    )  # fmt: skip
+    pipeline.sample(Job(message, alone, torch.device("cpu")))
+    assert attended[:2] == [("high", "dense"), ("low", "sparse")]
+    assert set(attended[2:]) == {(expert, "sparse")} and len(attended) == len(sigmas) + 1
