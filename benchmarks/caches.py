@@ -41,13 +41,13 @@ CACHES = {
 
 
 def rows(quick: bool) -> Iterator[Row]:
-    rounds = 1 if quick else ROUNDS
+    rounds, shape = (1, QUICK_SHAPE) if quick else (ROUNDS, SHAPE)
     with tempfile.TemporaryDirectory() as folder, Runtime(ParallelSpec(ranks=1), device="cpu") as runtime:
         _write(Path(folder), QUICK_HEADS if quick else HEADS)
-        seconds, ideals = _measure(runtime, folder, QUICK_SHAPE if quick else SHAPE, rounds)
+        seconds, ideals = _measure(runtime, folder, shape, rounds)
     for name, ideal in ideals.items():
         seen = median(dense / cached for dense, cached in zip(seconds[None], seconds[name]))
-        context = context_of(quick, steps=STEPS, latent=list(SHAPE), rounds=rounds, ideal=round(ideal, 3),
+        context = context_of(quick, steps=STEPS, latent=list(shape), rounds=rounds, ideal=round(ideal, 3),
                              seen=round(seen, 3), dense_s=round(median(seconds[None]), 3))  # fmt: skip
         yield Row(name=f"accelerate.{name}.of_ideal", value=seen / ideal, unit="share", better="higher", baseline=BAR,
                   context=context)  # fmt: skip

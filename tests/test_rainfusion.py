@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from ascend_runtime import ParallelSpec, SampleSpec
 from ascend_runtime.accelerate import masks
 from ascend_runtime.accelerate.bricks import bricks, by_frames, by_places, tiles
-from ascend_runtime.accelerate.rainfusion import version_of
+from ascend_runtime.accelerate.passes import At
+from ascend_runtime.accelerate.rainfusion import RainFusion, version_of
+from ascend_runtime.accelerate.report import Tally, Work
 from ascend_runtime.acceleration import AccelerationSpec, AttentionCacheSpec, RainFusionSpec
 from ascend_runtime.ops import PlainOperators, sparse
 from torch.nn.attention.flex_attention import flex_attention
@@ -278,6 +280,20 @@ def test_attention_that_is_reused_is_not_computed(one_rank, specs, expected):
     alone = expected["v2"].info["acceleration"]
     assert done["attentions_reused"] == 2 * 2 * 2 and done["steps_reusing"] == [2, 3]
     assert done["flops_saved"] > alone["flops_saved"]
+
+
+def test_a_mask_is_chosen_anew_also_where_a_cache_leaves_out_the_step_that_would():
+    """Masks serve for two steps, from step 0 on; a cache computes the odd ones, so each step finds an older mask."""
+    grid, plans = (2, 8, 16), []
+    spec = RainFusionSpec(sparsity=0.8, start=0, refresh=2)
+    fusion = RainFusion(spec, grid, 8, 1, PlainOperators(), Tally(Work(1.0, 1.0, 1.0, 0.0, blocks=1)))
+    version, qkv = fusion._version, torch.randn(3, 1, math.prod(grid), 1, 16)
+    fusion._version = lambda *given: (plans.append(given[-1] is not None), version(*given))[1]
+    for step in (0, 1, 3, 5, 6, 7):
+        at = At("high_noise", "cond", step)
+        fusion._tally.began(at)
+        fusion.attention(at, 0, lambda attend: attend(*qkv))
+    assert plans == [False, True, False, False, False, True]
 
 
 def test_a_warm_up_changes_nothing(one_rank, specs, expected):

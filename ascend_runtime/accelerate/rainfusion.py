@@ -41,7 +41,7 @@ class RainFusion:
     ):
         self._spec, self._steps, self._blocks, self._tally = spec, steps, blocks, tally
         self._version = version_of(spec, grid, operators)
-        self._plans: dict[tuple[str, str, int, int], Tensor] = {}  # by expert, branch, block and part
+        self._plans: dict[tuple[str, str, int, int], tuple[int, Tensor]] = {}  # by expert, branch, block and part
 
     def attention(self, at: At, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
         """What `compute` makes with the attention of this step and block, sparse or not."""
@@ -59,11 +59,13 @@ class RainFusion:
         return out
 
     def _part(self, at: At, block: int, part: int, *qkv: Tensor) -> Attended:
+        """A plan serves for one period of `refresh` steps. A cache may have left out the step that begins it."""
         key = (at.expert, at.branch, block, part)
-        decides = (at.step - self._spec.begins(self._steps)) % self._spec.refresh == 0
-        attended = self._version(*qkv, None if decides else self._plans.get(key))
+        period = (at.step - self._spec.begins(self._steps)) // self._spec.refresh
+        decided, plan = self._plans.get(key, (None, None))
+        attended = self._version(*qkv, plan if decided == period else None)
         if self._spec.refresh > 1:
-            self._plans[key] = attended.plan
+            self._plans[key] = period, attended.plan
         return attended
 
 
