@@ -19,7 +19,7 @@ from .acceleration import AccelerationSpec
 from .components import Components, DiffusionModel, TextEncoder
 from .environment import overlaps, placed, with_defaults
 from .families.calibrations import known_of
-from .families.work import work_of
+from .families.work import taken_by, work_of
 from .ops import operators_for
 from .parallel.cfg import guided
 from .parallel.fsdp import Sharding, sharding_of
@@ -215,6 +215,8 @@ class Pipeline:
         width = network.config.num_attention_heads * network.config.attention_head_dim
         experts = tuple(model.name_at(timestep) for timestep in schedule_of(spec))
         pixels = 64 * math.prod(message.latent.shape[3:])
+        per_token = conditioning.timesteps_of(message, model, torch.device("cpu")).ndim == 2
+        taken = taken_by(network.config, batch * chunk, model.dtype.itemsize, per_token)
         return Outline(
             experts=experts,
             known=known_of(message.calibration, tuple(model.adapters), model.defaults, width, pixels),
@@ -222,7 +224,7 @@ class Pipeline:
             own=sequence.own(tokens),
             branches=2 if model.guided(spec) and plan.cfg == 1 else 1,
             output=batch * chunk * width * model.dtype.itemsize,
-            room=devices.room(self.device),
+            room=max(0, devices.room(self.device) - taken),
             ring=plan.ring,
             work=work,
         )

@@ -1,12 +1,17 @@
-"""The FLOPs that reports count with are those of a forward pass, as torch counts them."""
+"""The FLOPs that reports count with are those of a forward pass, as torch counts them; its memory is what it takes."""
+
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 from ascend_runtime.accelerate.passes import Pass
 from ascend_runtime.families.context import Context
-from ascend_runtime.families.wan import WanTransformer
-from ascend_runtime.families.work import work_of
+from ascend_runtime.families.wan import WanBlock, WanTransformer
+from ascend_runtime.families.work import taken_by, work_of
+from ascend_runtime.memory import most_allocated
+from ascend_runtime.ops import PlainOperators
+from ascend_runtime.parallel.sequence import WholeSequence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,3 +52,25 @@ def test_a_pass_computes_what_work_of_says(name, text, kept):
     assert bool(context.keys_values) == kept
     assert whole == pytest.approx(work.whole, rel=0.02)
     assert attention == pytest.approx(3 * work.attention, rel=0.02)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("heads, ffn_dim", [(40, 13824), (24, 14336), (12, 8960)])
+def test_a_block_takes_what_taken_by_says(heads, ffn_dim, dtype, per_token):
+    """Blocks of the published sizes, on the meta device, with an attention that takes no more than its result."""
+    config = SimpleNamespace(num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn_dim)
+    tokens, width, operators = 32760, heads * 128, PlainOperators()
+    operators.attention = lambda query, key, value: torch.empty_like(query)
+    with torch.device("meta"):
+        block = WanBlock(width, ffn_dim, heads).to(dtype)
+        x, context = torch.empty(1, tokens, width, dtype=dtype), Context(torch.empty(1, 512, 0))
+        context.embedded = torch.empty(1, 512, width, dtype=dtype), None
+        timestep = torch.empty(1, *([tokens] if per_token else []), 6, width)
+        rotary = (torch.empty(1, tokens, 1, 64),) * 2
+    block.ops = block.attn1.ops = block.attn2.ops = operators
+    block.attn1.sequence = WholeSequence(operators.attention)
+    takes = most_allocated(lambda: block(x, context, timestep, rotary)) + (timestep.nbytes if per_token else 0)
+    told = taken_by(config, tokens, dtype.itemsize, per_token)
+    print(f"{takes / 1e9:.3f} GB taken, {told / 1e9:.3f} GB told")
+    assert 0.85 * told < takes <= told

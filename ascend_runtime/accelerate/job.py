@@ -29,7 +29,7 @@ class Outline:
     experts: of each step, the expert that works in it. known: of each expert, what was found out beforehand.
     grid: tokens of a video, as frames, rows and columns. own: how many of them this rank has.
     branches: of guidance, that this rank computes.
-    output: bytes of one block's output [B, S, D] on this rank. room: bytes that it has to keep things in.
+    output: bytes of one block's output [B, S, D] on this rank. room: bytes that it can keep things in.
     ring: ranks of the ring, 1 where there is none.
     """
 
@@ -125,7 +125,8 @@ def _step_cache(spec: StepCacheSpec, outline: Outline, expert: str, tally: Tally
     if needed > outline.room:
         raise ValueError(
             f"The step cache {spec.method} would keep {needed / 1e9:.1f} GB on a rank, and {outline.room / 1e9:.1f} GB "
-            "are free. Spread the video over more ranks (ulysses_degree, or cfg_degree 2), make it smaller"
+            "are free beside what a pass takes. Spread the video over more ranks (ulysses_degree, or cfg_degree 2), "
+            "make it smaller"
             + (", or give a lower order." if order else ".")
         )
     return StepCache(_rule(spec, outline, expert), always, spec.in_a_row, order, tally)
@@ -157,9 +158,9 @@ def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
         fitting = outline.room // (outline.output * outline.branches)
         raise ValueError(
             f"AttentionCache would keep {needed / 1e9:.1f} GB on a rank, the outputs of {blocks} blocks for "
-            f"{outline.branches} branch(es) of guidance, and {outline.room / 1e9:.1f} GB are free. Spread the video "
-            "over more ranks (ulysses_degree, or cfg_degree 2), make it smaller, take the block cache or a step "
-            "cache, which keep little"
+            f"{outline.branches} branch(es) of guidance, and {outline.room / 1e9:.1f} GB are free beside what a pass "
+            "takes. Spread the video over more ranks (ulysses_degree, or cfg_degree 2), make it smaller, take the "
+            "block cache or a step cache, which keep little"
             + (f", or let last_block be first_block + {fitting - 1} at most." if fitting else ".")
         )
     return window

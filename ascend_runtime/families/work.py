@@ -1,4 +1,4 @@
-"""How much a pass through the Wan transformer computes."""
+"""How much a pass through the Wan transformer computes, and takes."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def work_of(config: Any, blocks: int, batch: int, tokens: int, text_tokens: int,
     rest = 2 * tokens * width * pixels * (config.in_channels + config.out_channels)
     rest += 2 * width * (config.freq_dim + config.text_dim + 8 * width)
     return Work(*(float(batch * flops) for flops in (products, attention, block, rest)), blocks=blocks)
+
+
+def taken_by(config: Any, tokens: int, itemsize: int, per_token: bool) -> int:
+    """Bytes that a pass takes on a rank beside weights and whatever is kept. tokens: of all videos on this rank;
+    itemsize: of the blocks' dtype; per_token: whether each token has a timestep.
+
+    A block takes 10.5 times its output around its self-attention, or in its feed-forward 3.3 times and twice what is as
+    wide as that. A token's own timestep is 6 vectors in fp32, and as many in each block.
+    """
+    width = config.num_attention_heads * config.attention_head_dim
+    block = max(10.5 * width, 3.3 * width + 2 * config.ffn_dim) * itemsize
+    return int(tokens * (block + (12 * width * 4 if per_token else 0)))
