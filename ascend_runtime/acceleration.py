@@ -117,7 +117,8 @@ class AttentionCacheSpec(Window, frozen=True, kw_only=True):
         needed = math.ceil(steps * (1 - 1 / self.ratio) / share - 1e-9)
         _, end = self.bounds(steps)
         end = min(end, steps - 1)
-        for interval in range(max(self.interval, 2), steps + 1):
+        least = max(self.interval, 2)
+        for interval in range(least, max(least, steps) + 1):
             for start in range(end - 1, -1, -1):
                 window = Window(**given | {"start": start, "end": end, "interval": interval})
                 if len(window.reused(steps)) >= needed:

@@ -158,6 +158,10 @@ def test_a_ratio_chooses_the_window(ratio):
         assert speed_up(Window(start=0, end=window.end, interval=window.interval - 1)) < ratio
 
 
+def test_a_ratio_in_a_job_of_fewer_steps_than_the_interval():
+    assert AttentionCacheSpec(ratio=1.1, interval=4).windowed(2, share=0.36).reused(2) == [1]
+
+
 def test_a_ratio_that_no_window_reaches():
     Acceleration(AccelerationSpec(attention_cache=AttentionCacheSpec(ratio=1.2)), outline())
     with pytest.raises(ValueError, match="ratio is 2.0, but attention is 36% of this job's work.*1.50 times"):
