@@ -11,4 +11,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case " $*" in
 *" tests/contract"*) exec .venv/bin/python tests/contract/run.py "$@" ;;
 esac
-exec .venv/bin/python -m pytest -rs "$@"
+# Two workers, as tests/conftest.py shares the files out.
+exec .venv/bin/python -m pytest -rs -n 2 --no-loadscope-reorder "$@"

@@ -1,6 +1,7 @@
 """Fixtures that tests share: small checkpoints, and groups of ranks that live as long as the tests."""
 
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, TextEncoderSpec, VaeSpec
 from comfy_server import ComfyServer
-from contract_beside import ContractRun
 from rank_processes import processes_with
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)  # the networks are small, and the ranks need the cores
@@ -28,20 +29,24 @@ def pytest_addoption(parser):
     parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2, 4 and 8 ranks, not one")
 
 
-@pytest.hookimpl(trylast=True)  # when it is known what is deselected
-def pytest_collection_modifyitems(config, items):
-    """What waits for the contract tests, which are begun here, comes last."""
-    waiting = [item for item in items if "contract_run" in getattr(item, "fixturenames", ())]
-    if waiting and not config.option.collectonly:
-        items[:] = [item for item in items if item not in waiting] + waiting
-        config.contract_run = ContractRun()
-        config.add_cleanup(config.contract_run.end)
+GROUPS = {  # of test files, by what their tests take
+    "ranks": re.compile(r"\b(gloo_ranks|new_runtime|runtimes|two_ranks|marked)\b"),
+    "comfyui": re.compile(r"[(,] ?comfyui\b[,)]"),
+}
 
 
-@pytest.fixture
-def contract_run(request):
-    """The contract tests, at work beside all others."""
-    return request.config.contract_run
+class Lanes(LoadScopeScheduling):
+    """A worker takes all files of a group, one after the other, as their tests start many processes, keep what they
+    started for the next ones, and some measure time. Other files are taken by whoever is free."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        text = (self.config.rootpath / file).read_text()
+        return next((name for name, takes in GROUPS.items() if takes.search(text)), file)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")
