@@ -13,7 +13,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 STEP_CACHES = ("fbcache", "teacache", "magcache", "taylorseer")
-CALIBRATED = ("teacache", "magcache")  # those that have to know something of the model beforehand
+# Those that have to know something of the model beforehand, and what; and what is told where they do not.
+CALIBRATED = {"teacache": "coefficients", "magcache": "ratios"}
+UNKNOWN = "nothing is known"
 RAINFUSIONS = ("v1", "v2", "v3")
 WAYS = {"step_cache": "method", "rainfusion": "version"}  # fields that say how, where there are several ways
 # Shares of a job's steps that the original systems reuse between (12 and 37 of 40), and that they compute densely (a
@@ -202,11 +204,15 @@ class Calibration(Struct, frozen=True, kw_only=True):
 
     coefficients: tuple[float, ...] = ()
     ratios: tuple[float, ...] = ()
-    source: str = "nothing is known"
+    source: str = UNKNOWN
 
     def __post_init__(self):
         numbers = (*self.coefficients, *self.ratios)
         _require(all(map(math.isfinite, numbers)), "a calibration has a number that is not finite.")
+
+    def source_for(self, method: str) -> str:
+        """Where what a step cache needs is from: one may be known and the other not."""
+        return self.source if getattr(self, CALIBRATED[method]) else UNKNOWN
 
     def ratios_of(self, steps: int) -> list[float]:
         """Those of a job in which the expert has so many steps: of each, the nearest one's."""

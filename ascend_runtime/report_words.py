@@ -5,6 +5,8 @@ from __future__ import annotations
 from statistics import mean
 from typing import Any
 
+from .acceleration import UNKNOWN
+
 NAMES = {"attention_cache": "AttentionCache", "block_cache": "block cache", "rainfusion": "RainFusion"}
 
 
@@ -14,7 +16,11 @@ def words_of(info: dict[str, Any], seconds: dict[str, float]) -> str:
     if facts is None:
         return f"{info['steps']} steps, {_time(seconds['denoise'] / info['steps'])} a step; nothing left out"
     parts = [f"{names_of(facts)}: {_saved(facts)}", f"{_time(mean(facts['seconds_a_step']))} a step"]
-    return "; ".join([*parts, _speed_ups(facts)] if facts["flops_saved"] else parts)
+    if facts["flops_saved"]:
+        parts.append(_speed_ups(facts))
+    if UNKNOWN in facts.get("calibration", {}).values():
+        parts.append("not calibrated for this model")
+    return "; ".join(parts)
 
 
 def names_of(facts: dict[str, Any]) -> str:

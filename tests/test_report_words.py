@@ -22,6 +22,8 @@ def test_words():
     assert told(both) == f"fbcache and RainFusion v3: 14 of 40 steps reused, attention 42 % dense, {speed}"
     assert told({"block_cache": ""}, seen_speed_up=None).endswith("1.39x predicted, no whole step to compare with")
     assert told({"block_cache": ""}, flops_saved=0.0).endswith("0 % of the FLOPs saved; 2.10 s a step")
+    unknown = told({"step_cache": "teacache"}, calibration={"high_noise": "published", "low_noise": "nothing is known"})
+    assert unknown == f"teacache: 14 of 40 steps reused, {speed}; not calibrated for this model"
     assert words_of({"steps": 4}, {"denoise": 1.0}) == "4 steps, 0.250 s a step; nothing left out"
 
 

@@ -274,6 +274,8 @@ def test_a_models_own_calibration_comes_first_and_must_be_of_its_experts():
 def test_a_model_of_which_nothing_is_known(one_rank, specs):
     told = ours(one_rank, specs.model, specs.text(1), method="teacache").info["acceleration"]
     assert told["calibration"] == {"high_noise": "nothing is known"}
+    halves = Calibration(ratios=(1.0, 0.9), source="published")
+    assert [halves.source_for(method) for method in ("magcache", "teacache")] == ["published", "nothing is known"]
     with pytest.raises(ValueError, match="nothing is known of this model. Run `python -m ascend_runtime calibrate"):
         ours(one_rank, specs.model, specs.text(1), method="magcache")
 

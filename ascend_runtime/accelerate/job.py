@@ -19,7 +19,7 @@ from .step_cache import Rule, StepCache
 from .step_rules import Always, FirstBlock, MagCache, TeaCache
 
 StackCache = BlockCache | StepCache | Measuring
-UNKNOWN = (1.0, 0.0)  # TeaCache's polynomial where none is known: the timestep's changes as they are
+AS_THEY_ARE = (1.0, 0.0)  # TeaCache's polynomial where none is known: the timestep's changes as they are
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ class Acceleration:
         """What was asked for and what it left out so far; nothing where nothing was asked for."""
         if self.spec == AccelerationSpec():
             return {}
-        cache = self.spec.step_cache
-        calibrated = cache is not None and cache.method in CALIBRATED
-        told = {"calibration": {expert: known.source for expert, known in self._known.items()}} if calibrated else {}
-        return {"acceleration": {"accelerators": self.spec.kinds, **self.tally.facts(), **told}}
+        told = {"accelerators": self.spec.kinds, **self.tally.facts()}
+        method = self.spec.kinds.get("step_cache")
+        if method in CALIBRATED:
+            told["calibration"] = {expert: known.source_for(method) for expert, known in self._known.items()}
+        return {"acceleration": told}
 
 
 class _Pass(Pass):
@@ -137,7 +138,7 @@ def _rule(spec: StepCacheSpec, outline: Outline, expert: str) -> Rule:
     if spec.method == "fbcache":
         return FirstBlock(spec.limit, outline.own)
     if spec.method == "teacache":
-        return TeaCache(spec.limit, known.coefficients or UNKNOWN, outline.own)
+        return TeaCache(spec.limit, known.coefficients or AS_THEY_ARE, outline.own)
     if spec.method == "taylorseer":
         return Always(spec.limit)
     if not known.ratios:
