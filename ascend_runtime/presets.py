@@ -26,7 +26,7 @@ TABLE = {
             {"threshold": 0.08, "first_steps": 3, "last_steps": 1},
             {"threshold": 0.12, "first_steps": 2, "last_steps": 1},
         ),
-        "teacache": ({"threshold": 0.1}, {"threshold": 0.15}, {"threshold": 0.25}),
+        "teacache": ({"threshold": 0.06}, {"threshold": 0.1}, {"threshold": 0.2}),
         "magcache": (
             {"threshold": 0.02, "most": 1},
             {"threshold": 0.04, "most": 2},

@@ -18,7 +18,7 @@ from ascend_runtime.components import Components
 from ascend_runtime.families.wan import WanTransformer, cut_dim, kept_in_8_bits
 from ascend_runtime.ops import PlainOperators, quantization
 from ascend_runtime.parallel import fsdp
-from benchmarks import quantization
+from benchmarks import quantization as benchmark
 from benchmarks.quantization import linears, nbytes
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -71,7 +71,7 @@ def test_products_are_those_of_whole_numbers(monkeypatch, dtype, rows, width, ou
 
 def test_a_block_is_off_by_less_than_a_percent_and_weighs_half():
     """As the benchmark measures it, whose quick figures these are."""
-    rows = {row.name.rpartition(".")[2]: row for row in quantization.rows(quick=True)}
+    rows = {row.name.rpartition(".")[2]: row for row in benchmark.rows(quick=True)}
     error, weight = rows["relative_error"], rows["linear_bytes"]
     print(f"\na block of Wan 1.3B: {error.value:.2%} off ({error.context['of_what_it_adds']:.1%} of what it adds); its "
           f"layers weigh {weight.value:.3f} of bfloat16's, and take {rows['linear_time'].value:.2f} of fp32's time")
