@@ -26,7 +26,8 @@ from .checkpoints.tensor_files import open_tensors
 from .checkpoints.transfer import Move, fill, laid_out
 from .checkpoints.unfinished import partial_folder, sync, unfinished
 from .checkpoints.writers import PIECE
-from .components import SPIECE, empty_network
+from .components.networks import empty_network
+from .components.text_encoder import SPIECE
 from .families import wan
 from .families.defaults import TI2V_CHANNELS, defaults_of
 from .inspection import inspect

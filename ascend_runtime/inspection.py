@@ -16,7 +16,8 @@ from .checkpoints.layout import (
 )  # fmt: skip
 from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
-from .components import check, check_experts
+from .components.checks import check
+from .components.model_config import check_experts
 from .families.defaults import Defaults, defaults_of
 
 FINDERS: dict[str, Callable[[str], Component]] = {

@@ -8,8 +8,9 @@ import dataclasses
 import pytest
 import tiny_models
 import torch
-from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec, components
+from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec
 from ascend_runtime.checkpoints.layout import find_transformer
+from ascend_runtime.components.model_config import boundary_of
 from ascend_runtime.families.defaults import defaults_of
 from msgspec.structs import replace
 from PIL import Image
@@ -295,6 +296,6 @@ def test_the_boundary_of_a_model_that_names_none(cases):
     spec = cases("wan 2.2").specs.model
     files = [dataclasses.replace(component, folder=None) for component in found]  # nothing lies beside them
     own = [defaults_of(component.config, experts=2) for component in found]
-    assert [components._boundary(spec, *both) for both in zip(files, own)] == [0.9, 0.875]
+    assert [boundary_of(spec, *both) for both in zip(files, own)] == [0.9, 0.875]
     given = DiffusionModelSpec(path=spec.path, boundary=0.5)
-    assert components._boundary(given, found[0], own[0]) == 0.5
+    assert boundary_of(given, found[0], own[0]) == 0.5

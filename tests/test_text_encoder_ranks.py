@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from ascend_runtime import JobCancelled, TextEncoderSpec
-from ascend_runtime.components import _text_dtype
+from ascend_runtime.components.text_encoder import _text_dtype
 from ascend_runtime.environment import placed
 from new_prompts import new_prompt
 from safetensors.torch import load_file, save_file

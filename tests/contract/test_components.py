@@ -4,8 +4,8 @@
 def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
     code = f"""
         import torch
-        from ascend_runtime import DiffusionModelSpec, VaeSpec, components, devices
-        from ascend_runtime.components import Components
+        from ascend_runtime import DiffusionModelSpec, VaeSpec, devices
+        from ascend_runtime.components import Components, diffusion_model
         folder, read, free = {str(specs.folder)!r}, [], [2**40]
         devices.room = lambda device: free[0]
         held = Components(torch.device("npu:0"))
@@ -14,7 +14,7 @@ def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
         before = {{name: tensor.cpu() for name, tensor in vae.state_dict().items()}}
         get(DiffusionModelSpec)
         assert vae.device.type == "npu" and {{VaeSpec, DiffusionModelSpec}} == set(read)
-        free[0] = components.ROOM_TO_COMPUTE - 1
+        free[0] = diffusion_model.ROOM_TO_COMPUTE - 1
         read.clear()
         get(DiffusionModelSpec)
         assert vae.device.type == "cpu"

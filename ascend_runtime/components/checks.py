@@ -1,0 +1,19 @@
+"""Whether a component can be loaded, without loading it."""
+
+from __future__ import annotations
+
+from ..checkpoints.layout import Component
+from ..checkpoints.reader import check_weights
+from .model_config import own_boundary
+from .networks import empty_network
+from .text_encoder import find_tokenizer
+
+
+def check(kind: str, component: Component) -> None:
+    """Raises ValueError for a "transformer", "text_encoder" or "vae" which, whatever is beside it, cannot be loaded. No
+    weight is read."""
+    if kind == "text_encoder":
+        find_tokenizer(component)
+    if kind == "transformer":
+        own_boundary(component)
+    check_weights(empty_network(kind, component), component.shards, component.rename, component.quantized)
