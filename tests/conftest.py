@@ -45,6 +45,7 @@ class Lanes(LoadScopeScheduling):
         return next((name for name, takes in GROUPS.items() if takes.search(text)), file)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return Lanes(config, log)
 

@@ -14,7 +14,8 @@ from killed_client import SHAPE
 from new_prompts import new_prompt
 from torch.testing import assert_close
 
-PATIENCE = 0.1  # seconds beyond a step
+PATIENCE = 0.1  # seconds beyond a step; asked for with --all-cancels alone, which wants a quiet machine
+STEPS_AFTER = 2  # may still be told of: one that was done when the wish came, and one that had begun
 SPEC = SampleSpec(seed=1, steps=8, guidance_scale=3.0)
 SHORT = SampleSpec(seed=1, steps=1, guidance_scale=3.0)
 
@@ -46,17 +47,22 @@ def survivors(two_ranks, specs, expected):
 
 
 class Stopwatch:
-    """Notes how long the steps of jobs take, from an `on_progress`."""
+    """Notes when the steps of jobs are told, and how long they take, from an `on_progress`."""
 
     def __init__(self):
         self.steps = []
-        self.last = None
+        self.told = []
 
     def __call__(self, stage, step, total):
         now = time.monotonic()
-        if step > 1 and self.last is not None:
-            self.steps.append(now - self.last)
-        self.last = now
+        if step > 1 and self.told:
+            self.steps.append(now - self.told[-1])
+        self.told.append(now)
+
+    def told_within(self, delay):
+        """How many in the last so many seconds."""
+        now = time.monotonic()
+        return sum(now - at < delay for at in self.told)
 
 
 def cancelled_after(job, moment, cancel):
@@ -87,8 +93,9 @@ def rng():
 
 
 def test_cancels_at_random_moments(request, survivors, specs, expected, rng):
-    wanted = 50 if request.config.getoption("--all-cancels") else 10
-    assert_cancels(survivors, *sampling_jobs(survivors, specs), rng, wanted)
+    everything = request.config.getoption("--all-cancels")
+    jobs = sampling_jobs(survivors, specs)
+    assert_cancels(survivors, *jobs, rng, wanted=50 if everything else 10, timed=everything)
 
 
 @pytest.mark.timeout(1800)  # with --all-cancels
@@ -99,7 +106,7 @@ def test_cancels_within_exchanges(request, two_ranks, new_runtime, specs, rng):
         print(name)
         with nullcontext(two_ranks) if plan["ranks"] == 2 else new_runtime(plan["ranks"]) as runtime:
             long, short = sampling_jobs(runtime, specs, ParallelSpec(**plan))
-            assert_cancels(runtime, long, short, rng, wanted=10 if everything else 3)
+            assert_cancels(runtime, long, short, rng, wanted=10 if everything else 3, timed=everything)
 
 
 @pytest.mark.timeout(1800)  # with --all-cancels
@@ -109,7 +116,7 @@ def test_cancels_between_frames(request, two_ranks, new_runtime, specs, rng):
     for ranks in (2, 3) if everything else (2,):
         with nullcontext(two_ranks) if ranks == 2 else new_runtime(ranks) as runtime:
             for long, short in video_jobs(runtime, specs):
-                assert_cancels(runtime, long, short, rng, wanted=10 if everything else 2)
+                assert_cancels(runtime, long, short, rng, wanted=10 if everything else 2, timed=everything)
 
 
 def sampling_jobs(runtime, specs, parallel=None):
@@ -129,8 +136,8 @@ def video_jobs(runtime, specs):
     yield job(runtime.encode_video, video), job(runtime.encode_video, video[:5])
 
 
-def assert_cancels(runtime, long, short, rng, wanted):
-    """Each within the bound, and the next job equals one that follows no cancel, on the same processes."""
+def assert_cancels(runtime, long, short, rng, wanted, timed):
+    """Each within a step, and the next job equals one that follows no cancel, on the same processes."""
     watch, delays = Stopwatch(), []
     expected, pids = short(), runtime.pids
     began = time.monotonic()
@@ -138,6 +145,7 @@ def assert_cancels(runtime, long, short, rng, wanted):
     duration = time.monotonic() - began
     for _ in range(3 * wanted):
         delay = cancelled_after(lambda: long(on_progress=watch), rng.uniform(0, duration), runtime.cancel)
+        assert delay is None or watch.told_within(delay) <= STEPS_AFTER
         assert_close(short(), expected, atol=1e-6, rtol=0.0)
         assert runtime.pids == pids
         if delay is not None:
@@ -146,7 +154,7 @@ def assert_cancels(runtime, long, short, rng, wanted):
             break
     assert len(delays) == wanted
     print(f"slowest step {max(watch.steps):.3f} s, slowest cancel {max(delays):.3f} s")
-    assert max(delays) <= max(watch.steps) + PATIENCE
+    assert not timed or max(delays) <= max(watch.steps) + PATIENCE
 
 
 @pytest.mark.parametrize("stage", ["load", "encode", "denoise", "decode", "encode video"])
