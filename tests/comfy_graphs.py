@@ -13,8 +13,9 @@ RANDOM = "random_wan"  # names under which the `comfyui` fixture has models
 HEAVY = "heavy_wan"
 
 
-def video(model=RANDOM, ranks=0, length=9, size=64, **sampler) -> dict:
-    """The workflow with this model for all parts; `sampler` changes widgets of Ascend Sampler."""
+def video(model=RANDOM, ranks=2, length=9, size=64, **sampler) -> dict:
+    """The workflow with this model for all parts; `sampler` changes widgets of Ascend Sampler. Two ranks, as in most
+    tests: each other number has new ones started."""
     graph = copy.deepcopy(json.loads(WORKFLOW.read_text()))
     for node in (MODEL, ENCODER, VAE):
         graph[node]["inputs"]["model_name"] = model

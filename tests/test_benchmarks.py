@@ -37,7 +37,7 @@ NAMES = {
                    *(f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")),
                    *(f"accelerate.attention_cache.quality.{what}" for what in ("psnr", "ssim", "prompt_following"))},
 }  # fmt: skip
-SAMPLE = ("vae",)
+SAMPLE = ("warm",)
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
 
 

@@ -10,12 +10,12 @@ from comfy_listener import Listener
 from comfy_server import ComfyServer
 from rank_processes import holders, ranks_of, seconds_until, shared_memory
 
-LONG = {"ranks": 2, "steps": 1000, "length": 17}
+LONG = {"steps": 1000, "length": 17}
 
 
 def test_a_killed_rank_is_named_and_the_next_job_is_right(comfyui):
     with Listener(comfyui) as listener:
-        graph = graphs.latent(seed=1, ranks=2)
+        graph = graphs.latent(seed=1)
         expected = graphs.saved_latent(comfyui, listener.run(graph).prompt_id)
         run = listener.queue(graphs.heavy_latent(seed=2, **LONG))
         run.wait_for_step(graphs.SAMPLER, 2)

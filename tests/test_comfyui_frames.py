@@ -19,7 +19,7 @@ HOLD, LET_GO = "hold", "let go"  # nodes
 
 def decoded(width: int = WIDTH, height: int = HEIGHT, length: int = LENGTH) -> dict:
     """A latent of zeros, decoded by two ranks, whose frames are kept beyond the prompt."""
-    graph = {node: content for node, content in graphs.video(ranks=2).items()
+    graph = {node: content for node, content in graphs.video().items()
              if node in (graphs.PARALLEL, graphs.VAE, graphs.EMPTY, graphs.DECODE)}  # fmt: skip
     graph[graphs.EMPTY]["inputs"].update(width=width, height=height, length=length)
     graph[graphs.DECODE]["inputs"]["samples"] = [graphs.EMPTY, 0]

@@ -14,7 +14,7 @@ HEAVY_MB = 101  # of random_wan.heavy_transformer
 
 
 def heavy(seed: int) -> dict:
-    return graphs.heavy_latent(seed=seed, ranks=2, steps=1)
+    return graphs.heavy_latent(seed=seed, steps=1)
 
 
 def then_free(graph: dict, what: str) -> dict:
@@ -57,19 +57,19 @@ def test_node_drops_the_weights(comfyui):
 
 
 def test_node_ends_the_ranks(comfyui):
-    prompt = comfyui.queue(then_free(graphs.latent(seed=5, ranks=2), "ranks"))
+    prompt = comfyui.queue(then_free(graphs.latent(seed=5), "ranks"))
     first = graphs.saved_latent(comfyui, prompt)
     assert ranks_of(comfyui.process.pid) == {}
-    comfyui.wait(comfyui.queue(graphs.latent(seed=6, ranks=2)))
+    comfyui.wait(comfyui.queue(graphs.latent(seed=6)))
     assert len(ranks_of(comfyui.process.pid)) == 2
-    again = graphs.saved_latent(comfyui, comfyui.queue(graphs.latent(seed=5, ranks=2)))
+    again = graphs.saved_latent(comfyui, comfyui.queue(graphs.latent(seed=5)))
     assert torch.equal(first, again)
 
 
 def test_dead_ranks_do_not_take_comfyuis_worker_along(comfyui):
     """ComfyUI frees in a thread that ends for good with any exception."""
     comfyui.wait(comfyui.queue(graphs.latent(seed=7)))
-    (rank,) = ranks_of(comfyui.process.pid).values()
+    rank, _ = ranks_of(comfyui.process.pid).values()
     os.kill(rank, signal.SIGSTOP)
     comfyui.post("/free", {"unload_models": True})
     time.sleep(2.0)  # ComfyUI's worker takes the request up, and waits for the rank

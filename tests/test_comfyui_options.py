@@ -35,13 +35,13 @@ def without_options(graph: dict) -> dict:
 @pytest.fixture(scope="module")
 def plain(comfyui) -> torch.Tensor:
     """The latent of a graph from before there were options."""
-    prompt = comfyui.queue(without_options(graphs.latent(seed=21, steps=4, ranks=2)))
+    prompt = comfyui.queue(without_options(graphs.latent(seed=21, steps=4)))
     return graphs.saved_latent(comfyui, prompt)
 
 
 def test_all_options_change_no_video(comfyui, listener, plain):
     listener.run({"1": {"class_type": "AscendFreeMemory", "inputs": {"what": "weights"}}})
-    graph = with_profiler(graphs.latent(seed=21, steps=4, ranks=2))
+    graph = with_profiler(graphs.latent(seed=21, steps=4))
     graph[graphs.MODEL]["inputs"].update(attention="plain", warm_up=True)
     run = listener.run(graph)
     assert torch.equal(graphs.saved_latent(comfyui, run.prompt_id), plain) and plain.std() > 0.1

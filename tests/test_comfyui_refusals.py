@@ -112,14 +112,14 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def good(comfyui):
     """A graph that works, and its latent."""
-    graph = graphs.latent(seed=5, ranks=2)
+    graph = graphs.latent(seed=5)
     return graph, graphs.saved_latent(comfyui, comfyui.queue(graph))
 
 
 @pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__)
 def test_the_job_is_refused_and_the_ranks_live_on(comfyui, good, spoil):
     graph, expected = good
-    spoilt = graphs.latent(seed=6, ranks=2)
+    spoilt = graphs.latent(seed=6)
     spoil(spoilt)
     before = ranks_of(comfyui.process.pid)
     with pytest.raises(PromptFailed) as caught:

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime import ParallelSpec, RankDied
-from exchanges import EXCHANGES, some
+from exchanges import EXCHANGES
 from killed_client import PHASES, latent_of
 from rank_processes import holders, seconds_until, shared_memory, waits
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 GONE, HEARD = 3.0, 2.0  # seconds
-RANKS_SAMPLE, CLIENTS_SAMPLE = ["decode"], ["start"]
+RANKS_SAMPLE = ["decode"]
 RANKS_ALL = [*PHASES, "step", "load", "start", "decode"]
 CLIENTS_ALL = [phase for first in PHASES[:-1] for phase in (first, "idle")]  # idle: after a job, which must be right
 STEPS = {name: (plan, "step") for name, plan in EXCHANGES.items()}  # a kind of exchange: (the plan, its phase)
@@ -149,9 +149,9 @@ def test_kill_a_rank(request, new_runtime, slow_checkpoint, expected, marked, rn
 def test_kill_a_rank_within_an_exchange(request, new_runtime, slow_checkpoint, expected, marked, rng):
     environment, living = marked
     before = shared_memory([os.getpid()])
-    sample = {name: STEPS[name] for name in some(rng, 1)}
-    border = rng.choice([name for name, (plan, _) in BORDERS.items() if plan["ranks"] == 2])
-    strikes = chosen(request, sample | {border: BORDERS[border]}, STEPS | BORDERS)
+    everything = STEPS | BORDERS
+    one = rng.choice([name for name, (plan, _) in everything.items() if plan["ranks"] == 2])
+    strikes = chosen(request, {one: everything[one]}, everything)
     for ranks in sorted({plan["ranks"] for plan, _ in strikes.values()}):
         with new_runtime(ranks, **environment) as runtime:
             for name, (options, phase) in strikes.items():
@@ -176,9 +176,9 @@ def test_kill_a_rank_within_an_exchange(request, new_runtime, slow_checkpoint, e
 def test_kill_the_client(request, slow_checkpoint, expected, marked, rng, tmp_path):
     environment, living = marked
     two = {"ranks": 2}
-    kills = [(phase, two) for phase in chosen(request, CLIENTS_SAMPLE, CLIENTS_ALL)]
-    kills += [("step", plan) for plan in chosen(request, some(rng, 1), EXCHANGES).values()]
-    for phase, plan in kills:
+    everything = [(phase, two) for phase in CLIENTS_ALL] + [("step", plan) for plan in EXCHANGES.values()]
+    on_two = [(phase, plan) for phase, plan in everything if plan["ranks"] == 2 and phase != "idle"]
+    for phase, plan in chosen(request, [rng.choice(on_two)], everything):
         print(f"kill the client in phase {phase!r} of {plan}")
         latent_file = tmp_path / "latent.safetensors"
         client = start_client(slow_checkpoint, latent_file, environment, plan)

@@ -93,34 +93,38 @@ def test_no_help_page_without_a_node(nodes):
     assert {folder.name for folder in (REPOSITORY / "web" / "docs").iterdir()} == set(nodes)
 
 
-@needs_chromium
-def test_page_shows_chinese_help(comfyui):
-    """With the interface in Chinese, a node's info button opens its Chinese help page."""
+@pytest.fixture(scope="module")
+def chinese(comfyui):
+    """A page whose interface is in Chinese, with a workflow."""
     with ComfyBrowser(comfyui, locale="zh") as browser:
         browser.open(json.loads(WORKFLOW.read_text()))
-        browser.page.evaluate(f"app.canvas.selectNode({SAMPLER})")
-        browser.page.get_by_test_id("info-button").click()
-        browser.page.get_by_role("heading", name="官方设置").wait_for()
-        screenshot(browser, "help_zh")
+        yield browser
 
 
 @needs_chromium
-def test_page_shows_chinese_names(comfyui, translations):
-    """With the interface in Chinese, a node on the canvas has its Chinese names."""
+def test_page_shows_chinese_help(chinese):
+    """A node's info button opens its Chinese help page."""
+    chinese.page.evaluate(f"app.canvas.selectNode({SAMPLER})")
+    chinese.page.get_by_test_id("info-button").click()
+    chinese.page.get_by_role("heading", name="官方设置").wait_for()
+    screenshot(chinese, "help_zh")
+
+
+@needs_chromium
+def test_page_shows_chinese_names(chinese, translations):
+    """A node on the canvas has its Chinese names."""
     expected = translations["zh"]["nodeDefs"]["AscendSampler"]
-    with ComfyBrowser(comfyui, locale="zh") as browser:
-        version = browser.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
-        if tuple(map(int, version.split(".")[:3])) < KEEPS_TRANSLATIONS:
-            pytest.skip(f"ComfyUI's page {version} forgets the translations of every pack when it loads a language "
-                        "(mended by Comfy-Org/ComfyUI_frontend#7214)")
-        browser.open(json.loads(WORKFLOW.read_text()))
-        node = browser.page.evaluate(f"""() => {{
-            const node = {SAMPLER}
-            return {{title: node.title, category: node.constructor.category,
-                     inputs: node.inputs.map(input => [input.name, input.localized_name]),
-                     outputs: node.outputs.map(output => output.localized_name)}}
-        }}""")
-        screenshot(browser, "graph_zh")
+    version = chinese.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
+    if tuple(map(int, version.split(".")[:3])) < KEEPS_TRANSLATIONS:
+        pytest.skip(f"ComfyUI's page {version} forgets the translations of every pack when it loads a language "
+                    "(mended by Comfy-Org/ComfyUI_frontend#7214)")
+    node = chinese.page.evaluate(f"""() => {{
+        const node = {SAMPLER}
+        return {{title: node.title, category: node.constructor.category,
+                 inputs: node.inputs.map(input => [input.name, input.localized_name]),
+                 outputs: node.outputs.map(output => output.localized_name)}}
+    }}""")
+    screenshot(chinese, "graph_zh")
     assert (node["title"], node["category"]) == (expected["display_name"], "昇腾")
     names = {key: texts["name"] for key, texts in expected["inputs"].items() if key != "control_after_generate"}
     assert dict(node["inputs"]) == names

@@ -43,16 +43,22 @@ def done(runtime, vae, work, frames, size, **hooks):
 
 
 def own_peaks(runtime, *job):
-    """The highest RSS of each rank within a job, less what it mapped of memory that it shares: of frames and latent."""
-    shared = {pid: [] for pid in runtime.pids}
+    """The highest RSS of each rank within a job, less what of it are files, which the kernel takes back from those who
+    wait and gives again, and memory that it shares: of frames and latent."""
+    mapped = {pid: [] for pid in runtime.pids}
 
     def look(*_):
-        for pid, seen in shared.items():
-            seen.append(rss(pid, "RssShmem"))
+        for pid, seen in mapped.items():
+            seen.append(rss(pid, "RssShmem") + rss(pid, "RssFile"))
 
     with highest_rss(runtime.pids) as highest:
         done(runtime, *job, on_progress=look)
-    return [highest[pid] - max(seen) for pid, seen in shared.items()]
+    return [highest[pid] - max(seen) for pid, seen in mapped.items()]
+
+
+def own(runtime):
+    """Bytes of each rank now, less the same."""
+    return [rss(pid, "RssAnon") for pid in runtime.pids]
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -91,7 +97,7 @@ def test_a_larger_tile_is_told_to_take_more(name, work):
 
 @pytest.mark.parametrize("work", WORKS)
 def test_what_is_told_is_what_ranks_take(thrifty, vae, work):
-    idle = [rss(pid) for pid in thrifty.pids]
+    idle = own(thrifty)
     height, width = LARGE
     told = wan_vae.bytes_needed(tiny_models.wan_vae(), work, height, width // 2)
     taken = [peak - before for peak, before in zip(own_peaks(thrifty, vae, work, 3, LARGE), idle)]
@@ -104,7 +110,7 @@ def test_ranks_that_keep_what_is_freed_take_no_more_than_is_asked_for(two_ranks,
     """As they are started, with the heap that is fast and has holes."""
     done(two_ranks, vae, work, 3, SMALL)  # loads, and fills what libraries keep
     two_ranks.ping()  # by when they have given back what they kept
-    idle = [rss(pid) for pid in two_ranks.pids]
+    idle = own(two_ranks)
     height, width = LARGE
     needed = margin(torch.device("cpu")) * wan_vae.bytes_needed(tiny_models.wan_vae(), work, height, width // 2)
     taken = [peak - before for peak, before in zip(own_peaks(two_ranks, vae, work, 9, LARGE), idle)]

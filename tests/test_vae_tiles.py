@@ -17,7 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, 
 from safetensors.torch import save_file
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
-RANKS, SAMPLE = [1, 2, 3, 4, 5, 6, 7, 8, 16], [1, 3, 6]
+RANKS, SAMPLE = [1, 2, 3, 4, 5, 6, 7, 8, 16], [1, 3]
 LARGE, ODD, FEW = (34, 58), (9, 13), (2, 3)  # a latent's; the last has fewer pixels than there are ranks
 LATENT_FRAMES = [1, 2, 5]  # 1, 5 and 17 frames of a video
 GRIDS = [([5, 4], [13]), ([9], [7, 6]), ([5, 4], [5, 5, 3]), ([4, 3, 2], [7, 6])]
@@ -95,9 +95,12 @@ def test_tiles_equal_diffusers(request, vaes, tmp_path, expected, ranks):
         assert wanted.std() > 0.05 and error < 1e-4, told
 
 
-def test_ranks_send_borders_and_nothing_else(vaes, tmp_path, expected):
+def test_ranks_send_borders_and_nothing_else(request, vaes, tmp_path, expected):
     """To the byte, in whatever grid; what is computed is the same in all of them."""
-    cases = [case(vae, work, ODD, 2, grid) for vae, work, grid in product(VAES, ("decode", "encode"), GRIDS)]
+    told = list(product(VAES, ("decode", "encode"), GRIDS))
+    if not request.config.getoption("--all-tiles"):  # each work in two of the grids, and each grid in two works
+        told = [one for number, one in enumerate(told) if number % 2 == (number // len(GRIDS)) % 2]
+    cases = [case(vae, work, ODD, 2, grid) for vae, work, grid in told]
     results, sent = on_ranks(vaes, tmp_path, max(len(heights) * len(widths) for heights, widths in GRIDS), cases)
     for number, ((told, given), result) in enumerate(zip(cases, results)):
         assert (result - expected(told, given)).abs().max() < 1e-4, told

@@ -141,48 +141,6 @@ def test_the_queue_finds_what_it_edits(name):
         assert queued.require_image(graph) == [("12", "image")]
 
 
-@needs_chromium
-def test_page_makes_the_api_format_of_the_ui_format(comfyui):
-    """Opened in ComfyUI's own page, either format becomes the prompt that the API format is."""
-    ARTEFACTS.mkdir(parents=True, exist_ok=True)
-    with ComfyBrowser(comfyui) as browser:
-        errors = []
-        browser.page.on("pageerror", lambda error: errors.append(str(error)))
-        for name in NAMES:
-            browser.open(ui(name))
-            assert without_titles(browser.prompt()) == without_titles(api(name)), name
-            assert own_titles(browser.prompt()) == own_titles(api(name)), name
-            browser.page.screenshot(path=ARTEFACTS / f"{name}.png")
-            browser.open(api(name))
-            assert without_titles(browser.prompt()) == without_titles(api(name)), name
-        assert errors == []
-
-
-@needs_chromium
-def test_page_says_which_files_are_missing(comfyui):
-    """As it does for its own templates, with buttons to download them or copy their addresses."""
-    text = json.dumps(ui("wan2.2_i2v_a14b_image_to_video_4_steps"))
-    workflow = json.loads(text.replace(".safetensors", "_of_nobody.safetensors"))
-    with ComfyBrowser(comfyui) as browser:
-        browser.page.evaluate(f"app.extensionManager.setting.set('{MISSING_MODELS}', true)")
-        browser.open(workflow)
-        for place in files_of(workflow):
-            browser.page.get_by_text(place.replace("/", " / ")).wait_for()
-
-
-@needs_chromium
-def test_a_workflow_saved_before_an_input_was_added_gets_its_default(comfyui):
-    """The UI format has a node's values by their order: those of inputs that came later are missing at the end."""
-    workflow = ui("tiny_wan_text_to_video")
-    later = ("attention", "heads_per_call", "warm_up", "quantization")
-    node = next(node for node in workflow["nodes"] if node["type"] == "AscendLoadDiffusionModel")
-    node["inputs"] = [slot for slot in node["inputs"] if slot["name"] not in later]
-    node["widgets_values"] = node["widgets_values"][: -len(later)]
-    with ComfyBrowser(comfyui) as browser:
-        browser.open(workflow)
-        assert without_titles(browser.prompt()) == without_titles(api("tiny_wan_text_to_video"))
-
-
 def test_templates_are_served_with_thumbnails(comfyui):
     listed = comfyui.get("/workflow_templates")["ascend-video"]
     assert sorted(listed) == NAMES
@@ -207,3 +165,49 @@ def test_template_browser_shows_the_workflows(comfyui):
         }""", arg=NAMES)
         page.wait_for_timeout(500)
         page.screenshot(path=ARTEFACTS / "templates.png")
+
+
+@pytest.fixture(scope="module")
+def browser(comfyui):
+    """One page for the tests from here on; there is only one at a time."""
+    with ComfyBrowser(comfyui) as browser:
+        yield browser
+
+
+@needs_chromium
+def test_page_makes_the_api_format_of_the_ui_format(browser):
+    """Opened in ComfyUI's own page, either format becomes the prompt that the API format is."""
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    errors = []
+    browser.page.on("pageerror", lambda error: errors.append(str(error)))
+    for name in NAMES:
+        browser.open(ui(name))
+        assert without_titles(browser.prompt()) == without_titles(api(name)), name
+        assert own_titles(browser.prompt()) == own_titles(api(name)), name
+        browser.page.screenshot(path=ARTEFACTS / f"{name}.png")
+        browser.open(api(name))
+        assert without_titles(browser.prompt()) == without_titles(api(name)), name
+    assert errors == []
+
+
+@needs_chromium
+def test_a_workflow_saved_before_an_input_was_added_gets_its_default(browser):
+    """The UI format has a node's values by their order: those of inputs that came later are missing at the end."""
+    workflow = ui("tiny_wan_text_to_video")
+    later = ("attention", "heads_per_call", "warm_up", "quantization")
+    node = next(node for node in workflow["nodes"] if node["type"] == "AscendLoadDiffusionModel")
+    node["inputs"] = [slot for slot in node["inputs"] if slot["name"] not in later]
+    node["widgets_values"] = node["widgets_values"][: -len(later)]
+    browser.open(workflow)
+    assert without_titles(browser.prompt()) == without_titles(api("tiny_wan_text_to_video"))
+
+
+@needs_chromium
+def test_page_says_which_files_are_missing(browser):
+    """As it does for its own templates, with buttons to download them or copy their addresses."""
+    text = json.dumps(ui("wan2.2_i2v_a14b_image_to_video_4_steps"))
+    workflow = json.loads(text.replace(".safetensors", "_of_nobody.safetensors"))
+    browser.page.evaluate(f"app.extensionManager.setting.set('{MISSING_MODELS}', true)")
+    browser.open(workflow)
+    for place in files_of(workflow):
+        browser.page.get_by_text(place.replace("/", " / ")).wait_for()
