@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
-    WanAttentionBlock, WanCausalConv3d, WanResample, WanRMS_norm, patchify, unpatchify,
+    WanAttentionBlock, WanCausalConv3d, WanResample, WanResidualBlock, WanRMS_norm, patchify, unpatchify,
 )  # fmt: skip
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from ..memory import most_allocated
 from ..ops.convolution import convolve_3d, frames_format
 from ..parallel.tiles import Edges, Tile, whole
 
+Write = Callable[[Tensor, Tensor], object]
 FRAMES = 4  # of a video, for each latent frame but the first, which stands for one
 
 
@@ -37,8 +38,14 @@ class Stream:
     memory_format: torch.memory_format
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
 
-    def extended(self, x: Tensor, edges: Edges, kept: Tensor | None, before: int) -> Tensor:
-        """x [..., T, h, w] with its edges, behind `before` frames: those that were kept, zeros where none were."""
+    def extended(
+        self, x: Tensor, edges: Edges, kept: Tensor | None, before: int, write: Write = Tensor.copy_
+    ) -> Tensor:
+        """x [..., T, h, w] with its edges, behind `before` frames: those that were kept, zeros where none were.
+
+        write(out, x): puts x into out, or what a function of each pixel makes of it. Borders are made first, and travel
+        while the rest is made.
+        """
         left, right, top, bottom = edges
         *others, frames, height, width = x.shape
         shape = (*others, before + frames, top + height + bottom, left + width + right)
@@ -49,8 +56,12 @@ class Stream:
         else:
             past.copy_(kept)
         new = out[..., before:, :, :]
-        new[..., top : top + height, left : left + width] = x
-        self.tile.fill_edges(new, edges)
+        inner = new[..., top : top + height, left : left + width]
+        for place in self.tile.sent_first(edges):
+            write(inner[(..., *place)], x[(..., *place)])
+        arrive = self.tile.fill_edges(new, edges)
+        write(inner, x)
+        arrive()
         return out
 
 
@@ -59,11 +70,11 @@ class StreamedConv3d(WanCausalConv3d):
 
     stream: Stream
 
-    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
-        """x: [B, C, T, h, w]"""
+    def forward(self, x: Tensor, cache_x: None = None, write: Write = Tensor.copy_) -> Tensor:
+        """x: [B, C, T, h, w]; of what `write` makes of it (see Stream.extended)"""
         *edges, before, _ = self._padding
         if before or any(edges):
-            x = self.stream.extended(x, tuple(edges), self.stream.kept.get(self), before)
+            x = self.stream.extended(x, tuple(edges), self.stream.kept.get(self), before, write)
         if before:
             self.stream.kept[self] = x[:, :, -before:].clone()
         return convolve_3d(x, self.weight, self.bias, self.stride)
@@ -126,6 +137,20 @@ class ScaledNorm(WanRMS_norm):
         """x: [B, C, ...]; fp32 inside, as the original"""
         return F.normalize(x.float(), dim=1).to(x.dtype).mul_(self.gamma * self.scale)
 
+    def write_activated(self, out: Tensor, x: Tensor) -> None:
+        """Puts silu(norm(x)) into out."""
+        F.normalize(x.float(), dim=1, out=out)
+        F.silu(out.mul_(self.gamma * self.scale), inplace=True)
+
+
+class StreamedResidual(WanResidualBlock):
+    """Norms go straight to where their convolutions read."""
+
+    def forward(self, x: Tensor, feat_cache: None = None, feat_idx: object = None) -> Tensor:
+        """x: [B, C, T, h, w]"""
+        out = self.conv1(x, write=self.norm1.write_activated)
+        return self.conv2(out, write=self.norm2.write_activated).add_(self.conv_shortcut(x))
+
 
 class TiledAttention(WanAttentionBlock):
     """Each pixel of a tile attends to those of all tiles, frame by frame."""
@@ -146,6 +171,7 @@ CLASSES = {
     WanCausalConv3d: StreamedConv3d,
     WanResample: StreamedResample,
     WanRMS_norm: ScaledNorm,
+    WanResidualBlock: StreamedResidual,
     WanAttentionBlock: TiledAttention,
     nn.Conv2d: TiledConv2d,
     nn.ZeroPad2d: TiledPad2d,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -87,23 +88,47 @@ class Tile:
         rows = slice(scale * heights[self.row], scale * heights[self.row + 1])
         return rows, slice(scale * widths[self.column], scale * widths[self.column + 1])
 
-    def fill_edges(self, x: Tensor, edges: Edges) -> None:
+    def sent_first(self, edges: Edges) -> list[Place]:
+        """The parts of the tile that `fill_edges` sends at once: the rows at its cuts, or where the plane is cut into
+        columns alone, those."""
+        left, right, top, bottom = edges
+        above, below, before, after = self._neighbours
+        if len(self.grid.heights) > 1:
+            return [(rows, slice(None)) for rows in _ends((bottom, top), (above, below))]
+        return [(slice(None), columns) for columns in _ends((right, left), (before, after))]
+
+    def fill_edges(self, x: Tensor, edges: Edges) -> Callable[[], None]:
         """Fills what lies around the tile in the middle of x [..., top + h + bottom, left + w + right]: by what
-        neighbours hold, or zeros beyond the edge of the plane.
+        neighbours hold, or zeros beyond the edge of the plane. Begins with that, when all that `sent_first` names is in
+        x, and returns what ends it, to be called when the whole tile is.
 
         All tiles of the grid must ask, with the same edges. Sends, a rank, for each of the leading elements: w x bottom
         to the tile above, w x top to that below, (top + h + bottom) x right to the left one, and x left to the right
         one, where there are such.
         """
         left, right, top, bottom = edges
-        rows, columns = len(self.grid.heights), len(self.grid.widths)
-        above = self.index - columns if self.row else None
-        below = self.index + columns if self.row + 1 < rows else None
-        before = self.index - 1 if self.column else None
-        after = self.index + 1 if self.column + 1 < columns else None
+        above, below, before, after = self._neighbours
         inner = x.narrow(-1, left, x.shape[-1] - left - right)
-        _fill_dim(inner, -2, (top, bottom), (above, below))
-        _fill_dim(x, -1, (left, right), (before, after))
+        rows_arrive = _fill_dim(inner, -2, (top, bottom), (above, below))
+        if len(self.grid.heights) == 1:
+            return _fill_dim(x, -1, (left, right), (before, after))
+
+        def end() -> None:
+            rows_arrive()
+            _fill_dim(x, -1, (left, right), (before, after))()
+
+        return end
+
+    @property
+    def _neighbours(self) -> tuple[int | None, int | None, int | None, int | None]:
+        """The tiles above, below, before and after it."""
+        rows, columns = len(self.grid.heights), len(self.grid.widths)
+        return (
+            self.index - columns if self.row else None,
+            self.index + columns if self.row + 1 < rows else None,
+            self.index - 1 if self.column else None,
+            self.index + 1 if self.column + 1 < columns else None,
+        )
 
     def gather(self, tokens: Tensor) -> Tensor:
         """tokens [B, h*w, C] of all tiles, in a row [B, H*W, C]: that of the tiles, not that of the plane.
@@ -143,8 +168,18 @@ def _group(tiles: int) -> dist.ProcessGroup:
     return dist.group.WORLD if tiles == dist.get_world_size() else dist.new_group(range(tiles))
 
 
-def _fill_dim(x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> None:
-    """Fills the first and the last pixels of x along `dim` from the rank before and the rank after."""
+def _ends(sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> list[slice]:
+    """So many pixels at the beginning and at the end, where there is a neighbour to read them."""
+    (first, last), (before, after) = sizes, neighbours
+    beginning = [slice(0, first)] if first and before is not None else []
+    return beginning + ([slice(-last, None)] if last and after is not None else [])
+
+
+def _fill_dim(
+    x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int | None, int | None]
+) -> Callable[[], None]:
+    """Begins to fill the first and the last pixels of x along `dim` from the rank before and the rank after. Returns
+    what waits for them."""
     (first, last), length = sizes, x.shape[dim]
     borders = (x.narrow(dim, 0, first), x.narrow(dim, length - last, last))
     wanted = (x.narrow(dim, first, last), x.narrow(dim, length - last - first, first))  # by the neighbours
@@ -154,11 +189,16 @@ def _fill_dim(x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int
             border.zero_()
             continue
         if own.numel():
-            exchanges.append(dist.P2POp(dist.isend, own.contiguous(), neighbour))
+            exchanges.append(dist.P2POp(dist.isend, own.clone(memory_format=torch.contiguous_format), neighbour))
         if border.numel():
             arriving.append((border, border.new_empty(border.shape)))
             exchanges.append(dist.P2POp(dist.irecv, arriving[-1][1], neighbour))
-    for work in dist.batch_isend_irecv(exchanges) if exchanges else ():
-        work.wait()
-    for border, arrived in arriving:
-        border.copy_(arrived)
+    under_way = dist.batch_isend_irecv(exchanges) if exchanges else ()
+
+    def arrive() -> None:
+        for work in under_way:
+            work.wait()
+        for border, arrived in arriving:
+            border.copy_(arrived)
+
+    return arrive
