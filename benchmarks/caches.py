@@ -27,7 +27,7 @@ BAR = 0.93
 STEPS = 12
 SHAPE, QUICK_SHAPE = (1, 16, 3, 32, 32), (1, 16, 1, 8, 8)  # of the latent [B,C,T,H,W]
 HEADS, QUICK_HEADS, HEAD_DIM, BLOCKS, TEXT = 4, 1, 128, 6, 64
-ROUNDS = 3
+ROUNDS = 5
 EVERY_STEP = {"start": 2, "end": STEPS - 2}
 CACHES = {
     "attention_cache": AccelerationSpec(attention_cache=AttentionCacheSpec(interval=4, **EVERY_STEP)),
