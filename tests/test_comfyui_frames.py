@@ -95,8 +95,9 @@ def test_thirty_jobs_leave_nothing(comfyui):
     growth = [(last - tenth) / 20 for tenth, last in zip(resident[9], resident[-1])]
     print(", ".join(f"{each / 1e3:+.0f} kB" for each in growth) + f" a job, of frames of {frames / 1e3:.0f} kB")
     assert max(growth) < frames / 4
-    assert max(files[10:]) <= max(files[:10]), files
-    assert max(open_files[10:]) <= max(open_files[:10]), open_files
+    # Not one a job; but a rank may hold one yet when the next job begins, which then takes another.
+    assert max(files[10:]) <= max(files[:10]) + 2, files
+    assert max(open_files[10:]) <= max(open_files[:10]) + 2 * len(everyone), open_files
     assert set().union(*map(shared_by_name, everyone)) <= named  # what libraries of ComfyUI's had before
 
 
