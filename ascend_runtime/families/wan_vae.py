@@ -26,7 +26,7 @@ from ..memory import most_allocated
 from ..ops.convolution import convolve_3d, frames_format
 from ..parallel.tiles import Edges, Tile, whole
 
-Write = Callable[[Tensor, Tensor], object]
+Write = Callable[[Tensor, Tensor], object]  # see Stream.extended
 FRAMES = 4  # of a video, for each latent frame but the first, which stands for one
 
 
@@ -134,13 +134,17 @@ class ScaledNorm(WanRMS_norm):
     """The same norm, scaled in one step where the original takes three, each a copy of the frames."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, C, ...]; fp32 inside, as the original"""
-        return F.normalize(x.float(), dim=1).to(x.dtype).mul_(self.gamma * self.scale)
+        """x: [B, C, ...]"""
+        return self._write(torch.empty_like(x), x)
 
     def write_activated(self, out: Tensor, x: Tensor) -> None:
         """Puts silu(norm(x)) into out."""
+        F.silu(self._write(out, x), inplace=True)
+
+    def _write(self, out: Tensor, x: Tensor) -> Tensor:
+        """In fp32 inside, as the original."""
         F.normalize(x.float(), dim=1, out=out)
-        F.silu(out.mul_(self.gamma * self.scale), inplace=True)
+        return out.mul_(self.gamma * self.scale)
 
 
 class StreamedResidual(WanResidualBlock):
