@@ -8,10 +8,10 @@ from importlib import import_module
 
 _HOMES = {
     "Runtime": "client",
-    "Result": "client",
+    "Result": "submission",
     "RankDied": "launcher",
-    "RankError": "client",
-    "JobCancelled": "client",
+    "RankError": "submission",
+    "JobCancelled": "submission",
     "Conditioning": "protocol",
     "DiffusionModelSpec": "specs",
     "LoraSpec": "specs",

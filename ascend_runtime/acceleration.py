@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from typing import Iterable
 
-from msgspec import Struct
 from msgspec.structs import replace
+
+from .typed import Spec
 
 STEP_CACHES = ("fbcache", "teacache", "magcache", "taylorseer")
 # Those that have to know something of the model beforehand, and what; and what is told where they do not.
@@ -33,7 +34,7 @@ def _require(condition: bool, text: str) -> None:
         raise ValueError(text)
 
 
-class Window(Struct, frozen=True, kw_only=True):
+class Window(Spec, frozen=True, kw_only=True):
     """Steps and blocks in which something is stored and reused.
 
     A step reuses where start < step <= end and interval does not divide step - start (MindIE SD's formula for its
@@ -49,6 +50,7 @@ class Window(Struct, frozen=True, kw_only=True):
     last_block: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("start", "end", "first_block", "last_block"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= MAX_STEPS, f"{name} is {value}; give 0 to {MAX_STEPS}.")
@@ -136,7 +138,7 @@ class BlockCacheSpec(Window, frozen=True, kw_only=True):
     """What a range of blocks adds to the tokens is reused (MindIE SD's DiTBlockCache)."""
 
 
-class StepCacheSpec(Struct, frozen=True, kw_only=True):
+class StepCacheSpec(Spec, frozen=True, kw_only=True):
     """What all blocks add to the tokens is reused, as long as it seems to change little.
 
     method:
@@ -160,6 +162,7 @@ class StepCacheSpec(Struct, frozen=True, kw_only=True):
     order: int = 1
 
     def __post_init__(self):
+        super().__post_init__()
         _require(
             self.method in STEP_CACHES, f"method is {self.method!r}; it can be one of {', '.join(STEP_CACHES)}."
         )
@@ -193,7 +196,7 @@ class StepCacheSpec(Struct, frozen=True, kw_only=True):
         return min(most, self.interval - 1) if self.method == "taylorseer" else most
 
 
-class Calibration(Struct, frozen=True, kw_only=True):
+class Calibration(Spec, frozen=True, kw_only=True):
     """What step caches know of one expert of a model (see `python -m ascend_runtime calibrate`).
 
     coefficients: of a polynomial, the highest power's first: from the relative change of the timestep embedding to that
@@ -207,6 +210,7 @@ class Calibration(Struct, frozen=True, kw_only=True):
     source: str = UNKNOWN
 
     def __post_init__(self):
+        super().__post_init__()
         numbers = (*self.coefficients, *self.ratios)
         _require(all(map(math.isfinite, numbers)), "a calibration has a number that is not finite.")
 
@@ -220,7 +224,7 @@ class Calibration(Struct, frozen=True, kw_only=True):
         return [1.0, *(self.ratios[round(step * scale)] for step in range(1, steps))]
 
 
-class RainFusionSpec(Struct, frozen=True, kw_only=True):
+class RainFusionSpec(Spec, frozen=True, kw_only=True):
     """Self-attention computes a part of its products.
 
     version:
@@ -239,6 +243,7 @@ class RainFusionSpec(Struct, frozen=True, kw_only=True):
     last_blocks: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         _require(
             self.version in RAINFUSIONS, f"version is {self.version!r}; it can be one of {', '.join(RAINFUSIONS)}."
         )
@@ -255,7 +260,7 @@ class RainFusionSpec(Struct, frozen=True, kw_only=True):
         return step >= self.begins(steps) and self.first_blocks <= block < blocks - self.last_blocks
 
 
-class AccelerationSpec(Struct, frozen=True, kw_only=True):
+class AccelerationSpec(Spec, frozen=True, kw_only=True):
     """What a job leaves out; None: nothing of that kind. One cache at most, as they reuse parts of one another.
 
     measure: leaves nothing out, and notes how the steps change (`accelerate.measuring`), for a calibration.
@@ -268,6 +273,7 @@ class AccelerationSpec(Struct, frozen=True, kw_only=True):
     measure: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         caches = [name for name in ("attention_cache", "block_cache", "step_cache") if getattr(self, name) is not None]
         _require(
             len(caches) < 2,

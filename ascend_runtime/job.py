@@ -13,8 +13,8 @@ import torch.distributed as dist
 from . import devices
 from .parallel.mesh import highest
 from .pipeline import Pipeline
-from .protocol import Cancel, Decode, Encode, EncodeVideo, Failed, Free, Load, Message, Ping, Preview
-from .protocol import Progress, Ready, Sample, Shutdown
+from .protocol import UNREAD, Cancel, Decode, Describe, Encode, EncodeVideo, Failed, Free, Load, Message, Ping, Preview
+from .protocol import Progress, Ready, Sample, Shutdown, Undecodable
 from .transport import Channel, ChannelClosed
 
 
@@ -80,9 +80,9 @@ class Job:
             raise Cancelled if worst == 1 else PeerFailed
 
     def _heard_cancel(self) -> bool:
-        while self._channel.poll():
-            message = self._channel.receive()
-            assert isinstance(message, Cancel), message  # a client sends one job at a time
+        while (message := self._channel.take()) is not None:
+            if not isinstance(message, Cancel):
+                raise RuntimeError(f"A {type(message).__name__} came during a job; a client sends one at a time.")
             self._cancelled |= message.job == self.message.job
         return self._cancelled
 
@@ -96,28 +96,34 @@ def serve(channel: Channel) -> None:
     pipeline = Pipeline(device)
     channel.send(Ready(rank=dist.get_rank()))
     try:
-        while not isinstance(message := channel.receive(), Shutdown):
-            if not isinstance(message, Cancel):  # one that came after its job was done
-                channel.send(_answer(Job(message, channel, device), pipeline))
-                if device.type == "cpu":
-                    devices.empty_cache(device)  # other processes need a CPU's memory, and what is computed can wait
-            del message  # its tensors are shared memory, to be given back while this rank waits
+        while _serve_one(channel, pipeline):
+            pass
     except ChannelClosed:
         pass  # the client left without a word
     os._exit(0)  # destroying a process group can wait for peers that have left already
 
 
+def _serve_one(channel: Channel, pipeline: Pipeline) -> bool:
+    """Waits for a message and answers it; False once it is the last. What is no job is said to be none: a client that
+    waits for an answer gets one, whatever it sent."""
+    try:
+        message = channel.receive()
+    except Undecodable as error:
+        channel.send(Failed(job=UNREAD, kind="internal", error=str(error)))
+        return True
+    if type(message) in _WORK:
+        channel.send(_answer(Job(message, channel, pipeline.device), pipeline))
+        if pipeline.device.type == "cpu":
+            devices.empty_cache(pipeline.device)  # other processes need the memory, and what is computed can wait
+    elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may come after its job was done
+        channel.send(Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is no job."))
+    return not isinstance(message, Shutdown)
+
+
 def _join_group(kind: str) -> None:
-    """Meets the other ranks at the socket on which the starter of the group already listens."""
+    """Meets the other ranks in memory that their starter made and all inherit: nobody else can reach it, or list it."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    listen_fd = os.environ.get("ASCEND_RUNTIME_LISTEN_FD")  # rank 0 inherits it, so nobody can take its port
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world_size,
-        is_master=rank == 0,
-        master_listen_fd=int(listen_fd) if listen_fd else None,
-    )
+    store = dist.FileStore(f"/proc/self/fd/{os.environ['ASCEND_RUNTIME_STORE_FD']}", world_size)
     dist.init_process_group(devices.BACKENDS[kind], store=store, rank=rank, world_size=world_size)
 
 
@@ -144,5 +150,6 @@ _WORK = {
     Sample: Pipeline.sample,
     Decode: Pipeline.decode,
     EncodeVideo: Pipeline.encode_video,
+    Describe: Pipeline.describe,
     Free: Pipeline.free,
 }

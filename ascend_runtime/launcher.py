@@ -1,6 +1,6 @@
 """The processes of a group of ranks: start, ready, watch, stop.
 
-Each rank is `python -m ascend_runtime.worker` under torchrun's environment contract. One thread a group starts
+Each rank is `python -m ascend_runtime.worker`, with torchrun's variables for a rank's place. One thread a group starts
 the ranks, reads what they print and watches them die; it lives as long as they do, which lets every rank ask
 the kernel to be killed with it (see worker.py).
 """
@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-from . import host
+from . import host, restarts
 from .environment import HEAP, rank_environment
 from .protocol import Ready, Shutdown
 from .transport import Channel, ChannelClosed, channel_pair
 
 logger = logging.getLogger(__name__)
+restarts.reap()
 
 PACK_ROOT = Path(__file__).resolve().parent.parent
 START_DEADLINE = float(os.environ.get("ASCEND_RUNTIME_START_DEADLINE", 300))  # seconds until all ranks are ready
@@ -39,6 +40,13 @@ WATCH_POLL = 0.25  # seconds between looks for ranks that have ended without a s
 ENDING_POLL = 0.005  # the same, once a rank's output has ended
 LAST_WORDS = 60  # lines of a rank's output that an error may quote
 LONGEST_LINE = 65536  # bytes; more than that without a line's end is not kept
+STATES = {  # proc_pid_stat(5)
+    "R": "is computing",
+    "S": "is waiting",
+    "D": "is waiting in the kernel, as for a disk or a driver",
+    "T": "is stopped by a signal",
+    "t": "is stopped by a debugger",
+}
 
 
 class RankDied(RuntimeError):
@@ -61,6 +69,15 @@ class Rank:
         text = line.decode(errors="replace")
         self.last_words.append(text)
         logger.info("rank %d | %s", self.rank, text)
+
+    @property
+    def doing(self) -> str:
+        """What the process is seen to do, as far as the kernel knows."""
+        try:
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        except OSError:
+            return "has ended"
+        return STATES.get(stat.rpartition(")")[2].split()[0], "has ended")
 
     @property
     def ended(self) -> bool:
@@ -93,6 +110,7 @@ class RankGroup:
         self._death: str | None = None
         self._ready = False
         self._stopping = False
+        self._pid = os.getpid()  # a forked child has this object too, and the ranks are not its own
         self._watcher = threading.Thread(target=self._start_and_watch, name="ascend-ranks", daemon=True)
 
     def start(self, check: Callable[[], None] = lambda: None) -> None:
@@ -139,10 +157,16 @@ class RankGroup:
         self._stopping = True
         for rank in self.ranks:
             try:
-                rank.channel.send(Shutdown())
+                rank.channel.send(Shutdown(), timeout=0)
             except (ChannelClosed, OSError):
-                pass  # already gone, which is what we want
+                pass  # gone, which is what we want, or not reading, which the signals are for
         self._end(STOP_DEADLINE)
+
+    def abandon(self) -> None:
+        """Ends the ranks without asking, and without waiting: for where nobody holds this object any more."""
+        if os.getpid() == self._pid:
+            self._stopping = True
+            self._signal(signal.SIGKILL)
 
     def kill(self) -> None:
         """Ends the ranks without asking."""
@@ -171,10 +195,11 @@ class RankGroup:
                     "Set ASCEND_RUNTIME_START_DEADLINE to wait longer. It said last:\n" + "\n".join(rank.last_words)
                 )
         try:
-            message = rank.channel.receive()
+            message = rank.channel.receive(timeout=max(START_POLL, deadline - time.monotonic()))
         except ChannelClosed:
             raise self.died("the start of the ranks") from None
-        assert isinstance(message, Ready) and message.rank == rank.rank, message
+        if not isinstance(message, Ready) or message.rank != rank.rank:
+            raise RuntimeError(f"Rank {rank.rank} began with {message} where it was to say that it is ready.")
 
     # The watcher's thread
 
@@ -188,11 +213,14 @@ class RankGroup:
         self._watch()
 
     def _start_all(self) -> None:
-        with socket.create_server(("127.0.0.1", 0), backlog=self.world_size) as rendezvous:
+        store = os.memfd_create("ascend-store")  # where the ranks meet: memory without a name, and no port
+        try:
             for rank in range(self.world_size):
-                self.ranks.append(self._start_one(rank, rendezvous))
+                self.ranks.append(self._start_one(rank, store))
+        finally:
+            os.close(store)
 
-    def _start_one(self, rank: int, rendezvous: socket.socket) -> Rank:
+    def _start_one(self, rank: int, store: int) -> Rank:
         with ExitStack() as theirs, ExitStack() as on_failure:
             channel, their_channel = channel_pair()
             output, their_output = os.pipe()
@@ -200,12 +228,11 @@ class RankGroup:
             theirs.callback(os.close, their_output)
             on_failure.callback(channel.close)
             on_failure.callback(os.close, output)
-            inherited = [their_channel.fileno()] + ([rendezvous.fileno()] if rank == 0 else [])
             process = subprocess.Popen(
                 [sys.executable, "-m", "ascend_runtime.worker"],
                 cwd=PACK_ROOT,
-                env=self._rank_environment(rank, their_channel.fileno(), rendezvous),
-                pass_fds=inherited,
+                env=self._rank_environment(rank, their_channel.fileno(), store),
+                pass_fds=(their_channel.fileno(), store),
                 stdin=subprocess.DEVNULL,
                 stdout=their_output,
                 stderr=subprocess.STDOUT,
@@ -213,11 +240,12 @@ class RankGroup:
             )
             on_failure.pop_all()
         os.set_blocking(output, False)
+        restarts.remember(process.pid)
         return Rank(rank, process, channel, output)
 
-    def _rank_environment(self, rank: int, control: int, rendezvous: socket.socket) -> dict[str, str]:
+    def _rank_environment(self, rank: int, control: int, store: int) -> dict[str, str]:
         threads = max(1, len(os.sched_getaffinity(0)) // self.world_size)
-        environment = {
+        return {
             # Threads that wait must not burn the cores that ComfyUI and other ranks want: beside other load a decode
             # on two cores took 1.2 s so, and 3.9 s with threads that spin.
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -238,15 +266,12 @@ class RankGroup:
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(rendezvous.getsockname()[1]),
+            "MASTER_ADDR": "127.0.0.1",  # which torch_npu writes into its logs' names
             "ASCEND_RUNTIME_DEVICE": self.kind,
             "ASCEND_RUNTIME_CONTROL_FD": str(control),
+            "ASCEND_RUNTIME_STORE_FD": str(store),
             "ASCEND_RUNTIME_PARENT": str(os.getpid()),
         }
-        if rank == 0:
-            environment["ASCEND_RUNTIME_LISTEN_FD"] = str(rendezvous.fileno())
-        return environment
 
     def _watch(self) -> None:
         """Forwards what the ranks print until all have ended; the first that dies unasked takes the others along.
@@ -286,6 +311,7 @@ class RankGroup:
             rank.say(rank.unfinished)
         rank.signal_family(signal.SIGKILL)  # what it started may still be there
         code = rank.process.wait()
+        restarts.forget(rank.process.pid)
         if self._stopping or self.lost:
             return
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"

@@ -16,6 +16,8 @@ from . import conditioning, devices
 from .accelerate.job import Acceleration, Outline
 from .accelerate.passes import At
 from .acceleration import AccelerationSpec
+from .checkpoints.calibration import read_calibration
+from .checkpoints.layout import vae_form
 from .components import Components, DiffusionModel, TextEncoder
 from .environment import overlaps, placed, with_defaults
 from .families.calibrations import known_of
@@ -146,6 +148,16 @@ class Pipeline:
             with job.stage("encode"):
                 facts = encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
         return _done(job, info=facts)
+
+    def describe(self, job) -> Done:
+        """What files say that a client has to know before it asks for more; rank 0 reads them, as a client that does
+        could be kept waiting by a disk for as long as that likes."""
+        message, info = job.message, {}
+        if self.rank == 0 and message.vae is not None:
+            info["vae"] = dataclasses.astuple(vae_form(message.vae.path))
+        if self.rank == 0 and message.model is not None:
+            info["calibration"] = read_calibration(message.model.path)
+        return _done(job, info=info)
 
     def free(self, job) -> Done:
         self.components.free()

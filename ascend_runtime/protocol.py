@@ -7,6 +7,7 @@ encoder. A `SharedTensor` is memory that the sender lends: the receiver maps the
 from __future__ import annotations
 
 import math
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,22 @@ from .specs import (
 )
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype asks for
+MOST_DIMS, MOST_BYTES = 16, 2**48  # of one tensor
+UNREAD = 0  # the job that a `Failed` names where the message that it answers could not be read; jobs count from 1
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+                  torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Undecodable(ValueError):
+    """What came is no message, or names a tensor that it did not bring."""
 
 
 class SharedTensor:
-    """A tensor in memory shared by descriptor: `fd` is an open file descriptor of the process that has this object."""
+    """A tensor in memory shared by descriptor: `fd` is an open file descriptor, which this object owns."""
 
     def __init__(self, fd: int, dtype: torch.dtype, shape: tuple[int, ...]):
         self.fd = fd
@@ -41,6 +54,15 @@ class SharedTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def close(self) -> None:
+        """Closes the descriptor; what is mapped stays mapped."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self):
+        self.close()
 
 
 class Conditioning(Struct, kw_only=True):
@@ -131,6 +153,14 @@ class EncodeVideo(Message):
     latent: SharedTensor
 
 
+class Describe(Message):
+    """Asks rank 0 what the files of a model say: `Done.info` has the VAE's form, the diffusion model's calibration."""
+
+    job: int
+    vae: VaeSpec | None = None
+    model: DiffusionModelSpec | None = None
+
+
 class Free(Message):
     """Drops the weights."""
 
@@ -177,7 +207,10 @@ class Done(Message):
 
 
 class Failed(Message):
-    """kind: "user" (the request is at fault), "internal" (the rank is), "peer" (another rank is) or "cancelled"."""
+    """kind: "user" (the request is at fault), "internal" (the rank is), "peer" (another rank is) or "cancelled".
+
+    job: UNREAD where the message that it answers could not be read.
+    """
 
     job: int
     kind: str
@@ -186,7 +219,7 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | Sample | Decode | EncodeVideo | Free | Cancel | Shutdown
+    Ping | Load | Encode | Sample | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 
@@ -202,7 +235,10 @@ class Parcel:
 
 
 def encode(message: Message) -> Parcel:
-    """Writes `message`; its tensors get their places, 64-byte aligned, in the order in which they stand."""
+    """Writes `message`; its tensors get their places, 64-byte aligned, in the order in which they stand.
+
+    Raises ValueError for what `decode` would refuse, so that a caller's mistake never reaches the other side.
+    """
     tensors: list[tuple[int, Tensor]] = []
     shared: list[int] = []
     size = 0
@@ -217,14 +253,24 @@ def encode(message: Message) -> Parcel:
         if isinstance(value, SharedTensor):
             shared.append(value.fd)
             return [len(shared) - 1, _dtype_name(value.dtype), list(value.shape)]
-        raise TypeError(f"{type(value).__name__} cannot travel in a message.")
+        raise ValueError(f"{type(value).__name__} cannot travel in a message.")
 
-    body = msgspec.msgpack.encode(message, enc_hook=hook)
+    try:
+        body = msgspec.msgpack.encode(message, enc_hook=hook)
+        _reader.check(body)
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"A text holds half a character ({half!r}), as of a cut emoji. Write the whole one.") from None
+    except (msgspec.MsgspecError, OverflowError, RecursionError, ValueError) as error:
+        raise ValueError(f"{type(message).__name__} cannot be sent: {error}") from None
     return Parcel(body, tuple(tensors), size, tuple(shared))
 
 
 def decode(body: bytes, block, shared: list[int]) -> Message:
-    """Reads a message; its tensors are views of `block`, a writable buffer (None where it has no tensors)."""
+    """Reads a message; its tensors are views of `block`, a writable buffer (None where it has no tensors).
+
+    `shared`: descriptors that came along; those are closed that no tensor of the message owns. Raises Undecodable.
+    """
     return _reader.read(body, block, shared)
 
 
@@ -233,24 +279,64 @@ class _Reader(threading.local):
 
     def __init__(self):
         self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._place)
+        self._checker = msgspec.msgpack.Decoder(AnyMessage, dec_hook=_stand_in)
         self._block, self._shared = None, []
 
+    def check(self, body: bytes) -> None:
+        """Raises what reading it would, whatever its tensors hold."""
+        self._checker.decode(body)
+
     def read(self, body: bytes, block, shared: list[int]) -> Message:
-        self._block, self._shared = block, shared
+        self._block, self._shared = block, list(shared)
         try:
             return self._decoder.decode(body)
+        except (msgspec.MsgspecError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
+            raise Undecodable(f"What came is no message ({error}).") from None
         finally:
+            for descriptor in self._shared:  # that no tensor took
+                if descriptor is not None:
+                    os.close(descriptor)
             self._block, self._shared = None, []
 
-    def _place(self, kind: type, value: list):
-        place, dtype, shape = value
-        dtype = getattr(torch, dtype)
-        if kind is SharedTensor:
-            return SharedTensor(self._shared[place], dtype, tuple(shape))
+    def _place(self, kind: type, value: Any):
+        place, dtype, shape = _checked(value)
         count = math.prod(shape)
+        if kind is SharedTensor:
+            return SharedTensor(self._take(place), dtype, shape)
         if not count:
             return torch.empty(shape, dtype=dtype)
+        held = 0 if self._block is None else len(self._block)
+        if place % ALIGNMENT or place + count * dtype.itemsize > held:
+            raise ValueError(f"a tensor {list(shape)} at byte {place} of {held}")
         return torch.frombuffer(self._block, dtype=dtype, count=count, offset=place).view(shape)
+
+    def _take(self, place: int) -> int:
+        """A descriptor that came along, once."""
+        if place >= len(self._shared) or self._shared[place] is None:
+            raise ValueError(f"descriptor {place}, which did not come")
+        descriptor, self._shared[place] = self._shared[place], None
+        return descriptor
+
+
+def _stand_in(kind: type, value: Any):
+    _, dtype, shape = _checked(value)
+    return torch.empty(0, dtype=dtype) if kind is Tensor else SharedTensor(-1, dtype, shape)
+
+
+def _checked(value: Any) -> tuple[int, torch.dtype, tuple[int, ...]]:
+    """A tensor's place (a byte, or the number of a descriptor), dtype and shape. Raises ValueError for all else."""
+    if type(value) is not list or len(value) != 3:
+        raise ValueError("a tensor that is no place, dtype and shape")
+    place, name, shape = value
+    sizes = shape if type(shape) is list else [None]
+    if type(name) is not str or name not in DTYPES:
+        raise ValueError("a tensor of no dtype that travels")
+    if len(sizes) > MOST_DIMS or not all(type(size) is int and size >= 0 for size in (place, *sizes)):
+        raise ValueError("a tensor of no shape that travels")
+    dtype = DTYPES[name]
+    if math.prod(size or 1 for size in sizes) * dtype.itemsize > MOST_BYTES:
+        raise ValueError("a tensor of more bytes than any memory")
+    return place, dtype, tuple(sizes)
 
 
 _reader = _Reader()
@@ -261,4 +347,6 @@ def _aligned(size: int) -> int:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    if dtype not in _NAMES:
+        raise ValueError(f"a tensor of {dtype} cannot travel; {', '.join(DTYPES)} can")
+    return _NAMES[dtype]

@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec.structs import force_setattr, replace
 
 from .plans import AXES, Plan, choose, nearest
+from .typed import Spec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOLVERS = ("unipc", "euler", "dpm++")
@@ -40,10 +41,12 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _make_absolute(spec: Struct, *names: str) -> None:
-    """Ranks work in another folder than their client: a path must mean the same in both."""
+    """Ranks work in another folder than their client: a path must mean the same in both, and be one in both."""
     for name in names:
         path = getattr(spec, name)
         if path is not None:
+            if "\0" in path or any("\ud800" <= character <= "\udfff" for character in path):
+                raise ValueError(f"{name} is {path!r}, which is the name of no file. Give the path of one.")
             force_setattr(spec, name, os.path.abspath(os.path.expanduser(path)))
 
 
@@ -74,7 +77,7 @@ def _require_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
 
 
-class ParallelSpec(Struct, frozen=True, kw_only=True):
+class ParallelSpec(Spec, frozen=True, kw_only=True):
     """How many ranks there are and how they share one video; 0 leaves the choice to the runtime.
 
     ranks: processes, one a device. 0: as many as visible devices, one on a CPU.
@@ -100,6 +103,7 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
     overlap: bool | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("ranks", "cfg_degree", "ring_degree", "ulysses_degree"):
             if not 0 <= getattr(self, name) <= MAX_RANKS:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 to {MAX_RANKS}, or 0 for automatic.")
@@ -141,7 +145,7 @@ class ParallelSpec(Struct, frozen=True, kw_only=True):
         )
 
 
-class LoraSpec(Struct, frozen=True, kw_only=True):
+class LoraSpec(Spec, frozen=True, kw_only=True):
     """A LoRA (.safetensors) in a diffusion model's weights.
 
     strength: factor of what it changes; 0 changes nothing, below 0 it is taken away.
@@ -153,12 +157,13 @@ class LoraSpec(Struct, frozen=True, kw_only=True):
     expert: str = "both"
 
     def __post_init__(self):
+        super().__post_init__()
         _make_absolute(self, "path")
         _require_range("strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
         _require_choice("expert", self.expert, LORA_EXPERTS)
 
 
-class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
+class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
     """A diffusion transformer on disk, with its low-noise expert where the model has two.
 
     path: a folder or a file, told by what is in it: diffusers' (`transformer/`, and `transformer_2/` as low-noise
@@ -183,6 +188,7 @@ class DiffusionModelSpec(Struct, frozen=True, kw_only=True):
     quantization: str = "none"
 
     def __post_init__(self):
+        super().__post_init__()
         _make_absolute(self, "path", "low_noise_path")
         if self.low_noise_path is not None:
             require_experts_in_order(self.path, self.low_noise_path)
@@ -208,7 +214,7 @@ def require_no_loras(loras: tuple[LoraSpec, ...], why: str) -> None:
         )
 
 
-class TextEncoderSpec(Struct, frozen=True, kw_only=True):
+class TextEncoderSpec(Spec, frozen=True, kw_only=True):
     """A UMT5 text encoder and its tokenizer.
 
     path: a folder or a file, told by what is in it: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
@@ -224,12 +230,13 @@ class TextEncoderSpec(Struct, frozen=True, kw_only=True):
     placement: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         _make_absolute(self, "path")
         _require_choice("dtype", self.dtype, DTYPES)
         _require_choice("placement", self.placement, PLACEMENTS)
 
 
-class VaeSpec(Struct, frozen=True, kw_only=True):
+class VaeSpec(Spec, frozen=True, kw_only=True):
     """A Wan VAE.
 
     path: a folder or a file, told by what is in it: diffusers' (`vae/`), the original's (a .pth in it), or one file.
@@ -239,11 +246,12 @@ class VaeSpec(Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         _make_absolute(self, "path")
         _require_choice("dtype", self.dtype, DTYPES)
 
 
-class OperatorSpec(Struct, frozen=True, kw_only=True):
+class OperatorSpec(Spec, frozen=True, kw_only=True):
     """Which operators compute, where a device has several for the same thing.
 
     attention, on an NPU (elsewhere torch's own serves for all but fp8, which is refused):
@@ -265,12 +273,13 @@ class OperatorSpec(Struct, frozen=True, kw_only=True):
     layer_norm: str = "auto"
 
     def __post_init__(self):
+        super().__post_init__()
         _require_choice("attention", self.attention, ATTENTIONS)
         _require_choice("layer_norm", self.layer_norm, LAYER_NORMS)
         _require_range("heads_per_call", self.heads_per_call, 0, 1024)
 
 
-class ProfileSpec(Struct, frozen=True, kw_only=True):
+class ProfileSpec(Spec, frozen=True, kw_only=True):
     """Which steps of a sampling job to record with the profiler, on which rank, and where to.
 
     folder: gets one folder a recording, its name made of the time and the rank: a Chrome trace, which TensorBoard and
@@ -284,6 +293,7 @@ class ProfileSpec(Struct, frozen=True, kw_only=True):
     rank: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         _make_absolute(self, "folder")
         _require_range("first_step", self.first_step, 1, 1000)
         _require_range("last_step", self.last_step, self.first_step, 1000)
@@ -306,7 +316,7 @@ class ProfileSpec(Struct, frozen=True, kw_only=True):
         return replace(self, last_step=min(self.last_step, steps))
 
 
-class SampleSpec(Struct, frozen=True, kw_only=True):
+class SampleSpec(Spec, frozen=True, kw_only=True):
     """How a latent is denoised. What is None is the model's own (families/defaults.py).
 
     guidance_scale: of classifier-free guidance, u + s(c - u); 1 computes the cond branch alone.
@@ -326,6 +336,7 @@ class SampleSpec(Struct, frozen=True, kw_only=True):
     sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         _require_choice("solver", self.solver, SOLVERS)
         _require_choice("schedule", self.schedule, SCHEDULES)
         _require_range("seed", self.seed, 0, MAX_SEED)
@@ -357,7 +368,7 @@ def _require_sigmas(sigmas: tuple[float, ...]) -> None:
         )
 
 
-class VideoSize(Struct, frozen=True, kw_only=True):
+class VideoSize(Spec, frozen=True, kw_only=True):
     """Pixels and frames of a video that the Wan networks can make: multiples of 16, and 4n+1 frames."""
 
     width: int = 832
@@ -365,6 +376,7 @@ class VideoSize(Struct, frozen=True, kw_only=True):
     num_frames: int = 81
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("width", "height"):
             value = getattr(self, name)
             if value < 16 or value % 16:

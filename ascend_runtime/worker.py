@@ -1,6 +1,6 @@
 """One rank: joins the others, then answers one job at a time until its control connection ends.
 
-Started by launcher.py, under torchrun's environment contract: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
+Started by launcher.py, under the names of torchrun's environment contract: RANK, LOCAL_RANK, WORLD_SIZE.
 """
 
 import ctypes

@@ -12,16 +12,19 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..ascend_runtime.client import JobCancelled, RankError, Result, Runtime
+from ..ascend_runtime.client import Runtime
 from ..ascend_runtime.devices import resolve_kind, resolve_ranks
 from ..ascend_runtime.launcher import RankDied
 from ..ascend_runtime.report_words import words_of
 from ..ascend_runtime.specs import ParallelSpec
-from .types import RanksHandle
+from ..ascend_runtime.submission import JobCancelled, RankError, Result
+from ..ascend_runtime.vae_form import VaeForm
+from .types import Handle, RanksHandle
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,7 @@ PREVIEW_SCALE = 8  # pixels of the video a latent pixel stands for
 PREVIEW_SIZE = 512  # pixels, the longest side that ComfyUI sends
 
 _runtime: Runtime | None = None
+_runtime_of: str | None = None  # the prompt that has used it last
 
 
 def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview: bool = False) -> Result:
@@ -36,19 +40,34 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     runtime = _runtime_for(ranks)
     _memory.count()
     bar = comfy.utils.ProgressBar(1)
-    hooks = {
-        "on_progress": lambda stage, step, total: bar.update_absolute(*_shown(stage, step, total)),
-        "should_cancel": comfy.model_management.processing_interrupted,
-    }
+    hooks = {"on_progress": lambda stage, step, total: bar.update_absolute(*_shown(stage, step, total))}
     if preview:
         hooks["on_preview"] = lambda step, total, image: bar.update_absolute(step, total, _jpeg(image))
+    result = _asked(runtime, job, hooks)
+    _log(result, runtime)
+    return result
+
+
+def vae_form(vae: Handle) -> VaeForm:
+    """What of a video an element of the VAE's latents stands for; the ranks look it up, as a disk may let them wait."""
+    return _asked(_runtime_for(vae.ranks), lambda runtime, hooks: runtime.vae_form(vae.spec, **hooks), {})
+
+
+def _asked(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
+    """What `job` returns; its interruption as ComfyUI wants to see one."""
+    always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}
     try:
-        result = job(runtime, hooks)
+        return job(runtime, always | hooks)
     except JobCancelled:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise
-    _log(result, runtime)
-    return result
+
+
+def _notice(text: str) -> None:
+    """Shows a sentence on the node that is running."""
+    node = PromptServer.instance.last_node_id
+    if node is not None:
+        show(node, text)
 
 
 def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
@@ -96,17 +115,34 @@ def output_folder(name: str) -> str:
 
 def _runtime_for(ranks: RanksHandle) -> Runtime:
     """The runtime with these ranks; one that has others ends first, as both would not fit on the cards."""
-    global _runtime
+    global _runtime, _runtime_of
     if ranks.parallel is None and _runtime is not None:
         return _runtime
     parallel = ranks.parallel or ParallelSpec()
     device = resolve_kind(ranks.device)
     world_size = resolve_ranks(parallel.ranks, device)
     if _runtime is not None and (_runtime.device, _runtime.world_size) != (device, world_size):
+        if _running_prompt() == _runtime_of:
+            _warn_of_two_groups(f"{_runtime.world_size} on {_runtime.device}", f"{world_size} on {device}")
         release(end_ranks=True)
     if _runtime is None:
         _runtime = Runtime(parallel, device)
+    _runtime_of = _running_prompt()
     return _runtime
+
+
+def _running_prompt() -> str | None:
+    context = get_executing_context()
+    return context and context.prompt_id
+
+
+def _warn_of_two_groups(one: str, other: str) -> None:
+    text = (
+        f"This graph asks for two groups of ranks, {one} and {other}. Each ends the other and reads its weights again, "
+        "in every run. Connect one Ascend Parallel Config to all Ascend loaders."
+    )
+    logger.warning("Ascend: %s", text)
+    _notice(text)
 
 
 def _jpeg(image: Tensor) -> tuple[str, Image.Image, int]:

@@ -7,9 +7,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ascend_runtime.checkpoints.layout import VaeForm, vae_form
 from ..ascend_runtime.families.defaults import TI2V_CHANNELS
 from ..ascend_runtime.specs import VideoSize
+from ..ascend_runtime.vae_form import VaeForm
 from . import comfy_bridge, core_types, types
 from .validation import refusal
 
@@ -78,7 +78,7 @@ class ImageToVideo(io.ComfyNode):
         clip_vision_output=None,
         clip_vision_end_output=None,
     ) -> io.NodeOutput:
-        form = vae_form(vae.spec.path)
+        form = comfy_bridge.vae_form(vae)
         size = _size(width, height, length, form)
         start, end = (image if image is None else core_types.pixels_of(image, width, height)
                       for image in (start_image, end_image))  # fmt: skip

@@ -71,8 +71,10 @@ def names(kind: Kind) -> list[str]:
 
 def path_of(name: str, kind: Kind) -> str:
     """The path that a listed name stands for. Raises ValueError that says where models belong."""
-    folder = folders(kind).get(name)
-    path = str(folder) if folder else folder_paths.get_full_path(kind.category, name)
+    folder = folders(kind).get(name) if isinstance(name, str) else None
+    path = folder and str(folder)
+    if path is None and isinstance(name, str) and "\0" not in name:
+        path = folder_paths.get_full_path(kind.category, name)
     if path is None:
         raise ValueError(
             f"There is no model {name!r}. There are: {', '.join(names(kind)) or 'none'}. Put {kind.published}. "

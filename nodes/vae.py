@@ -4,7 +4,6 @@ import logging
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.checkpoints.layout import vae_form
 from . import comfy_bridge, core_types, types
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ class VAEEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pixels, vae) -> io.NodeOutput:
-        frames = core_types.whole_of(pixels, vae_form(vae.spec.path))
+        frames = core_types.whole_of(pixels, comfy_bridge.vae_form(vae))
         if frames.shape != pixels.shape:
             logger.info("Of frames %s, %s are encoded.", list(pixels.shape[:3]), list(frames.shape[:3]))
         result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.encode_video(vae.spec, frames, **hooks))

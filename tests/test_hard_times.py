@@ -1,17 +1,22 @@
 """Threads, callbacks, helpers of ranks, hung ranks: what goes on around a group of ranks leaves it usable or ended."""
 
+import gc
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import tiny_models
 import torch
-from ascend_runtime import DiffusionModelSpec, JobCancelled, RankDied, SampleSpec, client
+from ascend_runtime import DiffusionModelSpec, JobCancelled, RankDied, SampleSpec, client, submission
 from killed_client import SHAPE
+from new_prompts import new_prompt
 from rank_processes import seconds_until
 
 HELPER = """
@@ -51,6 +56,110 @@ def test_a_callback_that_asks_for_more_is_refused_and_not_hung(one_rank, specs):
     one_rank.ping()
 
 
+class Interrupt(BaseException):
+    """No Exception, as ComfyUI's interrupt is none in its newer versions."""
+
+
+@pytest.mark.parametrize("error", [Interrupt, KeyboardInterrupt, RuntimeError])
+def test_whatever_a_callback_raises_the_ranks_stay(two_ranks, slow, error):
+    """In each kind of work; the next job is warm."""
+    sample(two_ranks, slow)
+    before = two_ranks.pids
+
+    def callback(stage, step, total):
+        raise error("from a callback")
+
+    for work in works(two_ranks, slow):
+        with pytest.raises(error, match="from a callback"):
+            work(on_progress=callback)
+        assert two_ranks.pids == before
+    with pytest.raises(error):
+        sample(two_ranks, slow, should_cancel=lambda: callback("", 0, 0))
+    sample(two_ranks, slow)
+    assert two_ranks.pids == before and "load" not in stages_of(lambda **hooks: sample(two_ranks, slow, **hooks))
+
+
+@pytest.fixture(scope="module")
+def slow(checkpoints, specs_of):
+    """So deep that each kind of work is told of before it is over."""
+    return specs_of(checkpoints(layers=24, text_layers=24))
+
+
+def works(runtime, specs):
+    """A load, an encode, a sample, a decode and an encode_video, each to be called with hooks."""
+    yield lambda **hooks: sample(runtime, specs, **hooks)
+    yield lambda **hooks: runtime.encode(specs.encoder, new_prompt(), **hooks)
+    yield lambda **hooks: runtime.decode(specs.vae, torch.zeros(1, 16, 5, 8, 8), **hooks)
+    yield lambda **hooks: runtime.encode_video(specs.vae, torch.zeros(17, 64, 64, 3), **hooks)
+    runtime.free()
+    yield lambda **hooks: runtime.load(model=specs.model, **hooks)
+
+
+def stages_of(work) -> set[str]:
+    stages = set()
+    work(on_progress=lambda stage, step, total: stages.add(stage))
+    return stages
+
+
+def test_a_forked_child_leaves_its_parents_ranks_alone(new_runtime, specs):
+    with new_runtime(1) as runtime:
+        runtime.ping()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with runtime:
+                    assert not runtime.alive and runtime.pids == []
+                    with pytest.raises(RuntimeError, match="of which this one is a fork"):
+                        runtime.ping()
+                gc.collect()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        before = runtime.pids
+        assert before
+        runtime.ping()
+        assert runtime.pids == before
+
+
+def test_ranks_end_with_the_runtime_that_nobody_holds(new_runtime, marked):
+    environment, living = marked
+    runtime = new_runtime(1, **environment)
+    runtime.ping()
+    assert len(living()) == 1
+    del runtime
+    gc.collect()
+    seconds_until(lambda: not living(), 3.0)
+
+
+RESTART = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+if len(sys.argv) == 1:
+    from ascend_runtime import ParallelSpec, Runtime
+    runtime = Runtime(ParallelSpec(ranks=1), device="cpu")
+    runtime.start()
+    os.execv(sys.executable, [sys.executable, __file__, *map(str, runtime.pids)])
+(rank,) = sys.argv[1:]
+for _ in range(100):
+    state = open(f"/proc/{{rank}}/stat").read().rpartition(")")[2].split()[0]
+    if state == "Z":
+        break
+    time.sleep(0.05)
+import ascend_runtime.launcher
+print(state, os.path.exists(f"/proc/{{rank}}"))
+"""
+
+
+def test_ranks_from_before_a_restart_are_reaped(tmp_path):
+    """As ComfyUI-Manager restarts ComfyUI: the process stays, its program is replaced."""
+    script = tmp_path / "restart.py"
+    script.write_text(RESTART.format(root=str(Path(client.__file__).parents[1])))
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.stdout.split() == ["Z", "False"], ran.stderr
+
+
 def test_a_rank_is_missed_and_its_helper_ended_though_that_holds_its_output(new_runtime, marked, specs, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(HELPER)
     environment, living = marked
@@ -81,7 +190,7 @@ def test_a_cancel_does_not_wait_for_the_ranks_to_start(new_runtime, marked, spec
 
 
 def test_a_cancel_ends_ranks_that_do_not_answer_it(new_runtime, specs, monkeypatch):
-    monkeypatch.setattr(client, "CANCEL_DEADLINE", 1.0)
+    monkeypatch.setattr(submission, "CANCEL_DEADLINE", 1.0)
     with new_runtime(1) as runtime:
         sample(runtime, specs)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascend_runtime import JobCancelled, ProfileSpec, SampleSpec, client
+from ascend_runtime.submission import Result
 
 SHAPE = (1, 16, 2, 4, 6)
 SPEC = SampleSpec(seed=1, steps=5, guidance_scale=3.0)
@@ -132,5 +133,5 @@ def test_a_cancelled_job_closes_the_recording(two_ranks, checkpoints, specs_of, 
 def test_a_profiler_that_fails_in_silence_is_told_of(caplog):
     """torch_npu's catches its own errors, and writes nothing then."""
     profile = ProfileSpec(folder="/profiles", rank=1)
-    client._log_extras(client.Result(info={"cfg_degree": 1}), profile)
+    client._log_extras(Result(info={"cfg_degree": 1}), profile)
     assert "written nothing of steps 2 to 2 on rank 1" in caplog.text

@@ -20,7 +20,9 @@ LAYERS = [
     ("calibration", ("ascend_runtime.calibration",)),
     ("nodes", ("nodes",)),
     ("client", ("ascend_runtime.client",)),
+    ("submission", ("ascend_runtime.submission",)),
     ("launcher", ("ascend_runtime.launcher",)),
+    ("restarts", ("ascend_runtime.restarts",)),
     ("worker", ("ascend_runtime.worker",)),
     ("job", ("ascend_runtime.job",)),
     ("pipeline", ("ascend_runtime.pipeline",)),
@@ -37,13 +39,16 @@ LAYERS = [
     ("checkpoints", ("ascend_runtime.checkpoints",)),
     ("ops", ("ascend_runtime.ops",)),
     ("precision and memory", ("ascend_runtime.precision", "ascend_runtime.memory")),
+    ("arguments", ("ascend_runtime.arguments",)),
     ("transport", ("ascend_runtime.transport",)),
     ("protocol", ("ascend_runtime.protocol",)),
     ("devices", ("ascend_runtime.devices",)),
     ("host and environment", ("ascend_runtime.host", "ascend_runtime.environment")),
     ("presets and reports", ("ascend_runtime.presets", "ascend_runtime.report_words")),
+    ("vae_form", ("ascend_runtime.vae_form",)),
     ("specs", ("ascend_runtime.specs", "ascend_runtime.acceleration")),
     ("plans", ("ascend_runtime.plans",)),
+    ("typed", ("ascend_runtime.typed",)),
 ]
 # What only some modules may import, by the first part of the name, or by the whole of it.
 RESERVED = {

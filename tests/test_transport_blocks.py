@@ -30,7 +30,7 @@ def block_of_next_message(floats: int = LARGE) -> int:
     """The inode of the memory that a message of this size goes out in."""
     ours, theirs = channel_pair()
     with SealedMessage(Done(job=1, tensor=torch.zeros(floats))) as sealed:
-        ours.send_sealed(sealed)
+        ours.post(sealed)
     _, descriptors, _, _ = socket.recv_fds(theirs, 1 << 16, 8)
     inode = os.fstat(descriptors[0]).st_ino
     os.close(descriptors[0])
@@ -63,7 +63,7 @@ def test_a_receiver_cannot_write_to_the_sender():
     deliver(1.0).fill_(7.0)
     ours, theirs = channel_pair()
     with SealedMessage(Done(job=1, tensor=torch.zeros(LARGE))) as sealed:
-        ours.send_sealed(sealed)
+        ours.post(sealed)
     received = Channel(theirs).receive().tensor
     assert not received.any()
 
@@ -88,8 +88,8 @@ def test_the_death_of_a_receiver_lets_go():
     theirs.close()
     floats = LARGE + 1024  # a size that no other test uses
     with SealedMessage(Done(job=1, tensor=torch.zeros(floats))) as sealed:
-        inode = os.fstat(sealed._descriptors[0]).st_ino
-        ours.send_sealed(sealed)
+        inode = os.fstat(sealed.descriptors[0]).st_ino
+        ours.post(sealed)
     assert child.stdout.readline() == b"held\n"
     assert block_of_next_message(floats) != inode, "memory that another process holds was used again"
     child.send_signal(signal.SIGKILL)

@@ -4,7 +4,7 @@ import original_formats as formats
 import pytest
 import torch
 from ascend_runtime import VaeSpec
-from ascend_runtime.checkpoints.layout import find_vae, frames_shape
+from ascend_runtime.checkpoints.layout import find_vae, vae_form
 from ascend_runtime.components import Components
 from ascend_runtime.families import wan_vae
 from ascend_runtime.parallel.tiles import whole
@@ -62,7 +62,8 @@ def test_the_config_is_the_published_one(tmp_path, theirs):
             assert config[key] == value, key
     assert config.decoder_base_dim == (theirs.config.decoder_base_dim or theirs.config.base_dim)
     spatial = theirs.config.scale_factor_spatial
-    assert frames_shape(str(tmp_path / "vae"), (1, theirs.config.z_dim, 3, 2, 4)) == (9, 2 * spatial, 4 * spatial, 3)
+    form = vae_form(str(tmp_path / "vae"))
+    assert form.decoded_shape((1, theirs.config.z_dim, 3, 2, 4)) == (9, 2 * spatial, 4 * spatial, 3)
 
 
 def test_our_names_of_the_original_are_those_that_diffusers_converts():

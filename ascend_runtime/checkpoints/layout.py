@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from ..specs import VideoSize
+from ..vae_form import VaeForm
 from .configs import check_counts
 from .faults import usable
 from .kinds import KINDS, described, is_kind, moved
@@ -199,61 +199,11 @@ def has_low_noise(path: str) -> bool:
     return found
 
 
-@dataclass(frozen=True)
-class VaeForm:
-    """A latent's channels, and the pixels and frames that one of it stands for."""
-
-    channels: int
-    spatial: int
-    temporal: int
-
-    def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
-        """[B=1, C, T, H, W]"""
-        return size.latent_shape(self.channels, self.spatial, self.temporal)
-
-
 def vae_form(path: str) -> VaeForm:
     """From the VAE's config alone. Raises ValueError where there is no VAE."""
     config = find_vae(path).config
     spatial, temporal = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
     return VaeForm(config.get("z_dim", 16), spatial, temporal)
-
-
-def frames_shape(vae_path: str, latent_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
-    """The frames [B*T',H',W',3] that a VAE makes of a latent [B,C,T,H,W], from its config alone.
-
-    Raises ValueError where there is no such VAE, or the latent is not a video's.
-    """
-    if len(latent_shape) != 5 or not all(latent_shape):
-        raise ValueError(f"The latent has the shape {list(latent_shape)}; a video's is [B,C,T,H,W], all 1 or more.")
-    form = vae_form(vae_path)
-    batch, _, frames, height, width = latent_shape
-    return batch * ((frames - 1) * form.temporal + 1), height * form.spatial, width * form.spatial, 3
-
-
-def encoded_shape(vae_path: str, frames_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The latent [1,C,T',H',W'] that a VAE makes of frames [T,H,W,3], from its config alone.
-
-    Raises ValueError where there is no such VAE, or it does not encode such frames whole.
-    """
-    if len(frames_shape) != 4 or frames_shape[-1] < 3 or not all(frames_shape):
-        raise ValueError(f"The frames have the shape {list(frames_shape)}; a video's is [T,H,W,3], all 1 or more.")
-    form = vae_form(vae_path)
-    frames, height, width, _ = frames_shape
-    if frames % form.temporal != 1:
-        down = max(1, (frames - 1) // form.temporal * form.temporal + 1)
-        raise ValueError(
-            f"There are {frames} frames; the VAE encodes {form.temporal}n+1. The nearest are {down} and "
-            f"{down + form.temporal}."
-        )
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels % form.spatial:
-            down = pixels // form.spatial * form.spatial
-            near = f"{down} and {down + form.spatial}" if down else f"{form.spatial}"
-            raise ValueError(
-                f"The frames' {name} is {pixels}; it must be a multiple of {form.spatial}, such as {near}."
-            )
-    return 1, form.channels, (frames - 1) // form.temporal + 1, height // form.spatial, width // form.spatial
 
 
 def _check_kind(config: dict, name: str, folder: Path) -> None:

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from ..acceleration import AccelerationSpec
 from ..checkpoints.layout import vae_form
-from ..client import OnProgress, RankError, Result, Runtime
+from ..client import Runtime
 from ..launcher import RankDied
 from ..presets import PRESETS, SPECS
 from ..specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
+from ..submission import OnProgress, RankError, Result
 from .settings import Setting, pairs_of, settings_of, value_of
 from .table import PLAIN, Row, markdown
 

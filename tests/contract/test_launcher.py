@@ -4,7 +4,6 @@ No collective runs: the stubs of CANN have no HCCL. What HCCL makes of its varia
 """
 
 import os
-import socket
 
 import pytest
 import torch
@@ -30,8 +29,7 @@ def clean(monkeypatch):
 
 def environments(group):
     """What each rank of a group that is not started would be started with."""
-    with socket.create_server(("127.0.0.1", 0)) as rendezvous:
-        return [group._rank_environment(rank, 99, rendezvous) for rank in range(group.world_size)]
+    return [group._rank_environment(rank, control=99, store=98) for rank in range(group.world_size)]
 
 
 # What ranks are started with
@@ -55,7 +53,7 @@ def test_the_environment_of_each_rank(clean, monkeypatch):
             "ASCEND_RT_VISIBLE_DEVICES": "4,5,6,7",  # the same for all: a rank takes the card of its local rank
         }  # fmt: skip
         assert {name: environment.get(name) for name in expected} == expected
-    assert all(("ASCEND_RUNTIME_LISTEN_FD" in ranks[n]) == (n == 0) for n in range(4))
+    assert len({environment["ASCEND_RUNTIME_STORE_FD"] for environment in ranks}) == 1  # where they meet
 
 
 def test_torch_npu_takes_our_variables(clean, python_on):
@@ -112,7 +110,8 @@ def test_a_group_of_both_backends_is_joined(clean, python_on):
     code = """
         import os, torch, torch.distributed as dist
         from ascend_runtime import devices, job
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        store = os.memfd_create("ascend-store")
+        os.environ.update(RANK="0", WORLD_SIZE="1", ASCEND_RUNTIME_STORE_FD=str(store))
         device = devices.take("npu", 0)
         job._join_group("npu")
         group = dist.distributed_c10d._get_default_group()
