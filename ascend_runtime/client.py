@@ -272,6 +272,7 @@ class Runtime:
         answer for submission.CANCEL_DEADLINE seconds are ended, which frees their memory too."""
         with self._exclusive():
             if self.alive:
+                self._cancel_requested.clear()  # a wish to cancel the job before
                 try:
                     self._submit(Free(job=next(self._numbers)), Hooks(), submission.CANCEL_DEADLINE)
                 except RanksSilent:
