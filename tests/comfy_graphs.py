@@ -45,6 +45,12 @@ def save_latent(source: list) -> dict:
     return {"class_type": "SaveLatent", "inputs": {"samples": source, "filename_prefix": "latents/test"}}
 
 
+def image_without_ranks() -> dict:
+    """Core nodes only: what must run whatever the ranks do."""
+    image = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
+    return {"1": image, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
+
+
 def saved(server, prompt_id: str, node: str = SAVE) -> Path:
     """The file that an output node of a finished prompt wrote."""
     (outputs,) = [value for value in server.wait(prompt_id)["outputs"][node].values() if value != [True]]

@@ -7,6 +7,7 @@ import time
 import comfy_graphs as graphs
 import pytest
 import torch
+from ascend_runtime.submission import CANCEL_DEADLINE
 from comfy_listener import Listener
 from rank_processes import ranks_of, resident_mb, seconds_until
 
@@ -76,3 +77,36 @@ def test_dead_ranks_do_not_take_comfyuis_worker_along(comfyui):
     os.kill(rank, signal.SIGKILL)
     comfyui.wait(comfyui.queue(graphs.latent(seed=8)), timeout=120)
     assert rank not in ranks_of(comfyui.process.pid).values()
+
+
+@pytest.fixture
+def patient(request):
+    if not request.config.getoption("--all-silences"):
+        pytest.skip("waits for a minute, the deadline of ranks in ComfyUI; --all-silences")
+
+
+def test_a_hung_rank_does_not_stop_comfyuis_queue(patient, comfyui):
+    """Unload Models asks a rank that hangs, in ComfyUI's only worker: other prompts run when its minute is over."""
+    comfyui.wait(comfyui.queue(graphs.latent(seed=9)))
+    rank, _ = ranks_of(comfyui.process.pid).values()
+    os.kill(rank, signal.SIGSTOP)
+    comfyui.post("/free", {"unload_models": True})
+    began = time.monotonic()
+    comfyui.wait(comfyui.queue(graphs.image_without_ranks()), timeout=100)
+    assert time.monotonic() - began < CANCEL_DEADLINE + 10
+    assert "Rank 0 did not answer in time" in comfyui.log and "Rank 0 is stopped by a signal" in comfyui.log
+    comfyui.wait(comfyui.queue(graphs.latent(seed=10)))
+
+
+def test_a_rank_that_hangs_in_a_cancelled_job_is_named_in_the_log_and_on_the_node(patient, comfyui):
+    with Listener(comfyui) as listener:
+        run = listener.queue(graphs.heavy_latent(seed=11, steps=1000))
+        run.wait_for_step(graphs.SAMPLER, 2)
+        os.kill(ranks_of(comfyui.process.pid)[1], signal.SIGSTOP)
+        comfyui.post("/interrupt")
+        assert run.end(timeout=CANCEL_DEADLINE + 15).kind == "execution_interrupted"
+        texts = [event.data["text"] for event in listener.events if event.kind == "text"]
+        said = "Ranks 0, 1 did not answer in time, so the group was ended."
+        assert any(said in text and "Rank 1 is stopped by a signal" in text for text in texts), texts
+        assert said in comfyui.log
+        listener.run(graphs.latent(seed=12))
