@@ -16,10 +16,8 @@ from .checkpoints.paths import existing
 from .checkpoints.unfinished import require_free
 from .comparison import settings
 from .presets import PRESETS, SPECS
+from .specs import FORMATS, WEIGHT_DTYPES
 
-FORMATS = ("diffusers", "mindspeed")
-KEEP = "keep"
-DTYPES = (KEEP, "bf16", "fp16", "fp32")
 SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 COMPARISON = ("kornia", "matplotlib", "av")  # what compare needs besides the pack's own requirements
 RESULTS = """
@@ -53,7 +51,7 @@ def _declare_convert(parser: ArgumentParser) -> None:
     add("source", metavar="SOURCE", help="a model's folder or file, of any kind that the loaders take")
     add("target", metavar="TARGET", help="the folder to make")
     add("--to", choices=FORMATS, required=True)
-    add("--dtype", choices=DTYPES, default=KEEP,
+    add("--dtype", choices=WEIGHT_DTYPES, default=WEIGHT_DTYPES[0],
         help="of the weights; what the networks compute in fp32 is not rounded; keep (the default): "
         "that of each tensor, bf16 for one of 8 bits")  # fmt: skip
     add("--shard-size", default="5GB", metavar="SIZE", help="of diffusers' files (default: %(default)s)")
@@ -161,7 +159,7 @@ COMMANDS = {
     ),
     "convert": Command(
         "write a model as diffusers or MindSpeed-MM keep it", ".conversion", _declare_convert, _check_convert,
-        lambda arguments: f"converting {arguments.source} into {arguments.target}, as {arguments.to} keeps it",
+        lambda arguments: f"converting {arguments.source} into {arguments.target}, in the layout of {arguments.to}",
     ),
 }  # fmt: skip
 

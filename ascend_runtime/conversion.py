@@ -33,8 +33,9 @@ from .families import wan
 from .families.defaults import TI2V_CHANNELS, defaults_of
 from .inspection import inspect
 from .progress import Progress
+from .specs import WEIGHT_DTYPES
 
-DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(WEIGHT_DTYPES, (None, torch.bfloat16, torch.float16, torch.float32)))
 INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 PIPELINE = {  # in its index: libraries and classes of what it consists of
@@ -139,8 +140,7 @@ def planned(
     """What is to be written. No weight is read.
 
     dtype: of the weights; None: each one's own, bfloat16 for 8 bits. on_part: called before each part is looked at.
-    Raises ValueError where a part of the source is
-    not whole, or none of it can be kept so.
+    Raises ValueError where a part of the source is not whole, or none of it can be kept so.
     """
     plan = Plan()
     parts = _parts(source, to, plan.left_out, on_part)
@@ -160,9 +160,7 @@ def planned(
     return plan
 
 
-def _parts(
-    source: Path, to: str, left_out: list[str], on_part: Callable[[str], None]
-) -> dict[str, Component]:
+def _parts(source: Path, to: str, left_out: list[str], on_part: Callable[[str], None]) -> dict[str, Component]:
     """What is there; why something is not taken goes to `left_out`."""
     parts, faults = {}, []
     for found in inspect(str(source), on_part):

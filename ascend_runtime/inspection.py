@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,9 +43,14 @@ class Found:
 
 def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
     """Prints what is there. Returns 0 where there is something, and all of it can be used, as far as is known without
-    the values of its weights. Raises ValueError where there is nothing known."""
+    the values of its weights."""
     progress = progress or Progress()
-    found = list(inspect(arguments.path, progress.begin))
+    try:
+        found = list(inspect(arguments.path, progress.begin))
+    except ValueError as error:
+        progress.end()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     progress.begin("sizes")
     rows = [COLUMNS, *(_row(one) for one in found)]
     progress.end()

@@ -54,7 +54,9 @@ class Progress:
 
     def title(self, title: str) -> None:
         """What the stages from now on belong to, such as one video of several."""
-        self._title = title
+        with self._lock:
+            self.end()
+            self._title = title
 
     def begin(self, stage: str, total: int = 0, done: int = 0, unit: str = "step") -> None:
         """A stage. total: how many units it has; 0: nobody knows. done: how many of these were done before."""
@@ -82,7 +84,7 @@ class Progress:
 
     def on_progress(self, stage: str, step: int, total: int) -> None:
         """For the runtime's calls, which report what their ranks do."""
-        if stage != self._stage:
+        if stage != self._stage or step < self._done:  # another one, or the same of another video
             self.begin(stage, total, unit="B" if stage == "load" else "step")
         self.step(step, total)
 

@@ -25,6 +25,8 @@ EXPERTS = ("auto", "resident", "swap")
 QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
 LORA_EXPERTS = ("both", "high_noise", "low_noise")
+FORMATS = ("diffusers", "mindspeed")  # that a model can be converted to
+WEIGHT_DTYPES = ("keep", "bf16", "fp16", "fp32")  # of converted weights; keep: that of each tensor
 MAX_STRENGTH = 10.0  # of a LoRA, either way
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
@@ -79,7 +81,7 @@ def _require_multiple(name: str, value: int, step: int, offset: int, highest: in
     if value % step == offset and lowest <= value <= highest:
         return
     down = min(max(lowest, (value - offset) // step * step + offset), highest)
-    near = f"The nearest are {down} and {down + step}." if lowest < value < highest else f"The nearest is {down}."
+    near = f"The nearest are {down} and {down + step}." if down < highest else f"The nearest is {down}."
     what = f"{step}n+{offset}" if offset else f"a multiple of {step}"
     raise ValueError(f"{name} is {value}; it must be {what}, from {lowest} to {highest}. {near}")
 

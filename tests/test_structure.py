@@ -13,6 +13,7 @@ RUNTIME = "ascend_runtime"
 # From top to bottom: a module imports from the layers below its own, and from its own package.
 LAYERS = [
     ("commands", ("ascend_runtime.__main__",)),
+    ("arguments of commands", ("ascend_runtime.command_line",)),
     ("headless", ("ascend_runtime.headless",)),
     ("conversion", ("ascend_runtime.conversion",)),
     ("comparison", ("ascend_runtime.comparison",)),
@@ -41,6 +42,7 @@ LAYERS = [
     ("protocol", ("ascend_runtime.protocol",)),
     ("devices", ("ascend_runtime.devices",)),
     ("host and environment", ("ascend_runtime.host", "ascend_runtime.environment")),
+    ("progress and options of commands", ("ascend_runtime.progress", "ascend_runtime.video_options")),
     ("presets and reports", ("ascend_runtime.presets", "ascend_runtime.report_words")),
     ("specs", ("ascend_runtime.specs", "ascend_runtime.acceleration")),
     ("plans", ("ascend_runtime.plans",)),
@@ -153,6 +155,8 @@ def test_layers_name_modules_that_exist():
 @pytest.mark.parametrize("module, unwanted", [
     ("ascend_runtime", "torch"),
     ("ascend_runtime.specs", "torch"),
+    ("ascend_runtime.command_line", "torch"),
+    ("ascend_runtime.progress", "torch"),
     ("ascend_runtime.client", "diffusers"),
     ("ascend_runtime.client", "transformers"),
 ])  # fmt: skip
