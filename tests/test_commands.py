@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+from ascend_runtime import __main__
+from ascend_runtime import progress as progress_module
 from ascend_runtime.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +80,8 @@ ANSWERED = [  # arguments, exit status, what is said
 
 @pytest.fixture(scope="module")
 def answers():
-    command = [sys.executable, "-c", PROBE.replace("HEAVY", repr(HEAVY)), json.dumps([arguments for arguments, *_ in ANSWERED])]
+    probe = PROBE.replace("HEAVY", repr(HEAVY))
+    command = [sys.executable, "-c", probe, json.dumps([arguments for arguments, *_ in ANSWERED])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -116,21 +119,22 @@ class Lines(io.StringIO):
         return super().write(text)
 
 
-def test_a_line_now_and_then_where_there_is_no_terminal():
+def test_a_line_now_and_then_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setattr(progress_module, "REFRESH", 0.05)
     out = Lines()
-    with Progress(out, every=0.8) as progress:
+    with Progress(out, every=0.3) as progress:
         progress.say("two videos")
         progress.begin("starting the ranks")
-        time.sleep(1.6)  # nothing is reported, as while a library is imported
+        time.sleep(0.7)  # nothing is reported, as while a library is imported
         progress.title("video 1 of 2")
         for step in range(1, 5):
             progress.on_progress("denoise", step, 20)
-            time.sleep(0.4)
+            time.sleep(0.2)
         progress.on_progress("load", 3 * 10**9, 4 * 10**9)
-        time.sleep(1.6)
+        time.sleep(0.7)
     first, *others = out.getvalue().splitlines()
     gaps = [later - earlier for earlier, later in zip(out.times, out.times[1:])]
-    assert first == "two videos" and min(gaps) >= 0.8 and sum(gaps) > 2.5, out.getvalue()
+    assert first == "two videos" and min(gaps) >= 0.29 and sum(gaps) > 1, out.getvalue()
     shapes = [r"starting the ranks, 00:0\d",
               r"video 1 of 2: denoise: +(5|10|15|20)% [1234]/20 \[00:0\d<\d\d:\d\d, .*step",
               r"video 1 of 2: load: +75% 3.00G/4.00G \[00:0\d<00:0\d, .*B/s"]  # fmt: skip
@@ -194,16 +198,17 @@ def test_an_interrupt_ends_the_ranks_and_is_one_line(tmp_path, marked, number, r
     assert not ranks() and not list(tmp_path.iterdir())
 
 
-def test_a_model_that_cannot_be_used_is_one_line(tmp_path):
+def test_a_model_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys):
     """What is found out once torch is imported: the exit status is another."""
     folder = shutil.copytree(ROOT / MODEL / "transformer", tmp_path / "model" / "transformer").parent
     (folder / "ascend_defaults.json").write_text('{"steps": "many"}')
-    command = [sys.executable, "-m", "ascend_runtime", "compare", str(folder), *COMPARE[2:], "--output",
-               str(tmp_path / "made")]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    first, *others = done.stderr.splitlines()
-    assert done.returncode == 1 and first == f"comparing the plain video of {folder} with one setting"
-    assert others[-1].startswith(f"error: {folder}/ascend_defaults.json cannot be used: ") and done.stdout == ""
+    arguments = ["compare", str(folder), *COMPARE[2:], "--output", str(tmp_path / "made")]
+    monkeypatch.setattr(sys, "argv", ["ascend_runtime", *arguments])
+    assert __main__.main() == 1
+    out, err = capsys.readouterr()
+    first, second = err.splitlines()
+    assert first == f"comparing the plain video of {folder} with one setting" and out == ""
+    assert second.startswith(f"error: {folder}/ascend_defaults.json cannot be used: ")
 
 
 def test_who_reads_the_output_may_leave(tmp_path):

@@ -27,7 +27,7 @@ FOLDERS = {  # of a transformer within a model's, by who wrote it: diffusers, th
     "transformer": ("transformer", "high_noise_model"),
     "transformer_2": ("transformer_2", "low_noise_model"),
 }
-DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json", DEFAULTS)  # on any component of a diffusers folder
+DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # on any component of a diffusers folder
 TOKENIZER = Path("google") / "umt5-xxl"  # beside the original's text encoder
 Rename = Callable[[str, Path], str | None]  # a parameter's name by a tensor's, and its shard; None: it is none
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'

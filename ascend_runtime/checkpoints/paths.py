@@ -1,4 +1,4 @@
-"""Paths of models, and of the small files next to them. Free of torch, so that commands can ask before they import it."""
+"""Paths of models, and of the small files next to them. Free of torch: commands ask before they import it."""
 
 from __future__ import annotations
 
