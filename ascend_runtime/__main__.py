@@ -19,6 +19,8 @@ def main() -> int:
         parser.print_help(sys.stderr)
         return 2
     arguments = parser.parse_args()
+    if hasattr(sys.stdout, "reconfigure"):  # a path may have bytes that are no text; standard error escapes them itself
+        sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGINT, signal.SIGTERM):  # `kill` means what Ctrl+C does, which some shells ignore
         signal.signal(number, signal.default_int_handler)
     try:
