@@ -1,9 +1,11 @@
 """README's commands, as they stand there, on the embedded model: each speaks at once, goes on doing so, and ends well.
 
-In CI one of them, and the Python example on ranks that are there; --all-commands runs each in a process of its own.
+In CI one of them, whose end counts in processor time, as the machine does other work as well, and the Python example on
+ranks that are there; --all-commands runs each in a process of its own, by the clock.
 """
 
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -59,7 +61,7 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str, list[float]]:
     began, lines, times = time.monotonic(), [], []
     process = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    timer = threading.Timer(END + 30, process.kill)
+    timer = threading.Timer(2 * END + 60, process.kill)
     timer.start()
     try:
         for line in process.stdout:
@@ -73,6 +75,12 @@ def run(arguments: list[str], folder: Path) -> tuple[int, str, list[float]]:
     return status, "".join(lines), [*times, time.monotonic() - began]
 
 
+def processor_seconds() -> float:
+    """Of this process's children and theirs, as far as they have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_command_speaks_at_once_and_goes_on_doing_so(command, clone, request):
     name = name_of(command)
@@ -80,10 +88,14 @@ def test_a_command_speaks_at_once_and_goes_on_doing_so(command, clone, request):
         pytest.skip("tests/test_queue.py runs it, on a real ComfyUI")
     if name not in SAMPLE and not request.config.getoption("--all-commands"):
         pytest.skip("--all-commands runs it")
+    before = processor_seconds()
     status, printed, times = run(shlex.split(command, comments=True)[1:], clone)
-    print(f"{times[0]:.2f} s to the first line, {times[-1]:.1f} s in all: {command}\n{printed}")
+    worked = processor_seconds() - before
+    print(f"first line after {times[0]:.2f} s, end after {times[-1]:.1f} s ({worked:.1f} s of a processor): {command}")
+    print(printed)
     assert status == 0, printed
-    assert times[0] < FIRST_WORD and times[-1] < END
+    assert times[0] < FIRST_WORD
+    assert (times[-1] if request.config.getoption("--all-commands") else worked) < END
     assert max(later - earlier for earlier, later in zip(times, times[1:])) < GAP + LATE
 
 
