@@ -27,6 +27,8 @@ _HOMES = {
     "StepCacheSpec": "acceleration",
     "RainFusionSpec": "acceleration",
     "VideoSize": "specs",
+    "Defaults": "families.defaults",
+    "model_defaults": "families.defaults",
 }
 __all__ = list(_HOMES)
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from . import video_options
 from .acceleration import AccelerationSpec, Calibration
 from .checkpoints.calibration import calibration_file, write_calibration
 from .checkpoints.layout import find_transformer, has_low_noise
 from .client import Runtime
-from .families.defaults import TI2V_CHANNELS
-from .specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VideoSize
+from .families.defaults import TI2V_CHANNELS, model_defaults
+from .launcher import RankDied
+from .progress import Progress
+from .specs import ParallelSpec, SampleSpec, TextEncoderSpec, VideoSize
+from .submission import RankError
+from .vae_form import VaeForm
 
 PROMPTS = (
     "A white cat on a surfboard looks at the sea, holiday weather.",
@@ -30,58 +34,45 @@ DEGREE = 4  # of TeaCache's polynomial
 RANDOM_TOKENS = 20
 
 
-def add_command(commands, does: str) -> None:
-    parser = commands.add_parser("calibrate", help=does, description=__doc__)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a text-to-video model's folder or file")
-    add("--low-noise", metavar="PATH", help="its low-noise expert, where that lies elsewhere")
-    add("--text-encoder", metavar="PATH", help="a folder or a file (default: that in the model's folder)")
-    add("--prompt", action="append", metavar="TEXT",
-        help="of a video to make; several are averaged (default: four of this command's own)")  # fmt: skip
-    add("--random-prompts", type=int, metavar="N", help="N random embeddings instead, without an encoder")
-    add("--steps", type=int, help="(default: the model's own, as for the next two)")
-    add("--shift", type=float)
-    add("--guidance", type=float)
-    add("--size", default="832x480", metavar="WIDTHxHEIGHT", help="(default: %(default)s)")
-    add("--frames", type=int, default=81, help="4n+1 (default: %(default)s)")
-    add("--ranks", type=int, default=0, help="(default: one a device)")
-    add("--device", default="auto", help="npu, cuda or cpu (default: the first of these that is there)")
-    add("--output", type=Path, metavar="FILE", help="(default: beside the model, where jobs look for it)")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Makes a video for each prompt, and writes what was found. Returns 0 where that was done."""
+def run(arguments: Namespace, progress: Progress | None = None) -> int:
+    """Makes a video for each prompt, and writes what was found. Returns 0. Raises ValueError for what cannot be done,
+    OSError where the file cannot be written."""
+    progress = progress or Progress()
+    output = arguments.output or calibration_file(arguments.model)
     try:
-        output = arguments.output or calibration_file(arguments.model)
-        found = calibrate(arguments)
-        write_calibration(output, found)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+        found = calibrate(arguments, progress)
+    except (RankError, RankDied) as error:
+        raise ValueError(str(error)) from error
+    progress.end()
+    write_calibration(output, found)
     print(f"{output}: {', '.join(f'{len(one.ratios)} steps of {expert}' for expert, one in found.items())}")
     return 0
 
 
-def calibrate(arguments: argparse.Namespace) -> dict[str, Calibration]:
+def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration]:
     """What there is to know of each expert. Raises ValueError for what cannot be done."""
-    model = DiffusionModelSpec(path=arguments.model, low_noise_path=arguments.low_noise)
+    model = video_options.model_of(arguments)
     config = find_transformer(model.path).config
-    given = {"steps": arguments.steps, "shift": arguments.shift, "guidance_scale": arguments.guidance}
-    changes, empty = [], _empty(arguments, config)
+    size, spec, form = _video(arguments, config)
+    changes, empty = [], torch.zeros(form.latent_shape(size))
+    count = arguments.random_prompts or len(arguments.prompt or PROMPTS)
     with Runtime(ParallelSpec(ranks=arguments.ranks), device=arguments.device) as runtime:
-        for number, (positive, negative) in enumerate(_prompts(arguments, runtime, config)):
+        progress.say(f"{count} videos of {video_options.said(size, spec)}; on {runtime.device}, {runtime.world_size} "
+                     "rank(s)")  # fmt: skip
+        progress.begin("starting the ranks")
+        runtime.start()
+        for number, (positive, negative) in enumerate(_prompts(arguments, runtime, config, progress)):
+            progress.title(f"video {number + 1} of {count}")
             result = runtime.sample(
-                model, SampleSpec(seed=number, **given), empty, positive, negative,
-                acceleration=AccelerationSpec(measure=True),
+                model, replace(spec, seed=number), empty, positive, negative,
+                acceleration=AccelerationSpec(measure=True), on_progress=progress.on_progress,
             )  # fmt: skip
             changes.append(result.info["acceleration"]["changes"])
-            steps = result.info["steps"]
-            print(f"video {number + 1}: {steps} steps in {result.seconds['denoise']:.1f} s", flush=True)
-    made = f"{len(changes)} video(s) of {arguments.size} x {arguments.frames} in {steps} steps"
+            progress.say(f"video {number + 1} of {count}: denoised in {result.seconds['denoise']:.1f} s")
+    made = f"{count} video(s) of {size.width}x{size.height} x {size.num_frames} in {spec.steps} steps"
     found = fitted(changes, f"calibrated with {made}, shift {result.info['shift']:g}")
     if len(found) < (2 if arguments.low_noise or has_low_noise(model.path) else 1):
-        raise ValueError(f"In {steps} steps an expert has less than two, which tell no change. Give more --steps.")
+        raise ValueError(f"In {spec.steps} steps an expert has less than two, which show no change. Give more --steps.")
     return found
 
 
@@ -103,30 +94,33 @@ def _fitted(steps: dict[int, list[dict]], source: str) -> Calibration:
     return Calibration(coefficients=coefficients, ratios=ratios, source=source)
 
 
-def _empty(arguments: argparse.Namespace, config: dict) -> Tensor:
-    """Where a new video starts. Raises ValueError where the model makes none of a text alone."""
+def _video(arguments: Namespace, config: dict) -> tuple[VideoSize, SampleSpec, VaeForm]:
+    """What is made, and of which form its latent is; filled with the model's own. Raises ValueError where the model
+    makes no video from text only."""
     inputs, outputs = config.get("in_channels", 16), config.get("out_channels", 16)
     if inputs != outputs:
         raise ValueError(
-            f"{arguments.model} makes videos of an image, which this command has none of. What was published of such "
+            f"{arguments.model} makes videos from an image, which this command has none of. What was published of such "
             "models is used without a calibration; else take fbcache or taylorseer, which need none."
         )
-    width, _, height = arguments.size.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"--size is {arguments.size}; give two numbers of pixels, such as 832x480.")
-    size = VideoSize(width=int(width), height=int(height), num_frames=arguments.frames)
-    return torch.zeros(size.latent_shape(outputs, spatial=16 if outputs == TI2V_CHANNELS else 8))
+    form = VaeForm(outputs, spatial=16 if outputs == TI2V_CHANNELS else 8, temporal=4)
+    own = model_defaults(arguments.model, arguments.low_noise)
+    size = video_options.size_of(arguments, own.size, 2 * form.spatial)
+    return size, own.fill(video_options.sampling_of(arguments, seed=0), pixels=size.width * size.height), form
 
 
-def _prompts(arguments: argparse.Namespace, runtime: Runtime, config: dict) -> Iterator[tuple[Tensor, Tensor]]:
+def _prompts(
+    arguments: Namespace, runtime: Runtime, config: dict, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The embeddings [1, tokens, D] of each prompt and of the empty one."""
     if arguments.random_prompts:
         for seed in range(arguments.random_prompts):
             generator = torch.Generator().manual_seed(seed)
             yield torch.randn(2, 1, RANDOM_TOKENS, config.get("text_dim", 4096), generator=generator).unbind()
         return
-    if arguments.text_encoder is None and not Path(arguments.model).is_dir():
-        raise ValueError("A file of a model has no text encoder beside it: give one with --text-encoder.")
     encoder = TextEncoderSpec(path=arguments.text_encoder or arguments.model)
     for prompt in arguments.prompt or PROMPTS:
-        yield runtime.encode(encoder, prompt).tensor, runtime.encode(encoder, "").tensor
+        positive, negative = (
+            runtime.encode(encoder, text, on_progress=progress.on_progress).tensor for text in (prompt, "")
+        )
+        yield positive, negative

@@ -9,17 +9,18 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from tqdm import tqdm
 
 from .checkpoints.configs import HEAD_DIM
 from .checkpoints.keys import to_mindspeed_name
 from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, read_json
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
+from .checkpoints.paths import CALIBRATION, DEFAULTS, file_of
 from .checkpoints.reader import check_weights, tokenizer_model
 from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
@@ -31,10 +32,10 @@ from .components.text_encoder import SPIECE
 from .families import wan
 from .families.defaults import TI2V_CHANNELS, defaults_of
 from .inspection import inspect
+from .progress import Progress
+from .specs import WEIGHT_DTYPES
 
-FORMATS = ("diffusers", "mindspeed")
-KEEP = "keep"
-DTYPES = {KEEP: None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(WEIGHT_DTYPES, (None, torch.bfloat16, torch.float16, torch.float32)))
 INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 PIPELINE = {  # in its index: libraries and classes of what it consists of
@@ -81,43 +82,46 @@ class Plan:
         return hashlib.sha256(made.encode()).hexdigest()
 
 
-def add_command(commands, does: str) -> None:
-    parser = commands.add_parser("convert", help=does, description=__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="a model's folder or file, of any kind that the loaders take")
-    parser.add_argument("target", metavar="TARGET", help="the folder to make")
-    parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument("--dtype", choices=DTYPES, default=KEEP,
-                        help="of the weights; what the networks compute in fp32 is not rounded; keep (the default): "
-                        "that of each tensor, bf16 for one of 8 bits")  # fmt: skip
-    parser.add_argument("--shard-size", default="5GB", metavar="SIZE",
-                        help="of diffusers' files (default: %(default)s)")  # fmt: skip
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
     """Converts, and says what was made. Returns the exit status: 0 made, 1 refused, 130 interrupted."""
+    progress = progress or Progress()
     source, target = (Path(path).expanduser().absolute() for path in (arguments.source, arguments.target))
     try:
-        plan = planned(source, arguments.to, DTYPES[arguments.dtype], arguments.shard_size)
-        print(*(f"left out: {why}" for why in plan.left_out), sep="\n", end="\n" if plan.left_out else "")
+        plan = planned(source, arguments.to, DTYPES[arguments.dtype], arguments.shard_size, progress.begin)
+        _say(plan, progress)
         identity = {
             "SOURCE": str(source), "--to": arguments.to, "--dtype": arguments.dtype,
             "--shard-size": arguments.shard_size, "what SOURCE holds": plan.source(),
             "what this version of the pack makes of it": [plan.digest()],
         }  # fmt: skip
-        convert(plan, target, identity)
+        convert(plan, target, identity, progress)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+        return _refused(str(error), progress)
     except OSError as error:  # such as a disk that others filled meanwhile
-        print(f"{error}. Mend that, or name another target; {_kept(target)}", file=sys.stderr)
-        return 1
+        return _refused(f"{error}. Mend that, or name another target; {_kept(target)}", progress)
     except KeyboardInterrupt:
+        progress.end()
         print(f"interrupted; {_kept(target)}", file=sys.stderr)
         return 130
+    progress.end()
     files = [*plan.moves, *plan.texts, *plan.copies]
     print(f"{target}: {len(files)} files, {plan.nbytes / 1e9:.2f} GB of weights")
     return 0
+
+
+def _say(plan: Plan, progress: Progress) -> None:
+    """What is about to be written, and what is not."""
+    progress.end()
+    for why in plan.left_out:
+        print(f"left out: {why}", flush=True)
+    files = len(plan.moves) + len(plan.texts) + len(plan.copies)
+    progress.say(f"{files} files to write, {plan.nbytes / 1e9:.2f} GB of weights")
+
+
+def _refused(why: str, progress: Progress) -> int:
+    progress.end()
+    print(f"error: {why}", file=sys.stderr)
+    return 1
 
 
 def _kept(target: Path) -> str:
@@ -126,18 +130,25 @@ def _kept(target: Path) -> str:
     return "nothing was written"
 
 
-def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -> Plan:
+def planned(
+    source: Path,
+    to: str,
+    dtype: torch.dtype | None,
+    shard_size: str,
+    on_part: Callable[[str], None] = lambda part: None,
+) -> Plan:
     """What is to be written. No weight is read.
 
-    dtype: of the weights; None: each one's own, bfloat16 for 8 bits. Raises ValueError where a part of the source is
-    not whole, or none of it can be kept so.
+    dtype: of the weights; None: each one's own, bfloat16 for 8 bits. on_part: called before each part is looked at.
+    Raises ValueError where a part of the source is not whole, or none of it can be kept so.
     """
     plan = Plan()
-    parts = _parts(source, to, plan.left_out)
+    parts = _parts(source, to, plan.left_out, on_part)
     plan.sources += parts.values()
     if to == "mindspeed":
         for part, component in parts.items():
             _plan_release(plan, Path(FOLDERS[part][1] if len(parts) > 1 else ""), part, component, dtype)
+        _plan_own_files(plan, source, parts)
         return plan
     _plan_tokenizer(plan, parts)
     alone = len(parts) == 1 and not (plan.copies or plan.texts)
@@ -145,13 +156,14 @@ def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -
         _plan_component(plan, Path("" if alone else part), part, component, dtype, shard_size)
     if not alone:
         _plan_pipeline(plan, source, parts)
+    _plan_own_files(plan, source, parts)
     return plan
 
 
-def _parts(source: Path, to: str, left_out: list[str]) -> dict[str, Component]:
+def _parts(source: Path, to: str, left_out: list[str], on_part: Callable[[str], None]) -> dict[str, Component]:
     """What is there; why something is not taken goes to `left_out`."""
     parts, faults = {}, []
-    for found in inspect(str(source)):
+    for found in inspect(str(source), on_part):
         if found.component is None and found.fault is None:
             continue
         folders = FOLDERS.get(found.part, (found.part,))
@@ -250,6 +262,13 @@ def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
         plan.texts[Path("tokenizer", "tokenizer_config.json")] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
 
 
+def _plan_own_files(plan: Plan, source: Path, parts: dict[str, Component]) -> None:
+    """What the pack itself keeps next to a transformer: what it is run with, and what a calibration found."""
+    for name in (DEFAULTS, CALIBRATION):
+        if "transformer" in parts and file_of(source, name).is_file():
+            plan.copies[Path(name)] = file_of(source, name)
+
+
 def _plan_pipeline(plan: Plan, source: Path, parts: dict[str, Component]) -> None:
     """What diffusers' pipeline has beside its networks: as it is in the source, or made where that is no pipeline."""
     if (source / INDEX).is_file():
@@ -281,23 +300,25 @@ def _json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def convert(plan: Plan, target: Path, identity: dict[str, object]) -> None:
+def convert(plan: Plan, target: Path, identity: dict[str, object], progress: Progress | None = None) -> None:
     """Makes the folder `target`, or goes on making it where that was stopped.
 
     identity: what a conversion must have in common with the one that it goes on with. Raises ValueError where it cannot
     be made, or a weight cannot be kept.
     """
     _check_apart(plan, target)
+    progress = progress or Progress()
     with unfinished(target, identity) as work:
         if work.is_finished:
             work.clear()
             return
         held = plan.source()
         _check_space(plan, work.made)
+        progress.begin("laying files out")
         steps = laid_out(plan.moves, work)
         before = sum(step.nbytes for step in steps[: work.done])
-        with tqdm(total=plan.nbytes, initial=before, unit="B", unit_scale=True, desc="convert", disable=None) as bar:
-            fill(steps, work, bar.update)
+        progress.begin("weights", total=plan.nbytes, done=before, unit="B")
+        fill(steps, work, progress.advance)
         if plan.source() != held:
             raise ValueError("SOURCE changed while it was read. Delete what was made of it, and begin anew.")
         for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # a model has it: last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
 from .components.checks import check
 from .components.model_config import check_experts
-from .families.defaults import Defaults, defaults_of
+from .families.defaults import Defaults, defaults_in, defaults_of
+from .progress import Progress
 
 FINDERS: dict[str, Callable[[str], Component]] = {
     "transformer": find_transformer,
@@ -39,34 +41,32 @@ class Found:
     fault: str | None
 
 
-def add_command(commands, does: str) -> None:
-    parser = commands.add_parser("inspect", help=does, description=__doc__)
-    parser.add_argument("path", metavar="PATH", help="a folder or a file")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
     """Prints what is there. Returns 0 where there is something, and all of it can be used, as far as is known without
     the values of its weights."""
+    progress = progress or Progress()
     try:
-        found = list(inspect(arguments.path))
+        found = list(inspect(arguments.path, progress.begin))
     except ValueError as error:
-        print(error)
+        progress.end()
+        print(f"error: {error}", file=sys.stderr)
         return 1
+    progress.begin("sizes")
     rows = [COLUMNS, *(_row(one) for one in found)]
+    progress.end()
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     transformers = [one.component for one in found if one.part.startswith("transformer") and one.component]
     if transformers:
-        print(_told(defaults_of(transformers[0].config, len(transformers))))
+        print(*_told(transformers[0], len(transformers)), sep="\n")
     faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
     print(*faults, sep="\n", end="\n" if faults else "")
     return 1 if faults else 0
 
 
-def inspect(path: str) -> Iterator[Found]:
-    """The parts of a model in a folder, or the one in a file. No weight is read.
+def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> Iterator[Found]:
+    """The parts of a model in a folder, or the one in a file. No weight is read. on_part: called before each.
 
     Raises ValueError where the path is neither, or it holds nothing known.
     """
@@ -78,7 +78,10 @@ def inspect(path: str) -> Iterator[Found]:
     else:
         parts = _component(root) or [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
     experts: list[Component] = []
-    found = [_looked_at(part, path, experts) for part in parts]
+    found = []
+    for part in parts:
+        on_part(part)
+        found.append(_looked_at(part, path, experts))
     missing = [one for one in found if one.component is None]
     if len(missing) == len(found) and not any(_is_due(one.part, root) for one in missing):
         raise ValueError(missing[0].fault)
@@ -164,11 +167,25 @@ def _format(component: Component) -> str:
     return "original" if is_original(first.parent) or first.suffix in (".pth", ".pt") else "single file"
 
 
-def _told(own: Defaults) -> str:
+def _told(transformer: Component, experts: int) -> Iterator[str]:
+    """What a model is run with where the user does not say, in words. Nothing of a file that cannot be used, which is
+    the transformer's fault."""
+    published = defaults_of(transformer.config, experts)
+    if transformer.defaults is None:
+        yield f"looks as {published.name} does, whose own settings are: {_settings(published)}"
+        return
+    try:
+        own = defaults_in(transformer, experts)
+    except ValueError:
+        return
+    yield f"looks as {published.name} does; {own.source.name} has its own settings: {_settings(own)}"
+
+
+def _settings(own: Defaults) -> str:
     low_noise = "" if own.low_noise_guidance is None else f" and {own.low_noise_guidance:g} (low noise)"
     boundary = "" if own.boundary is None else f", boundary {own.boundary:g}"
     small = "" if own.small_shift is None else f" ({own.small_shift:g} up to 832 x 480)"
     return (
-        f"looks as {own.name} does, whose own settings are: {own.steps} steps, shift {own.shift:g}{small}, guidance "
-        f"{own.guidance_scale:g}{low_noise}{boundary}, {own.num_frames} frames at {own.fps} a second"
+        f"{own.steps} steps, shift {own.shift:g}{small}, guidance {own.guidance_scale:g}{low_noise}{boundary}, "
+        f"{own.width} x {own.height}, {own.num_frames} frames at {own.fps} a second"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import zlib
 from contextlib import nullcontext
 
 import torch
@@ -114,6 +115,7 @@ class Pipeline:
             # A latent's elements stand for 8 x 8 pixels in every model that asks for their number.
             spec = model.defaults.fill(message.spec, pixels=64 * math.prod(message.latent.shape[3:]))
             recorder.end_with(spec.total_steps)
+        _require_agreement(spec, model)
         plan = plan if model.guided(spec) else plan.unguided()
         conditioning.check(message, spec, model)
         operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
@@ -291,6 +293,14 @@ def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
     return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | shift
+
+
+def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
+    """Raises ValueError on all ranks alike where a file that says how the model is run changed between their reading
+    it: they would make different numbers of steps, and wait for each other."""
+    digest = zlib.crc32(repr((spec, model.boundary)).encode())
+    if highest(digest) != -highest(-digest):
+        raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Run again.")
 
 
 def _each_frame(job, stage: str):

@@ -10,7 +10,6 @@ import os
 import re
 from pathlib import Path
 
-from msgspec import Struct
 from msgspec.structs import force_setattr, replace
 
 from .plans import AXES, Plan, choose, nearest
@@ -26,9 +25,14 @@ EXPERTS = ("auto", "resident", "swap")
 QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
 LORA_EXPERTS = ("both", "high_noise", "low_noise")
+FORMATS = ("diffusers", "mindspeed")  # that a model can be converted to
+WEIGHT_DTYPES = ("keep", "bf16", "fp16", "fp32")  # of converted weights; keep: that of each tensor
 MAX_STRENGTH = 10.0  # of a LoRA, either way
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
+MAX_SIDE = 16384  # pixels: 1024 positions of 2 x 2 latents of 8 x 8, which is how many a published network knows
+MAX_FRAMES = 4093  # 1024 positions of a latent frame
+MAX_PIXELS = 2**33  # of all frames, so that a size out of a file cannot ask for more memory than a machine has
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # where a word begins within another
 _NOISE = re.compile(r"(?<![a-z])(high|low)[-_ ]?noise")
 # Alone, it tells where a name ends, or a size, a dtype or a version follows: not in high_res, low_vram, low_steps.
@@ -40,7 +44,7 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; it can be one of {', '.join(choices)}.")
 
 
-def _make_absolute(spec: Struct, *names: str) -> None:
+def _make_absolute(spec: Spec, *names: str) -> None:
     """Ranks work in another folder than their client: a path must mean the same in both, and be one in both."""
     for name in names:
         path = getattr(spec, name)
@@ -70,6 +74,18 @@ def _expert_named(parts: tuple[str, ...]) -> str | None:
         if len(set(said)) == 1:
             return said[0]
     return None
+
+
+def _require_multiple(name: str, value: int, step: int, offset: int, highest: int) -> None:
+    """Raises ValueError, with the nearest that can be, where `value` is not n * step + offset, from the first of these
+    above 0 up to `highest`."""
+    lowest = offset or step
+    if value % step == offset and lowest <= value <= highest:
+        return
+    down = min(max(lowest, (value - offset) // step * step + offset), highest)
+    near = f"The nearest are {down} and {down + step}." if down < highest else f"The nearest is {down}."
+    what = f"{step}n+{offset}" if offset else f"a multiple of {step}"
+    raise ValueError(f"{name} is {value}; it must be {what}, from {lowest} to {highest}. {near}")
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:
@@ -369,7 +385,10 @@ def _require_sigmas(sigmas: tuple[float, ...]) -> None:
 
 
 class VideoSize(Spec, frozen=True, kw_only=True):
-    """Pixels and frames of a video that the Wan networks can make: multiples of 16, and 4n+1 frames."""
+    """Pixels and frames of a video that the Wan networks can make: multiples of 16, and 4n+1 frames.
+
+    Raises ValueError, with the nearest that can be made.
+    """
 
     width: int = 832
     height: int = 480
@@ -377,17 +396,15 @@ class VideoSize(Spec, frozen=True, kw_only=True):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("width", "height"):
-            value = getattr(self, name)
-            if value < 16 or value % 16:
-                down = max(16, value // 16 * 16)
-                raise ValueError(
-                    f"{name} is {value}; it must be a multiple of 16. The nearest are {down} and {down + 16}."
-                )
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            down = max(1, (self.num_frames - 1) // 4 * 4 + 1)
+        for name, step, offset, highest in (
+            ("width", 16, 0, MAX_SIDE), ("height", 16, 0, MAX_SIDE), ("num_frames", 4, 1, MAX_FRAMES)
+        ):  # fmt: skip
+            _require_multiple(name, getattr(self, name), step, offset, highest)
+        if self.width * self.height * self.num_frames > MAX_PIXELS:
+            most = max(1, (MAX_PIXELS // (self.width * self.height) - 1) // 4 * 4 + 1)
             raise ValueError(
-                f"num_frames is {self.num_frames}; it must be 4n+1. The nearest are {down} and {down + 4}."
+                f"{self.width}x{self.height} x {self.num_frames} frames are more pixels than a video can have. Give at "
+                f"most {most} frames of this size, or a smaller size."
             )
 
     def latent_shape(self, channels: int = 16, spatial: int = 8, temporal: int = 4) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ def told(capsys):
 
     def run(path):
         status = inspection.run(type("Arguments", (), {"path": str(path)}))
-        return status, capsys.readouterr().out
+        return status, "".join(capsys.readouterr())
 
     return run
 
@@ -39,12 +39,25 @@ def test_a_diffusers_folder(told):
     assert header.split() == list(inspection.COLUMNS)
     for part, line in (("transformer", transformer), ("text_encoder", text_encoder), ("vae", vae)):
         assert line.startswith(part) and "diffusers" in line and "bfloat16" in line and line.endswith("whole"), line
-    assert "Wan2.1-T2V" in family and "50 steps, shift 5, guidance 5" in family
+    assert family == (
+        "looks as Wan2.1-T2V does; ascend_defaults.json has its own settings: 20 steps, shift 3, guidance 4, 64 x 64, "
+        "17 frames at 16 a second"
+    )
 
 
 def test_a_component_of_a_diffusers_folder(told):
     status, text = told(ROOT / "assets" / "tiny_wan" / "vae")
     assert status == 0 and len(text.splitlines()) == 2 and text.splitlines()[1].startswith("vae  ")
+
+
+def test_a_file_of_settings_that_cannot_be_used_is_a_fault(told, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints(experts=1), tmp_path / "model")
+    status, text = told(folder)
+    assert status == 0 and "Wan2.1-T2V does, whose own settings are: 50 steps, shift 5, guidance 5, 832 x 480" in text
+    (folder / "ascend_defaults.json").write_text('{"steps": -1}')
+    status, text = told(folder)
+    assert status == 1 and f"transformer: {folder}/ascend_defaults.json cannot be used: steps is -1" in text
+    assert "own settings" not in text
 
 
 def test_two_experts_one_of_which_is_gone(told, checkpoints, tmp_path):

@@ -101,7 +101,8 @@ def test_nothing_is_left_of_many_jobs(request, new_runtime, specs):
         soak.load()
         first, pids, measured = soak.video(), runtime.pids, {}
         for number in range(1, count + 1):
-            job = soak.jobs[number - 1] if number <= len(soak.jobs) else soak.rng.choice(soak.jobs)  # each kind once first
+            each_once = number <= len(soak.jobs)
+            job = soak.jobs[number - 1] if each_once else soak.rng.choice(soak.jobs)
             job()
             if number == WARM:
                 left, memory = soak.left(), soak.memory()

@@ -13,11 +13,13 @@ RUNTIME = "ascend_runtime"
 # From top to bottom: a module imports from the layers below its own, and from its own package.
 LAYERS = [
     ("commands", ("ascend_runtime.__main__",)),
+    ("arguments of commands", ("ascend_runtime.command_line",)),
     ("headless", ("ascend_runtime.headless",)),
     ("conversion", ("ascend_runtime.conversion",)),
     ("comparison", ("ascend_runtime.comparison",)),
     ("inspection", ("ascend_runtime.inspection",)),
     ("calibration", ("ascend_runtime.calibration",)),
+    ("options and progress of commands", ("ascend_runtime.video_options", "ascend_runtime.progress")),
     ("nodes", ("nodes",)),
     ("client", ("ascend_runtime.client",)),
     ("submission", ("ascend_runtime.submission",)),
@@ -158,6 +160,8 @@ def test_layers_name_modules_that_exist():
 @pytest.mark.parametrize("module, unwanted", [
     ("ascend_runtime", "torch"),
     ("ascend_runtime.specs", "torch"),
+    ("ascend_runtime.command_line", "torch"),
+    ("ascend_runtime.progress", "torch"),
     ("ascend_runtime.client", "diffusers"),
     ("ascend_runtime.client", "transformers"),
 ])  # fmt: skip

@@ -8,14 +8,12 @@ from pathlib import Path
 import msgspec
 
 from ..acceleration import Calibration
-
-NAME = "ascend_calibration.json"
+from .paths import CALIBRATION, file_of
 
 
 def calibration_file(path: str) -> Path:
     """Where the calibration of the model at `path` lies: in its folder, or beside its file."""
-    model = Path(path).expanduser()
-    return model / NAME if model.is_dir() else model.with_name(f"{model.name}.{NAME}")
+    return file_of(path, CALIBRATION)
 
 
 def read_calibration(path: str) -> dict[str, Calibration]:

@@ -14,6 +14,7 @@ from .faults import usable
 from .kinds import KINDS, described, is_kind, moved
 from .mindspeed import latest_shards
 from .msmodelslim import WEIGHTS, Description, description_in, read_description
+from .paths import DEFAULTS, existing, file_of
 from .states import files_of, states
 
 CLASSES = {  # of component: the key of its config that tells, and what it says
@@ -50,6 +51,7 @@ class Component:
     tokenizer: Path | None = None  # of a text encoder: its folder, or the file that has it; None: it is nowhere
     beside: tuple[Path, ...] = ()  # files that say how it is used, whether they are there or not
     quantized: Description | None = None  # which layers lie there quantized; None: all lie as numbers
+    defaults: Path | None = None  # the file that says what a transformer is run with; None: there is none
 
     @property
     def root(self) -> Path | None:
@@ -102,7 +104,13 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
 
     Raises ValueError that says what is there, and what was expected.
     """
-    root = existing(path)
+    found = _find_transformer(existing(path), name)
+    places = [file_of(path, DEFAULTS), *([found.root / DEFAULTS] if found.root else [])]
+    own = next((file for file in places if file.exists()), None)
+    return found if own is None else replace(found, defaults=own, beside=(*found.beside, own))
+
+
+def _find_transformer(root: Path, name: str) -> Component:
     if root.is_file():
         described = description_in(root.parent) if root.match(WEIGHTS) else None
         return _found("transformer", (root,)) if described is None else _quantized(root.parent, (root,), described)
@@ -211,15 +219,6 @@ def _check_kind(config: dict, name: str, folder: Path) -> None:
     key, wanted = CLASSES[name.removesuffix("_2")]
     if config.get(key, wanted) != wanted:
         raise ValueError(f"{folder} holds a {config[key]}; a {wanted} is wanted here.")
-
-
-def existing(path: str) -> Path:
-    """`path`, which is a folder or a file. Raises ValueError where it is neither."""
-    root = Path(path).expanduser()
-    if not (root.is_file() or root.is_dir()):
-        why = "is neither a folder nor a file" if root.exists() else "does not exist"
-        raise ValueError(f"{root} {why}. Give the path of a model's folder or file.")
-    return root
 
 
 def read_json(path: Path) -> dict:

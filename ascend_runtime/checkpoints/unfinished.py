@@ -81,6 +81,11 @@ def unfinished(target: Path, identity: dict[str, object]) -> Iterator[Unfinished
             raise
 
 
+def require_free(target: Path) -> None:
+    """Raises ValueError where `target` is there, or what is in the way of it."""
+    _check_free(target, partial_folder(target))
+
+
 def _check_free(target: Path, folder: Path) -> None:
     if target.is_symlink() and not target.exists():
         raise ValueError(f"{target} is a link to {os.readlink(target)}, which is not there. Name another target.")

@@ -19,6 +19,7 @@ from msgspec.structs import fields
 
 from ..acceleration import AccelerationSpec
 from ..presets import SPECS, chosen
+from ..specs import ParallelSpec
 
 PART = re.compile(r"(?P<kind>\w+)(?:=(?P<preset>\w+))?(?::(?P<values>.+))?", re.DOTALL)
 EXAMPLES = "attention_cache=fast, step_cache:method=fbcache,threshold=0.05 or step_cache=fast+rainfusion:sparsity=0.5"
@@ -61,6 +62,12 @@ def pairs_of(text: str) -> list[tuple[str, str]]:
     if wrong:
         raise ValueError(f"{wrong[0]!r} is no name=value. For instance: {EXAMPLES}.")
     return [(name, value) for name, _, value in pairs]
+
+
+def parallel_of(text: str | None, ranks: int) -> ParallelSpec:
+    """The plan that a text stands for, as ulysses_degree=4,cfg_degree=2, for so many ranks. Raises ValueError."""
+    given = {name: value_of(ParallelSpec, name, value) for name, value in pairs_of(text)} if text else {}
+    return ParallelSpec(**{"ranks": ranks, **given})
 
 
 def _choices(part: str) -> list[tuple[str, str | None, tuple[tuple[str, str], ...]]]:

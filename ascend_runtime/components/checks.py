@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..checkpoints.layout import Component
 from ..checkpoints.reader import check_weights
+from ..families.defaults import defaults_in
 from .model_config import own_boundary
 from .networks import empty_network
 from .text_encoder import find_tokenizer
@@ -16,4 +17,5 @@ def check(kind: str, component: Component) -> None:
         find_tokenizer(component)
     if kind == "transformer":
         own_boundary(component)
+        defaults_in(component, experts=1)
     check_weights(empty_network(kind, component), component.shards, component.rename, component.quantized)

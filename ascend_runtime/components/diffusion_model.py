@@ -13,7 +13,7 @@ from ..checkpoints.layout import Component, find_transformer, has_low_noise
 from ..checkpoints.reader import Places, Progress, check_weights, load_weights, nbytes
 from ..experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
 from ..families import wan
-from ..families.defaults import Defaults, defaults_of
+from ..families.defaults import Defaults, defaults_in
 from ..loras import Adapter, LorasInUse, by_expert, changed_by, read_loras
 from ..ops import check_quantized
 from ..parallel.fsdp import Share, Sharding
@@ -126,7 +126,7 @@ def load(
     if spec.quantization != "none" or any(component.quantized for component in found):
         check_quantized(device, dtype)
     latent_format = check_experts(found)
-    defaults = defaults_of(found[0].config, experts=len(found))
+    defaults = defaults_in(found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults)
     unread = {
         expert: _Unread.of(component, sharding, spec.quantization)

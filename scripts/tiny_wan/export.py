@@ -10,8 +10,19 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import UMT5EncoderModel
 
+from . import world
 from .dit_training import FLOW_SHIFT
 from .text import build_tokenizer
+
+DEFAULTS = {  # ascend_defaults.json: what the model is run with, and was judged with
+    "width": world.SIZE,
+    "height": world.SIZE,
+    "num_frames": world.NUM_FRAMES,
+    "fps": world.FPS,
+    "steps": 20,
+    "shift": FLOW_SHIFT,
+    "guidance_scale": 4.0,
+}
 
 
 def export(
@@ -36,6 +47,7 @@ def export(
     fresh = folder.with_name(folder.name + ".new")
     pipeline.to(torch.bfloat16).save_pretrained(fresh)
     _name_fast_tokenizer(fresh)
+    (fresh / "ascend_defaults.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     for source in sorted(path for path in fresh.rglob("*") if path.is_file()):
         target = folder / source.relative_to(fresh)
         target.parent.mkdir(parents=True, exist_ok=True)
