@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ascend_runtime.headless import QueueError, queue, workflow
+from ascend_runtime.headless import QueueError, address, queue, seeds, workflow
 from comfy_server import ComfyServer, free_port
 from PIL import Image
 
@@ -92,11 +92,11 @@ def test_titles_do_not_make_a_new_job():
 
 
 def test_seeds():
-    assert queue._seeds("1,2,3") == [1, 2, 3] and queue._seeds("0-4") == [0, 1, 2, 3, 4]
-    assert queue._seeds("7, 2-3") == [7, 2, 3]
+    assert list(seeds.parse("1,2,3")) == [1, 2, 3] and list(seeds.parse("0-4")) == [0, 1, 2, 3, 4]
+    assert list(seeds.parse("7, 2-3")) == [7, 2, 3]
     for wrong in ("", "a", "3-1", "1,,2", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no seed"):
-            queue._seeds(wrong)
+            seeds.parse(wrong)
 
 
 def test_starts_without_torch():
@@ -279,14 +279,14 @@ def test_a_workflow_in_ui_format_is_converted(command, server):
                     {"id": 2, "type": "SaveImage", "mode": 0, "outputs": [], "properties": {},
                      "inputs": [{"name": "images", "type": "IMAGE", "link": 1}], "widgets_values": ["blank"]}],
           "links": [[1, 1, 0, 2, 0, "IMAGE"]], "version": 0.4}
-    graph = workflow.read(command.write("ui.json", ui), "127.0.0.1", server.port)
+    graph = workflow.read(command.write("ui.json", ui), address.of_host("127.0.0.1", server.port))
     assert workflow.digest(graph) == workflow.digest(BLANK)
     with pytest.raises(QueueError, match="could not convert .*Failed to fetch /object_info"):
-        workflow.read(command.write("ui.json", ui), "127.0.0.1", free_port())
+        workflow.read(command.write("ui.json", ui), address.of_host("127.0.0.1", free_port()))
 
 
 @pytest.mark.parametrize("graph, prompts, options, said", [
-    (None, CIRCLE, [], "No ComfyUI answers at 127.0.0.1:"),
+    (None, CIRCLE, [], "No ComfyUI answers at http://127.0.0.1:"),
     (Path("none.json"), CIRCLE, [], "Cannot read the workflow none.json: No such file"),
     ("{", CIRCLE, [], "is no JSON"),
     ({"last_node_id": 1}, CIRCLE, [], "is not a ComfyUI workflow"),
