@@ -18,7 +18,6 @@ from .screen import line
 from .typed import NotUnderstood, decode
 
 TICK_S = 1.0  # how long to listen before asking the server how the job stands
-ASK_S = 5.0  # how long to listen to a server that is never silent
 TAKE_BACK_S = 10.0  # for each answer while a job is taken back: the user waits
 LARGEST_QUEUE = 64 << 20  # bytes: the graphs of all jobs that wait
 LARGEST_IMAGE = 256 << 20  # bytes
@@ -133,13 +132,14 @@ class Server:
         self._connection.request("POST", path, TAKE_BACK_S, json=body)
 
     def _listen(self, job: str, on_step) -> None:
-        """Passes progress on, until it is time to ask how the job stands: the queue has just changed, or the server
-        was silent for a while, or spoke for a longer one."""
-        until = time.monotonic() + ASK_S
-        while (message := self._channel.next(TICK_S)) and time.monotonic() < until:
-            if message.type in ("status", "execution_start"):
+        """Passes progress on, until it is time to ask how the job stands: the queue has just changed, or the last time
+        is a while ago."""
+        until = time.monotonic() + TICK_S
+        while (left := until - time.monotonic()) > 0:
+            message = self._channel.next(left)
+            if message and message.type in ("status", "execution_start"):
                 return
-            if message.type == "progress" and (step := _progress(message)) and step.prompt_id == job:
+            if message and message.type == "progress" and (step := _progress(message)) and step.prompt_id == job:
                 on_step(step.node or "?", int(step.value), int(step.max))
 
     def _queued(self, seconds: float | None = None) -> tuple[list[str], list[str]]:
