@@ -88,7 +88,7 @@ def _refuse_extras(parts) -> None:
 
 def _host(text: str) -> str:
     if _is_ipv6(text):
-        return text
+        return text.replace("%25", "%", 1)  # before the interface of a link-local address
     name = text.encode("idna").decode() if text and not text.isascii() else text
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         raise ValueError("it names no host" if not text else f"{text} is no name of a host")

@@ -17,7 +17,7 @@ from .typed import NotUnderstood, decode
 
 CONNECT_S = 10.0
 AGAIN_S = 5.0  # between two tries to connect
-LARGEST_HANDSHAKE = 64 << 10  # bytes
+LARGEST_HANDSHAKE = 16 << 10  # bytes
 LARGEST_MESSAGE = 64 << 20  # bytes: previews are images
 MOST_WAITING = 1000  # messages; if nobody fetches them, the server has to wait
 
@@ -75,7 +75,9 @@ class Channel:
         while not self._closed.is_set():
             bounded.left = LARGEST_MESSAGE
             text = self._socket.recv()
-            if isinstance(text, str) and text:  # no preview, and not the empty last one
+            if text == "":
+                raise QueueError("it has closed its websocket")
+            if isinstance(text, str):  # no preview
                 self._take(text)
 
     def _take(self, text: str) -> None:

@@ -161,6 +161,7 @@ REASONS = (  # the first that is among an error's causes
     (ssl.SSLError, lambda error: f"no TLS can be spoken with it ({line(error.reason or 'closed', 60)}). "
      "Is it http:// and not https://?"),
     (socket.gaierror, lambda error: f"no such host ({line(error.strerror, 60)})"),
+    (ConnectionRefusedError, lambda _: "nothing listens there"),
     ((TimeoutError, socket.timeout, requests.Timeout), lambda _: "it does not answer"),
     ((http.client.BadStatusLine, http.client.LineTooLong), lambda _: "it speaks no HTTP. Is it https:// and not "
      "http://?"),

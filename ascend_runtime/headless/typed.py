@@ -28,12 +28,15 @@ def decode(text: bytes | str, kind: type[T]) -> T:
 
 
 def _decode_python(text: bytes | str, kind: type[T], strict: Exception) -> T:
-    """ComfyUI writes Python's JSON, in which NaN and half a surrogate pair are legal: NaN becomes null."""
+    """ComfyUI writes Python's JSON, in which NaN and half a surrogate pair are legal: they become null and "?"."""
     if len(text) > LONGEST_PYTHON_JSON:
         raise NotUnderstood(str(strict)) from None
     try:
-        return msgspec.convert(json.loads(text, parse_constant=lambda _: None), kind)
+        python = json.loads(text if isinstance(text, str) else bytes(text), parse_constant=lambda _: None)
+        return msgspec.json.decode(json.dumps(python, ensure_ascii=False).encode("utf-8", "replace"), type=kind)
     except RecursionError:
         raise NotUnderstood("nested too deeply") from None
-    except ValueError:  # broken for Python too, or of another shape
+    except msgspec.ValidationError as error:
+        raise NotUnderstood(str(error)) from None
+    except (ValueError, msgspec.DecodeError):  # broken for Python too
         raise NotUnderstood(str(strict)) from None
