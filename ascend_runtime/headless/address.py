@@ -30,7 +30,7 @@ class Address:
 
     @property
     def netloc(self) -> str:
-        host = f"[{self.host.replace('%', '%25')}]" if ":" in self.host else self.host
+        host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == PORTS[self.scheme] else f"{host}:{self.port}"
 
     @property
@@ -58,14 +58,14 @@ def parse(text: str) -> Address:
     """The address in a text. Without a scheme it is http, and ComfyUI's port if it names none. A fragment, which
     ComfyUI's page puts into a browser's address, is ignored. Raises QueueError."""
     if not text or not text.isprintable() or " " in text or "\\" in text:
-        raise QueueError(f"{line(text, 200)!r} is no address of a server. {FORMS}")
+        raise QueueError(f"'{line(text, 200)}' is no address of a server. {FORMS}")
     whole = text if "://" in text else f"http://[{text}]" if _is_ipv6(text) else f"http://{text}"
     try:
         parts = urlsplit(whole)
         port = parts.port
         host = _host(parts.hostname or "")
     except ValueError as error:  # of urlsplit as well; may quote the text, so that it is not shown
-        shown = "An address with credentials" if "@" in text else repr(line(text, 200))
+        shown = "An address with credentials" if "@" in text else f"'{line(text, 200)}'"
         reason = CREDENTIALS if "@" in text else f"{line(error, 200)}. {FORMS}"
         raise QueueError(f"{shown} is no address of a server: {reason}") from None
     _refuse_extras(parts)
@@ -88,7 +88,9 @@ def _refuse_extras(parts) -> None:
 
 def _host(text: str) -> str:
     if _is_ipv6(text):
-        return text.replace("%25", "%", 1)  # before the interface of a link-local address
+        if "%" in text:
+            raise ValueError("an address with an interface (%...) cannot be used; take one without, or a name")
+        return text
     name = text.encode("idna").decode() if text and not text.isascii() else text
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         raise ValueError("it names no host" if not text else f"{text} is no name of a host")

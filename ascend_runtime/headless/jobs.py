@@ -61,7 +61,7 @@ def read_pairs(prompts: Path, images: Path | None) -> list[Pair]:
     texts = _read_lines(prompts, "--prompts")
     if long := next((text for text in texts if len(text.encode()) > LONGEST_PROMPT), None):
         raise QueueError(f"--prompts {prompts} has a line of more than {LONGEST_PROMPT >> 20} MiB: "
-                         f"{line(long, 80)!r}. A prompt is one line; shorten it.")
+                         f"'{line(long, 80)}'. A prompt is one line; shorten it.")
     if images is None:
         return [(text, None) for text in texts]
     paths = [images.parent / line for line in _read_lines(images, "--images")]

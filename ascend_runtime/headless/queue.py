@@ -145,7 +145,7 @@ def _text(negative: str | None) -> str | None:
     try:
         (negative or "").encode()
     except UnicodeEncodeError:
-        raise QueueError(f"--negative is no text in UTF-8: {line(negative, 80)!r}. Give it in UTF-8.") from None
+        raise QueueError(f"--negative is no text in UTF-8: '{line(negative, 80)}'. Give it in UTF-8.") from None
     return negative
 
 

@@ -104,7 +104,7 @@ class Results:
             record = decode(content, Record)
         except NotUnderstood:
             raise QueueError(f"--results {self._path} has a line that is no record of this command: "
-                             f"{line(content[:200].decode(errors='replace'), 80)!r}. Remove the line, or name another "
+                             f"'{line(content[:200].decode(errors='replace'), 80)}'. Remove the line, or name another "
                              "file.") from None
         self.records[record.key] = record
 

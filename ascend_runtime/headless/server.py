@@ -184,7 +184,7 @@ def _progress(message: Message) -> Progress | None:
 
 
 def _excerpt(body: bytes) -> str:
-    return repr(line(body[:400].decode(errors="replace"), 100)) if body.strip() else "an empty answer"
+    return f"'{line(body[:400].decode(errors='replace'), 100)}'" if body.strip() else "an empty answer"
 
 
 def _refusal(graph: dict, answer: bytes) -> str:
