@@ -140,7 +140,7 @@ def test_a_job_of_a_cut_line_runs_again_and_no_other(run, tmp_path):
 
 
 def test_a_record_that_cannot_be_written_is_printed_and_no_further_job_runs(tmp_path):
-    """The kernel refuses to let the file grow, after the room beside it was found."""
+    """The kernel refuses to let the file grow, after room next to it was found."""
     path = tmp_path / "results.jsonl"
     old = (results.Record(f"old {number}", "p" * 100, number, None, "success") for number in range(700))
     path.write_bytes(b"".join(map(results._encoded, old)))

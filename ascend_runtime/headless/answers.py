@@ -14,7 +14,7 @@ Step = Annotated[float, Meta(ge=0, le=1e15)]
 Number = Union[Annotated[float, Meta(ge=-1e15, le=1e15)], None]  # Python's JSON has infinities
 
 
-class Waiting(Struct, array_like=True):
+class Waiting(Struct, array_like=True, gc=False):
     """A job in the queue: its number, its id, and more."""
 
     number: Number

@@ -15,7 +15,7 @@ def read_text(path: Path, what: str, largest: int) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise QueueError(f"Cannot read {what}: {getattr(error, 'strerror', None) or error}. Check the path.") from None
     if len(content) > largest:
-        raise QueueError(f"Cannot read {what}: it has more than {largest >> 20} MiB. Split it.")
+        raise QueueError(f"Cannot read {what}: it has more than {largest >> 20} MiB, the most that is read.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

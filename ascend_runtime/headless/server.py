@@ -19,7 +19,7 @@ from .typed import NotUnderstood, decode
 
 TICK_S = 1.0  # how long to listen before asking the server how the job stands
 TAKE_BACK_S = 10.0  # for each answer while a job is taken back: the user waits
-LARGEST_QUEUE = 64 << 20  # bytes: the graphs of all jobs that wait
+LARGEST_QUEUE = 48 << 20  # bytes: the graphs of all jobs that wait
 LARGEST_IMAGE = 256 << 20  # bytes
 MOST_REASONS = 50
 

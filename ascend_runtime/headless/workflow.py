@@ -114,8 +114,8 @@ def _from_ui_format(path: Path, address: Address) -> dict:
     if not address.plain:
         raise QueueError(f"{path} is in UI format, and comfy-cli, which converts it, does not reach {address.url}, "
                          "only an http://host:port. Export it in ComfyUI by Workflow > Export (API).")
-    beside_python = str(Path(sys.executable).parent)
-    comfy = shutil.which("comfy", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
+    next_to_python = str(Path(sys.executable).parent)
+    comfy = shutil.which("comfy", path=os.pathsep.join([next_to_python, os.environ.get("PATH", "")]))
     if not comfy:
         raise QueueError(f"{path} is in UI format, and comfy-cli, which converts it, is not installed. Export it in "
                          "ComfyUI by Workflow > Export (API), or `pip install comfy-cli`.")
