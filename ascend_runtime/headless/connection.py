@@ -81,7 +81,7 @@ class Connection:
             return f"{given}: it redirects to {to}. If that is your ComfyUI, give its address by --server."
         if status in (401, 403):
             token = "refuses the token given" if self.headers else "wants to know who asks"
-            return f"{given}: it {token}. Put the right one into the environment variable {TOKEN_VARIABLE}."
+            return f"{given}: it {token}. Put the right one into {TOKEN_VARIABLE}, or the variable of --token-env."
         if status == 404:
             return f"{given}: there is no ComfyUI. If it is behind a prefix, give it by --server {url}/prefix/."
         if status == 413:
