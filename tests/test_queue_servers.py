@@ -3,11 +3,14 @@
 import argparse
 import contextlib
 import json
+import os
+import pty
 import re
 import shutil
 import socket
 import ssl
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -203,14 +206,42 @@ def test_a_proxy_without_websockets_costs_the_progress_only(run, lie, said):
 
 def test_progress_of_the_job_is_shown_with_no_escape_sequence(run, monkeypatch):
     shown = []
-    monkeypatch.setattr(queue.Progress, "_show", lambda self, text: shown.append(text))
+    monkeypatch.setattr(queue.Progress, "_show", lambda self, text, now=False: shown.append((text, now)))
     job = "0" * 8
     progress = '{"type":"progress","data":{"value":%s,"max":4,"node":"%s","prompt_id":"%s"}}'
     frames = [progress % (1, "8", "another"), progress % (2.0, "8", job), progress % (3, r"\u001b[2J", job), STATUS]
     lies = {"POST /prompt": answer({"prompt_id": job})}
     with LyingComfyUI(lies, frames=frames) as lying:
         assert run("--port", str(lying.port))[0] == 0
-    assert shown[1:3] == ["AscendSampler 2/4", "\\x1b[2J 3/4"]
+    assert shown[1:3] == [("AscendSampler 2/4", True), ("\\x1b[2J 3/4", True)]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(run, monkeypatch):
+    job = "0" * 8
+    progress = '{"type":"progress","data":{"value":%d,"max":30,"node":"8","prompt_id":"%s"}}'
+    frames = [progress % (step, job) for step in range(1, 30)] + [STATUS]
+    with LyingComfyUI({"POST /prompt": answer({"prompt_id": job})}, frames=frames) as lying:
+        log = run("--port", str(lying.port))[2]
+        assert re.findall(r"\w+ \d+/30\]", log)[0] == "AscendSampler 1/30]" and "\r" not in log
+        assert len(log.splitlines()) == 3 and "100% 1/1 [" in log.splitlines()[-1]
+        monkeypatch.setattr("ascend_runtime.headless.progress.EVERY_S", 0)
+        assert len(run("--port", str(lying.port))[2].splitlines()) > 30
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    ours, theirs = pty.openpty()
+    with LyingComfyUI() as lying:
+        done = subprocess.run(
+            [sys.executable, "-m", "ascend_runtime", "queue", str(WORKFLOW), "--port", str(lying.port), "--prompts",
+             str(tmp_path / "prompts.txt")], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs, timeout=60)
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError), open(ours, "rb", buffering=0) as terminal:  # its end is an error
+        while part := terminal.read(1 << 16):
+            text += part
+    text = text.decode()
+    assert done.returncode == 0 and "\r" in text and "100%|" in text and "1/1 [" in text
 
 
 def test_a_job_whose_server_stops_making_sense_is_interrupted_by_its_own_id(run):
