@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -9,8 +10,10 @@ import re
 import shutil
 import socket
 import ssl
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -231,6 +234,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(run, monkeypatch):
 def test_on_a_terminal_progress_is_a_bar(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     with LyingComfyUI() as lying:
         done = subprocess.run(
             [sys.executable, "-m", "ascend_runtime", "queue", str(WORKFLOW), "--port", str(lying.port), "--prompts",
