@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ascend_runtime.headless import QueueError, queue, workflow
+from ascend_runtime.headless import QueueError, address, queue, seeds, workflow
 from comfy_server import ComfyServer, free_port
 from PIL import Image
 
@@ -92,11 +93,11 @@ def test_titles_do_not_make_a_new_job():
 
 
 def test_seeds():
-    assert queue._seeds("1,2,3") == [1, 2, 3] and queue._seeds("0-4") == [0, 1, 2, 3, 4]
-    assert queue._seeds("7, 2-3") == [7, 2, 3]
+    assert list(seeds.parse("1,2,3")) == [1, 2, 3] and list(seeds.parse("0-4")) == [0, 1, 2, 3, 4]
+    assert list(seeds.parse("7, 2-3")) == [7, 2, 3]
     for wrong in ("", "a", "3-1", "1,,2", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no seed"):
-            queue._seeds(wrong)
+            seeds.parse(wrong)
 
 
 def test_starts_without_torch():
@@ -183,7 +184,8 @@ def test_every_prompt_with_every_seed_then_only_what_is_new(command, server, tin
     files = [server.output / record["files"][0] for record in command.records]
     assert len(set(files)) == 4 and all(file.stat().st_size for file in files)
     assert len({file.read_bytes() for file in files}) == 4, "prompt and seed reached the sampler"
-    assert "AscendSampler 2/2" in command.log and "4/4" in command.log
+    assert re.search(r"AscendSampler [12]/2\]", command.log) and "4/4 [" in command.log.splitlines()[-1]
+    assert "4 jobs: 2 prompts, 2 seeds each, on http://127.0.0.1:" in command.log.splitlines()[0]
     assert [line.split()[0] for line in table.splitlines()] == ["seed", "3", "5", "3", "5"]
     assert str(files[0].relative_to(server.output)) in table and SQUARE in table
 
@@ -224,7 +226,7 @@ def test_stopping_it_interrupts_its_job_and_no_other(command, server, tiny, numb
     assert command(tiny, CIRCLE, "--seeds", "11")[0] == 0
     before = command.results.read_bytes()
     process = command.start(with_steps(tiny, 1000), f"{CIRCLE}\n{SQUARE}", "--seeds", "11")
-    command.wait_for("AscendSampler 2/1000")
+    command.wait_for("/1000]")
     other = server.queue(BLANK)
     process.send_signal(number)
     process.communicate(timeout=60)
@@ -279,14 +281,14 @@ def test_a_workflow_in_ui_format_is_converted(command, server):
                     {"id": 2, "type": "SaveImage", "mode": 0, "outputs": [], "properties": {},
                      "inputs": [{"name": "images", "type": "IMAGE", "link": 1}], "widgets_values": ["blank"]}],
           "links": [[1, 1, 0, 2, 0, "IMAGE"]], "version": 0.4}
-    graph = workflow.read(command.write("ui.json", ui), "127.0.0.1", server.port)
+    graph = workflow.read(command.write("ui.json", ui), address.of_host("127.0.0.1", server.port))
     assert workflow.digest(graph) == workflow.digest(BLANK)
     with pytest.raises(QueueError, match="could not convert .*Failed to fetch /object_info"):
-        workflow.read(command.write("ui.json", ui), "127.0.0.1", free_port())
+        workflow.read(command.write("ui.json", ui), address.of_host("127.0.0.1", free_port()))
 
 
 @pytest.mark.parametrize("graph, prompts, options, said", [
-    (None, CIRCLE, [], "No ComfyUI answers at 127.0.0.1:"),
+    (None, CIRCLE, [], "No ComfyUI answers at http://127.0.0.1:"),
     (Path("none.json"), CIRCLE, [], "Cannot read the workflow none.json: No such file"),
     ("{", CIRCLE, [], "is no JSON"),
     ({"last_node_id": 1}, CIRCLE, [], "is not a ComfyUI workflow"),

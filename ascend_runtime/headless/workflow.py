@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from msgspec import Struct
+
 from . import QueueError
+from .address import Address
+from .input_files import read_text
+from .screen import line
+from .typed import NotUnderstood, decode
 
 SAMPLERS = ("AscendSampler", "KSampler", "KSamplerAdvanced", "SamplerCustom*")
 TEXT_WIDGETS = ("text", "value")  # of a text encoder; of a core String node before it
 Widget = tuple[str, str]  # node id, input name
+LARGEST = 16 << 20  # bytes of a workflow's file; what is read of it takes up to 25 times as much memory
+DEEPEST = 100
+CONVERSION_S = 120
 
 
 @dataclass(frozen=True)
@@ -36,63 +44,115 @@ NEGATIVE = Target("negative prompt", str, TEXT_WIDGETS, ("negative", "guider", "
 SEED = Target("seed", int, ("seed", "noise_seed", "value"), ("seed", "noise_seed", "noise"))
 
 
-def read(path: Path, host: str, port: int) -> dict:
+def read(path: Path, address: Address) -> dict:
     """The graph of a workflow file, {node id: {"class_type", "inputs"}}. UI format goes through comfy-cli, which asks
-    the ComfyUI at host:port for the nodes' inputs. Raises QueueError."""
-    try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QueueError(f"Cannot read the workflow {path}: {error.strerror}. Check the path.") from None
-    except ValueError as error:
-        raise QueueError(f"The workflow {path} is no JSON ({error}). Export it again from ComfyUI.") from None
+    the ComfyUI at `address` for the nodes' inputs. Raises QueueError."""
+    graph = _read_json(path)
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
-        graph = _from_ui_format(path, host, port)
+        graph = _from_ui_format(path, address)
     if not graph or not isinstance(graph, dict) or not all(_is_node(node) for node in graph.values()):
         raise QueueError(f"{path} is not a ComfyUI workflow: in API format every entry has class_type and inputs. "
                          "Export it in ComfyUI by Workflow > Export (API).")
     return graph
 
 
+def _read_json(path: Path):
+    text = read_text(path, f"the workflow {path}", LARGEST)
+    try:
+        graph = json.loads(text, parse_constant=_refuse_constant)
+        json.dumps(graph, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise QueueError(f"The workflow {path} has half a character, {ascii(error.object[error.start])}, which no text "
+                         "can hold: an emoji was cut. Mend that text and export it again.") from None
+    except RecursionError:
+        graph = None
+    except ValueError as error:
+        raise QueueError(f"The workflow {path} is no JSON ({error}). Export it again from ComfyUI.") from None
+    if graph is None or _is_deeper(graph, DEEPEST):
+        raise QueueError(f"The workflow {path} is nested more than {DEEPEST} levels deep, as no workflow is. "
+                         "Export it again from ComfyUI.")
+    return graph
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"it has {name}, which is no number")
+
+
+def _is_deeper(value, levels: int) -> bool:
+    level = [value]
+    for _ in range(levels):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list)))
+        level = [one for children in inner for one in children]
+    return bool(level)
+
+
+class Fault(Struct):
+    """Why comfy-cli could not convert a workflow."""
+
+    message: str
+
+
+class Conversion(Struct):
+    """The converted graph, not checked yet."""
+
+    prompt: dict
+
+
+class Converted(Struct):
+    """The last line of what comfy-cli prints."""
+
+    ok: bool = False
+    data: Conversion | None = None
+    error: Fault | None = None
+
+
 def _is_node(node) -> bool:
     return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
 
 
-def _from_ui_format(path: Path, host: str, port: int) -> dict:
-    beside_python = str(Path(sys.executable).parent)
-    comfy = shutil.which("comfy", path=os.pathsep.join([beside_python, os.environ.get("PATH", "")]))
+def _from_ui_format(path: Path, address: Address) -> dict:
+    if not address.plain:
+        raise QueueError(f"{path} is in UI format, and comfy-cli, which converts it, does not reach {address.url}, "
+                         "only an http://host:port. Export it in ComfyUI by Workflow > Export (API).")
+    next_to_python = str(Path(sys.executable).parent)
+    comfy = shutil.which("comfy", path=os.pathsep.join([next_to_python, os.environ.get("PATH", "")]))
     if not comfy:
         raise QueueError(f"{path} is in UI format, and comfy-cli, which converts it, is not installed. Export it in "
                          "ComfyUI by Workflow > Export (API), or `pip install comfy-cli`.")
     command = [comfy, "--json", "run", "--print-prompt", "--where", "local", "--workflow", str(path),
-               "--host", host, "--port", str(port)]
+               "--host", address.host, "--port", str(address.port)]
     environment = {**os.environ, "DO_NOT_TRACK": "1", "NO_PROXY": "*"}
-    answer = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
     try:
-        envelope = json.loads(answer.stdout.strip().splitlines()[-1])
-        if envelope["ok"]:
-            return envelope["data"]["prompt"]
-        reason = envelope["error"]["message"]
-    except (IndexError, ValueError, KeyError, TypeError):
-        reason = (answer.stdout + answer.stderr).strip()
-    raise QueueError(f"comfy-cli could not convert {path} from UI to API format: {reason}\n"
+        answer = subprocess.run(command, capture_output=True, env=environment, stdin=subprocess.DEVNULL,
+                                timeout=CONVERSION_S)
+        converted = decode(answer.stdout.strip().rpartition(b"\n")[2], Converted)
+        reason = converted.error.message if converted.error else "it says neither a prompt nor an error"
+    except subprocess.TimeoutExpired:
+        converted, reason = Converted(), f"it took more than {CONVERSION_S} s"
+    except NotUnderstood:
+        converted, reason = Converted(), (answer.stdout + answer.stderr).decode(errors="replace")
+    if converted.ok and converted.data:
+        return converted.data.prompt
+    raise QueueError(f"comfy-cli could not convert {path} from UI to API format: {line(reason)}\n"
                      "Mend that, or export the workflow in ComfyUI by Workflow > Export (API).")
 
 
 def find(graph: dict, target: Target) -> list[Widget]:
     """The widgets that hold `target` for any of the samplers, once each; empty if there are none."""
-    return list(dict.fromkeys(widget for name in _samplers(graph) for widget in _upstream(graph, name, target, set())))
+    seen: set[str] = set()
+    return [widget for name in _samplers(graph) for widget in _upstream(graph, name, target, seen)]
 
 
 def require(graph: dict, target: Target) -> list[Widget]:
     """As `find`. Raises QueueError that says where it looked if there is none."""
     if found := find(graph, target):
         return found
-    if samplers := ", ".join(_title(graph, name) for name in _samplers(graph)):
+    if samplers := _named(graph, _samplers(graph)):
         looked = f"from {samplers} along {', '.join(target.links)}, for a widget {' or '.join(target.widgets)}"
     else:
         looked = f"for a sampler ({', '.join(SAMPLERS)})"
     raise QueueError(f"No {target.name} found in the workflow: looked {looked}. Its nodes are "
-                     f"{', '.join(sorted({node['class_type'] for node in graph.values()}))}.")
+                     f"{line(', '.join(sorted({node['class_type'] for node in graph.values()})), 500)}.")
 
 
 def _samplers(graph: dict) -> list[str]:
@@ -100,26 +160,35 @@ def _samplers(graph: dict) -> list[str]:
 
 
 def _upstream(graph: dict, name: str, target: Target, seen: set[str]) -> Iterator[Widget]:
-    """Widgets at or above node `name`: its own, else those of the nodes that feed the first of `target.links`."""
-    if name in seen or name not in graph:
-        return
-    seen.add(name)
-    inputs = graph[name]["inputs"]
-    own = next((key for key in target.widgets if isinstance(inputs.get(key), target.kind)), None)
-    if own:
-        yield name, own
-        return
-    links = {key: value for key, value in inputs.items() if isinstance(value, list) and len(value) == 2}
-    matches = ([key for key in links if fnmatch(key, pattern)] for pattern in target.links)
-    for key in next((keys for keys in matches if keys), []):
-        yield from _upstream(graph, str(links[key][0]), target, seen)
+    """Widgets at or above node `name`: its own, else those of the nodes that feed the first of `target.links`. Nodes
+    that were seen before are left out."""
+    waiting = [name]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in graph:
+            continue
+        seen.add(name)
+        inputs = graph[name]["inputs"]
+        own = next((key for key in target.widgets if isinstance(inputs.get(key), target.kind)), None)
+        if own:
+            yield name, own
+        else:
+            waiting += reversed(_sources(inputs, target.links))
+
+
+def _sources(inputs: dict, patterns: tuple[str, ...]) -> list[str]:
+    """The nodes at the other end of the links that the first of `patterns` with any matches."""
+    links = {key: str(value[0]) for key, value in inputs.items() if isinstance(value, list) and len(value) == 2}
+    matches = ([source for key, source in links.items() if fnmatch(key, pattern)] for pattern in patterns)
+    return next((sources for sources in matches if sources), [])
 
 
 def require_negative(graph: dict) -> list[Widget]:
     """The negative prompt's widgets. Raises QueueError if there is none, or if it is the positive prompt's too."""
     negative = require(graph, NEGATIVE)
     if shared := set(negative) & set(find(graph, PROMPT)):
-        raise QueueError(f"The workflow has no negative prompt of its own: {_title(graph, min(shared)[0])} feeds both. "
+        raise QueueError("The workflow has no negative prompt of its own: "
+                         f"{_named(graph, min(shared)[:1])} feeds both. "
                          "Give the sampler's negative input its own text node, or leave --negative out.")
     return negative
 
@@ -129,7 +198,7 @@ def require_image(graph: dict) -> list[Widget]:
     nodes = [name for name, node in graph.items() if node["class_type"] == "LoadImage"]
     if len(nodes) != 1:
         raise QueueError(f"--images needs one LoadImage node; the workflow has {len(nodes)}"
-                         f"{': ' * bool(nodes)}{', '.join(_title(graph, name) for name in nodes)}.")
+                         f"{': ' * bool(nodes)}{_named(graph, nodes)}.")
     return [(nodes[0], "image")]
 
 
@@ -139,11 +208,11 @@ def get(graph: dict, widgets: list[Widget]):
 
 
 def edited(graph: dict, values: list[tuple[list[Widget], object]]) -> dict:
-    """A copy of `graph` in which every widget has its value."""
-    graph = copy.deepcopy(graph)
+    """A copy of `graph` in which every widget has its value; what is not changed is shared with it."""
+    graph = dict(graph)
     for widgets, value in values:
         for name, key in widgets:
-            graph[name]["inputs"][key] = value
+            graph[name] = {**graph[name], "inputs": {**graph[name]["inputs"], key: value}}
     return graph
 
 
@@ -153,5 +222,13 @@ def digest(graph: dict) -> str:
     return hashlib.sha256(json.dumps(nodes, sort_keys=True).encode()).hexdigest()
 
 
-def _title(graph: dict, name: str) -> str:
-    return f"{graph[name]['class_type']} ({name})"
+def title(node: dict) -> str | None:
+    """What a node is called in ComfyUI; None if the workflow does not say."""
+    meta = node.get("_meta")
+    name = meta.get("title") if isinstance(meta, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _named(graph: dict, names: Iterable[str]) -> str:
+    """Class and id of nodes."""
+    return line(", ".join(f"{graph[name]['class_type']} ({name})" for name in names), 500)

@@ -1,0 +1,42 @@
+"""JSON of others, decoded into the types that it should have: servers, results files and other programs may lie."""
+
+from __future__ import annotations
+
+import json
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+LONGEST_PYTHON_JSON = 8 << 20  # bytes: what is decoded whole takes up to 20 times as much memory
+
+
+class NotUnderstood(ValueError):
+    """The JSON is broken, or of another shape; the message says where."""
+
+
+def decode(text: bytes | str, kind: type[T]) -> T:
+    """`text` as a `kind`; fields that the type does not have are skipped, and never built. Raises NotUnderstood."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError as error:
+        raise NotUnderstood(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return _decode_python(text, kind, error)
+    except RecursionError:
+        raise NotUnderstood("nested too deeply") from None
+
+
+def _decode_python(text: bytes | str, kind: type[T], strict: Exception) -> T:
+    """ComfyUI writes Python's JSON, in which NaN and half a surrogate pair are legal: they become null and "?"."""
+    if len(text) > LONGEST_PYTHON_JSON:
+        raise NotUnderstood(str(strict)) from None
+    try:
+        python = json.loads(text if isinstance(text, str) else bytes(text), parse_constant=lambda _: None)
+        return msgspec.json.decode(json.dumps(python, ensure_ascii=False).encode("utf-8", "replace"), type=kind)
+    except RecursionError:
+        raise NotUnderstood("nested too deeply") from None
+    except msgspec.ValidationError as error:
+        raise NotUnderstood(str(error)) from None
+    except (ValueError, msgspec.DecodeError):  # broken for Python too
+        raise NotUnderstood(str(strict)) from None
