@@ -11,7 +11,7 @@ from typing import Iterable
 
 from msgspec.structs import replace
 
-from .typed import Spec
+from .description import Spec
 
 STEP_CACHES = ("fbcache", "teacache", "magcache", "taylorseer")
 # Those that have to know something of the model beforehand, and what; and what is told where they do not.

@@ -13,7 +13,7 @@ from pathlib import Path
 from msgspec.structs import force_setattr, replace
 
 from .plans import AXES, Plan, choose, nearest
-from .typed import Spec
+from .description import Spec
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOLVERS = ("unipc", "euler", "dpm++")

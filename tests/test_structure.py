@@ -50,7 +50,7 @@ LAYERS = [
     ("vae_form", ("ascend_runtime.vae_form",)),
     ("specs", ("ascend_runtime.specs", "ascend_runtime.acceleration")),
     ("plans", ("ascend_runtime.plans",)),
-    ("typed", ("ascend_runtime.typed",)),
+    ("description", ("ascend_runtime.description",)),
 ]
 # What only some modules may import, by the first part of the name, or by the whole of it.
 RESERVED = {
