@@ -205,6 +205,13 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("createHCCLComm: HcclGetRootInfo(&hcclID), error code is 7", "HCCL_HOST_SOCKET_PORT_RANGE"),
     ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60015"),
     ("RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", "npu-smi info"),
+    ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "nvidia-smi"),
+    ("AcceleratorError: CUDA error: out of memory", "nvidia-smi"),
+    ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+     "to allocate 9 bytes. Error code 12 (Cannot allocate memory)", "dtype bfloat16"),
+    ("MemoryError: Unable to allocate 9. GiB for an array", "free -h"),
+    ("OSError: [Errno 12] Cannot allocate memory", "free -h"),
+    ("terminate called after throwing an instance of 'std::bad_alloc'", "free -h"),
     ("Rank 1 of 8 was killed by SIGKILL. Its last words:", "dmesg"),
     ("Rank 0 of 2 was killed by SIGBUS. Its last words:", "A model's file was cut short"),
 ])  # fmt: skip
@@ -256,7 +263,7 @@ try:
     with devices.all_cores():
         inside = tasks()
         assert set(before) <= set(inside) and all(theirs == devices.CORES for theirs in inside.values()), inside
-        assert torch.get_num_threads() == len(cores)
+        assert torch.get_num_threads() == int(os.environ.get("ASCEND_RUNTIME_ALL_THREADS", 1))
         late.start()
         raise KeyError
 except KeyError:
@@ -269,8 +276,9 @@ print(len(before), "threads")
 """
 
 
-def test_all_cores_are_lent_to_every_thread_and_given_back():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("threads", [{"ASCEND_RUNTIME_ALL_THREADS": "3"}, {}], ids=["ours", "the user's"])
+def test_all_cores_are_lent_to_every_thread_and_given_back(threads):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **threads}
     done = subprocess.run([sys.executable, "-c", ALL_CORES], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=120, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
