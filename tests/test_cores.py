@@ -1,6 +1,7 @@
 """Whose cores ranks compute on: those that a container's quota leaves, as many threads as the user asks for."""
 
 import os
+import socket
 import subprocess
 import sys
 import uuid
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime import cores
-from rank_processes import environment_of
+from ascend_runtime.launcher import RankGroup
 
 ROOT = Path(__file__).parent.parent
 BOUND = len(os.sched_getaffinity(0))
@@ -56,7 +57,7 @@ def test_the_tightest_group_above_counts(process, mount, none):
 
 @pytest.mark.parametrize("group, root", [("/docker/1", "/docker/1"), ("/docker/1/in", "/docker/1"), ("/../2", "/"),
                                          ("/other", "/docker/1")])  # fmt: skip
-def test_a_container_that_sees_its_own_group_alone(process, group, root):
+def test_a_container_that_sees_only_its_own_group(process, group, root):
     assert cores.usable(process(group, V1, root, _=(200_000, 100_000))) == 2
 
 
@@ -120,14 +121,13 @@ def test_a_number_of_threads_that_is_none(asked):
         cores.shared(2, {"OMP_NUM_THREADS": asked})
 
 
-@pytest.mark.parametrize("theirs, own, expected", [
-    ("3", {"OMP_NUM_THREADS": ""}, str(max(1, cores.usable()))), ("3", None, "3"), ("3", {"OMP_NUM_THREADS": "5"}, "5"),
+@pytest.mark.parametrize("theirs, own, threads", [
+    ("3", {}, "3"), ("3", {"OMP_NUM_THREADS": "5"}, "5"), ("3", {"OMP_NUM_THREADS": ""}, "4"), ("", {}, "4"),
 ])  # fmt: skip
-def test_real_ranks_have_the_threads_that_were_asked_for(new_runtime, monkeypatch, theirs, own, expected):
+def test_what_a_rank_is_started_with(monkeypatch, theirs, own, threads):
+    """Ranks that are started with it are in tests/test_environment.py."""
+    monkeypatch.setattr(cores, "usable", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", theirs)
-    runtime = new_runtime(1, **(own or {}))
-    if own is None:
-        runtime._environment.pop("OMP_NUM_THREADS")  # the tests' own
-    with runtime:
-        runtime.start()
-        assert environment_of(runtime.pids[0])["OMP_NUM_THREADS"] == expected
+    with socket.create_server(("127.0.0.1", 0)) as rendezvous:
+        environment = RankGroup(2, "cpu", own)._rank_environment(0, 99, rendezvous)
+    assert environment["OMP_NUM_THREADS"] == threads

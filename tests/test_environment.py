@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -233,11 +234,17 @@ def test_any_value_lets_the_pack_be_imported():
     """A node that is not there says nothing; ranks that are to start do."""
     names = ["ASCEND_RUNTIME_START_DEADLINE", "ASCEND_RUNTIME_OPERATORS", "OMP_NUM_THREADS",
              *(row.name for row in (*NPU, *ORIGINAL))]  # fmt: skip
-    for value in ("", "nonsense"):
-        done = subprocess.run([sys.executable, "-c", "import ascend_runtime.launcher, ascend_runtime.ops"],
-                              cwd=ROOT, env={**os.environ, **dict.fromkeys(names, value)}, capture_output=True,
-                              text=True, timeout=120, check=False)  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    code = """
+        import os, sys
+        for value in ("nonsense", ""):
+            os.environ.update(dict.fromkeys(sys.argv[1:], value))
+            import ascend_runtime.launcher, ascend_runtime.ops
+            for name in [name for name in sys.modules if name.startswith("ascend_runtime")]:
+                del sys.modules[name]
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *names], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 # What is said of it
@@ -307,21 +314,23 @@ def test_operators_from_a_bad_variable():
 # A real group
 
 
-def test_real_ranks_on_a_cpu(new_runtime, monkeypatch):
+def test_real_ranks_on_a_cpu(monkeypatch):
     for row in NPU:
         monkeypatch.delenv(row.name, raising=False)
     monkeypatch.setenv("HCCL_BUFFSIZE", "nonsense")  # a stray one
     monkeypatch.setenv("PRECISION", "fp16")  # another's
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
     before = dict(os.environ)
-    with new_runtime(2, ASCEND_TEST_OWN="1") as runtime:
+    with Runtime(ParallelSpec(ranks=2), device="cpu", environment={"ASCEND_TEST_OWN": "1"}) as runtime:
         runtime.start()
         for pid in runtime.pids:
             theirs = environment_of(pid)
             set_by_us = {row.name for row in NPU} & theirs.keys()
             assert set_by_us == {"HCCL_BUFFSIZE", "TOKENIZERS_PARALLELISM"} and theirs["ASCEND_TEST_OWN"] == "1"
             changed = {name for name, value in before.items() if theirs.get(name) != value}
-            assert theirs["PRECISION"] == "fp16"
-            assert changed <= {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONSAFEPATH", *HEAP, *LOOPBACK}
+            assert (theirs["PRECISION"], theirs["OMP_NUM_THREADS"], theirs["OMP_WAIT_POLICY"]) == ("fp16", "3", "PASSIVE")
+            assert changed <= {"OMP_WAIT_POLICY", "PYTHONSAFEPATH", *HEAP, *LOOPBACK}
     assert dict(os.environ) == before
 
 
