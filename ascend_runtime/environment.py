@@ -219,8 +219,8 @@ NPU = (
              "auto", unless="HCCL_IF_BASE_PORT", not_for=("duo", "910")),
     Variable("HCCL_NPU_SOCKET_PORT_RANGE", PORTS, "ports of the cards' own network", "CANN", "auto",
              not_for=("duo", "910")),
-    Variable("HCCL_IF_BASE_PORT", Whole(1024, 65520), "first of 32 ports of the host, with CANN 8.3 and older of 16 "
-             "(HCCL's own: 60000)", "CANN"),
+    Variable("HCCL_IF_BASE_PORT", Whole(1024, 65520), "first of 32 ports of the host, in older CANN of 16 (HCCL's "
+             "own: 60000)", "CANN"),
     Variable("HCCL_BUFFSIZE", Whole(1), "MB of device memory that an exchange is buffered in", "torch_npu; CANN"),
     Variable("P2P_HCCL_BUFFSIZE", Whole(0), "the same for exchanges of two ranks", "torch_npu"),
     Variable("ASCEND_RT_VISIBLE_DEVICES", CARDS, "the cards of this process", "torch_npu: others are dropped; CANN"),

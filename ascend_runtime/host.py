@@ -182,9 +182,9 @@ _CURES = (
      "A package or CANN is of another version than the one that uses it was made for. Here are {versions}. torch_npu "
      "must be of torch's release, and CANN the one that torch_npu's page names."),
     (r"HcclGetRootInfo.*error code is (7|11)\b",
-     "HCCL could not take its ports, 60000 to 60015 unless told otherwise, or not reach a rank over them. Leave "
+     "HCCL could not take its ports, 60000 to 60031 unless set otherwise, or not reach a rank over them. Leave "
      "HCCL_IF_BASE_PORT unset and HCCL_HOST_SOCKET_PORT_RANGE at auto; with a CANN that does not know the latter, "
-     "`sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015`. End other programs that use the same cards."),
+     "`sysctl -w net.ipv4.ip_local_reserved_ports=60000-60031`. End other programs that use the same cards."),
     (r"(?<!CUDA )(?<!CUDA error: )\bout of memory\b",
      f"The card's memory is full. See with `npu-smi info` whether another program uses it. {_LESS_ON_A_CARD}; "
      "heads_per_call; the variable TASK_QUEUE_ENABLE=1, as level 2 keeps more for the operators in its queue."),

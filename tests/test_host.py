@@ -203,12 +203,12 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("ImportError: cannot import name 'x' from 'torch_npu.y'", f"torch {torch.__version__.split('+')[0]}"),
     ("RuntimeError: Failed to find function aclrtSetDeviceSatMode", "CANN the one that torch_npu's page names"),
     ("createHCCLComm: HcclGetRootInfo(&hcclID), error code is 7", "HCCL_HOST_SOCKET_PORT_RANGE"),
-    ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60015"),
+    ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60031"),
     ("RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", "npu-smi info"),
     ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "nvidia-smi"),
     ("AcceleratorError: CUDA error: out of memory", "nvidia-smi"),
-    ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
-     "to allocate 9 bytes. Error code 12 (Cannot allocate memory)", "dtype bfloat16"),
+    ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+     "tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)", "dtype bfloat16"),
     ("MemoryError: Unable to allocate 9. GiB for an array", "free -h"),
     ("OSError: [Errno 12] Cannot allocate memory", "free -h"),
     ("terminate called after throwing an instance of 'std::bad_alloc'", "free -h"),

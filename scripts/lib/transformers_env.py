@@ -15,8 +15,8 @@ FOLDER = REPOSITORY / ".venv-transformers"
 PYTHON = FOLDER / "bin" / "python"
 # What depends on transformers: tokenizers and text encoders, what is converted and compared with its classes, and text
 # in a ComfyUI, whose own encoders use it too.
-TESTS = ("transformers", "text_encoder_formats", "known_prompts", "inspection", "conversion", "unusable_files", "parity",
-         "comfyui_formats")  # fmt: skip
+TESTS = ("transformers", "text_encoder_formats", "known_prompts", "inspection", "conversion", "unusable_files",
+         "parity", "comfyui_formats")  # fmt: skip
 
 
 def make(version):

@@ -44,7 +44,7 @@ def export(
 
 
 def _name_fast_tokenizer(folder: Path) -> None:
-    """For transformers 4 too, which looks for a sentencepiece file under `T5Tokenizer`, as release 5 calls the fast one,
+    """For transformers 4 too: it looks for a sentencepiece file under `T5Tokenizer`, as release 5 calls the fast one,
     and does not read a list of special tokens."""
     for path, edit in (
         (folder / "model_index.json", lambda index: index | {"tokenizer": ["transformers", "T5TokenizerFast"]}),
