@@ -269,7 +269,7 @@ _LAYER_NORM_OF = {"0": "fp32", "1": "fused"}
 
 
 def original(kind: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables of the original systems that count on this kind of device: on NPUs those that are set, else none."""
+    """The variables of the original systems that count on this kind of device: those that are set, and only on NPUs."""
     rows = ORIGINAL if kind == "npu" else ()
     return {row.name: environ[row.name] for row in rows if environ.get(row.name)}
 
