@@ -126,7 +126,35 @@ def test_a_card_that_is_not_there(fake_host):
     assert not [problem for problem in host.problems({"ASCEND_RT_VISIBLE_DEVICES": "0,1"}) if "VISIBLE" in problem]
 
 
+def test_an_empty_list_of_cards_is_none(fake_host):
+    fake_host.cards(2)
+    fake_host.package("torch_npu", "2.13.0")
+    assert host.visible_cards({"ASCEND_RT_VISIBLE_DEVICES": ""}) == host.visible_cards({}) == 2
+
+
+# Numbers of PCI devices: (Huawei's, another's) -> the line
+PCI = [
+    (["0xd802"] * 8, [], "a2"), (["0xd803"] * 16, ["0x2330"], "a3"), (["0xd500"], [], "duo"), (["0xd801"], [], "910"),
+    ([], ["0xd802"], None), (["0xd802", "0xd500"], [], None), (["0x1822", "0xa121", "0xd802"], [], "a2"),
+    (["0x1822"], [], None), ([], [], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("numbers, others, line", PCI)
+def test_the_line_of_the_cards_is_known_before_a_rank_starts(tmp_path, monkeypatch, numbers, others, line):
+    monkeypatch.setattr(host, "PCI_DEVICES", tmp_path)
+    devices = [*[("0x19e5", number) for number in numbers], *[("0x10de", number) for number in others]]
+    for place, (vendor, number) in enumerate(devices):
+        folder = tmp_path / f"0000:{place:02x}:00.0"
+        folder.mkdir()
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "device").write_text(f"{number}\n")
+    (tmp_path / "0000:ff:00.0").mkdir()  # a device that is just being removed
+    assert host.line() == line
+
+
 def test_cann_that_is_not_set_up(fake_host, monkeypatch):
+    assert said_of("ASCEND_HOME_PATH is not set", {"ASCEND_HOME_PATH": ""})
     assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in said_of("ASCEND_HOME_PATH is not set")
     monkeypatch.setenv("ASCEND_HOME_PATH", "/nowhere/cann")
     assert "set_env.sh" in said_of("ASCEND_HOME_PATH is '/nowhere/cann', which is no folder")
