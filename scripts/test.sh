@@ -4,8 +4,8 @@
 #                            lies over .venv; without it, all tests run with the newest
 #   PYTHON=...       the Python 3.10 - 3.12 to make .venv from
 #   COMFYUI_DIR=...  test against this ComfyUI instead
-# Other arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs them
-# alone.
+# Other arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs only
+# them.
 set -euo pipefail
 arguments=()
 while [ $# -gt 0 ]; do
