@@ -12,7 +12,7 @@ from typing import Iterable, Mapping
 import psutil
 import torch
 
-from . import host
+from . import cores, host
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,11 @@ def resolve_ranks(ranks: int, kind: str, environ: Mapping[str, str] = os.environ
 
 def warn_if_crowded(ranks: int, kind: str) -> None:
     """Says so where more ranks than cores are to compute on a CPU."""
-    cores = len(os.sched_getaffinity(0))
-    if kind == "cpu" and ranks > cores:
+    usable = cores.usable()
+    if kind == "cpu" and ranks > usable:
         logger.warning(
             "%d ranks were asked for, but there are %d CPU core(s): the ranks will wait for each other. "
-            "Set ranks to %d or fewer, or to 0 for one.", ranks, cores, cores,
+            "Set ranks to %d or fewer, or to 0 for one.", ranks, usable, usable,
         )  # fmt: skip
 
 
@@ -174,14 +174,15 @@ class SideStream:
 
 @contextmanager
 def all_cores():
-    """Lets this rank compute on every core of the process: for work that no other rank shares.
+    """Lets this rank compute on every core of the process: for work that no other rank shares. A user's own number of
+    threads stays as it is.
 
     With CPU_AFFINITY_CONF torch_npu has bound the threads of a rank to some cores; they get these back afterwards.
     """
     threads, bound = torch.get_num_threads(), _affinities()
     for thread in bound:
         _bind(thread, CORES)
-    torch.set_num_threads(len(CORES))
+    torch.set_num_threads(int(os.environ.get(cores.ALL_THREADS) or threads))
     try:
         yield
     finally:
@@ -201,8 +202,8 @@ def _affinities() -> dict[int, set[int]]:
     return found
 
 
-def _bind(thread: int, cores: Iterable[int]) -> None:
+def _bind(thread: int, to: Iterable[int]) -> None:
     try:
-        os.sched_setaffinity(thread, cores)
+        os.sched_setaffinity(thread, to)
     except ProcessLookupError:
         pass  # it has ended

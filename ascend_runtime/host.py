@@ -19,6 +19,11 @@ from typing import Iterator, Mapping
 logger = logging.getLogger(__name__)
 
 DEVICE_FILES = Path("/dev")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+HUAWEI = "0x19e5"
+# The lines of NPUs by PCI device: 910, 910B, 910_93, 310P (Huawei's driver tools, such as `lspci -d 19e5:`). A 950's
+# number is in no public source yet.
+PCI_LINES = {"0xd801": "910", "0xd802": "a2", "0xd803": "a3", "0xd500": "duo"}
 LIBRARIES = ("libascendcl.so", "libhccl.so")  # of CANN, without which torch_npu is not imported
 SET_ENV = (
     "In the shell that starts ComfyUI, `source /usr/local/Ascend/ascend-toolkit/set_env.sh` "
@@ -32,12 +37,27 @@ def cards() -> list[int]:
     return sorted(int(file.name[7:]) for file in DEVICE_FILES.glob("davinci[0-9]*") if file.name[7:].isdigit())
 
 
+def line() -> str | None:
+    """The line of this machine's NPUs, as `devices.card` calls it, found without starting their driver: "a2", "a3",
+    "duo", or "910" (of 2019). None where that is not known, or there are several."""
+    devices = [device for device in PCI_DEVICES.glob("*") if _read(device / "vendor") == HUAWEI]
+    found = {PCI_LINES.get(_read(device / "device")) for device in devices} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""  # no such device any longer, or not for this user
+
+
 def visible_cards(environ: Mapping[str, str]) -> int:
     """How many of these torch can use in a process with this environment."""
     if find_spec("torch_npu") is None:
         return 0
     chosen = environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    return len(cards()) if chosen is None else len([card for card in chosen.split(",") if card.strip()])
+    return len([card for card in chosen.split(",") if card.strip()]) if chosen else len(cards())
 
 
 def problems(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -118,11 +138,11 @@ def _driver(environ: Mapping[str, str]) -> Iterator[str]:
 
 def _cann(environ: Mapping[str, str]) -> Iterator[str]:
     home = environ.get("ASCEND_HOME_PATH")
-    if home is None:
+    if not home:
         yield f"CANN is not set up: ASCEND_HOME_PATH is not set. {SET_ENV}."
     elif not Path(home).is_dir():
         yield f"CANN is not set up: ASCEND_HOME_PATH is {home!r}, which is no folder. {SET_ENV}."
-    for library in LIBRARIES if home is not None else ():
+    for library in LIBRARIES if home else ():
         try:
             ctypes.CDLL(library)  # looked for where torch_npu would
         except OSError as error:
@@ -149,6 +169,10 @@ def _versions() -> str:
     return ", ".join(f"{name} {_version(name)}" for name in names if _version(name))
 
 
+_LESS_ON_A_CARD = (
+    "Less is taken by fewer frames or a smaller size; more ranks, which share a video; fsdp, with which they share the "
+    "weights; quantization w8a8_dynamic; the text encoder's placement cpu"
+)
 _CURES = (
     (r"libascend_hal\.so|libdrvdsmi_host\.so|libdcmi\.so",
      "The NPU driver's libraries are missing: install the driver; in a container, mount /usr/local/Ascend/driver and "
@@ -158,15 +182,23 @@ _CURES = (
      "A package or CANN is of another version than the one that uses it was made for. Here are {versions}. torch_npu "
      "must be of torch's release, and CANN the one that torch_npu's page names."),
     (r"HcclGetRootInfo.*error code is (7|11)\b",
-     "HCCL could not take its ports, 60000 to 60015 unless told otherwise, or not reach a rank over them. Leave "
+     "HCCL could not take its ports, 60000 to 60031 unless set otherwise, or not reach a rank over them. Leave "
      "HCCL_IF_BASE_PORT unset and HCCL_HOST_SOCKET_PORT_RANGE at auto; with a CANN that does not know the latter, "
-     "`sysctl -w net.ipv4.ip_local_reserved_ports=60000-60015`. End other programs that use the same cards."),
-    (r"\bout of memory\b",
-     "The card's memory is full. See with `npu-smi info` (NVIDIA: nvidia-smi) whether another program uses it; take "
-     "more ranks, a smaller video or fewer frames."),
+     "`sysctl -w net.ipv4.ip_local_reserved_ports=60000-60031`. End other programs that use the same cards."),
+    (r"(?<!CUDA )(?<!CUDA error: )\bout of memory\b",
+     f"The card's memory is full. See with `npu-smi info` whether another program uses it. {_LESS_ON_A_CARD}; "
+     "heads_per_call; the variable TASK_QUEUE_ENABLE=1, as level 2 keeps more for the operators in its queue."),
+    (r"CUDA (error: )?out of memory",
+     f"The GPU's memory is full. See with `nvidia-smi` whether another program uses it. {_LESS_ON_A_CARD}."),
+    (r"DefaultCPUAllocator|\bMemoryError\b|Cannot allocate memory|std::bad_alloc",
+     "This machine's memory is full, or what a limit leaves of it (`ulimit -v`, a container's). See with `free -h` and "
+     "`docker stats` what takes it. Less is taken by fewer frames or a smaller size; dtype bfloat16, half of the "
+     "float32 that a CPU's model has by default; fewer ranks, or fsdp, with which they share the weights; quantization "
+     "w8a8_dynamic; other programs ended."),
     (r"was killed by SIGKILL",
-     "If nobody ended the rank, the kernel did for want of memory: see `dmesg`. Each rank reads its weights by itself; "
-     "take fewer ranks, a smaller model, or a machine with more memory."),
+     "If nobody ended the rank, the kernel may have for want of memory: see `dmesg`, and in a container its limit "
+     "(`docker stats`). Each rank holds weights of its own: take fewer ranks, fsdp, dtype bfloat16 on a CPU, fewer "
+     "frames, a smaller size or model, or a machine with more memory."),
     (r"was killed by SIGBUS",
      "A model's file was cut short, or its disk failed, while ranks used it: a CPU's ranks have weights as they lie on "
      "disk. Write the file anew, under another name first, which you then give the old one's (mv); the next job starts "

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-from . import host, restarts
-from .environment import HEAP, rank_environment
+from . import cores, host, restarts
+from .environment import HEAP, rank_environment, start_deadline
 from .protocol import Ready, Shutdown
 from .transport import Channel, ChannelClosed, channel_pair
 
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 restarts.reap()
 
 PACK_ROOT = Path(__file__).resolve().parent.parent
-START_DEADLINE = float(os.environ.get("ASCEND_RUNTIME_START_DEADLINE", 300))  # seconds until all ranks are ready
 STOP_DEADLINE = 3.0  # seconds to leave by itself, after which a rank gets SIGTERM
 TERM_DEADLINE = 1.0  # seconds after SIGTERM, after which it gets SIGKILL
 START_POLL = 0.05  # seconds between looks while ranks start
@@ -105,6 +104,8 @@ class RankGroup:
         self.ranks: list[Rank] = []
         self._own = environment or {}
         self._environment = rank_environment(kind, os.environ, self._own)
+        self._threads = cores.shared(world_size, self._environment)
+        self._start_deadline = start_deadline(self._environment)  # seconds until all ranks are ready
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._death: str | None = None
@@ -121,7 +122,7 @@ class RankGroup:
         """
         if self.kind == "npu":
             host.require_npu(self._environment)
-        deadline = time.monotonic() + START_DEADLINE
+        deadline = time.monotonic() + self._start_deadline
         self._watcher.start()
         self._started.wait()
         try:
@@ -191,7 +192,7 @@ class RankGroup:
             check()
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"Rank {rank.rank} of {self.world_size} was not ready within {START_DEADLINE:.0f} s. "
+                    f"Rank {rank.rank} of {self.world_size} was not ready within {self._start_deadline:.0f} s. "
                     "Set ASCEND_RUNTIME_START_DEADLINE to wait longer. It said last:\n" + "\n".join(rank.last_words)
                 )
         try:
@@ -244,7 +245,6 @@ class RankGroup:
         return Rank(rank, process, channel, output)
 
     def _rank_environment(self, rank: int, control: int, store: int) -> dict[str, str]:
-        threads = max(1, len(os.sched_getaffinity(0)) // self.world_size)
         return {
             # Threads that wait must not burn the cores that ComfyUI and other ranks want: beside other load a decode
             # on two cores took 1.2 s so, and 3.9 s with threads that spin.
@@ -252,12 +252,12 @@ class RankGroup:
             "TOKENIZERS_PARALLELISM": "false",
             **(HEAP if self.kind == "cpu" else {}),
             **self._environment,
-            "OMP_NUM_THREADS": str(threads),
+            **self._threads,
             "PYTHONSAFEPATH": "",  # the rank finds its code by its working directory
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
             **({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"} if self.kind == "npu" else {}),  # though ComfyUI may not want it
-            **self._own,
+            **{name: value for name, value in self._own.items() if value},
             # All ranks see the same devices, and each takes that of its local rank. On NPUs this matters: torch_npu
             # opens direct access between cards, and divides the cores between ranks, by the cards' numbers in one
             # process (its NPUPeerToPeerAccess.h, NPUAffinityController.h); a rank that saw one card would be card 0 of

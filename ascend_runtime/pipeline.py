@@ -20,7 +20,7 @@ from .acceleration import AccelerationSpec
 from .checkpoints.calibration import read_calibration
 from .checkpoints.layout import vae_form
 from .components import Components, DiffusionModel, TextEncoder
-from .environment import overlaps, placed, with_defaults
+from .environment import original, overlaps, placed, with_defaults
 from .families.calibrations import known_of
 from .families.work import taken_by, work_of
 from .ops import operators_for
@@ -50,6 +50,7 @@ class Pipeline:
         self.device = device
         self.rank = dist.get_rank()
         self.components = Components(device)
+        self._asked = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; outlives the encoder, as it is small
 
     def ping(self, job) -> Done:
@@ -118,9 +119,9 @@ class Pipeline:
         _require_agreement(spec, model)
         plan = plan if model.guided(spec) else plan.unguided()
         conditioning.check(message, spec, model)
-        operators = operators_for(self.device, with_defaults(message.operators, os.environ), model.dtype)
+        operators = operators_for(self.device, with_defaults(message.operators, self._asked), model.dtype)
         mesh = mesh_of(self.device.type, plan)
-        sequence = spread(mesh, operators, message.parallel.ring_exchange, overlaps(message.parallel, os.environ))
+        sequence = spread(mesh, operators, message.parallel.ring_exchange, overlaps(message.parallel, self._asked))
         for expert in model.experts:
             expert.arrange(operators, sequence)
         cfg_group = mesh.group("cfg") if plan.cfg > 1 else None
@@ -174,7 +175,7 @@ class Pipeline:
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The text encoder with its placement chosen, and its sharding; every rank must ask, as for `_sharding`."""
-        spec = placed(spec, os.environ)
+        spec = placed(spec, self._asked)
         return spec, sharding_of(self.device.type, dist.get_world_size(), tp=1, fsdp=spec.placement == "ranks")
 
     def _text_encoder(self, spec: TextEncoderSpec, job, sharding: Sharding) -> TextEncoder | None:

@@ -104,7 +104,7 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
     fsdp: of the weights, or of this slice of them, each rank keeps a share, and gathers a block's when its turn comes.
         Ranks that have nobody to share with keep all.
     ring_exchange: "rotate" or "gather" (see parallel/ring.py). overlap: Ulysses' exchange travels while attention
-        computes (None: what the variable OVERLAP asks for, else not).
+        computes (None: what the variable OVERLAP asks for on NPUs, else not).
     With given ranks, given degrees must make them. With automatic ranks the degrees are a wish: what was made for
     eight cards runs on fewer.
     """
@@ -238,7 +238,7 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
     dtype: "auto" is float32 on a CPU below 1 GiB on disk, bfloat16 above; on other devices bfloat16, and float32 where
         a card has none.
     placement: "cpu" is rank 0's CPU, all its cores; "ranks" all ranks' devices, the weights shared by FSDP2.
-        "auto": what the variable T5_LOAD_CPU asks for, else cpu.
+        "auto": what the variable T5_LOAD_CPU asks for on NPUs, else cpu.
     """
 
     path: str
@@ -271,7 +271,7 @@ class OperatorSpec(Spec, frozen=True, kw_only=True):
     """Which operators compute, where a device has several for the same thing.
 
     attention, on an NPU (elsewhere torch's own serves for all but fp8, which is refused):
-        auto: what the variable ALGO asks for, else fused.
+        auto: what the variable ALGO asks for on NPUs, else fused.
         fused: npu_fusion_attention, ALGO=0 of the original systems.
         laser: MindIE SD's laser attention, ALGO=1: its products are fp16, the sum fp32.
         infer: npu_fused_infer_attention_score, ALGO=3.

@@ -12,6 +12,7 @@ from typing import Any, Iterable, Iterator, Literal
 import msgspec
 import psutil
 import torch
+from ascend_runtime import cores
 from msgspec import Struct
 
 
@@ -37,7 +38,7 @@ def context_of(quick: bool, device: str = "cpu", **more) -> dict[str, Any]:
     return {
         "machine": f"{'virtual' if virtual else 'physical'} {platform.machine()} machine, {memory:.0f} GiB",
         "device": device,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores.usable(),
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

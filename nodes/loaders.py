@@ -145,7 +145,7 @@ class LoadTextEncoder(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="Where it runs.\n"
-                    "auto: what the variable T5_LOAD_CPU asks for (1: cpu, 0: ranks), else cpu.\n"
+                    "auto: what the variable T5_LOAD_CPU asks for on NPUs (1: cpu, 0: ranks), else cpu.\n"
                     "cpu: on the CPU of one rank; takes no card's memory.\n"
                     "ranks: on the devices of all ranks, each of which holds a share of the weights.",
                 ),

@@ -129,7 +129,7 @@ def _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_
         tp_degree=tp_degree,
         fsdp=fsdp,
         ring_exchange=ring_exchange,
-        overlap=overlap or None,  # not asked for here: the variable OVERLAP may
+        overlap=overlap or None,  # not asked for here: the variable OVERLAP may, on NPUs
     )
 
 

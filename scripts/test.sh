@@ -1,12 +1,30 @@
 #!/usr/bin/env bash
 # Makes the environments (.venv, .venv-contract, a ComfyUI in .cache/comfyui) and runs all tests.
-# Arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs them alone.
+#   --transformers VERSION   run what depends on transformers with this one, such as 4.57, in .venv-transformers, which
+#                            lies over .venv; without it, all tests run with the newest
 #   PYTHON=...       the Python 3.10 - 3.12 to make .venv from
 #   COMFYUI_DIR=...  test against this ComfyUI instead
+# Other arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs only
+# them.
 set -euo pipefail
+arguments=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --transformers)
+        transformers=${2:?--transformers takes a version, such as 4.57}
+        shift 2
+        ;;
+    *)
+        arguments+=("$1")
+        shift
+        ;;
+    esac
+done
+set -- ${arguments[@]+"${arguments[@]}"} # an empty array counts as unset in older bash
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/lib/python.sh
 "$PYTHON" scripts/lib/comfyui.py
+[ -z "${transformers:-}" ] || exec "$PYTHON" scripts/lib/transformers_env.py "$transformers" "$@"
 "$PYTHON" scripts/lib/contract.py
 case " $*" in
 *" tests/contract"*) exec .venv/bin/python tests/contract/run.py "$@" ;;

@@ -105,10 +105,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
+    from ascend_runtime import cores  # found since check_tiny_wan was imported
+
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores.usable())
     for name in args.stages:
         STAGES[name](args)
 

@@ -3,25 +3,31 @@
 import logging
 import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
-from ascend_runtime import Runtime, environment
-from ascend_runtime.environment import HEAP, NPU, ORIGINAL, Choice, Form, Whole, rank_environment, with_defaults
+from ascend_runtime import Runtime, environment, host
+from ascend_runtime.environment import HEAP, NPU, ORIGINAL, Choice, Form, Seconds, Whole
+from ascend_runtime.environment import rank_environment, with_defaults
 from ascend_runtime.launcher import RankGroup
 from ascend_runtime.specs import OperatorSpec, ParallelSpec
 from rank_processes import environment_of
 
-BAD_FORMS = {  # what the tables cannot tell by themselves: values that break a rule of a form, each another
-    "PYTORCH_NPU_ALLOC_CONF": ("expandable_segments", "expandable_segments:yes", "segments:True", "",
+ROOT = Path(__file__).parent.parent
+BAD_FORMS = {  # what the tables cannot say by themselves: values that break a rule of a form, each another
+    "PYTORCH_NPU_ALLOC_CONF": ("expandable_segments", "expandable_segments:yes", "segments:True",
                                "expandable_segments:True,max_split_size_mb:128", "base_addr_aligned_kb:17",
                                "per_process_memory_fraction:1.5"),
     "PYTORCH_ALLOC_CONF": ("max_split_size_mb:many",),
     "CPU_AFFINITY_CONF": ("3", "on", "1,npu0", "1,npu0:5-1", "1,force:2", "npu0:0-1", "1,npu١:0-1"),
-    "ASCEND_RT_VISIBLE_DEVICES": ("", "0, 1", "1,0", "0,0", "-1", "0,1,", "npu0", "١"),
-    "HCCL_HOST_SOCKET_PORT_RANGE": ("", "automatic", "60000", "1023-2000", "60000-65536", "61000-60000",
-                                    "60000-60015,", "60000-60015;61000-61015"),
-    "HCCL_NPU_SOCKET_PORT_RANGE": ("16666", "0-1"),
+    "ASCEND_RT_VISIBLE_DEVICES": ("0, 1", "1,0", "0,0", "-1", "0,1,", "npu0", "١"),
+    "HCCL_HOST_SOCKET_PORT_RANGE": ("automatic", "0", "65536", "60000-65536", "61000-60000", "60000-60015,",
+                                    "60000-60015;61000-61015", "60000-60015,60010-60020", "60000,60000"),
+    "HCCL_NPU_SOCKET_PORT_RANGE": ("auto,16666", "0-1"),
+    "TOKENIZERS_PARALLELISM": ("maybe", "2", " true"),
 }  # fmt: skip
 GOOD_FORMS = {
     "PYTORCH_NPU_ALLOC_CONF": ("expandable_segments:False,max_split_size_mb:128", "page_size:1g",
@@ -29,23 +35,28 @@ GOOD_FORMS = {
     "PYTORCH_ALLOC_CONF": ("expandable_segments:True",),
     "CPU_AFFINITY_CONF": ("0", "2", "1,npu0:0-1,npu1:2-5", "1,force:1", "2,npu_affine:1,bind_irq:0"),
     "ASCEND_RT_VISIBLE_DEVICES": ("0", "0,1,2,3", "4,5,6,7", "0,15"),
-    "HCCL_HOST_SOCKET_PORT_RANGE": ("auto", "1024-65535", "60000-60015,61000-61015", "60000-60000"),
-    "HCCL_NPU_SOCKET_PORT_RANGE": ("auto", "16666-16700"),
+    "HCCL_HOST_SOCKET_PORT_RANGE": ("auto", "1024-65535", "60000-60015,61000-61015", "60000-60000", "60000",
+                                    "60000,60050-60100,60150-60160", "56000,56005,56007,56008"),
+    "HCCL_NPU_SOCKET_PORT_RANGE": ("auto", "16666-16700", "61000,61050-61100"),
+    "TOKENIZERS_PARALLELISM": ("false", "true", "0", "1", "False", "True", "no", "off"),
 }  # fmt: skip
 OURS = {
     "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "TASK_QUEUE_ENABLE": "2", "CPU_AFFINITY_CONF": "1",
     "TOKENIZERS_PARALLELISM": "false", "HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "1800",
     "HCCL_HOST_SOCKET_PORT_RANGE": "auto", "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
 }  # fmt: skip
+PORT_RANGES = {"HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE"}
 LOOPBACK = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}
 
 
 def bad_values(row):
     match row.legal:
         case Whole(low, high):
-            return [str(low - 1), str(high + 1), f"{low}.5", f" {low}", "many", ""]
+            return [str(low - 1), str(high + 1), f"{low}.5", f" {low}", "many"]
+        case Seconds(high):
+            return ["-1", str(high + 1), "0.005", "1.", ".5", "1e3", "never", "inf", "١"]
         case Choice(values):
-            return ["", "yes please", "-1", " " + values[0], *(str(n) for n in range(9) if str(n) not in values)]
+            return ["yes please", "-1", " " + values[0], *(str(n) for n in range(9) if str(n) not in values)]
         case Form():
             return BAD_FORMS[row.name]
 
@@ -54,6 +65,8 @@ def good_values(row):
     match row.legal:
         case Whole(low, high):
             return [str(low), str(high)]
+        case Seconds(high):
+            return ["0", "0.05", "1", "60", "36000", str(high)]
         case Choice(values):
             return values
         case Form():
@@ -83,13 +96,51 @@ def test_good_values_reach_the_ranks_as_they_are(row):
 
 
 @pytest.mark.parametrize("name, low, high", [
-    ("HCCL_CONNECT_TIMEOUT", 120, 7200), ("HCCL_EXEC_TIMEOUT", 68, 17340), ("HCCL_IF_BASE_PORT", 1024, 65520),
-    ("ACLNN_CACHE_LIMIT", 1, 10_000_000),
+    ("HCCL_CONNECT_TIMEOUT", 120, 7200), ("HCCL_IF_BASE_PORT", 1024, 65520), ("ACLNN_CACHE_LIMIT", 1, 10_000_000),
 ])  # fmt: skip
 def test_documented_ranges(name, low, high):
     """The tests above take their bounds from the table; these are the documents'."""
     legal = {row.name: row.legal for row in NPU}[name]
     assert (legal.low, legal.high) == (low, high)
+
+
+# By card, as CANN's page of HCCL_EXEC_TIMEOUT has it; None: which one it is, is not known.
+WAITS = {
+    "a2": (["0", "0.05", "60", "1800", "36000", "2147483647"], ["2147483648", "-1", "0.005"]),
+    "a3": (["0", "0.05", "60", "1800", "36000", "2147483647"], ["2147483648", "-1", "0.005"]),
+    "a5": (["0", "60", "36000", "2147483647"], ["0.05", "2147483648"]),
+    "duo": (["1", "60", "68", "17340"], ["0", "17341", "36000", "0.05"]),
+    "910": (["1", "60", "68", "17340"], ["0", "17341", "36000", "0.05"]),
+    None: (["0", "0.05", "60", "36000", "2147483647"], ["2147483648"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WAITS)
+def test_how_long_a_rank_may_wait_depends_on_its_card(line, monkeypatch):
+    monkeypatch.setattr(host, "line", lambda: line)
+    good, bad = WAITS[line]
+    for value in good:
+        assert rank_environment("npu", {"HCCL_EXEC_TIMEOUT": value}, {})["HCCL_EXEC_TIMEOUT"] == value
+    for value in bad:
+        with pytest.raises(ValueError, match=f"HCCL_EXEC_TIMEOUT is '{value}'; it can be a "):
+            rank_environment("npu", {"HCCL_EXEC_TIMEOUT": value}, {})
+
+
+@pytest.mark.parametrize("line, has_them", [("a2", True), ("a3", True), ("a5", True), (None, True), ("duo", False),
+                                            ("910", False)])  # fmt: skip
+def test_a_card_that_has_no_ranges_of_ports_gets_none(line, has_them, monkeypatch):
+    monkeypatch.setattr(host, "line", lambda: line)
+    chosen = rank_environment("npu", {}, {})
+    assert {name for name in chosen if name.endswith("_SOCKET_PORT_RANGE")} == (PORT_RANGES if has_them else set())
+    assert set(OURS) - chosen.keys() == (set() if has_them else PORT_RANGES)
+
+
+@pytest.mark.parametrize("row", [*NPU, *ORIGINAL], ids=lambda row: row.name)
+def test_an_empty_variable_counts_as_unset(row):
+    unset = rank_environment("npu", {}, {})
+    assert rank_environment("npu", {row.name: ""}, {}) == rank_environment("npu", {}, {row.name: ""}) == unset
+    value = good_values(row)[0]
+    assert rank_environment("npu", {row.name: value}, {row.name: ""}) == unset, "the runtime's empty one unsets it"
 
 
 def test_all_bad_values_come_in_one_error():
@@ -137,18 +188,63 @@ def test_elsewhere_the_npus_variables_are_neither_set_nor_looked_at(kind):
     assert rank_environment(kind, environ, {}) == environ
 
 
-@pytest.mark.parametrize("kind", ["npu", "cuda", "cpu"])
-def test_the_original_systems_variables_are_checked_everywhere(kind):
-    with pytest.raises(ValueError, match="ALGO is '7'; it can be one of 0, 1, 3"):
-        rank_environment(kind, {"ALGO": "7"}, {})
+# What other software means by these names, and what an NPU would heed.
+OTHERS = {row.name: value for row, value in zip(ORIGINAL, ["ring", "yes", "all", "fp16", "on", "true", "x", "y", "z"])}
+NPUS = {"ALGO": "3", "FAST_LAYERNORM": "0", "USE_SUB_HEAD": "4", "T5_LOAD_CPU": "0", "OVERLAP": "1"}
 
 
-def test_a_runtime_says_it_before_it_starts_a_rank(monkeypatch):
-    monkeypatch.setenv("ALGO", "7")
-    with Runtime(device="cpu") as runtime:
-        with pytest.raises(ValueError, match="ALGO is '7'.*unset ALGO"):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("environ", [OTHERS, NPUS], ids=["other software's", "an NPU's"])
+def test_elsewhere_the_original_systems_variables_change_nothing(kind, environ, caplog):
+    with caplog.at_level(logging.DEBUG):
+        assert rank_environment(kind, environ, {}) == environ and environment.original(kind, environ) == {}
+    (line,) = lines_of(caplog)
+    assert f"on {kind}" in line and all(f"{name}={value}" in line for name, value in environ.items())
+    assert caplog.records[-1].levelno == logging.DEBUG
+
+
+def test_on_an_npu_they_count():
+    assert environment.original("npu", {**NPUS, "PRECISION": "", "HOME": "/root"}) == NPUS
+    said = str(pytest.raises(ValueError, rank_environment, "npu", OTHERS, {}).value)
+    assert [line.split()[0] for line in said.splitlines()] == list(OTHERS)
+
+
+def test_a_runtime_says_it_before_it_starts_a_rank():
+    with Runtime(device="cpu", environment={"ASCEND_RUNTIME_START_DEADLINE": "soon"}) as runtime:
+        with pytest.raises(ValueError, match="ASCEND_RUNTIME_START_DEADLINE is 'soon'; it can be the number of sec"):
             runtime.ping()
         assert runtime.pids == []
+
+
+# When ranks must be ready
+
+
+@pytest.mark.parametrize("asked, seconds", [(None, 300), ("", 300), (" ", 300), ("600", 600), ("0.5", 0.5)])
+def test_the_deadline_of_the_start(asked, seconds):
+    assert environment.start_deadline({} if asked is None else {environment.START_DEADLINE: asked}) == seconds
+
+
+@pytest.mark.parametrize("asked", ["soon", "0", "-1", "1e3", "inf", "nan", "5 min"])
+def test_a_deadline_that_is_no_number(asked):
+    with pytest.raises(ValueError, match=f"ASCEND_RUNTIME_START_DEADLINE is '{asked}'"):
+        environment.start_deadline({environment.START_DEADLINE: asked})
+
+
+def test_any_value_lets_the_pack_be_imported():
+    """A node that is not there says nothing; ranks that are to start do."""
+    names = ["ASCEND_RUNTIME_START_DEADLINE", "ASCEND_RUNTIME_OPERATORS", "OMP_NUM_THREADS",
+             *(row.name for row in (*NPU, *ORIGINAL))]  # fmt: skip
+    code = """
+        import os, sys
+        for value in ("nonsense", ""):
+            os.environ.update(dict.fromkeys(sys.argv[1:], value))
+            import ascend_runtime.launcher, ascend_runtime.ops
+            for name in [name for name in sys.modules if name.startswith("ascend_runtime")]:
+                del sys.modules[name]
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *names], cwd=ROOT, capture_output=True,
+                          text=True, timeout=120, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 # What is said of it
@@ -178,8 +274,8 @@ def test_the_choice_is_logged_in_one_line_a_group(caplog, monkeypatch):
 ])  # fmt: skip
 def test_what_an_original_variable_cannot_change_is_logged(name, value, words, caplog):
     with caplog.at_level(logging.INFO):
-        rank_environment("cpu", {name: value}, {})
-    (line,) = lines_of(caplog)
+        rank_environment("npu", {name: value}, {})
+    _, line = lines_of(caplog)
     assert line.startswith(f"{name}={value}: ") and words in line
 
 
@@ -188,8 +284,8 @@ def test_what_an_original_variable_cannot_change_is_logged(name, value, words, c
 ])  # fmt: skip
 def test_what_is_done_anyway_is_not_worth_a_line(name, value, caplog):
     with caplog.at_level(logging.INFO):
-        rank_environment("cpu", {name: value}, {})
-    assert not lines_of(caplog)
+        rank_environment("npu", {name: value}, {})
+    assert len(lines_of(caplog)) == 1, "the line of all variables"
 
 
 # Operators
@@ -218,26 +314,31 @@ def test_operators_from_a_bad_variable():
 # A real group
 
 
-def test_real_ranks_on_a_cpu(new_runtime, monkeypatch):
+def test_real_ranks_on_a_cpu(monkeypatch):
     for row in NPU:
         monkeypatch.delenv(row.name, raising=False)
     monkeypatch.setenv("HCCL_BUFFSIZE", "nonsense")  # a stray one
+    monkeypatch.setenv("PRECISION", "fp16")  # another's
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
     before = dict(os.environ)
-    with new_runtime(2, ASCEND_TEST_OWN="1") as runtime:
+    with Runtime(ParallelSpec(ranks=2), device="cpu", environment={"ASCEND_TEST_OWN": "1"}) as runtime:
         runtime.start()
         for pid in runtime.pids:
             theirs = environment_of(pid)
             set_by_us = {row.name for row in NPU} & theirs.keys()
             assert set_by_us == {"HCCL_BUFFSIZE", "TOKENIZERS_PARALLELISM"} and theirs["ASCEND_TEST_OWN"] == "1"
             changed = {name for name, value in before.items() if theirs.get(name) != value}
-            assert changed <= {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONSAFEPATH", *HEAP, *LOOPBACK}
+            assert theirs["PRECISION"] == "fp16" and theirs["OMP_NUM_THREADS"] == "3"
+            assert theirs["OMP_WAIT_POLICY"] == "PASSIVE"
+            assert changed <= {"OMP_WAIT_POLICY", "PYTHONSAFEPATH", *HEAP, *LOOPBACK}
     assert dict(os.environ) == before
 
 
 def test_nothing_is_exported_here():
     """Neither by the tables, nor by what reads them."""
-    for name in ("environment", "host", "devices", "launcher"):
-        code = (Path(__file__).parent.parent / "ascend_runtime" / f"{name}.py").read_text()
+    for name in ("environment", "host", "devices", "launcher", "cores"):
+        code = (ROOT / "ascend_runtime" / f"{name}.py").read_text()
         assert not re.search(r"os\.environ\[[^]]*\] *=|putenv|setdefault|environ\.update", code)
 
 

@@ -14,7 +14,16 @@ import psutil
 import pytest
 import tiny_models
 import torch
-from ascend_runtime import DiffusionModelSpec, JobCancelled, RankDied, SampleSpec, client, submission
+from ascend_runtime import (
+    DiffusionModelSpec,
+    JobCancelled,
+    RankDied,
+    RankError,
+    SampleSpec,
+    VideoSize,
+    client,
+    submission,
+)
 from killed_client import SHAPE
 from new_prompts import new_prompt
 from rank_processes import seconds_until
@@ -201,6 +210,18 @@ def test_a_cancel_ends_ranks_that_do_not_answer_it(new_runtime, specs, monkeypat
         with pytest.raises(JobCancelled, match="Rank 0 did not answer in time"):
             sample(runtime, specs, on_progress=hang)
         sample(runtime, specs)
+
+
+def test_a_cpu_whose_memory_is_full_says_what_takes_less(new_runtime, specs):
+    with new_runtime(1) as runtime:
+        sample(runtime, specs)  # all threads that a job starts are there
+        (rank,) = map(psutil.Process, runtime.pids)
+        limit = rank.memory_info().vms + 64 * 2**20
+        rank.rlimit(psutil.RLIMIT_AS, (limit, limit))
+        large = torch.zeros(VideoSize(width=832, height=832, num_frames=49).latent_shape())
+        with pytest.raises(RankError, match="(?s)allocate memory.*What helps: .*fewer frames.*dtype bfloat16.*fsdp"):
+            runtime.sample(specs.model, SampleSpec(seed=1, steps=1, guidance_scale=1.0), large, specs.text(1))
+        assert runtime.pids == [rank.pid], "the rank stays"
 
 
 def test_a_file_that_is_cut_while_it_is_used_is_told_of(new_runtime, checkpoint, tmp_path):

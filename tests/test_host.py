@@ -126,7 +126,35 @@ def test_a_card_that_is_not_there(fake_host):
     assert not [problem for problem in host.problems({"ASCEND_RT_VISIBLE_DEVICES": "0,1"}) if "VISIBLE" in problem]
 
 
+def test_an_empty_list_of_cards_is_none(fake_host):
+    fake_host.cards(2)
+    fake_host.package("torch_npu", "2.13.0")
+    assert host.visible_cards({"ASCEND_RT_VISIBLE_DEVICES": ""}) == host.visible_cards({}) == 2
+
+
+# Numbers of PCI devices: (Huawei's, another's) -> the line
+PCI = [
+    (["0xd802"] * 8, [], "a2"), (["0xd803"] * 16, ["0x2330"], "a3"), (["0xd500"], [], "duo"), (["0xd801"], [], "910"),
+    ([], ["0xd802"], None), (["0xd802", "0xd500"], [], None), (["0x1822", "0xa121", "0xd802"], [], "a2"),
+    (["0x1822"], [], None), ([], [], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("numbers, others, line", PCI)
+def test_the_line_of_the_cards_is_known_before_a_rank_starts(tmp_path, monkeypatch, numbers, others, line):
+    monkeypatch.setattr(host, "PCI_DEVICES", tmp_path)
+    devices = [*[("0x19e5", number) for number in numbers], *[("0x10de", number) for number in others]]
+    for place, (vendor, number) in enumerate(devices):
+        folder = tmp_path / f"0000:{place:02x}:00.0"
+        folder.mkdir()
+        (folder / "vendor").write_text(f"{vendor}\n")
+        (folder / "device").write_text(f"{number}\n")
+    (tmp_path / "0000:ff:00.0").mkdir()  # a device that is just being removed
+    assert host.line() == line
+
+
 def test_cann_that_is_not_set_up(fake_host, monkeypatch):
+    assert said_of("ASCEND_HOME_PATH is not set", {"ASCEND_HOME_PATH": ""})
     assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh" in said_of("ASCEND_HOME_PATH is not set")
     monkeypatch.setenv("ASCEND_HOME_PATH", "/nowhere/cann")
     assert "set_env.sh" in said_of("ASCEND_HOME_PATH is '/nowhere/cann', which is no folder")
@@ -203,8 +231,15 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("ImportError: cannot import name 'x' from 'torch_npu.y'", f"torch {torch.__version__.split('+')[0]}"),
     ("RuntimeError: Failed to find function aclrtSetDeviceSatMode", "CANN the one that torch_npu's page names"),
     ("createHCCLComm: HcclGetRootInfo(&hcclID), error code is 7", "HCCL_HOST_SOCKET_PORT_RANGE"),
-    ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60015"),
+    ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60031"),
     ("RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", "npu-smi info"),
+    ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "nvidia-smi"),
+    ("AcceleratorError: CUDA error: out of memory", "nvidia-smi"),
+    ("RuntimeError: [enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+     "tried to allocate 9 bytes. Error code 12 (Cannot allocate memory)", "dtype bfloat16"),
+    ("MemoryError: Unable to allocate 9. GiB for an array", "free -h"),
+    ("OSError: [Errno 12] Cannot allocate memory", "free -h"),
+    ("terminate called after throwing an instance of 'std::bad_alloc'", "free -h"),
     ("Rank 1 of 8 was killed by SIGKILL. Its last words:", "dmesg"),
     ("Rank 0 of 2 was killed by SIGBUS. Its last words:", "A model's file was cut short"),
 ])  # fmt: skip
@@ -256,7 +291,7 @@ try:
     with devices.all_cores():
         inside = tasks()
         assert set(before) <= set(inside) and all(theirs == devices.CORES for theirs in inside.values()), inside
-        assert torch.get_num_threads() == len(cores)
+        assert torch.get_num_threads() == int(os.environ.get("ASCEND_RUNTIME_ALL_THREADS", 1))
         late.start()
         raise KeyError
 except KeyError:
@@ -269,8 +304,9 @@ print(len(before), "threads")
 """
 
 
-def test_all_cores_are_lent_to_every_thread_and_given_back():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize("threads", [{"ASCEND_RUNTIME_ALL_THREADS": "3"}, {}], ids=["ours", "the user's"])
+def test_all_cores_are_lent_to_every_thread_and_given_back(threads):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **threads}
     done = subprocess.run([sys.executable, "-c", ALL_CORES], cwd=ROOT, env=environment, capture_output=True, text=True,
                           timeout=120, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ascend_runtime import RankDied, launcher
+from ascend_runtime import RankDied
 from rank_processes import environment_of, seconds_until
 
 
@@ -45,10 +45,10 @@ def test_a_rank_that_dies_at_start_says_why(new_runtime, broken_msgspec, marked,
     runtime.stop()
 
 
-def test_a_start_that_takes_too_long(new_runtime, broken_msgspec, marked, monkeypatch):
+def test_a_start_that_takes_too_long(new_runtime, broken_msgspec, marked):
     environment, living = marked
-    monkeypatch.setattr(launcher, "START_DEADLINE", 2.0)
-    runtime = new_runtime(2, **environment, **broken_msgspec("import time; time.sleep(60)"))
+    deadline = {"ASCEND_RUNTIME_START_DEADLINE": "2"}
+    runtime = new_runtime(2, **environment, **deadline, **broken_msgspec("import time; time.sleep(60)"))
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="Rank 0 of 2 was not ready within 2 s.*ASCEND_RUNTIME_START_DEADLINE"):
         runtime.ping()

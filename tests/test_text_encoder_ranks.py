@@ -128,11 +128,11 @@ def test_a_cancel_between_blocks_stops_all_ranks(two_ranks, checkpoints):
         assert torch.equal(again, uncancelled)
 
 
-def test_the_variable_decides_where_the_spec_is_auto(new_runtime, folder, expected):
+def test_on_a_cpu_no_variable_decides_where_the_spec_is_auto(new_runtime, folder, expected):
     with new_runtime(2, T5_LOAD_CPU="0") as runtime:
         assert_same(encode(runtime, encoder(folder, "auto"))[0], expected[PROMPTS[0]])
-        assert set(encode(runtime, encoder(folder, "ranks"), PROMPTS[1])[1]) == {"encode"}
-        assert "load" in encode(runtime, encoder(folder, "cpu"))[1]
+        assert set(encode(runtime, encoder(folder, "cpu"), PROMPTS[1])[1]) == {"encode"}
+        assert "load" in encode(runtime, encoder(folder, "ranks"))[1]
 
 
 @pytest.mark.parametrize("environ, chosen", [

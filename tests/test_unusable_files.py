@@ -157,12 +157,18 @@ def test_the_latents_format_beside_a_transformer(checkpoint, tmp_path, changes):
     assert f"{folder / 'vae'}: its latents_mean and latents_std cannot be used" in refused(folder)
 
 
-@pytest.mark.parametrize("name, content", [("tokenizer.json", "{}"), ("tokenizer.json", "{"),
-                                           ("tokenizer_config.json", "[]")])  # fmt: skip
+@pytest.mark.parametrize("name, content", [("tokenizer.json", "{}"), ("tokenizer.json", "{"), ("spiece.model", "x")])
 def test_tokenizers(checkpoint, tmp_path, name, content):
     folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
     (folder / "tokenizer" / name).write_text(content)
     assert f"{folder / 'tokenizer'}: the tokenizer in it cannot be used (" in refused(folder, "text_encoder")
+
+
+def test_a_folder_without_a_tokenizers_files(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "wan")
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    assert f"{folder / 'tokenizer'} has neither tokenizer.json nor spiece.model" in refused(folder, "text_encoder")
 
 
 # What is no file of weights

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from .. import devices
 from ..checkpoints.faults import usable
@@ -17,7 +18,7 @@ from ..specs import TextEncoderSpec
 from ..text import SentencePiece
 from .networks import dtype_named, empty_network
 
-SPIECE = "spiece.model"  # a sentencepiece model in a tokenizer's folder
+FAST, SPIECE = "tokenizer.json", "spiece.model"  # in a tokenizer's folder: a whole tokenizer, a sentencepiece model
 SMALL = 2**30  # bytes on disk; on a CPU a text encoder below this is computed in fp32, a larger one in bfloat16
 
 
@@ -66,10 +67,21 @@ def find_tokenizer(component: Component) -> Any:
             return SentencePiece(model)
     if not found.is_dir():
         raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
-    with usable(found, "the tokenizer in it"):
-        if (found / SPIECE).is_file() and not (found / "tokenizer.json").is_file():  # transformers would want protobuf
-            return SentencePiece((found / SPIECE).read_bytes())
-        return AutoTokenizer.from_pretrained(found, local_files_only=True)
+    return _tokenizer_in(found)
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    """Read from the one file that has all of it. The configs next to it name classes, and hold forms that only some
+    releases of transformers read (release 4 fails on the list of special tokens that release 5 writes)."""
+    with usable(folder, "the tokenizer in it"):
+        if (folder / FAST).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(folder / FAST))
+        if (folder / SPIECE).is_file():
+            return SentencePiece((folder / SPIECE).read_bytes())
+    raise ValueError(
+        f"{folder} has neither {FAST} nor {SPIECE}, of which a T5 tokenizer needs one. Download google/umt5-xxl of "
+        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
+    )
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:

@@ -43,7 +43,7 @@ def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _way(device: torch.device) -> str:
-    way = os.environ.get(VARIABLE, "auto")
+    way = os.environ.get(VARIABLE) or "auto"
     if way not in WAYS:
         raise ValueError(f"{VARIABLE} is {way!r}; it can be one of {', '.join(WAYS)}. Unset it for the device's own.")
     if way == "auto":

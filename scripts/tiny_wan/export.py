@@ -56,12 +56,14 @@ def export(
 
 
 def _name_fast_tokenizer(folder: Path) -> None:
-    """transformers 5 calls the fast T5 tokenizer `T5Tokenizer`; 4.x would look for a sentencepiece file under that."""
+    """For transformers 4 too: it looks for a sentencepiece file under `T5Tokenizer`, as release 5 calls the fast one,
+    and does not read a list of special tokens."""
     for path, edit in (
         (folder / "model_index.json", lambda index: index | {"tokenizer": ["transformers", "T5TokenizerFast"]}),
         (
             folder / "tokenizer" / "tokenizer_config.json",
-            lambda config: config | {"tokenizer_class": "T5TokenizerFast"},
+            lambda config: {name: value for name, value in config.items() if name != "extra_special_tokens"}
+            | {"tokenizer_class": "T5TokenizerFast"},
         ),
     ):
         path.write_text(json.dumps(edit(json.loads(path.read_text())), indent=2) + "\n")

@@ -1,0 +1,39 @@
+"""The environment of the tests with an older transformers: .venv-transformers, over .venv.
+
+It has what requirements.txt makes of a ComfyUI's Python that has this transformers: the newest of the other packages
+that go with it. Standard library only. Run as a command with a version it makes the environment and runs the tests;
+further arguments go to pytest, instead of the tests below.
+"""
+
+import os
+import sys
+
+from environment import REPOSITORY, Environment, inspect, lock, requirement_lines
+
+UNDERNEATH = REPOSITORY / ".venv" / "bin" / "python"
+FOLDER = REPOSITORY / ".venv-transformers"
+PYTHON = FOLDER / "bin" / "python"
+# What depends on transformers: tokenizers and text encoders, what is converted and compared with its classes, and text
+# in a ComfyUI, whose own encoders use it too.
+TESTS = ("transformers", "text_encoder_formats", "known_prompts", "inspection", "conversion", "unusable_files",
+         "parity", "comfyui_formats")  # fmt: skip
+
+
+def make(version):
+    """Makes .venv-transformers with this version, such as 4.57, or changes it to that."""
+    environment = Environment(FOLDER, inspect(UNDERNEATH))
+    with lock():
+        environment.make(base=UNDERNEATH)
+        requirements = requirement_lines(REPOSITORY / "requirements.txt")
+        environment.install("an older transformers", [f"transformers=={version}.*", *requirements])
+
+
+def main(version, *arguments):
+    make(version)
+    chosen = arguments or [f"tests/test_{name}.py" for name in TESTS]
+    os.chdir(REPOSITORY)
+    os.execv(PYTHON, [str(PYTHON), "-m", "pytest", "-rs", "-o", "cache_dir=.cache/pytest-transformers", *chosen])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
