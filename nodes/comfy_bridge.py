@@ -13,7 +13,6 @@ import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP
 from PIL import Image
-from server import PromptServer
 from torch import Tensor
 
 from ..ascend_runtime.client import JobCancelled, RankError, Result, Runtime
@@ -62,13 +61,6 @@ def _log(result: Result, runtime: Runtime) -> None:
     logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, runtime.device, ", ".join(facts + times))
     if "denoise" in result.seconds:
         logger.info("Ascend: %s.", words_of(result.info, result.seconds))
-
-
-def show(node: str, text: str) -> None:
-    """Shows a text on a node of the graph, in the page that has queued it."""
-    server = PromptServer.instance
-    if server.client_id is not None:
-        server.send_progress_text(text, node, sid=server.client_id)
 
 
 def release(end_ranks: bool = False) -> None:
