@@ -1,9 +1,26 @@
 #!/usr/bin/env bash
 # Makes the environments (.venv, .venv-contract, a ComfyUI in .cache/comfyui) and runs all tests.
-# Arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs them alone.
+#   --comfyui DIR    test with this ComfyUI instead, which is only read; so does COMFYUI_DIR=DIR. What it requires is
+#                    installed into .venv, where the next run without it has the pinned one's again
 #   PYTHON=...       the Python 3.10 - 3.12 to make .venv from
-#   COMFYUI_DIR=...  test against this ComfyUI instead
+# Other arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs them
+# alone.
 set -euo pipefail
+arguments=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+    --comfyui)
+        COMFYUI_DIR=$(realpath -- "${2:?--comfyui takes the folder of a ComfyUI}")
+        shift 2
+        ;;
+    *)
+        arguments+=("$1")
+        shift
+        ;;
+    esac
+done
+set -- ${arguments[@]+"${arguments[@]}"} # an empty array counts as unset in older bash
+[ -z "${COMFYUI_DIR:-}" ] || export COMFYUI_DIR
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/lib/python.sh
 "$PYTHON" scripts/lib/comfyui.py
