@@ -94,7 +94,7 @@ STAGES = {  # the node whose job it is, and whether that still reads files
 
 @pytest.fixture(params=[False, True], ids=["as_it_is", "as_newer_ones"])
 def interrupting(request, comfyui):
-    """ComfyUI with its own InterruptProcessingException, and with that of newer ones (see comfy_nodes/cancelling.py)."""
+    """ComfyUI with its own InterruptProcessingException, and with newer ones' (see comfy_nodes/cancelling.py)."""
     comfyui.post("/tests/interrupts", {"newer": request.param})
     yield comfyui
     comfyui.post("/tests/interrupts", {"newer": False})

@@ -220,7 +220,7 @@ def test_a_workflow_saved_before_an_input_was_added_gets_its_default(browser):
 
 @needs_chromium
 def test_page_says_which_files_are_missing(browser):
-    """As it does for its own templates, with buttons to download them or copy their addresses; newer pages in a panel."""
+    """As it does for its own templates, with buttons to download them or copy their addresses."""
     text = json.dumps(ui("wan2.2_i2v_a14b_image_to_video_4_steps"))
     workflow = json.loads(text.replace(".safetensors", "_of_nobody.safetensors"))
     browser.page.evaluate(f"app.extensionManager.setting.set('{MISSING_MODELS}', true)")
@@ -232,8 +232,8 @@ def test_page_says_which_files_are_missing(browser):
         panel.click()
     browser.page.wait_for_function("""places => {
         const text = document.body.innerText
-        const said = ([folder, file]) => [`${folder} / ${file}`, `${file}\\n${folder}\\n`].some(it => text.includes(it))
-        return places.every(said) && text.includes('Download')
+        const forms = ([folder, file]) => [`${folder} / ${file}`, `${file}\\n${folder}\\n`]
+        return places.every(place => forms(place).some(form => text.includes(form))) && text.includes('Download')
     }""", arg=places)
 
 
