@@ -65,9 +65,10 @@ def interrupt(comfyui, listener, rng, seed: int, ranks: int) -> tuple[float, int
 
 
 def longest_step(run) -> float:
-    """Seconds of the longest step so far, the one that the interrupt came in too: its end is told as that of any."""
-    times = step_times(run)
-    return max(times[step + 1] - times[step] for step in sorted(times)[:-1])
+    """Seconds of the longest step so far, the one that the interrupt came in too: its end is reported as that of any.
+    Newer ComfyUIs leave reports out that follow one another closely."""
+    times = sorted(step_times(run).items())
+    return max((at - before) / (step - earlier) for (earlier, before), (step, at) in zip(times, times[1:]))
 
 
 def step_times(run) -> dict[int, float]:
