@@ -11,8 +11,8 @@ function addReport(node) {
     element.className = "ascend-report"
     element.style.cssText =
         "overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; padding: 4px 8px;" +
-        "font-size: 11px; line-height: 1.3; color: var(--input-text); background: var(--comfy-input-bg);" +
-        "border-radius: 4px; box-sizing: border-box"
+        "color: var(--input-text); background: var(--comfy-input-bg); font-size: 11px; line-height: 1.3;" +
+        `border-radius: 4px; box-sizing: border-box; max-height: ${HEIGHT}px`
     element.addEventListener("wheel", event => event.stopPropagation()) // scrolls the text, not the canvas
     const widget = node.addDOMWidget(WIDGET, "ascend-report", element, {
         serialize: false, // of the prompt
