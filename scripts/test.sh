@@ -3,8 +3,8 @@
 #   --comfyui DIR    test with this ComfyUI instead, which is only read; so does COMFYUI_DIR=DIR. What it requires is
 #                    installed into .venv, where the next run without it has the pinned one's again
 #   PYTHON=...       the Python 3.10 - 3.12 to make .venv from
-# Other arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs them
-# alone.
+# Other arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs only
+# them.
 set -euo pipefail
 arguments=()
 while [ $# -gt 0 ]; do
