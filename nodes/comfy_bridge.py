@@ -64,10 +64,10 @@ def _asked(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict
 
 
 def _notice(text: str) -> None:
-    """Shows a sentence on the node that is running."""
-    node = PromptServer.instance.last_node_id
-    if node is not None:
-        show(node, text)
+    """Shows a sentence on the node that is running, for as long as it runs, in the page that has queued it."""
+    server = PromptServer.instance
+    if server.client_id is not None and server.last_node_id is not None:
+        server.send_progress_text(text, server.last_node_id, sid=server.client_id)
 
 
 def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
@@ -81,13 +81,6 @@ def _log(result: Result, runtime: Runtime) -> None:
     logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, runtime.device, ", ".join(facts + times))
     if "denoise" in result.seconds:
         logger.info("Ascend: %s.", words_of(result.info, result.seconds))
-
-
-def show(node: str, text: str) -> None:
-    """Shows a text on a node of the graph, in the page that has queued it."""
-    server = PromptServer.instance
-    if server.client_id is not None:
-        server.send_progress_text(text, node, sid=server.client_id)
 
 
 def release(end_ranks: bool = False) -> None:

@@ -8,6 +8,7 @@ from ..ascend_runtime.specs import ATTENTIONS, DTYPES, PLACEMENTS, QUANTIZATIONS
 from ..ascend_runtime.specs import DiffusionModelSpec, OperatorSpec, TextEncoderSpec, VaeSpec
 from . import model_files, types
 from .types import Handle, ModelHandle, RanksHandle
+from .validation import refusal
 
 NO_MODEL = "none"
 
@@ -95,10 +96,7 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name, low_noise_model_name=NO_MODEL) -> bool | str:
-        answer = model_files.check(model_name, model_files.TRANSFORMER)
-        if answer is not True or low_noise_model_name == NO_MODEL:
-            return answer
-        return model_files.check(low_noise_model_name, model_files.TRANSFORMER)
+        return refusal(_transformers, model_name, low_noise_model_name)
 
     @classmethod
     def execute(
@@ -112,13 +110,18 @@ class LoadDiffusionModel(io.ComfyNode):
         parallel=None,
         quantization="none",
     ) -> io.NodeOutput:
-        kind, low_noise = model_files.TRANSFORMER, None
-        if low_noise_model_name != NO_MODEL:
-            low_noise = model_files.path_of(low_noise_model_name, kind)
-        path = model_files.path_of(model_name, kind)
+        path, low_noise = _transformers(model_name, low_noise_model_name)
         spec = DiffusionModelSpec(path=path, low_noise_path=low_noise, dtype=dtype, quantization=quantization)
         operators = OperatorSpec(attention=attention, heads_per_call=heads_per_call)
         return io.NodeOutput(ModelHandle(spec, parallel or RanksHandle(), operators, warm_up))
+
+
+def _transformers(model_name: str, low_noise_model_name: str) -> tuple[str, str | None]:
+    """The paths of a transformer and of the low-noise expert, if that is a file of its own."""
+    path = model_files.path_of(model_name, model_files.TRANSFORMER)
+    if low_noise_model_name == NO_MODEL:
+        return path, None
+    return path, model_files.path_of(low_noise_model_name, model_files.TRANSFORMER)
 
 
 class LoadTextEncoder(io.ComfyNode):

@@ -107,7 +107,6 @@ class Sampler(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -158,5 +157,4 @@ class Sampler(io.ComfyNode):
             preview=True,
         )
         report = words_of(result.info, result.seconds)
-        comfy_bridge.show(cls.hidden.unique_id, report)
         return io.NodeOutput({**latent_image, "samples": result.tensor}, ui=ui.PreviewText(report))

@@ -4,7 +4,9 @@ import copy
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from comfy_server import PromptRejected
 from safetensors.torch import load_file
 
 WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "tiny_wan_text_to_video.json"
@@ -49,6 +51,15 @@ def image_without_ranks() -> dict:
     """Core nodes only: what must run whatever the ranks do."""
     image = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
     return {"1": image, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
+
+
+def refusal(server, graph: dict, node: str) -> str:
+    """What ComfyUI's validation says of a node of a graph that it refuses: it says it once."""
+    with pytest.raises(PromptRejected) as caught:
+        server.queue(graph)
+    assert list(caught.value.body["node_errors"]) == [node]
+    (error,) = caught.value.body["node_errors"][node]["errors"]
+    return f"{error['message']} {error['details']}"
 
 
 def saved(server, prompt_id: str, node: str = SAVE) -> Path:

@@ -1,9 +1,10 @@
 """Random checkpoints for ComfyUI's model folders, in the forms that its users have."""
 
-import importlib.util
+import importlib
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import original_formats
@@ -52,11 +53,12 @@ def ti2v(file: Path, folder: Path) -> None:
 
 
 def core_latent_format(name: str):
-    """One of core ComfyUI's latent formats, from its file, which needs no other."""
-    spec = importlib.util.spec_from_file_location("core_latent_formats", COMFYUI / "comfy" / "latent_formats.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)()
+    """One of core ComfyUI's latent formats. Its module imports at most `comfy`'s small ones, so this process can."""
+    sys.path.append(str(COMFYUI))  # last and only here: its other names, such as `nodes`, must not be found
+    try:
+        return getattr(importlib.import_module("comfy.latent_formats"), name)()
+    finally:
+        sys.path.remove(str(COMFYUI))
 
 
 def heavy_transformer(folder: Path, seed: int = 0) -> Path:

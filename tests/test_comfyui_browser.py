@@ -1,4 +1,5 @@
-"""A real browser on a real ComfyUI: the workflow dropped on the canvas, queued by keyboard, its video shown."""
+"""A real browser on a real ComfyUI: the workflow dropped on the canvas, queued by keyboard, its video and the sampler's
+report shown."""
 
 import json
 import shutil
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from comfy_browser import ComfyBrowser
-from comfy_graphs import saved
+from comfy_graphs import SAMPLER, saved
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCREENSHOTS = REPOSITORY / ".cache" / "artefacts"
@@ -28,15 +29,19 @@ DROP = """([name, text]) => {
 }"""
 
 
-FEW_STEPS = "app.graph.nodes.find(n => n.type === 'AscendSampler').widgets.find(w => w.name === 'steps').value = 2"
+SET_STEPS = """steps => {
+    app.graph.nodes.find(n => n.type === 'AscendSampler').widgets.find(w => w.name === 'steps').value = steps
+}"""
+FIT = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"
 VIDEO = """() => {
     const shown = [...document.querySelectorAll('video')].filter(v => v.videoWidth && v.getClientRects().length)
     return shown.length ? [shown[0].videoWidth, shown[0].videoHeight, shown[0].duration, shown[0].currentSrc] : null
 }"""
 
 
-@pytest.mark.parametrize("file", [UI_FORMAT, API_FORMAT], ids=["ui", "api"])
-def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file):
+@pytest.mark.parametrize("file, steps", [(UI_FORMAT, 2), (API_FORMAT, 3)], ids=["ui", "api"])
+def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, steps):
     wanted = sorted(node["class_type"] for node in json.loads(API_FORMAT.read_text()).values())
     before = set(comfyui.get("/history"))
     with ComfyBrowser(comfyui) as browser:
@@ -46,9 +51,9 @@ def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file):
         page.evaluate(DROP, [file.name, file.read_text()])
         page.wait_for_function(f"app.graph.nodes.length >= {len(wanted)}")
         assert sorted(node["class_type"] for node in browser.prompt().values()) == wanted
-        page.evaluate(FEW_STEPS)
+        page.evaluate(SET_STEPS, steps)  # few, and another number each time: ComfyUI runs nothing twice
         assert page.evaluate(VIDEO) is None
-        page.keyboard.press(".")  # fits the graph into the page, as a video outside it is not drawn
+        page.evaluate(FIT)  # a video outside the page is not drawn
         page.keyboard.press("Control+Enter")
         page.wait_for_function(f"({VIDEO})()", timeout=300_000)
         width, height, duration, source = page.evaluate(VIDEO)
@@ -56,6 +61,11 @@ def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file):
         assert comfyui.wait(prompt_id)["status"]["status_str"] == "success"
         assert (width, height) == (64, 64) and abs(duration - 17 / 16) < 0.1
         assert saved(comfyui, prompt_id).name in source
+        (report,) = comfyui.wait(prompt_id)["outputs"][SAMPLER]["text"]
+        page.wait_for_timeout(500)  # in which a page may remove what belongs to the job
+        assert page.evaluate(REPORTS) == [report] and report.startswith(f"{steps} steps, ")
+        (sampler,) = [node for node in browser.graph()["nodes"] if node["type"] == "AscendSampler"]
+        assert report not in sampler["widgets_values"]
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SCREENSHOTS / f"graph_{file.parent.name}.png")
         assert errors == []

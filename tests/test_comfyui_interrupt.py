@@ -1,4 +1,4 @@
-"""ComfyUI's Cancel button: the ranks stop within a step, and stay.
+"""ComfyUI's Cancel button: the ranks stop within a step, and stay with their weights, whatever they were at.
 
 The bar is one step and 0.1 s from the request on. What a client sees of it is later by what ComfyUI takes to tell it,
 through an event loop that shares the machine with the ranks. The same run measures that: a request that asks ComfyUI
@@ -13,8 +13,10 @@ import time
 import comfy_graphs as graphs
 import pytest
 import torch
+from benchmarks.opens import Opened
 from comfy_listener import Listener
 from comfy_server import PromptFailed
+from new_prompts import new_prompt
 from rank_processes import ranks_of
 
 INTERRUPTS = 3
@@ -63,9 +65,10 @@ def interrupt(comfyui, listener, rng, seed: int, ranks: int) -> tuple[float, int
 
 
 def longest_step(run) -> float:
-    """Seconds of the longest step so far, the one that the interrupt came in too: its end is told as that of any."""
-    times = step_times(run)
-    return max(times[step + 1] - times[step] for step in sorted(times)[:-1])
+    """Seconds of the longest step so far, the one that the interrupt came in too: its end is reported as that of any.
+    Newer ComfyUIs leave reports out that follow one another closely."""
+    times = sorted(step_times(run).items())
+    return max((at - before) / (step - earlier) for (earlier, before), (step, at) in zip(times, times[1:]))
 
 
 def step_times(run) -> dict[int, float]:
@@ -78,3 +81,52 @@ def seconds_of_an_answer(comfyui) -> float:
     began = time.monotonic()
     comfyui.get("/prompt")
     return time.monotonic() - began
+
+
+ENCODE_VIDEO = "encode video"  # a node
+STAGES = {  # the node whose job it is, and whether that still reads files
+    "load": (graphs.SAMPLER, True),
+    "encode": (graphs.POSITIVE, False),
+    "sample": (graphs.SAMPLER, False),
+    "decode": (graphs.DECODE, False),
+    "encode_video": (ENCODE_VIDEO, False),
+}
+
+
+@pytest.fixture(params=[False, True], ids=["as_it_is", "as_newer_ones"])
+def interrupting(request, comfyui):
+    """ComfyUI with its own InterruptProcessingException, and with newer ones' (see comfy_nodes/cancelling.py)."""
+    comfyui.post("/tests/interrupts", {"newer": request.param})
+    yield comfyui
+    comfyui.post("/tests/interrupts", {"newer": False})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_cancel_in_any_stage_keeps_ranks_and_weights(interrupting, checkpoint, stage):
+    comfyui, (node, loading) = interrupting, STAGES[stage]
+    with Listener(comfyui) as listener:
+        listener.run(every_stage(seed=1))
+        before = ranks_of(comfyui.process.pid)
+        if loading:
+            listener.run({"1": {"class_type": "AscendFreeMemory", "inputs": {"what": "weights"}}})
+        comfyui.post("/tests/cancel", {"node": node, "loading": loading})
+        ending = listener.queue(every_stage(seed=2)).end()
+        assert (ending.kind, ending.data["node_id"]) == ("execution_interrupted", node)
+        with Opened(checkpoint.rglob("*.safetensors")) as opened:
+            run = listener.run(every_stage(seed=3))
+        assert not {node for node, _ in STAGES.values()} & run.cached()
+    assert ranks_of(comfyui.process.pid) == before and len(before) == 2
+    # What is read when the cancel comes is dropped and what comes after it not read yet; the text encoder was read.
+    assert {file.parent.name for file in opened.files()} <= ({"transformer", "vae"} if loading else set())
+
+
+def every_stage(seed: int) -> dict:
+    """A video of a prompt that no rank knows yet, and a latent of frames."""
+    graph = graphs.video(seed=seed, length=5)
+    graph[graphs.POSITIVE]["inputs"]["text"] = new_prompt()
+    pixels = {"seed": seed, "frames": 5, "width": 64, "height": 64}
+    graph["pixels"] = {"class_type": "TestRandomImage", "inputs": pixels}
+    inputs = {"pixels": ["pixels", 0], "vae": [graphs.VAE, 0]}
+    graph[ENCODE_VIDEO] = {"class_type": "AscendVAEEncode", "inputs": inputs}
+    graph["save"] = graphs.save_latent([ENCODE_VIDEO, 0])
+    return graph

@@ -7,7 +7,6 @@ import comfy_graphs as graphs
 import pytest
 import torch
 from comfy_listener import Listener
-from comfy_server import PromptRejected
 
 OPTIONS = ("attention", "heads_per_call", "warm_up")
 PROFILER = "20"
@@ -45,7 +44,8 @@ def test_all_options_change_no_video(comfyui, listener, plain):
     graph[graphs.MODEL]["inputs"].update(attention="plain", warm_up=True)
     run = listener.run(graph)
     assert torch.equal(graphs.saved_latent(comfyui, run.prompt_id), plain) and plain.std() > 0.1
-    assert run.progress(graphs.SAMPLER)[-6:] == [(1, 2), (2, 2), (1, 4), (2, 4), (3, 4), (4, 4)]
+    # The warm-up's first step too, unless ComfyUI leaves out what comes within 0.1 s and has no picture (0.33.0).
+    assert run.progress(graphs.SAMPLER)[-5:] == [(2, 2), (1, 4), (2, 4), (3, 4), (4, 4)]
     assert len(run.of("preview", graphs.SAMPLER)) == 4, "none of the warm-up"
     (folder,) = (comfyui.output / "profiles" / "test").iterdir()
     (file,) = folder.iterdir()
@@ -70,6 +70,4 @@ def test_a_warm_model_is_not_warmed_up_again(listener):
     ({"first_step": 4}, "last_step is 3; it must lie between 4 and"),
 ])  # fmt: skip
 def test_what_the_profiler_refuses(comfyui, changes, says):
-    with pytest.raises(PromptRejected) as caught:
-        comfyui.queue(with_profiler(graphs.latent(), **changes))
-    assert says in json.dumps(caught.value.body["node_errors"][PROFILER]["errors"])
+    assert says in graphs.refusal(comfyui, with_profiler(graphs.latent(), **changes), PROFILER)

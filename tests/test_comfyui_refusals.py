@@ -1,26 +1,21 @@
 """What cannot work is refused by name, with what can: at validation where ComfyUI can know, else by the job; and the
 ranks live on."""
 
+from itertools import count
+
 import comfy_graphs as graphs
 import pytest
 import torch
 from comfy_listener import Listener
-from comfy_server import PromptFailed, PromptRejected
+from comfy_server import PromptFailed
 from rank_processes import ranks_of
 
 
-def rejected(comfyui, graph: dict, node: str) -> str:
-    """What ComfyUI's validation says of a node of a graph that it refuses."""
-    with pytest.raises(PromptRejected) as caught:
-        comfyui.queue(graph)
-    errors = caught.value.body["node_errors"][node]["errors"]
-    return " ".join(f"{error['message']} {error['details']}" for error in errors)
-
-
-def test_a_model_that_is_not_there(comfyui):
+@pytest.mark.parametrize("widget", ["model_name", "low_noise_model_name"])
+def test_a_model_that_is_not_there(comfyui, widget):
     graph = graphs.video()
-    graph[graphs.MODEL]["inputs"]["model_name"] = "no_such_model"
-    text = rejected(comfyui, graph, graphs.MODEL)
+    graph[graphs.MODEL]["inputs"][widget] = "no_such_model"
+    text = graphs.refusal(comfyui, graph, graphs.MODEL)
     assert "There is no model 'no_such_model'" in text
     assert "random_wan" in text and "embedded/tiny_wan" in text and "original_wan.safetensors" in text
     assert "models/diffusers" in text
@@ -30,14 +25,14 @@ def test_a_model_that_is_not_there(comfyui):
 def test_a_folder_that_is_not_there(comfyui, node):
     graph = graphs.video()
     graph[node]["inputs"]["model_name"] = "no_such_folder"
-    text = rejected(comfyui, graph, node)
+    text = graphs.refusal(comfyui, graph, node)
     assert "There is no model 'no_such_folder'" in text and "random_wan" in text
 
 
 def test_degrees_that_do_not_make_the_ranks(comfyui):
     graph = graphs.video()
     graph[graphs.PARALLEL]["inputs"].update(ranks=4, cfg_degree=2, ulysses_degree=4)
-    text = rejected(comfyui, graph, graphs.PARALLEL)
+    text = graphs.refusal(comfyui, graph, graphs.PARALLEL)
     assert "cfg_degree 2 x ring_degree auto x ulysses_degree 4 x tp_degree 1 does not make 4 ranks" in text
     assert "1 x 1 x 4 x 1" in text
 
@@ -45,7 +40,7 @@ def test_degrees_that_do_not_make_the_ranks(comfyui):
 def test_a_third_branch(comfyui):
     graph = graphs.video()
     graph[graphs.PARALLEL]["inputs"].update(ranks=3, cfg_degree=3)
-    text = rejected(comfyui, graph, graphs.PARALLEL)
+    text = graphs.refusal(comfyui, graph, graphs.PARALLEL)
     assert "3" in text and ("1 or 2" in text or "max of 2" in text)
 
 
@@ -111,14 +106,18 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def good(comfyui):
-    """A graph that works, and its latent."""
-    graph = graphs.latent(seed=5)
-    return graph, graphs.saved_latent(comfyui, comfyui.queue(graph))
+    """Makes graphs of one video, each of which ComfyUI has not run yet; and its latent."""
+    numbers = count(1)
+
+    def graph() -> dict:
+        return graphs.latent(seed=5, cfg_low_noise=next(numbers))  # of an expert that the model has not
+
+    return graph, graphs.saved_latent(comfyui, comfyui.queue(graph()))
 
 
 @pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__)
 def test_the_job_is_refused_and_the_ranks_live_on(comfyui, good, spoil):
-    graph, expected = good
+    new_graph, expected = good
     spoilt = graphs.latent(seed=6)
     spoil(spoilt)
     before = ranks_of(comfyui.process.pid)
@@ -130,7 +129,7 @@ def test_the_job_is_refused_and_the_ranks_live_on(comfyui, good, spoil):
         assert part in details["exception_message"]
     assert ranks_of(comfyui.process.pid) == before and len(before) == 2
     with Listener(comfyui) as listener:
-        run = listener.run(graph)
+        run = listener.run(new_graph())
     assert graphs.SAMPLER not in run.cached()
     assert torch.equal(graphs.saved_latent(comfyui, run.prompt_id), expected)
     assert ranks_of(comfyui.process.pid) == before

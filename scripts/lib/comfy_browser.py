@@ -12,7 +12,8 @@ from playwright.sync_api import sync_playwright
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]
-MISSING_MODELS = "Comfy.Workflow.ShowMissingModelsWarning"  # a setting of the page
+MISSING_MODELS = "Comfy.Workflow.ShowMissingModelsWarning"  # settings of the page
+NODES_2 = "Comfy.VueNodes.Enabled"
 
 
 def chromium():
@@ -70,6 +71,19 @@ class ComfyBrowser:
     def prompt(self):
         """The graph on the canvas in API format, as ComfyUI would queue it."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def boxes(self):
+        """left, top, right, bottom of every node by its number, in the graph's pixels, as Nodes 2.0 draws them (the
+        setting `NODES_2`); those of nodes that are in view. Waits until they rest."""
+        return {int(number): box for number, box in self.page.evaluate("""async () => {
+            const boxes = () => [...document.querySelectorAll('[data-node-id]')].map(node => {
+                const {left, top, right, bottom} = node.getBoundingClientRect()
+                return [node.dataset.nodeId, [left, top, right, bottom].map(side => side / app.canvas.ds.scale)]
+            })
+            for (let before, now = ''; before !== now || now === '[]'; before = now, now = JSON.stringify(boxes()))
+                await new Promise(done => setTimeout(done, 150))
+            return boxes()
+        }""")}
 
     def hide_bars(self):
         """Leaves nothing of the page but the canvas, with text however small."""

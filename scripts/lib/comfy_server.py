@@ -23,7 +23,7 @@ from pathlib import Path
 
 from environment import REPOSITORY
 
-COMFYUI = Path(os.environ.get("COMFYUI_DIR") or REPOSITORY / ".cache" / "comfyui")
+COMFYUI = Path(os.environ.get("COMFYUI_DIR") or REPOSITORY / ".cache" / "comfyui").resolve()
 PACK_NAME = "ascend-video"
 LOG_NAME = "comfyui.log"
 PR_SET_PDEATHSIG = 1

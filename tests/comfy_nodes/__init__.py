@@ -1,5 +1,6 @@
 """Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, files of what comes out, and what
-keeps an IMAGE beyond its prompt; and a CLIP of two layers, as core has none but large ones."""
+keeps an IMAGE beyond its prompt; a CLIP of two layers, as core has none but large ones; and Cancel at a wanted moment
+(cancelling.py)."""
 
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from comfy.clip_vision import Output
 from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
+
+from . import cancelling  # noqa: F401: its routes
 
 CATEGORY = "tests"
 
@@ -58,7 +61,7 @@ comfy.clip_vision.IMAGE_ENCODERS["clip_vision_model"] = FewLayers
 class CoreVae:
     """A VAE of any size with what core's nodes ask of theirs, whose own Wan VAEs are large."""
 
-    crop_input = True
+    crop_input, output_channels = True, 3
 
     def __init__(self, folder: str):
         self.vae = AutoencoderKLWan.from_pretrained(folder).eval()
