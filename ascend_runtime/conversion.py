@@ -16,18 +16,19 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from tqdm import tqdm
 
+from .checkpoints.bounded import read_json
 from .checkpoints.configs import HEAD_DIM
 from .checkpoints.keys import to_mindspeed_name
-from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, read_json
+from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.reader import check_weights, tokenizer_model
 from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
+from .checkpoints.tokenizers import SPIECE
 from .checkpoints.transfer import Move, fill, laid_out
 from .checkpoints.unfinished import partial_folder, sync, unfinished
 from .checkpoints.writers import PIECE
 from .components.networks import empty_network
-from .components.text_encoder import SPIECE
 from .families import wan
 from .families.defaults import TI2V_CHANNELS, defaults_of
 from .inspection import inspect

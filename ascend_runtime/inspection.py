@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoints.bounded import read_json
 from .checkpoints.kinds import KINDS, is_kind
 from .checkpoints.layout import (
     CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
-    read_json,
 )  # fmt: skip
 from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors

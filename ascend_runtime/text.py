@@ -12,6 +12,7 @@ import ftfy
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 from torch import Tensor
 
 MAX_TOKENS = 512  # what Wan was trained with
@@ -30,7 +31,7 @@ class Tokens:
 
 
 class SentencePiece:
-    """A tokenizer from a sentencepiece model alone, called as transformers' are, with the end after each prompt."""
+    """A tokenizer from a sentencepiece model, called as transformers' are, with the end after each prompt."""
 
     def __init__(self, model: bytes):
         try:
@@ -40,8 +41,26 @@ class SentencePiece:
 
     def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
         assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"
-        tokens = torch.tensor([[*self._processor.encode(text)[: max_length - 1], self._processor.eos_id()]])
-        return Tokens(tokens, torch.ones_like(tokens))
+        return _tokens([*self._processor.encode(text)[: max_length - 1], self._processor.eos_id()])
+
+
+class JsonTokenizer:
+    """A tokenizer from a tokenizer.json, called as transformers' are. What follows each prompt is in the file."""
+
+    def __init__(self, content: bytes):
+        """Raises ValueError, or what the library in Rust ends in, for one that cannot be used."""
+        self._tokenizer = Tokenizer.from_buffer(content)
+        self._tokenizer.no_padding()
+
+    def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
+        assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"
+        self._tokenizer.enable_truncation(max_length)
+        return _tokens(self._tokenizer.encode(text).ids)
+
+
+def _tokens(ids: list[int]) -> Tokens:
+    tokens = torch.tensor([ids])
+    return Tokens(tokens, torch.ones_like(tokens))
 
 
 def clean(text: str) -> str:

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from .. import devices
+from ..checkpoints.bounded import read_bounded
 from ..checkpoints.faults import usable
 from ..checkpoints.layout import Component, find_text_encoder
 from ..checkpoints.reader import Progress, check_weights, load_weights, nbytes, tokenizer_model
+from ..checkpoints.tokenizers import JSON, LONGEST_SPIECE, SPIECE, check_class, tokenizer_json
 from ..parallel.fsdp import Share, Sharding
 from ..specs import TextEncoderSpec
-from ..text import SentencePiece
+from ..text import JsonTokenizer, SentencePiece
 from .networks import dtype_named, empty_network
 
-SPIECE = "spiece.model"  # a sentencepiece model in a tokenizer's folder
 SMALL = 2**30  # bytes on disk; on a CPU a text encoder below this is computed in fp32, a larger one in bfloat16
 
 
@@ -66,10 +66,13 @@ def find_tokenizer(component: Component) -> Any:
             return SentencePiece(model)
     if not found.is_dir():
         raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
+    check_class(found)
     with usable(found, "the tokenizer in it"):
-        if (found / SPIECE).is_file() and not (found / "tokenizer.json").is_file():  # transformers would want protobuf
-            return SentencePiece((found / SPIECE).read_bytes())
-        return AutoTokenizer.from_pretrained(found, local_files_only=True)
+        if (found / JSON).is_file():
+            return JsonTokenizer(tokenizer_json(found / JSON))
+        if (found / SPIECE).is_file():
+            return SentencePiece(read_bounded(found / SPIECE, LONGEST_SPIECE))
+        raise ValueError(f"it has neither {JSON} nor {SPIECE}")
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:

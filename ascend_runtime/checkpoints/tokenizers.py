@@ -1,0 +1,56 @@
+"""The files of a text encoder's tokenizer: which is read, and what it may hold.
+
+A tokenizer's folder may come with a class of its own in Python, which transformers would run after a question. Here
+its tokenizer.json, or its sentencepiece model, is all that is read: libraries without code of the folder make of it
+what every UMT5 has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .bounded import parse_json, read_bounded, read_json
+from .faults import shown
+
+JSON, SPIECE = "tokenizer.json", "spiece.model"
+SETTINGS = ("tokenizer_config.json", "config.json")  # that may name a class
+# What transformers calls what it makes of these files, in all its versions.
+CLASSES = ("T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast", "PreTrainedTokenizerFast",
+           "TokenizersBackend")  # fmt: skip
+INSTEAD = "Take the tokenizer of Wan-AI/Wan2.1-T2V-1.3B, google/umt5-xxl, in its place."
+LONGEST_JSON = 32 * 2**20  # bytes; that of google/umt5-xxl has 17 MB
+LONGEST_SPIECE = 16 * 2**20  # bytes; google/umt5-xxl's has 4.5 MB
+MOST_PIECES = 400_000  # google/umt5-xxl has 256,300
+LONGEST_PIECE = 256  # characters
+LONGEST_PIECES = 8 * 2**20  # characters of all; each may take a node of a tree
+
+
+def check_class(folder: Path) -> None:
+    """Raises ValueError for a tokenizer whose settings name code of its own, or a class that is not UMT5's."""
+    for file in (folder / name for name in SETTINGS):
+        told = read_json(file) if file.is_file() else {}
+        if told.get("auto_map"):
+            raise ValueError(f"{file} names code of the folder's own (auto_map), which is never run. {INSTEAD}")
+        named = told.get("tokenizer_class")
+        if named is not None and named not in CLASSES:
+            raise ValueError(f"{file} names the class {shown(repr(named))}, which is not UMT5's. {INSTEAD}")
+
+
+def tokenizer_json(file: Path) -> bytes:
+    """The content of a tokenizer.json. Raises ValueError where it is no UMT5's, or larger than such a one."""
+    content = read_bounded(file, LONGEST_JSON)
+    told = parse_json(content)
+    model = told.get("model") if isinstance(told, dict) else None
+    if not isinstance(model, dict) or model.get("type", "Unigram") != "Unigram" or not _is_vocabulary(model.get("vocab")):
+        raise ValueError(f"{JSON} holds no vocabulary of a UMT5")
+    return content
+
+
+def _is_vocabulary(vocab: Any) -> bool:
+    """Whether it is a list of pieces with their scores, none too long, and not too many."""
+    if not isinstance(vocab, list) or not 0 < len(vocab) <= MOST_PIECES:
+        return False
+    pieces = [one[0] for one in vocab if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str)]
+    lengths = list(map(len, pieces))
+    return len(pieces) == len(vocab) and max(lengths) <= LONGEST_PIECE and sum(lengths) <= LONGEST_PIECES
