@@ -18,13 +18,15 @@ from tqdm import tqdm
 
 from .checkpoints.bounded import read_json
 from .checkpoints.configs import HEAD_DIM
+from .checkpoints.faults import printable_lines, shown
 from .checkpoints.keys import to_mindspeed_name
 from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component
+from .checkpoints.links import own_file, own_files
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.reader import check_weights, tokenizer_model
 from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
-from .checkpoints.tokenizers import SPIECE
+from .checkpoints.tokenizers import SPIECE, check_class
 from .checkpoints.transfer import Move, fill, laid_out
 from .checkpoints.unfinished import partial_folder, sync, unfinished
 from .checkpoints.writers import PIECE
@@ -51,8 +53,9 @@ NOTHING = (None, None)  # in the place of what it has not
 
 @dataclass
 class Plan:
-    """What a target will hold, by paths within it."""
+    """What a target will hold, by paths within it. root: of what it is made, a folder or a file."""
 
+    root: Path
     moves: dict[Path, dict[str, Move]] = field(default_factory=dict)  # of each file of weights, by the names there
     texts: dict[Path, bytes] = field(default_factory=dict)
     copies: dict[Path, Path] = field(default_factory=dict)  # of files as they are
@@ -66,9 +69,11 @@ class Plan:
         return sum(move.made.nbytes for moves in self.moves.values() for move in moves.values())
 
     def copy(self, folder: Path, to: Path) -> None:
-        """All of a folder."""
+        """All of a folder of the source, or next to it. Raises ValueError where a link in it leads elsewhere (see
+        checkpoints/links.py)."""
         self.folders.append(folder)
-        self.copies |= {to / file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        around = self.root if folder.is_relative_to(self.root) else self.root.parent
+        self.copies |= {to / name: file for name, file in own_files(folder, around).items()}
 
     def source(self) -> list[tuple]:
         """Changes when a file that is read does."""
@@ -108,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
         }  # fmt: skip
         convert(plan, target, identity)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(printable_lines(str(error)), file=sys.stderr)
         return 1
     except OSError as error:  # such as a disk that others filled meanwhile
         print(f"{error}. Mend that, or name another target; {_kept(target)}", file=sys.stderr)
@@ -133,7 +138,7 @@ def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -
     dtype: of the weights; None: each one's own, bfloat16 for 8 bits. Raises ValueError where a part of the source is
     not whole, or none of it can be kept so.
     """
-    plan = Plan()
+    plan = Plan(source)
     parts = _parts(source, to, plan.left_out)
     plan.sources += parts.values()
     if to == "mindspeed":
@@ -145,7 +150,7 @@ def planned(source: Path, to: str, dtype: torch.dtype | None, shard_size: str) -
     for part, component in parts.items():
         _plan_component(plan, Path("" if alone else part), part, component, dtype, shard_size)
     if not alone:
-        _plan_pipeline(plan, source, parts)
+        _plan_pipeline(plan, parts)
     return plan
 
 
@@ -232,8 +237,9 @@ def _plan_component(
     own = {name: told for name, told in component.config.items() if name not in ("dtype", "torch_dtype")}
     plan.texts[folder / CONFIG] = _json({key: value, **own})
     if component.folder:  # such as the latents' colours beside a VAE
-        plan.copies |= {folder / file.name: file for file in sorted(component.folder.glob("*.json"))
-                        if file.name != CONFIG and not file.name.endswith(".index.json")}  # fmt: skip
+        found = own_files(component.folder, plan.root, "*.json")
+        plan.copies |= {folder / name: file for name, file in found.items()
+                        if name.name != CONFIG and not name.name.endswith(".index.json")}  # fmt: skip
 
 
 def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
@@ -244,6 +250,7 @@ def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
     if found is None or not found.exists():
         plan.left_out.append("tokenizer: there is none in the text encoder's file, nor beside it")
     elif found.is_dir():
+        check_class(found)
         plan.copy(found, Path("tokenizer"))
     else:
         tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
@@ -251,11 +258,14 @@ def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
         plan.texts[Path("tokenizer", "tokenizer_config.json")] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
 
 
-def _plan_pipeline(plan: Plan, source: Path, parts: dict[str, Component]) -> None:
+def _plan_pipeline(plan: Plan, parts: dict[str, Component]) -> None:
     """What diffusers' pipeline has beside its networks: as it is in the source, or made where that is no pipeline."""
+    source = plan.root
     if (source / INDEX).is_file():
-        plan.copies[Path(INDEX)] = source / INDEX
+        plan.copies[Path(INDEX)] = own_file(source / INDEX, source)
         for name in read_json(source / INDEX):
+            if not name.isidentifier():  # diffusers passes what is there by these names
+                raise ValueError(f"{source / INDEX} names {shown(repr(name))}, which no part of a pipeline is called.")
             if name not in parts and (source / name).is_dir():
                 plan.copy(source / name, Path(name))
         return
@@ -302,8 +312,7 @@ def convert(plan: Plan, target: Path, identity: dict[str, object]) -> None:
         if plan.source() != held:
             raise ValueError("SOURCE changed while it was read. Delete what was made of it, and begin anew.")
         for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # a model has it: last
-            made = work.made / path
-            made.parent.mkdir(parents=True, exist_ok=True)
+            made = work.place(path)
             if path in plan.copies:
                 shutil.copyfile(plan.copies[path], made)
             else:

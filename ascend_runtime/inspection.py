@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoints.bounded import read_json
+from .checkpoints.faults import printable_lines
 from .checkpoints.kinds import KINDS, is_kind
 from .checkpoints.layout import (
     CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         found = list(inspect(arguments.path))
     except ValueError as error:
-        print(error)
+        print(printable_lines(str(error)))
         return 1
     rows = [COLUMNS, *(_row(one) for one in found)]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if transformers:
         print(_told(defaults_of(transformers[0].config, len(transformers))))
     faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
-    print(*faults, sep="\n", end="\n" if faults else "")
+    print(*map(printable_lines, faults), sep="\n", end="\n" if faults else "")
     return 1 if faults else 0
 
 

@@ -88,4 +88,4 @@ def check_count(path: Path, names: Iterable) -> None:
     """Raises ValueError for more tensors than a model's file has."""
     count = sum(1 for _ in names)
     if count > MOST_TENSORS:
-        raise ValueError(f"{path} holds {count} tensors; a model's file has at most {MOST_TENSORS}. Is it another file?")
+        raise ValueError(f"{path} holds {count} tensors; a model's file has at most {MOST_TENSORS}. Is it another?")

@@ -32,7 +32,8 @@ def read_calibration(path: str) -> dict[str, Calibration]:
         if len(found) > EXPERTS or not all(map(str.isprintable, found)):
             raise ValueError(f"it is of {len(found)} experts, with names such as {shown(next(iter(found)))!r}")
     except (ValueError, RecursionError) as error:  # what msgspec raises is one of the former
-        raise ValueError(f"{file} is no calibration ({shown(error)}). Remove it, or calibrate the model again.") from None
+        why = shown(error)
+        raise ValueError(f"{file} is no calibration ({why}). Remove it, or calibrate the model again.") from None
     return found
 
 

@@ -35,7 +35,8 @@ def scales_of(file: TensorFile) -> tuple[dict[str, str], set[str]]:
     formats = _formats(file, [name for name in marks if leaves[name] == LAYER_MARK])
     for layer, kept in formats.items():
         if kept not in FORMATS:
-            raise ValueError(f"{file.path} holds {shown(layer)} as {shown(kept)}. Take its fp8_scaled, fp16 or bf16 form.")
+            held = f"{shown(layer)} as {shown(kept)}"
+            raise ValueError(f"{file.path} holds {held}. Take its fp8_scaled, fp16 or bf16 form.")
     kinds = (OLD_SCALES if old else {}) | (NEW_SCALES if formats else {})
     scales = {f"{name.removesuffix(leaf)}weight": name for name, leaf in leaves.items() if kinds.get(leaf)}
     marked = {f"{layer}.weight" for layer in formats}

@@ -130,8 +130,8 @@ def _original(folder: Path, found: Component) -> Component:
     told = read_json(folder / "config.json").get("num_heads", heads)
     if type(told) is not int or told < 1 or heads * width % told:
         raise ValueError(
-            f"{folder / 'config.json'} says num_heads {shown(repr(told))}, which does not cut the {heads * width} channels of "
-            f"{found.shards[0].name} into heads. Download it again."
+            f"{folder / 'config.json'} says num_heads {shown(repr(told))}, which does not cut the {heads * width} "
+            f"channels of {found.shards[0].name} into heads. Download it again."
         )
     shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
     beside = (*found.beside, folder / "config.json")

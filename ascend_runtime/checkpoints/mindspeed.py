@@ -51,8 +51,8 @@ def _shards(iteration: Path) -> tuple[Path, ...]:
     found = {folder: RANK.fullmatch(folder.name) for folder in sorted(iteration.glob("mp_rank_*"))}
     if any(rank is None or int(rank[1]) for rank in found.values()):
         raise ValueError(
-            f"{iteration} holds the weights in slices ({', '.join(shown(folder.name) for folder in found)}). Convert them to "
-            "one slice with MindSpeed-MM's mm-convert WanConverter resplit (tensor parallel size 1)."
+            f"{iteration} holds the weights in slices ({shown(', '.join(folder.name for folder in found))}). Convert "
+            "them to one slice with MindSpeed-MM's mm-convert WanConverter resplit (tensor parallel size 1)."
         )
     shards = tuple(folder / WEIGHTS for folder in found)
     missing = [str(shard) for shard in shards if not shard.is_file()]

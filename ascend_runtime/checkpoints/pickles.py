@@ -19,8 +19,8 @@ from typing import Any
 # What torch writes of a 14B model's tensors has 0.2 MB and takes 0.1 million steps; of one that 16 ranks trained, with
 # what their optimizer keeps, 10 MB and 5 million.
 LONGEST = 64 * 2**20  # bytes
-MOST_STEPS = 16_000_000
-MOST_OBJECTS = 5_000_000
+MOST_STEPS = 8_000_000
+MOST_OBJECTS = 4_000_000
 MOST_NAMES = 10_000  # of classes and functions
 LARGEST_KEY = 2**60  # of whole numbers below it no two have one hash
 MAPPINGS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
@@ -119,17 +119,18 @@ class _Reader:
         del self.stack[start:]
         return items
 
-    def put(self, value: Any) -> None:
+    def put(self, value: Any, room: int = 1) -> None:
         """A new object."""
-        self.room -= 1
+        self.room -= room
         if self.room < 0:
             raise ValueError(f"its pickle holds more than {MOST_OBJECTS} objects")
         self.stack.append(value)
 
     def name(self, path: str) -> None:
+        """Writers name a class once, and remember it."""
         if path not in self.names and len(self.names) == MOST_NAMES:
             raise ValueError(f"its pickle names more than {MOST_NAMES} classes")
-        self.stack.append(self.names.setdefault(path, Name(path)))
+        self.put(self.names.setdefault(path, Name(path)), room=20)
 
     def remember(self, index: int) -> None:
         """For later use: writers number what they remember one after the other."""

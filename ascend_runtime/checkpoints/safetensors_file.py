@@ -46,7 +46,8 @@ class SafetensorsFile:
         try:
             self._library = safe_open(self.path, framework="pt").__enter__()
         except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a whole .safetensors file ({shown(error)}). Download it again.") from None
+            why = shown(error)
+            raise ValueError(f"{self.path} is not a whole .safetensors file ({why}). Download it again.") from None
         self._file = self.path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
         self._entries, self._data = parse_json(self._file.read(length)), 8 + length

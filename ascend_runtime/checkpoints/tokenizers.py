@@ -41,14 +41,16 @@ def tokenizer_json(file: Path) -> bytes:
     """The content of a tokenizer.json. Raises ValueError where it is no UMT5's, or larger than such a one."""
     content = read_bounded(file, LONGEST_JSON)
     told = parse_json(content)
-    model = told.get("model") if isinstance(told, dict) else None
-    if not isinstance(model, dict) or model.get("type", "Unigram") != "Unigram" or not _is_vocabulary(model.get("vocab")):
+    if not _is_model(told.get("model") if isinstance(told, dict) else None):
         raise ValueError(f"{JSON} holds no vocabulary of a UMT5")
     return content
 
 
-def _is_vocabulary(vocab: Any) -> bool:
-    """Whether it is a list of pieces with their scores, none too long, and not too many."""
+def _is_model(model: Any) -> bool:
+    """Whether it has a list of pieces with their scores, none too long, and not too many."""
+    if not isinstance(model, dict) or model.get("type", "Unigram") != "Unigram":
+        return False
+    vocab = model.get("vocab")
     if not isinstance(vocab, list) or not 0 < len(vocab) <= MOST_PIECES:
         return False
     pieces = [one[0] for one in vocab if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str)]
