@@ -79,7 +79,7 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     check_count(path, shapes)
     for name, shape in shapes.items():
         if len(name) > LONGEST_NAME or not name.isprintable():
-            raise ValueError(f"{path} holds a tensor with the name {shown(name)!r}, which is none. Download it again.")
+            raise ValueError(f"{path} holds a tensor '{shown(name)}', which is no name of one. Download it again.")
         if len(shape) > MOST_DIMS or not all(0 <= size < 2**63 for size in shape):
             raise ValueError(f"{path} holds {name} with {len(shape)} dims, which is no tensor's. Download it again.")
 

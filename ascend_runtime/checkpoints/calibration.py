@@ -30,7 +30,7 @@ def read_calibration(path: str) -> dict[str, Calibration]:
     try:
         found = msgspec.json.decode(read_bounded(file, LONGEST), type=dict[str, Calibration])
         if len(found) > EXPERTS or not all(map(str.isprintable, found)):
-            raise ValueError(f"it is of {len(found)} experts, with names such as {shown(next(iter(found)))!r}")
+            raise ValueError(f"it is of {len(found)} experts, with names such as '{shown(next(iter(found)))}'")
     except (ValueError, RecursionError) as error:  # what msgspec raises is one of the former
         why = shown(error)
         raise ValueError(f"{file} is no calibration ({why}). Remove it, or calibrate the model again.") from None
