@@ -7,11 +7,12 @@ what every UMT5 has.
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
 from .bounded import parse_json, read_bounded, read_json
-from .faults import shown
+from .faults import shown, usable
 
 JSON, SPIECE = "tokenizer.json", "spiece.model"
 SETTINGS = ("tokenizer_config.json", "config.json")  # that may name a class
@@ -40,10 +41,24 @@ def check_class(folder: Path) -> None:
 def tokenizer_json(file: Path) -> bytes:
     """The content of a tokenizer.json. Raises ValueError where it is no UMT5's, or larger than such a one."""
     content = read_bounded(file, LONGEST_JSON)
-    told = parse_json(content)
-    if not _is_model(told.get("model") if isinstance(told, dict) else None):
-        raise ValueError(f"{JSON} holds no vocabulary of a UMT5")
+    with usable(file, "its tokenizer"):
+        told = parse_json(content)
+        if not isinstance(told, dict) or not _is_model(told.get("model")):
+            raise ValueError("it holds no vocabulary of a UMT5")
+        _check_characters(told.get("normalizer"))
     return content
+
+
+def _check_characters(normalizer: Any) -> None:
+    """Raises ValueError for a table of characters which is none: sentencepiece's, a number of bytes and as many of a
+    tree. The library ends in a panic there."""
+    steps = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else []
+    for step in steps if isinstance(steps, list) else []:
+        if isinstance(step, dict) and step.get("type") == "Precompiled":
+            table = base64.b64decode(step.get("precompiled_charsmap") or "", validate=True)
+            tree = int.from_bytes(table[:4], "little")
+            if table and (len(table) < 4 or tree % 4 or tree > len(table) - 4):
+                raise ValueError("its table of characters is damaged")
 
 
 def _is_model(model: Any) -> bool:

@@ -67,9 +67,9 @@ def find_tokenizer(component: Component) -> Any:
     if not found.is_dir():
         raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
     check_class(found)
+    if (found / JSON).is_file():
+        return JsonTokenizer(tokenizer_json(found / JSON), found)
     with usable(found, "the tokenizer in it"):
-        if (found / JSON).is_file():
-            return JsonTokenizer(tokenizer_json(found / JSON))
         if (found / SPIECE).is_file():
             return SentencePiece(read_bounded(found / SPIECE, LONGEST_SPIECE))
         raise ValueError(f"it has neither {JSON} nor {SPIECE}")
