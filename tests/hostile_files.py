@@ -1,4 +1,4 @@
-"""Files and folders of somebody who means harm, each read in a process of its own: `hostile_files.py FOLDER [NAME ...]`.
+"""Files and folders of somebody who means harm, each read in a process of its own: `hostile_files.py FOLDER [NAME...]`.
 
 What a case makes lies in FOLDER/NAME; what it would run or write lies outside of that. Prints, as JSON, what became of
 each: what was said, the CPU time in seconds, how much memory was added in bytes, and what appeared outside.
@@ -232,7 +232,8 @@ cases(inspected, "json", with_content,
       weight_map_deep=(f"transformer/{WEIGHTS}.index.json", '{"weight_map":{"a":' + "[" * 50_000 + "]" * 50_000 + "}}"),
       boundary=("model_index.json", json.dumps({"boundary_ratio": ESCAPES})))  # fmt: skip
 cases(inspected, "link", with_link, config_to_zeros=("transformer/config.json", "/dev/zero"),
-      config_of_proc=("vae/config.json", "/proc/self/cmdline"), weights_to_zeros=(f"transformer/{WEIGHTS}", "/dev/zero"),
+      config_of_proc=("vae/config.json", "/proc/self/cmdline"),
+      weights_to_zeros=(f"transformer/{WEIGHTS}", "/dev/zero"),
       weights_to_words=(f"vae/{WEIGHTS}", "secret/key"))  # fmt: skip
 cases(inspected, "pipe", with_pipe, config="transformer/config.json", weights=f"transformer/{WEIGHTS}",
       tokenizer="tokenizer/tokenizer.json")  # fmt: skip
@@ -271,7 +272,8 @@ def add_to_index(made, key):
 cases(converted, "index_key", lambda folder, key: add_to_index(model(folder), key), above="..", absolute="/tmp",
       escapes=ESCAPES, nothing="", zero="a\0b")  # fmt: skip
 cases(converted, "copy_of", with_link, a_key=("tokenizer/vocab.txt", "secret/key"),
-      a_json=("vae/more.json", "secret/key.json"), a_folder=("scheduler", "secret"), a_folder_in_one=("tokenizer/more", "secret"),
+      a_json=("vae/more.json", "secret/key.json"), a_folder=("scheduler", "secret"),
+      a_folder_in_one=("tokenizer/more", "secret"),
       the_tokenizer=("tokenizer", "secret"), zeros=("tokenizer/vocab.txt", "/dev/zero"),
       nothing=("tokenizer/vocab.txt", "gone"), the_index=("model_index.json", "secret/key.json"))  # fmt: skip
 
@@ -289,8 +291,8 @@ def weight_map(folder, name):
     file = made / "transformer" / WEIGHTS
     names = load_file(file)
     file.rename(folder / "elsewhere" / WEIGHTS)
-    told = {"weight_map": dict.fromkeys(names, name.replace("FOLDER", str(folder)))}
-    (made / "transformer" / f"{WEIGHTS}.index.json").write_text(json.dumps(told))
+    index = {"weight_map": dict.fromkeys(names, name.replace("FOLDER", str(folder)))}
+    (made / "transformer" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     return made / "transformer"
 
 
@@ -347,7 +349,8 @@ cases(inspected, "tokenizer", tokenizer,
       of_many_pieces={"tokenizer.json": lambda: of_pieces([[f"{number:x}", 0.0] for number in range(450_000)])},
       of_long_pieces={"tokenizer.json": lambda: of_pieces([*OWN["model"]["vocab"], ["a" * 5_000_000, 0.0]])},
       of_damaged_characters={"tokenizer.json": {
-          **OWN, "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 40).decode()}}},
+          **OWN, "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 40).decode()},
+      }},
       of_a_large_number={"tokenizer.json": {**OWN, "model": {**OWN["model"], "unk_id": 10**30}}},
       of_junk={"tokenizer.json": None, "spiece.model": bytes(range(256)) * 20},
       of_much_junk={"tokenizer.json": None, "spiece.model": lambda: b"\x0a\x05\x0a\x01a\x15" * 4_000_000},
@@ -367,7 +370,8 @@ cases(inspected, "pth", lambda folder, make: make(folder),
       deep=torch_file(lambda: PTH + b"]" * 100_000 + b"a" * 99_999 + LAST),
       deep_key=torch_file(lambda: PTH + b"})" + b"\x85" * 1_000_000 + b"Ns" + LAST),
       keys_of_one_hash=torch_file(lambda: PTH + b"}(" + b"".join(
-          b"\x8a\x0c" + ((2**61 - 1) * number).to_bytes(12, "little") + b"N" for number in range(60_000)) + b"u" + LAST),
+          b"\x8a\x0c" + ((2**61 - 1) * number).to_bytes(12, "little") + b"N" for number in range(60_000)
+      ) + b"u" + LAST),
       memo=torch_file(PTH + b"]r" + struct.pack("<I", 2**29) + LAST),
       steps=torch_file(lambda: PTH + b"N0" * 6_000_000 + LAST),
       calls=torch_file(lambda: PTH + b"NNR" * 4_000_000 + LAST),
@@ -378,7 +382,8 @@ cases(inspected, "pth", lambda folder, make: make(folder),
                         + b"\x89NtRs" + LAST, members=(("data/0", b"\0" * 8),)),
       names=saved({f"{ESCAPES}{number}": torch.zeros(1) for number in range(3)}),
       many_names=saved(lambda: dict.fromkeys(map(str, range(30_000)), torch.zeros(1))),
-      directory=torch_file(PTH + b"}" + LAST, members=lambda: [(f"data/{number:0200}", b"") for number in range(40_000)]),
+      directory=torch_file(PTH + b"}" + LAST,
+                           members=lambda: [(f"data/{number:0200}", b"") for number in range(40_000)]),
       other_bytes=torch_file(PTH + b"}" + LAST, members=(("byteorder", b"big"),)),
       member_above=torch_file(PTH + b"}" + LAST, members=(("../../../ran", b"x"),)))  # fmt: skip
 
@@ -457,7 +462,8 @@ cases(inspected, "safetensors", lambda folder, make: make(folder),
       of_90_mb=safetensors(lambda: b'{"a":' + b" " * 90_000_000 + b"1}"),
       of_190_000_tensors=safetensors(lambda: {str(number): entry([0]) for number in range(190_000)}),
       of_25_000_tensors=safetensors(lambda: {f"blocks.{number}.a": entry([0]) for number in range(25_000)}),
-      of_19_000_blocks=safetensors(lambda: {f"blocks.{number}.self_attn.q.weight": entry([0]) for number in range(19_000)}),
+      of_19_000_blocks=safetensors(
+          lambda: {f"blocks.{number}.self_attn.q.weight": entry([0]) for number in range(19_000)}),
       deep=safetensors(b'{"__metadata__":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}"),
       length=lambda folder: (folder / "a.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
       and folder / "a.safetensors",
@@ -531,7 +537,8 @@ def calibrated(folder, content):
 ONE = {"coefficients": [1.0], "ratios": [1.0]}
 cases(calibration, "calibration", calibrated, deep='{"a":' * 100_000 + "1" + "}" * 100_000,
       names=json.dumps({ESCAPES: ONE}), many=json.dumps({str(number): ONE for number in range(10_000)}),
-      large=json.dumps({"high_noise": {"ratios": [1.0] * 10**6}}), endless='{"high_noise": {"ratios": [1e999]}}')  # fmt: skip
+      large=json.dumps({"high_noise": {"ratios": [1.0] * 10**6}}),
+      endless='{"high_noise": {"ratios": [1e999]}}')  # fmt: skip
 
 
 @case(calibration)
@@ -658,13 +665,14 @@ def read(name, folder):
     with tempfile.TemporaryFile("w+") as answers:
         answers.write("y\n" * 10)
         answers.seek(0)
-        told = run(how, path, answers.fileno())
+        said = run(how, path, answers.fileno())
     appeared = everything(folder) - before
     target = path.parent.relative_to(folder) / "target"
-    told |= {"appeared": sorted(appeared), "target": sorted(one for one in appeared if Path(one).is_relative_to(target))}
+    made = [one for one in appeared if Path(one).is_relative_to(target)]
+    said |= {"appeared": sorted(appeared), "target": sorted(made)}
     os.chdir(folder)
     shutil.rmtree(own)
-    return told
+    return said
 
 
 def main():

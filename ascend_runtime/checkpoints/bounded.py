@@ -58,12 +58,12 @@ def read_json(path: Path, again: str = "Download it again.") -> dict:
     """The JSON object in a file. Raises ValueError where there is none; again: what to do then."""
     content = read_bounded(path)
     try:
-        told = parse_json(content)
+        said = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({shown(error)}). {again}") from None
-    if not isinstance(told, dict):
+    if not isinstance(said, dict):
         raise ValueError(f"{path} holds no JSON object. {again}")
-    return told
+    return said
 
 
 def plain_file_name(name: Any) -> bool:

@@ -111,11 +111,11 @@ def description_in(folder: Path) -> Path | None:
 def read_description(file: Path) -> Description:
     """Raises ValueError for one that cannot be read, and for what is not computed here, by the names of layers and of
     the cards that compute it."""
-    told = read_json(file, "Quantize the model again.")
-    check_count(file, told)
-    if any(len(name) > LONGEST_NAME for name in told):
+    said_of = read_json(file, "Quantize the model again.")
+    check_count(file, said_of)
+    if any(len(name) > LONGEST_NAME for name in said_of):
         raise ValueError(f"{file} names a tensor in more than {LONGEST_NAME} characters. Quantize the model again.")
-    algorithms = {plain_name(name): said.upper() for name, said in told.items() if isinstance(said, str)}
+    algorithms = {plain_name(name): said.upper() for name, said in said_of.items() if isinstance(said, str)}
     _check(file, algorithms)
     smoothed = {name.removesuffix(".mul_scale") for name in algorithms if name.endswith(".mul_scale")}
     quantized = {name.removesuffix(".weight"): said for name, said in algorithms.items()

@@ -23,6 +23,9 @@ MOST_STEPS = 8_000_000
 MOST_OBJECTS = 4_000_000
 MOST_NAMES = 10_000  # of classes and functions
 LARGEST_KEY = 2**60  # of whole numbers below it no two have one hash
+# Nothing of these is ever run here; but who names them means to, and his weights are not to be trusted either.
+CODE = ("os", "posix", "nt", "sys", "subprocess", "builtins.eval", "builtins.exec", "builtins.compile",
+        "builtins.__import__")  # fmt: skip
 MAPPINGS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
 
 
@@ -130,6 +133,8 @@ class _Reader:
         """Writers name a class once, and remember it."""
         if path not in self.names and len(self.names) == MOST_NAMES:
             raise ValueError(f"its pickle names more than {MOST_NAMES} classes")
+        if path in CODE or path.partition(".")[0] in CODE:
+            raise ValueError(f"it names {path}, and code of a file is never run")
         self.put(self.names.setdefault(path, Name(path)), room=20)
 
     def remember(self, index: int) -> None:

@@ -30,10 +30,10 @@ LONGEST_PIECES = 8 * 2**20  # characters of all; each may take a node of a tree
 def check_class(folder: Path) -> None:
     """Raises ValueError for a tokenizer whose settings name code of its own, or a class that is not UMT5's."""
     for file in (folder / name for name in SETTINGS):
-        told = read_json(file) if file.is_file() else {}
-        if told.get("auto_map"):
+        settings = read_json(file) if file.is_file() else {}
+        if settings.get("auto_map"):
             raise ValueError(f"{file} names code of the folder's own (auto_map), which is never run. {INSTEAD}")
-        named = told.get("tokenizer_class")
+        named = settings.get("tokenizer_class")
         if named is not None and named not in CLASSES:
             raise ValueError(f"{file} names the class {shown(repr(named))}, which is not UMT5's. {INSTEAD}")
 
@@ -42,10 +42,10 @@ def tokenizer_json(file: Path) -> bytes:
     """The content of a tokenizer.json. Raises ValueError where it is no UMT5's, or larger than such a one."""
     content = read_bounded(file, LONGEST_JSON)
     with usable(file, "its tokenizer"):
-        told = parse_json(content)
-        if not isinstance(told, dict) or not _is_model(told.get("model")):
+        parts = parse_json(content)
+        if not isinstance(parts, dict) or not _is_model(parts.get("model")):
             raise ValueError("it holds no vocabulary of a UMT5")
-        _check_characters(told.get("normalizer"))
+        _check_characters(parts.get("normalizer"))
     return content
 
 

@@ -29,7 +29,7 @@ STORAGES = {  # of each class of torch's: what its numbers are; bytes are a tens
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
 }  # fmt: skip
 LONGEST_DIRECTORY = 8 * 2**20  # bytes of a zip's list of what it holds; that of 1,095 tensors has 0.2 MB
-MOST_EXPANDED = 2**26  # bytes of a tensor that repeats what its storage holds, beside those that are there
+MOST_EXPANDED = 2**26  # bytes of a tensor that repeats what its storage holds
 DEEPEST = 16  # dicts in dicts, down to a tensor
 MOST_ENTRIES = 500_000  # of all of them, each counted as often as it is met
 
