@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from ..acceleration import Calibration
-from .bounded import read_bounded
+from .bounded import LONGEST_NAME, read_bounded
 from .faults import shown
 
 LONGEST = 2**20  # bytes; of two experts with 50 steps each it has 2 kB
@@ -29,7 +29,7 @@ def read_calibration(path: str) -> dict[str, Calibration]:
         return {}
     try:
         found = msgspec.json.decode(read_bounded(file, LONGEST), type=dict[str, Calibration])
-        if len(found) > EXPERTS or not all(map(str.isprintable, found)):
+        if len(found) > EXPERTS or not all(name.isprintable() and len(name) <= LONGEST_NAME for name in found):
             raise ValueError(f"it is of {len(found)} experts, with names such as '{shown(next(iter(found)))}'")
     except (ValueError, RecursionError) as error:  # what msgspec raises is one of the former
         why = shown(error)
