@@ -297,7 +297,7 @@ class AccelerationSpec(Spec, frozen=True, kw_only=True):
         given = {name: getattr(self, name) for name in ("attention_cache", "block_cache", "step_cache", "rainfusion")}
         return {name: getattr(spec, WAYS.get(name, ""), "") for name, spec in given.items() if spec is not None}
 
-    def beside(self, kind: str, spec: Struct) -> AccelerationSpec:
+    def beside(self, kind: str, spec: Spec) -> AccelerationSpec:
         """This and one more. Raises ValueError for two of a kind, and for two caches."""
         _require(getattr(self, kind) is None, f"Two of {_words([kind])} are given; take one of them.")
         return replace(self, **{kind: spec})

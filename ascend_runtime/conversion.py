@@ -16,19 +16,22 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
+from .checkpoints.bounded import read_json
 from .checkpoints.configs import HEAD_DIM
+from .checkpoints.faults import printable_lines, shown
 from .checkpoints.keys import to_mindspeed_name
-from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, read_json
+from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component
+from .checkpoints.links import own_file, own_files
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.paths import CALIBRATION, DEFAULTS, file_of
 from .checkpoints.reader import check_weights, tokenizer_model
 from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
+from .checkpoints.tokenizers import SPIECE, check_class
 from .checkpoints.transfer import Move, fill, laid_out
 from .checkpoints.unfinished import partial_folder, sync, unfinished
 from .checkpoints.writers import PIECE
 from .components.networks import empty_network
-from .components.text_encoder import SPIECE
 from .families import wan
 from .families.defaults import TI2V_CHANNELS, defaults_of
 from .inspection import inspect
@@ -51,8 +54,9 @@ NOTHING = (None, None)  # in the place of what it has not
 
 @dataclass
 class Plan:
-    """What a target will hold, by paths within it."""
+    """What a target will hold, by paths within it. root: of what it is made, a folder or a file."""
 
+    root: Path
     moves: dict[Path, dict[str, Move]] = field(default_factory=dict)  # of each file of weights, by the names there
     texts: dict[Path, bytes] = field(default_factory=dict)
     copies: dict[Path, Path] = field(default_factory=dict)  # of files as they are
@@ -66,9 +70,11 @@ class Plan:
         return sum(move.made.nbytes for moves in self.moves.values() for move in moves.values())
 
     def copy(self, folder: Path, to: Path) -> None:
-        """All of a folder."""
+        """All of a folder of the source, or next to it. Raises ValueError where a link in it leads elsewhere (see
+        checkpoints/links.py)."""
         self.folders.append(folder)
-        self.copies |= {to / file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        around = self.root if folder.is_relative_to(self.root) else self.root.parent
+        self.copies |= {to / name: file for name, file in own_files(folder, around).items()}
 
     def source(self) -> list[tuple]:
         """Changes when a file that is read does."""
@@ -120,7 +126,7 @@ def _say(plan: Plan, progress: Progress) -> None:
 
 def _refused(why: str, progress: Progress) -> int:
     progress.end()
-    print(f"error: {why}", file=sys.stderr)
+    print(f"error: {printable_lines(why)}", file=sys.stderr)
     return 1
 
 
@@ -142,21 +148,21 @@ def planned(
     dtype: of the weights; None: each one's own, bfloat16 for 8 bits. on_part: called before each part is looked at.
     Raises ValueError where a part of the source is not whole, or none of it can be kept so.
     """
-    plan = Plan()
+    plan = Plan(source)
     parts = _parts(source, to, plan.left_out, on_part)
     plan.sources += parts.values()
     if to == "mindspeed":
         for part, component in parts.items():
             _plan_release(plan, Path(FOLDERS[part][1] if len(parts) > 1 else ""), part, component, dtype)
-        _plan_own_files(plan, source, parts)
+        _plan_own_files(plan, parts)
         return plan
     _plan_tokenizer(plan, parts)
     alone = len(parts) == 1 and not (plan.copies or plan.texts)
     for part, component in parts.items():
         _plan_component(plan, Path("" if alone else part), part, component, dtype, shard_size)
     if not alone:
-        _plan_pipeline(plan, source, parts)
-    _plan_own_files(plan, source, parts)
+        _plan_pipeline(plan, parts)
+    _plan_own_files(plan, parts)
     return plan
 
 
@@ -243,8 +249,9 @@ def _plan_component(
     own = {name: told for name, told in component.config.items() if name not in ("dtype", "torch_dtype")}
     plan.texts[folder / CONFIG] = _json({key: value, **own})
     if component.folder:  # such as the latents' colours beside a VAE
-        plan.copies |= {folder / file.name: file for file in sorted(component.folder.glob("*.json"))
-                        if file.name != CONFIG and not file.name.endswith(".index.json")}  # fmt: skip
+        found = own_files(component.folder, plan.root, "*.json")
+        plan.copies |= {folder / name: file for name, file in found.items()
+                        if name.name != CONFIG and not name.name.endswith(".index.json")}  # fmt: skip
 
 
 def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
@@ -255,6 +262,7 @@ def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
     if found is None or not found.exists():
         plan.left_out.append("tokenizer: there is none in the text encoder's file, nor beside it")
     elif found.is_dir():
+        check_class(found)
         plan.copy(found, Path("tokenizer"))
     else:
         tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
@@ -262,18 +270,23 @@ def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
         plan.texts[Path("tokenizer", "tokenizer_config.json")] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
 
 
-def _plan_own_files(plan: Plan, source: Path, parts: dict[str, Component]) -> None:
+def _plan_own_files(plan: Plan, parts: dict[str, Component]) -> None:
     """What the pack itself keeps next to a transformer: what it is run with, and what a calibration found."""
+    around = plan.root if plan.root.is_dir() else plan.root.parent
     for name in (DEFAULTS, CALIBRATION):
-        if "transformer" in parts and file_of(source, name).is_file():
-            plan.copies[Path(name)] = file_of(source, name)
+        file = file_of(plan.root, name)
+        if "transformer" in parts and file.is_file():
+            plan.copies[Path(name)] = own_file(file, around)
 
 
-def _plan_pipeline(plan: Plan, source: Path, parts: dict[str, Component]) -> None:
+def _plan_pipeline(plan: Plan, parts: dict[str, Component]) -> None:
     """What diffusers' pipeline has beside its networks: as it is in the source, or made where that is no pipeline."""
+    source = plan.root
     if (source / INDEX).is_file():
-        plan.copies[Path(INDEX)] = source / INDEX
+        plan.copies[Path(INDEX)] = own_file(source / INDEX, source)
         for name in read_json(source / INDEX):
+            if not name.isidentifier():  # diffusers passes what is there by these names
+                raise ValueError(f"{source / INDEX} names {shown(repr(name))}, which no part of a pipeline is called.")
             if name not in parts and (source / name).is_dir():
                 plan.copy(source / name, Path(name))
         return
@@ -322,8 +335,7 @@ def convert(plan: Plan, target: Path, identity: dict[str, object], progress: Pro
         if plan.source() != held:
             raise ValueError("SOURCE changed while it was read. Delete what was made of it, and begin anew.")
         for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # a model has it: last
-            made = work.made / path
-            made.parent.mkdir(parents=True, exist_ok=True)
+            made = work.place(path)
             if path in plan.copies:
                 shutil.copyfile(plan.copies[path], made)
             else:

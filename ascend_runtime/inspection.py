@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .checkpoints.bounded import read_json
+from .checkpoints.faults import printable_lines
 from .checkpoints.kinds import KINDS, is_kind
 from .checkpoints.layout import (
     CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
-    read_json,
 )  # fmt: skip
 from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
         found = list(inspect(arguments.path, progress.begin))
     except ValueError as error:
         progress.end()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 1
     progress.begin("sizes")
     rows = [COLUMNS, *(_row(one) for one in found)]
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
     if transformers:
         print(*_told(transformers[0], len(transformers)), sep="\n")
     faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
-    print(*faults, sep="\n", end="\n" if faults else "")
+    print(*map(printable_lines, faults), sep="\n", end="\n" if faults else "")
     return 1 if faults else 0
 
 

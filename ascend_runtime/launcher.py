@@ -12,7 +12,6 @@ import os
 import re
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import threading

@@ -6,13 +6,17 @@ import html
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Hashable
 
 import ftfy
 import torch
 import torch.nn.functional as F
 from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
 from torch import Tensor
+
+from .checkpoints.faults import usable
 
 MAX_TOKENS = 512  # what Wan was trained with
 KNOWN_PROMPTS = 16  # of UMT5-XXL 4 MB each at most in bfloat16, 8 in float32
@@ -30,7 +34,7 @@ class Tokens:
 
 
 class SentencePiece:
-    """A tokenizer from a sentencepiece model alone, called as transformers' are, with the end after each prompt."""
+    """A tokenizer from a sentencepiece model, called as transformers' are, with the end after each prompt."""
 
     def __init__(self, model: bytes):
         try:
@@ -40,8 +44,29 @@ class SentencePiece:
 
     def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
         assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"
-        tokens = torch.tensor([[*self._processor.encode(text)[: max_length - 1], self._processor.eos_id()]])
-        return Tokens(tokens, torch.ones_like(tokens))
+        return _tokens([*self._processor.encode(text)[: max_length - 1], self._processor.eos_id()])
+
+
+class JsonTokenizer:
+    """A tokenizer from a tokenizer.json, called as transformers' are. What follows each prompt is in the file."""
+
+    def __init__(self, content: bytes, file: Path):
+        """content: of `file`, which errors name. Raises ValueError for one that cannot be used."""
+        self._file = file
+        with usable(file, "the tokenizer in it"):
+            self._tokenizer = Tokenizer.from_buffer(content)
+            self._tokenizer.no_padding()
+
+    def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
+        assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"
+        with usable(self._file, "the tokenizer in it"):
+            self._tokenizer.enable_truncation(max_length)
+            return _tokens(self._tokenizer.encode(text).ids)
+
+
+def _tokens(ids: list[int]) -> Tokens:
+    tokens = torch.tensor([ids])
+    return Tokens(tokens, torch.ones_like(tokens))
 
 
 def clean(text: str) -> str:

@@ -14,7 +14,6 @@ freed memory for the next step: on a busy machine a step of the VAE took 2 s of 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch

@@ -65,8 +65,7 @@ RESERVED = {
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_extras", "comfy_execution", "execution", "folder_paths",
            "latent_preview", "node_helpers", "nodes", "server"}  # fmt: skip
-# Of a pickle, one makes tensors' places and nothing that the file asks for, the other catches what torch.load raises.
-PICKLE_READERS = ("ascend_runtime.checkpoints.dcp", "ascend_runtime.checkpoints.torch_file")
+PICKLE_READERS = ("ascend_runtime.checkpoints.pickles",)  # takes the numbers of its codes, and none of its readers
 PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 LONGEST_FUNCTION = 60
 TABLES = {"define_schema"}  # a node's inputs, one after the other: data, that happens to stand in a function

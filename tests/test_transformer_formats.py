@@ -270,9 +270,13 @@ def test_nothing_of_a_pickle_is_run(tmp_path, tensors):
     formats.mindspeed_distributed(tmp_path / "dcp", tensors)
     metadata = tmp_path / "dcp" / "iter_0001000" / ".metadata"
     content = pickle.loads(metadata.read_bytes())
-    content.planner_data = Trap(os.mkdir, tmp_path / "sprung")
+    content.planner_data = Trap(spring, tmp_path / "sprung")
     metadata.write_bytes(pickle.dumps(content))
     load(tmp_path / "dcp")
+    content.planner_data = Trap(os.mkdir, tmp_path / "sprung")
+    metadata.write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"\.metadata .* code of a file is never run"):
+        load(tmp_path / "dcp")
     assert not (tmp_path / "sprung").exists()
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import msgspec
 
 from ..acceleration import Calibration
+from .bounded import LONGEST_NAME, read_bounded
+from .faults import shown
 from .paths import CALIBRATION, file_of
+
+LONGEST = 2**20  # bytes; of two experts with 50 steps each it has 2 kB
+EXPERTS = 2  # of a model, at most
 
 
 def calibration_file(path: str) -> Path:
@@ -19,12 +24,16 @@ def calibration_file(path: str) -> Path:
 def read_calibration(path: str) -> dict[str, Calibration]:
     """Of each expert of the model at `path`; empty where there is none. Raises ValueError for a file that is none."""
     file = calibration_file(path)
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=dict[str, Calibration])
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return {}
-    except (msgspec.DecodeError, OSError) as error:
-        raise ValueError(f"{file} is no calibration ({error}). Remove it, or calibrate the model again.") from None
+    try:
+        found = msgspec.json.decode(read_bounded(file, LONGEST), type=dict[str, Calibration])
+        if len(found) > EXPERTS or not all(name.isprintable() and len(name) <= LONGEST_NAME for name in found):
+            raise ValueError(f"it is of {len(found)} experts, with names such as '{shown(next(iter(found)))}'")
+    except (ValueError, RecursionError) as error:  # what msgspec raises is one of the former
+        why = shown(error)
+        raise ValueError(f"{file} is no calibration ({why}). Remove it, or calibrate the model again.") from None
+    return found
 
 
 def write_calibration(file: Path, found: dict[str, Calibration]) -> None:

@@ -7,46 +7,25 @@ tensor lies there in chunks, each chunk as a small file of torch.save within a .
 from __future__ import annotations
 
 import io
-import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .bounded import LONGEST_NAME, MOST_DIMS, plain_file_name, read_bounded
+from .faults import shown
 from .parts import Part, Stored, read_stored, whole
+from .pickles import LONGEST, Record, read_pickle
 from .states import states
-from .torch_file import BROKEN, stored_tensors
+from .torch_file import dtype_of, sizes, stored_tensors
 
 METADATA = ".metadata"
 WRAPPER = "model."  # before the names of the weights, where others lie beside them
-
-
-class _Record:
-    """Stands for any object of the pickle: keeps the attributes that it is given, and runs nothing."""
-
-    def __init__(self, *arguments, **_):
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
-            self.arguments = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass  # of a dict of a kind of its own, which names no tensor
-
-
-class _Metadata(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(dtype, torch.dtype) or dtype is torch.Size:
-            return dtype
-        return _Record
+MOST_CHUNKS = 200_000  # of all tensors; 16 ranks that train a 14B model write 70,000
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,6 @@ class DistributedCheckpoint:
         self._tensors = wrapped or tensors
         self.shapes = {name: held.shape for name, held in self._tensors.items()}
         self._stored: dict[_Chunk, Stored] = {}  # that were asked for
-        self._one_at_a_time = Lock()
         return self
 
     def __exit__(self, *_) -> None:
@@ -112,11 +90,16 @@ class DistributedCheckpoint:
 
     def _read_chunk(self, chunk: _Chunk, part: Part) -> Tensor:
         with chunk.file.open("rb", buffering=0) as file:
-            with self._one_at_a_time:  # what a pickle may name is the whole process's
-                if chunk not in self._stored:
-                    found = stored_tensors(_View(file, chunk.start, chunk.length), chunk.file)
-                    self._stored[chunk] = replace(found, start=chunk.start + found.start)
+            if chunk not in self._stored:  # by several threads perhaps, who find the same
+                self._stored[chunk] = self._described(file, chunk)
             return read_stored(file, self._stored[chunk], part)
+
+    def _described(self, file, chunk: _Chunk) -> Stored:
+        found = stored_tensors(_View(file, chunk.start, chunk.length), chunk.file)
+        if not isinstance(found, Stored) or found.shape != chunk.sizes:
+            raise ValueError(f"{chunk.file} holds no tensor {list(chunk.sizes)} at byte {chunk.start}, where "
+                             f"{self.path / METADATA} says that it does. Copy the whole folder again.")  # fmt: skip
+        return replace(found, start=chunk.start + found.start)
 
 
 def _moved(own: slice, by: int) -> slice:
@@ -126,30 +109,75 @@ def _moved(own: slice, by: int) -> slice:
 @lru_cache(maxsize=4)
 def _tensors(path: Path, _: tuple) -> tuple[tuple[str, _Spread], ...]:
     """By name. Raises ValueError where `.metadata` says nothing of the sort, or a file that it names is cut."""
+    content = read_bounded(path / METADATA, LONGEST)
     try:
-        with (path / METADATA).open("rb") as file:
-            metadata = _Metadata(file).load()
-        places = {(index.fqn, tuple(index.offset)): place for index, place in metadata.storage_data.items()
-                  if getattr(index, "offset", None) is not None}  # fmt: skip
-        described = [(name, held) for name, held in metadata.state_dict_metadata.items() if hasattr(held, "chunks")]
-        tensors = tuple((name, _spread(path, name, held, places)) for name, held in described)
-    except (pickle.UnpicklingError, *BROKEN) as error:
-        raise ValueError(f"{path / METADATA} is not of a distributed checkpoint of torch ({error}).") from None
+        metadata = read_pickle(content, {"torch.Size": sizes})
+        tensors = tuple(_described(path, _field(metadata, "state_dict_metadata"), _field(metadata, "storage_data")))
+    except ValueError as error:
+        raise ValueError(f"{path / METADATA} is not of a distributed checkpoint of torch ({shown(error)}).") from None
+    lengths = {file: file.stat().st_size if file.is_file() else -1 for file in
+               {chunk.file for _, held in tensors for chunk in held.chunks}}  # fmt: skip
     for chunk in (chunk for _, held in tensors for chunk in held.chunks):
-        if not chunk.file.is_file() or chunk.file.stat().st_size < chunk.start + chunk.length:
+        if lengths[chunk.file] < chunk.start + chunk.length:
             raise ValueError(f"{chunk.file} is missing or cut short. Copy the whole folder again.")
     return tensors
 
 
-def _spread(path: Path, name: str, held: _Record, places: dict) -> _Spread:
-    chunks = []
-    for chunk in held.chunks:
-        place = places[name, tuple(chunk.offsets)]
-        if getattr(place, "transform_descriptors", None):
-            raise ValueError(f"{path} holds {name} compressed. Save it again without extensions.")
-        file = path / Path(place.relative_path).name
-        chunks.append(_Chunk(file, place.offset, place.length, tuple(chunk.offsets), tuple(chunk.sizes)))
-    return _Spread(tuple(held.size), held.properties.arguments[0], tuple(chunks))
+def _field(record: Any, name: str, *kinds: type) -> Any:
+    """An attribute of a record. Raises ValueError where it has none of these kinds (none: dict)."""
+    found = record.get(name) if isinstance(record, Record) else None
+    if type(found) not in (kinds or (dict,)):
+        raise ValueError(f"its {name} is {'missing' if found is None else 'something else'}")
+    return found
+
+
+def _described(path: Path, described: dict, stored: dict) -> Iterator[tuple[str, _Spread]]:
+    """The tensors by name. described: what is said of each; stored: where each chunk lies, by what stands for it."""
+    places = {(_field(index, "fqn", str), _sizes(index, "offset")): place for index, place in stored.items()
+              if isinstance(index, Record) and index.get("offset") is not None}  # fmt: skip
+    left = MOST_CHUNKS
+    for name, held in described.items():
+        if isinstance(held, Record) and held.get("chunks") is not None:
+            left -= len(_field(held, "chunks", list))
+            if left < 0 or type(name) is not str or len(name) > LONGEST_NAME:
+                raise ValueError(f"it names more than {MOST_CHUNKS} chunks, or a tensor by what is no name")
+            yield name, _spread(path, name, held, places)
+
+
+def _sizes(record: Any, name: str) -> tuple[int, ...]:
+    """Few whole numbers: they are hashed and reckoned with. Raises ValueError for anything else."""
+    found = _field(record, name, tuple)
+    if len(found) > MOST_DIMS or any(type(one) is not int or not 0 <= one < 2**63 for one in found):
+        raise ValueError(f"its {name} is no shape")
+    return found
+
+
+def _spread(path: Path, name: str, held: Record, places: dict) -> _Spread:
+    arguments = _field(held, "properties", Record)
+    dtype = dtype_of(next(iter(arguments.state if isinstance(arguments.state, tuple) else arguments.arguments), None))
+    if dtype is None:
+        raise ValueError(f"{name} has no dtype of torch")
+    chunks = tuple(_chunk(path, name, chunk, places) for chunk in _field(held, "chunks", list))
+    shape = _sizes(held, "size")
+    if any(len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks):
+        raise ValueError(f"{name} has chunks of other dims than its own")
+    return _Spread(shape, dtype, chunks)
+
+
+def _chunk(path: Path, name: str, chunk: Any, places: dict) -> _Chunk:
+    offsets = _sizes(chunk, "offsets")
+    place = places.get((name, offsets))
+    if place is None:
+        raise ValueError(f"it says not where {name} lies")
+    if place.get("transform_descriptors"):
+        raise ValueError(f"it holds {name} compressed. Save it again without extensions")
+    file = _field(place, "relative_path", str)
+    if not plain_file_name(file):
+        raise ValueError(f"it names the file {file!r}, which does not lie next to it")
+    start, length = _field(place, "offset", int), _field(place, "length", int)
+    if start < 0 or length < 0:
+        raise ValueError(f"it says that {name} lies at byte {start}")
+    return _Chunk(path / file, start, length, offsets, _sizes(chunk, "sizes"))
 
 
 class _View(io.RawIOBase):

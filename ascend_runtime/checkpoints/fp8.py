@@ -8,17 +8,18 @@ times its scale; scales of inputs are for products in 8 bits, of which there are
 
 from __future__ import annotations
 
-import json
 import math
 
 import torch
 
-from .faults import listed, usable
+from .bounded import parse_json
+from .faults import listed, shown, usable
 from .tensor_files import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
 OLD_SCALES = {"scale_weight": True, "scale_input": False}  # whether it is a weight's
 NEW_SCALES = {"weight_scale": True, "input_scale": False}
+LONGEST_MARK = 4096  # numbers of a tensor that holds JSON; those of ComfyUI have less than 100
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
@@ -34,7 +35,8 @@ def scales_of(file: TensorFile) -> tuple[dict[str, str], set[str]]:
     formats = _formats(file, [name for name in marks if leaves[name] == LAYER_MARK])
     for layer, kept in formats.items():
         if kept not in FORMATS:
-            raise ValueError(f"{file.path} holds {layer} as {kept}. Take its fp8_scaled, fp16 or bf16 form.")
+            held = f"{shown(layer)} as {shown(kept)}"
+            raise ValueError(f"{file.path} holds {held}. Take its fp8_scaled, fp16 or bf16 form.")
     kinds = (OLD_SCALES if old else {}) | (NEW_SCALES if formats else {})
     scales = {f"{name.removesuffix(leaf)}weight": name for name, leaf in leaves.items() if kinds.get(leaf)}
     marked = {f"{layer}.weight" for layer in formats}
@@ -47,11 +49,13 @@ def scales_of(file: TensorFile) -> tuple[dict[str, str], set[str]]:
 def _formats(file: TensorFile, marks: list[str]) -> dict[str, str]:
     """The format of each marked layer."""
     with usable(file.path, f"the header's {NEW_MARK}"):
-        layers = dict(json.loads(file.header.get(NEW_MARK, "{}")).get("layers", {}))
+        layers = dict(parse_json(file.header.get(NEW_MARK, "{}")).get("layers", {}))
         formats = {name: layer.get("format", "nothing known") for name, layer in layers.items()}
     for name in marks:
         with usable(file.path, name):
-            mark = json.loads(bytes(file.read(name).tolist()))
+            if math.prod(file.shapes[name]) > LONGEST_MARK:
+                raise ValueError(f"it has {list(file.shapes[name])} bytes")
+            mark = parse_json(bytes(file.read(name).tolist()))
             formats[name.rpartition(".")[0]] = mark.get("format", "nothing known")
     return formats
 

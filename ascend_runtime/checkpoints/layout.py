@@ -3,14 +3,14 @@ MindSpeed-MM, and single files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
 from ..vae_form import VaeForm
+from .bounded import plain_file_name, read_json
 from .configs import check_counts
-from .faults import usable
+from .faults import MAX_NAMES, shown, usable
 from .kinds import KINDS, described, is_kind, moved
 from .mindspeed import latest_shards
 from .msmodelslim import WEIGHTS, Description, description_in, read_description
@@ -80,12 +80,18 @@ def find_component(path: str, name: str) -> Component:
         if loose := sorted(root.glob("*.safetensors")):
             which = f"the file in it, {loose[0].name}" if len(loose) == 1 else f"one of its files, as {loose[0].name}"
             raise ValueError(f"{root} is no folder of a model: it has no {name}/config.json. Give {which}.")
-        held = ", ".join(sorted(entry.name for entry in root.iterdir())) or "nothing"
+        held = _names(entry.name for entry in root.iterdir()) or "nothing"
         raise ValueError(
             f"{root} has no {name}/config.json; it holds {held}. Give a folder of diffusers or of the original, "
             "such as a download of Wan-AI/Wan2.2-T2V-A14B-Diffusers from Hugging Face or ModelScope."
         )
     return _of_diffusers(folder, name)
+
+
+def _names(names: Iterable[str]) -> str:
+    """The first of them, in words."""
+    names = sorted(names)
+    return ", ".join(map(shown, names[:MAX_NAMES])) + (", ..." if len(names) > MAX_NAMES else "")
 
 
 def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = None) -> Component:
@@ -132,8 +138,8 @@ def _original(folder: Path, found: Component) -> Component:
     told = read_json(folder / "config.json").get("num_heads", heads)
     if type(told) is not int or told < 1 or heads * width % told:
         raise ValueError(
-            f"{folder / 'config.json'} says num_heads {told!r}, which does not cut the {heads * width} channels of "
-            f"{found.shards[0].name} into heads. Download it again."
+            f"{folder / 'config.json'} says num_heads {shown(repr(told))}, which does not cut the {heads * width} "
+            f"channels of {found.shards[0].name} into heads. Download it again."
         )
     shape = {"num_attention_heads": told, "attention_head_dim": heads * width // told}
     beside = (*found.beside, folder / "config.json")
@@ -218,19 +224,9 @@ def _check_kind(config: dict, name: str, folder: Path) -> None:
     """diffusers and transformers write into a config what network it is of, each in its way."""
     key, wanted = CLASSES[name.removesuffix("_2")]
     if config.get(key, wanted) != wanted:
-        raise ValueError(f"{folder} holds a {config[key]}; a {wanted} is wanted here.")
+        raise ValueError(f"{folder} holds a {shown(config[key])}; a {wanted} is wanted here.")
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}). Download it again.") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}). May you read it?") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object. Download it again.")
-    return content
 
 
 def _shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:
@@ -240,9 +236,11 @@ def _shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]
     for index in _preferred(folder, f"{pattern}.index.json", [f"{name}.index.json" for name in standard]):
         with usable(index, "its weight_map"):
             names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
+            if strange := [name for name in names if not plain_file_name(name)]:
+                raise ValueError(f"it names {strange[0]!r}, which is no file next to it")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
-            raise ValueError(f"{folder} lacks {', '.join(missing) or 'weights'}, see {index.name}. Download them.")
+            raise ValueError(f"{folder} lacks {_names(missing) or 'weights'}, see {index.name}. Download them.")
         return tuple(folder / name for name in names)
     shards = _preferred(folder, pattern, standard)
     if not shards:
@@ -261,6 +259,7 @@ def _preferred(folder: Path, pattern: str, names: Iterable[str]) -> tuple[Path, 
 def _found(kind: str, shards: tuple[Path, ...]) -> Component:
     """A network beside which no config lies: it is in the shapes. Raises ValueError where it is another network."""
     held = described(kind, shards, states(shards))
+    check_counts(held.config, shards[0])
 
     def rename(name: str, shard: Path) -> str | None:
         renamed = KINDS[kind].rename(name)

@@ -13,7 +13,6 @@ the others' names.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from .faults import listed
+from .bounded import LONGEST_NAME, check_count, read_json
+from .faults import listed, shown
 from .keys import MODELSLIM, renamed
 from .tensor_files import TensorFile
 
@@ -111,15 +111,11 @@ def description_in(folder: Path) -> Path | None:
 def read_description(file: Path) -> Description:
     """Raises ValueError for one that cannot be read, and for what is not computed here, by the names of layers and of
     the cards that compute it."""
-    try:
-        told = json.loads(file.read_text())
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({error.strerror}). May you read it?") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}). Quantize the model again.") from None
-    if not isinstance(told, dict):
-        raise ValueError(f"{file} holds no JSON object. Quantize the model again.")
-    algorithms = {plain_name(name): said.upper() for name, said in told.items() if isinstance(said, str)}
+    said_of = read_json(file, "Quantize the model again.")
+    check_count(file, said_of)
+    if any(len(name) > LONGEST_NAME for name in said_of):
+        raise ValueError(f"{file} names a tensor in more than {LONGEST_NAME} characters. Quantize the model again.")
+    algorithms = {plain_name(name): said.upper() for name, said in said_of.items() if isinstance(said, str)}
     _check(file, algorithms)
     smoothed = {name.removesuffix(".mul_scale") for name in algorithms if name.endswith(".mul_scale")}
     quantized = {name.removesuffix(".weight"): said for name, said in algorithms.items()
@@ -140,7 +136,7 @@ def _check(file: Path, algorithms: dict[str, str]) -> None:
         return
     said = sorted(set(unknown.values()))
     cards = {next((cards for mark, cards in ELSEWHERE.items() if mark in one), None) for one in said} - {None}
-    kinds = {f"as {one}": sorted(name for name, its in unknown.items() if its == one) for one in said}
+    kinds = {f"as {shown(one)}": sorted(name for name, its in unknown.items() if its == one) for one in said}
     raise ValueError(
         f"{file} quantizes layers in a way that is not computed here: {listed(kinds)}. "
         + (f"That is for {' and '.join(sorted(cards))}, in MindIE SD. " if cards else "")

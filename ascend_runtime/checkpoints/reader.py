@@ -18,6 +18,7 @@ from .msmodelslim import Description
 from .parts import Part
 from .pieces import Wanted, read_in_pieces
 from .tensor_files import open_tensors
+from .tokenizers import LONGEST_SPIECE
 
 
 class Share(Protocol):
@@ -180,6 +181,10 @@ def _check_fit(module, shards, wanted, places) -> None:
 def tokenizer_model(file: Path) -> bytes:
     """The sentencepiece model that a file of a text encoder brings along."""
     with open_tensors(file) as tensors:
+        count, dtype = math.prod(tensors.shapes[TOKENIZER_MODEL]), tensors.dtype(TOKENIZER_MODEL)
+        if count > LONGEST_SPIECE or dtype != torch.uint8:
+            raise ValueError(f"{file} holds {TOKENIZER_MODEL} as {count} numbers of {dtype}; that must be at most "
+                             f"{LONGEST_SPIECE} bytes. Download it again.")  # fmt: skip
         return tensors.read(TOKENIZER_MODEL).numpy().tobytes()
 
 

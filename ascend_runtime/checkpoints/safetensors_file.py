@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .bounded import parse_json
+from .faults import shown
 from .parts import Part, Stored, read_stored
 
 DTYPES = {
@@ -19,6 +20,21 @@ DTYPES = {
 }  # fmt: skip
 
 
+LONGEST = 16 * 2**20  # bytes; a 14B model's in 8 bits has 0.5 MB, that of a file with all components 1 MB
+MOST_OBJECTS = 200_000  # in it: a tensor each, and what training notes of itself, as JSON within a string
+
+
+def check_header(path: Path) -> None:
+    """Raises ValueError for a header that no model's file has, before the library makes anything of it."""
+    with path.open("rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST:
+            raise ValueError(f"{path} has a header of {length} bytes; a model's file has at most {LONGEST}.")
+        objects = file.read(length).count(b"{")
+    if objects > MOST_OBJECTS:
+        raise ValueError(f"{path} has a header of {objects} entries; a model's file has at most {MOST_OBJECTS}.")
+
+
 class SafetensorsFile:
     """See tensor_files.TensorFile. The library opens it first, as it checks that the file is whole."""
 
@@ -26,16 +42,17 @@ class SafetensorsFile:
         self.path = path
 
     def __enter__(self) -> SafetensorsFile:
+        check_header(self.path)
         try:
             self._library = safe_open(self.path, framework="pt").__enter__()
         except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a whole .safetensors file ({error}). Download it again.") from None
+            why = shown(error)
+            raise ValueError(f"{self.path} is not a whole .safetensors file ({why}). Download it again.") from None
         self._file = self.path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
-        entries = json.loads(self._file.read(length))
-        self.header = entries.pop("__metadata__", None) or {}
-        self._entries, self._data = entries, 8 + length
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        self._entries, self._data = parse_json(self._file.read(length)), 8 + length
+        self.header = self._entries.pop("__metadata__", None) or {}
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
         return self
 
     def __exit__(self, *error) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from .bounded import check_tensors
 from .dcp import METADATA, DistributedCheckpoint
 from .parts import Part
 from .safetensors_file import SafetensorsFile
@@ -46,12 +47,13 @@ class TensorFile(Protocol):
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
     """The opened file, or folder of a distributed checkpoint. Raises ValueError where it is none of those, or cut, or
-    cannot be read."""
+    cannot be read, or names tensors as no model does (see bounded.py)."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(_kind(path)(path))
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}). May you read it?") from None
+        check_tensors(path, file.shapes)
         yield file
 
 
@@ -60,6 +62,9 @@ def _kind(path: Path) -> type[TensorFile]:
         if not (path / METADATA).is_file():
             raise ValueError(f"{path} is a folder without {METADATA}: no distributed checkpoint of torch.")
         return DistributedCheckpoint
+    if not path.is_file():
+        why = "no regular file" if path.exists() else "not there"
+        raise ValueError(f"{path} is {why}. Put the file of weights in its place.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes). Download it again.")
     with path.open("rb") as file:

@@ -51,11 +51,11 @@ def laid_out(moves: dict[Path, dict[str, Move]], work: Unfinished) -> list[Step]
     which they lie. The files are laid out first, unless they were."""
     if work.done is None:
         for path, own in moves.items():
-            (work.made / path).parent.mkdir(parents=True, exist_ok=True)
-            lay_out(work.made / path, {name: move.made for name, move in own.items()})
-            sync(work.made / path)
+            place = work.place(path)
+            lay_out(place, {name: move.made for name, move in own.items()})
+            sync(place)
         work.record(0)
-    return [step for path, own in moves.items() for step in _steps(work.made / path, own)]
+    return [step for path, own in moves.items() for step in _steps(work.place(path), own)]
 
 
 def _steps(file: Path, moves: dict[str, Move]) -> Iterator[Step]:

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .bounded import parse_json
+from .faults import usable
+
 JOURNAL, MADE = "journal", "made"
 
 
@@ -24,6 +27,15 @@ class Unfinished:
         self.made = partial_folder(target) / MADE
         self.done = done
         self._target, self._journal = target, journal
+
+    def place(self, path: Path) -> Path:
+        """Where a file of the folder goes; the folders around it are made. Raises ValueError where that lies, with
+        links resolved, outside of it."""
+        place = self.made / path
+        if not place.resolve().is_relative_to(self.made.resolve()):
+            raise ValueError(f"{path} does not lie in {self.made}, where all of it is to be. Nothing was written.")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        return place
 
     def record(self, done: int) -> None:
         """To be called when what was done is on disk."""
@@ -91,6 +103,8 @@ def _check_free(target: Path, folder: Path) -> None:
         raise ValueError(f"{target} is a link to {os.readlink(target)}, which is not there. Name another target.")
     if target.exists() and not (folder / JOURNAL).exists():
         raise ValueError(f"{target} exists. Name another target, or move it away.")
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}. Delete it, or name another target.")
     if folder.exists() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is in the way, and not of a conversion. Move it away, or name another target.")
 
@@ -104,9 +118,11 @@ def _done(target: Path, journal, identity: dict[str, object]) -> int | None:
         raise ValueError(f"{target} came from elsewhere meanwhile. Move it away, or name another target.")
     if len(lines) < 2 or not (target.exists() or made):
         return None
-    _check_same(partial_folder(target), json.loads(lines[0]), json.loads(json.dumps(identity)))
+    with usable(Path(journal.name), "what was begun there"):
+        begun, done = dict(parse_json(lines[0])), int(lines[-1])
+    _check_same(partial_folder(target), begun, json.loads(json.dumps(identity)))
     journal.truncate(sum(len(line) + 1 for line in lines))
-    return int(lines[-1])
+    return done
 
 
 def _check_same(folder: Path, begun: dict, asked: dict) -> None:

@@ -53,7 +53,8 @@ def _lay_out_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def starts(path: Path) -> dict[str, int]:
     """Where each tensor of a file that `lay_out` made begins, in bytes; in the order in which they lie there."""
     if path.suffix != ".safetensors":
-        return {name: stored.start for name, stored in stored_tensors(path, path)[WEIGHTS].items()}
+        with path.open("rb", buffering=0) as file:
+            return {name: stored.start for name, stored in stored_tensors(file, path)[WEIGHTS].items()}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))

@@ -19,7 +19,7 @@ from ..ops import check_quantized
 from ..parallel.fsdp import Share, Sharding
 from ..specs import DiffusionModelSpec, SampleSpec, require_no_loras
 from .model_config import boundary_of, check_experts
-from .networks import as_described, dtype_named, empty_network
+from .networks import as_described, dtype_named, empty_network, transformer_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class _Unread:
     def of(cls, component: Component, sharding: Sharding, quantization: str) -> _Unread:
         network = empty_network("transformer", component)
         if sharding.tp.degree > 1:
-            network = as_described(wan.WanTransformer(component.config, sharding.tp), component)
+            network = as_described(wan.WanTransformer(transformer_parameters(component.config), sharding.tp), component)
         places = check_weights(network, component.shards, component.rename, component.quantized)
         layers = [] if quantization == "none" else linears(network, wan.kept_in_8_bits)
         quantize(network, {name: WAYS[quantization] for name in layers})

@@ -6,9 +6,10 @@ import logging
 
 import torch
 
+from ..checkpoints.bounded import read_json
 from ..checkpoints.configs import LATENTS_MEAN_22, LATENTS_STD_22
-from ..checkpoints.faults import usable
-from ..checkpoints.layout import Component, read_json
+from ..checkpoints.faults import shown, usable
+from ..checkpoints.layout import Component
 from ..families import wan
 from ..families.defaults import WAN22_TEXT, Defaults
 from ..specs import DiffusionModelSpec, require_experts_in_order
@@ -59,7 +60,7 @@ def own_boundary(component: Component) -> float | None:
     boundary = read_json(index).get("boundary_ratio") if index and index.is_file() else None
     if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
         raise ValueError(
-            f"{index} has the boundary_ratio {boundary!r}; it must be a number from 0 to 1, such as "
+            f"{index} has the boundary_ratio {shown(repr(boundary))}; it must be a number from 0 to 1, such as "
             f"{WAN22_TEXT.boundary}. Correct it, or download the file again."
         )
     return boundary

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from .. import devices
+from ..checkpoints.bounded import read_bounded
 from ..checkpoints.faults import usable
 from ..checkpoints.layout import Component, find_text_encoder
 from ..checkpoints.reader import Progress, check_weights, load_weights, nbytes, tokenizer_model
+from ..checkpoints.tokenizers import JSON, LONGEST_SPIECE, SPIECE, check_class, tokenizer_json
 from ..parallel.fsdp import Share, Sharding
 from ..specs import TextEncoderSpec
-from ..text import SentencePiece
+from ..text import JsonTokenizer, SentencePiece
 from .networks import dtype_named, empty_network
 
-FAST, SPIECE = "tokenizer.json", "spiece.model"  # in a tokenizer's folder: a whole tokenizer, a sentencepiece model
 SMALL = 2**30  # bytes on disk; on a CPU a text encoder below this is computed in fp32, a larger one in bfloat16
 
 
@@ -67,21 +66,13 @@ def find_tokenizer(component: Component) -> Any:
             return SentencePiece(model)
     if not found.is_dir():
         raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
-    return _tokenizer_in(found)
-
-
-def _tokenizer_in(folder: Path) -> Any:
-    """Read from the one file that has all of it. The configs next to it name classes, and hold forms that only some
-    releases of transformers read (release 4 fails on the list of special tokens that release 5 writes)."""
-    with usable(folder, "the tokenizer in it"):
-        if (folder / FAST).is_file():
-            return PreTrainedTokenizerFast(tokenizer_file=str(folder / FAST))
-        if (folder / SPIECE).is_file():
-            return SentencePiece((folder / SPIECE).read_bytes())
-    raise ValueError(
-        f"{folder} has neither {FAST} nor {SPIECE}, of which a T5 tokenizer needs one. Download google/umt5-xxl of "
-        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
-    )
+    check_class(found)
+    if (found / JSON).is_file():
+        return JsonTokenizer(tokenizer_json(found / JSON), found)
+    with usable(found, "the tokenizer in it"):
+        if (found / SPIECE).is_file():
+            return SentencePiece(read_bounded(found / SPIECE, LONGEST_SPIECE))
+        raise ValueError(f"it has neither {JSON} nor {SPIECE}")
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:

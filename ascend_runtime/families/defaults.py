@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from ..checkpoints.layout import Component, find_transformer, has_low_noise, read_json
+from ..checkpoints.bounded import read_json
+from ..checkpoints.layout import Component, find_transformer, has_low_noise
 from ..specs import SampleSpec, VideoSize
 
 TI2V_CHANNELS = 48  # of latents of the Wan 2.2 VAE; its models know of a given frame by its tokens' timestep 0
@@ -116,13 +117,12 @@ def defaults_in(component: Component, experts: int) -> Defaults:
 
 
 def _own(file: Path, published: str) -> Own:
+    mend = f"Correct it, or remove it: the model is then run as {published} is."
+    content = read_json(file, mend)
     try:
-        if not file.is_file():
-            raise ValueError("it is no file")
-        return msgspec.convert(read_json(file), Own)
+        return msgspec.convert(content, Own)
     except ValueError as error:
-        raise ValueError(f"{file} cannot be used: {error} Correct it, or remove it: the model is then run as "
-                         f"{published} is.") from None  # fmt: skip
+        raise ValueError(f"{file} cannot be used: {error} {mend}") from None
 
 
 def defaults_of(config: dict, experts: int) -> Defaults:
