@@ -89,6 +89,7 @@ class Runtime:
         self._owner: int | None = None  # the thread that is inside
         self._running: int | None = None  # the number of its job
         self._cancel_requested = threading.Event()
+        self._said: set[str] = set()  # warnings of jobs
 
     def __enter__(self) -> Runtime:
         return self
@@ -269,9 +270,18 @@ class Runtime:
             self._running = next(self._numbers)  # a wish to cancel counts from here on, while ranks start too
             try:
                 self._start(lambda: self._raise_if_cancelled(hooks))
-                return self._submit(make(self._running), hooks)
+                result = self._submit(make(self._running), hooks)
+                self._log_warnings(result)
+                return result
             finally:
                 self._running = None
+
+    def _log_warnings(self, result: Result) -> None:
+        """Each once, however many jobs bring it; every job's result has its own."""
+        for warning in result.info.get("warnings", ()):
+            if warning not in self._said:
+                self._said.add(warning)
+                logger.warning("%s", warning)
 
     def _raise_if_cancelled(self, hooks: _Hooks) -> None:
         if self._cancel_requested.is_set() or hooks.should_cancel():

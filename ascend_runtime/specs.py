@@ -28,6 +28,7 @@ LORA_EXPERTS = ("both", "high_noise", "low_noise")
 MAX_STRENGTH = 10.0  # of a LoRA, either way
 MAX_SEED = 2**64 - 1
 MAX_RANKS = 1024
+MAX_PROMPT_CHARACTERS = 50_000  # 512 tokens are read, mostly of 1 to 8 characters; these take a second to be cut up
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # where a word begins within another
 _NOISE = re.compile(r"(?<![a-z])(high|low)[-_ ]?noise")
 # Alone, it tells where a name ends, or a size, a dtype or a version follows: not in high_res, low_vram, low_steps.
@@ -67,6 +68,15 @@ def _expert_named(parts: tuple[str, ...]) -> str | None:
         if len(set(said)) == 1:
             return said[0]
     return None
+
+
+def check_prompt(text: str) -> None:
+    """Raises ValueError for a text that is so long that to find its first tokens would take long."""
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(
+            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken, and of these the first "
+            "512 tokens are read. Shorten it."
+        )
 
 
 def _require_range(name: str, value: float, low: float, high: float) -> None:

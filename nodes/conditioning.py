@@ -20,7 +20,8 @@ class TextEncode(io.ComfyNode):
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt, or what the video should not show. At most 512 tokens are read.",
+                    tooltip="The prompt, or what the video should not show. At most 512 tokens are read: where more "
+                    "are cut off is shown here and in the log.",
                 ),
             ],
             outputs=[
@@ -28,6 +29,7 @@ class TextEncode(io.ComfyNode):
                     display_name="conditioning", tooltip="Core CONDITIONING, for Ascend Sampler or core's samplers."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -35,4 +37,6 @@ class TextEncode(io.ComfyNode):
         result = comfy_bridge.run_job(
             text_encoder.ranks, lambda runtime, hooks: runtime.encode(text_encoder.spec, text, **hooks)
         )
+        if warnings := result.info.get("warnings"):
+            comfy_bridge.show(cls.hidden.unique_id, "\n".join(warnings))
         return io.NodeOutput([[result.tensor, {"pooled_output": None}]])

@@ -157,6 +157,6 @@ class Sampler(io.ComfyNode):
             ),
             preview=True,
         )
-        report = words_of(result.info, result.seconds)
+        report = "\n".join([words_of(result.info, result.seconds), *result.info.get("warnings", ())])
         comfy_bridge.show(cls.hidden.unique_id, report)
         return io.NodeOutput({**latent_image, "samples": result.tensor}, ui=ui.PreviewText(report))

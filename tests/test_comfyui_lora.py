@@ -15,8 +15,7 @@ LORAS = {"kohya": 0.6, "lightx2v": -0.8, "original": 0.5}  # with their strength
 def loras(comfyui):
     """A random LoRA of each layout in models/loras, and a broken one.
 
-    None changes a modulation, which core reads and then leaves as it is: it patches no parameter of a module that has
-    others within.
+    None changes a modulation, which core leaves as it is: it patches no parameter of a module that has others within.
     """
     folder = comfyui.base / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +24,8 @@ def loras(comfyui):
     for seed, layout in enumerate(LORAS):
         file = folder / f"{layout}.safetensors"
         random_lora.save(file, layout, parameters, seed=seed)
-        save_file({key: tensor for key, tensor in load_file(file).items() if "modulation" not in key}, file)
+        modulation = (".diff_m", "modulation.diff")
+        save_file({key: tensor for key, tensor in load_file(file).items() if not key.endswith(modulation)}, file)
     (folder / "broken.safetensors").write_bytes(b"\x00" * 20)
     return {f"{layout}.safetensors": strength for layout, strength in LORAS.items()}
 
