@@ -146,9 +146,7 @@ def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list
     return {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in experts}
 
 
-def read_loras(
-    specs: list[LoraSpec], places: Places, expert: str | None, known: Iterable[LoraFile] = ()
-) -> LorasInUse:
+def read_loras(specs: list[LoraSpec], places: Places, expert: str | None, known: Iterable[LoraFile] = ()) -> LorasInUse:
     """LoRAs for a network whose parameters lie so; those that are `known` are not read again.
 
     expert: which of two the network is; None: it is the only one. Raises ValueError for a file that does not fit.

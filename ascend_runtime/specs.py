@@ -74,8 +74,8 @@ def check_prompt(text: str) -> None:
     """Raises ValueError for a text that is so long that to find its first tokens would take long."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(
-            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken, and of these the first "
-            "512 tokens are read. Shorten it."
+            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken, and of these the "
+            "first 512 tokens are read. Shorten it."
         )
 
 

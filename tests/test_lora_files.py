@@ -152,7 +152,8 @@ def test_the_bias_of_b_is_scaled_as_the_product(tmp_path, shapes):
 
 def test_differences_of_modulation(tmp_path, shapes):
     """LightX2V's own name of them."""
-    tensors = {f"diffusion_model.{name}.diff_m": torch.ones(1, rows, DIM) for name, rows in (("blocks.1", 6), ("head", 2))}
+    rows = {"blocks.1": 6, "head": 2}
+    tensors = {f"diffusion_model.{name}.diff_m": torch.ones(1, count, DIM) for name, count in rows.items()}
     changes = read_lora(saved(tmp_path, tensors), shapes).changes
     assert {name: change.key for name, change in changes.items()} == {
         "blocks.1.scale_shift_table": "diffusion_model.blocks.1.diff_m",

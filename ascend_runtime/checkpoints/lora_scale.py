@@ -1,8 +1,8 @@
 """alpha and rank of a LoRA whose tensors do not say them: in the header (diffusers), or in PEFT's adapter_config.json.
 
 A layer's change is scaled by alpha / rank, or alpha / sqrt(rank) where use_rslora is set (Kalajdzievski, arXiv
-2312.03732), as PEFT does (peft/tuners/lora/layer.py). alpha_pattern and rank_pattern have layers' own, by their names or
-ends of these; the first that fits counts. What else PEFT's configuration may ask for is refused, as the sum would be
+2312.03732), as PEFT does (peft/tuners/lora/layer.py). alpha_pattern and rank_pattern have layers' own, by their names
+or ends of these; the first that fits counts. What else PEFT's configuration may ask for is refused, as the sum would be
 another. ss_network_alpha in kohya's header is not read: kohya's software takes the rank where a file has no alpha.
 """
 
