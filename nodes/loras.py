@@ -26,8 +26,8 @@ class LoadLora(io.ComfyNode):
                     "lora_name",
                     options=model_files.names(model_files.LORA),
                     tooltip="A .safetensors file of models/loras, for this Wan model: the layouts of diffusers, PEFT, "
-                    "kohya and ComfyUI. Layers that do not fit the model are left out, which Ascend Sampler and the log "
-                    "name; a file of which none fits is refused.",
+                    "kohya and ComfyUI. Layers that do not fit the model are left out, which Ascend Sampler and the "
+                    "log name; a file of which none fits is refused.",
                 ),
                 io.Float.Input(
                     "strength",

@@ -214,7 +214,9 @@ def test_an_end_image_with_the_vae_of_wan_22_is_refused(comfyui):
         comfyui.wait(comfyui.queue(graph))
 
 
-@pytest.mark.parametrize("image, shape", [({"colours": 2}, [1, 100, 120, 2]), ({"frames": 0}, [0, 100, 120, 3])], ids=str)
+@pytest.mark.parametrize("image, shape", [
+    ({"colours": 2}, [1, 100, 120, 2]), ({"frames": 0}, [0, 100, 120, 3])
+], ids=str)  # fmt: skip
 def test_an_image_without_colours_or_frames_is_refused(comfyui, image, shape):
     graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {"start_image": image}))
     with pytest.raises(PromptFailed) as caught:

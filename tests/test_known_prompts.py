@@ -63,7 +63,8 @@ def test_a_known_prompt_needs_no_encoder(two_ranks, own, placement):
 def test_a_prompt_that_is_cut_says_so_each_time(two_ranks, own, placement, caplog):
     """Also where it is known; in the log once."""
     caplog.set_level("WARNING", logger="ascend_runtime")
-    spec, text = TextEncoderSpec(path=str(own), placement=placement), new_prompt() + " red circle" * (200 + len(placement))
+    text = new_prompt() + " red circle" * (200 + len(placement))
+    spec = TextEncoderSpec(path=str(own), placement=placement)
     first, again = (two_ranks.encode(spec, text) for _ in range(2))
     (said,) = first.info["warnings"]
     assert re.match(r"The prompt has \d{3,5} tokens, and Wan reads 512: what comes after '... .* is cut off", said)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import tiny_models
@@ -186,6 +187,13 @@ def test_each_expert_gets_its_own_layers(tmp_path, shapes):
         assert read_lora(saved(tmp_path, two_layers(), "one"), shapes, expert).changes.keys() == low.changes.keys()
 
 
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_layers_of_both_experts_of_which_none_fits(tmp_path, shapes, expert):
+    file = saved(tmp_path, pair(f"transformer.{Q}", 64, 64) | pair(f"transformer_2.{Q}", 64, 64))
+    with pytest.raises(ValueError, match="none of its 4 tensors fits. It was made for a model of 64 channels"):
+        read_lora(file, shapes, expert)
+
+
 def test_each_experts_own_alpha(tmp_path, shapes):
     header = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer_2.r": 4, "transformer_2.lora_alpha": 2}
     file = saved(tmp_path, BOTH, header=header)
@@ -208,6 +216,14 @@ def test_a_file_for_one_expert_in_a_model_of_two(checkpoints, tmp_path):
     assert_close(after[1] - before[1], torch.full((DIM, DIM), float(RANK)))
     with pytest.raises(ValueError, match="the expert high_noise, but all its layers are for the other one. Set expert"):
         weights("high_noise")
+
+
+def test_names_are_looked_at_as_far_as_names_go(tmp_path, shapes):
+    """A file decides how long they are, and patterns take the square of that."""
+    name, began = ".oft_a" * 200_000 + "!", time.monotonic()
+    with pytest.raises(ValueError, match="1 with a name of more than 1000 characters: .oft_a.oft_a"):
+        read_lora(saved(tmp_path, two_layers() | {name: torch.ones(1)}), shapes)
+    assert time.monotonic() - began < 5
 
 
 # Files for other models, and of other formats

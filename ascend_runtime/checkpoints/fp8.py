@@ -55,8 +55,8 @@ def refuse_other_scales(file: TensorFile, own: list[str]) -> None:
     if rows:
         what = str(file.dtype(rows[0])).removeprefix("torch.")
         raise ValueError(
-            f"{file.path} holds {len(rows)} weights as {what} with one scale a row, such as {rows[0]}: LightX2V's form, "
-            "which is not read. Take the model's fp8_scaled, fp16 or bf16 form."
+            f"{file.path} holds {len(rows)} weights as {what} with one scale a row, such as {rows[0]}: LightX2V's "
+            "form, which is not read. Take the model's fp8_scaled, fp16 or bf16 form."
         )
 
 

@@ -17,10 +17,10 @@ from .variants import one_of_several, variant
 
 @dataclass(frozen=True)
 class Kind:
-    """How a network is known by its tensors alone.
+    """How a network is known by its tensors.
 
-    begins: names of one of its tensors in any system; what is before one of them in a file is the network's prefix there.
-    another: says that tensors of these names and shapes are another network's, which is near to it; empty: they are not.
+    begins: names of one of its tensors in any system; what is before one in a file is the network's prefix there.
+    another: says that tensors of these names and shapes are of another network, near to it; empty: they are not.
     """
 
     what: str
@@ -154,8 +154,8 @@ def _said_of_a_part(kind: Kind, shapes: configs.Shapes) -> str:
     blocks_only = all(name.startswith("blocks.") for name in shapes)
     if kind.what == "Wan transformer" and blocks_only:
         return (
-            "It holds blocks only, as LightX2V's files of single blocks do, which are not read. Take the model's fp8_scaled, "
-            "fp16 or bf16 form in one file, or in a folder with all its shards."
+            "It holds blocks only, as LightX2V's files of single blocks do, which are not read. Take the model's "
+            "fp8_scaled, fp16 or bf16 form in one file, or in a folder with all its shards."
         )
     return "Download it again."
 

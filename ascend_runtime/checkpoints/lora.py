@@ -21,7 +21,7 @@ from torch import Tensor
 from ..precision import is_finite
 from .faults import listed
 from .lora_keys import TWICE, Keys, Shapes, Understood, module_name, section, understood
-from .lora_scale import BESIDE, BESIDE_OF, AdapterConfig, adapter_config, config_file
+from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 from .parts import Part
 from .states import states
 from .tensor_files import TensorFile, open_tensors
@@ -115,7 +115,7 @@ def read_lora(path: str | Path, shapes: Shapes, expert: str | None = None) -> Lo
             found.faults[NOT_FINITE] += [key for key in used if not is_finite(file.read(key).float())]
         _refuse_faults(path, found.faults, bool(file.shapes))
         reason = _made_for(misfits, found, shapes)
-        if not changes and not found.other_expert:
+        if not changes and (found.layers or not found.other_expert):
             raise ValueError(
                 f"{path} is no LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
                 f"Tensors {listed(found.left_out)}. Nothing was changed. Take a LoRA that was made for this model."
@@ -217,14 +217,14 @@ def _made_for(misfits: dict[str, tuple[int, ...]], found: Understood, shapes: Sh
 
 def _warning(path: Path, found: Understood, reason: str, changes: Changes) -> str:
     said = []
-    if found.left_out and changes:
+    if found.left_out:
         said.append(f"The LoRA {path} is used without some of its tensors: {listed(found.left_out)}. {reason}".strip())
-    of_peft = path.stem == BESIDE_OF or any(key.startswith("base_model.model.") for key in _pairs_without_alpha(found))
+    of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in _pairs_without_alpha(found))
     if of_peft and changes and config_file(path) is None and _pairs_without_alpha(found):
         said.append(
-            f"The LoRA {path} was written by PEFT, which keeps alpha in {BESIDE}: it is merged as if alpha were its "
-            f"rank, which may be another strength than its trainer's. Put {BESIDE} next to it, and name it "
-            f"{BESIDE_OF}{path.suffix}."
+            f"The LoRA {path} was written by PEFT, which keeps alpha in {PEFTS_CONFIG}: it is merged as if alpha were its "
+            f"rank, which may be another strength than its trainer's. Put {PEFTS_CONFIG} next to it, and name it "
+            f"{PEFTS_WEIGHTS}{path.suffix}."
         )
     return " ".join(said)
 

@@ -23,6 +23,7 @@ Shapes = dict[str, tuple[int, ...]]
 Keys = dict[str, list[str]]  # by what is to be said of them
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
+LONGEST_NAME = 1000  # characters of a key; patterns look through all of them
 PREFIX = re.compile(
     r"^(lora_unet__?|lora_transformer_|lycoris_|(base_model\.model\.)?((model\.)?diffusion_model\.|transformer(_2)?\."
     r"|pipe\.dit2?\.)?)"
@@ -93,6 +94,9 @@ def understood(keys: Iterable[str], shapes: Shapes, expert: str | None) -> Under
     own = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
     experts = _experts(keys)
     for key, whose in experts.items():
+        if len(key) > LONGEST_NAME:
+            found.faults[f"with a name of more than {LONGEST_NAME} characters"].append(f"{key[:40]}...")
+            continue
         if expert is not None and whose not in (None, expert):
             found.other_expert += 1
             continue

@@ -19,7 +19,7 @@ from .faults import usable
 from .tensor_files import TensorFile
 
 IN_THE_HEADER = "lora_adapter_metadata"  # diffusers/loaders/lora_base.py
-BESIDE, BESIDE_OF = "adapter_config.json", "adapter_model"  # PEFT's names
+PEFTS_CONFIG, PEFTS_WEIGHTS = "adapter_config.json", "adapter_model"  # the second before a suffix
 MAX_BYTES = 4 * 2**20  # of a configuration
 MAX_PATTERNS = 10_000
 PATTERN = re.compile(r"^(\^|\.\*(\\?\.)?)?([\w\-]+(\\?\.[\w\-]+)*)\$?$")
@@ -56,8 +56,8 @@ class AdapterConfig:
 
 def config_file(path: Path) -> Path | None:
     """PEFT's configuration of a LoRA file; None where there is none, or the file is not named as PEFT names it."""
-    found = path.with_name(BESIDE)
-    return found if path.stem == BESIDE_OF and found.is_file() else None
+    found = path.with_name(PEFTS_CONFIG)
+    return found if path.stem == PEFTS_WEIGHTS and found.is_file() else None
 
 
 def adapter_config(file: TensorFile, section: str) -> AdapterConfig | None:
@@ -65,17 +65,17 @@ def adapter_config(file: TensorFile, section: str) -> AdapterConfig | None:
 
     Raises ValueError for what cannot be understood, or asks for another sum than a LoRA's.
     """
-    header, beside = file.header.get(IN_THE_HEADER), config_file(file.path)
+    header, config = file.header.get(IN_THE_HEADER), config_file(file.path)
     if header is not None:
         where = f"{file.path}: the header's {IN_THE_HEADER}"
         with usable(file.path, f"the header's {IN_THE_HEADER}"):
             return _config(where, _section(_object(header), section))
-    if beside is None:
+    if config is None:
         return None
-    with usable(beside, "it as PEFT's configuration"):
-        if beside.stat().st_size > MAX_BYTES:
+    with usable(config, "it as PEFT's configuration"):
+        if config.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        return _config(str(beside), _object(beside.read_text()))
+        return _config(str(config), _object(config.read_text()))
 
 
 def _object(text: str) -> dict[str, Any]:

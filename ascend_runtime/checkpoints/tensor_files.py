@@ -18,10 +18,10 @@ from .torch_file import TorchFile
 # How files of torch.save begin, and llama.cpp's; a .safetensors with the length of its header, which has a bound.
 ZIP, OLD_PICKLE, GGUF = b"PK\x03\x04", b"\x80\x02\x8a\x0a", b"GGUF"
 # How files begin that were to be weights, and what they are.
-PAGE = "a web page, as a download without the rights to it gives. Log in where the model is published, and download it again"
+PAGE = "a web page, as a download without the rights to it gives. Log in where it is published, and download it again"
 OTHER_STARTS = {
-    b"version https://git-lfs": "a pointer of Git LFS, in the place of the weights. Run `git lfs pull` in its folder, or "
-    "download the file itself",
+    b"version https://git-lfs": "a pointer of Git LFS, in the place of the weights. Run `git lfs pull` in its folder, "
+    "or download the file itself",
     b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE,
 }  # fmt: skip
 LONGEST_HEADER = 100_000_000  # bytes (https://huggingface.co/docs/safetensors, "Format")

@@ -1,4 +1,4 @@
-"""Files that are near to what can be used, and are not: told by names, so that a refusal says what they are."""
+"""Files that are near to what can be used, and are not: known by names, so that a refusal says what they are."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def variant(names: Iterable[str]) -> str:
         own = [name for name in names if re.search(pattern, name)]
         if own:
             return (
-                f"It is {what}, whose {len(own)} further tensors ({_first(own)}) cannot be used here. Take a text-to-video "
-                "or an image-to-video model, such as Wan2.2-T2V-A14B or Wan2.2-I2V-A14B."
+                f"It is {what}, whose {len(own)} further tensors ({_first(own)}) cannot be used here. Take a "
+                "text-to-video or an image-to-video model, such as Wan2.2-T2V-A14B or Wan2.2-I2V-A14B."
             )
     return ""
 
@@ -43,8 +43,8 @@ def one_of_several(file: Path) -> str:
     if named is None or int(named[3]) < 2:
         return ""
     return (
-        f"By its name it is shard {int(named[2])} of {int(named[3])} of one network. Give its folder, {file.parent}, in "
-        f"which all {int(named[3])} must lie."
+        f"By its name it is shard {int(named[2])} of {int(named[3])} of one network. Give its folder, {file.parent}, "
+        f"in which all {int(named[3])} must lie."
     )
 
 
