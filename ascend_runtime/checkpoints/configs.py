@@ -145,8 +145,8 @@ def check_colours(config: dict, where: Path) -> None:
         enlarges = " It is a VAE that enlarges videos, which is not done here." if reads == colours < makes else ""
         raise ValueError(
             f"{where} reads {reads} channels and makes {makes}; of RGB in patches of {patch} x {patch} there are "
-            f"{colours}.{enlarges} Take Wan2.1_VAE.pth or wan_2.1_vae.safetensors; for Wan2.2-TI2V-5B take Wan2.2_VAE.pth "
-            "or wan2.2_vae.safetensors."
+            f"{colours}.{enlarges} Take Wan2.1_VAE.pth or wan_2.1_vae.safetensors; for Wan2.2-TI2V-5B take "
+            "Wan2.2_VAE.pth or wan2.2_vae.safetensors."
         )
 
 

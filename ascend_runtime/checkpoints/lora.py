@@ -219,11 +219,12 @@ def _warning(path: Path, found: Understood, reason: str, changes: Changes) -> st
     said = []
     if found.left_out:
         said.append(f"The LoRA {path} is used without some of its tensors: {listed(found.left_out)}. {reason}".strip())
-    of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in _pairs_without_alpha(found))
-    if of_peft and changes and config_file(path) is None and _pairs_without_alpha(found):
+    without = _pairs_without_alpha(found)
+    of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in without)
+    if of_peft and changes and without and config_file(path) is None:
         said.append(
-            f"The LoRA {path} was written by PEFT, which keeps alpha in {PEFTS_CONFIG}: it is merged as if alpha were its "
-            f"rank, which may be another strength than its trainer's. Put {PEFTS_CONFIG} next to it, and name it "
+            f"The LoRA {path} was written by PEFT, which keeps alpha in {PEFTS_CONFIG}: it is merged as if alpha were "
+            f"its rank, which may be another strength than its trainer's. Put {PEFTS_CONFIG} next to it, and name it "
             f"{PEFTS_WEIGHTS}{path.suffix}."
         )
     return " ".join(said)
