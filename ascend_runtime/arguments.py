@@ -11,6 +11,7 @@ from torch import Tensor
 from .protocol import Conditioning
 
 VIDEO, FRAMES = "[B,C,T,H,W]", "[T,H,W,3]"  # what only a model knows of a shape, the ranks check
+MAX_PROMPT_CHARACTERS = 50_000  # 512 tokens are read, mostly of 1 to 8 characters; these take a second to be cut up
 
 
 def check_kind(name: str, value: Any, *kinds: type, optional: bool = False) -> None:
@@ -21,11 +22,16 @@ def check_kind(name: str, value: Any, *kinds: type, optional: bool = False) -> N
 
 
 def check_prompt(text: Any) -> None:
-    """One text, of whole characters."""
+    """One text, of whole characters, that is not too long to be cut into tokens."""
     if not isinstance(text, str):
         hint = " Encode several prompts one after the other." if isinstance(text, (list, tuple)) else ""
         raise ValueError(f"The prompt is {_shown(text)}; it must be one str.{hint}")
     check_whole("The prompt", text)
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(
+            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are taken, and of these the "
+            "first 512 tokens are read. Shorten it."
+        )
 
 
 def check_whole(name: str, text: str) -> None:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Callable
@@ -75,6 +76,7 @@ class Runtime:
         self._owner: int | None = None  # the thread that is inside
         self._running = False  # whether it is at a job
         self._cancel_requested = threading.Event()
+        self._said: deque[str] = deque(maxlen=100)  # warnings of jobs
 
     def __enter__(self) -> Runtime:
         return self
@@ -298,6 +300,13 @@ class Runtime:
             finally:
                 self._running = False
 
+    def _log_warnings(self, result: Result) -> None:
+        """Each once, however many jobs bring it; every job's result has its own."""
+        for warning in result.info.get("warnings", ()):
+            if warning not in self._said:
+                self._said.append(warning)
+                logger.warning("%s", warning)
+
     def _raise_if_cancelled(self, hooks: Hooks) -> None:
         if self._cancel_requested.is_set() or hooks.should_cancel():
             raise JobCancelled("The job was cancelled while the ranks started.")
@@ -305,11 +314,13 @@ class Runtime:
     def _submit(self, message: Message, hooks: Hooks, deadline: float | None = None) -> Result:
         submitted = Submission(message, self._group, self._cancel_requested, hooks, deadline)
         try:
-            return submitted.run()
+            result = submitted.run()
         except BaseException:
             if submitted.waiting:  # ranks are still at work on it, and nobody will hear their answer
                 self._group.kill()
             raise
+        self._log_warnings(result)
+        return result
 
 
 def _check_sampling(model, spec, latent, positive, negative, noise_mask) -> None:

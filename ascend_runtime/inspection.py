@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .checkpoints.bounded import read_json
 from .checkpoints.faults import printable_lines
-from .checkpoints.kinds import KINDS, is_kind
+from .checkpoints.kinds import KINDS, is_kind, near_to
 from .checkpoints.layout import (
     CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
 )  # fmt: skip
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
         print(f"error: {printable_lines(str(error))}", file=sys.stderr)
         return 1
     progress.begin("sizes")
-    rows = [COLUMNS, *(_row(one) for one in found)]
+    rows = [COLUMNS, *(_row(one, Path(arguments.path).expanduser()) for one in found)]
     progress.end()
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
@@ -75,7 +75,8 @@ def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> It
     if root.is_file():
         parts = [kind for kind in KINDS if is_kind(kind, root, states((root,)))]
         if not parts:
-            raise ValueError(f"{root} holds none of these: {', '.join(kind.what for kind in KINDS.values())}.")
+            kinds = ", ".join(kind.what for kind in KINDS.values())
+            raise ValueError(f"{root} holds none of these: {kinds}. {near_to(root)}".strip())
     else:
         parts = _component(root) or [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
     experts: list[Component] = []
@@ -132,12 +133,13 @@ def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
     return Found(part, component, None)
 
 
-def _row(found: Found) -> tuple[str, ...]:
+def _row(found: Found, root: Path) -> tuple[str, ...]:
     component = found.component
     if component is None:
-        return found.part, "-", "-", "-", "-", "missing" if found.fault else "-"
+        lies = root.is_file() or any((root / name).is_dir() for name in FOLDERS.get(found.part, (found.part,)))
+        return found.part, "-", "-", "-", "-", ("not usable" if lies else "missing") if found.fault else "-"
     try:
-        dtypes, count = _contents(component.shards)
+        dtypes, count = _contents(component)
     except ValueError:  # which is the fault that was found
         return found.part, _format(component), str(len(component.shards)), "-", "-", "not whole"
     size, weights = f"{component.nbytes / 1e9:.2f} GB", f"{count / 1e6:,.1f} M"
@@ -147,12 +149,13 @@ def _row(found: Found) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _contents(shards: tuple[Path, ...]) -> tuple[list[str], int]:
-    """The dtypes of the tensors, that of most numbers first, and how many numbers there are."""
+def _contents(component: Component) -> tuple[list[str], int]:
+    """The dtypes of the component's tensors, that of most numbers first, and how many numbers there are."""
     numbers: Counter[str] = Counter()
-    for shard in shards:
+    for shard in component.shards:
         with open_tensors(shard) as file:
-            for name, shape in file.shapes.items():
+            own = {name: shape for name, shape in file.shapes.items() if component.rename(name, shard) is not None}
+            for name, shape in own.items():
                 numbers[str(file.dtype(name)).removeprefix("torch.")] += math.prod(shape)
     return [dtype for dtype, _ in numbers.most_common()], numbers.total()
 

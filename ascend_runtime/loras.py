@@ -28,6 +28,7 @@ class Adapter:
 
     places: of its parameters on disk. parameter: one of them by name, as it is now. share: what is held of each here.
     device: computes what is merged. files: LoRAs that were read for it. before_change: called before a weight changes.
+    expert: which of two it is; None: it is the only one.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Adapter:
         device: torch.device,
         files: Iterable[LoraFile] = (),
         before_change: Callable[[], None] = lambda: None,
+        expert: str | None = None,
     ):
         self.places = places
         self._parameter = parameter
         self._share = share
         self._device = device
         self._before_change = before_change
+        self._expert = expert
         self._files = tuple(files)
         self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
         self._loras: LorasInUse = []
@@ -51,7 +54,12 @@ class Adapter:
 
     def opened(self, specs: list[LoraSpec]) -> LorasInUse:
         """The LoRAs' files; those that were read are not read again. Raises ValueError for one that does not fit."""
-        return read_loras(specs, self.places, self._files)
+        return read_loras(specs, self.places, self._expert, self._files)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of the LoRAs in use: layers that are left out, a strength that is not known."""
+        return [file.warning for file, _ in self._loras if file.warning]
 
     def to_change(self, loras: LorasInUse) -> list[str]:
         """The parameters that change where these LoRAs take the place of those in use."""
@@ -138,11 +146,22 @@ def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list
     return {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in experts}
 
 
-def read_loras(specs: list[LoraSpec], places: Places, known: Iterable[LoraFile] = ()) -> LorasInUse:
-    """LoRAs for a network whose parameters lie so; those that are `known` are not read again. Raises ValueError for one
-    that does not fit."""
+def read_loras(specs: list[LoraSpec], places: Places, expert: str | None, known: Iterable[LoraFile] = ()) -> LorasInUse:
+    """LoRAs for a network whose parameters lie so; those that are `known` are not read again.
+
+    expert: which of two the network is; None: it is the only one. Raises ValueError for a file that does not fit.
+    """
     shapes, files = {name: place.shape for name, place in places.items()}, {file.fingerprint: file for file in known}
-    return [(files.get(fingerprint(spec.path)) or read_lora(spec.path, shapes), spec.strength) for spec in specs]
+    loras = []
+    for spec in specs:
+        file = files.get(fingerprint(spec.path)) or read_lora(spec.path, shapes, expert)
+        if not file.changes and spec.expert != "both":
+            raise ValueError(
+                f"The LoRA {spec.path} is for the expert {spec.expert}, but all its layers are for the other one. Set "
+                "expert to 'both', which gives each expert its own."
+            )
+        loras.append((file, spec.strength))
+    return loras
 
 
 def changed_by(loras: LorasInUse) -> set[str]:

@@ -34,7 +34,7 @@ from .profiling import Recorder
 from .protocol import Done, Sample
 from .sampling import Step, denoise, schedule_of
 from .specs import ParallelSpec, SampleSpec, TextEncoderSpec
-from .text import KnownPrompts, clean, embedding_of, encode_text
+from .text import Encoded, KnownPrompts, clean, cut_of, embedding_of, encode_text
 from .transport import borrowed
 from .video import decode_video, encode_video
 
@@ -63,15 +63,16 @@ class Pipeline:
         return _done(job, tensor=reply)
 
     def load(self, job) -> Done:
-        message = job.message
+        message, warnings = job.message, []
         encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
-            self._component(message.model, job, self._sharding(self._plan(message.parallel), message.parallel))
+            sharding = self._sharding(self._plan(message.parallel), message.parallel)
+            warnings = self._component(message.model, job, sharding).warnings
         if encoder is not None:
             self._text_encoder(encoder, job, text_sharding)
         if message.vae is not None:
             self._component(message.vae, job)
-        return _done(job)
+        return _done(job, info=_said(warnings))
 
     def encode(self, job) -> Done:
         """A prompt that rank 0 knows takes no encoder on any rank: none is loaded for it, and none is dropped."""
@@ -79,16 +80,17 @@ class Pipeline:
         text = clean(job.message.text)
         with job.together():
             key = (spec, self.components.state(spec), text) if self.rank == 0 else None
-        hidden = self.prompts.get(key)
-        known = not highest(self.rank == 0 and hidden is None)
+        encoded = self.prompts.get(key)
+        known = not highest(self.rank == 0 and encoded is None)
         if not known:
-            hidden = self._encoded(job, spec, sharding, text)
+            encoded = self._encoded(job, spec, sharding, text)
         if self.rank != 0:
             return _done(job)
-        self.prompts.keep(key, hidden)
-        return _done(job, tensor=embedding_of(hidden), info={"prompt": "known"} if known else {})
+        self.prompts.keep(key, encoded)
+        info = _said(encoded.warnings) | ({"prompt": "known"} if known else {})
+        return _done(job, tensor=embedding_of(encoded.hidden), info=info)
 
-    def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding, text: str) -> Tensor | None:
+    def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding, text: str) -> Encoded | None:
         """What the encoder makes of a clean prompt; None where that is another rank's work."""
         on_ranks = spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
@@ -104,7 +106,8 @@ class Pipeline:
             job.progress("encode", index + 1, total)
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
-            return encode_text(encoder.model, encoder.tokenizer, text, on_block)
+            hidden = encode_text(encoder.model, encoder.tokenizer, text, on_block)
+        return Encoded(hidden, cut_of(encoder.tokenizer, text))
 
     def sample(self, job) -> Done:
         message = job.message
@@ -133,7 +136,7 @@ class Pipeline:
         with job.stage("denoise"):
             latent = self._denoise(job, "denoise", model, spec, cfg_group, acceleration, around_step=recorder.step)
         check_finite(latent, "The denoised latent")
-        info = plan.info | _settings(spec, model) | recorder.info | acceleration.facts()
+        info = plan.info | _settings(spec, model) | recorder.info | acceleration.facts() | _said(model.warnings)
         return _done(job, tensor=latent if self.rank == 0 else None, info=info)
 
     def decode(self, job) -> Done:
@@ -302,6 +305,11 @@ def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
     digest = zlib.crc32(repr((spec, model.boundary)).encode())
     if highest(digest) != -highest(-digest):
         raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Run again.")
+
+
+def _said(warnings: list[str]) -> dict[str, list[str]]:
+    """What the caller of a job is to read, each in a sentence or more."""
+    return {"warnings": warnings} if warnings else {}
 
 
 def _each_frame(job, stage: str):

@@ -19,6 +19,7 @@ from torch import Tensor
 from .checkpoints.faults import usable
 
 MAX_TOKENS = 512  # what Wan was trained with
+LAST_WORDS = 12  # tokens before a cut that are shown
 KNOWN_PROMPTS = 16  # of UMT5-XXL 4 MB each at most in bfloat16, 8 in float32
 
 
@@ -42,9 +43,15 @@ class SentencePiece:
         except RuntimeError as error:
             raise ValueError(f"The file's sentencepiece model is damaged ({error}). Download it again.") from None
 
-    def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
-        assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"
-        return _tokens([*self._processor.encode(text)[: max_length - 1], self._processor.eos_id()])
+    def __call__(
+        self, text: str, *, truncation: bool, max_length: int | None = None, return_tensors: str = "pt"
+    ) -> Tokens:
+        assert return_tensors == "pt", "what is asked of any tokenizer here"
+        last = max_length - 1 if truncation else None
+        return _tokens([*self._processor.encode(text)[:last], self._processor.eos_id()])
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._processor.decode(tokens)
 
 
 class JsonTokenizer:
@@ -57,11 +64,20 @@ class JsonTokenizer:
             self._tokenizer = Tokenizer.from_buffer(content)
             self._tokenizer.no_padding()
 
-    def __call__(self, text: str, *, max_length: int, truncation: bool, return_tensors: str) -> Tokens:
-        assert truncation and return_tensors == "pt", "what encode_text asks of any tokenizer"
+    def __call__(
+        self, text: str, *, truncation: bool, max_length: int | None = None, return_tensors: str = "pt"
+    ) -> Tokens:
+        assert return_tensors == "pt", "what is asked of any tokenizer here"
         with usable(self._file, "the tokenizer in it"):
-            self._tokenizer.enable_truncation(max_length)
+            if truncation:
+                self._tokenizer.enable_truncation(max_length)
+            else:
+                self._tokenizer.no_truncation()
             return _tokens(self._tokenizer.encode(text).ids)
+
+    def decode(self, tokens: list[int]) -> str:
+        with usable(self._file, "the tokenizer in it"):
+            return self._tokenizer.decode(tokens)
 
 
 def _tokens(ids: list[int]) -> Tokens:
@@ -92,12 +108,35 @@ def encode_text(model, tokenizer, text: str, on_block: Callable[[int, int], None
             hook.remove()
 
 
+def cut_of(tokenizer, text: str) -> list[str]:
+    """What is to be said of a clean prompt that has more tokens than are read: how many, and where it is cut."""
+    read = tokenizer(text, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids[0].tolist()
+    if len(read) < MAX_TOKENS:
+        return []
+    count = tokenizer(text, truncation=False, return_tensors="pt").input_ids.shape[1]
+    if count <= MAX_TOKENS:
+        return []
+    end = tokenizer.decode(read[-1 - LAST_WORDS : -1])  # without the end token
+    return [
+        f"The prompt has {count} tokens, and Wan reads {MAX_TOKENS}: what comes after '... {end.strip()}' is cut off. "
+        "Shorten the prompt."
+    ]
+
+
 def embedding_of(hidden: Tensor) -> Tensor:
     """The embedding [1, 512, D] of a prompt in fp32, zeros behind its end.
 
     Only the prompt's own tokens went through the network: its mask hides the padding from them anyway.
     """
     return F.pad(hidden.float(), (0, 0, 0, MAX_TOKENS - hidden.shape[1]))
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """hidden: what the encoder made of a prompt. warnings: what is to be said of it."""
+
+    hidden: Tensor
+    warnings: list[str]
 
 
 class KnownPrompts:
@@ -108,14 +147,14 @@ class KnownPrompts:
     """
 
     def __init__(self):
-        self._known: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._known: OrderedDict[Hashable, Encoded] = OrderedDict()
 
-    def get(self, key: Hashable) -> Tensor | None:
+    def get(self, key: Hashable) -> Encoded | None:
         return self._known.get(key)
 
-    def keep(self, key: Hashable, hidden: Tensor) -> None:
+    def keep(self, key: Hashable, encoded: Encoded) -> None:
         """From now on it is the one that was asked for last."""
-        self._known[key] = hidden
+        self._known[key] = encoded
         self._known.move_to_end(key)
         if len(self._known) > KNOWN_PROMPTS:
             self._known.popitem(last=False)

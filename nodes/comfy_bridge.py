@@ -28,6 +28,7 @@ from .types import Handle, RanksHandle
 
 logger = logging.getLogger(__name__)
 
+SAID_APART = ("acceleration", "warnings")  # facts of a job that have lines of their own in the log
 PREVIEW_SCALE = 8  # pixels of the video a latent pixel stands for
 PREVIEW_SIZE = 512  # pixels, the longest side that ComfyUI sends
 
@@ -76,7 +77,7 @@ def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
 
 
 def _log(result: Result, runtime: Runtime) -> None:
-    facts = [f"{name} {value}" for name, value in result.info.items() if name != "acceleration"]
+    facts = [f"{name} {value}" for name, value in result.info.items() if name not in SAID_APART]
     times = [f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items()]
     logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, runtime.device, ", ".join(facts + times))
     if "denoise" in result.seconds:

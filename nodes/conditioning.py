@@ -1,6 +1,6 @@
 """Text to CONDITIONING."""
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from . import comfy_bridge, types
 
@@ -20,7 +20,8 @@ class TextEncode(io.ComfyNode):
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt, or what the video should not show. At most 512 tokens are read.",
+                    tooltip="The prompt, or what the video should not show. At most 512 tokens are read: where more "
+                    "are cut off is shown here and in the log.",
                 ),
             ],
             outputs=[
@@ -35,4 +36,5 @@ class TextEncode(io.ComfyNode):
         result = comfy_bridge.run_job(
             text_encoder.ranks, lambda runtime, hooks: runtime.encode(text_encoder.spec, text, **hooks)
         )
-        return io.NodeOutput([[result.tensor, {"pooled_output": None}]])
+        warnings = "\n".join(result.info.get("warnings", ()))
+        return io.NodeOutput([[result.tensor, {"pooled_output": None}]], ui=ui.PreviewText(warnings))

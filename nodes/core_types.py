@@ -69,8 +69,16 @@ def _resized(tensor: Tensor, samples: Tensor) -> Tensor:
     return resized if resized.shape[0] == 1 else comfy.utils.resize_to_batch_size(resized, samples.shape[0])
 
 
-def pixels_of(image: Tensor, width: int, height: int) -> Tensor:
-    """An IMAGE [T,h,w,3 or 4] scaled and cropped to [T,height,width,3], as core's video nodes do."""
+def pixels_of(image: Tensor, name: str, width: int, height: int) -> Tensor:
+    """An IMAGE [T,h,w,3 or 4] scaled and cropped to [T,height,width,3], as core's video nodes do.
+
+    Raises ValueError, with the name of the input, for one without images or colours.
+    """
+    if image.ndim != 4 or image.shape[-1] < 3 or 0 in image.shape:
+        raise ValueError(
+            f"{name} has the shape {list(image.shape)}; an IMAGE is [images, height, width, 3 colours], all 1 or more. "
+            "Connect a node that gives at least one image in RGB, such as Load Image, or disconnect it."
+        )
     channels_first = image[..., :3].movedim(-1, 1)
     return comfy.utils.common_upscale(channels_first, width, height, "bilinear", "center").movedim(1, -1)
 

@@ -80,8 +80,9 @@ class ImageToVideo(io.ComfyNode):
     ) -> io.NodeOutput:
         form = comfy_bridge.vae_form(vae)
         size = _size(width, height, length, form)
-        start, end = (image if image is None else core_types.pixels_of(image, width, height)
-                      for image in (start_image, end_image))  # fmt: skip
+        images = {"start_image": start_image, "end_image": end_image}
+        start, end = (image if image is None else core_types.pixels_of(image, name, width, height)
+                      for name, image in images.items())  # fmt: skip
         clip = core_types.joined(clip_vision_output, clip_vision_end_output)
         if form.channels == TI2V_CHANNELS:
             if end is not None or clip is not None:

@@ -25,9 +25,9 @@ class LoadLora(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=model_files.names(model_files.LORA),
-                    tooltip="A .safetensors file of models/loras, for this Wan model: the layouts of diffusers, kohya "
-                    "and ComfyUI. One that does not fit the model is refused; but what changes layers for CLIP's image "
-                    "alone is left out where the model has none, as Wan 2.2.",
+                    tooltip="A .safetensors file of models/loras, for this Wan model: the layouts of diffusers, PEFT, "
+                    "kohya and ComfyUI. Layers that do not fit the model are left out, which Ascend Sampler and the "
+                    "log name; a file of which none fits is refused.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -43,7 +43,8 @@ class LoadLora(io.ComfyNode):
                     options=list(LORA_EXPERTS),
                     default="both",
                     optional=True,
-                    tooltip="Which of the two experts of Wan 2.2 gets it. A model without two experts: both.",
+                    tooltip="Which of the two experts of Wan 2.2 gets it. A model without two experts: both; so too a "
+                    "file that holds layers for each expert.",
                 ),
             ],
             outputs=[

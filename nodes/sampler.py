@@ -156,5 +156,5 @@ class Sampler(io.ComfyNode):
             ),
             preview=True,
         )
-        report = words_of(result.info, result.seconds)
+        report = "\n".join([words_of(result.info, result.seconds), *result.info.get("warnings", ())])
         return io.NodeOutput({**latent_image, "samples": result.tensor}, ui=ui.PreviewText(report))

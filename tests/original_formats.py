@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 FP8 = torch.float8_e4m3fn
@@ -130,6 +131,12 @@ def save_new_mark(file, kept, scales):
     tensors = kept | {f"{layer}.weight_scale": scale for layer, scale in scales.items()}
     mark = json.dumps({"format_version": "1.0", "layers": layers})
     save_file(tensors, file, metadata={"_quantization_metadata": mark})
+
+
+def header_of(file):
+    """What a .safetensors file says of itself."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()
 
 
 def save_layer_marks(file, kept, scales):

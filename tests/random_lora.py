@@ -29,7 +29,8 @@ DIFFERENCES = {
     "blocks.0.self_attn.norm_q.diff": "blocks.0.attn1.norm_q.weight",
     "blocks.1.cross_attn.norm_k.diff": "blocks.1.attn2.norm_k.weight",
     "blocks.0.norm3.diff": "blocks.0.norm2.weight", "blocks.0.norm3.diff_b": "blocks.0.norm2.bias",
-    "blocks.1.modulation.diff": "blocks.1.scale_shift_table", "head.modulation.diff": "scale_shift_table",
+    "blocks.1.modulation.diff": "blocks.1.scale_shift_table", "blocks.0.diff_m": "blocks.0.scale_shift_table",
+    "head.diff_m": "scale_shift_table",
     "text_embedding.2.diff": "condition_embedder.text_embedder.linear_2.weight",
     "patch_embedding.diff_b": "patch_embedding.bias",
 }  # fmt: skip

@@ -214,6 +214,17 @@ def test_an_end_image_with_the_vae_of_wan_22_is_refused(comfyui):
         comfyui.wait(comfyui.queue(graph))
 
 
+@pytest.mark.parametrize("image, shape", [
+    ({"colours": 2}, [1, 100, 120, 2]), ({"frames": 0}, [0, 100, 120, 3])
+], ids=str)  # fmt: skip
+def test_an_image_without_colours_or_frames_is_refused(comfyui, image, shape):
+    graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {"start_image": image}))
+    with pytest.raises(PromptFailed) as caught:
+        comfyui.wait(comfyui.queue(graph))
+    assert caught.value.details["exception_type"] == "ValueError"
+    assert f"start_image has the shape {shape}; an IMAGE is [images, " in caught.value.details["exception_message"]
+
+
 def held_by_ours(graph: dict) -> dict:
     del graph[CORE]
     graph["saved"] = {"class_type": "TestSave", "inputs": {"latent": [OURS, 2]}}

@@ -3,7 +3,9 @@
 import comfy_graphs as graphs
 import pytest
 import random_lora
+import torch
 from ascend_runtime.checkpoints.keys import to_diffusers_name
+from comfy_listener import Listener
 from comfy_server import PromptFailed, PromptRejected
 from safetensors.torch import load_file, save_file
 from test_comfyui_core import MODEL, TOLERANCE, both
@@ -15,8 +17,7 @@ LORAS = {"kohya": 0.6, "lightx2v": -0.8, "original": 0.5}  # with their strength
 def loras(comfyui):
     """A random LoRA of each layout in models/loras, and a broken one.
 
-    None changes a modulation, which core reads and then leaves as it is: it patches no parameter of a module that has
-    others within.
+    None changes a modulation, which core leaves as it is: it patches no parameter of a module that has others within.
     """
     folder = comfyui.base / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
@@ -25,7 +26,8 @@ def loras(comfyui):
     for seed, layout in enumerate(LORAS):
         file = folder / f"{layout}.safetensors"
         random_lora.save(file, layout, parameters, seed=seed)
-        save_file({key: tensor for key, tensor in load_file(file).items() if "modulation" not in key}, file)
+        modulation = (".diff_m", "modulation.diff")
+        save_file({key: tensor for key, tensor in load_file(file).items() if not key.endswith(modulation)}, file)
     (folder / "broken.safetensors").write_bytes(b"\x00" * 20)
     return {f"{layout}.safetensors": strength for layout, strength in LORAS.items()}
 
@@ -55,6 +57,34 @@ def test_core_and_ours_give_the_same_latent(comfyui, loras, names):
     error, change = (core - ours).abs().max().item(), (ours - plain).abs().max().item()
     print(f"{names}: at most {error:.1e} apart, the LoRA changes up to {change:.2f}")
     assert error <= TOLERANCE and change > 100 * TOLERANCE
+
+
+def test_what_is_left_out_is_shown_at_the_sampler_and_once_in_the_log(comfyui, loras):
+    """Not once a rank, of which there are two, nor once a job."""
+    folder = comfyui.base / "models" / "loras"
+    name = "misfit.safetensors"
+    whole = {f"diffusion_model.blocks.0.self_attn.q.{part}.weight": torch.ones(shape)
+             for part, shape in (("lora_A", (2, 96)), ("lora_B", (96, 2)))}  # fmt: skip
+    save_file(whole | {"diffusion_model.patch_embedding.diff": torch.ones(96, 36, 1, 2, 2)}, folder / name)
+    for seed in (11, 12):
+        with Listener(comfyui) as listener:
+            run = listener.run(with_loras(graphs.latent(seed=seed), {name: 0.5}))
+        (said,) = run.of("executed", graphs.SAMPLER)[-1].data["output"]["text"]
+        assert f"{name} is used without some of its tensors: 1 of the wrong shape" in said
+        assert "made for an image-to-video model (36 channels); this is a text-to-video model (16" in said
+    assert comfyui.log.count("is used without some of its tensors") == 1
+
+
+def test_a_prompt_that_is_cut_says_so_at_its_node_and_in_the_log(comfyui):
+    graph = graphs.latent(seed=13)
+    graph[graphs.POSITIVE]["inputs"]["text"] = "red circle " * 300
+    with Listener(comfyui) as listener:
+        run = listener.run(graph)
+    (said,) = run.of("executed", graphs.POSITIVE)[-1].data["output"]["text"]
+    assert "tokens, and Wan reads 512: what comes after '... " in said and said in comfyui.log
+    graph[graphs.POSITIVE]["inputs"]["text"] = "red circle " * 10_000
+    with pytest.raises(PromptFailed, match="The prompt has 110,000 characters; at most 50,000 are taken"):
+        comfyui.wait(comfyui.queue(graph))
 
 
 def test_a_lora_that_is_not_there(comfyui, loras):

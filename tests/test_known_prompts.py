@@ -2,11 +2,14 @@
 files are opened."""
 
 import json
+import re
 import shutil
+import time
 
 import pytest
 import torch
 from ascend_runtime import JobCancelled, TextEncoderSpec
+from ascend_runtime.arguments import MAX_PROMPT_CHARACTERS, check_prompt
 from ascend_runtime.text import KNOWN_PROMPTS
 from benchmarks.opens import Opened
 from new_prompts import new_prompt
@@ -29,7 +32,7 @@ def encode(runtime, folder, text, placement="cpu", **changes):
     spec = TextEncoderSpec(path=str(folder), placement=placement, **changes)
     result = runtime.encode(spec, text, on_progress=lambda stage, *_: told.append(stage))
     assert set(result.seconds) - {"load"} == set(told) - {"load"}
-    assert (result.info == {"prompt": "known"}) == (told == [])
+    assert (result.info.get("prompt") == "known") == (told == [])
     return result.tensor, set(told)
 
 
@@ -54,6 +57,29 @@ def test_a_known_prompt_needs_no_encoder(two_ranks, own, placement):
         again, told = encode(two_ranks, own, "a red ball", placement)
     assert opened.files() == [] and told == set() and torch.equal(again, first)
     assert encode(two_ranks, own, "a blue ball", placement)[1] == {"load", "encode"}
+
+
+@PLACEMENTS
+def test_a_prompt_that_is_cut_says_so_each_time(two_ranks, own, placement, caplog):
+    """Also where it is known; in the log once."""
+    caplog.set_level("WARNING", logger="ascend_runtime")
+    text = new_prompt() + " red circle" * (200 + len(placement))
+    spec = TextEncoderSpec(path=str(own), placement=placement)
+    first, again = (two_ranks.encode(spec, text) for _ in range(2))
+    (said,) = first.info["warnings"]
+    assert re.match(r"The prompt has \d{3,5} tokens, and Wan reads 512: what comes after '... .* is cut off", said)
+    assert again.info == {"prompt": "known", "warnings": [said]} and torch.equal(first.tensor, again.tensor)
+    assert caplog.messages.count(said) == 1
+
+
+def test_a_text_of_many_characters_is_refused_before_it_is_cut_into_tokens(two_ranks, own):
+    pids, began = two_ranks.pids, time.monotonic()
+    with pytest.raises(ValueError, match="The prompt has 10,000,000 characters; at most 50,000 are taken"):
+        two_ranks.encode(TextEncoderSpec(path=str(own)), "a" * 10_000_000)
+    assert time.monotonic() - began < 5 and two_ranks.pids == pids
+    check_prompt("a" * MAX_PROMPT_CHARACTERS)
+    with pytest.raises(ValueError, match="Shorten it"):
+        check_prompt("a" * (MAX_PROMPT_CHARACTERS + 1))
 
 
 def test_what_else_decides_the_result_is_told_apart(two_ranks, own):

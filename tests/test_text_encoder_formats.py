@@ -1,5 +1,6 @@
 """A text encoder as the original and ComfyUI keep it: told by content, equal to transformers', its tokenizer found."""
 
+import re
 import shutil
 
 import original_formats as formats
@@ -10,7 +11,7 @@ import torch
 from ascend_runtime import TextEncoderSpec
 from ascend_runtime.checkpoints.layout import find_text_encoder
 from ascend_runtime.components import Components
-from ascend_runtime.text import embedding_of, encode_text
+from ascend_runtime.text import cut_of, embedding_of, encode_text
 from safetensors.torch import save_file
 from transformers import T5TokenizerFast
 
@@ -94,6 +95,21 @@ def test_a_long_prompt_is_cut_as_transformers_does(tmp_path, theirs, spiece):
     tokens = load(tmp_path / "a").tokenizer("red " * 600, truncation=True, max_length=512, return_tensors="pt")
     expected = transformers_own(spiece)("red " * 600, truncation=True, max_length=512).input_ids
     assert tokens.input_ids.tolist() == [expected] and len(expected) == 512 and expected[-1] == 1
+
+
+def test_a_prompt_that_is_cut_says_how_long_it_is_and_where(tmp_path, theirs, spiece):
+    """By the tokenizer of a file and by transformers' alike; not where it just fits."""
+    save_file(formats.comfyui_umt5(theirs, spiece.read_bytes()), tmp_path / "a")
+    pairs = [f"{color} {shape}" for color in ("red", "green") for shape in ("circle", "square")]
+    words = " ".join(pairs * 200)
+    for tokenizer in (load(tmp_path / "a").tokenizer, transformers_own(spiece)):
+        ids = tokenizer(words, truncation=False, return_tensors="pt").input_ids[0].tolist()
+        (said,) = cut_of(tokenizer, words)
+        end = re.search(r"after '\.\.\. (.*)' is cut off", said)[1]
+        assert f"The prompt has {len(ids)} tokens, and Wan reads 512" in said
+        assert tokenizer.decode(ids[:511]).endswith(end) and len(end) > 10
+        fits = tokenizer.decode(ids[:511])
+        assert cut_of(tokenizer, fits) == [] and len(cut_of(tokenizer, f"{fits} red")) == 1
 
 
 def test_a_file_without_a_tokenizer_says_where_to_get_one(tmp_path, theirs, spiece):

@@ -6,8 +6,9 @@ import shutil
 import original_formats as formats
 import pytest
 import random_wan
+import tiny_models
 import torch
-from ascend_runtime import DiffusionModelSpec, TextEncoderSpec, VaeSpec
+from ascend_runtime import DiffusionModelSpec, TextEncoderSpec, VaeSpec, inspection
 from ascend_runtime.components import Components
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
@@ -118,6 +119,83 @@ def test_a_vae_of_no_colours(tmp_path):
         assert "vae.safetensors: it as a Wan VAE" in message and f"reads {channels} channels" in message
 
 
+# Networks that are near to what can be used
+
+
+MORE = {  # what variants of a Wan transformer have more, by what they are
+    "Wan VACE": "vace_blocks.0.after_proj.weight",
+    "Wan Fun Control with a camera": "control_adapter.conv.weight",
+    "Wan Fun Control": "ref_conv.weight",
+    "Wan Animate": "face_adapter.fuser_blocks.0.linear1_q.weight",
+    "Wan S2V (sound to video)": "casual_audio_encoder.weights",
+    "HuMo, or another model that hears": "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight",
+    "SkyReels diffusion forcing": "fps_embedding.weight",
+    "ReCamMaster": "blocks.0.cam_encoder.weight",
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_variants_of_a_transformer_are_named(tmp_path, checkpoint, tensors, what, capsys):
+    file, name = tmp_path / "wan.safetensors", MORE[what]
+    save_file(tensors | {name: torch.zeros(2, 2)}, file)
+    message = refused(file)
+    assert f"{file} is not a plain Wan transformer. It is {what}, whose 1 further tensors" in message
+    assert name.split(".")[-2] in message and "Take a text-to-video or" in message and "config.json" not in message
+    assert inspection.run(type("Arguments", (), {"path": str(file)})) == 1
+    assert f"It is {what}" in (said := capsys.readouterr().out) and "not usable" in said
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    save_file(load_file(weights) | {name: torch.zeros(2, 2)}, weights)
+    assert f"It is {what}" in refused(folder)
+    save_file({name: torch.zeros(2, 2)}, tmp_path / "only.safetensors")
+    assert f"It is {what}" in refused(tmp_path / "only.safetensors")
+
+
+def test_a_network_of_another_kind_is_not_asked_for_its_config(tmp_path, tensors):
+    save_file(tensors | {"stranger.weight": torch.zeros(2)}, tmp_path / "wan.safetensors")
+    message = refused(tmp_path / "wan.safetensors")
+    assert "1 unexpected: stranger.weight. Is it another model's file?" in message
+
+
+def test_a_t5_is_no_umt5(tmp_path):
+    """Said before a tokenizer is missed: none lies there."""
+    state = tiny_models.umt5().state_dict()
+    t5 = {name: x.clone() for name, x in state.items() if "block.1.layer.0.SelfAttention.relative" not in name}
+    for prefix in ("", "text_encoders.t5xxl.transformer."):
+        save_file({f"{prefix}{name}": x for name, x in t5.items() if "embed_tokens" not in name}, tmp_path / "t5xxl")
+        message = refused(tmp_path / "t5xxl", "text_encoder")
+        assert "It is a T5, such as t5xxl of Flux and SD3; Wan's is a UMT5. Take umt5_xxl" in message
+        assert "tokenizer" not in message
+
+
+def test_a_vae_that_enlarges_is_refused_before_it_decodes(tmp_path, checkpoint, capsys):
+    """Wan 2.2's makes 12 channels too, of which 3 are each of 2 x 2 pixels: it reads as many."""
+    tensors = formats.original_vae(AutoencoderKLWan(base_dim=4))
+    for name in ("decoder.head.2.weight", "decoder.head.2.bias"):
+        tensors[name] = tensors[name].repeat(4, *(1 for _ in tensors[name].shape[1:]))
+    file, folder = tmp_path / "vae.safetensors", shutil.copytree(checkpoint, tmp_path / "folder")
+    save_file(tensors, file)
+    edit(folder / "vae" / "config.json", out_channels=12)
+    for path, where in ((file, file), (folder, folder / "vae" / "config.json")):
+        message = refused(path, "vae")
+        assert f"{where} reads 3 channels and makes 12; of RGB in patches of 1 x 1 there are 3. It is a VAE" in message
+        assert inspection.run(type("Arguments", (), {"path": str(path)})) == 1
+        assert "enlarges videos" in capsys.readouterr().out
+    edit(folder / "vae" / "config.json", out_channels=3, patch_size="x")
+    assert "of RGB in patches of x x x there are None" in refused(folder, "vae")
+
+
+def test_lightx2vs_scales_of_rows(tmp_path, tensors):
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        held = tensors | {f"{Q}.weight": tensors[f"{Q}.weight"].to(dtype), f"{Q}.weight_scale": torch.ones(256, 1)}
+        save_file(held, tmp_path / "wan.safetensors")
+        said = f"1 weights as {str(dtype).removeprefix('torch.')} with one scale a row, such as {Q}.weight: LightX2V's"
+        assert said in refused(tmp_path / "wan.safetensors")
+    save_file({name: x for name, x in held.items() if name.startswith("blocks.")}, tmp_path / "block.safetensors")
+    message = refused(tmp_path / "block.safetensors")
+    assert "lacks patch_embedding.weight" in message and "It holds blocks only, as LightX2V's files" in message
+
+
 # JSON
 
 
@@ -176,6 +254,10 @@ def test_a_folder_without_a_tokenizers_files(checkpoint, tmp_path):
 
 
 def test_other_files(tmp_path, checkpoint):
+    for start, says in ((b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
+                        (b"<!DOCTYPE html><html>", "is a web page"), (b"\n <HTML>", "is a web page")):  # fmt: skip
+        (tmp_path / "wan.safetensors").write_bytes(start + b" " * 100)
+        assert f"{tmp_path / 'wan.safetensors'} {says}" in refused(tmp_path / "wan.safetensors")
     (tmp_path / "wan.gguf").write_bytes(b"GGUF" + bytes(range(200)))
     assert "GGUF is not read. Take the model's fp8_scaled or fp16 file" in refused(tmp_path / "wan.gguf")
     json_file = checkpoint / "transformer" / "config.json"

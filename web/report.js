@@ -1,8 +1,9 @@
-// Shows on Ascend Sampler what its last video took and what accelerators saved. ComfyUI's page removes a text that
-// was sent while a job ran once it ends; what a node puts out (`ui` in nodes/sampler.py) stays.
+// Shows what a node has to say of its last run: Ascend Sampler, what the video took and what accelerators saved; Ascend
+// Text Encode, where a prompt was cut. ComfyUI's page removes a text that was sent while a job ran once it ends; what a
+// node puts out (`ui` in nodes/sampler.py, nodes/conditioning.py) stays.
 import { app } from "../../scripts/app.js"
 
-const NODE = "AscendSampler"
+const NODES = ["AscendSampler", "AscendTextEncode"]
 const WIDGET = "report"
 const HEIGHT = 64 // pixels, about four lines; more can be scrolled
 
@@ -27,16 +28,19 @@ function addReport(node) {
 }
 
 function showReport(node, output) {
-    if (node?.type !== NODE || !output?.text) return
-    const widget = node.widgets.find(({ name }) => name === WIDGET) ?? addReport(node)
-    widget.value = output.text.join("\n")
+    if (!NODES.includes(node?.type) || !output?.text) return
+    const text = output.text.join("\n")
+    const shown = node.widgets.find(({ name }) => name === WIDGET)
+    if (!text && !shown) return // most prompts have nothing to be said of
+    const widget = shown ?? addReport(node)
+    widget.value = text
     node.setDirtyCanvas(true)
 }
 
 app.registerExtension({
     name: "AscendVideo.Report",
     beforeRegisterNodeDef(nodeType, { name }) {
-        if (name !== NODE) return
+        if (!NODES.includes(name)) return
         const { onExecuted } = nodeType.prototype
         nodeType.prototype.onExecuted = function (output) {
             onExecuted?.apply(this, arguments)

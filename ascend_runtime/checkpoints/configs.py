@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from .faults import shown
@@ -84,6 +85,18 @@ def text_encoder_config(shapes: Shapes) -> dict:
     }
 
 
+def other_text_encoder(shapes: Shapes) -> str:
+    """That a text encoder is a T5, whose blocks share the first one's table of positions; empty where it is none."""
+    table = re.compile(r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.weight$")
+    blocks = {int(found[1]) for found in map(table.match, shapes) if found}
+    if blocks != {0} or "encoder.block.1.layer.0.SelfAttention.q.weight" not in shapes:
+        return ""
+    return (
+        "It is a T5, such as t5xxl of Flux and SD3; Wan's is a UMT5. Take umt5_xxl_fp8_e4m3fn_scaled.safetensors or "
+        "umt5_xxl_fp16.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged."
+    )
+
+
 VAE_TELLS = {
     "encoder.conv_in.weight": 5,
     "encoder.mid_block.resnets.0.conv1.weight": 5,
@@ -123,6 +136,20 @@ def vae_config(shapes: Shapes) -> dict:
     if z_dim == len(LATENTS_MEAN_22):
         config |= {"latents_mean": list(LATENTS_MEAN_22), "latents_std": list(LATENTS_STD_22)}
     return config
+
+
+def check_colours(config: dict, where: Path) -> None:
+    """Raises ValueError for the config of a VAE which does not read and make RGB, in patches or not."""
+    patch = config.get("patch_size") or 1
+    colours = 3 * patch**2 if type(patch) is int else None
+    reads, makes = config.get("in_channels", 3), config.get("out_channels", 3)
+    if (reads, makes) != (colours, colours):
+        enlarges = " It is a VAE that enlarges videos, which is not done here." if reads == colours < makes else ""
+        raise ValueError(
+            f"{where} reads {reads} channels and makes {makes}; of RGB in patches of {patch} x {patch} there are "
+            f"{colours}.{enlarges} Take Wan2.1_VAE.pth or wan_2.1_vae.safetensors; for Wan2.2-TI2V-5B take "
+            "Wan2.2_VAE.pth or wan2.2_vae.safetensors."
+        )
 
 
 # What our own code reads of a config, and reckons with.

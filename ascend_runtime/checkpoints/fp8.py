@@ -9,6 +9,7 @@ times its scale; scales of inputs are for products in 8 bits, of which there are
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -23,16 +24,17 @@ LONGEST_MARK = 4096  # numbers of a tensor that holds JSON; those of ComfyUI hav
 FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
-def scales_of(file: TensorFile) -> tuple[dict[str, str], set[str]]:
-    """(the names of the weights' scales by those of the weights; all names that are no weights but marks or scales).
+def scales_of(file: TensorFile, own: list[str]) -> tuple[dict[str, str], set[str]]:
+    """(the names of the weights' scales by those of the weights; all names that are no weights but marks or scales), of
+    the tensors `own` of a file.
 
     Both are empty where the file has no mark. Raises ValueError for a format that is not one scale a tensor, for marks
     that say nothing of the sort, and that lists weights without a scale and scales without such a weight.
     """
-    leaves = {name: name.rpartition(".")[2] for name in file.shapes}
+    leaves = {name: name.rpartition(".")[2] for name in own}
     marks = {name for name, leaf in leaves.items() if leaf in (OLD_MARK, LAYER_MARK)}
     old = any(leaves[name] == OLD_MARK for name in marks)
-    formats = _formats(file, [name for name in marks if leaves[name] == LAYER_MARK])
+    formats = _formats(file, own, [name for name in marks if leaves[name] == LAYER_MARK])
     for layer, kept in formats.items():
         if kept not in FORMATS:
             held = f"{shown(layer)} as {shown(kept)}"
@@ -46,11 +48,26 @@ def scales_of(file: TensorFile) -> tuple[dict[str, str], set[str]]:
     return scales, marks | {name for name, leaf in leaves.items() if leaf in kinds}
 
 
-def _formats(file: TensorFile, marks: list[str]) -> dict[str, str]:
-    """The format of each marked layer."""
+def refuse_other_scales(file: TensorFile, own: list[str]) -> None:
+    """Raises ValueError where weights of 8 bits have one scale a row, and nothing marks them: LightX2V's own form."""
+    leaf = "weight_scale"
+    scales = [name for name in own if name.endswith(f".{leaf}") and math.prod(file.shapes[name]) > 1]
+    weights = [weight for weight in (f"{name.removesuffix(leaf)}weight" for name in scales) if weight in file.shapes]
+    rows = [weight for weight in weights if file.dtype(weight).itemsize == 1]
+    if rows:
+        what = str(file.dtype(rows[0])).removeprefix("torch.")
+        raise ValueError(
+            f"{file.path} holds {len(rows)} weights as {what} with one scale a row, such as {rows[0]}: LightX2V's "
+            "form, which is not read. Take the model's fp8_scaled, fp16 or bf16 form."
+        )
+
+
+def _formats(file: TensorFile, own: list[str], marks: list[str]) -> dict[str, str]:
+    """The format of each marked layer. In a header it may be named without the prefix that all names have."""
     with usable(file.path, f"the header's {NEW_MARK}"):
         layers = dict(parse_json(file.header.get(NEW_MARK, "{}")).get("layers", {}))
         formats = {name: layer.get("format", "nothing known") for name, layer in layers.items()}
+    formats = {name: formats[said] for said, name in _in_full(file, own, formats).items()}
     for name in marks:
         with usable(file.path, name):
             if math.prod(file.shapes[name]) > LONGEST_MARK:
@@ -58,6 +75,17 @@ def _formats(file: TensorFile, marks: list[str]) -> dict[str, str]:
             mark = parse_json(bytes(file.read(name).tolist()))
             formats[name.rpartition(".")[0]] = mark.get("format", "nothing known")
     return formats
+
+
+def _in_full(file: TensorFile, own: list[str], layers: Iterable[str]) -> dict[str, str]:
+    """The names of those layers which are not another network's, with the prefix that all tensors have."""
+    there = [layer for layer in layers if f"{layer}.weight" in file.shapes]
+    kept = {layer: layer for layer in set(there).intersection(name.removesuffix(".weight") for name in own)}
+    short = [layer for layer in layers if f"{layer}.weight" not in file.shapes]
+    ends = tuple(f".{layer}.weight" for layer in short[:1])
+    prefixes = {name.removesuffix(ends[0]) for name in own if name.endswith(ends)} if ends else set()
+    prefix = f"{prefixes.pop()}." if len(prefixes) == 1 else ""
+    return kept | {layer: f"{prefix}{layer}" for layer in short}
 
 
 def _check(file: TensorFile, scales: dict[str, str], marked: set[str]) -> None:

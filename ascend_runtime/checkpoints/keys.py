@@ -9,7 +9,10 @@ Rules = tuple[tuple[str, str], ...]  # patterns and replacements, in order: a la
 
 # The transformer. The prefixes of ComfyUI and others go; MindSpeed-MM's names (checkpoint/sora_model/wan_converter.py)
 # become the original's (Wan-Video/Wan2.2, wan/modules/model.py), and those diffusers', whose own no pattern fits.
-PREFIXES: Rules = ((r"^(model\.diffusion_model|module|predictor)\.", ""),)
+PREFIXES: Rules = (
+    (r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", ""),  # what torch wraps modules in
+    (r"^(model\.diffusion_model|module|predictor)\.", ""),
+)
 # What msModelSlim puts before the last part of a name, where it moved outliers from activations into weights.
 MODELSLIM: Rules = ((r"\.(linear|div)(?=\.[^.]+$)", ""),)
 MINDSPEED: Rules = (

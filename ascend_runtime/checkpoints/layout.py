@@ -9,13 +9,14 @@ from pathlib import Path, PurePath
 
 from ..vae_form import VaeForm
 from .bounded import plain_file_name, read_json
-from .configs import check_counts
+from .configs import check_colours, check_counts
 from .faults import MAX_NAMES, shown, usable
-from .kinds import KINDS, described, is_kind, moved
+from .kinds import KINDS, described, is_kind, moved, own_name
 from .mindspeed import latest_shards
 from .msmodelslim import WEIGHTS, Description, description_in, read_description
 from .paths import DEFAULTS, existing, file_of
 from .states import files_of, states
+from .variants import all_shards
 
 CLASSES = {  # of component: the key of its config that tells, and what it says
     "transformer": ("_class_name", "WanTransformer3DModel"),
@@ -128,7 +129,8 @@ def _find_transformer(root: Path, name: str) -> Component:
         named = any(folder.glob(WEIGHTS))
         return _quantized(folder, _shards_of(folder, WEIGHTS) if named else _shards_of(folder), described)
     if not is_original(folder):
-        return find_component(str(folder), name)
+        loose = _loose_shards(folder)
+        return _found("transformer", loose) if loose else find_component(str(folder), name)
     return _original(folder, _found("transformer", _shards_of(folder)))
 
 
@@ -175,8 +177,9 @@ def find_text_encoder(path: str) -> Component:
 
 def find_vae(path: str) -> Component:
     """A VAE: a file, or the one in the folder of diffusers or of the original."""
-    found = _find_file(path, "vae")
-    return found or find_component(path, "vae")
+    found = _find_file(path, "vae") or find_component(path, "vae")
+    check_colours(found.config, found.folder / "config.json" if found.folder else found.shards[0])
+    return found
 
 
 def _find_file(path: str, kind: str) -> Component | None:
@@ -186,6 +189,8 @@ def _find_file(path: str, kind: str) -> Component | None:
         return _found(kind, (root,))
     if (root / kind).is_dir():
         return None
+    if shards := _loose_shards(root):
+        return _found(kind, shards)
     unreadable = []
     for file in sorted(root.glob("*.pth")):
         try:
@@ -248,6 +253,13 @@ def _shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]
     return shards
 
 
+def _loose_shards(folder: Path) -> tuple[Path, ...]:
+    """The shards of one network that lie in a folder without a config.json; none where other files lie there."""
+    if (folder / "config.json").is_file():
+        return ()
+    return all_shards(tuple(sorted(folder.glob("*.safetensors"))))
+
+
 def _preferred(folder: Path, pattern: str, names: Iterable[str]) -> tuple[Path, ...]:
     """The file with one of `names` where it lies in `folder`, else all that fit the pattern."""
     for name in names:
@@ -262,7 +274,7 @@ def _found(kind: str, shards: tuple[Path, ...]) -> Component:
     check_counts(held.config, shards[0])
 
     def rename(name: str, shard: Path) -> str | None:
-        renamed = KINDS[kind].rename(name)
+        renamed = own_name(KINDS[kind], held.prefix, name)
         return renamed and moved(renamed, held.first_blocks[shards.index(shard)])
 
     beside = shards[0].parent / TOKENIZER

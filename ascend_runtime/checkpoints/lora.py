@@ -1,54 +1,36 @@
 """LoRA files of a Wan transformer: which parameter each of their tensors changes, and how.
 
-A low-rank pair makes a weight W + strength * alpha / rank * B @ A (Hu et al., arXiv 2106.09685; without an alpha the
-fraction is 1, as in core ComfyUI), a whole difference D makes it W + strength * D. The layouts:
+A low-rank pair makes a weight W + strength * alpha / rank * B @ A (Hu et al., arXiv 2106.09685), a whole difference D
+makes it W + strength * D. The bias of B is a bias' difference, scaled as the product. alpha is in the file, or in what
+diffusers and PEFT write with it (lora_scale.py); without one the fraction is 1, as in core ComfyUI.
 
-    diffusers, PEFT      transformer.blocks.0.attn1.to_q.lora_A.weight     .lora_B.weight
-    the original's names diffusion_model.blocks.0.self_attn.q.lora_down.weight     .lora_up.weight .alpha .diff .diff_b
-    kohya                lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight .alpha
-    older diffusers      transformer.blocks.0.attn1.to_q.lora.down.weight  .lora.up.weight
-
-A key means the same in all of them, or is in one alone: so each is understood by itself, with any prefix or none.
-LoRAs of Wan 2.1's image-to-video models are used on Wan 2.2's, which have no CLIP: what changes the layers of CLIP's
-image alone is left out there, as core ComfyUI does. Nothing else of a file is passed over.
+A LoRA is used without what the model has no place for, with a warning, as in core ComfyUI: layers of another kind or
+size of model. A file of which nothing fits is refused, and so is one with anything that could make its sum another.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from ..precision import is_finite
 from .faults import listed
-from .keys import to_diffusers_name
+from .lora_keys import TWICE, Keys, Shapes, Understood, module_name, section, understood
+from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 from .parts import Part
+from .states import states
 from .tensor_files import TensorFile, open_tensors
 
-logger = logging.getLogger(__name__)
-
-Shapes = dict[str, tuple[int, ...]]
-
-PREFIX = re.compile(r"^(lora_unet__?|(base_model\.model\.)?((model\.)?diffusion_model\.|transformer\.)?)")
-ROLES = {
-    "lora_A.weight": "down", "lora_A.default.weight": "down", "lora_down.weight": "down", "lora.down.weight": "down",
-    "lora_B.weight": "up", "lora_B.default.weight": "up", "lora_up.weight": "up", "lora.up.weight": "up",
-    "alpha": "alpha", "diff": "diff", "diff_b": "diff",
-}  # fmt: skip
-# What the original calls its layers, and its parameters that are no layer's.
-ATTENTION = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in ("q", "k", "v", "o", "norm_q", "norm_k")]
-IMAGE_IN_A_BLOCK = [f"cross_attn.{layer}" for layer in ("k_img", "v_img", "norm_k_img")]
-IN_A_BLOCK = [*ATTENTION, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
-IMAGE_LAYERS = [f"img_emb.proj.{number}" for number in (0, 1, 3, 4)]
-OUTSIDE = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
-           "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos", *IMAGE_LAYERS]  # fmt: skip
-FOR_AN_IMAGE = "of layers for CLIP's image, which this model lacks"
+MISSHAPEN = "of the wrong shape"
+INCOMPLETE = "that make no change together"
+NOT_FINITE = "with NaN or infinite values"
+WIDTHS = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # of the published models
+KINDS = {16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B"}  # by patch_embedding's channels
 
 
 @dataclass(frozen=True)
@@ -73,156 +55,201 @@ class LowRank:
 @dataclass(frozen=True)
 class Difference:
     key: str
+    scale: float = 1.0
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
     def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
-        weight += strength * file.read(self.key, part).to(weight)
+        weight += (strength * self.scale) * file.read(self.key, part).to(weight)
+
+
+Changes = dict[str, LowRank | Difference]  # by diffusers' names of the parameters
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a file changes: by diffusers' names of the parameters. Equal while the file stays the same."""
+    """What a file changes in a network; nothing, where it is for the other expert. Equal while the file stays the same.
 
-    fingerprint: tuple[str, int, int]
-    changes: dict[str, LowRank | Difference] = field(compare=False)
+    warning: what of it is left out, and why, or what is not known of it; empty where there is nothing to be said.
+    """
+
+    fingerprint: tuple
+    changes: Changes = field(compare=False)
+    warning: str = field(default="", compare=False)
 
     @property
     def path(self) -> Path:
         return Path(self.fingerprint[0])
 
 
-def fingerprint(path: str) -> tuple[str, int, int]:
-    """Changes when the file does. Raises ValueError where there is none."""
+def fingerprint(path: str) -> tuple:
+    """Changes when the file does, or PEFT's configuration next to it. Raises ValueError where there is none."""
     if not Path(path).is_file():
         raise ValueError(
             f"There is no LoRA {path}. Give the path of a .safetensors file; ComfyUI's LoRAs belong into models/loras."
         )
-    state = Path(path).stat()
-    return path, state.st_size, state.st_mtime_ns
+    state, config = Path(path).stat(), config_file(Path(path))
+    return path, state.st_size, state.st_mtime_ns, config and states((config,))
 
 
-def read_lora(path: str | Path, shapes: Shapes) -> LoraFile:
+def read_lora(path: str | Path, shapes: Shapes, expert: str | None = None) -> LoraFile:
     """What the file changes of a network whose parameters have these whole shapes.
 
-    What is for an image that the network does not see is left out, with a warning. Raises ValueError that lists by name
-    what else is of no known kind or layer, incomplete, wrongly shaped, not finite or of whole numbers.
+    expert: which of two the network is, "high_noise" or "low_noise"; None: there is only one.
+
+    Raises ValueError where no layer of the file fits, and where something in it is of a format that is not merged, of
+    no known kind, incomplete, not finite or of whole numbers: each by name.
     """
     state, path = fingerprint(str(path)), Path(path)
-    faults: dict[str, list[str]] = defaultdict(list)
-    left_out: list[str] = []
     with open_tensors(path) as file:
-        on_disk = file.shapes
-        for key in on_disk:
+        found = understood(file.shapes, shapes, expert)
+        _refuse_other_formats(path, found.other_formats)
+        for key in file.shapes:
             if not (file.dtype(key).is_floating_point or key.endswith(".alpha")):
-                faults["that are no floating-point numbers"].append(f"{key} as {file.dtype(key)}")
-        changes = {}
-        for name, keys in _by_parameter(on_disk, shapes, faults, left_out).items():
-            change = _change(name, keys, file, faults)
-            if change is not None and _fits(change, on_disk, name, shapes[name], faults):
-                changes[name] = change
-        if not faults:
-            faults["with NaN or infinite values"] += [key for key in on_disk if not is_finite(file.read(key).float())]
-    if not changes:
-        faults[f"{FOR_AN_IMAGE}, and no other"] += left_out
-    _refuse(path, faults, on_disk)
-    if left_out:
-        logger.warning("The LoRA %s is used without %s.", path, listed({FOR_AN_IMAGE: left_out}))
-    return LoraFile(state, changes)
+                found.faults["that are no floating-point numbers"].append(f"{key} as {file.dtype(key)}")
+        changes, misfits = _fitting(_changes(file, found, shapes), file.shapes, shapes, found.left_out)
+        if not found.faults:
+            used = [key for change in changes.values() for key in change.keys]
+            found.faults[NOT_FINITE] += [key for key in used if not is_finite(file.read(key).float())]
+        _refuse_faults(path, found.faults, bool(file.shapes))
+        reason = _made_for(misfits, found, shapes)
+        if not changes and (found.layers or not found.other_expert):
+            raise ValueError(
+                f"{path} is no LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
+                f"Tensors {listed(found.left_out)}. Nothing was changed. Take a LoRA that was made for this model."
+            )
+        return LoraFile(state, changes, _warning(path, found, reason, changes))
 
 
-def _by_parameter(on_disk: Shapes, shapes: Shapes, faults, left_out: list[str]) -> dict[str, dict[str, str]]:
-    """The key of each role, by parameter; those for an image that the network does not see go to `left_out`."""
-    known = {*shapes, *_image_parameters(shapes)}
-    spellings, found = _spellings(known), defaultdict(dict)
-    for key in on_disk:
-        name, role = _parameter(key, spellings, known)
-        if key.endswith(".dora_scale"):
-            faults["of DoRA, which is not merged here"].append(key)
-        elif role is None:
-            faults["of no known kind"].append(key)
-        elif name is None:
-            faults["of no layer of this model"].append(key)
-        elif name not in shapes:
-            left_out.append(key)
-        elif role in found[name]:
-            faults["given twice"].append(f"{key} and {found[name][role]}")
-        else:
-            found[name][role] = key
-    return found
+def _changes(file: TensorFile, found: Understood, shapes: Shapes) -> Changes:
+    """What all keys together change, whether it fits or not."""
+    changes: Changes = {}
+    config_of = cache(lambda section: adapter_config(file, section))
+    for layer, keys in found.layers.items():
+        weight = f"{layer}.weight" if f"{layer}.weight" in shapes else layer
+        of_weight = keys.keys() - {"diff_b"}
+        scale = 1.0
+        if {"up", "down"} <= of_weight <= {"up", "down", "alpha", "up_bias"}:
+            scale = _scale(file, layer, keys, config_of, found.faults)
+            changes[weight] = LowRank(keys["up"], keys["down"], scale)
+        elif of_weight == {"diff"}:
+            changes[weight] = Difference(keys["diff"])
+        elif of_weight:
+            given = " and ".join(keys[role] for role in keys if role in of_weight)
+            found.faults[INCOMPLETE].append(f"{given} (of {weight})")
+        if "up_bias" in keys:
+            changes[f"{layer}.bias"] = Difference(keys["up_bias"], scale)
+        if "diff_b" in keys and "up_bias" in keys:
+            found.faults[TWICE].append(f"{keys['up_bias']} and {keys['diff_b']}")
+        elif "diff_b" in keys:
+            changes[f"{layer}.bias"] = Difference(keys["diff_b"])
+    return changes
 
 
-def _parameter(key: str, spellings: dict[str, str], known: set[str]) -> tuple[str | None, str | None]:
-    """The parameter that a key changes, and its role in that; each None where it is not known."""
-    rest = PREFIX.sub("", key)
-    for suffix, role in ROLES.items():
-        if rest.endswith(f".{suffix}"):
-            layer = spellings.get(rest.removesuffix(f".{suffix}"))
-            names = (f"{layer}.bias",) if suffix == "diff_b" else (f"{layer}.weight", layer)
-            return next((name for name in names if name in known), None), role
-    return None, None
+def _scale(
+    file: TensorFile, layer: str, keys: dict[str, str], config_of: Callable[[str], AdapterConfig | None], faults: Keys
+) -> float:
+    """alpha / rank of a pair."""
+    up, down = file.shapes[keys["up"]], file.shapes[keys["down"]]
+    if not up or not down or math.prod(up[1:]) != down[0]:
+        faults[INCOMPLETE].append(f"{keys['up']} {list(up)} and {keys['down']} {list(down)}")
+        return 1.0
+    rank = max(1, down[0])
+    if "alpha" not in keys:
+        config = config_of(section(keys["up"]))
+        return 1.0 if config is None else config.scale((module_name(keys["up"]), layer), rank)
+    alpha = file.read(keys["alpha"])
+    if alpha.numel() != 1:
+        faults[MISSHAPEN].append(f"{keys['alpha']} is {list(alpha.shape)}, not one number")
+        return 1.0
+    if not math.isfinite(alpha.item()):
+        faults[NOT_FINITE].append(keys["alpha"])
+    return alpha.item() / rank
 
 
-def _image_parameters(shapes: Shapes) -> Iterator[str]:
-    """Those that a network of as many blocks has if it sees an image through CLIP."""
-    layers = [*IMAGE_LAYERS, *(f"blocks.{block}.{layer}" for block in _blocks(shapes) for layer in IMAGE_IN_A_BLOCK)]
-    for original in ["img_emb.emb_pos", *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))]:
-        yield to_diffusers_name(original)
-
-
-def _blocks(names: Iterable[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("blocks.")}
-
-
-def _spellings(known: set[str]) -> dict[str, str]:
-    """Diffusers' name of each layer, and of each parameter that is no layer's, by all names that it has in files."""
-    own = {name.removesuffix(".weight").removesuffix(".bias") for name in known}
-    blocks = _blocks(known)
-    spelled = {name: name for name in own}
-    for original in [*OUTSIDE, *(f"blocks.{block}.{layer}" for block in blocks for layer in IN_A_BLOCK)]:
-        for name in (to_diffusers_name(f"{original}.weight").removesuffix(".weight"), to_diffusers_name(original)):
-            if name in own:
-                spelled[original] = name
-    return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}
-
-
-def _change(name: str, keys: dict[str, str], file: TensorFile, faults) -> LowRank | Difference | None:
-    if keys.keys() == {"diff"}:
-        return Difference(keys["diff"])
-    if not {"up", "down"} <= keys.keys() <= {"up", "down", "alpha"}:
-        faults["that make no change together"].append(f"{' and '.join(keys.values())} (of {name})")
-        return None
-    scale = 1.0
-    if "alpha" in keys:
-        alpha = file.read(keys["alpha"])
-        if alpha.numel() != 1:
-            faults["of the wrong shape"].append(f"{keys['alpha']} is {list(alpha.shape)}, not one number")
-            return None
-        scale = alpha.item() / max(1, file.read(keys["down"]).shape[0])
-    return LowRank(keys["up"], keys["down"], scale)
-
-
-def _fits(change: LowRank | Difference, on_disk: Shapes, name: str, whole: tuple[int, ...], faults) -> bool:
-    if isinstance(change, Difference):
-        fits = on_disk[change.key] == whole
-    else:
-        up, down = on_disk[change.up], on_disk[change.down]
-        matrices = min(len(up), len(down), len(whole)) > 1
-        fits = matrices and (up[0], math.prod(up[1:]), math.prod(down[1:])) == (whole[0], down[0], math.prod(whole[1:]))
-    if not fits:
+def _fitting(
+    changes: Changes, on_disk: Shapes, shapes: Shapes, left_out: Keys
+) -> tuple[Changes, dict[str, tuple[int, ...]]]:
+    """(the changes that fit, the shapes of what the others would change); `left_out` gets the keys of these."""
+    fitting, misfits = {}, {}
+    for name, change in changes.items():
+        whole, own = shapes.get(name), _shape_of(change, on_disk)
+        fits = _multiplies_to(change, on_disk, whole) if whole and isinstance(change, LowRank) else own == whole
+        if fits:
+            fitting[name] = change
+            continue
         given = " and ".join(f"{key} {list(on_disk[key])}" for key in change.keys)
-        faults["of the wrong shape"].append(f"{given} for {name} {list(whole)}")
-    return fits
+        left_out[MISSHAPEN].append(f"{given} for {name} {'which is not there' if whole is None else list(whole)}")
+        misfits[name] = own
+    return fitting, misfits
 
 
-def _refuse(path: Path, faults: dict[str, list[str]], on_disk: Shapes) -> None:
-    """Raises ValueError where there is a fault, or nothing in the file."""
-    told = listed(faults)
-    if told or not on_disk:
+def _shape_of(change: LowRank | Difference, on_disk: Shapes) -> tuple[int, ...]:
+    if isinstance(change, Difference):
+        return on_disk[change.key]
+    return (*on_disk[change.up][:1], *on_disk[change.down][1:])
+
+
+def _multiplies_to(change: LowRank, on_disk: Shapes, whole: tuple[int, ...]) -> bool:
+    up, down = on_disk[change.up], on_disk[change.down]
+    matrices = min(len(up), len(down), len(whole)) > 1
+    return matrices and (up[0], math.prod(down[1:])) == (whole[0], math.prod(whole[1:]))
+
+
+def _made_for(misfits: dict[str, tuple[int, ...]], found: Understood, shapes: Shapes) -> str:
+    """For which kind of model the file was made, in words, where that is known and this one is another."""
+    wanted = [(own[0], shapes[name][0]) for name, own in misfits.items()
+              if name in shapes and len(own) == 2 and len(set(own)) == len(set(shapes[name])) == 1]  # fmt: skip
+    if wanted:
+        theirs, ours = (f"{width} channels{f' ({WIDTHS[width]})' if width in WIDTHS else ''}" for width in wanted[0])
+        return f"It was made for a model of {theirs}; this one has {ours}. "
+    first = "patch_embedding.weight"
+    if len(misfits.get(first, ())) == len(shapes.get(first, ())) > 1:
+        theirs, ours = (f"{KINDS.get(channels, 'another kind of model')} ({channels} channels)"
+                        for channels in (misfits[first][1], shapes[first][1]))  # fmt: skip
+        return f"It was made for {theirs}; this is {ours}. "
+    if found.for_an_image:
+        return "It was made for an image-to-video model that sees its image through CLIP; this one does not. "
+    return ""
+
+
+def _warning(path: Path, found: Understood, reason: str, changes: Changes) -> str:
+    said = []
+    if found.left_out:
+        said.append(f"The LoRA {path} is used without some of its tensors: {listed(found.left_out)}. {reason}".strip())
+    without = _pairs_without_alpha(found)
+    of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in without)
+    if of_peft and changes and without and config_file(path) is None:
+        said.append(
+            f"The LoRA {path} was written by PEFT, which keeps alpha in {PEFTS_CONFIG}: it is merged as if alpha were "
+            f"its rank, which may be another strength than its trainer's. Put {PEFTS_CONFIG} next to it, and name it "
+            f"{PEFTS_WEIGHTS}{path.suffix}."
+        )
+    return " ".join(said)
+
+
+def _pairs_without_alpha(found: Understood) -> list[str]:
+    return [keys["up"] for keys in found.layers.values() if "up" in keys and "alpha" not in keys]
+
+
+def _refuse_other_formats(path: Path, formats: Keys) -> None:
+    """Raises ValueError where there are some."""
+    if formats:
         raise ValueError(
-            f"{path} is no LoRA for this model. Tensors {told or 'there are none'}. Nothing was changed. "
+            f"{path} cannot be merged here. Tensors {listed({f'of {name}': keys for name, keys in formats.items()})}. "
+            "Nothing was changed. Take a LoRA of low-rank pairs, or a model into which the software that made this "
+            "file has merged it."
+        )
+
+
+def _refuse_faults(path: Path, faults: Keys, holds_some: bool) -> None:
+    """Raises ValueError where there is a fault, or nothing in the file."""
+    said = listed(faults)
+    if said or not holds_some:
+        raise ValueError(
+            f"{path} is no LoRA for this model. Tensors {said or 'there are none'}. Nothing was changed. "
             "Take a LoRA of this Wan model in the layout of diffusers, kohya or ComfyUI (low-rank pairs with or "
             "without alpha, whole differences)."
         )

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from .faults import listed
-from .fp8 import scales_of
-from .keys import TOKENIZER_MODEL
+from .fp8 import refuse_other_scales, scales_of
+from .kinds import is_tokenizer
 from .msmodelslim import Description
 from .parts import Part
 from .pieces import Wanted, read_in_pieces
 from .tensor_files import open_tensors
 from .tokenizers import LONGEST_SPIECE
+from .variants import one_of_several, variant
 
 
 class Share(Protocol):
@@ -144,8 +145,11 @@ def _places(
     for shard in shards:
         numbers: list[str] = []
         with open_tensors(shard) as file:
-            scales, marks = scales_of(file)
+            own = [key for key in file.shapes if rename(key, shard) is not None]
+            scales, marks = scales_of(file, own)
             parts = quantized.parts_in(file) if quantized else {}
+            if not (quantized or scales):
+                refuse_other_scales(file, own)
             for key, shape in file.shapes.items():
                 name = None if key in marks or parts.get(key) is False else rename(key, shard)
                 if name is None:
@@ -172,20 +176,21 @@ def _check_fit(module, shards, wanted, places) -> None:
     ]
     faults = listed({"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen})
     if faults:
-        raise ValueError(
-            f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. "
-            "Is it another model's file, or a config.json of another model beside it?"
-        )
+        said = variant(unexpected) or (missing and len(shards) == 1 and one_of_several(shards[0]))
+        by_config = ", or is the config.json next to it another model's" * (shards[0].parent / "config.json").is_file()
+        asked = f"Is it another model's file{by_config}?"
+        raise ValueError(f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. {said or asked}")
 
 
 def tokenizer_model(file: Path) -> bytes:
     """The sentencepiece model that a file of a text encoder brings along."""
     with open_tensors(file) as tensors:
-        count, dtype = math.prod(tensors.shapes[TOKENIZER_MODEL]), tensors.dtype(TOKENIZER_MODEL)
+        name = next(filter(is_tokenizer, tensors.shapes))
+        count, dtype = math.prod(tensors.shapes[name]), tensors.dtype(name)
         if count > LONGEST_SPIECE or dtype != torch.uint8:
-            raise ValueError(f"{file} holds {TOKENIZER_MODEL} as {count} numbers of {dtype}; that must be at most "
+            raise ValueError(f"{file} holds {name} as {count} numbers of {dtype}; that must be at most "
                              f"{LONGEST_SPIECE} bytes. Download it again.")  # fmt: skip
-        return tensors.read(TOKENIZER_MODEL).numpy().tobytes()
+        return tensors.read(name).numpy().tobytes()
 
 
 def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -18,6 +18,13 @@ from .torch_file import TorchFile
 
 # How files of torch.save begin, and llama.cpp's; a .safetensors with the length of its header, which has a bound.
 ZIP, OLD_PICKLE, GGUF = b"PK\x03\x04", b"\x80\x02\x8a\x0a", b"GGUF"
+# How files begin that were to be weights, and what they are.
+PAGE = "a web page, as a download without the rights to it gives. Log in where it is published, and download it again"
+OTHER_STARTS = {
+    b"version https://git-lfs": "a pointer of Git LFS, in the place of the weights. Run `git lfs pull` in its folder, "
+    "or download the file itself",
+    b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE,
+}  # fmt: skip
 LONGEST_HEADER = 100_000_000  # bytes (https://huggingface.co/docs/safetensors, "Format")
 
 
@@ -68,7 +75,7 @@ def _kind(path: Path) -> type[TensorFile]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes). Download it again.")
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(64)
     if start.startswith(GGUF):
         raise ValueError(f"{path} is a GGUF file, and GGUF is not read. Take the model's fp8_scaled or fp16 file.")
     if start.startswith(OLD_PICKLE):
@@ -76,9 +83,12 @@ def _kind(path: Path) -> type[TensorFile]:
             f"{path} was written by a torch before 1.6. Write it anew: "
             "torch.save(torch.load(it, weights_only=True), it)."
         )
+    other = next((what for begin, what in OTHER_STARTS.items() if start.lstrip().lower().startswith(begin)), None)
+    if other is not None:
+        raise ValueError(f"{path} is {other}.")
     if start.startswith(ZIP):
         return TorchFile
-    if int.from_bytes(start, "little") > LONGEST_HEADER:
+    if int.from_bytes(start[:8], "little") > LONGEST_HEADER:
         raise ValueError(
             f"{path} is no file of weights: neither .safetensors nor of torch.save; or its beginning is damaged. Give "
             "the file that holds the weights, or the folder around it; if this is to be it, download it again."

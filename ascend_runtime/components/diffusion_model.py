@@ -47,6 +47,11 @@ class DiffusionModel:
     def experts(self) -> list[wan.WanTransformer]:
         return [expert for expert in (self.high_noise, self.low_noise) if expert is not None]
 
+    @property
+    def warnings(self) -> list[str]:
+        """What is to be said of the LoRAs in it, each once."""
+        return [*dict.fromkeys(said for adapter in self.adapters.values() for said in adapter.warnings)]
+
     def expert_at(self, timestep: float) -> wan.WanTransformer:
         """The expert for a timestep in 0..1000."""
         if self.swap is not None:
@@ -134,7 +139,9 @@ def load(
     }
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     asked = by_expert(spec.loras, list(unread))
-    loras = {expert: read_loras(asked[expert], one.places) for expert, one in unread.items()}
+    loras = {
+        expert: read_loras(asked[expert], one.places, _of_two(expert, unread)) for expert, one in unread.items()
+    }
     progress.expect(
         sum(nbytes(one.places) + nbytes(one.places, changed_by(loras[expert])) for expert, one in unread.items())
     )
@@ -149,7 +156,9 @@ def load(
     networks = {HIGH_NOISE: high_noise, LOW_NOISE: low_noise}
     return DiffusionModel(
         adapters={
-            expert: _adapter(expert, networks[expert], one.places, loras[expert], swap, device, sharding)
+            expert: _adapter(
+                expert, networks[expert], one.places, loras[expert], swap, device, sharding, _of_two(expert, unread)
+            )
             for expert, one in unread.items()
         },
         high_noise=high_noise,
@@ -163,13 +172,19 @@ def load(
 
 
 def _adapter(
-    expert: str, network, places: Places, loras: LorasInUse, swap: ExpertSwap | None, device, sharding: Sharding
-) -> Adapter:
+    expert: str, network, places: Places, loras: LorasInUse, swap: ExpertSwap | None, device, sharding: Sharding,
+    of_two: str | None,
+) -> Adapter:  # fmt: skip
     """What changes the weights of an expert, where they are kept."""
     share, merged = _share(network, sharding), [file for file, _ in loras]
     if swap is None:
-        return Adapter(places, network.get_parameter, share, device, merged)
-    return Adapter(places, swap.on_host(expert).__getitem__, share, device, merged, swap.outdate)
+        return Adapter(places, network.get_parameter, share, device, merged, expert=of_two)
+    return Adapter(places, swap.on_host(expert).__getitem__, share, device, merged, swap.outdate, of_two)
+
+
+def _of_two(expert: str, experts) -> str | None:
+    """The expert's name where there are two."""
+    return expert if len(experts) == 2 else None
 
 
 def _can_swap(spec: DiffusionModelSpec, networks: list[wan.WanTransformer], sharding: Sharding) -> bool:

@@ -69,10 +69,13 @@ def find_tokenizer(component: Component) -> Any:
     check_class(found)
     if (found / JSON).is_file():
         return JsonTokenizer(tokenizer_json(found / JSON), found)
-    with usable(found, "the tokenizer in it"):
-        if (found / SPIECE).is_file():
+    if (found / SPIECE).is_file():
+        with usable(found / SPIECE, "the tokenizer in it"):
             return SentencePiece(read_bounded(found / SPIECE, LONGEST_SPIECE))
-        raise ValueError(f"it has neither {JSON} nor {SPIECE}")
+    raise ValueError(
+        f"{found} has neither {JSON} nor {SPIECE}, of which a T5 tokenizer needs one. Download google/umt5-xxl of "
+        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
+    )
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:

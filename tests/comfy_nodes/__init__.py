@@ -27,12 +27,12 @@ class RandomImage(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         names = ("seed", "frames", "width", "height")
-        return io.Schema("TestRandomImage", category=CATEGORY, inputs=[io.Int.Input(name) for name in names],
-                         outputs=[io.Image.Output()])  # fmt: skip
+        inputs = [*(io.Int.Input(name) for name in names), io.Int.Input("colours", optional=True)]
+        return io.Schema("TestRandomImage", category=CATEGORY, inputs=inputs, outputs=[io.Image.Output()])
 
     @classmethod
-    def execute(cls, seed, frames, width, height):
-        return io.NodeOutput(random(seed, frames, height, width, 3))
+    def execute(cls, seed, frames, width, height, colours=3):
+        return io.NodeOutput(random(seed, frames, height, width, colours))
 
 
 class RandomClipVision(io.ComfyNode):
