@@ -27,8 +27,8 @@ BLOCKS, TOKENS = 3, 4
 class Deaf:
     """A control connection that nobody speaks on."""
 
-    def poll(self):
-        return False
+    def take(self):
+        return None
 
     def send(self, message):
         pass

@@ -1,9 +1,14 @@
 """Fixtures that tests share: small checkpoints, and groups of ranks that live as long as the tests."""
 
 import os
+import random
 import re
 import uuid
 from pathlib import Path
+
+# On some processors MKL adds up in another order where the same numbers lie elsewhere in memory; tests of equal bits
+# want one. It is read when MKL first computes, in whatever process.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import pytest
 import random_wan
@@ -72,6 +77,13 @@ def checkpoints(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(checkpoints) -> Path:
     return checkpoints()
+
+
+@pytest.fixture
+def rng():
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
 
 
 # Ranks and tests share few cores: threads that wait must not burn them.

@@ -1,6 +1,5 @@
 """A job ends within a step of the wish to cancel, and leaves ranks that go on as if it had not been."""
 
-import random
 import threading
 import time
 from contextlib import nullcontext
@@ -83,13 +82,6 @@ def cancelled_after(job, moment, cancel):
         timer.cancel()
         timer.join()
     return None
-
-
-@pytest.fixture
-def rng():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 def test_cancels_at_random_moments(request, survivors, specs, expected, rng):

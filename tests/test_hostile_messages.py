@@ -25,13 +25,6 @@ ANSWER = 30.0  # seconds
 
 
 @pytest.fixture
-def rng():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
-
-
-@pytest.fixture
 def count(request):
     return lambda few: 20_000 if request.config.getoption("--all-messages") else few
 

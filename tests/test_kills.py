@@ -6,7 +6,6 @@ Of ranks also in the middle of every kind of exchange. A sample of the kills by 
 import gc
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -33,13 +32,6 @@ BORDERS = {
     for phase in ("decode", "encode video")
 }
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
-
-
-@pytest.fixture
-def rng():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 @pytest.fixture(scope="module")

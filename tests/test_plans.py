@@ -8,7 +8,6 @@ the second on 2 and 8; all of them on 2, 4 and 8 with --all-plans.
 import itertools
 import json
 import math
-import random
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
@@ -63,13 +62,6 @@ def cases(request, ranks, rng):
         for plan in plans(ranks)
         for fsdp, exchange, scale in rng.sample(options, number)
     ]
-
-
-@pytest.fixture
-def rng():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ascend_runtime.headless import QueueError, address, queue, seeds, workflow
+from ascend_runtime.headless import QueueError, address, seeds, workflow
 from comfy_server import ComfyServer, free_port
 from PIL import Image
 
@@ -265,8 +265,8 @@ def test_a_refused_workflow_names_its_nodes(command, tiny):
 
 
 def test_a_workflow_is_refused_whole_if_one_output_is(command, server, tiny):
-    part = tiny | {"save": node("SaveImage", images=["load", 0], filename_prefix="x"),
-                   "load": node("LoadImage", image="none.png")}
+    part = with_steps(tiny, 500) | {"save": node("SaveImage", images=["load", 0], filename_prefix="x"),
+                                    "load": node("LoadImage", image="none.png")}
     ran = set(server.get("/history"))
     assert command(part, CIRCLE, "--seeds", "77") == (2, "")
     assert "node load (LoadImage): Custom validation failed for node: image - Invalid image file" in command.log
