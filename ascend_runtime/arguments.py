@@ -41,8 +41,8 @@ def check_whole(name: str, text: str) -> None:
     except UnicodeEncodeError as error:
         half, place = text[error.start], error.start
         raise ValueError(
-            f"{name} holds half a character ({half!r}, at place {place}), as of an emoji that was cut. Remove it, or "
-            "write the whole one."
+            f"{name} holds half a character ({half!r}, at position {place}), as of an emoji that was cut. Remove it, "
+            "or write the whole one."
         ) from None
 
 
@@ -55,8 +55,8 @@ def check_tensor(name: str, tensor: Any, axes: str | None = None, optional: bool
         raise ValueError(f"The {name} has the shape {list(tensor.shape)}; it must be {axes}, all 1 or more.")
     if not tensor.is_floating_point():
         raise ValueError(f"{name} has the dtype {tensor.dtype}; it must be a float, such as torch.float32.")
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise ValueError(f"{name} is {'on the meta device' if tensor.is_meta else 'sparse'}; give a dense one.")
+    if tensor.layout != torch.strided or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+        raise ValueError(f"{name} is sparse, or has no numbers (device {tensor.device}); give a dense tensor.")
 
 
 def check_frames(frames: Any) -> None:

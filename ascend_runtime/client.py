@@ -24,7 +24,7 @@ from torch import Tensor
 from . import devices, submission, transport
 from .acceleration import CALIBRATED, AccelerationSpec, Calibration
 from .arguments import VIDEO, check_conditioning, check_frames, check_kind, check_prompt, check_tensor
-from .launcher import RankGroup
+from .launcher import RankDied, RankGroup
 from .protocol import Conditioning, Decode, Describe, Encode, EncodeVideo, Free, Load, Message, Ping, Sample
 from .specs import (
     DiffusionModelSpec,
@@ -35,7 +35,7 @@ from .specs import (
     TextEncoderSpec,
     VaeSpec,
 )
-from .submission import Hooks, JobCancelled, OnPreview, RanksSilent, Result, Submission
+from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
 from .vae_form import VaeForm
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Runtime:
         environment: dict[str, str] | None = None,
     ):
         check_kind("parallel", parallel, ParallelSpec)
+        check_kind("environment", environment, dict, optional=True)
         for name, value in (environment or {}).items():
             check_kind("a name in environment", name, str)
             check_kind(f"environment[{name!r}]", value, str)
@@ -69,13 +70,16 @@ class Runtime:
         self.world_size = devices.resolve_ranks(parallel.ranks, self.device, {**os.environ, **(environment or {})})
         self._environment = environment
         self._group: RankGroup | None = None
-        self._finalizer = weakref.finalize(self, lambda: None)  # ends the group with this object
+        self._finalizer: weakref.finalize | None = None  # ends the group with this object
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
         self._one_job = threading.Lock()
         self._owner: int | None = None  # the thread that is inside
         self._running = False  # whether it is at a job
         self._cancel_requested = threading.Event()
+        self._one_stop = threading.Lock()
+        self._stop_wanted = threading.Event()  # jobs that wait for their turn are not to begin
+        self._free_wanted = False
         self._said: deque[str] = deque(maxlen=100)  # warnings of jobs
 
     def __enter__(self) -> Runtime:
@@ -89,32 +93,43 @@ class Runtime:
     @property
     def alive(self) -> bool:
         """Whether a group of ranks stands ready."""
-        return self._own and self._group is not None and self._group.alive
+        return self._living is not None
 
     @property
-    def _own(self) -> bool:
+    def _living(self) -> RankGroup | None:
+        group = self._group
+        return group if self._is_own and group is not None and group.alive else None
+
+    @property
+    def _is_own(self) -> bool:
         """False in a forked child: the ranks are its parent's."""
         return os.getpid() == self._pid
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the ranks, in order; empty where none are alive."""
-        return [rank.process.pid for rank in self._group.ranks] if self.alive else []
+        group = self._living
+        return [] if group is None else [rank.process.pid for rank in group.ranks]
 
     def start(self) -> None:
         """Starts the ranks if none are alive; jobs do so by themselves."""
-        with self._exclusive():
-            self._start(check=lambda: None)
+        with self._jobs():
+            pass
 
     def stop(self) -> None:
-        """Ends the ranks; a running job is cancelled first."""
-        if not self._own:
+        """Ends the ranks; a running job, and those that wait for it, are cancelled first."""
+        if not self._is_own:
             return
-        self.cancel()
-        with self._exclusive():
-            if self._group is not None:
-                self._group.stop()
-                self._group = None
+        with self._one_stop:
+            self._stop_wanted.set()
+            self.cancel()
+            try:
+                with self._exclusive():
+                    if self._group is not None:
+                        self._group.stop()
+                        self._group = None
+            finally:
+                self._stop_wanted.clear()
 
     def cancel(self) -> None:
         """Asks the running job to end, from any thread; it raises JobCancelled where it was called."""
@@ -125,18 +140,29 @@ class Runtime:
     def _exclusive(self):
         """One caller at a time. Raises RuntimeError in a callback of a running job, which would wait for itself, and in
         a forked child."""
-        if not self._own:
+        if not self._is_own:
             raise RuntimeError(
                 f"This Runtime belongs to process {self._pid}, of which this one is a fork. Make another one here."
             )
         if self._owner == threading.get_ident():
             raise RuntimeError("A callback of a running job cannot ask its runtime for another; return from it first.")
-        with self._one_job:
-            self._owner = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._owner = None
+        try:
+            with self._one_job:
+                self._owner = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    self._owner = None
+        finally:
+            self._free_if_wanted()
+
+    def _free_if_wanted(self) -> None:
+        """What somebody asked for meanwhile must not fail the job that has just ended."""
+        try:
+            if self._free_wanted:
+                self._free_if_idle()
+        except (RankDied, RankError) as error:
+            logger.warning("The ranks could not free their weights: %s", error)
 
     def _start(self, check: Callable[[], None]) -> None:
         if self.alive:
@@ -145,7 +171,8 @@ class Runtime:
             self._group.kill()
         devices.warn_if_crowded(self.world_size, self.device)
         self._group = RankGroup(self.world_size, self.device, self._environment)
-        self._finalizer.detach()
+        if self._finalizer is not None:
+            self._finalizer.detach()
         self._finalizer = weakref.finalize(self, self._group.abandon)
         began = time.monotonic()
         try:
@@ -248,6 +275,7 @@ class Runtime:
 
     def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
         """The frames [B*T,H,W,3] in 0..1 of a latent [B,C,T,H,W], in memory that the ranks wrote to."""
+        check_kind("vae", vae, VaeSpec)
         check_tensor("latent", latent, VIDEO)
         with self._jobs(**hooks) as submit:
             shape = _form(submit, vae).decoded_shape(latent.shape)
@@ -257,6 +285,7 @@ class Runtime:
 
     def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
         """The latent [1,C,T',H',W'], fp32 and not normalised, of frames [T,H,W,3] in 0..1; T is 4n+1."""
+        check_kind("vae", vae, VaeSpec)
         check_frames(frames)
         with self._jobs(**hooks) as submit:
             shape = _form(submit, vae).encoded_shape(frames.shape)
@@ -265,20 +294,33 @@ class Runtime:
         return Result(latent, done.seconds, done.info)
 
     def vae_form(self, vae: VaeSpec, **hooks) -> VaeForm:
-        """What of a video one element of the VAE's latents stands for; no weight is read for it."""
+        """The VAE's channels, and how many pixels and frames one element of its latents covers. Reads no weight."""
+        check_kind("vae", vae, VaeSpec)
         with self._jobs(**hooks) as submit:
             return _form(submit, vae)
 
     def free(self) -> None:
-        """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive. Ranks that do not
-        answer for submission.CANCEL_DEADLINE seconds are ended, which frees their memory too."""
-        with self._exclusive():
-            if self.alive:
+        """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive.
+
+        While a job runs, in this thread or another, it only notes the wish, and the weights go when that is done. Ranks
+        that do not answer for submission.CANCEL_DEADLINE seconds are ended, which frees their memory too.
+        """
+        if self._is_own:
+            self._free_wanted = True
+            self._free_if_idle()
+
+    def _free_if_idle(self) -> None:
+        if not self._one_job.acquire(blocking=False):
+            return  # who has it looks at the wish when done
+        try:
+            wanted, self._free_wanted = self._free_wanted, False
+            if wanted and self.alive:
                 self._cancel_requested.clear()  # a wish to cancel the job before
-                try:
-                    self._submit(Free(job=next(self._numbers)), Hooks(), submission.CANCEL_DEADLINE)
-                except RanksSilent:
-                    pass  # it is in the log
+                self._submit(Free(job=next(self._numbers)), Hooks(), submission.CANCEL_DEADLINE)
+        except RanksSilent:
+            pass  # it is in the log
+        finally:
+            self._one_job.release()
 
     # One job
 
@@ -295,6 +337,8 @@ class Runtime:
             self._cancel_requested.clear()
             self._running = True
             try:
+                if self._stop_wanted.is_set():
+                    raise JobCancelled("The job was cancelled, as the runtime is being stopped.")
                 self._start(lambda: self._raise_if_cancelled(hooks))
                 yield lambda make: self._submit(make(next(self._numbers)), hooks)
             finally:
@@ -316,7 +360,7 @@ class Runtime:
         try:
             result = submitted.run()
         except BaseException:
-            if submitted.waiting:  # ranks are still at work on it, and nobody will hear their answer
+            if submitted.unanswered:  # ranks are still at work on it, and nobody will hear their answer
                 self._group.kill()
             raise
         self._log_warnings(result)
@@ -349,7 +393,6 @@ def _calibration(submit: Submit, model: DiffusionModelSpec, acceleration: Accele
 
 
 def _form(submit: Submit, vae: VaeSpec) -> VaeForm:
-    check_kind("vae", vae, VaeSpec)
     return VaeForm(*submit(lambda job: Describe(job=job, vae=vae)).info["vae"])
 
 

@@ -194,7 +194,10 @@ _CURES = (
      "This machine's memory is full, or what a limit leaves of it (`ulimit -v`, a container's). See with `free -h` and "
      "`docker stats` what takes it. Less is taken by fewer frames or a smaller size; dtype bfloat16, half of the "
      "float32 that a CPU's model has by default; fewer ranks, or fsdp, with which they share the weights; quantization "
-     "w8a8_dynamic; other programs ended."),
+     "w8a8_dynamic; or end other programs."),
+    (r"can't start new thread|Thread creation failed|Resource temporarily unavailable",
+     "No more threads can be started: see `ulimit -u`, `ulimit -v`, a container's limit (`docker run --pids-limit`). "
+     "With OMP_NUM_THREADS ranks start fewer, and fewer ranks do so too."),
     (r"was killed by SIGKILL",
      "If nobody ended the rank, the kernel may have for want of memory: see `dmesg`, and in a container its limit "
      "(`docker stats`). Each rank holds weights of its own: take fewer ranks, fsdp, dtype bfloat16 on a CPU, fewer "

@@ -9,12 +9,30 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from msgspec.structs import replace
 
 from . import devices
 from .parallel.mesh import highest
 from .pipeline import Pipeline
-from .protocol import UNREAD, Cancel, Decode, Describe, Encode, EncodeVideo, Failed, Free, Load, Message, Ping, Preview
-from .protocol import Progress, Ready, Sample, Shutdown, Undecodable
+from .protocol import (
+    UNREAD,
+    Cancel,
+    Decode,
+    Describe,
+    Encode,
+    EncodeVideo,
+    Failed,
+    Free,
+    Load,
+    Message,
+    Ping,
+    Preview,
+    Progress,
+    Ready,
+    Sample,
+    Shutdown,
+    Undecodable,
+)
 from .transport import Channel, ChannelClosed
 
 
@@ -109,15 +127,29 @@ def _serve_one(channel: Channel, pipeline: Pipeline) -> bool:
     try:
         message = channel.receive()
     except Undecodable as error:
-        channel.send(Failed(job=UNREAD, kind="internal", error=str(error)))
+        _reply(channel, Failed(job=UNREAD, kind="internal", error=str(error)))
         return True
     if type(message) in _WORK:
-        channel.send(_answer(Job(message, channel, pipeline.device), pipeline))
+        _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
         if pipeline.device.type == "cpu":
             devices.empty_cache(pipeline.device)  # other processes need the memory, and what is computed can wait
     elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may come after its job was done
-        channel.send(Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is no job."))
+        _reply(channel, Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is no job."))
     return not isinstance(message, Shutdown)
+
+
+def _reply(channel: Channel, answer: Message) -> None:
+    """Sends an answer. One that cannot be sent does not end the rank: it may quote names of files, which are bytes."""
+    try:
+        channel.send(answer)
+    except ValueError as error:
+        if not isinstance(answer, Failed):
+            answer = Failed(job=answer.job, kind="internal", error=str(error))
+        channel.send(replace(answer, error=_writable(answer.error), traceback=_writable(answer.traceback)))
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _join_group(kind: str) -> None:

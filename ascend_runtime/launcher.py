@@ -24,7 +24,7 @@ from typing import Callable
 
 from . import cores, host, restarts
 from .environment import HEAP, rank_environment, start_deadline
-from .protocol import Ready, Shutdown
+from .protocol import Ready, Shutdown, Undecodable
 from .transport import Channel, ChannelClosed, channel_pair
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,15 @@ restarts.reap()
 PACK_ROOT = Path(__file__).resolve().parent.parent
 STOP_DEADLINE = 3.0  # seconds to leave by itself, after which a rank gets SIGTERM
 TERM_DEADLINE = 1.0  # seconds after SIGTERM, after which it gets SIGKILL
+KILL_DEADLINE = 5.0  # seconds after SIGKILL, which a process that waits in a driver obeys when that lets it
 START_POLL = 0.05  # seconds between looks while ranks start
 WATCH_POLL = 0.25  # seconds between looks for ranks that have ended without a sign
 ENDING_POLL = 0.005  # the same, once a rank's output has ended
 LAST_WORDS = 60  # lines of a rank's output that an error may quote
 LONGEST_LINE = 65536  # bytes; more than that without a line's end is not kept
+COMPUTING = "is computing"
 STATES = {  # proc_pid_stat(5)
-    "R": "is computing",
+    "R": COMPUTING,
     "S": "is waiting",
     "D": "is waiting in the kernel, as for a disk or a driver",
     "T": "is stopped by a signal",
@@ -123,8 +125,9 @@ class RankGroup:
             host.require_npu(self._environment)
         deadline = time.monotonic() + self._start_deadline
         self._watcher.start()
-        self._started.wait()
         try:
+            while not self._started.wait(START_POLL):
+                check()
             if self._start_error:
                 raise self._start_error
             for rank in self.ranks:
@@ -175,10 +178,10 @@ class RankGroup:
 
     def _end(self, patience: float) -> None:
         self._watcher.join(timeout=patience)
-        for sign, patience in ((signal.SIGTERM, TERM_DEADLINE if patience else 0), (signal.SIGKILL, 5.0)):
+        for sign, seconds in ((signal.SIGTERM, TERM_DEADLINE if patience else 0), (signal.SIGKILL, KILL_DEADLINE)):
             if self._watcher.is_alive():
                 self._signal(sign)
-                self._watcher.join(timeout=patience)
+                self._watcher.join(timeout=seconds)
         for rank in self.ranks:
             rank.channel.close()
 
@@ -187,19 +190,21 @@ class RankGroup:
             rank.signal_family(sign)
 
     def _await_ready(self, rank: Rank, deadline: float, check: Callable[[], None]) -> None:
-        while not rank.channel.poll(START_POLL):
-            check()
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"Rank {rank.rank} of {self.world_size} was not ready within {self._start_deadline:.0f} s. "
-                    "Set ASCEND_RUNTIME_START_DEADLINE to wait longer. It said last:\n" + "\n".join(rank.last_words)
-                )
         try:
-            message = rank.channel.receive(timeout=max(START_POLL, deadline - time.monotonic()))
+            while (message := rank.channel.take()) is None:
+                rank.channel.poll(START_POLL)
+                check()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"Rank {rank.rank} of {self.world_size} was not ready within {self._start_deadline:.0f} s. Set "
+                        "ASCEND_RUNTIME_START_DEADLINE to wait longer. It said last:\n" + "\n".join(rank.last_words)
+                    )
         except ChannelClosed:
             raise self.died("the start of the ranks") from None
+        except Undecodable as error:
+            raise RuntimeError(f"Rank {rank.rank} began with what is no message. {error}") from None
         if not isinstance(message, Ready) or message.rank != rank.rank:
-            raise RuntimeError(f"Rank {rank.rank} began with {message} where it was to say that it is ready.")
+            raise RuntimeError(f"Rank {rank.rank} began with a {type(message).__name__}, where it was to be ready.")
 
     # The watcher's thread
 
@@ -210,13 +215,16 @@ class RankGroup:
             self._start_error = error
             self._signal(signal.SIGKILL)
         self._started.set()
+        if self._stopping:  # somebody gave up meanwhile, who saw only some of the ranks
+            self._signal(signal.SIGKILL)
         self._watch()
 
     def _start_all(self) -> None:
         store = os.memfd_create("ascend-store")  # where the ranks meet: memory without a name, and no port
         try:
             for rank in range(self.world_size):
-                self.ranks.append(self._start_one(rank, store))
+                if not self._stopping:
+                    self.ranks.append(self._start_one(rank, store))
         finally:
             os.close(store)
 

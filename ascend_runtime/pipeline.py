@@ -67,11 +67,13 @@ class Pipeline:
         encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
-            warnings = self._component(message.model, job, sharding).warnings
-        if encoder is not None:
-            self._text_encoder(encoder, job, text_sharding)
-        if message.vae is not None:
-            self._component(message.vae, job)
+        with job.together():  # one rank may still read for minutes when another has found something wrong
+            if message.model is not None:
+                warnings = self._component(message.model, job, sharding).warnings
+            if encoder is not None:
+                self._text_encoder(encoder, job, text_sharding)
+            if message.vae is not None:
+                self._component(message.vae, job)
         return _done(job, info=_said(warnings))
 
     def encode(self, job) -> Done:

@@ -10,11 +10,13 @@ import threading
 VARIABLE = "ASCEND_RUNTIME_RANKS"
 
 _pids: set[int] = set()
+_before: set[int] = set()  # of the program before, and not dead yet when they were looked at
 _one_at_a_time = threading.Lock()
 
 
 def remember(pid: int) -> None:
     """A rank of this process has started."""
+    _reap(_before)
     _change(_pids.add, pid)
 
 
@@ -24,12 +26,20 @@ def forget(pid: int) -> None:
 
 
 def reap() -> None:
-    """Waits for the ranks that a restart has killed. To be called before any rank is started."""
-    for pid in os.environ.pop(VARIABLE, "").split():
+    """Takes leave of the ranks that a restart has killed; of one that still dies, when the next rank starts. To be
+    called before any rank is started."""
+    _before.update(int(pid) for pid in os.environ.pop(VARIABLE, "").split() if pid.isdecimal() and len(pid) < 9)
+    _reap(_before)
+
+
+def _reap(pids: set[int]) -> None:
+    for pid in tuple(pids):
         try:
-            os.waitpid(int(pid), os.WNOHANG)
-        except (ValueError, OverflowError, ChildProcessError):
-            pass  # the variable came from a parent process, whose children they are
+            dead = os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:
+            dead = True  # or of a parent process, from which the variable came
+        if dead:
+            pids.discard(pid)
 
 
 def _change(change, pid: int) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from msgspec.structs import force_setattr, replace
 
-from .plans import AXES, Plan, choose, nearest
 from .description import Spec
+from .plans import AXES, Plan, choose, nearest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SOLVERS = ("unipc", "euler", "dpm++")
@@ -29,6 +29,7 @@ FORMATS = ("diffusers", "mindspeed")  # that a model can be converted to
 WEIGHT_DTYPES = ("keep", "bf16", "fp16", "fp32")  # of converted weights; keep: that of each tensor
 MAX_STRENGTH = 10.0  # of a LoRA, either way
 MAX_SEED = 2**64 - 1
+MAX_PATH = 4096  # characters (limits.h)
 MAX_RANKS = 1024
 MAX_SIDE = 16384  # pixels: 1024 positions of 2 x 2 latents of 8 x 8, which is how many a published network knows
 MAX_FRAMES = 4093  # 1024 positions of a latent frame
@@ -49,8 +50,11 @@ def _make_absolute(spec: Spec, *names: str) -> None:
     for name in names:
         path = getattr(spec, name)
         if path is not None:
-            if "\0" in path or any("\ud800" <= character <= "\udfff" for character in path):
-                raise ValueError(f"{name} is {path!r}, which is the name of no file. Give the path of one.")
+            if not 0 < len(path) <= MAX_PATH or "\0" in path:
+                shown = repr(path) if len(path) <= MAX_PATH else f"of {len(path)} characters"
+                raise ValueError(f"{name} is {shown}, which is the path of no file. Give the path of one.")
+            if any("\ud800" <= character <= "\udfff" for character in path):
+                raise ValueError(f"{name} is {path!r}, whose name is no text in UTF-8. Rename the file or folder.")
             force_setattr(spec, name, os.path.abspath(os.path.expanduser(path)))
 
 

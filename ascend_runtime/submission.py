@@ -13,7 +13,7 @@ from typing import Any, Callable
 from torch import Tensor
 
 from . import host
-from .launcher import Rank, RankGroup
+from .launcher import COMPUTING, Rank, RankGroup
 from .protocol import UNREAD, Cancel, Done, Failed, Message, Preview, Progress, Undecodable
 from .transport import ChannelClosed, SealedMessage
 
@@ -83,7 +83,7 @@ class Submission:
         self.group = group
         self.cancel_requested = cancel_requested
         self.hooks = hooks
-        self.waiting: dict[int, Rank] = {}  # ranks that are at work on it, by the descriptor of their channel
+        self.unanswered: dict[int, Rank] = {}  # ranks that are at work on it, by the descriptor of their channel
         self._answers: dict[int, Done | Failed] = {}
         self._caller_error: BaseException | None = None
         self._cancel_sent = False
@@ -92,9 +92,9 @@ class Submission:
 
     def run(self) -> Result:
         """Raises ValueError where the request is at fault, JobCancelled, RankError, RankDied, what a callback raised.
-        Ranks left in `waiting` then are of no use any more."""
+        Ranks left in `unanswered` then are of no use any more."""
         with SealedMessage(self.message) as sealed:  # what cannot be sent is refused here, while no rank is at work yet
-            self.waiting = {rank.channel.fileno(): rank for rank in self.group.ranks}
+            self.unanswered = {rank.channel.fileno(): rank for rank in self.group.ranks}
             try:
                 self._follow(sealed)
             except ChannelClosed:
@@ -112,7 +112,7 @@ class Submission:
         for rank in self.group.ranks:
             rank.channel.post(sealed)
         poll = select.poll()
-        while self.waiting:
+        while self.unanswered:
             try:
                 self._turn(poll)
             except KeyboardInterrupt as interrupt:
@@ -121,15 +121,15 @@ class Submission:
                 self._caller_error = interrupt
 
     def _turn(self, poll: select.poll) -> None:
-        for descriptor, rank in self.waiting.items():
+        for descriptor, rank in self.unanswered.items():
             poll.register(descriptor, select.POLLIN | (select.POLLOUT if rank.channel.unsent else 0))
         for descriptor, _ in poll.poll(POLL_SECONDS * 1000):
-            rank = self.waiting[descriptor]
+            rank = self.unanswered[descriptor]
             rank.channel.flush()
             message = self._taken(rank)  # one a turn: a wish to cancel is heard in between
             if message is not None:
                 self._hear(descriptor, message)
-            if descriptor not in self.waiting:
+            if descriptor not in self.unanswered:
                 poll.unregister(descriptor)
         self._look_around()
 
@@ -140,15 +140,16 @@ class Submission:
             raise RankError(f"Rank {rank.rank} sent an answer that cannot be read. {error}") from None
 
     def _hear(self, descriptor: int, message: Message) -> None:
-        self._silence.broken()
+        if seconds := self._silence.broken():
+            self._notice(f"The ranks report again, after {seconds:.0f} s.", logging.INFO)
         if isinstance(message, Progress):
             self._call(self.hooks.on_progress, message.stage, message.step, message.total)
         elif isinstance(message, Preview):
             if self.hooks.on_preview is not None:
                 self._call(self.hooks.on_preview, message.step, message.total, message.image)
         else:
-            self._take_answer(self.waiting[descriptor], message)
-            del self.waiting[descriptor]
+            self._take_answer(self.unanswered[descriptor], message)
+            del self.unanswered[descriptor]
 
     def _take_answer(self, rank: Rank, message: Message) -> None:
         unread = isinstance(message, Failed) and message.job == UNREAD
@@ -167,23 +168,26 @@ class Submission:
             self._caller_error = self._caller_error or error
 
     def _look_around(self) -> None:
-        """Relays a wish to cancel; gives up on ranks that have died, hang, or wait for one that failed."""
+        """What has to be seen to while the ranks work."""
         if self.group.lost:
             raise ChannelClosed  # though something that the rank started holds its connection open
         if not self._cancel_sent and self._cancel_wanted():
-            self._cancel_sent = True
-            self._give_up_within(max(CANCEL_DEADLINE, 3 * self._silence.longest))
-            with SealedMessage(Cancel(job=self.message.job)) as sealed:
-                for rank in self.waiting.values():
-                    rank.channel.post(sealed)
-        if self.waiting and self._silence.is_long():
-            self._notice(self._silence_in_words())
-        if self.waiting and self._give_up_at is not None and time.monotonic() > self._give_up_at:
+            self._send_cancel()
+        if self.unanswered and self._give_up_at is None and self._silence.is_long():
+            self._notice_silence()
+        if self.unanswered and self._give_up_at is not None and time.monotonic() > self._give_up_at:
             self._give_up()
 
     def _cancel_wanted(self) -> bool:
-        wanted = self.cancel_requested.is_set() or self._call(self.hooks.should_cancel)
-        return bool(wanted) or self._caller_error is not None
+        wanted = self.cancel_requested.is_set() or self._call(lambda: bool(self.hooks.should_cancel()))
+        return wanted is True or self._caller_error is not None
+
+    def _send_cancel(self) -> None:
+        self._cancel_sent = True
+        self._give_up_within(max(CANCEL_DEADLINE, 3 * self._silence.longest))
+        with SealedMessage(Cancel(job=self.message.job)) as sealed:
+            for rank in self.unanswered.values():
+                rank.channel.post(sealed)
 
     def _give_up_within(self, seconds: float) -> None:
         """The first deadline stays, where there is one."""
@@ -191,7 +195,7 @@ class Submission:
         self._give_up_at = at if self._give_up_at is None else min(self._give_up_at, at)
 
     def _give_up(self) -> None:
-        silent = _numbered(self.waiting.values())
+        silent = _numbered(self.unanswered.values())
         text = f"{silent} did not answer in time, so the group was ended. The next job starts a new one."
         self._notice(f"{text} Last seen: {self._states()}.")
         if self._caller_error is not None:
@@ -202,23 +206,34 @@ class Submission:
             raise JobCancelled(f"The job was cancelled. {text}")
         raise RanksSilent(text)
 
-    def _notice(self, text: str) -> None:
-        logger.warning("%s", text)
-        self._call(self.hooks.on_notice, text)
-
-    def _silence_in_words(self) -> str:
-        before = f"; before, it took {self._silence.longest:.0f} s at most" if self._silence.longest > 1 else ""
-        return (
-            f"No word from the ranks for {self._silence.seconds:.0f} s{before}. {self._states()}. Cancel ends the job, "
-            "and also ranks that do not answer it."
+    def _notice_silence(self) -> None:
+        """A first step, or a large model on a CPU, takes its time: that is no reason to worry somebody."""
+        seconds, ranks = self._silence.seconds, self.unanswered.values()
+        if all(rank.doing == COMPUTING for rank in ranks):
+            self._notice(f"The ranks have been computing for {seconds:.0f} s since they last reported.", logging.INFO)
+            return
+        longest = f"; the longest pause before was {self._silence.longest:.0f} s" if self._silence.longest > 1 else ""
+        self._notice(
+            f"No word from the ranks for {seconds:.0f} s{longest}. {self._states()}. Cancel ends the job, and also "
+            "ranks that do not answer it."
         )
+
+    def _notice(self, text: str, level: int = logging.WARNING) -> None:
+        """For the log and the caller, whose error in showing it costs no job."""
+        logger.log(level, "%s", text)
+        try:
+            self.hooks.on_notice(text)
+        except Exception:
+            logger.exception("on_notice failed")
+        except BaseException as interrupt:
+            self._caller_error = self._caller_error or interrupt
 
     def _states(self) -> str:
         """What each rank that has not answered is seen to do."""
-        return ", ".join(f"Rank {rank.rank} {rank.doing}" for rank in self.waiting.values())
+        return ", ".join(f"Rank {rank.rank} {rank.doing}" for rank in self.unanswered.values())
 
     def _result(self) -> Result:
-        """The answers as one; raises the most telling failure."""
+        """The answers as one; raises the failure that says most."""
         answers = [self._answers[rank] for rank in sorted(self._answers)]
         failures = [answer for answer in answers if isinstance(answer, Failed)]
         if failures:
@@ -251,9 +266,12 @@ class _Silence:
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def broken(self) -> None:
-        self.longest = max(self.longest, self.seconds)
+    def broken(self) -> float:
+        """Somebody has said something. Returns the seconds of a silence that was spoken of, else 0."""
+        seconds, said = self.seconds, self._said_at > 0
+        self.longest = max(self.longest, seconds)
         self._since, self._said_at = time.monotonic(), 0.0
+        return seconds if said else 0.0
 
     def is_long(self) -> bool:
         """True once it lasts much longer than before, and again each time it has doubled."""

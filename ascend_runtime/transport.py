@@ -48,6 +48,11 @@ class SealedMessage:
 
     def __init__(self, message: Message):
         parcel = protocol.encode(message)
+        if len(parcel.body) > _MOST_BODY:
+            raise ValueError(
+                f"{type(message).__name__} takes {len(parcel.body)} bytes without its tensors; at most {_MOST_BODY} "
+                "are sent. A text or a list in it is too long."
+            )
         self._own = _blocks.fill(parcel) if parcel.size else None
         self.descriptors = ([self._own] if self._own is not None else []) + list(parcel.shared)
         self.data = _HEADER.pack(_MARK, len(parcel.body), parcel.size, len(self.descriptors)) + parcel.body
@@ -226,10 +231,20 @@ def lend(shape: tuple[int, ...], dtype: torch.dtype):
     """
     shared = SharedTensor(os.memfd_create("ascend-frames"), dtype, tuple(shape))
     try:
-        os.ftruncate(shared.fd, shared.nbytes)
-        yield map_shared(shared), shared
+        yield _sized(shared), shared
     finally:
         shared.close()
+
+
+def _sized(shared: SharedTensor) -> Tensor:
+    try:
+        os.ftruncate(shared.fd, shared.nbytes)
+        return map_shared(shared)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"A result {list(shared.shape)} takes {shared.nbytes / 1e9:.0f} GB, which cannot be had here ({error}). "
+            "Make it smaller."
+        ) from None
 
 
 def map_shared(shared: SharedTensor) -> Tensor:
@@ -293,8 +308,12 @@ class _Blocks:
         with self._one_at_a_time:
             block = self._find(parcel.size)
             descriptor = block.open()
-        for offset, tensor in parcel.tensors:
-            block.write(offset, tensor)
+        try:
+            for offset, tensor in parcel.tensors:
+                block.write(offset, tensor)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
 
     def _find(self, size: int) -> _Block:

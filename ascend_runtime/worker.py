@@ -31,7 +31,9 @@ def main() -> None:
     gc.freeze()  # nor will these objects ever be garbage
     gc.enable()
     control = int(os.environ["ASCEND_RUNTIME_CONTROL_FD"])
-    os.set_inheritable(control, False)  # only this rank's death may end the connection
+    store = int(os.environ["ASCEND_RUNTIME_STORE_FD"])
+    for descriptor in (control, store):
+        os.set_inheritable(descriptor, False)  # only this rank's death may end the connection
     channel = Channel(socket.socket(fileno=control))
     serve(channel)
 

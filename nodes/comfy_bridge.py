@@ -50,7 +50,7 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
 
 
 def vae_form(vae: Handle) -> VaeForm:
-    """What of a video an element of the VAE's latents stands for; the ranks look it up, as a disk may let them wait."""
+    """What an element of the VAE's latents covers, as VaeForm says; the ranks look it up, as a disk may be slow."""
     return _asked(_runtime_for(vae.ranks), lambda runtime, hooks: runtime.vae_form(vae.spec, **hooks), {})
 
 

@@ -20,6 +20,7 @@ from ascend_runtime import (
     RankDied,
     RankError,
     SampleSpec,
+    VaeSpec,
     VideoSize,
     client,
     submission,
@@ -140,6 +141,127 @@ def test_ranks_end_with_the_runtime_that_nobody_holds(new_runtime, marked):
     del runtime
     gc.collect()
     seconds_until(lambda: not living(), 3.0)
+
+
+SLEEPS_AT_START = "import os, time\ntime.sleep(60 * ('RANK' in os.environ))"
+HALF_READY = """
+import os
+if "RANK" in os.environ:
+    import socket, time
+    control = socket.socket(fileno=int(os.environ["ASCEND_RUNTIME_CONTROL_FD"]))
+    control.send({said!r})
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def at_start(new_runtime, tmp_path):
+    """`at_start(code)`: a runtime whose rank runs this code first."""
+    made = []
+
+    def runtime(code):
+        (tmp_path / "sitecustomize.py").write_text(code)
+        made.append(new_runtime(1, PYTHONPATH=str(tmp_path)))
+        return made[-1]
+
+    yield runtime
+    for one in made:
+        one.stop()
+
+
+def ends_soon(thread, seconds=8.0):
+    thread.join(seconds)
+    assert not thread.is_alive()
+
+
+def test_a_stop_does_not_wait_for_ranks_that_start(at_start):
+    runtime, raised = at_start(SLEEPS_AT_START), []
+
+    def start():
+        with pytest.raises(JobCancelled):
+            runtime.start()
+        raised.append(True)
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    time.sleep(0.3)
+    runtime.stop()
+    ends_soon(starter)
+    assert raised
+
+
+@pytest.mark.parametrize("said, error", [(b"ASC1", JobCancelled), (b"x" * 100, RankDied)])
+def test_a_rank_that_begins_with_no_whole_message_keeps_nobody_waiting(at_start, said, error):
+    runtime, began = at_start(HALF_READY.format(said=said)), time.monotonic()
+    threading.Timer(1.5, runtime.cancel).start()
+    with pytest.raises(error):
+        runtime.ping()
+    assert time.monotonic() - began < 10
+
+
+def test_a_stop_cancels_the_jobs_that_wait_for_their_turn_too(new_runtime, slow):
+    outcomes = []
+
+    def decode():
+        try:
+            outcomes.append(runtime.decode(slow.vae, torch.zeros(1, 16, 20, 8, 8)))
+        except JobCancelled:
+            outcomes.append("cancelled")
+
+    with new_runtime(1) as runtime:
+        runtime.load(vae=slow.vae)
+        threads = [threading.Thread(target=decode) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.2)
+        runtime.stop()
+        for thread in threads:
+            ends_soon(thread)
+    assert outcomes == ["cancelled"] * 4
+
+
+def test_free_waits_for_no_job_and_counts_when_that_is_done(two_ranks, slow):
+    """Also in a callback: ComfyUI asks for memory in whatever thread."""
+    took = []
+
+    def free(*_):
+        began = time.monotonic()
+        two_ranks.free()
+        took.append(time.monotonic() - began)
+
+    two_ranks.load(slow.model)
+    sample(two_ranks, slow, on_progress=lambda *_: took or free())
+    assert len(took) == 1 and took[0] < 0.1
+    assert "load" in stages_of(lambda **hooks: sample(two_ranks, slow, **hooks))
+
+
+def test_a_rank_that_refuses_waits_for_one_that_still_reads(two_ranks, specs, tmp_path, monkeypatch):
+    monkeypatch.setattr(submission, "PEER_DEADLINE", 0.5)
+    (tmp_path / "vae.safetensors").write_bytes(b"no such thing")
+    before = two_ranks.pids
+    os.kill(before[0], signal.SIGSTOP)
+    threading.Timer(2.0, os.kill, (before[0], signal.SIGCONT)).start()
+    with pytest.raises(ValueError, match="vae.safetensors"):
+        two_ranks.load(encoder=specs.encoder, vae=VaeSpec(path=str(tmp_path / "vae.safetensors")))
+    assert two_ranks.pids == before
+
+
+def test_a_notice_that_cannot_be_shown_costs_no_job(two_ranks, specs, monkeypatch):
+    monkeypatch.setattr(submission, "SILENCE", 0.2)
+    monkeypatch.setattr(submission, "LONGER", 0)
+    shown = []
+    sample(two_ranks, specs)
+    os.kill(two_ranks.pids[0], signal.SIGSTOP)
+    threading.Timer(1.0, os.kill, (two_ranks.pids[0], signal.SIGCONT)).start()
+    sample(two_ranks, specs, on_notice=lambda text: shown.append(text) or 1 / 0)
+    assert "Rank 0 is stopped by a signal" in shown[0] and "The ranks report again, after" in shown[-1]
+
+
+def test_a_group_that_cannot_be_made_ends_its_rank():
+    code = "from ascend_runtime.parallel import mesh; import time\nwith mesh._ended_after(0.3): time.sleep(60)"
+    root = Path(submission.__file__).parents[1]
+    ran = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1 and "Timeout" in ran.stderr
 
 
 RESTART = """

@@ -182,6 +182,6 @@ def test_what_cannot_be_sent_is_refused_before_a_rank_is_at_work(one_rank):
         submission = Submission(message, one_rank._group, threading.Event(), Hooks())
         with pytest.raises(ValueError, match="cannot be sent|half a character"):
             submission.run()
-        assert not submission.waiting
+        assert not submission.unanswered
     one_rank.ping()
     assert one_rank.pids == before

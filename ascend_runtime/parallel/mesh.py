@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -16,6 +19,7 @@ from ..plans import AXES, Plan
 # torch 2.13 renamed it
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+MEETING = 120.0  # seconds in which all ranks make a group
 FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some exchange sees as one
 
 
@@ -48,10 +52,22 @@ class Member:
         return dist.get_rank(self.group)
 
 
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Ends this rank, with its stack on standard error, if what is inside takes longer. Where no thread can be started,
+    torch's constructor of a group can wait for ever while it cleans up, and all other ranks with it."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # a thread of its own, which raises as it starts
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 @lru_cache(maxsize=None)
 def mesh_of(kind: str, plan: Plan) -> Mesh:
     """The mesh of all ranks for this plan; made once, so that a changed plan costs nothing the second time."""
-    return Mesh(kind, plan)
+    with _ended_after(MEETING):
+        return Mesh(kind, plan)
 
 
 @lru_cache(maxsize=None)
@@ -61,7 +77,8 @@ def weights_mesh(kind: str, tp: int) -> DeviceMesh:
     Because tp is the innermost axis of any plan, these are the same ranks whatever the other degrees: another plan
     with as many slices leaves all weights where they are.
     """
-    return init_device_mesh(kind, (dist.get_world_size() // tp, tp), mesh_dim_names=("fsdp", "tp"))
+    with _ended_after(MEETING):
+        return init_device_mesh(kind, (dist.get_world_size() // tp, tp), mesh_dim_names=("fsdp", "tp"))
 
 
 def highest(value: int) -> int:
