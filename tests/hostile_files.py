@@ -350,6 +350,26 @@ cases(inspected, "tokenizer", tokenizer,
       of_damaged_characters={"tokenizer.json": {
           **OWN, "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 40).decode()},
       }},
+      that_makes_much={"tokenizer.json": {**OWN, "normalizer": {"type": "Sequence", "normalizers": [
+          {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 20}] * 6}}},
+      that_makes_much_in_small_steps={"tokenizer.json": {**OWN, "normalizer": {"type": "Sequence", "normalizers": [
+          {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}] * 14}}},
+      that_prepends_20_mb={"tokenizer.json": lambda: {
+          **OWN, "normalizer": {"type": "Prepend", "prepend": "a" * 20_000_000}}},
+      that_backtracks={"tokenizer.json": {**OWN, "normalizer": {
+          "type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}}},
+      of_many_steps={"tokenizer.json": lambda: {**OWN, "pre_tokenizer": {
+          "type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}] * 100_000}}},
+      of_a_large_template={"tokenizer.json": lambda: {**OWN, "post_processor": {
+          **OWN["post_processor"], "special_tokens": {"</s>": {
+              "id": "</s>", "ids": [1] * 10**6, "tokens": ["</s>"] * 10**6}}}}},
+      of_many_added={"tokenizer.json": lambda: {**OWN, "added_tokens": [
+          {**OWN["added_tokens"][0], "content": f"a{number}"} for number in range(60_000)]}},
+      of_characters_that_are_long={"tokenizer.json": lambda: {**OWN, "normalizer": {
+          "type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(8) + b"a" * 1_000_000).decode()}}},
+      of_another_size={"tokenizer.json": of_pieces([*OWN["model"]["vocab"], *([f"a{n}", -9.0] for n in range(50))])},
+      of_an_end_beyond={"tokenizer.json": {**OWN, "post_processor": {
+          **OWN["post_processor"], "special_tokens": {"</s>": {"id": "</s>", "ids": [60], "tokens": ["</s>"]}}}}},
       of_a_large_number={"tokenizer.json": {**OWN, "model": {**OWN["model"], "unk_id": 10**30}}},
       of_junk={"tokenizer.json": None, "spiece.model": bytes(range(256)) * 20},
       of_much_junk={"tokenizer.json": None, "spiece.model": lambda: b"\x0a\x05\x0a\x01a\x15" * 4_000_000},
