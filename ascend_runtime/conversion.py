@@ -21,7 +21,7 @@ from .checkpoints.configs import HEAD_DIM
 from .checkpoints.faults import printable_lines, shown
 from .checkpoints.keys import to_mindspeed_name
 from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component
-from .checkpoints.links import own_file, own_files
+from .checkpoints.links import own_file, own_files, resolved
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.paths import CALIBRATION, DEFAULTS, file_of
 from .checkpoints.reader import check_weights, tokenizer_model
@@ -249,7 +249,7 @@ def _plan_component(
     own = {name: told for name, told in component.config.items() if name not in ("dtype", "torch_dtype")}
     plan.texts[folder / CONFIG] = _json({key: value, **own})
     if component.folder:  # such as the latents' colours beside a VAE
-        found = own_files(component.folder, plan.root, "*.json")
+        found = own_files(component.folder, plan.root, "*.json", deepest=0)
         plan.copies |= {folder / name: file for name, file in found.items()
                         if name.name != CONFIG and not name.name.endswith(".index.json")}  # fmt: skip
 
@@ -348,7 +348,7 @@ def _check_apart(plan: Plan, target: Path) -> None:
     """What is made must not be among what is read."""
     whole = [*plan.folders, *(shard for one in plan.sources for shard in one.shards if shard.is_dir())]
     for folder in whole:
-        if target.resolve().is_relative_to(folder.resolve()):
+        if resolved(target).is_relative_to(resolved(folder)):
             raise ValueError(f"{target} lies in {folder}, of which all is read. Name a target outside of it.")
 
 

@@ -7,6 +7,7 @@ each: what was said, the CPU time in seconds, how much memory was added in bytes
 import argparse
 import base64
 import json
+import math
 import os
 import pickle
 import resource
@@ -147,6 +148,22 @@ def safetensors(header, data=b"", name="file.safetensors"):
     return make
 
 
+def sparse(shapes, name="file.safetensors", dtypes=()):
+    """Zeros that take no place on disk, of these shapes by name; in fp32, or as `dtypes` says by name."""
+
+    def make(folder):
+        header, end = {}, 0
+        for key, shape in shapes.items():
+            dtype = dict(dtypes).get(key, "F32")
+            start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
+            header[key] = entry(shape, start, end, dtype)
+        file = safetensors(header, name=name)(folder)
+        os.truncate(file, file.stat().st_size + end)
+        return file
+
+    return make
+
+
 def entry(shape, start=0, end=0, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
@@ -275,6 +292,35 @@ cases(converted, "copy_of", with_link, a_key=("tokenizer/vocab.txt", "secret/key
       a_folder_in_one=("tokenizer/more", "secret"),
       the_tokenizer=("tokenizer", "secret"), zeros=("tokenizer/vocab.txt", "/dev/zero"),
       nothing=("tokenizer/vocab.txt", "gone"), the_index=("model_index.json", "secret/key.json"))  # fmt: skip
+
+
+@case(converted)
+def link_to_itself(folder):
+    made = model(folder)
+    (made / "vae" / "more.json").symlink_to("more.json")
+    return made
+
+
+@case(converted)
+def link_to_itself_as_the_target(folder):
+    made = model(folder)
+    (folder / "target").symlink_to("target")
+    return made
+
+
+@case(converted)
+def folders_without_end(folder):
+    made = model(folder)
+    (made / "tokenizer" / "/".join(["a"] * 300)).mkdir(parents=True)
+    return made
+
+
+@case(converted)
+def files_without_end(folder):
+    made = model(folder)
+    for number in range(12_000):
+        (made / "tokenizer" / f"{number}.txt").touch()
+    return made
 
 
 @case(converted)
@@ -519,6 +565,16 @@ cases(inspected, "description", described, deep='{"a":' * 100_000 + "1" + "}" * 
       long_name=json.dumps({f"{'a' * 10**6}.weight": "W8A8"}))  # fmt: skip
 
 
+@case(inspected)
+def description_of_large_offsets(folder):
+    layer = "blocks.0.attn1.to_q"
+    sparse({f"{layer}.weight_offset": [64, 10**7], f"{layer}.weight_scale": [5 * 10**8]},
+           "quant_model_weight_w8a8_dynamic.safetensors")(folder)  # fmt: skip
+    (folder / "config.json").write_bytes((SOUND / "transformer" / "config.json").read_bytes())
+    (folder / "quant_model_description.json").write_text(json.dumps({f"{layer}.weight": "W8A8_DYNAMIC"}))
+    return folder
+
+
 def in_a_text_encoder(folder, spiece):
     tensors = load_file(SOUND / "text_encoder" / "model.safetensors")
     save_file(tensors | {"spiece_model": now(spiece)}, folder / "umt5.safetensors")
@@ -542,6 +598,8 @@ Q = "blocks.0.attn1.to_q"
 cases(lora, "lora", lambda folder, make: make(folder),
       names=safetensors({f"{Q}.{ESCAPES}": entry([0])}), laughs=saved(lambda: nested(2, 40)),
       many=safetensors(lambda: {f"{Q}.{number}.lora_A.weight": entry([0]) for number in range(25_000)}),
+      large_alpha=sparse({f"{Q}.lora_A.weight": [4, 64], f"{Q}.lora_B.weight": [64, 4], f"{Q}.alpha": [10**9]}),
+      large_rank=sparse({f"{Q}.lora_A.weight": [10**7, 64], f"{Q}.lora_B.weight": [64, 10**7]}),
       runs=saved({f"{Q}.lora_A.weight": Runs()}), header=safetensors(lambda: b'{"a":' + b" " * 90_000_000 + b"1}"),
       unknown=safetensors(lambda: {f"{Q}.unknown{number}": entry([0]) for number in range(19_000)}))  # fmt: skip
 
