@@ -20,7 +20,7 @@ from .checkpoints.bounded import read_json
 from .checkpoints.configs import HEAD_DIM
 from .checkpoints.faults import printable_lines, shown
 from .checkpoints.keys import to_mindspeed_name
-from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component
+from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, has_folder
 from .checkpoints.links import own_file, own_files, resolved
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.paths import CALIBRATION, DEFAULTS, file_of
@@ -172,13 +172,12 @@ def _parts(source: Path, to: str, left_out: list[str], on_part: Callable[[str], 
     for found in inspect(str(source), on_part):
         if found.component is None and found.fault is None:
             continue
-        folders = FOLDERS.get(found.part, (found.part,))
         if to == "mindspeed" and found.part not in FOLDERS:
             if found.component:
                 left_out.append(f"{found.part}: MindSpeed-MM's layout is of transformers alone; take --to diffusers")
         elif found.component:  # `_moves` finds out whether its weights fit; what is to lie beside them may lack
             parts[found.part] = found.component
-        elif found.part == "transformer_2" or any((source / folder).is_dir() for folder in folders):
+        elif found.part == "transformer_2" or has_folder(source, found.part):
             faults.append(f"{found.part}: {found.fault}")
         else:
             left_out.append(f"{found.part}: {found.fault}")

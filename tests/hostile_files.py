@@ -539,6 +539,25 @@ cases(inspected, "safetensors", lambda folder, make: make(folder),
       dtype=safetensors({"patch_embedding.weight": entry([1], 0, 4, ESCAPES)}, b"\0" * 4))  # fmt: skip
 
 
+def many_files(folder, given):
+    """given: (how many links lead to a file of torch.save that takes long to read, whether each is a copy)."""
+    count, copied = given
+    file = torch_file(lambda: PTH + b"N0" * 3_900_000 + b"N" + LAST, name="0.pth")(folder)
+    for number in range(1, count):
+        if copied:
+            shutil.copy(file, folder / f"{number}.pth")
+        else:
+            (folder / f"{number}.pth").symlink_to("0.pth")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+cases(loaded("vae"), "folder_of_files", many_files, linked=(8, False), many=(40, True))
+cases(inspected, "many", lambda folder, make: make(folder),
+      networks=safetensors(lambda: {f"{'a' * 200}{n}.conv_in.encoder.conv1.weight": entry([0]) for n in range(19_000)}),
+      long_names=safetensors(lambda: {f"blocks.{n}.{'self_attn.' * 23}": entry([0]) for n in range(19_000)}))
+
+
 def marked(folder, given):
     """A transformer in 8 bits, with a mark of the newer kind. given: the header's, or a layer's as a tensor."""
     tensors, made, given = load_file(SOUND / "transformer" / WEIGHTS), model(folder), now(given)

@@ -15,7 +15,7 @@ LONGEST_JSON = 8 * 2**20  # bytes; a 14B model's index and msModelSlim's descrip
 MOST_BRACKETS = 2_000_000  # of JSON: each opens a list or an object, the smallest of which takes 30 times its text
 LONGEST_NUMBER = 40  # digits of a whole number; an offset in a file has 20 at most
 MOST_TENSORS = 20_000  # of a file; Wan's 14B in 8 bits has 3,300, all components of a model in one file less than 5,000
-LONGEST_NAME = 512  # characters of a tensor's name; those of published LoRAs have up to 150
+LONGEST_NAME = 256  # characters of a tensor's name; those of published LoRAs have up to 150
 MOST_DIMS = 8  # of a tensor
 
 

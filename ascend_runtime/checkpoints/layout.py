@@ -31,6 +31,8 @@ FOLDERS = {  # of a transformer within a model's, by who wrote it: diffusers, th
 DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # on any component of a diffusers folder
 TOKENIZER = Path("google") / "umt5-xxl"  # beside the original's text encoder
 Rename = Callable[[str, Path], str | None]  # a parameter's name by a tensor's, and its shard; None: it is none
+MOST_FILES = 8  # of torch.save in a folder, all of which are looked into; the original's has 2
+MOST_FAULTS = 4  # of these that an error quotes
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
 
 
@@ -191,29 +193,45 @@ def _find_file(path: str, kind: str) -> Component | None:
         return None
     if shards := _loose_shards(root):
         return _found(kind, shards)
+    files = sorted(root.glob("*.pth"))
+    if len(files) > MOST_FILES:
+        what = KINDS[kind].what
+        raise ValueError(f"{root} holds {len(files)} files of torch.save. Give the file that is the {what}.")
     unreadable = []
-    for file in sorted(root.glob("*.pth")):
+    for file in files:
         try:
-            if is_kind(kind, file, states((file,))):
+            if is_kind(kind, file):
                 return _found(kind, (file,))
         except ValueError as error:  # it may be the one, or what nobody asks for
             unreadable.append(str(error))
     if unreadable or is_original(root):
+        more = f"So it is with {len(unreadable) - MOST_FAULTS} more." if len(unreadable) > MOST_FAULTS else ""
         raise ValueError(
-            f"{root} holds no {KINDS[kind].what}. Download {KINDS[kind].published} into it. {' '.join(unreadable)}"
+            f"{root} holds no {KINDS[kind].what}. Download {KINDS[kind].published} into it. "
+            + " ".join((*unreadable[:MOST_FAULTS], more)).strip()
         )
     return None
+
+
+def has_folder(root: Path, part: str) -> bool:
+    """Whether a model's folder has one for this part, by whoever wrote it."""
+    return any((root / name).is_dir() for name in FOLDERS.get(part, (part,)))
+
+
+def is_in_index(root: Path, part: str) -> bool:
+    """Whether a diffusers pipeline's index names this part; [null, null] stands for one that is left out."""
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    said = index.get(part)
+    return any(said) if isinstance(said, list) else bool(said)
 
 
 def has_low_noise(path: str) -> bool:
     """Whether the folder `path` holds a low-noise expert. Raises ValueError where there is to be one, and is none."""
     root = Path(path).expanduser()
-    found = any((root / folder).is_dir() for folder in FOLDERS["transformer_2"])
+    found = has_folder(root, "transformer_2")
     if not found and (root / "high_noise_model").is_dir():
         raise ValueError(f"{root} has a high_noise_model, but no low_noise_model beside it. Download that too.")
-    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-    told = index.get("transformer_2")
-    if not found and (any(told) if isinstance(told, list) else told):
+    if is_in_index(root, "transformer_2") and not found:
         raise ValueError(f"{root / 'model_index.json'} names a transformer_2, which is not there. Download that too.")
     return found
 
@@ -230,8 +248,6 @@ def _check_kind(config: dict, name: str, folder: Path) -> None:
     key, wanted = CLASSES[name.removesuffix("_2")]
     if config.get(key, wanted) != wanted:
         raise ValueError(f"{folder} holds a {shown(config[key])}; a {wanted} is wanted here.")
-
-
 
 
 def _shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:
