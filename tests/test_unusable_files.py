@@ -182,7 +182,7 @@ def test_a_vae_that_enlarges_is_refused_before_it_decodes(tmp_path, checkpoint, 
         assert inspection.run(type("Arguments", (), {"path": str(path)})) == 1
         assert "enlarges videos" in capsys.readouterr().out
     edit(folder / "vae" / "config.json", out_channels=3, patch_size="x")
-    assert "of RGB in patches of x x x there are None" in refused(folder, "vae")
+    assert "says patch_size 'x'. That must be whole numbers above 0" in refused(folder, "vae")
 
 
 def test_lightx2vs_scales_of_rows(tmp_path, tensors):

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from ..vae_form import VaeForm
 from .bounded import plain_file_name, read_json
-from .configs import check_colours, check_counts
+from .configs import check_colours, check_counts, check_vae
 from .faults import MAX_NAMES, shown, usable
 from .kinds import KINDS, described, is_kind, moved, own_name
 from .mindspeed import latest_shards
@@ -180,7 +180,9 @@ def find_text_encoder(path: str) -> Component:
 def find_vae(path: str) -> Component:
     """A VAE: a file, or the one in the folder of diffusers or of the original."""
     found = _find_file(path, "vae") or find_component(path, "vae")
-    check_colours(found.config, found.folder / "config.json" if found.folder else found.shards[0])
+    where = found.folder / "config.json" if found.folder else found.shards[0]
+    check_colours(found.config, where)
+    check_vae(found.config, where)
     return found
 
 

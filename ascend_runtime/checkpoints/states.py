@@ -16,7 +16,7 @@ def states(shards: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
     return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files_of(shards))
 
 
-def content_state(file: Path) -> tuple[int, int, int, int]:
-    """Of a file by whichever name or link: the same while it is the same file, with the same content."""
+def content_state(file: Path) -> tuple[int, ...]:
+    """Of a file by whichever name or link: the same while it is the same file, with the same content and rights."""
     state = file.stat()
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
