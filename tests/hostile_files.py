@@ -398,7 +398,19 @@ for how in (inspected, converted):
                                  "config.json": {"model_type": "none", "auto_map": {"AutoConfig": "own.Tokenizer"}}},
           of_another_class={"tokenizer_config.json": {"tokenizer_class": "RagTokenizer"}},
           of_a_class_with_escapes={"tokenizer_config.json": {"tokenizer_class": ESCAPES}})  # fmt: skip
+def spiece(table):
+    """The beginning of a sentencepiece model: one piece, and a table of characters."""
+    def field(number, content):
+        length, digits = len(content), []
+        while length > 127:
+            digits, length = [*digits, length & 127 | 128], length >> 7
+        return bytes([number << 3 | 2, *digits, length]) + content
+
+    return field(1, field(1, b"a")) + field(3, field(1, b"own") + field(2, table))
+
+
 cases(inspected, "tokenizer", tokenizer,
+      of_spiece_that_makes_much={"tokenizer.json": None, "spiece.model": lambda: spiece(bytes(4) + b"a" * 3_000_000)},
       deep={"tokenizer.json": "[" * 200_000 + "]" * 200_000},
       of_pairs={"tokenizer.json": {**OWN, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}},
       of_many_pieces={"tokenizer.json": lambda: of_pieces([[f"{number:x}", 0.0] for number in range(450_000)])},

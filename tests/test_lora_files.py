@@ -107,7 +107,7 @@ UNUSABLE = {
     "r is None, and must be a number": {"lora_alpha": 4},
     "lora_alpha is 'x', and must be a number": {"r": 4, "lora_alpha": "x"},
     "lora_alpha is True": {"r": 4, "lora_alpha": True},
-    "lora_alpha is inf": {"r": 4, "lora_alpha": math.inf},
+    "the number Infinity": {"r": 4, "lora_alpha": math.inf},
     "r is 0": {"r": 0, "lora_alpha": 4},
     "asks for use_dora, which is not merged": {"r": 4, "lora_alpha": 4, "use_dora": True},
     "asks for fan_in_fan_out": {"r": 4, "lora_alpha": 4, "fan_in_fan_out": True},

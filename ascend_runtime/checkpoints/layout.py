@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from ..vae_form import VaeForm
 from .bounded import plain_file_name, read_json
-from .configs import check_colours, check_counts, check_vae
+from .configs import HEAD_DIM, check_colours, check_counts, check_vae
 from .faults import MAX_NAMES, shown, usable
 from .kinds import KINDS, described, is_kind, moved, own_name
 from .mindspeed import latest_shards
@@ -122,7 +122,10 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
 def _find_transformer(root: Path, name: str) -> Component:
     if root.is_file():
         described = description_in(root.parent) if root.match(WEIGHTS) else None
-        return _found("transformer", (root,)) if described is None else _quantized(root.parent, (root,), described)
+        if described is not None:
+            return _quantized(root.parent, (root,), described)
+        _check_heads(root)
+        return _found("transformer", (root,))
     inner = [root / folder for folder in FOLDERS[name] if (root / folder).is_dir()]
     folder = inner[0] if inner else root
     if shards := latest_shards(folder):
@@ -134,6 +137,22 @@ def _find_transformer(root: Path, name: str) -> Component:
         loose = _loose_shards(folder)
         return _found("transformer", loose) if loose else find_component(str(folder), name)
     return _original(folder, _found("transformer", _shards_of(folder)))
+
+
+def _check_heads(file: Path) -> None:
+    """Raises ValueError for a file of a diffusers folder, given without it, whose heads are not those of all other
+    files: they are nowhere in its shapes."""
+    try:
+        config = read_json(file.parent / "config.json")
+    except ValueError:  # which is not asked for where a file is given
+        return
+    key, wanted = CLASSES["transformer"]
+    width = config.get("attention_head_dim", HEAD_DIM)
+    if config.get(key) == wanted and width != HEAD_DIM and is_kind("transformer", file):
+        raise ValueError(
+            f"{file} has heads of {shown(width)} channels, as the config.json next to it says, and a file without its "
+            f"config is read with heads of {HEAD_DIM}. Give its folder: {file.parent}."
+        )
 
 
 def _original(folder: Path, found: Component) -> Component:

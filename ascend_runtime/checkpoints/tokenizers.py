@@ -43,6 +43,7 @@ LONGEST_WORDS = 8  # characters that a step looks for, or puts in; and how much 
 LONGEST_CHARACTER = 64  # bytes that the table of characters makes of one; of Unicode's NFKC it is 33
 PATTERN = re.compile(r"( |\u2581|\\s)([+]|\{\d,\d?\})?")  # regular expressions whose time grows as the text does
 MOST_IN_A_TEMPLATE = 8
+FIXED = {1: 8, 5: 4}  # bytes of protobuf's numbers of a fixed length
 
 
 def check_class(folder: Path) -> None:
@@ -138,9 +139,12 @@ def _check_template(step: dict) -> None:
 
 
 def _check_characters(step: dict) -> None:
-    """Raises ValueError for a table of characters which is none: sentencepiece's, a number of bytes, as many of a tree,
-    and what stands for characters. The library ends in a panic there."""
-    table = base64.b64decode(step.get("precompiled_charsmap") or "", validate=True)
+    check_table(base64.b64decode(step.get("precompiled_charsmap") or "", validate=True))
+
+
+def check_table(table: bytes) -> None:
+    """Raises ValueError for a table of characters which is none, or makes much of one: sentencepiece's, a number of
+    bytes, as many of a tree, and what stands for characters. The library of tokenizer.json ends in a panic there."""
     tree = int.from_bytes(table[:4], "little")
     if table and (len(table) < 4 or tree % 4 or tree > len(table) - 4):
         raise ValueError("its table of characters is damaged")
@@ -167,3 +171,41 @@ def _is_model(model: Any) -> bool:
     pieces = [one[0] for one in vocab if isinstance(one, list) and len(one) == 2 and isinstance(one[0], str)]
     lengths = list(map(len, pieces))
     return len(pieces) == len(vocab) and max(lengths) <= LONGEST_PIECE and sum(lengths) <= LONGEST_PIECES
+
+
+def check_spiece(model: bytes) -> None:
+    """Raises ValueError for a sentencepiece model, a message of protobuf, whose own table of characters makes much of
+    one: normalizer_spec.precompiled_charsmap (sentencepiece_model.proto)."""
+    for spec in _fields(model, 3):
+        for table in _fields(spec, 2):
+            check_table(table)
+
+
+def _fields(message: bytes, wanted: int) -> Iterator[bytes]:
+    """What a message has under this number, of the fields that consist of bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind, length = tag & 7, 0
+        if kind == 0:
+            _, at = _varint(message, at)
+        elif kind in FIXED:
+            length = FIXED[kind]
+        elif kind == 2:
+            length, at = _varint(message, at)
+        else:
+            raise ValueError("the sentencepiece model is damaged")
+        if kind == 2 and tag >> 3 == wanted:
+            yield message[at : at + length]
+        at += length
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """(a number of 7 bits a byte, the last without the highest bit; where it ends)"""
+    number = 0
+    for place in range(10):
+        byte = message[at + place] if at + place < len(message) else 0
+        number |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return number, at + place + 1
+    raise ValueError("the sentencepiece model is damaged")
