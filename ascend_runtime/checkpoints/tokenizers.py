@@ -28,7 +28,7 @@ LONGEST_SPIECE = 16 * 2**20  # bytes; google/umt5-xxl's has 4.5 MB
 MOST_PIECES = 400_000  # google/umt5-xxl has 256,300
 LONGEST_PIECE = 256  # characters
 LONGEST_PIECES = 8 * 2**20  # characters of all; each may take a node of a tree
-MOST_ADDED = 1000  # tokens beside the pieces; google/umt5-xxl has 300
+MOST_ADDED = 1000  # further tokens; google/umt5-xxl has 300
 # The steps of T5's tokenizers as transformers writes them, and their like: by the part of the file, the key of the
 # steps in a Sequence, and the types. Others, and more of these, could make much of a prompt, or take long for it.
 STEPS = {
