@@ -20,8 +20,8 @@ from .checkpoints.bounded import read_json
 from .checkpoints.configs import HEAD_DIM
 from .checkpoints.faults import printable_lines, shown
 from .checkpoints.keys import to_mindspeed_name
-from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component
-from .checkpoints.links import own_file, own_files
+from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, has_folder
+from .checkpoints.links import own_file, own_files, resolved
 from .checkpoints.mindspeed import RELEASE, TRACKER, WEIGHTS
 from .checkpoints.paths import CALIBRATION, DEFAULTS, file_of
 from .checkpoints.reader import check_weights, tokenizer_model
@@ -172,13 +172,12 @@ def _parts(source: Path, to: str, left_out: list[str], on_part: Callable[[str], 
     for found in inspect(str(source), on_part):
         if found.component is None and found.fault is None:
             continue
-        folders = FOLDERS.get(found.part, (found.part,))
         if to == "mindspeed" and found.part not in FOLDERS:
             if found.component:
                 left_out.append(f"{found.part}: MindSpeed-MM's layout is of transformers alone; take --to diffusers")
         elif found.component:  # `_moves` finds out whether its weights fit; what is to lie beside them may lack
             parts[found.part] = found.component
-        elif found.part == "transformer_2" or any((source / folder).is_dir() for folder in folders):
+        elif found.part == "transformer_2" or has_folder(source, found.part):
             faults.append(f"{found.part}: {found.fault}")
         else:
             left_out.append(f"{found.part}: {found.fault}")
@@ -249,7 +248,7 @@ def _plan_component(
     own = {name: told for name, told in component.config.items() if name not in ("dtype", "torch_dtype")}
     plan.texts[folder / CONFIG] = _json({key: value, **own})
     if component.folder:  # such as the latents' colours beside a VAE
-        found = own_files(component.folder, plan.root, "*.json")
+        found = own_files(component.folder, plan.root, "*.json", deepest=0)
         plan.copies |= {folder / name: file for name, file in found.items()
                         if name.name != CONFIG and not name.name.endswith(".index.json")}  # fmt: skip
 
@@ -348,7 +347,7 @@ def _check_apart(plan: Plan, target: Path) -> None:
     """What is made must not be among what is read."""
     whole = [*plan.folders, *(shard for one in plan.sources for shard in one.shards if shard.is_dir())]
     for folder in whole:
-        if target.resolve().is_relative_to(folder.resolve()):
+        if resolved(target).is_relative_to(resolved(folder)):
             raise ValueError(f"{target} lies in {folder}, of which all is read. Name a target outside of it.")
 
 

@@ -14,9 +14,9 @@ from .checkpoints.bounded import read_json
 from .checkpoints.faults import printable_lines
 from .checkpoints.kinds import KINDS, is_kind, near_to
 from .checkpoints.layout import (
-    CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_low_noise, is_original,
+    CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_folder, has_low_noise,
+    is_in_index, is_original,
 )  # fmt: skip
-from .checkpoints.states import states
 from .checkpoints.tensor_files import open_tensors
 from .components.checks import check
 from .components.model_config import check_experts
@@ -73,7 +73,7 @@ def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> It
     """
     root = existing(path)
     if root.is_file():
-        parts = [kind for kind in KINDS if is_kind(kind, root, states((root,)))]
+        parts = [kind for kind in KINDS if is_kind(kind, root)]
         if not parts:
             kinds = ", ".join(kind.what for kind in KINDS.values())
             raise ValueError(f"{root} holds none of these: {kinds}. {near_to(root)}".strip())
@@ -95,11 +95,10 @@ def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> It
 def _is_due(part: str, root: Path) -> bool:
     """Whether this part is to be there: it is what the file holds, has a folder, is in the pipeline's index, or the
     folder is the original's of a whole model."""
-    if root.is_file() or part == "transformer_2" or any((root / name).is_dir() for name in FOLDERS.get(part, (part,))):
+    if root.is_file() or part == "transformer_2" or has_folder(root, part):
         return True
     if (root / "model_index.json").is_file():
-        told = read_json(root / "model_index.json").get(part)
-        return any(told) if isinstance(told, list) else bool(told)
+        return is_in_index(root, part)
     is_expert = any(root.name in names[1:] for names in FOLDERS.values())
     return not is_expert and (is_original(root) or any(root.glob("*.pth")))
 
@@ -136,7 +135,7 @@ def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
 def _row(found: Found, root: Path) -> tuple[str, ...]:
     component = found.component
     if component is None:
-        lies = root.is_file() or any((root / name).is_dir() for name in FOLDERS.get(found.part, (found.part,)))
+        lies = root.is_file() or has_folder(root, found.part)
         return found.part, "-", "-", "-", "-", ("not usable" if lies else "missing") if found.fault else "-"
     try:
         dtypes, count = _contents(component)

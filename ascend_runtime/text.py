@@ -42,6 +42,13 @@ class SentencePiece:
             self._processor = SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
             raise ValueError(f"The file's sentencepiece model is damaged ({error}). Download it again.") from None
+        if self._processor.eos_id() < 0:
+            raise ValueError("the sentencepiece model has no token for a prompt's end")
+
+    @property
+    def size(self) -> int:
+        """One more than the largest number of a token."""
+        return self._processor.vocab_size()
 
     def __call__(
         self, text: str, *, truncation: bool, max_length: int | None = None, return_tensors: str = "pt"
@@ -63,6 +70,13 @@ class JsonTokenizer:
         with usable(file, "the tokenizer in it"):
             self._tokenizer = Tokenizer.from_buffer(content)
             self._tokenizer.no_padding()
+
+    @property
+    def size(self) -> int:
+        """One more than the largest number of a token, those that follow each prompt included."""
+        with usable(self._file, "the tokenizer in it"):
+            around = self._tokenizer.encode("").ids
+            return 1 + max([*self._tokenizer.get_vocab(with_added_tokens=True).values(), *around], default=-1)
 
     def __call__(
         self, text: str, *, truncation: bool, max_length: int | None = None, return_tensors: str = "pt"

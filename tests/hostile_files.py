@@ -7,6 +7,7 @@ each: what was said, the CPU time in seconds, how much memory was added in bytes
 import argparse
 import base64
 import json
+import math
 import os
 import pickle
 import resource
@@ -147,6 +148,22 @@ def safetensors(header, data=b"", name="file.safetensors"):
     return make
 
 
+def sparse(shapes, name="file.safetensors", dtypes=()):
+    """Zeros that take no place on disk, of these shapes by name; in fp32, or as `dtypes` says by name."""
+
+    def make(folder):
+        header, end = {}, 0
+        for key, shape in shapes.items():
+            dtype = dict(dtypes).get(key, "F32")
+            start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
+            header[key] = entry(shape, start, end, dtype)
+        file = safetensors(header, name=name)(folder)
+        os.truncate(file, file.stat().st_size + end)
+        return file
+
+    return make
+
+
 def entry(shape, start=0, end=0, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
@@ -215,6 +232,10 @@ for number, (part, changes) in enumerate([
     ("text_encoder", {"num_heads": 10**7}), ("text_encoder", {"feed_forward_proj": ESCAPES}),
     ("vae", {"num_res_blocks": 10**9}), ("vae", {"base_dim": 10**15}), ("vae", {"dim_mult": [10**9] * 4}),
     ("vae", {"dim_mult": [1] * 2000, "temperal_downsample": [False] * 1999}), ("vae", {"z_dim": 10**7}),
+    ("transformer", {"eps": 0}), ("transformer", {"eps": -1e-6}), ("transformer", {"rope_max_seq_len": 0}),
+    ("transformer", {"eps": math.inf}), ("text_encoder", {"layer_norm_epsilon": -1.0}), ("vae", {"patch_size": -1}),
+    ("vae", {"patch_size": 0.5}), ("vae", {"latents_std": [0.0] * 16}), ("vae", {"latents_mean": [math.nan] * 16}),
+    ("vae", {"scale_factor_spatial": 4}), ("vae", {"scale_factor_temporal": 8}),
     ("vae", {"scale_factor_spatial": 10**9}), ("vae", {"attn_scales": [1.0] * 10**6}),
 ]):  # fmt: skip
     cases(inspected, "config", lambda folder, given: edited(folder, given[0], **given[1]),
@@ -229,7 +250,13 @@ cases(inspected, "json", with_content,
       half_a_character=("vae/config.json", '{"_class_name": "\\ud800\\u001b[31m"}'),
       index_deep=("model_index.json", '{"transformer_2":' + "[" * 100_000 + "]" * 100_000 + "}"),
       weight_map_deep=(f"transformer/{WEIGHTS}.index.json", '{"weight_map":{"a":' + "[" * 50_000 + "]" * 50_000 + "}}"),
+      of_infinity=("transformer/config.json", '{"eps": 1e999}'),
       boundary=("model_index.json", json.dumps({"boundary_ratio": ESCAPES})))  # fmt: skip
+cases(loaded("transformer"), "load_json", lambda folder, given: with_content(folder, given).parent,
+      of_no_deviation=("vae/config.json", json.dumps({"latents_mean": [0.0] * 16, "latents_std": [0.0] * 16})),
+      rgb_of_one_row=("vae/latent_rgb.json", json.dumps({"factors": [[0.0] * 16] * 3})),
+      rgb_of_a_number=("vae/latent_rgb.json", json.dumps({"factors": [1.0] * 16})),
+      rgb_of_a_bias=("vae/latent_rgb.json", json.dumps({"bias": [0.0] * 5})))  # fmt: skip
 cases(inspected, "link", with_link, config_to_zeros=("transformer/config.json", "/dev/zero"),
       config_of_proc=("vae/config.json", "/proc/self/cmdline"),
       weights_to_zeros=(f"transformer/{WEIGHTS}", "/dev/zero"),
@@ -275,6 +302,35 @@ cases(converted, "copy_of", with_link, a_key=("tokenizer/vocab.txt", "secret/key
       a_folder_in_one=("tokenizer/more", "secret"),
       the_tokenizer=("tokenizer", "secret"), zeros=("tokenizer/vocab.txt", "/dev/zero"),
       nothing=("tokenizer/vocab.txt", "gone"), the_index=("model_index.json", "secret/key.json"))  # fmt: skip
+
+
+@case(converted)
+def link_to_itself(folder):
+    made = model(folder)
+    (made / "vae" / "more.json").symlink_to("more.json")
+    return made
+
+
+@case(converted)
+def link_to_itself_as_the_target(folder):
+    made = model(folder)
+    (folder / "target").symlink_to("target")
+    return made
+
+
+@case(converted)
+def folders_without_end(folder):
+    made = model(folder)
+    (made / "tokenizer" / "/".join(["a"] * 300)).mkdir(parents=True)
+    return made
+
+
+@case(converted)
+def files_without_end(folder):
+    made = model(folder)
+    for number in range(12_000):
+        (made / "tokenizer" / f"{number}.txt").touch()
+    return made
 
 
 @case(converted)
@@ -342,7 +398,19 @@ for how in (inspected, converted):
                                  "config.json": {"model_type": "none", "auto_map": {"AutoConfig": "own.Tokenizer"}}},
           of_another_class={"tokenizer_config.json": {"tokenizer_class": "RagTokenizer"}},
           of_a_class_with_escapes={"tokenizer_config.json": {"tokenizer_class": ESCAPES}})  # fmt: skip
+def spiece(table):
+    """The beginning of a sentencepiece model: one piece, and a table of characters."""
+    def field(number, content):
+        length, digits = len(content), []
+        while length > 127:
+            digits, length = [*digits, length & 127 | 128], length >> 7
+        return bytes([number << 3 | 2, *digits, length]) + content
+
+    return field(1, field(1, b"a")) + field(3, field(1, b"own") + field(2, table))
+
+
 cases(inspected, "tokenizer", tokenizer,
+      of_spiece_that_makes_much={"tokenizer.json": None, "spiece.model": lambda: spiece(bytes(4) + b"a" * 3_000_000)},
       deep={"tokenizer.json": "[" * 200_000 + "]" * 200_000},
       of_pairs={"tokenizer.json": {**OWN, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}},
       of_many_pieces={"tokenizer.json": lambda: of_pieces([[f"{number:x}", 0.0] for number in range(450_000)])},
@@ -350,6 +418,26 @@ cases(inspected, "tokenizer", tokenizer,
       of_damaged_characters={"tokenizer.json": {
           **OWN, "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 40).decode()},
       }},
+      that_makes_much={"tokenizer.json": {**OWN, "normalizer": {"type": "Sequence", "normalizers": [
+          {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 20}] * 6}}},
+      that_makes_much_in_small_steps={"tokenizer.json": {**OWN, "normalizer": {"type": "Sequence", "normalizers": [
+          {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 8}] * 14}}},
+      that_prepends_20_mb={"tokenizer.json": lambda: {
+          **OWN, "normalizer": {"type": "Prepend", "prepend": "a" * 20_000_000}}},
+      that_backtracks={"tokenizer.json": {**OWN, "normalizer": {
+          "type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}}},
+      of_many_steps={"tokenizer.json": lambda: {**OWN, "pre_tokenizer": {
+          "type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}] * 100_000}}},
+      of_a_large_template={"tokenizer.json": lambda: {**OWN, "post_processor": {
+          **OWN["post_processor"], "special_tokens": {"</s>": {
+              "id": "</s>", "ids": [1] * 10**6, "tokens": ["</s>"] * 10**6}}}}},
+      of_many_added={"tokenizer.json": lambda: {**OWN, "added_tokens": [
+          {**OWN["added_tokens"][0], "content": f"a{number}"} for number in range(60_000)]}},
+      of_characters_that_are_long={"tokenizer.json": lambda: {**OWN, "normalizer": {
+          "type": "Precompiled", "precompiled_charsmap": base64.b64encode(bytes(8) + b"a" * 1_000_000).decode()}}},
+      of_another_size={"tokenizer.json": of_pieces([*OWN["model"]["vocab"], *([f"a{n}", -9.0] for n in range(50))])},
+      of_an_end_beyond={"tokenizer.json": {**OWN, "post_processor": {
+          **OWN["post_processor"], "special_tokens": {"</s>": {"id": "</s>", "ids": [60], "tokens": ["</s>"]}}}}},
       of_a_large_number={"tokenizer.json": {**OWN, "model": {**OWN["model"], "unk_id": 10**30}}},
       of_junk={"tokenizer.json": None, "spiece.model": bytes(range(256)) * 20},
       of_much_junk={"tokenizer.json": None, "spiece.model": lambda: b"\x0a\x05\x0a\x01a\x15" * 4_000_000},
@@ -473,6 +561,25 @@ cases(inspected, "safetensors", lambda folder, make: make(folder),
       dtype=safetensors({"patch_embedding.weight": entry([1], 0, 4, ESCAPES)}, b"\0" * 4))  # fmt: skip
 
 
+def many_files(folder, given):
+    """given: (how many links lead to a file of torch.save that takes long to read, whether each is a copy)."""
+    count, copied = given
+    file = torch_file(lambda: PTH + b"N0" * 3_900_000 + b"N" + LAST, name="0.pth")(folder)
+    for number in range(1, count):
+        if copied:
+            shutil.copy(file, folder / f"{number}.pth")
+        else:
+            (folder / f"{number}.pth").symlink_to("0.pth")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+cases(loaded("vae"), "folder_of_files", many_files, linked=(8, False), many=(40, True))
+cases(inspected, "many", lambda folder, make: make(folder),
+      networks=safetensors(lambda: {f"{'a' * 200}{n}.conv_in.encoder.conv1.weight": entry([0]) for n in range(19_000)}),
+      long_names=safetensors(lambda: {f"blocks.{n}.{'self_attn.' * 23}": entry([0]) for n in range(19_000)}))
+
+
 def marked(folder, given):
     """A transformer in 8 bits, with a mark of the newer kind. given: the header's, or a layer's as a tensor."""
     tensors, made, given = load_file(SOUND / "transformer" / WEIGHTS), model(folder), now(given)
@@ -499,6 +606,16 @@ cases(inspected, "description", described, deep='{"a":' * 100_000 + "1" + "}" * 
       long_name=json.dumps({f"{'a' * 10**6}.weight": "W8A8"}))  # fmt: skip
 
 
+@case(inspected)
+def description_of_large_offsets(folder):
+    layer = "blocks.0.attn1.to_q"
+    sparse({f"{layer}.weight_offset": [64, 10**7], f"{layer}.weight_scale": [5 * 10**8]},
+           "quant_model_weight_w8a8_dynamic.safetensors")(folder)  # fmt: skip
+    (folder / "config.json").write_bytes((SOUND / "transformer" / "config.json").read_bytes())
+    (folder / "quant_model_description.json").write_text(json.dumps({f"{layer}.weight": "W8A8_DYNAMIC"}))
+    return folder
+
+
 def in_a_text_encoder(folder, spiece):
     tensors = load_file(SOUND / "text_encoder" / "model.safetensors")
     save_file(tensors | {"spiece_model": now(spiece)}, folder / "umt5.safetensors")
@@ -522,6 +639,8 @@ Q = "blocks.0.attn1.to_q"
 cases(lora, "lora", lambda folder, make: make(folder),
       names=safetensors({f"{Q}.{ESCAPES}": entry([0])}), laughs=saved(lambda: nested(2, 40)),
       many=safetensors(lambda: {f"{Q}.{number}.lora_A.weight": entry([0]) for number in range(25_000)}),
+      large_alpha=sparse({f"{Q}.lora_A.weight": [4, 64], f"{Q}.lora_B.weight": [64, 4], f"{Q}.alpha": [10**9]}),
+      large_rank=sparse({f"{Q}.lora_A.weight": [10**7, 64], f"{Q}.lora_B.weight": [64, 10**7]}),
       runs=saved({f"{Q}.lora_A.weight": Runs()}), header=safetensors(lambda: b'{"a":' + b" " * 90_000_000 + b"1}"),
       unknown=safetensors(lambda: {f"{Q}.unknown{number}": entry([0]) for number in range(19_000)}))  # fmt: skip
 

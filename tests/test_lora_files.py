@@ -107,7 +107,7 @@ UNUSABLE = {
     "r is None, and must be a number": {"lora_alpha": 4},
     "lora_alpha is 'x', and must be a number": {"r": 4, "lora_alpha": "x"},
     "lora_alpha is True": {"r": 4, "lora_alpha": True},
-    "lora_alpha is inf": {"r": 4, "lora_alpha": math.inf},
+    "the number Infinity": {"r": 4, "lora_alpha": math.inf},
     "r is 0": {"r": 0, "lora_alpha": 4},
     "asks for use_dora, which is not merged": {"r": 4, "lora_alpha": 4, "use_dora": True},
     "asks for fan_in_fan_out": {"r": 4, "lora_alpha": 4, "fan_in_fan_out": True},
@@ -118,8 +118,8 @@ UNUSABLE = {
     "says that blocks.0.attn1.to_q has the rank 8, but its matrices have 4": {"r": 8, "lora_alpha": 8},
     "it holds no JSON object": "[]",
     "JSONDecodeError|cannot be used": "{",
-    "RecursionError": "[" * 200_000,
-    "more than 4194304 bytes": " " * (4 * 2**20 + 1),
+    "nest too deep": "[" * 200_000,
+    "at most 4194304": " " * (4 * 2**20 + 1),
 }
 
 
@@ -268,3 +268,21 @@ def test_formats_that_are_not_merged_are_named(tmp_path, shapes, name):
     with pytest.raises(ValueError) as error:
         read_lora(file, shapes)
     assert f"{file} cannot be merged here. Tensors" in str(error.value) and f"of {name.strip()}" in str(error.value)
+
+
+def test_what_changes_nothing_is_said(tmp_path, shapes):
+    """alpha 0, and matrices of rank 0."""
+    alpha = {f"transformer.{Q}.alpha": torch.tensor(0.0)}
+    for name, tensors in (("a", pair(f"transformer.{Q}") | alpha), ("b", pair(f"transformer.{Q}", rank=0))):
+        assert f"as alpha or the rank is 0: {Q}.weight" in read_lora(saved(tmp_path, tensors, name), shapes).warning
+
+
+@pytest.mark.parametrize("alpha, says", [
+    (torch.tensor(True), f"to be numbers: transformer.{Q}.alpha as torch.bool"),
+    (torch.tensor(1e9), f"10,000 times their product: transformer.{Q}.alpha by 2.5e+08"),
+])  # fmt: skip
+def test_an_alpha_that_is_none(tmp_path, shapes, alpha, says):
+    file = saved(tmp_path, two_layers() | {f"transformer.{Q}.alpha": alpha})
+    with pytest.raises(ValueError) as error:
+        read_lora(file, shapes)
+    assert says in str(error.value) and str(file) in str(error.value)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import original_formats as formats
 import pytest
@@ -182,7 +183,7 @@ def test_a_vae_that_enlarges_is_refused_before_it_decodes(tmp_path, checkpoint, 
         assert inspection.run(type("Arguments", (), {"path": str(path)})) == 1
         assert "enlarges videos" in capsys.readouterr().out
     edit(folder / "vae" / "config.json", out_channels=3, patch_size="x")
-    assert "of RGB in patches of x x x there are None" in refused(folder, "vae")
+    assert "says patch_size 'x'. That must be whole numbers above 0" in refused(folder, "vae")
 
 
 def test_lightx2vs_scales_of_rows(tmp_path, tensors):
@@ -264,3 +265,23 @@ def test_other_files(tmp_path, checkpoint):
     assert f"{json_file} is no file of weights: neither .safetensors nor" in refused(json_file)
     torch.distributed.checkpoint.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     assert "is no file of weights" in refused(tmp_path / "dcp" / ".metadata")
+
+
+@pytest.mark.parametrize("content, says", [
+    (torch.nn.Linear(2, 2), "an object of torch.nn.modules.linear.Linear"), ([torch.zeros(2)], "a list"),
+    (torch.zeros(2), "one tensor without a name"),
+])  # fmt: skip
+def test_what_is_no_state_dict_says_what_it_is(tmp_path, content, says):
+    torch.save(content, tmp_path / "model.pth")
+    assert f"no tensors by name, but {says}. Save the network's state_dict" in refused(tmp_path / "model.pth")
+
+
+def test_an_old_protocol_of_pickles(tmp_path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "model.pth", pickle_protocol=0)
+    assert "Save it again with torch.save's default protocol." in refused(tmp_path / "model.pth")
+
+
+def test_a_file_with_other_heads_is_given_as_its_folder():
+    folder = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan" / "transformer"
+    message = refused(folder / "diffusion_pytorch_model.safetensors")
+    assert "heads of 48 channels" in message and f"Give its folder: {folder}." in message

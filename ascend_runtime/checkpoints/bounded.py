@@ -4,6 +4,7 @@ takes more time or memory than its kind can need. What a file names is checked h
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ LONGEST_JSON = 8 * 2**20  # bytes; a 14B model's index and msModelSlim's descrip
 MOST_BRACKETS = 2_000_000  # of JSON: each opens a list or an object, the smallest of which takes 30 times its text
 LONGEST_NUMBER = 40  # digits of a whole number; an offset in a file has 20 at most
 MOST_TENSORS = 20_000  # of a file; Wan's 14B in 8 bits has 3,300, all components of a model in one file less than 5,000
-LONGEST_NAME = 512  # characters of a tensor's name; those of published LoRAs have up to 150
+LONGEST_NAME = 256  # characters of a tensor's name; those of published LoRAs have up to 150
 MOST_DIMS = 8  # of a tensor
 
 
@@ -38,12 +39,12 @@ def read_bounded(path: Path, most: int = LONGEST_JSON) -> bytes:
 
 def parse_json(content: bytes | str) -> Any:
     """What JSON says. Raises ValueError where it is none, nests too deep, opens too many lists and objects, or has a
-    number of too many digits."""
+    number of too many digits or none that is finite."""
     brackets = sum(content.count(one if isinstance(content, bytes) else one.decode()) for one in (b"[", b"{"))
     if brackets > MOST_BRACKETS:
         raise ValueError(f"it opens {brackets} lists and objects")
     try:
-        return json.loads(content, parse_int=_whole_number)
+        return json.loads(content, parse_int=_whole_number, parse_float=_number, parse_constant=_number)
     except RecursionError:
         raise ValueError("its lists and objects nest too deep") from None
 
@@ -52,6 +53,13 @@ def _whole_number(digits: str) -> int:
     if len(digits) > LONGEST_NUMBER:  # int() takes the square of their number in time
         raise ValueError(f"it has a number of {len(digits)} digits")
     return int(digits)
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it has the number {shown(text)}, which is not finite")
+    return number
 
 
 def read_json(path: Path, again: str = "Download it again.") -> dict:

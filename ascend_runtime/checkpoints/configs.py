@@ -154,7 +154,8 @@ def check_colours(config: dict, where: Path) -> None:
 
 # What our own code reads of a config, and reckons with.
 COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
-          "ffn_dim", "z_dim", "scale_factor_spatial", "scale_factor_temporal")  # fmt: skip
+          "ffn_dim", "z_dim", "scale_factor_spatial", "scale_factor_temporal", "rope_max_seq_len")  # fmt: skip
+EPSILONS = ("eps", "layer_norm_epsilon")  # added to what a norm divides by
 # A network is built before its weights are compared with those on disk, and a config is quick to write: what makes a
 # part of it, and what makes a table that is no weight, has a bound. Published ones have a fifth of these, or less.
 MOST = {"num_layers": 256, "num_decoder_layers": 256, "num_res_blocks": 16, "num_attention_heads": 512,
@@ -170,8 +171,15 @@ def check_counts(config: dict, file: Path) -> None:
     network has it, or a list is longer."""
     wrong = [f"{name} {shown(repr(config[name]))}" for name in COUNTS
              if name in config and not (type(config[name]) is int and config[name] > 0)]  # fmt: skip
+    patch = config.get("patch_size")
+    if not all(type(one) is int and one > 0 for one in (patch if isinstance(patch, (list, tuple)) else [patch or 1])):
+        wrong.append(f"patch_size {shown(repr(patch))}")
     if wrong:
         raise ValueError(f"{file} says {', '.join(wrong)}. That must be whole numbers above 0. Download it again.")
+    wrong = [f"{name} {shown(repr(config[name]))}" for name in EPSILONS
+             if name in config and not (_is_finite(config[name]) and config[name] > 0)]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{file} says {', '.join(wrong)}. That must be numbers above 0. Download it again.")
     large = [f"{name} {shown(repr(value))} (at most {most})" for name, value in config.items() if _is_name(name)
              for most in [MOST.get(name, MOST_OF_ANY)] if _largest(value) > most]  # fmt: skip
     long = [f"{name} of {len(value)} (at most {most})" for name, value in config.items()
@@ -179,6 +187,32 @@ def check_counts(config: dict, file: Path) -> None:
             for most in [LONGEST_LIST.get(name, LONGEST_LIST_OF_ANY)] if len(value) > most]  # fmt: skip
     if large or long:
         raise ValueError(f"{file} says {', '.join((large + long)[:4])}, more than any network has. Download it again.")
+
+
+def check_vae(config: dict, where: Path) -> None:
+    """Raises ValueError for the config of a VAE whose latents are normalised by what are no numbers, or whose factors
+    of scale are not those of its layers."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    for name, given, least in (("latents_mean", mean, -math.inf), ("latents_std", std, 0)):
+        listed = isinstance(given, (list, tuple))
+        if given is not None and not (listed and all(_is_finite(one) and one > least for one in given)):
+            raise ValueError(
+                f"{where} has {name} {shown(repr(given))}; that must be a list of numbers"
+                f"{' above 0' if least == 0 else ''}. Download it again."
+            )
+    steps, temporal = config.get("dim_mult", (1, 2, 4, 4)), config.get("temperal_downsample", (False, True, True))
+    if not (isinstance(steps, (list, tuple)) and isinstance(temporal, (list, tuple)) and steps):
+        return  # which the network's own class says of it
+    made = {"scale_factor_spatial": 2 ** (len(steps) - 1) * (config.get("patch_size") or 1),
+            "scale_factor_temporal": 2 ** sum(map(bool, temporal))}  # fmt: skip
+    wrong = [f"{name} {config[name]}, but its layers make it {own}" for name, own in made.items()
+             if config.get(name, own) != own]  # fmt: skip
+    if wrong:
+        raise ValueError(f"{where} has {', and '.join(wrong)}. Download it again.")
+
+
+def _is_finite(number: object) -> bool:
+    return type(number) in (int, float) and math.isfinite(number)
 
 
 def _is_name(name: str) -> bool:

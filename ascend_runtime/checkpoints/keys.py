@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from functools import cache, lru_cache
 
 Rules = tuple[tuple[str, str], ...]  # patterns and replacements, in order: a later one sees what the earlier ones made
 
@@ -48,6 +49,8 @@ ORIGINAL: Rules = (
     (r"^img_emb\.proj\.4\.", "condition_embedder.image_embedder.norm2."),
     (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
 )
+
+TRANSFORMER: Rules = (*MODELSLIM, *PREFIXES, *MINDSPEED, *ORIGINAL)
 
 # UMT5's encoder, of the original (wan/modules/t5.py), as transformers' UMT5EncoderModel calls it.
 TEXT_ENCODER: Rules = (
@@ -109,18 +112,25 @@ def to_diffusers_name(name: str) -> str | None:
     """diffusers' name of a transformer's parameter, by its name in any system; None: it is no parameter."""
     if name.endswith("._extra_state"):  # what Megatron's layers note
         return None
-    return renamed(name, (*MODELSLIM, *PREFIXES, *MINDSPEED, *ORIGINAL))
+    return renamed(name, TRANSFORMER)
 
 
 def to_mindspeed_name(name: str) -> str:
     """MindSpeed-MM's name of a transformer's parameter, by diffusers'."""
-    return renamed(name, inverted((*MINDSPEED, *ORIGINAL)))
+    return renamed(name, TO_MINDSPEED)
 
 
+@lru_cache(maxsize=50_000)
 def renamed(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
+    """Kept, as a file's names are asked for again and again."""
+    for pattern, replacement in _compiled(rules):
+        name = pattern.sub(replacement, name)
     return name
+
+
+@cache
+def _compiled(rules: Rules) -> tuple[tuple[re.Pattern, str], ...]:
+    return tuple((re.compile(pattern), replacement) for pattern, replacement in rules)
 
 
 def inverted(rules: Rules) -> Rules:
@@ -135,3 +145,6 @@ def _inverse(pattern: str, replacement: str) -> tuple[str, str]:
     numbers = itertools.count(1)
     back = GROUP.sub(lambda _: rf"\{next(numbers)}", pattern).strip("^$").replace(r"\.", ".")
     return f"{start}{made}{end}", back
+
+
+TO_MINDSPEED = inverted((*MINDSPEED, *ORIGINAL))

@@ -9,8 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from . import configs
-from .faults import listed, usable
+from .faults import listed, shown, usable
 from .keys import TOKENIZER_MODEL, to_diffusers_name, to_umt5_name, to_vae_name
+from .states import content_state
 from .tensor_files import open_tensors
 from .variants import one_of_several, variant
 
@@ -34,6 +35,7 @@ class Kind:
 
 # What is before the names of the other networks in a file of a whole model, as ComfyUI saves it.
 NETWORKS = re.compile(r"^(model\.diffusion_model|vae|first_stage_model|text_encoders|cond_stage_model|clip_vision)\.")
+MOST_PREFIXES = 4  # that an error lists
 HUBS = "from Hugging Face or ModelScope"
 KINDS = {
     "transformer": Kind(
@@ -110,9 +112,29 @@ def described(kind_name: str, shards: tuple[Path, ...], _: tuple) -> Described:
         return Described(kind.config(shapes), tuple(first_blocks), has_tokenizer, prefix)
 
 
-@lru_cache(maxsize=16)
-def is_kind(name: str, file: Path, _: tuple) -> bool:
-    kind, held = KINDS[name], _names(file)
+def is_kind(name: str, file: Path) -> bool:
+    """Raises ValueError where the file cannot be read, or holds several networks of this kind. A file is read once for
+    each kind until it changes, by whichever links, and whatever came of it."""
+    known = _known_of_kinds(content_state(file))
+    if name not in known:
+        try:
+            known[name] = _fits(KINDS[name], file), "", str(file)
+        except ValueError as error:
+            known[name] = False, str(error), str(file)
+    fits, fault, first = known[name]
+    if fault:
+        raise ValueError(fault.replace(first, str(file)))
+    return fits
+
+
+@lru_cache(maxsize=64)
+def _known_of_kinds(state: tuple) -> dict[str, tuple[bool, str, str]]:
+    """What is known of a file in this state, by kind: whether it is one, why this is not known, its path then."""
+    return {}
+
+
+def _fits(kind: Kind, file: Path) -> bool:
+    held = _names(file)
     prefix = _prefix(kind, file, held)
     names = {own_name(kind, prefix, name) for name in held}
     return any(name in names for name in [*kind.tells][:2])
@@ -143,8 +165,9 @@ def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
     found = {name.removesuffix(begin) for name in names for begin in kind.begins if name.endswith(begin)}
     found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
     if len(found) > 1 and "" not in found:
+        first = ", ".join(map(shown, sorted(found)[:MOST_PREFIXES])) + ", ..." * (len(found) > MOST_PREFIXES)
         raise ValueError(
-            f"{file} holds {len(found)} networks that are a {kind.what} each: {', '.join(sorted(found))}. Save the one "
+            f"{file} holds {len(found)} networks that are a {kind.what} each: {first}. Save the one "
             "that is wanted into a file of its own."
         )
     return found.pop() if len(found) == 1 else ""
@@ -161,7 +184,7 @@ def _said_of_a_part(kind: Kind, shapes: configs.Shapes) -> str:
 
 
 def _first(shapes: configs.Shapes) -> str:
-    return ", ".join(sorted(shapes)[:4])
+    return ", ".join(map(shown, sorted(shapes)[:4]))
 
 
 def _names(shard: Path) -> configs.Shapes:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from ..vae_form import VaeForm
 from .bounded import plain_file_name, read_json
-from .configs import check_colours, check_counts
+from .configs import HEAD_DIM, check_colours, check_counts, check_vae
 from .faults import MAX_NAMES, shown, usable
 from .kinds import KINDS, described, is_kind, moved, own_name
 from .mindspeed import latest_shards
@@ -31,6 +31,8 @@ FOLDERS = {  # of a transformer within a model's, by who wrote it: diffusers, th
 DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # on any component of a diffusers folder
 TOKENIZER = Path("google") / "umt5-xxl"  # beside the original's text encoder
 Rename = Callable[[str, Path], str | None]  # a parameter's name by a tensor's, and its shard; None: it is none
+MOST_FILES = 8  # of torch.save in a folder, all of which are looked into; the original's has 2
+MOST_FAULTS = 4  # of these that an error quotes
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
 
 
@@ -120,7 +122,10 @@ def find_transformer(path: str, name: str = "transformer") -> Component:
 def _find_transformer(root: Path, name: str) -> Component:
     if root.is_file():
         described = description_in(root.parent) if root.match(WEIGHTS) else None
-        return _found("transformer", (root,)) if described is None else _quantized(root.parent, (root,), described)
+        if described is not None:
+            return _quantized(root.parent, (root,), described)
+        _check_heads(root)
+        return _found("transformer", (root,))
     inner = [root / folder for folder in FOLDERS[name] if (root / folder).is_dir()]
     folder = inner[0] if inner else root
     if shards := latest_shards(folder):
@@ -132,6 +137,22 @@ def _find_transformer(root: Path, name: str) -> Component:
         loose = _loose_shards(folder)
         return _found("transformer", loose) if loose else find_component(str(folder), name)
     return _original(folder, _found("transformer", _shards_of(folder)))
+
+
+def _check_heads(file: Path) -> None:
+    """Raises ValueError for a file of a diffusers folder, given without it, whose heads are not those of all other
+    files: they are nowhere in its shapes."""
+    try:
+        config = read_json(file.parent / "config.json")
+    except ValueError:  # which is not asked for where a file is given
+        return
+    key, wanted = CLASSES["transformer"]
+    width = config.get("attention_head_dim", HEAD_DIM)
+    if config.get(key) == wanted and width != HEAD_DIM and is_kind("transformer", file):
+        raise ValueError(
+            f"{file} has heads of {shown(width)} channels, as the config.json next to it says, and a file without its "
+            f"config is read with heads of {HEAD_DIM}. Give its folder: {file.parent}."
+        )
 
 
 def _original(folder: Path, found: Component) -> Component:
@@ -178,7 +199,9 @@ def find_text_encoder(path: str) -> Component:
 def find_vae(path: str) -> Component:
     """A VAE: a file, or the one in the folder of diffusers or of the original."""
     found = _find_file(path, "vae") or find_component(path, "vae")
-    check_colours(found.config, found.folder / "config.json" if found.folder else found.shards[0])
+    where = found.folder / "config.json" if found.folder else found.shards[0]
+    check_colours(found.config, where)
+    check_vae(found.config, where)
     return found
 
 
@@ -191,29 +214,45 @@ def _find_file(path: str, kind: str) -> Component | None:
         return None
     if shards := _loose_shards(root):
         return _found(kind, shards)
+    files = sorted(root.glob("*.pth"))
+    if len(files) > MOST_FILES:
+        what = KINDS[kind].what
+        raise ValueError(f"{root} holds {len(files)} files of torch.save. Give the file that is the {what}.")
     unreadable = []
-    for file in sorted(root.glob("*.pth")):
+    for file in files:
         try:
-            if is_kind(kind, file, states((file,))):
+            if is_kind(kind, file):
                 return _found(kind, (file,))
         except ValueError as error:  # it may be the one, or what nobody asks for
             unreadable.append(str(error))
     if unreadable or is_original(root):
+        more = f"So it is with {len(unreadable) - MOST_FAULTS} more." if len(unreadable) > MOST_FAULTS else ""
         raise ValueError(
-            f"{root} holds no {KINDS[kind].what}. Download {KINDS[kind].published} into it. {' '.join(unreadable)}"
+            f"{root} holds no {KINDS[kind].what}. Download {KINDS[kind].published} into it. "
+            + " ".join((*unreadable[:MOST_FAULTS], more)).strip()
         )
     return None
+
+
+def has_folder(root: Path, part: str) -> bool:
+    """Whether a model's folder has one for this part, by whoever wrote it."""
+    return any((root / name).is_dir() for name in FOLDERS.get(part, (part,)))
+
+
+def is_in_index(root: Path, part: str) -> bool:
+    """Whether a diffusers pipeline's index names this part; [null, null] stands for one that is left out."""
+    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+    said = index.get(part)
+    return any(said) if isinstance(said, list) else bool(said)
 
 
 def has_low_noise(path: str) -> bool:
     """Whether the folder `path` holds a low-noise expert. Raises ValueError where there is to be one, and is none."""
     root = Path(path).expanduser()
-    found = any((root / folder).is_dir() for folder in FOLDERS["transformer_2"])
+    found = has_folder(root, "transformer_2")
     if not found and (root / "high_noise_model").is_dir():
         raise ValueError(f"{root} has a high_noise_model, but no low_noise_model beside it. Download that too.")
-    index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-    told = index.get("transformer_2")
-    if not found and (any(told) if isinstance(told, list) else told):
+    if is_in_index(root, "transformer_2") and not found:
         raise ValueError(f"{root / 'model_index.json'} names a transformer_2, which is not there. Download that too.")
     return found
 
@@ -230,8 +269,6 @@ def _check_kind(config: dict, name: str, folder: Path) -> None:
     key, wanted = CLASSES[name.removesuffix("_2")]
     if config.get(key, wanted) != wanted:
         raise ValueError(f"{folder} holds a {shown(config[key])}; a {wanted} is wanted here.")
-
-
 
 
 def _shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:

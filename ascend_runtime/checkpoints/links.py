@@ -10,15 +10,27 @@ cache of Hugging Face in which it lies, whose snapshots consist of links to ther
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
+MOST_FILES, DEEPEST = 10_000, 32  # of a folder that is copied; a model's has some tens, in two levels
+
+
+def resolved(path: Path) -> Path:
+    """Without links. Raises ValueError for a link that leads to itself."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):  # the first before Python 3.13
+        raise ValueError(f"{path} is a link that leads to itself. Delete it.") from None
 
 
 def own_file(path: Path, folder: Path) -> Path:
     """The file `path` of `folder`, without links. Raises ValueError where it is no file of that folder."""
-    found = path.resolve()
-    if not any(found.is_relative_to(root) for root in _roots(folder.resolve())):
+    found = resolved(path)
+    if not any(found.is_relative_to(root) for root in _roots(resolved(folder))):
         raise ValueError(
             f"{path} is a link to {found}, outside of {folder}. A link is not followed there, to copy what nobody "
             "meant: put the file itself in its place, or delete the link."
@@ -28,22 +40,41 @@ def own_file(path: Path, folder: Path) -> Path:
     return found
 
 
-def own_files(inner: Path, folder: Path, pattern: str = "**/*") -> dict[Path, Path]:
-    """All files of a folder within `folder`, by their paths in it. Raises ValueError as `own_file` does."""
+def own_files(inner: Path, folder: Path, pattern: str = "*", deepest: int = DEEPEST + 1) -> dict[Path, Path]:
+    """The files of a folder within `folder`, by their paths in it. Raises ValueError as `own_file` does, and for more
+    files or levels of folders than a model has.
+
+    pattern: of their names. deepest: levels of folders below it that are looked into.
+    """
     if inner.is_symlink():
         own_folder(inner, folder)
-    found = {path.relative_to(inner): path for path in sorted(inner.glob(pattern))}
-    for path in found.values():
-        if path.is_symlink() and path.is_dir():
-            raise ValueError(f"{path} is a link to a folder. Put the folder itself in its place, or delete the link.")
-    return {name: own_file(path, folder) for name, path in found.items() if not path.is_dir()}
+    return {path.relative_to(inner): own_file(path, folder) for path in sorted(_files(inner, pattern, deepest))}
+
+
+def _files(folder: Path, pattern: str, deepest: int) -> Iterator[Path]:
+    """Links to files included. Raises ValueError for a link to a folder, and for more than a model has."""
+    met = 0
+    for inner, folders, files in os.walk(folder, followlinks=False):
+        met += len(folders) + len(files)
+        level = len(Path(inner).relative_to(folder).parts)
+        if met > MOST_FILES or level > DEEPEST:
+            raise ValueError(
+                f"{folder} has more than {MOST_FILES:,} files, or more than {DEEPEST} folders within one another, and "
+                "would be copied whole. Take out of it what is not the model's."
+            )
+        for path in (Path(inner) / name for name in folders if fnmatch(name, pattern)):
+            if path.is_symlink():
+                raise ValueError(f"{path} is a link to a folder. Put the folder itself there, or delete the link.")
+        yield from (Path(inner) / name for name in files if fnmatch(name, pattern))
+        if level == deepest:
+            folders.clear()
 
 
 def own_folder(path: Path, folder: Path) -> None:
     """Raises ValueError where a folder, with links resolved, does not lie in `folder`."""
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not resolved(path).is_relative_to(resolved(folder)):
         raise ValueError(
-            f"{path} is a link to {path.resolve()}, outside of {folder}, and would be copied whole. Put the folder "
+            f"{path} is a link to {resolved(path)}, outside of {folder}, and would be copied whole. Put the folder "
             "itself in its place."
         )
 

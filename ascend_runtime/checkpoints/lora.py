@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..precision import is_finite
@@ -29,6 +30,8 @@ from .tensor_files import TensorFile, open_tensors
 MISSHAPEN = "of the wrong shape"
 INCOMPLETE = "that make no change together"
 NOT_FINITE = "with NaN or infinite values"
+LARGEST_RANK = 16_384  # above the width of any published model, whose difference has no larger one
+LARGEST_SCALE = 10_000  # alpha / rank; that of published LoRAs is 16 at most
 WIDTHS = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # of the published models
 KINDS = {16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B"}  # by patch_embedding's channels
 
@@ -40,10 +43,15 @@ class LowRank:
     up: str
     down: str
     scale: float
+    rank: int
 
     @property
     def keys(self) -> tuple[str, ...]:
         return self.up, self.down
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.scale == 0 or self.rank == 0
 
     def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
         """weight: fp32, the part of a tensor of the shape `whole` that is to be changed, in place."""
@@ -133,7 +141,10 @@ def _changes(file: TensorFile, found: Understood, shapes: Shapes) -> Changes:
         scale = 1.0
         if {"up", "down"} <= of_weight <= {"up", "down", "alpha", "up_bias"}:
             scale = _scale(file, layer, keys, config_of, found.faults)
-            changes[weight] = LowRank(keys["up"], keys["down"], scale)
+            if math.isfinite(scale) and abs(scale) > LARGEST_SCALE:
+                said = f"{keys.get('alpha', keys['up'])} by {scale:g}"
+                found.faults[f"that change a model by more than {LARGEST_SCALE:,} times their product"].append(said)
+            changes[weight] = LowRank(keys["up"], keys["down"], scale, rank=(*file.shapes[keys["down"]], 0)[0])
         elif of_weight == {"diff"}:
             changes[weight] = Difference(keys["diff"])
         elif of_weight:
@@ -160,13 +171,17 @@ def _scale(
     if "alpha" not in keys:
         config = config_of(section(keys["up"]))
         return 1.0 if config is None else config.scale((module_name(keys["up"]), layer), rank)
-    alpha = file.read(keys["alpha"])
-    if alpha.numel() != 1:
-        faults[MISSHAPEN].append(f"{keys['alpha']} is {list(alpha.shape)}, not one number")
+    shape, dtype = file.shapes[keys["alpha"]], file.dtype(keys["alpha"])
+    if math.prod(shape) != 1:
+        faults[MISSHAPEN].append(f"{keys['alpha']} is {list(shape)}, not one number")
         return 1.0
-    if not math.isfinite(alpha.item()):
+    if dtype == torch.bool or dtype.is_complex:
+        faults["that are to be numbers"].append(f"{keys['alpha']} as {dtype}")
+        return 1.0
+    alpha = file.read(keys["alpha"]).item()
+    if not math.isfinite(alpha):
         faults[NOT_FINITE].append(keys["alpha"])
-    return alpha.item() / rank
+    return alpha / rank
 
 
 def _fitting(
@@ -194,14 +209,15 @@ def _shape_of(change: LowRank | Difference, on_disk: Shapes) -> tuple[int, ...]:
 
 def _multiplies_to(change: LowRank, on_disk: Shapes, whole: tuple[int, ...]) -> bool:
     up, down = on_disk[change.up], on_disk[change.down]
-    matrices = min(len(up), len(down), len(whole)) > 1
+    matrices = min(len(up), len(down), len(whole)) > 1 and down[0] <= LARGEST_RANK
     return matrices and (up[0], math.prod(down[1:])) == (whole[0], math.prod(whole[1:]))
 
 
 def _made_for(misfits: dict[str, tuple[int, ...]], found: Understood, shapes: Shapes) -> str:
     """For which kind of model the file was made, in words, where that is known and this one is another."""
     wanted = [(own[0], shapes[name][0]) for name, own in misfits.items()
-              if name in shapes and len(own) == 2 and len(set(own)) == len(set(shapes[name])) == 1]  # fmt: skip
+              if name in shapes and len(own) == 2 and len(set(own)) == len(set(shapes[name])) == 1
+              and own != shapes[name]]  # fmt: skip
     if wanted:
         theirs, ours = (f"{width} channels{f' ({WIDTHS[width]})' if width in WIDTHS else ''}" for width in wanted[0])
         return f"It was made for a model of {theirs}; this one has {ours}. "
@@ -219,6 +235,12 @@ def _warning(path: Path, found: Understood, reason: str, changes: Changes) -> st
     said = []
     if found.left_out:
         said.append(f"The LoRA {path} is used without some of its tensors: {listed(found.left_out)}. {reason}".strip())
+    idle = [name for name, change in changes.items() if isinstance(change, LowRank) and change.changes_nothing]
+    if idle:
+        said.append(
+            f"The LoRA {path} leaves as they are {listed({'weights, as alpha or the rank is 0': idle})}. Was it "
+            "trained to its end? Take the file as its trainer has written it."
+        )
     without = _pairs_without_alpha(found)
     of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in without)
     if of_peft and changes and without and config_file(path) is None:

@@ -8,13 +8,13 @@ another. ss_network_alpha in kohya's header is not read: kohya's software takes 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .bounded import parse_json, read_bounded
 from .faults import usable
 from .tensor_files import TensorFile
 
@@ -73,13 +73,13 @@ def adapter_config(file: TensorFile, section: str) -> AdapterConfig | None:
     if config is None:
         return None
     with usable(config, "it as PEFT's configuration"):
-        if config.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        return _config(str(config), _object(config.read_text()))
+        return _config(str(config), _object(read_bounded(config, MAX_BYTES)))
 
 
-def _object(text: str) -> dict[str, Any]:
-    content = json.loads(text[: MAX_BYTES + 1])
+def _object(text: str | bytes) -> dict[str, Any]:
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     return content

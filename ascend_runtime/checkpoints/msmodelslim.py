@@ -42,6 +42,7 @@ BESIDE = {
     STATIC: ("weight_scale", "weight_offset", "bias"),
     TIMESTEP: ("weight_offset", "deq_scale", "quant_bias", "input_scale", "input_offset"),
 }
+MOST_NUMBERS = 2**24  # of all scales and offsets of a file, which are read; a 14B model's has a fifth of it
 SCALES = ("weight_scale", "deq_scale", "input_scale")  # numbers above 0
 # What is recognised by a part of its name, the first that fits, and which cards compute it.
 ELSEWHERE = {
@@ -150,9 +151,14 @@ def plain_name(key: str) -> str:
 
 
 def _check_parts(description: Path, file: TensorFile, parts: dict[str, tuple[str, str]]) -> None:
-    dtypes, offsets, scales = [], [], []
+    dtypes, offsets, scales, large, left = [], [], [], [], MOST_NUMBERS
     for key, (algorithm, leaf) in parts.items():
-        allowed = PARTS[algorithm].get(leaf)
+        allowed, shape = PARTS[algorithm].get(leaf), file.shapes[key]
+        if leaf == "weight_offset" or allowed and leaf in SCALES:
+            left -= math.prod(shape)
+            if math.prod(shape[1:]) > 1 or left < 0:
+                large.append(f"{key} {list(shape)}")
+                continue
         if allowed and file.dtype(key) not in allowed:
             dtypes.append(f"{key} as {file.dtype(key)}")
         elif leaf == "weight_offset" and file.read(key).any():
@@ -161,6 +167,7 @@ def _check_parts(description: Path, file: TensorFile, parts: dict[str, tuple[str
             scales.append(key)
     told = listed({
         "of another dtype than they are to be": dtypes,
+        "that have more than one number a row, or too many": large,
         "that shift weights, which are to be symmetric": offsets,
         "that are to be above 0 and are not": scales,
     })  # fmt: skip

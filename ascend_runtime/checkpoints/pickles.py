@@ -36,6 +36,10 @@ class Name:
     path: str  # such as "torch.float32"
 
 
+class OtherPickle(ValueError):
+    """A pickle of a kind that is not read here, whole as it may be."""
+
+
 class Record:
     """Stands for an object: what its class is called, what that was given, and the state that it was left with."""
 
@@ -60,6 +64,8 @@ def read_pickle(content: bytes, makers: Makers, persistent: Callable[[Any], Any]
     """
     if len(content) > LONGEST:
         raise ValueError(f"its pickle has {len(content)} bytes, where {LONGEST} are allowed")
+    if content[:1] != pickle.PROTO:  # with which those of protocol 2 and later begin
+        raise OtherPickle("its pickle is of protocol 0 or 1. Save it again with torch.save's default protocol.")
     reader = _Reader(content, makers, persistent)
     try:
         with _no_collector():

@@ -20,7 +20,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-LONGEST = 16 * 2**20  # bytes; a 14B model's in 8 bits has 0.5 MB, that of a file with all components 1 MB
+LONGEST_HEADER = 16 * 2**20  # bytes; a 14B model's in 8 bits has 0.5 MB, that of a file with all components 1 MB
 MOST_OBJECTS = 200_000  # in it: a tensor each, and what training notes of itself, as JSON within a string
 
 
@@ -28,8 +28,8 @@ def check_header(path: Path) -> None:
     """Raises ValueError for a header that no model's file has, before the library makes anything of it."""
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > LONGEST:
-            raise ValueError(f"{path} has a header of {length} bytes; a model's file has at most {LONGEST}.")
+        if length > LONGEST_HEADER:
+            raise ValueError(f"{path} has a header of {length} bytes; a model's file has at most {LONGEST_HEADER}.")
         objects = file.read(length).count(b"{")
     if objects > MOST_OBJECTS:
         raise ValueError(f"{path} has a header of {objects} entries; a model's file has at most {MOST_OBJECTS}.")
@@ -48,6 +48,8 @@ class SafetensorsFile:
         except SafetensorError as error:
             why = shown(error)
             raise ValueError(f"{self.path} is not a whole .safetensors file ({why}). Download it again.") from None
+        except RuntimeError as error:  # of mmap
+            raise ValueError(f"{self.path} cannot be read ({shown(error)}). Is there room for all of it?") from None
         self._file = self.path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
         self._entries, self._data = parse_json(self._file.read(length)), 8 + length

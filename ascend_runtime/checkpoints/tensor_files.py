@@ -12,7 +12,7 @@ import torch
 from .bounded import check_tensors
 from .dcp import METADATA, DistributedCheckpoint
 from .parts import Part
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import LONGEST_HEADER, SafetensorsFile
 from .torch_file import TorchFile
 
 
@@ -25,7 +25,6 @@ OTHER_STARTS = {
     "or download the file itself",
     b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE,
 }  # fmt: skip
-LONGEST_HEADER = 100_000_000  # bytes (https://huggingface.co/docs/safetensors, "Format")
 
 
 class TensorFile(Protocol):

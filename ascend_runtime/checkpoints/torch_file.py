@@ -18,7 +18,7 @@ from torch import Tensor
 from .bounded import LONGEST_NAME, MOST_DIMS, check_count
 from .faults import shown
 from .parts import Part, Stored, read_stored
-from .pickles import LONGEST, Name, Record, read_pickle
+from .pickles import LONGEST, Name, OtherPickle, Record, read_pickle
 from .states import states
 
 WRAPPERS = ("model", "state_dict")  # under which training systems keep the weights, beside what else they keep
@@ -55,6 +55,8 @@ def stored_tensors(file: BinaryIO, path: Path) -> Any:
     try:
         with zipfile.ZipFile(_Bounded(file)) as archive:
             return _read(file, archive)
+    except OtherPickle as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     except BROKEN as error:
         why = shown((str(error).splitlines() or [type(error).__name__])[0])
         raise ValueError(f"{path} is not a whole file of torch.save ({why}). Download it again.") from None
@@ -242,7 +244,10 @@ def _tensors(path: Path, _: tuple) -> tuple[tuple[str, Stored], ...]:
     with path.open("rb", buffering=0) as file:
         content = stored_tensors(file, path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no tensors by name.")
+        raise ValueError(
+            f"{path} holds no tensors by name, but {_what(content)}. Save the network's state_dict: "
+            "torch.save(network.state_dict(), it)."
+        )
     if "model0" in content:
         raise ValueError(
             f"{path} holds virtual pipeline stages (model0, model1 ...). Convert it with MindSpeed-MM's mm-convert "
@@ -252,6 +257,14 @@ def _tensors(path: Path, _: tuple) -> tuple[tuple[str, Stored], ...]:
     found = tuple(_named(path, weights))
     check_count(path, found)
     return found
+
+
+def _what(content: Any) -> str:
+    if isinstance(content, Stored):
+        return "one tensor without a name"
+    if isinstance(content, Record):
+        return f"an object of {shown(content.of.path)}" if isinstance(content.of, Name) else "an object"
+    return f"a {type(content).__name__}"
 
 
 def _named(path: Path, content: Mapping) -> Iterator[tuple[str, Stored]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .bounded import parse_json
 from .faults import usable
+from .links import resolved
 
 JOURNAL, MADE = "journal", "made"
 
@@ -32,7 +33,7 @@ class Unfinished:
         """Where a file of the folder goes; the folders around it are made. Raises ValueError where that lies, with
         links resolved, outside of it."""
         place = self.made / path
-        if not place.resolve().is_relative_to(self.made.resolve()):
+        if not resolved(place).is_relative_to(resolved(self.made)):
             raise ValueError(f"{path} does not lie in {self.made}, where all of it is to be. Nothing was written.")
         place.parent.mkdir(parents=True, exist_ok=True)
         return place

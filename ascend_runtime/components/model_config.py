@@ -80,12 +80,18 @@ def _latent_format(component: Component) -> dict[str, torch.Tensor]:
                      for key, own in zip(("latents_mean", "latents_std"), known))  # fmt: skip
         if mean.ndim != 1 or mean.shape != std.shape:
             raise ValueError(f"they are of the shapes {list(mean.shape)} and {list(std.shape)}")
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise ValueError("they are not finite, or a latents_std is not above 0")
         mean, std = mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
     with usable(said_by, "its table of colours"):
         table = wan.LATENT_RGB.get(mean.numel(), {}) | rgb
         factors, bias = (torch.tensor(table.get(key, own), dtype=torch.float32)
                          for key, own in (("factors", ()), ("bias", (0.0, 0.0, 0.0))))  # fmt: skip
         channels = len(factors)
+        if channels and factors.shape != (channels, 3) or bias.shape != (3,):
+            raise ValueError(f"factors {list(factors.shape)} and bias {list(bias.shape)} are not [channels, 3] and [3]")
+        if not (factors.isfinite().all() and bias.isfinite().all()):
+            raise ValueError("it is not finite")
     if channels != mean.numel():
         logger.warning("No RGB table is known for latents of %d channels: there will be no previews.", mean.numel())
         factors = None

@@ -12,7 +12,7 @@ from ..checkpoints.bounded import read_bounded
 from ..checkpoints.faults import usable
 from ..checkpoints.layout import Component, find_text_encoder
 from ..checkpoints.reader import Progress, check_weights, load_weights, nbytes, tokenizer_model
-from ..checkpoints.tokenizers import JSON, LONGEST_SPIECE, SPIECE, check_class, tokenizer_json
+from ..checkpoints.tokenizers import INSTEAD, JSON, LONGEST_SPIECE, SPIECE, check_class, check_spiece, tokenizer_json
 from ..parallel.fsdp import Share, Sharding
 from ..specs import TextEncoderSpec
 from ..text import JsonTokenizer, SentencePiece
@@ -38,6 +38,7 @@ def load(spec: TextEncoderSpec, found: list[Component], device, progress: Progre
     device = device if spec.placement == "ranks" else torch.device("cpu")
     dtype = dtype_named(spec.dtype, _text_dtype(device, component.nbytes))
     model = empty_network("text_encoder", component)
+    check_size(tokenizer, model, component)
     places = check_weights(model, component.shards, component.rename)
     progress.expect(nbytes(places))
     load_weights(
@@ -63,6 +64,7 @@ def find_tokenizer(component: Component) -> Any:
     if found.is_file():
         model = tokenizer_model(found)
         with usable(found, "its tokenizer"):
+            check_spiece(model)
             return SentencePiece(model)
     if not found.is_dir():
         raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
@@ -71,11 +73,23 @@ def find_tokenizer(component: Component) -> Any:
         return JsonTokenizer(tokenizer_json(found / JSON), found)
     if (found / SPIECE).is_file():
         with usable(found / SPIECE, "the tokenizer in it"):
-            return SentencePiece(read_bounded(found / SPIECE, LONGEST_SPIECE))
+            model = read_bounded(found / SPIECE, LONGEST_SPIECE)
+            check_spiece(model)
+            return SentencePiece(model)
     raise ValueError(
         f"{found} has neither {JSON} nor {SPIECE}, of which a T5 tokenizer needs one. Download google/umt5-xxl of "
         "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
     )
+
+
+def check_size(tokenizer: Any, model: torch.nn.Module, component: Component) -> None:
+    """Raises ValueError for a tokenizer with more pieces than the text encoder has embeddings."""
+    known = model.shared.num_embeddings
+    if tokenizer.size > known:
+        raise ValueError(
+            f"{component.tokenizer} has {tokenizer.size} pieces, but the text encoder {component.shards[0]} knows "
+            f"{known}: it is another model's tokenizer. {INSTEAD}"
+        )
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
