@@ -24,7 +24,7 @@ INK, PAPER = "#20242c", "#ffffff"
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Writes a PNG: a named point for each setting and for the plain video, those equal to it on a line above all others.
+    """Writes a PNG: a named point for each setting and the plain video, those equal to it on a line above the others.
 
     rows: the first is the plain one.
     """
