@@ -15,6 +15,7 @@ from torch import Tensor
 from . import video_options
 from .acceleration import AccelerationSpec, Calibration
 from .checkpoints.calibration import calibration_file, write_calibration
+from .checkpoints.faults import printable
 from .checkpoints.layout import find_transformer, has_low_noise
 from .client import Runtime
 from .families.defaults import TI2V_CHANNELS, model_defaults
@@ -45,7 +46,8 @@ def run(arguments: Namespace, progress: Progress | None = None) -> int:
         raise ValueError(str(error)) from error
     progress.end()
     write_calibration(output, found)
-    print(f"{output}: {', '.join(f'{len(one.ratios)} steps of {expert}' for expert, one in found.items())}")
+    steps = ", ".join(f"{len(one.ratios)} steps of {expert}" for expert, one in found.items())
+    print(printable(f"{output}: {steps}"))
     return 0
 
 
@@ -57,8 +59,8 @@ def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration
     changes, empty = [], torch.zeros(form.latent_shape(size))
     count = arguments.random_prompts or len(arguments.prompt or PROMPTS)
     with Runtime(ParallelSpec(ranks=arguments.ranks), device=arguments.device) as runtime:
-        progress.say(f"{count} videos of {video_options.said(size, spec)}; on {runtime.device}, {runtime.world_size} "
-                     "rank(s)")  # fmt: skip
+        progress.say(f"{video_options.counted(count, 'video')} of {video_options.said(size, spec)}; "
+                     f"{video_options.counted(runtime.world_size, 'rank')} on {runtime.device}")  # fmt: skip
         progress.begin("starting the ranks")
         runtime.start()
         for number, (positive, negative) in enumerate(_prompts(arguments, runtime, config, progress)):
@@ -69,7 +71,8 @@ def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration
             )  # fmt: skip
             changes.append(result.info["acceleration"]["changes"])
             progress.say(f"video {number + 1} of {count}: denoised in {result.seconds['denoise']:.1f} s")
-    made = f"{count} video(s) of {size.width}x{size.height} x {size.num_frames} in {spec.steps} steps"
+    videos = video_options.counted(count, "video")
+    made = f"{videos} of {size.width}x{size.height} x {size.num_frames} in {spec.steps} steps"
     found = fitted(changes, f"calibrated with {made}, shift {result.info['shift']:g}")
     if len(found) < (2 if arguments.low_noise or has_low_noise(model.path) else 1):
         raise ValueError(f"In {spec.steps} steps an expert has less than two, which show no change. Give more --steps.")

@@ -50,7 +50,7 @@ def _declare_convert(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a model's folder or file, of any kind that the loaders take")
     add("target", metavar="TARGET", help="the folder to make")
-    add("--to", choices=FORMATS, required=True)
+    add("--to", choices=FORMATS, required=True, help="the layout to write")
     add("--dtype", choices=WEIGHT_DTYPES, default=WEIGHT_DTYPES[0],
         help="of the weights; what the networks compute in fp32 is not rounded; keep (the default): "
         "that of each tensor, bf16 for one of 8 bits")  # fmt: skip
@@ -99,8 +99,8 @@ def _declare_compare(parser: ArgumentParser) -> None:
     add("--vae", metavar="PATH", help="a folder or a file (default: that in the model's folder)")
     add("--setting", action="append", required=True, metavar="SETTING",
         help=f"accelerators: {', '.join(SPECS)}; presets: {', '.join(PRESETS)}. One or more")  # fmt: skip
-    add("--prompt", required=True, metavar="TEXT")
-    add("--negative", default="", metavar="TEXT")
+    add("--prompt", required=True, metavar="TEXT", help="of the video")
+    add("--negative", default="", metavar="TEXT", help="the negative prompt (default: an empty one)")
     video_options.add_video(add)
     add("--fps", type=float, help="of the clip (default: the model's own)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")

@@ -167,7 +167,7 @@ def _check_concat(name: str, given: Conditioning, latent: Tensor, model: Diffusi
     parts = {part: tensor for part, tensor in parts.items() if tensor is not None}
     if parts and not _extra_channels(model):
         raise ValueError(
-            f"The {name} conditioning carries an image ({' and '.join(parts)}), but this model reads none beside its "
+            f"The {name} conditioning carries an image ({' and '.join(parts)}), but this model reads none besides its "
             "latent. Take an image-to-video model, whose transformer has 36 in_channels, or connect the prompt's "
             "conditioning directly."
         )

@@ -18,7 +18,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from .checkpoints.bounded import read_json
 from .checkpoints.configs import HEAD_DIM
-from .checkpoints.faults import printable_lines, shown
+from .checkpoints.faults import printable, shown
 from .checkpoints.keys import to_mindspeed_name
 from .checkpoints.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, has_folder
 from .checkpoints.links import own_file, own_files, resolved
@@ -102,16 +102,18 @@ def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
         }  # fmt: skip
         convert(plan, target, identity, progress)
     except ValueError as error:
-        return _refused(str(error), progress)
+        progress.refuse(error)
+        return 1
     except OSError as error:  # such as a disk that others filled meanwhile
-        return _refused(f"{error}. Mend that, or name another target; {_kept(target)}", progress)
+        progress.refuse(OSError(f"{error}. Fix that, or name another target; {_kept(target)}"))
+        return 1
     except KeyboardInterrupt:
         progress.end()
         print(f"interrupted; {_kept(target)}", file=sys.stderr)
         return 130
     progress.end()
     files = [*plan.moves, *plan.texts, *plan.copies]
-    print(f"{target}: {len(files)} files, {plan.nbytes / 1e9:.2f} GB of weights")
+    print(f"{printable(str(target))}: {len(files)} files, {plan.nbytes / 1e9:.2f} GB of weights")
     return 0
 
 
@@ -119,15 +121,9 @@ def _say(plan: Plan, progress: Progress) -> None:
     """What is about to be written, and what is not."""
     progress.end()
     for why in plan.left_out:
-        print(f"left out: {why}", flush=True)
+        print(f"left out: {printable(why)}", flush=True)
     files = len(plan.moves) + len(plan.texts) + len(plan.copies)
     progress.say(f"{files} files to write, {plan.nbytes / 1e9:.2f} GB of weights")
-
-
-def _refused(why: str, progress: Progress) -> int:
-    progress.end()
-    print(f"error: {printable_lines(why)}", file=sys.stderr)
-    return 1
 
 
 def _kept(target: Path) -> str:
@@ -332,7 +328,7 @@ def convert(plan: Plan, target: Path, identity: dict[str, object], progress: Pro
         progress.begin("weights", total=plan.nbytes, done=before, unit="B")
         fill(steps, work, progress.advance)
         if plan.source() != held:
-            raise ValueError("SOURCE changed while it was read. Delete what was made of it, and begin anew.")
+            raise ValueError("SOURCE changed while it was read. Delete what was made of it, and start over.")
         for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # a model has it: last
             made = work.place(path)
             if path in plan.copies:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoints.bounded import read_json
-from .checkpoints.faults import printable_lines
+from .checkpoints.faults import printable, printable_lines
 from .checkpoints.kinds import KINDS, is_kind, near_to
 from .checkpoints.layout import (
     CLASSES, FOLDERS, Component, existing, find_text_encoder, find_transformer, find_vae, has_folder, has_low_noise,
@@ -49,18 +48,17 @@ def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
     try:
         found = list(inspect(arguments.path, progress.begin))
     except ValueError as error:
-        progress.end()
-        print(f"error: {printable_lines(str(error))}", file=sys.stderr)
+        progress.refuse(error)
         return 1
     progress.begin("sizes")
     rows = [COLUMNS, *(_row(one, Path(arguments.path).expanduser()) for one in found)]
     progress.end()
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        print(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()))
     transformers = [one.component for one in found if one.part.startswith("transformer") and one.component]
     if transformers:
-        print(*_told(transformers[0], len(transformers)), sep="\n")
+        print(*map(printable, _told(transformers[0], len(transformers))), sep="\n")
     faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
     print(*map(printable_lines, faults), sep="\n", end="\n" if faults else "")
     return 1 if faults else 0

@@ -9,6 +9,7 @@ from .checkpoints.paths import existing
 from .specs import DTYPES, DiffusionModelSpec, ParallelSpec, SampleSpec, VideoSize
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
+OWN = "(default: the model's own)"
 PATHS = ("model", "low_noise", "text_encoder", "vae")
 
 
@@ -21,15 +22,15 @@ def add_model(add: Callable) -> None:
 
 
 def add_video(add: Callable) -> None:
-    add("--size", metavar="WIDTHxHEIGHT", help="(default: the model's own, as for the next four)")
-    add("--frames", type=int, help="4n+1")
-    add("--steps", type=int)
-    add("--shift", type=float)
-    add("--guidance", type=float)
+    add("--size", metavar="WIDTHxHEIGHT", help=f"of the video, in pixels {OWN}")
+    add("--frames", type=int, metavar="N", help=f"of the video: 4n+1 {OWN}")
+    add("--steps", type=int, metavar="N", help=f"of the sampler {OWN}")
+    add("--shift", type=float, help=f"of the noise schedule: more keeps the noise high for longer {OWN}")
+    add("--guidance", type=float, help=f"the scale of classifier-free guidance; 1: none {OWN}")
 
 
 def add_ranks(add: Callable) -> None:
-    add("--ranks", type=int, default=0, help="(default: one a device)")
+    add("--ranks", type=int, default=0, metavar="N", help="processes that share the work (default: one a device)")
     add("--device", choices=DEVICES, default="auto", help="(default: the first of npu, cuda, cpu that is there)")
 
 
@@ -75,6 +76,11 @@ def _sides(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal()) or len(text) > 20:
         raise ValueError(f"--size is {text!r}; give WIDTHxHEIGHT, such as 832x480.")
     return int(width), int(height)
+
+
+def counted(count: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def said(size: VideoSize, spec: SampleSpec) -> str:

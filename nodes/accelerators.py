@@ -11,7 +11,7 @@ from .validation import refusal
 
 CUSTOM = "custom"
 AUTOMATIC = -1  # of what is counted from 0; else 0 is
-ALONE = " For preset custom alone."
+CUSTOM = " Only for preset custom."
 
 
 def _preset(kind: str, default: str = "balanced") -> io.Input:
@@ -19,12 +19,12 @@ def _preset(kind: str, default: str = "balanced") -> io.Input:
         "preset",
         options=[*PRESETS, CUSTOM],
         default=default,
-        tooltip=f"What the widgets below stand for, which count for custom alone.\n{listed(kind)}",
+        tooltip=f"What the widgets below stand for, which are used only with custom.\n{listed(kind)}",
     )
 
 
 def _number(name: str, default: int, tooltip: str, least: int = 0, most: int = MAX_STEPS) -> io.Input:
-    return io.Int.Input(name, default=default, min=least, max=most, optional=True, tooltip=tooltip + ALONE)
+    return io.Int.Input(name, default=default, min=least, max=most, optional=True, tooltip=tooltip + CUSTOM)
 
 
 def _window() -> list[io.Input]:
@@ -34,7 +34,7 @@ def _window() -> list[io.Input]:
                 "it may reuse. -1: 30 % of the steps, as the original's 12 of 40.", least=AUTOMATIC),
         _number("end", AUTOMATIC, "The last step, counted from 0, that may reuse. -1: 92.5 % of the steps, as the "
                 "original's 37 of 40.", least=AUTOMATIC),
-        _number("interval", 4, "Every so many steps from start on, one computes anew and the others reuse. 1: none "
+        _number("interval", 4, "Every so many steps from start on, one computes and the others reuse. 1: none "
                 "reuses.", least=1),
         _number("first_block", 0, "The first block of the model that takes part, counted from 0."),
         _number("last_block", AUTOMATIC, "The last block that takes part, counted from 0. -1: the model's last.",
@@ -76,9 +76,9 @@ class AttentionCache(io.ComfyNode):
                     step=0.05,
                     round=0.01,
                     optional=True,
-                    tooltip="How many times as fast the denoise loop shall be, such as 1.2. start is then the latest "
+                    tooltip="How many times as fast the denoise loop is to be, such as 1.2. start is then the latest "
                     "step, and interval the smallest from the one below, by which it comes to that. 0 or 1: start and "
-                    "interval as they are below." + ALONE,
+                    "interval as they are below." + CUSTOM,
                 ),
                 *_window(),
                 _chain(),
@@ -151,11 +151,11 @@ class StepCache(io.ComfyNode):
                     options=list(STEP_CACHES),
                     default="fbcache",
                     optional=True,
-                    tooltip="How it is told that little changes; counts for any preset.\n"
+                    tooltip="How it is found out that little changes; used with any preset.\n"
                     "fbcache: by what the first block adds. For any model.\n"
                     "teacache: by the timestep, through a polynomial that was fitted for the model.\n"
                     "magcache: by how much a step is known to change with the model.\n"
-                    "taylorseer: not at all; steps between computed ones are foretold by a Taylor expansion.",
+                    "taylorseer: not at all; steps between computed ones are predicted by a Taylor expansion.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -166,7 +166,7 @@ class StepCache(io.ComfyNode):
                     round=0.001,
                     optional=True,
                     tooltip="How much may change before a step is computed: more is faster and less exact. Not for "
-                    "taylorseer. 0: the method's own." + ALONE,
+                    "taylorseer. 0: the method's own." + CUSTOM,
                 ),
                 _number("first_steps", 0, "So many steps at the beginning are always computed. 0: the method's own."),
                 _number("last_steps", 1, "So many steps at the end are always computed."),
@@ -231,7 +231,7 @@ class RainFusion(io.ComfyNode):
                     round=0.001,
                     optional=True,
                     tooltip="The share of the products that is left out: more is faster and less exact. 0: none."
-                    + ALONE,
+                    + CUSTOM,
                 ),
                 _number("start", AUTOMATIC, "The first step that is sparse, counted from 0. -1: after a quarter of the "
                         "steps.", least=AUTOMATIC),  # fmt: skip
@@ -274,7 +274,7 @@ def _given(number: int) -> int | None:
 
 
 def _of(kind: str, preset: str, always: dict, custom: dict):
-    """The description that a preset stands for. always: values that count for any; custom: those of custom alone."""
+    """The description that a preset stands for. always: values that count for any; custom: those only of custom."""
     if preset not in (*PRESETS, CUSTOM):
         raise ValueError(f"preset is {preset!r}; it can be one of {', '.join((*PRESETS, CUSTOM))}.")
     return chosen(kind, **always, **custom) if preset == CUSTOM else chosen(kind, preset, **always)

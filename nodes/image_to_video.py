@@ -23,7 +23,7 @@ class ImageToVideo(io.ComfyNode):
             category="Ascend",
             description="Prepares a video that begins with one image, or ends with another.",
             inputs=[
-                io.Conditioning.Input("positive", tooltip="What the video shall show."),
+                io.Conditioning.Input("positive", tooltip="What the video is to show."),
                 types.Vae.Input("vae", tooltip="From Ascend Load VAE: the model's own."),
                 io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
@@ -34,7 +34,7 @@ class ImageToVideo(io.ComfyNode):
                     "batch_size", default=1, min=1, max=64, optional=True, tooltip="Videos that are made at once."
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What the video shall not show. Not needed where cfg is 1."
+                    "negative", optional=True, tooltip="What the video is not to show. Not needed where cfg is 1."
                 ),
                 io.Image.Input("start_image", optional=True, tooltip="The first frame, or the first few."),
                 io.Image.Input(
@@ -87,7 +87,7 @@ class ImageToVideo(io.ComfyNode):
         if form.channels == TI2V_CHANNELS:
             if end is not None or clip is not None:
                 raise ValueError(
-                    "Wan2.2-TI2V-5B, to which this VAE belongs, knows a start_image alone. Disconnect end_image and "
+                    "Wan2.2-TI2V-5B, to which this VAE belongs, takes only a start_image. Disconnect end_image and "
                     "both clip_vision outputs, or take another model with its VAE."
                 )
             return io.NodeOutput(positive, negative, _latent_with_start(vae, form, size, batch_size, start))
@@ -129,14 +129,14 @@ def _latent_with_start(vae, form: VaeForm, size: VideoSize, batch: int, start: T
 
 
 def _known_video(vae, form: VaeForm, size: VideoSize, start: Tensor | None, end: Tensor | None) -> dict:
-    """What stands beside the noise: as core's WanImageToVideo makes it, or its WanFirstLastFrameToVideo with an end."""
+    """What is next to the noise: as core's WanImageToVideo makes it, or its WanFirstLastFrameToVideo with an end."""
     _, _, frames, height, width = form.latent_shape(size)
     video = torch.full((size.num_frames, size.height, size.width, 3), 0.5)
     mask = torch.ones(1, 1, frames * 4, height, width)  # the first latent frame stands for 1 frame, and has 4 as well
     if start is not None:
         start = start[: size.num_frames]
         video[: len(start)] = start
-        # Without an end, core knows whole latent frames alone.
+        # Without an end, core knows only whole latent frames.
         mask[:, :, : len(start) + 3 if end is not None else (len(start) - 1) // 4 * 4 + 4] = 0
     if end is not None:
         end = end[-size.num_frames :]

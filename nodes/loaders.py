@@ -37,7 +37,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=names,
                     tooltip="A folder of models/diffusers as diffusers, the original, MindSpeed-MM or msModelSlim "
                     "write it (both experts of Wan 2.2 in one), or a file of models/diffusion_models, also fp8. What "
-                    "it is, is told by what is in it. embedded/tiny_wan comes with the pack and runs anywhere.",
+                    "it is, is decided by its content. embedded/tiny_wan comes with the pack and runs anywhere.",
                 ),
                 dtype_input("float32 on a CPU, bfloat16 on an NPU or GPU"),
                 io.Combo.Input(
@@ -137,7 +137,7 @@ class LoadTextEncoder(io.ComfyNode):
                     "model_name",
                     options=model_files.names(model_files.TEXT_ENCODER),
                     tooltip="A folder of models/diffusers as diffusers or the original write it, or a file of "
-                    "models/text_encoders. ComfyUI's files bring their tokenizer along; beside the original's .pth "
+                    "models/text_encoders. ComfyUI's files bring their tokenizer along; next to the original's .pth "
                     "must lie its folder google/umt5-xxl.",
                 ),
                 dtype_input("on a CPU float32 if it is smaller than 1 GiB, else bfloat16; on an NPU or GPU bfloat16"),

@@ -25,9 +25,9 @@ class LoadLora(io.ComfyNode):
                 io.Combo.Input(
                     "lora_name",
                     options=model_files.names(model_files.LORA),
-                    tooltip="A .safetensors file of models/loras, for this Wan model: the layouts of diffusers, PEFT, "
-                    "kohya and ComfyUI. Layers that do not fit the model are left out, which Ascend Sampler and the "
-                    "log name; a file of which none fits is refused.",
+                    tooltip="A file of models/loras (.safetensors, .pt or .pth), for this Wan model: the layouts of "
+                    "diffusers, PEFT, kohya and ComfyUI. Layers that do not fit the model are left out, which Ascend "
+                    "Sampler and the log name; a file of which none fits is refused.",
                 ),
                 io.Float.Input(
                     "strength",

@@ -21,7 +21,7 @@ class Sampler(io.ComfyNode):
             inputs=[
                 types.DiffusionModel.Input("model", tooltip="From Ascend Load Diffusion Model."),
                 io.Conditioning.Input(
-                    "positive", tooltip="What the video shall show; with images, from an image-to-video node."
+                    "positive", tooltip="What the video is to show; with images, from an image-to-video node."
                 ),
                 io.Latent.Input(
                     "latent_image",
@@ -76,7 +76,7 @@ class Sampler(io.ComfyNode):
                     "for Wan2.2-T2V-A14B.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What the video shall not show. Not needed where cfg is 1."
+                    "negative", optional=True, tooltip="What the video is not to show. Not needed where cfg is 1."
                 ),
                 io.Float.Input(
                     "cfg_low_noise",

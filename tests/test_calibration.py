@@ -113,7 +113,7 @@ def test_it_writes_beside_the_model_and_jobs_read_it(model, monkeypatch, capsys,
         told = one_rank.sample(specs.model, SampleSpec(steps=8), torch.zeros(SHAPE), specs.text(1), specs.text(2),
                                acceleration=cache).info["acceleration"]  # fmt: skip
         assert told["steps_reusing"]
-        assert told["calibration"]["low_noise"] == "calibrated with 2 video(s) of 32x32 x 5 in 8 steps, shift 12"
+        assert told["calibration"]["low_noise"] == "calibrated with 2 videos of 32x32 x 5 in 8 steps, shift 12"
 
 
 def test_it_encodes_prompts_and_writes_where_it_is_told(monkeypatch, tmp_path, no_new_ranks):

@@ -210,7 +210,7 @@ def test_a_size_that_does_not_fit_is_refused(comfyui):
 
 def test_an_end_image_with_the_vae_of_wan_22_is_refused(comfyui):
     graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {"end_image": {}}, vae=TI2V))
-    with pytest.raises(PromptFailed, match="knows a start_image alone. Disconnect end_image"):
+    with pytest.raises(PromptFailed, match="takes only a start_image. Disconnect end_image"):
         comfyui.wait(comfyui.queue(graph))
 
 

@@ -49,8 +49,11 @@ ANSWERED = [  # arguments, exit status, what is said
     (["nothing"], 2, "invalid choice: 'nothing'"),
     (["inspect"], 2, "required: PATH"),
     *(([name, "--help"], 0, "exit status: 0 done") for name in ("inspect", "convert", "calibrate", "compare")),
-    (["queue", "--help"], 0, "--prompts"),
+    (["queue", "--help"], 0, "exit status: 0 all jobs succeeded"),
     (["inspect", "/nowhere"], 2, "error: /nowhere does not exist. Give the path of a model's folder or file.\n"),
+    (["inspect", ""], 2, "error: The path is empty. Give the path of a model's folder or file.\n"),
+    (["inspect", "/\x1b]0;pwn\x07"], 2, r"error: /\x1b]0;pwn\x07 does not exist."),
+    (["inspect", "assets", "\x1b[2J"], 2, r"unrecognized arguments: \x1b[2J"),
     (["inspect", "/dev/null"], 2, "error: /dev/null is neither a folder nor a file."),
     (["inspect", "x" * 5000], 2, "cannot be a path"),
     (["convert", "/nowhere", "/tmp/made", "--to", "diffusers"], 2, "error: /nowhere does not exist"),
@@ -97,6 +100,7 @@ def test_what_can_be_answered_without_torch_is(answers, number):
     assert status == expected and says in " ".join(((out or err) if expected == 0 else err).split(" ")), (out, err)
     assert heavy == [] and "Traceback" not in err
     assert expected == 0 or out == ""
+    assert not {"\x1b", "\x07"} & {*out, *err}
     assert not err.startswith("error:") or err.count("\n") == 1
 
 
@@ -113,6 +117,29 @@ def test_a_models_own_multiple_has_its_nearest_sizes_named():
     assert size_of(given, WAN22_BOTH.size) == VideoSize(width=848, height=480, num_frames=121)
     with pytest.raises(ValueError, match="width is 848; .* multiple of 32. The nearest are 832 and 864."):
         size_of(given, WAN22_BOTH.size, 32)
+
+
+@pytest.mark.parametrize("command", ["convert", "calibrate", "compare", "queue"])
+def test_every_option_says_what_it_is(command):
+    done = subprocess.run([sys.executable, "-m", "ascend_runtime", command, "--help"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=60, env={**os.environ, "COLUMNS": "200"})  # fmt: skip
+    options = re.findall(r"^  (--[a-z-]+.*(?:\n {10,}.*)*)$", done.stdout, re.MULTILINE)
+    assert len(options) > 1 and "next four" not in done.stdout
+    assert [option for option in options if not re.search(r"\S\s\s+\S", option)] == []
+
+
+@pytest.mark.parametrize("path, closed, status, out, err", [
+    (f"{MODEL}/vae", (1,), 0, "", f"looking at {MODEL}/vae\n"),
+    ("/nowhere", (2,), 2, "", ""),
+    ("/nowhere", (0, 1, 2), 2, "", ""),
+])  # fmt: skip
+def test_a_closed_stream_is_one_that_nobody_reads(path, closed, status, out, err):
+    """As `>&-` closes it."""
+    shell = " ".join(f"{number}>&-" for number in closed)
+    command = f"exec {sys.executable} -m ascend_runtime inspect {path} {shell}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    first = "".join(done.stderr.splitlines(keepends=True)[:1])  # a busy machine has more to say meanwhile
+    assert (done.returncode, done.stdout, first) == (status, out, err)
 
 
 # What is said meanwhile
@@ -151,6 +178,30 @@ def test_a_line_now_and_then_where_there_is_no_terminal(monkeypatch):
               r"video 1 of 2: load: +75% 3.00G/4.00G \[00:0\d<00:0\d, .*B/s"]  # fmt: skip
     matched = [next(number for number, shape in enumerate(shapes) if re.match(shape, line)) for line in others]
     assert sorted(matched) == matched and set(matched) == {0, 1, 2}, out.getvalue()
+
+
+def test_what_a_terminal_obeys_is_written_out():
+    out = io.StringIO()
+    with Progress(out) as progress:
+        progress.say("looking at a\x1b[2J\nb")
+        progress.begin("weights of \x1b]0;pwn\x07", total=2)
+        progress.note("\x9b2J", now=True)
+        progress.refuse(ValueError("\u202ex"))
+    written = out.getvalue()
+    assert not set(written) & set("\x1b\x07\x9b\u202e") and r"a\x1b[2J" in written and r"error: \u202ex" in written
+
+
+def test_units_that_were_done_before_take_none_of_the_time():
+    out = io.StringIO()
+    with Progress(out) as progress:
+        progress.begin("queue", total=4, unit="job")
+        progress.skip()
+        progress.skip()
+        time.sleep(0.2)
+        progress.advance(1)
+        progress.note("a cat")
+        progress.finish()
+    assert re.fullmatch(r"queue:  75% 3/4 \[00:00<00:00,  [2-5]\.\d\djob/s, a cat\]\n", out.getvalue()), out.getvalue()
 
 
 def test_nothing_is_said_of_what_takes_no_time():
@@ -192,7 +243,8 @@ def read_all(terminal: int):
 def test_an_interrupt_ends_the_ranks_and_is_one_line(tmp_path, marked, number, rank_is_there):
     """Ctrl+C while a rank starts; what `kill` sends, while torch is imported."""
     environment, ranks = marked
-    command = [sys.executable, "-m", "ascend_runtime", *COMPARE, "--steps", "1000", "--output", str(tmp_path)]
+    made = tmp_path / "new" / "made"
+    command = [sys.executable, "-m", "ascend_runtime", *COMPARE, "--steps", "1000", "--output", str(made)]
     process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
@@ -215,7 +267,7 @@ def test_an_interrupt_ends_the_ranks_and_is_one_line(tmp_path, marked, number, r
     deadline = time.monotonic() + 20
     while ranks() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not ranks() and not list(tmp_path.iterdir())
+    assert not ranks() and not list(tmp_path.iterdir()), "the folder that was made is gone again"
 
 
 def test_a_model_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys):

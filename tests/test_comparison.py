@@ -1,5 +1,6 @@
 """`python -m ascend_runtime compare`: how settings are written, how likeness is measured, and a whole comparison."""
 
+import itertools
 import json
 import math
 import sys
@@ -15,12 +16,15 @@ from ascend_runtime import __main__, command_line
 from ascend_runtime.acceleration import AccelerationSpec, AttentionCacheSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.comparison import command
 from ascend_runtime.comparison.likeness import mean_ssim, psnr
+from ascend_runtime.comparison.pictures import plot
 from ascend_runtime.comparison.settings import settings_of
 from ascend_runtime.comparison.table import Row, markdown
 from ascend_runtime.presets import chosen
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+KINDS = ("json", "md", "mp4", "png")
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
 
 
@@ -126,7 +130,12 @@ def compare(monkeypatch, one_rank, tmp_path):
 def test_a_comparison(compare, tmp_path, capsys):
     settings = ("block_cache:interval=2/3,start=1,end=5", "attention_cache:interval=1")
     assert compare("--setting", settings[0], "--setting", settings[1]) == 0
-    plain, two, three, none = json.loads((tmp_path / "comparison.json").read_text())["rows"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"comparison.{kind}" for kind in KINDS]
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    assert {name: written["given"][name] for name in ("ranks", "device", "parallel", "steps")} == {
+        "ranks": 1, "device": "cpu", "parallel": "auto", "steps": 6
+    }  # fmt: skip
+    plain, two, three, none = written["rows"]
     names = [row["setting"] for row in (plain, two, three, none)]
     assert names[0] == "plain" and names[2] == "block_cache:interval=3,start=1,end=5"
     assert plain["equal"] and none["equal"] and none["saved"] == 0 and none["psnr"] is None
@@ -141,6 +150,20 @@ def test_a_comparison(compare, tmp_path, capsys):
     quarters = [frames[2][50:370, :320], frames[2][50:370, 328:], frames[2][420:, :320], frames[2][420:, 328:]]
     differ = [np.abs(quarter.astype(float) - quarters[0]).mean() for quarter in quarters]
     assert differ[3] < 2 and differ[2] > differ[3], "the last is the plain one again"
+
+
+def test_the_plot_names_each_point_and_no_name_covers_another(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    settings = ["attention_cache:interval=1", "block_cache:interval=2,start=1,end=5", "block_cache:interval=3", "x"]
+    rows = [Row("plain", 2.0, 0.1, 1.0, 1.0, math.inf), *(Row(name, 1.0, 0.1, 1.0 + (number > 0) / 3, 1.0, psnr) for
+            number, (name, psnr) in enumerate(zip(settings, (math.inf, 27.1, 27.0, 20.0)))), Row("no", refused="why")]
+    plot(rows, tmp_path / "comparison.png")
+    (axes,) = figures[0].axes
+    texts = {text.get_text().replace("\n", ""): text.get_window_extent() for text in axes.texts}
+    assert set(texts) == {"plain", "equal", *settings} and len(axes.collections) == 5
+    boxes = [box for name, box in texts.items() if name != "equal"]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_what_one_setting_is_refused_for_leaves_the_others(compare, tmp_path):

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_a_proxy_without_websockets_costs_the_progress_only(run, lie, said):
 
 def test_progress_of_the_job_is_shown_with_no_escape_sequence(run, monkeypatch):
     shown = []
-    monkeypatch.setattr(queue.Progress, "_show", lambda self, text, now=False: shown.append((text, now)))
+    monkeypatch.setattr(queue.Progress, "note", lambda self, text, now=False: shown.append((text, now)))
     job = "0" * 8
     progress = '{"type":"progress","data":{"value":%s,"max":4,"node":"%s","prompt_id":"%s"}}'
     frames = [progress % (1, "8", "another"), progress % (2.0, "8", job), progress % (3, r"\u001b[2J", job), STATUS]
@@ -227,8 +228,14 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(run, monkeypatch):
         log = run("--port", str(lying.port))[2]
         assert re.findall(r"\w+ \d+/30\]", log)[0] == "AscendSampler 1/30]" and "\r" not in log
         assert len(log.splitlines()) == 3 and "100% 1/1 [" in log.splitlines()[-1]
-        monkeypatch.setattr("ascend_runtime.headless.progress.EVERY_S", 0)
-        assert len(run("--port", str(lying.port))[2].splitlines()) > 30
+
+
+def test_a_server_that_says_nothing_leaves_progress_as_it_was(run, monkeypatch):
+    monkeypatch.setattr(queue, "Progress", partial(queue.Progress, every=0.1))
+    monkeypatch.setattr("ascend_runtime.progress.REFRESH", 0.05)
+    with LyingComfyUI(stays=True) as lying:
+        log = run("--port", str(lying.port), "--timeout", "2")[2]
+    assert len(re.findall(r"0/1 \[.*a cat", log)) > 8, log
 
 
 def test_on_a_terminal_progress_is_a_bar(tmp_path):
@@ -245,7 +252,7 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path):
         while part := terminal.read(1 << 16):
             text += part
     text = text.decode()
-    assert done.returncode == 0 and "\r" in text and "100%|" in text and "1/1 [" in text
+    assert done.returncode == 0 and "\r" in text and "| 0/1 [" in text and "100% 1/1 [" in text
 
 
 def test_a_job_whose_server_stops_making_sense_is_interrupted_by_its_own_id(run):

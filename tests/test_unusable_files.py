@@ -129,7 +129,7 @@ MORE = {  # what variants of a Wan transformer have more, by what they are
     "Wan Fun Control": "ref_conv.weight",
     "Wan Animate": "face_adapter.fuser_blocks.0.linear1_q.weight",
     "Wan S2V (sound to video)": "casual_audio_encoder.weights",
-    "HuMo, or another model that hears": "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight",
+    "an audio-driven model, such as HuMo": "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight",
     "SkyReels diffusion forcing": "fps_embedding.weight",
     "ReCamMaster": "blocks.0.cam_encoder.weight",
 }
@@ -140,7 +140,7 @@ def test_variants_of_a_transformer_are_named(tmp_path, checkpoint, tensors, what
     file, name = tmp_path / "wan.safetensors", MORE[what]
     save_file(tensors | {name: torch.zeros(2, 2)}, file)
     message = refused(file)
-    assert f"{file} is not a plain Wan transformer. It is {what}, whose 1 further tensors" in message
+    assert f"{file} is not a plain Wan transformer. It is {what}, with 1 additional tensors" in message
     assert name.split(".")[-2] in message and "Take a text-to-video or" in message and "config.json" not in message
     assert inspection.run(type("Arguments", (), {"path": str(file)})) == 1
     assert f"It is {what}" in (said := capsys.readouterr().out) and "not usable" in said

@@ -9,7 +9,9 @@ CALIBRATION = "ascend_calibration.json"  # what was found out about it (checkpoi
 
 
 def existing(path: str) -> Path:
-    """`path`, which is a folder or a file. Raises ValueError where it is neither."""
+    """`path`, which is a folder or a file. Raises ValueError where it is neither, or empty, as an unset $MODEL is."""
+    if not str(path):
+        raise ValueError("The path is empty. Give the path of a model's folder or file.")
     root = Path(path).expanduser()
     try:
         if root.is_file() or root.is_dir():

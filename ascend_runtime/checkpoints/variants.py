@@ -14,7 +14,7 @@ VARIANTS = {
     "Wan Animate": r"(^|\.)(pose_patch_embedding|face_adapter|face_encoder|motion_encoder)\.",
     "Wan S2V (sound to video)": r"(^|\.)(audio_injector|casual_audio_encoder|cond_encoder|frame_packer"
     r"|trainable_cond_mask)\.",
-    "HuMo, or another model that hears": r"(^|\.)(audio_proj|audio_cross_attn_wrapper|audio_cross_attn|norm_x)\.",
+    "an audio-driven model, such as HuMo": r"(^|\.)(audio_proj|audio_cross_attn_wrapper|audio_cross_attn|norm_x)\.",
     "SkyReels diffusion forcing": r"(^|\.)fps_(embedding|projection)\.",
     "ReCamMaster": r"^blocks\.\d+\.(cam_encoder|projector)\.",
     "UniAnimate": r"(^|\.)(dwpose_embedding|randomref_embedding_pose)\.",
@@ -31,7 +31,7 @@ def variant(names: Iterable[str]) -> str:
         own = [name for name in names if re.search(pattern, name)]
         if own:
             return (
-                f"It is {what}, whose {len(own)} further tensors ({_first(own)}) cannot be used here. Take a "
+                f"It is {what}, with {len(own)} additional tensors ({_first(own)}) cannot be used here. Take a "
                 "text-to-video or an image-to-video model, such as Wan2.2-T2V-A14B or Wan2.2-I2V-A14B."
             )
     return ""

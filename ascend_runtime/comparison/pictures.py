@@ -10,39 +10,58 @@ from pathlib import Path
 import av
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 
 from .table import Row
 
 SMALLEST, WIDEST = 320, 1920  # pixels: of a video in the clip, and of the clip
 FONT, LINES, GAP = 13, 3, 8
+DOT = 9  # pixels: half of a point in the plot
 INK, PAPER = "#20242c", "#ffffff"
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Writes a PNG: a point for each setting, those equal to the plain video on a line of their own above all others.
+    """Writes a PNG: a named point for each setting and the plain video, those equal to it on a line above the others.
 
     rows: the first is the plain one.
     """
-    done = [row for row in rows[1:] if row.refused is None]
+    done = [row for row in rows if row.refused is None]
     finite = [row.psnr for row in done if math.isfinite(row.psnr)] or [40.0]
     equal = max(finite) + max(3.0, 0.15 * (max(finite) - min(finite)))
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for row, colour in zip(done, matplotlib.colormaps["tab10"].colors * math.ceil(len(done) / 10)):
-        axes.scatter(row.speed_up, min(row.psnr, equal), s=60, color=colour, label=row.setting, zorder=3)
+    axes.axhline(equal, color="grey", linewidth=1, linestyle=":")
     axes.axvline(1.0, color="grey", linewidth=1, linestyle=":")
-    if any(math.isinf(row.psnr) for row in done):
-        axes.axhline(equal, color="grey", linewidth=1, linestyle=":")
-        axes.annotate("equal", (1.0, equal), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right",
-                      textcoords="offset points", color="grey")  # fmt: skip
+    for row, colour in zip(done, [INK, *matplotlib.colormaps["tab10"].colors * math.ceil(len(done) / 10)]):
+        axes.scatter(row.speed_up, min(row.psnr, equal), s=60, color=[colour], zorder=3)
+    axes.annotate("equal", (1.0, equal), xycoords=("axes fraction", "data"), xytext=(-4, 3), ha="right",
+                  textcoords="offset points", color="grey")  # fmt: skip
     axes.set_xlabel("speed-up of the denoise loop")
     axes.set_ylabel("PSNR to the plain video (dB)")
     axes.grid(alpha=0.3)
-    if done:
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes.margins(0.15)
+    figure.draw_without_rendering()  # lays the axes out, for what is to be placed in them
+    _annotate(axes, {row.setting: (row.speed_up, min(row.psnr, equal)) for row in done})
     figure.savefig(path)
+
+
+def _annotate(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Each point's name next to it, in its colour, and so far below that it covers no other name and no point."""
+    middle = sum(axes.get_xlim()) / 2
+    places = axes.transData.transform([*points.values()])
+    taken = [Bbox.from_bounds(x - DOT, y - DOT, 2 * DOT, 2 * DOT) for x, y in places]
+    for (name, point), dots in zip(points.items(), axes.collections):
+        side = 1 if point[0] <= middle else -1
+        text = axes.annotate(
+            textwrap.fill(name, 40), point, xytext=(side * 8, -2), textcoords="offset points", fontsize=7, va="top",
+            ha="left" if side > 0 else "right", color=dots.get_facecolor()[0],
+        )  # fmt: skip
+        while any(text.get_window_extent().overlaps(box) for box in taken) and text.xyann[1] > -200:
+            text.xyann = (side * 8, text.xyann[1] - 4)
+        taken.append(text.get_window_extent())
 
 
 def clip(videos: dict[str, np.ndarray], path: Path, fps: float) -> None:

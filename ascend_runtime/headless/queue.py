@@ -8,24 +8,30 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from ..progress import Progress
 from . import QueueError, address, seeds, workflow
 from .answers import Entry
 from .connection import CA_VARIABLE, Connection
 from .interrupts import Interrupts
 from .jobs import Job, Jobs, read_pairs
-from .progress import Progress
 from .results import SUCCESS, Record, Results
 from .screen import line, say
 from .server import Server
 
 COLUMNS = ("seed", "seconds", "result", "prompt")
 HOST = "127.0.0.1"
+EPILOG = f"""
+HTTPS trusts the CAs of requests, or those in the file that {CA_VARIABLE} names.
+
+exit status: 0 all jobs succeeded, now or in an earlier run with the same --results; 1 some did not; 2 an argument is
+wrong, a file cannot be used, or the run could not go on; 130 interrupted"""
 
 
 def add_command(commands, does: str) -> None:
     """Declares the command and its options; `commands` is what argparse's add_subparsers returned, `does` a line of
     help."""
-    parser = commands.add_parser("queue", help=does, description=__doc__)
+    parser = commands.add_parser("queue", help=does, description=__doc__, epilog=EPILOG,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workflow", type=Path, metavar="WORKFLOW", help="workflow JSON, in API or UI format")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE",
                         help="one prompt a line; empty lines and lines that start with # are skipped")
@@ -44,7 +50,6 @@ def add_command(commands, does: str) -> None:
                         help="JSON lines, one a finished job; run again with it to do only what is not yet done")
     parser.add_argument("--timeout", type=_seconds, default=3600, metavar="S",
                         help="seconds that one job may run before it is interrupted (default: %(default)g)")
-    parser.epilog = f"HTTPS trusts the CAs of requests, or those in the file that {CA_VARIABLE} names."
     parser.set_defaults(run=run)
 
 
@@ -96,31 +101,51 @@ class Command:
         self.server = Server(connection, say)
         with self.server:
             say(f"{jobs}, on {connection.address.url}")
-            with Progress(jobs.count) as progress:
-                for job in jobs:
-                    self._do(job, results, interrupts, progress)
-                    self.shown.append(results.records[job.key])
+            with Progress() as progress:
+                progress.begin("queue", total=jobs.count, unit="job")
+                try:
+                    for job in jobs:
+                        self._do(job, results, interrupts, progress)
+                        self.shown.append(results.records[job.key])
+                finally:
+                    progress.finish()
 
     def _do(self, job: Job, results: Results, interrupts: Interrupts, progress: Progress) -> None:
         if results.done(job.key):
             return progress.skip()
-        progress.begin(job)
         record = Record(job.key, job.prompt, job.seed, job.image and str(job.image), "error")
         results.reserve(record)
-        self._run_job(job, record, progress)
+        self._run_job(job, record, Stage(job, progress))
         with interrupts.held():
             results.add(record)
-        progress.end()
+        progress.advance(1)
 
-    def _run_job(self, job: Job, record: Record, progress: Progress) -> None:
+    def _run_job(self, job: Job, record: Record, stage: Stage) -> None:
         """Fills `record` in."""
         if job.image:
             self.server.upload(job.image)
         timeout = self.arguments.timeout
         try:
-            _fill(record, self.server.run(job.graph, timeout, progress.on_step, progress.on_wait))
+            _fill(record, self.server.run(job.graph, timeout, stage.on_step, stage.on_wait))
         except TimeoutError:
             record.error = f"ran for more than {timeout:g} s (--timeout): interrupted"
+
+
+class Stage:
+    """How far a job is, as the bar's note: its prompt, then node and step."""
+
+    def __init__(self, job: Job, progress: Progress):
+        self._job, self._progress, self._node = job, progress, None
+        progress.note(line(job.prompt, 30))
+
+    def on_step(self, node: str, step: int, steps: int) -> None:
+        """The first step of each node is worth a line of its own."""
+        kind = self._job.graph.get(node, {}).get("class_type", node)
+        self._progress.note(f"{line(kind, 60)} {line(step, 20)}/{line(steps, 20)}", now=node != self._node)
+        self._node = node
+
+    def on_wait(self, how: str) -> None:
+        self._progress.note(f"{line(self._job.prompt, 30)}: {how}")
 
 
 def _address(arguments: argparse.Namespace) -> address.Address:
