@@ -72,7 +72,7 @@ def _notice(text: str) -> None:
 
 
 def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
-    """What is done, and of how much, as a reader of ComfyUI's progress is told: bytes in percent, parts as they are."""
+    """What is done, and of how much, as ComfyUI shows progress: bytes in percent, parts as they are."""
     return (100 * step // total, 100) if stage == "load" else (step, total)
 
 

@@ -134,7 +134,7 @@ def _check_same(folder: Path, begun: dict, asked: dict) -> None:
             told.append(f"{key} changed" if isinstance(value, list) else f"{key} was {begun.get(key)}, is {value}")
     if told:
         raise ValueError(
-            f"{folder} was begun otherwise: {'; '.join(told)}. To go on, give what it was begun with. To begin anew, "
+            f"{folder} was begun otherwise: {'; '.join(told)}. To go on, give what it was begun with. To start over, "
             "delete it, or name another target."
         )
 

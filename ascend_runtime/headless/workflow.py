@@ -63,7 +63,7 @@ def _read_json(path: Path):
         json.dumps(graph, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise QueueError(f"The workflow {path} has half a character, {ascii(error.object[error.start])}, which no text "
-                         "can hold: an emoji was cut. Mend that text and export it again.") from None
+                         "can hold: an emoji was cut. Fix that text and export it again.") from None
     except RecursionError:
         graph = None
     except ValueError as error:
@@ -134,7 +134,7 @@ def _from_ui_format(path: Path, address: Address) -> dict:
     if converted.ok and converted.data:
         return converted.data.prompt
     raise QueueError(f"comfy-cli could not convert {path} from UI to API format: {line(reason)}\n"
-                     "Mend that, or export the workflow in ComfyUI by Workflow > Export (API).")
+                     "Fix that, or export the workflow in ComfyUI by Workflow > Export (API).")
 
 
 def find(graph: dict, target: Target) -> list[Widget]:
