@@ -123,7 +123,9 @@ class Submission:
     def _turn(self, poll: select.poll) -> None:
         for descriptor, rank in self.unanswered.items():
             poll.register(descriptor, select.POLLIN | (select.POLLOUT if rank.channel.unsent else 0))
-        for descriptor, _ in poll.poll(POLL_SECONDS * 1000):
+        heard = poll.poll(POLL_SECONDS * 1000)
+        self._relay_cancel()  # before what the ranks have said meanwhile is looked at, which may be much
+        for descriptor, _ in heard:
             rank = self.unanswered[descriptor]
             rank.channel.flush()
             message = self._taken(rank)  # one a turn: a wish to cancel is heard in between
@@ -171,8 +173,7 @@ class Submission:
         """What has to be seen to while the ranks work."""
         if self.group.lost:
             raise ChannelClosed  # though something that the rank started holds its connection open
-        if not self._cancel_sent and self._cancel_wanted():
-            self._send_cancel()
+        self._relay_cancel()
         if self.unanswered and self._give_up_at is None and self._silence.is_long():
             self._notice_silence()
         if self.unanswered and self._give_up_at is not None and time.monotonic() > self._give_up_at:
@@ -182,7 +183,9 @@ class Submission:
         wanted = self.cancel_requested.is_set() or self._call(lambda: bool(self.hooks.should_cancel()))
         return wanted is True or self._caller_error is not None
 
-    def _send_cancel(self) -> None:
+    def _relay_cancel(self) -> None:
+        if self._cancel_sent or not self._cancel_wanted():
+            return
         self._cancel_sent = True
         self._give_up_within(max(CANCEL_DEADLINE, 3 * self._silence.longest))
         with SealedMessage(Cancel(job=self.message.job)) as sealed:

@@ -11,7 +11,7 @@ from .validation import refusal
 
 CUSTOM = "custom"
 AUTOMATIC = -1  # of what is counted from 0; else 0 is
-CUSTOM = " Only for preset custom."
+ONLY_CUSTOM = " Only for preset custom."
 
 
 def _preset(kind: str, default: str = "balanced") -> io.Input:
@@ -24,7 +24,7 @@ def _preset(kind: str, default: str = "balanced") -> io.Input:
 
 
 def _number(name: str, default: int, tooltip: str, least: int = 0, most: int = MAX_STEPS) -> io.Input:
-    return io.Int.Input(name, default=default, min=least, max=most, optional=True, tooltip=tooltip + CUSTOM)
+    return io.Int.Input(name, default=default, min=least, max=most, optional=True, tooltip=tooltip + ONLY_CUSTOM)
 
 
 def _window() -> list[io.Input]:
@@ -78,7 +78,7 @@ class AttentionCache(io.ComfyNode):
                     optional=True,
                     tooltip="How many times as fast the denoise loop is to be, such as 1.2. start is then the latest "
                     "step, and interval the smallest from the one below, by which it comes to that. 0 or 1: start and "
-                    "interval as they are below." + CUSTOM,
+                    "interval as they are below." + ONLY_CUSTOM,
                 ),
                 *_window(),
                 _chain(),
@@ -166,7 +166,7 @@ class StepCache(io.ComfyNode):
                     round=0.001,
                     optional=True,
                     tooltip="How much may change before a step is computed: more is faster and less exact. Not for "
-                    "taylorseer. 0: the method's own." + CUSTOM,
+                    "taylorseer. 0: the method's own." + ONLY_CUSTOM,
                 ),
                 _number("first_steps", 0, "So many steps at the beginning are always computed. 0: the method's own."),
                 _number("last_steps", 1, "So many steps at the end are always computed."),
@@ -231,7 +231,7 @@ class RainFusion(io.ComfyNode):
                     round=0.001,
                     optional=True,
                     tooltip="The share of the products that is left out: more is faster and less exact. 0: none."
-                    + CUSTOM,
+                    + ONLY_CUSTOM,
                 ),
                 _number("start", AUTOMATIC, "The first step that is sparse, counted from 0. -1: after a quarter of the "
                         "steps.", least=AUTOMATIC),  # fmt: skip

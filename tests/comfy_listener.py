@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import websocket
 from PIL import Image
 
-PREVIEW_WITH_METADATA = 4  # of ComfyUI's protocol.BinaryEventTypes
+TEXT, PREVIEW_WITH_METADATA = 3, 4  # ComfyUI's protocol.BinaryEventTypes
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
 
 
 @dataclass(frozen=True)
 class Event:
-    """at: time.monotonic() when it came; kind: ComfyUI's name, or "preview" with the decoded `image` in data."""
+    """at: time.monotonic() when it came; kind: ComfyUI's name, or "preview" with the decoded `image` in data, or "text"
+    with what is to be shown on a node."""
 
     at: float
     kind: str
@@ -133,9 +134,12 @@ def _read_text(frame: str) -> Event:
 
 
 def _read_binary(frame: bytes) -> Event:
-    """A preview: its type, the length of its metadata, the metadata as JSON, the encoded image."""
+    """A preview: its type, the length of its metadata, the metadata as JSON, the encoded image. A text: its type, the
+    length of its node's number, that, the text."""
     at = time.monotonic()
     kind, size = struct.unpack_from(">II", frame)
+    if kind == TEXT:
+        return Event(at, "text", {"node": frame[8 : 8 + size].decode(), "text": frame[8 + size :].decode()})
     assert kind == PREVIEW_WITH_METADATA, f"binary event {kind}"
     metadata = json.loads(frame[8 : 8 + size])
     image = Image.open(io.BytesIO(frame[8 + size :]))

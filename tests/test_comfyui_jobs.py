@@ -101,3 +101,17 @@ def test_a_handle_outlives_its_ranks(comfyui, listener):
     assert {graphs.MODEL, graphs.ENCODER, graphs.POSITIVE} <= run.cached() and graphs.SAMPLER not in run.cached()
     assert not set(before.values()) & set(ranks_of(comfyui.process.pid).values())
     assert torch.equal(graphs.saved_latent(comfyui, run.prompt_id), reference)
+
+
+def test_two_groups_of_ranks_in_one_graph_are_named(comfyui, listener):
+    """Each ends the other in every run; two runs with other numbers are a user's change of mind."""
+    said = "This graph asks for two groups of ranks, 2 on cpu and 1 on cpu."
+    graph = graphs.latent(seed=21)
+    graph["one rank"] = {**graph[graphs.PARALLEL], "inputs": {**graph[graphs.PARALLEL]["inputs"], "ranks": 1}}
+    graph[graphs.POSITIVE]["inputs"]["text"] = "a prompt for two ranks"
+    listener.run(graphs.latent(seed=22))
+    assert said not in comfyui.log
+    graph[graphs.MODEL]["inputs"]["parallel"] = ["one rank", 0]
+    listener.run(graph)
+    assert said in comfyui.log and "Connect one Ascend Parallel Config to all Ascend loaders" in comfyui.log
+    assert any(said in event.data["text"] for event in listener.events if event.kind == "text")

@@ -191,7 +191,10 @@ def test_on_a_disk_that_fills_up_the_job_that_ran_is_kept_and_no_other_begins(tm
 def test_each_way_to_stop_takes_the_job_back(tmp_path, number):
     (tmp_path / "prompts.txt").write_text("a cat\n")
     with LyingComfyUI(stays=True) as lying:
-        process = subprocess.Popen(command(lying.port, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command(lying.port, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+        )  # fmt: skip
         wait_for(lambda: len(lying.asked("GET", "/queue")) > 1)
         process.send_signal(number)
         _, log = process.communicate(timeout=30)

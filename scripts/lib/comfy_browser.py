@@ -80,8 +80,12 @@ class ComfyBrowser:
                 const {left, top, right, bottom} = node.getBoundingClientRect()
                 return [node.dataset.nodeId, [left, top, right, bottom].map(side => side / app.canvas.ds.scale)]
             })
-            for (let before, now = ''; before !== now || now === '[]'; before = now, now = JSON.stringify(boxes()))
-                await new Promise(done => setTimeout(done, 150))
+            for (let now = '[]', rests = 0; rests < 5; ) { // looks in a row, as a busy machine draws late
+                const before = now
+                await new Promise(done => setTimeout(done, 200))
+                now = JSON.stringify(boxes())
+                rests = now === before && now !== '[]' ? rests + 1 : 0
+            }
             return boxes()
         }""")}
 
