@@ -239,8 +239,9 @@ def test_page_says_which_files_are_missing(browser):
 
 @needs_chromium
 @pytest.mark.parametrize("name", SHOWING_ALL_NODES)
-def test_nodes_lie_apart_in_nodes_2(browser, name):
-    """Where ComfyUI's page draws them taller."""
+def test_nodes_lie_apart_in_nodes_2(browser, comfyui, name):
+    """Where ComfyUI's page draws them taller, those with a picture too."""
+    Image.new("RGB", (80, 80)).save(comfyui.base / "input" / "example.png")
     workflow = ui(name)
     left, top, right, bottom = zip(*map(box, workflow["nodes"]))
     whole = min(left), min(top), max(right) - min(left), max(bottom) - min(top)

@@ -48,6 +48,8 @@ NODES_2 = {
     "LoRA of the high-noise expert": 60,
     "LoRA of the low-noise expert": 60,
     "EmptyHunyuanLatentVideo": 54,
+    "First frame": 240,  # with a square picture, as wide as the node
+    "Last frame": 240,
     "CLIP of the first frame": 28,
     "CLIP of the last frame": 28,
     "AscendImageToVideo": 68,
