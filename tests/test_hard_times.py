@@ -91,7 +91,7 @@ def test_whatever_a_callback_raises_the_ranks_stay(two_ranks, slow, error):
 
 @pytest.fixture(scope="module")
 def slow(checkpoints, specs_of):
-    """So deep that each kind of work is told of before it is over."""
+    """So deep that each kind of work reports progress before it ends."""
     return specs_of(checkpoints(layers=24, text_layers=24))
 
 
