@@ -7,12 +7,12 @@ interpreter reaches its own code before it pays for torch.
 from importlib import import_module
 
 _HOMES = {
-    "Runtime": "client",
-    "Result": "submission",
-    "RankDied": "launcher",
-    "RankError": "submission",
-    "JobCancelled": "submission",
-    "Conditioning": "protocol",
+    "Runtime": "client.runtime",
+    "Result": "client.submission",
+    "RankDied": "client.group",
+    "RankError": "client.submission",
+    "JobCancelled": "client.submission",
+    "Conditioning": "wire.messages",
     "DiffusionModelSpec": "specs",
     "LoraSpec": "specs",
     "TextEncoderSpec": "specs",
@@ -21,14 +21,14 @@ _HOMES = {
     "SampleSpec": "specs",
     "OperatorSpec": "specs",
     "ProfileSpec": "specs",
-    "AccelerationSpec": "acceleration",
-    "AttentionCacheSpec": "acceleration",
-    "BlockCacheSpec": "acceleration",
-    "StepCacheSpec": "acceleration",
-    "RainFusionSpec": "acceleration",
+    "AccelerationSpec": "specs.acceleration",
+    "AttentionCacheSpec": "specs.acceleration",
+    "BlockCacheSpec": "specs.acceleration",
+    "StepCacheSpec": "specs.acceleration",
+    "RainFusionSpec": "specs.acceleration",
     "VideoSize": "specs",
-    "Defaults": "families.defaults",
-    "model_defaults": "families.defaults",
+    "Defaults": "models.defaults",
+    "model_defaults": "recognition.defaults",
 }
 __all__ = list(_HOMES)
 

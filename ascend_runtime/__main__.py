@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from .checkpoints.faults import printable_lines
-from .progress import Progress
+from .commands.progress import Progress
 
 INTERRUPTED = "interrupted; nothing was written"
 QUEUE = "run a workflow for many prompts on any ComfyUI"
@@ -62,12 +62,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .command_line import COMMANDS, add_command
+    from .commands.command_line import COMMANDS, add_command
 
     parser = _Parser(prog="python -m ascend_runtime", description="Ascend Video's commands.")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     if "queue" in sys.argv[1:2]:
-        import_module(".headless.queue", __package__).add_command(commands, QUEUE)
+        import_module(".commands.queue.command", __package__).add_command(commands, QUEUE)
     else:
         commands.add_parser("queue", help=QUEUE)
     for name in COMMANDS:
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .command_line import COMMANDS
+    from .commands.command_line import COMMANDS
 
     command, progress = COMMANDS[arguments.command], Progress()
     try:

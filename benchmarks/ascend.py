@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Iterator
 
-from ascend_runtime import devices, host
-from ascend_runtime.environment import rank_environment
+from ascend_runtime.hardware import devices, host
+from ascend_runtime.hardware.environment import rank_environment
 
 from . import modes, workloads
 from .report import Failures, Row, from_json

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
-from ascend_runtime.families.wan import WanTransformer
+from ascend_runtime.models.wan.transformer import WanTransformer
 
 from .report import Failures, Row, context_of, leave_out
 

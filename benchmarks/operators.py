@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils import benchmark
 
-from ascend_runtime import devices
+from ascend_runtime.hardware import devices
 from ascend_runtime.ops import PlainOperators, libraries, operators_for
-from ascend_runtime.specs import ATTENTIONS, OperatorSpec
+from ascend_runtime.specs import OperatorSpec
+from ascend_runtime.specs.jobs import ATTENTIONS
 
 from .report import Failures, Row, context_of, leave_out, to_json
 

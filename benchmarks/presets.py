@@ -20,9 +20,9 @@ from tqdm import tqdm
 from ascend_runtime import (
     AccelerationSpec, DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize,
 )  # fmt: skip
-from ascend_runtime.acceleration import WAYS
-from ascend_runtime.comparison.likeness import mean_ssim, psnr
-from ascend_runtime.presets import PRESETS, TABLE, chosen
+from ascend_runtime.specs.acceleration import WAYS
+from ascend_runtime.commands.comparison.likeness import mean_ssim, psnr
+from ascend_runtime.specs.presets import PRESETS, TABLE, chosen
 
 from .report import Row, context_of
 

@@ -15,8 +15,8 @@ from typing import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from ascend_runtime.accelerate.rainfusion import version_of
-from ascend_runtime.acceleration import RainFusionSpec
+from ascend_runtime.acceleration.rainfusion import version_of
+from ascend_runtime.specs import RainFusionSpec
 from ascend_runtime.ops import PlainOperators
 
 from .report import Row, context_of

@@ -12,7 +12,7 @@ from typing import Any, Iterable, Iterator, Literal
 import msgspec
 import psutil
 import torch
-from ascend_runtime import cores
+from ascend_runtime.hardware import cores
 from msgspec import Struct
 
 

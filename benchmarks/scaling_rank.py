@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ascend_runtime.families.context import Context
-from ascend_runtime.families.wan import WanBlock
+from ascend_runtime.models.context import Context
+from ascend_runtime.models.wan.transformer import WanBlock
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.ops.plain import RotaryTable
 from ascend_runtime.parallel.cfg import guided
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
-from ascend_runtime.plans import Plan
+from ascend_runtime.specs import Plan
 
 DIM, FFN, HEADS, TEXT = 1536, 8960, 12, 512  # Wan 2.1 1.3B
 TOKENS, ROUNDS = 4096, 5

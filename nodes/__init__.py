@@ -5,8 +5,7 @@ from comfy_api.latest import ComfyExtension
 from .accelerators import AttentionCache, BlockCache, RainFusion, StepCache
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
-from .loaders import LoadDiffusionModel, LoadTextEncoder, LoadVAE
-from .loras import LoadLora
+from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
 from .sampler import Sampler

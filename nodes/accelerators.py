@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.acceleration import MAX_STEPS, RAINFUSIONS, STEP_CACHES, AccelerationSpec
-from ..ascend_runtime.presets import PRESETS, chosen, listed
+from ..ascend_runtime.specs import AccelerationSpec
+from ..ascend_runtime.specs.acceleration import MAX_STEPS, RAINFUSIONS, STEP_CACHES
+from ..ascend_runtime.specs.presets import PRESETS, chosen, listed
 from . import types
 from .validation import refusal
 

@@ -17,13 +17,12 @@ from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
-from ..ascend_runtime.client import Runtime
-from ..ascend_runtime.devices import resolve_kind, resolve_ranks
-from ..ascend_runtime.launcher import RankDied
-from ..ascend_runtime.report_words import words_of
-from ..ascend_runtime.specs import ParallelSpec
-from ..ascend_runtime.submission import JobCancelled, RankError, Result
-from ..ascend_runtime.vae_form import VaeForm
+from ..ascend_runtime.acceleration.report import words_of
+from ..ascend_runtime.client.group import RankDied
+from ..ascend_runtime.client.runtime import Runtime
+from ..ascend_runtime.client.submission import JobCancelled, RankError, Result
+from ..ascend_runtime.hardware.devices import resolve_kind, resolve_ranks
+from ..ascend_runtime.specs import ParallelSpec, VaeForm
 from .types import Handle, RanksHandle
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..ascend_runtime.protocol import Conditioning
-from ..ascend_runtime.vae_form import VaeForm
+from ..ascend_runtime.specs import VaeForm
+from ..ascend_runtime.wire.messages import Conditioning
 
 _UNUSED = {"pooled_output"}  # what a CONDITIONING may carry and no Wan network reads
 _IMAGES = {"concat_latent_image", "concat_mask", "clip_vision_output"}

@@ -7,9 +7,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ascend_runtime.families.defaults import TI2V_CHANNELS
-from ..ascend_runtime.specs import VideoSize
-from ..ascend_runtime.vae_form import VaeForm
+from ..ascend_runtime.models.wan.defaults import TI2V_CHANNELS
+from ..ascend_runtime.specs import VaeForm, VideoSize
 from . import comfy_bridge, core_types, types
 from .validation import refusal
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..ascend_runtime.checkpoints.kinds import HUBS
 from ..ascend_runtime.checkpoints.msmodelslim import DESCRIPTION
+from ..ascend_runtime.recognition.kinds import HUBS
 from .validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.specs import MAX_RANKS, ProfileSpec
+from ..ascend_runtime.specs import ProfileSpec
+from ..ascend_runtime.specs.parallel import MAX_RANKS
 from . import comfy_bridge, types
 from .validation import refusal
 

@@ -7,8 +7,9 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.devices import KINDS
-from ..ascend_runtime.specs import MAX_RANKS, RING_EXCHANGES, ParallelSpec
+from ..ascend_runtime.hardware.devices import KINDS
+from ..ascend_runtime.specs import ParallelSpec
+from ..ascend_runtime.specs.parallel import MAX_RANKS, RING_EXCHANGES
 from . import comfy_bridge, types
 from .types import RanksHandle
 from .validation import refusal

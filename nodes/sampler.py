@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..ascend_runtime.acceleration import AccelerationSpec
-from ..ascend_runtime.report_words import words_of
-from ..ascend_runtime.specs import MAX_SEED, SCHEDULES, SOLVERS, SampleSpec
+from ..ascend_runtime.acceleration.report import words_of
+from ..ascend_runtime.specs import AccelerationSpec, SampleSpec
+from ..ascend_runtime.specs.jobs import MAX_SEED, SCHEDULES, SOLVERS
 from . import comfy_bridge, core_types, types
 
 

@@ -104,7 +104,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    from ascend_runtime import cores  # found since check_tiny_wan was imported
+    from ascend_runtime.hardware import cores  # found since check_tiny_wan was imported
 
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

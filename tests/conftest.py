@@ -175,7 +175,7 @@ def comfyui(tmp_path_factory, checkpoint):
     random_wan.original_transformer(files / "original_i2v_22.safetensors", channels=36)
     random_wan.ti2v(files / "original_ti2v.safetensors", folders / "ti2v_wan")
     (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "test_nodes").symlink_to(Path(__file__).parent / "comfy_nodes")
+    (base / "custom_nodes" / "test_nodes").symlink_to(Path(__file__).parent / "helpers" / "comfy_nodes")
     random_wan.single_files(base / "models")
     with ComfyServer(base=base) as server:
         yield server

@@ -15,7 +15,7 @@ import torch
 
 from .bounded import parse_json
 from .faults import listed, shown, usable
-from .tensor_files import TensorFile
+from .formats.tensor_files import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
 OLD_SCALES = {"scale_weight": True, "scale_input": False}  # whether it is a weight's

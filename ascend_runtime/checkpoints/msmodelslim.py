@@ -22,8 +22,8 @@ import torch
 
 from .bounded import LONGEST_NAME, check_count, read_json
 from .faults import listed, shown
-from .keys import MODELSLIM, renamed
-from .tensor_files import TensorFile
+from .formats.tensor_files import TensorFile
+from .renaming import MODELSLIM, renamed
 
 DESCRIPTION, WEIGHTS = "quant_model_description*.json", "quant_model_weight*.safetensors"
 FLOAT = "FLOAT"

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..ops.precision import is_finite
 from ..ops.quantization import quantized_rows
-from ..precision import is_finite
+from .formats.parts import Part, by_rows, whole
+from .formats.tensor_files import TensorFile
 from .fp8 import dequantized, scale_of
 from .msmodelslim import as_numbers
-from .parts import Part, by_rows, whole
-from .tensor_files import TensorFile
 
 THREADS, MOST_THREADS = 4, 16  # a rank reads with as many as it computes with; with some, as they wait for a disk too
 PIECE = 4 * 2**20  # bytes on disk

@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from .faults import listed
+from .formats.parts import Part
+from .formats.tensor_files import open_tensors
 from .fp8 import refuse_other_scales, scales_of
-from .kinds import is_tokenizer
 from .msmodelslim import Description
-from .parts import Part
 from .pieces import Wanted, read_in_pieces
-from .tensor_files import open_tensors
-from .tokenizers import LONGEST_SPIECE
-from .variants import one_of_several, variant
+from .shards import one_of_several
 
 
 class Share(Protocol):
@@ -118,18 +116,20 @@ def check_weights(
     shards: tuple[Path, ...],
     rename: Callable[[str, Path], str | None] = lambda name, shard: name,
     quantized: Description | None = None,
+    identify: Callable[[Iterable[str]], str] = lambda names: "",
 ) -> Places:
     """Where each parameter of `module` lies in `shards`. Nothing is allocated, and no weight is read.
 
     rename: the module's name of a tensor, by its name in a shard; None: it is none of the module's.
     quantized: what is said of layers that lie there quantized, as they are in `module`.
+    identify: what a network with these further parameters is, in a sentence; empty where that is not known.
 
     Raises ValueError that lists missing, unexpected and wrongly shaped tensors by name: nothing is ever left to chance
     values.
     """
     wanted = module.state_dict(keep_vars=True)
     places = _places(shards, rename, quantized)
-    _check_fit(module, shards, wanted, places)
+    _check_fit(module, shards, wanted, places, identify)
     return places
 
 
@@ -165,7 +165,7 @@ def _places(
     return places
 
 
-def _check_fit(module, shards, wanted, places) -> None:
+def _check_fit(module, shards, wanted, places, identify) -> None:
     filled = {id(wanted[name]) for name in places if name in wanted}  # a parameter with two names needs one of them
     missing = [name for name, tensor in wanted.items() if id(tensor) not in filled]
     unexpected = [name for name in places if name not in wanted]
@@ -176,21 +176,10 @@ def _check_fit(module, shards, wanted, places) -> None:
     ]
     faults = listed({"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen})
     if faults:
-        said = variant(unexpected) or (missing and len(shards) == 1 and one_of_several(shards[0]))
+        said = identify(unexpected) or (missing and len(shards) == 1 and one_of_several(shards[0]))
         by_config = ", or is the config.json next to it another model's" * (shards[0].parent / "config.json").is_file()
         asked = f"Is it another model's file{by_config}?"
         raise ValueError(f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. {said or asked}")
-
-
-def tokenizer_model(file: Path) -> bytes:
-    """The sentencepiece model that a file of a text encoder brings along."""
-    with open_tensors(file) as tensors:
-        name = next(filter(is_tokenizer, tensors.shapes))
-        count, dtype = math.prod(tensors.shapes[name]), tensors.dtype(name)
-        if count > LONGEST_SPIECE or dtype != torch.uint8:
-            raise ValueError(f"{file} holds {name} as {count} numbers of {dtype}; that must be at most "
-                             f"{LONGEST_SPIECE} bytes. Download it again.")  # fmt: skip
-        return tensors.read(name).numpy().tobytes()
 
 
 def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .bounded import parse_json, read_bounded, read_json
 from .faults import shown, usable
+from .formats.tensor_files import open_tensors
+from .renaming import is_tokenizer
 
 JSON, SPIECE = "tokenizer.json", "spiece.model"
 SETTINGS = ("tokenizer_config.json", "config.json")  # that may name a class
@@ -209,3 +213,14 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return number, at + place + 1
     raise ValueError("the sentencepiece model is damaged")
+
+
+def tokenizer_model(file: Path) -> bytes:
+    """The sentencepiece model that a file of a text encoder brings along."""
+    with open_tensors(file) as tensors:
+        name = next(filter(is_tokenizer, tensors.shapes))
+        count, dtype = math.prod(tensors.shapes[name]), tensors.dtype(name)
+        if count > LONGEST_SPIECE or dtype != torch.uint8:
+            raise ValueError(f"{file} holds {name} as {count} numbers of {dtype}; that must be at most "
+                             f"{LONGEST_SPIECE} bytes. Download it again.")  # fmt: skip
+        return tensors.read(name).numpy().tobytes()

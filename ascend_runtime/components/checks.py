@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..checkpoints.layout import Component
 from ..checkpoints.reader import check_weights
-from ..families.defaults import defaults_in
+from ..recognition.defaults import defaults_in
+from ..recognition.layout import Component
 from .model_config import own_boundary
 from .networks import empty_network
 from .text_encoder import check_size, find_tokenizer
@@ -19,4 +19,4 @@ def check(kind: str, component: Component) -> None:
     if kind == "transformer":
         own_boundary(component)
         defaults_in(component, experts=1)
-    check_weights(network, component.shards, component.rename, component.quantized)
+    check_weights(network, component.shards, component.rename, component.quantized, component.identify)

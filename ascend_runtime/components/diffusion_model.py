@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .. import devices
-from ..accelerate.quantized import WAYS, linears, quantize, quantized_parameters
-from ..checkpoints.layout import Component, find_transformer, has_low_noise
 from ..checkpoints.reader import Places, Progress, check_weights, load_weights, nbytes
-from ..experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
-from ..families import wan
-from ..families.defaults import Defaults, defaults_in
-from ..loras import Adapter, LorasInUse, by_expert, changed_by, read_loras
+from ..hardware import devices
+from ..models.defaults import Defaults
+from ..models.quantized import WAYS, linears, quantize, quantized_parameters
+from ..models.wan import transformer as wan
 from ..ops import check_quantized
-from ..parallel.fsdp import Share, Sharding
-from ..specs import DiffusionModelSpec, SampleSpec, require_no_loras
+from ..parallel.fsdp import Sharding, Share
+from ..recognition.defaults import defaults_in
+from ..recognition.layout import Component, find_transformer, has_low_noise
+from ..specs import DiffusionModelSpec, SampleSpec
+from ..specs.models import require_no_loras
+from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
+from .loras import Adapter, LorasInUse, by_expert, changed_by, read_loras
 from .model_config import boundary_of, check_experts
 from .networks import as_described, dtype_named, empty_network, transformer_parameters
 
@@ -92,7 +94,7 @@ class _Unread:
         network = empty_network("transformer", component)
         if sharding.tp.degree > 1:
             network = as_described(wan.WanTransformer(transformer_parameters(component.config), sharding.tp), component)
-        places = check_weights(network, component.shards, component.rename, component.quantized)
+        places = check_weights(network, component.shards, component.rename, component.quantized, component.identify)
         layers = [] if quantization == "none" else linears(network, wan.kept_in_8_bits)
         quantize(network, {name: WAYS[quantization] for name in layers})
         return cls(network, places, {f"{name}.weight": f"{name}.weight_scale" for name in layers})

@@ -7,12 +7,14 @@ import logging
 import torch
 
 from ..checkpoints.bounded import read_json
-from ..checkpoints.configs import LATENTS_MEAN_22, LATENTS_STD_22
 from ..checkpoints.faults import shown, usable
-from ..checkpoints.layout import Component
-from ..families import wan
-from ..families.defaults import WAN22_TEXT, Defaults
-from ..specs import DiffusionModelSpec, require_experts_in_order
+from ..models.defaults import Defaults
+from ..models.wan import transformer as wan
+from ..models.wan.configs import LATENTS_MEAN_22, LATENTS_STD_22
+from ..models.wan.defaults import WAN22_TEXT
+from ..recognition.layout import Component
+from ..specs import DiffusionModelSpec
+from ..specs.models import require_experts_in_order
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,11 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from ..accelerate.quantized import quantize
-from ..checkpoints.configs import check_counts
 from ..checkpoints.faults import usable
-from ..checkpoints.layout import Component
-from ..families import wan
-
+from ..models.quantized import quantize
+from ..models.wan import transformer as wan
+from ..models.wan.configs import check_counts
+from ..recognition.layout import Component
 
 # Of a text encoder's config only what an encoder computes with goes to transformers, which takes other entries as what
 # to fetch and run: kernels, quantizers, code of the folder's own.

@@ -10,13 +10,13 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from .. import devices
-from ..checkpoints.layout import Component
 from ..checkpoints.reader import Progress
-from ..loras import use_loras
+from ..hardware import devices
 from ..parallel.fsdp import Sharding
+from ..recognition.layout import Component
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from . import diffusion_model, text_encoder, vae
+from .loras import use_loras
 
 logger = logging.getLogger(__name__)
 

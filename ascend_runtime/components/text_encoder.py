@@ -7,16 +7,25 @@ from typing import Any
 
 import torch
 
-from .. import devices
 from ..checkpoints.bounded import read_bounded
 from ..checkpoints.faults import usable
-from ..checkpoints.layout import Component, find_text_encoder
-from ..checkpoints.reader import Progress, check_weights, load_weights, nbytes, tokenizer_model
-from ..checkpoints.tokenizers import INSTEAD, JSON, LONGEST_SPIECE, SPIECE, check_class, check_spiece, tokenizer_json
-from ..parallel.fsdp import Share, Sharding
+from ..checkpoints.reader import Progress, check_weights, load_weights, nbytes
+from ..checkpoints.tokenizers import (
+    INSTEAD,
+    JSON,
+    LONGEST_SPIECE,
+    SPIECE,
+    check_class,
+    check_spiece,
+    tokenizer_json,
+    tokenizer_model,
+)
+from ..hardware import devices
+from ..parallel.fsdp import Sharding, Share
+from ..recognition.layout import Component, find_text_encoder
 from ..specs import TextEncoderSpec
-from ..text import JsonTokenizer, SentencePiece
 from .networks import dtype_named, empty_network
+from .text import JsonTokenizer, SentencePiece
 
 SMALL = 2**30  # bytes on disk; on a CPU a text encoder below this is computed in fp32, a larger one in bfloat16
 
@@ -39,7 +48,7 @@ def load(spec: TextEncoderSpec, found: list[Component], device, progress: Progre
     dtype = dtype_named(spec.dtype, _text_dtype(device, component.nbytes))
     model = empty_network("text_encoder", component)
     check_size(tokenizer, model, component)
-    places = check_weights(model, component.shards, component.rename)
+    places = check_weights(model, component.shards, component.rename, identify=component.identify)
     progress.expect(nbytes(places))
     load_weights(
         model,

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import devices
-from ..precision import NORMS, RESIDUAL, ROTARY
+from ..hardware import devices
 from ..specs import OperatorSpec
 from . import ascend_attention
 from .ascend_attention import HALVES
 from .libraries import mindiesd, torch_npu
 from .plain import PlainOperators, RotaryTable, say_once
+from .precision import NORMS, RESIDUAL, ROTARY
 from .quantization import Static
 
 ROTARY_LANES = 999  # batch x heads that npu_rotary_mul takes at once, when it rotates interleaved pairs

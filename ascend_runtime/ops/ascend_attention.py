@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..precision import LOG_SUM_EXP
 from .libraries import mindiesd, torch_npu
+from .precision import LOG_SUM_EXP
 from .sparse import BLOCK
 
 HALVES = (torch.float16, torch.bfloat16)

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..precision import LOG_SUM_EXP, MODULATION, NORMS, RESIDUAL, ROTARY
 from ..specs import OperatorSpec
 from . import sparse
+from .precision import LOG_SUM_EXP, MODULATION, NORMS, RESIDUAL, ROTARY
 from .quantization import Static, quantized_rows, row_largest, scaled_products, statically_quantized
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Callable
 import torch.distributed as dist
 from torch import Tensor
 
-from ..precision import GUIDANCE
+from ..ops.precision import GUIDANCE
 from .mesh import all_gather
 
 

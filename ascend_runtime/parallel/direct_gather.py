@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 # Ranks along an axis that spans them all share one group, a ring's and this: a tag of its own keeps messages apart,
 # whichever is waited for first.
 TAG = 1

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops import PlainOperators
-from ..precision import LOG_SUM_EXP
+from ..ops.precision import LOG_SUM_EXP
 from .mesh import Member, start_all_gather
 
 

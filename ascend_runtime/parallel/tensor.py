@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..ops import PlainOperators
-from ..precision import NORMS
+from ..ops.precision import NORMS
 from .mesh import Member
 
 

@@ -15,8 +15,9 @@ FOLDER = REPOSITORY / ".venv-transformers"
 PYTHON = FOLDER / "bin" / "python"
 # What depends on transformers: tokenizers and text encoders, what is converted and compared with its classes, and text
 # in a ComfyUI, whose own encoders use it too.
-TESTS = ("transformers", "text_encoder_formats", "known_prompts", "inspection", "conversion", "unusable_files",
-         "parity", "comfyui_formats")  # fmt: skip
+TESTS = ("models/test_transformers", "files/test_text_encoder_formats", "ranks/test_known_prompts",
+         "files/test_inspection", "files/test_conversion", "files/test_unusable_files", "ranks/test_parity",
+         "comfyui/test_formats")  # fmt: skip
 
 
 def make(version):
@@ -30,7 +31,7 @@ def make(version):
 
 def main(version, *arguments):
     make(version)
-    chosen = arguments or [f"tests/test_{name}.py" for name in TESTS]
+    chosen = arguments or [f"tests/{name}.py" for name in TESTS]
     os.chdir(REPOSITORY)
     os.execv(PYTHON, [str(PYTHON), "-m", "pytest", "-rs", "-o", "cache_dir=.cache/pytest-transformers", *chosen])
 

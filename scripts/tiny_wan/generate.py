@@ -20,15 +20,8 @@ Generate = Callable[[list[str], int, float, int], list[np.ndarray]]
 @contextmanager
 def runtime_engine(folder: Path, ranks: int) -> Iterator[Generate]:
     """The pack's own runtime: `ranks` processes that share each video."""
-    from ascend_runtime.client import Runtime
-    from ascend_runtime.specs import (
-        DiffusionModelSpec,
-        ParallelSpec,
-        SampleSpec,
-        TextEncoderSpec,
-        VaeSpec,
-        VideoSize,
-    )
+    from ascend_runtime.client.runtime import Runtime
+    from ascend_runtime.specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
 
     model, encoder, vae = (kind(path=str(folder)) for kind in (DiffusionModelSpec, TextEncoderSpec, VaeSpec))
     size = VideoSize(width=world.SIZE, height=world.SIZE, num_frames=world.NUM_FRAMES)

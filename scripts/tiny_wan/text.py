@@ -2,7 +2,7 @@
 
 `WanPipeline` pads every prompt with zero rows to 512 and attends to all of them. All zero rows have one key and one
 value, so in training the few that remain stand for all, by a bias of log(count) on their attention scores: the same
-numbers for a fiftieth of the work (tests/test_tiny_wan.py).
+numbers for a fiftieth of the work (tests/models/test_tiny_wan.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tiny Wan VAE and a whole-clip forward of it.
 
 diffusers runs a Wan VAE chunk by chunk with caches; for training the same causal network over the whole clip at once
-is faster and gives the same numbers (tests/test_tiny_wan.py).
+is faster and gives the same numbers (tests/models/test_tiny_wan.py).
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
-from ascend_runtime.accelerate.attention_cache import AttentionCache
-from ascend_runtime.accelerate.block_cache import BlockCache
-from ascend_runtime.accelerate.passes import At, Stack
-from ascend_runtime.accelerate.report import Tally, Work
-from ascend_runtime.acceleration import Window
+from ascend_runtime.acceleration.attention_cache import AttentionCache
+from ascend_runtime.acceleration.block_cache import BlockCache
+from ascend_runtime.models.block_stack import At, Stack
+from ascend_runtime.acceleration.tally import Tally
+from ascend_runtime.models.cost import Work
+from ascend_runtime.specs import Window
 from mindiesd import CacheAgent, CacheConfig
 
 JOBS = 200

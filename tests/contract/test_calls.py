@@ -11,7 +11,9 @@ import call_sites
 import operator_rules
 import pytest
 import torch
-from ascend_runtime import devices, ops, profiling
+from ascend_runtime.hardware import devices
+from ascend_runtime import ops
+from ascend_runtime.engine import profiling
 from ascend_runtime.ops import PlainOperators, ascend, ascend_attention, libraries
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.ops.quantization import Static

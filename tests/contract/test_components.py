@@ -4,7 +4,7 @@
 def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
     code = f"""
         import torch
-        from ascend_runtime import DiffusionModelSpec, VaeSpec, devices
+        from ascend_runtime import DiffusionModelSpec, VaeSpec; from ascend_runtime.hardware import devices
         from ascend_runtime.components import Components, diffusion_model
         folder, read, free = {str(specs.folder)!r}, [], [2**40]
         devices.room = lambda device: free[0]

@@ -202,7 +202,7 @@ def test_quant_matmul(random, dtype, bias):
 def test_quantized_linears_are_those_of_the_cpu(random, calls, dtype):
     """By the package's own functions, with weights of which it made integers."""
     from ascend_runtime.ops import PlainOperators, ascend, quantization  # noqa: PLC0415
-    from ascend_runtime.specs import OperatorSpec  # noqa: PLC0415
+    from ascend_runtime.specs import OperatorSpec
 
     npu = ascend.AscendOperators(torch.device("cpu"), OperatorSpec(attention="fused"), dtype)
     x, bias = random(B, S, 96, dtype=dtype), random(24, dtype=dtype)
@@ -294,7 +294,7 @@ def test_mm_all_reduce(tmp_path):
     code = f"""
 import cpu_kernels, torch, torch.distributed as dist, torch_npu
 from ascend_runtime.ops import ascend
-from ascend_runtime.specs import OperatorSpec
+from ascend_runtime.specs.jobs import OperatorSpec
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=RANK, world_size=2)
 ascend._communicator = lambda group: group.group_name  # HCCL's name of a group, which Gloo has not
 calls = []

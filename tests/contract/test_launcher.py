@@ -1,4 +1,4 @@
-"""What the launcher would start on NPUs, and what a rank does with its card, over the real torch_npu.
+"""What the client would start on NPUs, and what a rank does with its card, over the real torch_npu.
 
 No collective runs: the stubs of CANN have no HCCL. What HCCL makes of its variables is not tested here.
 """
@@ -8,9 +8,9 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from ascend_runtime import devices, host
-from ascend_runtime.environment import NPU, ORIGINAL
-from ascend_runtime.launcher import RankGroup
+from ascend_runtime.hardware import devices, host
+from ascend_runtime.hardware.environment import NPU, ORIGINAL
+from ascend_runtime.client.group import RankGroup
 
 CARDS = {  # SoC name by CANN: (line, dtype of a network)
     "Ascend910B4": ("a2", "torch.bfloat16"),
@@ -106,14 +106,15 @@ def test_the_backend_of_npus_is_hccl():
 
 
 def test_a_group_of_both_backends_is_joined(clean, python_on):
-    """As job.serve joins it. HCCL itself comes with the first exchange of a card's tensors, which is not had here."""
+    """As engine/serve.py joins it. HCCL itself comes with the first exchange of a card's tensors: not here."""
     code = """
         import os, torch, torch.distributed as dist
-        from ascend_runtime import devices, job
+        from ascend_runtime.engine import serve
+        from ascend_runtime.hardware import devices
         store = os.memfd_create("ascend-store")
         os.environ.update(RANK="0", WORLD_SIZE="1", ASCEND_RUNTIME_STORE_FD=str(store))
         device = devices.take("npu", 0)
-        job._join_group("npu")
+        serve._join_group("npu")
         group = dist.distributed_c10d._get_default_group()
         dist.all_reduce(torch.ones(2))
         assert callable(group._get_backend(device).get_hccl_comm_name)  # which npu_mm_all_reduce_base is told
@@ -132,7 +133,7 @@ def test_taking_a_card(python_on):
         calls, set_option = [], torch_npu._C._npu_setOption
         torch_npu._C._npu_setOption = lambda option: (calls.append((option, torch.npu.is_initialized())),
                                                       set_option(option))
-        from ascend_runtime import devices
+        from ascend_runtime.hardware import devices
         device = devices.take("npu", 1)
         ours = {name: value for option, had_card in calls if not had_card for name, value in option.items()}
         print(device, torch.npu.current_device(), ours.get("jitCompile"), ours.get("ALLOW_INTERNAL_FORMAT"))
@@ -145,7 +146,7 @@ def test_taking_a_card(python_on):
 @pytest.mark.parametrize("soc", CARDS)
 def test_which_card_and_which_dtype(python_on, soc):
     code = """
-        from ascend_runtime import devices
+        from ascend_runtime.hardware import devices
         device = devices.take("npu", 0)
         print(devices.card(device), devices.default_dtype(device))
     """
@@ -159,7 +160,7 @@ def test_cores_are_divided_by_the_number_of_the_card_and_lent_for_work_on_the_cp
     bound = {"CPU_AFFINITY_CONF": "1", "TASK_QUEUE_ENABLE": "2"}
     code = """
         import time, torch
-        from ascend_runtime import devices
+        from ascend_runtime.hardware import devices
         devices.take("npu", {number})
         torch.ones(8).to("npu")
         torch.npu.synchronize()

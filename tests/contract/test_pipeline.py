@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascend_runtime import OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
-from ascend_runtime.acceleration import AccelerationSpec, RainFusionSpec
+from ascend_runtime.specs import AccelerationSpec, RainFusionSpec
 from ascend_runtime.specs import DiffusionModelSpec
 from tiny_models import wan_vae
 

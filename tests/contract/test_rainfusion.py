@@ -10,11 +10,11 @@ import cpu_kernels
 import mindiesd
 import pytest
 import torch
-from ascend_runtime import devices
-from ascend_runtime.accelerate import masks
-from ascend_runtime.accelerate.bricks import bricks, tiles
-from ascend_runtime.accelerate.rainfusion import version_of
-from ascend_runtime.acceleration import RainFusionSpec
+from ascend_runtime.hardware import devices
+from ascend_runtime.acceleration import masks
+from ascend_runtime.acceleration.bricks import bricks, tiles
+from ascend_runtime.acceleration.rainfusion import version_of
+from ascend_runtime.specs import RainFusionSpec
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.specs import OperatorSpec

@@ -1,0 +1,38 @@
+"""DiTBlockCache: what a range of blocks added to the tokens in an earlier step stands for this step's blocks.
+
+As MindIE SD's, whose end step is honoured here; the schedule is that of `acceleration.Window`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..models.block_stack import At, Stack
+from ..specs import Window
+from .tally import Tally
+
+
+class BlockCache:
+    def __init__(self, window: Window, steps: int, blocks: int, tally: Tally):
+        self._window, self._steps = window, steps
+        self._blocks = window.blocks(blocks)
+        self._tally = tally
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def blocks(self, at: At, stack: Stack, tokens: Tensor) -> Tensor:
+        """The tokens [B, S, D] after the whole stack."""
+        tokens = stack.through(tokens, range(self._blocks.start))
+        tokens = self._range(at, stack, tokens)
+        return stack.through(tokens, range(self._blocks.stop, stack.count))
+
+    def _range(self, at: At, stack: Stack, tokens: Tensor) -> Tensor:
+        key = (at.expert, at.branch)
+        keeps = self._window.stores(at.step, self._steps)
+        if self._window.reuses(at.step, self._steps) and key in self._kept:
+            self._tally.skipped_blocks(at, len(self._blocks))
+            return tokens + (self._kept[key] if keeps else self._kept.pop(key))
+        self._kept.pop(key, None)
+        out = stack.through(tokens, self._blocks)
+        if keeps:
+            self._kept[key] = out - tokens
+        return out

@@ -1,0 +1,426 @@
+"""The group of ranks as one object: each call is one job, submitted, followed and answered.
+
+`Runtime` starts the ranks with its first job and keeps them. A job that loses a rank raises RankDied, and the next
+one starts a new group: descriptions travel with every job, so nothing else needs to be said again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Callable
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ..hardware import devices
+from ..specs import (
+    AccelerationSpec,
+    Calibration,
+    DiffusionModelSpec,
+    OperatorSpec,
+    ParallelSpec,
+    ProfileSpec,
+    SampleSpec,
+    TextEncoderSpec,
+    VaeForm,
+    VaeSpec,
+)
+from ..specs.acceleration import CALIBRATED
+from ..wire.messages import Conditioning, Decode, Describe, Encode, EncodeVideo, Free, Load, Message, Ping, Sample
+from ..wire.shared_memory import lend
+from . import submission
+from .arguments import VIDEO, check_conditioning, check_frames, check_kind, check_prompt, check_tensor
+from .group import RankDied, RankGroup
+from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
+
+logger = logging.getLogger(__name__)
+
+Submit = Callable[[Callable[[int], Message]], Result]  # of a message by the number of its job
+
+
+class Runtime:
+    """Ranks that load, encode, sample and decode. A context manager; safe to use from several threads.
+
+    The ranks belong to the process that made this object: in a forked child it does nothing. They end with `stop`, and
+    when the object is gone.
+
+    parallel: how many ranks, and the plan that `sample` uses where it is not given one.
+    device: "npu", "cuda", "cpu", or "auto" for the first of these that is there.
+    environment: variables for the ranks alone.
+    """
+
+    def __init__(
+        self,
+        parallel: ParallelSpec = ParallelSpec(),
+        device: str = "auto",
+        environment: dict[str, str] | None = None,
+    ):
+        check_kind("parallel", parallel, ParallelSpec)
+        check_kind("environment", environment, dict, optional=True)
+        for name, value in (environment or {}).items():
+            check_kind("a name in environment", name, str)
+            check_kind(f"environment[{name!r}]", value, str)
+        self.parallel = parallel
+        self.device = devices.resolve_kind(device)
+        self.world_size = devices.resolve_ranks(parallel.ranks, self.device, {**os.environ, **(environment or {})})
+        self._environment = environment
+        self._group: RankGroup | None = None
+        self._finalizer: weakref.finalize | None = None  # ends the group with this object
+        self._pid = os.getpid()
+        self._numbers = itertools.count(1)
+        self._one_job = threading.Lock()
+        self._owner: int | None = None  # the thread that is inside
+        self._running = False  # whether it is at a job
+        self._cancel_requested = threading.Event()
+        self._one_stop = threading.Lock()
+        self._stop_wanted = threading.Event()  # jobs that wait for their turn are not to begin
+        self._free_wanted = False
+        self._said: deque[str] = deque(maxlen=100)  # warnings of jobs
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    # Life
+
+    @property
+    def alive(self) -> bool:
+        """Whether a group of ranks stands ready."""
+        return self._living is not None
+
+    @property
+    def _living(self) -> RankGroup | None:
+        group = self._group
+        return group if self._is_own and group is not None and group.alive else None
+
+    @property
+    def _is_own(self) -> bool:
+        """False in a forked child: the ranks are its parent's."""
+        return os.getpid() == self._pid
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks, in order; empty where none are alive."""
+        group = self._living
+        return [] if group is None else [rank.process.pid for rank in group.ranks]
+
+    def start(self) -> None:
+        """Starts the ranks if none are alive; jobs do so by themselves."""
+        with self._jobs():
+            pass
+
+    def stop(self) -> None:
+        """Ends the ranks; a running job, and those that wait for it, are cancelled first."""
+        if not self._is_own:
+            return
+        with self._one_stop:
+            self._stop_wanted.set()
+            self.cancel()
+            try:
+                with self._exclusive():
+                    if self._group is not None:
+                        self._group.stop()
+                        self._group = None
+            finally:
+                self._stop_wanted.clear()
+
+    def cancel(self) -> None:
+        """Asks the running job to end, from any thread; it raises JobCancelled where it was called."""
+        if self._running:
+            self._cancel_requested.set()
+
+    @contextmanager
+    def _exclusive(self):
+        """One caller at a time. Raises RuntimeError in a callback of a running job, which would wait for itself, and in
+        a forked child."""
+        if not self._is_own:
+            raise RuntimeError(
+                f"This Runtime belongs to process {self._pid}, of which this one is a fork. Make another one here."
+            )
+        if self._owner == threading.get_ident():
+            raise RuntimeError("A callback of a running job cannot ask its runtime for another; return from it first.")
+        try:
+            with self._one_job:
+                self._owner = threading.get_ident()
+                try:
+                    yield
+                finally:
+                    self._owner = None
+        finally:
+            self._free_if_wanted()
+
+    def _free_if_wanted(self) -> None:
+        """What somebody asked for meanwhile must not fail the job that has just ended."""
+        try:
+            if self._free_wanted:
+                self._free_if_idle()
+        except (RankDied, RankError) as error:
+            logger.warning("The ranks could not free their weights: %s", error)
+
+    def _start(self, check: Callable[[], None]) -> None:
+        if self.alive:
+            return
+        if self._group is not None:
+            self._group.kill()
+        devices.warn_if_crowded(self.world_size, self.device)
+        self._group = RankGroup(self.world_size, self.device, self._environment)
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, self._group.abandon)
+        began = time.monotonic()
+        try:
+            self._group.start(check)
+        except BaseException:
+            self._group = None
+            raise
+        logger.info("%d rank(s) on %s ready in %.1f s", self.world_size, self.device, time.monotonic() - began)
+
+    # Jobs
+
+    def ping(self, tensor: Tensor | None = None, reply: int = 0, frames: tuple[int, ...] | None = None) -> Result:
+        """Asks every rank for an answer. For measuring the way there and back.
+
+        tensor travels to all ranks, `reply` floats come back, and the ranks fill `frames` [T,H,W,C] in fp32.
+        """
+        if frames is None:
+            return self._do(lambda job: Ping(job=job, tensor=tensor, reply=reply))
+        with lend(frames, torch.float32) as (filled, shared):
+            self._do(lambda job: Ping(job=job, frames=shared))
+        return Result(filled)
+
+    def load(
+        self,
+        model: DiffusionModelSpec | None = None,
+        encoder: TextEncoderSpec | None = None,
+        vae: VaeSpec | None = None,
+        *,
+        parallel: ParallelSpec | None = None,
+        **hooks,
+    ) -> Result:
+        """Makes components ready ahead of the jobs that need them; `parallel` is these jobs' plan."""
+        check_kind("model", model, DiffusionModelSpec, optional=True)
+        check_kind("encoder", encoder, TextEncoderSpec, optional=True)
+        check_kind("vae", vae, VaeSpec, optional=True)
+        check_kind("parallel", parallel, ParallelSpec, optional=True)
+        parallel = parallel or self.parallel
+        return self._do(lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), **hooks)
+
+    def encode(self, encoder: TextEncoderSpec, text: str, **hooks) -> Result:
+        """The embedding [1, 512, D] of a prompt, fp32, zeros behind its end."""
+        check_kind("encoder", encoder, TextEncoderSpec)
+        check_prompt(text)
+        return self._do(lambda job: Encode(job=job, encoder=encoder, text=text), **hooks)
+
+    def sample(
+        self,
+        model: DiffusionModelSpec,
+        spec: SampleSpec,
+        latent: Tensor,
+        positive: Tensor | Conditioning,
+        negative: Tensor | Conditioning | None = None,
+        *,
+        noise_mask: Tensor | None = None,
+        parallel: ParallelSpec | None = None,
+        operators: OperatorSpec = OperatorSpec(),
+        warm_up: bool = False,
+        profile: ProfileSpec | None = None,
+        acceleration: AccelerationSpec = AccelerationSpec(),
+        on_preview: OnPreview | None = None,
+        **hooks,
+    ) -> Result:
+        """The denoised latent [B,C,T,H,W], fp32 and not normalised.
+
+        latent: where to start, not normalised; zeros for a new video (see `VideoSize.latent_shape`).
+        positive, negative: embeddings [1, tokens, D], or what else a model of images sees beside them (`Conditioning`);
+            negative may be missing where the guidance scale is 1.
+        noise_mask: [B or 1, 1, T, H, W], 0 where `latent` is known and stays; how TI2V-5B continues a first frame.
+        warm_up: before the first job of its kind (shapes, plan, operators) since the model was loaded, two steps are
+            made and thrown away, so that what is compiled at first use does not count in the job's own seconds.
+        profile: records these steps; `info["profile"]` of the result is the folder of the recording.
+        acceleration: what is left out of the computation; `info["acceleration"]` of the result tells what was, and
+            what that saved (see `accelerate.report.Tally.facts`).
+        """
+        _check_sampling(model, spec, latent, positive, negative, noise_mask)
+        _check_options(parallel, operators, profile, acceleration)
+        profile = profile and _within(profile, spec.total_steps, self.world_size)
+        with self._jobs(**hooks, on_preview=on_preview) as submit:
+            calibration = _calibration(submit, model, acceleration)
+            result = submit(
+                lambda job: Sample(
+                    job=job,
+                    model=model,
+                    parallel=parallel or self.parallel,
+                    spec=spec,
+                    latent=latent,
+                    positive=_conditioning(positive),
+                    negative=None if negative is None else _conditioning(negative),
+                    noise_mask=noise_mask,
+                    operators=operators,
+                    warm_up=warm_up,
+                    profile=profile,
+                    acceleration=acceleration,
+                    calibration=calibration,
+                    preview=on_preview is not None,
+                )
+            )
+        _log_extras(result, profile)
+        return result
+
+    def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
+        """The frames [B*T,H,W,3] in 0..1 of a latent [B,C,T,H,W], in memory that the ranks wrote to."""
+        check_kind("vae", vae, VaeSpec)
+        check_tensor("latent", latent, VIDEO)
+        with self._jobs(**hooks) as submit:
+            shape = _form(submit, vae).decoded_shape(latent.shape)
+            with lend(shape, torch.float32) as (image, shared):
+                done = submit(lambda job: Decode(job=job, vae=vae, latent=latent, frames=shared))
+        return Result(image, done.seconds, done.info)
+
+    def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
+        """The latent [1,C,T',H',W'], fp32 and not normalised, of frames [T,H,W,3] in 0..1; T is 4n+1."""
+        check_kind("vae", vae, VaeSpec)
+        check_frames(frames)
+        with self._jobs(**hooks) as submit:
+            shape = _form(submit, vae).encoded_shape(frames.shape)
+            with lend(shape, torch.float32) as (latent, shared):
+                done = submit(lambda job: EncodeVideo(job=job, vae=vae, frames=frames, latent=shared))
+        return Result(latent, done.seconds, done.info)
+
+    def vae_form(self, vae: VaeSpec, **hooks) -> VaeForm:
+        """The VAE's channels, and how many pixels and frames one element of its latents covers. Reads no weight."""
+        check_kind("vae", vae, VaeSpec)
+        with self._jobs(**hooks) as submit:
+            return _form(submit, vae)
+
+    def free(self) -> None:
+        """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive.
+
+        While a job runs, in this thread or another, it only notes the wish, and the weights go when that is done. Ranks
+        that do not answer for submission.CANCEL_DEADLINE seconds are ended, which frees their memory too.
+        """
+        if self._is_own:
+            self._free_wanted = True
+            self._free_if_idle()
+
+    def _free_if_idle(self) -> None:
+        if not self._one_job.acquire(blocking=False):
+            return  # who has it looks at the wish when done
+        try:
+            wanted, self._free_wanted = self._free_wanted, False
+            if wanted and self.alive:
+                self._cancel_requested.clear()  # a wish to cancel the job before
+                self._submit(Free(job=next(self._numbers)), Hooks(), submission.CANCEL_DEADLINE)
+        except RanksSilent:
+            pass  # it is in the log
+        finally:
+            self._one_job.release()
+
+    # One job
+
+    def _do(self, make: Callable[[int], Message], **hooks) -> Result:
+        with self._jobs(**hooks) as submit:
+            return submit(make)
+
+    @contextmanager
+    def _jobs(self, **hooks) -> Iterator[Submit]:
+        """`submit` of the jobs that one call takes: ranks are started for them if none are alive, and a wish to cancel
+        counts from beginning to end."""
+        hooks = Hooks(**hooks)
+        with self._exclusive():
+            self._cancel_requested.clear()
+            self._running = True
+            try:
+                if self._stop_wanted.is_set():
+                    raise JobCancelled("The job was cancelled, as the runtime is being stopped.")
+                self._start(lambda: self._raise_if_cancelled(hooks))
+                yield lambda make: self._submit(make(next(self._numbers)), hooks)
+            finally:
+                self._running = False
+
+    def _log_warnings(self, result: Result) -> None:
+        """Each once, however many jobs bring it; every job's result has its own."""
+        for warning in result.info.get("warnings", ()):
+            if warning not in self._said:
+                self._said.append(warning)
+                logger.warning("%s", warning)
+
+    def _raise_if_cancelled(self, hooks: Hooks) -> None:
+        if self._cancel_requested.is_set() or hooks.should_cancel():
+            raise JobCancelled("The job was cancelled while the ranks started.")
+
+    def _submit(self, message: Message, hooks: Hooks, deadline: float | None = None) -> Result:
+        submitted = Submission(message, self._group, self._cancel_requested, hooks, deadline)
+        try:
+            result = submitted.run()
+        except BaseException:
+            if submitted.unanswered:  # ranks are still at work on it, and nobody will hear their answer
+                self._group.kill()
+            raise
+        self._log_warnings(result)
+        return result
+
+
+def _check_sampling(model, spec, latent, positive, negative, noise_mask) -> None:
+    check_kind("model", model, DiffusionModelSpec)
+    check_kind("spec", spec, SampleSpec)
+    check_tensor("latent", latent)
+    check_conditioning("positive", positive)
+    check_conditioning("negative", negative, optional=True)
+    check_tensor("noise_mask", noise_mask, optional=True)
+
+
+def _check_options(parallel, operators, profile, acceleration) -> None:
+    check_kind("parallel", parallel, ParallelSpec, optional=True)
+    check_kind("operators", operators, OperatorSpec)
+    check_kind("profile", profile, ProfileSpec, optional=True)
+    check_kind("acceleration", acceleration, AccelerationSpec)
+
+
+def _calibration(submit: Submit, model: DiffusionModelSpec, acceleration: AccelerationSpec) -> dict[str, Calibration]:
+    """Of each expert, where the step cache asks for it: read once, so that all ranks have the same."""
+    cache = acceleration.step_cache
+    if cache is None or cache.method not in CALIBRATED:
+        return {}
+    found = submit(lambda job: Describe(job=job, model=model)).info["calibration"]
+    return msgspec.convert(found, dict[str, Calibration])
+
+
+def _form(submit: Submit, vae: VaeSpec) -> VaeForm:
+    return VaeForm(*submit(lambda job: Describe(job=job, vae=vae)).info["vae"])
+
+
+def _conditioning(given: Tensor | Conditioning) -> Conditioning:
+    return Conditioning(text=given) if isinstance(given, Tensor) else given
+
+
+def _within(profile: ProfileSpec, steps: int | None, ranks: int) -> ProfileSpec:
+    """What the job can record of `profile`, as far as it is known before the model is loaded. Raises ValueError where
+    that is nothing."""
+    possible = profile.within(steps or profile.last_step, ranks)
+    if possible != profile:
+        logger.info("The recording ends with step %d, the job's last, not with step %d.", steps, profile.last_step)
+    return possible
+
+
+def _log_extras(result: Result, profile: ProfileSpec | None) -> None:
+    """Logs a warm-up and a recording."""
+    if "warm up" in result.seconds:
+        logger.info("warm-up took %.1f s", result.seconds["warm up"])
+    if profile is None:
+        return
+    steps = f"steps {profile.first_step} to {profile.last_step} on rank {profile.rank}"
+    if "profile" in result.info:
+        logger.info("Recorded %s: %s", steps, result.info["profile"])
+    else:  # torch_npu's profiler says what went wrong in the rank's output alone
+        logger.warning("The profiler has written nothing of %s into %s.", steps, profile.folder)

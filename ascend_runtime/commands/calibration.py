@@ -1,0 +1,128 @@
+"""`python -m ascend_runtime calibrate MODEL`: finds out what TeaCache and MagCache have to know of a model."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator
+from statistics import mean
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from ..checkpoints.calibration_file import calibration_file, write_calibration
+from ..checkpoints.faults import printable
+from ..client.group import RankDied
+from ..client.runtime import Runtime
+from ..client.submission import RankError
+from ..models.wan.defaults import TI2V_CHANNELS
+from ..recognition.defaults import model_defaults
+from ..recognition.layout import find_transformer, has_low_noise
+from ..specs import AccelerationSpec, Calibration, ParallelSpec, SampleSpec, TextEncoderSpec, VaeForm, VideoSize
+from . import video_options
+from .progress import Progress
+
+PROMPTS = (
+    "A white cat on a surfboard looks at the sea, holiday weather.",
+    "A woman in a red dress walks through a rainy city at night, neon signs, close-up.",
+    "Waves break on black rocks under a grey sky, seen from the air.",
+    "A chef tosses vegetables in a pan, flames rise, slow motion.",
+)
+DEGREE = 4  # of TeaCache's polynomial
+RANDOM_TOKENS = 20
+
+
+def run(arguments: Namespace, progress: Progress | None = None) -> int:
+    """Makes a video for each prompt, and writes what was found. Returns 0. Raises ValueError for what cannot be done,
+    OSError where the file cannot be written."""
+    progress = progress or Progress()
+    output = arguments.output or calibration_file(arguments.model)
+    try:
+        found = calibrate(arguments, progress)
+    except (RankError, RankDied) as error:
+        raise ValueError(str(error)) from error
+    progress.end()
+    write_calibration(output, found)
+    steps = ", ".join(f"{len(one.ratios)} steps of {expert}" for expert, one in found.items())
+    print(printable(f"{output}: {steps}"))
+    return 0
+
+
+def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration]:
+    """What there is to know of each expert. Raises ValueError for what cannot be done."""
+    model = video_options.model_of(arguments)
+    config = find_transformer(model.path).config
+    size, spec, form = _video(arguments, config)
+    changes, empty = [], torch.zeros(form.latent_shape(size))
+    count = arguments.random_prompts or len(arguments.prompt or PROMPTS)
+    with Runtime(ParallelSpec(ranks=arguments.ranks), device=arguments.device) as runtime:
+        progress.say(f"{video_options.counted(count, 'video')} of {video_options.said(size, spec)}; "
+                     f"{video_options.counted(runtime.world_size, 'rank')} on {runtime.device}")  # fmt: skip
+        progress.begin("starting the ranks")
+        runtime.start()
+        for number, (positive, negative) in enumerate(_prompts(arguments, runtime, config, progress)):
+            progress.title(f"video {number + 1} of {count}")
+            result = runtime.sample(
+                model, replace(spec, seed=number), empty, positive, negative,
+                acceleration=AccelerationSpec(measure=True), on_progress=progress.on_progress,
+            )  # fmt: skip
+            changes.append(result.info["acceleration"]["changes"])
+            progress.say(f"video {number + 1} of {count}: denoised in {result.seconds['denoise']:.1f} s")
+    videos = video_options.counted(count, "video")
+    made = f"{videos} of {size.width}x{size.height} x {size.num_frames} in {spec.steps} steps"
+    found = fitted(changes, f"calibrated with {made}, shift {result.info['shift']:g}")
+    if len(found) < (2 if arguments.low_noise or has_low_noise(model.path) else 1):
+        raise ValueError(f"In {spec.steps} steps an expert has less than two, which show no change. Give more --steps.")
+    return found
+
+
+def fitted(videos: list[list[dict]], source: str) -> dict[str, Calibration]:
+    """What is known of each expert after some videos of as many steps. videos: `accelerate.report.Change` as dicts."""
+    by_expert: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for change in (change for video in videos for change in video):
+        by_expert[change["expert"]][change["step"]].append(change)
+    return {expert: _fitted(steps, source) for expert, steps in by_expert.items()}
+
+
+def _fitted(steps: dict[int, list[dict]], source: str) -> Calibration:
+    """Of one expert, of the changes in each of its steps but the first."""
+    changes = [change for step in sorted(steps) for change in steps[step]]
+    x, y = (np.array([change[name] for change in changes]) for name in ("timestep", "output"))
+    degree = min(DEGREE, len(steps) - 1)  # through fewer points than it has coefficients goes more than one
+    coefficients = tuple(float(f"{coefficient:.9g}") for coefficient in np.polyfit(x, y, degree))
+    ratios = (1.0, *(round(mean(change["ratio"] for change in steps[step]), 5) for step in sorted(steps)))
+    return Calibration(coefficients=coefficients, ratios=ratios, source=source)
+
+
+def _video(arguments: Namespace, config: dict) -> tuple[VideoSize, SampleSpec, VaeForm]:
+    """What is made, and of which form its latent is; filled with the model's own. Raises ValueError where the model
+    makes no video from text only."""
+    inputs, outputs = config.get("in_channels", 16), config.get("out_channels", 16)
+    if inputs != outputs:
+        raise ValueError(
+            f"{arguments.model} makes videos from an image, which this command has none of. What was published of such "
+            "models is used without a calibration; else take fbcache or taylorseer, which need none."
+        )
+    form = VaeForm(outputs, spatial=16 if outputs == TI2V_CHANNELS else 8, temporal=4)
+    own = model_defaults(arguments.model, arguments.low_noise)
+    size = video_options.size_of(arguments, own.size, 2 * form.spatial)
+    return size, own.fill(video_options.sampling_of(arguments, seed=0), pixels=size.width * size.height), form
+
+
+def _prompts(
+    arguments: Namespace, runtime: Runtime, config: dict, progress: Progress
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The embeddings [1, tokens, D] of each prompt and of the empty one."""
+    if arguments.random_prompts:
+        for seed in range(arguments.random_prompts):
+            generator = torch.Generator().manual_seed(seed)
+            yield torch.randn(2, 1, RANDOM_TOKENS, config.get("text_dim", 4096), generator=generator).unbind()
+        return
+    encoder = TextEncoderSpec(path=arguments.text_encoder or arguments.model)
+    for prompt in arguments.prompt or PROMPTS:
+        positive, negative = (
+            runtime.encode(encoder, text, on_progress=progress.on_progress).tensor for text in (prompt, "")
+        )
+        yield positive, negative

@@ -1,0 +1,203 @@
+"""`python -m ascend_runtime inspect PATH`: what a model's folder or file holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoints.bounded import read_json
+from ..checkpoints.faults import printable, printable_lines
+from ..checkpoints.formats.tensor_files import open_tensors
+from ..components.checks import check
+from ..components.model_config import check_experts
+from ..models.defaults import Defaults
+from ..models.wan.defaults import defaults_of
+from ..recognition.defaults import defaults_in
+from ..recognition.kinds import KINDS, is_kind, near_to
+from ..recognition.layout import (
+    CLASSES,
+    FOLDERS,
+    Component,
+    existing,
+    find_text_encoder,
+    find_transformer,
+    find_vae,
+    has_folder,
+    has_low_noise,
+    is_in_index,
+    is_original,
+)
+from .progress import Progress
+
+FINDERS: dict[str, Callable[[str], Component]] = {
+    "transformer": find_transformer,
+    "transformer_2": lambda path: find_transformer(path, "transformer_2"),
+    "text_encoder": find_text_encoder,
+    "vae": find_vae,
+}
+COLUMNS = ("part", "format", "files", "dtype", "size", "weights")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part of a model. fault: why it cannot be used, if it cannot; component: None where it is not there, which is no
+    fault where a folder of this layout need not have it."""
+
+    part: str
+    component: Component | None
+    fault: str | None
+
+
+def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
+    """Prints what is there. Returns 0 where there is something, and all of it can be used, as far as is known without
+    the values of its weights."""
+    progress = progress or Progress()
+    try:
+        found = list(inspect(arguments.path, progress.begin))
+    except ValueError as error:
+        progress.refuse(error)
+        return 1
+    progress.begin("sizes")
+    rows = [COLUMNS, *(_row(one, Path(arguments.path).expanduser()) for one in found)]
+    progress.end()
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()))
+    transformers = [one.component for one in found if one.part.startswith("transformer") and one.component]
+    if transformers:
+        print(*map(printable, _told(transformers[0], len(transformers))), sep="\n")
+    faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
+    print(*map(printable_lines, faults), sep="\n", end="\n" if faults else "")
+    return 1 if faults else 0
+
+
+def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> Iterator[Found]:
+    """The parts of a model in a folder, or the one in a file. No weight is read. on_part: called before each.
+
+    Raises ValueError where the path is neither, or it holds nothing known.
+    """
+    root = existing(path)
+    if root.is_file():
+        parts = [kind for kind in KINDS if is_kind(kind, root)]
+        if not parts:
+            kinds = ", ".join(kind.what for kind in KINDS.values())
+            raise ValueError(f"{root} holds none of these: {kinds}. {near_to(root)}".strip())
+    else:
+        parts = _component(root) or [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
+    experts: list[Component] = []
+    found = []
+    for part in parts:
+        on_part(part)
+        found.append(_looked_at(part, path, experts))
+    missing = [one for one in found if one.component is None]
+    if len(missing) == len(found) and not any(_is_due(one.part, root) for one in missing):
+        raise ValueError(missing[0].fault)
+    for one in found:
+        due = one.component is not None or _is_due(one.part, root)
+        yield one if due else Found(one.part, None, None)
+
+
+def _is_due(part: str, root: Path) -> bool:
+    """Whether this part is to be there: it is what the file holds, has a folder, is in the pipeline's index, or the
+    folder is the original's of a whole model."""
+    if root.is_file() or part == "transformer_2" or has_folder(root, part):
+        return True
+    if (root / "model_index.json").is_file():
+        return is_in_index(root, part)
+    is_expert = any(root.name in names[1:] for names in FOLDERS.values())
+    return not is_expert and (is_original(root) or any(root.glob("*.pth")))
+
+
+def _component(root: Path) -> list[str]:
+    """The one that a folder is by its config; none where it is a model's."""
+    config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
+    return [part for part, (key, value) in CLASSES.items() if config.get(key) == value]
+
+
+def _has_low_noise(path: str) -> bool:
+    try:
+        return has_low_noise(path)
+    except ValueError:  # there is to be one: `_looked_at` will say so
+        return True
+
+
+def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
+    """experts: those before it that can be used; gets this one if it can be used with them."""
+    try:
+        component = FINDERS[part](path)
+    except ValueError as error:
+        return Found(part, None, str(error))
+    try:
+        check(part.removesuffix("_2"), component)
+        if part in FOLDERS:
+            check_experts([*experts, component])
+            experts.append(component)
+    except ValueError as error:
+        return Found(part, component, str(error))
+    return Found(part, component, None)
+
+
+def _row(found: Found, root: Path) -> tuple[str, ...]:
+    component = found.component
+    if component is None:
+        lies = root.is_file() or has_folder(root, found.part)
+        return found.part, "-", "-", "-", "-", ("not usable" if lies else "missing") if found.fault else "-"
+    try:
+        dtypes, count = _contents(component)
+    except ValueError:  # which is the fault that was found
+        return found.part, _format(component), str(len(component.shards)), "-", "-", "not whole"
+    size, weights = f"{component.nbytes / 1e9:.2f} GB", f"{count / 1e6:,.1f} M"
+    state = "not whole" if found.fault else "whole"
+    return (
+        found.part, _format(component), str(len(component.shards)), ", ".join(dtypes), size, f"{weights}, {state}"
+    )  # fmt: skip
+
+
+def _contents(component: Component) -> tuple[list[str], int]:
+    """The dtypes of the component's tensors, that of most numbers first, and how many numbers there are."""
+    numbers: Counter[str] = Counter()
+    for shard in component.shards:
+        with open_tensors(shard) as file:
+            own = {name: shape for name, shape in file.shapes.items() if component.rename(name, shard) is not None}
+            for name, shape in own.items():
+                numbers[str(file.dtype(name)).removeprefix("torch.")] += math.prod(shape)
+    return [dtype for dtype, _ in numbers.most_common()], numbers.total()
+
+
+def _format(component: Component) -> str:
+    first = component.shards[0]
+    if component.quantized is not None:
+        return f"msModelSlim {', '.join(component.quantized.algorithms)}"
+    if component.folder is not None:
+        return "diffusers"
+    if first.is_dir() or first.parent.name.startswith("mp_rank_"):
+        return "MindSpeed-MM"
+    return "original" if is_original(first.parent) or first.suffix in (".pth", ".pt") else "single file"
+
+
+def _told(transformer: Component, experts: int) -> Iterator[str]:
+    """What a model is run with where the user does not say, in words. Nothing of a file that cannot be used, which is
+    the transformer's fault."""
+    published = defaults_of(transformer.config, experts)
+    if transformer.defaults is None:
+        yield f"looks as {published.name} does, whose own settings are: {_settings(published)}"
+        return
+    try:
+        own = defaults_in(transformer, experts)
+    except ValueError:
+        return
+    yield f"looks as {published.name} does; {own.source.name} has its own settings: {_settings(own)}"
+
+
+def _settings(own: Defaults) -> str:
+    low_noise = "" if own.low_noise_guidance is None else f" and {own.low_noise_guidance:g} (low noise)"
+    boundary = "" if own.boundary is None else f", boundary {own.boundary:g}"
+    small = "" if own.small_shift is None else f" ({own.small_shift:g} up to 832 x 480)"
+    return (
+        f"{own.steps} steps, shift {own.shift:g}{small}, guidance {own.guidance_scale:g}{low_noise}{boundary}, "
+        f"{own.width} x {own.height}, {own.num_frames} frames at {own.fps} a second"
+    )

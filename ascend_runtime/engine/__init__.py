@@ -1,0 +1,1 @@
+"""A rank's side: it receives jobs, does them, and answers."""

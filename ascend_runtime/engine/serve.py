@@ -1,0 +1,114 @@
+"""A rank's loop: receives a message, has the pipeline do it, replies."""
+
+from __future__ import annotations
+
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+from msgspec.structs import replace
+
+from ..hardware import devices
+from ..wire.channel import Channel, ChannelClosed
+from ..wire.messages import (
+    UNREAD,
+    Cancel,
+    Decode,
+    Describe,
+    Encode,
+    EncodeVideo,
+    Failed,
+    Free,
+    Load,
+    Message,
+    Ping,
+    Ready,
+    Sample,
+    Shutdown,
+    Undecodable,
+)
+from .job import Cancelled, Job, PeerFailed
+from .pipeline import Pipeline
+
+
+def serve(channel: Channel) -> None:
+    """Joins the group, says that this rank is ready, and works until the client leaves."""
+    torch.set_grad_enabled(False)
+    kind = os.environ["ASCEND_RUNTIME_DEVICE"]
+    device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
+    _join_group(kind)
+    pipeline = Pipeline(device)
+    channel.send(Ready(rank=dist.get_rank()))
+    try:
+        while _serve_one(channel, pipeline):
+            pass
+    except ChannelClosed:
+        pass  # the client left without a word
+    os._exit(0)  # destroying a process group can wait for peers that have left already
+
+
+def _serve_one(channel: Channel, pipeline: Pipeline) -> bool:
+    """Waits for a message and answers it; False once it is the last. What is no job is said to be none: a client that
+    waits for an answer gets one, whatever it sent."""
+    try:
+        message = channel.receive()
+    except Undecodable as error:
+        _reply(channel, Failed(job=UNREAD, kind="internal", error=str(error)))
+        return True
+    if type(message) in _WORK:
+        _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
+        if pipeline.device.type == "cpu":
+            devices.empty_cache(pipeline.device)  # other processes need the memory, and what is computed can wait
+    elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may come after its job was done
+        _reply(channel, Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is no job."))
+    return not isinstance(message, Shutdown)
+
+
+def _reply(channel: Channel, answer: Message) -> None:
+    """Sends an answer. One that cannot be sent does not end the rank: it may quote names of files, which are bytes."""
+    try:
+        channel.send(answer)
+    except ValueError as error:
+        if not isinstance(answer, Failed):
+            answer = Failed(job=answer.job, kind="internal", error=str(error))
+        channel.send(replace(answer, error=_writable(answer.error), traceback=_writable(answer.traceback)))
+
+
+def _writable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _join_group(kind: str) -> None:
+    """Meets the other ranks in memory that their starter made and all inherit: nobody else can reach it, or list it."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.FileStore(f"/proc/self/fd/{os.environ['ASCEND_RUNTIME_STORE_FD']}", world_size)
+    dist.init_process_group(devices.BACKENDS[kind], store=store, rank=rank, world_size=world_size)
+
+
+def _answer(job: Job, pipeline: Pipeline) -> Message:
+    """Does the job; whatever goes wrong becomes a reply, so that a user's mistake never ends the rank."""
+    number = job.message.job
+    try:
+        return _WORK[type(job.message)](pipeline, job)
+    except Cancelled:
+        return Failed(job=number, kind="cancelled", error="The job was cancelled.")
+    except PeerFailed:
+        return Failed(job=number, kind="peer", error="Another rank failed.")
+    except ValueError as error:
+        return Failed(job=number, kind="user", error=str(error), traceback=traceback.format_exc())
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        return Failed(job=number, kind="internal", error=text, traceback=traceback.format_exc())
+
+
+_WORK = {
+    Ping: Pipeline.ping,
+    Load: Pipeline.load,
+    Encode: Pipeline.encode,
+    Sample: Pipeline.sample,
+    Decode: Pipeline.decode,
+    EncodeVideo: Pipeline.encode_video,
+    Describe: Pipeline.describe,
+    Free: Pipeline.free,
+}

@@ -1,0 +1,1 @@
+"""The host: its devices, its cores, and the environment of ranks."""

@@ -1,0 +1,1 @@
+"""The families of video models, and what they share."""

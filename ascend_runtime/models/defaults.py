@@ -1,0 +1,50 @@
+"""What a model is run with where the user does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from ..specs import SampleSpec, VideoSize
+
+SMALL_PICTURE = 832 * 480  # pixels, up to which Wan2.1's image-to-video takes another shift
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """name: of the published model. steps, shift, guidance_scale: as in SampleSpec.
+
+    low_noise_guidance, boundary: of models with two experts. small_shift: the shift of pictures of up to SMALL_PICTURE
+    pixels, where it is another. width, height, num_frames, fps: of the videos that it was trained for. source: the
+    model's own file, where that says some of this.
+    """
+
+    name: str
+    steps: int = 50
+    shift: float = 5.0
+    guidance_scale: float = 5.0
+    low_noise_guidance: float | None = None
+    boundary: float | None = None
+    small_shift: float | None = None
+    width: int = 832
+    height: int = 480
+    num_frames: int = 81
+    fps: int = 16
+    source: Path | None = None
+
+    @property
+    def size(self) -> VideoSize:
+        return VideoSize(width=self.width, height=self.height, num_frames=self.num_frames)
+
+    def fill(self, spec: SampleSpec, pixels: int) -> SampleSpec:
+        """`spec` with what it leaves to the model, for pictures of so many pixels.
+
+        A guidance scale that is given is that of both experts.
+        """
+        shift = self.small_shift if self.small_shift and pixels <= SMALL_PICTURE else self.shift
+        own = {"steps": self.steps, "shift": shift, "guidance_scale": self.guidance_scale}
+        if spec.guidance_scale is None:
+            own["guidance_scale_low_noise"] = self.low_noise_guidance
+        return replace(spec, **{name: value for name, value in own.items() if getattr(spec, name) is None})

@@ -1,0 +1,36 @@
+"""Files that are near to what can be used, and are not: known by names, so that a refusal says what they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from ...checkpoints.shards import first
+
+# Networks that have a Wan transformer's parameters and more: what the further ones' names have in them.
+VARIANTS = {
+    "Wan VACE": r"(^|\.)vace_",
+    "Wan Fun Control with a camera": r"(^|\.)control_adapter\.",
+    "Wan Fun Control": r"(^|\.)ref_conv\.",
+    "Wan Animate": r"(^|\.)(pose_patch_embedding|face_adapter|face_encoder|motion_encoder)\.",
+    "Wan S2V (sound to video)": r"(^|\.)(audio_injector|casual_audio_encoder|cond_encoder|frame_packer"
+    r"|trainable_cond_mask)\.",
+    "an audio-driven model, such as HuMo": r"(^|\.)(audio_proj|audio_cross_attn_wrapper|audio_cross_attn|norm_x)\.",
+    "SkyReels diffusion forcing": r"(^|\.)fps_(embedding|projection)\.",
+    "ReCamMaster": r"^blocks\.\d+\.(cam_encoder|projector)\.",
+    "UniAnimate": r"(^|\.)(dwpose_embedding|randomref_embedding_pose)\.",
+}
+
+
+def variant(names: Iterable[str]) -> str:
+    """That a network is one of those with parameters of these names, which a Wan transformer has not; empty where none
+    is known."""
+    names = list(names)
+    for what, pattern in VARIANTS.items():
+        own = [name for name in names if re.search(pattern, name)]
+        if own:
+            return (
+                f"It is {what}, with {len(own)} additional tensors ({first(own)}) cannot be used here. Take a "
+                "text-to-video or an image-to-video model, such as Wan2.2-T2V-A14B or Wan2.2-I2V-A14B."
+            )
+    return ""

@@ -1,0 +1,1 @@
+"""What files hold: which network of which family, in which layout; and LoRA files."""

@@ -1,0 +1,182 @@
+"""The keys of LoRA files: which layer of a Wan transformer each is of, in which role, and for which expert.
+
+    diffusers, PEFT      transformer.blocks.0.attn1.to_q.lora_A.weight     .lora_B.weight .lora_B.bias
+    the original's names diffusion_model.blocks.0.self_attn.q.lora_down.weight     .lora_up.weight .alpha .diff .diff_b
+    kohya, OneTrainer    lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight .alpha
+    older diffusers      transformer.blocks.0.attn1.to_q.lora.down.weight  .lora.up.weight
+    LightX2V             diffusion_model.blocks.0.diff_m                   a difference of that block's modulation
+
+A key means the same in all of them, or is in one only: so each is understood by itself, with any prefix or none. Where
+some keys begin with `transformer_2.`, these are for the low-noise expert, and those with `transformer.` for the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ..models.wan.names import to_diffusers_name
+
+Shapes = dict[str, tuple[int, ...]]
+Keys = dict[str, list[str]]  # by what is to be said of them
+
+HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
+PREFIX = re.compile(
+    r"^(lora_unet__?|lora_transformer_|lycoris_|(base_model\.model\.)?((model\.)?diffusion_model\.|transformer(_2)?\."
+    r"|pipe\.dit2?\.)?)"
+)
+OF_EXPERTS = {LOW_NOISE: re.compile(r"(^|\.)(transformer_2|pipe\.dit2)\.$"),
+              HIGH_NOISE: re.compile(r"(^|\.)(transformer|pipe\.dit)\.$")}  # fmt: skip
+ROLES = {
+    "lora_A.weight": "down", "lora_A.default.weight": "down", "lora_down.weight": "down", "lora.down.weight": "down",
+    "lora_B.weight": "up", "lora_B.default.weight": "up", "lora_up.weight": "up", "lora.up.weight": "up",
+    "lora_B.bias": "up_bias", "lora_B.default.bias": "up_bias",
+    "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m",
+}  # fmt: skip
+# What changes weights by other formulas than these, or by an alpha that is not in the file.
+OTHER_FORMATS = {
+    "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$"),
+    "LoKr (LyCORIS)": re.compile(r"\.lokr_\w+$"),
+    "LoHa (LyCORIS)": re.compile(r"\.hada_\w+$"),
+    "OFT": re.compile(r"\.(oft_\w+|boft_\w+)(\.\w+)*$"),
+    "GLoRA (LyCORIS)": re.compile(r"\.(a1|a2|b1|b2)\.weight$"),
+    "LoCon with a third matrix (LyCORIS)": re.compile(r"\.lora_mid\.weight$"),
+    "LyCORIS with a trained scalar": re.compile(r"\.scalar$"),
+    "Stand-In": re.compile(r"_loras\.(down|up)\.weight$"),
+    "MindSpeed-MM, whose alpha is not in the file": re.compile(r"_attn\.proj_(q|k|v|out)\.lora_[AB]\."),
+}
+# What the original calls its layers, and its parameters that are no layer's.
+ATTENTION = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in ("q", "k", "v", "o", "norm_q", "norm_k")]
+IMAGE_IN_A_BLOCK = [f"cross_attn.{layer}" for layer in ("k_img", "v_img", "norm_k_img")]
+IN_A_BLOCK = [*ATTENTION, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
+IMAGE_LAYERS = [f"img_emb.proj.{number}" for number in (0, 1, 3, 4)]
+OUTSIDE = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
+           "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos", *IMAGE_LAYERS]  # fmt: skip
+# Why keys are left out.
+FOR_AN_IMAGE = "of layers for CLIP's image, which this model lacks"
+FOR_VACE = "of layers of Wan VACE, which this model lacks"
+FOR_LOW_NOISE = "of a low-noise expert, which this model lacks"
+OF_NO_LAYER = "of no layer of this model"
+OF_NO_KIND, TWICE = "of no known kind", "given twice"
+
+
+@dataclass
+class Understood:
+    """The keys of a file.
+
+    layers: of each layer, or parameter that is no layer's, by diffusers' name: the key of each role.
+    left_out: what this model has no place for. faults: what cannot be understood. other_formats: what is no LoRA of
+    low-rank pairs and differences. other_expert: how many are for the other expert of two.
+    """
+
+    layers: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    left_out: Keys = field(default_factory=lambda: defaultdict(list))
+    faults: Keys = field(default_factory=lambda: defaultdict(list))
+    other_formats: Keys = field(default_factory=lambda: defaultdict(list))
+    other_expert: int = 0
+
+    @property
+    def for_an_image(self) -> bool:
+        """Whether some change layers that see CLIP's image, which the model lacks."""
+        return FOR_AN_IMAGE in self.left_out
+
+
+def understood(keys: Iterable[str], shapes: Shapes, expert: str | None) -> Understood:
+    """What the keys of a file change in a network whose parameters have these whole shapes.
+
+    expert: which of two it is ("high_noise" or "low_noise"); None: there is only one.
+    """
+    found, known = Understood(), {*shapes, *_image_parameters(shapes)}
+    spellings = _spellings(known)
+    own = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
+    experts = _experts(keys)
+    for key, whose in experts.items():
+        if expert is not None and whose not in (None, expert):
+            found.other_expert += 1
+            continue
+        other = next((what for what, pattern in OTHER_FORMATS.items() if pattern.search(key)), None)
+        layer, role = _meaning(key, spellings)
+        if other is not None:
+            found.other_formats[other].append(key)
+        elif role is None:
+            found.faults[OF_NO_KIND].append(key)
+        elif layer in own and (expert is not None or whose != LOW_NOISE):
+            _add(found, layer, role, key)
+        else:
+            found.left_out[_why_left_out(key, layer, whose)].append(key)
+    return found
+
+
+def module_name(key: str) -> str:
+    """The name that a trainer's software has for the layer of a key."""
+    rest = PREFIX.sub("", key)
+    return next((rest.removesuffix(f".{suffix}") for suffix in ROLES if rest.endswith(f".{suffix}")), rest)
+
+
+def section(key: str) -> str:
+    """The part of a diffusers pipeline that a key is of."""
+    return "transformer_2" if _named(key) == LOW_NOISE else "transformer"
+
+
+def _add(found: Understood, layer: str, role: str, key: str) -> None:
+    if role in found.layers[layer]:
+        found.faults[TWICE].append(f"{key} and {found.layers[layer][role]}")
+    else:
+        found.layers[layer][role] = key
+
+
+def _why_left_out(key: str, layer: str | None, whose: str | None) -> str:
+    if whose == LOW_NOISE:
+        return FOR_LOW_NOISE
+    if layer is not None:
+        return FOR_AN_IMAGE
+    return FOR_VACE if "vace_" in key else OF_NO_LAYER
+
+
+def _experts(keys: Iterable[str]) -> dict[str, str | None]:
+    """The expert that each key is for; None: for any."""
+    named = {key: _named(key) for key in keys}
+    of_two = LOW_NOISE in named.values()
+    return {key: whose if of_two else None for key, whose in named.items()}
+
+
+def _named(key: str) -> str | None:
+    prefix = PREFIX.match(key)[0]
+    return next((expert for expert, pattern in OF_EXPERTS.items() if pattern.search(prefix)), None)
+
+
+def _meaning(key: str, spellings: dict[str, str]) -> tuple[str | None, str | None]:
+    """(the layer that a key changes, its role in that); each None where it is not known."""
+    rest = PREFIX.sub("", key)
+    for suffix, role in ROLES.items():
+        if rest.endswith(f".{suffix}"):
+            name = rest.removesuffix(f".{suffix}")
+            if role == "diff_m":
+                return spellings.get(f"{name}.modulation") or spellings.get(f"{name}_modulation"), "diff"
+            return spellings.get(name), role
+    return None, None
+
+
+def _image_parameters(shapes: Shapes) -> Iterator[str]:
+    """Those that a network of as many blocks has if it sees an image through CLIP."""
+    layers = [*IMAGE_LAYERS, *(f"blocks.{block}.{layer}" for block in _blocks(shapes) for layer in IMAGE_IN_A_BLOCK)]
+    for original in ["img_emb.emb_pos", *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))]:
+        yield to_diffusers_name(original)
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    return {name.split(".")[1] for name in names if name.startswith("blocks.")}
+
+
+def _spellings(known: set[str]) -> dict[str, str]:
+    """Diffusers' name of each layer, and of each parameter that is no layer's, by all names that it has in files."""
+    own = {name.removesuffix(".weight").removesuffix(".bias") for name in known}
+    blocks = _blocks(known)
+    spelled = {name: name for name in own}
+    for original in [*OUTSIDE, *(f"blocks.{block}.{layer}" for block in blocks for layer in IN_A_BLOCK)]:
+        for name in (to_diffusers_name(f"{original}.weight").removesuffix(".weight"), to_diffusers_name(original)):
+            if name in own:
+                spelled[original] = name
+    return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}

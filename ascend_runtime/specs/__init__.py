@@ -1,0 +1,39 @@
+"""Frozen, validated descriptions of what a job is made of; free of torch."""
+
+from .acceleration import (
+    AccelerationSpec,
+    AttentionCacheSpec,
+    BlockCacheSpec,
+    Calibration,
+    RainFusionSpec,
+    StepCacheSpec,
+    Window,
+)
+from .base import Spec
+from .jobs import OperatorSpec, ProfileSpec, SampleSpec, VideoSize
+from .models import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec
+from .parallel import ParallelSpec
+from .plans import Plan
+from .vae_form import VaeForm
+
+__all__ = [
+    "AccelerationSpec",
+    "AttentionCacheSpec",
+    "BlockCacheSpec",
+    "Calibration",
+    "DiffusionModelSpec",
+    "LoraSpec",
+    "OperatorSpec",
+    "ParallelSpec",
+    "Plan",
+    "ProfileSpec",
+    "RainFusionSpec",
+    "SampleSpec",
+    "Spec",
+    "StepCacheSpec",
+    "TextEncoderSpec",
+    "VaeForm",
+    "VaeSpec",
+    "VideoSize",
+    "Window",
+]

@@ -1,0 +1,79 @@
+"""The base of descriptions: frozen, and of the types that their fields declare; and checks of their values."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any, get_type_hints
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import force_setattr
+
+MAX_PATH = 4096  # characters (limits.h)
+
+
+class Spec(Struct, frozen=True, kw_only=True):
+    """A description. Its fields have their declared types: what stands for the same value (a list for a tuple, an int
+    for a float, a Path for a str, numpy's numbers) is converted. Raises ValueError for anything else."""
+
+    def __post_init__(self):
+        for name, kind in _types(type(self)).items():
+            value = getattr(self, name)
+            try:
+                typed = msgspec.convert(_plain(value), kind)
+            except msgspec.ValidationError as error:
+                raise ValueError(f"{name} is {value!r}. {str(error).replace('null', 'None')}.") from None
+            force_setattr(self, name, typed)
+
+
+def _plain(value: Any) -> Any:
+    """A path as a str, and numpy's numbers as Python's, which messages can carry."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if type(value) not in (bool, int, float) and isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    return value
+
+
+@lru_cache(maxsize=None)
+def _types(spec: type[Spec]) -> dict[str, type]:
+    return get_type_hints(spec)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it can be one of {', '.join(choices)}.")
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+def require_multiple(name: str, value: int, step: int, offset: int, highest: int) -> None:
+    """Raises ValueError, with the nearest that can be, where `value` is not n * step + offset, from the first of these
+    above 0 up to `highest`."""
+    lowest = offset or step
+    if value % step == offset and lowest <= value <= highest:
+        return
+    down = min(max(lowest, (value - offset) // step * step + offset), highest)
+    near = f"The nearest are {down} and {down + step}." if down < highest else f"The nearest is {down}."
+    what = f"{step}n+{offset}" if offset else f"a multiple of {step}"
+    raise ValueError(f"{name} is {value}; it must be {what}, from {lowest} to {highest}. {near}")
+
+
+def make_absolute(spec: Spec, *names: str) -> None:
+    """Ranks work in another folder than their client: a path must mean the same in both, and be one in both."""
+    for name in names:
+        path = getattr(spec, name)
+        if path is not None:
+            if not 0 < len(path) <= MAX_PATH or "\0" in path:
+                shown = repr(path) if len(path) <= MAX_PATH else f"of {len(path)} characters"
+                raise ValueError(f"{name} is {shown}, which is the path of no file. Give the path of one.")
+            if any("\ud800" <= character <= "\udfff" for character in path):
+                raise ValueError(f"{name} is {path!r}, whose name is no text in UTF-8. Rename the file or folder.")
+            force_setattr(spec, name, os.path.abspath(os.path.expanduser(path)))

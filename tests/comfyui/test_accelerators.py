@@ -1,0 +1,131 @@
+"""The accelerators' nodes by way of ComfyUI's API: what they leave out, tell and refuse."""
+
+import re
+
+import av
+import comfy_graphs as graphs
+import pytest
+import torch
+from ascend_runtime.specs.presets import PRESETS
+from comfy_listener import Listener
+from comfy_server import PromptFailed
+
+ATTENTION, BLOCKS, STEPS, RAIN = NODES = (
+    "AscendAttentionCache", "AscendBlockCache", "AscendStepCache", "AscendRainFusion"
+)  # fmt: skip
+MOST = {"preset": "custom", "start": 0, "end": 3, "interval": 4}  # that a cache can leave out of 4 steps
+EMBEDDED = "embedded/tiny_wan"
+FIRST, SECOND = "30", "31"
+
+
+@pytest.fixture(scope="module")
+def listener(comfyui):
+    with Listener(comfyui) as listening:
+        yield listening
+
+
+def accelerated(graph: dict, *nodes: tuple) -> dict:
+    """The graph with these nodes (type, widgets) in a chain."""
+    before = None
+    for number, (kind, widgets) in zip((FIRST, SECOND), nodes):
+        graph[number] = {"class_type": kind, "inputs": {**widgets, **({"acceleration": before} if before else {})}}
+        before = [number, 0]
+    graph[graphs.SAMPLER]["inputs"]["acceleration"] = before
+    return graph
+
+
+def told(comfyui, run) -> str:
+    """What the sampler told, in the history and to the page alike."""
+    (text,) = comfyui.wait(run.prompt_id)["outputs"][graphs.SAMPLER]["text"]
+    assert run.of("executed", graphs.SAMPLER)[-1].data["output"]["text"] == [text]
+    assert f"Ascend: {text}." in comfyui.log
+    return text
+
+
+@pytest.fixture(scope="module")
+def plain(comfyui, listener):
+    run = listener.run(graphs.latent(seed=5, steps=4))
+    assert re.fullmatch(r"4 steps, [\d.]+ s a step; nothing left out", told(comfyui, run))
+    return graphs.saved_latent(comfyui, run.prompt_id)
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_every_preset_makes_a_video(comfyui, listener, kind):
+    """All of a node in one prompt."""
+    graph = graphs.video(EMBEDDED, length=5, steps=3)
+    del graph[graphs.VIDEO], graph[graphs.SAVE]
+    for number, preset in enumerate((*PRESETS, "custom"), start=40):
+        sampler, decode, video, save, node = (f"{number}{part}" for part in "abcde")
+        graph[node] = {"class_type": kind, "inputs": {"preset": preset}}
+        inputs = {**graph[graphs.SAMPLER]["inputs"], "acceleration": [node, 0]}
+        graph[sampler] = {"class_type": "AscendSampler", "inputs": inputs}
+        graph[decode] = {"class_type": "AscendVAEDecode", "inputs": {"samples": [sampler, 0], "vae": [graphs.VAE, 0]}}
+        graph[video] = {"class_type": "CreateVideo", "inputs": {"fps": 16, "images": [decode, 0]}}
+        widgets = {"filename_prefix": "video/preset", "format": "auto", "codec": "auto"}
+        graph[save] = {"class_type": "SaveVideo", "inputs": {**widgets, "video": [video, 0]}}
+    del graph[graphs.SAMPLER], graph[graphs.DECODE]
+    run = listener.run(graph)
+    for number in range(40, 40 + len(PRESETS) + 1):
+        with av.open(str(graphs.saved(comfyui, run.prompt_id, f"{number}d"))) as container:
+            assert len(list(container.decode(video=0))) == 5
+        (text,) = comfyui.wait(run.prompt_id)["outputs"][f"{number}a"]["text"]
+        assert "% of the FLOPs saved; " in text
+
+
+@pytest.mark.parametrize("kind", NODES[:2])
+def test_a_cache_changes_the_video_and_tells_what_it_saved(comfyui, listener, plain, kind):
+    run = listener.run(accelerated(graphs.latent(seed=5, steps=4), (kind, MOST)))
+    latent = graphs.saved_latent(comfyui, run.prompt_id)
+    assert latent.shape == plain.shape and not torch.equal(latent, plain)
+    name = {ATTENTION: "AttentionCache", BLOCKS: "block cache"}[kind]
+    first, second, third = told(comfyui, run).split("; ")
+    (saved,) = re.fullmatch(rf"{name}: 3 of 4 steps reused, (\d+) % of the FLOPs saved", first).groups()
+    assert re.fullmatch(r"[\d.]+ s a step", second)
+    (predicted,) = re.fullmatch(r"([\d.]+)x predicted, [\d.]+x seen", third).groups()
+    assert int(saved) > 0 and abs(float(predicted) - 1 / (1 - int(saved) / 100)) < 0.05
+    assert "'steps_reusing'" not in comfyui.log
+
+
+def test_what_leaves_nothing_out_changes_no_video(comfyui, listener, plain):
+    """interval 1 reuses nothing; RainFusion that begins after the last step is never sparse."""
+    nodes = [(ATTENTION, {"preset": "custom", "interval": 1}), (RAIN, {"preset": "custom", "start": 1000})]
+    run = listener.run(accelerated(graphs.latent(seed=5, steps=4), *nodes))
+    assert torch.equal(graphs.saved_latent(comfyui, run.prompt_id), plain)
+    words = r"AttentionCache and RainFusion v2: 0 of 4 steps reused, attention 100 % dense, 0 % of the FLOPs saved; "
+    assert re.fullmatch(words + r"[\d.]+ s a step", told(comfyui, run))
+
+
+@pytest.mark.parametrize("first, second, says", [
+    (ATTENTION, STEPS, "attention cache and step cache are given; take one of them"),
+    (BLOCKS, ATTENTION, "attention cache and block cache are given; take one of them"),
+    (RAIN, RAIN, "Two of rainfusion are given; take one of them"),
+])  # fmt: skip
+def test_a_chain_that_excludes_itself_is_refused(listener, first, second, says):
+    nodes = [(first, {"preset": "fast"}), (second, {"preset": "quality"})]
+    with pytest.raises(PromptFailed, match=says) as caught:
+        listener.run(accelerated(graphs.latent(seed=6), *nodes))
+    assert caught.value.details["node_id"] == SECOND, "it is the node that says so"
+
+
+@pytest.mark.parametrize("kind, widgets, says", [
+    (ATTENTION, {"interval": 0}, "interval is 0; give 1 to"),
+    (ATTENTION, {"start": 20, "end": 10}, "start is 20 and end is 10; end must not come before start"),
+    (ATTENTION, {"ratio": 0.5}, "ratio is 0.5; give a speed-up from 1 to 10"),
+    (BLOCKS, {"first_block": 3, "last_block": 1}, "the last must not come before the first"),
+    (STEPS, {"method": "deepcache"}, "it can be one of fbcache"),
+    (STEPS, {"order": 5}, "order is 5; give 0 to 4"),
+    (RAIN, {"sparsity": 1.0}, "sparsity is 1.0; give 0 (dense) to less than 1"),
+    (RAIN, {"preset": "best"}, "it can be one of quality, balanced, fast, custom"),
+])  # fmt: skip
+def test_widgets_that_are_wrong_alone_are_refused(comfyui, kind, widgets, says):
+    graph = accelerated(graphs.latent(), (kind, {"preset": "custom", **widgets}))
+    assert says in graphs.refusal(comfyui, graph, FIRST)
+
+
+def test_a_preset_makes_no_use_of_the_other_widgets(comfyui, listener):
+    """Nor refuses what it makes no use of."""
+    latents = []
+    for widgets in ({}, {"start": 3, "end": 1, "interval": 0}):
+        run = listener.run(accelerated(graphs.latent(seed=7, steps=4), (ATTENTION, {"preset": "balanced", **widgets})))
+        latents.append(graphs.saved_latent(comfyui, run.prompt_id))
+    assert torch.equal(*latents)

@@ -1,0 +1,65 @@
+"""Each shipped workflow runs whole in the real ComfyUI, on small models under the names that it asks for."""
+
+import av
+import comfy_graphs as graphs
+import numpy as np
+import published_models
+import pytest
+from make_workflows import FOLDERS
+from PIL import Image
+from shipped_workflows import NAMES, api
+
+SMALL = {"width": 96, "height": 64, "length": 9}
+SIZED = ("EmptyHunyuanLatentVideo", "AscendImageToVideo")
+
+
+@pytest.fixture(scope="module")
+def published(comfyui):
+    """The `comfyui` with the published models, and the image that comes with any ComfyUI."""
+    published_models.write_all(comfyui.base / "models")
+    pixels = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(comfyui.base / "input" / "example.png")
+    return comfyui
+
+
+def made_small(graph: dict) -> dict:
+    """The graph with another size and few steps, and not changed otherwise."""
+    for node in graph.values():
+        inputs = node["inputs"]
+        if node["class_type"] in SIZED:
+            inputs |= SMALL
+        if node["class_type"] == "AscendSampler":
+            inputs["steps"] = inputs["steps"] if 0 < inputs["steps"] < 5 else 2
+    return graph
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_whole(published, name):
+    graph = made_small(api(name))
+    file = graphs.saved(published, published.queue(graph))
+    with av.open(str(file)) as container:
+        rate = container.streams.video[0].average_rate
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert file.name.startswith(graph["11"]["inputs"]["filename_prefix"].removeprefix("video/"))
+    assert frames.shape == (SMALL["length"], SMALL["height"], SMALL["width"], 3)
+    assert rate == graph["10"]["inputs"]["fps"]
+    assert frames[0].std() > 1 and (frames[1:] != frames[:-1]).any(axis=(1, 2, 3)).all(), "it shows nothing"
+
+
+MODELS = [
+    (name, number, key)
+    for name in NAMES
+    for number, node in api(name).items()
+    for key in ("model_name", "low_noise_model_name", "lora_name")
+    if node["inputs"].get(key, "none") != "none" and not name.startswith("tiny_wan")
+]
+
+
+@pytest.mark.parametrize("name, number, key", MODELS)
+def test_a_missing_model_is_refused_with_where_it_can_be_had(published, name, number, key):
+    graph = api(name)
+    missing = graph[number]["inputs"][key] = f"missing_{graph[number]['inputs'][key]}"
+    said = graphs.refusal(published, graph, number)
+    folder = FOLDERS[graph[number]["class_type"]]
+    for part in (f"There is no model {missing!r}", "Comfy-Org/Wan_2.", "from Hugging Face or ModelScope", folder):
+        assert part in said

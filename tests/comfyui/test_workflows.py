@@ -1,0 +1,239 @@
+"""The shipped workflows: UI and API format say the same, open cleanly, lie well, and are in the template browser."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import urllib.request
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from ascend_runtime.commands.queue import workflow as queued
+from comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chromium
+from PIL import Image
+from shipped_workflows import NAMES, WORKFLOWS, api
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
+SHOWING_ALL_NODES = [  # every node that the others have, one of these has too
+    "tiny_wan_fast_text_to_video",
+    "wan2.1_flf2v_14b_first_last_frame_to_video",
+    "wan2.2_i2v_a14b_image_to_video_4_steps",
+]
+TITLE_HEIGHT = 30  # of a node, above its position
+NOTES = ("MarkdownNote", "Note")  # of the page alone: the API format has none
+
+needs_chromium = pytest.mark.skipif(
+    not chromium(), reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it"
+)
+
+
+def ui(name) -> dict:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text())
+
+
+def without_titles(prompt) -> dict:
+    return {number: {key: node[key] for key in ("class_type", "inputs")} for number, node in prompt.items()}
+
+
+def as_saved(prompt, saved) -> dict:
+    """A page's prompt, without inputs that core nodes of newer ComfyUIs have and the `saved` prompt has not."""
+    prompt = without_titles(prompt)
+    for number, node in prompt.items():
+        if not node["class_type"].startswith("Ascend"):
+            known = saved.get(number, {"inputs": {}})["inputs"]
+            node["inputs"] = {name: value for name, value in node["inputs"].items() if name in known}
+    return prompt
+
+
+def own_titles(prompt) -> dict:
+    """Titles of the pack's nodes; those of core nodes change with ComfyUI's version."""
+    ours = {number: node for number, node in prompt.items() if node["class_type"].startswith("Ascend")}
+    return {number: node["_meta"]["title"] for number, node in ours.items()}
+
+
+def box(node) -> tuple:
+    """left, top, right, bottom, with the title."""
+    (x, y), (width, height) = node["pos"], node["size"]
+    return x, y - TITLE_HEIGHT, x + width, y + height
+
+
+def inside(inner, outer) -> bool:
+    return inner[0] >= outer[0] and inner[1] >= outer[1] and inner[2] <= outer[2] and inner[3] <= outer[3]
+
+
+def apart(one, other) -> bool:
+    return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+
+
+def test_every_workflow_has_both_formats_and_a_thumbnail():
+    for folder, ending in ((WORKFLOWS, "json"), (WORKFLOWS / "api", "json"), (WORKFLOWS, "jpg")):
+        assert sorted(file.stem for file in folder.glob(f"*.{ending}")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_lie_apart_each_in_a_group(name):
+    workflow = ui(name)
+    assert workflow["version"] == 0.4
+    boxes = {node["id"]: box(node) for node in workflow["nodes"]}
+    assert [pair for pair in combinations(boxes, 2) if not apart(boxes[pair[0]], boxes[pair[1]])] == []
+    groups = []
+    for group in workflow["groups"]:
+        left, top, width, height = group["bounding"]
+        groups.append((left, top, left + width, top + height))
+    assert all(apart(*pair) for pair in combinations(groups, 2))
+    assert [node for node, its in boxes.items() if sum(inside(its, group) for group in groups) != 1] == []
+    notes = [node for node in workflow["nodes"] if node["type"] in NOTES]
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_run_from_left_to_right(name):
+    """Or down a column: a link never ends left of where its node begins."""
+    workflow = ui(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert workflow["links"]
+    for _, source, _, target, _, _ in workflow["links"]:
+        assert nodes[source]["pos"][0] <= nodes[target]["pos"][0], (source, target)
+
+
+def files_of(workflow) -> dict:
+    """The address of each file that a workflow in UI format asks for, by its place in ComfyUI's models."""
+    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", ())]
+    return {f"{model['directory']}/{model['name']}": model["url"] for model in models}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_has_its_address(name):
+    """In the nodes, for ComfyUI's page, and in the note."""
+    workflow = ui(name)
+    (note,) = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES]
+    values = [value for node in api(name).values() for value in node["inputs"].values()]
+    wanted = {value for value in values if str(value).endswith(".safetensors")}
+    assert {Path(place).name for place in files_of(workflow)} == wanted
+    assert all(url in note for url in files_of(workflow).values())
+
+
+def test_the_documented_lines_get_every_file():
+    """docs/models.md's own shell, with a `comfy` that says what it was asked for."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (REPOSITORY / "docs" / "models.md").read_text(), re.M | re.S)
+    lines = "".join(block for block in blocks if "get" in block)
+    script = f'comfy() {{ echo "$*"; }}\n{lines}'
+    environment = {key: value for key, value in os.environ.items() if key != "HF_ENDPOINT"}
+    asked = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True).stdout
+    pattern = r"--here model download --url (\S+) --relative-path models/(\S+) --filename (\S+)"
+    got = {f"{folder}/{file}": url for url, folder, file in re.findall(pattern, asked)}
+    assert len(got) == len(asked.splitlines())
+    assert got == {place: url for name in NAMES for place, url in files_of(ui(name)).items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_queue_finds_what_it_edits(name):
+    graph = api(name)
+    assert queued.require(graph, queued.PROMPT) == [("5", "text")]
+    assert queued.require_negative(graph) == [("6", "text")]
+    assert queued.require(graph, queued.SEED) == [("8", "seed")]
+    if "image_to_video" in name:
+        assert queued.require_image(graph) == [("12", "image")]
+
+
+def test_templates_are_served_with_thumbnails(comfyui):
+    listed = comfyui.get("/workflow_templates")["ascend-video"]
+    assert sorted(listed) == NAMES
+    for name in NAMES:
+        assert comfyui.get(f"/api/workflow_templates/ascend-video/{name}.json") == ui(name)
+        thumbnail = f"{comfyui.url}/api/workflow_templates/ascend-video/{name}.jpg"
+        with urllib.request.urlopen(thumbnail, timeout=30) as answer:
+            picture = Image.open(io.BytesIO(answer.read()))
+        assert picture.format == "JPEG" and picture.width >= 600 and picture.height >= 300, name
+
+
+@needs_chromium
+def test_template_browser_shows_the_workflows(comfyui):
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    with ComfyBrowser(comfyui, size=(1600, 1800)) as browser:  # it loads the pictures that are in view
+        page = browser.page
+        page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        page.get_by_text("ascend-video", exact=True).first.click()
+        page.wait_for_function("""names => {
+            const loaded = [...document.querySelectorAll('img')].filter(image => image.naturalWidth)
+            return names.every(name => loaded.some(image => image.alt === name))
+        }""", arg=NAMES)
+        page.wait_for_timeout(500)
+        page.screenshot(path=ARTEFACTS / "templates.png")
+
+
+@pytest.fixture(scope="module")
+def browser(comfyui):
+    """One page for the tests from here on; there is only one at a time."""
+    with ComfyBrowser(comfyui) as browser:
+        yield browser
+
+
+@needs_chromium
+def test_page_makes_the_api_format_of_the_ui_format(browser):
+    """Opened in ComfyUI's own page, either format becomes the prompt that the API format is."""
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    errors = []
+    browser.page.on("pageerror", lambda error: errors.append(str(error)))
+    for name in NAMES:
+        browser.open(ui(name))
+        assert as_saved(browser.prompt(), api(name)) == without_titles(api(name)), name
+        assert own_titles(browser.prompt()) == own_titles(api(name)), name
+        browser.page.screenshot(path=ARTEFACTS / f"{name}.png")
+        browser.open(api(name))
+        assert as_saved(browser.prompt(), api(name)) == without_titles(api(name)), name
+    assert errors == []
+
+
+@needs_chromium
+def test_a_workflow_saved_before_an_input_was_added_gets_its_default(browser):
+    """The UI format has a node's values by their order: those of inputs that came later are missing at the end."""
+    workflow = ui("tiny_wan_text_to_video")
+    later = ("attention", "heads_per_call", "warm_up", "quantization")
+    node = next(node for node in workflow["nodes"] if node["type"] == "AscendLoadDiffusionModel")
+    node["inputs"] = [slot for slot in node["inputs"] if slot["name"] not in later]
+    node["widgets_values"] = node["widgets_values"][: -len(later)]
+    browser.open(workflow)
+    expected = api("tiny_wan_text_to_video")
+    assert as_saved(browser.prompt(), expected) == without_titles(expected)
+
+
+@needs_chromium
+def test_page_says_which_files_are_missing(browser):
+    """As it does for its own templates, with buttons to download them or copy their addresses."""
+    text = json.dumps(ui("wan2.2_i2v_a14b_image_to_video_4_steps"))
+    workflow = json.loads(text.replace(".safetensors", "_of_nobody.safetensors"))
+    browser.page.evaluate(f"app.extensionManager.setting.set('{MISSING_MODELS}', true)")
+    browser.open(workflow)
+    places = [place.split("/") for place in files_of(workflow)]
+    dialog, panel = browser.page.get_by_text(" / ".join(places[0])), browser.page.get_by_text("View details")
+    dialog.or_(panel).wait_for()
+    if panel.is_visible():
+        panel.click()
+    browser.page.wait_for_function("""places => {
+        const text = document.body.innerText
+        const forms = ([folder, file]) => [`${folder} / ${file}`, `${file}\\n${folder}\\n`]
+        return places.every(place => forms(place).some(form => text.includes(form))) && text.includes('Download')
+    }""", arg=places)
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", SHOWING_ALL_NODES)
+def test_nodes_lie_apart_in_nodes_2(browser, comfyui, name):
+    """Where ComfyUI's page draws them taller, those with a picture too."""
+    Image.new("RGB", (80, 80)).save(comfyui.base / "input" / "example.png")
+    workflow = ui(name)
+    left, top, right, bottom = zip(*map(box, workflow["nodes"]))
+    whole = min(left), min(top), max(right) - min(left), max(bottom) - min(top)
+    browser.page.evaluate(f"app.extensionManager.setting.set('{NODES_2}', true)")
+    try:
+        browser.open(workflow)
+        browser.show(whole)
+        boxes = browser.boxes()
+    finally:
+        browser.page.evaluate(f"app.extensionManager.setting.set('{NODES_2}', false)")
+    assert set(boxes) == {node["id"] for node in workflow["nodes"]}
+    assert [pair for pair in combinations(boxes, 2) if not apart(boxes[pair[0]], boxes[pair[1]])] == []

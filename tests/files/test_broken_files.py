@@ -1,0 +1,60 @@
+"""A broken file is refused in words, or was broken where it does not matter: never a crash, a hang or half of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import original_formats as formats
+import pytest
+import random_wan
+import tiny_models
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT_DIM = 16
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """One file or folder of each kind and container."""
+    folder = tmp_path_factory.mktemp("files") / "sound"
+    folder.mkdir()
+    tensors = load_file(random_wan.original_transformer(folder / "transformer.safetensors", seed=1, layers=1))
+    tensors["text_embedding.0.weight"] = tensors["text_embedding.0.weight"][:, :TEXT_DIM].contiguous()
+    save_file(tensors, folder / "transformer.safetensors")
+    kept, scales = formats.in_8_bits(tensors)
+    formats.save_old_mark(folder / "transformer_fp8.safetensors", kept, scales)
+    formats.save_new_mark(folder / "transformer_fp8_new.safetensors", kept, scales)
+    torch.save(tensors, folder / "transformer.pth")
+    formats.mindspeed_distributed(folder / "transformer_dcp", tensors)
+    formats.mindspeed_release(folder / "transformer_release", tensors, (1,))
+    formats.original_folder(folder / "transformer_original", tensors)
+    tiny_models.save(tiny_models.wan_pipeline(layers=1, text_layers=1), folder / "diffusers")
+    torch.save(formats.original_vae(tiny_models.randomise(AutoencoderKLWan(base_dim=4), 2)), folder / "vae.pth")
+    config = UMT5Config(vocab_size=40, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1)
+    encoder = tiny_models.randomise(UMT5EncoderModel(config), 3)
+    umt5 = formats.comfyui_umt5(encoder, formats.sentencepiece_model(), torch.float16)
+    save_file(umt5, folder / "text_encoder.safetensors")
+    dim = tensors["blocks.0.ffn.0.weight"].shape[1]
+    low_rank = {"lora_down.weight": torch.randn(4, dim), "lora_up.weight": torch.randn(dim, 4)}
+    lora = {f"lora_unet_blocks_0_self_attn_q.{name}": x for name, x in low_rank.items()}
+    save_file(lora, folder / "lora.safetensors")
+    return folder
+
+
+def test_broken_files(sound, request):
+    seed = int.from_bytes(os.urandom(4), "little")
+    count = 500 if request.config.getoption("--all-broken-files") else 60
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "broken_files.py"), str(sound), str(seed), str(count)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    print(f"seed {seed}: {done.stdout}")
+    assert done.returncode == 0, f"seed {seed}: {done.stderr[-3000:]}"
+    outcomes = json.loads(done.stdout)
+    assert sum(outcomes.values()) == count
+    assert sum(n for outcome, n in outcomes.items() if outcome.endswith("refused")) > count / 4, "it breaks files"

@@ -1,0 +1,288 @@
+"""LoRA files as trainers write them: how strong each layer is, for which expert, and what is refused in words."""
+
+import json
+import math
+import time
+
+import pytest
+import tiny_models
+import torch
+from ascend_runtime import DiffusionModelSpec, LoraSpec
+from ascend_runtime.recognition.lora import Difference, read_lora
+from ascend_runtime.components import Components
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+Q, FFN = "blocks.0.attn1.to_q", "blocks.1.ffn.net.2"
+DIM, WIDTH, RANK = 96, 160, 4
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return shapes_of()
+
+
+def shapes_of(**changes):
+    return {name: tuple(x.shape) for name, x in tiny_models.wan_transformer(**changes).named_parameters()}
+
+
+def pair(name, into=DIM, out=DIM, rank=RANK, down="lora_A", up="lora_B"):
+    return {f"{name}.{down}.weight": torch.ones(rank, into), f"{name}.{up}.weight": torch.ones(out, rank)}
+
+
+def two_layers(prefix="transformer."):
+    return pair(f"{prefix}{Q}") | pair(f"{prefix}{FFN}", WIDTH)
+
+
+def saved(folder, tensors, name="lora.safetensors", header=None, config=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / name, metadata=header and {"lora_adapter_metadata": json.dumps(header)})
+    if config is not None:
+        (folder / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder / name
+
+
+def scales(file, shapes, expert=None):
+    return {name: change.scale for name, change in read_lora(file, shapes, expert).changes.items()}
+
+
+# alpha and rank that are not in the tensors
+
+CONFIGS = {
+    "alpha / r": ({"r": RANK, "lora_alpha": 16}, 4.0, 4.0),
+    "alpha / sqrt(r)": ({"r": RANK, "lora_alpha": 16, "use_rslora": True}, 8.0, 8.0),
+    "a layer's own alpha": ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"attn1.to_q": 2}}, 0.5, 2.0),
+    "a whole name": ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {f"^{Q}": 2, "^to_q": 9, "net.2": 4}}, 0.5, 1.0),
+    "dots that are escaped": ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {r".*\.net\.2$": 4}}, 2.0, 1.0),
+    "the first that fits": ({"r": RANK, "lora_alpha": 8, "alpha_pattern": {"to_q": 2, Q: 4}}, 0.5, 2.0),
+    "layers of another rank": ({"r": 9, "lora_alpha": 18, "rank_pattern": {"to_q": RANK, "net.2": RANK}}, 4.5, 4.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", CONFIGS)
+def test_alpha_is_where_trainers_write_it(tmp_path, shapes, said):
+    """In the header as diffusers packs it, as a model saves it itself, and in PEFT's own folder: by PEFT's formula."""
+    config, of_q, of_ffn = CONFIGS[said]
+    expected = {f"{Q}.weight": of_q, f"{FFN}.weight": of_ffn}
+    packed = {f"transformer.{name}": value for name, value in config.items()}
+    folder = saved(tmp_path / "peft", two_layers("base_model.model."), "adapter_model.safetensors", config=config)
+    in_headers = saved(tmp_path, two_layers(), "packed", packed), saved(tmp_path, two_layers(""), "own", config)
+    for file in (*in_headers, folder):
+        assert scales(file, shapes) == pytest.approx(expected), file
+        assert read_lora(file, shapes).warning == ""
+
+
+def test_alpha_in_a_tensor_comes_first(tmp_path, shapes):
+    tensors = two_layers() | {f"transformer.{Q}.alpha": torch.tensor(8.0)}
+    file = saved(tmp_path, tensors, header={"transformer.r": RANK, "transformer.lora_alpha": 16})
+    assert scales(file, shapes) == {f"{Q}.weight": 2.0, f"{FFN}.weight": 4.0}
+
+
+def test_kohyas_header_is_not_alpha(tmp_path, shapes):
+    """kohya's own software takes the rank where a file has no alpha, whatever its header says."""
+    tensors = pair("lora_unet_blocks_0_self_attn_q", down="lora_down", up="lora_up")
+    save_file(tensors, tmp_path / "kohya", metadata={"ss_network_alpha": "1", "ss_network_dim": "4"})
+    assert scales(tmp_path / "kohya", shapes) == {f"{Q}.weight": 1.0}
+
+
+def test_a_configuration_that_was_lost_is_missed(tmp_path, shapes):
+    renamed = saved(tmp_path / "b", two_layers("base_model.model."), config={"r": RANK, "lora_alpha": 16})
+    for file in (saved(tmp_path / "a", two_layers(""), "adapter_model.safetensors"), renamed):
+        made = read_lora(file, shapes)
+        assert {change.scale for change in made.changes.values()} == {1.0}
+        assert "keeps alpha in adapter_config.json" in made.warning and "another strength" in made.warning
+
+
+def test_a_changed_configuration_is_read_again(checkpoint, tmp_path):
+    components, weights = Components(torch.device("cpu")), {}
+    for alpha in (4, 12):
+        file = saved(tmp_path, two_layers("base_model.model."), "adapter_model.safetensors",
+                     config={"r": RANK, "lora_alpha": alpha})  # fmt: skip
+        model = DiffusionModelSpec(path=str(checkpoint), loras=(LoraSpec(path=str(file)),))
+        weights[alpha] = components.get(model, lambda *_: None).high_noise.get_parameter(f"{Q}.weight").clone()
+    assert_close(weights[12] - weights[4], torch.full((DIM, DIM), 2.0 * RANK))
+
+
+UNUSABLE = {
+    "r is None, and must be a number": {"lora_alpha": 4},
+    "lora_alpha is 'x', and must be a number": {"r": 4, "lora_alpha": "x"},
+    "lora_alpha is True": {"r": 4, "lora_alpha": True},
+    "the number Infinity": {"r": 4, "lora_alpha": math.inf},
+    "r is 0": {"r": 0, "lora_alpha": 4},
+    "asks for use_dora, which is not merged": {"r": 4, "lora_alpha": 4, "use_dora": True},
+    "asks for fan_in_fan_out": {"r": 4, "lora_alpha": 4, "fan_in_fan_out": True},
+    "it is of PEFT's 'LOKR'": {"peft_type": "LOKR", "r": 4, "alpha": 4},
+    "init_lora_weights 'pissa' has changed": {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"},
+    "alpha_pattern is no table": {"r": 4, "lora_alpha": 4, "alpha_pattern": [1]},
+    "alpha_pattern has '(a+)+b'": {"r": 4, "lora_alpha": 4, "alpha_pattern": {"(a+)+b": 4}},
+    "says that blocks.0.attn1.to_q has the rank 8, but its matrices have 4": {"r": 8, "lora_alpha": 8},
+    "it holds no JSON object": "[]",
+    "JSONDecodeError|cannot be used": "{",
+    "nest too deep": "[" * 200_000,
+    "at most 4194304": " " * (4 * 2**20 + 1),
+}
+
+
+@pytest.mark.parametrize("says", UNUSABLE)
+def test_a_configuration_that_is_not_understood_is_refused(tmp_path, shapes, says):
+    config = UNUSABLE[says]
+    file = saved(tmp_path, two_layers("base_model.model."), "adapter_model.safetensors", config=config)
+    with pytest.raises(ValueError) as error:
+        read_lora(file, shapes)
+    assert any(words in str(error.value) for words in says.split("|")), error.value
+    assert "adapter_config.json" in str(error.value)
+
+
+def test_a_header_of_another_part_is_no_strength_of_this(tmp_path, shapes):
+    file = saved(tmp_path, two_layers(), header={"text_encoder.r": 4, "text_encoder.lora_alpha": 16})
+    with pytest.raises(ValueError, match="lora_adapter_metadata cannot be used .it says nothing of the transformer"):
+        read_lora(file, shapes)
+
+
+# Layers
+
+
+def test_the_bias_of_b_is_scaled_as_the_product(tmp_path, shapes):
+    tensors = two_layers() | {f"transformer.{Q}.lora_B.bias": torch.ones(DIM)}
+    file = saved(tmp_path, tensors, header={"transformer.r": RANK, "transformer.lora_alpha": 2})
+    changes = read_lora(file, shapes).changes
+    assert changes[f"{Q}.bias"] == Difference(f"transformer.{Q}.lora_B.bias", 0.5)
+    tensors = {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(DIM)}
+    assert read_lora(saved(tmp_path, tensors), shapes).changes[f"{Q}.bias"].scale == 1.0
+
+
+def test_differences_of_modulation(tmp_path, shapes):
+    """LightX2V's own name of them."""
+    rows = {"blocks.1": 6, "head": 2}
+    tensors = {f"diffusion_model.{name}.diff_m": torch.ones(1, count, DIM) for name, count in rows.items()}
+    changes = read_lora(saved(tmp_path, tensors), shapes).changes
+    assert {name: change.key for name, change in changes.items()} == {
+        "blocks.1.scale_shift_table": "diffusion_model.blocks.1.diff_m",
+        "scale_shift_table": "diffusion_model.head.diff_m",
+    }
+
+
+@pytest.mark.parametrize("prefix, name", [
+    ("pipe.dit.", "blocks.0.self_attn.q"), ("lora_transformer_", "blocks_0_attn1_to_q"),
+    ("lycoris_", "blocks_0_attn1_to_q"),
+])  # fmt: skip
+def test_prefixes_of_other_trainers(tmp_path, shapes, prefix, name):
+    file = saved(tmp_path, pair(f"{prefix}{name}", down="lora_down", up="lora_up"))
+    assert read_lora(file, shapes).changes.keys() == {f"{Q}.weight"}
+
+
+BOTH = pair(f"transformer.{Q}") | pair(f"transformer_2.{Q}") | pair(f"transformer_2.{FFN}", WIDTH)
+
+
+def test_each_expert_gets_its_own_layers(tmp_path, shapes):
+    file = saved(tmp_path, BOTH)
+    high, low = (read_lora(file, shapes, expert) for expert in ("high_noise", "low_noise"))
+    assert {change.up for change in high.changes.values()} == {f"transformer.{Q}.lora_B.weight"}
+    assert {change.up for change in low.changes.values()} == {f"transformer_2.{x}.lora_B.weight" for x in (Q, FFN)}
+    assert high.warning == low.warning == ""
+    only = read_lora(file, shapes)
+    assert only.changes == high.changes
+    assert "4 of a low-noise expert, which this model lacks: transformer_2" in only.warning
+    for expert in ("high_noise", "low_noise"):  # without the other's, it is for whichever expert it is given to
+        assert read_lora(saved(tmp_path, two_layers(), "one"), shapes, expert).changes.keys() == low.changes.keys()
+
+
+@pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
+def test_layers_of_both_experts_of_which_none_fits(tmp_path, shapes, expert):
+    file = saved(tmp_path, pair(f"transformer.{Q}", 64, 64) | pair(f"transformer_2.{Q}", 64, 64))
+    with pytest.raises(ValueError, match="none of its 4 tensors fits. It was made for a model of 64 channels"):
+        read_lora(file, shapes, expert)
+
+
+def test_each_experts_own_alpha(tmp_path, shapes):
+    header = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer_2.r": 4, "transformer_2.lora_alpha": 2}
+    file = saved(tmp_path, BOTH, header=header)
+    assert set(scales(file, shapes, "high_noise").values()) == {2.0}
+    assert set(scales(file, shapes, "low_noise").values()) == {0.5}
+
+
+def test_a_file_for_one_expert_in_a_model_of_two(checkpoints, tmp_path):
+    folder = checkpoints(experts=2)
+    path = str(saved(tmp_path, pair(f"transformer_2.{Q}")))
+
+    def weights(*experts):
+        loras = tuple(LoraSpec(path=path, expert=expert) for expert in experts)
+        model = DiffusionModelSpec(path=str(folder), loras=loras)
+        loaded = Components(torch.device("cpu")).get(model, lambda *_: None)
+        return [expert.get_parameter(f"{Q}.weight") for expert in loaded.experts]
+
+    before, after = weights(), weights("both")
+    assert torch.equal(before[0], after[0])
+    assert_close(after[1] - before[1], torch.full((DIM, DIM), float(RANK)))
+    with pytest.raises(ValueError, match="the expert high_noise, but all its layers are for the other one. Set expert"):
+        weights("high_noise")
+
+
+def test_names_are_looked_at_as_far_as_names_go(tmp_path, shapes):
+    """A file decides how long they are, and patterns take the square of that."""
+    name, began = ".oft_a" * 200_000 + "!", time.monotonic()
+    with pytest.raises(ValueError, match="holds a tensor '.oft_a.oft_a.*, which is no name of one"):
+        read_lora(saved(tmp_path, two_layers() | {name: torch.ones(1)}), shapes)
+    assert time.monotonic() - began < 5
+
+
+# Files for other models, and of other formats
+
+
+OTHERS = {
+    "none of its 2 tensors fits. It was made for a model of 5120 channels (14B); this one has 96 channels.": pair(
+        Q, 5120, 5120),
+    "It was made for a model of 64 channels; this one has 96": pair(Q, 64, 64) | pair("blocks.0.ffn.0", 64, 160),
+    "It was made for a text-to-video model (16 channels); this is an image-to-video model (36 channels)": {
+        "diffusion_model.patch_embedding.diff": torch.ones(DIM, 16, 1, 2, 2)},
+    "2 of layers of Wan VACE, which this model lacks": pair("vace_blocks.0.self_attn.q"),
+    "2 of no layer of this model: blocks.9": pair("blocks.9.self_attn.q"),
+    "2 of a low-noise expert, which this model lacks": pair(f"transformer_2.{Q}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("says", OTHERS)
+def test_a_file_of_which_nothing_fits_is_refused(tmp_path, says):
+    file = saved(tmp_path, OTHERS[says])
+    with pytest.raises(ValueError) as error:
+        read_lora(file, shapes_of(in_channels=36))
+    assert f"{file} is no LoRA for this model" in str(error.value) and says in str(error.value), error.value
+
+
+FORMATS = {
+    "DoRA": {f"transformer.{Q}.dora_scale": torch.ones(DIM, 1)},
+    "DoRA ": {f"base_model.model.{Q}.lora_magnitude_vector.weight": torch.ones(DIM)},
+    "LoKr (LyCORIS)": {"lora_unet_blocks_0_self_attn_q.lokr_w1": torch.ones(4, 4)},
+    "LoHa (LyCORIS)": {"lora_unet_blocks_0_self_attn_q.hada_w1_a": torch.ones(DIM, 4)},
+    "OFT": {"lora_unet_blocks_0_self_attn_q.oft_blocks": torch.ones(4, 4)},
+    "LoCon with a third matrix": {f"lycoris_{Q.replace('.', '_')}.lora_mid.weight": torch.ones(4, 4)},
+    "Stand-In": {"diffusion_model.blocks.0.self_attn.q_loras.up.weight": torch.ones(DIM, 4)},
+    "MindSpeed-MM, whose alpha is not in the file": pair(
+        "blocks.0.self_attn.proj_q", down="lora_A.default", up="lora_B.default"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_that_are_not_merged_are_named(tmp_path, shapes, name):
+    file = saved(tmp_path, two_layers() | FORMATS[name])
+    with pytest.raises(ValueError) as error:
+        read_lora(file, shapes)
+    assert f"{file} cannot be merged here. Tensors" in str(error.value) and f"of {name.strip()}" in str(error.value)
+
+
+def test_what_changes_nothing_is_said(tmp_path, shapes):
+    """alpha 0, and matrices of rank 0."""
+    alpha = {f"transformer.{Q}.alpha": torch.tensor(0.0)}
+    for name, tensors in (("a", pair(f"transformer.{Q}") | alpha), ("b", pair(f"transformer.{Q}", rank=0))):
+        assert f"as alpha or the rank is 0: {Q}.weight" in read_lora(saved(tmp_path, tensors, name), shapes).warning
+
+
+@pytest.mark.parametrize("alpha, says", [
+    (torch.tensor(True), f"to be numbers: transformer.{Q}.alpha as torch.bool"),
+    (torch.tensor(1e9), f"10,000 times their product: transformer.{Q}.alpha by 2.5e+08"),
+])  # fmt: skip
+def test_an_alpha_that_is_none(tmp_path, shapes, alpha, says):
+    file = saved(tmp_path, two_layers() | {f"transformer.{Q}.alpha": alpha})
+    with pytest.raises(ValueError) as error:
+        read_lora(file, shapes)
+    assert says in str(error.value) and str(file) in str(error.value)

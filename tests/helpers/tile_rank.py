@@ -1,0 +1,53 @@
+"""A rank of a VAE in tiles, for a test: `main()` by gloo_ranks, in FOLDER.
+
+FOLDER holds the VAEs (diffusers folders), cases.json with what each is to do, and what that works on
+(inputs.safetensors, by number). The rank writes its part of the results, which lie in memory that all ranks map
+(result-NUMBER), and what it sent in each case, a list of [operation, bytes], to sent-RANK.json. Where a case names the
+bytes that are free on each rank, it is to be refused, and the rank writes the words to refused-RANK.json.
+"""
+
+import json
+
+import gloo_ranks
+import torch
+import torch.distributed as dist
+from ascend_runtime.hardware import devices
+from ascend_runtime.models.wan import vae as wan_vae
+from ascend_runtime.parallel import tiles
+from ascend_runtime.engine.video import decode_video, encode_video
+from counting_rank import Sent
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file
+
+
+def main():
+    torch.set_grad_enabled(False)
+    folder, rank, _ = gloo_ranks.join()
+    inputs = load_file(folder / "inputs.safetensors")
+    vaes, sent, refused = {}, [], []
+    for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
+        name = case["vae"]
+        if name not in vaes:
+            vaes[name] = wan_vae.streamed(AutoencoderKLWan.from_pretrained(folder / name).eval())
+        if case["grid"]:
+            tiles.grid_of = lambda *_, grid=case["grid"]: tiles.Grid(*map(tuple, grid))
+        work = {"decode": decode_video, "encode": encode_video}[case["work"]]
+        if "room" in case:
+            devices.room = lambda _, free=case["room"][rank]: free
+        with Sent() as counted:
+            try:
+                work(vaes[name], inputs[str(number)], shared(folder, number, case["shape"]), lambda *_: None)
+            except ValueError as error:
+                if "room" not in case:
+                    raise
+                refused.append(str(error))
+        sent.append(counted.noted)
+    for what, noted in {"sent": sent, "refused": refused}.items():
+        (folder / f"{what}-{rank}.json").write_text(json.dumps(noted))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def shared(folder, number, shape):
+    """The memory of a result, filled with NaN: what no rank writes is seen."""
+    return torch.from_file(str(folder / f"result-{number}"), shared=True, size=torch.Size(shape).numel()).view(shape)

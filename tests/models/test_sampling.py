@@ -1,0 +1,87 @@
+"""Sigmas and solvers against a case whose answer is known: normally distributed videos.
+
+For clean latents of mean m and standard deviation s, the velocity is known in closed form, and the flow from the
+noise n ends at m + s n.
+"""
+
+import math
+
+import pytest
+import torch
+from ascend_runtime import SampleSpec
+from ascend_runtime.engine.sampling import denoise, make_scheduler, noise_of, simple_sigmas
+from ascend_runtime.specs.jobs import SCHEDULES, SOLVERS
+from torch.testing import assert_close
+
+SHAPE = (1, 16, 2, 4, 4)
+MEAN, DEVIATION, SHIFT = 0.4, 0.7, 3.0
+
+
+def deviation_at(sigma):
+    """Standard deviation of (1 - sigma) x + sigma n."""
+    return math.hypot((1 - sigma) * DEVIATION, sigma)
+
+
+def velocity(latent, timestep, step):
+    """E[n - x | latent], the exact prediction for normally distributed videos."""
+    sigma = timestep / 1000
+    deviation = (latent - (1 - sigma) * MEAN) / deviation_at(sigma) ** 2
+    return sigma * deviation - (MEAN + (1 - sigma) * DEVIATION**2 * deviation)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_solvers_reach_the_known_end(solver, schedule):
+    spec = SampleSpec(seed=5, steps=40, solver=solver, schedule=schedule, shift=SHIFT)
+    latent = denoise(velocity, spec, torch.zeros(SHAPE))
+    expected = MEAN + DEVIATION * noise_of(SHAPE, 5)
+    assert_close(latent, expected, atol=0.15 if solver == "euler" else 0.03, rtol=0.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_more_steps_are_nearer(solver):
+    expected = MEAN + DEVIATION * noise_of(SHAPE, 5)
+    specs = [SampleSpec(seed=5, steps=steps, solver=solver, shift=5.0) for steps in (5, 20, 80)]
+    errors = [(denoise(velocity, spec, torch.zeros(SHAPE)) - expected).abs().max() for spec in specs]
+    assert errors[0] > 2 * errors[1] and errors[1] > 2 * errors[2]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_given_sigmas_may_begin_late_and_end_early(solver):
+    """Noise is mixed into the latent given; the end is scaled as core ComfyUI hands it to the next sampler."""
+    first, last = 0.8, 0.2
+    sigmas = tuple(torch.linspace(first, last, 40, dtype=torch.float64).tolist())
+    clean = MEAN + DEVIATION * noise_of(SHAPE, 6)
+    latent = denoise(velocity, SampleSpec(seed=5, solver=solver, sigmas=sigmas, shift=5.0), clean)
+    mixed = (1 - first) * clean + first * noise_of(SHAPE, 5)
+    whitened = (mixed - (1 - first) * MEAN) / deviation_at(first)
+    expected = ((1 - last) * MEAN + deviation_at(last) * whitened) / (1 - last)
+    assert_close(latent, expected, atol=0.15 if solver == "euler" else 0.03, rtol=0.0)
+
+
+def test_schedule_simple_takes_every_nth_of_a_thousand_shifted_sigmas():
+    shifted = [SHIFT * t / (1000 + (SHIFT - 1) * t) for t in range(1, 1001)]
+    assert simple_sigmas(4, SHIFT) == pytest.approx([shifted[999], shifted[749], shifted[499], shifted[249], 0.0])
+    assert simple_sigmas(3, SHIFT) == pytest.approx([shifted[999], shifted[666], shifted[333], 0.0])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_given_sigmas_win_over_steps_schedule_and_shift(solver):
+    sigmas = (1.0, 0.7, 0.3, 0.0)
+    scheduler = make_scheduler(SampleSpec(solver=solver, sigmas=sigmas, steps=50, schedule="simple", shift=9.0))
+    assert_close(scheduler.sigmas, torch.tensor(sigmas), atol=2e-6, rtol=0.0)
+    assert_close(scheduler.timesteps, torch.tensor(sigmas[:-1]) * 1000)
+
+
+def test_each_step_tells_what_it_foresees():
+    told = []
+    spec = SampleSpec(seed=5, steps=30, solver="euler", schedule="simple", shift=5.0)
+    latent = denoise(velocity, spec, torch.zeros(SHAPE), lambda *news: told.append(news))
+    assert [(step, total) for step, total, _ in told] == [(step, 30) for step in range(1, 31)]
+    assert_close(told[0][2], torch.full(SHAPE, MEAN), atol=1e-3, rtol=0.0)  # of pure noise: the mean
+    assert_close(told[-1][2], latent, atol=1e-5, rtol=0.0)
+
+
+def test_the_noise_is_that_of_a_cpu_generator():
+    seed = 2**63 + 5
+    assert torch.equal(noise_of(SHAPE, seed), torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)))

@@ -1,0 +1,177 @@
+"""The shape of the code: imports go one way, each module keeps to what it knows, functions fit a screen."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from layers import LAYERS, inside, layer_of
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = "ascend_runtime"
+
+MOST_LAYERS, MOST_AT_THE_TOP, MOST_FILES = 14, 3, 14
+# What only some modules may import, by the first part of the name, or by the whole of it.
+RESERVED = {
+    "torch_npu": ("ascend_runtime.ops.libraries",),
+    "mindiesd": ("ascend_runtime.ops.libraries",),
+    "socket": tuple(f"ascend_runtime.{name}" for name in ("wire", "client.group", "engine.worker", "commands.queue")),
+    "subprocess": ("ascend_runtime.client.group", "ascend_runtime.commands.queue"),
+    "safetensors": ("ascend_runtime.checkpoints",),
+    "transformers": ("ascend_runtime.components", "ascend_runtime.models"),
+    "torch.distributed": tuple(f"ascend_runtime.{name}" for name in ("ops", "parallel", "engine")),
+}
+COMFYUI = {"comfy", "comfy_api", "comfy_api_nodes", "comfy_extras", "comfy_execution", "execution", "folder_paths",
+           "latent_preview", "node_helpers", "nodes", "server"}  # fmt: skip
+# Takes the numbers of its codes, and none of its readers.
+PICKLE_READERS = ("ascend_runtime.checkpoints.formats.pickles",)
+PICKLES = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+LONGEST_FUNCTION = 60
+TABLES = {"define_schema"}  # a node's inputs, one after the other: data, that happens to stand in a function
+LONGEST_LINE = 120
+
+
+def modules():
+    """All our modules that ship: dotted name -> file."""
+    files = [path for package in (RUNTIME, "nodes") for path in (ROOT / package).rglob("*.py")]
+    return {dotted(path): path for path in sorted(files)}
+
+
+def dotted(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imports(name, path):
+    """(imported module's absolute name, line) of every import in a module, also those inside functions."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - (node.level - 1)] if node.level else []
+            base = ".".join([*parts, node.module] if node.module else parts)
+            for alias in node.names:  # `from . import devices` imports a module, `from .specs import X` a name of one
+                whole = f"{base}.{alias.name}"
+                yield (whole if is_module(whole) else base), node.lineno
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@pytest.mark.parametrize("name", modules())
+def test_imports_go_down(name):
+    if name == RUNTIME:
+        return  # resolves its names on first use; holds no import of its own modules
+    own = layer_of(name)
+    assert own is not None, f"{name} is in no layer of this test; give it one"
+    for imported, line in imports(name, modules()[name]):
+        other = layer_of(imported)
+        if other is None or imported.split(".")[0] == name.split(".")[0] == "nodes":
+            continue
+        same_package = own == other
+        assert other > own or same_package, (
+            f"{name}:{line} imports {imported}: from {LAYERS[own][0]!r} up to {LAYERS[other][0]!r}"
+        )
+
+
+@pytest.mark.parametrize("name", modules())
+def test_reserved_imports(name):
+    for imported, line in imports(name, modules()[name]):
+        for reserved, owners in RESERVED.items():
+            allowed = not inside(imported, reserved) or any(inside(name, owner) for owner in owners)
+            assert allowed, f"{name}:{line} imports {imported}; only {owners} may"
+        careful = imported == "pickle" and name in PICKLE_READERS
+        assert careful or imported.split(".")[0] not in PICKLES, f"{name}:{line} imports {imported}"
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if inside(name, RUNTIME)])
+def test_the_runtime_knows_nothing_of_comfyui(name):
+    for imported, line in imports(name, modules()[name]):
+        assert imported.split(".")[0] not in COMFYUI, f"{name}:{line} imports {imported}"
+
+
+def test_only_the_bridge_knows_the_client():
+    users = [name for name, path in modules().items() if inside(name, "nodes")
+             and any(inside(i, "ascend_runtime.client") or i == RUNTIME for i, _ in imports(name, path))]  # fmt: skip
+    assert users == ["nodes.comfy_bridge"]
+
+
+def test_layers_name_modules_that_exist():
+    for _, members in LAYERS:
+        for member in members:
+            assert is_module(member) or (ROOT / member.replace(".", "/")).is_dir(), f"{member} is gone"
+
+
+@pytest.mark.parametrize("module, unwanted", [
+    ("ascend_runtime", "torch"),
+    ("ascend_runtime.specs", "torch"),
+    ("ascend_runtime.commands.command_line", "torch"),
+    ("ascend_runtime.commands.progress", "torch"),
+    ("ascend_runtime.client.runtime", "diffusers"),
+    ("ascend_runtime.client.runtime", "transformers"),
+])  # fmt: skip
+def test_light_modules_stay_light(module, unwanted):
+    """Also through what they import."""
+    probe = f"import sys, {module}; sys.exit({unwanted!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=ROOT, timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", modules())
+def test_functions_fit_a_screen(name):
+    tree = ast.parse(modules()[name].read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name not in TABLES:
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= LONGEST_FUNCTION, f"{name}.{node.name} has {lines} lines"
+        bare = isinstance(node, ast.ExceptHandler) and node.type is None
+        assert not bare, f"{name}:{node.lineno} is a bare except"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_no_syntax_that_python_3_10_lacks(name):
+    """x[:, *place] is of Python 3.11, and ast.parse(feature_version=(3, 10)) takes it."""
+    for node in ast.walk(ast.parse(modules()[name].read_text(), feature_version=(3, 10))):
+        cut = node.slice if isinstance(node, ast.Subscript) else None
+        if isinstance(cut, ast.Tuple) and any(isinstance(one, ast.Starred) for one in cut.elts):
+            in_parentheses = (cut.lineno, cut.col_offset) < (cut.elts[0].lineno, cut.elts[0].col_offset)
+            assert in_parentheses, f"{name}:{node.lineno} has a star in a subscript"
+
+
+@pytest.mark.parametrize("name", modules())
+def test_modules_say_what_they_are(name):
+    text = modules()[name].read_text()
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("folder", [RUNTIME, "nodes", "tests", "scripts", "benchmarks"])
+def test_lines_are_at_most_120_wide(folder):
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")]
+    assert files
+    wide = [
+        f"{file.relative_to(ROOT)}:{number} has {len(line)} columns"
+        for file in files
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if len(line) > LONGEST_LINE
+    ]
+    assert not wide, "\n".join(wide)
+
+
+def test_this_test_sees_an_arrow_that_runs_up(tmp_path):
+    path = tmp_path / "sequence.py"
+    path.write_text("def f():\n    from ..models import wan\n    from .. import ops\nimport torch.nn\n")
+    found = dict(imports("ascend_runtime.parallel.sequence", path))
+    assert found == {"ascend_runtime.models.wan": 2, "ascend_runtime.ops": 3, "torch.nn": 4}
+    assert layer_of("ascend_runtime.models.wan") < layer_of("ascend_runtime.parallel.sequence")
+
+
+def test_the_house_has_few_rooms_and_none_is_crowded():
+    assert len(LAYERS) <= MOST_LAYERS
+    at_the_top = {path.stem for path in (ROOT / RUNTIME).glob("*.py")} - {"__init__", "__main__"}
+    assert len(at_the_top) <= MOST_AT_THE_TOP, at_the_top
+    folders = {path.parent for path in modules().values()}
+    crowded = {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py")))) > MOST_FILES}
+    assert not crowded
