@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
-from ascend_runtime.models.wan.transformer import keeps_fp32
+from ascend_runtime.models.wan.weights import keeps_fp32
 
 from . import cold_load
 from .memory import GIVES_BACK, highest_rss, pss, rss

@@ -13,10 +13,11 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ascend_runtime.models.quantized import WAYS, QuantizedLinear, linears, quantize
+from ascend_runtime.models.shared.quantized import WAYS, QuantizedLinear, linears, quantize
 from ascend_runtime.checkpoints.reader import assign
-from ascend_runtime.models.context import Context
-from ascend_runtime.models.wan.transformer import WanTransformer, kept_in_8_bits
+from ascend_runtime.models.wan.context import Context
+from ascend_runtime.models.wan.transformer import WanTransformer
+from ascend_runtime.models.wan.weights import kept_in_8_bits
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.ops.quantization import quantized_rows
 

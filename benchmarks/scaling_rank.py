@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ascend_runtime.models.context import Context
+from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanBlock
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.ops.plain import RotaryTable
-from ascend_runtime.parallel.cfg import guided
+from ascend_runtime.parallel.cfg import computed, guided
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
 from ascend_runtime.specs import Plan
@@ -87,7 +87,7 @@ def _measure(block: _Block, rounds: int) -> dict:
     for name, (plan, options) in SHARED.items():
         modes[name] = block.on(spread(mesh_of("cpu", plan), block.operators, **options))
     group = mesh_of("cpu", Plan(cfg=2)).group("cfg")
-    modes["cfg"] = lambda: guided(lambda branch: whole(), 5.0, group)
+    modes["cfg"] = lambda: guided(*computed(("cond", "uncond"), lambda branch: whole(), group), 5.0)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in modes}
     for turn in range(rounds + 1):
         for name, mode in modes.items():

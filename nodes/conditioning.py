@@ -37,4 +37,5 @@ class TextEncode(io.ComfyNode):
             text_encoder.ranks, lambda runtime, hooks: runtime.encode(text_encoder.spec, text, **hooks)
         )
         warnings = "\n".join(result.info.get("warnings", ()))
-        return io.NodeOutput([[result.tensor, {"pooled_output": None}]], ui=ui.PreviewText(warnings))
+        extras = {"pooled_output": result.conditioning.pooled}
+        return io.NodeOutput([[result.tensor, extras]], ui=ui.PreviewText(warnings))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import comfy.clip_vision
-import comfy.latent_formats
 import comfy.utils
 import torch
 from torch import Tensor
@@ -11,8 +10,7 @@ from torch import Tensor
 from ..ascend_runtime.specs import VaeForm
 from ..ascend_runtime.wire.messages import Conditioning
 
-_UNUSED = {"pooled_output"}  # what a CONDITIONING may carry and no Wan network reads
-_IMAGES = {"concat_latent_image", "concat_mask", "clip_vision_output"}
+_READ = {"pooled_output", "concat_latent_image", "concat_mask", "clip_vision_output"}
 
 
 def samples_of(latent: dict) -> Tensor:
@@ -39,8 +37,8 @@ def conditioning_of(conditioning: list, name: str, samples: Tensor) -> Condition
             "Put the prompts into one text instead of combining conditionings."
         )
     text, extras = conditioning[0]
-    extras = {key: value for key, value in extras.items() if value is not None and key not in _UNUSED}
-    unknown = sorted(extras.keys() - _IMAGES)
+    extras = {key: value for key, value in extras.items() if value is not None}
+    unknown = sorted(extras.keys() - _READ)
     if unknown:
         raise ValueError(
             f"The {name} conditioning carries {', '.join(unknown)}, which Ascend Sampler does not honour. "
@@ -49,6 +47,7 @@ def conditioning_of(conditioning: list, name: str, samples: Tensor) -> Condition
     image, mask, clip = (extras.get(key) for key in ("concat_latent_image", "concat_mask", "clip_vision_output"))
     return Conditioning(
         text=text,
+        pooled=extras.get("pooled_output"),
         concat_latent=None if image is None else _resized(image, samples),
         concat_mask=None if mask is None else _mask(mask, samples),
         clip_vision=None if clip is None else clip.penultimate_hidden_states,
@@ -102,8 +101,3 @@ def joined(*outputs: comfy.clip_vision.Output | None) -> comfy.clip_vision.Outpu
     both = comfy.clip_vision.Output()
     both.penultimate_hidden_states = torch.cat([output.penultimate_hidden_states for output in given], dim=-2)
     return both
-
-
-def empty_wan22_latent(*shape: int) -> Tensor:
-    """A latent [B,48,T,H,W] that is zeros once it is normalised."""
-    return comfy.latent_formats.Wan22().process_out(torch.zeros(shape))

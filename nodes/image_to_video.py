@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ascend_runtime.models.wan.defaults import TI2V_CHANNELS
+from ..ascend_runtime.models.registry import family
 from ..ascend_runtime.specs import VaeForm, VideoSize
 from . import comfy_bridge, core_types, types
 from .validation import refusal
@@ -83,10 +83,10 @@ class ImageToVideo(io.ComfyNode):
         start, end = (image if image is None else core_types.pixels_of(image, name, width, height)
                       for name, image in images.items())  # fmt: skip
         clip = core_types.joined(clip_vision_output, clip_vision_end_output)
-        if form.channels == TI2V_CHANNELS:
+        if family(form.family).known_in_latent(form):
             if end is not None or clip is not None:
                 raise ValueError(
-                    "Wan2.2-TI2V-5B, to which this VAE belongs, takes only a start_image. Disconnect end_image and "
+                    "Models with this VAE, such as Wan2.2-TI2V-5B, take only a start_image. Disconnect end_image and "
                     "both clip_vision outputs, or take another model with its VAE."
                 )
             return io.NodeOutput(positive, negative, _latent_with_start(vae, form, size, batch_size, start))
@@ -121,7 +121,7 @@ def _latent_with_start(vae, form: VaeForm, size: VideoSize, batch: int, start: T
         return {"samples": torch.zeros(batch, *shape[1:])}
     count = (min(len(start), size.num_frames) - 1) // form.temporal * form.temporal + 1  # that make latent frames
     known = _encoded(vae, start[:count])
-    samples, mask = core_types.empty_wan22_latent(*shape), torch.ones(1, 1, *shape[2:])
+    samples, mask = family(form.family).empty_latent(shape), torch.ones(1, 1, *shape[2:])
     samples[:, :, : known.shape[2]] = known
     mask[:, :, : known.shape[2]] = 0
     return {"samples": samples.repeat(batch, 1, 1, 1, 1), "noise_mask": mask.repeat(batch, 1, 1, 1, 1)}

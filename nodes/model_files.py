@@ -9,7 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ..ascend_runtime.checkpoints.msmodelslim import DESCRIPTION
-from ..ascend_runtime.recognition.kinds import HUBS
+from ..ascend_runtime.models.hubs import HUBS
 from .validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"

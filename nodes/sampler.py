@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..ascend_runtime.acceleration.report import words_of
+from ..ascend_runtime.models.registry import schedules
 from ..ascend_runtime.specs import AccelerationSpec, SampleSpec
-from ..ascend_runtime.specs.jobs import MAX_SEED, SCHEDULES, SOLVERS
+from ..ascend_runtime.specs.jobs import MAX_SEED, SIMPLE, SOLVERS
 from . import comfy_bridge, core_types, types
 
 
@@ -61,8 +62,8 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "scheduler",
-                    options=list(SCHEDULES),
-                    default="wan",
+                    options=[*schedules(), SIMPLE],
+                    default=schedules()[0],
                     tooltip="How the steps are spread. wan: as the original for this solver. simple: as core does.",
                 ),
                 io.Float.Input(

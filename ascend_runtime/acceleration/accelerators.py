@@ -7,8 +7,8 @@ from typing import Callable
 
 from torch import Tensor
 
-from ..models.block_stack import EVERYTHING, At, Attend, Pass, Stack
 from ..models.cost import Work
+from ..models.shared.block_stack import EVERYTHING, At, Attend, BlockStack, Pass
 from ..ops import PlainOperators
 from ..specs import AccelerationSpec, AttentionCacheSpec, Calibration, StepCacheSpec, Window
 from ..specs.acceleration import CALIBRATED
@@ -94,7 +94,7 @@ class _Pass(Pass):
     ):
         self._at, self._attention, self._stack, self._rainfusion = at, attention, stack, rainfusion
 
-    def blocks(self, stack: Stack, tokens: Tensor) -> Tensor:
+    def blocks(self, stack: BlockStack, tokens: Tensor) -> Tensor:
         return super().blocks(stack, tokens) if self._stack is None else self._stack.blocks(self._at, stack, tokens)
 
     def attention(self, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:

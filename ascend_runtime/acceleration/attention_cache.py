@@ -10,7 +10,7 @@ from typing import Callable
 
 from torch import Tensor
 
-from ..models.block_stack import At
+from ..models.shared.block_stack import At
 from ..specs import Window
 from .tally import Tally
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..models.block_stack import At, Stack
+from ..models.shared.block_stack import At, BlockStack
 from ..specs import Window
 from .tally import Tally
 
@@ -19,13 +19,13 @@ class BlockCache:
         self._tally = tally
         self._kept: dict[tuple[str, str], Tensor] = {}
 
-    def blocks(self, at: At, stack: Stack, tokens: Tensor) -> Tensor:
+    def blocks(self, at: At, stack: BlockStack, tokens: Tensor) -> Tensor:
         """The tokens [B, S, D] after the whole stack."""
         tokens = stack.through(tokens, range(self._blocks.start))
         tokens = self._range(at, stack, tokens)
         return stack.through(tokens, range(self._blocks.stop, stack.count))
 
-    def _range(self, at: At, stack: Stack, tokens: Tensor) -> Tensor:
+    def _range(self, at: At, stack: BlockStack, tokens: Tensor) -> Tensor:
         key = (at.expert, at.branch)
         keeps = self._window.stores(at.step, self._steps)
         if self._window.reuses(at.step, self._steps) and key in self._kept:

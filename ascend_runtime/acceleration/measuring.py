@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.block_stack import At, Stack
+from ..models.shared.block_stack import At, BlockStack
 from ..parallel.mesh import summed
-from .step_rules import Reference, modulation
+from .step_rules import Reference
 from .tally import Change, Tally
 
 
@@ -20,14 +20,14 @@ class Measuring:
         self._norms: Tensor | None = None
         self._step: int | None = None
 
-    def blocks(self, at: At, stack: Stack, tokens: Tensor) -> Tensor:
+    def blocks(self, at: At, stack: BlockStack, tokens: Tensor) -> Tensor:
         """The tokens [B, S, D] after the whole stack."""
         out = stack.through(tokens, range(stack.count))
         if self._step != at.step:  # cond, or the one branch of this rank
             seen = None, None, None
             if at.branch == "cond":
                 added = (out - tokens)[:, : self._own].float()
-                seen = modulation(stack.timestep, self._own), out[:, : self._own], added.norm(dim=-1)
+                seen = stack.indicator(tokens, self._own), out[:, : self._own], added.norm(dim=-1)
             if self._step is not None:
                 self._tally.changed(Change(at.expert, at.step, *self._changes(*seen)))
             self._timestep.keep(seen[0])

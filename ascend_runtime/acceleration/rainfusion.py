@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..models.block_stack import At, Attend
+from ..models.shared.block_stack import At, Attend
 from ..ops import PlainOperators
 from ..specs import RainFusionSpec
 from . import masks

@@ -14,7 +14,7 @@ from typing import Collection, Protocol
 
 from torch import Tensor
 
-from ..models.block_stack import At, Stack
+from ..models.shared.block_stack import At, BlockStack
 from .tally import Tally
 
 
@@ -23,7 +23,7 @@ class Rule(Protocol):
 
     leading: int
 
-    def sees(self, stack: Stack, tokens: Tensor, led: Tensor) -> Tensor | None:
+    def sees(self, stack: BlockStack, tokens: Tensor, led: Tensor) -> Tensor | None:
         """What it looks at, in the cond branch. tokens, led [B, S, D]: before and after the leading blocks."""
 
     def reuses(self, step: int, seen: Tensor | None, forced: bool) -> bool:
@@ -46,7 +46,7 @@ class StepCache:
         self._left_out = 0  # in a row
         self._decided: tuple[int | None, bool] = None, False
 
-    def blocks(self, at: At, stack: Stack, tokens: Tensor) -> Tensor:
+    def blocks(self, at: At, stack: BlockStack, tokens: Tensor) -> Tensor:
         """The tokens [B, S, D] after the whole stack."""
         led = stack.through(tokens, range(self._rule.leading))
         if self._decided[0] != at.step:

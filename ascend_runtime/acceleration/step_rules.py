@@ -8,10 +8,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from ..models.block_stack import Stack
+from ..models.shared.block_stack import BlockStack
 from ..parallel.mesh import summed
-
-SAMPLED = 64  # of a timestep for each token, one channel of so many is compared: all would be as large as six tokens
 
 
 class Reference:
@@ -45,7 +43,7 @@ class FirstBlock:
         self._threshold, self._own = threshold, own
         self._computed = Reference()
 
-    def sees(self, stack: Stack, tokens: Tensor, led: Tensor) -> Tensor:
+    def sees(self, stack: BlockStack, tokens: Tensor, led: Tensor) -> Tensor:
         return led[:, : self._own] - tokens[:, : self._own]
 
     def reuses(self, step: int, seen: Tensor | None, forced: bool) -> bool:
@@ -69,8 +67,8 @@ class TeaCache:
         self._before = Reference()
         self._expected = 0.0
 
-    def sees(self, stack: Stack, tokens: Tensor, led: Tensor) -> Tensor:
-        return modulation(stack.timestep, self._own)
+    def sees(self, stack: BlockStack, tokens: Tensor, led: Tensor) -> Tensor:
+        return stack.indicator(tokens, self._own)
 
     def reuses(self, step: int, seen: Tensor | None, forced: bool) -> bool:
         if not forced:
@@ -83,7 +81,7 @@ class TeaCache:
 
 
 class MagCache:
-    """The error that is made, as the known magnitudes of what the blocks add foretell it, is small (arXiv 2506.09045).
+    """The error that is made, as the known magnitudes of what the blocks add predict it, is small (arXiv 2506.09045).
 
     ratios: of these magnitudes, to those of the step before, by the number of the step.
     """
@@ -94,7 +92,7 @@ class MagCache:
         self._threshold, self._ratios = threshold, ratios
         self._ratio, self._error = 1.0, 0.0
 
-    def sees(self, stack: Stack, tokens: Tensor, led: Tensor) -> None:
+    def sees(self, stack: BlockStack, tokens: Tensor, led: Tensor) -> None:
         return None
 
     def reuses(self, step: int, seen: Tensor | None, forced: bool) -> bool:
@@ -115,16 +113,11 @@ class Always:
     def __init__(self, threshold: float):
         self._reuses = threshold > 0
 
-    def sees(self, stack: Stack, tokens: Tensor, led: Tensor) -> None:
+    def sees(self, stack: BlockStack, tokens: Tensor, led: Tensor) -> None:
         return None
 
     def reuses(self, step: int, seen: Tensor | None, forced: bool) -> bool:
         return self._reuses and not forced
-
-
-def modulation(timestep: Tensor, own: int) -> Tensor:
-    """What is compared of a timestep's projection [B, 6, D], or [B, S, 6, D] with one a token, `own` of them real."""
-    return timestep if timestep.ndim == 3 else timestep[:, :own, :, ::SAMPLED]
 
 
 def polynomial(coefficients: Sequence[float], x: float) -> float:

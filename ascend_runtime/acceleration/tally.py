@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from statistics import median
 from typing import NamedTuple
 
-from ..models.block_stack import At
 from ..models.cost import Work
+from ..models.shared.block_stack import At
 
 
 class Change(NamedTuple):

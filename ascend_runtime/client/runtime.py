@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..hardware import devices
+from ..models.registry import require_schedule
 from ..specs import (
     AccelerationSpec,
     Calibration,
@@ -217,7 +218,10 @@ class Runtime:
         return self._do(lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), **hooks)
 
     def encode(self, encoder: TextEncoderSpec, text: str, **hooks) -> Result:
-        """The embedding [1, 512, D] of a prompt, fp32, zeros behind its end."""
+        """The embedding [1, tokens, D] of a prompt, fp32, padded with zeros to the model's own length.
+
+        What else the model's encoders make of it is in `tensors`, such as "pooled" [1, D].
+        """
         check_kind("encoder", encoder, TextEncoderSpec)
         check_prompt(text)
         return self._do(lambda job: Encode(job=job, encoder=encoder, text=text), **hooks)
@@ -285,7 +289,7 @@ class Runtime:
             shape = _form(submit, vae).decoded_shape(latent.shape)
             with lend(shape, torch.float32) as (image, shared):
                 done = submit(lambda job: Decode(job=job, vae=vae, latent=latent, frames=shared))
-        return Result(image, done.seconds, done.info)
+        return Result(image, seconds=done.seconds, info=done.info)
 
     def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
         """The latent [1,C,T',H',W'], fp32 and not normalised, of frames [T,H,W,3] in 0..1; T is 4n+1."""
@@ -295,7 +299,7 @@ class Runtime:
             shape = _form(submit, vae).encoded_shape(frames.shape)
             with lend(shape, torch.float32) as (latent, shared):
                 done = submit(lambda job: EncodeVideo(job=job, vae=vae, frames=frames, latent=shared))
-        return Result(latent, done.seconds, done.info)
+        return Result(latent, seconds=done.seconds, info=done.info)
 
     def vae_form(self, vae: VaeSpec, **hooks) -> VaeForm:
         """The VAE's channels, and how many pixels and frames one element of its latents covers. Reads no weight."""
@@ -374,6 +378,7 @@ class Runtime:
 def _check_sampling(model, spec, latent, positive, negative, noise_mask) -> None:
     check_kind("model", model, DiffusionModelSpec)
     check_kind("spec", spec, SampleSpec)
+    require_schedule(spec.schedule)
     check_tensor("latent", latent)
     check_conditioning("positive", positive)
     check_conditioning("negative", negative, optional=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..hardware import host
 from ..wire.channel import ChannelClosed, SealedMessage
-from ..wire.messages import UNREAD, Cancel, Done, Failed, Message, Preview, Progress, Undecodable
+from ..wire.messages import UNREAD, Cancel, Conditioning, Done, Failed, Message, Preview, Progress, Undecodable
 from .group import COMPUTING, Rank, RankGroup
 
 logger = logging.getLogger(__name__)
@@ -45,11 +45,18 @@ class RanksSilent(RankError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a job returned. seconds: synchronised wall time by stage, of the slowest rank."""
+    """What a job returned. tensors: further results by name. seconds: synchronised wall time by stage, of the slowest
+    rank."""
 
     tensor: Tensor | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Of an encoded prompt: what `Runtime.sample` takes."""
+        return Conditioning(text=self.tensor, pooled=self.tensors.get("pooled"))
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,7 @@ class Submission:
         stages = {stage for answer in answers for stage in answer.seconds}
         seconds = {stage: max(answer.seconds.get(stage, 0.0) for answer in answers) for stage in sorted(stages)}
         info = {name: fact for answer in reversed(answers) for name, fact in answer.info.items()}  # rank 0's count most
-        return Result(answers[0].tensor, seconds, info)
+        return Result(answers[0].tensor, answers[0].tensors, seconds, info)
 
 
 class _Silence:

@@ -17,10 +17,12 @@ from ..checkpoints.faults import printable
 from ..client.group import RankDied
 from ..client.runtime import Runtime
 from ..client.submission import RankError
-from ..models.wan.defaults import TI2V_CHANNELS
+from ..recognition.component import Component
 from ..recognition.defaults import model_defaults
-from ..recognition.layout import find_transformer, has_low_noise
+from ..recognition.folders import has_low_noise
+from ..recognition.layout import find_transformer
 from ..specs import AccelerationSpec, Calibration, ParallelSpec, SampleSpec, TextEncoderSpec, VaeForm, VideoSize
+from ..wire.messages import Conditioning
 from . import video_options
 from .progress import Progress
 
@@ -53,8 +55,8 @@ def run(arguments: Namespace, progress: Progress | None = None) -> int:
 def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration]:
     """What there is to know of each expert. Raises ValueError for what cannot be done."""
     model = video_options.model_of(arguments)
-    config = find_transformer(model.path).config
-    size, spec, form = _video(arguments, config)
+    transformer = find_transformer(model.path)
+    size, spec, form = _video(arguments, transformer)
     changes, empty = [], torch.zeros(form.latent_shape(size))
     count = arguments.random_prompts or len(arguments.prompt or PROMPTS)
     with Runtime(ParallelSpec(ranks=arguments.ranks), device=arguments.device) as runtime:
@@ -62,7 +64,7 @@ def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration
                      f"{video_options.counted(runtime.world_size, 'rank')} on {runtime.device}")  # fmt: skip
         progress.begin("starting the ranks")
         runtime.start()
-        for number, (positive, negative) in enumerate(_prompts(arguments, runtime, config, progress)):
+        for number, (positive, negative) in enumerate(_prompts(arguments, runtime, transformer, progress)):
             progress.title(f"video {number + 1} of {count}")
             result = runtime.sample(
                 model, replace(spec, seed=number), empty, positive, negative,
@@ -79,7 +81,7 @@ def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration
 
 
 def fitted(videos: list[list[dict]], source: str) -> dict[str, Calibration]:
-    """What is known of each expert after some videos of as many steps. videos: `accelerate.report.Change` as dicts."""
+    """What is known of each expert after some videos of as many steps. videos: `acceleration.tally.Change` as dicts."""
     by_expert: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for change in (change for video in videos for change in video):
         by_expert[change["expert"]][change["step"]].append(change)
@@ -96,33 +98,33 @@ def _fitted(steps: dict[int, list[dict]], source: str) -> Calibration:
     return Calibration(coefficients=coefficients, ratios=ratios, source=source)
 
 
-def _video(arguments: Namespace, config: dict) -> tuple[VideoSize, SampleSpec, VaeForm]:
+def _video(arguments: Namespace, found: Component) -> tuple[VideoSize, SampleSpec, VaeForm]:
     """What is made, and of which form its latent is; filled with the model's own. Raises ValueError where the model
     makes no video from text only."""
-    inputs, outputs = config.get("in_channels", 16), config.get("out_channels", 16)
-    if inputs != outputs:
+    if not found.family.makes_from_text(found.config):
         raise ValueError(
             f"{arguments.model} makes videos from an image, which this command has none of. What was published of such "
             "models is used without a calibration; else take fbcache or taylorseer, which need none."
         )
-    form = VaeForm(outputs, spatial=16 if outputs == TI2V_CHANNELS else 8, temporal=4)
+    form = found.family.form(found.config)
     own = model_defaults(arguments.model, arguments.low_noise)
     size = video_options.size_of(arguments, own.size, 2 * form.spatial)
     return size, own.fill(video_options.sampling_of(arguments, seed=0), pixels=size.width * size.height), form
 
 
 def _prompts(
-    arguments: Namespace, runtime: Runtime, config: dict, progress: Progress
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The embeddings [1, tokens, D] of each prompt and of the empty one."""
+    arguments: Namespace, runtime: Runtime, transformer: Component, progress: Progress
+) -> Iterator[tuple[Tensor | Conditioning, Tensor | Conditioning]]:
+    """What the model is given of each prompt, and of the empty one."""
     if arguments.random_prompts:
         for seed in range(arguments.random_prompts):
             generator = torch.Generator().manual_seed(seed)
-            yield torch.randn(2, 1, RANDOM_TOKENS, config.get("text_dim", 4096), generator=generator).unbind()
+            width = transformer.family.text_width(transformer.config)
+            yield torch.randn(2, 1, RANDOM_TOKENS, width, generator=generator).unbind()
         return
     encoder = TextEncoderSpec(path=arguments.text_encoder or arguments.model)
     for prompt in arguments.prompt or PROMPTS:
         positive, negative = (
-            runtime.encode(encoder, text, on_progress=progress.on_progress).tensor for text in (prompt, "")
+            runtime.encode(encoder, text, on_progress=progress.on_progress).conditioning for text in (prompt, "")
         )
         yield positive, negative

@@ -146,19 +146,19 @@ def _calibrate_begins(arguments: Namespace) -> str:
 
 COMMANDS = {
     "inspect": Command(
-        "say what a model's folder or file holds", ".inspection", _declare_inspect,
+        "say what a model's folder or file holds", ".commands.inspection", _declare_inspect,
         lambda arguments: existing(arguments.path) and None, lambda arguments: f"looking at {arguments.path}",
     ),
     "calibrate": Command(
-        "find out what TeaCache and MagCache have to know of a model", ".calibration", _declare_calibrate,
+        "find out what TeaCache and MagCache have to know of a model", ".commands.calibration", _declare_calibrate,
         _check_calibrate, _calibrate_begins,
     ),
     "compare": Command(
-        "make one video with and without accelerators, side by side", ".comparison.command", _declare_compare,
+        "make one video with and without accelerators, side by side", ".commands.comparison.command", _declare_compare,
         _check_compare, _compare_begins,
     ),
     "convert": Command(
-        "write a model as diffusers or MindSpeed-MM keep it", ".conversion", _declare_convert, _check_convert,
+        "write a model as diffusers or MindSpeed-MM keep it", ".commands.conversion", _declare_convert, _check_convert,
         lambda arguments: f"converting {arguments.source} into {arguments.target}, in the layout of {arguments.to}",
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime convert SOURCE TARGET --to FORMAT`: a model anew, as diffusers or MindSpeed-MM keep it."""
+"""`python -m ascend_runtime convert SOURCE TARGET --to FORMAT`: a model in diffusers' or MindSpeed-MM's layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ..checkpoints.bounded import read_json
 from ..checkpoints.faults import printable, shown
 from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.paths import CALIBRATION, DEFAULTS, file_of
-from ..checkpoints.reader import check_weights
 from ..checkpoints.states import states
 from ..checkpoints.tokenizers import SPIECE, check_class, tokenizer_model
 from ..checkpoints.writing.links import own_file, own_files, resolved
@@ -28,11 +27,9 @@ from ..checkpoints.writing.transfer import Move, fill, laid_out
 from ..checkpoints.writing.unfinished import partial_folder, sync, unfinished
 from ..checkpoints.writing.writers import PIECE
 from ..components.networks import empty_network
-from ..models.wan import transformer as wan
-from ..models.wan.configs import HEAD_DIM
-from ..models.wan.defaults import TI2V_CHANNELS, defaults_of
-from ..models.wan.names import to_mindspeed_name
-from ..recognition.layout import CLASSES, FOLDERS, STANDARD_NAMES, Component, has_folder
+from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
+from ..recognition.component import Component
+from ..recognition.folders import FOLDERS, STANDARD_NAMES, has_folder
 from ..recognition.mindspeed import RELEASE, TRACKER, WEIGHTS
 from ..specs.models import WEIGHT_DTYPES
 from .inspection import inspect
@@ -41,14 +38,6 @@ from .progress import Progress
 DTYPES = dict(zip(WEIGHT_DTYPES, (None, torch.bfloat16, torch.float16, torch.float32)))
 INDEX, CONFIG = "model_index.json", "config.json"
 SCHEDULER = Path("scheduler", "scheduler_config.json")
-PIPELINE = {  # in its index: libraries and classes of what it consists of
-    "scheduler": ("diffusers", "UniPCMultistepScheduler"),
-    "text_encoder": ("transformers", "UMT5EncoderModel"),
-    "tokenizer": ("transformers", "T5TokenizerFast"),
-    "transformer": ("diffusers", "WanTransformer3DModel"),
-    "transformer_2": ("diffusers", "WanTransformer3DModel"),
-    "vae": ("diffusers", "AutoencoderKLWan"),
-}
 NOTHING = (None, None)  # in the place of what it has not
 
 
@@ -153,10 +142,10 @@ def planned(
         _plan_own_files(plan, parts)
         return plan
     _plan_tokenizer(plan, parts)
-    alone = len(parts) == 1 and not (plan.copies or plan.texts)
+    single = len(parts) == 1 and not (plan.copies or plan.texts)
     for part, component in parts.items():
-        _plan_component(plan, Path("" if alone else part), part, component, dtype, shard_size)
-    if not alone:
+        _plan_component(plan, Path("" if single else part), part, component, dtype, shard_size)
+    if not single:
         _plan_pipeline(plan, parts)
     _plan_own_files(plan, parts)
     return plan
@@ -170,7 +159,7 @@ def _parts(source: Path, to: str, left_out: list[str], on_part: Callable[[str], 
             continue
         if to == "mindspeed" and found.part not in FOLDERS:
             if found.component:
-                left_out.append(f"{found.part}: MindSpeed-MM's layout is of transformers alone; take --to diffusers")
+                left_out.append(f"{found.part}: MindSpeed-MM's layout has only transformers; take --to diffusers")
         elif found.component:  # `_moves` finds out whether its weights fit; what is to lie beside them may lack
             parts[found.part] = found.component
         elif found.part == "transformer_2" or has_folder(source, found.part):
@@ -189,8 +178,8 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
             f"{component.quantized.file} says that the {part} is quantized; other formats have no place for that. "
             "Convert the model's bf16 or fp16 form."
         )
-    network = empty_network(part.removesuffix("_2"), component)
-    places = check_weights(network, component.shards, component.rename, identify=component.identify)
+    network = empty_network(component)
+    places = component.places_in(network)
     held = {}
     for shard in component.shards:
         with open_tensors(shard) as file:
@@ -198,25 +187,29 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
     names = [name for name in network.state_dict() if name in places]
     return [
         Move(name, place.shard, place.key, place.scale,
-             torch.empty(place.shape, dtype=_dtype(part, name, held[name], dtype), device="meta"))
+             torch.empty(place.shape, dtype=_dtype(component, name, held[name], dtype), device="meta"))
         for name, place in ((name, places[name]) for name in names)
     ]  # fmt: skip
 
 
-def _dtype(part: str, name: str, held: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+def _dtype(component: Component, name: str, held: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     """That of a weight in the target. What is loaded in fp32, whatever the dtype of the blocks, loses nothing."""
     wanted = asked or (torch.bfloat16 if held.itemsize == 1 else held)
-    exact = part == "vae" or part in FOLDERS and wan.keeps_fp32(name)
+    part = component.kind.name
+    exact = part == VAE or part == TRANSFORMER and component.family.weights.fp32(name)
     return torch.float32 if exact and wanted != held else wanted
 
 
 def _plan_release(plan: Plan, folder: Path, part: str, component: Component, dtype: torch.dtype | None) -> None:
     """A transformer as MindSpeed-MM's converter leaves it, in one pipeline stage."""
-    width = component.config.get("attention_head_dim", HEAD_DIM)
-    if width != HEAD_DIM:
-        raise ValueError(f"{component.shards[0]} has heads of {width} channels. MindSpeed-MM's layout has no config, "
-                         f"and is read as of {HEAD_DIM}. Convert it with --to diffusers.")  # fmt: skip
-    moves = {to_mindspeed_name(move.name): move for move in _moves(part, component, dtype)}
+    for name, value in component.part.hidden.items():
+        if component.config.get(name, value) != value:
+            raise ValueError(f"{component.shards[0]} has {name} {component.config[name]}. MindSpeed-MM's layout has no "
+                             f"config, and is read with {value}. Convert it with --to diffusers.")  # fmt: skip
+    to_mindspeed = component.family.to_mindspeed
+    if to_mindspeed is None:
+        raise ValueError(f"MindSpeed-MM has no {component.kind.what}. Convert it with --to diffusers.")
+    moves = {to_mindspeed(move.name): move for move in _moves(part, component, dtype)}
     plan.moves[folder / RELEASE / "mp_rank_00" / WEIGHTS] = moves
     plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()
 
@@ -226,7 +219,7 @@ def _plan_component(
 ) -> None:
     """A component as diffusers or transformers save it: their names of files, and of what is in them."""
     moves = {move.name: move for move in _moves(part, component, dtype)}
-    standard = STANDARD_NAMES[part == "text_encoder"]
+    standard = STANDARD_NAMES[part.startswith(TEXT_ENCODER)]
     try:
         split = split_torch_state_dict_into_shards(
             {name: move.made for name, move in moves.items()},
@@ -240,8 +233,8 @@ def _plan_component(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         plan.texts[folder / f"{standard}.index.json"] = _json(index)
-    key, value = CLASSES[part.removesuffix("_2")]
-    own = {name: told for name, told in component.config.items() if name not in ("dtype", "torch_dtype")}
+    key, value = component.part.class_name
+    own = {name: entry for name, entry in component.config.items() if name not in ("dtype", "torch_dtype")}
     plan.texts[folder / CONFIG] = _json({key: value, **own})
     if component.folder:  # such as the latents' colours beside a VAE
         found = own_files(component.folder, plan.root, "*.json", deepest=0)
@@ -250,19 +243,22 @@ def _plan_component(
 
 
 def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
-    """Beside a text encoder, where transformers' finds it."""
-    if "text_encoder" not in parts:
-        return
-    found = parts["text_encoder"].tokenizer
+    """Next to a text encoder, where transformers finds it."""
+    for part, component in parts.items():
+        if part.startswith(TEXT_ENCODER):
+            _plan_one_tokenizer(plan, component.tokenizer, Path(part.replace(TEXT_ENCODER, "tokenizer")))
+
+
+def _plan_one_tokenizer(plan: Plan, found: Path | None, to: Path) -> None:
     if found is None or not found.exists():
-        plan.left_out.append("tokenizer: there is none in the text encoder's file, nor beside it")
+        plan.left_out.append("tokenizer: there is none in the text encoder's file, nor next to it")
     elif found.is_dir():
         check_class(found)
-        plan.copy(found, Path("tokenizer"))
+        plan.copy(found, to)
     else:
         tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}
-        plan.texts[Path("tokenizer", SPIECE)] = tokenizer_model(found)
-        plan.texts[Path("tokenizer", "tokenizer_config.json")] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
+        plan.texts[to / SPIECE] = tokenizer_model(found)
+        plan.texts[to / "tokenizer_config.json"] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
 
 
 def _plan_own_files(plan: Plan, parts: dict[str, Component]) -> None:
@@ -285,23 +281,14 @@ def _plan_pipeline(plan: Plan, parts: dict[str, Component]) -> None:
             if name not in parts and (source / name).is_dir():
                 plan.copy(source / name, Path(name))
         return
-    classes = {name: NOTHING for name in PIPELINE}
-    classes |= {name: PIPELINE[name] for name in (*parts, *(path.parts[0] for path in (*plan.copies, *plan.texts)))
-                if name in PIPELINE}  # fmt: skip
-    told = {"_class_name": "WanPipeline"}
-    if "transformer" in parts:
-        config = parts["transformer"].config
-        own = defaults_of(config, sum(part in FOLDERS for part in parts))
-        scheduler = {"num_train_timesteps": 1000, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        classes["scheduler"] = PIPELINE["scheduler"]
-        plan.texts[SCHEDULER] = _json({"_class_name": classes["scheduler"][1], **scheduler, "flow_shift": own.shift})
-        told |= {"boundary_ratio": own.boundary, "expand_timesteps": config["out_channels"] == TI2V_CHANNELS}
-        if config["in_channels"] != config["out_channels"]:
-            told["_class_name"] = "WanImageToVideoPipeline"
-            classes |= {"image_encoder": NOTHING, "image_processor": NOTHING}
-        if config.get("image_dim"):
-            plan.left_out.append("image_encoder: CLIP is not converted; give diffusers' pipeline one from elsewhere")
-    plan.texts[Path(INDEX)] = _json({**told, **classes})
+    first = next(iter(parts.values()))
+    pipeline = first.family.pipeline({name: component.config for name, component in parts.items()})
+    if pipeline.scheduler is not None:
+        plan.texts[SCHEDULER] = _json(dict(pipeline.scheduler))
+    made = {*parts, *(path.parts[0] for path in (*plan.copies, *plan.texts))}
+    classes = {name: entry if entry and name in made else NOTHING for name, entry in pipeline.classes.items()}
+    plan.left_out += pipeline.left_out
+    plan.texts[Path(INDEX)] = _json({"_class_name": pipeline.class_name, **pipeline.settings, **classes})
 
 
 def _json(content: dict) -> bytes:

@@ -12,33 +12,20 @@ from pathlib import Path
 from ..checkpoints.bounded import read_json
 from ..checkpoints.faults import printable, printable_lines
 from ..checkpoints.formats.tensor_files import open_tensors
+from ..checkpoints.paths import existing
 from ..components.checks import check
 from ..components.model_config import check_experts
 from ..models.defaults import Defaults
-from ..models.wan.defaults import defaults_of
+from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
+from ..models.registry import families
+from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from ..recognition.kinds import KINDS, is_kind, near_to
-from ..recognition.layout import (
-    CLASSES,
-    FOLDERS,
-    Component,
-    existing,
-    find_text_encoder,
-    find_transformer,
-    find_vae,
-    has_folder,
-    has_low_noise,
-    is_in_index,
-    is_original,
-)
+from ..recognition.folders import FOLDERS, has_folder, has_low_noise, is_in_index, is_original
+from ..recognition.kinds import is_kind, kinds, near_to
+from ..recognition.layout import find_part, find_transformer
 from .progress import Progress
 
-FINDERS: dict[str, Callable[[str], Component]] = {
-    "transformer": find_transformer,
-    "transformer_2": lambda path: find_transformer(path, "transformer_2"),
-    "text_encoder": find_text_encoder,
-    "vae": find_vae,
-}
+LOW_NOISE = "transformer_2"
 COLUMNS = ("part", "format", "files", "dtype", "size", "weights")
 
 
@@ -82,12 +69,12 @@ def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> It
     """
     root = existing(path)
     if root.is_file():
-        parts = [kind for kind in KINDS if is_kind(kind, root)]
+        parts = list(dict.fromkeys(kind.name for kind in kinds() if is_kind(kind, root)))
         if not parts:
-            kinds = ", ".join(kind.what for kind in KINDS.values())
-            raise ValueError(f"{root} holds none of these: {kinds}. {near_to(root)}".strip())
+            known = ", ".join(kind.what for kind in kinds())
+            raise ValueError(f"{root} holds none of these: {known}. {near_to(root)}".strip())
     else:
-        parts = _component(root) or [part for part in FINDERS if part != "transformer_2" or _has_low_noise(path)]
+        parts = _component(root) or _parts_of_a_model(path, root)
     experts: list[Component] = []
     found = []
     for part in parts:
@@ -104,7 +91,7 @@ def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> It
 def _is_due(part: str, root: Path) -> bool:
     """Whether this part is to be there: it is what the file holds, has a folder, is in the pipeline's index, or the
     folder is the original's of a whole model."""
-    if root.is_file() or part == "transformer_2" or has_folder(root, part):
+    if root.is_file() or part == LOW_NOISE or has_folder(root, part):
         return True
     if (root / "model_index.json").is_file():
         return is_in_index(root, part)
@@ -115,7 +102,16 @@ def _is_due(part: str, root: Path) -> bool:
 def _component(root: Path) -> list[str]:
     """The one that a folder is by its config; none where it is a model's."""
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    return [part for part, (key, value) in CLASSES.items() if config.get(key) == value]
+    named = (kind for kind in kinds() if config.get(kind.part.class_name[0]) == kind.part.class_name[1])
+    return list(dict.fromkeys(kind.name for kind in named))
+
+
+def _parts_of_a_model(path: str, root: Path) -> list[str]:
+    """What a whole model may have, in this order; further text encoders where they are there or should be."""
+    further = dict.fromkeys(part for one in families().values() for part in one.text_parts if part != TEXT_ENCODER)
+    low_noise = [LOW_NOISE] if _has_low_noise(path) else []
+    text = [part for part in further if has_folder(root, part) or is_in_index(root, part)]
+    return [TRANSFORMER, *low_noise, TEXT_ENCODER, *text, VAE]
 
 
 def _has_low_noise(path: str) -> bool:
@@ -128,11 +124,11 @@ def _has_low_noise(path: str) -> bool:
 def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
     """experts: those before it that can be used; gets this one if it can be used with them."""
     try:
-        component = FINDERS[part](path)
+        component = find_transformer(path, part) if part.startswith(TRANSFORMER) else find_part(path, part)
     except ValueError as error:
         return Found(part, None, str(error))
     try:
-        check(part.removesuffix("_2"), component)
+        check(component)
         if part in FOLDERS:
             check_experts([*experts, component])
             experts.append(component)
@@ -182,7 +178,7 @@ def _format(component: Component) -> str:
 def _told(transformer: Component, experts: int) -> Iterator[str]:
     """What a model is run with where the user does not say, in words. Nothing of a file that cannot be used, which is
     the transformer's fault."""
-    published = defaults_of(transformer.config, experts)
+    published = transformer.family.defaults(transformer.config, experts)
     if transformer.defaults is None:
         yield f"looks as {published.name} does, whose own settings are: {_settings(published)}"
         return

@@ -2,6 +2,6 @@
 
 from .diffusion_model import DiffusionModel
 from .slots import Components
-from .text_encoder import TextEncoder
+from .text_encoder import TextEncoders
 
-__all__ = ["Components", "DiffusionModel", "TextEncoder"]
+__all__ = ["Components", "DiffusionModel", "TextEncoders"]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from ..checkpoints.reader import check_weights
+from ..models.family import TEXT_ENCODER, TRANSFORMER
+from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from ..recognition.layout import Component
 from .model_config import own_boundary
 from .networks import empty_network
 from .text_encoder import check_size, find_tokenizer
 
 
-def check(kind: str, component: Component) -> None:
-    """Raises ValueError for a "transformer", "text_encoder" or "vae" which, whatever is beside it, cannot be loaded. No
-    weight is read."""
-    network = empty_network(kind, component)
-    if kind == "text_encoder":
+def check(component: Component) -> None:
+    """Raises ValueError for one which cannot be loaded, whatever is next to it. No weight is read."""
+    network = empty_network(component)
+    if component.kind.name.startswith(TEXT_ENCODER):
         check_size(find_tokenizer(component), network, component)
-    if kind == "transformer":
+    if component.kind.name == TRANSFORMER:
         own_boundary(component)
         defaults_in(component, experts=1)
-    check_weights(network, component.shards, component.rename, component.quantized, component.identify)
+    component.places_in(network)

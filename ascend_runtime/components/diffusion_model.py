@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
-from ..checkpoints.reader import Places, Progress, check_weights, load_weights, nbytes
+from ..checkpoints.reader import Places, Progress, load_weights, nbytes
 from ..hardware import devices
 from ..models.defaults import Defaults
-from ..models.quantized import WAYS, linears, quantize, quantized_parameters
-from ..models.wan import transformer as wan
+from ..models.family import Family
+from ..models.shared.conditioning import Conditioner
+from ..models.shared.latents import Latents
+from ..models.shared.quantized import WAYS, linears, quantize, quantized_parameters
+from ..models.shared.transformer import VideoTransformer
 from ..ops import check_quantized
 from ..parallel.fsdp import Sharding, Share
+from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from ..recognition.layout import Component, find_transformer, has_low_noise
+from ..recognition.folders import has_low_noise
+from ..recognition.layout import find_transformer
 from ..specs import DiffusionModelSpec, SampleSpec
 from ..specs.models import require_no_loras
-from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap
-from .loras import Adapter, LorasInUse, by_expert, changed_by, read_loras
+from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
+from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
 from .model_config import boundary_of, check_experts
-from .networks import as_described, dtype_named, empty_network, transformer_parameters
+from .networks import dtype_named, empty_network
 
 logger = logging.getLogger(__name__)
 
@@ -32,29 +39,37 @@ ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free beside two experts: a 1
 class DiffusionModel:
     """The experts of a model (`low_noise` is None where there is one) and what sampling needs to know of them."""
 
-    high_noise: wan.WanTransformer
-    low_noise: wan.WanTransformer | None
+    high_noise: VideoTransformer
+    low_noise: VideoTransformer | None
     defaults: Defaults
     boundary: float
-    latents_mean: torch.Tensor  # [1,C,1,1,1], fp32, on the CPU
-    latents_std: torch.Tensor
-    latent_rgb: torch.Tensor | None  # [C,3]; None where no table is known, and then there are no previews
-    latent_rgb_bias: torch.Tensor  # [3]
+    family: Family
+    latents: Latents
+    device: torch.device
     dtype: torch.dtype
     adapters: dict[str, Adapter]  # of each expert
     swap: ExpertSwap | None = None  # where the two experts are one network on the device, and take turns
     warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since it was loaded
 
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        return self.family.conditioner(self.high_noise.config, self.latents)
+
+    def pixels_of(self, latent: tuple[int, ...]) -> int:
+        """The pixels of a picture whose latent [B,C,T,H,W] has this shape."""
+        form = self.family.form(self.high_noise.config)
+        return form.spatial**2 * math.prod(latent[3:])
+
     @property
-    def experts(self) -> list[wan.WanTransformer]:
+    def experts(self) -> list[VideoTransformer]:
         return [expert for expert in (self.high_noise, self.low_noise) if expert is not None]
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be said of the LoRAs in it, each once."""
-        return [*dict.fromkeys(said for adapter in self.adapters.values() for said in adapter.warnings)]
+        """What the user should know of the LoRAs in it, each once."""
+        return [*dict.fromkeys(text for adapter in self.adapters.values() for text in adapter.warnings)]
 
-    def expert_at(self, timestep: float) -> wan.WanTransformer:
+    def expert_at(self, timestep: float) -> VideoTransformer:
         """The expert for a timestep in 0..1000."""
         if self.swap is not None:
             self.swap.use(self.name_at(timestep))
@@ -80,24 +95,26 @@ class DiffusionModel:
 
 @dataclass(frozen=True)
 class _Unread:
-    """A network on the meta device, and where its weights lie, all of which fit.
+    """An expert whose weights all fit its network, which is on the meta device.
 
-    scales_of: of the weights that are quantized as they are read, what their scales are called.
+    scales_of: of the weights that are quantized as they are read, the names of their scales. lora: what LoRAs change.
     """
 
-    network: wan.WanTransformer
+    component: Component
+    network: VideoTransformer
     places: Places
     scales_of: dict[str, str]
+    lora: LoraTarget
 
     @classmethod
-    def of(cls, component: Component, sharding: Sharding, quantization: str) -> _Unread:
-        network = empty_network("transformer", component)
-        if sharding.tp.degree > 1:
-            network = as_described(wan.WanTransformer(transformer_parameters(component.config), sharding.tp), component)
-        places = check_weights(network, component.shards, component.rename, component.quantized, component.identify)
-        layers = [] if quantization == "none" else linears(network, wan.kept_in_8_bits)
-        quantize(network, {name: WAYS[quantization] for name in layers})
-        return cls(network, places, {f"{name}.weight": f"{name}.weight_scale" for name in layers})
+    def of(cls, component: Component, sharding: Sharding, quantization: str, expert: str | None) -> _Unread:
+        """expert: which of two it is; None: it is the only one."""
+        network = empty_network(component, sharding.tp)
+        places = component.places_in(network)
+        layers = [] if quantization == "none" else linears(network, component.family.weights.in_8_bits)
+        quantize(network, {name: WAYS[quantization] for name in layers}, component.part.blocks)
+        scales = {f"{name}.weight": f"{name}.weight_scale" for name in layers}
+        return cls(component, network, places, scales, LoraTarget(places, component.family.loras, expert))
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
@@ -117,11 +134,11 @@ def files(spec: DiffusionModelSpec) -> list[Component]:
 
 
 def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> None:
-    told_by = component.quantized.file
-    require_no_loras(spec.loras, f"{told_by} says that the model is quantized")
+    file = component.quantized.file
+    require_no_loras(spec.loras, f"{file} says that the model is quantized")
     if spec.quantization != "none":
         raise ValueError(
-            f"quantization is {spec.quantization!r}, but {told_by} says that the model is quantized already. Set it "
+            f"quantization is {spec.quantization!r}, but {file} says that the model is quantized already. Set it "
             "to 'none', which takes the files as they are."
         )
 
@@ -132,64 +149,87 @@ def load(
     dtype = dtype_named(spec.dtype, devices.default_dtype(device))
     if spec.quantization != "none" or any(component.quantized for component in found):
         check_quantized(device, dtype)
-    latent_format = check_experts(found)
+    latents = Latents(check_experts(found))
     defaults = defaults_in(found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults)
     unread = {
-        expert: _Unread.of(component, sharding, spec.quantization)
+        expert: _Unread.of(component, sharding, spec.quantization, expert if len(found) == 2 else None)
         for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)
     }
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     asked = by_expert(spec.loras, list(unread))
-    loras = {
-        expert: read_loras(asked[expert], one.places, _of_two(expert, unread)) for expert, one in unread.items()
-    }
+    loras = {expert: read_loras(asked[expert], one.lora) for expert, one in unread.items()}
     progress.expect(
         sum(nbytes(one.places) + nbytes(one.places, changed_by(loras[expert])) for expert, one in unread.items())
     )
-    high_noise = _load_transformer(unread[HIGH_NOISE], dtype, device, progress, sharding)
-    low_noise, swap = None, None
-    if can_swap and (spec.experts == "swap" or not _fits(high_noise, device)):  # ranks may decide differently
-        idle = _load_transformer(unread[LOW_NOISE], dtype, torch.device("cpu"), progress, sharding)
-        swap = ExpertSwap(high_noise, high_noise.units, dict(idle.named_parameters()), device)
-        low_noise = high_noise
-    elif LOW_NOISE in unread:
-        low_noise = _load_transformer(unread[LOW_NOISE], dtype, device, progress, sharding)
-    networks = {HIGH_NOISE: high_noise, LOW_NOISE: low_noise}
+    reader = _Reader(dtype, device, progress, sharding)
+    networks, swap = reader.experts(unread, can_swap, always_swap=spec.experts == "swap")
     return DiffusionModel(
         adapters={
-            expert: _adapter(
-                expert, networks[expert], one.places, loras[expert], swap, device, sharding, _of_two(expert, unread)
-            )
+            expert: reader.adapter(one, loras[expert], networks[expert], swap and swap.expert(expert))
             for expert, one in unread.items()
         },
-        high_noise=high_noise,
-        low_noise=low_noise,
+        high_noise=networks[HIGH_NOISE],
+        low_noise=networks.get(LOW_NOISE),
         defaults=defaults,
         boundary=boundary,
+        family=found[0].family,
+        latents=latents,
+        device=device,
         dtype=dtype,
         swap=swap,
-        **latent_format,
     )
 
 
-def _adapter(
-    expert: str, network, places: Places, loras: LorasInUse, swap: ExpertSwap | None, device, sharding: Sharding,
-    of_two: str | None,
-) -> Adapter:  # fmt: skip
-    """What changes the weights of an expert, where they are kept."""
-    share, merged = _share(network, sharding), [file for file, _ in loras]
-    if swap is None:
-        return Adapter(places, network.get_parameter, share, device, merged, expert=of_two)
-    return Adapter(places, swap.on_host(expert).__getitem__, share, device, merged, swap.outdate, of_two)
+@dataclass(frozen=True)
+class _Reader:
+    """Reads experts onto this rank. dtype: of the blocks."""
+
+    dtype: torch.dtype
+    device: torch.device
+    progress: Progress
+    sharding: Sharding
+
+    def experts(
+        self, unread: dict[str, _Unread], can_swap: bool, always_swap: bool
+    ) -> tuple[dict[str, VideoTransformer], ExpertSwap | None]:
+        """The networks of all experts, and what has two of them take turns where they do."""
+        high_noise = self._read(unread[HIGH_NOISE], self.device)
+        if LOW_NOISE not in unread:
+            return {HIGH_NOISE: high_noise}, None
+        if can_swap and (always_swap or not _fits(high_noise, self.device)):  # ranks may decide differently
+            idle = self._read(unread[LOW_NOISE], torch.device("cpu"))
+            swap = ExpertSwap(high_noise, high_noise.units, dict(idle.named_parameters()), self.device)
+            return {HIGH_NOISE: high_noise, LOW_NOISE: high_noise}, swap
+        return {HIGH_NOISE: high_noise, LOW_NOISE: self._read(unread[LOW_NOISE], self.device)}, None
+
+    def adapter(self, one: _Unread, loras: LorasInUse, network, on_host: HostWeights | None) -> Adapter:
+        """What changes the weights of an expert, where they are kept: on the device, or on the host."""
+        files = [file for file, _ in loras]
+        share = self._share(one, network)
+        if on_host is None:
+            return Adapter(one.lora, network.get_parameter, share, self.device, files)
+        return Adapter(one.lora, on_host.parameter, share, self.device, files, on_host.before_change)
+
+    def _read(self, one: _Unread, device: torch.device) -> VideoTransformer:
+        in_8_bits, fp32 = quantized_parameters(one.network), one.component.family.weights.fp32
+        load_weights(
+            one.network,
+            one.places,
+            dtype_of=lambda name: in_8_bits.get(name) or (torch.float32 if fp32(name) else self.dtype),
+            device=device,
+            share=self._share(one, one.network),
+            on_bytes=self.progress.add,
+            scales_of=one.scales_of,
+        )
+        return one.network.eval()
+
+    def _share(self, one: _Unread, network: VideoTransformer) -> Share:
+        rules = one.component.family.weights
+        return Share(self.sharding, rules.cut_dim, rules.replicated, network.units)
 
 
-def _of_two(expert: str, experts) -> str | None:
-    """The expert's name where there are two."""
-    return expert if len(experts) == 2 else None
-
-
-def _can_swap(spec: DiffusionModelSpec, networks: list[wan.WanTransformer], sharding: Sharding) -> bool:
+def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], sharding: Sharding) -> bool:
     """Whether there are two experts which may take turns on the device. Raises ValueError where they are to and
     cannot."""
     if len(networks) == 1 or spec.experts == "resident":
@@ -204,32 +244,14 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[wan.WanTransformer], shar
     return False
 
 
-def _fits(loaded: wan.WanTransformer, device) -> bool:
+def _fits(loaded: VideoTransformer, device) -> bool:
     """Whether a second expert as large as `loaded`, and room to compute, are free; says so where they are not."""
     free, needed = devices.free_memory(device), sum(p.nbytes for p in loaded.parameters())
     if free is None or free >= needed + ROOM_TO_COMPUTE:
         return True
     logger.info(
-        "The second expert needs %.1f GB beside %.1f GB to compute in; %.1f GB are free: experts of one shape take "
+        "The second expert needs %.1f GB next to %.1f GB to compute in; %.1f GB are free: experts of one shape take "
         "turns.",
         needed / 1e9, ROOM_TO_COMPUTE / 1e9, free / 1e9,
     )  # fmt: skip
     return False
-
-
-def _load_transformer(unread: _Unread, dtype, device, progress: Progress, sharding: Sharding) -> wan.WanTransformer:
-    in_8_bits = quantized_parameters(unread.network)
-    load_weights(
-        unread.network,
-        unread.places,
-        dtype_of=lambda name: in_8_bits.get(name) or (torch.float32 if wan.keeps_fp32(name) else dtype),
-        device=device,
-        share=_share(unread.network, sharding),
-        on_bytes=progress.add,
-        scales_of=unread.scales_of,
-    )
-    return unread.network.eval()
-
-
-def _share(model: wan.WanTransformer, sharding: Sharding) -> Share:
-    return Share(sharding, wan.cut_dim, wan.replicated, model.units)

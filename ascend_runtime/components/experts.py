@@ -7,6 +7,7 @@ computed, while the next one computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,14 @@ class _Part:
 
     tensors: dict[str, Tensor]
     holder: str | None
+
+
+@dataclass(frozen=True)
+class HostWeights:
+    """An expert's weights on the host. parameter: one by name. before_change: to be called before one is written."""
+
+    parameter: Callable[[str], Tensor]
+    before_change: Callable[[], None]
 
 
 class ExpertSwap:
@@ -61,11 +70,11 @@ class ExpertSwap:
         """Has the next pass through the network leave it as that expert."""
         self._ahead = expert
 
-    def on_host(self, expert: str) -> dict[str, Tensor]:
-        """The expert's weights, by name. Before they are written into, `outdate` must be called."""
-        return self._host[expert]
+    def expert(self, name: str) -> HostWeights:
+        """An expert's weights, which may be written into."""
+        return HostWeights(self._host[name].__getitem__, self._outdate)
 
-    def outdate(self) -> None:
+    def _outdate(self) -> None:
         """Has whatever is used next fetched from the host, from which no copy is under way when this returns."""
         self._copies.join()
         devices.synchronise(self._device)

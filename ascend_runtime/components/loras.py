@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..checkpoints.formats.parts import whole
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
 from ..checkpoints.reader import Places, Progress, nbytes
+from ..models.family import LoraNames
 from ..parallel.fsdp import Share, own_part
 from ..recognition.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
 from ..specs import LoraSpec
@@ -23,30 +25,41 @@ from ..specs import LoraSpec
 LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order in which they are added
 
 
+@dataclass(frozen=True)
+class LoraTarget:
+    """A network that LoRAs change.
+
+    places: of its parameters on disk. names: those that files have for its layers. expert: which of two it is; None: it
+    is the only one.
+    """
+
+    places: Places
+    names: LoraNames
+    expert: str | None = None
+
+
 class Adapter:
     """The LoRAs of one network, an expert.
 
-    places: of its parameters on disk. parameter: one of them by name, as it is now. share: what is held of each here.
-    device: computes what is merged. files: LoRAs that were read for it. before_change: called before a weight changes.
-    expert: which of two it is; None: it is the only one.
+    parameter: one of its parameters by name, as it is now. share: what is held of each here. device: computes what is
+    merged. files: LoRAs that were read for it. before_change: called before a weight changes.
     """
 
     def __init__(
         self,
-        places: Places,
+        target: LoraTarget,
         parameter: Callable[[str], Tensor],
         share: Share,
         device: torch.device,
         files: Iterable[LoraFile] = (),
         before_change: Callable[[], None] = lambda: None,
-        expert: str | None = None,
     ):
-        self.places = places
+        self.places = target.places
+        self._target = target
         self._parameter = parameter
         self._share = share
         self._device = device
         self._before_change = before_change
-        self._expert = expert
         self._files = tuple(files)
         self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
         self._loras: LorasInUse = []
@@ -54,7 +67,7 @@ class Adapter:
 
     def opened(self, specs: list[LoraSpec]) -> LorasInUse:
         """The LoRAs' files; those that were read are not read again. Raises ValueError for one that does not fit."""
-        return read_loras(specs, self.places, self._expert, self._files)
+        return read_loras(specs, self._target, self._files)
 
     @property
     def warnings(self) -> list[str]:
@@ -146,15 +159,13 @@ def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list
     return {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in experts}
 
 
-def read_loras(specs: list[LoraSpec], places: Places, expert: str | None, known: Iterable[LoraFile] = ()) -> LorasInUse:
-    """LoRAs for a network whose parameters lie so; those that are `known` are not read again.
-
-    expert: which of two the network is; None: it is the only one. Raises ValueError for a file that does not fit.
-    """
-    shapes, files = {name: place.shape for name, place in places.items()}, {file.fingerprint: file for file in known}
+def read_loras(specs: list[LoraSpec], target: LoraTarget, known: Iterable[LoraFile] = ()) -> LorasInUse:
+    """LoRAs for a network; those that are `known` are not read again. Raises ValueError for one that does not fit."""
+    shapes = {name: place.shape for name, place in target.places.items()}
+    files = {file.fingerprint: file for file in known}
     loras = []
     for spec in specs:
-        file = files.get(fingerprint(spec.path)) or read_lora(spec.path, shapes, expert)
+        file = files.get(fingerprint(spec.path)) or read_lora(spec.path, shapes, target.names, target.expert)
         if not file.changes and spec.expert != "both":
             raise ValueError(
                 f"The LoRA {spec.path} is for the expert {spec.expert}, but all its layers are for the other one. Set "

@@ -8,12 +8,11 @@ from typing import Any, Callable, Hashable
 
 import torch
 from msgspec.structs import replace
-from torch import nn
 
 from ..checkpoints.reader import Progress
 from ..hardware import devices
 from ..parallel.fsdp import Sharding
-from ..recognition.layout import Component
+from ..recognition.component import Component
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from . import diffusion_model, text_encoder, vae
 from .loras import use_loras
@@ -47,7 +46,7 @@ class Components:
             use_loras(component.adapters, spec.loras, progress)
             self._make_room()
         if isinstance(spec, VaeSpec):
-            nn.Module.to(component, self._device)  # it may have been moved away
+            component.to(self._device)  # it may have been moved away
         return component
 
     def _held(self, spec, progress: Progress, sharding: Sharding) -> Any:
@@ -72,12 +71,16 @@ class Components:
         room = devices.room(self._device)
         if room < diffusion_model.ROOM_TO_COMPUTE:
             logger.info("%.1f GB are free to sample in: the VAE waits in the host's memory.", room / 1e9)
-            nn.Module.to(self._slots[VaeSpec][1], "cpu")
+            self._slots[VaeSpec][1].to("cpu")
             devices.empty_cache(self._device)
+
+    def found(self, spec) -> list[Component]:
+        """The networks on disk that `spec` describes. Loads nothing. Raises ValueError where they are not there."""
+        return KINDS[type(spec)].files(spec)
 
     def state(self, spec) -> Hashable:
         """Changes when a file does that makes the component that `spec` describes what it is. Loads nothing."""
-        return _state(KINDS[type(spec)].files(spec))
+        return _state(self.found(spec))
 
     def free(self) -> None:
         for kind in list(self._slots):

@@ -1,99 +1,72 @@
-"""The text encoder and its tokenizer."""
+"""The text encoders of a model, each with its tokenizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 
-from ..checkpoints.bounded import read_bounded
-from ..checkpoints.faults import usable
-from ..checkpoints.reader import Progress, check_weights, load_weights, nbytes
-from ..checkpoints.tokenizers import (
-    INSTEAD,
-    JSON,
-    LONGEST_SPIECE,
-    SPIECE,
-    check_class,
-    check_spiece,
-    tokenizer_json,
-    tokenizer_model,
-)
+from ..checkpoints.reader import Progress, load_weights, nbytes
+from ..checkpoints.tokenizers import INSTEAD
 from ..hardware import devices
+from ..models.shared.text import Encoder, Encoders, TextEncoding
+from ..models.shared.tokenizers import Tokenizer
 from ..parallel.fsdp import Sharding, Share
-from ..recognition.layout import Component, find_text_encoder
+from ..recognition.component import Component
+from ..recognition.layout import find_text_encoders
 from ..specs import TextEncoderSpec
 from .networks import dtype_named, empty_network
-from .text import JsonTokenizer, SentencePiece
 
-SMALL = 2**30  # bytes on disk; on a CPU a text encoder below this is computed in fp32, a larger one in bfloat16
+SMALL = 2**30  # bytes on disk; on a CPU, a text encoder below this is computed in fp32, a larger one in bfloat16
 
 
-@dataclass
-class TextEncoder:
-    model: torch.nn.Module
-    tokenizer: Any
+@dataclass(frozen=True)
+class TextEncoders:
+    encoding: TextEncoding
+    encoders: Encoders
 
 
 def files(spec: TextEncoderSpec) -> list[Component]:
-    return [find_text_encoder(spec.path)]
+    return find_text_encoders(spec.path)
 
 
-def load(spec: TextEncoderSpec, found: list[Component], device, progress: Progress, sharding: Sharding) -> TextEncoder:
+def load(
+    spec: TextEncoderSpec, found: list[Component], device, progress: Progress, sharding: Sharding
+) -> TextEncoders:
     """On this rank's device, whole or a share, where its placement is ranks; else whole on the CPU."""
-    component = found[0]
-    tokenizer = find_tokenizer(component)  # before the weights are read, as it can be missing
     device = device if spec.placement == "ranks" else torch.device("cpu")
-    dtype = dtype_named(spec.dtype, _text_dtype(device, component.nbytes))
-    model = empty_network("text_encoder", component)
-    check_size(tokenizer, model, component)
-    places = check_weights(model, component.shards, component.rename, identify=component.identify)
-    progress.expect(nbytes(places))
-    load_weights(
-        model,
-        places,
-        dtype_of=lambda name: dtype,
-        device=device,
-        share=Share(sharding, lambda name: None, lambda name: False, [model.shared, *model.encoder.block]),
-        on_bytes=progress.add,
-    )
-    return TextEncoder(model.eval(), tokenizer)
-
-
-def find_tokenizer(component: Component) -> Any:
-    """The tokenizer of a text encoder: a folder's, or the one that its file brings along."""
-    found = component.tokenizer
-    if found is None:
-        raise ValueError(
-            f"{component.shards[0]} has no tokenizer in it, and none lies beside it. Put the folder google/umt5-xxl of "
-            "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) beside the file, or take ComfyUI's "
-            "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which has one."
+    encoding = found[0].family.text()
+    tokenizers = [find_tokenizer(one) for one in found]  # before weights are read, as one can be missing
+    networks = [empty_network(one) for one in found]
+    for component, tokenizer, network in zip(found, tokenizers, networks):
+        check_size(tokenizer, network, component)
+    places = [one.places_in(network) for one, network in zip(found, networks)]
+    progress.expect(sum(map(nbytes, places)))
+    for component, network, held in zip(found, networks, places):
+        dtype = dtype_named(spec.dtype, _text_dtype(device, component.nbytes))
+        units = encoding.units(component.kind.name, network)
+        load_weights(
+            network,
+            held,
+            dtype_of=lambda name, dtype=dtype: dtype,
+            device=device,
+            share=Share(sharding, lambda name: None, lambda name: False, units),
+            on_bytes=progress.add,
         )
-    if found.is_file():
-        model = tokenizer_model(found)
-        with usable(found, "its tokenizer"):
-            check_spiece(model)
-            return SentencePiece(model)
-    if not found.is_dir():
-        raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
-    check_class(found)
-    if (found / JSON).is_file():
-        return JsonTokenizer(tokenizer_json(found / JSON), found)
-    if (found / SPIECE).is_file():
-        with usable(found / SPIECE, "the tokenizer in it"):
-            model = read_bounded(found / SPIECE, LONGEST_SPIECE)
-            check_spiece(model)
-            return SentencePiece(model)
-    raise ValueError(
-        f"{found} has neither {JSON} nor {SPIECE}, of which a T5 tokenizer needs one. Download google/umt5-xxl of "
-        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
-    )
+    encoders = {one.kind.name: Encoder(network.eval(), tokenizer)
+                for one, network, tokenizer in zip(found, networks, tokenizers)}  # fmt: skip
+    return TextEncoders(encoding, encoders)
 
 
-def check_size(tokenizer: Any, model: torch.nn.Module, component: Component) -> None:
+def find_tokenizer(component: Component) -> Tokenizer:
+    """Raises ValueError where there is none."""
+    return component.family.text().tokenizer(component.kind.name, component.tokenizer, component.shards[0])
+
+
+def check_size(tokenizer: Tokenizer, network: nn.Module, component: Component) -> None:
     """Raises ValueError for a tokenizer with more pieces than the text encoder has embeddings."""
-    known = model.shared.num_embeddings
+    known = component.family.text().embeddings_in(component.kind.name, network)
     if tokenizer.size > known:
         raise ValueError(
             f"{component.tokenizer} has {tokenizer.size} pieces, but the text encoder {component.shards[0]} knows "
@@ -102,7 +75,7 @@ def check_size(tokenizer: Any, model: torch.nn.Module, component: Component) -> 
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
-    """What an encoder of this size on disk computes in, where it is not told."""
+    """What an encoder of this size on disk computes in, where the user does not say."""
     if device.type == "cpu":
         return torch.float32 if nbytes < SMALL else torch.bfloat16
     dtype = devices.default_dtype(device)

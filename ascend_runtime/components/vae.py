@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoints.reader import Progress, check_weights, load_weights, nbytes
-from ..models.wan import vae as wan_vae
-from ..recognition.layout import Component, find_vae
+from ..checkpoints.reader import Progress, load_weights, nbytes
+from ..models.shared.vae import VideoVae
+from ..recognition.component import Component
+from ..recognition.layout import find_vae
 from ..specs import VaeSpec
 from .networks import dtype_named, empty_network
 
@@ -15,10 +16,11 @@ def files(spec: VaeSpec) -> list[Component]:
     return [find_vae(spec.path)]
 
 
-def load(spec: VaeSpec, found: list[Component], device, progress: Progress, _):
-    vae = empty_network("vae", found[0])
-    places = check_weights(vae, found[0].shards, found[0].rename, identify=found[0].identify)
+def load(spec: VaeSpec, found: list[Component], device, progress: Progress, _) -> VideoVae:
+    (component,) = found
+    network = empty_network(component)
+    places = component.places_in(network)
     progress.expect(nbytes(places))
     dtype = dtype_named(spec.dtype, torch.float32)
-    load_weights(vae, places, dtype_of=lambda name: dtype, device=device, on_bytes=progress.add)
-    return wan_vae.streamed(vae.eval())
+    load_weights(network, places, dtype_of=lambda name: dtype, device=device, on_bytes=progress.add)
+    return component.family.vae(network.eval(), component.family.vae_form(component.config))

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import zlib
+from collections.abc import Hashable
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from msgspec.structs import astuple, replace
-from torch import Tensor
 
-from ..acceleration.accelerators import Acceleration, Outline
 from ..checkpoints.calibration_file import read_calibration
-from ..components import Components, DiffusionModel, TextEncoder
-from ..components.text import Encoded, KnownPrompts, clean, cut_of, embedding_of, encode_text
+from ..components import Components, DiffusionModel, TextEncoders
 from ..hardware import devices
-from ..hardware.environment import original, overlaps, placed, with_defaults
-from ..models.block_stack import At
-from ..models.wan.calibrations import known_of
-from ..models.wan.cost import taken_by, work_of
-from ..ops import operators_for
+from ..hardware.environment import original, placed
+from ..models.shared.conditioning import Given
+from ..models.shared.text import TEXT
 from ..ops.precision import check_finite
-from ..parallel.cfg import guided
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import highest, mesh_of
-from ..parallel.sequence import spread
+from ..parallel.mesh import highest
 from ..recognition.layout import vae_form
-from ..specs import AccelerationSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec
+from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec
 from ..wire.messages import Done, Sample
 from ..wire.shared_memory import borrowed
-from . import conditioning
+from .denoising import StepsOfJob, denoised
+from .generation import Generation, Ranks, Request, check, warm_up_of
 from .profiling import Recorder
-from .sampling import Step, denoise, schedule_of
+from .prompts import Encoded, KnownPrompts
 from .video import decode_video, encode_video
 
 
@@ -70,34 +64,38 @@ class Pipeline:
             if message.model is not None:
                 warnings = self._component(message.model, job, sharding).warnings
             if encoder is not None:
-                self._text_encoder(encoder, job, text_sharding)
+                self._text_encoders(encoder, job, text_sharding)
             if message.vae is not None:
                 self._component(message.vae, job)
-        return _done(job, info=_said(warnings))
+        return _done(job, info=_warnings(warnings))
 
     def encode(self, job) -> Done:
         """A prompt that rank 0 knows takes no encoder on any rank: none is loaded for it, and none is dropped."""
         spec, sharding = self._placed(job.message.encoder)
-        text = clean(job.message.text)
+        key = None
         with job.together():
-            key = (spec, self.components.state(spec), text) if self.rank == 0 else None
+            if self.rank == 0:
+                encoding = self.components.found(spec)[0].family.text()
+                key = spec, self.components.state(spec), encoding.clean(job.message.text)
         encoded = self.prompts.get(key)
         known = not highest(self.rank == 0 and encoded is None)
         if not known:
-            encoded = self._encoded(job, spec, sharding, text)
+            encoded = self._encoded(job, spec, sharding)
         if self.rank != 0:
             return _done(job)
         self.prompts.keep(key, encoded)
-        info = _said(encoded.warnings) | ({"prompt": "known"} if known else {})
-        return _done(job, tensor=embedding_of(encoded.hidden), info=info)
+        info = _warnings(encoded.warnings) | ({"prompt": "known"} if known else {})
+        results = encoding.embeddings(encoded.results)
+        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
 
-    def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding, text: str) -> Encoded | None:
-        """What the encoder makes of a clean prompt; None where that is another rank's work."""
+    def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
+        """What the encoders make of the job's prompt; None where that is another rank's work."""
         on_ranks = spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
-            encoder = self._text_encoder(spec, job, sharding)
-        if encoder is None:
+            loaded = self._text_encoders(spec, job, sharding)
+        if loaded is None:
             return None
+        text = loaded.encoding.clean(job.message.text)
 
         def on_block(index: int, total: int) -> None:
             if on_ranks:
@@ -107,8 +105,8 @@ class Pipeline:
             job.progress("encode", index + 1, total)
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
-            hidden = encode_text(encoder.model, encoder.tokenizer, text, on_block)
-        return Encoded(hidden, cut_of(encoder.tokenizer, text))
+            results = loaded.encoding.encode(loaded.encoders, text, on_block)
+        return Encoded(results, loaded.encoding.cut(loaded.encoders, text))
 
     def sample(self, job) -> Done:
         message = job.message
@@ -117,28 +115,34 @@ class Pipeline:
         with job.together():
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job, sharding)
-            # A latent's elements stand for 8 x 8 pixels in every model that asks for their number.
-            spec = model.defaults.fill(message.spec, pixels=64 * math.prod(message.latent.shape[3:]))
+            spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
             recorder.end_with(spec.total_steps)
         _require_agreement(spec, model)
+        request = _request(message, spec)
+        check(model, request)
         plan = plan if model.guided(spec) else plan.unguided()
-        conditioning.check(message, spec, model)
-        operators = operators_for(self.device, with_defaults(message.operators, self._asked), model.dtype)
-        mesh = mesh_of(self.device.type, plan)
-        sequence = spread(mesh, operators, message.parallel.ring_exchange, overlaps(message.parallel, self._asked))
-        for expert in model.experts:
-            expert.arrange(operators, sequence)
-        cfg_group = mesh.group("cfg") if plan.cfg > 1 else None
+        ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._asked)
         with job.together():
-            outline = self._outline(message, model, spec, plan, sequence)
-            acceleration = Acceleration(message.acceleration, outline, operators)
+            generation = Generation.prepare(model, request, ranks)
         if message.warm_up:
-            self._warm_up(job, model, spec, plan, outline, operators, cfg_group)
+            self._warm_up(job, model, request, ranks)
         with job.stage("denoise"):
-            latent = self._denoise(job, "denoise", model, spec, cfg_group, acceleration, around_step=recorder.step)
+            latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
-        info = plan.info | _settings(spec, model) | recorder.info | acceleration.facts() | _said(model.warnings)
-        return _done(job, tensor=latent if self.rank == 0 else None, info=info)
+        info = plan.info | _settings(spec, model) | recorder.info | generation.acceleration.facts()
+        return _done(job, tensor=latent if self.rank == 0 else None, info=info | _warnings(model.warnings))
+
+    def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
+        """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
+        kind = _kind_of_job(job.message, request.spec, ranks)
+        if not highest(kind not in model.warmed):  # ranks that failed apart may remember different kinds
+            return
+        request = warm_up_of(model, request)
+        with job.together():
+            generation = Generation.prepare(model, request, ranks)
+        with job.stage("warm up"):
+            denoised(generation, model, request, StepsOfJob(job, model, generation, stage="warm up"))
+        model.warmed.add(kind)
 
     def decode(self, job) -> Done:
         message = job.message
@@ -182,8 +186,8 @@ class Pipeline:
         spec = placed(spec, self._asked)
         return spec, sharding_of(self.device.type, dist.get_world_size(), tp=1, fsdp=spec.placement == "ranks")
 
-    def _text_encoder(self, spec: TextEncoderSpec, job, sharding: Sharding) -> TextEncoder | None:
-        """None where it is rank 0's alone; this rank's share of one on the ranks is freed then."""
+    def _text_encoders(self, spec: TextEncoderSpec, job, sharding: Sharding) -> TextEncoders | None:
+        """None where only rank 0 has them; this rank's share of those on the ranks is freed then."""
         if spec.placement == "ranks" or self.rank == 0:
             return self._component(spec, job, sharding)
         self.components.drop(TextEncoderSpec)
@@ -201,96 +205,21 @@ class Pipeline:
         with job.stage("load"):
             return self.components.get(spec, on_bytes, sharding)
 
-    def _warm_up(
-        self, job, model: DiffusionModel, spec: SampleSpec, plan: Plan, outline: Outline, operators, cfg_group
-    ) -> None:
-        """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job.
 
-        They leave nothing out but what sparse attention does, in the second: the operators of both begin now.
-        """
-        message = job.message
-        rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=1)
-        given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
-        branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
-        shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
-        kind = (plan, message.parallel, message.operators, rainfusion, shapes, branches)
-        if not highest(kind not in model.warmed):  # ranks that failed apart may remember different kinds
-            return
-        below_boundary = model.boundary / 2 or 0.5
-        with job.stage("warm up"):
-            spec = replace(spec, solver="euler", sigmas=(1.0, below_boundary, 0.0))
-            outline = dataclasses.replace(outline, experts=tuple(map(model.name_at, schedule_of(spec))))
-            acceleration = Acceleration(AccelerationSpec(rainfusion=rainfusion), outline, operators)
-            self._denoise(job, "warm up", model, spec, cfg_group, acceleration)
-        model.warmed.add(kind)
+def _request(message: Sample, spec: SampleSpec) -> Request:
+    """spec: filled."""
+    prompts = {"positive": message.positive, "negative": message.negative}
+    given = Given(message.latent, message.noise_mask, {name: one for name, one in prompts.items() if one is not None})
+    return Request(given, spec, message.acceleration, message.calibration)
 
-    def _outline(self, message: Sample, model: DiffusionModel, spec: SampleSpec, plan: Plan, sequence) -> Outline:
-        network = model.high_noise
-        batch, _, *size = message.latent.shape
-        grid = tuple(length // patch for length, patch in zip(size, network.config.patch_size))
-        tokens = math.prod(grid)
-        chunk, text_tokens = sequence.chunk_of(tokens), message.positive.text.shape[1]
-        work = work_of(network.config, len(network.blocks), batch, tokens, text_tokens, on_rank=chunk)
-        width = network.config.num_attention_heads * network.config.attention_head_dim
-        experts = tuple(model.name_at(timestep) for timestep in schedule_of(spec))
-        pixels = 64 * math.prod(message.latent.shape[3:])
-        per_token = conditioning.timesteps_of(message, model, torch.device("cpu")).ndim == 2
-        taken = taken_by(network.config, batch * chunk, model.dtype.itemsize, per_token)
-        return Outline(
-            experts=experts,
-            known=known_of(message.calibration, tuple(model.adapters), model.defaults, width, pixels),
-            grid=grid,
-            own=sequence.own(tokens),
-            branches=2 if model.guided(spec) and plan.cfg == 1 else 1,
-            output=batch * chunk * width * model.dtype.itemsize,
-            room=max(0, devices.room(self.device) - taken),
-            ring=plan.ring,
-            work=work,
-        )
 
-    def _denoise(
-        self, job, stage: str, model: DiffusionModel, spec: SampleSpec, cfg_group, acceleration: Acceleration, **hooks
-    ) -> Tensor:
-        """The denoised latent, not normalised, on the CPU."""
-        message = job.message
-        branches = conditioning.branches_of(message, model, self.device)
-        timesteps = conditioning.timesteps_of(message, model, self.device)
-        contexts, working = {}, None  # of the expert that works now: True is the low-noise one
-
-        def predict(latent: Tensor, timestep: float, step: Step) -> Tensor:
-            nonlocal contexts, working
-            low_noise = model.is_low_noise(timestep)
-            if low_noise != working:
-                contexts, working = {name: branch.context() for name, branch in branches.items()}, low_noise
-            expert = model.expert_at(timestep)
-            scale = spec.low_noise_guidance if low_noise else spec.guidance_scale
-            x = latent.to(self.device, model.dtype)
-
-            def branch(name: str) -> Tensor:
-                if name == "uncond" or cfg_group is not None or scale == 1.0:  # this rank's last of the step
-                    model.expect(step.following)
-                passing = acceleration.passing(At(model.name_at(timestep), name, step.number))
-                return expert(branches[name].beside(x), timestep * timesteps, contexts[name], passing)
-
-            return guided(branch, scale, cfg_group).float().cpu()
-
-        def on_step(step: int, total: int, foreseen: Tensor) -> None:
-            acceleration.tally.stepped()
-            job.progress(stage, step, total)
-            if message.preview and stage == "denoise" and model.latent_rgb is not None:
-                job.preview(step, total, _picture(foreseen, model))
-            job.check_together()
-
-        start = conditioning.start_of(message, model)
-        known = conditioning.known_of(message, start, model)
-        try:
-            job.check_together()
-            acceleration.tally.start()
-            latent = denoise(predict, spec, start, on_step, known=known, **hooks)
-        finally:
-            for expert in model.experts:
-                expert.forget()
-        return latent * model.latents_std + model.latents_mean
+def _kind_of_job(message: Sample, spec: SampleSpec, ranks: Ranks) -> Hashable:
+    """Jobs of one kind take the same operators on the same shapes."""
+    rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=1)
+    given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
+    shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
+    branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
+    return ranks.plan, message.parallel, message.operators, rainfusion, shapes, branches
 
 
 def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
@@ -308,7 +237,7 @@ def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
         raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Run again.")
 
 
-def _said(warnings: list[str]) -> dict[str, list[str]]:
+def _warnings(warnings: list[str]) -> dict[str, list[str]]:
     """What the caller of a job is to read, each in a sentence or more."""
     return {"warnings": warnings} if warnings else {}
 
@@ -321,13 +250,6 @@ def _each_frame(job, stage: str):
         job.progress(stage, frame, total)
 
     return on_frame
-
-
-def _picture(foreseen: Tensor, model: DiffusionModel) -> Tensor:
-    """uint8 [H,W,3] of the middle frame of a normalised latent."""
-    frame = foreseen[0, :, foreseen.shape[2] // 2]  # [C,H,W]
-    rgb = frame.movedim(0, -1) @ model.latent_rgb + model.latent_rgb_bias
-    return rgb.add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
 
 
 def _done(job, **answer) -> Done:

@@ -14,14 +14,16 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from ..models.family import Family
 from ..specs import SampleSpec
+from ..specs.jobs import SIMPLE
 
 TRAIN_TIMESTEPS = 1000
 _NEARLY_ONE = 1 - 1e-6  # the multistep solvers take log(1 - sigma)
 
 
 def noise_of(shape: tuple[int, ...], seed: int) -> Tensor:
-    """The noise of a seed, drawn whole on the CPU, so that a video does not hang on the device or the ranks."""
+    """The noise of a seed, drawn whole on the CPU, so that a video does not depend on the device or the ranks."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
@@ -33,12 +35,13 @@ def simple_sigmas(steps: int, shift: float) -> tuple[float, ...]:
     return tuple(float(table[-(1 + int(i * stride))]) for i in range(steps)) + (0.0,)
 
 
-def make_scheduler(spec: SampleSpec):
+def make_scheduler(spec: SampleSpec, family: Family):
     """diffusers' scheduler for the solver, its timesteps set.
 
-    With schedule "wan" the scheduler chooses its sigmas, as it does in diffusers' pipeline; otherwise they are given.
+    With the family's own schedule and none that it states, the scheduler chooses its sigmas, as it does in diffusers'
+    pipeline; otherwise they are given.
     """
-    given = spec.sigmas or (simple_sigmas(spec.steps, spec.shift) if spec.schedule == "simple" else None)
+    given = spec.sigmas or _sigmas(spec, family)
     scheduler = _solver(spec.solver, spec.shift)
     scheduler.set_timesteps(len(given) - 1 if given else spec.steps, device="cpu")
     if given:
@@ -49,9 +52,15 @@ def make_scheduler(spec: SampleSpec):
     return scheduler
 
 
-def schedule_of(spec: SampleSpec) -> list[float]:
+def _sigmas(spec: SampleSpec, family: Family) -> tuple[float, ...] | None:
+    if spec.schedule == SIMPLE:
+        return simple_sigmas(spec.steps, spec.shift)
+    return family.sigmas(spec.steps, spec.shift, spec.solver)
+
+
+def schedule_of(spec: SampleSpec, family: Family) -> list[float]:
     """The timestep of each step, in 0..1000."""
-    return list(map(float, make_scheduler(spec).timesteps))
+    return list(map(float, make_scheduler(spec, family).timesteps))
 
 
 def _solver(name: str, shift: float):
@@ -88,35 +97,45 @@ class Step(NamedTuple):
     following: float | None
 
 
-def denoise(
-    predict: Callable[[Tensor, float, Step], Tensor],
-    spec: SampleSpec,
-    latent: Tensor,
-    on_step: Callable[[int, int, Tensor], None] = lambda step, total, foreseen: None,
-    around_step: Callable[[int], ContextManager] = lambda step: nullcontext(),
-    known: Known | None = None,
-) -> Tensor:
-    """The denoised latent [B,C,T,H,W] in fp32, from a normalised `latent` (zeros where there is none to start from).
+class Watch:
+    """What the denoise loop calls; nothing by default."""
 
-    predict: (latent, timestep in 0..1000, which step it is) -> velocity, all on the CPU.
-    on_step: told after each step how many of how many are done, and the clean latent that this step foresaw.
-    around_step: makes what step number 1, 2 ... is done in, `on_step` included.
-    known: what is put into each latent that `predict` is given, and into what comes of it.
+    def around(self, step: int) -> ContextManager:
+        """The context of step number 1, 2 ..., `stepped` included."""
+        return nullcontext()
+
+    def stepped(self, step: int, total: int, x0: Tensor) -> None:
+        """After each step. x0 [B,C,T,H,W]: the clean latent as this step predicts it, normalised."""
+
+
+Velocity = Callable[[Tensor, float, Step], Tensor]  # of a latent at a timestep in 0..1000, all on the CPU in fp32
+
+
+def denoise(
+    velocity: Velocity, scheduler, start: Tensor, known: Known | None = None, watch: Watch = Watch()
+) -> Tensor:
+    """The denoised latent [B,C,T,H,W] in fp32, normalised, on the CPU.
+
+    scheduler: as `make_scheduler` makes it. start: the noisy latent. known: what is put into each latent of which the
+    velocity is computed, and into what becomes of it.
     """
-    scheduler = make_scheduler(spec)
-    sigmas, total = scheduler.sigmas, len(scheduler.timesteps)
-    start = spec.sigmas[0] if spec.sigmas else 1.0  # both schedules begin at pure noise
-    x = start * noise_of(latent.shape, spec.seed) + (1 - start) * latent
+    x, sigmas, total = start, scheduler.sigmas, len(scheduler.timesteps)
     timesteps = [*map(float, scheduler.timesteps), None]
     for step, timestep in enumerate(scheduler.timesteps):
-        with around_step(step + 1):
+        with watch.around(step + 1):
             sigma = float(sigmas[step])
             seen = x if known is None else known.into(x, sigma)
-            velocity = predict(seen, timesteps[step], Step(step, timesteps[step + 1]))
-            foreseen = seen - sigma * velocity
+            direction = velocity(seen, timesteps[step], Step(step, timesteps[step + 1]))
+            x0 = seen - sigma * direction
             if known is not None:
-                foreseen = known.into(foreseen)
-                velocity = (x - foreseen) / sigma
-            x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
-            on_step(step + 1, total, foreseen)
+                x0 = known.into(x0)
+                direction = (x - x0) / sigma
+            x = scheduler.step(direction, timestep, x, return_dict=False)[0]
+            watch.stepped(step + 1, total, x0)
     return x / (1 - float(sigmas[-1]))  # of a schedule cut short, as core ComfyUI hands it to the next sampler
+
+
+def noisy(latent: Tensor, spec: SampleSpec) -> Tensor:
+    """The latent [B,C,T,H,W] that the first step begins with, of a normalised one (zeros where there is none)."""
+    start = spec.sigmas[0] if spec.sigmas else 1.0  # schedules begin at pure noise
+    return start * noise_of(latent.shape, spec.seed) + (1 - start) * latent

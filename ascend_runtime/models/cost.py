@@ -6,6 +6,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class PassSize:
+    """The size of a pass: `batch` videos of `tokens` tokens each, `on_rank` of them on a rank, next to `text_tokens`.
+
+    per_token: whether each token has a timestep of its own.
+    """
+
+    batch: int
+    tokens: int
+    on_rank: int
+    text_tokens: int
+    per_token: bool = False
+
+
+@dataclass(frozen=True)
 class Work:
     """FLOPs of a pass through the network (a product and a sum are two), of all ranks together.
 

@@ -11,9 +11,10 @@ from msgspec.structs import asdict
 
 from ..checkpoints.bounded import read_json
 from ..models.defaults import Defaults
-from ..models.wan.defaults import defaults_of
 from ..specs import SampleSpec, VideoSize
-from .layout import Component, find_transformer, has_low_noise
+from .component import Component
+from .folders import has_low_noise
+from .layout import find_transformer
 
 MAX_FPS = 240
 
@@ -62,7 +63,7 @@ def model_defaults(path: str, low_noise_path: str | None = None) -> Defaults:
 def defaults_in(component: Component, experts: int) -> Defaults:
     """Those of a model of so many experts, by the files of its first. Raises ValueError where its own file cannot be
     used."""
-    published, file = defaults_of(component.config, experts), component.defaults
+    published, file = component.family.defaults(component.config, experts), component.defaults
     return published if file is None else _own(file, published.name).over(published, file)
 
 

@@ -1,4 +1,4 @@
-"""LoRA files of a Wan transformer: which parameter each of their tensors changes, and how.
+"""LoRA files: which parameter each of their tensors changes, and how.
 
 A low-rank pair makes a weight W + strength * alpha / rank * B @ A (Hu et al., arXiv 2106.09685), a whole difference D
 makes it W + strength * D. The bias of B is a bias' difference, scaled as the product. alpha is in the file, or in what
@@ -23,8 +23,10 @@ from ..checkpoints.faults import listed
 from ..checkpoints.formats.parts import Part
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
 from ..checkpoints.states import states
+from ..models.family import LoraNames
+from ..models.shapes import Shapes
 from ..ops.precision import is_finite
-from .lora_keys import TWICE, Keys, Shapes, Understood, module_name, section, understood
+from .lora_keys import TWICE, Keys, Understood, module_name, section, understood
 from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 
 MISSHAPEN = "of the wrong shape"
@@ -32,8 +34,6 @@ INCOMPLETE = "that make no change together"
 NOT_FINITE = "with NaN or infinite values"
 LARGEST_RANK = 16_384  # above the width of any published model, whose difference has no larger one
 LARGEST_SCALE = 10_000  # alpha / rank; that of published LoRAs is 16 at most
-WIDTHS = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # of the published models
-KINDS = {16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B"}  # by patch_embedding's channels
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,17 @@ def fingerprint(path: str) -> tuple:
     return path, state.st_size, state.st_mtime_ns, config and states((config,))
 
 
-def read_lora(path: str | Path, shapes: Shapes, expert: str | None = None) -> LoraFile:
+def read_lora(path: str | Path, shapes: Shapes, names: LoraNames, expert: str | None = None) -> LoraFile:
     """What the file changes of a network whose parameters have these whole shapes.
 
-    expert: which of two the network is, "high_noise" or "low_noise"; None: there is only one.
+    names: those of its family. expert: which of two it is, "high_noise" or "low_noise"; None: there is only one.
 
     Raises ValueError where no layer of the file fits, and where something in it is of a format that is not merged, of
     no known kind, incomplete, not finite or of whole numbers: each by name.
     """
     state, path = fingerprint(str(path)), Path(path)
     with open_tensors(path) as file:
-        found = understood(file.shapes, shapes, expert)
+        found = understood(file.shapes, shapes, names, expert)
         _refuse_other_formats(path, found.other_formats)
         for key in file.shapes:
             if not (file.dtype(key).is_floating_point or key.endswith(".alpha")):
@@ -122,7 +122,7 @@ def read_lora(path: str | Path, shapes: Shapes, expert: str | None = None) -> Lo
             used = [key for change in changes.values() for key in change.keys]
             found.faults[NOT_FINITE] += [key for key in used if not is_finite(file.read(key).float())]
         _refuse_faults(path, found.faults, bool(file.shapes))
-        reason = _made_for(misfits, found, shapes)
+        reason = names.made_for(misfits, shapes, found.left_out)
         if not changes and (found.layers or not found.other_expert):
             raise ValueError(
                 f"{path} is no LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
@@ -213,24 +213,6 @@ def _multiplies_to(change: LowRank, on_disk: Shapes, whole: tuple[int, ...]) -> 
     return matrices and (up[0], math.prod(down[1:])) == (whole[0], math.prod(whole[1:]))
 
 
-def _made_for(misfits: dict[str, tuple[int, ...]], found: Understood, shapes: Shapes) -> str:
-    """For which kind of model the file was made, in words, where that is known and this one is another."""
-    wanted = [(own[0], shapes[name][0]) for name, own in misfits.items()
-              if name in shapes and len(own) == 2 and len(set(own)) == len(set(shapes[name])) == 1
-              and own != shapes[name]]  # fmt: skip
-    if wanted:
-        theirs, ours = (f"{width} channels{f' ({WIDTHS[width]})' if width in WIDTHS else ''}" for width in wanted[0])
-        return f"It was made for a model of {theirs}; this one has {ours}. "
-    first = "patch_embedding.weight"
-    if len(misfits.get(first, ())) == len(shapes.get(first, ())) > 1:
-        theirs, ours = (f"{KINDS.get(channels, 'another kind of model')} ({channels} channels)"
-                        for channels in (misfits[first][1], shapes[first][1]))  # fmt: skip
-        return f"It was made for {theirs}; this is {ours}. "
-    if found.for_an_image:
-        return "It was made for an image-to-video model that sees its image through CLIP; this one does not. "
-    return ""
-
-
 def _warning(path: Path, found: Understood, reason: str, changes: Changes) -> str:
     said = []
     if found.left_out:
@@ -272,6 +254,6 @@ def _refuse_faults(path: Path, faults: Keys, holds_some: bool) -> None:
     if said or not holds_some:
         raise ValueError(
             f"{path} is no LoRA for this model. Tensors {said or 'there are none'}. Nothing was changed. "
-            "Take a LoRA of this Wan model in the layout of diffusers, kohya or ComfyUI (low-rank pairs with or "
+            "Take a LoRA of this model in the layout of diffusers, kohya or ComfyUI (low-rank pairs with or "
             "without alpha, whole differences)."
         )

@@ -1,4 +1,4 @@
-"""The keys of LoRA files: which layer of a Wan transformer each is of, in which role, and for which expert.
+"""The keys of LoRA files: which layer of a transformer each is of, in which role, and for which expert.
 
     diffusers, PEFT      transformer.blocks.0.attn1.to_q.lora_A.weight     .lora_B.weight .lora_B.bias
     the original's names diffusion_model.blocks.0.self_attn.q.lora_down.weight     .lora_up.weight .alpha .diff .diff_b
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..models.wan.names import to_diffusers_name
+from ..models.family import LoraNames
+from ..models.shapes import Shapes
 
-Shapes = dict[str, tuple[int, ...]]
 Keys = dict[str, list[str]]  # by what is to be said of them
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
@@ -47,18 +47,8 @@ OTHER_FORMATS = {
     "Stand-In": re.compile(r"_loras\.(down|up)\.weight$"),
     "MindSpeed-MM, whose alpha is not in the file": re.compile(r"_attn\.proj_(q|k|v|out)\.lora_[AB]\."),
 }
-# What the original calls its layers, and its parameters that are no layer's.
-ATTENTION = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in ("q", "k", "v", "o", "norm_q", "norm_k")]
-IMAGE_IN_A_BLOCK = [f"cross_attn.{layer}" for layer in ("k_img", "v_img", "norm_k_img")]
-IN_A_BLOCK = [*ATTENTION, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
-IMAGE_LAYERS = [f"img_emb.proj.{number}" for number in (0, 1, 3, 4)]
-OUTSIDE = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
-           "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos", *IMAGE_LAYERS]  # fmt: skip
 # Why keys are left out.
-FOR_AN_IMAGE = "of layers for CLIP's image, which this model lacks"
-FOR_VACE = "of layers of Wan VACE, which this model lacks"
 FOR_LOW_NOISE = "of a low-noise expert, which this model lacks"
-OF_NO_LAYER = "of no layer of this model"
 OF_NO_KIND, TWICE = "of no known kind", "given twice"
 
 
@@ -77,19 +67,15 @@ class Understood:
     other_formats: Keys = field(default_factory=lambda: defaultdict(list))
     other_expert: int = 0
 
-    @property
-    def for_an_image(self) -> bool:
-        """Whether some change layers that see CLIP's image, which the model lacks."""
-        return FOR_AN_IMAGE in self.left_out
 
 
-def understood(keys: Iterable[str], shapes: Shapes, expert: str | None) -> Understood:
+def understood(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: str | None) -> Understood:
     """What the keys of a file change in a network whose parameters have these whole shapes.
 
-    expert: which of two it is ("high_noise" or "low_noise"); None: there is only one.
+    names: those of its family. expert: which of two it is ("high_noise" or "low_noise"); None: there is only one.
     """
-    found, known = Understood(), {*shapes, *_image_parameters(shapes)}
-    spellings = _spellings(known)
+    found, known = Understood(), {*shapes, *names.further(shapes)}
+    spellings = names.spellings(known)
     own = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
     experts = _experts(keys)
     for key, whose in experts.items():
@@ -105,7 +91,7 @@ def understood(keys: Iterable[str], shapes: Shapes, expert: str | None) -> Under
         elif layer in own and (expert is not None or whose != LOW_NOISE):
             _add(found, layer, role, key)
         else:
-            found.left_out[_why_left_out(key, layer, whose)].append(key)
+            found.left_out[FOR_LOW_NOISE if whose == LOW_NOISE else names.left_out(key, layer)].append(key)
     return found
 
 
@@ -125,14 +111,6 @@ def _add(found: Understood, layer: str, role: str, key: str) -> None:
         found.faults[TWICE].append(f"{key} and {found.layers[layer][role]}")
     else:
         found.layers[layer][role] = key
-
-
-def _why_left_out(key: str, layer: str | None, whose: str | None) -> str:
-    if whose == LOW_NOISE:
-        return FOR_LOW_NOISE
-    if layer is not None:
-        return FOR_AN_IMAGE
-    return FOR_VACE if "vace_" in key else OF_NO_LAYER
 
 
 def _experts(keys: Iterable[str]) -> dict[str, str | None]:
@@ -157,26 +135,3 @@ def _meaning(key: str, spellings: dict[str, str]) -> tuple[str | None, str | Non
                 return spellings.get(f"{name}.modulation") or spellings.get(f"{name}_modulation"), "diff"
             return spellings.get(name), role
     return None, None
-
-
-def _image_parameters(shapes: Shapes) -> Iterator[str]:
-    """Those that a network of as many blocks has if it sees an image through CLIP."""
-    layers = [*IMAGE_LAYERS, *(f"blocks.{block}.{layer}" for block in _blocks(shapes) for layer in IMAGE_IN_A_BLOCK)]
-    for original in ["img_emb.emb_pos", *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))]:
-        yield to_diffusers_name(original)
-
-
-def _blocks(names: Iterable[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("blocks.")}
-
-
-def _spellings(known: set[str]) -> dict[str, str]:
-    """Diffusers' name of each layer, and of each parameter that is no layer's, by all names that it has in files."""
-    own = {name.removesuffix(".weight").removesuffix(".bias") for name in known}
-    blocks = _blocks(known)
-    spelled = {name: name for name in own}
-    for original in [*OUTSIDE, *(f"blocks.{block}.{layer}" for block in blocks for layer in IN_A_BLOCK)]:
-        for name in (to_diffusers_name(f"{original}.weight").removesuffix(".weight"), to_diffusers_name(original)):
-            if name in own:
-                spelled[original] = name
-    return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}

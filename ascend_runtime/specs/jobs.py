@@ -10,7 +10,7 @@ from .base import Spec, make_absolute, require_choice, require_multiple, require
 from .parallel import MAX_RANKS
 
 SOLVERS = ("unipc", "euler", "dpm++")
-SCHEDULES = ("wan", "simple")
+OWN, SIMPLE = "own", "simple"  # schedules: the model's, as its publishers spread the steps, and core ComfyUI's
 ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
 LAYER_NORMS = ("auto", "fused", "fp32")
 MAX_SEED = 2**64 - 1
@@ -20,12 +20,13 @@ MAX_PIXELS = 2**33  # of all frames, so that a size out of a file cannot ask for
 
 
 class SampleSpec(Spec, frozen=True, kw_only=True):
-    """How a latent is denoised. What is None is the model's own (families/defaults.py).
+    """How a latent is denoised. What is None is the model's own (models/defaults.py).
 
-    guidance_scale: of classifier-free guidance, u + s(c - u); 1 computes the cond branch alone.
+    guidance_scale: of classifier-free guidance, u + s(c - u); 1 computes only the cond branch.
     guidance_scale_low_noise: that of the low-noise expert (None: as guidance_scale, where that is given).
     solver: unipc, euler or dpm++, in their flow-matching forms.
-    schedule: "wan" is the original's own for the solver, "simple" is core ComfyUI's; both use `shift`.
+    schedule: "own" is the model's, as its publishers spread the steps for the solver; "simple" is core ComfyUI's; both
+        use `shift`. A name under which a family was known as a schedule (models.registry.schedules) stands for "own".
     sigmas: replaces steps, schedule and shift: falling, from at most 1 down to at least 0.
     """
 
@@ -34,14 +35,13 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
     guidance_scale: float | None = None
     guidance_scale_low_noise: float | None = None
     solver: str = "unipc"
-    schedule: str = "wan"
+    schedule: str = OWN
     shift: float | None = None
     sigmas: tuple[float, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         require_choice("solver", self.solver, SOLVERS)
-        require_choice("schedule", self.schedule, SCHEDULES)
         require_range("seed", self.seed, 0, MAX_SEED)
         ranges = {"steps": (1, 1000), "shift": (0.01, 1000.0), "guidance_scale": (0.0, 1000.0),
                   "guidance_scale_low_noise": (0.0, 1000.0)}  # fmt: skip
@@ -53,7 +53,7 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
 
     @property
     def total_steps(self) -> int | None:
-        """How many steps there are, whether they are counted or given as sigmas; None: the model knows."""
+        """The number of steps, counted or given as sigmas; None: as many as the model is made for."""
         return self.steps if self.sigmas is None else len(self.sigmas) - 1
 
     @property

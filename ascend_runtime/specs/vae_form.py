@@ -9,11 +9,15 @@ from .jobs import VideoSize
 
 @dataclass(frozen=True)
 class VaeForm:
-    """A latent's channels, and the pixels (of height and of width) and frames that one of it stands for."""
+    """A latent's channels, and the pixels (of height and of width) and frames that one of it stands for.
+
+    family: of the models whose latents have this form; empty where that is not known.
+    """
 
     channels: int
     spatial: int
     temporal: int
+    family: str = ""
 
     def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
         """[B=1, C, T, H, W]"""

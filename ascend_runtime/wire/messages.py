@@ -72,10 +72,12 @@ class Conditioning(Struct, kw_only=True):
     text [B or 1, L, D].
     concat_latent [B or 1, C, T, H, W]: latent, not normalised, of the video as far as it is known.
     concat_mask [B or 1, 1 or 4, T, H, W]: 0 where it is known; one channel for each of a latent frame's 4 frames.
-    clip_vision [B or 1, I, image_dim]: CLIP's penultimate hidden states of an image, or of two one behind the other.
+    clip_vision [B or 1, I, image_dim]: CLIP's penultimate hidden states of an image, or of two one after the other.
+    pooled [B or 1, D]: one vector of the whole prompt, for models that read one.
     """
 
     text: Tensor
+    pooled: Tensor | None = None
     concat_latent: Tensor | None = None
     concat_mask: Tensor | None = None
     clip_vision: Tensor | None = None
@@ -199,12 +201,13 @@ class Preview(Message):
 
 
 class Done(Message):
-    """seconds: synchronised wall time by stage; info: facts by name."""
+    """seconds: synchronised wall time by stage; info: facts by name. tensors: further results by name."""
 
     job: int
     seconds: dict[str, float] = {}
     info: dict[str, Any] = {}
     tensor: Tensor | None = None
+    tensors: dict[str, Tensor] = {}
 
 
 class Failed(Message):

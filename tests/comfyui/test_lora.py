@@ -4,7 +4,7 @@ import comfy_graphs as graphs
 import pytest
 import random_lora
 import torch
-from ascend_runtime.models.wan.names import to_diffusers_name
+from ascend_runtime.models.wan.files.names import to_diffusers_name
 from comfy_listener import Listener
 from core_twin import MODEL, TOLERANCE, both
 from comfy_server import PromptFailed, PromptRejected

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ascend_runtime.acceleration.attention_cache import AttentionCache
 from ascend_runtime.acceleration.block_cache import BlockCache
-from ascend_runtime.models.block_stack import At, Stack
+from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import Work
 from ascend_runtime.specs import Window
@@ -79,7 +79,7 @@ def test_block_cache(draw):
 
             x = torch.tensor([float(step)])
             tally.began(at := At("high_noise", "cond", step))
-            out = cache.blocks(at, Stack(lambda block, x: run(block, x, ran), blocks, x), x)
+            out = cache.blocks(at, BlockStack(lambda block, x: run(block, x, ran), blocks, lambda *_: x), x)
             for block in range(blocks):
                 x = agent.apply(lambda hidden_states: run(block, hidden_states, computed), hidden_states=x)
             assert ran == computed and torch.equal(out, x), (window, steps, blocks, step)

@@ -8,8 +8,9 @@ from collections import Counter
 
 import pytest
 import torch
-from ascend_runtime.models.context import Context
-from ascend_runtime.models.wan.transformer import FP32_PARAMETERS, WanTransformer
+from ascend_runtime.models.wan.context import Context
+from ascend_runtime.models.wan.transformer import WanTransformer
+from ascend_runtime.models.wan.weights import FP32_PARAMETERS
 from ascend_runtime.ops import ascend
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.specs import OperatorSpec

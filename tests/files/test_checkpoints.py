@@ -6,7 +6,7 @@ import pytest
 import random_wan
 import tiny_models
 import torch
-from ascend_runtime.models.wan.names import to_diffusers_name
+from ascend_runtime.models.wan.files.names import to_diffusers_name
 from ascend_runtime.recognition.layout import find_transformer
 from ascend_runtime.checkpoints.reader import check_weights, load_weights
 from ascend_runtime.models.wan.transformer import WanTransformer

@@ -19,7 +19,7 @@ from ascend_runtime.commands import conversion
 from ascend_runtime.checkpoints.writing import transfer, unfinished, writers
 from ascend_runtime.recognition.layout import find_transformer, find_vae
 from ascend_runtime.components import Components
-from ascend_runtime.models.wan import transformer as wan
+from ascend_runtime.models.wan.weights import keeps_fp32
 from ascend_runtime.specs.models import FORMATS
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
@@ -88,7 +88,7 @@ def test_8_bits_become_16_and_make_the_same_network(tmp_path, tensors, form):
     worth = by_diffusers_names(formats.IN_8_BITS[form](tmp_path / "source", tensors))
     folder = convert(tmp_path / "source", tmp_path / "made", "diffusers")
     for name, made in weights(folder).items():
-        rounded = worth[name].ndim == 2 and not wan.keeps_fp32(name)
+        rounded = worth[name].ndim == 2 and not keeps_fp32(name)
         assert made.dtype == (torch.bfloat16 if rounded else torch.float32), name
         assert torch.equal(made, worth[name].float().to(made.dtype)), name
     before, after = (load(path, dtype="bfloat16").high_noise for path in (tmp_path / "source", folder))
@@ -101,7 +101,7 @@ def test_a_dtype_is_of_all_but_what_is_computed_in_fp32(tmp_path, tensors, dtype
     torch.save(held, tmp_path / "wan.pth")
     folder = convert(tmp_path / "wan.pth", tmp_path / "made", "diffusers", dtype=dtype)
     expected = {
-        name: tensor.to(torch.float32 if wan.keeps_fp32(name) and dtype != "fp16" else DTYPES[dtype])
+        name: tensor.to(torch.float32 if keeps_fp32(name) and dtype != "fp16" else DTYPES[dtype])
         for name, tensor in by_diffusers_names(held).items()
     }
     assert_same(weights(folder), expected)
@@ -204,14 +204,15 @@ def test_a_text_encoders_file_brings_its_tokenizer(tmp_path):
     assert {x.dtype for x in weights(folder / "text_encoder", "model.safetensors").values()} == {torch.float16}
     read = [Components(torch.device("cpu")).get(TextEncoderSpec(path=str(path)), lambda *_: None)
             for path in (tmp_path / "umt5.safetensors", folder)]  # fmt: skip
+    read = [loaded.encoders["text_encoder"] for loaded in read]
     assert_same(read[1].model.state_dict(), read[0].model.state_dict())
-    asked = {"max_length": 512, "truncation": True, "return_tensors": "pt"}
+    asked = {"max_length": 512, "truncation": True}
     prompts = "a red circle moving right", "green", "", "yellow 1"
     source, made = ([one.tokenizer(prompt, **asked).input_ids.tolist() for prompt in prompts] for one in read)
     assert made == source
     pytest.importorskip("google.protobuf")  # which transformers reads a sentencepiece model with
     theirs = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    assert [theirs(prompt, **asked).input_ids.tolist() for prompt in prompts] == source
+    assert [theirs(prompt, return_tensors="pt", **asked).input_ids.tolist() for prompt in prompts] == source
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -459,10 +460,10 @@ def test_refusals_of_sources(tmp_path, tensors, refused):
         assert f"--shard-size {size}: " in said and "Give a number and a unit, such as 5GB" in said
     narrow = tiny_models.wan_transformer()
     narrow.save_pretrained(tmp_path / "narrow")
-    assert "has heads of 24 channels" in refused(tmp_path / "narrow", target, "mindspeed")
+    assert "has attention_head_dim 24" in refused(tmp_path / "narrow", target, "mindspeed")
     vae = tiny_models.wan_vae()
     vae.save_pretrained(tmp_path / "vae")
-    assert "vae: MindSpeed-MM's layout is of transformers alone; take --to diffusers" in refused(
+    assert "vae: MindSpeed-MM's layout has only transformers; take --to diffusers" in refused(
         tmp_path / "vae", target, "mindspeed")  # fmt: skip
 
 
@@ -473,7 +474,8 @@ def test_a_part_that_is_not_whole_is_not_left_out(tmp_path, checkpoints, refused
     assert "left out: vae" in capsys.readouterr().out and not (folder / "vae").exists()
     (source / "vae").mkdir()
     assert "vae: " in refused(source, tmp_path / "other", "diffusers")
-    assert "has heads of 24" in refused(source, tmp_path / "other", "mindspeed"), "for which the VAE is nothing"
+    said = refused(source, tmp_path / "other", "mindspeed")
+    assert "has attention_head_dim 24" in said, "for which the VAE is nothing"
     index = json.loads((source / "model_index.json").read_text())
     index["transformer_2"] = index["transformer"]
     (source / "model_index.json").write_text(json.dumps(index))

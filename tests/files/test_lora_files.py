@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec
+from ascend_runtime.models.wan.files.lora_names import NAMES
 from ascend_runtime.recognition.lora import Difference, read_lora
 from ascend_runtime.components import Components
 from safetensors.torch import save_file
@@ -43,7 +44,7 @@ def saved(folder, tensors, name="lora.safetensors", header=None, config=None):
 
 
 def scales(file, shapes, expert=None):
-    return {name: change.scale for name, change in read_lora(file, shapes, expert).changes.items()}
+    return {name: change.scale for name, change in read_lora(file, shapes, NAMES, expert).changes.items()}
 
 
 # alpha and rank that are not in the tensors
@@ -69,7 +70,7 @@ def test_alpha_is_where_trainers_write_it(tmp_path, shapes, said):
     in_headers = saved(tmp_path, two_layers(), "packed", packed), saved(tmp_path, two_layers(""), "own", config)
     for file in (*in_headers, folder):
         assert scales(file, shapes) == pytest.approx(expected), file
-        assert read_lora(file, shapes).warning == ""
+        assert read_lora(file, shapes, NAMES).warning == ""
 
 
 def test_alpha_in_a_tensor_comes_first(tmp_path, shapes):
@@ -88,7 +89,7 @@ def test_kohyas_header_is_not_alpha(tmp_path, shapes):
 def test_a_configuration_that_was_lost_is_missed(tmp_path, shapes):
     renamed = saved(tmp_path / "b", two_layers("base_model.model."), config={"r": RANK, "lora_alpha": 16})
     for file in (saved(tmp_path / "a", two_layers(""), "adapter_model.safetensors"), renamed):
-        made = read_lora(file, shapes)
+        made = read_lora(file, shapes, NAMES)
         assert {change.scale for change in made.changes.values()} == {1.0}
         assert "keeps alpha in adapter_config.json" in made.warning and "another strength" in made.warning
 
@@ -128,7 +129,7 @@ def test_a_configuration_that_is_not_understood_is_refused(tmp_path, shapes, say
     config = UNUSABLE[says]
     file = saved(tmp_path, two_layers("base_model.model."), "adapter_model.safetensors", config=config)
     with pytest.raises(ValueError) as error:
-        read_lora(file, shapes)
+        read_lora(file, shapes, NAMES)
     assert any(words in str(error.value) for words in says.split("|")), error.value
     assert "adapter_config.json" in str(error.value)
 
@@ -136,7 +137,7 @@ def test_a_configuration_that_is_not_understood_is_refused(tmp_path, shapes, say
 def test_a_header_of_another_part_is_no_strength_of_this(tmp_path, shapes):
     file = saved(tmp_path, two_layers(), header={"text_encoder.r": 4, "text_encoder.lora_alpha": 16})
     with pytest.raises(ValueError, match="lora_adapter_metadata cannot be used .it says nothing of the transformer"):
-        read_lora(file, shapes)
+        read_lora(file, shapes, NAMES)
 
 
 # Layers
@@ -145,17 +146,17 @@ def test_a_header_of_another_part_is_no_strength_of_this(tmp_path, shapes):
 def test_the_bias_of_b_is_scaled_as_the_product(tmp_path, shapes):
     tensors = two_layers() | {f"transformer.{Q}.lora_B.bias": torch.ones(DIM)}
     file = saved(tmp_path, tensors, header={"transformer.r": RANK, "transformer.lora_alpha": 2})
-    changes = read_lora(file, shapes).changes
+    changes = read_lora(file, shapes, NAMES).changes
     assert changes[f"{Q}.bias"] == Difference(f"transformer.{Q}.lora_B.bias", 0.5)
     tensors = {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(DIM)}
-    assert read_lora(saved(tmp_path, tensors), shapes).changes[f"{Q}.bias"].scale == 1.0
+    assert read_lora(saved(tmp_path, tensors), shapes, NAMES).changes[f"{Q}.bias"].scale == 1.0
 
 
 def test_differences_of_modulation(tmp_path, shapes):
     """LightX2V's own name of them."""
     rows = {"blocks.1": 6, "head": 2}
     tensors = {f"diffusion_model.{name}.diff_m": torch.ones(1, count, DIM) for name, count in rows.items()}
-    changes = read_lora(saved(tmp_path, tensors), shapes).changes
+    changes = read_lora(saved(tmp_path, tensors), shapes, NAMES).changes
     assert {name: change.key for name, change in changes.items()} == {
         "blocks.1.scale_shift_table": "diffusion_model.blocks.1.diff_m",
         "scale_shift_table": "diffusion_model.head.diff_m",
@@ -168,7 +169,7 @@ def test_differences_of_modulation(tmp_path, shapes):
 ])  # fmt: skip
 def test_prefixes_of_other_trainers(tmp_path, shapes, prefix, name):
     file = saved(tmp_path, pair(f"{prefix}{name}", down="lora_down", up="lora_up"))
-    assert read_lora(file, shapes).changes.keys() == {f"{Q}.weight"}
+    assert read_lora(file, shapes, NAMES).changes.keys() == {f"{Q}.weight"}
 
 
 BOTH = pair(f"transformer.{Q}") | pair(f"transformer_2.{Q}") | pair(f"transformer_2.{FFN}", WIDTH)
@@ -176,22 +177,23 @@ BOTH = pair(f"transformer.{Q}") | pair(f"transformer_2.{Q}") | pair(f"transforme
 
 def test_each_expert_gets_its_own_layers(tmp_path, shapes):
     file = saved(tmp_path, BOTH)
-    high, low = (read_lora(file, shapes, expert) for expert in ("high_noise", "low_noise"))
+    high, low = (read_lora(file, shapes, NAMES, expert) for expert in ("high_noise", "low_noise"))
     assert {change.up for change in high.changes.values()} == {f"transformer.{Q}.lora_B.weight"}
     assert {change.up for change in low.changes.values()} == {f"transformer_2.{x}.lora_B.weight" for x in (Q, FFN)}
     assert high.warning == low.warning == ""
-    only = read_lora(file, shapes)
+    only = read_lora(file, shapes, NAMES)
     assert only.changes == high.changes
     assert "4 of a low-noise expert, which this model lacks: transformer_2" in only.warning
     for expert in ("high_noise", "low_noise"):  # without the other's, it is for whichever expert it is given to
-        assert read_lora(saved(tmp_path, two_layers(), "one"), shapes, expert).changes.keys() == low.changes.keys()
+        made = read_lora(saved(tmp_path, two_layers(), "one"), shapes, NAMES, expert)
+        assert made.changes.keys() == low.changes.keys()
 
 
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
 def test_layers_of_both_experts_of_which_none_fits(tmp_path, shapes, expert):
     file = saved(tmp_path, pair(f"transformer.{Q}", 64, 64) | pair(f"transformer_2.{Q}", 64, 64))
     with pytest.raises(ValueError, match="none of its 4 tensors fits. It was made for a model of 64 channels"):
-        read_lora(file, shapes, expert)
+        read_lora(file, shapes, NAMES, expert)
 
 
 def test_each_experts_own_alpha(tmp_path, shapes):
@@ -222,7 +224,7 @@ def test_names_are_looked_at_as_far_as_names_go(tmp_path, shapes):
     """A file decides how long they are, and patterns take the square of that."""
     name, began = ".oft_a" * 200_000 + "!", time.monotonic()
     with pytest.raises(ValueError, match="holds a tensor '.oft_a.oft_a.*, which is no name of one"):
-        read_lora(saved(tmp_path, two_layers() | {name: torch.ones(1)}), shapes)
+        read_lora(saved(tmp_path, two_layers() | {name: torch.ones(1)}), shapes, NAMES)
     assert time.monotonic() - began < 5
 
 
@@ -245,7 +247,7 @@ OTHERS = {
 def test_a_file_of_which_nothing_fits_is_refused(tmp_path, says):
     file = saved(tmp_path, OTHERS[says])
     with pytest.raises(ValueError) as error:
-        read_lora(file, shapes_of(in_channels=36))
+        read_lora(file, shapes_of(in_channels=36), NAMES)
     assert f"{file} is no LoRA for this model" in str(error.value) and says in str(error.value), error.value
 
 
@@ -266,7 +268,7 @@ FORMATS = {
 def test_formats_that_are_not_merged_are_named(tmp_path, shapes, name):
     file = saved(tmp_path, two_layers() | FORMATS[name])
     with pytest.raises(ValueError) as error:
-        read_lora(file, shapes)
+        read_lora(file, shapes, NAMES)
     assert f"{file} cannot be merged here. Tensors" in str(error.value) and f"of {name.strip()}" in str(error.value)
 
 
@@ -274,7 +276,8 @@ def test_what_changes_nothing_is_said(tmp_path, shapes):
     """alpha 0, and matrices of rank 0."""
     alpha = {f"transformer.{Q}.alpha": torch.tensor(0.0)}
     for name, tensors in (("a", pair(f"transformer.{Q}") | alpha), ("b", pair(f"transformer.{Q}", rank=0))):
-        assert f"as alpha or the rank is 0: {Q}.weight" in read_lora(saved(tmp_path, tensors, name), shapes).warning
+        warning = read_lora(saved(tmp_path, tensors, name), shapes, NAMES).warning
+        assert f"as alpha or the rank is 0: {Q}.weight" in warning
 
 
 @pytest.mark.parametrize("alpha, says", [
@@ -284,5 +287,5 @@ def test_what_changes_nothing_is_said(tmp_path, shapes):
 def test_an_alpha_that_is_none(tmp_path, shapes, alpha, says):
     file = saved(tmp_path, two_layers() | {f"transformer.{Q}.alpha": alpha})
     with pytest.raises(ValueError) as error:
-        read_lora(file, shapes)
+        read_lora(file, shapes, NAMES)
     assert says in str(error.value) and str(file) in str(error.value)

@@ -8,7 +8,7 @@ import torch
 from ascend_runtime import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.components import Components
-from ascend_runtime.components.text_encoder import TextEncoder
+from ascend_runtime.components.text_encoder import TextEncoders
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 
@@ -40,10 +40,11 @@ def prefixed(prefix, tensors):
 def load(path, kind="transformer"):
     """The parameters of a network, by name; a text encoder's tokens of a text too."""
     loaded = Components(torch.device("cpu")).get(SPECS[kind](path=str(path)), lambda *_: None)
-    if isinstance(loaded, TextEncoder):
-        tokens = loaded.tokenizer("a red circle", truncation=False).input_ids
-        return {**dict(loaded.model.named_parameters()), "tokens": tokens}
-    return dict((loaded.high_noise if kind == "transformer" else loaded).named_parameters())
+    if isinstance(loaded, TextEncoders):
+        encoder = loaded.encoders["text_encoder"]
+        tokens = encoder.tokenizer("a red circle", truncation=False).input_ids
+        return {**dict(encoder.model.named_parameters()), "tokens": tokens}
+    return dict((loaded.high_noise if kind == "transformer" else loaded.network).named_parameters())
 
 
 def assert_same(made, expected):

@@ -9,9 +9,10 @@ import sentencepiece
 import tiny_models
 import torch
 from ascend_runtime import TextEncoderSpec
-from ascend_runtime.recognition.layout import find_text_encoder
+from ascend_runtime.recognition.layout import find_part
 from ascend_runtime.components import Components
-from ascend_runtime.components.text import cut_of, embedding_of, encode_text
+from ascend_runtime.models.shared.text import Encoder
+from ascend_runtime.models.wan.text import WanText
 from safetensors.torch import save_file
 from transformers import T5TokenizerFast
 
@@ -52,12 +53,31 @@ def fp8_scaled(file, tensors):
     return formats.dequantized(kept, scales)
 
 
+class TransformersOwn:
+    """Called as ours are."""
+
+    def __init__(self, spiece):
+        self._tokenizer = transformers_own(spiece)
+        self.decode = self._tokenizer.decode
+
+    def __call__(self, text, **options):
+        return self._tokenizer(text, return_tensors="pt", **options)
+
+
+def cut(tokenizer, text):
+    return WanText().cut({"text_encoder": Encoder(None, tokenizer)}, text)
+
+
+def tokenizer_of(path):
+    return load(path).encoders["text_encoder"].tokenizer
+
+
 @torch.no_grad()
 def assert_same(path, theirs, spiece, what):
     encoder = load(path)
     tokens = [*sentencepiece.SentencePieceProcessor(str(spiece)).encode(PROMPT), 1]
     expected = theirs(torch.tensor([tokens])).last_hidden_state
-    made = embedding_of(encode_text(encoder.model, encoder.tokenizer, PROMPT, lambda *_: None))
+    made = encoder.encoding.embeddings(encoder.encoding.encode(encoder.encoders, PROMPT, lambda *_: None))["text"]
     print(f"\n{what:40} largest difference {(made[:, : len(tokens)] - expected).abs().max():.1e}")
     assert expected.std() > 0.1
     torch.testing.assert_close(made[:, : len(tokens)], expected, atol=1e-4, rtol=0)
@@ -67,9 +87,10 @@ def assert_same(path, theirs, spiece, what):
 def test_the_originals_pth_equals_transformers(tmp_path, theirs, spiece):
     file = in_folder(tmp_path, formats.original_umt5(theirs), spiece)
     assert_same(file, theirs, spiece, "the original's .pth")
-    before, tokenizer = find_text_encoder(str(file)).fingerprint, tmp_path / "google" / "umt5-xxl" / "tokenizer.json"
+    before = find_part(str(file), "text_encoder").fingerprint
+    tokenizer = tmp_path / "google" / "umt5-xxl" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + "\n")
-    assert find_text_encoder(str(file)).fingerprint != before
+    assert find_part(str(file), "text_encoder").fingerprint != before
     torch.save({"encoder.conv1.weight": torch.zeros(2)}, tmp_path / "a vae.pth")
     assert_same(tmp_path, theirs, spiece, "its folder")
 
@@ -92,7 +113,7 @@ def test_comfyuis_fp16_and_fp8_files_equal_their_twins(tmp_path, theirs, spiece)
 
 def test_a_long_prompt_is_cut_as_transformers_does(tmp_path, theirs, spiece):
     save_file(formats.comfyui_umt5(theirs, spiece.read_bytes()), tmp_path / "a")
-    tokens = load(tmp_path / "a").tokenizer("red " * 600, truncation=True, max_length=512, return_tensors="pt")
+    tokens = tokenizer_of(tmp_path / "a")("red " * 600, truncation=True, max_length=512)
     expected = transformers_own(spiece)("red " * 600, truncation=True, max_length=512).input_ids
     assert tokens.input_ids.tolist() == [expected] and len(expected) == 512 and expected[-1] == 1
 
@@ -102,14 +123,14 @@ def test_a_prompt_that_is_cut_says_how_long_it_is_and_where(tmp_path, theirs, sp
     save_file(formats.comfyui_umt5(theirs, spiece.read_bytes()), tmp_path / "a")
     pairs = [f"{color} {shape}" for color in ("red", "green") for shape in ("circle", "square")]
     words = " ".join(pairs * 200)
-    for tokenizer in (load(tmp_path / "a").tokenizer, transformers_own(spiece)):
-        ids = tokenizer(words, truncation=False, return_tensors="pt").input_ids[0].tolist()
-        (said,) = cut_of(tokenizer, words)
+    for tokenizer in (tokenizer_of(tmp_path / "a"), TransformersOwn(spiece)):
+        ids = tokenizer(words, truncation=False).input_ids[0].tolist()
+        (said,) = cut(tokenizer, words)
         end = re.search(r"after '\.\.\. (.*)' is cut off", said)[1]
         assert f"The prompt has {len(ids)} tokens, and Wan reads 512" in said
         assert tokenizer.decode(ids[:511]).endswith(end) and len(end) > 10
         fits = tokenizer.decode(ids[:511])
-        assert cut_of(tokenizer, fits) == [] and len(cut_of(tokenizer, f"{fits} red")) == 1
+        assert cut(tokenizer, fits) == [] and len(cut(tokenizer, f"{fits} red")) == 1
 
 
 def test_a_file_without_a_tokenizer_says_where_to_get_one(tmp_path, theirs, spiece):
@@ -135,9 +156,9 @@ def test_a_pth_that_cannot_be_read_is_named_where_the_encoder_is_missed(tmp_path
 
 def test_the_fingerprint_changes_with_the_file(tmp_path, theirs, spiece):
     file = in_folder(tmp_path, formats.original_umt5(theirs), spiece)
-    before = find_text_encoder(str(tmp_path)).fingerprint
+    before = find_part(str(tmp_path), "text_encoder").fingerprint
     torch.save(formats.original_umt5(theirs), file)
-    assert find_text_encoder(str(tmp_path)).fingerprint != before
+    assert find_part(str(tmp_path), "text_encoder").fingerprint != before
 
 
 NAME, OURS = "blocks.1.attn.q.weight", "encoder.block.1.layer.0.SelfAttention.q.weight"

@@ -72,7 +72,7 @@ def test_scales_are_of_the_weight_before_it_is_rounded_to_the_blocks_dtype(tmp_p
 def test_both_experts_by_the_root_folder(tmp_path, tensors, write):
     other = {name: x + 0.5 if name == "head.head.bias" else x for name, x in tensors.items()}
     write(tmp_path / "high_noise_model", tensors)
-    with pytest.raises(ValueError, match="no low_noise_model beside it"):
+    with pytest.raises(ValueError, match="no low_noise_model next to it"):
         load(tmp_path)
     write(tmp_path / "low_noise_model", other)
     model = load(tmp_path, experts="resident")
@@ -106,9 +106,10 @@ def test_a_transformer_of_48_channels_has_the_latent_format_of_the_wan_22_vae(tm
     shapes = random_wan._original_shapes(256, 1, channels=48, out_channels=48)
     save_file({name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, tmp_path / "wan")
     model = load(tmp_path / "wan")
-    assert model.latents_mean.shape == model.latents_std.shape == (1, 48, 1, 1, 1)
-    assert model.latents_mean[0, 0].item() == pytest.approx(-0.2289) and model.latent_rgb.shape == (48, 3)
-    assert model.latents_std[0, 47].item() == pytest.approx(0.7744)
+    latents = model.latents
+    assert latents.mean.shape == latents.std.shape == (1, 48, 1, 1, 1)
+    assert latents.mean[0, 0].item() == pytest.approx(-0.2289) and len(latents.format.rgb) == 48
+    assert latents.std[0, 47].item() == pytest.approx(0.7744)
 
 
 # What is refused, by name

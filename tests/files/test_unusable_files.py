@@ -285,4 +285,4 @@ def test_an_old_protocol_of_pickles(tmp_path):
 def test_a_file_with_other_heads_is_given_as_its_folder():
     folder = Path(__file__).resolve().parents[2] / "assets" / "tiny_wan" / "transformer"
     message = refused(folder / "diffusion_pytorch_model.safetensors")
-    assert "heads of 48 channels" in message and f"Give its folder: {folder}." in message
+    assert "has attention_head_dim 48" in message and f"Give its folder: {folder}." in message

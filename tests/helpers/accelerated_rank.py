@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ascend_runtime.wire import messages
 from ascend_runtime.acceleration.accelerators import Acceleration, Outline
-from ascend_runtime.models.block_stack import At, Stack
+from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.models.cost import Work
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
 from ascend_runtime.engine.job import Job
@@ -92,7 +92,8 @@ def decisions(rank, ranks, *, seed, spec, steps, switch, parallel, guided):
         for branch in branches:
             timestep = torch.tensor([own.gauss(1, 0.1) for _ in range(6)]).view(1, 6, 1)
             run = []
-            stack = Stack(lambda block, x: (run.append(block), x + own.gauss(1, 0.05))[1], BLOCKS, timestep)
+            add = own.gauss
+            stack = BlockStack(lambda block, x: (run.append(block), x + add(1, 0.05))[1], BLOCKS, lambda *_: timestep)
             acceleration.passing(At(expert, branch, step)).blocks(stack, torch.ones(1, TOKENS, 1))
             if len(run) < BLOCKS:
                 left_out.append((step, branch))

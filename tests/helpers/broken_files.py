@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from ascend_runtime.models.wan.files.lora_names import NAMES
 from ascend_runtime.recognition.lora import read_lora
 from ascend_runtime.components import Components
 from ascend_runtime.specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
@@ -152,11 +153,11 @@ def kind_of(path, file):
 
 def load(kind, path, shapes):
     if kind == "lora":
-        read_lora(path, shapes)
+        read_lora(path, shapes, NAMES)
         return
     loaded = Components(torch.device("cpu")).get(SPECS[kind](path=str(path)), lambda *_: None)
-    network = {"transformer": "high_noise", "text_encoder": "model"}.get(kind)
-    network = getattr(loaded, network) if network else loaded
+    network = {"transformer": lambda: loaded.high_noise, "vae": lambda: loaded.network,
+               "text_encoder": lambda: loaded.encoders["text_encoder"].model}[kind]()  # fmt: skip
     for name, tensor in network.state_dict().items():
         assert tensor.device.type == "cpu" and torch.isfinite(tensor).all(), f"{name} was half loaded"
 

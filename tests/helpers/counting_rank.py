@@ -11,10 +11,11 @@ import json
 import gloo_ranks
 import torch
 import torch.distributed as dist
-from ascend_runtime.models.context import Context
-from ascend_runtime.models.wan.transformer import WanTransformer, cut_dim, replicated
+from ascend_runtime.models.wan.context import Context
+from ascend_runtime.models.wan.transformer import WanTransformer
+from ascend_runtime.models.wan.weights import cut_dim, replicated
 from ascend_runtime.ops import PlainOperators
-from ascend_runtime.parallel.cfg import guided
+from ascend_runtime.parallel.cfg import computed, guided
 from ascend_runtime.parallel.fsdp import Share, sharding_of
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import spread
@@ -81,5 +82,5 @@ def steps(config, *, plan, options, latent):
     contexts, sent = {"cond": Context(text), "uncond": Context(text)}, [Sent(), Sent()]
     for step in sent:
         with step:
-            guided(lambda branch: model(latent, timestep, contexts[branch]), 5.0, cfg_group)
+            guided(*computed(("cond", "uncond"), lambda name: model(latent, timestep, contexts[name]), cfg_group), 5.0)
     return [step.noted for step in sent]

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from ascend_runtime.components import Components
 from ascend_runtime.parallel.fsdp import sharding_of
 from ascend_runtime.specs import TextEncoderSpec
-from ascend_runtime.components.text import encode_text
 from counting_rank import Sent
 from torch.distributed.tensor import DTensor
 
@@ -36,7 +35,7 @@ def main():
     folder, rank, ranks = gloo_ranks.join()
     spec = TextEncoderSpec(path=str(folder), placement="ranks")
     encoder = Components(torch.device("cpu")).get(spec, lambda *_: None, sharding_of("cpu", ranks, 1, True))
-    model = encoder.model
+    model = encoder.encoders["text_encoder"].model
     during = []
 
     def stop(index, total):
@@ -44,16 +43,19 @@ def main():
             during.append(held(model))
             raise Stop
 
+    def encode(on_block=lambda *_: None):
+        return encoder.encoding.encode(encoder.encoders, "a red circle", on_block)["text"]
+
     told = {"share": sum(p.to_local().nbytes for p in model.parameters())}
     sent = Sent()
     with sent:
-        embedding = encode_text(model, encoder.tokenizer, "a red circle", lambda *_: None)
+        embedding = encode()
     told |= {"gathers": [name for name, _ in sent.noted].count("send") // (ranks - 1), "after": held(model)}
     try:
-        encode_text(model, encoder.tokenizer, "a red circle", stop)
+        encode(stop)
     except Stop:
         told |= {"during": during[0], "broken off": held(model)}
-    assert torch.equal(encode_text(model, encoder.tokenizer, "a red circle", lambda *_: None), embedding)
+    assert torch.equal(encode(), embedding)
     (folder / f"told-{rank}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()

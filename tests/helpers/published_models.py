@@ -10,7 +10,7 @@ import random_lora
 import random_wan
 import tiny_models
 import torch
-from ascend_runtime.models.wan.names import to_diffusers_name
+from ascend_runtime.models.wan.files.names import to_diffusers_name
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel

@@ -11,19 +11,21 @@ import os
 import sys
 from pathlib import Path
 
+import tiny_models
 import torch
 import torch.distributed as dist
 from ascend_runtime.recognition.layout import find_transformer
 from ascend_runtime.checkpoints.reader import check_weights, load_weights
 from ascend_runtime.models.wan import transformer as wan
-from ascend_runtime.models.context import Context
+from ascend_runtime.models.wan.context import Context
+from ascend_runtime.models.wan.weights import cut_dim, replicated
 from ascend_runtime.ops import PlainOperators
-from ascend_runtime.parallel.cfg import guided
+from ascend_runtime.parallel.cfg import computed, guided
 from ascend_runtime.parallel.fsdp import Share, Sharding, sharding_of
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.specs import Plan
-from ascend_runtime.engine.sampling import denoise
+from ascend_runtime.engine.sampling import denoise, noisy
 from ascend_runtime.specs import SampleSpec
 from ascend_runtime.engine.worker import die_with_parent
 from safetensors.torch import save_file
@@ -33,7 +35,7 @@ def load(folder: Path, sharding: Sharding = Sharding()) -> wan.WanTransformer:
     """What this rank holds of the network."""
     found = find_transformer(str(folder))
     network = wan.WanTransformer(found.config, sharding.tp).eval()
-    share = Share(sharding, wan.cut_dim, wan.replicated, network.units)
+    share = Share(sharding, cut_dim, replicated, network.units)
     cpu = torch.device("cpu")
     places = check_weights(network, found.shards)
     load_weights(network, places, dtype_of=lambda name: torch.float32, device=cpu, share=share)
@@ -57,10 +59,13 @@ def continued(network, cfg_group, shape, guidance_scale, steps) -> torch.Tensor:
     def predict(latent, timestep, step):
         latent = torch.where(unknown.bool(), latent, first)
         timesteps = (timestep * unknown[:, ::2, ::2]).flatten().expand(shape[0], -1)
-        return guided(lambda name: network(latent, timesteps, contexts[name]), guidance_scale, cfg_group)
+        names = ("cond",) if guidance_scale == 1 else ("cond", "uncond")
+        velocities = computed(names, lambda name: network(latent, timesteps, contexts[name]), cfg_group)
+        return velocities[0] if guidance_scale == 1 else guided(*velocities, guidance_scale)
 
     spec = SampleSpec(seed=11, steps=steps, guidance_scale=guidance_scale, shift=5.0)
-    return torch.where(unknown.bool(), denoise(predict, spec, torch.zeros(shape)), first)
+    latent = denoise(predict, tiny_models.scheduler(spec), noisy(torch.zeros(shape), spec))
+    return torch.where(unknown.bool(), latent, first)
 
 
 def on_ranks(networks, *, plan, fsdp, ring_exchange, overlap, guidance_scale, shape, steps) -> torch.Tensor:

@@ -9,10 +9,10 @@ bytes that are free on each rank, it is to be refused, and the rank writes the w
 import json
 
 import gloo_ranks
+import tiny_models
 import torch
 import torch.distributed as dist
 from ascend_runtime.hardware import devices
-from ascend_runtime.models.wan import vae as wan_vae
 from ascend_runtime.parallel import tiles
 from ascend_runtime.engine.video import decode_video, encode_video
 from counting_rank import Sent
@@ -28,7 +28,7 @@ def main():
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
         name = case["vae"]
         if name not in vaes:
-            vaes[name] = wan_vae.streamed(AutoencoderKLWan.from_pretrained(folder / name).eval())
+            vaes[name] = tiny_models.on_ranks(AutoencoderKLWan.from_pretrained(folder / name).eval())
         if case["grid"]:
             tiles.grid_of = lambda *_, grid=case["grid"]: tiles.Grid(*map(tuple, grid))
         work = {"decode": decode_video, "encode": encode_video}[case["work"]]

@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from ascend_runtime.models.context import Context
+from ascend_runtime.engine.sampling import make_scheduler
+from ascend_runtime.models.registry import family
+from ascend_runtime.models.wan.context import Context
 from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from torch import nn
@@ -146,3 +148,14 @@ def denormalised(latent, vae):
     """A latent as a VAE (diffusers') decodes it, of a normalised one."""
     mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     return latent * std + mean
+
+
+def on_ranks(vae):
+    """A Wan VAE (diffusers') as the ranks use it."""
+    wan = family("wan")
+    return wan.vae(vae, wan.vae_form(vae.config))
+
+
+def scheduler(spec):
+    """The scheduler of a job of a Wan model."""
+    return make_scheduler(spec, family("wan"))

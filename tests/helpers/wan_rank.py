@@ -10,7 +10,7 @@ import json
 import gloo_ranks
 import torch
 import torch.distributed as dist
-from ascend_runtime.models.context import Context
+from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.sequence import SpreadSequence

@@ -7,10 +7,11 @@ noise n ends at m + s n.
 import math
 
 import pytest
+import tiny_models
 import torch
 from ascend_runtime import SampleSpec
-from ascend_runtime.engine.sampling import denoise, make_scheduler, noise_of, simple_sigmas
-from ascend_runtime.specs.jobs import SCHEDULES, SOLVERS
+from ascend_runtime.engine.sampling import Watch, denoise, noise_of, noisy, simple_sigmas
+from ascend_runtime.specs.jobs import OWN, SIMPLE, SOLVERS
 from torch.testing import assert_close
 
 SHAPE = (1, 16, 2, 4, 4)
@@ -29,11 +30,16 @@ def velocity(latent, timestep, step):
     return sigma * deviation - (MEAN + (1 - sigma) * DEVIATION**2 * deviation)
 
 
+def denoised(spec, latent=None, **hooks):
+    start = noisy(torch.zeros(SHAPE) if latent is None else latent, spec)
+    return denoise(velocity, tiny_models.scheduler(spec), start, **hooks)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", [OWN, SIMPLE])
 def test_solvers_reach_the_known_end(solver, schedule):
     spec = SampleSpec(seed=5, steps=40, solver=solver, schedule=schedule, shift=SHIFT)
-    latent = denoise(velocity, spec, torch.zeros(SHAPE))
+    latent = denoised(spec)
     expected = MEAN + DEVIATION * noise_of(SHAPE, 5)
     assert_close(latent, expected, atol=0.15 if solver == "euler" else 0.03, rtol=0.0)
 
@@ -42,7 +48,7 @@ def test_solvers_reach_the_known_end(solver, schedule):
 def test_more_steps_are_nearer(solver):
     expected = MEAN + DEVIATION * noise_of(SHAPE, 5)
     specs = [SampleSpec(seed=5, steps=steps, solver=solver, shift=5.0) for steps in (5, 20, 80)]
-    errors = [(denoise(velocity, spec, torch.zeros(SHAPE)) - expected).abs().max() for spec in specs]
+    errors = [(denoised(spec) - expected).abs().max() for spec in specs]
     assert errors[0] > 2 * errors[1] and errors[1] > 2 * errors[2]
 
 
@@ -52,7 +58,7 @@ def test_given_sigmas_may_begin_late_and_end_early(solver):
     first, last = 0.8, 0.2
     sigmas = tuple(torch.linspace(first, last, 40, dtype=torch.float64).tolist())
     clean = MEAN + DEVIATION * noise_of(SHAPE, 6)
-    latent = denoise(velocity, SampleSpec(seed=5, solver=solver, sigmas=sigmas, shift=5.0), clean)
+    latent = denoised(SampleSpec(seed=5, solver=solver, sigmas=sigmas, shift=5.0), clean)
     mixed = (1 - first) * clean + first * noise_of(SHAPE, 5)
     whitened = (mixed - (1 - first) * MEAN) / deviation_at(first)
     expected = ((1 - last) * MEAN + deviation_at(last) * whitened) / (1 - last)
@@ -68,18 +74,22 @@ def test_schedule_simple_takes_every_nth_of_a_thousand_shifted_sigmas():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_given_sigmas_win_over_steps_schedule_and_shift(solver):
     sigmas = (1.0, 0.7, 0.3, 0.0)
-    scheduler = make_scheduler(SampleSpec(solver=solver, sigmas=sigmas, steps=50, schedule="simple", shift=9.0))
+    scheduler = tiny_models.scheduler(SampleSpec(solver=solver, sigmas=sigmas, steps=50, schedule="simple", shift=9.0))
     assert_close(scheduler.sigmas, torch.tensor(sigmas), atol=2e-6, rtol=0.0)
     assert_close(scheduler.timesteps, torch.tensor(sigmas[:-1]) * 1000)
 
 
-def test_each_step_tells_what_it_foresees():
-    told = []
-    spec = SampleSpec(seed=5, steps=30, solver="euler", schedule="simple", shift=5.0)
-    latent = denoise(velocity, spec, torch.zeros(SHAPE), lambda *news: told.append(news))
-    assert [(step, total) for step, total, _ in told] == [(step, 30) for step in range(1, 31)]
-    assert_close(told[0][2], torch.full(SHAPE, MEAN), atol=1e-3, rtol=0.0)  # of pure noise: the mean
-    assert_close(told[-1][2], latent, atol=1e-5, rtol=0.0)
+def test_each_step_reports_its_x0_prediction():
+    seen = []
+
+    class Seen(Watch):
+        def stepped(self, *step):
+            seen.append(step)
+
+    latent = denoised(SampleSpec(seed=5, steps=30, solver="euler", schedule="simple", shift=5.0), watch=Seen())
+    assert [(step, total) for step, total, _ in seen] == [(step, 30) for step in range(1, 31)]
+    assert_close(seen[0][2], torch.full(SHAPE, MEAN), atol=1e-3, rtol=0.0)  # of pure noise: the mean
+    assert_close(seen[-1][2], latent, atol=1e-5, rtol=0.0)
 
 
 def test_the_noise_is_that_of_a_cpu_generator():

@@ -65,7 +65,7 @@ def test_a_tokenizer_is_read_whichever_release_wrote_it(tmp_path, special):
     new = {"extra_special_tokens": special, "backend": "tokenizers", "tokenizer_class": "TokenizersBackend"}
     config.write_text(json.dumps({**json.loads(config.read_text()), **new}))
     encoder = Components(torch.device("cpu")).get(TextEncoderSpec(path=str(folder)), lambda *_: None)
-    tokens = encoder.tokenizer(PROMPT, truncation=True, max_length=512, return_tensors="pt")
+    tokens = encoder.encoders["text_encoder"].tokenizer(PROMPT, truncation=True, max_length=512)
     assert tokens.input_ids.tolist() == [[4, 17, 8, 14, 18, 1]]
 
 

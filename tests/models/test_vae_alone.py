@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from ascend_runtime.hardware import devices
 from ascend_runtime.engine import video
-from ascend_runtime.models.wan import vae as wan_vae
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
 
@@ -31,7 +30,7 @@ class Left(Exception):
 @torch.no_grad()
 def test_a_video_that_was_left_does_not_touch_the_next():
     """Though what it has come to lives on, as an exception keeps it, and is gone in the midst of the next."""
-    ours, theirs = wan_vae.streamed(made("2.1")), made("2.1")
+    ours, theirs = tiny_models.on_ranks(made("2.1")), made("2.1")
     latent = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
     left = []
 
@@ -58,7 +57,7 @@ def test_a_video_that_was_left_does_not_touch_the_next():
 @torch.no_grad()
 def test_narrow_dtypes_lose_no_more_than_in_diffusers(name, dtype):
     """Against fp32, by the mean; the numbers are the same of each run."""
-    ours, theirs, exact = wan_vae.streamed(made(name, dtype)), made(name, dtype), made(name)
+    ours, theirs, exact = tiny_models.on_ranks(made(name, dtype)), made(name, dtype), made(name)
     _, channels, pixels = VAES[name]
     generator = torch.Generator().manual_seed(2)
     latent, frames = torch.randn(1, channels, 3, 5, 4, generator=generator), torch.empty(9, 5 * pixels, 4 * pixels, 3)
@@ -74,7 +73,7 @@ def test_narrow_dtypes_lose_no_more_than_in_diffusers(name, dtype):
 
 
 def test_frames_that_the_host_cannot_hold_are_refused(monkeypatch):
-    ours, latent, frames = wan_vae.streamed(made("2.1")), torch.zeros(1, 16, 3, 2, 2), torch.empty(9, 16, 16, 3)
+    ours, latent, frames = tiny_models.on_ranks(made("2.1")), torch.zeros(1, 16, 3, 2, 2), torch.empty(9, 16, 16, 3)
     monkeypatch.setattr(devices, "host_memory", lambda: frames.nbytes - 1)
     with pytest.raises(ValueError, match="9 frames of 16 x 16 pixels.* What would fit: 8 frames of this size"):
         video.decode_video(ours, latent, frames, lambda *_: pytest.fail("it has begun"))
@@ -83,9 +82,9 @@ def test_frames_that_the_host_cannot_hold_are_refused(monkeypatch):
 @torch.no_grad()
 def test_a_narrow_vae_sees_frames_that_were_rounded_once():
     """As core's and diffusers' do: rounded in 0..1, before they are made -1..1, they would be twice as far off."""
-    vae, seen = wan_vae.streamed(made("2.1", torch.bfloat16)), []
+    vae, seen = tiny_models.on_ranks(made("2.1", torch.bfloat16)), []
     frames = torch.rand(5, 16, 16, 3, generator=torch.Generator().manual_seed(2))
-    vae.encoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0]))
+    vae.network.encoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0]))
     video.encode_video(vae, frames, torch.empty(1, 16, 2, 2, 2), lambda *_: None)
     assert torch.equal(torch.cat(seen, dim=1), (frames.movedim(-1, 0) * 2 - 1).bfloat16())
 

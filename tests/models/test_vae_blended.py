@@ -6,8 +6,9 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-from ascend_runtime.engine import tiling, video
-from ascend_runtime.models.wan import vae as wan_vae, vae_blended as wan_vae_blended
+from ascend_runtime.engine import video
+from ascend_runtime.models.shared import tiling
+from ascend_runtime.models.wan.vae import streamed as wan_vae, blended as wan_vae_blended
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
 WORKS = {"decode": video.decode_video, "encode": video.encode_video}
@@ -36,7 +37,7 @@ def vaes():
     for name, (make, _, _) in VAES.items():
         theirs, ours = (tiny_models.randomise(make(seed=1), 3) for _ in range(2))
         theirs.enable_tiling(SIZE, SIZE, STRIDE, STRIDE)
-        made[name] = theirs, wan_vae.streamed(ours)
+        made[name] = theirs, tiny_models.on_ranks(ours)
     return made
 
 
@@ -84,7 +85,8 @@ def by_diffusers(vae, work, given):
 
 def needed(vae, name, work, size):
     """Bytes, with the margin, for tiles of this size in pixels."""
-    return tiling.margin(vae.device) * wan_vae.bytes_needed(vae, work, *(side // VAES[name][2] for side in size))
+    size = (side // VAES[name][2] for side in size)
+    return tiling.margin(vae.device) * wan_vae.bytes_needed(vae.network, work, *size)
 
 
 @pytest.mark.parametrize("name, work", CASES)

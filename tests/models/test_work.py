@@ -1,12 +1,11 @@
 """The FLOPs that reports count with are those of a forward pass, as torch counts them; its memory is what it takes."""
 
-from types import SimpleNamespace
-
 import pytest
 import tiny_models
 import torch
-from ascend_runtime.models.block_stack import Pass
-from ascend_runtime.models.context import Context
+from ascend_runtime.models.shared.block_stack import Pass
+from ascend_runtime.models.cost import PassSize
+from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanBlock, WanTransformer
 from ascend_runtime.models.wan.cost import taken_by, work_of
 from ascend_runtime.ops.memory import most_allocated
@@ -37,7 +36,7 @@ def test_a_pass_computes_what_work_of_says(name, text, kept):
     network.load_state_dict(theirs.state_dict(), assign=True)
     latent, context = torch.randn(shape), Context(torch.randn(shape[0], text, tiny_models.TEXT_DIM))
     tokens = shape[2] * shape[3] * shape[4] // 4
-    work = work_of(network.config, 3, shape[0], tokens, text, on_rank=tokens)
+    work = work_of(network.config, PassSize(shape[0], tokens, tokens, text))
 
     def flops(*passing):
         spelt_out = sdpa_kernel(SDPBackend.MATH)  # torch does not count its CPU kernel
@@ -59,7 +58,7 @@ def test_a_pass_computes_what_work_of_says(name, text, kept):
 @pytest.mark.parametrize("heads, ffn_dim", [(40, 13824), (24, 14336), (12, 8960)])
 def test_a_block_takes_what_taken_by_says(heads, ffn_dim, dtype, per_token):
     """Blocks of the published sizes, on the meta device, with an attention that takes no more than its result."""
-    config = SimpleNamespace(num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn_dim)
+    config = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn_dim}
     tokens, width, operators = 32760, heads * 128, PlainOperators()
     operators.attention = lambda query, key, value: torch.empty_like(query)
     with torch.device("meta"):
@@ -71,6 +70,6 @@ def test_a_block_takes_what_taken_by_says(heads, ffn_dim, dtype, per_token):
     block.ops = block.attn1.ops = block.attn2.ops = operators
     block.attn1.sequence = WholeSequence(operators.attention)
     takes = most_allocated(lambda: block(x, context, timestep, rotary)) + (timestep.nbytes if per_token else 0)
-    told = taken_by(config, tokens, dtype.itemsize, per_token)
+    told = taken_by(config, PassSize(1, tokens, tokens, 512, per_token), dtype.itemsize)
     print(f"{takes / 1e9:.3f} GB taken, {told / 1e9:.3f} GB told")
     assert 0.85 * told < takes <= told

@@ -9,7 +9,7 @@ from ascend_runtime import ParallelSpec, SampleSpec
 from ascend_runtime.acceleration.attention_cache import AttentionCache
 from ascend_runtime.acceleration.block_cache import BlockCache
 from ascend_runtime.acceleration.accelerators import Acceleration, Outline
-from ascend_runtime.models.block_stack import At, Stack
+from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import Work
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, StepCacheSpec, Window
@@ -118,7 +118,7 @@ def test_blocks_add_what_they_added_in_the_last_step_that_computed_them(seed):
         cache, added = BlockCache(window, steps, blocks, Tally(WORK)), [0.0] * blocks
         for step in range(steps):
             reused = window.blocks(blocks) if window.reuses(step, steps) and step else ()
-            stack = Stack(lambda block, x: x + (step + 1) * 10**block, blocks, torch.zeros(1))
+            stack = BlockStack(lambda block, x: x + (step + 1) * 10**block, blocks, lambda *_: torch.zeros(1))
             cache._tally.began(at := At("high_noise", "cond", step))
             out = cache.blocks(at, stack, torch.tensor(0.0))
             added = [before if block in reused else (step + 1) * 10.0**block for block, before in enumerate(added)]
@@ -191,7 +191,7 @@ def test_an_expert_lets_go_of_what_it_kept(spec):
     )
     ran = []
     for step, expert in enumerate(("high_noise", "high_noise", "low_noise", "low_noise")):
-        stack = Stack(lambda block, x: (ran.append((step, block)), x + step)[1], 9, torch.zeros(1))
+        stack = BlockStack(lambda block, x: (ran.append((step, block)), x + step)[1], 9, lambda *_: torch.zeros(1))
         out = acceleration.passing(At(expert, "cond", step)).blocks(stack, torch.tensor(0.0))
         assert out == 9 * (step - step % 2)
     assert ran == [(step, block) for step in (0, 2) for block in range(9)]

@@ -13,7 +13,6 @@ from ascend_runtime.commands import calibration
 from ascend_runtime.acceleration.step_rules import polynomial
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
 from ascend_runtime.checkpoints.calibration_file import calibration_file, read_calibration, write_calibration
-from ascend_runtime.engine.sampling import make_scheduler
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "tiny_wan"
 SHAPE = (1, 16, 3, 6, 10)
@@ -36,7 +35,7 @@ def test_changes_are_those_of_the_networks_tensors(one_rank, specs):
     network.condition_embedder.register_forward_hook(lambda module, _, out: seen.update(timestep=out[1]))
     network.patch_embedding.register_forward_hook(lambda module, _, out: seen.update(tokens=out.flatten(2).mT))
     network.blocks[-1].register_forward_hook(lambda module, _, out: seen.update(output=out))
-    scheduler = make_scheduler(SPEC)
+    scheduler = tiny_models.scheduler(SPEC)
     x, before = torch.randn(SHAPE, generator=torch.Generator().manual_seed(SPEC.seed)), None
     for step, timestep in enumerate(scheduler.timesteps):
         with torch.no_grad():

@@ -8,7 +8,8 @@ import original_formats
 import pytest
 import tiny_models
 import torch
-from ascend_runtime.models.wan.transformer import WanTransformer, keeps_fp32, replicated
+from ascend_runtime.models.wan.transformer import WanTransformer
+from ascend_runtime.models.wan.weights import keeps_fp32, replicated
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close

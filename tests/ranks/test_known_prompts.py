@@ -10,7 +10,7 @@ import pytest
 import torch
 from ascend_runtime import JobCancelled, TextEncoderSpec
 from ascend_runtime.client.arguments import MAX_PROMPT_CHARACTERS, check_prompt
-from ascend_runtime.components.text import KNOWN_PROMPTS
+from ascend_runtime.engine.prompts import KNOWN_PROMPTS
 from benchmarks.opens import Opened
 from new_prompts import new_prompt
 from safetensors.torch import load_file, save_file

@@ -8,6 +8,7 @@ import random_lora
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
+from ascend_runtime.models.wan.files.lora_names import NAMES
 from ascend_runtime.recognition.lora import LowRank, read_lora
 from ascend_runtime.components import Components
 from ascend_runtime.components.loras import Adapter
@@ -206,7 +207,7 @@ def test_layers_and_scales_are_those_that_diffusers_finds(layout, convert, check
     save_file(inside, tmp_path / "inside.safetensors")
     theirs = convert({key: tensor.clone() for key, tensor in inside.items()})  # it scales some in place
     theirs = {key.removeprefix("transformer."): tensor for key, tensor in theirs.items()}
-    ours = read_lora(tmp_path / "inside.safetensors", {name: tuple(x.shape) for name, x in base.items()}).changes
+    ours = read_lora(tmp_path / "inside.safetensors", {name: tuple(x.shape) for name, x in base.items()}, NAMES).changes
     layers = {key.removesuffix(".lora_A.weight") for key in theirs if key.endswith(".lora_A.weight")}
     assert len(layers) == 20 and {f"{layer}.weight" for layer in layers} == {
         name for name, change in ours.items() if isinstance(change, LowRank)
@@ -342,10 +343,10 @@ def test_an_image_to_video_networks_own_layers(tmp_path):
         return tmp_path / name
 
     for file in (saved("original", "diffusion_model."), saved("kohya", "lora_unet_", lambda x: x.replace(".", "_"))):
-        whole, fitting = read_lora(file, shapes), read_lora(file, plain)
+        whole, fitting = read_lora(file, shapes, NAMES), read_lora(file, plain, NAMES)
         assert set(whole.changes) == {*image, "blocks.0.attn2.to_q.weight"} and whole.warning == ""
         assert set(fitting.changes) == {"blocks.0.attn2.to_q.weight"}
         assert f"{file} is used without some of its tensors: 8 of layers for CLIP's image, which" in fitting.warning
         assert "cross_attn" in fitting.warning
     with pytest.raises(ValueError, match="none of its 8 tensors fits. It was made for an image-to-video model"):
-        read_lora(saved("image", "diffusion_model."), plain)
+        read_lora(saved("image", "diffusion_model."), plain, NAMES)

@@ -14,9 +14,10 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
 from ascend_runtime.commands import conversion, inspection
-from ascend_runtime.models.wan.names import to_diffusers_name
+from ascend_runtime.models.wan.files.names import to_diffusers_name
 from ascend_runtime.components import Components
-from ascend_runtime.models.wan.transformer import WanTransformer, cut_dim, kept_in_8_bits
+from ascend_runtime.models.wan.transformer import WanTransformer
+from ascend_runtime.models.wan.weights import cut_dim, kept_in_8_bits
 from ascend_runtime.ops import PlainOperators, quantization
 from ascend_runtime.parallel import fsdp
 from benchmarks import quantization as benchmark

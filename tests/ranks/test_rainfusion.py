@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ascend_runtime import ParallelSpec, SampleSpec
 from ascend_runtime.acceleration import masks
 from ascend_runtime.acceleration.bricks import bricks, by_frames, by_places, tiles
-from ascend_runtime.models.block_stack import At
+from ascend_runtime.models.shared.block_stack import At
 from ascend_runtime.acceleration.rainfusion import RainFusion, version_of
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import Work

@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 
 import original_formats
 import pytest
 import random_wan
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
-from ascend_runtime.recognition.layout import find_text_encoder, find_transformer, find_vae
+from ascend_runtime.recognition.layout import find_part, find_transformer, find_vae
 from ascend_runtime.components import Components
 from benchmarks.opens import Opened
 from safetensors.torch import load_file, save_file
@@ -110,8 +111,8 @@ def test_a_changed_config_of_the_original_is_read_again(one_rank, tmp_path):
 
 @pytest.mark.parametrize("find, names", [
     (find_transformer, ["transformer/config.json", "model_index.json", "vae/config.json", "vae/latent_rgb.json"]),
-    (find_text_encoder, ["text_encoder/config.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json",
-                         "tokenizer/added_tokens.json"]),
+    (partial(find_part, part="text_encoder"), ["text_encoder/config.json", "tokenizer/tokenizer.json",
+                                               "tokenizer/tokenizer_config.json", "tokenizer/added_tokens.json"]),
     (find_vae, ["vae/config.json"]),
 ])  # fmt: skip
 def test_every_file_beside_the_weights_is_looked_at(own, find, names):

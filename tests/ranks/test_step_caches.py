@@ -1,21 +1,29 @@
 """Step caches against diffusers' own, where it has them, and against what they are to do."""
 
+import math
 import random
 import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
 from ascend_runtime import DiffusionModelSpec, SampleSpec, VideoSize
-from ascend_runtime.models.block_stack import At, Stack
+from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import Work
 from ascend_runtime.acceleration.step_cache import Expansion, StepCache
 from ascend_runtime.acceleration.step_rules import Always, FirstBlock, MagCache, Reference, TeaCache, polynomial
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
 from ascend_runtime.checkpoints.calibration_file import calibration_file, write_calibration
-from ascend_runtime.models.wan.calibrations import COEFFICIENTS, RATIOS, known_of
+from ascend_runtime.engine import generation
+from ascend_runtime.engine.generation import Request
+from ascend_runtime.models.shared.conditioning import Given
+from ascend_runtime.models.registry import family
+from ascend_runtime.models.wan.calibrations import COEFFICIENTS, RATIOS, published
+from ascend_runtime.models.wan.transformer import _indicator
 from ascend_runtime.models.wan.defaults import WAN21_IMAGE, WAN21_TEXT, WAN22_TEXT
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks.mag_cache import nearest_interp
@@ -157,7 +165,7 @@ def run(rule, changes, always=(0,), most=100):
     cache, value = StepCache(rule, always, most, 0, tally), 1.0
     for step, change in enumerate(changes):
         value *= 1 + change
-        stack = Stack(lambda block, x: x + value, 2, torch.full((1, 6, 2), value))
+        stack = BlockStack(lambda block, x: x + value, 2, lambda *_: torch.full((1, 6, 2), value))
         tally.began(At("high_noise", "cond", step))
         before = sum(tally._blocks.values())
         cache.blocks(At("high_noise", "cond", step), stack, torch.zeros(1, 3, 2))
@@ -207,7 +215,7 @@ def test_the_cond_branch_decides_once_a_step(branches, seen):
         for branch in branches:
             value = {"cond": 1.0, "uncond": 5.0}[branch]
             tally.began(at := At("high_noise", branch, step))
-            stack = Stack(lambda block, x: x * 2, 2, torch.zeros(1))
+            stack = BlockStack(lambda block, x: x * 2, 2, lambda *_: torch.zeros(1))
             assert cache.blocks(at, stack, torch.tensor([[[value]]])).item() == 4 * value, "each has its own"
     assert rule.asked == [(0, seen, True), (1, seen, False)]
     assert tally.facts()["blocks_skipped"] == 2 * len(branches)
@@ -215,12 +223,13 @@ def test_the_cond_branch_decides_once_a_step(branches, seen):
 
 def test_padding_is_not_looked_at():
     tokens, led = torch.zeros(1, 3, 2), torch.arange(6.0).view(1, 3, 2)
-    assert torch.equal(FirstBlock(0.1, 2).sees(Stack(None, 1, None), tokens, led), led[:, :2])
-    assert FirstBlock(0.1, 0).sees(Stack(None, 1, None), tokens, led).numel() == 0
+    assert torch.equal(FirstBlock(0.1, 2).sees(BlockStack(None, 1, None), tokens, led), led[:, :2])
+    assert FirstBlock(0.1, 0).sees(BlockStack(None, 1, None), tokens, led).numel() == 0
     each = torch.randn(1, 3, 6, 128)
-    assert torch.equal(TeaCache(0.1, (), 2).sees(Stack(None, 1, each), tokens, led), each[:, :2, :, [0, 64]])
+    seen = TeaCache(0.1, (), 2).sees(BlockStack(None, 1, partial(_indicator, each)), tokens, led)
+    assert torch.equal(seen, each[:, :2, :, [0, 64]])
     whole = each[:, 0]
-    assert torch.equal(TeaCache(0.1, (), 2).sees(Stack(None, 1, whole), tokens, led), whole)
+    assert torch.equal(TeaCache(0.1, (), 2).sees(BlockStack(None, 1, partial(_indicator, whole)), tokens, led), whole)
 
 
 def test_nothing_compared_with_nothing_is_a_change(alone):
@@ -238,7 +247,7 @@ def test_polynomials_are_numpys():
 
 def test_a_step_that_is_left_out_runs_no_block(alone):
     ran = []
-    stack = Stack(lambda block, x: (ran.append(block), x + 1)[1], 5, torch.ones(1, 6, 2))
+    stack = BlockStack(lambda block, x: (ran.append(block), x + 1)[1], 5, lambda *_: torch.ones(1, 6, 2))
     tally = Tally(Work(1.0, 1.0, 1.0, 1.0, 5))
     cache = StepCache(FirstBlock(10.0, 3), (0,), 100, 0, tally)
     for step in range(2):
@@ -252,24 +261,27 @@ def test_a_step_that_is_left_out_runs_no_block(alone):
 
 
 def test_published_figures_are_found_by_the_model():
-    one = ("high_noise",)
-    small = known_of({}, one, WAN21_TEXT, 1536, 832 * 480)["high_noise"]
+    small = published(WAN21_TEXT, 1536, 832 * 480, "high_noise")
     assert small.coefficients == COEFFICIENTS["Wan2.1-T2V-1.3B"] and len(small.ratios) == 50
     assert small.source == "published, of Wan2.1-T2V-1.3B"
-    assert known_of({}, one, WAN21_TEXT, 5120, 1)["high_noise"].ratios == RATIOS["Wan2.1-T2V-14B"]
-    assert known_of({}, one, WAN21_TEXT, 192, 1)["high_noise"] == Calibration()
+    assert published(WAN21_TEXT, 5120, 1, "high_noise").ratios == RATIOS["Wan2.1-T2V-14B"]
+    assert published(WAN21_TEXT, 192, 1, "high_noise") == Calibration()
     for pixels, name in ((832 * 480, "Wan2.1-I2V-14B-480P"), (1280 * 720, "Wan2.1-I2V-14B-720P")):
-        assert known_of({}, one, WAN21_IMAGE, 5120, pixels)["high_noise"].coefficients == COEFFICIENTS[name]
-    both = known_of({}, ("high_noise", "low_noise"), WAN22_TEXT, 5120, 1)
+        assert published(WAN21_IMAGE, 5120, pixels, "high_noise").coefficients == COEFFICIENTS[name]
+    both = {expert: published(WAN22_TEXT, 5120, 1, expert) for expert in ("high_noise", "low_noise")}
     assert [len(both[expert].ratios) for expert in both] == [26, 14] and not both["low_noise"].coefficients
     assert all(ratios[0] == 1.0 and min(ratios) > 0.75 for ratios in RATIOS.values())
 
 
 def test_a_models_own_calibration_comes_first_and_must_be_of_its_experts():
-    own = Calibration(coefficients=(1.0, 0.0))
-    assert known_of({"high_noise": own}, ("high_noise",), WAN21_TEXT, 5120, 1) == {"high_noise": own}
+    own = {"high_noise": Calibration(coefficients=(1.0, 0.0))}
+    request = Request(Given(torch.zeros(1, 16, 1, 8, 8), None, {}), SampleSpec(), calibration=own)
+    model = SimpleNamespace(adapters={"high_noise": None}, high_noise=SimpleNamespace(config={}), family=family("wan"),
+                            defaults=WAN21_TEXT, pixels_of=math.prod)  # fmt: skip
+    assert generation._known(model, request) == own
+    model.adapters["low_noise"] = None
     with pytest.raises(ValueError, match="is of high_noise, but the model has high_noise, low_noise. Calibrate"):
-        known_of({"high_noise": own}, ("high_noise", "low_noise"), WAN22_TEXT, 5120, 1)
+        generation._known(model, request)
 
 
 def test_a_model_of_which_nothing_is_known(one_rank, specs):

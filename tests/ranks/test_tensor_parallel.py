@@ -9,7 +9,8 @@ import random_wan
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec
-from ascend_runtime.models.wan.transformer import WanTransformer, cut_dim
+from ascend_runtime.models.wan.transformer import WanTransformer
+from ascend_runtime.models.wan.weights import cut_dim
 from benchmarks.opens import Opened
 from torch.testing import assert_close
 

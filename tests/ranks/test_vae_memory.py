@@ -6,10 +6,10 @@ import pytest
 import tiny_models
 import torch
 from ascend_runtime import VaeSpec
-from ascend_runtime.models.wan import vae as wan_vae
+from ascend_runtime.models.wan.vae import streamed as wan_vae
 from ascend_runtime.ops.memory import most_allocated
 from ascend_runtime.parallel.tiles import whole
-from ascend_runtime.engine.tiling import MARGIN, margin
+from ascend_runtime.models.shared.tiling import MARGIN, margin
 from benchmarks.memory import GIVES_BACK, highest_rss, rss
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels

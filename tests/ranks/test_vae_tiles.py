@@ -10,9 +10,9 @@ import pytest
 import tile_rank
 import tiny_models
 import torch
-from ascend_runtime.models.wan import vae as wan_vae
+from ascend_runtime.models.wan.vae import streamed as wan_vae
 from ascend_runtime.parallel.tiles import Grid, Tile, grid_of
-from ascend_runtime.engine.tiling import margin
+from ascend_runtime.models.shared.tiling import margin
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 from safetensors.torch import save_file
 

@@ -4,7 +4,8 @@ import gloo_ranks
 import pytest
 import tiny_models
 import torch
-from ascend_runtime.models.context import FEW, Context
+from ascend_runtime.models.wan.cost import FEW
+from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close

@@ -93,7 +93,8 @@ def real_group():
 
 def test_a_real_group(real_group):
     code = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); " \
-           "from ascend_runtime.hardware import cores; print(cores.usable(), *cores._quotas(cores.PROCESS))"  # fmt: skip
+           "from ascend_runtime.hardware import cores; " \
+           "print(cores.usable(), *cores._quotas(cores.PROCESS))"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, str(real_group / "cgroup.procs")], cwd=ROOT, text=True,
                           capture_output=True, timeout=120, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -160,7 +160,7 @@ def _made(
     progress.begin("starting the ranks")
     runtime.start()
     positive, negative = (
-        runtime.encode(video.encoder, text, on_progress=progress.on_progress).tensor
+        runtime.encode(video.encoder, text, on_progress=progress.on_progress).conditioning
         for text in (arguments.prompt, arguments.negative)
     )
     sample = partial(

@@ -1,1 +1,1 @@
-"""Model families: networks written for one device, with what they are made of and their defaults."""
+"""The Wan family. `family.py` is its door; the networks stand next to it."""

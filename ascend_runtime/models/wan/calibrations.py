@@ -1,4 +1,4 @@
-"""What step caches know beforehand of a model: what was found out here, else what was published."""
+"""What was published of the Wan models for step caches."""
 
 from __future__ import annotations
 
@@ -72,30 +72,16 @@ RATIOS = {
 }  # fmt: skip
 
 
-def known_of(
-    found: dict[str, Calibration], experts: tuple[str, ...], own: Defaults, width: int, pixels: int
-) -> dict[str, Calibration]:
-    """Of each expert. found: what the model's own file says. own: its defaults; width: of its transformer, which tells
-    models of one name apart; pixels: of the job's pictures, for which weights of the same form were published twice.
-
-    Raises ValueError where the file is another model's.
-    """
-    if found and set(found) != set(experts):
-        raise ValueError(
-            f"The calibration beside the model is of {', '.join(found)}, but the model has {', '.join(experts)}. "
-            "Calibrate it again: python -m ascend_runtime calibrate MODEL"
-        )
-    return found or {expert: _published(_name(own, width, pixels), expert) for expert in experts}
+def published(own: Defaults, width: int, pixels: int, expert: str) -> Calibration:
+    """What was published for an expert. own: its model's defaults. width: of its transformer, which distinguishes
+    models of one name. pixels: of the job's pictures, for which weights of the same form were published twice."""
+    name = _name(own, width, pixels)
+    ratios = RATIOS.get(f"{name} {expert}") or RATIOS.get(name, ())
+    known = {"coefficients": COEFFICIENTS.get(name, ()), "ratios": ratios}
+    return Calibration(**known, source=f"published, of {name}") if any(known.values()) else Calibration()
 
 
 def _name(own: Defaults, width: int, pixels: int) -> str:
     if own.name == "Wan2.1-T2V":
         return f"{own.name}-{WIDTHS.get(width)}"
     return f"{own.name}-{480 if pixels <= SMALL_PICTURE else 720}P" if own.name == "Wan2.1-I2V-14B" else own.name
-
-
-def _published(name: str, expert: str) -> Calibration:
-    coefficients = COEFFICIENTS.get(name, ())
-    ratios = RATIOS.get(f"{name} {expert}") or RATIOS.get(name, ())
-    known = {"coefficients": coefficients, "ratios": ratios}
-    return Calibration(**known, source=f"published, of {name}") if any(known.values()) else Calibration()

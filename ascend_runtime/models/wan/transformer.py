@@ -14,6 +14,7 @@ from typing import Callable
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
@@ -21,82 +22,17 @@ from ...ops import PlainOperators
 from ...ops.plain import RotaryTable
 from ...parallel.sequence import Sequence, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights
-from ..block_stack import EVERYTHING, Attend, Pass, Stack
-from ..context import Context
-from ..quantized import QuantizedLinear
+from ..shared.block_stack import EVERYTHING, Attend, BlockStack, Pass
+from ..shared.quantized import QuantizedLinear
+from .context import Context
+from .files.configs import TRANSFORMER
 
-# Kept in fp32 whatever the dtype of the blocks, as diffusers does: small, and the quality of every step hangs on them.
-FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
-# How tensor parallelism cuts a block's layers: by columns, whole heads or a part of the feed-forward's width, with
-# their biases and the norms of query and key; or by rows, whose bias stays whole. What is not named is not cut.
-COLUMNS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "norm_q", "norm_k", "norm_added_k")
-ROWS = ("to_out.0", "ffn.net.2")
-UNCUT = ("input_scale", "input_offset")  # of a quantized layer
-# Which layers of a block are kept in 8 bits on demand: all but the one that msModelSlim's recipes for Wan leave alone
-# too, whose inputs have a few values far above all others.
-IN_8_BITS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0", "ffn.net.0.proj")
-MASK_CHANNELS = 4  # of an image-to-video model: the mask of a latent frame's 4 frames
-
-# Mean and standard deviation of the latents of the Wan 2.1 VAE, as published in its diffusers config.
-LATENTS_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
-LATENTS_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
-
-# A picture of a latent without its VAE, by its channels: RGB weights in -1..1 of each normalised channel, and a bias.
-# The figures are those of ComfyUI's latent formats Wan21 and Wan22.
-LATENT_RGB = {
-    16: {"bias": (-0.1835, -0.0868, -0.3360), "factors": (
-        (-0.1299, -0.1692, 0.2932), (0.0671, 0.0406, 0.0442), (0.3568, 0.2548, 0.1747), (0.0372, 0.2344, 0.1420),
-        (0.0313, 0.0189, -0.0328), (0.0296, -0.0956, -0.0665), (-0.3477, -0.4059, -0.2925), (0.0166, 0.1902, 0.1975),
-        (-0.0412, 0.0267, -0.1364), (-0.1293, 0.0740, 0.1636), (0.0680, 0.3019, 0.1128), (0.0032, 0.0581, 0.0639),
-        (-0.1251, 0.0927, 0.1699), (0.0060, -0.0633, 0.0005), (0.3477, 0.2275, 0.2950), (0.1984, 0.0913, 0.1861),
-    )},
-    48: {"bias": (0.0317, -0.0878, -0.1388), "factors": (
-        (0.0119, 0.0103, 0.0046), (-0.1062, -0.0504, 0.0165), (0.0140, 0.0409, 0.0491), (-0.0813, -0.0677, 0.0607),
-        (0.0656, 0.0851, 0.0808), (0.0264, 0.0463, 0.0912), (0.0295, 0.0326, 0.0590), (-0.0244, -0.0270, 0.0025),
-        (0.0443, -0.0102, 0.0288), (-0.0465, -0.0090, -0.0205), (0.0359, 0.0236, 0.0082), (-0.0776, 0.0854, 0.1048),
-        (0.0564, 0.0264, 0.0561), (0.0006, 0.0594, 0.0418), (-0.0319, -0.0542, -0.0637), (-0.0268, 0.0024, 0.0260),
-        (0.0539, 0.0265, 0.0358), (-0.0359, -0.0312, -0.0287), (-0.0285, -0.1032, -0.1237), (0.1041, 0.0537, 0.0622),
-        (-0.0086, -0.0374, -0.0051), (0.0390, 0.0670, 0.2863), (0.0069, 0.0144, 0.0082), (0.0006, -0.0167, 0.0079),
-        (0.0313, -0.0574, -0.0232), (-0.1454, -0.0902, -0.0481), (0.0714, 0.0827, 0.0447), (-0.0304, -0.0574, -0.0196),
-        (0.0401, 0.0384, 0.0204), (-0.0758, -0.0297, -0.0014), (0.0568, 0.1307, 0.1372), (-0.0055, -0.0310, -0.0380),
-        (0.0239, -0.0305, 0.0325), (-0.0663, -0.0673, -0.0140), (-0.0416, -0.0047, -0.0023), (0.0166, 0.0112, -0.0093),
-        (-0.0211, 0.0011, 0.0331), (0.1833, 0.1466, 0.2250), (-0.0368, 0.0370, 0.0295), (-0.3441, -0.3543, -0.2008),
-        (-0.0479, -0.0489, -0.0420), (-0.0660, -0.0153, 0.0800), (-0.0101, 0.0068, 0.0156), (-0.0690, -0.0452, -0.0927),
-        (-0.0145, 0.0041, 0.0015), (0.0421, 0.0451, 0.0373), (0.0504, -0.0483, -0.0356), (-0.0837, 0.0168, 0.0055),
-    )},
-}  # fmt: skip
+SAMPLED = 64  # of a timestep for each token, one channel of so many is compared: all would be as large as six tokens
 
 
-def keeps_fp32(name: str) -> bool:
-    """Whether a parameter is in fp32 whatever the dtype of the blocks."""
-    return any(part in name for part in FP32_PARAMETERS)
-
-
-def replicated(name: str) -> bool:
-    """Whether every rank keeps a parameter whole under FSDP, which gathers one dtype at a time: what is in fp32 within
-    a unit of the blocks' dtype."""
-    return keeps_fp32(name) and "time_embedder" not in name
-
-
-def cut_dim(name: str) -> int | None:
-    """The dim along which tensor parallelism cuts a parameter; None: every rank has all of it."""
-    layer, _, kind = name.rpartition(".")
-    if not name.startswith("blocks."):
-        return None
-    if layer.endswith(COLUMNS):
-        return None if kind in (*UNCUT, "mul_scale") else 0
-    return {"weight": 1, "mul_scale": 0}.get(kind) if layer.endswith(ROWS) else None
-
-
-def kept_in_8_bits(layer: str) -> bool:
-    """Whether a layer is quantized where a model is to be as it is read."""
-    return layer.startswith("blocks.") and layer.endswith(IN_8_BITS)
+def _indicator(timestep: Tensor, tokens: Tensor, own: int) -> Tensor:
+    """TeaCache's for Wan: the timestep's projection [B, 6, D], or [B, S, 6, D] with one a token, `own` of them real."""
+    return timestep if timestep.ndim == 3 else timestep[:, :own, :, ::SAMPLED]
 
 
 def _check_tensor_parallel(heads: int, ffn_dim: int, degree: int) -> None:
@@ -248,7 +184,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         with torch.device("meta"):
             shell = WanTransformer3DModel.from_config({**config, "num_layers": 0})
-        self.config = shell.config
+        self.config = FrozenDict({**shell.config, "num_layers": config.get("num_layers", TRANSFORMER["num_layers"])})
         _check_tensor_parallel(self.config.num_attention_heads, self.config.ffn_dim, tp.degree)
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         self.patch_embedding = shell.patch_embedding
@@ -270,7 +206,7 @@ class WanTransformer(nn.Module):
                     image_dim=self.config.added_kv_proj_dim,
                     tp=tp,
                 )
-                for _ in range(config.get("num_layers", 40))
+                for _ in range(self.config.num_layers)
             )
         self._rotary: tuple[torch.Size, RotaryTable] | None = None
         self.arrange(PlainOperators())
@@ -310,7 +246,7 @@ class WanTransformer(nn.Module):
             self_attention = partial(passing.attention, number)
             return self.blocks[number](tokens, context, projected, rotary, self_attention)
 
-        tokens = passing.blocks(Stack(run, len(self.blocks), projected), tokens)
+        tokens = passing.blocks(BlockStack(run, len(self.blocks), partial(_indicator, projected)), tokens)
         tokens = self.sequence.gather(self._head(tokens, embedded), length)
         return self._unpatchify(tokens, latent.shape)
 

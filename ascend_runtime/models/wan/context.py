@@ -1,10 +1,10 @@
-"""What the video's tokens attend to beside themselves: a prompt, and with some models an image."""
+"""What the video's tokens attend to besides themselves: a prompt, and with some models an image."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-FEW = 16  # video tokens a text token, up to which projecting the text anew in each pass is felt: 1 % of a block at 8
+from .cost import worth_keeping
 
 
 class Context:
@@ -14,7 +14,7 @@ class Context:
     [2B, I, image_dim] for those that see a first and a last one, side by side.
 
     It is the same in every step, so the first pass leaves here what the later ones need of it: the embedders' outputs,
-    and where the video's tokens on a rank are few beside the text's, keys and values of every block: these take
+    and where the video's tokens on a rank are few next to the text's, keys and values of every block: these take
     2 B (L + I) D elements a block and branch on this rank, by tp_degree: 0.4 GB a branch for Wan 14B in bfloat16.
     """
 
@@ -24,10 +24,5 @@ class Context:
         self.keys_values: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}  # of an attention
 
     def worth_keeping(self, tokens: int) -> bool:
-        """Whether keys and values should be, beside `tokens` of the video on this rank."""
+        """Whether keys and values should be, next to `tokens` of the video on this rank."""
         return worth_keeping(tokens, self.text.shape[1])
-
-
-def worth_keeping(tokens: int, text_tokens: int) -> bool:
-    """Whether a block's keys and values of so many tokens of text are kept beside `tokens` of the video on a rank."""
-    return tokens <= FEW * text_tokens

@@ -18,15 +18,16 @@ class At(NamedTuple):
     step: int  # of the job, from 0
 
 
-class Stack(NamedTuple):
-    """What a pass is asked about. run: computes a block. count: of blocks.
+class BlockStack(NamedTuple):
+    """What a pass is asked about. run: computes a block. count: of blocks, in one numbering whatever their kinds.
 
-    timestep: its projection [B, 6, D], or [B, S, 6, D] with one timestep a token.
+    indicator: what TeaCache compares from step to step, made of the tokens [B, S, D] before the first block and the
+    number of those that are no padding: any tensor whose change predicts that of the blocks' output.
     """
 
     run: RunBlock
     count: int
-    timestep: Tensor
+    indicator: Callable[[Tensor, int], Tensor]
 
     def through(self, tokens: Tensor, blocks: range) -> Tensor:
         """The tokens [B, S, D] after some blocks, one after the other."""
@@ -38,7 +39,7 @@ class Stack(NamedTuple):
 class Pass:
     """A pass that computes all."""
 
-    def blocks(self, stack: Stack, tokens: Tensor) -> Tensor:
+    def blocks(self, stack: BlockStack, tokens: Tensor) -> Tensor:
         """The tokens [B, S, D] after the whole stack."""
         return stack.through(tokens, range(stack.count))
 

@@ -28,9 +28,9 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )  # fmt: skip
 from torch import Tensor, nn
 
-from ...ops.convolution import convolve_3d, frames_format
-from ...ops.memory import most_allocated
-from ...parallel.tiles import Edges, Tile, whole
+from ....ops.convolution import convolve_3d, frames_format
+from ....ops.memory import most_allocated
+from ....parallel.tiles import Edges, Tile, whole
 
 Write = Callable[[Tensor, Tensor], object]  # see Stream.extended
 FRAMES = 4  # of a video, for each latent frame but the first, which stands for one

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.faults import listed
-from ..checkpoints.msmodelslim import DYNAMIC, STATIC, Layer
-from ..ops import PlainOperators
-from ..ops.quantization import Static
-from ..parallel.tensor import TensorParallel
+from ...checkpoints.faults import listed
+from ...checkpoints.msmodelslim import DYNAMIC, STATIC, Layer
+from ...ops import PlainOperators
+from ...ops.quantization import Static
+from ...parallel.tensor import TensorParallel
 
 WAYS = {"w8a8_dynamic": Layer(DYNAMIC)}  # in which a model is quantized as it is read, by what a description asks for
 
@@ -73,12 +73,14 @@ class StaticLinear(QuantizedLinear):
         return Static(self.input_scale, self.input_offset, self.deq_scale, self.quant_bias)
 
 
-def quantize(network: nn.Module, layers: Mapping[str, Layer]) -> None:
+def quantize(network: nn.Module, layers: Mapping[str, Layer], blocks: str) -> None:
     """Puts such layers, on the meta device, into the place of those of these names; they compute with network.ops.
+
+    blocks: what the names of all layers in blocks begin with.
 
     Raises ValueError for names of what is no linear layer of a block.
     """
-    strange = [name for name in layers if not (name.startswith("blocks.") and _is_linear(network, name))]
+    strange = [name for name in layers if not (name.startswith(blocks) and _is_linear(network, name))]
     if strange:
         raise ValueError(
             f"What is quantized must be linear layers of this network's blocks; {listed({'are not': strange})}. Is it "

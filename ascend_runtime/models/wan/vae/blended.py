@@ -6,19 +6,18 @@ those of diffusers' tiled AutoencoderKLWan, whose result this is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from ...parallel.tiles import Place, Tile, whole
-from . import vae as wan_vae
+from ....parallel.tiles import Place, Tile, whole
+from ...shared.vae import BlendedTiles, Crop
+from . import streamed as wan_vae
 
 SIZE, STRIDE = 256, 192  # pixels of a tile, and from one to the next
-
-Crop = Callable[[Place], Iterable[Tensor]]  # what is at a place, as wan_vae.decoded and wan_vae.encoded take it
 
 
 @dataclass(frozen=True)
@@ -118,3 +117,17 @@ def _alone(place: Place) -> Tile:
 def _scaled(place: Place, scale: int) -> Place:
     rows, columns = (slice(side.start * scale, side.stop * scale) for side in place)
     return rows, columns
+
+
+class WanBlendedTiles(BlendedTiles):
+    def __init__(self, network: AutoencoderKLWan):
+        self._network = network
+
+    def tiles_of(self, work: str, height: int, width: int) -> tuple[int, tuple[int, int]]:
+        return tiles_of(self._network, work, height, width)
+
+    def decoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
+        return decoded(self._network, height, width, lambda place: (frame.squeeze(1) for frame in crop(place)))
+
+    def encoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
+        return encoded(self._network, height, width, crop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ...checkpoints.renaming import MODELSLIM, PREFIXES, TOKENIZER_MODEL, Rules, inverted, renamed
+from ....checkpoints.renaming import MODELSLIM, PREFIXES, TOKENIZER_MODEL, Rules, inverted, renamed
 
 # The transformer. The prefixes of ComfyUI and others go; MindSpeed-MM's names (checkpoint/sora_model/wan_converter.py)
 # become the original's (Wan-Video/Wan2.2, wan/modules/model.py), and those diffusers', whose own no pattern fits.

@@ -1,32 +1,27 @@
-"""A network's config, read off the shapes of its tensors where no config.json lies beside them."""
+"""Configs of the Wan networks: read off the shapes of their tensors where there is no config.json, and checked."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ...checkpoints.faults import shown
+from ....checkpoints.configs import is_finite
+from ....checkpoints.faults import shown
+from ...shapes import Shapes, count
+from ..latents import CHANNELS_22, LATENTS_MEAN_22, LATENTS_STD_22
 
-Shapes = dict[str, tuple[int, ...]]  # by the names of diffusers or transformers
-Tells = dict[str, int]  # names of tensors that a network has, those first that no other has, and how many dims
-
-# How latents of the Wan 2.2 VAE are normalised (Wan-Video/Wan2.2, wan/modules/vae2_2.py); diffusers has the 2.1's.
-LATENTS_MEAN_22 = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-LATENTS_STD_22 = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)  # fmt: skip
-
+MASK_CHANNELS = 4  # of an image-to-video model: the mask of a latent frame's 4 frames
+# What diffusers' WanTransformer3DModel takes for what a config leaves out.
+TRANSFORMER = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16,
+    "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "image_dim": None,
+    "pos_embed_seq_len": None,
+}  # fmt: skip
 HEAD_DIM = 128  # of every Wan transformer of the original
-TRANSFORMER_TELLS = {
+TRANSFORMER_SIGNATURE = {
     "patch_embedding.weight": 5,
     "blocks.0.ffn.net.0.proj.weight": 2,
     "proj_out.weight": 2,
@@ -59,7 +54,7 @@ def transformer_config(shapes: Shapes) -> dict:
     }
 
 
-TEXT_ENCODER_TELLS = {
+TEXT_ENCODER_SIGNATURE = {
     "encoder.block.0.layer.0.SelfAttention.q.weight": 2,
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": 2,
     "encoder.block.0.layer.1.DenseReluDense.wi_0.weight": 2,
@@ -97,7 +92,7 @@ def other_text_encoder(shapes: Shapes) -> str:
     )
 
 
-VAE_TELLS = {
+VAE_SIGNATURE = {
     "encoder.conv_in.weight": 5,
     "encoder.mid_block.resnets.0.conv1.weight": 5,
     "decoder.conv_out.weight": 5,
@@ -133,7 +128,7 @@ def vae_config(shapes: Shapes) -> dict:
         "scale_factor_temporal": 2 ** sum(temporal),
         "scale_factor_spatial": 2 ** (blocks - 1) * patch,
     }
-    if z_dim == len(LATENTS_MEAN_22):
+    if z_dim == CHANNELS_22:
         config |= {"latents_mean": list(LATENTS_MEAN_22), "latents_std": list(LATENTS_STD_22)}
     return config
 
@@ -152,50 +147,13 @@ def check_colours(config: dict, where: Path) -> None:
         )
 
 
-# What our own code reads of a config, and reckons with.
-COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
-          "ffn_dim", "z_dim", "scale_factor_spatial", "scale_factor_temporal", "rope_max_seq_len")  # fmt: skip
-EPSILONS = ("eps", "layer_norm_epsilon")  # added to what a norm divides by
-# A network is built before its weights are compared with those on disk, and a config is quick to write: what makes a
-# part of it, and what makes a table that is no weight, has a bound. Published ones have a fifth of these, or less.
-MOST = {"num_layers": 256, "num_decoder_layers": 256, "num_res_blocks": 16, "num_attention_heads": 512,
-        "attention_head_dim": 1024, "rope_max_seq_len": 2**14, "num_heads": 512, "z_dim": 1024, "patch_size": 16,
-        "scale_factor_spatial": 128, "scale_factor_temporal": 64}  # fmt: skip
-MOST_OF_ANY = 2**20  # any whole number, such as a layer's width or the size of a vocabulary
-LONGEST_LIST = {"latents_mean": 1024, "latents_std": 1024}
-LONGEST_LIST_OF_ANY = 16  # of the numbers of a list, such as those of blocks
-
-
-def check_counts(config: dict, file: Path) -> None:
-    """Raises ValueError for a config, the JSON of `file`, where a number is none, or not above 0, or larger than any
-    network has it, or a list is longer."""
-    wrong = [f"{name} {shown(repr(config[name]))}" for name in COUNTS
-             if name in config and not (type(config[name]) is int and config[name] > 0)]  # fmt: skip
-    patch = config.get("patch_size")
-    if not all(type(one) is int and one > 0 for one in (patch if isinstance(patch, (list, tuple)) else [patch or 1])):
-        wrong.append(f"patch_size {shown(repr(patch))}")
-    if wrong:
-        raise ValueError(f"{file} says {', '.join(wrong)}. That must be whole numbers above 0. Download it again.")
-    wrong = [f"{name} {shown(repr(config[name]))}" for name in EPSILONS
-             if name in config and not (_is_finite(config[name]) and config[name] > 0)]  # fmt: skip
-    if wrong:
-        raise ValueError(f"{file} says {', '.join(wrong)}. That must be numbers above 0. Download it again.")
-    large = [f"{name} {shown(repr(value))} (at most {most})" for name, value in config.items() if _is_name(name)
-             for most in [MOST.get(name, MOST_OF_ANY)] if _largest(value) > most]  # fmt: skip
-    long = [f"{name} of {len(value)} (at most {most})" for name, value in config.items()
-            if _is_name(name) and isinstance(value, (list, tuple))
-            for most in [LONGEST_LIST.get(name, LONGEST_LIST_OF_ANY)] if len(value) > most]  # fmt: skip
-    if large or long:
-        raise ValueError(f"{file} says {', '.join((large + long)[:4])}, more than any network has. Download it again.")
-
-
 def check_vae(config: dict, where: Path) -> None:
     """Raises ValueError for the config of a VAE whose latents are normalised by what are no numbers, or whose factors
     of scale are not those of its layers."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     for name, given, least in (("latents_mean", mean, -math.inf), ("latents_std", std, 0)):
         listed = isinstance(given, (list, tuple))
-        if given is not None and not (listed and all(_is_finite(one) and one > least for one in given)):
+        if given is not None and not (listed and all(is_finite(one) and one > least for one in given)):
             raise ValueError(
                 f"{where} has {name} {shown(repr(given))}; that must be a list of numbers"
                 f"{' above 0' if least == 0 else ''}. Download it again."
@@ -211,27 +169,31 @@ def check_vae(config: dict, where: Path) -> None:
         raise ValueError(f"{where} has {', and '.join(wrong)}. Download it again.")
 
 
-def _is_finite(number: object) -> bool:
-    return type(number) in (int, float) and math.isfinite(number)
+def filled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's config with what it leaves out."""
+    return {**TRANSFORMER, **config}
 
 
-def _is_name(name: str) -> bool:
-    """Whether it may be a network's parameter, and no note of who wrote the file."""
-    return name.isidentifier() and not name.startswith("_")
+def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+    """Raises ValueError for transformers that are not of one model, from text or from an image."""
+    first = filled(configs[0])
+    for config, file in zip(map(filled, configs), files):
+        inputs, outputs = config["in_channels"], config["out_channels"]
+        image_to_video = 2 * outputs + MASK_CHANNELS
+        if inputs not in (outputs, image_to_video):
+            raise ValueError(
+                f"{file} reads {inputs} channels and makes {outputs}. It must read {outputs}, as a text-to-video "
+                f"model, or {image_to_video}, as an image-to-video model; other kinds (control, camera, VACE) cannot "
+                "be used."
+            )
+        for key in ("text_dim", "in_channels", "image_dim"):
+            if config[key] != first[key]:
+                raise ValueError(
+                    f"{file} has {key} {config[key]}, {files[0]} {first[key]}. Take both experts of one model."
+                )
 
 
-def _largest(value: object) -> int:
-    """The largest of one or several whole numbers, without their sign."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return max((abs(one) for one in values if isinstance(one, int)), default=0)
-
-
-def count(shapes: Shapes, prefix: str) -> int:
-    """How many blocks there are, numbered from 0 behind `prefix`. Raises ValueError where a number is missing."""
-    found = {name.removeprefix(prefix).split(".")[0]: name for name in shapes if name.startswith(prefix)}
-    wanted = [str(number) for number in range(len(found))]
-    missing = next((number for number in wanted if number not in found), None)
-    if missing is not None:
-        strange = [name for number, name in found.items() if number not in wanted]
-        raise ValueError(f"there is no {prefix}{missing}, but {', '.join(map(shown, strange[:3]))}")
-    return len(found)
+def check_vae_config(config: Mapping[str, Any], file: Path) -> None:
+    """Raises ValueError for the config of a VAE that cannot be used."""
+    check_colours(config, file)
+    check_vae(config, file)

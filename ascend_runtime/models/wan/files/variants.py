@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from ...checkpoints.shards import first
+from ....checkpoints.shards import first
 
 # Networks that have a Wan transformer's parameters and more: what the further ones' names have in them.
 VARIANTS = {

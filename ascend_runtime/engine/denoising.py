@@ -1,0 +1,92 @@
+"""The denoise loop of a job: its guidance, its known frames, and what happens after each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ContextManager
+
+from torch import Tensor
+
+from ..components import DiffusionModel
+from ..models.shared.conditioning import Given
+from ..parallel.cfg import guided
+from .generation import Call, Generation, Request
+from .profiling import Recorder
+from .sampling import Known, Step, Watch, denoise, make_scheduler, noise_of, noisy
+
+
+def denoised(generation: Generation, model: DiffusionModel, request: Request, steps: StepsOfJob) -> Tensor:
+    """The denoised latent [B,C,T,H,W], not normalised, on the CPU."""
+    start = _start(request.given.latent, model)
+    try:
+        steps.begin()
+        latent = denoise(
+            Guided(generation, model, request),
+            make_scheduler(request.spec, model.family),
+            noisy(start, request.spec),
+            _known(request, start, model),
+            steps,
+        )
+    finally:
+        generation.finish()
+    return model.latents.restored(latent)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The velocity that the solver steps along: of cond, or guided by both branches."""
+
+    generation: Generation
+    model: DiffusionModel
+    request: Request
+
+    def __call__(self, latent: Tensor, timestep: float, step: Step) -> Tensor:
+        """latent, and the result: [B,C,T,H,W] in fp32 on the CPU."""
+        spec, contexts = self.request.spec, self.generation.contexts
+        low_noise = self.model.is_low_noise(timestep)
+        scale = spec.low_noise_guidance if low_noise else spec.guidance_scale
+        branches = ("cond",) if scale == 1.0 else ("cond", "uncond")
+        calls = [Call(branch, latent, timestep, contexts[branch]) for branch in branches]
+        velocities = self.generation.velocity(calls, step)
+        velocity = velocities[0] if scale == 1.0 else guided(*velocities, scale)
+        return velocity.float().cpu()
+
+
+class StepsOfJob(Watch):
+    """Progress, previews and cancels of a job, and what a profiler records of it."""
+
+    def __init__(
+        self, job, model: DiffusionModel, generation: Generation, recorder: Recorder | None = None, stage="denoise"
+    ):
+        self._job, self._latents, self._tally = job, model.latents, generation.acceleration.tally
+        self._recorder, self._stage = recorder, stage
+        self._previews = job.message.preview and stage == "denoise" and self._latents.has_picture
+
+    def begin(self) -> None:
+        self._job.check_together()
+        self._tally.start()
+
+    def around(self, step: int) -> ContextManager:
+        return super().around(step) if self._recorder is None else self._recorder.step(step)
+
+    def stepped(self, step: int, total: int, x0: Tensor) -> None:
+        self._tally.stepped()
+        self._job.progress(self._stage, step, total)
+        if self._previews:
+            self._job.preview(step, total, self._latents.picture(x0))
+        self._job.check_together()
+
+
+def _start(latent: Tensor, model: DiffusionModel) -> Tensor:
+    """The latent to start from, normalised; an empty one is zeros in either form."""
+    start = latent.float()
+    return model.latents.normalised(start) if start.any() else start
+
+
+def _known(request: Request, start: Tensor, model: DiffusionModel) -> Known | None:
+    """What of the video is given and stays."""
+    given: Given = request.given
+    if given.noise_mask is None:
+        return None
+    noise = None if model.conditioner.sees_known_clean else noise_of(start.shape, request.spec.seed)
+    return Known(start, given.noise_mask.float().expand(given.batch, -1, -1, -1, -1), noise)

@@ -1,0 +1,3 @@
+"""Where published models can be had."""
+
+HUBS = "from Hugging Face or ModelScope"

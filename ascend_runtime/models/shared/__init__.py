@@ -1,0 +1,1 @@
+"""What networks of all families share: the block stack, conditioning, text, VAEs in tiles. Needs torch."""

@@ -1,0 +1,99 @@
+"""Tokenizers that run no code of a model's folder: a sentencepiece model, or a tokenizer.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Rules
+from torch import Tensor
+
+from ...checkpoints.faults import usable
+
+
+@dataclass
+class Tokens:
+    """Of one prompt, [1, tokens] each."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    def to(self, device: torch.device) -> Tokens:
+        return Tokens(self.input_ids.to(device), self.attention_mask.to(device))
+
+
+class Tokenizer(Protocol):
+    """size: one more than the largest number of a token."""
+
+    size: int
+
+    def __call__(self, text: str, *, truncation: bool, max_length: int | None = None) -> Tokens:
+        """The tokens of a prompt; with truncation, at most max_length of them, those that end every prompt included."""
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+
+class SentencePiece:
+    """A tokenizer from a sentencepiece model, called as transformers' are, with the end after each prompt."""
+
+    def __init__(self, model: bytes):
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"The file's sentencepiece model is damaged ({error}). Download it again.") from None
+        if self._processor.eos_id() < 0:
+            raise ValueError("the sentencepiece model has no token for a prompt's end")
+
+    @property
+    def size(self) -> int:
+        """One more than the largest number of a token."""
+        return self._processor.vocab_size()
+
+    def __call__(
+        self, text: str, *, truncation: bool, max_length: int | None = None
+    ) -> Tokens:
+        last = max_length - 1 if truncation else None
+        return _tokens([*self._processor.encode(text)[:last], self._processor.eos_id()])
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._processor.decode(tokens)
+
+
+class JsonTokenizer:
+    """A tokenizer from a tokenizer.json, called as transformers' are. What follows each prompt is in the file."""
+
+    def __init__(self, content: bytes, file: Path):
+        """content: of `file`, which errors name. Raises ValueError for one that cannot be used."""
+        self._file = file
+        with usable(file, "the tokenizer in it"):
+            self._tokenizer = Rules.from_buffer(content)
+            self._tokenizer.no_padding()
+
+    @property
+    def size(self) -> int:
+        """One more than the largest number of a token, those that follow each prompt included."""
+        with usable(self._file, "the tokenizer in it"):
+            around = self._tokenizer.encode("").ids
+            return 1 + max([*self._tokenizer.get_vocab(with_added_tokens=True).values(), *around], default=-1)
+
+    def __call__(
+        self, text: str, *, truncation: bool, max_length: int | None = None
+    ) -> Tokens:
+        with usable(self._file, "the tokenizer in it"):
+            if truncation:
+                self._tokenizer.enable_truncation(max_length)
+            else:
+                self._tokenizer.no_truncation()
+            return _tokens(self._tokenizer.encode(text).ids)
+
+    def decode(self, tokens: list[int]) -> str:
+        with usable(self._file, "the tokenizer in it"):
+            return self._tokenizer.decode(tokens)
+
+
+def _tokens(ids: list[int]) -> Tokens:
+    tokens = torch.tensor([ids])
+    return Tokens(tokens, torch.ones_like(tokens))

@@ -1,0 +1,163 @@
+"""The Wan family (2.1 and 2.2): text, images and both to video, with one expert or two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...checkpoints.faults import shown
+from ...specs import Calibration, VaeForm
+from ..cost import PassSize, Work
+from ..defaults import Defaults
+from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, Part, Pipeline
+from ..hubs import HUBS
+from ..latent_format import LatentFormat
+from . import calibrations, cost, weights
+from .defaults import defaults_of
+from .files import configs, lora_names, names
+from .files.pipeline import pipeline_of
+from .files.variants import variant
+from .latents import CHANNELS, CHANNELS_22, latent_format
+
+VAES = {CHANNELS: "the Wan 2.1 VAE, which Wan2.2-A14B has too", CHANNELS_22: "the Wan 2.2 VAE of TI2V-5B"}
+PARTS = {
+    TRANSFORMER: Part(
+        what="Wan transformer",
+        published=f"the shards of Wan-AI/Wan2.2-T2V-A14B {HUBS}",
+        class_name=("_class_name", "WanTransformer3DModel"),
+        signature=configs.TRANSFORMER_SIGNATURE,
+        begins=("patch_embedding.weight",),
+        rename=names.to_diffusers_name,
+        config=configs.transformer_config,
+        other=variant,
+        hidden={"attention_head_dim": configs.HEAD_DIM},
+    ),
+    TEXT_ENCODER: Part(
+        what="UMT5 text encoder",
+        published=f"models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl of Wan-AI/Wan2.2-T2V-A14B {HUBS}",
+        class_name=("model_type", "umt5"),
+        signature=configs.TEXT_ENCODER_SIGNATURE,
+        begins=("encoder.block.0.layer.0.SelfAttention.q.weight", "blocks.0.attn.q.weight"),
+        rename=names.to_umt5_name,
+        config=configs.text_encoder_config,
+        other=configs.other_text_encoder,
+        tokenizer_folder="google/umt5-xxl",
+    ),
+    VAE: Part(
+        what="Wan VAE",
+        published=f"Wan2.1_VAE.pth of Wan-AI/Wan2.2-T2V-A14B, or Wan2.2_VAE.pth of Wan2.2-TI2V-5B, {HUBS}",
+        class_name=("_class_name", "AutoencoderKLWan"),
+        signature=configs.VAE_SIGNATURE,
+        begins=("encoder.conv_in.weight", "encoder.conv1.weight"),
+        rename=names.to_vae_name,
+        config=configs.vae_config,
+        check=configs.check_vae_config,
+    ),
+}
+
+
+class Wan(Family):
+    name = "wan"
+    title = "Wan"
+    parts = PARTS
+    repository = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+    schedule = "wan"
+    original_class = "WanModel"
+    weights = weights.RULES
+    loras = lora_names.NAMES
+    to_mindspeed = staticmethod(names.to_mindspeed_name)
+
+    # What a model is, by the configs of its transformers
+
+    def form(self, config: Mapping[str, Any]) -> VaeForm:
+        channels = configs.filled(config)["out_channels"]
+        return VaeForm(channels, spatial=16 if channels == CHANNELS_22 else 8, temporal=4, family=self.name)
+
+    def vae_form(self, config: Mapping[str, Any]) -> VaeForm:
+        spatial, temporal = config.get("scale_factor_spatial", 8), config.get("scale_factor_temporal", 4)
+        return VaeForm(config.get("z_dim", 16), spatial, temporal, family=self.name)
+
+    def latent_format(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentFormat:
+        return latent_format(config, vae)
+
+    def defaults(self, config: Mapping[str, Any], experts: int) -> Defaults:
+        return defaults_of(config, experts)
+
+    def check_transformers(self, configurations: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+        configs.check_transformers(configurations, files)
+
+    def with_original_config(self, config: dict, said: Mapping[str, Any], file: Path) -> dict:
+        """With the number of heads."""
+        heads, width = config["num_attention_heads"], config["attention_head_dim"]
+        number = said.get("num_heads", heads)
+        if type(number) is not int or number < 1 or heads * width % number:
+            raise ValueError(
+                f"{file} says num_heads {shown(repr(number))}, which does not cut the {heads * width} channels of its "
+                "weights into heads. Download it again."
+            )
+        return config | {"num_attention_heads": number, "attention_head_dim": heads * width // number}
+
+    def vae_for(self, channels: int) -> str:
+        return VAES.get(channels, "")
+
+    def makes_from_text(self, config: Mapping[str, Any]) -> bool:
+        config = configs.filled(config)
+        return config["in_channels"] == config["out_channels"]
+
+    def known_in_latent(self, form: VaeForm) -> bool:
+        return form.channels == CHANNELS_22
+
+    def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
+        return calibrations.published(own, self.width(config), pixels, expert)
+
+    # What a pass costs
+
+    def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
+        frames, height, width = (length // patch for length, patch in zip(size, configs.filled(config)["patch_size"]))
+        return frames, height, width
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        return cost.width_of(config)
+
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return configs.filled(config)["text_dim"]
+
+    def work(self, config: Mapping[str, Any], size: PassSize) -> Work:
+        return cost.work_of(config, size)
+
+    def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
+        return cost.taken_by(config, size, itemsize)
+
+    # What it computes with
+
+    def network(self, part, config, tp=None):
+        from . import networks
+
+        return networks.empty(part, config, tp)
+
+    def vae(self, network, form):
+        from .vae.video_vae import WanVae
+
+        return WanVae(network, form)
+
+    def text(self):
+        from .text import WanText
+
+        return WanText()
+
+    def conditioner(self, config, latents):
+        from .conditioning import WanConditioner
+
+        return WanConditioner(self, config, latents)
+
+    def empty_latent(self, shape):
+        from .conditioning import empty_latent
+
+        return empty_latent(shape)
+
+    def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> Pipeline:
+        return pipeline_of(configurations)
+
+
+FAMILY = Wan()

@@ -1,0 +1,47 @@
+"""diffusers' pipelines of the Wan models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...family import TEXT_ENCODER, TRANSFORMER, VAE, Pipeline
+from ..defaults import defaults_of
+from ..latents import CHANNELS_22
+from .configs import filled
+
+SCHEDULER = "UniPCMultistepScheduler"
+CLASSES = {
+    "scheduler": ("diffusers", SCHEDULER),
+    TEXT_ENCODER: ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "T5TokenizerFast"),
+    TRANSFORMER: ("diffusers", "WanTransformer3DModel"),
+    "transformer_2": ("diffusers", "WanTransformer3DModel"),
+    VAE: ("diffusers", "AutoencoderKLWan"),
+}
+
+
+def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> Pipeline:
+    """That of the networks with these configs, by the names of their folders."""
+    if TRANSFORMER not in configs:
+        return Pipeline("WanPipeline", CLASSES)
+    experts = sum(name.startswith(TRANSFORMER) for name in configs)
+    config, own = filled(configs[TRANSFORMER]), defaults_of(configs[TRANSFORMER], experts)
+    from_image = config["in_channels"] != config["out_channels"]
+    clip = "image_encoder: CLIP is not converted; give diffusers' pipeline one from elsewhere"
+    return Pipeline(
+        class_name="WanImageToVideoPipeline" if from_image else "WanPipeline",
+        classes=CLASSES | (dict.fromkeys(("image_encoder", "image_processor")) if from_image else {}),
+        settings={
+            "boundary_ratio": own.boundary if experts == 2 else None,
+            "expand_timesteps": config["out_channels"] == CHANNELS_22,
+        },
+        scheduler={
+            "_class_name": SCHEDULER,
+            "num_train_timesteps": 1000,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": own.shift,
+        },
+        left_out=(clip,) if config["image_dim"] else (),
+    )

@@ -1,0 +1,38 @@
+"""The Wan VAE as the runtime asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from ....parallel.tiles import Tile
+from ....specs import VaeForm
+from ...shared.vae import BlendedTiles, VideoVae
+from . import streamed as vae
+from .blended import WanBlendedTiles
+
+
+class WanVae(VideoVae):
+    """Streams by latent frame; borders are zeros, and norms are per pixel, so that tiles exchange only borders and what
+    its attention reads."""
+
+    def __init__(self, network: AutoencoderKLWan, form: VaeForm):
+        super().__init__(vae.streamed(network), form)
+
+    def chunks(self, length: int) -> list[slice]:
+        return [slice(index, index + 1) for index in range(length)]
+
+    def decoded(self, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
+        return vae.decoded(self.network, (frame.squeeze(1) for frame in latent), tile)
+
+    def encoded(self, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
+        return (frame.unsqueeze(1) for frame in vae.encoded(self.network, video, tile))
+
+    def bytes_needed(self, work: str, frames: int, height: int, width: int) -> int:
+        """A longer video needs no more."""
+        return vae.bytes_needed(self.network, work, height, width)
+
+    def blend(self) -> BlendedTiles:
+        return WanBlendedTiles(self.network)
