@@ -190,7 +190,7 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
             "Convert the model's bf16 or fp16 form."
         )
     network = empty_network(part.removesuffix("_2"), component)
-    places = check_weights(network, component.shards, component.rename)
+    places = check_weights(network, component.shards, component.rename, split=component.split)
     held = {}
     for shard in component.shards:
         with open_tensors(shard) as file:
@@ -198,7 +198,7 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
     names = [name for name in network.state_dict() if name in places]
     return [
         Move(name, place.shard, place.key, place.scale,
-             torch.empty(place.shape, dtype=_dtype(part, name, held[name], dtype), device="meta"))
+             torch.empty(place.shape, dtype=_dtype(part, name, held[name], dtype), device="meta"), place.rows)
         for name, place in ((name, places[name]) for name in names)
     ]  # fmt: skip
 

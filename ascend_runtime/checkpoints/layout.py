@@ -11,6 +11,7 @@ from ..vae_form import VaeForm
 from .bounded import plain_file_name, read_json
 from .configs import HEAD_DIM, check_colours, check_counts, check_vae
 from .faults import MAX_NAMES, shown, usable
+from .fused import Split
 from .kinds import KINDS, described, is_kind, moved, own_name
 from .mindspeed import latest_shards
 from .msmodelslim import WEIGHTS, Description, description_in, read_description
@@ -55,6 +56,7 @@ class Component:
     beside: tuple[Path, ...] = ()  # files that say how it is used, whether they are there or not
     quantized: Description | None = None  # which layers lie there quantized; None: all lie as numbers
     defaults: Path | None = None  # the file that says what a transformer is run with; None: there is none
+    split: Split | None = None  # which parameters a tensor holds in its rows, by what `rename` makes of its name
 
     @property
     def root(self) -> Path | None:

@@ -19,4 +19,4 @@ def check(kind: str, component: Component) -> None:
     if kind == "transformer":
         own_boundary(component)
         defaults_in(component, experts=1)
-    check_weights(network, component.shards, component.rename, component.quantized)
+    check_weights(network, component.shards, component.rename, component.quantized, component.split)

@@ -92,7 +92,7 @@ class _Unread:
         network = empty_network("transformer", component)
         if sharding.tp.degree > 1:
             network = as_described(wan.WanTransformer(transformer_parameters(component.config), sharding.tp), component)
-        places = check_weights(network, component.shards, component.rename, component.quantized)
+        places = check_weights(network, component.shards, component.rename, component.quantized, component.split)
         layers = [] if quantization == "none" else linears(network, wan.kept_in_8_bits)
         quantize(network, {name: WAYS[quantization] for name in layers})
         return cls(network, places, {f"{name}.weight": f"{name}.weight_scale" for name in layers})

@@ -12,6 +12,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from ..accelerate.quantized import quantize
 from ..checkpoints.configs import check_counts
 from ..checkpoints.faults import usable
+from ..checkpoints.fused import targets_of
 from ..checkpoints.layout import Component
 from ..families import wan
 
@@ -57,8 +58,13 @@ def _known(config: dict, network: type) -> dict:
 def as_described(network: nn.Module, component: Component) -> nn.Module:
     """`network`, with quantized layers where the component's description says so."""
     if component.quantized is not None:
-        quantize(network, component.quantized.renamed(lambda name: component.rename(name, component.shards[0])))
+        quantize(network, component.quantized.renamed(lambda name: _parameters(component, name)))
     return network
+
+
+def _parameters(component: Component, name: str) -> list[str]:
+    """The network's names of what a tensor of this name holds."""
+    return [one.name for one in targets_of(component.split, component.rename(name, component.shards[0]), ())]
 
 
 def dtype_named(name: str, automatic: torch.dtype) -> torch.dtype:

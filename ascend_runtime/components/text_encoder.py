@@ -39,7 +39,7 @@ def load(spec: TextEncoderSpec, found: list[Component], device, progress: Progre
     dtype = dtype_named(spec.dtype, _text_dtype(device, component.nbytes))
     model = empty_network("text_encoder", component)
     check_size(tokenizer, model, component)
-    places = check_weights(model, component.shards, component.rename)
+    places = check_weights(model, component.shards, component.rename, split=component.split)
     progress.expect(nbytes(places))
     load_weights(
         model,

@@ -17,7 +17,7 @@ def files(spec: VaeSpec) -> list[Component]:
 
 def load(spec: VaeSpec, found: list[Component], device, progress: Progress, _):
     vae = empty_network("vae", found[0])
-    places = check_weights(vae, found[0].shards, found[0].rename)
+    places = check_weights(vae, found[0].shards, found[0].rename, split=found[0].split)
     progress.expect(nbytes(places))
     dtype = dtype_named(spec.dtype, torch.float32)
     load_weights(vae, places, dtype_of=lambda name: dtype, device=device, on_bytes=progress.add)
