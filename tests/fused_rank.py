@@ -1,8 +1,8 @@
 """A rank that reads its part of fused files, for a test: `fused_rank.py FOLDER`.
 
 RANK and WORLD_SIZE say which of how many. FOLDER holds cases.json, the files that it names, and x.safetensors. The rank
-writes what it holds of each case's parameters to held-RANK.safetensors, by case and name, and to told-RANK.json the bytes
-that it read and that progress told of. The ranks meet in a file of the folder, at no port.
+writes what it holds of each case's parameters to held-RANK.safetensors, by case and name, and to said-RANK.json the
+bytes that it read and that progress reported. The ranks meet in a file of the folder, at no port.
 """
 
 import json
@@ -37,7 +37,7 @@ def counting_preadv(*arguments, preadv=os.preadv):
 
 
 def load(file, dtype, quantized, share_of):
-    """(the network, where its parameters lie, its share, the bytes that progress told of)"""
+    """(the network, where its parameters lie, its share, the bytes that progress reported)"""
     network, done = fused_files.Network().eval(), []
     places = check_weights(network, (file,), fused_files.rename, split=fused_files.split)
     layers = linears(network, lambda name: name.startswith("blocks.")) if quantized else []
@@ -62,8 +62,8 @@ def run(folder, inputs, *, file, dtype, quantized, tp, fsdp, lora):
         return Share(sharding, fused_files.cut_dim, lambda name: False, [*network.blocks])
 
     read[0] = 0
-    network, places, share, told = load(folder / file, getattr(torch, dtype), quantized, share_of)
-    told = {"read": read[0], "told": told}
+    network, places, share, reported = load(folder / file, getattr(torch, dtype), quantized, share_of)
+    said = {"read": read[0], "reported": reported}
     if lora:
         shapes = {name: place.shape for name, place in places.items()}
         adapter = Adapter(places, network.get_parameter, share, CPU)
@@ -71,18 +71,18 @@ def run(folder, inputs, *, file, dtype, quantized, tp, fsdp, lora):
     held = {name: own_part(p).detach().clone() for name, p in network.named_parameters()}
     if fsdp and tp == 1 and not quantized:
         held["made"] = network(inputs.to(getattr(torch, dtype)))
-    return held, told
+    return held, said
 
 
 def main():
     torch.set_grad_enabled(False)
     folder, rank, _ = gloo_ranks.join()
     os.preadv = counting_preadv
-    inputs, held, told = load_file(folder / "x.safetensors")["x"], {}, {}
+    inputs, held, said = load_file(folder / "x.safetensors")["x"], {}, {}
     for case, how in json.loads((folder / "cases.json").read_text()).items():
-        made, told[case] = run(folder, inputs, **how)
+        made, said[case] = run(folder, inputs, **how)
         held |= {f"{case}, {name}": tensor.contiguous() for name, tensor in made.items()}
     save_file(held, folder / f"held-{rank}.safetensors")
-    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
     dist.barrier()
     dist.destroy_process_group()

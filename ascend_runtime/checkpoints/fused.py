@@ -61,8 +61,8 @@ def check_rows(file: TensorFile, targets: Mapping[str, tuple[Target, ...]]) -> N
     for key, own in targets.items():
         for fault, which in row_faults(own, file.shapes[key]):
             faults[fault].append(f"{key} {list(file.shapes[key])}, {which}")
-    if told := listed(faults):
-        raise ValueError(f"{file.path} holds tensors {told}. Is it another model's file? If not, download it again.")
+    if said := listed(faults):
+        raise ValueError(f"{file.path} holds tensors {said}. Is it another model's file? If not, download it again.")
 
 
 def row_faults(targets: tuple[Target, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, str]]:
