@@ -1,9 +1,10 @@
-"""Weights kept in 8 bits, each tensor with one scale: what marks them, and which scale belongs to which.
+"""Weights kept in 8 bits, each tensor with its scale: what marks them, and which scale belongs to which.
 
 ComfyUI's files have one of two marks. The older: a tensor `scaled_fp8`, and `<layer>.scale_weight` (and perhaps
 `<layer>.scale_input`). The newer: `_quantization_metadata` in the header, or a tensor `<layer>.comfy_quant`, each JSON
 that says a layer's format, and `<layer>.weight_scale` (and perhaps `<layer>.input_scale`). A weight is its 8-bit value
-times its scale; scales of inputs are for products in 8 bits, of which there are none here.
+times its scale, which is one number, or one a row: [N, 1] for a weight [N, K]. Scales of inputs are for products in 8
+bits, of which there are none here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from .bounded import parse_json
 from .faults import listed, shown, usable
+from .formats.parts import Part, whole
 from .formats.tensor_files import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
@@ -93,8 +95,8 @@ def _check(file: TensorFile, scales: dict[str, str], marked: set[str]) -> None:
     told = listed({
         "without a scale": sorted(marked - scales.keys()),
         "that are no scale": [
-            f"{scale} {list(file.shapes[scale])} of {file.dtype(scale)}" for scale in scales.values()
-            if math.prod(file.shapes[scale]) != 1 or not file.dtype(scale).is_floating_point
+            f"{scale} {list(file.shapes[scale])} of {file.dtype(scale)}" for weight, scale in scales.items()
+            if not (_fits(file.shapes[scale], file.shapes.get(weight, ())) and file.dtype(scale).is_floating_point)
         ],
         "with a scale, but not of 8 bits": [
             weight for weight in scales if weight not in file.shapes or not is_8_bits(file.dtype(weight))
@@ -110,15 +112,25 @@ def is_8_bits(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize == 1
 
 
-def scale_of(file: TensorFile, name: str) -> float:
-    """The number by which an 8-bit weight is to be multiplied. Raises ValueError where it is none above 0."""
-    scale = file.read(name).float().item()
-    if not 0 < scale < math.inf:
-        raise ValueError(f"{file.path} has the scale {scale} in {name}; it must be above 0. Download it again.")
-    return scale
+def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a scale of this shape is one number, or one a row of a weight, by their shapes."""
+    return math.prod(scale) == 1 or len(weight) > 1 and scale == (weight[0], *(1 for _ in weight[1:]))
 
 
-def dequantized(tensor: torch.Tensor, scale: float | None) -> torch.Tensor:
+def scale_of(file: TensorFile, name: str, part: Part) -> float | torch.Tensor:
+    """By what this part of an 8-bit weight is to be multiplied: a number, or one a row of the part, [rows, 1].
+
+    Raises ValueError where it is none above 0.
+    """
+    shape = file.shapes[name]
+    of_rows = math.prod(shape) != 1
+    scales = file.read(name, (part[0], *whole(shape)[1:]) if of_rows else None).float()
+    if wrong := [scale for scale in scales.flatten().tolist() if not 0 < scale < math.inf]:
+        raise ValueError(f"{file.path} has the scale {wrong[0]} in {name}; it must be above 0. Download it again.")
+    return scales if of_rows else scales.item()
+
+
+def dequantized(tensor: torch.Tensor, scale: float | torch.Tensor | None) -> torch.Tensor:
     """A part of a weight, in fp32 where it was kept in 8 bits."""
     if is_8_bits(tensor.dtype):
         tensor = tensor.float()

@@ -14,7 +14,7 @@ the others' names.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +77,13 @@ class Description:
         """Those of the layers, each once."""
         return sorted({layer.algorithm for layer in self.layers.values()})
 
-    def renamed(self, rename: Callable[[str], str | None]) -> dict[str, Layer]:
-        """The layers by the names that a network has for them; rename: of a parameter."""
-        return {rename(f"{name}.weight").removesuffix(".weight"): layer for name, layer in self.layers.items()}
+    def renamed(self, parameters: Callable[[str], Iterable[str]]) -> dict[str, Layer]:
+        """The layers by the names that a network has for them. parameters: what it calls those in a tensor, by its
+        name."""
+        return {
+            own.removesuffix(".weight"): layer
+            for name, layer in self.layers.items() for own in parameters(f"{name}.weight")
+        }  # fmt: skip
 
     def parts_in(self, file: TensorFile) -> dict[str, bool]:
         """The tensors of quantized layers in a file, and whether they are needed.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops.precision import is_finite
 from ..ops.quantization import quantized_rows
-from .formats.parts import Part, by_rows, whole
+from .formats.parts import Part, Rows, by_rows, in_ranges, whole
 from .formats.tensor_files import TensorFile
 from .fp8 import dequantized, scale_of
 from .msmodelslim import as_numbers
@@ -32,7 +32,8 @@ class Wanted:
 
     name: what errors call it. shape: of the whole tensor; part: None is all of it. scale: the name of its scale where
     it was kept in 8 bits. scales: what the scales of its rows are to be called, where it is to be kept as integers of
-    8 bits, of its own making; each is that of a whole row, whatever part of it is wanted.
+    8 bits, of its own making; each is that of a whole row, whatever part of it is wanted. rows: the tensor's among
+    those that lie in the file by its key, joined in this order; None: all.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Wanted:
     dtype: torch.dtype
     device: torch.device
     scales: str | None = None
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,24 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
     part = wanted.part or whole(wanted.shape)
     # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
     mapped = wanted.part is None and wanted.scale is None and wanted.device.type == "cpu" and held == wanted.dtype
+    mapped = mapped and (wanted.rows is None or len(wanted.rows) == 1)
     shape = [own.stop - own.start for own in part]
-    made = {wanted.name: file.mapped(wanted.key) if mapped else _empty(shape, wanted.dtype, wanted.device)}
+    made = {wanted.name: _mapped(file, wanted) if mapped else _empty(shape, wanted.dtype, wanted.device)}
     if wanted.scales:
         made[wanted.scales] = _empty([shape[0], 1], torch.float32, wanted.device)
         part = (part[0], *whole(wanted.shape)[1:])
-    cuts = [*by_rows(part, held.itemsize, PIECE)] if mapped or file.in_rows(wanted.key) else [part]
-    for own in cuts:
+    cuts = in_ranges(part, wanted.rows)
+    if mapped or file.in_rows(wanted.key):
+        cuts = [cut for both in cuts for cut in zip(*(by_rows(one, held.itemsize, PIECE) for one in both))]
+    for cut in cuts:
+        own, lies = cut
         rows = slice(own[0].start - part[0].start, own[0].stop - part[0].start) if own else ...
-        yield _Piece(wanted, None if mapped else own, [x[rows] for x in made.values()], made, last=own is cuts[-1])
+        yield _Piece(wanted, None if mapped else lies, [x[rows] for x in made.values()], made, last=cut is cuts[-1])
+
+
+def _mapped(file: TensorFile, wanted: Wanted) -> Tensor:
+    ((_, lies),) = in_ranges(whole(wanted.shape), wanted.rows)
+    return file.mapped(wanted.key, wanted.rows and lies)
 
 
 def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -158,7 +169,7 @@ def read_as(
     """
     straight = into if scale is None and dtype == file.dtype(key) else None
     tensor = as_numbers(file.read(key, part, straight))
-    tensor = _checked(dequantized(tensor, scale and scale_of(file, scale)), dtype, name, file.path)
+    tensor = _checked(dequantized(tensor, scale and scale_of(file, scale, part)), dtype, name, file.path)
     if into is None:
         return tensor.to(dtype)
     return tensor if straight is not None else into.copy_(tensor)

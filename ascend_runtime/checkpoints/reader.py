@@ -15,6 +15,7 @@ from .faults import listed
 from .formats.parts import Part
 from .formats.tensor_files import open_tensors
 from .fp8 import refuse_other_scales, scales_of
+from .fused import Rows, Split, Target, check_rows, targets_of
 from .msmodelslim import Description
 from .pieces import Wanted, read_in_pieces
 from .shards import one_of_several
@@ -27,7 +28,7 @@ class Share(Protocol):
         """Gives the parameters, on the meta device, the shapes that are held here."""
 
     def part(self, name: str, shape: tuple[int, ...]) -> Part | None:
-        """Which part of a tensor of this shape on disk is held here; None: all of it."""
+        """Which part of a parameter of this whole shape is held here; None: all of it."""
 
     def parameter(self, module: nn.Module, name: str, part: torch.Tensor) -> torch.Tensor:
         """The parameter to be set, of the part that was read."""
@@ -49,13 +50,17 @@ class Whole:
 @dataclass(frozen=True)
 class Place:
     """Where a parameter lies: shard, name there, whole shape, bytes there, and the name of its scale where it was kept
-    in 8 bits."""
+    in 8 bits.
+
+    rows: the ranges that make it up, in this order, of the rows of the tensor there; None: all of it.
+    """
 
     shard: Path
     key: str
     shape: tuple[int, ...]
     nbytes: int
     scale: str | None
+    rows: Rows | None = None
 
 
 NOTHING: dict[str, str] = {}
@@ -101,7 +106,7 @@ def load_weights(
     for shard in dict.fromkeys(place.shard for place in places.values()):
         wanted = [
             Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device,
-                   scales_of.get(name))
+                   scales_of.get(name), place.rows)
             for name, place in places.items()
             if place.shard == shard
         ]  # fmt: skip
@@ -116,19 +121,21 @@ def check_weights(
     shards: tuple[Path, ...],
     rename: Callable[[str, Path], str | None] = lambda name, shard: name,
     quantized: Description | None = None,
+    split: Split | None = None,
     identify: Callable[[Iterable[str]], str] = lambda names: "",
 ) -> Places:
     """Where each parameter of `module` lies in `shards`. Nothing is allocated, and no weight is read.
 
     rename: the module's name of a tensor, by its name in a shard; None: it is none of the module's.
     quantized: what is said of layers that lie there quantized, as they are in `module`.
+    split: the module's parameters that such a tensor holds, where it holds several, or rows in another order.
     identify: what a network with these further parameters is, in a sentence; empty where that is not known.
 
-    Raises ValueError that lists missing, unexpected and wrongly shaped tensors by name: nothing is ever left to chance
-    values.
+    Raises ValueError that lists missing, unexpected and wrongly shaped tensors by name, and tensors with rows that do
+    not belong to one parameter each: nothing is ever left to chance values.
     """
     wanted = module.state_dict(keep_vars=True)
-    places = _places(shards, rename, quantized)
+    places = _places(shards, rename, quantized, split)
     _check_fit(module, shards, wanted, places, identify)
     return places
 
@@ -139,11 +146,13 @@ def nbytes(places: Places, names: Iterable[str] | None = None) -> int:
 
 
 def _places(
-    shards: tuple[Path, ...], rename: Callable[[str, Path], str | None], quantized: Description | None
-) -> Places:
+    shards: tuple[Path, ...], rename: Callable[[str, Path], str | None], quantized: Description | None,
+    split: Split | None,
+) -> Places:  # fmt: skip
     places: Places = {}
     for shard in shards:
         numbers: list[str] = []
+        targets: dict[str, tuple[Target, ...]] = {}
         with open_tensors(shard) as file:
             own = [key for key in file.shapes if rename(key, shard) is not None]
             scales, marks = scales_of(file, own)
@@ -154,12 +163,15 @@ def _places(
                 name = None if key in marks or parts.get(key) is False else rename(key, shard)
                 if name is None:
                     continue
-                if name in places:
-                    raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
                 dtype = file.dtype(key)
                 if not (dtype.is_floating_point or parts.get(key)):
                     numbers.append(f"{key} as {dtype}")
-                places[name] = Place(shard, key, tuple(shape), math.prod(shape) * dtype.itemsize, scales.get(key))
+                targets[key] = targets_of(split, name, tuple(shape))
+                for name, made, rows in ((one.name, one.shape_in(tuple(shape)), one.rows) for one in targets[key]):
+                    if name in places:
+                        raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
+                    places[name] = Place(shard, key, made, math.prod(made) * dtype.itemsize, scales.get(key), rows)
+            check_rows(file, targets)
         if told := listed({"that are no floating-point numbers": numbers}):
             raise ValueError(f"{shard} holds tensors {told}. Take its fp32, fp16, bf16 or fp8_scaled form.")
     return places

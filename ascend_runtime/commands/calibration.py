@@ -12,11 +12,11 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from ..checkpoints.calibration_file import calibration_file, write_calibration
 from ..checkpoints.faults import printable
 from ..client.group import RankDied
 from ..client.runtime import Runtime
 from ..client.submission import RankError
+from ..recognition.calibration_file import calibration_file, write_calibration
 from ..recognition.component import Component
 from ..recognition.defaults import model_defaults
 from ..recognition.folders import has_low_noise

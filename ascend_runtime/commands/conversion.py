@@ -187,7 +187,7 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
     names = [name for name in network.state_dict() if name in places]
     return [
         Move(name, place.shard, place.key, place.scale,
-             torch.empty(place.shape, dtype=_dtype(component, name, held[name], dtype), device="meta"))
+             torch.empty(place.shape, dtype=_dtype(component, name, held[name], dtype), device="meta"), place.rows)
         for name, place in ((name, places[name]) for name in names)
     ]  # fmt: skip
 

@@ -21,8 +21,7 @@ def empty_network(component: Component, tp: WholeWeights | TensorParallel = Whol
     if tp.degree > 1:
         network = component.family.network(component.kind.name, component.config, tp)
     if component.quantized is not None:
-        names = component.quantized.renamed(lambda name: component.rename(name, component.shards[0]))
-        quantize(network, names, component.part.blocks)
+        quantize(network, component.quantized.renamed(component.parameters), component.part.blocks)
     return network
 
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import astuple, replace
 
-from ..checkpoints.calibration_file import read_calibration
 from ..components import Components, DiffusionModel, TextEncoders
 from ..hardware import devices
 from ..hardware.environment import original, placed
@@ -21,6 +20,7 @@ from ..models.shared.text import TEXT
 from ..ops.precision import check_finite
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import highest
+from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec
 from ..wire.messages import Done, Sample

@@ -71,6 +71,8 @@ class LoraNames:
     spellings: every name that a layer of these parameters can have in a file, and the layer's own name.
     further: the parameters that other models of the family have, and one of these shapes has not.
     left_out: why a key is left out that changes a further layer (its name) or one that is not known (None).
+    fused: the parameters that files may have in the place of several of the network's, or of one with its rows in
+    another order. split: which ones each holds.
     made_for: which model a file was made for, in a sentence, by the shapes of what does not fit, the model's own shapes
         and the reasons of `left_out`; empty where that is not known.
     """
@@ -79,6 +81,8 @@ class LoraNames:
     further: Callable[[Shapes], Iterable[str]] = lambda shapes: ()
     left_out: Callable[[str, str | None], str] = lambda key, layer: "of no layer of this model"
     made_for: Callable[[Shapes, Shapes, Iterable[str]], str] = lambda misfits, shapes, reasons: ""
+    fused: frozenset[str] = frozenset()
+    split: Split | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Share:
             self._shard(network)
 
     def part(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
-        """Which part of a tensor of this shape on disk is held here; None: all of it."""
+        """Which part of a parameter of this whole shape is held here; None: all of it."""
         part = [slice(0, size) for size in shape]
         if (dim := self._cut(name)) is not None:
             part[dim] = slice_of(shape[dim], self.sharding.tp)

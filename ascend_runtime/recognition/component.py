@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ..checkpoints.fused import targets_of
 from ..checkpoints.msmodelslim import Description
 from ..checkpoints.reader import Places, check_weights
 from ..checkpoints.states import files_of, states
@@ -70,9 +71,14 @@ class Component:
     def nbytes(self) -> int:
         return sum(file.stat().st_size for file in files_of(self.shards))
 
+    def parameters(self, key: str) -> list[str]:
+        """The network's names of the parameters that a tensor of its first shard holds."""
+        return [one.name for one in targets_of(self.part.split, self.rename(key, self.shards[0]), ())]
+
     def places_in(self, network) -> Places:
         """Where each parameter of `network` lies. Raises ValueError where they do not fit (see `check_weights`)."""
-        return check_weights(network, self.shards, self.rename, self.quantized, partial(_identify, self.part))
+        identify = partial(_identify, self.part)
+        return check_weights(network, self.shards, self.rename, self.quantized, self.part.split, identify)
 
 
 def _identify(part: Part, names: Iterable[str]) -> str:

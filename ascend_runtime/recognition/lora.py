@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.faults import listed
-from ..checkpoints.formats.parts import Part
+from ..checkpoints.formats.parts import Part, in_ranges, whole
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
+from ..checkpoints.fused import Rows, count, row_faults, targets_of
 from ..checkpoints.states import states
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
@@ -38,12 +39,14 @@ LARGEST_SCALE = 10_000  # alpha / rank; that of published LoRAs is 16 at most
 
 @dataclass(frozen=True)
 class LowRank:
-    """up: the key of B [out, rank]; down: that of A [rank, in]; a convolution's have more dims."""
+    """up: the key of B [out, rank]; down: that of A [rank, in]; a convolution's have more dims. rows: those of B that
+    are the parameter's, where the file's layer holds several; None: all."""
 
     up: str
     down: str
     scale: float
     rank: int
+    rows: Rows | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -55,22 +58,32 @@ class LowRank:
 
     def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
         """weight: fp32, the part of a tensor of the shape `whole` that is to be changed, in place."""
-        up = file.read(self.up).flatten(1)[part[0]].to(weight)
+        up = _read(file, self.up, part[:1], self.rows).flatten(1).to(weight)
         down = file.read(self.down).view(-1, *whole[1:])[(slice(None), *part[1:])].flatten(1).to(weight)
         weight += ((strength * self.scale) * (up @ down)).view_as(weight)
 
 
 @dataclass(frozen=True)
 class Difference:
+    """rows: see LowRank."""
+
     key: str
     scale: float = 1.0
+    rows: Rows | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
     def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
-        weight += (strength * self.scale) * file.read(self.key, part).to(weight)
+        weight += (strength * self.scale) * _read(file, self.key, part, self.rows).to(weight)
+
+
+def _read(file: TensorFile, key: str, part: Part, rows: Rows | None) -> Tensor:
+    """A part of what these rows of a tensor make; part: of the first dims, all of the others."""
+    part = (*part, *whole(file.shapes[key])[len(part) :])
+    pieces = [file.read(key, lies) for _, lies in in_ranges(part, rows)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 Changes = dict[str, LowRank | Difference]  # by diffusers' names of the parameters
@@ -112,14 +125,16 @@ def read_lora(path: str | Path, shapes: Shapes, names: LoraNames, expert: str | 
     """
     state, path = fingerprint(str(path)), Path(path)
     with open_tensors(path) as file:
-        found = understood(file.shapes, shapes, names, expert)
+        known = shapes | dict.fromkeys(names.fused, ())
+        found = understood(file.shapes, known, names, expert)
         _refuse_other_formats(path, found.other_formats)
         for key in file.shapes:
             if not (file.dtype(key).is_floating_point or key.endswith(".alpha")):
                 found.faults["that are no floating-point numbers"].append(f"{key} as {file.dtype(key)}")
-        changes, misfits = _fitting(_changes(file, found, shapes), file.shapes, shapes, found.left_out)
+        changes = _split(_changes(file, found, known), file.shapes, names, found.faults)
+        changes, misfits = _fitting(changes, file.shapes, shapes, found.left_out)
         if not found.faults:
-            used = [key for change in changes.values() for key in change.keys]
+            used = dict.fromkeys(key for change in changes.values() for key in change.keys)
             found.faults[NOT_FINITE] += [key for key in used if not is_finite(file.read(key).float())]
         _refuse_faults(path, found.faults, bool(file.shapes))
         reason = names.made_for(misfits, shapes, found.left_out)
@@ -157,6 +172,21 @@ def _changes(file: TensorFile, found: Understood, shapes: Shapes) -> Changes:
         elif "diff_b" in keys:
             changes[f"{layer}.bias"] = Difference(keys["diff_b"])
     return changes
+
+
+def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys) -> Changes:
+    """The same by the network's parameters, each with its rows of what the file changes."""
+    split: Changes = {}
+    for name, change in changes.items():
+        shape = _shape_of(change, on_disk)
+        targets = targets_of(names.split, name, shape)
+        for fault, which in row_faults(targets, shape):
+            faults[fault].append(f"{change.keys[0]} {list(on_disk[change.keys[0]])}, {which}")
+        for one in targets:
+            if one.name in split:
+                faults[TWICE].append(f"{split[one.name].keys[0]} and {change.keys[0]} (of {one.name})")
+            split[one.name] = replace(change, rows=one.rows)
+    return split
 
 
 def _scale(
@@ -202,15 +232,16 @@ def _fitting(
 
 
 def _shape_of(change: LowRank | Difference, on_disk: Shapes) -> tuple[int, ...]:
-    if isinstance(change, Difference):
-        return on_disk[change.key]
-    return (*on_disk[change.up][:1], *on_disk[change.down][1:])
+    """Of what it changes, if that is to fit."""
+    first = on_disk[change.keys[0]]
+    rows = first[:1] if change.rows is None else (count(change.rows),)
+    return (*rows, *(first if isinstance(change, Difference) else on_disk[change.down])[1:])
 
 
 def _multiplies_to(change: LowRank, on_disk: Shapes, whole: tuple[int, ...]) -> bool:
     up, down = on_disk[change.up], on_disk[change.down]
     matrices = min(len(up), len(down), len(whole)) > 1 and down[0] <= LARGEST_RANK
-    return matrices and (up[0], math.prod(down[1:])) == (whole[0], math.prod(whole[1:]))
+    return matrices and (_shape_of(change, on_disk)[0], math.prod(down[1:])) == (whole[0], math.prod(whole[1:]))
 
 
 def _warning(path: Path, found: Understood, reason: str, changes: Changes) -> str:

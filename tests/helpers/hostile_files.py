@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from ascend_runtime.commands import conversion, inspection
-from ascend_runtime.checkpoints.calibration_file import read_calibration
+from ascend_runtime.recognition.calibration_file import read_calibration
 from ascend_runtime.models.wan.files.lora_names import NAMES
 from ascend_runtime.recognition.lora import read_lora
 from ascend_runtime.components import Components

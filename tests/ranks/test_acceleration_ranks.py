@@ -11,7 +11,7 @@ import torch
 from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, Calibration, StepCacheSpec
 from ascend_runtime.specs.acceleration import STEP_CACHES
-from ascend_runtime.checkpoints.calibration_file import calibration_file, read_calibration, write_calibration
+from ascend_runtime.recognition.calibration_file import calibration_file, read_calibration, write_calibration
 from ascend_runtime.wire.messages import Sample
 from safetensors.torch import load_file
 from torch.testing import assert_close

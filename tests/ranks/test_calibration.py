@@ -12,7 +12,7 @@ from ascend_runtime import ParallelSpec, SampleSpec, __main__ as command_line
 from ascend_runtime.commands import calibration
 from ascend_runtime.acceleration.step_rules import polynomial
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
-from ascend_runtime.checkpoints.calibration_file import calibration_file, read_calibration, write_calibration
+from ascend_runtime.recognition.calibration_file import calibration_file, read_calibration, write_calibration
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "tiny_wan"
 SHAPE = (1, 16, 3, 6, 10)

@@ -17,7 +17,7 @@ from ascend_runtime.models.cost import Work
 from ascend_runtime.acceleration.step_cache import Expansion, StepCache
 from ascend_runtime.acceleration.step_rules import Always, FirstBlock, MagCache, Reference, TeaCache, polynomial
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
-from ascend_runtime.checkpoints.calibration_file import calibration_file, write_calibration
+from ascend_runtime.recognition.calibration_file import calibration_file, write_calibration
 from ascend_runtime.engine import generation
 from ascend_runtime.engine.generation import Request
 from ascend_runtime.models.shared.conditioning import Given

@@ -85,8 +85,8 @@ class DistributedCheckpoint:
     def in_rows(self, name: str) -> bool:
         return True
 
-    def mapped(self, name: str) -> Tensor:
-        return self.read(name)
+    def mapped(self, name: str, part: Part | None = None) -> Tensor:
+        return self.read(name, part)
 
     def _read_chunk(self, chunk: _Chunk, part: Part) -> Tensor:
         with chunk.file.open("rb", buffering=0) as file:

@@ -16,6 +16,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..fused import Rows
+
 Part = tuple[slice, ...]  # of a tensor: one slice a dim, none with a step
 
 
@@ -64,6 +66,21 @@ def by_rows(part: Part, itemsize: int, nbytes: int) -> Iterator[Part]:
     count = max(1, nbytes // max(1, itemsize * math.prod(own.stop - own.start for own in rest)))
     for start in range(rows.start, max(rows.stop, rows.start + 1), count):
         yield slice(start, min(start + count, rows.stop)), *rest
+
+
+def in_ranges(part: Part, rows: Rows | None) -> list[tuple[Part, Part]]:
+    """A part of the tensor that these rows of another make, in pieces that each lie in one range: (which part of it,
+    where that lies in the other). One piece at least. rows: None, all, as they lie."""
+    if rows is None:
+        return [(part, part)]
+    (wanted, *rest), pieces, before = part, [], 0
+    for own in rows:
+        start, stop = max(wanted.start, before), min(wanted.stop, before + own.stop - own.start)
+        if start < stop:
+            shift = own.start - before
+            pieces.append(((slice(start, stop), *rest), (slice(start + shift, stop + shift), *rest)))
+        before += own.stop - own.start
+    return pieces or [(part, (slice(0, 0), *rest))]
 
 
 def _fill(file: BinaryIO, memory: memoryview, offset: int) -> None:

@@ -74,5 +74,6 @@ class SafetensorsFile:
     def in_rows(self, name: str) -> bool:
         return True
 
-    def mapped(self, name: str) -> Tensor:
-        return self._library.get_tensor(name)
+    def mapped(self, name: str, part: Part | None = None) -> Tensor:
+        tensor = self._library.get_tensor(name)
+        return tensor if part is None else tensor[part]

@@ -45,8 +45,9 @@ class TensorFile(Protocol):
     def in_rows(self, name: str) -> bool:
         """Whether some rows of a tensor can be read without the others."""
 
-    def mapped(self, name: str) -> torch.Tensor:
-        """A whole tensor as a view of the mapped file where it lies there in one piece, else as `read` gives it."""
+    def mapped(self, name: str, part: Part | None = None) -> torch.Tensor:
+        """This part of a tensor (None: all) as a view of the mapped file where the tensor lies there in one piece, else
+        as `read` gives it."""
 
 
 @contextmanager

@@ -228,14 +228,15 @@ class TorchFile:
     def in_rows(self, name: str) -> bool:
         return self._tensors[name].stride is None
 
-    def mapped(self, name: str) -> Tensor:
+    def mapped(self, name: str, part: Part | None = None) -> Tensor:
         held = self._tensors[name]
         if held.stride is not None or 0 in held.shape:
-            return self.read(name)
+            return self.read(name, part)
         if self._mapping is None:  # a private one: torch wants it writable, and nobody writes
             self._mapping = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = torch.Size(held.shape).numel()
-        return torch.frombuffer(self._mapping, dtype=held.dtype, count=count, offset=held.start).view(held.shape)
+        flat = torch.frombuffer(self._mapping, dtype=held.dtype, count=count, offset=held.start)
+        return flat.view(held.shape) if part is None else flat.view(held.shape)[part]
 
 
 @lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats.parts import Part
+from ..formats.parts import Part, Rows, in_ranges
 from ..formats.tensor_files import TensorFile, open_tensors
 from ..pieces import read_as
 from .unfinished import Unfinished, sync
@@ -23,13 +23,17 @@ SYNC = 2**28  # bytes after which what was written is put on the disk, and count
 
 @dataclass(frozen=True)
 class Move:
-    """A tensor: what diffusers or transformers call it, where it lies, and, on the meta device, what becomes of it."""
+    """A tensor: what diffusers or transformers call it, where it lies, and, on the meta device, what becomes of it.
+
+    rows: those that make it up, of what lies there; None: all.
+    """
 
     name: str
     shard: Path
     key: str
     scale: str | None
     made: torch.Tensor
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -81,9 +85,7 @@ def _fill_file(path: Path, steps: Iterator[Step], files: dict[Path, TensorFile],
     with path.open("r+b", buffering=0) as file:
         done, pending = work.done, 0
         for step in steps:
-            move = step.move
-            made = read_as(files[move.shard], move.key, step.part, move.made.dtype, scale=move.scale, name=move.name)
-            write(file.fileno(), made, step.offset)
+            write(file.fileno(), _made(files[step.move.shard], step), step.offset)
             on_bytes(step.nbytes)
             done, pending = done + 1, pending + step.nbytes
             if pending >= SYNC:
@@ -92,3 +94,12 @@ def _fill_file(path: Path, steps: Iterator[Step], files: dict[Path, TensorFile],
                 pending = 0
         os.fdatasync(file.fileno())
         work.record(done)
+
+
+def _made(file: TensorFile, step: Step) -> torch.Tensor:
+    move = step.move
+    made = [
+        read_as(file, move.key, lies, move.made.dtype, scale=move.scale, name=move.name)
+        for _, lies in in_ranges(step.part, move.rows)
+    ]
+    return made[0] if len(made) == 1 else torch.cat(made)

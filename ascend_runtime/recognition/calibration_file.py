@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from ..checkpoints.bounded import LONGEST_NAME, read_bounded
+from ..checkpoints.faults import shown
+from ..checkpoints.paths import CALIBRATION, file_of
 from ..specs import Calibration
-from .bounded import LONGEST_NAME, read_bounded
-from .faults import shown
-from .paths import CALIBRATION, file_of
 
 LONGEST = 2**20  # bytes; of two experts with 50 steps each it has 2 kB
 EXPERTS = 2  # of a model, at most
