@@ -12,17 +12,20 @@ some of its values. Functions are left out.
 
 import inspect
 import sys
+import time
 from pathlib import Path
 from typing import get_type_hints
 
 import folder_paths
 import msgspec
+import nodes
 import torch
 from aiohttp import web
 from server import PromptServer
 
 TEXT_DIM = 4096
 SAMPLES = 16  # of a tensor's values, evenly spaced from the first to the last
+LOADERS = ("AscendLoadDiffusionModel", "AscendLoadTextEncoder", "AscendLoadVAE")  # above each node that asks for a job
 jobs: list[dict] = []
 replaced: dict = {}  # the Runtime's own methods, by name, while others stand in their place
 
@@ -104,19 +107,32 @@ def bridge():
     return sys.modules[name]
 
 
+def start() -> None:
+    runtime = bridge().Runtime
+    for name in JOBS:
+        replaced[name] = getattr(runtime, name)
+        setattr(runtime, name, noting(name, replaced[name]))
+    if hasattr(runtime, "vae_form"):  # a question, not a job
+        replaced["vae_form"] = runtime.vae_form
+        form = get_type_hints(runtime.vae_form)["return"]
+        runtime.vae_form = lambda self, vae, **_: form(*figures_of(vae))
+    for name in LOADERS:  # results that ComfyUI has kept would save jobs; and these results must not be kept
+        nodes.NODE_CLASS_MAPPINGS[name].fingerprint_inputs = classmethod(lambda cls, **_: time.monotonic())
+
+
+def stop() -> None:
+    for name in [*replaced]:
+        setattr(bridge().Runtime, name, replaced.pop(name))
+    for name in LOADERS:
+        if "fingerprint_inputs" in vars(nodes.NODE_CLASS_MAPPINGS[name]):
+            del nodes.NODE_CLASS_MAPPINGS[name].fingerprint_inputs
+
+
 @PromptServer.instance.routes.post("/tests/recording")
 async def record(request):
-    runtime = bridge().Runtime
-    for name in [*replaced]:
-        setattr(runtime, name, replaced.pop(name))
+    stop()
     if (await request.json())["on"]:
-        for name in JOBS:
-            replaced[name] = getattr(runtime, name)
-            setattr(runtime, name, noting(name, replaced[name]))
-        if hasattr(runtime, "vae_form"):  # a question, not a job
-            replaced["vae_form"] = runtime.vae_form
-            form = get_type_hints(runtime.vae_form)["return"]
-            runtime.vae_form = lambda self, vae, **_: form(*figures_of(vae))
+        start()
     noted = jobs.copy()
     jobs.clear()
     return web.json_response(noted)

@@ -90,19 +90,21 @@ def weights(base: Path) -> dict[str, float]:
     return sums
 
 
+def inputs_of(graph: dict) -> dict:
+    return {number: node["inputs"] for number, node in graph.items()}
+
+
 def jobs_of(server, name: str) -> list[dict]:
     """What a workflow in API format, as it is, asks the ranks for: see comfy_nodes/recording.py."""
     graph = api(name)
     server.post("/tests/recording", {"on": True})
     try:
-        server.post("/free", {"unload_models": False, "free_memory": True})  # results that ComfyUI has kept
-        server.wait(server.queue(graphs.image_without_ranks()))  # by whose end they are gone
         answer = server.post("/prompt", {"prompt": graph})
         assert answer["node_errors"] == {}
         ran = server.wait(answer["prompt_id"])["prompt"][2]
     finally:
         jobs = server.post("/tests/recording", {"on": False})
-    assert ran == graph, "validation has changed a value"
+    assert inputs_of(ran) == inputs_of(graph), "validation has changed a value"
     return sorted(jobs, key=lambda job: (job["job"], job["fields"].get("text", "")))
 
 
