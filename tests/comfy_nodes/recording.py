@@ -18,10 +18,11 @@ from typing import get_type_hints
 
 import folder_paths
 import msgspec
-import nodes
 import torch
 from aiohttp import web
 from server import PromptServer
+
+import nodes
 
 TEXT_DIM = 4096
 SAMPLES = 16  # of a tensor's values, evenly spaced from the first to the last
