@@ -1,6 +1,6 @@
 """Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, files of what comes out, and what
-keeps an IMAGE beyond its prompt; a CLIP of two layers, as core has none but large ones; and Cancel at a wanted moment
-(cancelling.py)."""
+keeps an IMAGE beyond its prompt; a CLIP of two layers, as core has none but large ones; Cancel at a wanted moment
+(cancelling.py); and which jobs a graph asks the ranks for (recording.py)."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
-from . import cancelling  # noqa: F401: its routes
+from . import cancelling, recording  # noqa: F401 (their routes)
 
 CATEGORY = "tests"
 
