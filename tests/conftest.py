@@ -27,7 +27,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-accelerators", action="store_true", help="each plan with each cache, not with some of them")
     parser.addoption("--all-benchmarks", action="store_true", help="7 benchmarks, each shortened, instead of 1")
     parser.addoption("--all-broken-files", action="store_true", help="500 broken files instead of 60")
-    parser.addoption("--all-commands", action="store_true", help="each command of the README, not one")
+    parser.addoption("--all-commands", action="store_true", help="each command of README and docs/, not one")
     parser.addoption("--all-hostile-files", action="store_true", help="158 hostile files and folders instead of 20")
     parser.addoption("--all-kills", action="store_true", help="43 kills of ranks and clients instead of a sample")
     parser.addoption("--all-cancels", action="store_true", help="170 cancels instead of 17, and their times")

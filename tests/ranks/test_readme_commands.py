@@ -1,4 +1,5 @@
-"""README's commands, as they stand there, on the embedded model: each speaks at once, goes on doing so, and ends well.
+"""The commands of README and docs/, as they stand there, on the embedded model: each speaks at once, goes on doing so,
+and ends well.
 
 In CI one of them, whose end counts in processor time, as the machine does other work as well, and the Python example on
 ranks that are there; --all-commands runs each in a process of its own, by the clock.
@@ -20,19 +21,19 @@ import random_wan
 from ascend_runtime.client import runtime as client
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = "\n".join(path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 BASH = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIRST_WORD, GAP, END = 3.0, 10.0, 60.0  # seconds
 LATE = 5.0  # seconds that a line may be late where the machine is busy
 SAMPLE = ("compare",)  # test_inspection.py runs `inspect` in CI as well
-# What README names and nobody has here: copies of the embedded model, and a file of the original's form.
+# What the documents name and nobody has here: copies of the embedded model, and a file of the original's form.
 FOLDERS = ("models/diffusers/Wan2.2-T2V-A14B",)
 FILES = ("wan2.1_t2v_14B_fp8_scaled.safetensors",)
 
 
 def commands() -> list[str]:
-    blocks = "\n".join(BASH.findall(README)).replace("\\\n", " ")
+    blocks = "\n".join(BASH.findall(DOCUMENTS)).replace("\\\n", " ")
     return [line for line in blocks.splitlines() if line.startswith("python -m ascend_runtime ")]
 
 
@@ -40,7 +41,7 @@ def name_of(command: str) -> str:
     return command.split()[3]
 
 
-def test_readme_shows_every_command():
+def test_the_documents_show_every_command():
     assert {name_of(command) for command in commands()} == {"inspect", "convert", "calibrate", "compare", "queue"}
     assert {name for name in ("assets/tiny_wan", *FOLDERS, *FILES) if name not in "\n".join(commands())} == set()
 
@@ -100,7 +101,7 @@ def test_a_command_speaks_at_once_and_goes_on_doing_so(command, clone, request):
 
 
 def example() -> str:
-    (found,) = [block for block in PYTHON.findall(README) if "with Runtime" in block]
+    (found,) = [block for block in PYTHON.findall(DOCUMENTS) if "with Runtime" in block]
     return found
 
 
@@ -111,7 +112,7 @@ def assert_made(printed: str) -> None:
 def test_the_python_example_makes_the_models_own_video(two_ranks, monkeypatch, capsys):
     monkeypatch.setattr(client, "Runtime", lambda *_: nullcontext(two_ranks))
     monkeypatch.chdir(ROOT)
-    exec(compile(example(), "README.md", "exec"), {})
+    exec(compile(example(), "docs/python.md", "exec"), {})
     assert_made(capsys.readouterr().out)
 
 
