@@ -1,8 +1,10 @@
 """The shape of the code: imports go one way, each module keeps to what it knows, functions fit a screen."""
 
 import ast
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,10 @@ def test_layers_name_modules_that_exist():
 @pytest.mark.parametrize("module, unwanted", [
     ("ascend_runtime", "torch"),
     ("ascend_runtime.specs", "torch"),
+    ("ascend_runtime.models.family", "torch"),
+    ("ascend_runtime.models.registry", "torch"),
+    ("ascend_runtime.models.wan.family", "torch"),
+    ("ascend_runtime.models.wan.family", "diffusers"),
     ("ascend_runtime.commands.command_line", "torch"),
     ("ascend_runtime.commands.progress", "torch"),
     ("ascend_runtime.client.runtime", "diffusers"),
@@ -175,3 +181,68 @@ def test_the_house_has_few_rooms_and_none_is_crowded():
     folders = {path.parent for path in modules().values()}
     crowded = {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py")))) > MOST_FILES}
     assert not crowded
+
+
+# Names that belong behind the door of a family, as a word of an identifier or a key.
+OF_A_FAMILY = re.compile(r"(?:^|_)(wan(?:\d+)?|umt5|hunyuan(?:_?video)?|ti2v|flf2v|i2v|t2v|vace)(?:_|$)", re.IGNORECASE)
+HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+OUTSIDE = [name for name in modules() if not inside(name, "ascend_runtime.models")]
+
+
+def names_of_families(tree):
+    """(line, name) of identifiers, keys, and values that are compared, which have the name of a family; and comparisons
+    of a number of channels with a number."""
+    for node in ast.walk(tree):
+        words = []
+        if isinstance(node, ast.Name):
+            words = [node.id]
+        elif isinstance(node, ast.Attribute):
+            words = [node.attr]
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            words = [node.arg or ""]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            words = [node.name]
+        elif isinstance(node, ast.alias):
+            words = [*node.name.split("."), node.asname or ""]
+        elif isinstance(node, ast.ImportFrom):
+            words = (node.module or "").split(".")
+        elif isinstance(node, ast.Dict):
+            words = _strings(node.keys)
+        elif isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            words = _strings(sides)
+            numbers = [side.value for side in sides if isinstance(side, ast.Constant) and type(side.value) is int]
+            if max(numbers, default=0) > 4 and any("channels" in ast.unparse(side) for side in sides):
+                yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words = [node.value] if OF_A_FAMILY.fullmatch(node.value) else []
+        for word in words:
+            if OF_A_FAMILY.search(word) or OF_A_FAMILY.search(HUMP.sub("_", word)):
+                yield node.lineno, word
+
+
+def _strings(nodes):
+    flat = [one for node in nodes for one in (getattr(node, "elts", None) or [node])]
+    return [one.value for one in flat if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_families_are_known_behind_their_door_only(name):
+    found = list(names_of_families(ast.parse(modules()[name].read_text())))
+    assert not found, f"{name} names a family: {found}"
+
+
+def test_this_test_sees_a_family():
+    code = """
+        from ..models.wan import defaults
+        import ascend_runtime.models.wan
+        TI2V_CHANNELS = 48
+        def empty_wan22_latent(): pass
+        if form.channels == 48: pass
+        if schedule == "wan": pass
+        table = {"wan": 1}
+        x.umt5 = WanTransformer
+        wanted, swan, channels_wanted = table["wan"], 48, channels == wanted
+    """
+    found = [line for line, _ in names_of_families(ast.parse(textwrap.dedent(code)))]
+    assert {2, 3, 4, 5, 6, 7, 8, 9} <= set(found) and found.count(10) == 1
