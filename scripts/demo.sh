@@ -3,4 +3,4 @@
 set -euo pipefail
 scripts=$(dirname "${BASH_SOURCE[0]}")
 . "$scripts/lib/python.sh"
-exec "$PYTHON" "$scripts/lib/demo.py" "$@"
+exec "$PYTHON" "$scripts/lib" demo "$@"

@@ -20,8 +20,8 @@ TABLES = {  # narrow, as the help stands in a side bar
     "zh": {"inputs": ("输入", "输入", "说明"), "outputs": ("输出", "输出", "说明"),
            "optional": "可选。", "default": "默认值："},
 }
-sys.path.insert(0, str(REPOSITORY / "scripts" / "lib"))
-from comfy_server import ComfyServer  # noqa: E402
+sys.path.insert(0, str(REPOSITORY))
+from scripts.lib.comfy_server import ComfyServer  # noqa: E402
 
 
 def main():

@@ -15,9 +15,9 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKFLOWS = REPOSITORY / "workflows"
-sys.path.insert(0, str(REPOSITORY / "scripts" / "lib"))
-from comfy_browser import ComfyBrowser  # noqa: E402
-from comfy_server import ComfyServer  # noqa: E402
+sys.path.insert(0, str(REPOSITORY))
+from scripts.lib.comfy_browser import ComfyBrowser  # noqa: E402
+from scripts.lib.comfy_server import ComfyServer  # noqa: E402
 
 COLUMNS, ROWS = 3, 3  # of frames: the template browser shows squares
 WIDTH = 1200  # pixels of a thumbnail

@@ -12,10 +12,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WORKFLOWS = REPOSITORY / "workflows"
-sys.path.insert(0, str(REPOSITORY / "scripts" / "lib"))
-from comfy_browser import ComfyBrowser  # noqa: E402
-from comfy_server import ComfyServer  # noqa: E402
-from workflow_layout import NOTE, arrange  # noqa: E402
+sys.path.insert(0, str(REPOSITORY))
+from scripts.lib.comfy_browser import ComfyBrowser  # noqa: E402
+from scripts.lib.comfy_server import ComfyServer  # noqa: E402
+from scripts.lib.workflow_layout import NOTE, arrange  # noqa: E402
 
 HUGGING_FACE = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
 MODELSCOPE = "https://modelscope.cn/models/Comfy-Org/{}/resolve/master/split_files/{}/{}"

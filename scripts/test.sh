@@ -29,9 +29,9 @@ set -- ${arguments[@]+"${arguments[@]}"} # an empty array counts as unset in old
 [ -z "${COMFYUI_DIR:-}" ] || export COMFYUI_DIR
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/lib/python.sh
-"$PYTHON" scripts/lib/comfyui.py
-[ -z "${transformers:-}" ] || exec "$PYTHON" scripts/lib/transformers_env.py "$transformers" "$@"
-"$PYTHON" scripts/lib/contract.py
+"$PYTHON" scripts/lib comfyui
+[ -z "${transformers:-}" ] || exec "$PYTHON" scripts/lib transformers_env "$transformers" "$@"
+"$PYTHON" scripts/lib contract
 case " $*" in
 *" tests/contract"*) exec .venv/bin/python tests/contract/run.py "$@" ;;
 esac

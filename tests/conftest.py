@@ -15,7 +15,7 @@ import random_wan
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, TextEncoderSpec, VaeSpec
-from comfy_server import ComfyServer
+from scripts.lib.comfy_server import ComfyServer
 from rank_processes import processes_with
 from xdist.scheduler import LoadScopeScheduling
 

@@ -21,7 +21,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from environment import REPOSITORY
+from .environment import REPOSITORY
 
 COMFYUI = Path(os.environ.get("COMFYUI_DIR") or REPOSITORY / ".cache" / "comfyui").resolve()
 PACK_NAME = "ascend-video"

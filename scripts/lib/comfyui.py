@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from environment import (REPOSITORY, TORCH_PACKAGES, Environment, SetupError, accelerated_host, inspect, lock,
+from .environment import (REPOSITORY, TORCH_PACKAGES, Environment, SetupError, accelerated_host, inspect, lock,
                          requirement_lines, say, step)
 
 CACHED = REPOSITORY / ".cache" / "comfyui"

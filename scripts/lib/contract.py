@@ -8,7 +8,7 @@ says why there is none.
 import shutil
 from pathlib import Path
 
-from environment import REPOSITORY, Environment, SetupError, inspect, lock, requirement_lines, say
+from .environment import REPOSITORY, Environment, SetupError, inspect, lock, requirement_lines, say
 
 UNDERNEATH = REPOSITORY / ".venv" / "bin" / "python"
 FOLDER = REPOSITORY / ".venv-contract"

@@ -10,9 +10,9 @@ import time
 import urllib.parse
 from pathlib import Path
 
-import comfyui
-from comfy_server import LOG_NAME, ComfyServer
-from environment import REPOSITORY, SetupError, say, step
+from . import comfyui
+from .comfy_server import LOG_NAME, ComfyServer
+from .environment import REPOSITORY, SetupError, say, step
 
 WORKFLOW = REPOSITORY / "workflows" / "api" / "tiny_wan_text_to_video.json"
 OUTPUT = REPOSITORY / "output"

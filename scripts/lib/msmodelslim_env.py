@@ -3,7 +3,7 @@
 It quantizes on the CPU what these tests then load. Standard library only. Run as a command it makes the environment.
 """
 
-from environment import REPOSITORY, Environment, SetupError, inspect, lock, say
+from .environment import REPOSITORY, Environment, SetupError, inspect, lock, say
 
 UNDERNEATH = REPOSITORY / ".venv" / "bin" / "python"
 FOLDER = REPOSITORY / ".venv-msmodelslim"
@@ -14,7 +14,7 @@ REQUIREMENTS = ["msmodelslim==26.1.0"]
 def why_not():
     """Why the tests with msModelSlim cannot run here; None if they can."""
     if not PYTHON.exists():
-        return f"there is no {FOLDER.name}; .venv/bin/python scripts/lib/msmodelslim_env.py makes it"
+        return f"there is no {FOLDER.name}; .venv/bin/python scripts/lib msmodelslim_env makes it"
     return None
 
 

@@ -8,7 +8,7 @@ further arguments go to pytest, instead of the tests below.
 import os
 import sys
 
-from environment import REPOSITORY, Environment, inspect, lock, requirement_lines
+from .environment import REPOSITORY, Environment, inspect, lock, requirement_lines
 
 UNDERNEATH = REPOSITORY / ".venv" / "bin" / "python"
 FOLDER = REPOSITORY / ".venv-transformers"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ascend_runtime.specs.presets import PRESETS
 from comfy_listener import Listener
-from comfy_server import PromptFailed
+from scripts.lib.comfy_server import PromptFailed
 
 ATTENTION, BLOCKS, STEPS, RAIN = NODES = (
     "AscendAttentionCache", "AscendBlockCache", "AscendStepCache", "AscendRainFusion"

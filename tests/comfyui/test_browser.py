@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from comfy_browser import ComfyBrowser
+from scripts.lib.comfy_browser import ComfyBrowser
 from comfy_graphs import SAMPLER, saved
 
 REPOSITORY = Path(__file__).resolve().parents[2]

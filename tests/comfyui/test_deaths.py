@@ -7,7 +7,7 @@ import time
 import comfy_graphs as graphs
 import torch
 from comfy_listener import Listener
-from comfy_server import ComfyServer
+from scripts.lib.comfy_server import ComfyServer
 from rank_processes import holders, ranks_of, seconds_until, shared_memory
 
 LONG = {"steps": 1000, "length": 17}

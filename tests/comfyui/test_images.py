@@ -6,7 +6,7 @@ import random_wan
 import torch
 from ascend_runtime import DiffusionModelSpec
 from ascend_runtime.components import Components
-from comfy_server import PromptFailed, PromptRejected
+from scripts.lib.comfy_server import PromptFailed, PromptRejected
 from safetensors.torch import load_file
 from torch.testing import assert_close
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from benchmarks.opens import Opened
 from comfy_listener import Listener
-from comfy_server import PromptFailed
+from scripts.lib.comfy_server import PromptFailed
 from new_prompts import new_prompt
 from rank_processes import ranks_of
 

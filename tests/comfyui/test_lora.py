@@ -7,7 +7,7 @@ import torch
 from ascend_runtime.models.wan.files.names import to_diffusers_name
 from comfy_listener import Listener
 from core_twin import MODEL, TOLERANCE, both
-from comfy_server import PromptFailed, PromptRejected
+from scripts.lib.comfy_server import PromptFailed, PromptRejected
 from safetensors.torch import load_file, save_file
 
 LORAS = {"kohya": 0.6, "lightx2v": -0.8, "original": 0.5}  # with their strengths

@@ -6,7 +6,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from comfy_browser import ComfyBrowser, chromium
+from scripts.lib.comfy_browser import ComfyBrowser, chromium
 from make_node_texts import node_definitions, with_tables
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ import comfy_graphs as graphs
 import pytest
 import torch
 from comfy_listener import Listener
-from comfy_server import PromptFailed
+from scripts.lib.comfy_server import PromptFailed
 from rank_processes import ranks_of
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import published_models
 import pytest
 import torch
-from comfy_browser import ComfyBrowser, chromium
+from scripts.lib.comfy_browser import ComfyBrowser, chromium
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

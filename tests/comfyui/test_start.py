@@ -2,7 +2,7 @@
 
 import re
 
-from comfy_server import PACK_NAME, ComfyServer
+from scripts.lib.comfy_server import PACK_NAME, ComfyServer
 
 BAR = 0.5  # seconds
 STARTS = 3

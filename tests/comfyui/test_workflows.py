@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime.commands.queue import workflow as queued
-from comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chromium
+from scripts.lib.comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chromium
 from PIL import Image
 from shipped_workflows import NAMES, WORKFLOWS, api
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path += [str(HERE), str(ROOT / "scripts" / "lib")]
+sys.path += [str(HERE), str(ROOT)]
 
 import cann  # noqa: E402
-import contract  # noqa: E402
+from scripts.lib import contract  # noqa: E402
 
 
 def main(arguments):

@@ -4,14 +4,15 @@
 def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
     code = f"""
         import torch
-        from ascend_runtime import DiffusionModelSpec, VaeSpec; from ascend_runtime.hardware import devices
+        from ascend_runtime import DiffusionModelSpec, VaeSpec
+        from ascend_runtime.hardware import devices
         from ascend_runtime.components import Components, diffusion_model
         folder, read, free = {str(specs.folder)!r}, [], [2**40]
         devices.room = lambda device: free[0]
         held = Components(torch.device("npu:0"))
         get = lambda kind: held.get(kind(path=folder), lambda *_: read.append(kind))
         vae = get(VaeSpec)
-        before = {{name: tensor.cpu() for name, tensor in vae.state_dict().items()}}
+        before = {{name: tensor.cpu() for name, tensor in vae.network.state_dict().items()}}
         get(DiffusionModelSpec)
         assert vae.device.type == "npu" and {{VaeSpec, DiffusionModelSpec}} == set(read)
         free[0] = diffusion_model.ROOM_TO_COMPUTE - 1
@@ -21,7 +22,7 @@ def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
         devices.empty_cache = lambda device: read.append("moved again")
         get(DiffusionModelSpec)
         assert get(VaeSpec) is vae and vae.device.type == "npu" and not read
-        assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in vae.state_dict().items())
+        assert all(torch.equal(tensor.cpu(), before[name]) for name, tensor in vae.network.state_dict().items())
         print("there and back")
     """
     assert python_on("Ascend910B4", code) == "there and back"

@@ -1,13 +1,13 @@
 """Folders that PyPI's msModelSlim wrote, in an environment of its own, load and compute what they stand for.
 
-`--msmodelslim` runs it; the environment takes half a minute to make (scripts/lib/msmodelslim_env.py).
+`--msmodelslim` runs it; the environment takes half a minute to make (`python scripts/lib msmodelslim_env`).
 """
 
 import json
 import subprocess
 from pathlib import Path
 
-import msmodelslim_env
+from scripts.lib import msmodelslim_env
 import pytest
 import random_wan
 import tiny_models

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_server import PromptRejected
+from scripts.lib.comfy_server import PromptRejected
 from safetensors.torch import load_file
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "tiny_wan_text_to_video.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 import original_formats
 import tiny_models
 import torch
-from comfy_server import COMFYUI
+from scripts.lib.comfy_server import COMFYUI
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file

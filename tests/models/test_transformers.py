@@ -14,7 +14,7 @@ import pytest
 import torch
 from ascend_runtime import TextEncoderSpec
 from ascend_runtime.components import Components
-from comfy_server import COMFYUI
+from scripts.lib.comfy_server import COMFYUI
 from packaging.requirements import Requirement
 from packaging.version import Version
 

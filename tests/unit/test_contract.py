@@ -3,7 +3,7 @@
 import re
 import subprocess
 
-import contract
+from scripts.lib import contract
 import pytest
 
 

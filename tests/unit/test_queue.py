@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime.commands.queue import QueueError, address, seeds, workflow
-from comfy_server import ComfyServer, free_port
+from scripts.lib.comfy_server import ComfyServer, free_port
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]

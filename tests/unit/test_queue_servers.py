@@ -26,7 +26,7 @@ from ascend_runtime.commands.queue import (
     command as queue,
     server,
 )
-from comfy_server import free_port
+from scripts.lib.comfy_server import free_port
 from lying_comfyui import STATUS, LyingComfyUI, answer, drip, entry, flood, raw
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,10 +17,10 @@ os.environ["MKL_CBWR"] = "AUTO,STRICT"  # as tests/conftest.py has it
 FOLDER = Path(__file__).resolve().parent
 TESTS = FOLDER.parents[1]
 sys.path[:0] = map(str, (TESTS.parent, TESTS, *(path for path in TESTS.iterdir() if path.is_dir()),
-                         TESTS.parent / "scripts", TESTS.parent / "scripts" / "lib"))  # fmt: skip
+                         TESTS.parent, TESTS.parent / "scripts"))  # fmt: skip
 
 import test_saved_workflows as saved
-from comfy_server import ComfyServer
+from scripts.lib.comfy_server import ComfyServer
 from safetensors.torch import save_file
 
 
