@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import uuid
 from pathlib import Path
 
@@ -40,20 +39,17 @@ def pytest_addoption(parser):
     parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2, 4 and 8 ranks, not one")
 
 
-GROUPS = {  # of test files, by what their tests take
-    "ranks": re.compile(r"\b(gloo_ranks|new_runtime|runtimes|two_ranks|marked)\b"),
-    "comfyui": re.compile(r"[(,] ?comfyui\b[,)]"),
-}
+LANES = ("ranks", "comfyui")  # folders of tests
 
 
 class Lanes(LoadScopeScheduling):
-    """A worker takes all files of a group, one after the other, as their tests start many processes, keep what they
-    started for the next ones, and some measure time. Other files are taken by whoever is free."""
+    """A worker takes all files of such a folder, one after the other, as their tests start many processes, keep what
+    they started for the next ones, and some measure time. Other files are taken by whoever is free."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        text = (self.config.rootpath / file).read_text()
-        return next((name for name, takes in GROUPS.items() if takes.search(text)), file)
+        folder = Path(file).parent.name
+        return folder if folder in LANES else file
 
 
 @pytest.hookimpl(optionalhook=True)

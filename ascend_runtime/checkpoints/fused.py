@@ -6,15 +6,8 @@ its two halves exchanged: scale | shift, where the network has shift | scale.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from .faults import listed
-
-if TYPE_CHECKING:
-    from .formats.tensor_files import TensorFile
 
 Rows = tuple[slice, ...]  # ranges of a tensor's rows (dim 0), joined in this order; none with a step
 
@@ -61,17 +54,6 @@ def halves_exchanged(name: str, shape: tuple[int, ...]) -> tuple[Target, ...]:
     """A parameter whose first half of rows is the second half of the tensor's. An odd row belongs to none."""
     half = _rows(shape) // 2
     return (Target(name, (slice(half, 2 * half), slice(0, half))),)
-
-
-def check_rows(file: TensorFile, targets: Mapping[str, tuple[Target, ...]]) -> None:
-    """Raises ValueError that lists tensors of a file with rows that belong to no parameter, or to several, and those
-    that have fewer rows than their parameters. targets: the parameters of each tensor."""
-    faults = defaultdict(list)
-    for key, own in targets.items():
-        for fault, which in row_faults(own, file.shapes[key]):
-            faults[fault].append(f"{key} {list(file.shapes[key])}, {which}")
-    if said := listed(faults):
-        raise ValueError(f"{file.path} holds tensors {said}. Is it another model's file? If not, download it again.")
 
 
 def row_faults(targets: tuple[Target, ...], shape: tuple[int, ...]) -> Iterator[tuple[str, str]]:

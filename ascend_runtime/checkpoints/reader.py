@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Protocol
+from typing import Callable, Iterable, Mapping, Protocol
 
 import torch
 from torch import nn
 
 from .faults import listed
 from .formats.parts import Part
-from .formats.tensor_files import open_tensors
+from .formats.tensor_files import TensorFile, open_tensors
 from .fp8 import refuse_other_scales, scales_of
-from .fused import Rows, Split, Target, check_rows, targets_of
+from .fused import Rows, Split, Target, row_faults, targets_of
 from .msmodelslim import Description
 from .pieces import Wanted, read_in_pieces
 from .shards import one_of_several
@@ -171,10 +172,21 @@ def _places(
                     if name in places:
                         raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
                     places[name] = Place(shard, key, made, math.prod(made) * dtype.itemsize, scales.get(key), rows)
-            check_rows(file, targets)
+            _check_rows(file, targets)
         if told := listed({"that are no floating-point numbers": numbers}):
             raise ValueError(f"{shard} holds tensors {told}. Take its fp32, fp16, bf16 or fp8_scaled form.")
     return places
+
+
+def _check_rows(file: TensorFile, targets: Mapping[str, tuple[Target, ...]]) -> None:
+    """Raises ValueError that lists tensors of a file with rows that belong to no parameter, or to several, and those
+    that have fewer rows than their parameters. targets: the parameters of each tensor."""
+    faults = defaultdict(list)
+    for key, own in targets.items():
+        for fault, which in row_faults(own, file.shapes[key]):
+            faults[fault].append(f"{key} {list(file.shapes[key])}, {which}")
+    if said := listed(faults):
+        raise ValueError(f"{file.path} holds tensors {said}. Is it another model's file? If not, download it again.")
 
 
 def _check_fit(module, shards, wanted, places, identify) -> None:
