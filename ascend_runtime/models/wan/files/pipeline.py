@@ -33,7 +33,7 @@ def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> Pipeline:
         class_name="WanImageToVideoPipeline" if from_image else "WanPipeline",
         classes=CLASSES | (dict.fromkeys(("image_encoder", "image_processor")) if from_image else {}),
         settings={
-            "boundary_ratio": own.boundary if experts == 2 else None,
+            "boundary_ratio": own.boundary,
             "expand_timesteps": config["out_channels"] == CHANNELS_22,
         },
         scheduler={
