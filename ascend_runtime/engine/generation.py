@@ -137,12 +137,12 @@ class Generation:
 def check(model: DiffusionModel, request: Request) -> None:
     """Raises ValueError, on all ranks alike, for what the model cannot honour."""
     spec = request.spec
+    model.conditioner.check(request.given)
     if model.guided(spec) and "negative" not in request.given.prompts:
         raise ValueError(
             f"guidance_scale is {spec.guidance_scale}, which needs a negative prompt; "
             "connect one (an empty text will do) or set guidance_scale to 1."
         )
-    model.conditioner.check(request.given)
 
 
 def warm_up_of(model: DiffusionModel, request: Request) -> Request:

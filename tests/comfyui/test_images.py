@@ -210,7 +210,7 @@ def test_a_size_that_does_not_fit_is_refused(comfyui):
 
 def test_an_end_image_with_the_vae_of_wan_22_is_refused(comfyui):
     graph = held_by_ours(prepared(comfyui, "WanImageToVideo", {"end_image": {}}, vae=TI2V))
-    with pytest.raises(PromptFailed, match="takes only a start_image. Disconnect end_image"):
+    with pytest.raises(PromptFailed, match="take only a start_image. Disconnect end_image"):
         comfyui.wait(comfyui.queue(graph))
 
 
@@ -236,6 +236,7 @@ def test_latents_of_a_single_file_are_normalised_and_pictured_as_by_core(tmp_pat
     file = random_wan.original_transformer(tmp_path / "wan", layers=1, channels=channels, out_channels=channels)
     model = Components(torch.device("cpu")).get(DiffusionModelSpec(path=str(file)), lambda *_: None)
     core = random_wan.core_latent_format(name)
-    assert torch.equal(model.latents_mean, core.latents_mean) and torch.equal(model.latents_std, core.latents_std)
-    assert torch.equal(model.latent_rgb, torch.tensor(core.latent_rgb_factors))
-    assert torch.equal(model.latent_rgb_bias, torch.tensor(core.latent_rgb_factors_bias))
+    latents = model.latents
+    assert torch.equal(latents.mean, core.latents_mean) and torch.equal(latents.std, core.latents_std)
+    assert torch.equal(torch.tensor(latents.format.rgb), torch.tensor(core.latent_rgb_factors))
+    assert torch.equal(torch.tensor(latents.format.rgb_bias), torch.tensor(core.latent_rgb_factors_bias))

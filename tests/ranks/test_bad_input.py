@@ -8,6 +8,7 @@ import pytest
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
 from ascend_runtime.hardware import devices
+from ascend_runtime.models.registry import require_schedule
 from ascend_runtime.specs import Plan
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,7 @@ WEIGHTS = {
     (lambda: ParallelSpec(tp_degree=0), ["tp_degree is 0", "between 1 and 1024"]),
     (lambda: ParallelSpec(ring_exchange="swap"), ["ring_exchange is 'swap'", "rotate, gather"]),
     (lambda: SampleSpec(solver="ddim"), ["solver is 'ddim'", "unipc, euler, dpm++"]),
-    (lambda: SampleSpec(schedule="karras"), ["schedule is 'karras'", "wan, simple"]),
+    (lambda: require_schedule("karras"), ["schedule is 'karras'", "own, simple, wan"]),
     (lambda: SampleSpec(steps=0), ["steps is 0", "between 1 and 1000"]),
     (lambda: SampleSpec(seed=-1), ["seed is -1", "between 0 and"]),
     (lambda: SampleSpec(shift=0.0), ["shift is 0.0", "0.01"]),

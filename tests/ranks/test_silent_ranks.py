@@ -136,6 +136,8 @@ def test_a_message_that_a_halted_rank_does_not_read_can_be_cancelled_and_stopped
 
 
 def test_silence_is_noticed_with_what_each_rank_does(ranks, specs, monkeypatch, caplog):
+    ranks.load(model=specs.model)  # imports networks, without a word
+    ranks.free()
     monkeypatch.setattr(submission, "SILENCE", 0.5)
     ranks.ping()
     victim, notices = ranks.pids[1], []

@@ -13,6 +13,7 @@ some of its values. Functions are left out.
 import inspect
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -116,7 +117,7 @@ def start() -> None:
     if hasattr(runtime, "vae_form"):  # a question, not a job
         replaced["vae_form"] = runtime.vae_form
         form = get_type_hints(runtime.vae_form)["return"]
-        runtime.vae_form = lambda self, vae, **_: form(*figures_of(vae))
+        runtime.vae_form = lambda self, vae, **_: form(*figures_of(vae), *["wan"][: len(fields(form)) - 3])
     for name in LOADERS:  # results that ComfyUI has kept would save jobs; and these results must not be kept
         nodes.NODE_CLASS_MAPPINGS[name].fingerprint_inputs = classmethod(lambda cls, **_: time.monotonic())
 
