@@ -1,8 +1,8 @@
-"""The nodes: widgets, defaults and tooltips, turned into descriptions. The ranks do the work."""
+"""The nodes: they turn widgets into descriptions of the work, which the ranks do."""
 
 from comfy_api.latest import ComfyExtension
 
-from .accelerators import AttentionCache, BlockCache, RainFusion, StepCache
+from . import accelerators
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
@@ -25,10 +25,7 @@ class AscendVideo(ComfyExtension):
             Sampler,
             VAEDecode,
             VAEEncode,
-            AttentionCache,
-            BlockCache,
-            StepCache,
-            RainFusion,
+            *accelerators.NODES,
             Profiler,
             FreeMemory,
         ]

@@ -1,308 +1,230 @@
-"""What Ascend Sampler may leave out: caches and sparse attention. Widgets and presets become descriptions."""
+"""Nodes that let Ascend Sampler skip a part of its work: one table, from which their classes are made.
+
+To add a node, add an entry to ACCELERATORS; its `kind` is an accelerator that specs.presets knows.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
 from ..ascend_runtime.specs import AccelerationSpec
 from ..ascend_runtime.specs.acceleration import MAX_STEPS, RAINFUSIONS, STEP_CACHES
+from ..ascend_runtime.specs.base import Spec
 from ..ascend_runtime.specs.presets import PRESETS, chosen, listed
 from . import types
 from .validation import refusal
 
 CUSTOM = "custom"
-AUTOMATIC = -1  # of what is counted from 0; else 0 is
-ONLY_CUSTOM = " Only for preset custom."
+DEFAULT_PRESET = "balanced"
 
 
-def _preset(kind: str, default: str = "balanced") -> io.Input:
-    return io.Combo.Input(
-        "preset",
-        options=[*PRESETS, CUSTOM],
-        default=default,
-        tooltip=f"What the widgets below stand for, which are used only with custom.\n{listed(kind)}",
-    )
+@dataclass(frozen=True)
+class Widget:
+    """A widget below `preset`; it sets the description's field of the same name.
+
+    socket: of comfy_api's io, such as io.Int. limits: what else its Input takes: min, max, step, round or options.
+    automatic: the value that leaves the choice to the accelerator (None in the description); None: there is none.
+    with_any_preset: it counts with any preset; otherwise only with preset custom.
+    """
+
+    name: str
+    socket: Any
+    default: int | float | str
+    limits: dict[str, Any]
+    tooltip: str
+    automatic: int | float | None = None
+    with_any_preset: bool = False
+
+    def input(self) -> io.Input:
+        tooltip = self.tooltip if self.with_any_preset else f"{self.tooltip} Used only with preset custom."
+        return self.socket.Input(self.name, default=self.default, optional=True, tooltip=tooltip, **self.limits)
+
+    def field(self, value):
+        """The value of the description's field."""
+        return None if self.automatic is not None and value == self.automatic else value
 
 
-def _number(name: str, default: int, tooltip: str, least: int = 0, most: int = MAX_STEPS) -> io.Input:
-    return io.Int.Input(name, default=default, min=least, max=most, optional=True, tooltip=tooltip + ONLY_CUSTOM)
+@dataclass(frozen=True)
+class Accelerator:
+    """A node: node_id and display_name as ComfyUI knows them, kind as specs.presets does."""
+
+    node_id: str
+    display_name: str
+    description: str
+    kind: str
+    widgets: tuple[Widget, ...]
+
+    def spec(self, preset: str, **values) -> Spec:
+        """The description that the widgets stand for. values: of widgets, by name; the others have their default.
+
+        Raises ValueError for an unknown preset or widget, and for illegal values.
+        """
+        if preset not in (*PRESETS, CUSTOM):
+            raise ValueError(f"preset is {preset!r}; it can be one of {', '.join((*PRESETS, CUSTOM))}.")
+        defaults = {widget.name: widget.default for widget in self.widgets}
+        unknown = ", ".join(sorted(values.keys() - defaults))
+        if unknown:
+            raise ValueError(f"{self.display_name} has no {unknown}; its widgets are preset, {', '.join(defaults)}.")
+        values = defaults | values
+        used = [widget for widget in self.widgets if widget.with_any_preset or preset == CUSTOM]
+        fields = {widget.name: widget.field(values[widget.name]) for widget in used}
+        return chosen(self.kind, None if preset == CUSTOM else preset, **fields)
+
+    def inputs(self) -> list[io.Input]:
+        preset = io.Combo.Input(
+            "preset",
+            options=[*PRESETS, CUSTOM],
+            default=DEFAULT_PRESET,
+            tooltip="How much work to save: quality changes the video least, fast saves the most. custom: uses "
+            f"the values of the widgets below.\n{listed(self.kind)}",
+        )
+        chain = types.Acceleration.Input(
+            "acceleration",
+            optional=True,
+            tooltip="From another accelerator, to use both. RainFusion works with any cache; two caches cannot be "
+            "combined.",
+        )
+        return [preset, *(widget.input() for widget in self.widgets), chain]
 
 
-def _window() -> list[io.Input]:
-    """Widgets of acceleration.Window."""
-    return [
-        _number("start", AUTOMATIC, "The step, counted from 0, whose result is the first that is kept; the steps after "
-                "it may reuse. -1: 30 % of the steps, as the original's 12 of 40.", least=AUTOMATIC),
-        _number("end", AUTOMATIC, "The last step, counted from 0, that may reuse. -1: 92.5 % of the steps, as the "
-                "original's 37 of 40.", least=AUTOMATIC),
-        _number("interval", 4, "Every so many steps from start on, one computes and the others reuse. 1: none "
-                "reuses.", least=1),
-        _number("first_block", 0, "The first block of the model that takes part, counted from 0."),
-        _number("last_block", AUTOMATIC, "The last block that takes part, counted from 0. -1: the model's last.",
-                least=AUTOMATIC),
-    ]  # fmt: skip
+def _count(name: str, default: int, tooltip: str, least: int = 0, most: int = MAX_STEPS, automatic=None) -> Widget:
+    return Widget(name, io.Int, default, {"min": least, "max": most}, tooltip, automatic)
 
 
-def _chain() -> io.Input:
-    return types.Acceleration.Input(
-        "acceleration",
-        optional=True,
-        tooltip="From another accelerator, to have both. RainFusion goes with any cache; two caches exclude each "
-        "other.",
-    )
+def _method(name: str, options: tuple[str, ...], default: str, tooltip: str) -> Widget:
+    return Widget(name, io.Combo, default, {"options": list(options)}, tooltip, with_any_preset=True)
 
 
-def _outputs() -> list[io.Output]:
-    return [
-        types.Acceleration.Output(display_name="acceleration", tooltip="For Ascend Sampler, or another accelerator.")
-    ]
+def _position(name: str, tooltip: str) -> Widget:
+    """The number of a step or of a block. 0 is a valid one, so -1 means automatic."""
+    return _count(name, -1, tooltip, least=-1, automatic=-1)
 
 
-class AttentionCache(io.ComfyNode):
+WINDOW = (  # the fields of specs.acceleration.Window
+    _position("start", "The first step, counted from 0, whose results are kept. The steps after it may reuse them. "
+              "-1: at 30 % of the steps (step 12 of 40)."),
+    _position("end", "The last step, counted from 0, that may reuse results. -1: at 92.5 % of the steps (step "
+              "37 of 40)."),
+    _count("interval", 4, "4: from start on, one of four steps is computed, and the other three reuse its results. 1: "
+           "nothing is reused.", least=1),
+    _count("first_block", 0, "The first block of the model that may reuse results, counted from 0. Earlier blocks are "
+           "always computed."),
+    _position("last_block", "The last block that may reuse results, counted from 0. Later blocks are always computed. "
+              "-1: the last block of the model."),
+)  # fmt: skip
+
+ACCELERATORS = (
+    Accelerator(
+        "AscendAttentionCache",
+        "Ascend AttentionCache",
+        "Reuses the self-attention results of earlier steps. The video changes little, but the cache takes much device "
+        "memory.",
+        "attention_cache",
+        (
+            Widget("ratio", io.Float, 0.0, {"min": 0.0, "max": 10.0, "step": 0.05, "round": 0.01},
+                   "Above 1: the speed-up of the denoise loop to reach, such as 1.2. start and interval are then "
+                   "chosen to reach it, with an interval of at least the value below. 0 or 1: start and interval are "
+                   "used as set below.", automatic=0.0),
+            *WINDOW,
+        ),
+    ),
+    Accelerator(
+        "AscendBlockCache",
+        "Ascend Block Cache",
+        "Skips a range of blocks in some steps, and adds what they added in an earlier step. Takes little memory.",
+        "block_cache",
+        WINDOW,
+    ),
+    Accelerator(
+        "AscendStepCache",
+        "Ascend Step Cache",
+        "Skips the blocks of a step while the result seems to change little. Takes little memory and saves the most.",
+        "step_cache",
+        (
+            _method("method", STEP_CACHES, "fbcache", "How to decide which steps to skip. Used with every preset.\n"
+                    "fbcache: compares what the first block adds with what it added in the last computed step. Works "
+                    "with any model.\n"
+                    "teacache: estimates the change from the timestep, by a polynomial that was fitted to the model.\n"
+                    "magcache: uses how much each step is known to change with this model.\n"
+                    "taylorseer: skips steps at a fixed interval and predicts them by a Taylor expansion. Works with "
+                    "any model."),
+            Widget("threshold", io.Float, 0.0, {"min": 0.0, "max": 100.0, "step": 0.01, "round": 0.001},
+                   "How much may change before a step is computed again. Larger values are faster and less exact. Not "
+                   "used by taylorseer. 0: the method's default.", automatic=0.0),
+            _count("first_steps", 0, "The number of steps at the start that are always computed, for each expert. 0: "
+                   "the method's default.", automatic=0),
+            _count("last_steps", 1, "The number of steps at the end that are always computed."),
+            _count("most", 0, "The largest number of steps that may be skipped in a row. 0: the method's default.",
+                   automatic=0),
+            _count("interval", 4, "Only for taylorseer. 4: one of four steps is computed, "
+                   "and the other three are predicted.", least=1),
+            _count("order", 1, "Only for taylorseer: the order of the Taylor expansion. 0: the last computed step is "
+                   "repeated.", most=4),
+        ),
+    ),
+    Accelerator(
+        "AscendRainFusion",
+        "Ascend RainFusion",
+        "Sparse self-attention: computes only the products of queries and keys that matter most. The larger the video, "
+        "the more it saves. Does not work with ring_degree above 1.",
+        "rainfusion",
+        (
+            _method("version", RAINFUSIONS, "v2", "How the products to compute are chosen. Used with every preset.\n"
+                    "v1: each head attends to neighbouring tokens, either in nearby frames or at nearby places in all "
+                    "frames.\n"
+                    "v2: each block of 2 x 8 x 8 tokens (frames, rows, columns) attends to the blocks that match it "
+                    "best.\n"
+                    "v3: the same with pairs of tiles of 8 x 8 tokens of one frame."),
+            Widget("sparsity", io.Float, 0.64, {"min": 0.0, "max": 0.99, "step": 0.01, "round": 0.001},
+                   "The share of the products that is skipped. Larger values are faster and less exact. 0: none."),
+            _position("start", "The first sparse step, counted from 0. -1: after a quarter of the steps."),
+            _count("refresh", 1, "How many steps in a row use the same choice of products. 1: each step makes its own "
+                   "choice.", least=1),
+            _count("first_blocks", 0, "The number of blocks at the start of the model that are never sparse."),
+            _count("last_blocks", 0, "The number of blocks at the end of the model that are never sparse."),
+        ),
+    ),
+)  # fmt: skip
+
+
+class AcceleratorNode(io.ComfyNode):
+    """What all entries of ACCELERATORS share.
+
+    ComfyUI passes inputs by name and, as validate_inputs takes any name, asks it about all of them.
+    """
+
+    accelerator: ClassVar[Accelerator]
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="AscendAttentionCache",
-            display_name="Ascend AttentionCache",
+            node_id=cls.accelerator.node_id,
+            display_name=cls.accelerator.display_name,
             category="Ascend",
-            description="In some steps, the self-attention of an earlier step is used again. Takes much memory, "
-            "changes the video little.",
-            inputs=[
-                _preset("attention_cache"),
-                io.Float.Input(
-                    "ratio",
-                    default=0.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    round=0.01,
-                    optional=True,
-                    tooltip="How many times as fast the denoise loop is to be, such as 1.2. start is then the latest "
-                    "step, and interval the smallest from the one below, by which it comes to that. 0 or 1: start and "
-                    "interval as they are below." + ONLY_CUSTOM,
-                ),
-                *_window(),
-                _chain(),
+            description=cls.accelerator.description,
+            inputs=cls.accelerator.inputs(),
+            outputs=[
+                types.Acceleration.Output(
+                    display_name="acceleration", tooltip="For Ascend Sampler, or for another accelerator."
+                )
             ],
-            outputs=_outputs(),
         )
 
     @classmethod
-    def validate_inputs(
-        cls, preset, ratio=0.0, start=AUTOMATIC, end=AUTOMATIC, interval=4, first_block=0, last_block=AUTOMATIC
-    ) -> bool | str:
-        return refusal(_attention_cache, preset, ratio, start, end, interval, first_block, last_block)
+    def validate_inputs(cls, acceleration=None, **values) -> bool | str:
+        return refusal(cls.accelerator.spec, **values)  # the other accelerator is a link, known when the graph runs
 
     @classmethod
-    def execute(
-        cls,
-        preset,
-        ratio=0.0,
-        start=AUTOMATIC,
-        end=AUTOMATIC,
-        interval=4,
-        first_block=0,
-        last_block=AUTOMATIC,
-        acceleration=None,
-    ) -> io.NodeOutput:
-        spec = _attention_cache(preset, ratio, start, end, interval, first_block, last_block)
-        return _chained(acceleration, "attention_cache", spec)
+    def execute(cls, acceleration=None, **values) -> io.NodeOutput:
+        earlier = acceleration or AccelerationSpec()
+        return io.NodeOutput(earlier.beside(cls.accelerator.kind, cls.accelerator.spec(**values)))
 
 
-class BlockCache(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AscendBlockCache",
-            display_name="Ascend Block Cache",
-            category="Ascend",
-            description="In some steps, what a range of blocks added to the video in an earlier step is added again. "
-            "Takes little memory.",
-            inputs=[_preset("block_cache"), *_window(), _chain()],
-            outputs=_outputs(),
-        )
-
-    @classmethod
-    def validate_inputs(
-        cls, preset, start=AUTOMATIC, end=AUTOMATIC, interval=4, first_block=0, last_block=AUTOMATIC
-    ) -> bool | str:
-        return refusal(_block_cache, preset, start, end, interval, first_block, last_block)
-
-    @classmethod
-    def execute(
-        cls, preset, start=AUTOMATIC, end=AUTOMATIC, interval=4, first_block=0, last_block=AUTOMATIC, acceleration=None
-    ) -> io.NodeOutput:
-        spec = _block_cache(preset, start, end, interval, first_block, last_block)
-        return _chained(acceleration, "block_cache", spec)
+def _node(accelerator: Accelerator) -> type[AcceleratorNode]:
+    return type(accelerator.node_id, (AcceleratorNode,), {"accelerator": accelerator})
 
 
-class StepCache(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AscendStepCache",
-            display_name="Ascend Step Cache",
-            category="Ascend",
-            description="Leaves out all blocks of a step as long as little seems to change. Takes little memory, "
-            "saves the most.",
-            inputs=[
-                _preset("step_cache"),
-                io.Combo.Input(
-                    "method",
-                    options=list(STEP_CACHES),
-                    default="fbcache",
-                    optional=True,
-                    tooltip="How it is found out that little changes; used with any preset.\n"
-                    "fbcache: by what the first block adds. For any model.\n"
-                    "teacache: by the timestep, through a polynomial that was fitted for the model.\n"
-                    "magcache: by how much a step is known to change with the model.\n"
-                    "taylorseer: not at all; steps between computed ones are predicted by a Taylor expansion.",
-                ),
-                io.Float.Input(
-                    "threshold",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.01,
-                    round=0.001,
-                    optional=True,
-                    tooltip="How much may change before a step is computed: more is faster and less exact. Not for "
-                    "taylorseer. 0: the method's own." + ONLY_CUSTOM,
-                ),
-                _number("first_steps", 0, "So many steps at the beginning are always computed. 0: the method's own."),
-                _number("last_steps", 1, "So many steps at the end are always computed."),
-                _number("most", 0, "So many steps in a row may be left out. 0: the method's own."),
-                _number("interval", 4, "taylorseer: every so many steps one is computed.", least=1),
-                _number("order", 1, "taylorseer: of the expansion. 0: the last computed step, as it is.", most=4),
-                _chain(),
-            ],
-            outputs=_outputs(),
-        )
-
-    @classmethod
-    def validate_inputs(
-        cls, preset, method="fbcache", threshold=0.0, first_steps=0, last_steps=1, most=0, interval=4, order=1
-    ) -> bool | str:
-        return refusal(_step_cache, preset, method, threshold, first_steps, last_steps, most, interval, order)
-
-    @classmethod
-    def execute(
-        cls,
-        preset,
-        method="fbcache",
-        threshold=0.0,
-        first_steps=0,
-        last_steps=1,
-        most=0,
-        interval=4,
-        order=1,
-        acceleration=None,
-    ) -> io.NodeOutput:
-        spec = _step_cache(preset, method, threshold, first_steps, last_steps, most, interval, order)
-        return _chained(acceleration, "step_cache", spec)
-
-
-class RainFusion(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AscendRainFusion",
-            display_name="Ascend RainFusion",
-            category="Ascend",
-            description="Self-attention leaves out the products that matter least. Pays for large videos; not with "
-            "ring_degree.",
-            inputs=[
-                _preset("rainfusion"),
-                io.Combo.Input(
-                    "version",
-                    options=list(RAINFUSIONS),
-                    default="v2",
-                    optional=True,
-                    tooltip="What is chosen between; counts for any preset.\n"
-                    "v1: each head attends near by, or to a pattern over the whole video.\n"
-                    "v2: bricks of 2 x 8 x 8 tokens, those that match best.\n"
-                    "v3: tiles of 8 x 8 tokens of a frame; the choice can be kept for several steps.",
-                ),
-                io.Float.Input(
-                    "sparsity",
-                    default=0.64,
-                    min=0.0,
-                    max=0.99,
-                    step=0.01,
-                    round=0.001,
-                    optional=True,
-                    tooltip="The share of the products that is left out: more is faster and less exact. 0: none."
-                    + ONLY_CUSTOM,
-                ),
-                _number("start", AUTOMATIC, "The first step that is sparse, counted from 0. -1: after a quarter of the "
-                        "steps.", least=AUTOMATIC),  # fmt: skip
-                _number("refresh", 1, "v3: a choice is kept for so many steps.", least=1),
-                _number("first_blocks", 0, "So many blocks at the beginning are always dense."),
-                _number("last_blocks", 0, "So many blocks at the end are always dense."),
-                _chain(),
-            ],
-            outputs=_outputs(),
-        )
-
-    @classmethod
-    def validate_inputs(
-        cls, preset, version="v2", sparsity=0.64, start=AUTOMATIC, refresh=1, first_blocks=0, last_blocks=0
-    ) -> bool | str:
-        return refusal(_rainfusion, preset, version, sparsity, start, refresh, first_blocks, last_blocks)
-
-    @classmethod
-    def execute(
-        cls,
-        preset,
-        version="v2",
-        sparsity=0.64,
-        start=AUTOMATIC,
-        refresh=1,
-        first_blocks=0,
-        last_blocks=0,
-        acceleration=None,
-    ) -> io.NodeOutput:
-        spec = _rainfusion(preset, version, sparsity, start, refresh, first_blocks, last_blocks)
-        return _chained(acceleration, "rainfusion", spec)
-
-
-def _chained(earlier: AccelerationSpec | None, kind: str, spec) -> io.NodeOutput:
-    return io.NodeOutput((earlier or AccelerationSpec()).beside(kind, spec))
-
-
-def _given(number: int) -> int | None:
-    return None if number == AUTOMATIC else number
-
-
-def _of(kind: str, preset: str, always: dict, custom: dict):
-    """The description that a preset stands for. always: values that count for any; custom: those only of custom."""
-    if preset not in (*PRESETS, CUSTOM):
-        raise ValueError(f"preset is {preset!r}; it can be one of {', '.join((*PRESETS, CUSTOM))}.")
-    return chosen(kind, **always, **custom) if preset == CUSTOM else chosen(kind, preset, **always)
-
-
-def _attention_cache(preset, ratio, start, end, interval, first_block, last_block):
-    window = _window_values(start, end, interval, first_block, last_block)
-    return _of("attention_cache", preset, {}, {"ratio": ratio or None, **window})
-
-
-def _block_cache(preset, start, end, interval, first_block, last_block):
-    return _of("block_cache", preset, {}, _window_values(start, end, interval, first_block, last_block))
-
-
-def _window_values(start, end, interval, first_block, last_block) -> dict:
-    return {"start": _given(start), "end": _given(end), "interval": interval, "first_block": first_block,
-            "last_block": _given(last_block)}  # fmt: skip
-
-
-def _step_cache(preset, method, threshold, first_steps, last_steps, most, interval, order):
-    given = {"threshold": threshold, "first_steps": first_steps, "most": most}
-    custom = {name: value for name, value in given.items() if value}  # 0: the method's own
-    custom |= {"last_steps": last_steps, "interval": interval, "order": order}
-    return _of("step_cache", preset, {"method": method}, custom)
-
-
-def _rainfusion(preset, version, sparsity, start, refresh, first_blocks, last_blocks):
-    custom = {"sparsity": sparsity, "start": _given(start), "refresh": refresh, "first_blocks": first_blocks,
-              "last_blocks": last_blocks}  # fmt: skip
-    return _of("rainfusion", preset, {"version": version}, custom)
+NODES = tuple(map(_node, ACCELERATORS))

@@ -3,19 +3,20 @@
 from collections.abc import Callable
 
 
-def refusal(make: Callable[..., object], *values) -> bool | str:
-    """True, or why `make(*values)` raises ValueError. None among the values stands for a link, which is known only when
-    the graph runs.
+def refusal(make: Callable[..., object], *values, **named) -> bool | str:
+    """True, or why `make(*values, **named)` raises ValueError.
 
-    Several values: raises that ValueError. What validate_inputs returns, ComfyUI reports once for each widget that it
-    names; what it raises, once for the node. A node with no output of its own has both in the same place.
+    None among the values stands for a link, whose value is known only when the graph runs: the answer is then True.
+    With values by name, or with several, it raises that ValueError. ComfyUI reports the text that validate_inputs
+    returns once for each widget, but an error that it raises once for the node. A node with only one value has both in
+    the same place.
     """
-    if None in values:
+    if None in (*values, *named.values()):
         return True
     try:
-        make(*values)
+        make(*values, **named)
     except ValueError as error:
-        if len(values) > 1:
+        if named or len(values) > 1:
             raise
         return str(error)
     return True

@@ -1,4 +1,4 @@
-"""Accelerators by name, and what their presets stand for: one table, free of torch."""
+"""Accelerators by name, and the values of their presets: one table, without torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SPECS = {
     "rainfusion": RainFusionSpec,
 }
 PRESETS = ("quality", "balanced", "fast")
-# By accelerator and method: what each preset sets; the rest is as in the description. Shares of a job's steps (where
-# attention is reused, where it is sparse) are the descriptions' defaults, so that a preset fits any number of steps.
+# By accelerator and method: the fields that each preset sets; the others keep the description's defaults. Which steps
+# reuse attention, or are sparse, is such a default, a share of the job's steps, so a preset fits any number of steps.
 TABLE = {
     "attention_cache": {"": ({"interval": 2}, {"interval": 4}, {"interval": 6})},
     "block_cache": {
@@ -43,9 +43,9 @@ TABLE = {
 
 
 def chosen(kind: str, preset: str | None = None, **values) -> Struct:
-    """The description of an accelerator: a preset, and what is said beside it. Raises ValueError.
+    """The description of an accelerator: a preset with some values replaced. Raises ValueError.
 
-    kind: of SPECS. preset: of PRESETS; None: the description's defaults.
+    kind: a name in SPECS. preset: a name in PRESETS; None: the description's defaults. values: fields to replace.
     """
     if kind not in SPECS:
         raise ValueError(f"There is no accelerator {kind!r}; it can be one of {', '.join(SPECS)}.")
@@ -63,16 +63,16 @@ def chosen(kind: str, preset: str | None = None, **values) -> Struct:
 
 
 def listed(kind: str) -> str:
-    """The presets in words: a line each, or one for each method."""
+    """The values of the presets in words: a line for each preset, or for each method if these differ."""
     methods = TABLE[kind]
     first, *others = methods.values()
     if all(rows == first for rows in others):
-        return "\n".join(f"{preset}: {_said(row)}." for preset, row in zip(PRESETS, first))
+        return "\n".join(f"{preset}: {_values(row)}." for preset, row in zip(PRESETS, first))
     return "\n".join(
-        f"{method}: " + "; ".join(f"{preset} {_said(row)}" for preset, row in zip(PRESETS, rows)) + "."
+        f"{method}: " + "; ".join(f"{preset} ({_values(row)})" for preset, row in zip(PRESETS, rows)) + "."
         for method, rows in methods.items()
     )
 
 
-def _said(values: dict) -> str:
+def _values(values: dict) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in values.items())

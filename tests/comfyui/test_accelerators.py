@@ -1,4 +1,4 @@
-"""The accelerators' nodes by way of ComfyUI's API: what they leave out, tell and refuse."""
+"""The accelerators' nodes through ComfyUI's API: what they skip, report and refuse."""
 
 import re
 
@@ -6,14 +6,14 @@ import av
 import comfy_graphs as graphs
 import pytest
 import torch
-from ascend_runtime.specs.presets import PRESETS
+from ascend_runtime.specs.presets import PRESETS, SPECS
 from comfy_listener import Listener
 from scripts.lib.comfy_server import PromptFailed
 
 ATTENTION, BLOCKS, STEPS, RAIN = NODES = (
     "AscendAttentionCache", "AscendBlockCache", "AscendStepCache", "AscendRainFusion"
 )  # fmt: skip
-MOST = {"preset": "custom", "start": 0, "end": 3, "interval": 4}  # that a cache can leave out of 4 steps
+MOST = {"preset": "custom", "start": 0, "end": 3, "interval": 4}  # a cache reuses 3 of 4 steps, the most it can
 EMBEDDED = "embedded/tiny_wan"
 FIRST, SECOND = "30", "31"
 
@@ -34,8 +34,8 @@ def accelerated(graph: dict, *nodes: tuple) -> dict:
     return graph
 
 
-def told(comfyui, run) -> str:
-    """What the sampler told, in the history and to the page alike."""
+def report_of(comfyui, run) -> str:
+    """The sampler's report, which is the same in the history, on the page and in the log."""
     (text,) = comfyui.wait(run.prompt_id)["outputs"][graphs.SAMPLER]["text"]
     assert run.of("executed", graphs.SAMPLER)[-1].data["output"]["text"] == [text]
     assert f"Ascend: {text}." in comfyui.log
@@ -45,8 +45,16 @@ def told(comfyui, run) -> str:
 @pytest.fixture(scope="module")
 def plain(comfyui, listener):
     run = listener.run(graphs.latent(seed=5, steps=4))
-    assert re.fullmatch(r"4 steps, [\d.]+ s a step; nothing left out", told(comfyui, run))
+    assert re.fullmatch(r"4 steps, [\d.]+ s a step; nothing left out", report_of(comfyui, run))
     return graphs.saved_latent(comfyui, run.prompt_id)
+
+
+@pytest.mark.parametrize("node, kind", list(zip(NODES, SPECS)))
+def test_the_widgets_are_the_fields_of_the_description(comfyui, node, kind):
+    inputs = comfyui.get(f"/object_info/{node}")[node]["input"]
+    widgets = [*inputs["required"], *inputs["optional"]]
+    assert widgets[0] == "preset" and widgets[-1] == "acceleration"
+    assert set(widgets[1:-1]) == set(SPECS[kind].__struct_fields__)
 
 
 @pytest.mark.parametrize("kind", NODES)
@@ -73,12 +81,12 @@ def test_every_preset_makes_a_video(comfyui, listener, kind):
 
 
 @pytest.mark.parametrize("kind", NODES[:2])
-def test_a_cache_changes_the_video_and_tells_what_it_saved(comfyui, listener, plain, kind):
+def test_a_cache_changes_the_video_and_reports_what_it_saved(comfyui, listener, plain, kind):
     run = listener.run(accelerated(graphs.latent(seed=5, steps=4), (kind, MOST)))
     latent = graphs.saved_latent(comfyui, run.prompt_id)
     assert latent.shape == plain.shape and not torch.equal(latent, plain)
     name = {ATTENTION: "AttentionCache", BLOCKS: "block cache"}[kind]
-    first, second, third = told(comfyui, run).split("; ")
+    first, second, third = report_of(comfyui, run).split("; ")
     (saved,) = re.fullmatch(rf"{name}: 3 of 4 steps reused, (\d+) % of the FLOPs saved", first).groups()
     assert re.fullmatch(r"[\d.]+ s a step", second)
     (predicted,) = re.fullmatch(r"([\d.]+)x predicted, [\d.]+x seen", third).groups()
@@ -86,13 +94,13 @@ def test_a_cache_changes_the_video_and_tells_what_it_saved(comfyui, listener, pl
     assert "'steps_reusing'" not in comfyui.log
 
 
-def test_what_leaves_nothing_out_changes_no_video(comfyui, listener, plain):
+def test_an_accelerator_that_skips_nothing_changes_no_video(comfyui, listener, plain):
     """interval 1 reuses nothing; RainFusion that begins after the last step is never sparse."""
     nodes = [(ATTENTION, {"preset": "custom", "interval": 1}), (RAIN, {"preset": "custom", "start": 1000})]
     run = listener.run(accelerated(graphs.latent(seed=5, steps=4), *nodes))
     assert torch.equal(graphs.saved_latent(comfyui, run.prompt_id), plain)
     words = r"AttentionCache and RainFusion v2: 0 of 4 steps reused, attention 100 % dense, 0 % of the FLOPs saved; "
-    assert re.fullmatch(words + r"[\d.]+ s a step", told(comfyui, run))
+    assert re.fullmatch(words + r"[\d.]+ s a step", report_of(comfyui, run))
 
 
 @pytest.mark.parametrize("first, second, says", [
@@ -117,13 +125,21 @@ def test_a_chain_that_excludes_itself_is_refused(listener, first, second, says):
     (RAIN, {"sparsity": 1.0}, "sparsity is 1.0; give 0 (dense) to less than 1"),
     (RAIN, {"preset": "best"}, "it can be one of quality, balanced, fast, custom"),
 ])  # fmt: skip
-def test_widgets_that_are_wrong_alone_are_refused(comfyui, kind, widgets, says):
+def test_wrong_widgets_are_refused_before_the_graph_runs(comfyui, kind, widgets, says):
     graph = accelerated(graphs.latent(), (kind, {"preset": "custom", **widgets}))
     assert says in graphs.refusal(comfyui, graph, FIRST)
 
 
-def test_a_preset_makes_no_use_of_the_other_widgets(comfyui, listener):
-    """Nor refuses what it makes no use of."""
+def test_an_input_that_the_node_lacks_is_refused(comfyui, listener):
+    """ComfyUI passes a link under any name, but only when the graph runs."""
+    graph = accelerated(graphs.latent(seed=8), (ATTENTION, {"preset": "fast", "sparsity": ["40", 0]}))
+    graph["40"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 0.5}}
+    with pytest.raises(PromptFailed, match="Ascend AttentionCache has no sparsity; its widgets are preset, ratio"):
+        listener.run(graph)
+
+
+def test_a_preset_ignores_the_other_widgets(comfyui, listener):
+    """Also if their values are illegal."""
     latents = []
     for widgets in ({}, {"start": 3, "end": 1, "interval": 0}):
         run = listener.run(accelerated(graphs.latent(seed=7, steps=4), (ATTENTION, {"preset": "balanced", **widgets})))

@@ -36,7 +36,7 @@ def test_every_preset_is_legal_and_listed(kind, method):
     assert all(preset in listed(kind) for preset in PRESETS)
 
 
-def test_what_is_said_beside_a_preset_counts():
+def test_values_replace_those_of_a_preset():
     assert chosen("attention_cache", "fast", interval=9).interval == 9
     assert chosen("attention_cache", "fast", start=3).interval == chosen("attention_cache", "fast").interval
 
