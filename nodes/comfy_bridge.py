@@ -1,4 +1,4 @@
-"""ComfyUI as the ranks meet it: progress, previews, interrupt and requests for memory."""
+"""Between ComfyUI and the ranks: progress, previews, interrupt and requests for memory."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .types import Handle, RanksHandle
 
 logger = logging.getLogger(__name__)
 
-SAID_APART = ("acceleration", "warnings")  # facts of a job that have lines of their own in the log
-PREVIEW_SCALE = 8  # pixels of the video a latent pixel stands for
-PREVIEW_SIZE = 512  # pixels, the longest side that ComfyUI sends
+LOGGED_SEPARATELY = ("acceleration", "warnings")  # entries of Result.info with their own lines in the log
+PREVIEW_SCALE = 8  # pixels of the video per pixel of a latent
+PREVIEW_SIZE = 512  # pixels: the longest side of a preview that ComfyUI sends
 
 _runtime: Runtime | None = None
-_runtime_of: str | None = None  # the prompt that has used it last
+_runtime_of: str | None = None  # the last prompt that used it
 
 
 def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview: bool = False) -> Result:
@@ -43,18 +43,18 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     hooks = {"on_progress": lambda stage, step, total: bar.update_absolute(*_shown(stage, step, total))}
     if preview:
         hooks["on_preview"] = lambda step, total, image: bar.update_absolute(step, total, _jpeg(image))
-    result = _asked(runtime, job, hooks)
+    result = _run(runtime, job, hooks)
     _log(result, runtime)
     return result
 
 
 def vae_form(vae: Handle) -> VaeForm:
-    """What an element of the VAE's latents covers, as VaeForm says; the ranks look it up, as a disk may be slow."""
-    return _asked(_runtime_for(vae.ranks), lambda runtime, hooks: runtime.vae_form(vae.spec, **hooks), {})
+    """The form of the VAE's latents. The ranks look it up, because the disk may be slow."""
+    return _run(_runtime_for(vae.ranks), lambda runtime, hooks: runtime.vae_form(vae.spec, **hooks), {})
 
 
-def _asked(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
-    """What `job` returns; its interruption as ComfyUI wants to see one."""
+def _run(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
+    """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions."""
     always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}
     try:
         return job(runtime, always | hooks)
@@ -64,19 +64,19 @@ def _asked(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict
 
 
 def _notice(text: str) -> None:
-    """Shows a sentence on the node that is running, for as long as it runs, in the page that has queued it."""
+    """Shows a sentence on the running node while it runs, in the page that queued it."""
     server = PromptServer.instance
     if server.client_id is not None and server.last_node_id is not None:
         server.send_progress_text(text, server.last_node_id, sid=server.client_id)
 
 
 def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
-    """What is done, and of how much, as ComfyUI shows progress: bytes in percent, parts as they are."""
+    """Progress as ComfyUI shows it, (done, total): percent while weights are read, otherwise steps."""
     return (100 * step // total, 100) if stage == "load" else (step, total)
 
 
 def _log(result: Result, runtime: Runtime) -> None:
-    facts = [f"{name} {value}" for name, value in result.info.items() if name not in SAID_APART]
+    facts = [f"{name} {value}" for name, value in result.info.items() if name not in LOGGED_SEPARATELY]
     times = [f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items()]
     logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, runtime.device, ", ".join(facts + times))
     if "denoise" in result.seconds:
@@ -84,7 +84,7 @@ def _log(result: Result, runtime: Runtime) -> None:
 
 
 def release(end_ranks: bool = False) -> None:
-    """Drops the ranks' weights, or ends the ranks."""
+    """Frees the ranks' weights, or ends the ranks."""
     global _runtime
     if _runtime is None:
         return
@@ -96,18 +96,18 @@ def release(end_ranks: bool = False) -> None:
 
 
 def output_folder(name: str) -> str:
-    """The path of a folder in ComfyUI's output folder. Raises ValueError for a name that leads out of it."""
+    """The path of a folder in ComfyUI's output folder. Raises ValueError for a name that points outside."""
     name = name.strip()
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(
             f"folder is {name!r}; give the name of a folder in ComfyUI's output folder, such as profiles or "
-            "profiles/wan: no absolute path, and no '..'."
+            "profiles/wan, with no absolute path and no '..'."
         )
     return str(Path(folder_paths.get_output_directory()) / name)
 
 
 def _runtime_for(ranks: RanksHandle) -> Runtime:
-    """The runtime with these ranks; one that has others ends first, as both would not fit on the cards."""
+    """The runtime with these ranks. A runtime with other ranks ends first, because both would not fit on the cards."""
     global _runtime, _runtime_of
     if ranks.parallel is None and _runtime is not None:
         return _runtime
@@ -131,29 +131,29 @@ def _running_prompt() -> str | None:
 
 def _warn_of_two_groups(one: str, other: str) -> None:
     text = (
-        f"This graph asks for two groups of ranks, {one} and {other}. Each ends the other and reads its weights again, "
-        "in every run. Connect one Ascend Parallel Config to all Ascend loaders."
+        f"This graph asks for two groups of ranks, {one} and {other}. Only one can run at a time, so in every run each "
+        "group ends the other and reads its weights again. Connect one Ascend Parallel Config to all Ascend loaders."
     )
     logger.warning("Ascend: %s", text)
     _notice(text)
 
 
 def _jpeg(image: Tensor) -> tuple[str, Image.Image, int]:
-    """A preview as ComfyUI's progress bar takes it; image: uint8 [H,W,3], a latent's pixels."""
+    """A preview for ComfyUI's progress bar. image: uint8 [H,W,3], a pixel per pixel of the latent."""
     picture = Image.fromarray(image.numpy())
     size = (picture.width * PREVIEW_SCALE, picture.height * PREVIEW_SCALE)
     return "JPEG", picture.resize(size, Image.Resampling.BICUBIC), PREVIEW_SIZE
 
 
 class AscendRanks(torch.nn.Module):
-    """Nothing but the name under which ComfyUI's log speaks of the ranks' weights."""
+    """Empty: ComfyUI's log names the ranks' weights after this class."""
 
 
 class _RankMemory:
-    """Stands for the ranks' weights among the models that ComfyUI counts as loaded.
+    """Represents the ranks' weights among the models that ComfyUI counts as loaded.
 
     ComfyUI frees memory by detaching those models (its Unload Models button, POST /free, a core model that needs
-    room); being one of them is how the ranks hear of it.
+    room). When it detaches this one, the ranks free their weights.
     """
 
     def __init__(self):
@@ -161,7 +161,7 @@ class _RankMemory:
         self._patcher = None
 
     def count(self) -> None:
-        """Counts as loaded from now on, until ComfyUI detaches it."""
+        """Adds the weights to the loaded models, until ComfyUI detaches them."""
         if self._counted:
             return
         self._patcher = comfy.model_patcher.ModelPatcher(
@@ -177,7 +177,7 @@ class _RankMemory:
         self._counted = False
         try:
             release()
-        except (RankDied, RankError) as error:  # ComfyUI's worker would not survive it; and dead ranks hold no memory
+        except (RankDied, RankError) as error:  # it would end ComfyUI's worker; and dead ranks hold no memory
             logger.warning("Ascend: the ranks could not free their weights: %s", error)
 
 

@@ -12,16 +12,16 @@ class TextEncode(io.ComfyNode):
             node_id="AscendTextEncode",
             display_name="Ascend Text Encode",
             category="Ascend",
-            description="Encodes a prompt with UMT5, where Ascend Load Text Encoder places it: on the CPU of one rank, "
-            "which gets all cores for it, or on all ranks. The last 16 prompts are known, and need no encoder.",
+            description="Encodes a prompt on the CPU of one rank, with all its cores, or on all ranks: see "
+            "placement in Ascend Load Text Encoder. The results of the last 16 prompts are kept.",
             inputs=[
                 types.TextEncoder.Input("text_encoder", tooltip="From Ascend Load Text Encoder."),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt, or what the video should not show. At most 512 tokens are read: where more "
-                    "are cut off is shown here and in the log.",
+                    tooltip="The prompt, or what the video should not show. If the text is longer than the model reads "
+                    "(512 tokens for Wan), it is cut; this node and the log then show where.",
                 ),
             ],
             outputs=[

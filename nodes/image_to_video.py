@@ -12,6 +12,8 @@ from ..ascend_runtime.specs import VaeForm, VideoSize
 from . import comfy_bridge, core_types, types
 from .validation import refusal
 
+SIDE = "The {} of the video in pixels: a multiple of 16, or of 32 for Wan2.2-TI2V-5B."
+
 
 class ImageToVideo(io.ComfyNode):
     @classmethod
@@ -20,41 +22,58 @@ class ImageToVideo(io.ComfyNode):
             node_id="AscendImageToVideo",
             display_name="Ascend Image To Video",
             category="Ascend",
-            description="Prepares a video that begins with one image, or ends with another.",
+            description="Prepares a video that starts with an image, ends with another image, or both.",
             inputs=[
-                io.Conditioning.Input("positive", tooltip="What the video is to show."),
-                types.Vae.Input("vae", tooltip="From Ascend Load VAE: the model's own."),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Pixels, a multiple of 16."),
+                io.Conditioning.Input("positive", tooltip="What the video should show."),
+                types.Vae.Input("vae", tooltip="From Ascend Load VAE. It must be the VAE of the model."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip=SIDE.format("width")),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip=SIDE.format("height")),
                 io.Int.Input(
-                    "length", default=81, min=1, max=8193, step=4, optional=True, tooltip="Frames of the video: 4n+1."
+                    "length",
+                    default=81,
+                    min=1,
+                    max=8193,
+                    step=4,
+                    optional=True,
+                    tooltip="The number of frames: 4n+1, such as 81.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, optional=True, tooltip="Videos that are made at once."
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="The number of videos that are made at once.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What the video is not to show. Not needed where cfg is 1."
+                    "negative", optional=True, tooltip="What the video should not show. Not needed if cfg is 1."
                 ),
-                io.Image.Input("start_image", optional=True, tooltip="The first frame, or the first few."),
+                io.Image.Input("start_image", optional=True, tooltip="The first frame, or the first few frames."),
                 io.Image.Input(
-                    "end_image", optional=True, tooltip="The last frame, or the last few. Not for Wan2.2-TI2V-5B."
+                    "end_image",
+                    optional=True,
+                    tooltip="The last frame, or the last few frames. Not for Wan2.2-TI2V-5B.",
                 ),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
                     optional=True,
-                    tooltip="From core's CLIP Vision Encode of start_image. Models of Wan 2.1 need it, others have no "
-                    "use for it.",
+                    tooltip="From core's CLIP Vision Encode, for start_image. Only Wan 2.1 models need it.",
                 ),
                 io.ClipVisionOutput.Input(
                     "clip_vision_end_output",
                     optional=True,
-                    tooltip="The same of end_image, for Wan 2.1's model of a first and a last frame.",
+                    tooltip="From core's CLIP Vision Encode, for end_image. Only Wan 2.1 FLF2V needs it, the "
+                    "model for a first and a last frame.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="With the images, for Ascend Sampler."),
-                io.Conditioning.Output(display_name="negative", tooltip="The same; nothing where none came in."),
-                io.Latent.Output(display_name="latent", tooltip="Of the video's size, for Ascend Sampler."),
+                io.Conditioning.Output(
+                    display_name="positive", tooltip="The input with the images added, for Ascend Sampler."
+                ),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The input with the images added. Empty if none is connected."
+                ),
+                io.Latent.Output(display_name="latent", tooltip="A latent of the video's size, for Ascend Sampler."),
             ],
         )
 
@@ -86,8 +105,8 @@ class ImageToVideo(io.ComfyNode):
         if family(form.family).known_in_latent(form):
             if end is not None or clip is not None:
                 raise ValueError(
-                    "Models with this VAE, such as Wan2.2-TI2V-5B, take only a start_image. Disconnect end_image and "
-                    "both clip_vision outputs, or take another model with its VAE."
+                    "Models with this VAE, such as Wan2.2-TI2V-5B, take only a start_image. Disconnect end_image, "
+                    "clip_vision_output and clip_vision_end_output, or use another model and its VAE."
                 )
             return io.NodeOutput(positive, negative, _latent_with_start(vae, form, size, batch_size, start))
         values = {} if clip is None else {"clip_vision_output": clip}
@@ -98,7 +117,7 @@ class ImageToVideo(io.ComfyNode):
 
 
 def _size(width: int, height: int, length: int, form: VaeForm) -> VideoSize:
-    """Raises ValueError for a size whose latent the networks cannot cut into patches of 2 x 2."""
+    """Raises ValueError if the networks cannot cut the latent of this size into patches of 2 x 2."""
     multiple = 2 * form.spatial
     for name, pixels in (("width", width), ("height", height)):
         if pixels % multiple:
@@ -115,11 +134,11 @@ def _video_size(width: int, height: int, length: int) -> VideoSize:
 
 
 def _latent_with_start(vae, form: VaeForm, size: VideoSize, batch: int, start: Tensor | None) -> dict:
-    """A LATENT whose first frames are known by its noise_mask; as core's Wan22ImageToVideoLatent makes it."""
+    """A LATENT with the start image, marked in its noise_mask; as core's Wan22ImageToVideoLatent makes it."""
     shape = form.latent_shape(size)
     if start is None:
         return {"samples": torch.zeros(batch, *shape[1:])}
-    count = (min(len(start), size.num_frames) - 1) // form.temporal * form.temporal + 1  # that make latent frames
+    count = (min(len(start), size.num_frames) - 1) // form.temporal * form.temporal + 1  # whole latent frames
     known = _encoded(vae, start[:count])
     samples, mask = family(form.family).empty_latent(shape), torch.ones(1, 1, *shape[2:])
     samples[:, :, : known.shape[2]] = known
@@ -128,14 +147,15 @@ def _latent_with_start(vae, form: VaeForm, size: VideoSize, batch: int, start: T
 
 
 def _known_video(vae, form: VaeForm, size: VideoSize, start: Tensor | None, end: Tensor | None) -> dict:
-    """What is next to the noise: as core's WanImageToVideo makes it, or its WanFirstLastFrameToVideo with an end."""
+    """The images that the model reads next to the noise; as core's WanImageToVideo makes them, or with an end as its
+    WanFirstLastFrameToVideo does."""
     _, _, frames, height, width = form.latent_shape(size)
     video = torch.full((size.num_frames, size.height, size.width, 3), 0.5)
-    mask = torch.ones(1, 1, frames * 4, height, width)  # the first latent frame stands for 1 frame, and has 4 as well
+    mask = torch.ones(1, 1, frames * 4, height, width)  # 4 each; so has the first latent frame, which is 1 frame
     if start is not None:
         start = start[: size.num_frames]
         video[: len(start)] = start
-        # Without an end, core knows only whole latent frames.
+        # Without an end, core marks only whole latent frames.
         mask[:, :, : len(start) + 3 if end is not None else (len(start) - 1) // 4 * 4 + 4] = 0
     if end is not None:
         end = end[-size.num_frames :]

@@ -1,4 +1,4 @@
-"""Loaders: a name and a dtype become a description; the ranks read the weights when a job first needs them."""
+"""Loaders turn a name and a dtype into a description. The ranks read the weights when a job first needs them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def dtype_input(automatic: str) -> io.Input:
         "dtype",
         options=list(DTYPES),
         default="auto",
-        tooltip=f"Number format to compute in. auto: {automatic}.",
+        tooltip=f"The number format for computing. auto: {automatic}.",
     )
 
 
@@ -33,14 +33,17 @@ class LoadDiffusionModel(io.ComfyNode):
             node_id="AscendLoadDiffusionModel",
             display_name="Ascend Load Diffusion Model",
             category="Ascend",
-            description="Picks the Wan transformer that Ascend Sampler runs on all ranks.",
+            description="Selects the diffusion model, such as a Wan transformer. Ascend Sampler runs it on all ranks.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=names,
-                    tooltip="A folder of models/diffusers as diffusers, the original, MindSpeed-MM or msModelSlim "
-                    "write it (both experts of Wan 2.2 in one), or a file of models/diffusion_models, also fp8. What "
-                    "it is, is decided by its content. embedded/tiny_wan comes with the pack and runs anywhere.",
+                    tooltip="A folder in models/diffusers, or a file in models/diffusion_models.\n"
+                    "Folders: as diffusers, the model's authors, MindSpeed-MM or msModelSlim write them; one folder "
+                    "may hold both experts of Wan 2.2.\n"
+                    "Files: ComfyUI's .safetensors, also in fp8, or a .pth.\n"
+                    "The content decides the format, not the name. embedded/tiny_wan comes with the pack and runs on "
+                    "any machine.",
                 ),
                 dtype_input("float32 on a CPU, bfloat16 on an NPU or GPU"),
                 io.Combo.Input(
@@ -48,22 +51,22 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=[NO_MODEL, *names],
                     default=NO_MODEL,
                     optional=True,
-                    tooltip="The low-noise expert of Wan 2.2, where it is a file of its own. model_name is then the "
-                    "high-noise expert.",
+                    tooltip="The low-noise expert, if the two experts of a model such as Wan 2.2 A14B are two files. "
+                    "model_name is then the high-noise expert. none: model_name is the whole model.",
                 ),
                 io.Combo.Input(
                     "attention",
                     options=list(ATTENTIONS),
                     default="auto",
                     optional=True,
-                    tooltip="How an NPU computes attention; CPU and GPU use torch's own.\n"
-                    "auto: what the variable ALGO asks for, else fused.\n"
+                    tooltip="How an NPU computes attention. A CPU or GPU always uses torch's own.\n"
+                    "auto: as the environment variable ALGO says; without it, fused.\n"
                     "fused: CANN's flash attention.\n"
-                    "laser: MindIE SD's laser attention, whose products are float16.\n"
+                    "laser: MindIE SD's laser attention, with products in float16.\n"
                     "infer: CANN's attention for inference.\n"
-                    "fastest: MindIE SD tries what it has on each new shape and keeps the fastest; videos may differ a "
-                    "little from run to run.\n"
-                    "fp8: approximate, 8-bit products; only on cards that have them (950 series).\n"
+                    "fastest: MindIE SD tries its kernels on each new shape and keeps the fastest. Videos may differ "
+                    "slightly from run to run.\n"
+                    "fp8: products in 8 bits, an approximation. Only on cards that support it (950 series).\n"
                     "plain: torch's own.",
                 ),
                 io.Int.Input(
@@ -72,15 +75,15 @@ class LoadDiffusionModel(io.ComfyNode):
                     min=0,
                     max=1024,
                     optional=True,
-                    tooltip="Heads that are computed at once; fewer take less memory and more time. 0: all, unless the "
-                    "variable USE_SUB_HEAD asks for a number.",
+                    tooltip="The number of attention heads that an NPU computes at once. Fewer heads take less memory "
+                    "and more time. 0: all, unless the environment variable USE_SUB_HEAD sets a number.",
                 ),
                 io.Boolean.Input(
                     "warm_up",
                     default=False,
                     optional=True,
-                    tooltip="Before the first video of a size, two steps are made and thrown away, so that compiling "
-                    "operators is not part of the video's own time. The video is the same.",
+                    tooltip="Runs two steps before the first video of each size and discards them, so that the "
+                    "video's own time does not include the compilation of operators. The video stays the same.",
                 ),
                 types.parallel_input(),
                 io.Combo.Input(
@@ -88,13 +91,15 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=list(QUANTIZATIONS),
                     default="none",
                     optional=True,
-                    tooltip="Whether linear layers compute in 8 bits. It is an approximation, and takes no LoRA.\n"
-                    "none: as the files are, which may be quantized themselves.\n"
-                    "w8a8_dynamic: weights are made integers of 8 bits as they are read, which halves what these "
-                    "layers weigh against bfloat16, and each token as it comes.",
+                    tooltip="Whether linear layers compute in 8 bits: an approximation that does not work with LoRAs.\n"
+                    "none: as the files are; they may be quantized already.\n"
+                    "w8a8_dynamic: converts the weights to 8-bit integers when they are read, half the size of "
+                    "bfloat16. Activations are quantized token by token.",
                 ),
             ],
-            outputs=[types.DiffusionModel.Output(display_name="model", tooltip="For Ascend Sampler.")],
+            outputs=[
+                types.DiffusionModel.Output(display_name="model", tooltip="For Ascend Sampler or Ascend Load LoRA.")
+            ],
         )
 
     @classmethod
@@ -120,7 +125,7 @@ class LoadDiffusionModel(io.ComfyNode):
 
 
 def _transformers(model_name: str, low_noise_model_name: str) -> tuple[str, str | None]:
-    """The paths of a transformer and of the low-noise expert, if that is a file of its own."""
+    """The paths of a transformer, and of the low-noise expert if that has its own file."""
     path = model_files.path_of(model_name, model_files.TRANSFORMER)
     if low_noise_model_name == NO_MODEL:
         return path, None
@@ -134,26 +139,27 @@ class LoadTextEncoder(io.ComfyNode):
             node_id="AscendLoadTextEncoder",
             display_name="Ascend Load Text Encoder",
             category="Ascend",
-            description="Picks the UMT5 text encoder. It runs on the CPU of one rank, or on the devices of all.",
+            description="Selects the text encoder of the model (UMT5 for Wan). It runs on the CPU of one rank, or on "
+            "the devices of all ranks.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=model_files.names(model_files.TEXT_ENCODER),
-                    tooltip="A folder of models/diffusers as diffusers or the original write it, or a file of "
-                    "models/text_encoders. ComfyUI's files bring their tokenizer along; next to the original's .pth "
-                    "must lie its folder google/umt5-xxl.",
+                    tooltip="A folder in models/diffusers, as diffusers or the model's authors write it, or a file in "
+                    "models/text_encoders. ComfyUI's files include the tokenizer. A .pth file of Wan's authors needs "
+                    "their folder google/umt5-xxl next to it.",
                 ),
-                dtype_input("on a CPU float32 if it is smaller than 1 GiB, else bfloat16; on an NPU or GPU bfloat16"),
+                dtype_input("bfloat16; on a CPU, float32 for an encoder of less than 1 GiB"),
                 types.parallel_input(),
                 io.Combo.Input(
                     "placement",
                     options=list(PLACEMENTS),
                     default="auto",
                     optional=True,
-                    tooltip="Where it runs.\n"
-                    "auto: what the variable T5_LOAD_CPU asks for on NPUs (1: cpu, 0: ranks), else cpu.\n"
-                    "cpu: on the CPU of one rank; takes no card's memory.\n"
-                    "ranks: on the devices of all ranks, each of which holds a share of the weights.",
+                    tooltip="Where the encoder runs.\n"
+                    "auto: cpu. On NPUs, the environment variable T5_LOAD_CPU can set it (1: cpu, 0: ranks).\n"
+                    "cpu: on the CPU of one rank. Takes no memory of a card.\n"
+                    "ranks: on the devices of all ranks. Each holds a share of the weights.",
                 ),
             ],
             outputs=[types.TextEncoder.Output(display_name="text_encoder", tooltip="For Ascend Text Encode.")],
@@ -177,18 +183,22 @@ class LoadVAE(io.ComfyNode):
             node_id="AscendLoadVAE",
             display_name="Ascend Load VAE",
             category="Ascend",
-            description="Picks the Wan VAE that turns latents into frames.",
+            description="Selects the VAE of the model, which turns latents into frames, and frames into latents.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=model_files.names(model_files.VAE),
-                    tooltip="A folder of models/diffusers as diffusers or the original write it, or a file of "
-                    "models/vae: the Wan 2.1 or the Wan 2.2 VAE.",
+                    tooltip="A folder in models/diffusers, as diffusers or the model's authors write it, or a file in "
+                    "models/vae, such as the VAE of Wan 2.1 or of Wan2.2-TI2V-5B.",
                 ),
-                dtype_input("float32, which the quality of the frames asks for"),
+                dtype_input("float32, for the quality of the frames"),
                 types.parallel_input(),
             ],
-            outputs=[types.Vae.Output(display_name="vae", tooltip="For Ascend VAE Decode.")],
+            outputs=[
+                types.Vae.Output(
+                    display_name="vae", tooltip="For Ascend VAE Decode, Ascend VAE Encode and Ascend Image To Video."
+                )
+            ],
         )
 
     @classmethod
@@ -208,17 +218,17 @@ class LoadLora(io.ComfyNode):
             node_id="AscendLoadLora",
             display_name="Ascend Load LoRA",
             category="Ascend",
-            description="Adds a LoRA to the model. For several, put one node after the other.",
+            description="Adds a LoRA to the model. To use several LoRAs, chain several of these nodes.",
             inputs=[
                 types.DiffusionModel.Input(
-                    "model", tooltip="From Ascend Load Diffusion Model, or from another Ascend Load LoRA."
+                    "model", tooltip="From Ascend Load Diffusion Model or from another Ascend Load LoRA."
                 ),
                 io.Combo.Input(
                     "lora_name",
                     options=model_files.names(model_files.LORA),
-                    tooltip="A file of models/loras (.safetensors, .pt or .pth), for this Wan model: the layouts of "
-                    "diffusers, PEFT, kohya and ComfyUI. Layers that do not fit the model are left out, which Ascend "
-                    "Sampler and the log name; a file of which none fits is refused.",
+                    tooltip="A LoRA for this model: a .safetensors, .pt or .pth file in models/loras, as diffusers, "
+                    "PEFT, kohya or ComfyUI write it. Layers that do not fit the model are skipped; Ascend Sampler "
+                    "and the log list them. A file without any layer that fits is refused.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -226,21 +236,21 @@ class LoadLora(io.ComfyNode):
                     min=-MAX_STRENGTH,
                     max=MAX_STRENGTH,
                     step=0.01,
-                    tooltip="How much of it is added; 0 is none of it. Another strength reads nothing of the model "
-                    "again.",
+                    tooltip="How strongly the LoRA changes the model. 0: not at all. A new strength does not read the "
+                    "model again.",
                 ),
                 io.Combo.Input(
                     "expert",
                     options=list(LORA_EXPERTS),
                     default="both",
                     optional=True,
-                    tooltip="Which of the two experts of Wan 2.2 gets it. A model without two experts: both; so too a "
-                    "file that holds layers for each expert.",
+                    tooltip="Which expert gets the LoRA, in a model with two experts such as Wan 2.2 A14B. both: both "
+                    "experts. Choose it also for a model with one expert, and for a file with layers for each expert.",
                 ),
             ],
             outputs=[
                 types.DiffusionModel.Output(
-                    display_name="model", tooltip="For Ascend Sampler, or for another Ascend Load LoRA."
+                    display_name="model", tooltip="For Ascend Sampler or for another Ascend Load LoRA."
                 )
             ],
         )

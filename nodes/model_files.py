@@ -1,4 +1,4 @@
-"""The models that the loaders list: folders and files where ComfyUI keeps them, and our own."""
+"""The models that the loaders list: ComfyUI's folders and files, and the model that comes with the pack."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .validation import refusal
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
-# One of these makes a folder a model: of diffusers, of the original (both experts, or one), of MindSpeed-MM, of
-# msModelSlim.
+# A folder with one of these is a model: of diffusers, of the model's authors (both experts, or one), of MindSpeed-MM,
+# of msModelSlim.
 MARKS = ("model_index.json", "high_noise_model", "config.json", "latest_checkpointed_iteration.txt", DESCRIPTION)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Where ComfyUI keeps a kind of model as single files, where such a model can be had, and whether it may be a
-    folder."""
+    """category: ComfyUI's, of single files. published: what to download, and where to put it. folders: whether a model
+    may be a folder."""
 
     category: str
     published: str
@@ -45,14 +45,14 @@ VAE = Kind(
 )
 LORA = Kind(
     "loras",
-    "the .safetensors file of a LoRA for this Wan model (LightX2V's are in Comfy-Org/Wan_2.2_ComfyUI_Repackaged, "
+    "the .safetensors file of a LoRA for this model (LightX2V's for Wan are in Comfy-Org/Wan_2.2_ComfyUI_Repackaged, "
     f"{HUBS}) into models/loras",
     folders=False,
 )
 
 
 def folders(kind: Kind) -> dict[str, Path]:
-    """Models that are folders, by name: those of models/diffusers and of the kind's own place, and the pack's own."""
+    """Models that are folders, by name: those in models/diffusers and in the kind's own folder, and the pack's own."""
     roots = [("", Path(place)) for place in _places(kind)]
     found = {}
     for prefix, root in [*roots, (EMBEDDED, ASSETS)] if kind.folders else ():
@@ -70,15 +70,15 @@ def names(kind: Kind) -> list[str]:
 
 
 def path_of(name: str, kind: Kind) -> str:
-    """The path that a listed name stands for. Raises ValueError that says where models belong."""
+    """The path of a listed name. Raises ValueError, with the names and folders that there are, for any other."""
     folder = folders(kind).get(name) if isinstance(name, str) else None
     path = folder and str(folder)
     if path is None and isinstance(name, str) and "\0" not in name:
         path = folder_paths.get_full_path(kind.category, name)
     if path is None:
         raise ValueError(
-            f"There is no model {name!r}. There are: {', '.join(names(kind)) or 'none'}. Put {kind.published}. "
-            f"Looked in: {', '.join(_places(kind))}."
+            f"There is no model {name!r}. Models that were found: {', '.join(names(kind)) or 'none'}. To add one, put "
+            f"{kind.published}. Folders that were searched: {', '.join(_places(kind))}."
         )
     return path
 
@@ -89,5 +89,5 @@ def _places(kind: Kind) -> list[str]:
 
 
 def check(name: str | None, kind: Kind) -> bool | str:
-    """For a node's validate_inputs: True, or what is wrong. None stands for a link, checked when the graph runs."""
+    """For a node's validate_inputs: True, or the error. None stands for a link, checked when the graph runs."""
     return refusal(partial(path_of, kind=kind), name)

@@ -1,4 +1,4 @@
-"""Which steps of a sampling job to record, and where to."""
+"""Which steps of a sampling job to record, and in which folder."""
 
 from __future__ import annotations
 
@@ -17,33 +17,35 @@ class Profiler(io.ComfyNode):
             node_id="AscendProfiler",
             display_name="Ascend Profiler",
             category="Ascend",
-            description="Records steps of Ascend Sampler on one rank, for TensorBoard, Perfetto or MindStudio Insight.",
+            description="Records some steps of Ascend Sampler on one rank, for TensorBoard, Perfetto or MindStudio "
+            "Insight.",
             inputs=[
                 io.String.Input(
                     "folder",
                     default="profiles",
-                    tooltip="A folder in ComfyUI's output folder. Each recording makes a folder of its own in it.",
+                    tooltip="A folder in ComfyUI's output folder. Each recording gets its own folder in it.",
                 ),
                 io.Int.Input(
                     "first_step",
                     default=2,
                     min=1,
                     max=1000,
-                    tooltip="The first step that is recorded. Step 1 also shows what is done once for each video.",
+                    tooltip="The first step to record, counted from 1. Step 1 also includes the work that is done "
+                    "once per video.",
                 ),
                 io.Int.Input(
                     "last_step",
                     default=2,
                     min=1,
                     max=1000,
-                    tooltip="The last step that is recorded. A few are enough: each takes megabytes.",
+                    tooltip="The last step to record. A few steps are enough, because each takes megabytes.",
                 ),
                 io.Int.Input(
                     "rank",
                     default=0,
                     min=0,
                     max=MAX_RANKS - 1,
-                    tooltip="The rank that is recorded, counted from 0.",
+                    tooltip="The rank to record, counted from 0.",
                 ),
             ],
             outputs=[types.Profile.Output(display_name="profile", tooltip="For Ascend Sampler.")],

@@ -1,4 +1,4 @@
-"""The group of ranks as the graph sees it: how many, in which plan, and when they give their memory back."""
+"""The group of ranks in a graph: how many, in which plan, and when they free their memory."""
 
 from __future__ import annotations
 
@@ -22,37 +22,38 @@ class ParallelConfig(io.ComfyNode):
             node_id="AscendParallelConfig",
             display_name="Ascend Parallel Config",
             category="Ascend",
-            description="Says on how many ranks a video is made, and how they share it. All zeros fit any machine.",
+            description="Sets how many ranks make a video, and how they share the work. The defaults fit any machine.",
             inputs=[
                 io.Int.Input(
                     "ranks",
                     default=0,
                     min=0,
                     max=MAX_RANKS,
-                    tooltip="Processes, one a device. 0: as many as there are visible devices, one on a CPU. "
-                    "A graph with 0 made for eight cards runs on fewer.",
+                    tooltip="The number of ranks; a rank is one process on one device. 0: one per visible device, or "
+                    "one on a CPU. A graph that was made with 0 on eight cards also runs on fewer.",
                 ),
                 io.Int.Input(
                     "cfg_degree",
                     default=0,
                     min=0,
                     max=2,
-                    tooltip="2: the positive and the negative prompt are computed on different ranks. 0: automatic.",
+                    tooltip="2: half of the ranks compute the positive prompt, and half the negative one. 1: all ranks "
+                    "compute both. 0: automatic.",
                 ),
                 io.Int.Input(
                     "ulysses_degree",
                     default=0,
                     min=0,
                     max=MAX_RANKS,
-                    tooltip="Ranks that share the tokens of one video and exchange them for heads. 0: automatic. "
-                    "cfg_degree x ring_degree x ulysses_degree x tp_degree must equal ranks; where ranks is 0, the "
-                    "degrees are a wish that fewer cards may not fulfil.",
+                    tooltip="The number of ranks that share the tokens of a video. Around attention they exchange "
+                    "tokens for heads. 0: automatic. cfg_degree x ring_degree x ulysses_degree x tp_degree must equal "
+                    "ranks. If ranks is 0 and the product does not fit the number of cards, other degrees are used.",
                 ),
                 io.Combo.Input(
                     "device",
                     options=list(KINDS),
                     default="auto",
-                    tooltip="auto: NPUs, else CUDA devices, else the CPU.",
+                    tooltip="Where the ranks run. auto: on NPUs, else on CUDA devices, else on the CPU.",
                 ),
                 io.Int.Input(
                     "ring_degree",
@@ -60,8 +61,8 @@ class ParallelConfig(io.ComfyNode):
                     min=0,
                     max=MAX_RANKS,
                     optional=True,
-                    tooltip="Parts of the video whose keys and values travel from rank to rank. 0: automatic, which "
-                    "is 1 unless the other degrees leave ranks over.",
+                    tooltip="The number of parts that the video's tokens are split into. Their keys and values travel "
+                    "from rank to rank. 0: automatic: 1, unless the other degrees leave ranks over.",
                 ),
                 io.Int.Input(
                     "tp_degree",
@@ -69,32 +70,38 @@ class ParallelConfig(io.ComfyNode):
                     min=1,
                     max=MAX_RANKS,
                     optional=True,
-                    tooltip="Slices of the transformer's weights, one a rank. It sends the most: for weights that do "
-                    "not fit. It must divide the model's heads.",
+                    tooltip="Tensor parallelism: the number of slices of the transformer's weights, one per rank. Use "
+                    "it if the weights do not fit on a card; of all degrees, it sends the most data. It must divide "
+                    "the model's number of heads.",
                 ),
                 io.Boolean.Input(
                     "fsdp",
                     default=False,
                     optional=True,
-                    tooltip="Each rank keeps a share of the transformer's weights and fetches a block when it is "
-                    "needed: for weights that do not fit.",
+                    tooltip="Each rank keeps a share of the transformer's weights and gathers a block's weights when "
+                    "they are needed. Use it if the weights do not fit on a card.",
                 ),
                 io.Combo.Input(
                     "ring_exchange",
                     options=list(RING_EXCHANGES),
                     default="rotate",
                     optional=True,
-                    tooltip="rotate: keys and values go from neighbour to neighbour. gather: all at once, which takes "
-                    "more memory and fewer steps.",
+                    tooltip="How ring_degree sends keys and values. rotate: from neighbour to neighbour. gather: all "
+                    "at once, which takes more memory and fewer kernel launches.",
                 ),
                 io.Boolean.Input(
                     "overlap",
                     default=False,
                     optional=True,
-                    tooltip="Heads of ulysses_degree travel in two parts, one while the attention of the other runs.",
+                    tooltip="Sends the heads of ulysses_degree in two parts, one while attention runs on the other. "
+                    "On NPUs, the environment variable OVERLAP can turn it on as well.",
                 ),
             ],
-            outputs=[types.Parallel.Output(display_name="parallel", tooltip="For the three Ascend loaders.")],
+            outputs=[
+                types.Parallel.Output(
+                    display_name="parallel", tooltip="For the Ascend loaders of model, text encoder and VAE."
+                )
+            ],
         )
 
     @classmethod
@@ -130,7 +137,7 @@ def _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_
         tp_degree=tp_degree,
         fsdp=fsdp,
         ring_exchange=ring_exchange,
-        overlap=overlap or None,  # not asked for here: the variable OVERLAP may, on NPUs
+        overlap=overlap or None,  # off here: on NPUs the variable OVERLAP decides
     )
 
 
@@ -141,27 +148,30 @@ class FreeMemory(io.ComfyNode):
             node_id="AscendFreeMemory",
             display_name="Ascend Free Memory",
             category="Ascend",
-            description="Gives the ranks' memory back when it is reached. ComfyUI's own Unload Models does so too.",
+            description="Frees the ranks' memory when the graph reaches this node. ComfyUI's Unload Models frees their "
+            "weights too.",
             inputs=[
                 io.Combo.Input(
                     "what",
                     options=["weights", "ranks"],
                     default="weights",
-                    tooltip="weights: the ranks stay and read them again when needed. ranks: the processes end.",
+                    tooltip="weights: frees the weights; the ranks stay and read them again when needed. ranks: ends "
+                    "the ranks' processes.",
                 ),
                 io.AnyType.Input(
                     "anything",
                     optional=True,
-                    tooltip="What must be ready first, such as the IMAGE of Ascend VAE Decode; it is passed on.",
+                    tooltip="What must be done first, such as the IMAGE of Ascend VAE Decode. It is passed on "
+                    "unchanged.",
                 ),
             ],
-            outputs=[io.AnyType.Output(display_name="anything", tooltip="What came in.")],
+            outputs=[io.AnyType.Output(display_name="anything", tooltip="The input, unchanged.")],
             is_output_node=True,
         )
 
     @classmethod
     def fingerprint_inputs(cls, **kwargs) -> float:
-        return time.monotonic()  # it acts each time the graph runs
+        return time.monotonic()  # so that it runs each time the graph does
 
     @classmethod
     def execute(cls, what, anything=None) -> io.NodeOutput:

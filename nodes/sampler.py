@@ -20,14 +20,17 @@ class Sampler(io.ComfyNode):
             category="Ascend",
             description="Denoises a video latent on all ranks.",
             inputs=[
-                types.DiffusionModel.Input("model", tooltip="From Ascend Load Diffusion Model."),
+                types.DiffusionModel.Input("model", tooltip="From Ascend Load Diffusion Model or Ascend Load LoRA."),
                 io.Conditioning.Input(
-                    "positive", tooltip="What the video is to show; with images, from an image-to-video node."
+                    "positive",
+                    tooltip="What the video should show: from Ascend Text Encode, or from Ascend Image To Video for an "
+                    "image-to-video model. Core's nodes work too.",
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Size and length of the video, from EmptyHunyuanLatentVideo or Ascend Image To Video; or a "
-                    "latent to start from, with sigmas that begin below 1. What its noise_mask leaves out stays.",
+                    tooltip="The size and length of the video: from EmptyHunyuanLatentVideo or Ascend Image To Video. "
+                    "To start from the latent's content, connect sigmas that begin below 1. What its noise_mask "
+                    "excludes stays as it is.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -35,14 +38,15 @@ class Sampler(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="The noise to start from. The same seed gives the same video on any number of ranks.",
+                    tooltip="Sets the noise to start from. The same seed gives the same video on any number of ranks.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="More steps take longer and show finer detail. 0: as many as the model is made for.",
+                    tooltip="The number of denoising steps. More steps take longer and show finer detail. 0: the "
+                    "model's default.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -51,20 +55,22 @@ class Sampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How strongly the prompt guides. 1 leaves the negative prompt out and halves the work. "
-                    "0: as the model is made for, of two experts each in its way.",
+                    tooltip="How strongly the video follows the prompt. 1: the negative prompt is not used, and a "
+                    "step takes half the work. 0: the model's default, which may differ between two experts.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=list(SOLVERS),
                     default="unipc",
-                    tooltip="The solver. unipc and dpm++ are the original's; euler is what core workflows use.",
+                    tooltip="The solver of the denoising steps. unipc, dpm++: the solvers of Wan's own code. euler: "
+                    "the one that most core workflows use.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=[*schedules(), SIMPLE],
                     default=schedules()[0],
-                    tooltip="How the steps are spread. wan: as the original for this solver. simple: as core does.",
+                    tooltip="How the noise levels (sigmas) of the steps are spaced. wan: the model's own schedule, "
+                    "also of models other than Wan. simple: as core's scheduler of that name.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -73,11 +79,11 @@ class Sampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Moves steps towards high noise. 0: as the model is made for, such as 5 for Wan 2.1 and 12 "
+                    tooltip="Moves the steps towards high noise. 0: the model's default, such as 5 for Wan 2.1 and 12 "
                     "for Wan2.2-T2V-A14B.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="What the video is not to show. Not needed where cfg is 1."
+                    "negative", optional=True, tooltip="What the video should not show. Not needed if cfg is 1."
                 ),
                 io.Float.Input(
                     "cfg_low_noise",
@@ -87,24 +93,25 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     optional=True,
-                    tooltip="cfg of the low-noise expert of Wan 2.2. 0: the same as cfg, or its own where cfg is 0.",
+                    tooltip="cfg of the low-noise expert, for models with two experts such as Wan 2.2 A14B. 0: the "
+                    "same as cfg; if cfg is 0 too, the model's default.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="Sigmas of your own; steps, scheduler and shift are then not used. Noise is always added: "
-                    "another sampler's unfinished latent cannot be continued.",
+                    tooltip="Your own sigmas. They replace steps, scheduler and shift. Noise is always added, so this "
+                    "node cannot continue another sampler's unfinished latent.",
                 ),
                 types.Profile.Input(
                     "profile",
                     optional=True,
-                    tooltip="From Ascend Profiler: records some steps, to see what takes time.",
+                    tooltip="From Ascend Profiler: records some steps, to show what takes time.",
                 ),
                 types.Acceleration.Input(
                     "acceleration",
                     optional=True,
-                    tooltip="From Ascend AttentionCache, Block Cache, Step Cache or RainFusion: leaves out a part of "
-                    "the work. What that saved is shown below and in the log.",
+                    tooltip="From Ascend AttentionCache, Block Cache, Step Cache or RainFusion: skips a part of the "
+                    "work. This node and the log show what it saved.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],

@@ -1,4 +1,4 @@
-"""The pack's own socket types, and what travels through them: descriptions, which outlive any process."""
+"""The pack's own socket types and their values: descriptions, which stay valid when processes end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Acceleration = io.Custom("ASCEND_ACCELERATION")
 
 @dataclass(frozen=True)
 class RanksHandle:
-    """Which ranks to work on. The default takes those that are alive, else one a visible device."""
+    """Which ranks to use. The default is the ranks that are running, or one per visible device."""
 
     parallel: ParallelSpec | None = None
     device: str = "auto"
@@ -26,7 +26,7 @@ class RanksHandle:
 
 @dataclass(frozen=True)
 class Handle:
-    """A network on disk and the ranks that it belongs to."""
+    """A network on disk, and the ranks that run it."""
 
     spec: DiffusionModelSpec | TextEncoderSpec | VaeSpec
     ranks: RanksHandle
@@ -34,7 +34,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class ModelHandle(Handle):
-    """A diffusion model, and how it is to be run."""
+    """A diffusion model, and how to run it."""
 
     operators: OperatorSpec = OperatorSpec()
     warm_up: bool = False
@@ -45,5 +45,5 @@ def parallel_input() -> io.Input:
     return Parallel.Input(
         "parallel",
         optional=True,
-        tooltip="From Ascend Parallel Config. Without it, the ranks that are alive are used, else one rank a device.",
+        tooltip="From Ascend Parallel Config. Without it: the ranks that are already running, or one rank per device.",
     )

@@ -16,8 +16,8 @@ class VAEDecode(io.ComfyNode):
             node_id="AscendVAEDecode",
             display_name="Ascend VAE Decode",
             category="Ascend",
-            description="Decodes a video latent on all ranks, each a tile of the frames, written straight into "
-            "the memory of the IMAGE.",
+            description="Decodes a video latent on all ranks. Each rank decodes a tile of the frames and writes it "
+            "straight into the memory of the IMAGE.",
             inputs=[
                 io.Latent.Input("samples", tooltip="From Ascend Sampler or a core sampler."),
                 types.Vae.Input("vae", tooltip="From Ascend Load VAE."),
@@ -39,10 +39,14 @@ class VAEEncode(io.ComfyNode):
             node_id="AscendVAEEncode",
             display_name="Ascend VAE Encode",
             category="Ascend",
-            description="Encodes the frames of a video, or an image, into one latent, on all ranks, each a tile.",
+            description="Encodes the frames of a video, or one image, into a latent on all ranks. Each rank encodes a "
+            "tile.",
             inputs=[
-                io.Image.Input("pixels", tooltip="The frames of one video, or an image. As in core's VAE Encode, what "
-                               "exceeds multiples of the VAE's pixels and 4n+1 frames is cut off."),
+                io.Image.Input(
+                    "pixels",
+                    tooltip="The frames of one video, or one image. As in core's VAE Encode, the sides are cropped to "
+                    "a multiple of 8 pixels (16 for Wan2.2-TI2V-5B), and the frames to 4n+1.",
+                ),
                 types.Vae.Input("vae", tooltip="From Ascend Load VAE."),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend Sampler or a core sampler.")],
@@ -52,6 +56,7 @@ class VAEEncode(io.ComfyNode):
     def execute(cls, pixels, vae) -> io.NodeOutput:
         frames = core_types.whole_of(pixels, comfy_bridge.vae_form(vae))
         if frames.shape != pixels.shape:
-            logger.info("Of frames %s, %s are encoded.", list(pixels.shape[:3]), list(frames.shape[:3]))
+            given, kept = list(pixels.shape[:3]), list(frames.shape[:3])
+            logger.info("Ascend VAE Encode crops %s to %s (frames, height, width).", given, kept)
         result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.encode_video(vae.spec, frames, **hooks))
         return io.NodeOutput({"samples": result.tensor})

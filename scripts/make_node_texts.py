@@ -1,4 +1,4 @@
-"""Carries the nodes' names and tooltips to where ComfyUI's page reads them, so that they are written once a language.
+"""Writes the nodes' names and tooltips to the files that ComfyUI's page reads, so that each is written once a language.
 
     .venv/bin/python scripts/make_node_texts.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCALES = REPOSITORY / "locales"
 DOCS = REPOSITORY / "web" / "docs"
-TABLES = {  # narrow, as the help stands in a side bar
+TABLES = {  # narrow, because the help is shown in a side bar
     "en": {"inputs": ("Inputs", "input", "what it does"), "outputs": ("Outputs", "output", "what it is"),
            "optional": " Optional.", "default": " Default: "},
     "zh": {"inputs": ("输入", "输入", "说明"), "outputs": ("输出", "输出", "说明"),
@@ -37,12 +37,12 @@ def main():
 
 
 def node_definitions(nodes):
-    """The English texts of nodes, as ComfyUI's page looks them up, from what GET /object_info answers."""
+    """The English texts of nodes in the form of nodeDefs.json, from the answer of GET /object_info."""
     return {name: _texts(node) for name, node in sorted(nodes.items())}
 
 
 def with_tables(page, node, texts, language):
-    """A help page (Markdown) whose tables of inputs and outputs say what the schema and the language's texts do."""
+    """A help page (Markdown) with its tables of inputs and outputs made from the schema and the language's texts."""
     for part, rows in (("inputs", _input_rows(node, texts, language)), ("outputs", _output_rows(node, texts))):
         title, *columns = TABLES[language][part]
         table = "\n".join([_row(columns), "|" + "---|" * len(columns), *map(_row, rows)])
@@ -82,7 +82,7 @@ def _texts(node):
     options = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
     inputs = {name: {"name": name, "tooltip": more.get("tooltip", "")} for name, (_, more) in options.items()}
     if any(more.get("control_after_generate") for _, more in options.values()):
-        inputs["control_after_generate"] = {"name": "control after generate"}  # the widget that the page adds
+        inputs["control_after_generate"] = {"name": "control after generate"}  # a widget that the page adds
     outputs = enumerate(zip(node["output_name"], node["output_tooltips"]))
     return {
         "display_name": node["display_name"],
