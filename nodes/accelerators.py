@@ -108,8 +108,8 @@ WINDOW = (  # the fields of specs.acceleration.Window
               "-1: at 30 % of the steps (step 12 of 40)."),
     _position("end", "The last step, counted from 0, that may reuse results. -1: at 92.5 % of the steps (step "
               "37 of 40)."),
-    _count("interval", 4, "4: from start on, one of four steps is computed, and the other three reuse its results. 1: "
-           "nothing is reused.", least=1),
+    _count("interval", 4, "How often a step is computed from start on. 4: one of four steps, and the other three reuse "
+           "its results. 1: every step, so nothing is reused.", least=1),
     _count("first_block", 0, "The first block of the model that may reuse results, counted from 0. Earlier blocks are "
            "always computed."),
     _position("last_block", "The last block that may reuse results, counted from 0. Later blocks are always computed. "
@@ -159,8 +159,8 @@ ACCELERATORS = (
             _count("last_steps", 1, "The number of steps at the end that are always computed."),
             _count("most", 0, "The largest number of steps that may be skipped in a row. 0: the method's default.",
                    automatic=0),
-            _count("interval", 4, "Only for taylorseer. 4: one of four steps is computed, "
-                   "and the other three are predicted.", least=1),
+            _count("interval", 4, "Only for taylorseer: how often a step is computed. 4: one of four steps, and the "
+                   "other three are predicted.", least=1),
             _count("order", 1, "Only for taylorseer: the order of the Taylor expansion. 0: the last computed step is "
                    "repeated.", most=4),
         ),

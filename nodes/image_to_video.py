@@ -151,7 +151,7 @@ def _known_video(vae, form: VaeForm, size: VideoSize, start: Tensor | None, end:
     WanFirstLastFrameToVideo does."""
     _, _, frames, height, width = form.latent_shape(size)
     video = torch.full((size.num_frames, size.height, size.width, 3), 0.5)
-    mask = torch.ones(1, 1, frames * 4, height, width)  # 4 each; so has the first latent frame, which is 1 frame
+    mask = torch.ones(1, 1, frames * 4, height, width)  # 4 for each latent frame, also for the first
     if start is not None:
         start = start[: size.num_frames]
         video[: len(start)] = start
