@@ -1,0 +1,369 @@
+"""A family from outside of the pack does all that the runtime does, by nothing but its door (models/family.py)."""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import toy_family
+import torch
+import torch.nn.functional as F
+from ascend_runtime import (
+    AccelerationSpec,
+    AttentionCacheSpec,
+    BlockCacheSpec,
+    DiffusionModelSpec,
+    LoraSpec,
+    ParallelSpec,
+    RainFusionSpec,
+    Runtime,
+    SampleSpec,
+    StepCacheSpec,
+    TextEncoderSpec,
+    VaeSpec,
+)
+from ascend_runtime.commands import inspection
+from ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE
+from ascend_runtime.models.registry import FURTHER, families
+from ascend_runtime.wire.messages import Conditioning
+from safetensors.torch import save_file
+from toy_family import files
+
+HELPERS = Path(toy_family.__file__).resolve().parents[1]
+PROMPTS = {"positive": "a Red circle moving right", "negative": "blurry"}
+LATENT = (1, toy_family.CHANNELS, 3, 6, 10)  # 45 tokens of video, and 6 or 2 of text
+LITTLE = (1, toy_family.CHANNELS, 1, 2, 4)  # 2 and 6: the second rank has none of the video
+LARGE = (1, toy_family.CHANNELS, 5, 16, 16)  # 3 mask blocks of video, one of which the text ends
+PLANS = {
+    "cfg": {"cfg_degree": 2},
+    "ulysses": {"ulysses_degree": 2},
+    "ring": {"ring_degree": 2},
+    "tp": {"tp_degree": 2},
+    "ulysses, fsdp": {"ulysses_degree": 2, "fsdp": True},
+}
+CACHES = {
+    "attention cache": {"attention_cache": AttentionCacheSpec(start=1, interval=2, first_block=1)},
+    "block cache": {"block_cache": BlockCacheSpec(start=1, interval=2, first_block=1, last_block=3)},
+    "first-block cache": {"step_cache": StepCacheSpec(method="fbcache", threshold=2.0)},
+    "TeaCache": {"step_cache": StepCacheSpec(method="teacache", threshold=0.9)},
+    "TaylorSeer": {"step_cache": StepCacheSpec(method="taylorseer", interval=3, first_steps=2)},
+    "RainFusion": {"rainfusion": RainFusionSpec(sparsity=0.9, start=1)},
+}
+
+
+class Toy:
+    """A Toy on disk, as diffusers lays it out and as single files, and groups of one and of two ranks."""
+
+    def __init__(self, root, new_runtime):
+        self.folder, self.files = files.folder(root / "toy"), files.single_files(root / "files")
+        self.model = DiffusionModelSpec(path=str(self.folder))
+        self.vae, self.encoder = VaeSpec(path=str(self.folder)), TextEncoderSpec(path=str(self.folder))
+        environment = {FURTHER: "toy_family", "PYTHONPATH": str(HELPERS)}
+        self.ranks = {number: new_runtime(number, **environment) for number in (1, 2)}
+        self.prompts = {}
+
+    def sample(self, ranks=1, *, model=None, plan=None, shape=LATENT, steps=4, **options):
+        given = {name: options.pop(name, self.prompts[name]) for name in PROMPTS}
+        spec = SampleSpec(steps=steps, solver="euler", seed=5)
+        parallel = ParallelSpec(ranks=ranks, **{"cfg_degree": 1, **(plan or {})})
+        result = self.ranks[ranks].sample(model or self.model, spec, torch.zeros(shape), *given.values(),
+                                          parallel=parallel, **options)  # fmt: skip
+        assert result.tensor.shape == shape and result.tensor.std() > 0.1
+        return result
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory, new_runtime):
+    made = Toy(tmp_path_factory.mktemp("toy"), new_runtime)
+    try:
+        with ThreadPoolExecutor() as starting:
+            list(starting.map(Runtime.start, made.ranks.values()))
+        for name, prompt in PROMPTS.items():
+            made.prompts[name] = made.ranks[1].encode(made.encoder, prompt).conditioning
+        yield made
+    finally:
+        for group in made.ranks.values():
+            group.stop()
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The Toy is a family of this process too, for one test."""
+    monkeypatch.setenv(FURTHER, "toy_family")
+    families.cache_clear()
+    yield
+    monkeypatch.undo()
+    families.cache_clear()
+
+
+def near(one, other, within=1e-5):
+    torch.testing.assert_close(one, other, rtol=0, atol=within)
+
+
+# One rank equals what is written out here, without blocks, tiles or passes
+
+
+class Weights(dict):
+    def linear(self, name, x):
+        return F.linear(x, self[f"{name}.weight"], self[f"{name}.bias"])
+
+
+def velocity(weights, latent, timestep, text, pooled):
+    """[1, C, T, H, W]"""
+    w, width, heads = weights, 32, 4
+    _, channels, frames, height, width_of_latent = latent.shape
+    rows, columns = height // 2, width_of_latent // 2
+    x = F.conv3d(latent, w["patch_embedding.weight"], w["patch_embedding.bias"], stride=(1, 2, 2))
+    x = torch.cat([x.flatten(2).mT, w.linear("condition_embedder.txt", text)], 1)[0]  # [S, D]
+    video = frames * rows * columns
+    waves = timestep * 0.5 ** torch.arange(16)
+    vector = w.linear("condition_embedder.time", torch.cat([waves.cos(), waves.sin()]))
+    vector = F.silu(vector + w.linear("condition_embedder.vector", pooled[0]))
+    place = [(t, y, x, 0.3 * t) for t in range(frames) for y in range(rows) for x in range(columns)]
+    turn = torch.tensor(place + [(0.0,) * 4] * (len(x) - video))[:, None]  # [S, 1, pairs]
+
+    def normed(x, shift, scale):
+        return F.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
+
+    def turned(x):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(turn), turn)).flatten(-2)
+
+    def attended(parts):  # of (name, normed tokens): joint, each with weights of its own
+        q, k, v = (torch.cat([w.linear(f"{name}.{layer}", x) for name, x in parts]).unflatten(1, (heads, -1))
+                   for layer in ("to_q", "to_k", "to_v"))  # fmt: skip
+        scales = [[w[f"{name}.norm_{kind}.weight"].expand(len(x), 1, -1) for name, x in parts] for kind in "qk"]
+        q, k = (turned(F.rms_norm(x, (8,), eps=1e-6) * torch.cat(scale)) for x, scale in zip((q, k), scales))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(8)
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
+        outs = out.split([len(x) for _, x in parts])
+        return torch.cat([w.linear(f"{name}.to_out", x) for (name, _), x in zip(parts, outs)])
+
+    def fed(name, x):
+        return w.linear(f"{name}.narrow", F.gelu(w.linear(f"{name}.widen", x), approximate="tanh"))
+
+    for number in range(2):
+        names = [f"double_blocks.{number}.{stream}" for stream in ("video", "text")]
+        mods = [w.linear(f"{name}.mod", vector).chunk(6) for name in names]
+        parts = x.split([video, len(x) - video])
+        made = attended([(name, normed(x, *mod[:2])) for name, x, mod in zip(names, parts, mods)])
+        parts = [x + update * mod[2] for x, update, mod in zip(parts, made.split([video, len(x) - video]), mods)]
+        x = torch.cat([x + fed(name, normed(x, *mod[3:5])) * mod[5] for name, x, mod in zip(names, parts, mods)])
+    for number in range(3):
+        name = f"single_blocks.{number}"
+        shift, scale, gate = w.linear(f"{name}.mod", vector).chunk(3)
+        seen = normed(x, shift, scale)
+        x = x + gate * (attended([(name, seen)]) + fed(name, seen))
+    shift, scale = w.linear("norm_out.linear", vector).chunk(2)
+    patches = w.linear("proj_out", normed(x[:video], shift, scale)).view(frames, rows, columns, channels, 2, 2)
+    return patches.permute(3, 0, 1, 4, 2, 5).reshape(latent.shape)
+
+
+def sampled(weights, prompts, shape, steps, seed, scale=3.0, shift=2.0):
+    """Euler's steps along u + s(c - u), and the latent as VAEs take it."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    squares = [(1 - step / steps) ** 2 for step in range(steps + 1)]
+    sigmas = [shift * square / (1 + (shift - 1) * square) for square in squares]
+    for sigma, following in zip(sigmas, sigmas[1:]):
+        cond, uncond = (velocity(weights, x, 1000 * sigma, prompts[name].text, prompts[name].pooled)
+                        for name in ("positive", "negative"))  # fmt: skip
+        x = x + (following - sigma) * (uncond + scale * (cond - uncond))
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (toy_family.MEAN, toy_family.STD))
+    return x * std + mean
+
+
+def expected(toy, shape=LATENT, weights=None, prompts=None):
+    weights = weights or files.random_weights(TRANSFORMER)
+    return sampled(Weights(weights), prompts or toy.prompts, shape, steps=4, seed=5)
+
+
+@pytest.mark.parametrize("shape", [LATENT, LITTLE, (2, *LATENT[1:])])
+def test_one_rank_makes_what_a_plain_loop_makes(toy, shape):
+    if shape[0] == 1:
+        near(toy.sample(shape=shape).tensor, expected(toy, shape), 1e-4)
+        return
+    both = toy.sample(shape=shape).tensor  # two videos of one prompt, of another noise each
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    assert not torch.equal(*noise)
+    near(toy.sample(2, shape=shape, plan={"ulysses_degree": 2}).tensor, both)
+
+
+def test_a_prompt_is_words_and_one_vector(toy):
+    """Both encoders' results, by hand, on the CPU of one rank and on both ranks; the vector changes the video."""
+    words, pieces = files.random_weights(TEXT_ENCODER), files.random_weights(toy_family.TEXT_ENCODER_2)
+    text = PROMPTS["positive"].lower()
+    ids = [files.WORDS.index(word) for word in [*text.split(), "</s>"]]
+    x = words["words.weight"][ids]
+    for layer in ("layers.0", "layers.1"):
+        before = torch.stack([x[: number + 1].mean(0) for number in range(len(x))])
+        x = x + torch.tanh(Weights(words).linear(layer, torch.cat([x, before], 1)))
+    pairs = [sum(ord(c) * 31**place for place, c in enumerate(text[at : at + 2])) % 50 for at in range(0, 16, 2)]
+    pooled = Weights(pieces).linear("projection", torch.tanh(pieces["pieces.weight"][pairs].sum(0)))
+    made = toy.prompts["positive"]
+    near(made.text[0], x)
+    near(made.pooled[0], pooled)
+    shared = TextEncoderSpec(path=str(toy.folder), placement="ranks")
+    on_ranks = toy.ranks[2].encode(shared, PROMPTS["positive"]).conditioning
+    near(on_ranks.text, made.text)
+    near(on_ranks.pooled, made.pooled)
+    other = Conditioning(text=made.text, pooled=-made.pooled)
+    changed = toy.sample(positive=other).tensor
+    assert (changed - toy.sample().tensor).abs().max() > 0.01
+    near(changed, expected(toy, prompts=toy.prompts | {"positive": other}), 1e-4)
+    with pytest.raises(ValueError, match="pooled vector is None; a Toy reads"):
+        toy.sample(positive=Conditioning(text=made.text))
+
+
+# Many ranks equal one
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_two_ranks_make_what_one_makes(toy, plan):
+    near(toy.sample(2, plan=PLANS[plan]).tensor, toy.sample().tensor)
+
+
+@pytest.mark.parametrize("plan", ["ulysses", "ring"])
+def test_a_rank_may_have_only_text(toy, plan):
+    near(toy.sample(2, plan=PLANS[plan], shape=LITTLE).tensor, toy.sample(shape=LITTLE).tensor)
+
+
+def test_layers_in_8_bits_are_those_of_both_kinds_of_blocks(toy):
+    model = DiffusionModelSpec(path=str(toy.folder), quantization="w8a8_dynamic")
+    made, exact = toy.sample(model=model).tensor, toy.sample().tensor
+    near(toy.sample(2, model=model, plan=PLANS["ulysses"]).tensor, made, 1e-4)
+    assert 1e-4 < (made - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_accelerators_leave_out_the_same_on_two_ranks(toy, cache):
+    options = {"acceleration": AccelerationSpec(**CACHES[cache]), "steps": 6}
+    if cache == "RainFusion":
+        options["shape"] = LARGE
+    one = toy.sample(**options)
+    facts = one.info["acceleration"]
+    for plan in ["ulysses", "ulysses, fsdp"] if cache == "TeaCache" else ["ulysses"]:  # which looks at a block's weights
+        two = toy.sample(2, plan=PLANS[plan], **options)
+        near(two.tensor, one.tensor, 1e-4)
+        others = two.info["acceleration"]
+        assert facts["steps_reusing"] == others["steps_reusing"]
+        within = 0.1 if cache == "RainFusion" else 1e-6  # a rank speaks of its own heads
+        assert facts["flops_saved"] == pytest.approx(others["flops_saved"], rel=within)
+    assert 0 < facts["flops_saved"] < 1
+    plain = toy.sample(**options | {"acceleration": AccelerationSpec()}).tensor
+    assert 1e-5 < (one.tensor - plain).norm() / plain.norm() < 1
+
+
+def test_what_a_cache_saves_is_counted_by_kind_of_block(toy):
+    """A block cache over the two double blocks saves more than one over two single ones."""
+
+    def saved(first, last):
+        cache = BlockCacheSpec(start=1, interval=2, first_block=first, last_block=last)
+        info = toy.sample(acceleration=AccelerationSpec(block_cache=cache)).info["acceleration"]
+        return info["flops_saved"], info["blocks_skipped"]
+
+    (double, blocks), (single, others) = saved(0, 1), saved(2, 3)
+    tokens, width = 45 + 6, 32
+    shared = 4 * tokens**2 * width + 8 * tokens * width**2
+    each = shared + 16 * tokens * width**2, shared + 8 * tokens * width**2
+    assert blocks == others and double / single == pytest.approx(each[0] / each[1])
+
+
+# The VAE
+
+
+def whole_conv(x, weights, name, edges=(1, 1, 1, 1), stride=1):
+    x = F.pad(torch.cat([x[:, :1]] * 2 + [x], 1)[None], (*edges, 0, 0), mode="replicate")
+    return F.conv3d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride=(1, stride, stride))[0]
+
+
+def activated(x, weights, name):
+    return F.silu(F.group_norm(x[None], 4, weights[f"{name}.weight"], weights[f"{name}.bias"])[0])
+
+
+def decoded(weights, latent):
+    """[C, T, h, w] -> frames [T, H, W, 3] in 0..1"""
+    w = {name.removeprefix("decoder."): tensor for name, tensor in weights.items()}
+    x = activated(whole_conv(latent, w, "conv_in"), w, "norm")
+    x = activated(whole_conv(F.interpolate(x, scale_factor=(2, 2)), w, "conv"), w, "norm_out")
+    frames = F.pixel_shuffle(whole_conv(x, w, "conv_out").movedim(1, 0), 4)  # [T, 12, H, W]
+    frames = frames.unflatten(1, (3, 4)).transpose(1, 2).flatten(0, 1)[3:]
+    return frames.movedim(1, -1).clamp(-1, 1) / 2 + 0.5
+
+
+def encoded(weights, frames):
+    """[T, H, W, 3] in 0..1 -> [C, T, h, w]"""
+    w = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+    x = torch.cat([frames[:1]] * 3 + [frames]).movedim(-1, 1) * 2 - 1
+    x = x.unflatten(0, (-1, 4)).transpose(1, 2).flatten(1, 2)  # [T, 12, H, W]
+    x = F.conv3d(F.pixel_unshuffle(x, 4).movedim(0, 1), w["fold.weight"], w["fold.bias"])
+    return whole_conv(activated(whole_conv(x, w, "conv", (1, 0, 1, 0), 2), w, "norm"), w, "conv_out")[:16]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_vae_makes_of_tiles_what_it_makes_of_a_whole(toy, ranks):
+    weights, generator = files.random_weights(VAE), torch.Generator().manual_seed(1)
+    latent, video = torch.randn(2, 16, 3, 5, 7, generator=generator), torch.rand(9, 48, 32, 3, generator=generator)
+    frames = toy.ranks[ranks].decode(toy.vae, latent)
+    assert frames.info["tiles"] == ("1 x 1" if ranks == 1 else "1 x 2")
+    near(frames.tensor, torch.cat([decoded(weights, one) for one in latent]))
+    near(toy.ranks[ranks].encode_video(toy.vae, video).tensor[0], encoded(weights, video))
+    assert frames.tensor.std() > 0.05
+
+
+# Files
+
+
+def test_single_files_hold_the_same_model(toy):
+    """Under other names, with fused layers, exchanged halves and both text encoders in one."""
+    plain = toy.sample().tensor
+    model = DiffusionModelSpec(path=str(toy.files[TRANSFORMER]))
+    assert torch.equal(toy.sample(model=model).tensor, plain)
+    near(toy.sample(2, model=model, plan=PLANS["tp"]).tensor, plain)
+    made = toy.ranks[1].encode(TextEncoderSpec(path=str(toy.files[TEXT_ENCODER])), PROMPTS["positive"]).conditioning
+    assert torch.equal(made.text, toy.prompts["positive"].text)
+    assert torch.equal(made.pooled, toy.prompts["positive"].pooled)
+    one, other = (toy.ranks[1].decode(VaeSpec(path=str(path)), plain) for path in (toy.folder, toy.files[VAE]))
+    assert torch.equal(one.tensor, other.tensor)
+
+
+def test_a_lora_changes_a_model_as_its_formula_says(toy, tmp_path):
+    """In the file form's names, of a fused layer; and in its own."""
+    weights, generator = files.random_weights(TRANSFORMER), torch.Generator().manual_seed(2)
+    shapes = {"lora_unet_double_blocks_0_img_qkv": (96, 32), "single_blocks.2.widen": (64, 32)}
+    tensors = {}
+    for layer, (out, into) in shapes.items():
+        tensors[f"{layer}.lora_up.weight"] = torch.randn(out, 4, generator=generator) / 4
+        tensors[f"{layer}.lora_down.weight"] = torch.randn(4, into, generator=generator) / 4
+        tensors[f"{layer}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    fused, widen = (
+        0.7 * 2 / 4 * tensors[f"{layer}.lora_up.weight"] @ tensors[f"{layer}.lora_down.weight"] for layer in shapes
+    )
+    for name, change in zip("qkv", fused.chunk(3)):
+        weights[f"double_blocks.0.video.to_{name}.weight"] += change
+    weights["single_blocks.2.widen.weight"] += widen
+    lora = LoraSpec(path=str(tmp_path / "lora.safetensors"), strength=0.7)
+    made = toy.sample(model=toy.model.with_lora(lora))
+    assert "warnings" not in made.info and (made.tensor - toy.sample().tensor).abs().max() > 0.01
+    near(made.tensor, expected(toy, weights=weights), 1e-4)
+    near(toy.sample(2, model=toy.model.with_lora(lora), plan=PLANS["tp"]).tensor, made.tensor)
+
+
+def test_inspect_knows_a_folder_and_files_of_it(toy, known, capsys):
+    for path, parts in {toy.folder: 4, **dict.fromkeys(toy.files.values(), None)}.items():
+        assert inspection.run(type("Arguments", (), {"path": str(path)})) == 0
+        said = capsys.readouterr().out
+        assert parts is None or said.count("whole") == parts
+    inspection.run(type("Arguments", (), {"path": str(toy.folder)}))
+    assert "looks as Toy-1 does, whose own settings are: 4 steps, shift 2, guidance 3" in capsys.readouterr().out
+
+
+def test_a_model_is_run_with_its_familys_own_values(toy):
+    made = toy.ranks[1].sample(toy.model, SampleSpec(seed=5, solver="euler"), torch.zeros(LATENT),
+                               *toy.prompts.values())  # fmt: skip
+    assert {"steps": 4, "guidance": 3.0, "shift": 2.0}.items() <= made.info.items()
+    assert torch.equal(made.tensor, toy.sample().tensor)
+
+
+def test_nothing_of_it_is_left_in_this_process():
+    assert "toy" not in families()
