@@ -24,6 +24,7 @@ from ascend_runtime import (
 from ascend_runtime.commands import inspection
 from ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ascend_runtime.models.registry import FURTHER, families
+from ascend_runtime.recognition.kinds import Kind, moved
 from ascend_runtime.wire.messages import Conditioning
 from safetensors.torch import save_file
 from toy_family import files
@@ -48,6 +49,9 @@ CACHES = {
     "TaylorSeer": {"step_cache": StepCacheSpec(method="taylorseer", interval=3, first_steps=2)},
     "RainFusion": {"rainfusion": RainFusionSpec(sparsity=0.9, start=1)},
 }
+
+
+MEASURE = AccelerationSpec(measure=True)
 
 
 class Toy:
@@ -147,7 +151,9 @@ def test_two_ranks_make_what_one_makes(toy, plan):
 
 @pytest.mark.parametrize("plan", ["ulysses", "ring"])
 def test_a_rank_may_have_only_text(toy, plan):
-    near(toy.sample(2, plan=PLANS[plan], shape=LITTLE).tensor, toy.sample(shape=LITTLE).tensor)
+    for cache in ({}, CACHES["first-block cache"]):  # which looks at the video's tokens
+        options = {"shape": LITTLE, "acceleration": AccelerationSpec(**cache)}
+        near(toy.sample(2, plan=PLANS[plan], **options).tensor, toy.sample(**options).tensor)
 
 
 def test_layers_in_8_bits_are_those_of_both_kinds_of_blocks(toy):
@@ -174,6 +180,17 @@ def test_accelerators_leave_out_the_same_on_two_ranks(toy, cache):
     assert 0 < facts["flops_saved"] < 1
     plain = toy.sample(**options | {"acceleration": AccelerationSpec()}).tensor
     assert 1e-5 < (one.tensor - plain).norm() / plain.norm() < 1
+
+
+@pytest.mark.parametrize("plan", ["cfg", "ulysses", "ring"])
+def test_what_is_measured_is_the_video_on_any_number_of_ranks(toy, plan):
+    """For a calibration: the text's tokens and padding do not count."""
+    one, two = (made.info["acceleration"]["changes"] for made in
+                (toy.sample(acceleration=MEASURE), toy.sample(2, plan=PLANS[plan], acceleration=MEASURE)))  # fmt: skip
+    assert len(one) == len(two) == 3
+    for change, other in zip(one, two):
+        for name in ("timestep", "output", "ratio"):
+            assert other[name] == pytest.approx(change[name], rel=1e-4) and change[name] > 0
 
 
 def test_what_a_cache_saves_is_counted_by_kind_of_block(toy):
@@ -251,6 +268,14 @@ def test_inspect_knows_a_folder_and_files_of_it(toy, known, capsys):
         assert parts is None or said.count("whole") == parts
     inspection.run(type("Arguments", (), {"path": str(toy.folder)}))
     assert "looks as Toy-1 does, whose own settings are: 4 steps, shift 2, guidance 3" in capsys.readouterr().out
+
+
+def test_blocks_of_both_kinds_move_behind_those_of_earlier_shards(known):
+    """A shard's own numbers begin at 0, for each kind."""
+    kind = Kind("toy", TRANSFORMER)
+    names = ("double_blocks.0.video.mod.bias", "single_blocks.1.mod.bias", "proj_out.bias")
+    moved_names = [moved(kind, name, (2, 3)) for name in names]
+    assert moved_names == ["double_blocks.2.video.mod.bias", "single_blocks.4.mod.bias", "proj_out.bias"]
 
 
 def test_a_model_is_run_with_its_familys_own_values(toy):
