@@ -35,7 +35,8 @@ class Version(Protocol):
 
 
 class RainFusion:
-    """grid: of the video's tokens; those of a text may follow them, and attend to all. steps, blocks: of the job and of the network."""
+    """grid: of the video's tokens; those of a text may follow them, and attend to all. steps, blocks: of the job and of
+    the network."""
 
     def __init__(
         self, spec: RainFusionSpec, grid: Grid, steps: int, blocks: int, operators: PlainOperators, tally: Tally

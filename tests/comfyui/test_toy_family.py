@@ -1,4 +1,4 @@
-"""A family from outside of the pack, through the nodes: ComfyUI and its ranks know it by the variable alone."""
+"""A family from outside of the pack, through the nodes: ComfyUI and its ranks know it by a variable."""
 
 from pathlib import Path
 

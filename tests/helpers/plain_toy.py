@@ -16,14 +16,15 @@ class Weights(dict):
 
 def prompt(text):
     """The words' embeddings [1, n, 24] and the pooled vector [1, 12]."""
-    words, pieces, text = Weights(files.random_weights(TEXT_ENCODER)), files.random_weights(TEXT_ENCODER_2), text.lower()
+    words, pieces = (Weights(files.random_weights(part)) for part in (TEXT_ENCODER, TEXT_ENCODER_2))
+    text = text.lower()
     x = words["words.weight"][[files.WORDS.index(word) for word in [*text.split(), "</s>"]]]
     for layer in ("layers.0", "layers.1"):
         before = torch.stack([x[: number + 1].mean(0) for number in range(len(x))])
         x = x + torch.tanh(words.linear(layer, torch.cat([x, before], 1)))
     pairs = [text[at : at + 2] for at in range(0, min(16, len(text)), 2)]
     ids = [sum(ord(one) * 31**place for place, one in enumerate(pair)) % 50 for pair in pairs]
-    return x[None], Weights(pieces).linear("projection", torch.tanh(pieces["pieces.weight"][ids].sum(0)))[None]
+    return x[None], pieces.linear("projection", torch.tanh(pieces["pieces.weight"][ids].sum(0)))[None]
 
 
 def velocity(weights, latent, timestep, text, pooled):

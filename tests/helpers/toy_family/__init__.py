@@ -190,7 +190,8 @@ class Toy(Family):
         attention = products + 8 * tokens * width**2
         feeds = (4 * wide * tokens * width**2 for wide in (4, 2))
         double, single = (
-            BlockWork(*(float(size.batch * flops) for flops in (products, attention, attention + feed))) for feed in feeds
+            BlockWork(*(float(size.batch * flops) for flops in (products, attention, attention + feed)))
+            for feed in feeds
         )
         blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
         return Work(blocks, float(size.batch * rest))

@@ -65,8 +65,10 @@ class DoubleBlock(nn.Module):
                    if x[:, part].shape[1]]  # fmt: skip
 
         def attended(attend):
-            normed = [(stream, self.ops.modulated_layer_norm(x[:, part], *mod[:2], EPS)) for stream, part, mod in streams]
-            qkv = (torch.cat(parts, 1) for parts in zip(*(stream.heads(one) for stream, one in normed)))
+            heads = [
+                stream.heads(self.ops.modulated_layer_norm(x[:, part], *mod[:2], EPS)) for stream, part, mod in streams
+            ]
+            qkv = (torch.cat(parts, 1) for parts in zip(*heads))
             out = _joint(self, qkv, rotary, attend)
             return torch.cat([stream.out(out[:, part]) for stream, part, _ in streams], 1)
 
