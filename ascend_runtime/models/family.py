@@ -204,6 +204,10 @@ class Family(ABC):
     def text_width(self, config: Mapping[str, Any]) -> int:
         """The channels of a text's tokens, as a transformer reads them."""
 
+    def pooled_width(self, config: Mapping[str, Any]) -> int:
+        """The channels of the one vector of a prompt that a transformer reads besides the text; 0: it reads none."""
+        return 0
+
     def text_in_sequence(self, config: Mapping[str, Any], tokens: int) -> int:
         """How many of a text's tokens stand behind the video's in the one sequence that the blocks compute, and whose
         self-attention is joint: all of them, or none where the text has an attention of its own."""

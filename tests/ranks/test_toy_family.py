@@ -21,10 +21,11 @@ from ascend_runtime import (
     TextEncoderSpec,
     VaeSpec,
 )
-from ascend_runtime.commands import inspection
+from ascend_runtime.commands import calibration, inspection
 from ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ascend_runtime.models.registry import FURTHER, families
 from ascend_runtime.recognition.kinds import Kind, moved
+from ascend_runtime.recognition.layout import find_component
 from ascend_runtime.wire.messages import Conditioning
 from safetensors.torch import save_file
 from toy_family import files
@@ -137,7 +138,7 @@ def test_a_prompt_is_words_and_one_vector(toy):
     changed = toy.sample(positive=other).tensor
     assert (changed - toy.sample().tensor).abs().max() > 0.01
     near(changed, expected(toy, prompts=toy.prompts | {"positive": other}), 1e-4)
-    with pytest.raises(ValueError, match="pooled vector is None; a Toy reads"):
+    with pytest.raises(ValueError, match=r"has no pooled vector; this model reads \[1, 12\]"):
         toy.sample(positive=Conditioning(text=made.text))
 
 
@@ -277,6 +278,15 @@ def test_blocks_of_both_kinds_move_behind_those_of_earlier_shards(known):
     names = ("double_blocks.0.video.mod.bias", "single_blocks.1.mod.bias", "proj_out.bias")
     moved_names = [moved(kind, name, (2, 3)) for name in names]
     assert moved_names == ["double_blocks.2.video.mod.bias", "single_blocks.4.mod.bias", "proj_out.bias"]
+
+
+def test_calibrate_makes_random_prompts_of_all_that_a_model_reads(toy, known):
+    """As it would give them, each of a text and a pooled vector."""
+    found = find_component(str(toy.folder), TRANSFORMER)
+    arguments = type("Arguments", (), {"random_prompts": 2})
+    first, second = calibration._prompts(arguments, toy.ranks[1], found, None)
+    assert not torch.equal(first[0].pooled, second[0].pooled)
+    toy.sample(positive=first[0], negative=first[1])
 
 
 def test_a_model_is_run_with_its_familys_own_values(toy):

@@ -179,6 +179,9 @@ class Toy(Family):
     def text_width(self, config):
         return config["text_dim"]
 
+    def pooled_width(self, config):
+        return config["pooled_dim"]
+
     def text_in_sequence(self, config, tokens):
         return tokens
 
