@@ -125,8 +125,8 @@ class Conditioner(ABC):
         if held not in ([1, width], [batch, width]):
             has = "no pooled vector" if held is None else f"a pooled vector of the shape {held}"
             raise ValueError(
-                f"The {name} conditioning has {has}; this model reads [1, {width}], or one such for each of the {batch} "
-                "videos of the latent. Encode the prompt with the text encoders that belong to the model."
+                f"The {name} conditioning has {has}; this model reads [1, {width}], or one such for each of the "
+                f"{batch} videos of the latent. Encode the prompt with the text encoders that belong to the model."
             )
         check_finite(pooled, f"The {name} conditioning's pooled vector")
 
