@@ -296,5 +296,14 @@ def test_a_model_is_run_with_its_familys_own_values(toy):
     assert torch.equal(made.tensor, toy.sample().tensor)
 
 
+@pytest.mark.parametrize("module, says", [
+    ("no_such_module", "no module with a FAMILY .No module named"), ("plain_toy", "no attribute 'FAMILY'"),
+])  # fmt: skip
+def test_a_module_that_has_no_family_is_refused(known, monkeypatch, module, says):
+    monkeypatch.setenv(FURTHER, f"toy_family, {module}")
+    with pytest.raises(ValueError, match=f"{FURTHER} names '{module}', which is .*{says}"):
+        families()
+
+
 def test_nothing_of_it_is_left_in_this_process():
     assert "toy" not in families()
