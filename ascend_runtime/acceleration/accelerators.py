@@ -29,7 +29,8 @@ class Outline:
     """A job as its accelerators see it.
 
     experts: of each step, the expert that works in it. known: of each expert, what was found out beforehand.
-    grid: tokens of a video, as frames, rows and columns. own: how many of them this rank has.
+    grid: tokens of a video, as frames, rows and columns. own: how many of them this rank has, at the beginning of its
+    chunk; a text's tokens may follow them.
     branches: of guidance, that this rank computes.
     output: bytes of one block's output [B, S, D] on this rank. room: bytes that it can keep things in.
     ring: ranks of the ring, 1 where there is none.
@@ -110,7 +111,7 @@ def _caches(
     spec: AccelerationSpec, outline: Outline, expert: str, tally: Tally
 ) -> tuple[AttentionCache | None, StackCache | None]:
     """What is asked at each attention, and what at each pass, of one expert."""
-    steps, blocks = outline.steps, outline.work.blocks
+    steps, blocks = outline.steps, len(outline.work.blocks)
     if spec.attention_cache is not None:
         return AttentionCache(_window(spec.attention_cache, outline), steps, blocks, tally), None
     if spec.block_cache is not None:
@@ -154,8 +155,9 @@ def _rule(spec: StepCacheSpec, outline: Outline, expert: str) -> Rule:
 
 def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
     """Where attention is stored and reused. Raises ValueError where what is stored does not fit."""
-    work, blocks = outline.work, len(spec.blocks(outline.work.blocks))
-    window = spec.windowed(outline.steps, share=blocks * work.attention / work.whole)
+    work, kept = outline.work, spec.blocks(len(outline.work.blocks))
+    share, blocks = sum(work.blocks[block].attention for block in kept) / work.whole, len(kept)
+    window = spec.windowed(outline.steps, share)
     needed = blocks * outline.output * outline.branches
     if window.reused(outline.steps) and needed > outline.room:
         fitting = outline.room // (outline.output * outline.branches)
@@ -181,4 +183,4 @@ def _rainfusion(
             "parts of them. Put these ranks on ulysses_degree."
         )
     operators.check_sparse()
-    return RainFusion(spec.rainfusion, outline.grid, outline.steps, outline.work.blocks, operators, tally)
+    return RainFusion(spec.rainfusion, outline.grid, outline.steps, len(outline.work.blocks), operators, tally)

@@ -31,7 +31,7 @@ class AttentionCache:
             return compute()
         keeps = self._window.stores(at.step, self._steps)
         if self._window.reuses(at.step, self._steps) and key in self._kept:
-            self._tally.reused_attention(at)
+            self._tally.reused_attention(at, block)
             return self._kept[key] if keeps else self._kept.pop(key)
         self._kept.pop(key, None)  # first, so that never two of a block are held
         out = compute()

@@ -29,7 +29,7 @@ class BlockCache:
         key = (at.expert, at.branch)
         keeps = self._window.stores(at.step, self._steps)
         if self._window.reuses(at.step, self._steps) and key in self._kept:
-            self._tally.skipped_blocks(at, len(self._blocks))
+            self._tally.skipped_blocks(at, self._blocks)
             return tokens + (self._kept[key] if keeps else self._kept.pop(key))
         self._kept.pop(key, None)
         out = stack.through(tokens, self._blocks)

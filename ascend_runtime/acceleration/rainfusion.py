@@ -6,6 +6,7 @@ An attention may come in parts, some heads each (overlapped exchanges); each par
 
 from __future__ import annotations
 
+import math
 from typing import Callable, NamedTuple, Protocol
 
 import torch
@@ -34,7 +35,8 @@ class Version(Protocol):
 
 
 class RainFusion:
-    """grid: of the tokens. steps, blocks: of the job and of the network."""
+    """grid: of the video's tokens; those of a text may follow them, and attend to all. steps, blocks: of the job and of
+    the network."""
 
     def __init__(
         self, spec: RainFusionSpec, grid: Grid, steps: int, blocks: int, operators: PlainOperators, tally: Tally
@@ -55,7 +57,7 @@ class RainFusion:
             return attended.out
 
         out = compute(attend)
-        self._tally.sparse_attention(at, torch.cat(densities).mean())
+        self._tally.sparse_attention(at, block, torch.cat(densities).mean())
         return out
 
     def _part(self, at: At, block: int, part: int, *qkv: Tensor) -> Attended:
@@ -80,12 +82,12 @@ class _Bricks:
     """Versions 2 and 3: the mask blocks that match best. A plan is their mask."""
 
     def __init__(
-        self, sparsity: float, order: Callable[[Grid, torch.device], Order], grid: Grid, operators: PlainOperators
+        self, sparsity: float, order: Callable[[Grid, torch.device, int], Order], grid: Grid, operators: PlainOperators
     ):
         self._sparsity, self._order, self._grid, self._operators = sparsity, order, grid, operators
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended:
-        order = self._order(self._grid, query.device)
+        order = self._order(self._grid, query.device, query.shape[1] - math.prod(self._grid))
         query, key, value = (order.of(x) for x in (query, key, value))
         mask = masks.best(query, key, self._sparsity, order.protected) if plan is None else plan
         out = self._operators.sparse_attention(query, key, value, mask)
@@ -99,8 +101,9 @@ class _Bands:
         self._sparsity, self._grid, self._operators = sparsity, grid, operators
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended:
-        orders = tuple(order(self._grid, query.device) for order in (by_frames, by_places))
         length = query.shape[1]
+        behind = length - math.prod(self._grid)
+        orders = tuple(order(self._grid, query.device, behind) for order in (by_frames, by_places))
         band = masks.band(len(orders[0].protected), self._sparsity, query.device)
         allowed = tuple(band | masks.either(order.protected) for order in orders)
         if plan is None:

@@ -53,7 +53,7 @@ class StepCache:
             seen = self._rule.sees(stack, tokens, led) if at.branch == "cond" else None
             self._decided = at.step, self._decide(at.step, seen)
         if self._decided[1]:
-            self._tally.skipped_blocks(at, stack.count - self._rule.leading)
+            self._tally.skipped_blocks(at, range(self._rule.leading, stack.count))
             return self._kept[at.branch].added_to(led, at.step)
         out = stack.through(led, range(self._rule.leading, stack.count))
         self._kept.setdefault(at.branch, Expansion(self._order)).learn(out - led, at.step)

@@ -41,19 +41,19 @@ class Tally:
     def began(self, at: At) -> None:
         self._passes[at] = 0.0
 
-    def reused_attention(self, at: At) -> None:
+    def reused_attention(self, at: At, block: int) -> None:
         self._attentions[at.step] += 1
-        self._passes[at] += self._work.attention
+        self._passes[at] += self._work.blocks[block].attention
 
-    def skipped_blocks(self, at: At, count: int) -> None:
-        self._blocks[at.step] += count
-        self._passes[at] += count * self._work.block
+    def skipped_blocks(self, at: At, blocks: range) -> None:
+        self._blocks[at.step] += len(blocks)
+        self._passes[at] += sum(self._work.blocks[block].whole for block in blocks)
 
-    def sparse_attention(self, at: At, density: float) -> None:
+    def sparse_attention(self, at: At, block: int, density: float) -> None:
         """density: share of the products that one block's self-attention computed; a tensor of one number serves, so
         that nothing waits for a device before `facts`."""
         self._densities.append(density)
-        self._passes[at] += (1 - density) * self._work.products
+        self._passes[at] += (1 - density) * self._work.blocks[block].products
 
     def changed(self, change: Change) -> None:
         self._changes.append(change)

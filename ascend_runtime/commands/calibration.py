@@ -10,7 +10,6 @@ from statistics import mean
 import numpy as np
 import torch
 from msgspec.structs import replace
-from torch import Tensor
 
 from ..checkpoints.faults import printable
 from ..client.group import RankDied
@@ -114,13 +113,12 @@ def _video(arguments: Namespace, found: Component) -> tuple[VideoSize, SampleSpe
 
 def _prompts(
     arguments: Namespace, runtime: Runtime, transformer: Component, progress: Progress
-) -> Iterator[tuple[Tensor | Conditioning, Tensor | Conditioning]]:
+) -> Iterator[tuple[Conditioning, Conditioning]]:
     """What the model is given of each prompt, and of the empty one."""
     if arguments.random_prompts:
         for seed in range(arguments.random_prompts):
             generator = torch.Generator().manual_seed(seed)
-            width = transformer.family.text_width(transformer.config)
-            yield torch.randn(2, 1, RANDOM_TOKENS, width, generator=generator).unbind()
+            yield _random_prompts(transformer, generator)
         return
     encoder = TextEncoderSpec(path=arguments.text_encoder or arguments.model)
     for prompt in arguments.prompt or PROMPTS:
@@ -128,3 +126,13 @@ def _prompts(
             runtime.encode(encoder, text, on_progress=progress.on_progress).conditioning for text in (prompt, "")
         )
         yield positive, negative
+
+
+def _random_prompts(transformer: Component, generator: torch.Generator) -> tuple[Conditioning, Conditioning]:
+    """What a positive and a negative prompt could be to a model: noise, of all that it reads of a prompt."""
+    family, config = transformer.family, transformer.config
+    texts = torch.randn(2, 1, RANDOM_TOKENS, family.text_width(config), generator=generator)
+    width = family.pooled_width(config)
+    pooled = torch.randn(2, 1, width, generator=generator) if width else (None, None)
+    positive, negative = (Conditioning(text=text, pooled=vector) for text, vector in zip(texts, pooled))
+    return positive, negative

@@ -171,11 +171,13 @@ def _outline(model: DiffusionModel, request: Request, ranks: Ranks) -> Outline:
     family, config, given = model.family, model.high_noise.config, request.given
     grid = family.grid(config, tuple(given.latent.shape[2:]))
     tokens = math.prod(grid)
+    texts = {name: prompt.text.shape[1] for name, prompt in given.prompts.items()}
+    behind = {name: family.text_in_sequence(config, length) for name, length in texts.items()}
     size = PassSize(
         batch=given.batch,
         tokens=tokens,
-        on_rank=ranks.sequence.chunk_of(tokens),
-        text_tokens=given.prompts["positive"].text.shape[1],
+        on_rank=ranks.sequence.chunk_of(tokens + max(behind.values())),
+        text_tokens=texts["positive"],
         per_token=model.conditioner.per_token(given),
     )
     itemsize = model.dtype.itemsize
@@ -185,7 +187,7 @@ def _outline(model: DiffusionModel, request: Request, ranks: Ranks) -> Outline:
         experts=tuple(map(model.name_at, schedule_of(request.spec, family))),
         known=_known(model, request),
         grid=grid,
-        own=ranks.sequence.own(tokens),
+        own=ranks.sequence.own(tokens, behind["positive"]),  # step caches look at the cond branch only
         branches=2 if guided and ranks.plan.cfg == 1 else 1,
         output=size.batch * size.on_rank * family.width(config) * itemsize,
         room=max(0, devices.room(model.device) - taken),

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PassSize:
-    """The size of a pass: `batch` videos of `tokens` tokens each, `on_rank` of them on a rank, next to `text_tokens`.
+    """The size of a pass: `batch` videos of `tokens` tokens each, next to `text_tokens`.
+
+    on_rank: tokens of the blocks' sequence on a rank, those of a text included where they stand in it.
 
     per_token: whether each token has a timestep of its own.
     """
@@ -20,19 +22,26 @@ class PassSize:
 
 
 @dataclass(frozen=True)
-class Work:
-    """FLOPs of a pass through the network (a product and a sum are two), of all ranks together.
+class BlockWork:
+    """FLOPs of a block (a product and a sum are two), of all ranks together.
 
-    products: of a block's self-attention, q k^T and its product with v. attention: of that with its projections.
-    block: of a whole block. rest: of what is in no block. blocks: how many there are.
+    products: of its self-attention, q k^T and its product with v. attention: of that with its projections. whole: of
+    all of it.
     """
 
     products: float
     attention: float
-    block: float
+    whole: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of a pass through the network. blocks: of each, in the order in which they compute, whatever their kinds.
+    rest: of what is in no block."""
+
+    blocks: tuple[BlockWork, ...]
     rest: float
-    blocks: int
 
     @property
     def whole(self) -> float:
-        return self.blocks * self.block + self.rest
+        return sum(block.whole for block in self.blocks) + self.rest

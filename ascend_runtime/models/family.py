@@ -42,7 +42,7 @@ class Part:
     rename: its own name of a tensor in any system; None: the tensor is no parameter.
     config: its config, read off the shapes of its tensors. Raises ValueError where they make none.
     other: what network tensors of these shapes are of, if it is one that is close to this one; else empty.
-    blocks: the prefix of its numbered blocks.
+    blocks: the prefixes of its numbered blocks: one a kind of blocks that has numbers of its own.
     check: raises ValueError, which names the file, for a config that cannot be used.
     hidden: what no shape shows of a config, and the values that it has where there is none.
     tokenizer_folder: where a text encoder's tokenizer lies next to the published file.
@@ -57,7 +57,7 @@ class Part:
     rename: Callable[[str], str | None]
     config: Callable[[Shapes], dict]
     other: Callable[[Shapes], str] = lambda shapes: ""
-    blocks: str = "blocks."
+    blocks: tuple[str, ...] = ("blocks.",)
     check: Callable[[dict, Path], None] = lambda config, file: None
     hidden: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: str | None = None
@@ -203,6 +203,15 @@ class Family(ABC):
     @abstractmethod
     def text_width(self, config: Mapping[str, Any]) -> int:
         """The channels of a text's tokens, as a transformer reads them."""
+
+    def pooled_width(self, config: Mapping[str, Any]) -> int:
+        """The channels of the one vector of a prompt that a transformer reads besides the text; 0: it reads none."""
+        return 0
+
+    def text_in_sequence(self, config: Mapping[str, Any], tokens: int) -> int:
+        """How many of a text's tokens stand behind the video's in the one sequence that the blocks compute, and whose
+        self-attention is joint: all of them, or none where the text has an attention of its own."""
+        return 0
 
     @abstractmethod
     def work(self, config: Mapping[str, Any], size: PassSize) -> Work:

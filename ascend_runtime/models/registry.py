@@ -14,6 +14,7 @@ from importlib import import_module
 from ..specs.jobs import OWN as OWN_SCHEDULE
 from ..specs.jobs import SIMPLE
 from .family import Family
+from .further import family_in
 
 FOLDERS = ("wan",)  # of families, here
 FURTHER = "ASCEND_VIDEO_FAMILIES"
@@ -23,7 +24,8 @@ FURTHER = "ASCEND_VIDEO_FAMILIES"
 def families() -> dict[str, Family]:
     """All families by name, in the order in which files are tried. Raises ValueError for a module that has none."""
     found = [import_module(f".{name}.family", __package__).FAMILY for name in FOLDERS]
-    found += map(_further, filter(None, map(str.strip, os.environ.get(FURTHER, "").split(","))))
+    named = filter(None, map(str.strip, os.environ.get(FURTHER, "").split(",")))
+    found += [family_in(module, FURTHER) for module in named]
     return {family.name: family for family in found}
 
 
@@ -49,14 +51,3 @@ def require_schedule(name: str) -> None:
 def vae_for(channels: int) -> str:
     """The name of a VAE whose latents have so many channels; empty where none is known."""
     return next(filter(None, (one.vae_for(channels) for one in families().values())), "")
-
-
-def _further(module: str) -> Family:
-    try:
-        found = import_module(module).FAMILY
-    except (ImportError, AttributeError) as error:
-        why = f"{FURTHER} names {module!r}, which is no module with a FAMILY ({error}). Correct the variable."
-        raise ValueError(why) from error
-    if not isinstance(found, Family):
-        raise ValueError(f"{FURTHER} names {module!r}, whose FAMILY is no ascend_runtime.models.family.Family.")
-    return found

@@ -143,6 +143,8 @@ def _forget_forward(modules: list[FSDPModule]) -> None:
     as by a cancel, has gathered."""
     for module in modules:
         group = module._get_fsdp_state()._fsdp_param_group
+        if group is None:  # of a network whose parameters are all in its units
+            continue
         group.wait_for_unshard()
         module.reshard()
         group.comm_ctx.post_forward_order.clear()

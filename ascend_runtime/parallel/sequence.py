@@ -31,7 +31,7 @@ class Sequence(Protocol):
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor: ...
 
-    def own(self, length: int) -> int: ...
+    def own(self, length: int, behind: int = 0) -> int: ...
 
     def chunk_of(self, length: int) -> int: ...
 
@@ -51,7 +51,7 @@ class WholeSequence:
     def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
         return (attend or self.dense)(query, key, value)
 
-    def own(self, length: int) -> int:
+    def own(self, length: int, behind: int = 0) -> int:
         return length
 
     def chunk_of(self, length: int) -> int:
@@ -93,9 +93,10 @@ class SpreadSequence:
         chunks = all_gather(x, self.group)  # [N, B, S/N, D]
         return chunks.transpose(0, 1).flatten(1, 2)[:, :length]
 
-    def own(self, length: int) -> int:
-        """Tokens of this rank's chunk of a sequence of `length`, without padding."""
-        chunk = self.chunk_of(length)
+    def own(self, length: int, behind: int = 0) -> int:
+        """Of the first `length` tokens of a sequence, those in this rank's chunk, without padding. behind: tokens that
+        follow them in the sequence, such as a text's behind a video's; they are not counted."""
+        chunk = self.chunk_of(length + behind)
         return min(max(length - self.rank * chunk, 0), chunk)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:

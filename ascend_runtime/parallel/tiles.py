@@ -8,7 +8,7 @@ own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Callable
 
@@ -97,10 +97,11 @@ class Tile:
             return [(rows, slice(None)) for rows in _ends((bottom, top), (above, below))]
         return [(slice(None), columns) for columns in _ends((right, left), (before, after))]
 
-    def fill_edges(self, x: Tensor, edges: Edges) -> Callable[[], None]:
+    def fill_edges(self, x: Tensor, edges: Edges, replicate: bool = False) -> Callable[[], None]:
         """Fills what lies around the tile in the middle of x [..., top + h + bottom, left + w + right]: by what
-        neighbours hold, or zeros beyond the edge of the plane. Begins with that, when all that `sent_first` names is in
-        x, and returns what ends it, to be called when the whole tile is.
+        neighbours hold, and beyond the edge of the plane by zeros, or with `replicate` by the plane's nearest pixel.
+        Begins with that, when all that `sent_first` names is in x, and returns what ends it, to be called when the
+        whole tile is.
 
         All tiles of the grid must ask, with the same edges. Sends, a rank, for each of the leading elements: w x bottom
         to the tile above, w x top to that below, (top + h + bottom) x right to the left one, and x left to the right
@@ -108,16 +109,27 @@ class Tile:
         """
         left, right, top, bottom = edges
         above, below, before, after = self._neighbours
+        begin_rows = partial(_fill_dim, dim=-2, sizes=(top, bottom), neighbours=(above, below), replicate=replicate)
+        begin_columns = partial(_fill_dim, x, -1, (left, right), (before, after), replicate)
         inner = x.narrow(-1, left, x.shape[-1] - left - right)
-        rows_arrive = _fill_dim(inner, -2, (top, bottom), (above, below))
-        if len(self.grid.heights) == 1:
-            return _fill_dim(x, -1, (left, right), (before, after))
+        if len(self.grid.heights) > 1:
+            rows_arrive = begin_rows(inner)
 
-        def end() -> None:
-            rows_arrive()
-            _fill_dim(x, -1, (left, right), (before, after))()
+            def end() -> None:
+                rows_arrive()
+                begin_columns()()
 
-        return end
+            return end
+        if not replicate:
+            begin_rows(inner)
+            return begin_columns()
+        columns_arrive = begin_columns()
+
+        def end_with_rows() -> None:  # which are made of the columns that have arrived
+            columns_arrive()
+            begin_rows(x)()
+
+        return end_with_rows
 
     @property
     def _neighbours(self) -> tuple[int | None, int | None, int | None, int | None]:
@@ -129,6 +141,14 @@ class Tile:
             self.index - 1 if self.column else None,
             self.index + 1 if self.column + 1 < columns else None,
         )
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sums of `values` over all tiles, in fp64 on the CPU: what a norm over the whole plane counts. All tiles
+        of the grid must ask. Travels over the control backend (Gloo)."""
+        values = values.cpu().to(torch.float64, copy=True)
+        if self.grid.tiles > 1:
+            dist.all_reduce(values, group=_group(self.grid.tiles))
+        return values
 
     def gather(self, tokens: Tensor) -> Tensor:
         """tokens [B, h*w, C] of all tiles, in a row [B, H*W, C]: that of the tiles, not that of the plane.
@@ -176,17 +196,21 @@ def _ends(sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> 
 
 
 def _fill_dim(
-    x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int | None, int | None]
+    x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int | None, int | None], replicate: bool
 ) -> Callable[[], None]:
     """Begins to fill the first and the last pixels of x along `dim` from the rank before and the rank after. Returns
-    what waits for them."""
+    what waits for them, and repeats the pixels at the plane's edge where that is wanted: they are there by then."""
     (first, last), length = sizes, x.shape[dim]
     borders = (x.narrow(dim, 0, first), x.narrow(dim, length - last, last))
     wanted = (x.narrow(dim, first, last), x.narrow(dim, length - last - first, first))  # by the neighbours
-    exchanges, arriving = [], []
-    for border, own, neighbour in zip(borders, wanted, neighbours):
+    nearest = (x.narrow(dim, first, 1), x.narrow(dim, length - last - 1, 1))
+    exchanges, arriving, repeated = [], [], []
+    for border, own, edge, neighbour in zip(borders, wanted, nearest, neighbours):
         if neighbour is None:
-            border.zero_()
+            if replicate:
+                repeated.append((border, edge))
+            else:
+                border.zero_()
             continue
         if own.numel():
             exchanges.append(dist.P2POp(dist.isend, own.clone(memory_format=torch.contiguous_format), neighbour))
@@ -198,7 +222,7 @@ def _fill_dim(
     def arrive() -> None:
         for work in under_way:
             work.wait()
-        for border, arrived in arriving:
+        for border, arrived in (*arriving, *repeated):
             border.copy_(arrived)
 
     return arrive

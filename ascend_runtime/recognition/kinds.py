@@ -53,7 +53,7 @@ def part_of(name: str) -> str:
 class Described:
     kind: Kind
     config: dict
-    first_blocks: tuple[int, ...]  # the number of the first block of each shard
+    first_blocks: tuple[tuple[int, ...], ...]  # of each shard, the number of its first block of each kind
     has_tokenizer: bool
     prefix: str  # before all its tensors' names
 
@@ -72,7 +72,7 @@ def described(part: str, shards: tuple[Path, ...], _: tuple) -> Described:
         stages = shards[0].parent != shard.parent
         with usable(shard, "the names of its tensors"):
             found = {own_name(kind, prefix, key): shape for key, shape in names.items()}
-            first_blocks.append(count(shapes, kind.part.blocks) if stages else 0)
+            first_blocks.append(tuple(count(shapes, prefix) if stages else 0 for prefix in kind.part.blocks))
             shapes |= {moved(kind, name, first_blocks[-1]): shape for name, shape in found.items() if name}
     _require_whole(kind, shards, shapes)
     with usable(shards[0], f"it as a {kind.what}"):
@@ -193,10 +193,10 @@ def _names(shard: Path) -> Shapes:
         return dict(file.shapes)
 
 
-def moved(kind: Kind, name: str, blocks: int) -> str:
-    """The name of the same parameter so many blocks later."""
-    prefix = kind.part.blocks
-    number, dot, rest = name.removeprefix(prefix).partition(".")
-    if not blocks or not name.startswith(prefix) or not number.isdecimal():
-        return name
-    return f"{prefix}{int(number) + blocks}{dot}{rest}"
+def moved(kind: Kind, name: str, blocks: tuple[int, ...]) -> str:
+    """The name of the same parameter so many blocks later. blocks: of each kind."""
+    for prefix, later in zip(kind.part.blocks, blocks):
+        number, dot, rest = name.removeprefix(prefix).partition(".")
+        if later and name.startswith(prefix) and number.isdecimal():
+            return f"{prefix}{int(number) + later}{dot}{rest}"
+    return name

@@ -8,7 +8,7 @@ from ascend_runtime.acceleration.attention_cache import AttentionCache
 from ascend_runtime.acceleration.block_cache import BlockCache
 from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.acceleration.tally import Tally
-from ascend_runtime.models.cost import Work
+from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.specs import Window
 from mindiesd import CacheAgent, CacheConfig
 
@@ -39,7 +39,7 @@ def agent_of(method, window, steps, blocks, **blocks_too):
 
 
 def ours(cache_kind, window, steps, blocks):
-    tally = Tally(Work(1.0, 1.0, 1.0, 1.0, blocks))
+    tally = Tally(Work((BlockWork(1.0, 1.0, 1.0),) * blocks, rest=1.0))
     return cache_kind(window, steps, blocks, tally), tally
 
 

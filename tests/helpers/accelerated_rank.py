@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ascend_runtime.wire import messages
 from ascend_runtime.acceleration.accelerators import Acceleration, Outline
 from ascend_runtime.models.shared.block_stack import At, BlockStack
-from ascend_runtime.models.cost import Work
+from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
 from ascend_runtime.engine.job import Job
 from ascend_runtime.engine.pipeline import Pipeline
@@ -78,7 +78,7 @@ def decisions(rank, ranks, *, seed, spec, steps, switch, parallel, guided):
              for expert in set(experts)}  # fmt: skip
     outline = Outline(
         experts=experts, known=known, grid=(1, 1, TOKENS), own=own.randint(0, TOKENS), branches=2, output=1,
-        room=10**9, ring=1, work=Work(1.0, 1.0, 1.0, 1.0, BLOCKS),
+        room=10**9, ring=1, work=Work((BlockWork(1.0, 1.0, 1.0),) * BLOCKS, rest=1.0),
     )  # fmt: skip
     acceleration = Acceleration(AccelerationSpec(step_cache=StepCacheSpec(**spec)), outline)
     left_out = []

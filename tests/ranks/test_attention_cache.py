@@ -11,7 +11,7 @@ from ascend_runtime.acceleration.block_cache import BlockCache
 from ascend_runtime.acceleration.accelerators import Acceleration, Outline
 from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.acceleration.tally import Tally
-from ascend_runtime.models.cost import Work
+from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, StepCacheSpec, Window
 from torch.testing import assert_close
 
@@ -22,7 +22,7 @@ PLANS = {"1 rank": (1, None), "cfg 2": (2, ParallelSpec(ranks=2, cfg_degree=2)),
 FORMULA = {"start": 2, "end": 7, "interval": 3, "first_block": 1, "last_block": 1}
 REUSED = [3, 4, 6, 7]
 CACHES = {"attention_cache": AttentionCacheSpec(**FORMULA), "block_cache": BlockCacheSpec(**FORMULA)}
-WORK = Work(products=2.0, attention=4.0, block=10.0, rest=10.0, blocks=9)
+WORK = Work((BlockWork(products=2.0, attention=4.0, whole=10.0),) * 9, rest=10.0)
 
 
 def sample(runtime, specs, acceleration=AccelerationSpec(), *, plan=None, guidance=3.0, low=None, **options):

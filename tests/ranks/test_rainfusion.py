@@ -13,7 +13,7 @@ from ascend_runtime.acceleration.bricks import bricks, by_frames, by_places, til
 from ascend_runtime.models.shared.block_stack import At
 from ascend_runtime.acceleration.rainfusion import RainFusion, version_of
 from ascend_runtime.acceleration.tally import Tally
-from ascend_runtime.models.cost import Work
+from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, RainFusionSpec
 from ascend_runtime.ops import PlainOperators, sparse
 from torch.nn.attention.flex_attention import flex_attention
@@ -54,14 +54,18 @@ def spelt_out_bricks(grid):
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_an_order_has_each_token_once_and_goes_back(name):
+@pytest.mark.parametrize("text", [0, 7, 300])
+def test_an_order_has_each_token_once_and_goes_back(name, text):
     for grid in some_grids(20):
-        order, tokens = ORDERS[name](grid), math.prod(grid)
+        order, video = ORDERS[name](grid, behind=text), math.prod(grid)
+        tokens = video + text
         assert order.tokens.sort().values.tolist() == list(range(tokens)), grid
         x = torch.randn(2, tokens, 3, 4)
         assert torch.equal(order.undone(order.of(x)), x) and order.of(x).is_contiguous()
-        first = {place // 128 for place, token in enumerate(order.tokens.tolist()) if token < grid[1] * grid[2]}
-        assert order.protected.nonzero().flatten().tolist() == sorted(first)
+        kept = {place // 128 for place, token in enumerate(order.tokens.tolist())
+                if token < grid[1] * grid[2] or token >= video}  # fmt: skip
+        assert order.protected.nonzero().flatten().tolist() == sorted(kept)
+        assert order.tokens[video:].tolist() == list(range(video, tokens))
 
 
 def test_a_mask_block_of_bricks_is_2_8_8():
@@ -287,7 +291,7 @@ def test_a_mask_is_chosen_anew_also_where_a_cache_leaves_out_the_step_that_would
     """Masks serve for two steps, from step 0 on; a cache computes the odd ones, so each step finds an older mask."""
     grid, plans = (2, 8, 16), []
     spec = RainFusionSpec(sparsity=0.8, start=0, refresh=2)
-    fusion = RainFusion(spec, grid, 8, 1, PlainOperators(), Tally(Work(1.0, 1.0, 1.0, 0.0, blocks=1)))
+    fusion = RainFusion(spec, grid, 8, 1, PlainOperators(), Tally(Work((BlockWork(1.0, 1.0, 1.0),), rest=0.0)))
     version, qkv = fusion._version, torch.randn(3, 1, math.prod(grid), 1, 16)
     fusion._version = lambda *given: (plans.append(given[-1] is not None), version(*given))[1]
     for step in (0, 1, 3, 5, 6, 7):
@@ -295,6 +299,20 @@ def test_a_mask_is_chosen_anew_also_where_a_cache_leaves_out_the_step_that_would
         fusion._tally.began(at)
         fusion.attention(at, 0, lambda attend: attend(*qkv))
     assert plans == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_a_text_behind_the_video_attends_to_all(version):
+    grid, text = (6, 8, 16), 20
+    spec = RainFusionSpec(version=version, sparsity=0.9, start=0)
+    fusion = RainFusion(spec, grid, 8, 1, PlainOperators(), Tally(Work((BlockWork(1.0, 1.0, 1.0),), rest=0.0)))
+    print(f"seed {SEED}")
+    qkv = torch.randn(3, 2, math.prod(grid) + text, 4, 16, generator=torch.Generator().manual_seed(SEED))
+    at = At("high_noise", "cond", 0)
+    fusion._tally.began(at)
+    made, dense = fusion.attention(at, 0, lambda attend: attend(*qkv)), PlainOperators().attention(*qkv)
+    assert_close(made[:, -text:], dense[:, -text:], atol=1e-5, rtol=0.0)
+    assert (made - dense)[:, :-text].abs().max() > 0.01
 
 
 def test_a_warm_up_changes_nothing(one_rank, specs, expected):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ascend_runtime import DiffusionModelSpec, SampleSpec, VideoSize
 from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.acceleration.tally import Tally
-from ascend_runtime.models.cost import Work
+from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.acceleration.step_cache import Expansion, StepCache
 from ascend_runtime.acceleration.step_rules import Always, FirstBlock, MagCache, Reference, TeaCache, polynomial
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
@@ -161,7 +161,7 @@ def alone():
 
 def run(rule, changes, always=(0,), most=100):
     """The steps that a cache leaves out whose first block, and whose timestep, are multiplied by 1 + change in each."""
-    tally, left_out = Tally(Work(1.0, 1.0, 1.0, 1.0, 2)), []
+    tally, left_out = Tally(Work((BlockWork(1.0, 1.0, 1.0),) * 2, rest=1.0)), []
     cache, value = StepCache(rule, always, most, 0, tally), 1.0
     for step, change in enumerate(changes):
         value *= 1 + change
@@ -209,7 +209,7 @@ class Told:
 @pytest.mark.parametrize("branches, seen", [(("cond", "uncond"), 1.0), (("cond",), 1.0), (("uncond",), None)])
 def test_the_cond_branch_decides_once_a_step(branches, seen):
     """And a rank that computes uncond alone counts nothing."""
-    rule, tally = Told(), Tally(Work(1.0, 1.0, 1.0, 1.0, 2))
+    rule, tally = Told(), Tally(Work((BlockWork(1.0, 1.0, 1.0),) * 2, rest=1.0))
     cache = StepCache(rule, (0,), 100, 0, tally)
     for step in range(2):
         for branch in branches:
@@ -248,7 +248,7 @@ def test_polynomials_are_numpys():
 def test_a_step_that_is_left_out_runs_no_block(alone):
     ran = []
     stack = BlockStack(lambda block, x: (ran.append(block), x + 1)[1], 5, lambda *_: torch.ones(1, 6, 2))
-    tally = Tally(Work(1.0, 1.0, 1.0, 1.0, 5))
+    tally = Tally(Work((BlockWork(1.0, 1.0, 1.0),) * 5, rest=1.0))
     cache = StepCache(FirstBlock(10.0, 3), (0,), 100, 0, tally)
     for step in range(2):
         tally.began(At("high_noise", "cond", step))

@@ -192,3 +192,11 @@ def test_grids(tiles, size, wanted):
     for rows, columns in places:
         covered[rows, columns] += 1
     assert (covered == 1).all()
+
+
+def test_borders_are_repeated_and_norms_are_of_the_whole_plane(tmp_path):
+    """For VAEs which have these (plane_rank.py says what is compared): 4 tiles, in rows, in columns and in both."""
+    gloo_ranks.run("plane_rank.py", tmp_path, 4)
+    for rank in range(4):
+        errors = json.loads((tmp_path / f"errors-{rank}.json").read_text())
+        assert len(errors) == 8 and max(errors.values()) < 2e-5, errors

@@ -69,6 +69,7 @@ class Conditioner(ABC):
     def __init__(self, family: Family, config: Mapping[str, Any], latents: Latents):
         self.config, self.latents = config, latents
         self.form, self.text_width = family.form(config), family.text_width(config)
+        self.pooled_width = family.pooled_width(config)
 
     def check(self, given: Given) -> None:
         """Raises ValueError, before any exchange, for what the network cannot honour."""
@@ -77,11 +78,12 @@ class Conditioner(ABC):
             check_shape("noise_mask", given.noise_mask, given.latent, channels=(1,))
         for name, prompt in given.prompts.items():
             self._check_text(name, prompt.text, given.batch)
+            if self.pooled_width:
+                self._check_pooled(name, prompt.pooled, given.batch)
             self.check_prompt(name, prompt, given)
 
-    @abstractmethod
     def check_prompt(self, name: str, prompt: Prompt, given: Given) -> None:
-        """Raises ValueError for what a branch is given besides its text and cannot be honoured."""
+        """Raises ValueError for what a branch is given besides its text and pooled vector and cannot be honoured."""
 
     @abstractmethod
     def branch(self, prompt: Prompt, given: Given, device: torch.device, dtype: torch.dtype) -> Branch:
@@ -116,6 +118,17 @@ class Conditioner(ABC):
                 "Encode the prompt with the text encoder that belongs to the model."
             )
         check_finite(text, f"The {name} conditioning")
+
+    def _check_pooled(self, name: str, pooled: Tensor | None, batch: int) -> None:
+        width = self.pooled_width
+        held = None if pooled is None else list(pooled.shape)
+        if held not in ([1, width], [batch, width]):
+            has = "no pooled vector" if held is None else f"a pooled vector of the shape {held}"
+            raise ValueError(
+                f"The {name} conditioning has {has}; this model reads [1, {width}], or one such for each of the "
+                f"{batch} videos of the latent. Encode the prompt with the text encoders that belong to the model."
+            )
+        check_finite(pooled, f"The {name} conditioning's pooled vector")
 
 
 def ready(tensor: Tensor, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -73,10 +73,10 @@ class StaticLinear(QuantizedLinear):
         return Static(self.input_scale, self.input_offset, self.deq_scale, self.quant_bias)
 
 
-def quantize(network: nn.Module, layers: Mapping[str, Layer], blocks: str) -> None:
+def quantize(network: nn.Module, layers: Mapping[str, Layer], blocks: tuple[str, ...]) -> None:
     """Puts such layers, on the meta device, into the place of those of these names; they compute with network.ops.
 
-    blocks: what the names of all layers in blocks begin with.
+    blocks: what the names of layers in blocks begin with.
 
     Raises ValueError for names of what is no linear layer of a block.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..cost import PassSize, Work
+from ..cost import BlockWork, PassSize, Work
 from .files.configs import filled
 
 FEW = 16  # video tokens a text token, up to which projecting the text again in each pass is felt: 1 % of a block at 8
@@ -33,8 +33,8 @@ def work_of(config: Mapping[str, Any], size: PassSize) -> Work:
     frames, height, columns = config["patch_size"]
     rest = 2 * tokens * width * frames * height * columns * (config["in_channels"] + config["out_channels"])
     rest += 2 * width * (config["freq_dim"] + config["text_dim"] + 8 * width)
-    flops = (float(size.batch * flops) for flops in (products, attention, block, rest))
-    return Work(*flops, blocks=config["num_layers"])
+    products, attention, block, rest = (float(size.batch * flops) for flops in (products, attention, block, rest))
+    return Work((BlockWork(products, attention, block),) * config["num_layers"], rest)
 
 
 def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
