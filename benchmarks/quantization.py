@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ascend_runtime.models.shared.quantized import WAYS, QuantizedLinear, linears, quantize
+from ascend_runtime.models.shared.quantized import QUANTIZATION_SCHEMES, QuantizedLinear, linears, quantize
 from ascend_runtime.checkpoints.reader import assign
 from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer
@@ -92,7 +92,7 @@ def block_inputs(network: nn.Module, tokens: int) -> tuple[Any, ...]:
 def in_8_bits(network: nn.Module, layers: list[str]) -> None:
     """Quantizes these layers of a network that is in memory."""
     weights = {name: network.get_submodule(name) for name in layers}
-    quantize(network, {name: WAYS["w8a8_dynamic"] for name in layers})
+    quantize(network, {name: QUANTIZATION_SCHEMES["w8a8_dynamic"] for name in layers})
     for name, layer in weights.items():
         made, scale = quantized_rows(layer.weight)
         for leaf, tensor in (("weight", made), ("weight_scale", scale), ("bias", layer.bias)):

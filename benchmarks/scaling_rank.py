@@ -19,7 +19,7 @@ from ascend_runtime.ops import PlainOperators
 from ascend_runtime.ops.plain import RotaryTable
 from ascend_runtime.parallel.cfg import computed, guided
 from ascend_runtime.parallel.mesh import mesh_of
-from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
+from ascend_runtime.parallel.sequence import SequenceLayout, WholeSequence, spread
 from ascend_runtime.specs import Plan
 
 DIM, FFN, HEADS, TEXT = 1536, 8960, 12, 512  # Wan 2.1 1.3B
@@ -66,14 +66,14 @@ class _Block:
         angles = draw(1, tokens, 1, DIM // HEADS // 2).repeat_interleave(2, -1)
         self.rotary = self.operators.rotary_table(angles.cos(), angles.sin())
 
-    def on(self, sequence: Sequence) -> Callable[[], Tensor]:
+    def on(self, sequence: SequenceLayout) -> Callable[[], Tensor]:
         """The block, run on what `sequence` gives this rank of the tokens; the prompt is the same in every run, and
         the tokens are where the block before this one left them, as in all blocks of a step but its first."""
         rotary = tuple(sequence.split(part).contiguous() for part in self.rotary)
         x = sequence.split(self.x).contiguous()
         return lambda: self._run(sequence, x, rotary)
 
-    def _run(self, sequence: Sequence, x: Tensor, rotary: RotaryTable) -> Tensor:
+    def _run(self, sequence: SequenceLayout, x: Tensor, rotary: RotaryTable) -> Tensor:
         for module in (self.block, self.block.attn1, self.block.attn2):
             module.ops = self.operators
         self.block.attn1.sequence = sequence

@@ -1,4 +1,4 @@
-"""What a pass through a network computes."""
+"""The FLOPs of a pass through a network."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PassSize:
-    """The size of a pass: `batch` videos of `tokens` tokens each, `on_rank` of them on a rank, next to `text_tokens`.
+    """The size of a pass. batch: the number of videos. tokens: of each video. on_rank: of these, the tokens on one
+    rank.
 
-    per_token: whether each token has a timestep of its own.
+    per_token: whether each token has its own timestep.
     """
 
     batch: int
@@ -21,10 +22,10 @@ class PassSize:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a pass through the network (a product and a sum are two), of all ranks together.
+    """FLOPs of a pass through the network on all ranks together; a multiply-add counts as two.
 
-    products: of a block's self-attention, q k^T and its product with v. attention: of that with its projections.
-    block: of a whole block. rest: of what is in no block. blocks: how many there are.
+    products: q k^T and its product with v in one block's self-attention. attention: the whole self-attention, including
+    projections. block: a whole block. rest: everything outside of blocks. blocks: the number of blocks.
     """
 
     products: float

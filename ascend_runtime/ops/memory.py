@@ -1,4 +1,4 @@
-"""How much memory a computation takes, told before it is done."""
+"""Predicts the peak memory of a computation by running it on the meta device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_leaves
 
 
 def most_allocated(compute: Callable[[], None]) -> int:
-    """Bytes of the tensors that `compute` makes, at the moment when they are most. On the meta device it does nothing
-    else; what kernels allocate inside is not seen."""
+    """The peak number of bytes of the tensors that `compute` creates. On the meta device nothing is computed. Does not
+    include what kernels allocate internally."""
     with torch.no_grad(), _Allocated() as allocated:
         compute()
     return allocated.most
 
 
 class _Allocated(TorchDispatchMode):
-    """Counts the storages that operations make, and those that are gone."""
+    """Tracks the storages that operations create and free."""
 
     def __init__(self):
         super().__init__()

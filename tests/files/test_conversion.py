@@ -287,7 +287,7 @@ def contents(folder):
 
 @pytest.fixture
 def in_small_steps(monkeypatch):
-    monkeypatch.setattr(writers, "PIECE", 2**18)
+    monkeypatch.setattr(writers, "WRITE_BYTES", 2**18)
     monkeypatch.setattr(transfer, "SYNC", 2**20)
 
 
@@ -345,7 +345,7 @@ def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch,
 def test_memory_is_that_of_a_piece(tmp_path, monkeypatch):
     """Of a network of 100 MB, in pieces of 1 MB."""
     source = random_wan.heavy_transformer(tmp_path / "source")
-    monkeypatch.setattr(writers, "PIECE", 2**20)
+    monkeypatch.setattr(writers, "WRITE_BYTES", 2**20)
 
     def grown(to):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -374,7 +374,7 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     source, target = tmp_path / "wan", tmp_path / "made"
     save_file(tensors, source)
     target.mkdir()
-    assert "made exists. Name another target" in refused(source, target, "diffusers")
+    assert "made exists. Give another target" in refused(source, target, "diffusers")
     target.rmdir()
     (tmp_path / "made.partial").mkdir()
     (tmp_path / "made.partial" / "own").touch()
@@ -396,7 +396,7 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     assert "--to was diffusers, is mindspeed" in refused(source, target, "mindspeed")
     assert "--dtype was keep, is fp32" in refused(source, target, "diffusers", dtype="fp32")
     os.utime(source, (1, 1))
-    assert "what SOURCE holds changed. To go on" in refused(source, target, "diffusers")
+    assert "what SOURCE holds changed. To resume" in refused(source, target, "diffusers")
     shutil.rmtree(tmp_path / "made.partial")
     with unfinished.unfinished(target, {}):
         assert "Another process is writing" in refused(source, target, "diffusers")
@@ -410,7 +410,7 @@ def test_a_target_is_refused_before_anything_is_written(tmp_path, tensors, refus
     target.symlink_to(tmp_path / "nothing")
     assert "link is a link to " in refused(source, target, "diffusers")
     for there in ("/", "..", ""):
-        assert "exists. Name another target" in refused(source, there, "diffusers")
+        assert "exists. Give another target" in refused(source, there, "diffusers")
     for nowhere in (source / "below_a_file", tmp_path / ("x" * 250)):
         told = refused(source, nowhere, "diffusers")
         assert "Errno" in told and "nothing was written" in told and "kept" not in told
@@ -460,7 +460,7 @@ def test_refusals_of_sources(tmp_path, tensors, refused):
         assert f"--shard-size {size}: " in said and "Give a number and a unit, such as 5GB" in said
     narrow = tiny_models.wan_transformer()
     narrow.save_pretrained(tmp_path / "narrow")
-    assert "has attention_head_dim 24" in refused(tmp_path / "narrow", target, "mindspeed")
+    assert "sets attention_head_dim to 24" in refused(tmp_path / "narrow", target, "mindspeed")
     vae = tiny_models.wan_vae()
     vae.save_pretrained(tmp_path / "vae")
     assert "vae: MindSpeed-MM's layout has only transformers; take --to diffusers" in refused(
@@ -475,7 +475,7 @@ def test_a_part_that_is_not_whole_is_not_left_out(tmp_path, checkpoints, refused
     (source / "vae").mkdir()
     assert "vae: " in refused(source, tmp_path / "other", "diffusers")
     said = refused(source, tmp_path / "other", "mindspeed")
-    assert "has attention_head_dim 24" in said, "for which the VAE is nothing"
+    assert "sets attention_head_dim to 24" in said, "for which the VAE is nothing"
     index = json.loads((source / "model_index.json").read_text())
     index["transformer_2"] = index["transformer"]
     (source / "model_index.json").write_text(json.dumps(index))

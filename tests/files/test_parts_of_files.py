@@ -82,7 +82,7 @@ def test_a_vae_behind_a_prefix(tmp_path, vae, expected, prefix):
 
 def test_several_networks_of_one_kind_are_named(tmp_path, tensors):
     torch.save(prefixed("generator.", tensors) | prefixed("generator_ema.", tensors), tmp_path / "wan.pt")
-    with pytest.raises(ValueError, match="wan.pt holds 2 networks that are a Wan transformer each: generator., gen"):
+    with pytest.raises(ValueError, match="wan.pt holds 2 networks, each a Wan transformer: generator., gen"):
         load(tmp_path / "wan.pt")
 
 
@@ -172,7 +172,7 @@ def test_one_shard_says_that_it_is_one(tmp_path, tensors, checkpoint):
     with pytest.raises(ValueError) as error:
         load(file)
     assert says in str(error.value) and "Download it again" not in str(error.value)
-    with pytest.raises(ValueError, match="wan lacks shard 1 of 2. Download what is missing"):
+    with pytest.raises(ValueError, match="wan lacks shard 1 of 2. Download the missing shards"):
         load(folder)
     whole = {name: x for name, x in tensors.items() if name != "blocks.1.ffn.2.weight"}
     save_file(whole, file)  # what a transformer is known by is there, a block's layer is not

@@ -53,7 +53,7 @@ def read(path, dtype, **which):
 def small_pieces(monkeypatch):
     """Three rows or so each; and whatever happens, no thread is left, and torch computes with as many as before."""
     before, computing = threading.enumerate(), torch.get_num_threads()
-    monkeypatch.setattr(pieces, "PIECE", 100)
+    monkeypatch.setattr(pieces, "READ_BYTES", 100)
     yield
     assert threading.enumerate() == before and torch.get_num_threads() == computing
 
@@ -152,7 +152,7 @@ def test_readers_wait_for_who_takes_the_tensors(tmp_path, monkeypatch, dtype):
     counts = []
     monkeypatch.setattr(os, "preadv", lambda *given, call=os.preadv: counts.append(call(*given)) or counts[-1])
     path, part = saved("safetensors", tmp_path / "file", tensors()), PARTS["rows"]
-    most = pieces.AHEAD * max(pieces.THREADS, torch.get_num_threads())
+    most = pieces.PIECES_PER_THREAD * max(pieces.THREADS, torch.get_num_threads())
     with open_tensors(path) as file, closing(read_in_pieces(file, wanted(file, dtype, part_of=part))) as made:
         taken = 0
         for name, tensor in made:

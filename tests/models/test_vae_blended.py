@@ -135,8 +135,8 @@ def test_chosen_when_and_only_when_the_whole_does_not_fit(vaes, small_tiles, roo
     assert (done("2.1", ours, work, given)[0] - exact).abs().max() > 10 * TOLERANCE
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    task = f"To {work} 80 x 40 pixels takes {whole / 1e9:.1f} GB, and {(whole - 1) / 1e9:.1f} GB are free"
-    assert task in record.getMessage() and "small tiles, which are blended" in record.getMessage()
+    task = f"To {work} 80 x 40 pixels takes {whole / 1e9:.1f} GB, but {(whole - 1) / 1e9:.1f} GB are free"
+    assert task in record.getMessage() and "small tiles are used, and blended" in record.getMessage()
 
 
 @pytest.mark.parametrize("name, work", CASES)

@@ -238,7 +238,9 @@ def test_weights_that_are_no_numbers(survivors, component, damaged, value):
 
 
 @COMPONENTS
-@pytest.mark.parametrize("size, says", [(0, "is empty (0 bytes)"), (100, "is not a whole"), (-1000, "is not a whole")])
+@pytest.mark.parametrize("size, says", [
+    (0, "is empty (0 bytes)"), (100, "is not a complete"), (-1000, "is not a complete")
+])  # fmt: skip
 def test_files_cut_short(survivors, component, damaged, size, says):
     path = damaged / component / WEIGHTS[component]
     with path.open("r+b") as file:
