@@ -1,4 +1,4 @@
-"""Carries the nodes' names and tooltips to where ComfyUI's page reads them, so that they are written once a language.
+"""Copies the nodes' names and tooltips to where ComfyUI's page reads them, so that each language is written once.
 
     .venv/bin/python scripts/make_node_texts.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCALES = REPOSITORY / "locales"
 DOCS = REPOSITORY / "web" / "docs"
-TABLES = {  # narrow, as the help stands in a side bar
+TABLES = {  # narrow, because the help is shown in a side bar
     "en": {"inputs": ("Inputs", "input", "what it does"), "outputs": ("Outputs", "output", "what it is"),
            "optional": " Optional.", "default": " Default: "},
     "zh": {"inputs": ("输入", "输入", "说明"), "outputs": ("输出", "输出", "说明"),
@@ -42,7 +42,7 @@ def node_definitions(nodes):
 
 
 def with_tables(page, node, texts, language):
-    """A help page (Markdown) whose tables of inputs and outputs say what the schema and the language's texts do."""
+    """A help page (Markdown) with tables of inputs and outputs from the schema and the language's texts."""
     for part, rows in (("inputs", _input_rows(node, texts, language)), ("outputs", _output_rows(node, texts))):
         title, *columns = TABLES[language][part]
         table = "\n".join([_row(columns), "|" + "---|" * len(columns), *map(_row, rows)])

@@ -107,7 +107,8 @@ def with_index(folder, **changes):
 
 
 @pytest.mark.parametrize("damage, kind, says", [
-    (lambda folder: shutil.rmtree(folder / "tokenizer"), "text_encoder", "Put the tokenizer's folder next to the text encoder"),
+    (lambda folder: shutil.rmtree(folder / "tokenizer"), "text_encoder",
+     "Put the tokenizer's folder next to the text encoder"),
     (lambda folder: wide(folder / "transformer_2"), "transformer_2", "Use two experts of one model"),
     (exchanged, "transformer_2", "the other way round"),
     (lambda folder: with_index(folder, boundary_ratio="abc"), "transformer", "boundary_ratio 'abc'"),

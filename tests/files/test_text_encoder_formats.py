@@ -136,7 +136,7 @@ def test_a_prompt_that_is_cut_says_how_long_it_is_and_where(tmp_path, theirs, sp
 def test_a_file_without_a_tokenizer_says_where_to_get_one(tmp_path, theirs, spiece):
     file = in_folder(tmp_path, formats.original_umt5(theirs), spiece)
     shutil.rmtree(tmp_path / "google")
-    with pytest.raises(ValueError, match="contains no tokenizer, .* google/umt5-xxl of Wan-AI/Wan2.1-T2V-1.3B .*ModelScope"):
+    with pytest.raises(ValueError, match="contains no tokenizer, .*google/umt5-xxl of Wan-AI/.*ModelScope"):
         load(file)
 
 
