@@ -17,8 +17,8 @@ BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelera
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file, one JSON object per line")
-    parser.add_argument("--quick", action="store_true", help="few runs and small sizes, only to show that the benchmark works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures, one JSON object per line")
+    parser.add_argument("--quick", action="store_true", help="few runs and small sizes, to show that it works")
     parser.add_argument("--models", type=Path, metavar="DIR", help="ascend: the folder that holds the published models")
     arguments = parser.parse_args()
     if arguments.models and "ascend" not in arguments.names:

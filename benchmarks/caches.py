@@ -72,8 +72,8 @@ def _measure(runtime: Runtime, folder: str, shape: tuple[int, ...], rounds: int)
 
     def make(name: str | None) -> None:
         spec = SampleSpec(steps=STEPS, guidance_scale=5.0)
-        acceleration = CACHES.get(name, AccelerationSpec())
-        result = runtime.sample(DiffusionModelSpec(path=folder), spec, torch.zeros(shape), *text, acceleration=acceleration)
+        model, acceleration = DiffusionModelSpec(path=folder), CACHES.get(name, AccelerationSpec())
+        result = runtime.sample(model, spec, torch.zeros(shape), *text, acceleration=acceleration)
         seconds[name].append(result.seconds["denoise"])
         if name is not None:
             ideals[name] = result.info["acceleration"]["predicted_speed_up"]

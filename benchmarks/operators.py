@@ -26,7 +26,7 @@ from ascend_runtime.specs.jobs import ATTENTIONS
 from .report import Failures, Row, context_of, leave_out, to_json
 
 EPS = 1e-6
-MEASURE = "largest |difference| divided by the largest |value| of torch's operator on the CPU in fp32, with equal inputs"
+MEASURE = "largest |difference| divided by the largest |value| of torch on the CPU in fp32, with equal inputs"
 # The allowed error. Rounding to bfloat16 has an error of at most 1/512, to float16 1/4096; a sum may have more.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
 LARGEST_FP8_ERROR = 5e-2  # MXFP8 has a mantissa of three bits

@@ -87,7 +87,8 @@ class _Comparison:
         dense, _ = self._dense
         videos, info = self._videos(spec)
         pairs = [(torch.from_numpy(one), torch.from_numpy(other)) for one, other in zip(dense, videos)]
-        whole = [torch.from_numpy(np.stack(some)) for some in (dense, videos)]  # of their mean error: a single video may have none
+        # All videos at once, for their mean error: a single video may have none.
+        whole = [torch.from_numpy(np.stack(some)) for some in (dense, videos)]
         found = {
             "psnr": (psnr(*whole), "dB", PSNR[preset]),
             "ssim": (fmean(mean_ssim(*pair) for pair in pairs), "", SSIM[preset]),

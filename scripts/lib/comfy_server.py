@@ -55,7 +55,7 @@ def free_port(wanted=None):
         try:
             listener.bind(("127.0.0.1", wanted or 0))
         except OSError as error:
-            raise OSError(f"port {wanted} of 127.0.0.1 is not available ({error.strerror}); name another one, or none "
+            raise OSError(f"port {wanted} of 127.0.0.1 is not available ({error.strerror}); give another one, or none "
                           "to get an unused one") from None
         return listener.getsockname()[1]
 

@@ -36,7 +36,7 @@ class DemoError(Exception):
 def parse_arguments():
     parser = argparse.ArgumentParser(prog="bash scripts/demo.sh", description=__doc__)
     parser.add_argument("--comfyui", metavar="DIR", type=Path,
-                        help="your ComfyUI, which is only read; by default the one that the pack lies in, else one "
+                        help="your ComfyUI, which is only read; by default the one that contains the pack, else one "
                              "that `comfy install` or PyPI gives")
     parser.add_argument("--ranks", metavar="N", type=_positive, help="processes that make the video together (2)")
     parser.add_argument("--prompt", metavar="TEXT", help="the prompt")

@@ -84,7 +84,7 @@ def inspect(python):
     (bool), packages (folders)."""
     answer = subprocess.run([str(python), "-c", _INSPECT], capture_output=True, text=True)
     if answer.returncode:
-        raise SetupError(f"{python} cannot be asked what it has:\n{answer.stderr.strip()}")
+        raise SetupError(f"{python} cannot list its packages:\n{answer.stderr.strip()}")
     return json.loads(answer.stdout)
 
 

@@ -135,10 +135,10 @@ def test_attention_of_parts_that_are_not_contiguous(fake):
 
 REFUSED = [
     ("a2", "fp8", torch.bfloat16, "'fp8', which only cards of the 950 series support; this card is a2"),
-    ("duo", "infer", torch.float16, "which a 300I Duo has not"),
-    ("duo", "laser", torch.float16, "which a 300I Duo has not"),
+    ("duo", "infer", torch.float16, "which a 300I Duo does not support"),
+    ("duo", "laser", torch.float16, "which a 300I Duo does not support"),
     ("duo", "fused", torch.bfloat16, "dtype is bfloat16, which a 300I Duo does not support"),
-    ("a5", "laser", torch.bfloat16, "which a card of the 950 series has not"),
+    ("a5", "laser", torch.bfloat16, "which a card of the 950 series does not support"),
     *(("a2", name, torch.float32, "bfloat16 or float16") for name in ("laser", "infer", "fastest")),
 ]
 

@@ -235,7 +235,7 @@ class Deaths:
 
     def __init__(self, patch, at=None):
         self.count, self._at = 0, at
-        places = ((transfer, "write"), (transfer, "lay_out"), (transfer, "sync"), (conversion, "sync"),
+        places = ((transfer, "write_at"), (transfer, "lay_out"), (transfer, "sync"), (conversion, "sync"),
                   (unfinished, "sync"), (unfinished.Unfinished, "record"), (Path, "rename"), (shutil, "copyfile"),
                   (shutil, "rmtree"))  # fmt: skip
         for owner, name in places:
@@ -454,13 +454,13 @@ def test_refusals_of_sources(tmp_path, tensors, refused):
     broken = tensors | {bias: torch.full((256,), float("nan"))}
     assert "NaN or infinite values in blocks.1.attn1.to_q.bias" in told(broken)
     large = tensors | {bias: torch.full((256,), 1e6)}
-    assert "up to 1e+06 in blocks.1.attn1.to_q.bias, which torch.float16 does not hold" in told(large, dtype="fp16")
+    assert "up to 1e+06 in blocks.1.attn1.to_q.bias, which exceed torch.float16" in told(large, dtype="fp16")
     for size in ("much", "0"):
         said = told(tensors, shard_size=size)
         assert f"--shard-size {size}: " in said and "Give a number and a unit, such as 5GB" in said
     narrow = tiny_models.wan_transformer()
     narrow.save_pretrained(tmp_path / "narrow")
-    assert "sets attention_head_dim to 24" in refused(tmp_path / "narrow", target, "mindspeed")
+    assert "has attention_head_dim 24" in refused(tmp_path / "narrow", target, "mindspeed")
     vae = tiny_models.wan_vae()
     vae.save_pretrained(tmp_path / "vae")
     assert "vae: MindSpeed-MM's layout has only transformers; take --to diffusers" in refused(
@@ -475,7 +475,7 @@ def test_a_part_that_is_not_whole_is_not_left_out(tmp_path, checkpoints, refused
     (source / "vae").mkdir()
     assert "vae: " in refused(source, tmp_path / "other", "diffusers")
     said = refused(source, tmp_path / "other", "mindspeed")
-    assert "sets attention_head_dim to 24" in said, "for which the VAE is nothing"
+    assert "has attention_head_dim 24" in said, "for which the VAE is nothing"
     index = json.loads((source / "model_index.json").read_text())
     index["transformer_2"] = index["transformer"]
     (source / "model_index.json").write_text(json.dumps(index))

@@ -168,7 +168,7 @@ def test_shards_without_a_config_are_one_network(tmp_path, tensors, expected):
 def test_one_shard_says_that_it_is_one(tmp_path, tensors, checkpoint):
     folder = shards(tmp_path / "wan", tensors, numbers=(2,))
     file = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
-    says = f"By its name it is shard 2 of 2 of one network. Give its folder, {folder}, in which all 2 must lie."
+    says = f"By its name it is shard 2 of 2 of one network. Give its folder, {folder}, which must contain all 2."
     with pytest.raises(ValueError) as error:
         load(file)
     assert says in str(error.value) and "Download it again" not in str(error.value)

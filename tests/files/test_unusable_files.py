@@ -182,7 +182,7 @@ def test_a_vae_that_enlarges_is_refused_before_it_decodes(tmp_path, checkpoint, 
         message = refused(path, "vae")
         assert f"{where} reads 3 channels and makes 12; RGB in patches of 1 x 1 has 3. It is a VAE" in message
         assert inspection.run(type("Arguments", (), {"path": str(path)})) == 1
-        assert "enlarges videos" in capsys.readouterr().out
+        assert "upscales videos" in capsys.readouterr().out
     edit(folder / "vae" / "config.json", out_channels=3, patch_size="x")
     assert "says patch_size 'x'. These must be integers above 0" in refused(folder, "vae")
 
@@ -206,7 +206,8 @@ def test_lightx2vs_scales_of_rows(tmp_path, tensors):
 def test_the_originals_config(tmp_path, tensors, heads):
     folder = formats.original_folder(tmp_path / "wan", tensors)
     edit(folder / "config.json", num_heads=heads)
-    assert f"{folder / 'config.json'} says num_heads {heads!r}, which does not divide the 256 channels" in refused(folder)
+    says = f"{folder / 'config.json'} says num_heads {heads!r}, which does not divide the 256 channels"
+    assert says in refused(folder)
 
 
 def edit(file, **changes):

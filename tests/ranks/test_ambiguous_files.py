@@ -141,7 +141,7 @@ def other_weights(folder):
     (lambda folder: (folder / "transformer" / "config.json").write_text("[]"), ["config.json", "not .* JSON object"]),
     (lambda folder: (folder / "transformer" / f"{WEIGHTS}.index.json").write_text("{}"), ["lacks weights"]),
     (lambda folder: edit(folder / "transformer" / "config.json", _class_name="AutoencoderKLWan"),
-        ["AutoencoderKLWan", "WanTransformer3DModel is wanted"]),
+        ["AutoencoderKLWan", "must hold a WanTransformer3DModel"]),
     (lambda folder: edit(folder / "transformer" / "config.json", in_channels=48),
         ["48", "must read 16", "or 36, as an image-to-video"]),
     (lambda folder: edit(folder / "vae" / "config.json", latents_mean=[0.0] * 48, latents_std=[1.0] * 48),

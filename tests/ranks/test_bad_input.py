@@ -345,5 +345,5 @@ def test_weights_that_a_dtype_does_not_hold(survivors, specs_of, damaged):
     path = change_tensors(damaged, "transformer", lambda tensors: tensors["proj_out.weight"].mul_(1e6))
     specs = specs_of(damaged)
     specs.model = DiffusionModelSpec(path=str(damaged), dtype="float16")
-    says = [str(path), "proj_out.weight", "which torch.float16 does not hold", "bfloat16"]
+    says = [str(path), "proj_out.weight", "which exceed torch.float16", "bfloat16"]
     assert_says(pytest.raises(ValueError, sample, survivors, specs), says)

@@ -218,7 +218,7 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize("name, part, value, says", [
-    ("wan 2.1", "clip_vision", None, ["no clip_vision_output", "Connect CLIP Vision Encode"]),
+    ("wan 2.1", "clip_vision", None, ["needs a clip_vision_output", "Connect CLIP Vision Encode"]),
     ("wan 2.1", "clip_vision", torch.zeros(1, 257, 99), ["[1, 257, 99]", "[1, tokens, 40]", "clip_vision_h"]),
     ("first and last frame", "clip_vision", torch.zeros(1, 257, 40), ["257 tokens", "514", "of both"]),
     ("wan 2.2", "clip_vision", torch.zeros(1, 257, 40), ["does not use one", "Disconnect"]),
