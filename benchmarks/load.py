@@ -157,7 +157,7 @@ def _mapped(pid: int, folder: Path) -> int:
 
 @dataclass
 class Peak:
-    """The highest sum of PSS seen."""
+    """The peak of the sum of PSS."""
 
     most: int = 0
 

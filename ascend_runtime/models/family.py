@@ -73,8 +73,8 @@ class LoraNames:
     left_out: why a key is left out that changes a further layer (given by name) or an unknown one (None).
     fused: parameters in files that replace several of the network's, or one with its rows in another order. split: the
         network's parameters in each.
-    made_for: a sentence about the model that a file was made for, from the shapes that do not fit, the model's shapes
-        and the reasons of `left_out`; empty if unknown.
+    made_for: (the shapes that do not fit, the model's shapes, the reasons of `left_out`) -> a sentence about the model
+        that a file was made for; empty if unknown.
     """
 
     spellings: Callable[[set[str]], dict[str, str]]

@@ -33,12 +33,12 @@ class Sharding:
 @lru_cache(maxsize=None)
 def sharding_of(kind: str, world_size: int, tp: int, fsdp: bool) -> Sharding:
     """How weights are sharded over `world_size` ranks on `kind` devices. Collective: all ranks must call it."""
-    shared = fsdp and tp < world_size
-    if tp == 1 and not shared:
+    sharded = fsdp and tp < world_size
+    if tp == 1 and not sharded:
         return Sharding()
     mesh = weights_mesh(kind, tp)
     return Sharding(
-        TensorParallel(mesh["tp"].get_group()) if tp > 1 else WholeWeights(), mesh["fsdp"] if shared else None
+        TensorParallel(mesh["tp"].get_group()) if tp > 1 else WholeWeights(), mesh["fsdp"] if sharded else None
     )
 
 
@@ -77,13 +77,13 @@ class ShardedWeights:
         part = [slice(0, size) for size in shape]
         if (dim := self._cut(name)) is not None:
             part[dim] = slice_of(shape[dim], self.sharding.tp)
-        if self._shared(name):
+        if self._is_sharded(name):
             part[0] = _rows(part[0], self.sharding.mesh)
         return tuple(part) if part != [slice(0, size) for size in shape] else None
 
     def parameter(self, network: nn.Module, name: str, part: Tensor) -> Tensor:
         """The parameter to set, from the part that was read."""
-        if not self._shared(name):
+        if not self._is_sharded(name):
             return part
         like = network.get_parameter(name)
         assert part.shape == like.to_local().shape, (name, part.shape, like.to_local().shape)
@@ -94,7 +94,7 @@ class ShardedWeights:
     def _cut(self, name: str) -> int | None:
         return self.cut_dim(name) if self.sharding.tp.degree > 1 else None
 
-    def _shared(self, name: str) -> bool:
+    def _is_sharded(self, name: str) -> bool:
         return self.sharding.mesh is not None and not self.replicated(name)
 
     def _shard(self, network: nn.Module) -> None:

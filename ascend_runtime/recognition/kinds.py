@@ -45,7 +45,7 @@ def kinds(part: str | None = None) -> list[Kind]:
 
 
 def part_of(name: str) -> str:
-    """The part that a folder of this name holds: a second expert is a transformer like the first."""
+    """The part in a folder of this name: transformer_2 holds a transformer too."""
     return TRANSFORMER if name == TRANSFORMER + EXPERT else name
 
 

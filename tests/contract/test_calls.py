@@ -139,7 +139,7 @@ REFUSED = [
     ("duo", "laser", torch.float16, "which a 300I Duo does not support"),
     ("duo", "fused", torch.bfloat16, "dtype is bfloat16, which a 300I Duo does not support"),
     ("a5", "laser", torch.bfloat16, "which a card of the 950 series does not support"),
-    *(("a2", name, torch.float32, "bfloat16 or float16") for name in ("laser", "infer", "fastest")),
+    *(("a2", name, torch.float32, "bfloat16 and float16") for name in ("laser", "infer", "fastest")),
 ]
 
 
