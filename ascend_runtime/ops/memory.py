@@ -31,17 +31,17 @@ class _Allocated(TorchDispatchMode):
         made = operator(*arguments, **(keywords or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                self._allocate(tensor.untyped_storage())
         return made
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self._now += size
             self.most = max(self.most, self._now)
-            weakref.finalize(storage, self._forget, key, size)
+            weakref.finalize(storage, self._free, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size

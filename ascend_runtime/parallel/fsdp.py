@@ -107,7 +107,7 @@ class ShardedWeights:
         for unit, following in zip((network, *self.units), self.units):
             # not set_modules_to_forward_prefetch, which keeps the gathered weights of a third unit for longer
             unit.register_forward_pre_hook(lambda *_, following=following: _gather_ahead(following))
-        network.register_forward_hook(lambda *_: _forget_forward([*self.units, network]), always_call=True)
+        network.register_forward_hook(lambda *_: _reset_forward([*self.units, network]), always_call=True)
 
     def _fully_shard(self, module: nn.Module, whole: set[nn.Parameter]) -> None:
         """Raises ValueError if this torch version cannot shard 8-bit weights (pytorch/pytorch#177844)."""
@@ -138,7 +138,7 @@ def _gather_ahead(unit: FSDPModule) -> None:
     unit.unshard(async_op=True)
 
 
-def _forget_forward(modules: list[FSDPModule]) -> None:
+def _reset_forward(modules: list[FSDPModule]) -> None:
     """Resets FSDP2's state after a forward: it records each forward for a backward, which never follows here, and keeps
     what an interrupted forward has gathered."""
     for module in modules:

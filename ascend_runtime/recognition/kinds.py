@@ -119,20 +119,20 @@ def is_part(part: str, file: Path) -> bool:
 def is_kind(kind: Kind, file: Path) -> bool:
     """Whether a file holds a network of this kind. Raises ValueError if it cannot be read, or holds several of them.
     The result, an error included, is cached until the file changes, whichever link leads to it."""
-    known = _known_kinds(content_state(file))
-    if kind not in known:
+    cached = _cached_kinds(content_state(file))
+    if kind not in cached:
         try:
-            known[kind] = _fits(kind, file), "", str(file)
+            cached[kind] = _fits(kind, file), "", str(file)
         except ValueError as error:
-            known[kind] = False, str(error), str(file)
-    fits, fault, first = known[kind]
+            cached[kind] = False, str(error), str(file)
+    fits, fault, first = cached[kind]
     if fault:
         raise ValueError(fault.replace(first, str(file)))
     return fits
 
 
 @lru_cache(maxsize=64)
-def _known_kinds(state: tuple) -> dict[Kind, tuple[bool, str, str]]:
+def _cached_kinds(state: tuple) -> dict[Kind, tuple[bool, str, str]]:
     """The cached results for a file in this state, by kind: (whether it is one, the error if any, its path then)."""
     return {}
 

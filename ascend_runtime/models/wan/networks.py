@@ -24,15 +24,15 @@ ENCODER = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "
 
 def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn.Module:
     if part == TRANSFORMER:
-        return WanTransformer(_known(config, WanTransformer3DModel), tp or WholeWeights())
+        return WanTransformer(_accepted(config, WanTransformer3DModel), tp or WholeWeights())
     with torch.device("meta"):
         if part != TEXT_ENCODER:
-            return AutoencoderKLWan.from_config(_known(config, AutoencoderKLWan))
+            return AutoencoderKLWan.from_config(_accepted(config, AutoencoderKLWan))
         model = UMT5EncoderModel(UMT5Config.from_dict({key: config[key] for key in ENCODER if key in config}))
         model.set_input_embeddings(model.shared)  # one shared module: FSDP2 gathers each module's own parameters
         return model
 
 
-def _known(config: Mapping[str, Any], network: type) -> dict[str, Any]:
+def _accepted(config: Mapping[str, Any], network: type) -> dict[str, Any]:
     """The config fields that are parameters of a network class: diffusers would print the others unescaped."""
     return {key: value for key, value in config.items() if key in inspect.signature(network.__init__).parameters}

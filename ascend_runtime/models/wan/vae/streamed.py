@@ -220,17 +220,17 @@ def encoded(vae: AutoencoderKLWan, video: Iterable[Tensor], tile: Tile) -> Itera
 
 
 def _decode(vae: AutoencoderKLWan, frame: Tensor, stream: Stream, first: bool) -> Tensor:
-    with _seen_by(vae, stream):
+    with _streaming(vae, stream):
         return vae.decoder(vae.post_quant_conv(frame[None, :, None]), first_chunk=first)
 
 
 def _encode(vae: AutoencoderKLWan, frames: Tensor, stream: Stream) -> Tensor:
-    with _seen_by(vae, stream):
+    with _streaming(vae, stream):
         return vae.quant_conv(vae.encoder(_patched(vae, frames.unsqueeze(0))))[0, : vae.config.z_dim, 0]
 
 
 @contextmanager
-def _seen_by(vae: AutoencoderKLWan, stream: Stream):
+def _streaming(vae: AutoencoderKLWan, stream: Stream):
     """Attaches the stream to all modules for one pass; between passes another video may begin."""
     parts = [module for module in vae.modules() if type(module) in STREAMED_CLASSES.values()]
     for part in parts:
