@@ -40,19 +40,19 @@ class TilePerRank:
         """Decodes a latent [C,T,H,W] to pieces of frames [3,t,h,w] in -1..1."""
         vae, tile = self._vae, self._tile
         made = iter(()) if tile is None else vae.decoded(_latent_chunks(vae, latent, tile.place()), tile)
-        place = (slice(0), slice(0)) if tile is None else tile.place(vae.form.spatial)
+        area = (slice(0), slice(0)) if tile is None else tile.place(vae.form.spatial)
         for chunk in vae.chunks(latent.shape[1]):
             on_chunk()
-            yield (_frames_of(vae, chunk), *place), next(made, None)
+            yield (_frames_of(vae, chunk), *area), next(made, None)
 
     def encoded(self, frames: Tensor, on_chunk: Callable[[], None]) -> OutputPieces:
         """Encodes frames [T,H,W,3] in 0..1 to pieces of a latent [C,t,h,w]."""
         vae, tile = self._vae, self._tile
         made = iter(()) if tile is None else vae.encoded(_frame_chunks(vae, self.own(frames)), tile)
-        place = (slice(0), slice(0)) if tile is None else tile.place()
+        area = (slice(0), slice(0)) if tile is None else tile.place()
         for chunk in vae.chunks(_latent_length(vae, frames)):
             on_chunk()
-            yield (chunk, *place), next(made, None)
+            yield (chunk, *area), next(made, None)
 
 
 class TilesInTurn:
@@ -65,18 +65,18 @@ class TilesInTurn:
         return frames[..., :3]
 
     def decoded(self, latent: Tensor, on_chunk: Callable[[], None]) -> OutputPieces:
-        def crop(place: Area) -> Iterator[Tensor]:
-            return (on_chunk() or chunk for chunk in _latent_chunks(self._vae, latent, place))
+        def crop(area: Area) -> Iterator[Tensor]:
+            return (on_chunk() or chunk for chunk in _latent_chunks(self._vae, latent, area))
 
-        for place, made in self._blended.decoded(*latent.shape[2:], crop):
-            yield (slice(None), *place), made
+        for area, made in self._blended.decoded(*latent.shape[2:], crop):
+            yield (slice(None), *area), made
 
     def encoded(self, frames: Tensor, on_chunk: Callable[[], None]) -> OutputPieces:
-        def crop(place: Area) -> Iterator[Tensor]:
-            return (on_chunk() or chunk for chunk in _frame_chunks(self._vae, _crop(frames, place)))
+        def crop(area: Area) -> Iterator[Tensor]:
+            return (on_chunk() or chunk for chunk in _frame_chunks(self._vae, _crop(frames, area)))
 
-        for place, made in self._blended.encoded(*frames.shape[1:3], crop):
-            yield (slice(None), *place), made
+        for area, made in self._blended.encoded(*frames.shape[1:3], crop):
+            yield (slice(None), *area), made
 
 
 def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int) -> TilePerRank | TilesInTurn:
@@ -120,15 +120,15 @@ def margin(device: torch.device) -> float:
 # A VAE's inputs
 
 
-def _crop(frames: Tensor, place: Area) -> Tensor:
+def _crop(frames: Tensor, area: Area) -> Tensor:
     """A view of an area of frames [T,H,W,C], without alpha."""
-    return frames[(slice(None), *place)][..., :3]
+    return frames[(slice(None), *area)][..., :3]
 
 
-def _latent_chunks(vae: VideoVae, latent: Tensor, place: Area) -> Iterator[Tensor]:
+def _latent_chunks(vae: VideoVae, latent: Tensor, area: Area) -> Iterator[Tensor]:
     """Chunks [C,t,h,w] of an area of a latent [C,T,H,W], on the VAE's device."""
     for chunk in vae.chunks(latent.shape[1]):
-        yield latent[(slice(None), chunk, *place)].to(vae.device, vae.dtype)
+        yield latent[(slice(None), chunk, *area)].to(vae.device, vae.dtype)
 
 
 def _frame_chunks(vae: VideoVae, frames: Tensor) -> Iterator[Tensor]:

@@ -87,11 +87,11 @@ def decode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -
     height, width: of the latent. crop: yields the latent frames [C, h, w] of an area of it.
     """
 
-    def make(place: Area) -> Tensor:
-        return torch.cat([x.float().cpu() for x in wan_vae.decoder_output(vae, crop(place), _whole_tile(place))], dim=2)
+    def make(area: Area) -> Tensor:
+        return torch.cat([x.float().cpu() for x in wan_vae.decoder_output(vae, crop(area), _whole_tile(area))], dim=2)
 
-    for place, made in _blend(vae, "decode").run(height, width, make):
-        yield _scaled(place, vae.config.patch_size or 1), wan_vae.unpatched(vae, made).clamp(-1, 1)[0]
+    for area, made in _blend(vae, "decode").run(height, width, make):
+        yield _scaled(area, vae.config.patch_size or 1), wan_vae.unpatched(vae, made).clamp(-1, 1)[0]
 
 
 def encode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
@@ -101,21 +101,21 @@ def encode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -
     """
     patch = vae.config.patch_size or 1
 
-    def make(place: Area) -> Tensor:
-        frames = wan_vae.encoded(vae, crop(_scaled(place, patch)), _whole_tile(place))
+    def make(area: Area) -> Tensor:
+        frames = wan_vae.encoded(vae, crop(_scaled(area, patch)), _whole_tile(area))
         return torch.stack([x.float().cpu() for x in frames], dim=1)
 
     yield from _blend(vae, "encode").run(height // patch, width // patch, make)
 
 
-def _whole_tile(place: Area) -> Tile:
+def _whole_tile(area: Area) -> Tile:
     """A tile without neighbours."""
-    rows, columns = place
+    rows, columns = area
     return single_tile(rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _scaled(place: Area, scale: int) -> Area:
-    rows, columns = (slice(side.start * scale, side.stop * scale) for side in place)
+def _scaled(area: Area, scale: int) -> Area:
+    rows, columns = (slice(side.start * scale, side.stop * scale) for side in area)
     return rows, columns
 
 
@@ -127,7 +127,7 @@ class WanBlendedTiles(BlendedTiles):
         return tiles_of(self._network, work, height, width)
 
     def decoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
-        return decode_blended(self._network, height, width, lambda place: (frame.squeeze(1) for frame in crop(place)))
+        return decode_blended(self._network, height, width, lambda area: (frame.squeeze(1) for frame in crop(area)))
 
     def encoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
         return encode_blended(self._network, height, width, crop)

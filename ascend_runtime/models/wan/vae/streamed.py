@@ -63,8 +63,8 @@ class Stream:
             past.copy_(kept)
         new = out[..., before:, :, :]
         inner = new[..., top : top + height, left : left + width]
-        for place in self.tile.sent_first(edges):
-            write(inner[(..., *place)], x[(..., *place)])
+        for area in self.tile.sent_first(edges):
+            write(inner[(..., *area)], x[(..., *area)])
         arrive = self.tile.fill_edges(new, edges)
         write(inner, x)
         arrive()
