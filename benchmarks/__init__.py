@@ -1,1 +1,1 @@
-"""Measurements of the runtime, each beside what it is measured against: `python -m benchmarks NAME --json FILE`."""
+"""Benchmarks of the runtime, each with its baseline: `python -m benchmarks NAME --json FILE`."""

@@ -1,4 +1,4 @@
-"""Runs benchmarks by name, prints a table, and writes one JSON object a line."""
+"""Runs benchmarks by name, prints a table, and writes one JSON object per line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelera
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="writes the figures there, one JSON object a line")
-    parser.add_argument("--quick", action="store_true", help="few runs and small sizes: shows that it works, no more")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="ascend: where the published models' folders lie")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures, one JSON object per line")
+    parser.add_argument("--quick", action="store_true", help="few runs and small sizes, to show that it works")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="ascend: the folder that holds the published models")
     arguments = parser.parse_args()
     if arguments.models and "ascend" not in arguments.names:
-        parser.error("--models is an option of ascend alone")
+        parser.error("only ascend has --models")
     rows = []
     try:
         with arguments.json.open("w") if arguments.json else nullcontext() as file:

@@ -1,5 +1,5 @@
-"""What accelerators save and what they cost: caches against their ideal, sparse attention against its bound, 8 bits
-against floats, and presets on the embedded model."""
+"""Accelerators: caches against their ideal, sparse attention against its bound, 8 bits against floating point, and
+presets on the embedded model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a machine with accelerators makes of the operators, the parallel modes and the published workloads.
+"""Operators, parallel modes and published workloads on a machine with accelerators.
 
-It takes the device that is there: NPUs, CUDA devices, or the CPU, where everything is tiny and shows no more than that
-the benchmark works.
+Uses the available device: NPUs, CUDA devices, or the CPU, where everything is tiny and only shows that the benchmark
+works.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def run(quick: bool, models: Path | None = None) -> Iterator[Row]:
 
 
 def _operators(kind: str, quick: bool, failures: Failures) -> Iterator[Row]:
-    """In a process of their own: it has the ranks' environment, may die of an operator, and leaves the card empty."""
+    """In a separate process: it has the ranks' environment, an operator may crash it, and it leaves the card empty."""
     environment = rank_environment(kind, os.environ, {})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"

@@ -1,7 +1,7 @@
-"""The denoise loop with each cache against the loop that computes all: how much of what the FLOPs promise is seen.
+"""The denoising loop with each cache against the loop without: how much of the speed-up in FLOPs is reached.
 
-A network of Wan's form with random weights makes a video on one rank, all cores. What a cache decides from data is
-forced to leave out two steps of three, so that random weights do.
+A network of Wan's architecture with random weights makes a video on one rank with all cores. Caches that decide by data
+are forced to skip two of three steps, so that random weights suffice.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def _write(folder: Path, heads: int) -> None:
 
 
 def _measure(runtime: Runtime, folder: str, shape: tuple[int, ...], rounds: int) -> tuple[dict, dict[str, float]]:
-    """(seconds of each round by the cache's name, None where all is computed; the speed-ups that FLOPs promise)."""
+    """(seconds of each round by the cache's name, None without a cache; the speed-ups by FLOPs)."""
     text = torch.randn(2, 1, 20, TEXT, generator=torch.Generator().manual_seed(1))
     seconds: dict[str | None, list[float]] = {name: [] for name in (None, *CACHES)}
     ideals = {}
 
     def make(name: str | None) -> None:
         spec = SampleSpec(steps=STEPS, guidance_scale=5.0)
-        asked = CACHES.get(name, AccelerationSpec())
-        result = runtime.sample(DiffusionModelSpec(path=folder), spec, torch.zeros(shape), *text, acceleration=asked)
+        model, acceleration = DiffusionModelSpec(path=folder), CACHES.get(name, AccelerationSpec())
+        result = runtime.sample(model, spec, torch.zeros(shape), *text, acceleration=acceleration)
         seconds[name].append(result.seconds["denoise"])
         if name is not None:
             ideals[name] = result.info["acceleration"]["predicted_speed_up"]

@@ -1,4 +1,4 @@
-"""Seconds of loading a checkpoint that is not in the kernel's memory, against reading its files once."""
+"""Seconds to load a checkpoint that is not in the page cache, against reading its files once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .report import Row, context_of
 
 RANKS, ROUNDS = 2, 3
 BAR = 1.3
-CHUNK = 16 * 2**20  # bytes a read call
+CHUNK = 16 * 2**20  # bytes per read call
 
 
 def run(model: DiffusionModelSpec, files: list[Path], quick: bool) -> Iterator[Row]:
-    """Two ranks, each with all weights or with a share of them; each load right after a read of the same files."""
+    """Two ranks, each with all weights or with a shard of them; each load follows a read of the same files."""
     for name, fsdp in (("cold_vs_read", False), ("cold_vs_read_fsdp", True)):
         parallel = ParallelSpec(ranks=RANKS, fsdp=fsdp)
         with Runtime(parallel, device="cpu") as runtime:
-            runtime.load(model=model, parallel=parallel)  # what comes with the first job
+            runtime.load(model=model, parallel=parallel)  # loads what the first job needs
             rounds = [_round(runtime, model, parallel, files) for _ in range(1 if quick else ROUNDS)]
         context = context_of(
             quick,
@@ -42,10 +42,10 @@ def _round(runtime: Runtime, model: DiffusionModelSpec, parallel: ParallelSpec, 
 
 
 def _seconds(work: Callable[[], object], files: list[Path]) -> float:
-    """Of `work`, with nothing of the files in the kernel's memory."""
+    """Seconds of `work`, with none of the files in the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)  # what is not written yet would stay
+        os.fsync(descriptor)  # unwritten pages would stay in the page cache
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""What loading a checkpoint under FSDP costs each of 1, 2 and 4 ranks: bytes read, memory at most, weights held.
+"""Loading a checkpoint under FSDP on 1, 2 and 4 ranks: bytes read, peak memory, weights held by each rank.
 
-All figures are the kernel's (proc(5)), of the ranks as they are, above what the same ranks take when idle. Idle is
-after the same job, its weights freed, so that libraries which come with the first job are not counted as weights.
-The ranks' malloc gives back at once what is freed (`memory.GIVES_BACK`).
+All figures come from the kernel (proc(5)), for unmodified ranks, above the memory of the same ranks when idle. Idle
+means after the same job with its weights freed, so that libraries loaded by the first job do not count as weights.
+The ranks' malloc returns freed memory immediately (`memory.GIVES_BACK`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .report import Row, context_of
 
 RANKS = (1, 2, 4)
 DTYPE = torch.bfloat16
-# Wan 1.3B in width, with so many blocks that it weighs 4 GB
+# the width of Wan 1.3B, with as many blocks as make 4 GB
 WIDTHS = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096, "num_layers": 42}
 QUICK_WIDTHS = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 2048, "text_dim": 256, "num_layers": 12}
 SIZE = VideoSize(width=64, height=64, num_frames=5)
@@ -44,12 +44,12 @@ POLL = 0.05  # seconds
 def run(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = _write(Path(folder) / "checkpoint", QUICK_WIDTHS if quick else WIDTHS)
-        beside = 0
+        step_bytes = 0
         for ranks in tqdm(RANKS, desc="groups of ranks"):
             measured = _measure(checkpoint, ranks)
-            if ranks == 1:  # which gathers nothing
-                beside = measured.held[0] - measured.kept[0]
-            yield from _figures(measured, beside, checkpoint, ranks, quick)
+            if ranks == 1:  # without communication
+                step_bytes = measured.held[0] - measured.kept[0]
+            yield from _figures(measured, step_bytes, checkpoint, ranks, quick)
         yield from cold_load.run(_spec(checkpoint), sorted(checkpoint.path.rglob("*.safetensors")), quick)
 
 
@@ -65,7 +65,7 @@ class Checkpoint:
 
 
 def _write(folder: Path, widths: dict[str, int]) -> Checkpoint:
-    """A diffusers folder with a transformer of random weights, in the dtypes in which they are kept."""
+    """A diffusers folder with a transformer of random weights, in the dtypes in which ranks keep them."""
     with torch.device("meta"):
         network = WanTransformer3DModel(**widths)
     dtypes = {name: torch.float32 if keeps_fp32(name) else DTYPE for name in network.state_dict()}
@@ -91,7 +91,7 @@ def _check_room(folder: Path, nbytes: int) -> None:
         )
 
 
-# What a group of ranks makes of it
+# Measurements on a group of ranks
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,19 @@ def _spec(checkpoint: Checkpoint) -> DiffusionModelSpec:
 
 
 def _sample(runtime: Runtime, checkpoint: Checkpoint) -> None:
-    """One step of a video so small that it takes no memory to speak of."""
+    """One step of a video so small that its memory is negligible."""
     spec = SampleSpec(steps=1, guidance_scale=1.0, solver="euler")
     text = torch.randn(1, TOKENS, checkpoint.text_dim)
     runtime.sample(_spec(checkpoint), spec, torch.zeros(SIZE.latent_shape()), text)
 
 
 def _read_calls(pid: int) -> int:
-    """Bytes that a process was given by read calls, whether they came from a disk or from the kernel's memory."""
+    """Bytes that read calls returned to a process, whether from disk or from the page cache."""
     return int(re.search(r"^rchar: (\d+)", Path(f"/proc/{pid}/io").read_text(), re.M)[1])
 
 
 def _mapped(pid: int, folder: Path) -> int:
-    """Bytes of the folder's files that a process has mapped and touched: these no read call tells of."""
+    """Bytes of the folder's files that a process has mapped and touched, which read calls do not count."""
     total, counts = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
@@ -157,14 +157,14 @@ def _mapped(pid: int, folder: Path) -> int:
 
 @dataclass
 class Peak:
-    """The highest sum of PSS seen."""
+    """The peak of the sum of PSS."""
 
     most: int = 0
 
 
 @contextmanager
 def _peak(pids: list[int]) -> Iterator[Peak]:
-    """Looks every POLL seconds, and once at the end."""
+    """Samples every POLL seconds, and once at the end."""
     peak, ended = Peak(), threading.Event()
 
     def look() -> None:
@@ -184,8 +184,8 @@ def _peak(pids: list[int]) -> Iterator[Peak]:
     look()
 
 
-def _figures(measured: Measured, beside: int, checkpoint: Checkpoint, ranks: int, quick: bool) -> Iterator[Row]:
-    """beside: bytes that a step takes beside weights."""
+def _figures(measured: Measured, step_bytes: int, checkpoint: Checkpoint, ranks: int, quick: bool) -> Iterator[Row]:
+    """step_bytes: memory that a step takes besides weights."""
     whole, blocks = checkpoint.nbytes, 2 * checkpoint.block / checkpoint.nbytes
     context = context_of(
         quick,
@@ -195,13 +195,13 @@ def _figures(measured: Measured, beside: int, checkpoint: Checkpoint, ranks: int
         seconds=round(measured.seconds, 2),
         mb_s=round(whole / 1e6 / measured.seconds),
         kept=round(max(measured.kept) / whole, 4),
-        files="in the kernel's memory, as they were just written",
+        files="in the page cache, as they were just written",
     )
     figures = (
         ("read_share", max(measured.read) / whole, 1 / ranks + 0.01, "bytes of read calls, and of mapped pages"),
         ("pss_ratio", measured.loading / whole, 1.1, "highest sum of PSS while loading, above idle"),
-        ("rank_weights", (max(measured.held) - beside) / whole, 1 / ranks + blocks,
-         f"highest RSS within a step, above idle, without the {beside / 1e6:.1f} MB that it takes beside weights"),
+        ("rank_weights", (max(measured.held) - step_bytes) / whole, 1 / ranks + blocks,
+         f"highest RSS within a step, above idle, without the {step_bytes / 1e6:.1f} MB that it takes besides weights"),
     )  # fmt: skip
     for name, value, bar, measure in figures:
         yield Row(name=f"load.{name}.{ranks}", value=value, unit="share", better="lower", baseline=bar,

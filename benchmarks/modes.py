@@ -1,4 +1,4 @@
-"""Each parallel mode against one rank: how much faster a step is, and how far the latent is off."""
+"""Each parallel mode against one rank: the speed-up of a step, and the error of the latent."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ascend_runtime.models.wan.transformer import WanTransformer
 from .report import Failures, Row, context_of, leave_out
 
 DEGREES = (2, 4, 8)  # of Ulysses, rings and slices of weights
-EFFICIENCY = 0.85  # of the ideal speed-up; cann-recipes publishes 0.96 of Ulysses on eight A3 cards (HunyuanVideo)
-# What we allow: in fp32, on a CPU, what our tests hold. In bfloat16 parts of a ring are rounded before they merge, and
-# random weights make more of it: 0.026 on two and four ranks of a CPU.
+EFFICIENCY = 0.85  # of the ideal speed-up; cann-recipes publishes 0.96 for Ulysses on eight A3 cards (HunyuanVideo)
+# The allowed error: in fp32 on a CPU, that of the tests. In bfloat16, a ring's partial attentions are rounded before
+# they are merged, and random weights amplify that: 0.026 on two and four ranks of a CPU.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "auto": 5e-2}
-MEASURE = "largest |difference| from one rank's latent, by its largest |value|"
+MEASURE = "largest |difference| from one rank's latent, divided by its largest |value|"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A transformer of random weights and what it makes. dtype: of its blocks, as in DiffusionModelSpec."""
+    """A transformer with random weights, and the video it makes. dtype: of its blocks, as in DiffusionModelSpec."""
 
     config: dict
     size: VideoSize
@@ -54,7 +54,7 @@ def job_for(kind: str, quick: bool) -> Job:
 
 
 def plans(cards: int) -> dict[str, ParallelSpec]:
-    """The plans that `cards` cards allow, by name, few cards first; the first is one card."""
+    """The plans for up to `cards` cards, by name, fewest cards first; the first has one card."""
     found = {"one": _plan(), "cfg2": _plan(cfg=2)}
     for degree in DEGREES:
         found |= {
@@ -77,7 +77,7 @@ def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, overlap: b
 def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
     job, found = job_for(kind, quick), plans(cards)
     if len(found) == 1:
-        leave_out("parallel modes", f"there is one {kind} device")
+        leave_out("parallel modes", f"there is only one {kind} device")
         return
     one = None
     with tempfile.TemporaryDirectory() as folder:
@@ -90,12 +90,12 @@ def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[
                         one = one or made
                         if made is not one:
                             yield from _rows(name, kind, quick, job, found[name], made, one)
-            if one is None:  # there is nothing to compare with
+            if one is None:  # there is no baseline
                 return
 
 
 def write_transformer(folder: Path, job: Job) -> None:
-    """A diffusers folder of a transformer that keeps the variance of what goes in, always the same."""
+    """A diffusers folder of a fixed transformer that preserves its input's variance."""
     generator, dtype = torch.Generator().manual_seed(0), torch.float32 if job.dtype == "float32" else torch.bfloat16
     shapes = {name: p.shape for name, p in WanTransformer(job.config).named_parameters()}
     tensors = {name: _random(name, shape, generator).to(dtype) for name, shape in shapes.items()}
@@ -112,7 +112,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def _sample(runtime: Runtime, folder: str, job: Job, plan: ParallelSpec) -> tuple[Tensor, float]:
-    """The latent, and seconds a step after a warm-up."""
+    """(the latent, seconds per step after a warm-up)"""
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randn(1, TEXT_TOKENS, job.config["text_dim"], generator=generator) for _ in range(2)]
     result = runtime.sample(
@@ -130,7 +130,7 @@ def _rows(name: str, kind: str, quick: bool, job: Job, plan: ParallelSpec, made,
         heads=job.config["num_attention_heads"], job=f"{size.num_frames} frames of {size.width} x {size.height}",
         step_s=round(seconds, 4), one_step_s=round(one_seconds, 4),
     )  # fmt: skip
-    ideal = 1 if kind == "cpu" else plan.ranks  # ranks on a CPU share the cores that one rank has for itself
+    ideal = 1 if kind == "cpu" else plan.ranks  # on a CPU, ranks share the cores that one rank has exclusively
     yield Row(
         name=f"ascend.{name}_speedup", value=one_seconds / seconds, unit="times", better="higher",
         baseline=EFFICIENCY * ideal, context=context,

@@ -1,4 +1,4 @@
-"""Which files any process opens: the kernel tells it (inotify), not the program under test."""
+"""Records which files are opened by any process, from the kernel (inotify), not from the program under test."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Iterable
 
 IN_OPEN = 0x20  # sys/inotify.h
-EVENT = struct.Struct("iIII")  # struct inotify_event without its name, which a watched file has not
+EVENT = struct.Struct("iIII")  # struct inotify_event without a name, which events of a watched file lack
 
 
 class Opened:
-    """Notes which of `files` are opened, by whomever, inside its `with` block. Raises ValueError for no file."""
+    """Records which of `files` are opened by any process inside its `with` block. Raises ValueError for no file."""
 
     def __init__(self, files: Iterable[Path]):
         self._watched = list(files)
@@ -42,6 +42,6 @@ class Opened:
         os.close(self._inotify)
 
     def files(self) -> list[Path]:
-        """The opened files in order, to be asked after the block. The same one twice in a row may be told once, so
-        none is exact, and more is a lower bound."""
+        """The opened files in order; call it after the block. Consecutive opens of the same file may be merged, so an
+        empty list is exact, and others are a lower bound."""
         return self._found

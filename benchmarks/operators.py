@@ -1,5 +1,4 @@
-"""Each operator of a device: its error against its twin, torch's own on the CPU in fp32, and its time against torch's
-own on the same device.
+"""Each operator of a device: its error against torch on the CPU in fp32, and its time against torch on the same device.
 
 A command of `benchmarks.ascend`: python -m benchmarks.operators KIND FILE [--quick]
 """
@@ -27,17 +26,17 @@ from ascend_runtime.specs.jobs import ATTENTIONS
 from .report import Failures, Row, context_of, leave_out, to_json
 
 EPS = 1e-6
-MEASURE = "largest |difference| by largest |value| of the twin: torch's operator on the CPU in fp32, from equal inputs"
-# What we allow. A number rounded to bfloat16 is off by 1/512 at most, to float16 by 1/4096; a sum of them may be more.
+MEASURE = "largest |difference| divided by the largest |value| of torch on the CPU in fp32, with equal inputs"
+# The allowed error. Rounding to bfloat16 has an error of at most 1/512, to float16 1/4096; a sum may have more.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
-LARGEST_FP8_ERROR = 5e-2  # MXFP8 has three bits after the leading one
-NO_SLOWER = 1.05  # times torch's own; less than that is noise
+LARGEST_FP8_ERROR = 5e-2  # MXFP8 has a mantissa of three bits
+NO_SLOWER = 1.05  # times torch's time; smaller differences are noise
 TURNS = 4
 
 
 @dataclass(frozen=True)
 class Size:
-    """What operators work on. text: tokens that the video's attend to; ffn: width of the feed-forward."""
+    """The sizes of the inputs. text: text tokens; ffn: width of the feed-forward."""
 
     tokens: int
     text: int
@@ -51,16 +50,16 @@ class Size:
 
 
 WAN_14B_720P = Size(tokens=75600, text=512, heads=40, head_dim=128, ffn=13824)  # 1280 x 720, 81 frames
-TOKENS_OF_TWIN = 4096  # what a CPU computes in seconds; more than the 2048 below which laser attention is another
+TOKENS_OF_TWIN = 4096  # takes a CPU seconds; above the 2048 tokens from which laser attention is used
 TINY = Size(tokens=96, text=16, heads=4, head_dim=32, ffn=256)
 
-Draw = Callable[..., Tensor]  # (*shape, dtype=that of the blocks) -> random numbers
+Draw = Callable[..., Tensor]  # (*shape, dtype=the blocks' dtype) -> random tensor
 Bound = Callable[[], Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operator with its inputs. bind: (operators, *inputs) -> the call that is measured."""
+    """An operator with its inputs. bind: (operators, *inputs) -> the call to measure."""
 
     inputs: Callable[[Draw, Size], tuple[Tensor, ...]]
     bind: Callable[..., Bound]
@@ -72,7 +71,7 @@ def _rotary_inputs(draw: Draw, size: Size) -> tuple[Tensor, ...]:
 
 
 def _rotary(operators: PlainOperators, x: Tensor, cos: Tensor, sin: Tensor) -> Bound:
-    return partial(operators.rotary, x, operators.rotary_table(cos, sin))  # the table is made once a video
+    return partial(operators.rotary, x, operators.rotary_table(cos, sin))  # the table is made once per video
 
 
 def _tokens(draw: Draw, size: Size) -> Tensor:
@@ -80,7 +79,7 @@ def _tokens(draw: Draw, size: Size) -> Tensor:
 
 
 def _rows(draw: Draw, size: Size, count: int, rows: int = 1) -> list[Tensor]:
-    """What modulates: fp32 [1, rows, D]."""
+    """Modulation parameters: fp32 [1, rows, D]."""
     return [draw(1, rows, size.dim, dtype=torch.float32) for _ in range(count)]
 
 
@@ -127,11 +126,11 @@ def measure(device: torch.device, quick: bool, failures: Failures) -> Iterator[R
     default = operators_for(device, OperatorSpec(attention="fused", layer_norm="fused"), dtype)
     for name, case in OTHERS.items():
         yield from bench.rows(case, {name: default}, failures)
-    leave_out("linear_all_reduce", "it takes several ranks; the parallel modes tp2, tp4, tp8 measure it")
+    leave_out("linear_all_reduce", "it needs several ranks; the parallel modes tp2, tp4, tp8 measure it")
 
 
 def attention_ways(device: torch.device, dtype: torch.dtype) -> dict[str, PlainOperators]:
-    """The operators of `device` by how they compute attention."""
+    """The operators of `device`, by their kind of attention."""
     ways = {}
     for name in ATTENTIONS[1:]:  # the first lets the environment choose
         try:
@@ -142,13 +141,13 @@ def attention_ways(device: torch.device, dtype: torch.dtype) -> dict[str, PlainO
         if operators.npu or name == "plain":
             ways[name] = operators
         else:
-            leave_out(f"attention {name}", "an NPU's, and here torch's own serves")
+            leave_out(f"attention {name}", "only on NPUs; torch's attention is used instead")
     return ways
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measures on `device`: times at `size`, errors at `small`."""
+    """Measures on `device`: time at `size`, error at `small`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -157,7 +156,7 @@ class Bench:
     quick: bool
 
     def rows(self, case: Case, ways: dict[str, PlainOperators], failures: Failures) -> Iterator[Row]:
-        """Two rows for each of the ways by name."""
+        """Two rows for each implementation, by name."""
         inputs = case.inputs(self._drawer(torch.Generator().manual_seed(0)), self.small)
         twin = _outputs(case.bind(PlainOperators(), *(x.float() for x in inputs)))
         inputs = tuple(x.to(self.device) for x in inputs)
@@ -173,7 +172,7 @@ class Bench:
         devices.empty_cache(self.device)
 
     def _drawer(self, generator: torch.Generator | None) -> Draw:
-        """On the CPU with a generator, so that all devices get the same; else on the device."""
+        """On the CPU with a generator, so that all devices get equal values; else on the device."""
         device = self.device if generator is None else "cpu"
 
         def draw(*shape: int, dtype: torch.dtype = self.dtype) -> Tensor:
@@ -194,11 +193,11 @@ class Bench:
         )  # fmt: skip
 
     def _time(self, name: str, operators: PlainOperators, call: Bound, plain: Bound) -> Row:
-        """Both in turns, and of each its best turn: whatever else the machine does, it does not do to one alone."""
+        """Measures both in turns, and takes each one's best, so that other load on the machine affects both."""
         turns = [(self._seconds(call), self._seconds(plain)) for _ in range(TURNS)]
         best, best_plain = map(min, zip(*turns))
         context = self._context(
-            operators, self.size, measure="time by that of torch's own on the same device",
+            operators, self.size, measure="time divided by that of torch on the same device",
             ms=round(best * 1e3, 4), torch_ms=round(best_plain * 1e3, 4),
         )  # fmt: skip
         return Row(

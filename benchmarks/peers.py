@@ -18,7 +18,7 @@ WORKERS = 2
 
 
 def answer(request: tuple):
-    """What a worker does, in either peer: the same as a rank does with a Ping."""
+    """A worker's work in either peer: the same as a rank's for a Ping."""
     kind, *arguments = request
     if kind == "request":
         _, reply = arguments
@@ -28,12 +28,12 @@ def answer(request: tuple):
 
 
 def shares(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The shapes of the workers' shares of the frames [T,H,W,C]."""
+    """The shapes of the workers' parts of the frames [T,H,W,C]."""
     return [(len(part), *shape[1:]) for part in np.array_split(np.empty(shape[0]), WORKERS)]
 
 
 def joined(parts: list[np.ndarray]) -> Tensor:
-    """One tensor of all shares, as the caller needs it."""
+    """One tensor of all parts, as the caller needs it."""
     return torch.from_numpy(np.concatenate(parts))
 
 

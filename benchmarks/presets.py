@@ -1,8 +1,9 @@
-"""What each preset of each accelerator costs on the embedded model: PSNR and SSIM to the dense video, and how often a
-reader of the frames finds what the prompt says.
+"""The quality of each accelerator preset on the embedded model: PSNR and SSIM to the dense video, and how often a
+reader of the frames finds the attributes of the prompt.
 
-The held-out prompts of assets/tiny_wan, 20 steps, guidance 4; the accelerated video begins at the dense one's noise. So
-small a video is dense to RainFusion, whose mask blocks have 128 tokens: it makes larger ones, which no reader reads.
+The held-out prompts of assets/tiny_wan, 20 steps, guidance 4; the accelerated video starts from the dense one's noise.
+A
+video this small is dense for RainFusion, whose mask blocks have 128 tokens: it makes larger ones, without the reader.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from check_tiny_wan import score  # noqa: E402
 from tiny_wan import world  # noqa: E402
 
 MODEL = str(ROOT / "assets" / "tiny_wan")
-STEPS, QUICK_STEPS, GUIDANCE, SHIFT = 20, 4, 4.0, 3.0  # as scripts/check_tiny_wan.py
-BATCH = 8  # videos that a job makes
+STEPS, QUICK_STEPS, GUIDANCE, SHIFT = 20, 4, 4.0, 3.0  # like scripts/check_tiny_wan.py
+BATCH = 8  # videos per job
 SMALL = VideoSize(width=world.SIZE, height=world.SIZE, num_frames=world.NUM_FRAMES)
 LARGE = VideoSize(width=128, height=128, num_frames=33)  # 576 tokens
 PSNR = {"quality": 40.0, "balanced": 25.0, "fast": 20.0}  # dB, at least
 SSIM = {"quality": 0.99, "balanced": 0.95, "fast": 0.8}
-# Prompts of 48 that the dense videos may follow more often. One is none: a clip that the reader can just read flips by
-# differences that nobody sees.
+# By how many of 48 prompts the dense videos may be better. One is tolerated: invisible differences can change the
+# reader's result for a clip that it can barely read.
 LOST = {"quality": 1, "balanced": 2, "fast": 4}
 
 
 def rows(quick: bool) -> Iterator[Row]:
     scenes = world.held_out_scenes()[: 2 if quick else None]
-    asked = dict(list(_settings().items())[: 1 if quick else None])
+    presets = dict(list(_settings().items())[: 1 if quick else None])
     with Runtime(ParallelSpec(ranks=1), device="cpu") as runtime:
         small, large = _Comparison(runtime, SMALL, scenes, quick), _Comparison(runtime, LARGE, scenes[:BATCH], quick)
-        for name, (preset, spec) in tqdm(asked.items(), desc="presets"):
+        for name, (preset, spec) in tqdm(presets.items(), desc="presets"):
             comparison = small if spec.rainfusion is None else large
             for what, (value, unit, bar) in comparison.figures(preset, spec).items():
                 yield Row(name=f"accelerate.{name}.{what}", value=value, unit=unit, better="higher", baseline=bar,
@@ -57,7 +58,7 @@ def rows(quick: bool) -> Iterator[Row]:
 
 
 def _settings() -> dict[str, tuple[str, AccelerationSpec]]:
-    """By name, such as attention_cache.quality or step_cache.fbcache.fast: the preset and what it asks for."""
+    """The presets and their specs, by names such as attention_cache.quality or step_cache.fbcache.fast."""
     settings = {}
     for kind, methods in TABLE.items():
         for method in methods:
@@ -69,7 +70,7 @@ def _settings() -> dict[str, tuple[str, AccelerationSpec]]:
 
 
 class _Comparison:
-    """Videos of some scenes, BATCH at a time, beside the dense ones, which begin at the same noise.
+    """Videos of some scenes, BATCH at a time, and the dense ones from the same noise.
 
     context: of the last `figures`.
     """
@@ -84,20 +85,21 @@ class _Comparison:
     def figures(self, preset: str, spec: AccelerationSpec) -> dict[str, tuple[float, str, float]]:
         """(value, unit, least) of each figure."""
         dense, _ = self._dense
-        videos, told = self._videos(spec)
+        videos, info = self._videos(spec)
         pairs = [(torch.from_numpy(one), torch.from_numpy(other)) for one, other in zip(dense, videos)]
-        whole = [torch.from_numpy(np.stack(some)) for some in (dense, videos)]  # of their mean error: one may have none
+        # All videos at once, for their mean error: a single video may have none.
+        whole = [torch.from_numpy(np.stack(some)) for some in (dense, videos)]
         found = {
             "psnr": (psnr(*whole), "dB", PSNR[preset]),
             "ssim": (fmean(mean_ssim(*pair) for pair in pairs), "", SSIM[preset]),
         }
         if self._size is SMALL:
             follow, followed = (score(some, self._scenes)["all four"] for some in (videos, dense))
-            told |= {"follow": follow, "dense_follow": followed}
+            info |= {"follow": follow, "dense_follow": followed}
             least = 1 - LOST[preset] / max(followed, 1)
             found["prompt_following"] = (follow / followed if followed else 1.0, "share", least)
         self.context = context_of(self._quick, videos=len(dense), video=[self._size.width, self._size.height,
-                                  self._size.num_frames], steps=self._steps, guidance=GUIDANCE, **told)  # fmt: skip
+                                  self._size.num_frames], steps=self._steps, guidance=GUIDANCE, **info)  # fmt: skip
         return found
 
     @cached_property
@@ -105,8 +107,8 @@ class _Comparison:
         return self._videos(AccelerationSpec())
 
     def _videos(self, spec: AccelerationSpec) -> tuple[list[np.ndarray], dict[str, float]]:
-        """([T,H,W,3] in 0..1 each, what the reports say)"""
-        made, told = [], {}
+        """(videos [T,H,W,3] in 0..1, their reports)"""
+        made, info = [], {}
         for first in range(0, len(self._texts), BATCH):
             texts = torch.cat(self._texts[first : first + BATCH])
             start = torch.zeros(len(texts), *self._size.latent_shape()[1:])
@@ -117,5 +119,5 @@ class _Comparison:
             frames = self._runtime.decode(VaeSpec(path=MODEL), result.tensor).tensor
             made += list(frames.unflatten(0, (len(texts), -1)).numpy())
             for name in ("predicted_speed_up", "mean_density"):
-                told.setdefault(name, []).append(result.info.get("acceleration", {}).get(name, 1.0))
-        return made, {name: round(fmean(values), 3) for name, values in told.items()}
+                info.setdefault(name, []).append(result.info.get("acceleration", {}).get(name, 1.0))
+        return made, {name: round(fmean(values), 3) for name, values in info.items()}

@@ -1,7 +1,7 @@
-"""What W8A8 costs and saves, of a Wan block: the error of its output, and time and bytes of its linear layers.
+"""W8A8 in a Wan block: the error of its output, and time and memory of its linear layers.
 
-Weights are those that diffusers' network begins with. What goes in has a few channels far above all others, as the
-streams of trained transformers have (Dettmers et al., arXiv 2208.07339).
+Weights are diffusers' initial ones. The input has a few channels with large outliers, like the residual streams of
+trained transformers (Dettmers et al., arXiv 2208.07339).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ascend_runtime.models.shared.quantized import WAYS, QuantizedLinear, linears, quantize
+from ascend_runtime.models.shared.quantized import QUANTIZATION_SCHEMES, QuantizedLinear, linears, quantize
 from ascend_runtime.checkpoints.reader import assign
 from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer
@@ -26,17 +26,17 @@ from .report import Row, context_of
 WAN_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1}
 TOKENS, TEXT = 512, 64
 QUICK_TOKENS = 128
-OUTLIERS, ABOVE = 16, 20.0  # channels of the stream that are so many times as large
+OUTLIERS, ABOVE = 16, 20.0  # the number of outlier channels, and their factor
 LARGEST_ERROR, MEMORY, NO_SLOWER = 0.01, 0.51, 1.0
 TURNS, QUICK_TURNS = 7, 2
 SEED = 0
 
 
 def rows(quick: bool) -> list[Row]:
-    """Three figures: the share of the float block's output by which that of the quantized one is off, in fp32; time and
-    bytes of the layers that are quantized, by those of the float ones, in fp32 and bfloat16.
+    """Three figures: the quantized block's error relative to the floating-point block's output, in fp32; time and bytes
+    of the quantized layers relative to those in fp32 and bfloat16.
 
-    On one thread: where others compute too, threads wait for one another, and the integers' work has more such places.
+    On one thread: on a busy machine threads wait for each other, and the integer layers have more such points.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -65,16 +65,16 @@ def _measured(quick: bool) -> list[Row]:
     return [
         _row("relative_error", relative(made, exact), "share", LARGEST_ERROR,
              {**context, "of_what_it_adds": relative(made - inputs[0], exact - inputs[0])},
-             "norm of the difference by that of the output; of_what_it_adds: without the stream that goes through"),
+             "norm of the difference divided by that of the output; of_what_it_adds: without the residual stream"),
         _row("linear_time", statistics.median(a / b for a, b in turns), "ratio", NO_SLOWER, context,
-             "median of turns, each the time of the int8 layers by that of the fp32 ones just before"),
+             "median over turns of the time of the int8 layers divided by that of the fp32 ones just before"),
         _row("linear_bytes", nbytes(integers) / (nbytes(floats) / 2), "ratio", MEMORY, context,
-             "the layers' parameters by those in bfloat16"),
+             "the layers' parameters relative to bfloat16"),
     ]  # fmt: skip
 
 
 def block_inputs(network: nn.Module, tokens: int) -> tuple[Any, ...]:
-    """What a block of `network` is called with; the same each time."""
+    """The fixed inputs of a block of `network`."""
     generator = torch.Generator().manual_seed(SEED)
     dim = network.config.num_attention_heads * network.config.attention_head_dim
 
@@ -90,9 +90,9 @@ def block_inputs(network: nn.Module, tokens: int) -> tuple[Any, ...]:
 
 
 def in_8_bits(network: nn.Module, layers: list[str]) -> None:
-    """Quantizes these layers of a network that is in memory."""
+    """Quantizes these layers of a loaded network."""
     weights = {name: network.get_submodule(name) for name in layers}
-    quantize(network, {name: WAYS["w8a8_dynamic"] for name in layers}, "blocks.")
+    quantize(network, {name: QUANTIZATION_SCHEMES["w8a8_dynamic"] for name in layers}, ("blocks.",))
     for name, layer in weights.items():
         made, scale = quantized_rows(layer.weight)
         for leaf, tensor in (("weight", made), ("weight_scale", scale), ("bias", layer.bias)):
@@ -108,7 +108,7 @@ def nbytes(layers: list[nn.Module]) -> int:
 
 
 def _fill(network: WanTransformer) -> None:
-    """The block's parameters, as diffusers makes them; the rest stays on the meta device."""
+    """Initialises the block's parameters like diffusers; the others stay on the meta device."""
     torch.manual_seed(SEED)
     network.blocks.to_empty(device="cpu")
     for module in network.blocks.modules():
@@ -120,7 +120,7 @@ def _fill(network: WanTransformer) -> None:
 
 
 def _turns(floats: list[nn.Module], integers: list[QuantizedLinear], tokens: int, count: int) -> Iterator[tuple]:
-    """(seconds of the integers, seconds of the floats), one after the other."""
+    """(seconds of the int8 layers, seconds of the fp32 layers), one after the other."""
     inputs = [torch.randn(1, tokens, layer.in_features) for layer in floats]
     for _ in range(count + 1):
         slow, fast = (_seconds(lambda layers=layers: [layer(x) for layer, x in zip(layers, inputs)])

@@ -1,7 +1,7 @@
-"""RainFusion's attention on a CPU against dense attention: its time by the bound (1.3 d + 0.05) x dense, d its density.
+"""RainFusion's attention on a CPU: its time against the bound (1.3 d + 0.05) x dense attention, for density d.
 
-8192 tokens (a grid of 8 x 32 x 32), 12 heads of 128, fp32, one thread; order, mask and products all count. CPU seconds,
-as other work on the machine lengthens them least; dense and sparse by turns.
+8192 tokens (a grid of 8 x 32 x 32), 12 heads of 128, fp32, one thread; includes reordering and the mask. Measures CPU
+seconds, which other load affects least; dense and sparse take turns.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def rows(quick: bool) -> Iterator[Row]:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Of this process's CPU."""
+    """The CPU seconds of this process."""
     began = time.process_time()
     call()
     return time.process_time() - began

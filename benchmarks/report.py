@@ -1,4 +1,4 @@
-"""A measured figure, where it was measured, and how it is shown; what was not measured, and why."""
+"""Figures of benchmarks: their values, the machine, how they are printed, and what was not measured and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from msgspec import Struct
 
 
 class Row(Struct, frozen=True, kw_only=True):
-    """One figure. baseline: what it must be at least as good as; context: what it hangs on."""
+    """One figure. baseline: the value to reach; context: the conditions."""
 
     name: str
     value: float
@@ -32,7 +32,7 @@ class Row(Struct, frozen=True, kw_only=True):
 
 
 def context_of(quick: bool, device: str = "cpu", **more) -> dict[str, Any]:
-    """The kind of machine and of device, the load now, the versions, and `more`."""
+    """The kind of machine and device, the current load, the versions, and `more`."""
     virtual = "hypervisor" in Path("/proc/cpuinfo").read_text()
     memory = psutil.virtual_memory().total / 2**30
     return {
@@ -73,19 +73,19 @@ def print_table(rows: Iterable[Row]) -> None:
 
 
 def leave_out(what: str, why: object) -> None:
-    """Says that something is not measured, and why."""
+    """Prints that something is not measured, and why."""
     print(f"{what}: left out: {why}", flush=True)
 
 
 class Failures:
-    """What was to be measured and could not: said at once, while the other measurements go on."""
+    """Collects failed measurements: prints each immediately, while the others continue."""
 
     def __init__(self):
         self.names: list[str] = []
 
     @contextmanager
     def noted(self, what: str) -> Iterator[None]:
-        """Around one measurement; whatever it raises is printed."""
+        """Runs one measurement; prints any exception."""
         try:
             yield
         except Exception as error:
@@ -94,4 +94,4 @@ class Failures:
 
     def exit_if_any(self) -> None:
         if self.names:
-            raise SystemExit(f"Not measured, as they failed: {', '.join(self.names)}; see above.")
+            raise SystemExit(f"Not measured because of failures: {', '.join(self.names)}; see above.")

@@ -1,7 +1,7 @@
-"""What two ranks of one thread each make of two cores, and a whole video against diffusers' own pipeline.
+"""Scaling of two ranks with one thread each on two cores, and a whole video against diffusers' own pipeline.
 
-A block of Wan 1.3B's width runs on two ranks in each parallel mode, and, in turn with that, on both ranks as two
-independent ones: what these reach together is all that two ranks could.
+A block of Wan 1.3B's width runs on two ranks in each parallel mode and, in turns, as two independent blocks, which
+together reach the maximum for two ranks.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def _modes(quick: bool) -> Iterator[Row]:
         command = [sys.executable, "-m", "benchmarks.scaling_rank", folder, *(["--quick"] if quick else [])]
         second = subprocess.Popen([*command, "--rank", "1"], stdout=subprocess.DEVNULL)
         try:
-            told = subprocess.run([*command, "--rank", "0"], stdout=subprocess.PIPE, text=True, check=True).stdout
+            output = subprocess.run([*command, "--rank", "0"], stdout=subprocess.PIPE, text=True, check=True).stdout
         finally:
             second.kill()
             second.wait()
-    measured = json.loads(told)
+    measured = json.loads(output)
     for name, rounds in measured["seconds"].items():
-        # Work done in a second by both: an independent round does two blocks' work, a shared one does one's.
-        shares = [alone / (2 * shared) for alone, shared in rounds]
+        # Blocks per second of both ranks: an independent round computes two blocks, a parallel one computes one.
+        shares = [independent / (2 * shared) for independent, shared in rounds]
         context = context_of(
             quick,
             ranks=2,
@@ -59,7 +59,7 @@ def _modes(quick: bool) -> Iterator[Row]:
             tokens=measured["tokens"],
             rounds=len(rounds),
             shared_s=round(median(shared for _, shared in rounds), 3),
-            independent_s=round(median(alone for alone, _ in rounds), 3),
+            independent_s=round(median(independent for independent, _ in rounds), 3),
             slowest=round(min(shares), 3),
             fastest=round(max(shares), 3),
         )
@@ -71,7 +71,8 @@ def _modes(quick: bool) -> Iterator[Row]:
 
 
 def _against_diffusers(quick: bool) -> Iterator[Row]:
-    """Text to frames on one rank and on two, by turns with diffusers' WanPipeline: same weights, solver, all cores."""
+    """Text to frames on one rank and on two, in turns with diffusers' WanPipeline: same weights and solver, all
+    cores."""
     rounds = 1 if quick else 5
     theirs = _Theirs()
     with Runtime(ParallelSpec(ranks=1), device="cpu") as one, Runtime(ParallelSpec(ranks=2), device="cpu") as two:
@@ -99,7 +100,7 @@ def _against_diffusers(quick: bool) -> Iterator[Row]:
 
 
 def _prompts(number: int) -> tuple[str, str]:
-    """The positive and the negative one of a video; ranks encode a prompt once."""
+    """The positive and the negative prompt of a video, new each time, because ranks cache encoded prompts."""
     return f"{PROMPT} {number:02d}", f"blurry {number:02d}"
 
 

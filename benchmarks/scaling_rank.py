@@ -1,4 +1,4 @@
-"""One of the two ranks of `scaling`: times a block in each mode, and on its own beside the other. Prints JSON."""
+"""One of the two ranks of `scaling`: times a block in each mode, and independently of the other rank. Prints JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ascend_runtime.ops import PlainOperators
 from ascend_runtime.ops.plain import RotaryTable
 from ascend_runtime.parallel.cfg import computed, guided
 from ascend_runtime.parallel.mesh import mesh_of
-from ascend_runtime.parallel.sequence import Sequence, WholeSequence, spread
+from ascend_runtime.parallel.sequence import SequenceLayout, WholeSequence, spread
 from ascend_runtime.specs import Plan
 
 DIM, FFN, HEADS, TEXT = 1536, 8960, 12, 512  # Wan 2.1 1.3B
@@ -66,14 +66,14 @@ class _Block:
         angles = draw(1, tokens, 1, DIM // HEADS // 2).repeat_interleave(2, -1)
         self.rotary = self.operators.rotary_table(angles.cos(), angles.sin())
 
-    def on(self, sequence: Sequence) -> Callable[[], Tensor]:
-        """The block, run on what `sequence` gives this rank of the tokens; the prompt is the same in every run, and
-        the tokens are where the block before this one left them, as in all blocks of a step but its first."""
+    def on(self, sequence: SequenceLayout) -> Callable[[], Tensor]:
+        """Runs the block on this rank's tokens of `sequence`. The prompt is the same in every run, and the tokens are
+        already split, as in all blocks of a step but the first."""
         rotary = tuple(sequence.split(part).contiguous() for part in self.rotary)
         x = sequence.split(self.x).contiguous()
         return lambda: self._run(sequence, x, rotary)
 
-    def _run(self, sequence: Sequence, x: Tensor, rotary: RotaryTable) -> Tensor:
+    def _run(self, sequence: SequenceLayout, x: Tensor, rotary: RotaryTable) -> Tensor:
         for module in (self.block, self.block.attn1, self.block.attn2):
             module.ops = self.operators
         self.block.attn1.sequence = sequence
@@ -81,7 +81,7 @@ class _Block:
 
 
 def _measure(block: _Block, rounds: int) -> dict:
-    """Of each mode, seconds of each round: an independent one, and right after it a shared one."""
+    """The seconds of each round by mode: an independent run, then a parallel one."""
     whole = block.on(WholeSequence(block.operators.attention))
     modes: dict[str, Callable[[], object]] = {}
     for name, (plan, options) in SHARED.items():
@@ -91,7 +91,7 @@ def _measure(block: _Block, rounds: int) -> dict:
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in modes}
     for turn in range(rounds + 1):
         for name, mode in modes.items():
-            # Guidance makes two branches, and an independent round is one.
+            # Guidance has two branches; an independent round computes one.
             pair = _seconds(whole), _seconds(mode) / (2 if name == "cfg" else 1)
             if turn:  # the first is a warm-up
                 seconds[name].append(pair)
@@ -99,7 +99,7 @@ def _measure(block: _Block, rounds: int) -> dict:
 
 
 def _seconds(mode: Callable[[], object]) -> float:
-    """Of the slower rank."""
+    """The seconds of the slower rank."""
     dist.barrier()
     start = time.perf_counter()
     mode()

@@ -1,4 +1,4 @@
-"""What it costs to ask two ranks for something, beside a pickled socket and ray actors in the same run."""
+"""The cost of a request to two ranks, against a pickled socket and ray actors in the same run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .report import Row, context_of
 SENT = 16_777_216 // 4  # floats: 16.8 MB to every rank
 REPLY = 8_388_608 // 4  # floats: 8.4 MB back
 FRAMES = (81, 480, 832, 3)  # 388 MB in fp32
-PAGE = 4096 // 4  # floats a page
+PAGE = 4096 // 4  # floats per page
 
 
 class Ours:
@@ -67,7 +67,7 @@ def run(quick: bool) -> Iterator[Row]:
 
 
 def _interleaved(name: str, systems: list, call: Callable, rounds: int, calls: int) -> dict[str, list[float]]:
-    """Seconds of each call by system; the systems take turns, and each one's first turn is not counted."""
+    """The seconds of each call by system. Systems take turns; each one's first turn does not count."""
     seconds: dict[str, list[float]] = {system.name: [] for system in systems}
     for number in tqdm(range(rounds + 1), desc=name):
         for system in systems:
@@ -78,7 +78,7 @@ def _interleaved(name: str, systems: list, call: Callable, rounds: int, calls: i
 
 
 def _timed(call: Callable, system) -> float:
-    """Seconds until the caller holds the answer and has touched every page of it; letting it go is not counted."""
+    """Seconds until the caller has the answer and has touched every page of it, without freeing it."""
     start = time.perf_counter()
     answer = call(system)
     if answer is not None:

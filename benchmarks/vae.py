@@ -1,8 +1,8 @@
-"""What a second rank makes of decoding and encoding a video: seconds, and memory of a rank; and one against diffusers'.
+"""VAE decoding and encoding on two ranks against one: seconds, and memory of a rank; and one rank against diffusers.
 
-A VAE of Wan 2.1's form and reduced width takes a video of 832 x 480 x 17 (a latent of 60 x 104 x 5) to frames and back,
-on one rank and on two by turns, one thread each. What two cores of a machine share, such as its memory's bandwidth, no
-cut can undo: two ranks that decode a video each, at once and apart, show how much that is.
+A VAE of Wan 2.1's architecture with reduced width decodes and encodes a video of 832 x 480 x 17 (a latent of
+60 x 104 x 5) on one rank and on two in turns, with one thread each. Two cores share resources such as memory bandwidth:
+two ranks that each decode their own video, at the same time and one by one, show how much that costs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(quick: bool) -> Iterator[Row]:
             }
             seconds = {name: [] for name in makers}
             for make in makers.values():
-                make()  # loads, and fills what libraries keep
+                make()  # loads, and warms the libraries' caches
             for _ in tqdm(range(rounds), desc="videos"):
                 for name, make in makers.items():
                     seconds[name].append(make())
@@ -71,7 +71,7 @@ def _decode(runtime: Runtime, folder: str, size: tuple[int, int, int]) -> float:
 
 
 def _at_once(runtimes: list[Runtime], folder: str, size: tuple[int, int, int]) -> float:
-    """Seconds of the slowest, each with a video of its own."""
+    """Seconds of the slowest rank, each with its own video."""
     with ThreadPoolExecutor(len(runtimes)) as threads:
         return max(threads.map(lambda runtime: _decode(runtime, folder, size), runtimes))
 
@@ -94,8 +94,8 @@ def _by_diffusers(vae: AutoencoderKLWan, size: tuple[int, int, int]) -> float:
 
 
 def _peak(runtime: Runtime, folder: str, size: tuple[int, int, int]) -> int:
-    """Bytes of RSS of the largest rank while it decodes, above what it takes when idle, the VAE loaded; its tile of the
-    frames is among them."""
+    """The RSS in bytes of the largest rank during decoding, including its tile of the frames, above the RSS of the idle
+    rank with the VAE loaded."""
     before = {pid: rss(pid) for pid in runtime.pids}
     with highest_rss(runtime.pids) as highest:
         _decode(runtime, folder, size)
@@ -104,7 +104,7 @@ def _peak(runtime: Runtime, folder: str, size: tuple[int, int, int]) -> int:
 
 def _figures(seconds: dict[str, list[float]], peaks: list[int], quick: bool, size) -> Iterator[Row]:
     def ratio(one: str, other: str) -> float:
-        """Of what ran in turn; diffusers', which takes long, once at the end."""
+        """The seconds of runs in turns; diffusers, which takes long, runs once at the end."""
         return median(a / b for a, b in zip(reversed(seconds[one]), reversed(seconds[other])))
 
     context = context_of(quick, threads_a_rank=1, latent=list(size), base_dim=QUICK_BASE_DIM if quick else BASE_DIM,

@@ -1,4 +1,4 @@
-"""What a group of ranks costs once, when it starts, and whether it stays as it was while it works job after job."""
+"""The start-up cost of a group of ranks, and whether its time and memory are stable over many jobs."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ STEPS = 2
 def run(quick: bool) -> Iterator[Row]:
     starts, runs = (QUICK_STARTS, QUICK_RUNS) if quick else (STARTS, RUNS)
     yield _cold_start(starts, quick)
-    with tempfile.TemporaryDirectory() as folder:  # a copy, so that nobody else's reading is counted
+    with tempfile.TemporaryDirectory() as folder:  # a copy, so that reads by others do not count
         model = shutil.copytree(MODEL, Path(folder) / MODEL.name)
         yield from _warm(str(model), runs, quick)
 
 
 def _cold_start(starts: int, quick: bool) -> Row:
-    """Two ranks from nothing to the first null request answered, the networks imported.
+    """Two ranks from their start to the first answered null request, with the networks imported.
 
-    The first start, which may read its files from disk, is counted in a quick run alone.
+    The first start, which may read files from disk, counts only in a quick run.
     """
     seconds = []
     for _ in tqdm(range(starts if quick else starts + 1), desc="cold start"):
@@ -51,7 +51,7 @@ def _cold_start(starts: int, quick: bool) -> Row:
 
 
 def _warm(model: str, runs: int, quick: bool) -> Iterator[Row]:
-    """The same whole job again and again, but for its prompts: text, a few steps with guidance, frames."""
+    """The same whole job many times, with different prompts: text, a few steps with guidance, frames."""
     seconds, resident = [], []
     with Runtime(ParallelSpec(ranks=2), device="cpu") as runtime:
         _job(runtime, model, "")  # loads
@@ -63,8 +63,8 @@ def _warm(model: str, runs: int, quick: bool) -> Iterator[Row]:
                 seconds.append(time.perf_counter() - start)
                 resident.append([process.memory_info().rss / 1e6 for process in processes])
     half = runs // 2 - 1
-    early, late = median(seconds[:half]), median(seconds[half:])  # of runs 2-25 and 26-50, where there are 50
-    slopes = np.polyfit(range(runs - 1), np.array(resident), 1)[0]  # MB a run: of the client, then of each rank
+    early, late = median(seconds[:half]), median(seconds[half:])  # of runs 2-25 and 26-50, if there are 50
+    slopes = np.polyfit(range(runs - 1), np.array(resident), 1)[0]  # MB per run: of the client, then of each rank
     context = context_of(
         quick,
         ranks=2,
@@ -83,10 +83,10 @@ def _warm(model: str, runs: int, quick: bool) -> Iterator[Row]:
         yield Row(name=name, value=float(value), unit=unit, better="lower", baseline=bar, context=context)
 
 
-def _job(runtime: Runtime, model: str, beside: str) -> None:
-    """beside: goes to both prompts, as known ones are not encoded."""
+def _job(runtime: Runtime, model: str, suffix: str) -> None:
+    """suffix: of both prompts, because ranks cache encoded prompts."""
     encoder = TextEncoderSpec(path=model)
-    prompts = (f"A red circle moves to the right.{beside}", f"blurry{beside}")
+    prompts = (f"A red circle moves to the right.{suffix}", f"blurry{suffix}")
     texts = [runtime.encode(encoder, text).tensor for text in prompts]
     start = torch.zeros(SIZE.latent_shape())
     latent = runtime.sample(DiffusionModelSpec(path=model), SampleSpec(steps=STEPS), start, *texts).tensor

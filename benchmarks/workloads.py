@@ -1,4 +1,4 @@
-"""Published workloads, run as they were published, beside the published seconds. Nothing is scaled to other sizes."""
+"""Published workloads, run as published, against the published seconds. Nothing is scaled to other sizes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PROMPT = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight 
 
 @dataclass(frozen=True)
 class Workload:
-    """folder: that of the model. plan: degrees (cfg, ulysses, tp), which make the cards. seconds: as `source` publishes
-    them, for text, denoising and frames of one video without the loading of weights."""
+    """folder: the model's. plan: degrees (cfg, ulysses, tp), whose product is the number of cards. seconds: published
+    by `source`, for text, denoising and decoding of one video, without loading."""
 
     name: str
     folder: str
@@ -65,8 +65,8 @@ PUBLISHED = (
     ),
 )  # fmt: skip
 NOT_YET = {
-    "ti2v_5b_704p_8_cards (72.21 s)": "this benchmark makes text-to-video alone",
-    "i2v_a14b_720p_8_cards (436.42 s)": "this benchmark makes text-to-video alone",
+    "ti2v_5b_704p_8_cards (72.21 s)": "this benchmark only makes text-to-video",
+    "i2v_a14b_720p_8_cards (436.42 s)": "this benchmark only makes text-to-video",
 }
 
 
@@ -83,7 +83,7 @@ def measure(kind: str, cards: int, models: Path | None, quick: bool, failures: F
 
 def _why_not(workload: Workload, kind: str, cards: int, models: Path | None, quick: bool) -> str | None:
     if kind == "cpu":
-        return "it is a workload of accelerators, and this is a CPU"
+        return "it needs accelerators, and this is a CPU"
     if quick:
         return "--quick runs no published workload"
     if workload.parallel.ranks > cards:
@@ -91,12 +91,12 @@ def _why_not(workload: Workload, kind: str, cards: int, models: Path | None, qui
     if models is None:
         return "--models DIR does not say where the published models are"
     if not (models / workload.folder / "model_index.json").is_file():
-        return f"{models / workload.folder} is no diffusers folder"
+        return f"{models / workload.folder} is not a diffusers folder"
     return None
 
 
 def run(workload: Workload, kind: str, models: Path) -> Row:
-    """One video, after a warm-up of all that it takes."""
+    """One video, after a warm-up of the whole workload."""
     path = str(models / workload.folder)
     cfg, ulysses, tp = workload.plan
     encoder, vae, model = TextEncoderSpec(path=path), VaeSpec(path=path), DiffusionModelSpec(path=path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..ascend_runtime.checkpoints.msmodelslim import DESCRIPTION
+from ..ascend_runtime.checkpoints.msmodelslim import DESCRIPTION_PATTERN
 from ..ascend_runtime.models.hubs import HUBS
 from .validation import refusal
 
@@ -17,7 +17,9 @@ EMBEDDED = "embedded/"  # prefix of the models that come with the pack
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
 # A folder with one of these is a model: of diffusers, of the model's authors (both experts, or one), of MindSpeed-MM,
 # of msModelSlim.
-MARKS = ("model_index.json", "high_noise_model", "config.json", "latest_checkpointed_iteration.txt", DESCRIPTION)
+MARKS = (
+    "model_index.json", "high_noise_model", "config.json", "latest_checkpointed_iteration.txt", DESCRIPTION_PATTERN
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

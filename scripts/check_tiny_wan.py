@@ -1,9 +1,9 @@
-"""Does the embedded model follow its prompt? Reads attributes off frames, and first shows that the reader can read.
+"""Checks whether the embedded model follows its prompt: reads attributes off frames, and checks the reader first.
 
     python scripts/check_tiny_wan.py            reader, then 48 held-out prompts with and without guidance
     python scripts/check_tiny_wan.py --vae      reader, then the VAE's reconstructions
 
-Exits with 1 where a bar is missed. Beyond the runtime it needs matplotlib.
+Exits with 1 if a score is below its bar. Needs matplotlib in addition to the runtime's packages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AVERAGE_BAR, ALL_FOUR_BAR = 0.85, 0.60
 
 
 def score(clips: list[np.ndarray], scenes: list[world.Scene]) -> dict[str, float]:
-    """Counts of clips `[T,H,W,3]` read right: each attribute, and all four at once."""
+    """The number of clips `[T,H,W,3]` that are read correctly: for each attribute, and for all four."""
     right = np.array([[reader.read(clip)[name] == getattr(scene, name) for name in world.ATTRIBUTES]
                       for clip, scene in zip(clips, scenes, strict=True)])  # fmt: skip
     counts = dict(zip(world.ATTRIBUTES, right.sum(0).tolist()))
@@ -49,7 +49,7 @@ def to_frames(clips: torch.Tensor) -> list[np.ndarray]:
 
 @torch.no_grad()
 def reconstruct(folder: Path, clips: torch.Tensor) -> torch.Tensor:
-    """Through the VAE and back, as diffusers runs it."""
+    """Encodes and decodes with the VAE, as diffusers runs it."""
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Writes the nodes' names and tooltips to the files that ComfyUI's page reads, so that each is written once a language.
+"""Copies the nodes' names and tooltips to where ComfyUI's page reads them, so that each language is written once.
 
     .venv/bin/python scripts/make_node_texts.py
 
@@ -42,7 +42,7 @@ def node_definitions(nodes):
 
 
 def with_tables(page, node, texts, language):
-    """A help page (Markdown) with its tables of inputs and outputs made from the schema and the language's texts."""
+    """A help page (Markdown) with tables of inputs and outputs from the schema and the language's texts."""
     for part, rows in (("inputs", _input_rows(node, texts, language)), ("outputs", _output_rows(node, texts))):
         title, *columns = TABLES[language][part]
         table = "\n".join([_row(columns), "|" + "---|" * len(columns), *map(_row, rows)])

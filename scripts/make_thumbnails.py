@@ -1,7 +1,7 @@
 """Makes the pictures of workflows/ that ComfyUI's template browser shows.
 
     .venv/bin/python scripts/make_thumbnails.py --run tiny_wan_text_to_video  # frames of the video that it makes
-    .venv/bin/python scripts/make_thumbnails.py wan2.2_t2v_a14b_text_to_video # its graph, where it cannot be run
+    .venv/bin/python scripts/make_thumbnails.py wan2.2_t2v_a14b_text_to_video # its graph, if it cannot be run
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/make_workflows.py
 
-The API format says what a workflow does; here stands what its note says and where its files can be had, and in
-lib/workflow_layout.py where its nodes lie.
+The API format defines what a workflow does. This script adds the notes and the download links; lib/workflow_layout.py
+places the nodes.
 """
 
 import json
@@ -175,7 +175,7 @@ def main():
             browser.open(prompt)
             graph = with_note(browser.graph(), NOTES[api.stem])
             arrange(graph)
-            browser.open(graph)  # as it will be opened: the page completes what it saves
+            browser.open(graph)  # as it will be opened: the page adds defaults when it saves
             workflow = tidied(browser.graph())
             assert without_titles(browser.prompt()) == without_titles(prompt), f"{api}: the page made another prompt"
             target = WORKFLOWS / api.name
@@ -184,7 +184,7 @@ def main():
 
 
 def published(node):
-    """The files that a node of a graph in UI format loads, as ComfyUI's page knows them: name, folder, address."""
+    """The files that a node of a UI-format graph loads, in the form of ComfyUI's page: name, folder, URL."""
     values = node.get("widgets_values") or []
     names = [value for value in values if isinstance(value, str) and value.endswith(".safetensors")]
     folder = FOLDERS.get(node["type"])
@@ -198,7 +198,7 @@ def repository(name):
 
 
 def with_note(graph, text):
-    """The graph and a note: the text, in which {files} stands for a table of the files that the graph loads."""
+    """Adds a note to the graph: the text, with {files} replaced by a table of the files that the graph loads."""
     rows = ["| download | | into `ComfyUI/models` |", "|---|---|---|"]
     for file in (file for node in graph["nodes"] for file in published(node)):
         name, folder = file["name"], file["directory"]
@@ -213,7 +213,7 @@ def with_note(graph, text):
 
 
 def tidied(graph):
-    """The graph without what changes from one saving to the next, opened with its upper left corner in view."""
+    """The graph without what changes with each save, with its upper left corner in view."""
     graph["extra"] = {"ds": {"scale": 0.6, "offset": [120, 340]}}
     graph.pop("id", None)
     for node in graph["nodes"]:

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
 # Makes the environments (.venv, .venv-contract, a ComfyUI in .cache/comfyui) and runs all tests.
-#   --comfyui DIR    test with this ComfyUI instead, which is only read; so does COMFYUI_DIR=DIR. What it requires is
-#                    installed into .venv, where the next run without it has the pinned one's again
-#   --transformers VERSION   run what depends on transformers with this one, such as 4.57, in .venv-transformers, which
-#                            lies over .venv; without it, all tests run with the newest
+#   --comfyui DIR    test with this ComfyUI instead, which is only read; same as COMFYUI_DIR=DIR. Its requirements are
+#                    installed into .venv; the next run without the option restores those of the pinned ComfyUI
+#   --transformers VERSION   run the tests that depend on transformers with this version, such as 4.57, in
+#                            .venv-transformers on top of .venv; without it, all tests run with the newest
 #   PYTHON=...       the Python 3.10 - 3.12 to make .venv from
-# Other arguments go to pytest. The contract tests are one test of the others; `test.sh tests/contract ...` runs only
-# them.
+# Other arguments go to pytest. The contract tests count as one test; `test.sh tests/contract ...` runs only them.
 set -euo pipefail
 arguments=()
 while [ $# -gt 0 ]; do
@@ -35,5 +34,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case " $*" in
 *" tests/contract"*) exec .venv/bin/python tests/contract/run.py "$@" ;;
 esac
-# Two workers, as tests/conftest.py shares the files out.
+# Two workers, among which tests/conftest.py distributes the files.
 exec .venv/bin/python -m pytest -rs -n 2 --no-loadscope-reorder "$@"

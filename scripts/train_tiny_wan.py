@@ -1,14 +1,15 @@
-"""Train the embedded tiny Wan from nothing: synthetic clips -> VAE -> cached latents -> transformer and text encoder.
+"""Trains the embedded tiny Wan from scratch: synthetic clips -> VAE -> cached latents -> transformer and text encoder.
 
-    python scripts/train_tiny_wan.py                                  everything, resuming what is there
+    python scripts/train_tiny_wan.py                                  everything, resuming existing checkpoints
     python scripts/train_tiny_wan.py --stages dit export samples      single stages
     python scripts/train_tiny_wan.py --device cuda --vae-minutes 4 --dit-minutes 8
 
-Budgets are minutes of work (on a CPU of processor time a thread), and the schedules stretch to them. Checkpoints, loss
-curves and contact sheets go to --out; the model goes to --model. Beyond the runtime it needs matplotlib.
+Budgets are minutes of work (on a CPU, of processor time per thread), and schedules scale with them. Checkpoints, loss
+curves and contact sheets go to --out; the model goes to --model. Needs matplotlib in addition to the runtime's
+packages.
 
 On Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000 keeps
-freed memory for the next step: on a busy machine a step of the VAE took 2 s of processor time a thread instead of 4.5.
+freed memory for the next step: on a busy machine a VAE step took 2 s of processor time per thread instead of 4.5 s.
 """
 
 from __future__ import annotations

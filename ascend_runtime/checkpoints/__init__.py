@@ -1,1 +1,1 @@
-"""Weights on disk: where a component's files lie, and how they are read into a network."""
+"""Weights on disk: finds tensors in a component's files, and loads them into a network."""

@@ -1,5 +1,7 @@
-"""How large a file may be that says what to read, and how it is read: before anything is made of it, so that no file
-takes more time or memory than its kind can need. What a file names is checked here as well."""
+"""Reads small files within bounds, and checks tensor names and shapes, before anything is allocated for them.
+
+So no file can take more time or memory than a valid file of its kind needs.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +14,45 @@ from typing import Any
 
 from .faults import shown
 
-LONGEST_JSON = 8 * 2**20  # bytes; a 14B model's index and msModelSlim's description of it have less than 1 MB
-MOST_BRACKETS = 2_000_000  # of JSON: each opens a list or an object, the smallest of which takes 30 times its text
-LONGEST_NUMBER = 40  # digits of a whole number; an offset in a file has 20 at most
-MOST_TENSORS = 20_000  # of a file; Wan's 14B in 8 bits has 3,300, all components of a model in one file less than 5,000
-LONGEST_NAME = 256  # characters of a tensor's name; those of published LoRAs have up to 150
-MOST_DIMS = 8  # of a tensor
+MAX_JSON_BYTES = 8 * 2**20  # a 14B model's index and msModelSlim's description take less than 1 MB
+MAX_BRACKETS = 2_000_000  # opening brackets in JSON: an empty list or object takes 30 times the memory of its text
+MAX_DIGITS = 40  # of an integer; an offset in a file has at most 20
+MAX_TENSORS = 20_000  # in a file; Wan 14B in 8 bits has 3,300, all components of a model in one file less than 5,000
+MAX_NAME_LENGTH = 256  # characters of a tensor's name; names in published LoRAs have up to 150
+MAX_DIMS = 8  # of a tensor
 
 
-def read_bounded(path: Path, most: int = LONGEST_JSON) -> bytes:
-    """All of a file. Raises ValueError, which names it, where it is no regular file (a pipe would wait for ever), is
-    empty (as devices and what /proc makes up seem to be), has more than `most` bytes, or may not be read."""
+def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a file. Raises ValueError, which names the file, if it is not a regular file (reading a pipe may
+    block forever), is empty (as devices and files in /proc appear), has more than `most` bytes, or is not readable."""
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
-            raise ValueError(f"{path} is no regular file. Put the file itself in its place.")
+            raise ValueError(f"{path} is not a regular file. Put the file itself in its place.")
         if state.st_size == 0:
             raise ValueError(f"{path} is empty (0 bytes). Download it again.")
         if state.st_size > most:
-            raise ValueError(f"{path} has {state.st_size} bytes; a file of its kind has at most {most}. Is it another?")
+            raise ValueError(f"{path} has {state.st_size} bytes; such a file has at most {most}. Is it another file?")
         with path.open("rb") as file:
             return file.read(most + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}). May you read it?") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
 
 
 def parse_json(content: bytes | str) -> Any:
-    """What JSON says. Raises ValueError where it is none, nests too deep, opens too many lists and objects, or has a
-    number of too many digits or none that is finite."""
+    """The content of JSON. Raises ValueError if it is invalid, nests too deeply, has too many lists and objects, or has
+    a number that is not finite or has too many digits."""
     brackets = sum(content.count(one if isinstance(content, bytes) else one.decode()) for one in (b"[", b"{"))
-    if brackets > MOST_BRACKETS:
-        raise ValueError(f"it opens {brackets} lists and objects")
+    if brackets > MAX_BRACKETS:
+        raise ValueError(f"it has {brackets} lists and objects, more than {MAX_BRACKETS}")
     try:
         return json.loads(content, parse_int=_whole_number, parse_float=_number, parse_constant=_number)
     except RecursionError:
-        raise ValueError("its lists and objects nest too deep") from None
+        raise ValueError("its lists and objects nest too deeply") from None
 
 
 def _whole_number(digits: str) -> int:
-    if len(digits) > LONGEST_NUMBER:  # int() takes the square of their number in time
+    if len(digits) > MAX_DIGITS:  # int() takes time quadratic in the number of digits
         raise ValueError(f"it has a number of {len(digits)} digits")
     return int(digits)
 
@@ -62,20 +64,20 @@ def _number(text: str) -> float:
     return number
 
 
-def read_json(path: Path, again: str = "Download it again.") -> dict:
-    """The JSON object in a file. Raises ValueError where there is none; again: what to do then."""
+def read_json(path: Path, advice: str = "Download it again.") -> dict:
+    """The JSON object in a file. Raises ValueError if there is none. advice: what the user can do then."""
     content = read_bounded(path)
     try:
-        said = parse_json(content)
+        parsed = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({shown(error)}). {again}") from None
-    if not isinstance(said, dict):
-        raise ValueError(f"{path} holds no JSON object. {again}")
-    return said
+        raise ValueError(f"{path} is not JSON ({shown(error)}). {advice}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{path} does not hold a JSON object. {advice}")
+    return parsed
 
 
 def plain_file_name(name: Any) -> bool:
-    """Whether a name that a file gives is that of a file or folder next to it, and leads nowhere else."""
+    """Whether a name given in a file is a plain name of a file or folder next to it, without a path."""
     return (
         isinstance(name, str) and 0 < len(name) <= 255 and name not in (".", "..") and name.isprintable()
         and not {"/", "\\"} & set(name)
@@ -83,17 +85,17 @@ def plain_file_name(name: Any) -> bool:
 
 
 def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raises ValueError where a file's tensors are too many, or one has a name or shape that no tensor has."""
+    """Raises ValueError if a file has too many tensors, or a tensor has an impossible name or shape."""
     check_count(path, shapes)
     for name, shape in shapes.items():
-        if len(name) > LONGEST_NAME or not name.isprintable():
-            raise ValueError(f"{path} holds a tensor '{shown(name)}', which is no name of one. Download it again.")
-        if len(shape) > MOST_DIMS or not all(0 <= size < 2**63 for size in shape):
-            raise ValueError(f"{path} holds {name} with {len(shape)} dims, which is no tensor's. Download it again.")
+        if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+            raise ValueError(f"{path} holds a tensor with the invalid name '{shown(name)}'. Download it again.")
+        if len(shape) > MAX_DIMS or not all(0 <= size < 2**63 for size in shape):
+            raise ValueError(f"{path} holds {name} with an invalid shape of {len(shape)} dims. Download it again.")
 
 
 def check_count(path: Path, names: Iterable) -> None:
-    """Raises ValueError for more tensors than a model's file has."""
+    """Raises ValueError for more tensors than the file of a model has."""
     count = sum(1 for _ in names)
-    if count > MOST_TENSORS:
-        raise ValueError(f"{path} holds {count} tensors; a model's file has at most {MOST_TENSORS}. Is it another?")
+    if count > MAX_TENSORS:
+        raise ValueError(f"{path} holds {count} tensors; a model's file has at most {MAX_TENSORS}. Is it another file?")

@@ -1,4 +1,4 @@
-"""What is wrong with a file, in words."""
+"""Formats errors about files."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MAX_NAMES = 8  # how many names of tensors an error lists
-LONGEST_WORDS = 300  # characters of a file's own words in an error
+MAX_NAMES = 8  # tensor names that an error lists
+MAX_QUOTED = 300  # characters that an error quotes from a file
 
 
 def printable(text: str) -> str:
-    """`text` with all but what stands on a line written out: control characters, such as begin the sequences that
-    terminals obey, marks that turn the direction of writing, and halves of characters, which cannot be printed."""
+    """`text` with escapes for characters that are unsafe to print: control characters (which start the escape sequences
+    of terminals), marks that change the writing direction, and lone surrogates."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def printable_lines(text: str) -> str:
-    """The same of a text of several lines."""
+    """The same for a text of several lines."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def shown(words: Any) -> str:
-    """What a file says, as an error may quote it: printable, and of bounded length."""
+    """Text from a file, as an error quotes it: printable, and of bounded length."""
     words = str(words)
-    return printable(words[:LONGEST_WORDS]) + ("..." if len(words) > LONGEST_WORDS else "")
+    return printable(words[:MAX_QUOTED]) + ("..." if len(words) > MAX_QUOTED else "")
 
 
-def listed(faults: dict[str, list[str]]) -> str:
-    """Names of tensors by what is wrong with them, in words; the first ones of each fault."""
+def list_faults(faults: dict[str, list[str]]) -> str:
+    """A text that lists tensor names by their fault: the number and the first names of each."""
     return "; ".join(
         f"{len(names)} {fault}: {', '.join(map(shown, names[:MAX_NAMES]))}{', ...' if len(names) > MAX_NAMES else ''}"
         for fault, names in faults.items()
@@ -38,15 +38,15 @@ def listed(faults: dict[str, list[str]]) -> str:
 
 
 @contextmanager
-def usable(file: Path, what: str) -> Iterator[None]:
-    """Around what is made of a file's own words by code, perhaps a library's, that trusts them.
+def as_value_error(file: Path, what: str) -> Iterator[None]:
+    """Turns any exception of the code inside, such as a library that parses untrusted content, into a ValueError.
 
-    Whatever that ends in becomes a ValueError that names the file, and what of it cannot be used.
+    The error names the file and `what`, the part of it that cannot be used.
     """
     try:
         yield
     except BaseException as error:
-        # Libraries in Rust end in one that is no Exception, nor can its class be imported.
+        # Libraries in Rust raise PanicException, which is not an Exception, and whose class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         kind = "" if isinstance(error, ValueError) else type(error).__name__

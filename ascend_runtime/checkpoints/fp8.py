@@ -1,10 +1,10 @@
-"""Weights kept in 8 bits, each tensor with its scale: what marks them, and which scale belongs to which.
+"""Reads fp8 weights with scales: recognises their marks, and finds each weight's scale.
 
-ComfyUI's files have one of two marks. The older: a tensor `scaled_fp8`, and `<layer>.scale_weight` (and perhaps
-`<layer>.scale_input`). The newer: `_quantization_metadata` in the header, or a tensor `<layer>.comfy_quant`, each JSON
-that says a layer's format, and `<layer>.weight_scale` (and perhaps `<layer>.input_scale`). A weight is its 8-bit value
-times its scale, which is one number, or one a row: [N, 1] for a weight [N, K]. Scales of inputs are for products in 8
-bits, of which there are none here.
+ComfyUI's files have one of two marks. The older: a tensor `scaled_fp8`, and `<layer>.scale_weight` (optionally
+`<layer>.scale_input`). The newer: `_quantization_metadata` in the header, or a tensor `<layer>.comfy_quant`, both JSON
+with a layer's format, and `<layer>.weight_scale` (optionally `<layer>.input_scale`). A weight is its 8-bit value times
+its scale, which is one number, or one for each row: [N, 1] for a weight [N, K]. Input scales are for matrix products in
+fp8, which are not used here.
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ from collections.abc import Iterable
 import torch
 
 from .bounded import parse_json
-from .faults import listed, shown, usable
-from .formats.parts import Part, whole
+from .faults import as_value_error, list_faults, shown
+from .formats.parts import Slices, full_slices
 from .formats.tensor_files import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
-OLD_SCALES = {"scale_weight": True, "scale_input": False}  # whether it is a weight's
+OLD_SCALES = {"scale_weight": True, "scale_input": False}  # True for a weight's scale
 NEW_SCALES = {"weight_scale": True, "input_scale": False}
-LONGEST_MARK = 4096  # numbers of a tensor that holds JSON; those of ComfyUI have less than 100
-FORMATS = ("float8_e4m3fn", "float8_e5m2")
+MAX_MARK_BYTES = 4096  # of a tensor that holds JSON; ComfyUI's have less than 100
+FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
 def scales_of(file: TensorFile, own: list[str]) -> tuple[dict[str, str], set[str]]:
-    """(the names of the weights' scales by those of the weights; all names that are no weights but marks or scales), of
-    the tensors `own` of a file.
+    """(the scale's name of each weight, the names of all marks and scales) among the tensors `own` of a file.
 
-    Both are empty where the file has no mark. Raises ValueError for a format that is not one scale a tensor, for marks
-    that say nothing of the sort, and that lists weights without a scale and scales without such a weight.
+    Both are empty if the file has no mark. Raises ValueError for an unsupported format or an invalid mark; lists
+    weights without a scale, and scales without a weight.
     """
     leaves = {name: name.rpartition(".")[2] for name in own}
     marks = {name for name, leaf in leaves.items() if leaf in (OLD_MARK, LAYER_MARK)}
     old = any(leaves[name] == OLD_MARK for name in marks)
     formats = _formats(file, own, [name for name in marks if leaves[name] == LAYER_MARK])
     for layer, kept in formats.items():
-        if kept not in FORMATS:
+        if kept not in FP8_FORMATS:
             held = f"{shown(layer)} as {shown(kept)}"
-            raise ValueError(f"{file.path} holds {held}. Take its fp8_scaled, fp16 or bf16 form.")
+            raise ValueError(f"{file.path} holds {held}. Use the model's fp8_scaled, fp16 or bf16 form.")
     kinds = (OLD_SCALES if old else {}) | (NEW_SCALES if formats else {})
     scales = {f"{name.removesuffix(leaf)}weight": name for name, leaf in leaves.items() if kinds.get(leaf)}
     marked = {f"{layer}.weight" for layer in formats}
@@ -51,7 +50,7 @@ def scales_of(file: TensorFile, own: list[str]) -> tuple[dict[str, str], set[str
 
 
 def refuse_other_scales(file: TensorFile, own: list[str]) -> None:
-    """Raises ValueError where weights of 8 bits have one scale a row, and nothing marks them: LightX2V's own form."""
+    """Raises ValueError for unmarked 8-bit weights with one scale for each row: LightX2V's own format."""
     leaf = "weight_scale"
     scales = [name for name in own if name.endswith(f".{leaf}") and math.prod(file.shapes[name]) > 1]
     weights = [weight for weight in (f"{name.removesuffix(leaf)}weight" for name in scales) if weight in file.shapes]
@@ -59,28 +58,28 @@ def refuse_other_scales(file: TensorFile, own: list[str]) -> None:
     if rows:
         what = str(file.dtype(rows[0])).removeprefix("torch.")
         raise ValueError(
-            f"{file.path} holds {len(rows)} weights as {what} with one scale a row, such as {rows[0]}: LightX2V's "
-            "form, which is not read. Take the model's fp8_scaled, fp16 or bf16 form."
+            f"{file.path} holds {len(rows)} weights as {what} with one scale for each row, such as {rows[0]}: "
+            "LightX2V's format, which is not supported. Use the model's fp8_scaled, fp16 or bf16 form."
         )
 
 
 def _formats(file: TensorFile, own: list[str], marks: list[str]) -> dict[str, str]:
-    """The format of each marked layer. In a header it may be named without the prefix that all names have."""
-    with usable(file.path, f"the header's {NEW_MARK}"):
+    """The format of each marked layer. A header may name layers without the prefix of all tensor names."""
+    with as_value_error(file.path, f"the header's {NEW_MARK}"):
         layers = dict(parse_json(file.header.get(NEW_MARK, "{}")).get("layers", {}))
-        formats = {name: layer.get("format", "nothing known") for name, layer in layers.items()}
-    formats = {name: formats[said] for said, name in _in_full(file, own, formats).items()}
+        formats = {name: layer.get("format", "an unknown format") for name, layer in layers.items()}
+    formats = {name: formats[short] for short, name in _full_names(file, own, formats).items()}
     for name in marks:
-        with usable(file.path, name):
-            if math.prod(file.shapes[name]) > LONGEST_MARK:
+        with as_value_error(file.path, name):
+            if math.prod(file.shapes[name]) > MAX_MARK_BYTES:
                 raise ValueError(f"it has {list(file.shapes[name])} bytes")
             mark = parse_json(bytes(file.read(name).tolist()))
-            formats[name.rpartition(".")[0]] = mark.get("format", "nothing known")
+            formats[name.rpartition(".")[0]] = mark.get("format", "an unknown format")
     return formats
 
 
-def _in_full(file: TensorFile, own: list[str], layers: Iterable[str]) -> dict[str, str]:
-    """The names of those layers which are not another network's, with the prefix that all tensors have."""
+def _full_names(file: TensorFile, own: list[str], layers: Iterable[str]) -> dict[str, str]:
+    """The full names of layers that may lack the prefix of all tensor names; layers of other networks are left out."""
     there = [layer for layer in layers if f"{layer}.weight" in file.shapes]
     kept = {layer: layer for layer in set(there).intersection(name.removesuffix(".weight") for name in own)}
     short = [layer for layer in layers if f"{layer}.weight" not in file.shapes]
@@ -91,20 +90,20 @@ def _in_full(file: TensorFile, own: list[str], layers: Iterable[str]) -> dict[st
 
 
 def _check(file: TensorFile, scales: dict[str, str], marked: set[str]) -> None:
-    """Raises ValueError that lists what a header shows to be no weight of 8 bits with its scale."""
-    told = listed({
+    """Raises ValueError, which lists weights without a valid scale and scales without a valid weight."""
+    faults = list_faults({
         "without a scale": sorted(marked - scales.keys()),
-        "that are no scale": [
+        "that are not a scale": [
             f"{scale} {list(file.shapes[scale])} of {file.dtype(scale)}" for weight, scale in scales.items()
             if not (_fits(file.shapes[scale], file.shapes.get(weight, ())) and file.dtype(scale).is_floating_point)
         ],
-        "with a scale, but not of 8 bits": [
+        "with a scale, but not in 8 bits": [
             weight for weight in scales if weight not in file.shapes or not is_8_bits(file.dtype(weight))
         ],
     })  # fmt: skip
-    if told:
+    if faults:
         raise ValueError(
-            f"{file.path} is marked as fp8_scaled. Tensors {told}. Download it again, or take its fp16 or bf16 form."
+            f"{file.path} is marked as fp8_scaled. Tensors {faults}. Download it again, or use its fp16 or bf16 form."
         )
 
 
@@ -113,25 +112,25 @@ def is_8_bits(dtype: torch.dtype) -> bool:
 
 
 def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether a scale of this shape is one number, or one a row of a weight, by their shapes."""
+    """Whether a scale of this shape is one number, or one for each row of a weight of that shape."""
     return math.prod(scale) == 1 or len(weight) > 1 and scale == (weight[0], *(1 for _ in weight[1:]))
 
 
-def scale_of(file: TensorFile, name: str, part: Part) -> float | torch.Tensor:
-    """By what this part of an 8-bit weight is to be multiplied: a number, or one a row of the part, [rows, 1].
+def scale_of(file: TensorFile, name: str, part: Slices) -> float | torch.Tensor:
+    """The scale of a part of an 8-bit weight: a number, or one for each row of the part, [rows, 1].
 
-    Raises ValueError where it is none above 0.
+    Raises ValueError for a scale that is not finite and above 0.
     """
     shape = file.shapes[name]
     of_rows = math.prod(shape) != 1
-    scales = file.read(name, (part[0], *whole(shape)[1:]) if of_rows else None).float()
+    scales = file.read(name, (part[0], *full_slices(shape)[1:]) if of_rows else None).float()
     if wrong := [scale for scale in scales.flatten().tolist() if not 0 < scale < math.inf]:
         raise ValueError(f"{file.path} has the scale {wrong[0]} in {name}; it must be above 0. Download it again.")
     return scales if of_rows else scales.item()
 
 
 def dequantized(tensor: torch.Tensor, scale: float | torch.Tensor | None) -> torch.Tensor:
-    """A part of a weight, in fp32 where it was kept in 8 bits."""
+    """A part of a weight times its scale; in fp32 if it was stored in 8 bits."""
     if is_8_bits(tensor.dtype):
         tensor = tensor.float()
     return tensor if scale is None else tensor * scale

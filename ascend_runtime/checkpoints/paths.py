@@ -1,15 +1,15 @@
-"""Paths of models, and of the small files next to them. Free of torch: commands ask before they import it."""
+"""Paths of models, and of the small files next to them. Does not import torch, so that commands start fast."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-DEFAULTS = "ascend_defaults.json"  # what a model is run with (families/defaults.py)
-CALIBRATION = "ascend_calibration.json"  # what was found out about it (checkpoints/calibration.py)
+DEFAULTS = "ascend_defaults.json"  # a model's default settings (recognition/defaults.py)
+CALIBRATION = "ascend_calibration.json"  # a model's calibration (recognition/calibration_file.py)
 
 
 def existing(path: str) -> Path:
-    """`path`, which is a folder or a file. Raises ValueError where it is neither, or empty, as an unset $MODEL is."""
+    """`path`, if it is a folder or a file. Raises ValueError if it is neither, or empty, like an unset $MODEL."""
     if not str(path):
         raise ValueError("The path is empty. Give the path of a model's folder or file.")
     root = Path(path).expanduser()
@@ -23,6 +23,6 @@ def existing(path: str) -> Path:
 
 
 def file_of(path: str | Path, name: str) -> Path:
-    """Where the file `name` of the model at `path` lies: in its folder, or next to its file."""
+    """The path of the file `name` of the model at `path`: in its folder, or next to its file."""
     model = Path(path).expanduser()
     return model / name if model.is_dir() else model.with_name(f"{model.name}.{name}")

@@ -1,5 +1,7 @@
-"""Tensors of an open file, read by several threads at once, piece by piece: little is under way, however large they
-are. A piece is some rows of a tensor: read, checked and made what it is to be kept as."""
+"""Reads tensors of an open file with several threads, piece by piece, so that memory use does not depend on their size.
+
+A piece is some rows of a tensor. It is read, checked and converted to the dtype in which it is kept.
+"""
 
 from __future__ import annotations
 
@@ -16,31 +18,31 @@ from torch import Tensor
 
 from ..ops.precision import is_finite
 from ..ops.quantization import quantized_rows
-from .formats.parts import Part, Rows, by_rows, in_ranges, whole
+from .formats.parts import Rows, Slices, by_rows, full_slices, in_ranges
 from .formats.tensor_files import TensorFile
 from .fp8 import dequantized, scale_of
 from .msmodelslim import as_numbers
 
-THREADS, MOST_THREADS = 4, 16  # a rank reads with as many as it computes with; with some, as they wait for a disk too
-PIECE = 4 * 2**20  # bytes on disk
-AHEAD = 2  # pieces a thread that are under way, or made and not taken yet
+THREADS, MAX_THREADS = 4, 16  # a rank reads with as many threads as it computes with, within these bounds
+READ_BYTES = 4 * 2**20  # of a piece on disk
+PIECES_PER_THREAD = 2  # pieces that are being read, or not consumed yet
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A part of a tensor, as it lies in a file and as it is to be kept.
+    """A part of a tensor to read: how it is stored in a file, and how it is kept.
 
-    name: what errors call it. shape: of the whole tensor; part: None is all of it. scale: the name of its scale where
-    it was kept in 8 bits. scales: what the scales of its rows are to be called, where it is to be kept as integers of
-    8 bits, of its own making; each is that of a whole row, whatever part of it is wanted. rows: the tensor's among
-    those that lie in the file by its key, joined in this order; None: all.
+    name: used in errors. key: its name in the file. scale: the key of its scale if it is stored in 8 bits. shape: of
+    the whole tensor. part: None for all of it. dtype, device: where it is kept. scales: set to quantize it to int8: the
+    name of the new row scales, which are those of whole rows even if `part` is a part of them. rows: its ranges of the
+    stored tensor's rows, concatenated in this order; None: all.
     """
 
     name: str
     key: str
     scale: str | None
     shape: tuple[int, ...]
-    part: Part | None
+    part: Slices | None
     dtype: torch.dtype
     device: torch.device
     scales: str | None = None
@@ -49,28 +51,28 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Piece:
-    """part: of the tensor on disk; None: it is mapped, and there is nothing to read. rows: the same of `made`, the
-    tensors by name, as views. last: whether no other piece of the tensor follows."""
+    """part: of the tensor on disk; None: it is mapped, and nothing is read. made: the tensors that are filled, by name.
+    rows: views of the piece's rows in them. last: whether this is the tensor's last piece."""
 
     of: Wanted
-    part: Part | None
+    part: Slices | None
     rows: list[Tensor]
     made: dict[str, Tensor]
     last: bool
 
 
 def read_in_pieces(file: TensorFile, wanted: Iterable[Wanted]) -> Iterator[tuple[str, Tensor]]:
-    """Each name with its tensor, in the order in which they are wanted. To be closed before the file is.
+    """Yields each name and tensor, in the order of `wanted`. Close the generator before the file.
 
-    Raises ValueError for the first one, in this order, that cannot be read, or has values that are no
-    numbers, or beyond its dtype.
+    Raises ValueError for the first tensor, in this order, that cannot be read, or has values that are not finite or
+    exceed its dtype.
     """
-    threads = min(max(THREADS, torch.get_num_threads()), MOST_THREADS)
+    threads = min(max(THREADS, torch.get_num_threads()), MAX_THREADS)
     under_way: deque[tuple[_Piece, Future]] = deque()
     with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
         try:
             for piece in chain.from_iterable(_pieces(file, one) for one in wanted):
-                if len(under_way) == AHEAD * threads:
+                if len(under_way) == PIECES_PER_THREAD * threads:
                     yield from _taken(*under_way.popleft())
                 under_way.append((piece, pool.submit(_make, file, piece)))
             while under_way:
@@ -81,9 +83,9 @@ def read_in_pieces(file: TensorFile, wanted: Iterable[Wanted]) -> Iterator[tuple
 
 @contextmanager
 def _one_thread_each():
-    """Threads that begin to compute inside do so alone, as there are many of them."""
+    """Makes threads that start inside compute with one thread each, as there are many of them."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # not in these threads: the number is that of all which begin, and of libraries
+    torch.set_num_threads(1)  # set here, not in the threads: the number applies to all new threads, and to libraries
     try:
         yield
     finally:
@@ -92,18 +94,18 @@ def _one_thread_each():
 
 def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
     held = file.dtype(wanted.key)
-    part = wanted.part or whole(wanted.shape)
-    # What is kept as it lies on disk is a view of the mapped file: ranks share its memory.
+    part = wanted.part or full_slices(wanted.shape)
+    # A tensor that is kept as stored on disk is a view of the mapped file, so that ranks share its memory.
     mapped = wanted.part is None and wanted.scale is None and wanted.device.type == "cpu" and held == wanted.dtype
     mapped = mapped and (wanted.rows is None or len(wanted.rows) == 1)
     shape = [own.stop - own.start for own in part]
     made = {wanted.name: _mapped(file, wanted) if mapped else _empty(shape, wanted.dtype, wanted.device)}
     if wanted.scales:
         made[wanted.scales] = _empty([shape[0], 1], torch.float32, wanted.device)
-        part = (part[0], *whole(wanted.shape)[1:])
+        part = (part[0], *full_slices(wanted.shape)[1:])
     cuts = in_ranges(part, wanted.rows)
     if mapped or file.in_rows(wanted.key):
-        cuts = [cut for both in cuts for cut in zip(*(by_rows(one, held.itemsize, PIECE) for one in both))]
+        cuts = [cut for both in cuts for cut in zip(*(by_rows(one, held.itemsize, READ_BYTES) for one in both))]
     for cut in cuts:
         own, lies = cut
         rows = slice(own[0].start - part[0].start, own[0].stop - part[0].start) if own else ...
@@ -111,7 +113,7 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
 
 
 def _mapped(file: TensorFile, wanted: Wanted) -> Tensor:
-    ((_, lies),) = in_ranges(whole(wanted.shape), wanted.rows)
+    ((_, lies),) = in_ranges(full_slices(wanted.shape), wanted.rows)
     return file.mapped(wanted.key, wanted.rows and lies)
 
 
@@ -120,7 +122,7 @@ def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor
 
 
 def _make(file: TensorFile, piece: _Piece) -> list[Tensor]:
-    """The piece, on the CPU; tensors of the CPU have it then."""
+    """Reads the piece on the CPU; fills its rows if the tensor is kept on the CPU."""
     of = piece.of
     if piece.part is None:
         return [_checked(piece.rows[0], of.dtype, of.name, file.path)]
@@ -131,7 +133,7 @@ def _make(file: TensorFile, piece: _Piece) -> list[Tensor]:
 
 
 def _quantized(file: TensorFile, piece: _Piece) -> list[Tensor]:
-    """Integers of 8 bits, and the scales of their rows."""
+    """[int8 values, row scales]"""
     of = piece.of
     weight = read_as(file, of.key, piece.part, torch.float32, scale=of.scale, name=of.name)
     made, scales = quantized_rows(weight)
@@ -142,9 +144,9 @@ def _quantized(file: TensorFile, piece: _Piece) -> list[Tensor]:
 
 
 def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:
-    """The tensors with their names, if the piece was the last."""
+    """Waits for a piece, and yields the tensors with their names after the last one."""
     rows = made.result()
-    if piece.of.device.type != "cpu":  # here: a device's context is that of the thread which took the device
+    if piece.of.device.type != "cpu":  # in this thread, which owns the device's context
         for into, x in zip(piece.rows, rows):
             into.copy_(x)
     if piece.last:
@@ -154,18 +156,18 @@ def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:
 def read_as(
     file: TensorFile,
     key: str,
-    part: Part,
+    part: Slices,
     dtype: torch.dtype,
     *,
     scale: str | None,
     name: str,
     into: Tensor | None = None,
 ) -> Tensor:
-    """This part of a tensor of a file as it is to be kept.
+    """A part of a tensor of a file, converted to `dtype`.
 
-    scale: the name of its scale where it was kept in 8 bits. name: what errors call it. into: where it goes, in one
-    piece of memory, of its shape and this dtype; None: memory of its own.
-    Raises ValueError where values are no numbers, or beyond the dtype.
+    scale: the key of its scale if it is stored in 8 bits. name: used in errors. into: a contiguous tensor of the part's
+    shape and this dtype to read into; None: allocates one.
+    Raises ValueError for values that are not finite, or exceed the dtype.
     """
     straight = into if scale is None and dtype == file.dtype(key) else None
     tensor = as_numbers(file.read(key, part, straight))
@@ -176,12 +178,12 @@ def read_as(
 
 
 def _checked(tensor: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:
-    """`tensor`. Raises ValueError, which names it and the file, where it has values that are no numbers in `dtype`."""
+    """`tensor`. Raises ValueError, which names it and the file, for values that are not finite in `dtype`."""
     if is_finite(tensor, dtype):
         return tensor
     if not is_finite(tensor):
         raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
     raise ValueError(
-        f"{path} has values of up to {tensor.abs().max():.3g} in {name}, which {dtype} does not hold. Take a dtype of "
-        "more range: bfloat16 or float32."
+        f"{path} has values of up to {tensor.abs().max():.3g} in {name}, which exceed {dtype}. Use a dtype with a "
+        "larger range: bfloat16 or float32."
     )

@@ -1,4 +1,4 @@
-"""Reads weights into a network that lies on the meta device, a few pieces at a time, straight to where it is kept."""
+"""Loads weights into a network on the meta device, a few pieces at a time, directly to where they are kept."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Callable, Iterable, Mapping, Protocol
 import torch
 from torch import nn
 
-from .faults import listed
-from .formats.parts import Part
+from .faults import list_faults
+from .formats.parts import Slices
 from .formats.tensor_files import TensorFile, open_tensors
 from .fp8 import refuse_other_scales, scales_of
 from .fused import Rows, Split, Target, row_faults, targets_of
@@ -22,21 +22,21 @@ from .pieces import Wanted, read_in_pieces
 from .shards import one_of_several
 
 
-class Share(Protocol):
-    """What is held here of each parameter of a network."""
+class LocalWeights(Protocol):
+    """Which part of each parameter of a network this rank holds."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Gives the parameters, on the meta device, the shapes that are held here."""
+        """Gives the parameters, on the meta device, the shapes that this rank holds."""
 
-    def part(self, name: str, shape: tuple[int, ...]) -> Part | None:
-        """Which part of a parameter of this whole shape is held here; None: all of it."""
+    def part(self, name: str, shape: tuple[int, ...]) -> Slices | None:
+        """The part of a parameter of this full shape that this rank holds; None: all of it."""
 
     def parameter(self, module: nn.Module, name: str, part: torch.Tensor) -> torch.Tensor:
-        """The parameter to be set, of the part that was read."""
+        """The parameter to set, from the part that was read."""
 
 
-class Whole:
-    """All is held here."""
+class AllWeights:
+    """This rank holds all parameters whole."""
 
     def prepare(self, module: nn.Module) -> None:
         pass
@@ -50,10 +50,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter lies: shard, name there, whole shape, bytes there, and the name of its scale where it was kept
-    in 8 bits.
+    """Where a parameter lies on disk. key: the tensor's name in the shard. shape: the parameter's full shape. nbytes:
+    on disk. scale: the key of its scale if it is stored in 8 bits.
 
-    rows: the ranges that make it up, in this order, of the rows of the tensor there; None: all of it.
+    rows: its ranges of the tensor's rows, in this order; None: all.
     """
 
     shard: Path
@@ -64,24 +64,27 @@ class Place:
     rows: Rows | None = None
 
 
-NOTHING: dict[str, str] = {}
-Places = dict[str, Place]  # by the names of a network's parameters, in the order of the files
+NO_SCALES: dict[str, str] = {}
+Places = dict[str, Place]  # by a network's parameter names, in file order
 
 
-class Progress:
-    """Tells how many bytes are done, and how many there are: of whole tensors on disk, whatever part is held here."""
+class BytesRead:
+    """Counts the bytes read, of whole tensors on disk, whatever part this rank holds.
 
-    def __init__(self, tell: Callable[[int, int], None]):
-        self._tell = tell
+    report: called with (bytes done, bytes in total).
+    """
+
+    def __init__(self, report: Callable[[int, int], None]):
+        self._report = report
         self._done = self._total = 0
 
     def expect(self, nbytes: int) -> None:
-        """From now on, so many are still to come."""
+        """Sets the number of bytes that remain to be read."""
         self._total = self._done + nbytes
 
     def add(self, nbytes: int) -> None:
         self._done += nbytes
-        self._tell(self._done, self._total)
+        self._report(self._done, self._total)
 
 
 def load_weights(
@@ -90,18 +93,18 @@ def load_weights(
     *,
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
-    share: Share = Whole(),
+    share: LocalWeights = AllWeights(),
     on_bytes: Callable[[int], None] = lambda nbytes: None,
-    scales_of: dict[str, str] = NOTHING,
+    scales_of: dict[str, str] = NO_SCALES,
 ) -> None:
-    """Fills `module`, on the meta device, with the tensors that `check_weights` found.
+    """Loads the tensors that `check_weights` found into `module`, which is on the meta device.
 
-    dtype_of: the dtype to keep a parameter in, by name.
-    scales_of: of the weights which are quantized row by row as they are read, the names of the scales that this makes.
-    share: what is held here of each; no other byte is read.
-    on_bytes: told after each tensor how many bytes the whole of it has on disk.
+    dtype_of: the dtype in which a parameter is kept, by name.
+    scales_of: the names of the new row scales, for weights that are quantized on the fly.
+    share: the part of each parameter that this rank holds; nothing else is read.
+    on_bytes: called after each tensor with the bytes of the whole tensor on disk.
 
-    Raises ValueError that names a tensor which cannot be read, or has values that are no numbers.
+    Raises ValueError, which names the tensor, if it cannot be read, or has values that are not finite.
     """
     share.prepare(module)
     for shard in dict.fromkeys(place.shard for place in places.values()):
@@ -125,15 +128,15 @@ def check_weights(
     split: Split | None = None,
     identify: Callable[[Iterable[str]], str] = lambda names: "",
 ) -> Places:
-    """Where each parameter of `module` lies in `shards`. Nothing is allocated, and no weight is read.
+    """Finds where each parameter of `module` lies in `shards`. Allocates nothing, and reads no weights.
 
-    rename: the module's name of a tensor, by its name in a shard; None: it is none of the module's.
-    quantized: what is said of layers that lie there quantized, as they are in `module`.
-    split: the module's parameters that such a tensor holds, where it holds several, or rows in another order.
-    identify: what a network with these further parameters is, in a sentence; empty where that is not known.
+    rename: (a tensor's name, its shard) -> the module's name; None: the tensor does not belong to the module.
+    quantized: the description of the layers that are quantized, in the files and in `module`.
+    split: the parameters in a tensor that holds several, or rows in another order.
+    identify: a sentence about the network that has these unexpected parameters; empty if unknown.
 
-    Raises ValueError that lists missing, unexpected and wrongly shaped tensors by name, and tensors with rows that do
-    not belong to one parameter each: nothing is ever left to chance values.
+    Raises ValueError, which lists missing, unexpected and wrongly shaped tensors, and tensors with rows that do not
+    belong to exactly one parameter: no parameter is left uninitialised.
     """
     wanted = module.state_dict(keep_vars=True)
     places = _places(shards, rename, quantized, split)
@@ -142,7 +145,7 @@ def check_weights(
 
 
 def nbytes(places: Places, names: Iterable[str] | None = None) -> int:
-    """On disk, of the whole tensors of these names; None: of all."""
+    """The bytes on disk of the whole tensors of these names; None: of all."""
     return sum(places[name].nbytes for name in (places if names is None else names))
 
 
@@ -173,24 +176,24 @@ def _places(
                         raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
                     places[name] = Place(shard, key, made, math.prod(made) * dtype.itemsize, scales.get(key), rows)
             _check_rows(file, targets)
-        if told := listed({"that are no floating-point numbers": numbers}):
-            raise ValueError(f"{shard} holds tensors {told}. Take its fp32, fp16, bf16 or fp8_scaled form.")
+        if faults := list_faults({"that are not floating-point": numbers}):
+            raise ValueError(f"{shard} holds tensors {faults}. Use the model's fp32, fp16, bf16 or fp8_scaled form.")
     return places
 
 
 def _check_rows(file: TensorFile, targets: Mapping[str, tuple[Target, ...]]) -> None:
-    """Raises ValueError that lists tensors of a file with rows that belong to no parameter, or to several, and those
-    that have fewer rows than their parameters. targets: the parameters of each tensor."""
+    """Raises ValueError, which lists tensors with rows that belong to no parameter or to several, and tensors with
+    fewer rows than their parameters. targets: the parameters of each tensor."""
     faults = defaultdict(list)
     for key, own in targets.items():
         for fault, which in row_faults(own, file.shapes[key]):
             faults[fault].append(f"{key} {list(file.shapes[key])}, {which}")
-    if said := listed(faults):
-        raise ValueError(f"{file.path} holds tensors {said}. Is it another model's file? If not, download it again.")
+    if listed := list_faults(faults):
+        raise ValueError(f"{file.path} holds tensors {listed}. Is it another model's file? If not, download it again.")
 
 
 def _check_fit(module, shards, wanted, places, identify) -> None:
-    filled = {id(wanted[name]) for name in places if name in wanted}  # a parameter with two names needs one of them
+    filled = {id(wanted[name]) for name in places if name in wanted}  # one of a shared parameter's names is enough
     missing = [name for name, tensor in wanted.items() if id(tensor) not in filled]
     unexpected = [name for name in places if name not in wanted]
     misshapen = [
@@ -198,16 +201,16 @@ def _check_fit(module, shards, wanted, places, identify) -> None:
         for name, tensor in wanted.items()
         if name in places and places[name].shape != tuple(tensor.shape)
     ]
-    faults = listed({"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen})
+    faults = list_faults({"missing": missing, "unexpected": unexpected, "of the wrong shape": misshapen})
     if faults:
-        said = identify(unexpected) or (missing and len(shards) == 1 and one_of_several(shards[0]))
+        hint = identify(unexpected) or (missing and len(shards) == 1 and one_of_several(shards[0]))
         by_config = ", or is the config.json next to it another model's" * (shards[0].parent / "config.json").is_file()
-        asked = f"Is it another model's file{by_config}?"
-        raise ValueError(f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. {said or asked}")
+        question = f"Is it another model's file{by_config}?"
+        raise ValueError(f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. {hint or question}")
 
 
 def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Makes `tensor` the parameter or buffer of that name, without a gradient."""
+    """Sets the parameter or buffer of this name to `tensor`, without a gradient."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if leaf in owner._parameters:

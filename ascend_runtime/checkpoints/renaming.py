@@ -1,4 +1,4 @@
-"""Renames tensors: rules that turn one system's parameter names into another's, and back."""
+"""Renames tensors by rules that map one system's parameter names to another's, and back."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import itertools
 import re
 from functools import cache, lru_cache
 
-Rules = tuple[tuple[str, str], ...]  # patterns and replacements, in order: a later one sees what the earlier ones made
+Rules = tuple[tuple[str, str], ...]  # patterns and replacements, applied one after the other
 
-TOKENIZER_MODEL = "spiece_model"  # ComfyUI's text encoders bring their tokenizer along, as the bytes of a tensor
+TOKENIZER_MODEL = "spiece_model"  # the tokenizer in a file of ComfyUI's text encoders, as a tensor of bytes
 GROUP = re.compile(r"\([^)]*\)")
-# What frameworks put before all names of a network.
+# Prefixes that frameworks add to all names of a network.
 PREFIXES: Rules = (
     (r"(^|(?<=\.))(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", ""),  # what torch wraps modules in
     (r"^(model\.diffusion_model|module|predictor)\.", ""),
 )
-# What msModelSlim puts before the last part of a name, where it moved outliers from activations into weights.
+# What msModelSlim inserts before the last part of a name if it moved outliers from activations into weights.
 MODELSLIM: Rules = ((r"\.(linear|div)(?=\.[^.]+$)", ""),)
 
 
 @lru_cache(maxsize=50_000)
 def renamed(name: str, rules: Rules) -> str:
-    """Kept, as a file's names are asked for again and again."""
+    """`name` after these rules. Cached, because the names of a file are needed many times."""
     for pattern, replacement in _compiled(rules):
         name = pattern.sub(replacement, name)
     return name
@@ -33,7 +33,7 @@ def _compiled(rules: Rules) -> tuple[tuple[re.Pattern, str], ...]:
 
 
 def inverted(rules: Rules) -> Rules:
-    """Rules that undo these, whose patterns are plain characters, groups and anchors alone."""
+    """The inverse of these rules, whose patterns may only have plain characters, groups and anchors."""
     return tuple(_inverse(*rule) for rule in reversed(rules))
 
 
@@ -47,5 +47,5 @@ def _inverse(pattern: str, replacement: str) -> tuple[str, str]:
 
 
 def is_tokenizer(key: str) -> bool:
-    """Whether a tensor is the tokenizer that a text encoder's file brings along."""
+    """Whether a tensor is the tokenizer in a text encoder's file."""
     return key.rpartition(".")[2] == TOKENIZER_MODEL

@@ -25,12 +25,12 @@ from ..checkpoints.tokenizers import SPIECE, check_class, tokenizer_model
 from ..checkpoints.writing.links import own_file, own_files, resolved
 from ..checkpoints.writing.transfer import Move, fill, laid_out
 from ..checkpoints.writing.unfinished import partial_folder, sync, unfinished
-from ..checkpoints.writing.writers import PIECE
+from ..checkpoints.writing.writers import WRITE_BYTES
 from ..components.networks import empty_network
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..recognition.component import Component
-from ..recognition.folders import FOLDERS, STANDARD_NAMES, has_folder
-from ..recognition.mindspeed import RELEASE, TRACKER, WEIGHTS
+from ..recognition.folders import STANDARD_NAMES, TRANSFORMER_FOLDERS, has_folder
+from ..recognition.mindspeed import RELEASE, STAGE_FILE, TRACKER
 from ..specs.models import WEIGHT_DTYPES
 from .inspection import inspect
 from .progress import Progress
@@ -73,7 +73,7 @@ class Plan:
         """Changes when something else is made of the same source, or in other steps."""
         moves = [(str(path), name, move.key, str(move.made.dtype)) for path, moves in self.moves.items()
                  for name, move in moves.items()]  # fmt: skip
-        made = repr((PIECE, moves, sorted(self.texts.items()), sorted(self.copies)))
+        made = repr((WRITE_BYTES, moves, sorted(self.texts.items()), sorted(self.copies)))
         return hashlib.sha256(made.encode()).hexdigest()
 
 
@@ -138,7 +138,7 @@ def planned(
     plan.sources += parts.values()
     if to == "mindspeed":
         for part, component in parts.items():
-            _plan_release(plan, Path(FOLDERS[part][1] if len(parts) > 1 else ""), part, component, dtype)
+            _plan_release(plan, Path(TRANSFORMER_FOLDERS[part][1] if len(parts) > 1 else ""), part, component, dtype)
         _plan_own_files(plan, parts)
         return plan
     _plan_tokenizer(plan, parts)
@@ -157,7 +157,7 @@ def _parts(source: Path, to: str, left_out: list[str], on_part: Callable[[str], 
     for found in inspect(str(source), on_part):
         if found.component is None and found.fault is None:
             continue
-        if to == "mindspeed" and found.part not in FOLDERS:
+        if to == "mindspeed" and found.part not in TRANSFORMER_FOLDERS:
             if found.component:
                 left_out.append(f"{found.part}: MindSpeed-MM's layout has only transformers; take --to diffusers")
         elif found.component:  # `_moves` finds out whether its weights fit; what is to lie beside them may lack
@@ -210,7 +210,7 @@ def _plan_release(plan: Plan, folder: Path, part: str, component: Component, dty
     if to_mindspeed is None:
         raise ValueError(f"MindSpeed-MM has no {component.kind.what}. Convert it with --to diffusers.")
     moves = {to_mindspeed(move.name): move for move in _moves(part, component, dtype)}
-    plan.moves[folder / RELEASE / "mp_rank_00" / WEIGHTS] = moves
+    plan.moves[folder / RELEASE / "mp_rank_00" / STAGE_FILE] = moves
     plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()
 
 

@@ -13,15 +13,15 @@ from ..checkpoints.bounded import read_json
 from ..checkpoints.faults import printable, printable_lines
 from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.paths import existing
-from ..components.checks import check
+from ..components.checks import check_component
 from ..components.model_config import check_experts
 from ..models.defaults import Defaults
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from ..recognition.folders import FOLDERS, has_folder, has_low_noise, is_in_index, is_original
-from ..recognition.kinds import is_kind, kinds, near_to
+from ..recognition.folders import TRANSFORMER_FOLDERS, has_folder, has_low_noise, is_in_index, is_original
+from ..recognition.kinds import describe_other, is_kind, kinds
 from ..recognition.layout import find_part, find_transformer
 from .progress import Progress
 
@@ -72,7 +72,7 @@ def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> It
         parts = list(dict.fromkeys(kind.name for kind in kinds() if is_kind(kind, root)))
         if not parts:
             known = ", ".join(kind.what for kind in kinds())
-            raise ValueError(f"{root} holds none of these: {known}. {near_to(root)}".strip())
+            raise ValueError(f"{root} holds none of these: {known}. {describe_other(root)}".strip())
     else:
         parts = _component(root) or _parts_of_a_model(path, root)
     experts: list[Component] = []
@@ -95,7 +95,7 @@ def _is_due(part: str, root: Path) -> bool:
         return True
     if (root / "model_index.json").is_file():
         return is_in_index(root, part)
-    is_expert = any(root.name in names[1:] for names in FOLDERS.values())
+    is_expert = any(root.name in names[1:] for names in TRANSFORMER_FOLDERS.values())
     return not is_expert and (is_original(root) or any(root.glob("*.pth")))
 
 
@@ -128,8 +128,8 @@ def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
     except ValueError as error:
         return Found(part, None, str(error))
     try:
-        check(component)
-        if part in FOLDERS:
+        check_component(component)
+        if part in TRANSFORMER_FOLDERS:
             check_experts([*experts, component])
             experts.append(component)
     except ValueError as error:

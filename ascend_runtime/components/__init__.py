@@ -1,4 +1,4 @@
-"""The loaded networks of a rank: built on the meta device from their config, filled from disk, kept until replaced."""
+"""The networks that a rank holds: built on the meta device from a config, loaded from disk, kept until replaced."""
 
 from .diffusion_model import DiffusionModel
 from .slots import Components

@@ -1,4 +1,4 @@
-"""A diffusion model: its one or two experts, read, quantized, placed, and changed by LoRAs."""
+"""Loads a diffusion model: reads its one or two experts, quantizes and places them, and applies LoRAs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from functools import cached_property
 
 import torch
 
-from ..checkpoints.reader import Places, Progress, load_weights, nbytes
+from ..checkpoints.reader import BytesRead, Places, load_weights, nbytes
 from ..hardware import devices
 from ..models.defaults import Defaults
 from ..models.family import Family
 from ..models.shared.conditioning import Conditioner
 from ..models.shared.latents import Latents
-from ..models.shared.quantized import WAYS, linears, quantize, quantized_parameters
+from ..models.shared.quantized import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
 from ..models.shared.transformer import VideoTransformer
 from ..ops import check_quantized
-from ..parallel.fsdp import Sharding, Share
+from ..parallel.fsdp import ShardedWeights, Sharding
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
 from ..recognition.folders import has_low_noise
@@ -32,12 +32,12 @@ from .networks import dtype_named, empty_network
 
 logger = logging.getLogger(__name__)
 
-ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free beside two experts: a 14B block at 1280 x 720 x 81 on one card
+ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free next to two experts: a 14B block at 1280 x 720 x 81 on one card
 
 
 @dataclass
 class DiffusionModel:
-    """The experts of a model (`low_noise` is None where there is one) and what sampling needs to know of them."""
+    """The experts of a model (`low_noise` is None if it has one expert) and what sampling needs to know about them."""
 
     high_noise: VideoTransformer
     low_noise: VideoTransformer | None
@@ -47,16 +47,16 @@ class DiffusionModel:
     latents: Latents
     device: torch.device
     dtype: torch.dtype
-    adapters: dict[str, Adapter]  # of each expert
-    swap: ExpertSwap | None = None  # where the two experts are one network on the device, and take turns
-    warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since it was loaded
+    adapters: dict[str, Adapter]  # by expert
+    swap: ExpertSwap | None = None  # set if the two experts take turns in one network on the device
+    warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since the model was loaded
 
     @cached_property
     def conditioner(self) -> Conditioner:
         return self.family.conditioner(self.high_noise.config, self.latents)
 
     def pixels_of(self, latent: tuple[int, ...]) -> int:
-        """The pixels of a picture whose latent [B,C,T,H,W] has this shape."""
+        """The number of pixels of a frame whose latent [B,C,T,H,W] has this shape."""
         form = self.family.form(self.high_noise.config)
         return form.spatial**2 * math.prod(latent[3:])
 
@@ -66,7 +66,7 @@ class DiffusionModel:
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know of the LoRAs in it, each once."""
+        """Warnings about the LoRAs in use, each once."""
         return [*dict.fromkeys(text for adapter in self.adapters.values() for text in adapter.warnings)]
 
     def expert_at(self, timestep: float) -> VideoTransformer:
@@ -76,17 +76,17 @@ class DiffusionModel:
         return self.low_noise if self.is_low_noise(timestep) else self.high_noise
 
     def expect(self, timestep: float | None) -> None:
-        """Has the next pass fetch the expert of the timestep after it; None is another video's first."""
+        """Prefetches the expert of the timestep after the next pass, during that pass. None: another video's first."""
         if self.swap is not None:
             low_noise = timestep is not None and self.is_low_noise(timestep)
             self.swap.fetch_ahead(LOW_NOISE if low_noise else HIGH_NOISE)
 
     def guided(self, spec: SampleSpec) -> bool:
-        """Whether any step needs the uncond branch."""
+        """Whether any step uses guidance, and so needs the uncond branch."""
         return spec.guidance_scale != 1.0 or (self.low_noise is not None and spec.low_noise_guidance != 1.0)
 
     def name_at(self, timestep: float) -> str:
-        """Of the expert for a timestep in 0..1000."""
+        """The name of the expert for a timestep in 0..1000."""
         return LOW_NOISE if self.is_low_noise(timestep) else HIGH_NOISE
 
     def is_low_noise(self, timestep: float) -> bool:
@@ -95,9 +95,9 @@ class DiffusionModel:
 
 @dataclass(frozen=True)
 class _Unread:
-    """An expert whose weights all fit its network, which is on the meta device.
+    """An expert before its weights are read: a network on the meta device that all weights on disk fit.
 
-    scales_of: of the weights that are quantized as they are read, the names of their scales. lora: what LoRAs change.
+    scales_of: the names of the scales of the weights that are quantized on the fly. lora: the target of its LoRAs.
     """
 
     component: Component
@@ -108,17 +108,17 @@ class _Unread:
 
     @classmethod
     def of(cls, component: Component, sharding: Sharding, quantization: str, expert: str | None) -> _Unread:
-        """expert: which of two it is; None: it is the only one."""
+        """expert: which of two experts this is; None: the model has one."""
         network = empty_network(component, sharding.tp)
         places = component.places_in(network)
         layers = [] if quantization == "none" else linears(network, component.family.weights.in_8_bits)
-        quantize(network, {name: WAYS[quantization] for name in layers}, component.part.blocks)
+        quantize(network, {name: QUANTIZATION_SCHEMES[quantization] for name in layers}, component.part.blocks)
         scales = {f"{name}.weight": f"{name}.weight_scale" for name in layers}
         return cls(component, network, places, scales, LoraTarget(places, component.family.loras, expert))
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
-    """The high-noise expert, and the low-noise one where there is one."""
+    """The high-noise expert, and the low-noise expert if there is one."""
     found = [find_transformer(spec.path)]
     low_noise = spec.low_noise_path or spec.path
     if has_low_noise(low_noise):
@@ -126,7 +126,7 @@ def files(spec: DiffusionModelSpec) -> list[Component]:
     elif spec.low_noise_path is not None:
         found.append(find_transformer(low_noise))
     if len(found) == 2 and found[0].shards == found[1].shards:
-        raise ValueError(f"{found[0].shards[0]} is given as both experts. Name the low-noise expert's file, or none.")
+        raise ValueError(f"{found[0].shards[0]} is given as both experts. Give the low-noise expert's file, or none.")
     for component in found:
         if component.quantized is not None:
             _check_quantized_files(spec, component)
@@ -138,13 +138,13 @@ def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> No
     require_no_loras(spec.loras, f"{file} says that the model is quantized")
     if spec.quantization != "none":
         raise ValueError(
-            f"quantization is {spec.quantization!r}, but {file} says that the model is quantized already. Set it "
-            "to 'none', which takes the files as they are."
+            f"quantization is {spec.quantization!r}, but {file} says that the model is quantized already. Set "
+            "quantization to 'none' to use the files as they are."
         )
 
 
 def load(
-    spec: DiffusionModelSpec, found: list[Component], device, progress: Progress, sharding: Sharding
+    spec: DiffusionModelSpec, found: list[Component], device, progress: BytesRead, sharding: Sharding
 ) -> DiffusionModel:
     dtype = dtype_named(spec.dtype, devices.default_dtype(device))
     if spec.quantization != "none" or any(component.quantized for component in found):
@@ -157,8 +157,8 @@ def load(
         for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)
     }
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
-    asked = by_expert(spec.loras, list(unread))
-    loras = {expert: read_loras(asked[expert], one.lora) for expert, one in unread.items()}
+    requested = by_expert(spec.loras, list(unread))
+    loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}
     progress.expect(
         sum(nbytes(one.places) + nbytes(one.places, changed_by(loras[expert])) for expert, one in unread.items())
     )
@@ -183,17 +183,17 @@ def load(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads experts onto this rank. dtype: of the blocks."""
+    """Loads experts onto this rank. dtype: of the blocks."""
 
     dtype: torch.dtype
     device: torch.device
-    progress: Progress
+    progress: BytesRead
     sharding: Sharding
 
     def experts(
         self, unread: dict[str, _Unread], can_swap: bool, always_swap: bool
     ) -> tuple[dict[str, VideoTransformer], ExpertSwap | None]:
-        """The networks of all experts, and what has two of them take turns where they do."""
+        """The networks of all experts, and the swap if two of them take turns on the device."""
         high_noise = self._read(unread[HIGH_NOISE], self.device)
         if LOW_NOISE not in unread:
             return {HIGH_NOISE: high_noise}, None
@@ -204,7 +204,7 @@ class _Reader:
         return {HIGH_NOISE: high_noise, LOW_NOISE: self._read(unread[LOW_NOISE], self.device)}, None
 
     def adapter(self, one: _Unread, loras: LorasInUse, network, on_host: HostWeights | None) -> Adapter:
-        """What changes the weights of an expert, where they are kept: on the device, or on the host."""
+        """The adapter of an expert's weights, which are on the device, or on the host if experts are swapped."""
         files = [file for file, _ in loras]
         share = self._share(one, network)
         if on_host is None:
@@ -224,14 +224,13 @@ class _Reader:
         )
         return one.network.eval()
 
-    def _share(self, one: _Unread, network: VideoTransformer) -> Share:
+    def _share(self, one: _Unread, network: VideoTransformer) -> ShardedWeights:
         rules = one.component.family.weights
-        return Share(self.sharding, rules.cut_dim, rules.replicated, network.units)
+        return ShardedWeights(self.sharding, rules.cut_dim, rules.replicated, network.units)
 
 
 def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], sharding: Sharding) -> bool:
-    """Whether there are two experts which may take turns on the device. Raises ValueError where they are to and
-    cannot."""
+    """Whether two experts can take turns on the device. Raises ValueError if `spec` requires it and they cannot."""
     if len(networks) == 1 or spec.experts == "resident":
         return False
     one, other = ({name: (p.shape, p.dtype) for name, p in network.named_parameters()} for network in networks)
@@ -239,19 +238,19 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], shardi
     if sharding.mesh is None and same:
         return True
     if spec.experts == "swap":
-        why = "fsdp shares their weights" if same else "they are of different shapes"
-        raise ValueError(f"experts is 'swap', but {why}: set it to 'auto'.")
+        why = "fsdp shards their weights" if same else "their weights have different shapes"
+        raise ValueError(f"experts is 'swap', but {why}. Set it to 'auto'.")
     return False
 
 
 def _fits(loaded: VideoTransformer, device) -> bool:
-    """Whether a second expert as large as `loaded`, and room to compute, are free; says so where they are not."""
+    """Whether there is free memory for a second expert as large as `loaded` and for computing; logs it if not."""
     free, needed = devices.free_memory(device), sum(p.nbytes for p in loaded.parameters())
     if free is None or free >= needed + ROOM_TO_COMPUTE:
         return True
     logger.info(
-        "The second expert needs %.1f GB next to %.1f GB to compute in; %.1f GB are free: experts of one shape take "
-        "turns.",
+        "The second expert needs %.1f GB, and %.1f GB more to compute in, but %.1f GB are free: two experts of the "
+        "same shape take turns on the device.",
         needed / 1e9, ROOM_TO_COMPUTE / 1e9, free / 1e9,
     )  # fmt: skip
     return False

@@ -1,8 +1,8 @@
-"""Two experts on a device that has room for one: the idle one waits in pinned host memory.
+"""Swaps two experts on a device that has room for one: the idle expert waits in pinned host memory.
 
-Weights change between jobs alone, so the host keeps those of both, and the device's one set of tensors is written over,
-part by part, in the last pass through the network before the other expert's first: each block as soon as it has
-computed, while the next one computes.
+Weights change only between jobs, so the host keeps the weights of both experts, and the device keeps one set of
+tensors. The last pass before the other expert's first step overwrites them: each block as soon as it has computed,
+while the next block computes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 
 @dataclass
 class _Part:
-    """Tensors of the network that change at once, and whose they are now."""
+    """Tensors of the network that are copied together, and the expert whose weights they hold now."""
 
     tensors: dict[str, Tensor]
     holder: str | None
@@ -28,16 +28,16 @@ class _Part:
 
 @dataclass(frozen=True)
 class HostWeights:
-    """An expert's weights on the host. parameter: one by name. before_change: to be called before one is written."""
+    """An expert's weights on the host. parameter: gets one by name. before_change: must be called before a write."""
 
     parameter: Callable[[str], Tensor]
     before_change: Callable[[], None]
 
 
 class ExpertSwap:
-    """network: on `device`, with the weights of the high-noise expert. idle: the low-noise one's, on the host, by name.
+    """network: on `device`, with the high-noise expert's weights. idle: the low-noise expert's, on the host, by name.
 
-    fetched: parts that were written so far.
+    fetched: the number of parts that were copied to the device so far.
     """
 
     def __init__(self, network: nn.Module, units: list[nn.Module], idle: dict[str, Tensor], device: torch.device):
@@ -54,28 +54,28 @@ class ExpertSwap:
         self._parts = {unit: _Part({}, HIGH_NOISE) for unit in (*units, network)}
         for name, tensor in tensors.items():
             owners = [unit for unit in units if name.startswith(names[unit])]
-            owner = max(owners, key=lambda unit: len(names[unit]), default=network)  # of units in units the inner one
+            owner = max(owners, key=lambda unit: len(names[unit]), default=network)  # the innermost of nested units
             self._parts[owner].tensors[name] = tensor
-        for unit in self._parts:  # the network's own last: it is called when all units have computed
+        for unit in self._parts:  # the network's own hook is last: it runs when all units have computed
             unit.register_forward_hook(lambda module, *_: self._after(module))
 
     def use(self, expert: str) -> None:
-        """Makes the network that expert; at once, if it was fetched ahead."""
+        """Makes the network this expert; immediate if the expert was prefetched."""
         self._ahead = None
         for part in self._parts.values():
             self._fetch(part, expert)
         self._copies.join()
 
     def fetch_ahead(self, expert: str) -> None:
-        """Has the next pass through the network leave it as that expert."""
+        """Makes the next pass through the network leave this expert's weights in it."""
         self._ahead = expert
 
     def expert(self, name: str) -> HostWeights:
-        """An expert's weights, which may be written into."""
+        """An expert's weights on the host, which may be written to."""
         return HostWeights(self._host[name].__getitem__, self._outdate)
 
     def _outdate(self) -> None:
-        """Has whatever is used next fetched from the host, from which no copy is under way when this returns."""
+        """Marks all parts as outdated, so that the next use copies them again. Waits for copies from the host first."""
         self._copies.join()
         devices.synchronise(self._device)
         for part in self._parts.values():

@@ -1,8 +1,9 @@
-"""LoRAs in the weights of loaded networks: merged, changed, taken out again, without a byte of the base being read.
+"""Merges LoRAs into the weights of loaded networks, and removes them again, without reading the base model again.
 
-    W = (W0 in fp32 + the sum of what LoRAs add) in W's dtype
+    W = (W0 in fp32 + the sum of the LoRAs' changes) in W's dtype
 
-of the part of W that this rank holds. W0, of what LoRAs touch, stays in host memory while they do.
+for the part of W that this rank holds. The original W0 of each changed weight stays in host memory until no LoRA
+changes it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoints.formats.parts import whole
+from ..checkpoints.formats.parts import full_slices
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.reader import Places, Progress, nbytes
+from ..checkpoints.reader import BytesRead, Places, nbytes
 from ..models.family import LoraNames
-from ..parallel.fsdp import Share, own_part
+from ..parallel.fsdp import ShardedWeights, own_part
 from ..recognition.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
 from ..specs import LoraSpec
 
@@ -29,8 +30,8 @@ LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order 
 class LoraTarget:
     """A network that LoRAs change.
 
-    places: of its parameters on disk. names: those that files have for its layers. expert: which of two it is; None: it
-    is the only one.
+    places: where its parameters lie on disk. names: how LoRA files name its layers. expert: which of two experts it is;
+    None: the model has one.
     """
 
     places: Places
@@ -39,17 +40,17 @@ class LoraTarget:
 
 
 class Adapter:
-    """The LoRAs of one network, an expert.
+    """The LoRAs of one expert's network.
 
-    parameter: one of its parameters by name, as it is now. share: what is held of each here. device: computes what is
-    merged. files: LoRAs that were read for it. before_change: called before a weight changes.
+    parameter: gets its current parameter by name. share: the part of each that this rank holds. device: computes the
+    merge. files: LoRA files that were read for it. before_change: called before a weight changes.
     """
 
     def __init__(
         self,
         target: LoraTarget,
         parameter: Callable[[str], Tensor],
-        share: Share,
+        share: ShardedWeights,
         device: torch.device,
         files: Iterable[LoraFile] = (),
         before_change: Callable[[], None] = lambda: None,
@@ -63,25 +64,25 @@ class Adapter:
         self._files = tuple(files)
         self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
         self._loras: LorasInUse = []
-        self._merged = True  # False: a change was broken off
+        self._merged = True  # False: a change was interrupted
 
     def opened(self, specs: list[LoraSpec]) -> LorasInUse:
-        """The LoRAs' files; those that were read are not read again. Raises ValueError for one that does not fit."""
+        """The LoRAs' files; known files are not read again. Raises ValueError for a file that does not fit."""
         return read_loras(specs, self._target, self._files)
 
     @property
     def warnings(self) -> list[str]:
-        """What is to be said of the LoRAs in use: layers that are left out, a strength that is not known."""
+        """Warnings about the LoRAs in use: layers that are left out, an unknown strength."""
         return [file.warning for file, _ in self._loras if file.warning]
 
     def to_change(self, loras: LorasInUse) -> list[str]:
-        """The parameters that change where these LoRAs take the place of those in use."""
+        """The parameters that change when these LoRAs replace those in use."""
         return [] if self._in_use(loras) else sorted({*self._originals, *changed_by(loras)})
 
     def use(self, loras: LorasInUse, on_bytes: Callable[[int], None]) -> None:
-        """Makes the weights those of the base with these LoRAs; does nothing if they are.
+        """Sets the weights to those of the base model with these LoRAs; does nothing if they are in use.
 
-        Raises ValueError where a file changed meanwhile: the next use begins anew.
+        Raises ValueError if a file changed meanwhile; the next use then starts over.
         """
         names = self.to_change(loras)
         self._files = tuple(file for file, _ in loras)
@@ -100,7 +101,7 @@ class Adapter:
                 on_bytes(self.places[name].nbytes)
         for file, _ in loras:
             if fingerprint(str(file.path)) != file.fingerprint:
-                raise ValueError(f"{file.path} changed while it was read. Run again.")
+                raise ValueError(f"{file.path} changed while it was read. Run the job again.")
         self._merged = True
 
     def _in_use(self, loras: LorasInUse) -> bool:
@@ -110,15 +111,15 @@ class Adapter:
         if name not in self._originals:
             self._keep(name)
         shape = self.places[name].shape
-        part = self._share.part(name, shape) or whole(shape)
+        part = self._share.part(name, shape) or full_slices(shape)
         weight = self._originals[name].to(self._device, torch.float32, copy=True)
         for change, file, strength in changes:
             change.add_to(weight, file, part, shape, strength)
         own_part(self._parameter(name)).copy_(weight)
 
     def _keep(self, name: str) -> None:
-        """On a CPU the original stays as it lies, perhaps in the mapped file, and the parameter gets other memory.
-        Else the parameter keeps its memory: FSDP has what is sharded by other names too, a device has no room."""
+        """On a CPU the original keeps its memory, which may be a mapped file, and the parameter gets new memory. On a
+        device, which lacks the room, and under FSDP, which also refers to the memory, the parameter keeps it."""
         parameter = self._parameter(name)
         if self._may_move(parameter):
             self._originals[name], parameter.data = parameter.data, torch.empty_like(parameter.data)
@@ -137,11 +138,11 @@ class Adapter:
         return self._device.type == "cpu" and own_part(parameter) is parameter
 
 
-def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progress: Progress) -> None:
-    """Brings the experts, by name, to these LoRAs. Raises ValueError, before any weight changes, where one is for an
-    expert that there is not, or its file does not fit."""
-    asked = by_expert(specs, list(adapters))
-    loras = {expert: adapter.opened(asked[expert]) for expert, adapter in adapters.items()}
+def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progress: BytesRead) -> None:
+    """Makes the experts, given by name, use these LoRAs. Raises ValueError, before any weight changes, if a LoRA is for
+    an expert that the model lacks, or its file does not fit."""
+    requested = by_expert(specs, list(adapters))
+    loras = {expert: adapter.opened(requested[expert]) for expert, adapter in adapters.items()}
     to_change = [(adapter.places, adapter.to_change(loras[expert])) for expert, adapter in adapters.items()]
     progress.expect(sum(nbytes(*change) for change in to_change))
     for expert, adapter in adapters.items():
@@ -149,18 +150,18 @@ def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progres
 
 
 def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list[LoraSpec]]:
-    """Which LoRAs each expert gets. Raises ValueError where one is for an expert that there is not."""
+    """The LoRAs of each expert. Raises ValueError if one is for an expert that the model lacks."""
     for spec in specs:
         if spec.expert != "both" and len(experts) == 1:
             raise ValueError(
-                f"The LoRA {spec.path} is for the expert {spec.expert}, but this model has no two experts. "
+                f"The LoRA {spec.path} is for the expert {spec.expert}, but this model has only one expert. "
                 "Set expert to 'both'."
             )
     return {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in experts}
 
 
 def read_loras(specs: list[LoraSpec], target: LoraTarget, known: Iterable[LoraFile] = ()) -> LorasInUse:
-    """LoRAs for a network; those that are `known` are not read again. Raises ValueError for one that does not fit."""
+    """LoRAs for a network; `known` files are not read again. Raises ValueError for a file that does not fit."""
     shapes = {name: place.shape for name, place in target.places.items()}
     files = {file.fingerprint: file for file in known}
     loras = []
@@ -168,13 +169,13 @@ def read_loras(specs: list[LoraSpec], target: LoraTarget, known: Iterable[LoraFi
         file = files.get(fingerprint(spec.path)) or read_lora(spec.path, shapes, target.names, target.expert)
         if not file.changes and spec.expert != "both":
             raise ValueError(
-                f"The LoRA {spec.path} is for the expert {spec.expert}, but all its layers are for the other one. Set "
-                "expert to 'both', which gives each expert its own."
+                f"The LoRA {spec.path} is set for the expert {spec.expert}, but all its layers are for the other one. "
+                "Set expert to 'both', which gives each expert its own layers."
             )
         loras.append((file, spec.strength))
     return loras
 
 
 def changed_by(loras: LorasInUse) -> set[str]:
-    """The names of the parameters that they touch."""
+    """The names of the parameters that these LoRAs change."""
     return {name for file, _ in loras for name in file.changes}

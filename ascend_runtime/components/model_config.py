@@ -1,4 +1,4 @@
-"""What the files of a diffusion model say of it besides its weights: its experts, their boundary, its latents."""
+"""Reads what a diffusion model's files say besides its weights: its experts, their boundary, its latent format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.bounded import read_json
-from ..checkpoints.faults import shown, usable
+from ..checkpoints.faults import as_value_error, shown
 from ..models.defaults import Defaults
 from ..models.latent_format import LatentFormat
 from ..recognition.component import Component
@@ -17,25 +17,25 @@ from ..specs.models import require_experts_in_order
 
 logger = logging.getLogger(__name__)
 
-BOUNDARY = 0.875  # that an error shows as an example: Wan2.2-T2V-A14B's
+EXAMPLE_BOUNDARY = 0.875  # Wan2.2-T2V-A14B's, which an error shows as an example
 
 
 def check_experts(found: list[Component]) -> LatentFormat:
-    """The latent format of a model's expert, or of two in this order. Raises ValueError where they are not of a model
-    that can be used."""
+    """The latent format of a model with one expert, or two: high noise, low noise. Raises ValueError for experts that
+    do not make a supported model."""
     first = found[0]
     latents = _latent_format(first)
     files = [component.shards[0] for component in found]
     if len({component.kind for component in found}) > 1:
-        what = " and ".join(f"{file} a {component.kind.what}" for file, component in zip(files, found))
-        raise ValueError(f"The experts are of two families: {what}. Take both of one model.")
+        what = " and ".join(f"{file} is a {component.kind.what}" for file, component in zip(files, found))
+        raise ValueError(f"The experts belong to different families: {what}. Use two experts of one model.")
     first.family.check_transformers([component.config for component in found], files)
     for component, file in zip(found, files):
         channels = first.family.form(component.config).channels
         if channels != latents.channels:
             raise ValueError(
-                f"{file} makes latents of {channels} channels, but its latent format has {latents.channels}. Take the "
-                "whole diffusers folder of the model, whose vae/config.json has the format."
+                f"{file} makes latents of {channels} channels, but its latent format has {latents.channels}. Use the "
+                "model's whole diffusers folder, whose vae/config.json contains the format."
             )
     if len(found) == 2:
         require_experts_in_order(*map(str, files))
@@ -43,42 +43,42 @@ def check_experts(found: list[Component]) -> LatentFormat:
 
 
 def boundary_of(spec: DiffusionModelSpec, component: Component, defaults: Defaults) -> float:
-    """The share of the timesteps from which the high-noise expert works; 0 for a model of one expert."""
-    boundary = own_boundary(component) if spec.boundary is None else spec.boundary
+    """The fraction of the timesteps above which the high-noise expert is used; 0 for a model with one expert."""
+    boundary = stored_boundary(component) if spec.boundary is None else spec.boundary
     return (defaults.boundary or 0.0) if boundary is None else boundary
 
 
-def own_boundary(component: Component) -> float | None:
-    """What a model's folder says of it, if it does. Raises ValueError where that is no number from 0 to 1."""
+def stored_boundary(component: Component) -> float | None:
+    """The boundary in a model's folder, if any. Raises ValueError if it is not a number from 0 to 1."""
     index = component.root and component.root / "model_index.json"
     boundary = read_json(index).get("boundary_ratio") if index and index.is_file() else None
     if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
         raise ValueError(
             f"{index} has the boundary_ratio {shown(repr(boundary))}; it must be a number from 0 to 1, such as "
-            f"{BOUNDARY}. Correct it, or download the file again."
+            f"{EXAMPLE_BOUNDARY}. Correct it, or download the file again."
         )
     return boundary
 
 
 def _latent_format(component: Component) -> LatentFormat:
-    """By the VAE next to the model where it says so, else as of the published VAE with as many channels."""
+    """From the config of the VAE next to the model, else from the published VAE with as many channels."""
     vae = component.root and component.root / "vae"
     config, rgb = (read_json(vae / name) if vae and (vae / name).is_file() else {}
                    for name in ("config.json", "latent_rgb.json"))  # fmt: skip
     file = vae or component.shards[0]
-    with usable(file, "its latents_mean and latents_std"):
+    with as_value_error(file, "its latents_mean and latents_std"):
         latents = component.family.latent_format(component.config, config)
         mean, std = _numbers(latents.mean), _numbers(latents.std)
         if mean.ndim != 1 or mean.shape != std.shape:
-            raise ValueError(f"they are of the shapes {list(mean.shape)} and {list(std.shape)}")
+            raise ValueError(f"they have the shapes {list(mean.shape)} and {list(std.shape)}")
         if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
             raise ValueError("they are not finite, or a latents_std is not above 0")
-    with usable(file, "its table of colours"):
+    with as_value_error(file, "its RGB table"):
         return _coloured(latents, rgb)
 
 
 def _coloured(latents: LatentFormat, table: dict) -> LatentFormat:
-    """With the table of colours that lies next to a VAE. Raises ValueError for one that is none."""
+    """With the RGB table of the file next to a VAE. Raises ValueError for an invalid table."""
     factors, bias = _numbers(table.get("factors", latents.rgb or ())), _numbers(table.get("bias", latents.rgb_bias))
     channels = len(factors)
     if channels and factors.shape != (channels, 3) or bias.shape != (3,):
@@ -89,7 +89,7 @@ def _coloured(latents: LatentFormat, table: dict) -> LatentFormat:
     if channels == latents.channels:
         rows = tuple(map(tuple, factors.tolist()))
     else:
-        logger.warning("No RGB table is known for latents of %d channels: there will be no previews.", latents.channels)
+        logger.warning("There is no RGB table for latents of %d channels: previews are off.", latents.channels)
     return LatentFormat(latents.mean, latents.std, rows, tuple(bias.tolist()))
 
 

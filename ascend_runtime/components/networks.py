@@ -1,4 +1,4 @@
-"""Networks without their weights, on the meta device, as configs describe them."""
+"""Builds networks on the meta device, without weights, from their configs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import nn
 
 from ..checkpoints.configs import check_counts
-from ..checkpoints.faults import usable
+from ..checkpoints.faults import as_value_error
 from ..models.shared.quantized import quantize
 from ..parallel.tensor import TensorParallel, WholeWeights
 from ..recognition.component import Component
 
 
 def empty_network(component: Component, tp: WholeWeights | TensorParallel = WholeWeights()) -> nn.Module:
-    """A component's network. tp: how tensor parallelism cuts a transformer. Raises ValueError where its config makes
-    none."""
+    """A component's network. tp: how tensor parallelism cuts a transformer. Raises ValueError for a config that no
+    network can be built from."""
     check_counts(component.config, component.config_file)
-    with usable(component.config_file, f"its config of a {component.kind.name}"):
+    with as_value_error(component.config_file, f"its {component.kind.name} config"):
         network = component.family.network(component.kind.name, component.config)
     if tp.degree > 1:
         network = component.family.network(component.kind.name, component.config, tp)

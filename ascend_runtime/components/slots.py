@@ -1,4 +1,4 @@
-"""Which networks a rank holds: one slot a kind."""
+"""Keeps the networks that a rank holds, one slot for each kind of spec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Callable, Hashable
 import torch
 from msgspec.structs import replace
 
-from ..checkpoints.reader import Progress
+from ..checkpoints.reader import BytesRead
 from ..hardware import devices
 from ..parallel.fsdp import Sharding
 from ..recognition.component import Component
@@ -19,67 +19,68 @@ from .loras import use_loras
 
 logger = logging.getLogger(__name__)
 
-KINDS = {DiffusionModelSpec: diffusion_model, TextEncoderSpec: text_encoder, VaeSpec: vae}
+LOADERS = {DiffusionModelSpec: diffusion_model, TextEncoderSpec: text_encoder, VaeSpec: vae}
 
 
 class Components:
-    """One slot a kind: a described component is loaded when first asked for, and kept until another takes its place,
-    its files change on disk, or all are freed."""
+    """A component is loaded at the first `get` of its spec. It is kept until another of its kind replaces it, its files
+    change on disk, or all are freed."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._slots: dict[type, tuple[Any, Any]] = {}
 
     def get(self, spec, on_bytes: Callable[[int, int], None], sharding: Sharding = Sharding()) -> Any:
-        """The component that `spec` describes. LoRAs are no part of what is loaded: they change it.
+        """The component that `spec` describes. LoRAs are merged into a loaded component, so that changing them does not
+        load it again.
 
-        on_bytes: told how many bytes are done, and how many there are, after each tensor that is read, or that changes
-            for LoRAs: of whole tensors on disk, of all networks. Not called where nothing is to be done.
-        sharding: how the weights of a diffusion model or a text encoder are spread over the ranks; a VAE is whole.
+        on_bytes: called with (bytes done, bytes in total) after each tensor that is read or changed by LoRAs. Counts
+            whole tensors on disk, of all networks. Not called if there is nothing to do.
+        sharding: how the weights of a diffusion model or a text encoder are sharded over ranks; a VAE is replicated.
 
-        Nothing is allocated before the names and shapes of all networks, and of LoRAs, are known to fit. Raises
-        ValueError where they do not, or a file changes meanwhile.
+        Names and shapes of all networks and LoRAs are checked before anything is allocated. Raises ValueError if they
+        do not fit, or if a file changes meanwhile.
         """
-        progress = Progress(on_bytes)
+        progress = BytesRead(on_bytes)
         component = self._held(spec, progress, sharding)
         if isinstance(spec, DiffusionModelSpec):
             use_loras(component.adapters, spec.loras, progress)
             self._make_room()
         if isinstance(spec, VaeSpec):
-            component.to(self._device)  # it may have been moved away
+            component.to(self._device)  # `_make_room` may have moved it to the host
         return component
 
-    def _held(self, spec, progress: Progress, sharding: Sharding) -> Any:
-        kind = KINDS[type(spec)]
+    def _held(self, spec, progress: BytesRead, sharding: Sharding) -> Any:
+        kind = LOADERS[type(spec)]
         found = kind.files(spec)
         base = replace(spec, loras=()) if isinstance(spec, DiffusionModelSpec) else spec
         key = (base, sharding, _state(found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
-            self.drop(type(spec))  # first, so that never two are held
+            self.drop(type(spec))  # before loading, so that two are never held at once
             self._slots[type(spec)] = held = (key, kind.load(spec, found, self._device, progress, sharding))
             if self.state(spec) != key[-1]:
                 self.drop(type(spec))
-                raise ValueError(f"{spec.path} changed while it was read. Run again.")
+                raise ValueError(f"{spec.path} changed while it was read. Run the job again.")
         return held[1]
 
     def _make_room(self) -> None:
-        """Moves a VAE to the host where it leaves a card too little to compute in beside a diffusion model; no file is
-        read when it is wanted again."""
+        """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in. The next
+        use of the VAE reads no file."""
         if VaeSpec not in self._slots or self._slots[VaeSpec][1].device.type == "cpu":
             return
         room = devices.room(self._device)
         if room < diffusion_model.ROOM_TO_COMPUTE:
-            logger.info("%.1f GB are free to sample in: the VAE waits in the host's memory.", room / 1e9)
+            logger.info("%.1f GB are free for sampling: the VAE is moved to host memory.", room / 1e9)
             self._slots[VaeSpec][1].to("cpu")
             devices.empty_cache(self._device)
 
     def found(self, spec) -> list[Component]:
-        """The networks on disk that `spec` describes. Loads nothing. Raises ValueError where they are not there."""
-        return KINDS[type(spec)].files(spec)
+        """The networks on disk that `spec` describes. Loads nothing. Raises ValueError if they are missing."""
+        return LOADERS[type(spec)].files(spec)
 
     def state(self, spec) -> Hashable:
-        """Changes when a file does that makes the component that `spec` describes what it is. Loads nothing."""
+        """A value that changes when a file of the component that `spec` describes changes. Loads nothing."""
         return _state(self.found(spec))
 
     def free(self) -> None:
@@ -87,7 +88,7 @@ class Components:
             self.drop(kind)
 
     def drop(self, kind: type) -> None:
-        """Frees what a description of this kind stands for, if it is held."""
+        """Frees the component of this kind of spec, if there is one."""
         if self._slots.pop(kind, None) is not None:
             gc.collect()
             devices.empty_cache(self._device)

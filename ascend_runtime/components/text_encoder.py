@@ -1,4 +1,4 @@
-"""The text encoders of a model, each with its tokenizer."""
+"""Loads the text encoders of a model, each with its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..checkpoints.reader import Progress, load_weights, nbytes
-from ..checkpoints.tokenizers import INSTEAD
+from ..checkpoints.reader import BytesRead, load_weights, nbytes
+from ..checkpoints.tokenizers import TOKENIZER_ADVICE
 from ..hardware import devices
 from ..models.shared.text import Encoder, Encoders, TextEncoding
 from ..models.shared.tokenizers import Tokenizer
-from ..parallel.fsdp import Sharding, Share
+from ..parallel.fsdp import ShardedWeights, Sharding
 from ..recognition.component import Component
 from ..recognition.layout import find_text_encoders
 from ..specs import TextEncoderSpec
 from .networks import dtype_named, empty_network
 
-SMALL = 2**30  # bytes on disk; on a CPU, a text encoder below this is computed in fp32, a larger one in bfloat16
+SMALL = 2**30  # bytes on disk; on a CPU, a smaller text encoder computes in fp32, a larger one in bfloat16
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ def files(spec: TextEncoderSpec) -> list[Component]:
 
 
 def load(
-    spec: TextEncoderSpec, found: list[Component], device, progress: Progress, sharding: Sharding
+    spec: TextEncoderSpec, found: list[Component], device, progress: BytesRead, sharding: Sharding
 ) -> TextEncoders:
-    """On this rank's device, whole or a share, where its placement is ranks; else whole on the CPU."""
+    """With placement "ranks": on this rank's device, whole or sharded. Else: whole, on the CPU."""
     device = device if spec.placement == "ranks" else torch.device("cpu")
     encoding = found[0].family.text()
-    tokenizers = [find_tokenizer(one) for one in found]  # before weights are read, as one can be missing
+    tokenizers = [find_tokenizer(one) for one in found]  # first, to report a missing one before weights are read
     networks = [empty_network(one) for one in found]
     for component, tokenizer, network in zip(found, tokenizers, networks):
         check_size(tokenizer, network, component)
@@ -51,7 +51,7 @@ def load(
             held,
             dtype_of=lambda name, dtype=dtype: dtype,
             device=device,
-            share=Share(sharding, lambda name: None, lambda name: False, units),
+            share=ShardedWeights(sharding, lambda name: None, lambda name: False, units),
             on_bytes=progress.add,
         )
     encoders = {one.kind.name: Encoder(network.eval(), tokenizer)
@@ -60,22 +60,22 @@ def load(
 
 
 def find_tokenizer(component: Component) -> Tokenizer:
-    """Raises ValueError where there is none."""
+    """Raises ValueError if there is none."""
     return component.family.text().tokenizer(component.kind.name, component.tokenizer, component.shards[0])
 
 
 def check_size(tokenizer: Tokenizer, network: nn.Module, component: Component) -> None:
-    """Raises ValueError for a tokenizer with more pieces than the text encoder has embeddings."""
+    """Raises ValueError for a tokenizer with more tokens than the text encoder has embeddings."""
     known = component.family.text().embeddings_in(component.kind.name, network)
     if tokenizer.size > known:
         raise ValueError(
-            f"{component.tokenizer} has {tokenizer.size} pieces, but the text encoder {component.shards[0]} knows "
-            f"{known}: it is another model's tokenizer. {INSTEAD}"
+            f"{component.tokenizer} has {tokenizer.size} tokens, but the text encoder {component.shards[0]} has "
+            f"embeddings for {known}: the tokenizer belongs to another model. {TOKENIZER_ADVICE}"
         )
 
 
 def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
-    """What an encoder of this size on disk computes in, where the user does not say."""
+    """The default dtype of an encoder of this size on disk."""
     if device.type == "cpu":
         return torch.float32 if nbytes < SMALL else torch.bfloat16
     dtype = devices.default_dtype(device)

@@ -25,7 +25,7 @@ from ..models.shared.conditioning import Branch, Given
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
 from ..parallel.mesh import mesh_of
-from ..parallel.sequence import Sequence as TokenSequence
+from ..parallel.sequence import SequenceLayout as TokenSequence
 from ..parallel.sequence import spread
 from ..specs import AccelerationSpec, Calibration, OperatorSpec, ParallelSpec, Plan, SampleSpec
 from .sampling import Step, schedule_of

@@ -1,4 +1,4 @@
-"""What a pass through a network computes."""
+"""The FLOPs of a pass through a network."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PassSize:
-    """The size of a pass: `batch` videos of `tokens` tokens each, next to `text_tokens`.
+    """The size of a pass. batch: the number of videos. tokens: of each video. on_rank: the tokens of the blocks' sequence
+    on one rank, including a text's if it is part of that sequence. text_tokens: of the text.
 
-    on_rank: tokens of the blocks' sequence on a rank, those of a text included where they stand in it.
-
-    per_token: whether each token has a timestep of its own.
+    per_token: whether each token has its own timestep.
     """
 
     batch: int
@@ -23,10 +22,10 @@ class PassSize:
 
 @dataclass(frozen=True)
 class BlockWork:
-    """FLOPs of a block (a product and a sum are two), of all ranks together.
+    """FLOPs of a block on all ranks together; a multiply-add counts as two.
 
-    products: of its self-attention, q k^T and its product with v. attention: of that with its projections. whole: of
-    all of it.
+    products: q k^T and its product with v in the self-attention. attention: the whole self-attention, including
+    projections. whole: the whole block.
     """
 
     products: float

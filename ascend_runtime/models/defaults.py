@@ -1,4 +1,4 @@
-"""What a model is run with where the user does not say."""
+"""A model's default settings."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from msgspec.structs import replace
 
 from ..specs import SampleSpec, VideoSize
 
-SMALL_PICTURE = 832 * 480  # pixels, up to which Wan2.1's image-to-video takes another shift
+SMALL_PICTURE = 832 * 480  # pixels of a frame up to which Wan2.1 image-to-video uses another shift
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """name: of the published model. steps, shift, guidance_scale: as in SampleSpec.
+    """The default settings of a model. name: of the published model. steps, shift, guidance_scale: as in SampleSpec.
 
-    low_noise_guidance, boundary: of models with two experts. small_shift: the shift of pictures of up to SMALL_PICTURE
-    pixels, where it is another. width, height, num_frames, fps: of the videos that it was trained for. source: the
-    model's own file, where that says some of this.
+    low_noise_guidance, boundary: for models with two experts. small_shift: the shift for frames of up to SMALL_PICTURE
+    pixels, if it differs. width, height, num_frames, fps: of the videos that it was trained for. source: the model's
+    own file, if some of these values come from it.
     """
 
     name: str
@@ -39,9 +39,9 @@ class Defaults:
         return VideoSize(width=self.width, height=self.height, num_frames=self.num_frames)
 
     def fill(self, spec: SampleSpec, pixels: int) -> SampleSpec:
-        """`spec` with what it leaves to the model, for pictures of so many pixels.
+        """`spec` with its unset fields filled in, for frames of so many pixels.
 
-        A guidance scale that is given is that of both experts.
+        If `spec` has one guidance scale, it is used for both experts.
         """
         shift = self.small_shift if self.small_shift and pixels <= SMALL_PICTURE else self.shift
         own = {"steps": self.steps, "shift": shift, "guidance_scale": self.guidance_scale}

@@ -1,8 +1,8 @@
-"""What a family of video models says of itself: the one door between it and the rest of the runtime.
+"""The interface between a family of video models and the rest of the runtime.
 
-A family is a folder with a `Family` in it, listed in `registry.py`. What stands here is light: it imports neither torch
-nor diffusers, so that nodes and a planner may ask it inside ComfyUI. Networks are imported when a rank first needs them
-(`Family.network` and what follows it).
+A family is a folder with a `Family` in it, listed in `registry.py`. This module imports neither torch nor diffusers, so
+that nodes and a planner can use it inside ComfyUI. Networks are imported when a rank first needs them (`Family.network`
+and the methods after it).
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     from .shared.text import TextEncoding
     from .shared.vae import VideoVae
 
-TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # parts that every family has
+TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # the parts of every family
 
 
 @dataclass(frozen=True)
 class Part:
-    """One network of a family as it lies on disk: how it is recognised, and what its tensors are called.
+    """One network of a family on disk: how it is recognised, and how its tensors are named.
 
     what: its name in errors. published: the published file, and where to get it.
     class_name: the key and the value by which a config.json names this network.
-    signature: names of tensors that it has, each with its number of dims; no other network has the first two.
-    begins: names of one of its tensors in any system; what precedes such a name in a file is the network's prefix.
-    rename: its own name of a tensor in any system; None: the tensor is no parameter.
-    config: its config, read off the shapes of its tensors. Raises ValueError where they make none.
-    other: what network tensors of these shapes are of, if it is one that is close to this one; else empty.
-    blocks: the prefixes of its numbered blocks: one a kind of blocks that has numbers of its own.
-    check: raises ValueError, which names the file, for a config that cannot be used.
-    hidden: what no shape shows of a config, and the values that it has where there is none.
-    tokenizer_folder: where a text encoder's tokenizer lies next to the published file.
-    split: which parameters a tensor on disk holds as ranges of its rows (see checkpoints.fused); None: each is one.
+    signature: the number of dims of some of its tensors, by name; no other network has the first two.
+    begins: the names of one of its tensors in all systems; the prefix before such a name in a file is the network's.
+    rename: maps a tensor's name in any system to the parameter's name; None: the tensor is not a parameter.
+    config: builds the config from the shapes of the tensors. Raises ValueError if they do not fit.
+    other: a sentence about tensors of these shapes if they belong to a similar, unsupported network; else empty.
+    blocks: the prefixes of its numbered blocks, one for each kind of blocks with a numbering of its own.
+    check: raises ValueError, which names the file, for an unsupported config.
+    hidden: config fields that the shapes do not show, with the values that are used without a config.
+    tokenizer_folder: the folder of a text encoder's tokenizer, relative to the published file's.
+    split: the parameters in a tensor on disk that holds several (see checkpoints.fused); None: each tensor is one.
     """
 
     what: str
@@ -68,13 +68,13 @@ class Part:
 class LoraNames:
     """How LoRA files name the layers of a transformer.
 
-    spellings: every name that a layer of these parameters can have in a file, and the layer's own name.
-    further: the parameters that other models of the family have, and one of these shapes has not.
-    left_out: why a key is left out that changes a further layer (its name) or one that is not known (None).
-    fused: the parameters that files may have in the place of several of the network's, or of one with its rows in
-    another order. split: which ones each holds.
-    made_for: which model a file was made for, in a sentence, by the shapes of what does not fit, the model's own shapes
-        and the reasons of `left_out`; empty where that is not known.
+    spellings: maps every name that a layer with these parameters can have in a file to the layer's own name.
+    further: the parameters that other models of the family have, and a model with these shapes lacks.
+    left_out: why a key is left out that changes a further layer (given by name) or an unknown one (None).
+    fused: parameters in files that replace several of the network's, or one with its rows in another order. split: the
+        network's parameters in each.
+    made_for: (the shapes that do not fit, the model's shapes, the reasons of `left_out`) -> a sentence about the model
+        that a file was made for; empty if unknown.
     """
 
     spellings: Callable[[set[str]], dict[str, str]]
@@ -89,10 +89,10 @@ class LoraNames:
 class WeightRules:
     """How a rank holds the parameters of a transformer, by name.
 
-    fp32: whether a parameter is in fp32 whatever the dtype of the blocks.
+    fp32: whether a parameter is kept in fp32 whatever the dtype of the blocks.
     replicated: whether every rank keeps it whole under FSDP.
-    cut_dim: the dim along which tensor parallelism cuts it; None: every rank has all of it.
-    in_8_bits: whether a linear layer is quantized where a model is to be quantized as it is read.
+    cut_dim: the dim along which tensor parallelism cuts it; None: it is replicated.
+    in_8_bits: whether a linear layer is quantized when a model is quantized on the fly.
     """
 
     fp32: Callable[[str], bool] = lambda name: False
@@ -102,12 +102,12 @@ class WeightRules:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class DiffusersPipeline:
     """diffusers' pipeline of a model.
 
-    class_name: of the pipeline. classes: library and class of each part that it can have, None for one that it has not.
+    class_name: of the pipeline. classes: library and class of each possible part, None for a part that it leaves out.
     settings: further entries of its model_index.json. scheduler: its scheduler_config.json; None: there is none.
-    left_out: what a conversion cannot make, each in a sentence.
+    left_out: the parts that a conversion cannot make, each in a sentence.
     """
 
     class_name: str
@@ -122,13 +122,13 @@ class Family(ABC):
 
     name: of its folder. title: its name in sentences.
     parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, and further text encoders ("text_encoder_2").
-    original_class: what the original's config.json of a transformer says under "_class_name"; None: there is none.
-    repository: the published model that an error recommends.
+    original_class: the "_class_name" in the config.json of its authors' transformer; None: there is none.
+    repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
-    weights, loras: see there. to_mindspeed: MindSpeed-MM's name of a transformer's parameter; None: that has no such
-    model.
+    weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
+    None: MindSpeed-MM does not support the family.
 
-    A transformer is described by its config, as diffusers writes it.
+    Transformer configs are those that diffusers writes.
     """
 
     name: str
@@ -146,98 +146,97 @@ class Family(ABC):
         """The text encoders, the main one first."""
         return tuple(part for part in self.parts if part.startswith(TEXT_ENCODER))
 
-    # What a model is, by the configs of its transformers
+    # Properties of a model, from the configs of its transformers
 
     @abstractmethod
     def form(self, config: Mapping[str, Any]) -> VaeForm:
-        """The form of the latents that a transformer makes."""
+        """The form of a transformer's latents."""
 
     @abstractmethod
     def vae_form(self, config: Mapping[str, Any]) -> VaeForm:
-        """The form of the latents that a VAE makes."""
+        """The form of a VAE's latents."""
 
     @abstractmethod
     def latent_format(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentFormat:
-        """How a transformer's latents are normalised and pictured. vae: the config of the VAE next to it, if any."""
+        """How a transformer's latents are normalised and previewed. vae: the config of the VAE next to it, if any."""
 
     @abstractmethod
     def defaults(self, config: Mapping[str, Any], experts: int) -> Defaults:
-        """What the published model is run with that looks as this one of so many experts."""
+        """The defaults of the published model that matches this config and number of experts."""
 
     def check_transformers(self, configs: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
-        """Raises ValueError, which names the file, where these are not the transformers of one model that can be
-        used."""
+        """Raises ValueError, which names the file, if these are not the transformers of one supported model."""
 
-    def with_original_config(self, config: dict, said: Mapping[str, Any], file: Path) -> dict:
-        """A transformer's config, read off shapes, with what the original's `file` says, and no shape shows. Raises
-        ValueError where the two do not fit."""
+    def with_original_config(self, config: dict, original: Mapping[str, Any], file: Path) -> dict:
+        """A transformer's config, read off its shapes, with the fields of its authors' config in `file` that the shapes
+        do not show. Raises ValueError if the two do not fit."""
         return config
 
     def vae_for(self, channels: int) -> str:
-        """The name of its VAE whose latents have so many channels; empty where there is none."""
+        """The name of its VAE whose latents have so many channels; empty if there is none."""
         return ""
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
-        """Whether a model needs no image."""
+        """Whether a model can generate from text only."""
         return True
 
     def known_in_latent(self, form: VaeForm) -> bool:
-        """Whether known frames of a video stand in its latent itself, for models whose VAE has this form; else they are
-        given next to it."""
+        """Whether models whose VAE has this form take known frames in the latent itself; else they take them as extra
+        channels."""
         return False
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
-        """What was published for step caches of such a model, of one of its experts and pictures of so many pixels."""
+        """The published calibration of step caches for an expert of this model and frames of so many pixels."""
         return Calibration()
 
-    # What a pass costs
+    # Cost of a pass
 
     @abstractmethod
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
-        """The tokens of a latent of this size [T, H, W], as frames, rows and columns."""
+        """The grid of tokens (frames, rows, columns) of a latent of this size [T, H, W]."""
 
     @abstractmethod
     def width(self, config: Mapping[str, Any]) -> int:
-        """The channels of a token in the blocks."""
+        """The number of channels of a token in the blocks."""
 
     @abstractmethod
     def text_width(self, config: Mapping[str, Any]) -> int:
-        """The channels of a text's tokens, as a transformer reads them."""
+        """The number of channels of the text tokens that a transformer reads."""
 
     def pooled_width(self, config: Mapping[str, Any]) -> int:
-        """The channels of the one vector of a prompt that a transformer reads besides the text; 0: it reads none."""
+        """The number of channels of the pooled prompt vector that a transformer reads; 0: it reads none."""
         return 0
 
     def text_in_sequence(self, config: Mapping[str, Any], tokens: int) -> int:
-        """How many of a text's tokens stand behind the video's in the one sequence that the blocks compute, and whose
-        self-attention is joint: all of them, or none where the text has an attention of its own."""
+        """The number of text tokens that follow the video's in the sequence of the blocks (joint attention); 0 if the
+        text is read by cross-attention."""
         return 0
 
     @abstractmethod
     def work(self, config: Mapping[str, Any], size: PassSize) -> Work:
-        """FLOPs of a pass of all ranks through a transformer."""
+        """The FLOPs of a pass through a transformer on all ranks."""
 
     @abstractmethod
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype."""
 
-    # What it computes with
+    # Networks and what they need
 
     def sigmas(self, steps: int, shift: float, solver: str) -> tuple[float, ...] | None:
-        """Its own schedule: falling sigmas from 1 to 0, one more than steps. None: as diffusers' scheduler of the
-        solver spreads them with this shift."""
+        """Its own schedule: decreasing sigmas from 1 to 0, one more than steps. None: those of diffusers' scheduler of
+        this solver with this shift."""
         return None
 
     @abstractmethod
     def network(self, part: str, config: Mapping[str, Any], tp: Any = None) -> nn.Module:
         """A network on the meta device. tp: how tensor parallelism cuts a transformer (parallel.tensor); None: whole.
 
-        A transformer has what `models.transformer.VideoTransformer` names.
+        A transformer implements `models.shared.transformer.VideoTransformer`.
         """
 
     @abstractmethod
     def vae(self, network: nn.Module, form: VaeForm) -> VideoVae:
-        """A VAE whose weights were read."""
+        """The VAE of a network whose weights are loaded."""
 
     @abstractmethod
     def text(self) -> TextEncoding:
@@ -245,15 +244,14 @@ class Family(ABC):
 
     @abstractmethod
     def conditioner(self, config: Mapping[str, Any], latents: Latents) -> Conditioner:
-        """What of texts, images and known frames reaches a transformer."""
+        """How a transformer of this config is conditioned on text, images and known frames."""
 
     def empty_latent(self, shape: tuple[int, ...]) -> Any:
-        """A latent [B,C,T,H,W], not normalised, that is zeros once it is normalised."""
+        """A latent [B,C,T,H,W], not normalised, that is zero after normalisation."""
         import torch
 
         return torch.zeros(shape)
 
-    def pipeline(self, configs: Mapping[str, Mapping[str, Any]]) -> Pipeline:
-        """diffusers' pipeline of the networks with these configs, by the names of their folders. Raises ValueError
-        where there is none."""
-        raise ValueError(f"No diffusers pipeline of {self.title} models is known here. Convert single parts.")
+    def pipeline(self, configs: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
+        """diffusers' pipeline of networks with these configs, by folder name. Raises ValueError if there is none."""
+        raise ValueError(f"There is no diffusers pipeline for {self.title} models. Convert single parts.")

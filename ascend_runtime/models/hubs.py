@@ -1,3 +1,3 @@
-"""Where published models can be had."""
+"""Where published models can be downloaded."""
 
 HUBS = "from Hugging Face or ModelScope"

@@ -1,4 +1,4 @@
-"""Shapes of tensors by name, and what they say of a network."""
+"""Shapes of tensors by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def count(shapes: Shapes, prefix: str) -> int:
-    """The number of blocks, numbered from 0 after `prefix`. Raises ValueError where a number is missing."""
+    """The number of blocks, numbered from 0 after `prefix`. Raises ValueError if a number is missing."""
     found = {name.removeprefix(prefix).split(".")[0]: name for name in shapes if name.startswith(prefix)}
     wanted = [str(number) for number in range(len(found))]
     missing = next((number for number in wanted if number not in found), None)

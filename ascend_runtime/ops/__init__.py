@@ -1,6 +1,6 @@
-"""Operators with one signature each, whatever the device; the only place that knows what a device does best.
+"""Operators with the same signatures on every device; the only module that chooses a device's best implementation.
 
-`PlainOperators` are torch's own (CPU and CUDA); `AscendOperators` are those of an NPU.
+`PlainOperators` are torch's own (CPU and CUDA); `AscendOperators` are an NPU's.
 """
 
 from __future__ import annotations
@@ -12,40 +12,45 @@ import torch
 from ..specs import OperatorSpec
 from .plain import PlainOperators
 
-VARIABLE = "ASCEND_RUNTIME_OPERATORS"
-WAYS = ("auto", "npu", "torch")
+OPERATORS_VARIABLE = "ASCEND_RUNTIME_OPERATORS"
+OPERATOR_SETS = ("auto", "npu", "torch")
 
 
 def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) -> PlainOperators:
-    """The operators for tensors on `device` in `dtype`, as `spec` (every choice in it made) asks.
+    """The operators for tensors on `device` in `dtype`, by a `spec` without "auto" values.
 
-    The variable ASCEND_RUNTIME_OPERATORS overrides the device: "torch" takes torch's own on an NPU, to find out
-    whether a fused operator is at fault; "npu" takes an NPU's elsewhere, which only a stand-in for them survives.
+    The variable ASCEND_RUNTIME_OPERATORS overrides the device: "torch" uses torch's own operators on an NPU, to check
+    whether a fused operator causes a problem; "npu" uses an NPU's operators on another device, which works only with
+    substitutes for them.
 
-    Raises ValueError for what the device, the dtype or the installed libraries cannot do.
+    Raises ValueError for what the device, the dtype or the installed libraries do not support.
     """
     if _way(device) == "npu":
-        from .ascend import AscendOperators  # what it needs is not on every machine
+        from .ascend import AscendOperators  # its libraries are not installed on every machine
 
         return AscendOperators(device, spec, dtype)
     return PlainOperators(spec)
 
 
 def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where linears with weights and activations in 8 bits (W8A8) are not computed on `device`, or
-    not in this dtype of the blocks."""
+    """Raises ValueError if `device` does not support W8A8 linear layers (8-bit weights and activations), or not in this
+    dtype of the blocks."""
     if _way(device) == "npu":
         from . import ascend
 
-        ascend.check_quantized(device, dtype)
+        ascend.check_card_quantized(device, dtype)
     elif device.type == "npu":
-        raise ValueError(f"{VARIABLE} is 'torch', which has no W8A8 linears on an NPU. Unset it, or quantize nothing.")
+        raise ValueError(
+            f"{OPERATORS_VARIABLE} is 'torch', which has no W8A8 linear layers on an NPU. Unset it, or do not quantize."
+        )
 
 
 def _way(device: torch.device) -> str:
-    way = os.environ.get(VARIABLE) or "auto"
-    if way not in WAYS:
-        raise ValueError(f"{VARIABLE} is {way!r}; it can be one of {', '.join(WAYS)}. Unset it for the device's own.")
+    way = os.environ.get(OPERATORS_VARIABLE) or "auto"
+    if way not in OPERATOR_SETS:
+        raise ValueError(
+            f"{OPERATORS_VARIABLE} is {way!r}; it can be one of {', '.join(OPERATOR_SETS)}. Unset it for the default."
+        )
     if way == "auto":
         return "npu" if device.type == "npu" else "torch"
     return way

@@ -1,6 +1,6 @@
-"""The attentions of an NPU: one function each, all with query [B, S, heads, head_dim] and key, value [B, L, ...].
+"""An NPU's attention operators, one function each, with query [B, S, heads, head_dim] and key, value [B, L, ...].
 
-Their limits (dtypes, layouts, cards) are those that torch_npu 2.13 and MindIE SD 3.1 state for the operators.
+Their limits (dtypes, layouts, cards) are those that the documents of torch_npu 2.13 and MindIE SD 3.1 state.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from .precision import LOG_SUM_EXP
 from .sparse import BLOCK
 
 HALVES = (torch.float16, torch.bfloat16)
-MAX_TOKENS = 2**31 - 1  # of a window that hides nothing
-DUO_TOKENS = 65536  # that npu_prompt_flash_attention takes on a 300I Duo
-# How npu_fused_infer_attention_score_v2 is told of MXFP8, as MindIE SD's MXFP8RotateQuantFA tells it.
+WHOLE_WINDOW = 2**31 - 1  # tokens of an attention window that masks nothing
+DUO_TOKENS = 65536  # the maximum for npu_prompt_flash_attention on a 300I Duo
+# The codes of MXFP8 for npu_fused_infer_attention_score_v2, as in MindIE SD's MXFP8RotateQuantFA.
 MXFP8_BY_HEAD_DIM, MXFP8_BY_TOKEN = 6, 8
 
 
@@ -27,9 +27,9 @@ def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def fused_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """By npu_fusion_attention; the second is the LSE [B, S, heads]."""
+    """By npu_fusion_attention: (attention, LSE [B, S, heads])."""
     out, largest, total = _fusion_attention(query, key, value)[:3]
-    lse = largest[..., 0] + total[..., 0].log()  # [B, heads, S, 8], the same value eight times
+    lse = largest[..., 0] + total[..., 0].log()  # both are [B, heads, S, 8], with eight equal values
     return out, lse.transpose(1, 2).to(LOG_SUM_EXP.dtype)
 
 
@@ -43,7 +43,7 @@ def infer(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def infer_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """By npu_fused_infer_attention_score; the second is the LSE [B, S, heads]."""
+    """By npu_fused_infer_attention_score: (attention, LSE [B, S, heads])."""
     out, lse = _infer(query, key, value, with_lse=True)  # [B, heads, S, 1]
     return out, lse.squeeze(-1).transpose(1, 2).to(LOG_SUM_EXP.dtype)
 
@@ -63,14 +63,14 @@ def _infer(query: Tensor, key: Tensor, value: Tensor, with_lse: bool) -> tuple[T
 
 
 def prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """By npu_prompt_flash_attention: what a 300I Duo has instead of the others.
+    """By npu_prompt_flash_attention, for a 300I Duo, which lacks the other operators.
 
-    Raises ValueError for a sequence that is longer than it takes there.
+    Raises ValueError for a sequence that is too long for it.
     """
     longest = max(query.shape[1], key.shape[1])
     if longest > DUO_TOKENS:
         raise ValueError(
-            f"This video has {longest} tokens, and attention on a 300I Duo takes {DUO_TOKENS} at most. Take fewer "
+            f"This video has {longest} tokens, but attention on a 300I Duo takes at most {DUO_TOKENS}. Use fewer "
             "frames or a smaller size: 832 x 480 x 81 has 32760."
         )
     return torch_npu().npu_prompt_flash_attention(
@@ -79,29 +79,29 @@ def prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         value.contiguous(),
         num_heads=query.shape[2],
         scale_value=_scale(query),
-        pre_tokens=MAX_TOKENS,
-        next_tokens=MAX_TOKENS,
+        pre_tokens=WHOLE_WINDOW,
+        next_tokens=WHOLE_WINDOW,
         input_layout="BSND",
     )
 
 
 def laser(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """By MindIE SD's laser attention; it takes its fused one itself where a sequence is shorter than 2048."""
+    """By MindIE SD's laser attention, which falls back to its fused one for sequences shorter than 2048."""
     return mindiesd().attention_forward(
         query, key, value, scale=_scale(query), opt_mode="manual", op_type="ascend_laser_attention", layout="BNSD"
     )
 
 
 def fastest(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """By what MindIE SD finds fastest for these shapes, timed at their first use."""
+    """By the fastest of MindIE SD's operators for these shapes, which it times at their first use."""
     return mindiesd().attention_forward(query, key, value, scale=_scale(query), opt_mode="runtime")
 
 
 def fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """With MXFP8 products (fp8, a power of two for each group of 32): self-attention on cards of the 950 series.
+    """With MXFP8 products (fp8 with a power-of-two scale for each group of 32): self-attention on 950 series cards.
 
-    Query and key are rotated by a Hadamard matrix first, which leaves their products as they are and spreads outliers
-    over the head (Ashkboos et al., QuaRot, arXiv 2404.00456).
+    Query and key are rotated by a Hadamard matrix first, which does not change their products, and spreads outliers
+    over the head dim (Ashkboos et al., QuaRot, arXiv 2404.00456).
     """
     batch, length, heads, head_dim = query.shape
     rotation = _hadamard(head_dim, query.device, query.dtype)
@@ -140,9 +140,10 @@ def fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def block_sparse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """By MindIE SD's operator under its rf_v2, which A2 and A3 cards have: see `PlainOperators.sparse_attention`.
+    """By the operator of MindIE SD's rf_v2, for A2 and A3 cards: see `PlainOperators.sparse_attention`.
 
-    A video at a time, as it takes the mask of one: each query block's key blocks, in order, and -1 behind them.
+    One video at a time, because the operator takes one video's mask: the key blocks of each query block, in order,
+    padded with -1.
     """
     rain_fusion = mindiesd().layers.flash_attn.sparse_flash_attn_rf_v2
     columns = torch.arange(mask.shape[-1], device=mask.device)
@@ -168,7 +169,7 @@ def block_sparse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Ten
 
 
 def block_sparse_by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """By MindIE SD's operator under its rf_v3: the one of cards of the 950 series."""
+    """By the operator of MindIE SD's rf_v3, for cards of the 950 series."""
     lengths = [query.shape[2]] * query.shape[0]
     return mindiesd().layers.flash_attn.sparse_flash_attn_rf_v3.rain_fusion_attention_v3(
         query.contiguous(),
@@ -181,7 +182,7 @@ def block_sparse_by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor
         actual_seq_lengths=lengths,
         actual_seq_lengths_kv=lengths,
         block_size_q=BLOCK,
-        inner_precise=4,  # which these cards demand
+        inner_precise=4,  # required by these cards
     )
 
 
@@ -191,7 +192,7 @@ def _scale(query: Tensor) -> float:
 
 @lru_cache(maxsize=4)
 def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The orthogonal Hadamard matrix [size, size] of a power of two (Sylvester's)."""
+    """Sylvester's orthogonal Hadamard matrix [size, size]; size is a power of two."""
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])

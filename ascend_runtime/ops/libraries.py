@@ -1,4 +1,4 @@
-"""The only import of torch_npu and mindiesd: on first use, so that no machine without an NPU needs them."""
+"""Imports torch_npu and mindiesd on first use, so that machines without an NPU do not need them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 @lru_cache(maxsize=None)
 def torch_npu() -> ModuleType:
-    """torch_npu, whose operators every NPU has."""
+    """torch_npu, which every NPU needs."""
     import torch_npu
 
     return torch_npu
@@ -20,13 +20,13 @@ def torch_npu() -> ModuleType:
 
 @lru_cache(maxsize=None)
 def mindiesd() -> ModuleType | None:
-    """MindIE SD, or None where it is not there: torch_npu's operators serve then, and the log says so once."""
+    """MindIE SD, or None if it is not installed; then torch_npu's operators are used, which is logged once."""
     if find_spec("mindiesd") is None:
-        logger.info("mindiesd is not installed: torch_npu's operators serve alone (no laser, no fastest attention).")
+        logger.info("mindiesd is not installed: only torch_npu's operators are used (no laser or fastest attention).")
         return None
     try:
         import mindiesd
-    except Exception as error:  # it loads binaries that fit one torch and one CANN
-        logger.warning("mindiesd cannot be imported (%s): torch_npu's operators serve alone.", error)
+    except Exception as error:  # it loads binaries built for one version of torch and CANN
+        logger.warning("mindiesd cannot be imported (%s): only torch_npu's operators are used.", error)
         return None
     return mindiesd

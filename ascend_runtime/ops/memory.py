@@ -1,4 +1,4 @@
-"""How much memory a computation takes, told before it is done."""
+"""Predicts the peak memory of a computation by running it on the meta device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_leaves
 
 
 def most_allocated(compute: Callable[[], None]) -> int:
-    """Bytes of the tensors that `compute` makes, at the moment when they are most. On the meta device it does nothing
-    else; what kernels allocate inside is not seen."""
+    """The peak number of bytes of the tensors that `compute` creates. On the meta device nothing is computed. Does not
+    include what kernels allocate internally."""
     with torch.no_grad(), _Allocated() as allocated:
         compute()
     return allocated.most
 
 
 class _Allocated(TorchDispatchMode):
-    """Counts the storages that operations make, and those that are gone."""
+    """Tracks the storages that operations create and free."""
 
     def __init__(self):
         super().__init__()
@@ -31,17 +31,17 @@ class _Allocated(TorchDispatchMode):
         made = operator(*arguments, **(keywords or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+                self._allocate(tensor.untyped_storage())
         return made
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)
             self._now += size
             self.most = max(self.most, self._now)
-            weakref.finalize(storage, self._forget, key, size)
+            weakref.finalize(storage, self._free, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size

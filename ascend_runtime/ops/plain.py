@@ -1,4 +1,4 @@
-"""Operators by torch's own means: on a CPU, on CUDA, and wherever an NPU has none that is better."""
+"""Operators in plain torch: for CPU and CUDA, and where an NPU has no better ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .quantization import Static, quantized_rows, row_largest, scaled_products, 
 logger = logging.getLogger(__name__)
 
 RotaryTable = tuple[Tensor, ...]
-SCORES = 2**27  # that are spelt out at once: 512 MiB in fp32
+SCORES = 2**27  # attention scores that `explicit_attention` computes at once: 512 MiB in fp32
 
 
 class PlainOperators:
-    """One method an operator. spec: as in `operators_for`.
+    """One method for each operator. spec: as in `operators_for`.
 
     Attention takes query [B, S, heads, head_dim], key and value [B, L, heads, head_dim], and scales by
     1 / sqrt(head_dim).
@@ -38,25 +38,25 @@ class PlainOperators:
     def _check(self, spec: OperatorSpec) -> None:
         if spec.attention == "fp8":
             raise ValueError(
-                "attention is 'fp8', which NPUs of the 950 series compute and this device does not. "
-                "Set it to 'auto' for attention in the dtype of the blocks."
+                "attention is 'fp8', which only NPUs of the 950 series support. Set it to 'auto' for attention in the "
+                "dtype of the blocks."
             )
         if spec.attention not in ("auto", "plain", "fused"):
-            say_once(f"attention {spec.attention!r} is an NPU's; here torch's own computes the same.")
+            log_once(f"attention {spec.attention!r} is only available on NPUs; torch's attention is used instead.")
 
     # Attention
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """softmax(q k^T) v, of query's shape."""
+        """softmax(q k^T) v, with query's shape."""
         return self._by_heads(self._attend, query, key, value)[0]
 
     def attention_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention, and the logarithm of each row's sum of exponentials [B, S, heads] in fp32, to merge parts by."""
+        """(attention, log-sum-exp of each row [B, S, heads] in fp32), to merge partial attentions."""
         out, lse = self._by_heads(self._attend_with_lse, query, key, value)
         return out, lse
 
     def _by_heads(self, attend: Callable[..., tuple[Tensor, ...]], *qkv: Tensor) -> tuple[Tensor, ...]:
-        """`attend`, on at most `heads_per_call` heads at once."""
+        """`attend` on at most `heads_per_call` heads at once."""
         if not 0 < self.heads_per_call < qkv[0].shape[2]:
             return attend(*qkv)
         parts = [attend(*heads) for heads in zip(*(x.split(self.heads_per_call, dim=2) for x in qkv))]
@@ -67,11 +67,11 @@ class PlainOperators:
         return (F.scaled_dot_product_attention(query, key, value).transpose(1, 2),)
 
     def _attend_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """By the operators under scaled_dot_product_attention, which itself keeps the sums to itself."""
+        """By the kernels of scaled_dot_product_attention, which itself does not return the log-sum-exp."""
         length = query.shape[1]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        if query.device.type == "npu":  # which has neither of these
-            out, lse = spelt_out(query, key, value)
+        if query.device.type == "npu":  # has none of these kernels
+            out, lse = explicit_attention(query, key, value)
         elif query.device.type == "cpu":
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
         elif query.dtype == torch.float32:
@@ -81,13 +81,13 @@ class PlainOperators:
         return out.transpose(1, 2), lse[:, :, :length].transpose(1, 2).to(LOG_SUM_EXP.dtype)
 
     def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Attention of [B, heads, S, head_dim], of the mask blocks (`sparse.BLOCK` queries by as many keys) for which
-        mask [B, heads, blocks, blocks] is true; every row has one at least."""
+        """Attention of [B, heads, S, head_dim], restricted to the mask blocks (`sparse.BLOCK` queries by `sparse.BLOCK`
+        keys) where mask [B, heads, blocks, blocks] is true; every row has at least one."""
         compute = sparse.flex if query.device.type == "cuda" else sparse.gathered
         return compute(query, key, value, mask)
 
     def check_sparse(self) -> None:
-        """Raises ValueError where there is no `sparse_attention`."""
+        """Raises ValueError if `sparse_attention` is not supported."""
 
     # Norms
 
@@ -96,7 +96,7 @@ class PlainOperators:
         return F.rms_norm(x, weight.shape, weight, eps)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """Over the last dim [..., D]."""
+        """Layer norm over the last dim [..., D]."""
         dtype = NORMS.dtype
         return F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps).type_as(x)
 
@@ -110,19 +110,20 @@ class PlainOperators:
         return torch.addcmul(x.to(RESIDUAL.dtype), update.to(RESIDUAL.dtype), gate).type_as(x)
 
     def modulation(self, table: Tensor, timestep: Tensor) -> Tensor:
-        """table + timestep in fp32: the shifts, scales and gates of a block."""
+        """table + timestep in fp32: a block's shifts, scales and gates."""
         return table.to(MODULATION.dtype) + timestep.to(MODULATION.dtype)
 
-    # Rotary position embedding over interleaved pairs (Su et al., arXiv 2104.09864), as Wan rotates
+    # Rotary position embedding over interleaved pairs (Su et al., arXiv 2104.09864), as in Wan
 
     def rotary_table(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        """What `rotary` needs of cos and sin [1, S, 1, head_dim], each value given twice: tensors [1, S, 1, ...]."""
+        """The tables [1, S, 1, ...] for `rotary`, from cos and sin [1, S, 1, head_dim] with each value repeated
+        twice."""
         return cos[..., 0::2].to(ROTARY.dtype).contiguous(), sin[..., 1::2].to(ROTARY.dtype).contiguous()
 
     def rotary(self, x: Tensor, table: RotaryTable) -> Tensor:
         """Rotates the pairs (x[2i], x[2i+1]) of x [B, S, heads, head_dim] by the angles of `table`.
 
-        Without complex numbers, which NPUs lack, and as fast as with them on a CPU.
+        Does not use complex numbers, which NPUs lack; as fast as with them on a CPU.
         """
         cos, sin = table
         even, odd = x.to(ROTARY.dtype).unflatten(-1, (-1, 2)).unbind(-1)
@@ -134,29 +135,29 @@ class PlainOperators:
     # Linear
 
     def gelu(self, x: Tensor) -> Tensor:
-        """The tanh approximation."""
+        """GELU with the tanh approximation."""
         return F.gelu(x, approximate="tanh")
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        """The sum over `group` of x weight^T, and the bias once; x [B, S, K/ranks], weight [N, K/ranks], bias [N]."""
+        """x weight^T, all-reduced over `group`, plus bias; x [B, S, K/ranks], weight [N, K/ranks], bias [N]."""
         out = F.linear(x, weight)
         dist.all_reduce(out, group=group)
         return out if bias is None else out + bias
 
-    # Linear in 8 bits (see quantization.py): weight int8 [N, K], scale [N] in fp32; in the dtype of x
+    # Linear in 8 bits (see quantization.py): weight int8 [N, K], scale [N] in fp32; the result has x's dtype
 
     def quantized_linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x (scale weight)^T + bias, x [..., K]; each token is quantized by its own largest value."""
+        """x (scale weight)^T + bias, x [..., K]; each token is quantized dynamically by its largest magnitude."""
         tokens = x.flatten(0, -2)
         return self._products(*quantized_rows(tokens), weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
 
     def quantized_linear_all_reduce(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup
     ) -> Tensor:
-        """The sum over `group` of x (scale weight)^T, and the bias once; x [B, S, K/ranks], weight [N, K/ranks].
+        """x (scale weight)^T, all-reduced over `group`, plus bias; x [B, S, K/ranks], weight [N, K/ranks].
 
-        A token's scale is that of its whole row, so that the integers are those of one rank: the largest values, one
-        a token in fp32, are exchanged before.
+        A first all-reduce takes the maximum of each token's magnitudes in fp32, so that a token has one scale on all
+        ranks, and the integers equal those on one rank.
         """
         largest = row_largest(x)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -166,12 +167,12 @@ class PlainOperators:
         return out if bias is None else out + bias
 
     def static_linear(self, x: Tensor, weight: Tensor, static: Static) -> Tensor:
-        """x [..., K] is quantized by a scale and an offset that are known before it is."""
+        """Like `quantized_linear`, but x [..., K] is quantized with a static scale and offset."""
         rows = self._static_rows(x.flatten(0, -2), static)
         return self._products(rows, None, weight, static.scale, static.bias, x.dtype).view(*x.shape[:-1], -1)
 
     def static_linear_all_reduce(self, x: Tensor, weight: Tensor, static: Static, group: dist.ProcessGroup) -> Tensor:
-        """The sum over `group`, the bias once; x [B, S, K/ranks], weight [N, K/ranks]."""
+        """Like `static_linear`, all-reduced over `group`; x [B, S, K/ranks], weight [N, K/ranks]."""
         rows = self._static_rows(x.flatten(0, -2), static)
         out = self._products(rows, None, weight, static.scale, None, x.dtype).view(*x.shape[:-1], -1)
         dist.all_reduce(out, group=group)
@@ -188,9 +189,9 @@ class PlainOperators:
         return scaled_products(rows, row_scale, weight, scale, bias, dtype)
 
 
-def spelt_out(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of [B, heads, S, head_dim], and its LSE [B, heads, S], by small operators in fp32; slow, as for the
-    sake of memory a block of rows comes after the other."""
+def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(attention of [B, heads, S, head_dim], LSE [B, heads, S]) by basic operators in fp32. Slow: computes blocks of
+    rows one after the other to save memory."""
     rows = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     key, value = key.float().transpose(-1, -2), value.float()
     outs, sums = [], []
@@ -203,5 +204,5 @@ def spelt_out(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 @lru_cache(maxsize=None)
-def say_once(text: str) -> None:
+def log_once(text: str) -> None:
     logger.info("%s", text)

@@ -1,8 +1,8 @@
-"""Numbers in 8 bits: a row of a weight, or a token, each with a scale of its own, symmetric around 0.
+"""Symmetric int8 quantization with one scale for each row of a weight, or for each token.
 
     x = scale * integer,  scale = the largest magnitude of the row / 127
 
-Products of two such are whole numbers, which 32 bits hold for rows of up to 133 000 values.
+Products of two quantized tensors are integers, which fit 32 bits for rows of up to 133 000 values.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LARGEST = 127
-BLOCK = 2**26  # products that are held as 32-bit integers at once: 256 MiB
-CUDA_MULTIPLE, CUDA_ROWS = 8, 17  # torch._int_mm there takes widths that are multiples of this, and so many rows
+INT8_MAX = 127
+MAX_PRODUCTS = 2**26  # elements of an int32 product that are held at once: 256 MiB
+CUDA_MULTIPLE, CUDA_ROWS = 8, 17  # torch._int_mm on CUDA needs widths that are multiples of 8, and at least 17 rows
 
 
 def quantized_rows(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(int8 of x's shape, scale [..., 1] in fp32) of x [..., K].
+    """(int8 with x's shape, scale [..., 1] in fp32) of x [..., K].
 
-    largest: the largest magnitude of each whole row [..., 1], where x is a part of it. A row of zeros has the scale 1.
+    largest: the largest magnitude of each whole row [..., 1], if x is a part of the rows. A row of zeros has the scale
+    1.
     """
     if largest is None:
         largest = row_largest(x)
-    scale = largest / LARGEST
+    scale = largest / INT8_MAX
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (x.to(scale.dtype) / scale).round_().to(torch.int8), scale
 
@@ -36,30 +37,30 @@ def row_largest(x: Tensor) -> Tensor:
 
 
 class Static(NamedTuple):
-    """Of a layer whose activations' scale was measured before: they are x / input_scale + input_offset, and what comes
-    out is (products + bias) * scale. Tensors of one number each, and [N]."""
+    """The parameters of a layer with static activation quantization: the integers are x / input_scale + input_offset,
+    and the output is (products + bias) * scale. input_scale and input_offset have one element; the others are [N]."""
 
     input_scale: Tensor
     input_offset: Tensor
     scale: Tensor  # the input's times the weight's
-    bias: Tensor  # int32: the layer's, in units of `scale`, less what the offset adds to the products
+    bias: Tensor  # int32: the layer's bias in units of `scale`, minus the offset's contribution to the products
 
 
 def statically_quantized(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """int8 of x's shape."""
-    return (x.float() / scale + offset).round_().clamp_(-LARGEST - 1, LARGEST).to(torch.int8)
+    """x as int8, with x's shape."""
+    return (x.float() / scale + offset).round_().clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8)
 
 
 def scaled_products(
     rows: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """rows weight^T, times the scales of both, plus the bias: [M, N] in `dtype`, reckoned in fp32.
+    """rows weight^T, times the scales of both, plus the bias: [M, N] in `dtype`, computed in fp32.
 
-    rows int8 [M, K], row_scale [M, 1] (None: 1); weight int8 [N, K], scale [N]; bias [N], of whole numbers before the
-    products are scaled.
+    rows int8 [M, K], row_scale [M, 1] (None: 1); weight int8 [N, K], scale [N]; bias [N], added before scaling if it is
+    an integer tensor, else after.
     """
     out = torch.empty(rows.shape[0], weight.shape[0], dtype=dtype, device=rows.device)
-    count = max(1, BLOCK // weight.shape[0])
+    count = max(1, MAX_PRODUCTS // weight.shape[0])
     whole = bias is not None and not bias.is_floating_point()
     for start in range(0, rows.shape[0], count):
         part = slice(start, start + count)

@@ -1,7 +1,7 @@
-"""Attention that computes some of its products, by torch: mask blocks of 128 queries and 128 keys, all or nothing.
+"""Block-sparse attention in torch: mask blocks of 128 queries by 128 keys are computed or skipped.
 
 Each function takes query, key and value [B, heads, S, head_dim] and a mask [B, heads, blocks, blocks] (query blocks by
-key blocks; every row has one at least), and gives [B, heads, S, head_dim].
+key blocks, at least one true in each row), and returns [B, heads, S, head_dim].
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-BLOCK = 128  # tokens; MindIE SD's operators have no other
+BLOCK = 128  # tokens; MindIE SD's operators support no other size
 
 
 def blocks_of(length: int) -> int:
-    """Mask blocks of a sequence; the last may be short."""
+    """The number of mask blocks of a sequence; the last one may be shorter."""
     return -(-length // BLOCK)
 
 
 def gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """On a CPU: the keys and values of each query block, gathered, and products of these alone. In fp32."""
+    """For a CPU: gathers the keys and values of each query block, and computes only their products, in fp32."""
     out = torch.empty_like(query)
     for video in range(query.shape[0]):
         for head in range(query.shape[1]):
@@ -32,9 +32,9 @@ def gathered(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 def _one_head(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, out: Tensor) -> None:
-    """query, key, value, out [S, head_dim]; mask [blocks, blocks]. What attends to all needs nothing gathered.
+    """query, key, value, out [S, head_dim]; mask [blocks, blocks]. Query blocks that attend to all keys need no gather.
 
-    Buffers are made once: fresh ones of their size cost page faults at every use.
+    Buffers are allocated once: new ones of this size would cost page faults at each use.
     """
     blocks, length = len(mask), len(query)
     dense = mask.all(1)
@@ -63,9 +63,9 @@ def _one_head(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, out: Tens
 def flex(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, attend: Callable[..., Tensor] | None = None
 ) -> Tensor:
-    """On CUDA, by FlexAttention, which skips what is masked; compiled at the first use of a shape.
+    """For CUDA: FlexAttention, which skips masked blocks; compiled at the first use of a shape.
 
-    attend: flex_attention itself, for where it is not to be compiled.
+    attend: flex_attention itself, to run it without compilation.
     """
 
     def within(video: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def flex(
     length = query.shape[2]
     counts = mask.sum(-1, dtype=torch.int32)
     columns = mask.int().sort(dim=-1, descending=True, stable=True).indices.int()  # the chosen ones first
-    # All of a block is computed or none of it, so none is masked within.
+    # Every mask block is computed completely or skipped, so no block is partially masked.
     block_mask = BlockMask.from_kv_blocks(
         torch.zeros_like(counts), columns, counts, columns, BLOCK, within, seq_lengths=(length, length)
     )

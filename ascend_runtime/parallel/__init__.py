@@ -1,1 +1,1 @@
-"""How ranks share the work on one video: the mesh, CFG branches, and the sequence."""
+"""Parallelism over ranks: the mesh, CFG branches, sequence and tensor parallelism, FSDP, and VAE tiles."""

@@ -1,4 +1,4 @@
-"""Classifier-free guidance: both branches one after the other on one rank, or each on a rank of its own."""
+"""Classifier-free guidance: computes both branches in sequence on one rank, or in parallel on two ranks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from ..ops.precision import GUIDANCE
 from .mesh import all_gather
 
-Call = TypeVar("Call")
+_Call = TypeVar("Call")
 
 
 def is_spread(calls: Sequence, group: dist.ProcessGroup | None) -> bool:
-    """Whether each of these calls is computed on a rank of its own."""
+    """Whether each of these calls is computed on a different rank."""
     return group is not None and len(calls) == dist.get_world_size(group) > 1
 
 
-def own_calls(calls: Sequence[Call], group: dist.ProcessGroup | None) -> Sequence[Call]:
-    """Those that this rank computes."""
+def own_calls(calls: Sequence[_Call], group: dist.ProcessGroup | None) -> Sequence[_Call]:
+    """The calls that this rank computes."""
     return [calls[dist.get_rank(group)]] if is_spread(calls, group) else calls
 
 
 def computed(
-    calls: Sequence[Call], compute: Callable[[Call], Tensor], group: dist.ProcessGroup | None
+    calls: Sequence[_Call], compute: Callable[[_Call], Tensor], group: dist.ProcessGroup | None
 ) -> list[Tensor]:
-    """`compute` of every call, all results of one shape.
+    """The results of `compute` for all calls, which must have the same shape.
 
-    group: the ranks of the cfg axis, or None where one rank computes all. Where there are as many calls as ranks, each
-    rank computes one and sends its result once; else every rank computes all, without an exchange.
+    group: the ranks of the cfg axis; None: one rank computes all. If there are as many calls as ranks, each rank
+    computes one, and an all-gather exchanges the results. Else every rank computes all, without communication.
     """
     own = [compute(call) for call in own_calls(calls, group)]
     return list(all_gather(own[0], group)) if is_spread(calls, group) else own

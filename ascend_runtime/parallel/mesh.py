@@ -1,4 +1,4 @@
-"""The ranks as a mesh with named axes, cfg x ring x ulysses x tp, the innermost neighbours on one machine."""
+"""The mesh of all ranks with the axes cfg x ring x ulysses x tp, whose innermost neighbours are on one machine."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ..specs import Plan
 from ..specs.plans import AXES
 
-# torch 2.13 renamed it
+# renamed in torch 2.13
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-MEETING = 120.0  # seconds in which all ranks make a group
-FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some exchange sees as one
+RENDEZVOUS_SECONDS = 120.0  # in which all ranks must have created a group
+FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some collectives use as one
 
 
 class Mesh:
-    """All ranks along the axes of a plan."""
+    """All ranks, arranged along the axes of a plan."""
 
     def __init__(self, kind: str, plan: Plan):
         self.plan = plan
@@ -34,13 +34,13 @@ class Mesh:
         self._axes |= {name: axes[parts]._flatten(name) for name, parts in FLATTENED.items()}
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one along an axis of AXES or FLATTENED alone, itself among them."""
+        """This rank and those that differ from it only along this axis of AXES or FLATTENED."""
         return self._axes[axis].get_group()
 
 
 @dataclass(frozen=True)
 class Member:
-    """What this rank is in a group of ranks that share something: one of `degree`, number `rank`."""
+    """This rank's place in a group: number `rank` of `degree`."""
 
     group: dist.ProcessGroup
 
@@ -55,9 +55,9 @@ class Member:
 
 @contextmanager
 def _ended_after(seconds: float) -> Iterator[None]:
-    """Ends this rank, with its stack on standard error, if what is inside takes longer. Where no thread can be started,
-    torch's constructor of a group can wait for ever while it cleans up, and all other ranks with it."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # a thread of its own, which raises as it starts
+    """Exits this process, with a traceback on standard error, if the code inside takes longer. If no thread can be
+    started, torch's group constructor may block forever during its cleanup, and all other ranks with it."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # starts a thread; raises if it cannot
     try:
         yield
     finally:
@@ -66,24 +66,24 @@ def _ended_after(seconds: float) -> Iterator[None]:
 
 @lru_cache(maxsize=None)
 def mesh_of(kind: str, plan: Plan) -> Mesh:
-    """The mesh of all ranks for this plan; made once, so that a changed plan costs nothing the second time."""
-    with _ended_after(MEETING):
+    """The mesh of all ranks for this plan. Cached, so that returning to a plan costs nothing."""
+    with _ended_after(RENDEZVOUS_SECONDS):
         return Mesh(kind, plan)
 
 
 @lru_cache(maxsize=None)
 def weights_mesh(kind: str, tp: int) -> DeviceMesh:
-    """The mesh fsdp x tp of all ranks: those that hold the same slice of the weights, and those that hold its others.
+    """The mesh fsdp x tp of all ranks. Ranks along fsdp hold the same slice of the weights, ranks along tp the others.
 
-    Because tp is the innermost axis of any plan, these are the same ranks whatever the other degrees: another plan
-    with as many slices leaves all weights where they are.
+    Since tp is the innermost axis of every plan, these groups do not depend on the other degrees: plans with the same
+    tp degree keep all weights in place.
     """
-    with _ended_after(MEETING):
+    with _ended_after(RENDEZVOUS_SECONDS):
         return init_device_mesh(kind, (dist.get_world_size() // tp, tp), mesh_dim_names=("fsdp", "tp"))
 
 
 def highest(value: int) -> int:
-    """The highest `value` of all ranks; every rank must ask. Travels over the control backend (Gloo)."""
+    """The maximum of `value` over all ranks. Collective: all ranks must call it. Uses the control backend (Gloo)."""
     if dist.get_world_size() == 1:
         return value
     verdict = torch.tensor(int(value))
@@ -92,7 +92,7 @@ def highest(value: int) -> int:
 
 
 def summed(values: Tensor) -> list[float]:
-    """The sums of each of `values` over all ranks; every rank must ask. Travels as `highest` does."""
+    """The sums of each of `values` over all ranks. Collective, over Gloo, like the function above."""
     values = values.cpu().to(torch.float64, copy=True)
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
@@ -107,13 +107,13 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """What will hold the tensors of all ranks [ranks, *x.shape] once the work is done."""
+    """(the tensors of all ranks [ranks, *x.shape], valid when the work is done; the work)"""
     gathered = x.new_empty((dist.get_world_size(group), *x.shape))
     work = _all_gather_single(gathered.flatten(0, 1), x.contiguous(), group=group, async_op=True)
     return gathered, work
 
 
 def pad_end(x: Tensor, dim: int, size: int) -> Tensor:
-    """`x` with zeros after its end along `dim`, up to `size`."""
+    """`x`, padded with zeros at the end of `dim` to `size`."""
     missing = size - x.shape[dim]
     return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing)) if missing else x

@@ -1,4 +1,4 @@
-"""Ring attention: keys and values travel, queries stay (Liu et al., arXiv 2310.01889)."""
+"""Ring attention: ranks pass keys and values on, and keep their queries (Liu et al., arXiv 2310.01889)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .mesh import Member, start_all_gather
 
 @dataclass(frozen=True)
 class Ring(Member):
-    """Attention over the tokens of all ranks of `group`, each of which holds an equal part, padded at the end.
+    """Attention over the tokens of all ranks of `group`, each of which holds an equal chunk, padded at the end.
 
-    exchange: "rotate": keys and values go around, from neighbour to neighbour, while attention to the last ones runs;
-        a rank holds its own, those that it attends to and those that arrive. "gather": they are gathered while
-        attention to the rank's own runs, and one attention to all others follows: fewer, larger calls, and 2 R parts
-        in memory at most, while the others are put in a row.
+    exchange: "rotate": each rank sends keys and values to the next one while it attends to those received before; it
+        holds its own, the current and the arriving ones. "gather": an all-gather runs while a rank attends to its own
+        keys, then one attention to all others follows: fewer, larger calls, but up to 2 R chunks in memory while they
+        are concatenated.
     """
 
     operators: PlainOperators
@@ -31,19 +31,19 @@ class Ring(Member):
 
         lengths: tokens of each rank of the group, without padding.
 
-        Sends, a rank: (R-1) times the bytes of its key and value.
+        Communication per rank: sends (R-1) times the bytes of its key and value.
         """
         merged = _Merged(query)
-        travel = self._gather if self.exchange == "gather" else self._rotate
-        travel(merged, query, [key, value], lengths)
+        run = self._gather if self.exchange == "gather" else self._rotate
+        run(merged, query, [key, value], lengths)
         return merged.result()
 
     def _rotate(self, merged: _Merged, query: Tensor, key_value: list[Tensor], lengths: list[int]) -> None:
         for step in range(self.degree):
-            travels = self._pass_on(key_value) if step + 1 < self.degree else None
+            exchange = self._pass_on(key_value) if step + 1 < self.degree else None
             self._attend(merged, query, key_value, lengths[(self.rank - step) % self.degree])
-            if travels:
-                key_value = travels.arrived()
+            if exchange:
+                key_value = exchange.arrived()
 
     def _gather(self, merged: _Merged, query: Tensor, key_value: list[Tensor], lengths: list[int]) -> None:
         gathering = [start_all_gather(x, self.group) for x in key_value]  # [R, B, S/R, heads, head_dim] each
@@ -52,7 +52,7 @@ class Ring(Member):
         self._attend(merged, query, others, others[0].shape[1])
 
     def _others(self, gathered: Tensor, work: dist.Work, lengths: list[int]) -> Tensor:
-        """What the other ranks hold, without padding, in a row [B, S - own, heads, head_dim]."""
+        """The other ranks' tokens without padding, concatenated: [B, S - own, heads, head_dim]."""
         work.wait()
         parts = [gathered[rank, :, :length] for rank, length in enumerate(lengths) if rank != self.rank]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -62,27 +62,27 @@ class Ring(Member):
             key, value = (x[:, :length] for x in key_value)
             merged.add(*self.operators.attention_with_lse(query, key, value))
 
-    def _pass_on(self, tensors: list[Tensor]) -> _Travel:
-        """Sends them to the next rank of the ring, and receives the previous one's."""
+    def _pass_on(self, tensors: list[Tensor]) -> _Exchange:
+        """Starts to send these tensors to the next rank of the ring, and to receive those of the previous one."""
         sent = [x.contiguous() for x in tensors]
         received = [torch.empty_like(x) for x in sent]
         after = dist.get_global_rank(self.group, (self.rank + 1) % self.degree)
         before = dist.get_global_rank(self.group, (self.rank - 1) % self.degree)
         sending = [dist.P2POp(dist.isend, x, after, self.group) for x in sent]
         receiving = [dist.P2POp(dist.irecv, x, before, self.group) for x in received]
-        return _Travel(dist.batch_isend_irecv([*sending, *receiving]), received, sent)
+        return _Exchange(dist.batch_isend_irecv([*sending, *receiving]), received, sent)
 
 
 @dataclass
-class _Travel:
-    """Tensors on their way; `sent` must live until they have arrived."""
+class _Exchange:
+    """An exchange in progress; `sent` must stay alive until it is complete."""
 
     works: list[dist.Work]
     received: list[Tensor]
     sent: list[Tensor]
 
     def arrived(self) -> list[Tensor]:
-        """What was received; nothing else is kept."""
+        """Waits, and returns the received tensors without keeping references."""
         for work in self.works:
             work.wait()
         received, self.works, self.received, self.sent = self.received, [], [], []
@@ -90,7 +90,7 @@ class _Travel:
 
 
 class _Merged:
-    """Attention to several parts as one: a sum weighted by each part's share of the exponentials."""
+    """Merges attention to several chunks: an average weighted by each chunk's sum of exponentials."""
 
     def __init__(self, query: Tensor):
         self._like = query

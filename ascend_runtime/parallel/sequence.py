@@ -1,8 +1,8 @@
-"""One sequence over several ranks: each holds a chunk of the tokens, and attention sees them all.
+"""Sequence parallelism: each rank holds a chunk of the tokens, and attention covers all of them.
 
-Ulysses and a ring, or both (USP: Fang and Zhao, arXiv 2405.07719): the ring's ranks hold parts of the sequence, and the
-ranks of a Ulysses group chunks of one part. Sequences and head counts that do not divide are padded; the padding never
-enters a softmax.
+Ulysses, ring attention, or both (USP: Fang and Zhao, arXiv 2405.07719): the ranks of a ring hold parts of the sequence,
+and the ranks of a Ulysses group hold chunks of one part. Sequences and head counts that do not divide evenly are
+padded; attention never includes the padding.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .ulysses import Ulysses
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # of query, key and value, each [B, S, heads, head_dim]
 
 
-class Sequence(Protocol):
-    """What a block stack needs to know of how its sequence is spread."""
+class SequenceLayout(Protocol):
+    """How the tokens of a block stack are spread over ranks (see ShardedSequence for the methods)."""
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor: ...
 
@@ -38,7 +38,7 @@ class Sequence(Protocol):
 
 @dataclass(frozen=True)
 class WholeSequence:
-    """All tokens on this rank. dense: what attention is unless another is asked for."""
+    """All tokens on this rank. dense: the default attention."""
 
     dense: Attend
 
@@ -58,12 +58,11 @@ class WholeSequence:
         return length
 
 
-class SpreadSequence:
-    """Tokens in equal chunks over the ranks of `group`, the last ones padded with zeros.
+class ShardedSequence:
+    """Equal chunks of the tokens on the ranks of `group`, the last chunks padded with zeros.
 
-    group: all ranks that share the sequence, the ring's axis outermost.
-    ulysses, ring: how they attend; at least one. dense: what a rank without a ring computes, unless another is asked
-    for.
+    group: all ranks that share the sequence, with the ring's axis outermost.
+    ulysses, ring: how attention is parallelised; at least one is given. dense: the default attention without a ring.
     """
 
     def __init__(self, group: dist.ProcessGroup, dense: Attend, ulysses: Ulysses | None, ring: Ring | None):
@@ -75,40 +74,40 @@ class SpreadSequence:
         self._dense = dense
 
     def chunk_of(self, length: int) -> int:
-        """Tokens of a rank, with padding, of a sequence of `length`."""
+        """The tokens of a chunk, including padding, for a sequence of `length` tokens."""
         return -(-length // self.degree)
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's chunk of `x` along `dim`, the sequence."""
+        """This rank's chunk of `x` along `dim`, the sequence dim."""
         self.length = x.shape[dim]
         chunk = self.chunk_of(self.length)
         own = x.narrow(dim, min(self.rank * chunk, self.length), self.own(self.length))
         return pad_end(own, dim, chunk)
 
     def gather(self, x: Tensor, length: int) -> Tensor:
-        """The whole sequence [B, length, D] from the chunks [B, S/N, D] of all ranks.
+        """All-gathers the sequence [B, length, D] from the chunks [B, S/N, D] of all ranks.
 
-        Sends, a rank: (N-1) times the bytes of its chunk.
+        Communication per rank: sends (N-1) times the bytes of its chunk.
         """
         chunks = all_gather(x, self.group)  # [N, B, S/N, D]
         return chunks.transpose(0, 1).flatten(1, 2)[:, :length]
 
     def own(self, length: int, behind: int = 0) -> int:
-        """Of the first `length` tokens of a sequence, those in this rank's chunk, without padding. behind: tokens that
-        follow them in the sequence, such as a text's behind a video's; they are not counted."""
+        """The number of the first `length` tokens of a sequence that are in this rank's chunk, without padding. behind:
+        the number of tokens that follow them, such as a text's after a video's; these are not counted."""
         chunk = self.chunk_of(length + behind)
         return min(max(length - self.rank * chunk, 0), chunk)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, attend: Attend | None = None) -> Tensor:
         """Attention over the whole sequence; all tensors are [B, S/N, heads, head_dim].
 
-        attend: computes it on whole sequences of some heads; a ring has none, and computes the dense one.
+        attend: replaces the default attention, on whole sequences of some heads; ignored with a ring.
         """
         part = partial(self._attend, attend or self._dense)
         return part(query, key, value) if self.ulysses is None else self.ulysses.attention(part, query, key, value)
 
     def _attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Of this rank's part of the sequence [B, S/R, heads, head_dim], padded at its end, as the result is."""
+        """Attention for this rank's part of the sequence [B, S/R, heads, head_dim], padded at its end."""
         tokens = query.shape[1]
         if self.ring is None:
             query, key, value = (x[:, : self.length] for x in (query, key, value))
@@ -118,11 +117,13 @@ class SpreadSequence:
         return pad_end(out, 1, tokens)
 
 
-def spread(mesh: Mesh, operators: PlainOperators, ring_exchange: str = "rotate", overlap: bool = False) -> Sequence:
-    """How the tokens are spread over the ranks of `mesh`."""
+def spread(
+    mesh: Mesh, operators: PlainOperators, ring_exchange: str = "rotate", overlap: bool = False
+) -> SequenceLayout:
+    """Spreads the tokens over the ranks of `mesh`. ring_exchange: see Ring. overlap: see Ulysses."""
     plan = mesh.plan
     if plan.ring * plan.ulysses == 1:
         return WholeSequence(operators.attention)
     ulysses = Ulysses(mesh.group("ulysses"), overlap) if plan.ulysses > 1 else None
     ring = Ring(mesh.group("ring"), operators, ring_exchange) if plan.ring > 1 else None
-    return SpreadSequence(mesh.group("sequence"), operators.attention, ulysses, ring)
+    return ShardedSequence(mesh.group("sequence"), operators.attention, ulysses, ring)

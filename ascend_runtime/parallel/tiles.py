@@ -1,8 +1,8 @@
-"""A plane over several ranks: a grid of tiles, whose neighbours exchange borders.
+"""Splits a plane into a grid of tiles, one for each rank; neighbours exchange halos.
 
-Exact: what a convolution reads beyond the edge of its tile is what it would read in the whole plane. Columns travel
-after rows, and take along what of rows has arrived: corners come so from the diagonal neighbour, by no message of their
-own.
+The result is exact: beyond the edge of its tile, a convolution reads what it would read in the whole plane. Halo
+columns are sent after halo rows and include the rows received, so corners arrive from the diagonal neighbour without a
+message of their own.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from .mesh import all_gather, pad_end
 
-Place = tuple[slice, slice]  # rows and columns of a plane
-Edges = tuple[int, int, int, int]  # pixels beyond a plane's left, right, top and bottom, as torch's padding has them
+Area = tuple[slice, slice]  # rows and columns of a plane
+Edges = tuple[int, int, int, int]  # halo sizes in pixels: left, right, top, bottom, as in torch's padding
 
 
 @dataclass(frozen=True)
-class Grid:
-    """How a plane is cut: the heights of the rows of tiles and the widths of their columns, in pixels of its coarsest
-    form, such as a latent's. A finer form is cut at the same places."""
+class TileGrid:
+    """How a plane is cut: the heights of the tile rows and the widths of the tile columns, in pixels of the coarsest
+    resolution, such as a latent's. Finer resolutions are cut at the same positions."""
 
     heights: tuple[int, ...]
     widths: tuple[int, ...]
@@ -36,26 +36,26 @@ class Grid:
 
     @property
     def largest(self) -> int:
-        """Pixels of the largest tile, which all ranks wait for."""
+        """The pixels of the largest tile, for which all ranks wait."""
         return max(self.heights) * max(self.widths)
 
     @property
     def border(self) -> int:
-        """Pixels that lie at a cut."""
+        """The pixels along the cuts, on both sides."""
         height, width = sum(self.heights), sum(self.widths)
         return 2 * (width * (len(self.heights) - 1) + height * (len(self.widths) - 1))
 
 
 @lru_cache(maxsize=None)
-def grid_of(ranks: int, height: int, width: int) -> Grid:
-    """The cut of a plane for this many ranks: the largest tile is as small as it can be, then the border. A plane with
-    fewer pixels than ranks leaves some without a tile.
+def grid_of(ranks: int, height: int, width: int) -> TileGrid:
+    """The grid of a plane for this many ranks: minimises the largest tile, then the border. If a plane has fewer pixels
+    than there are ranks, some ranks have no tile.
 
-    A tile's time is that of its pixels: of 60 x 104 in 4 or in 8, rows, columns and both took the same within 2 % and
-    7 % (one thread of an x86).
+    A tile's time depends only on its pixels: for 60 x 104 cut into 4 or 8 tiles, by rows, columns or both, times differ
+    by at most 2 % and 7 % (one thread of an x86 CPU).
     """
     grids = [
-        Grid(_even(height, rows), _even(width, columns))
+        TileGrid(_even(height, rows), _even(width, columns))
         for rows in range(1, min(ranks, height) + 1)
         for columns in range(1, min(ranks // rows, width) + 1)
     ]
@@ -63,15 +63,15 @@ def grid_of(ranks: int, height: int, width: int) -> Grid:
 
 
 def _even(size: int, parts: int) -> tuple[int, ...]:
-    """As even as can be; the first ones are larger by one."""
+    """`size` in parts that differ by at most one, the larger ones first."""
     return tuple(size // parts + (part < size % parts) for part in range(parts))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The tile of the rank that holds number `index` of a grid, row by row; rank and index are the same number."""
+    """Tile number `index` of a grid, counted row by row; it belongs to the rank of the same number."""
 
-    grid: Grid
+    grid: TileGrid
     index: int
 
     @property
@@ -82,15 +82,15 @@ class Tile:
     def column(self) -> int:
         return self.index % len(self.grid.widths)
 
-    def place(self, scale: int = 1) -> Place:
-        """Its rows and columns in the plane, `scale` pixels for each of the coarsest form."""
+    def place(self, scale: int = 1) -> Area:
+        """Its rows and columns in the plane at `scale` times the coarsest resolution."""
         heights, widths = ([0, *accumulate(sizes)] for sizes in (self.grid.heights, self.grid.widths))
         rows = slice(scale * heights[self.row], scale * heights[self.row + 1])
         return rows, slice(scale * widths[self.column], scale * widths[self.column + 1])
 
-    def sent_first(self, edges: Edges) -> list[Place]:
-        """The parts of the tile that `fill_edges` sends at once: the rows at its cuts, or where the plane is cut into
-        columns alone, those."""
+    def sent_first(self, edges: Edges) -> list[Area]:
+        """The parts of the tile that `fill_edges` sends first: the rows at its cuts, or the columns if the plane is cut
+        only into columns."""
         left, right, top, bottom = edges
         above, below, before, after = self._neighbours
         if len(self.grid.heights) > 1:
@@ -98,14 +98,15 @@ class Tile:
         return [(slice(None), columns) for columns in _ends((right, left), (before, after))]
 
     def fill_edges(self, x: Tensor, edges: Edges, replicate: bool = False) -> Callable[[], None]:
-        """Fills what lies around the tile in the middle of x [..., top + h + bottom, left + w + right]: by what
-        neighbours hold, and beyond the edge of the plane by zeros, or with `replicate` by the plane's nearest pixel.
-        Begins with that, when all that `sent_first` names is in x, and returns what ends it, to be called when the
-        whole tile is.
+        """Fills the halo of the tile in the middle of x [..., top + h + bottom, left + w + right] with the neighbours'
+        pixels; beyond the plane with zeros, or if `replicate`, with the nearest pixel. Collective over all tiles of the
+        grid, with the same edges.
 
-        All tiles of the grid must ask, with the same edges. Sends, a rank, for each of the leading elements: w x bottom
-        to the tile above, w x top to that below, (top + h + bottom) x right to the left one, and x left to the right
-        one, where there are such.
+        Starts the exchange; the parts of the tile named by `sent_first` must be in x. Returns a function that completes
+        it; call it when the whole tile is in x.
+
+        Communication per rank, for each of the leading elements: sends w x bottom pixels to the tile above, w x top to
+        the tile below, (top + h + bottom) x right to the left tile, and (top + h + bottom) x left to the right tile.
         """
         left, right, top, bottom = edges
         above, below, before, after = self._neighbours
@@ -133,7 +134,7 @@ class Tile:
 
     @property
     def _neighbours(self) -> tuple[int | None, int | None, int | None, int | None]:
-        """The tiles above, below, before and after it."""
+        """The tiles above, below, left and right of it."""
         rows, columns = len(self.grid.heights), len(self.grid.widths)
         return (
             self.index - columns if self.row else None,
@@ -151,9 +152,9 @@ class Tile:
         return values
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """tokens [B, h*w, C] of all tiles, in a row [B, H*W, C]: that of the tiles, not that of the plane.
+        """All-gathers the tokens [B, h*w, C] of all tiles to [B, H*W, C], in the order of the tiles, not of the plane.
 
-        Sends, a rank: (tiles - 1) times the bytes of the largest tile's tokens.
+        Communication per rank: sends (tiles - 1) times the bytes of the largest tile's tokens.
         """
         grid = self.grid
         if grid.tiles == 1:
@@ -165,18 +166,18 @@ class Tile:
         return torch.cat([part[:, : scale * size] for part, size in zip(gathered, sizes)], dim=1)
 
 
-def whole(height: int, width: int) -> Tile:
-    """The tile of a plane that is not cut."""
-    return Tile(Grid((height,), (width,)), 0)
+def single_tile(height: int, width: int) -> Tile:
+    """A tile that covers the whole plane."""
+    return Tile(TileGrid((height,), (width,)), 0)
 
 
-def grid_here(height: int, width: int) -> Grid:
-    """The cut of a plane for all ranks."""
+def grid_here(height: int, width: int) -> TileGrid:
+    """The grid of a plane for all ranks."""
     return grid_of(dist.get_world_size(), height, width)
 
 
 def tile_of(height: int, width: int) -> Tile | None:
-    """This rank's tile of a plane over all ranks; None where it has none. Every rank must ask."""
+    """This rank's tile of a plane, if it has one. Collective: all ranks must call it."""
     grid = grid_here(height, width)
     _group(grid.tiles)
     return Tile(grid, dist.get_rank()) if dist.get_rank() < grid.tiles else None
@@ -184,12 +185,12 @@ def tile_of(height: int, width: int) -> Tile | None:
 
 @lru_cache(maxsize=None)
 def _group(tiles: int) -> dist.ProcessGroup:
-    """The ranks that have a tile. Making a group takes all ranks."""
+    """The group of the ranks that have a tile. Creating a group is collective over all ranks."""
     return dist.group.WORLD if tiles == dist.get_world_size() else dist.new_group(range(tiles))
 
 
 def _ends(sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> list[slice]:
-    """So many pixels at the beginning and at the end, where there is a neighbour to read them."""
+    """The first `sizes[0]` and last `sizes[1]` pixels, each only if there is a neighbour that needs them."""
     (first, last), (before, after) = sizes, neighbours
     beginning = [slice(0, first)] if first and before is not None else []
     return beginning + ([slice(-last, None)] if last and after is not None else [])
@@ -198,14 +199,14 @@ def _ends(sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> 
 def _fill_dim(
     x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int | None, int | None], replicate: bool
 ) -> Callable[[], None]:
-    """Begins to fill the first and the last pixels of x along `dim` from the rank before and the rank after. Returns
-    what waits for them, and repeats the pixels at the plane's edge where that is wanted: they are there by then."""
+    """Starts to fill the first and last pixels of x along `dim` from the previous and the next rank. Returns a function
+    that waits for them, and that repeats the pixels at the plane's edge if `replicate`."""
     (first, last), length = sizes, x.shape[dim]
     borders = (x.narrow(dim, 0, first), x.narrow(dim, length - last, last))
-    wanted = (x.narrow(dim, first, last), x.narrow(dim, length - last - first, first))  # by the neighbours
+    sent = (x.narrow(dim, first, last), x.narrow(dim, length - last - first, first))
     nearest = (x.narrow(dim, first, 1), x.narrow(dim, length - last - 1, 1))
     exchanges, arriving, repeated = [], [], []
-    for border, own, edge, neighbour in zip(borders, wanted, nearest, neighbours):
+    for border, own, edge, neighbour in zip(borders, sent, nearest, neighbours):
         if neighbour is None:
             if replicate:
                 repeated.append((border, edge))

@@ -1,1 +1,1 @@
-"""What files hold: which network of which family, in which layout; and LoRA files."""
+"""Recognises model files: which network of which family they hold, in which layout; and reads LoRA files."""

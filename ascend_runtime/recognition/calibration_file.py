@@ -1,4 +1,4 @@
-"""What `python -m ascend_runtime calibrate` found out of a model, in a file of JSON beside it."""
+"""Reads and writes a model's calibration by `python -m ascend_runtime calibrate`: a JSON file next to the model."""
 
 from __future__ import annotations
 
@@ -7,37 +7,38 @@ from pathlib import Path
 
 import msgspec
 
-from ..checkpoints.bounded import LONGEST_NAME, read_bounded
+from ..checkpoints.bounded import MAX_NAME_LENGTH, read_bounded
 from ..checkpoints.faults import shown
 from ..checkpoints.paths import CALIBRATION, file_of
 from ..specs import Calibration
 
-LONGEST = 2**20  # bytes; of two experts with 50 steps each it has 2 kB
-EXPERTS = 2  # of a model, at most
+MAX_CALIBRATION_BYTES = 2**20  # two experts with 50 steps each take 2 kB
+MAX_EXPERTS = 2
 
 
 def calibration_file(path: str) -> Path:
-    """Where the calibration of the model at `path` lies: in its folder, or beside its file."""
+    """The path of the calibration of the model at `path`: in its folder, or next to its file."""
     return file_of(path, CALIBRATION)
 
 
 def read_calibration(path: str) -> dict[str, Calibration]:
-    """Of each expert of the model at `path`; empty where there is none. Raises ValueError for a file that is none."""
+    """The calibration of the model at `path`, by expert; empty if there is none. Raises ValueError for an invalid
+    file."""
     file = calibration_file(path)
     if not os.path.lexists(file):
         return {}
     try:
-        found = msgspec.json.decode(read_bounded(file, LONGEST), type=dict[str, Calibration])
-        if len(found) > EXPERTS or not all(name.isprintable() and len(name) <= LONGEST_NAME for name in found):
-            raise ValueError(f"it is of {len(found)} experts, with names such as '{shown(next(iter(found)))}'")
-    except (ValueError, RecursionError) as error:  # what msgspec raises is one of the former
+        found = msgspec.json.decode(read_bounded(file, MAX_CALIBRATION_BYTES), type=dict[str, Calibration])
+        if len(found) > MAX_EXPERTS or not all(name.isprintable() and len(name) <= MAX_NAME_LENGTH for name in found):
+            raise ValueError(f"it has {len(found)} experts, with names such as '{shown(next(iter(found)))}'")
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         why = shown(error)
-        raise ValueError(f"{file} is no calibration ({why}). Remove it, or calibrate the model again.") from None
+        raise ValueError(f"{file} is not a calibration ({why}). Remove it, or calibrate the model again.") from None
     return found
 
 
 def write_calibration(file: Path, found: dict[str, Calibration]) -> None:
-    """In one go: a job that reads it meanwhile sees the one before, or this one."""
+    """Replaces the file atomically: a job that reads it meanwhile sees the old calibration or the new one."""
     partial = file.with_name(f"{file.name}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     os.replace(partial, file)

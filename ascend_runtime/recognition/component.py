@@ -1,4 +1,4 @@
-"""A network on disk: of which family, how it is built, and where its weights lie."""
+"""A network on disk: its family and config, and where its weights lie."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..models.family import Family, Part
 from ..models.registry import family
 from .kinds import Kind
 
-Rename = Callable[[str, Path], str | None]  # a parameter's name by a tensor's, and its shard; None: it is none
+Rename = Callable[[str, Path], str | None]  # (a tensor's name, its shard) -> the parameter's name; None: no parameter
 
 
 def _same(name: str, _: Path) -> str:
@@ -24,13 +24,13 @@ def _same(name: str, _: Path) -> str:
 
 @dataclass(frozen=True)
 class Component:
-    """kind: which network it is. config: as diffusers or transformers write it. shards: in the order to be read; each
-    is a file, or the folder of a distributed checkpoint.
+    """kind: which network it is. config: as diffusers or transformers write it. shards: in reading order; each is a
+    file, or the folder of a distributed checkpoint.
 
-    folder: that of a diffusers component; None for any other. tokenizer: of a text encoder, its folder or the file that
-    has it; None: there is none. decides: files that say how it is used, whether they exist or not. quantized: which
-    layers are quantized in the files; None: none is. defaults: the file that says what a transformer is run with; None:
-    there is none.
+    folder: the folder of a diffusers component; None for other layouts. tokenizer: a text encoder's tokenizer folder,
+    or the file that contains the tokenizer; None: there is none. decides: other files that determine how the component
+    is used, whether they exist or not. quantized: the layers that are quantized in the files; None: no layer is.
+    defaults: the file with a transformer's own default settings; None: there is none.
     """
 
     kind: Kind
@@ -53,17 +53,17 @@ class Component:
 
     @property
     def root(self) -> Path | None:
-        """The diffusers pipeline that it belongs to; None where it belongs to none."""
+        """The folder of the diffusers pipeline that it belongs to, if any."""
         return self.folder and self.folder.parent
 
     @property
     def config_file(self) -> Path:
-        """The file that its config was read from."""
+        """The file that its config comes from."""
         return self.folder / "config.json" if self.folder else self.shards[0]
 
     @property
     def fingerprint(self) -> tuple:
-        """Changes when a file on disk does: the weights, and what says how to use them."""
+        """A value that changes when a file on disk changes: the weights, or a file that determines their use."""
         decides = self.decides if self.tokenizer is None else (*self.decides, self.tokenizer)
         return states((*filter(Path.exists, decides), *self.shards))
 
@@ -72,11 +72,11 @@ class Component:
         return sum(file.stat().st_size for file in files_of(self.shards))
 
     def parameters(self, key: str) -> list[str]:
-        """The network's names of the parameters that a tensor of its first shard holds."""
+        """The network's names of the parameters that a tensor of the first shard holds."""
         return [one.name for one in targets_of(self.part.split, self.rename(key, self.shards[0]), ())]
 
     def places_in(self, network) -> Places:
-        """Where each parameter of `network` lies. Raises ValueError where they do not fit (see `check_weights`)."""
+        """Where each parameter of `network` lies. Raises ValueError if the files do not fit (see `check_weights`)."""
         identify = partial(_identify, self.part)
         return check_weights(network, self.shards, self.rename, self.quantized, self.part.split, identify)
 

@@ -1,4 +1,4 @@
-"""What a model is run with: what the file next to it says, else as the published model is."""
+"""A model's default settings: from the file next to it, else those of the published model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from .layout import find_transformer
 MAX_FPS = 240
 
 
-class Own(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the file ascend_defaults.json of a model may say, each as in Defaults, SampleSpec and VideoSize; what it
-    leaves out is the published model's. Raises ValueError for what these refuse."""
+class DefaultsFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The content of a model's ascend_defaults.json, with the fields of Defaults, SampleSpec and VideoSize. Omitted
+    fields default to the published model's. Raises ValueError for values that these classes do not accept."""
 
     width: int | None = None
     height: int | None = None
@@ -39,7 +39,7 @@ class Own(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"fps is {self.fps}; it must lie between 1 and {MAX_FPS}.")
 
     def over(self, published: Defaults, source: Path) -> Defaults:
-        """`published` with what this says in its place. One guidance scale is that of both experts."""
+        """`published`, overridden by this file. If the file has one guidance scale, it is used for both experts."""
         given = self._given(*(name for name in asdict(self) if name != "guidance_scale_low_noise"))
         if self.guidance_scale_low_noise is not None or self.guidance_scale is not None:
             given["low_noise_guidance"] = self.guidance_scale_low_noise
@@ -52,25 +52,25 @@ class Own(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def model_defaults(path: str, low_noise_path: str | None = None) -> Defaults:
-    """What the model at `path` is run with where the user does not say. Raises ValueError where there is no model.
+    """The default settings of the model at `path`. Raises ValueError if there is no model.
 
-    path, low_noise_path: as in DiffusionModelSpec. No weight is read.
+    path, low_noise_path: as in DiffusionModelSpec. Reads no weights.
     """
     two = low_noise_path is not None or has_low_noise(path)
     return defaults_in(find_transformer(path), experts=2 if two else 1)
 
 
 def defaults_in(component: Component, experts: int) -> Defaults:
-    """Those of a model of so many experts, by the files of its first. Raises ValueError where its own file cannot be
-    used."""
+    """The defaults of a model with `experts` experts, the first of which is `component`. Raises ValueError if the
+    model's own file is invalid."""
     published, file = component.family.defaults(component.config, experts), component.defaults
     return published if file is None else _own(file, published.name).over(published, file)
 
 
-def _own(file: Path, published: str) -> Own:
-    mend = f"Correct it, or remove it: the model is then run as {published} is."
-    content = read_json(file, mend)
+def _own(file: Path, published: str) -> DefaultsFile:
+    advice = f"Correct it, or remove it to use the defaults of {published}."
+    content = read_json(file, advice)
     try:
-        return msgspec.convert(content, Own)
+        return msgspec.convert(content, DefaultsFile)
     except ValueError as error:
-        raise ValueError(f"{file} cannot be used: {error} {mend}") from None
+        raise ValueError(f"{file} cannot be used: {error} {advice}") from None

@@ -1,4 +1,4 @@
-"""Which network a file holds, and how that is built: recognised by the names and shapes of its tensors."""
+"""Recognises the network in a file, and its config, by the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..checkpoints.faults import listed, shown, usable
+from ..checkpoints.faults import as_value_error, list_faults, shown
 from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.renaming import is_tokenizer
 from ..checkpoints.shards import one_of_several
@@ -17,15 +17,15 @@ from ..models.family import TRANSFORMER, Part
 from ..models.registry import families, family
 from ..models.shapes import Shapes, count
 
-# What is before the names of the other networks in a file of a whole model, as ComfyUI saves it.
+# The prefixes of the networks in a file of a whole model, as ComfyUI saves it.
 NETWORKS = re.compile(r"^(model\.diffusion_model|vae|first_stage_model|text_encoders|cond_stage_model|clip_vision)\.")
-MOST_PREFIXES = 4  # that an error lists
-EXPERT = "_2"  # of a second expert's name, after that of the part
+MAX_PREFIXES = 4  # listed in an error
+EXPERT = "_2"  # the suffix of a second expert's folder
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A part of a family: which network a file may hold."""
+    """A kind of network: a part of a family."""
 
     family: str
     name: str
@@ -40,47 +40,49 @@ class Kind:
 
 
 def kinds(part: str | None = None) -> list[Kind]:
-    """Those of one part in all families; None: of all parts."""
+    """The kinds of one part in all families; None: of all parts."""
     return [Kind(one.name, name) for one in families().values() for name in one.parts if part in (None, name)]
 
 
 def part_of(name: str) -> str:
-    """The part that the folder of a network of this name is of: a second expert is a transformer as the first."""
+    """The part in a folder of this name: transformer_2 holds a transformer too."""
     return TRANSFORMER if name == TRANSFORMER + EXPERT else name
 
 
 @dataclass(frozen=True)
-class Described:
+class Recognised:
+    """A recognised network. first_blocks: the number of each shard's first block. prefix: of its tensors' names."""
+
     kind: Kind
     config: dict
-    first_blocks: tuple[tuple[int, ...], ...]  # of each shard, the number of its first block of each kind
+    first_blocks: tuple[tuple[int, ...], ...]
     has_tokenizer: bool
-    prefix: str  # before all its tensors' names
+    prefix: str
 
 
 @lru_cache(maxsize=16)
-def described(part: str, shards: tuple[Path, ...], _: tuple) -> Described:
-    """What the shards of a network hold, of whichever family. Kept until a file changes, so that a job on a loaded
-    model opens none. Raises ValueError where that is no network of this part, or not a whole one."""
+def recognise(part: str, shards: tuple[Path, ...], _: tuple) -> Recognised:
+    """The network, of any family, that these shards hold. Cached until a file changes, so that a job on a loaded model
+    opens no file. Raises ValueError if the files do not hold a complete network of this part."""
     held = {shard: _names(shard) for shard in shards}
     kind = _kind_of(part, shards[0], [name for names in held.values() for name in names])
     prefix = _prefix(kind, shards[0], [name for names in held.values() for name in names])
     shapes, first_blocks, has_tokenizer = {}, [], False
     for shard, names in held.items():
         has_tokenizer |= any(is_tokenizer(name) for name in names)
-        # Pipeline stages number their blocks from 0; the shards of one network have no block in common.
+        # Pipeline stages number their blocks from 0; other shards of one network share one numbering.
         stages = shards[0].parent != shard.parent
-        with usable(shard, "the names of its tensors"):
+        with as_value_error(shard, "the names of its tensors"):
             found = {own_name(kind, prefix, key): shape for key, shape in names.items()}
             first_blocks.append(tuple(count(shapes, prefix) if stages else 0 for prefix in kind.part.blocks))
-            shapes |= {moved(kind, name, first_blocks[-1]): shape for name, shape in found.items() if name}
+            shapes |= {renumbered(kind, name, first_blocks[-1]): shape for name, shape in found.items() if name}
     _require_whole(kind, shards, shapes)
-    with usable(shards[0], f"it as a {kind.what}"):
-        return Described(kind, kind.part.config(shapes), tuple(first_blocks), has_tokenizer, prefix)
+    with as_value_error(shards[0], f"the {kind.what} in it"):
+        return Recognised(kind, kind.part.config(shapes), tuple(first_blocks), has_tokenizer, prefix)
 
 
 def _kind_of(part: str, file: Path, names: list[str]) -> Kind:
-    """The kind of network that these tensors are of: by its signature, else the first, which says what is missing."""
+    """The kind whose signature these tensors match, else the first, to report what is missing."""
     candidates = kinds(part)
     return next((kind for kind in candidates if _is_signed(kind, file, names)), candidates[0])
 
@@ -88,25 +90,25 @@ def _kind_of(part: str, file: Path, names: list[str]) -> Kind:
 def _require_whole(kind: Kind, shards: tuple[Path, ...], shapes: Shapes) -> None:
     signature = kind.part.signature
     missing = [name for name in signature if name not in shapes]
-    said = kind.part.other(shapes) or (missing and len(shards) == 1 and one_of_several(shards[0]))
+    hint = kind.part.other(shapes) or (missing and len(shards) == 1 and one_of_several(shards[0]))
     if missing[:2] == [*signature][:2]:
         wanted = " or ".join(f"a {one.what}" for one in kinds(kind.name))
         raise ValueError(
             f"{shards[0]} is not {wanted}: it has neither {' nor '.join(missing[:2])}. "
-            f"{said or f'Its first tensors are {_first(shapes)}.'}"
+            f"{hint or f'Its first tensors are {_first(shapes)}.'}"
         )
     if missing:
         raise ValueError(
-            f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. {said or _what_a_part_is(kind, shapes)}"
+            f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. {hint or _incomplete_hint(kind, shapes)}"
         )
-    if said:
-        raise ValueError(f"{shards[0]} is not a plain {kind.what}. {said}")
+    if hint:
+        raise ValueError(f"{shards[0]} is not a plain {kind.what}. {hint}")
     misshapen = [
-        f"{name} is {list(shapes[name])}, not of {dims} dims" for name, dims in signature.items()
+        f"{name} is {list(shapes[name])}, and must have {dims} dims" for name, dims in signature.items()
         if len(shapes[name]) != dims or 0 in shapes[name]
     ]  # fmt: skip
-    if faults := listed({"of the wrong shape": misshapen}):
-        raise ValueError(f"{shards[0]} is no whole {kind.what}. Tensors {faults}. Download it again.")
+    if faults := list_faults({"of the wrong shape": misshapen}):
+        raise ValueError(f"{shards[0]} is not a complete {kind.what}. Tensors {faults}. Download it again.")
 
 
 def is_part(part: str, file: Path) -> bool:
@@ -115,23 +117,23 @@ def is_part(part: str, file: Path) -> bool:
 
 
 def is_kind(kind: Kind, file: Path) -> bool:
-    """Raises ValueError where the file cannot be read, or holds several networks of this kind. A file is read once for
-    each kind until it changes, by whichever links, and whatever came of it."""
-    known = _known_of_kinds(content_state(file))
-    if kind not in known:
+    """Whether a file holds a network of this kind. Raises ValueError if it cannot be read, or holds several of them.
+    The result, an error included, is cached until the file changes, whichever link leads to it."""
+    cached = _cached_kinds(content_state(file))
+    if kind not in cached:
         try:
-            known[kind] = _fits(kind, file), "", str(file)
+            cached[kind] = _fits(kind, file), "", str(file)
         except ValueError as error:
-            known[kind] = False, str(error), str(file)
-    fits, fault, first = known[kind]
+            cached[kind] = False, str(error), str(file)
+    fits, fault, first = cached[kind]
     if fault:
         raise ValueError(fault.replace(first, str(file)))
     return fits
 
 
 @lru_cache(maxsize=64)
-def _known_of_kinds(state: tuple) -> dict[Kind, tuple[bool, str, str]]:
-    """What is known of a file in this state, by kind: whether it is one, why this is not known, its path then."""
+def _cached_kinds(state: tuple) -> dict[Kind, tuple[bool, str, str]]:
+    """The cached results for a file in this state, by kind: (whether it is one, the error if any, its path then)."""
     return {}
 
 
@@ -145,15 +147,15 @@ def _is_signed(kind: Kind, file: Path, held: Iterable[str]) -> bool:
     return any(name in names for name in [*kind.part.signature][:2])
 
 
-def near_to(file: Path) -> str:
-    """What a file is that holds no network of these kinds, as far as it is known; else empty."""
+def describe_other(file: Path) -> str:
+    """A sentence about a file that holds no network of these kinds; empty if nothing is known about it."""
     names = _names(file)
-    return next((said for kind in kinds(TRANSFORMER) if (said := kind.part.other(names))), "") or one_of_several(file)
+    return next((hint for kind in kinds(TRANSFORMER) if (hint := kind.part.other(names))), "") or one_of_several(file)
 
 
 def own_name(kind: Kind, prefix: str, key: str) -> str | None:
-    """The name of the network's parameter that a tensor is; None where it is none of it: other networks of a whole
-    model's file have another prefix."""
+    """The network's name of the parameter that a tensor holds; None if it holds none, such as a tensor of another
+    network in a file of a whole model, which has another prefix."""
     if is_tokenizer(key):
         return None
     if prefix and not key.startswith(prefix):
@@ -162,22 +164,22 @@ def own_name(kind: Kind, prefix: str, key: str) -> str | None:
 
 
 def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
-    """What is before the names of a network's tensors. Raises ValueError where the file holds several such networks."""
+    """The prefix of a network's tensor names. Raises ValueError if the file holds several such networks."""
     found = {name.removesuffix(begin) for name in names for begin in kind.part.begins if name.endswith(begin)}
     found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
     if len(found) > 1 and "" not in found:
-        first = ", ".join(map(shown, sorted(found)[:MOST_PREFIXES])) + ", ..." * (len(found) > MOST_PREFIXES)
+        first = ", ".join(map(shown, sorted(found)[:MAX_PREFIXES])) + ", ..." * (len(found) > MAX_PREFIXES)
         raise ValueError(
-            f"{file} holds {len(found)} networks that are a {kind.what} each: {first}. Save the one "
-            "that is wanted into a file of its own."
+            f"{file} holds {len(found)} networks, each a {kind.what}: {first}. Save the one that you want into a "
+            "separate file."
         )
     return found.pop() if len(found) == 1 else ""
 
 
-def _what_a_part_is(kind: Kind, shapes: Shapes) -> str:
+def _incomplete_hint(kind: Kind, shapes: Shapes) -> str:
     if kind.name == TRANSFORMER and all(name.startswith(kind.part.blocks) for name in shapes):
         return (
-            "It holds blocks only, as LightX2V's files of single blocks do, which are not read. Take the model's "
+            "It holds only blocks, like LightX2V's files of single blocks, which are not supported. Use the model's "
             "fp8_scaled, fp16 or bf16 form in one file, or in a folder with all its shards."
         )
     return "Download it again."
@@ -188,13 +190,13 @@ def _first(shapes: Shapes) -> str:
 
 
 def _names(shard: Path) -> Shapes:
-    """The shapes of the tensors of a shard, by their names there."""
+    """The shapes of a shard's tensors, by name."""
     with open_tensors(shard) as file:
         return dict(file.shapes)
 
 
-def moved(kind: Kind, name: str, blocks: tuple[int, ...]) -> str:
-    """The name of the same parameter so many blocks later. blocks: of each kind."""
+def renumbered(kind: Kind, name: str, blocks: tuple[int, ...]) -> str:
+    """The name of a parameter with its block number increased. blocks: by how much, for each kind of blocks."""
     for prefix, later in zip(kind.part.blocks, blocks):
         number, dot, rest = name.removeprefix(prefix).partition(".")
         if later and name.startswith(prefix) and number.isdecimal():

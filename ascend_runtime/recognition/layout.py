@@ -1,5 +1,5 @@
-"""Finds the files of a component by what is in them: the folders of diffusers, of a model's authors and of
-MindSpeed-MM, and single files."""
+"""Finds a component's files by their content: in folders of diffusers, of a model's authors or of MindSpeed-MM, or in
+single files."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 from ..checkpoints.bounded import read_json
 from ..checkpoints.configs import check_counts
 from ..checkpoints.faults import shown
-from ..checkpoints.msmodelslim import WEIGHTS, description_in, read_description
+from ..checkpoints.msmodelslim import WEIGHTS_PATTERN, description_in, read_description
 from ..checkpoints.paths import DEFAULTS, existing, file_of
 from ..checkpoints.states import states
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
 from .component import Component
-from .folders import FOLDERS, is_original, listed_names, loose_shards, shards_of
-from .kinds import Kind, described, is_part, kinds, moved, own_name, part_of
+from .folders import TRANSFORMER_FOLDERS, is_original, listed_names, loose_shards, shards_of
+from .kinds import Kind, is_part, kinds, own_name, part_of, recognise, renumbered
 from .mindspeed import latest_shards
 
-DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # on any component of a diffusers folder
-MOST_FILES = 8  # of torch.save in a folder, all of which are looked into; Wan's has 2
-MOST_FAULTS = 4  # of these that an error quotes
+DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # for all components of a diffusers folder
+MAX_TORCH_FILES = 8  # files of torch.save in a folder, all of which are opened; Wan's folder has 2
+MAX_FAULTS = 4  # unreadable files that an error quotes
 
 
 def find_transformer(path: str, name: str = TRANSFORMER) -> Component:
-    """A diffusion transformer: a file, a folder that holds one, or the one of that name in a model's folder.
+    """A diffusion transformer: a file, a folder that holds one, or the transformer `name` in a model's folder.
 
-    Raises ValueError that says what is there, and what was expected.
+    Raises ValueError, which says what was found and what was expected.
     """
     found = _find_transformer(existing(path), name)
     places = [file_of(path, DEFAULTS), *([found.root / DEFAULTS] if found.root else [])]
@@ -37,52 +37,52 @@ def find_transformer(path: str, name: str = TRANSFORMER) -> Component:
 
 
 def find_text_encoders(path: str) -> list[Component]:
-    """The text encoders of a model and their tokenizers, the main one first: a file, or those in the folder of
-    diffusers or of a model's authors."""
+    """A model's text encoders and their tokenizers, the main encoder first: a file, or those in a folder of diffusers
+    or of the model's authors."""
     first = find_part(path, TEXT_ENCODER)
     return [first, *(find_part(path, part) for part in first.family.text_parts[1:])]
 
 
 def find_vae(path: str) -> Component:
-    """A VAE: a file, or the one in the folder of diffusers or of a model's authors."""
+    """A VAE: a file, or the VAE in a folder of diffusers or of the model's authors."""
     return find_part(path, VAE)
 
 
 def vae_form(path: str) -> VaeForm:
-    """From the VAE's config only. Raises ValueError where there is no VAE."""
+    """The form of a VAE's latents, from its config only. Raises ValueError if there is no VAE."""
     found = find_vae(path)
     return found.family.vae_form(found.config)
 
 
 def find_part(path: str, part: str) -> Component:
-    """Any part of a model but its transformers. Raises ValueError as `find_component`."""
+    """A part of a model other than a transformer. Raises ValueError like `find_component`."""
     found = _find_file(path, part) or find_component(path, part)
     found.part.check(found.config, found.config_file)
     return found
 
 
 def find_component(path: str, name: str) -> Component:
-    """The component `name` ("transformer", "vae", ...) of the diffusers folder `path`, or `path` if that is one.
+    """The component `name` ("transformer", "vae", ...) of the diffusers folder `path`, or the component folder `path`.
 
-    Raises ValueError that says what is missing and what was expected.
+    Raises ValueError, which says what is missing and what was expected.
     """
     root = existing(path)
     folder = root / name if (root / name).is_dir() else root
     if not (folder / "config.json").is_file():
         if loose := sorted(root.glob("*.safetensors")):
-            which = f"the file in it, {loose[0].name}" if len(loose) == 1 else f"one of its files, as {loose[0].name}"
-            raise ValueError(f"{root} is no folder of a model: it has no {name}/config.json. Give {which}.")
+            which = f"its file {loose[0].name}" if len(loose) == 1 else f"one of its files, such as {loose[0].name}"
+            raise ValueError(f"{root} is not a model's folder: it has no {name}/config.json. Give {which}.")
         held = listed_names(entry.name for entry in root.iterdir()) or "nothing"
         published = " or ".join(one.repository for one in families().values())
         raise ValueError(
-            f"{root} has no {name}/config.json; it holds {held}. Give a folder of diffusers or of the original, "
+            f"{root} has no {name}/config.json; it holds {held}. Give a folder of diffusers or of the original model, "
             f"such as a download of {published} from Hugging Face or ModelScope."
         )
     return _of_diffusers(folder, name)
 
 
 def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = None) -> Component:
-    """What the config.json in `folder` says, of these shards; None: those that lie there."""
+    """The component that the config.json in `folder` describes. shards: None for those in `folder`."""
     config = read_json(folder / "config.json")
     kind = _kind_in(config, name, folder)
     check_counts(config, folder / "config.json")
@@ -94,11 +94,11 @@ def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = Non
 
 
 def _kind_in(config: dict, name: str, folder: Path) -> Kind:
-    """The network that a config is of: diffusers and transformers write it there, each in its way. Raises ValueError
-    for one that is not known."""
+    """The kind of network that a config names, by diffusers' or transformers' key. Raises ValueError for an unknown
+    one."""
     candidates = kinds(part_of(name))
     if not candidates:
-        raise ValueError(f"{folder} would be a {name}, which no family of models here has.")
+        raise ValueError(f"{folder} would be a {name}, but no supported model family has one.")
     for kind in candidates:
         key, wanted = kind.part.class_name
         if config.get(key) == wanted:
@@ -107,23 +107,23 @@ def _kind_in(config: dict, name: str, folder: Path) -> Kind:
     if key not in config:
         return candidates[0]
     wanted = " or ".join(f"a {kind.part.class_name[1]}" for kind in candidates)
-    raise ValueError(f"{folder} holds a {shown(config[key])}; {wanted} is wanted here.")
+    raise ValueError(f"{folder} holds a {shown(config[key])}; it must hold {wanted}.")
 
 
 def _find_transformer(root: Path, name: str) -> Component:
     if root.is_file():
-        description = description_in(root.parent) if root.match(WEIGHTS) else None
+        description = description_in(root.parent) if root.match(WEIGHTS_PATTERN) else None
         if description is not None:
             return _quantized(root.parent, (root,), description)
         _check_hidden(root)
         return _found(TRANSFORMER, (root,))
-    inner = [root / folder for folder in FOLDERS[name] if (root / folder).is_dir()]
+    inner = [root / folder for folder in TRANSFORMER_FOLDERS[name] if (root / folder).is_dir()]
     folder = inner[0] if inner else root
     if shards := latest_shards(folder):
         return _found(TRANSFORMER, shards)
     if description := description_in(folder):
-        named = any(folder.glob(WEIGHTS))
-        return _quantized(folder, shards_of(folder, WEIGHTS) if named else shards_of(folder), description)
+        named = any(folder.glob(WEIGHTS_PATTERN))
+        return _quantized(folder, shards_of(folder, WEIGHTS_PATTERN) if named else shards_of(folder), description)
     if not is_original(folder):
         loose = loose_shards(folder)
         return _found(TRANSFORMER, loose) if loose else find_component(str(folder), name)
@@ -131,11 +131,11 @@ def _find_transformer(root: Path, name: str) -> Component:
 
 
 def _check_hidden(file: Path) -> None:
-    """Raises ValueError for a file of a diffusers folder, given without it, whose config says what no shape shows, and
-    what is otherwise than in all other files."""
+    """Raises ValueError for a single file of a diffusers folder if its config has a setting that the shapes do not
+    show, with another value than in all published files."""
     try:
         config = read_json(file.parent / "config.json")
-    except ValueError:  # which is not asked for where a file is given
+    except ValueError:  # a single file needs no config
         return
     for kind in kinds(TRANSFORMER):
         key, wanted = kind.part.class_name
@@ -143,20 +143,21 @@ def _check_hidden(file: Path) -> None:
         if config.get(key) == wanted and hidden and is_part(TRANSFORMER, file):
             name, value = next(iter(hidden.items()))
             raise ValueError(
-                f"{file} has {name} {shown(config[name])}, as the config.json next to it says, and a file without its "
-                f"config is read with {value}. Give its folder: {file.parent}."
+                f"The config.json next to {file} sets {name} to {shown(config[name])}, but a single file is read "
+                f"without its config, with {value}. Give its folder: {file.parent}."
             )
 
 
 def _original(folder: Path, found: Component) -> Component:
-    """A transformer of the original, with what its config.json says and no shape shows."""
+    """A transformer in its authors' layout, with the settings of its config.json that the shapes do not show."""
     file = folder / "config.json"
     config = found.family.with_original_config(found.config, read_json(file), file)
     return replace(found, config=config, decides=(*found.decides, file))
 
 
 def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
-    """A transformer that msModelSlim wrote, of any system's names: its config is diffusers', or in the shapes."""
+    """A transformer that msModelSlim wrote, with any system's names. Its config is diffusers', or read off the
+    shapes."""
     description = read_description(file)
     if (folder / "config.json").is_file() and not is_original(folder):
         found = _of_diffusers(folder, TRANSFORMER, shards)
@@ -171,7 +172,7 @@ def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
 
 
 def _find_file(path: str, part: str) -> Component | None:
-    """The component that is the file `path`, or a file of torch.save in the folder `path`, by its tensors."""
+    """The component in the file `path`, or in a file of torch.save in the folder `path`, by its tensors."""
     root = existing(path)
     if root.is_file():
         return _found(part, (root,))
@@ -181,37 +182,37 @@ def _find_file(path: str, part: str) -> Component | None:
         return _found(part, shards)
     files = sorted(root.glob("*.pth"))
     what = " or ".join(kind.what for kind in kinds(part))
-    if len(files) > MOST_FILES:
-        raise ValueError(f"{root} holds {len(files)} files of torch.save. Give the file that is the {what}.")
+    if len(files) > MAX_TORCH_FILES:
+        raise ValueError(f"{root} holds {len(files)} files of torch.save. Give the file of the {what}.")
     unreadable = []
     for file in files:
         try:
             if is_part(part, file):
                 return _found(part, (file,))
-        except ValueError as error:  # it may be the one, or what nobody asks for
+        except ValueError as error:  # the file may be the wanted one, or an unrelated one
             unreadable.append(str(error))
     if unreadable or is_original(root):
-        more = f"So it is with {len(unreadable) - MOST_FAULTS} more." if len(unreadable) > MOST_FAULTS else ""
+        more = f"{len(unreadable) - MAX_FAULTS} more files are unreadable." if len(unreadable) > MAX_FAULTS else ""
         published = " or ".join(kind.part.published for kind in kinds(part))
         raise ValueError(
             f"{root} holds no {what}. Download {published} into it. "
-            + " ".join((*unreadable[:MOST_FAULTS], more)).strip()
+            + " ".join((*unreadable[:MAX_FAULTS], more)).strip()
         )
     return None
 
 
 def _found(part: str, shards: tuple[Path, ...]) -> Component:
-    """A network without a config next to it: that is in the shapes. Raises ValueError where it is another network."""
-    held = described(part, shards, states(shards))
+    """A network without a config next to it, which is read off the shapes. Raises ValueError for another network."""
+    held = recognise(part, shards, states(shards))
     check_counts(held.config, shards[0])
 
     def rename(name: str, shard: Path) -> str | None:
         renamed = own_name(held.kind, held.prefix, name)
-        return renamed and moved(held.kind, renamed, held.first_blocks[shards.index(shard)])
+        return renamed and renumbered(held.kind, renamed, held.first_blocks[shards.index(shard)])
 
     own = None
     if part.startswith(TEXT_ENCODER):
         folder = held.kind.part.tokenizer_folder
-        beside = folder and shards[0].parent / folder
-        own = shards[0] if held.has_tokenizer else beside if beside and beside.is_dir() else None
+        neighbour = folder and shards[0].parent / folder
+        own = shards[0] if held.has_tokenizer else neighbour if neighbour and neighbour.is_dir() else None
     return Component(held.kind, held.config, shards, None, rename, tokenizer=own)

@@ -1,11 +1,12 @@
-"""LoRA files: which parameter each of their tensors changes, and how.
+"""Reads LoRA files: which parameter each of their tensors changes, and how.
 
-A low-rank pair makes a weight W + strength * alpha / rank * B @ A (Hu et al., arXiv 2106.09685), a whole difference D
-makes it W + strength * D. The bias of B is a bias' difference, scaled as the product. alpha is in the file, or in what
-diffusers and PEFT write with it (lora_scale.py); without one the fraction is 1, as in core ComfyUI.
+A low-rank pair changes a weight W to W + strength * alpha / rank * B @ A (Hu et al., arXiv 2106.09685), a full
+difference D changes it to W + strength * D. The bias of B changes the layer's bias, with the scale of the product.
+alpha is in the file, or in the metadata that diffusers and PEFT write with it (lora_scale.py); without it alpha / rank
+is 1, as in core ComfyUI.
 
-A LoRA is used without what the model has no place for, with a warning, as in core ComfyUI: layers of another kind or
-size of model. A file of which nothing fits is refused, and so is one with anything that could make its sum another.
+Layers that this model lacks, or that have another size here, are left out with a warning, as in core ComfyUI. A file
+that does not fit at all is rejected, and so is a file with tensors that may change the result in an unknown way.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.faults import listed
-from ..checkpoints.formats.parts import Part, in_ranges, whole
+from ..checkpoints.faults import list_faults
+from ..checkpoints.formats.parts import Slices, full_slices, in_ranges
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.fused import Rows, count, row_faults, targets_of
+from ..checkpoints.fused import Rows, row_count, row_faults, targets_of
 from ..checkpoints.states import states
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
 from ..ops.precision import is_finite
-from .lora_keys import TWICE, Keys, Understood, module_name, section, understood
+from .lora_keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
 from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 
 MISSHAPEN = "of the wrong shape"
-INCOMPLETE = "that make no change together"
+INCOMPLETE = "that make no complete change"
 NOT_FINITE = "with NaN or infinite values"
-LARGEST_RANK = 16_384  # above the width of any published model, whose difference has no larger one
-LARGEST_SCALE = 10_000  # alpha / rank; that of published LoRAs is 16 at most
+MAX_RANK = 16_384  # above the width of any published model, which bounds the rank of a change
+MAX_SCALE = 10_000  # alpha / rank; at most 16 in published LoRAs
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """up: the key of B [out, rank]; down: that of A [rank, in]; a convolution's have more dims. rows: those of B that
-    are the parameter's, where the file's layer holds several; None: all."""
+    """up: the key of B [out, rank]; down: the key of A [rank, in]; those of a convolution have more dims. rows: the
+    rows of B that belong to the parameter, if the file's layer holds several parameters; None: all."""
 
     up: str
     down: str
@@ -56,8 +57,8 @@ class LowRank:
     def changes_nothing(self) -> bool:
         return self.scale == 0 or self.rank == 0
 
-    def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
-        """weight: fp32, the part of a tensor of the shape `whole` that is to be changed, in place."""
+    def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: tuple[int, ...], strength: float):
+        """Adds the change to `weight` in place: in fp32, the slices `part` of a parameter of the shape `whole`."""
         up = _read(file, self.up, part[:1], self.rows).flatten(1).to(weight)
         down = file.read(self.down).view(-1, *whole[1:])[(slice(None), *part[1:])].flatten(1).to(weight)
         weight += ((strength * self.scale) * (up @ down)).view_as(weight)
@@ -65,7 +66,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Difference:
-    """rows: see LowRank."""
+    """A full difference of a parameter. rows: see LowRank."""
 
     key: str
     scale: float = 1.0
@@ -75,13 +76,13 @@ class Difference:
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
-    def add_to(self, weight: Tensor, file: TensorFile, part: Part, whole: tuple[int, ...], strength: float):
+    def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: tuple[int, ...], strength: float):
         weight += (strength * self.scale) * _read(file, self.key, part, self.rows).to(weight)
 
 
-def _read(file: TensorFile, key: str, part: Part, rows: Rows | None) -> Tensor:
-    """A part of what these rows of a tensor make; part: of the first dims, all of the others."""
-    part = (*part, *whole(file.shapes[key])[len(part) :])
+def _read(file: TensorFile, key: str, part: Slices, rows: Rows | None) -> Tensor:
+    """The slices `part` of the tensor that these rows make. part: of the first dims; the others are whole."""
+    part = (*part, *full_slices(file.shapes[key])[len(part) :])
     pieces = [file.read(key, lies) for _, lies in in_ranges(part, rows)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -91,9 +92,9 @@ Changes = dict[str, LowRank | Difference]  # by diffusers' names of the paramete
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a file changes in a network; nothing, where it is for the other expert. Equal while the file stays the same.
+    """The changes that a file makes to a network; none if it is for the other expert. Equal if the file is unchanged.
 
-    warning: what of it is left out, and why, or what is not known of it; empty where there is nothing to be said.
+    warning: what is left out and why, or what is unknown; may be empty.
     """
 
     fingerprint: tuple
@@ -106,48 +107,48 @@ class LoraFile:
 
 
 def fingerprint(path: str) -> tuple:
-    """Changes when the file does, or PEFT's configuration next to it. Raises ValueError where there is none."""
+    """A value that changes with the file, or PEFT's configuration next to it. Raises ValueError if there is no file."""
     if not Path(path).is_file():
         raise ValueError(
-            f"There is no LoRA {path}. Give the path of a .safetensors file; ComfyUI's LoRAs belong into models/loras."
+            f"There is no LoRA {path}. Give the path of a .safetensors file; ComfyUI's LoRAs belong in models/loras."
         )
     state, config = Path(path).stat(), config_file(Path(path))
     return path, state.st_size, state.st_mtime_ns, config and states((config,))
 
 
 def read_lora(path: str | Path, shapes: Shapes, names: LoraNames, expert: str | None = None) -> LoraFile:
-    """What the file changes of a network whose parameters have these whole shapes.
+    """The changes that the file makes to a network whose parameters have these full shapes.
 
-    names: those of its family. expert: which of two it is, "high_noise" or "low_noise"; None: there is only one.
+    names: the family's names. expert: which of two experts it is, "high_noise" or "low_noise"; None: there is only one.
 
-    Raises ValueError where no layer of the file fits, and where something in it is of a format that is not merged, of
-    no known kind, incomplete, not finite or of whole numbers: each by name.
+    Raises ValueError, which lists the tensors, if no layer of the file fits, or if tensors have an unsupported format
+    or an unknown name, are incomplete, not finite, or not floating-point.
     """
     state, path = fingerprint(str(path)), Path(path)
     with open_tensors(path) as file:
         known = shapes | dict.fromkeys(names.fused, ())
-        found = understood(file.shapes, known, names, expert)
-        _refuse_other_formats(path, found.other_formats)
+        found = parse_keys(file.shapes, known, names, expert)
+        _check_formats(path, found.other_formats)
         for key in file.shapes:
             if not (file.dtype(key).is_floating_point or key.endswith(".alpha")):
-                found.faults["that are no floating-point numbers"].append(f"{key} as {file.dtype(key)}")
+                found.faults["that are not floating-point"].append(f"{key} as {file.dtype(key)}")
         changes = _split(_changes(file, found, known), file.shapes, names, found.faults)
         changes, misfits = _fitting(changes, file.shapes, shapes, found.left_out)
         if not found.faults:
             used = dict.fromkeys(key for change in changes.values() for key in change.keys)
             found.faults[NOT_FINITE] += [key for key in used if not is_finite(file.read(key).float())]
-        _refuse_faults(path, found.faults, bool(file.shapes))
+        _check_faults(path, found.faults, bool(file.shapes))
         reason = names.made_for(misfits, shapes, found.left_out)
         if not changes and (found.layers or not found.other_expert):
             raise ValueError(
-                f"{path} is no LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
-                f"Tensors {listed(found.left_out)}. Nothing was changed. Take a LoRA that was made for this model."
+                f"{path} is not a LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
+                f"Tensors {list_faults(found.left_out)}. Nothing was changed. Use a LoRA made for this model."
             )
         return LoraFile(state, changes, _warning(path, found, reason, changes))
 
 
-def _changes(file: TensorFile, found: Understood, shapes: Shapes) -> Changes:
-    """What all keys together change, whether it fits or not."""
+def _changes(file: TensorFile, found: ParsedKeys, shapes: Shapes) -> Changes:
+    """The changes that the keys describe, whether they fit or not."""
     changes: Changes = {}
     config_of = cache(lambda section: adapter_config(file, section))
     for layer, keys in found.layers.items():
@@ -156,9 +157,9 @@ def _changes(file: TensorFile, found: Understood, shapes: Shapes) -> Changes:
         scale = 1.0
         if {"up", "down"} <= of_weight <= {"up", "down", "alpha", "up_bias"}:
             scale = _scale(file, layer, keys, config_of, found.faults)
-            if math.isfinite(scale) and abs(scale) > LARGEST_SCALE:
-                said = f"{keys.get('alpha', keys['up'])} by {scale:g}"
-                found.faults[f"that change a model by more than {LARGEST_SCALE:,} times their product"].append(said)
+            if math.isfinite(scale) and abs(scale) > MAX_SCALE:
+                which = f"{keys.get('alpha', keys['up'])} by {scale:g}"
+                found.faults[f"that scale their product by more than {MAX_SCALE:,}"].append(which)
             changes[weight] = LowRank(keys["up"], keys["down"], scale, rank=(*file.shapes[keys["down"]], 0)[0])
         elif of_weight == {"diff"}:
             changes[weight] = Difference(keys["diff"])
@@ -175,7 +176,7 @@ def _changes(file: TensorFile, found: Understood, shapes: Shapes) -> Changes:
 
 
 def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys) -> Changes:
-    """The same by the network's parameters, each with its rows of what the file changes."""
+    """The changes by the network's parameters, each with its rows of the layer in the file."""
     split: Changes = {}
     for name, change in changes.items():
         shape = _shape_of(change, on_disk)
@@ -206,7 +207,7 @@ def _scale(
         faults[MISSHAPEN].append(f"{keys['alpha']} is {list(shape)}, not one number")
         return 1.0
     if dtype == torch.bool or dtype.is_complex:
-        faults["that are to be numbers"].append(f"{keys['alpha']} as {dtype}")
+        faults["that must be numbers"].append(f"{keys['alpha']} as {dtype}")
         return 1.0
     alpha = file.read(keys["alpha"]).item()
     if not math.isfinite(alpha):
@@ -217,7 +218,7 @@ def _scale(
 def _fitting(
     changes: Changes, on_disk: Shapes, shapes: Shapes, left_out: Keys
 ) -> tuple[Changes, dict[str, tuple[int, ...]]]:
-    """(the changes that fit, the shapes of what the others would change); `left_out` gets the keys of these."""
+    """(the changes that fit, the shapes that the others would change). Adds the keys of the others to `left_out`."""
     fitting, misfits = {}, {}
     for name, change in changes.items():
         whole, own = shapes.get(name), _shape_of(change, on_disk)
@@ -226,65 +227,66 @@ def _fitting(
             fitting[name] = change
             continue
         given = " and ".join(f"{key} {list(on_disk[key])}" for key in change.keys)
-        left_out[MISSHAPEN].append(f"{given} for {name} {'which is not there' if whole is None else list(whole)}")
+        left_out[MISSHAPEN].append(f"{given} for {name} {'which is missing' if whole is None else list(whole)}")
         misfits[name] = own
     return fitting, misfits
 
 
 def _shape_of(change: LowRank | Difference, on_disk: Shapes) -> tuple[int, ...]:
-    """Of what it changes, if that is to fit."""
+    """The shape of a parameter that the change fits."""
     first = on_disk[change.keys[0]]
-    rows = first[:1] if change.rows is None else (count(change.rows),)
+    rows = first[:1] if change.rows is None else (row_count(change.rows),)
     return (*rows, *(first if isinstance(change, Difference) else on_disk[change.down])[1:])
 
 
 def _multiplies_to(change: LowRank, on_disk: Shapes, whole: tuple[int, ...]) -> bool:
     up, down = on_disk[change.up], on_disk[change.down]
-    matrices = min(len(up), len(down), len(whole)) > 1 and down[0] <= LARGEST_RANK
+    matrices = min(len(up), len(down), len(whole)) > 1 and down[0] <= MAX_RANK
     return matrices and (_shape_of(change, on_disk)[0], math.prod(down[1:])) == (whole[0], math.prod(whole[1:]))
 
 
-def _warning(path: Path, found: Understood, reason: str, changes: Changes) -> str:
-    said = []
+def _warning(path: Path, found: ParsedKeys, reason: str, changes: Changes) -> str:
+    texts = []
     if found.left_out:
-        said.append(f"The LoRA {path} is used without some of its tensors: {listed(found.left_out)}. {reason}".strip())
+        faults = list_faults(found.left_out)
+        texts.append(f"The LoRA {path} is used without some of its tensors: {faults}. {reason}".strip())
     idle = [name for name, change in changes.items() if isinstance(change, LowRank) and change.changes_nothing]
     if idle:
-        said.append(
-            f"The LoRA {path} leaves as they are {listed({'weights, as alpha or the rank is 0': idle})}. Was it "
-            "trained to its end? Take the file as its trainer has written it."
+        which = list_faults({"weights, because alpha or the rank is 0": idle})
+        texts.append(
+            f"The LoRA {path} does not change {which}. Did its training finish? Use the file as its trainer wrote it."
         )
     without = _pairs_without_alpha(found)
     of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in without)
     if of_peft and changes and without and config_file(path) is None:
-        said.append(
-            f"The LoRA {path} was written by PEFT, which keeps alpha in {PEFTS_CONFIG}: it is merged as if alpha were "
-            f"its rank, which may be another strength than its trainer's. Put {PEFTS_CONFIG} next to it, and name it "
+        texts.append(
+            f"The LoRA {path} was written by PEFT, which keeps alpha in {PEFTS_CONFIG}. Without that file it is merged "
+            f"with alpha = rank, which may differ from its training. Put {PEFTS_CONFIG} next to it, and name it "
             f"{PEFTS_WEIGHTS}{path.suffix}."
         )
-    return " ".join(said)
+    return " ".join(texts)
 
 
-def _pairs_without_alpha(found: Understood) -> list[str]:
+def _pairs_without_alpha(found: ParsedKeys) -> list[str]:
     return [keys["up"] for keys in found.layers.values() if "up" in keys and "alpha" not in keys]
 
 
-def _refuse_other_formats(path: Path, formats: Keys) -> None:
-    """Raises ValueError where there are some."""
+def _check_formats(path: Path, formats: Keys) -> None:
+    """Raises ValueError if there are tensors of unsupported formats."""
     if formats:
+        listed = list_faults({f"of {name}": keys for name, keys in formats.items()})
         raise ValueError(
-            f"{path} cannot be merged here. Tensors {listed({f'of {name}': keys for name, keys in formats.items()})}. "
-            "Nothing was changed. Take a LoRA of low-rank pairs, or a model into which the software that made this "
-            "file has merged it."
+            f"{path} has an unsupported format. Tensors {listed}. Nothing was changed. Use a LoRA of low-rank pairs, "
+            "or a model into which the software that made this file has merged it."
         )
 
 
-def _refuse_faults(path: Path, faults: Keys, holds_some: bool) -> None:
-    """Raises ValueError where there is a fault, or nothing in the file."""
-    said = listed(faults)
-    if said or not holds_some:
+def _check_faults(path: Path, faults: Keys, has_tensors: bool) -> None:
+    """Raises ValueError if there are faults, or the file is empty."""
+    listed = list_faults(faults)
+    if listed or not has_tensors:
         raise ValueError(
-            f"{path} is no LoRA for this model. Tensors {said or 'there are none'}. Nothing was changed. "
-            "Take a LoRA of this model in the layout of diffusers, kohya or ComfyUI (low-rank pairs with or "
-            "without alpha, whole differences)."
+            f"{path} is not a LoRA for this model. {f'Tensors {listed}' if listed else 'It holds no tensors'}. Nothing "
+            "was changed. Use a LoRA of this model in the layout of diffusers, kohya or ComfyUI (low-rank pairs with "
+            "or without alpha, full differences)."
         )

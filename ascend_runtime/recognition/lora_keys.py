@@ -1,4 +1,4 @@
-"""The keys of LoRA files: which layer of a transformer each is of, in which role, and for which expert.
+"""Parses the keys of LoRA files: the transformer layer, the role and the expert of each.
 
     diffusers, PEFT      transformer.blocks.0.attn1.to_q.lora_A.weight     .lora_B.weight .lora_B.bias
     the original's names diffusion_model.blocks.0.self_attn.q.lora_down.weight     .lora_up.weight .alpha .diff .diff_b
@@ -6,8 +6,9 @@
     older diffusers      transformer.blocks.0.attn1.to_q.lora.down.weight  .lora.up.weight
     LightX2V             diffusion_model.blocks.0.diff_m                   a difference of that block's modulation
 
-A key means the same in all of them, or is in one only: so each is understood by itself, with any prefix or none. Where
-some keys begin with `transformer_2.`, these are for the low-noise expert, and those with `transformer.` for the other.
+A key has the same meaning in all of these layouts, or occurs in only one, so each key is parsed separately, with any
+prefix or none. If some keys begin with `transformer_2.`, these are for the low-noise expert, and keys with
+`transformer.` are for the high-noise expert.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
 
-Keys = dict[str, list[str]]  # by what is to be said of them
+Keys = dict[str, list[str]]  # by what an error or a warning says about them
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 PREFIX = re.compile(
@@ -35,7 +36,7 @@ ROLES = {
     "lora_B.bias": "up_bias", "lora_B.default.bias": "up_bias",
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m",
 }  # fmt: skip
-# What changes weights by other formulas than these, or by an alpha that is not in the file.
+# Formats that change weights by other formulas, or with an alpha that is not in the file.
 OTHER_FORMATS = {
     "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$"),
     "LoKr (LyCORIS)": re.compile(r"\.lokr_\w+$"),
@@ -47,18 +48,18 @@ OTHER_FORMATS = {
     "Stand-In": re.compile(r"_loras\.(down|up)\.weight$"),
     "MindSpeed-MM, whose alpha is not in the file": re.compile(r"_attn\.proj_(q|k|v|out)\.lora_[AB]\."),
 }
-# Why keys are left out.
+# Why keys are left out or rejected.
 FOR_LOW_NOISE = "of a low-noise expert, which this model lacks"
-OF_NO_KIND, TWICE = "of no known kind", "given twice"
+UNKNOWN_KIND, TWICE = "of an unknown kind", "given twice"
 
 
 @dataclass
-class Understood:
+class ParsedKeys:
     """The keys of a file.
 
-    layers: of each layer, or parameter that is no layer's, by diffusers' name: the key of each role.
-    left_out: what this model has no place for. faults: what cannot be understood. other_formats: what is no LoRA of
-    low-rank pairs and differences. other_expert: how many are for the other expert of two.
+    layers: the key of each role, for each layer, or parameter outside of layers, by diffusers' name.
+    left_out: keys of layers that this model lacks. faults: keys that cannot be parsed. other_formats: keys of formats
+    other than low-rank pairs and differences. other_expert: the number of keys for the other expert.
     """
 
     layers: dict[str, dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
@@ -68,13 +69,13 @@ class Understood:
     other_expert: int = 0
 
 
+def parse_keys(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: str | None) -> ParsedKeys:
+    """Parses a file's keys for a network whose parameters have these full shapes.
 
-def understood(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: str | None) -> Understood:
-    """What the keys of a file change in a network whose parameters have these whole shapes.
-
-    names: those of its family. expert: which of two it is ("high_noise" or "low_noise"); None: there is only one.
+    names: the family's names. expert: which of two experts it is ("high_noise" or "low_noise"); None: there is only
+    one.
     """
-    found, known = Understood(), {*shapes, *names.further(shapes)}
+    found, known = ParsedKeys(), {*shapes, *names.further(shapes)}
     spellings = names.spellings(known)
     own = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
     experts = _experts(keys)
@@ -87,7 +88,7 @@ def understood(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: st
         if other is not None:
             found.other_formats[other].append(key)
         elif role is None:
-            found.faults[OF_NO_KIND].append(key)
+            found.faults[UNKNOWN_KIND].append(key)
         elif layer in own and (expert is not None or whose != LOW_NOISE):
             _add(found, layer, role, key)
         else:
@@ -96,17 +97,17 @@ def understood(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: st
 
 
 def module_name(key: str) -> str:
-    """The name that a trainer's software has for the layer of a key."""
+    """The layer's name in the software that trained the LoRA."""
     rest = PREFIX.sub("", key)
     return next((rest.removesuffix(f".{suffix}") for suffix in ROLES if rest.endswith(f".{suffix}")), rest)
 
 
 def section(key: str) -> str:
-    """The part of a diffusers pipeline that a key is of."""
+    """The part of a diffusers pipeline that a key belongs to."""
     return "transformer_2" if _named(key) == LOW_NOISE else "transformer"
 
 
-def _add(found: Understood, layer: str, role: str, key: str) -> None:
+def _add(found: ParsedKeys, layer: str, role: str, key: str) -> None:
     if role in found.layers[layer]:
         found.faults[TWICE].append(f"{key} and {found.layers[layer][role]}")
     else:
@@ -114,7 +115,7 @@ def _add(found: Understood, layer: str, role: str, key: str) -> None:
 
 
 def _experts(keys: Iterable[str]) -> dict[str, str | None]:
-    """The expert that each key is for; None: for any."""
+    """The expert that each key is for; None: for both."""
     named = {key: _named(key) for key in keys}
     of_two = LOW_NOISE in named.values()
     return {key: whose if of_two else None for key, whose in named.items()}
@@ -126,7 +127,7 @@ def _named(key: str) -> str | None:
 
 
 def _meaning(key: str, spellings: dict[str, str]) -> tuple[str | None, str | None]:
-    """(the layer that a key changes, its role in that); each None where it is not known."""
+    """(the layer that a key changes, its role in that layer); each None if unknown."""
     rest = PREFIX.sub("", key)
     for suffix, role in ROLES.items():
         if rest.endswith(f".{suffix}"):

@@ -1,9 +1,9 @@
-"""alpha and rank of a LoRA whose tensors do not say them: in the header (diffusers), or in PEFT's adapter_config.json.
+"""Reads a LoRA's alpha and rank from metadata: diffusers' header, or PEFT's adapter_config.json.
 
-A layer's change is scaled by alpha / rank, or alpha / sqrt(rank) where use_rslora is set (Kalajdzievski, arXiv
-2312.03732), as PEFT does (peft/tuners/lora/layer.py). alpha_pattern and rank_pattern have layers' own, by their names
-or ends of these; the first that fits counts. What else PEFT's configuration may ask for is refused, as the sum would be
-another. ss_network_alpha in kohya's header is not read: kohya's software takes the rank where a file has no alpha.
+A layer's change is scaled by alpha / rank, or alpha / sqrt(rank) if use_rslora is set (Kalajdzievski, arXiv
+2312.03732), as in PEFT (peft/tuners/lora/layer.py). alpha_pattern and rank_pattern override them for layers, by their
+names or ends of names; the first match counts. Other settings of PEFT's configuration that change the result are
+rejected. ss_network_alpha in kohya's header is not read: kohya's software uses the rank if a file has no alpha.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.bounded import parse_json, read_bounded
-from ..checkpoints.faults import usable
+from ..checkpoints.faults import as_value_error
 from ..checkpoints.formats.tensor_files import TensorFile
 
 IN_THE_HEADER = "lora_adapter_metadata"  # diffusers/loaders/lora_base.py
-PEFTS_CONFIG, PEFTS_WEIGHTS = "adapter_config.json", "adapter_model"  # the second before a suffix
+PEFTS_CONFIG, PEFTS_WEIGHTS = "adapter_config.json", "adapter_model"  # the second without its suffix
 MAX_BYTES = 4 * 2**20  # of a configuration
 MAX_PATTERNS = 10_000
-PATTERN = re.compile(r"^(\^|\.\*(\\?\.)?)?([\w\-]+(\\?\.[\w\-]+)*)\$?$")
-# How PEFT may begin with matrices whose product is 0: others change the weights of the model, too.
+LAYER_PATTERN = re.compile(r"^(\^|\.\*(\\?\.)?)?([\w\-]+(\\?\.[\w\-]+)*)\$?$")
+# PEFT's initialisations whose product is 0 at first; the others change the base model's weights too.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-CANNOT = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "use_bdlora")
+UNSUPPORTED = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "use_bdlora")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """where: of whom it is, in an error's words. alphas, ranks: of layers that have their own, by name or its end; a
-    name that begins with ^ is a whole one."""
+    """where: its file, as errors name it. alphas, ranks: overrides for layers, by name or the end of a name; a name
+    that begins with ^ must match from its start."""
 
     where: str
     alpha: float
@@ -41,38 +41,38 @@ class AdapterConfig:
     rslora: bool
 
     def scale(self, names: tuple[str, ...], rank: int) -> float:
-        """By which the product of two matrices of this rank is to be multiplied. names: of their layer.
+        """The factor for the product of two matrices of this rank. names: the names of their layer.
 
-        Raises ValueError where the matrices have another rank than was said of them.
+        Raises ValueError if the matrices have another rank than the configuration says.
         """
-        said = _own(self.ranks, names, self.rank)
-        if said != rank:
+        stated = _own(self.ranks, names, self.rank)
+        if stated != rank:
             raise ValueError(
-                f"{self.where} says that {names[0]} has the rank {said:g}, but its matrices have {rank}: how strong it "
-                "is to be cannot be known. Take the file as its trainer has written it."
+                f"{self.where} says that {names[0]} has the rank {stated:g}, but its matrices have the rank {rank}, so "
+                "its scale is unknown. Use the file as its trainer wrote it."
             )
         return _own(self.alphas, names, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
 def config_file(path: Path) -> Path | None:
-    """PEFT's configuration of a LoRA file; None where there is none, or the file is not named as PEFT names it."""
+    """PEFT's configuration of a LoRA file; None if there is none, or the file does not have PEFT's name."""
     found = path.with_name(PEFTS_CONFIG)
     return found if path.stem == PEFTS_WEIGHTS and found.is_file() else None
 
 
 def adapter_config(file: TensorFile, section: str) -> AdapterConfig | None:
-    """What a file says of its layers for a part of a diffusers pipeline ("transformer"); None where it says nothing.
+    """A file's configuration for a part of a diffusers pipeline ("transformer"); None if there is none.
 
-    Raises ValueError for what cannot be understood, or asks for another sum than a LoRA's.
+    Raises ValueError for a configuration that is invalid, or that does not describe a plain LoRA.
     """
     header, config = file.header.get(IN_THE_HEADER), config_file(file.path)
     if header is not None:
         where = f"{file.path}: the header's {IN_THE_HEADER}"
-        with usable(file.path, f"the header's {IN_THE_HEADER}"):
+        with as_value_error(file.path, f"the header's {IN_THE_HEADER}"):
             return _config(where, _section(_object(header), section))
     if config is None:
         return None
-    with usable(config, "it as PEFT's configuration"):
+    with as_value_error(config, "the PEFT configuration"):
         return _config(str(config), _object(read_bounded(config, MAX_BYTES)))
 
 
@@ -81,37 +81,37 @@ def _object(text: str | bytes) -> dict[str, Any]:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     content = parse_json(text)
     if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it is not a JSON object")
     return content
 
 
 def _section(content: dict[str, Any], section: str) -> dict[str, Any]:
-    """diffusers puts the part of the pipeline before each name, unless the model itself was asked to save."""
+    """diffusers prefixes each name with the part of the pipeline, unless the model itself saved the file."""
     if "r" in content or "lora_alpha" in content:
         return content
     own = {key.removeprefix(f"{section}."): value for key, value in content.items() if key.startswith(f"{section}.")}
     if content and not own:
-        raise ValueError(f"it says nothing of the {section}")
+        raise ValueError(f"it says nothing about the {section}")
     return own
 
 
-def _config(where: str, said: dict[str, Any]) -> AdapterConfig | None:
-    if not said:
+def _config(where: str, given: dict[str, Any]) -> AdapterConfig | None:
+    if not given:
         return None
-    kind, init = said.get("peft_type", "LORA"), said.get("init_lora_weights", True)
+    kind, init = given.get("peft_type", "LORA"), given.get("init_lora_weights", True)
     if kind != "LORA":
-        raise ValueError(f"it is of PEFT's {kind!r:.80}, which is not merged here; a LORA is")
-    if asked := [name for name in CANNOT if said.get(name)]:
-        raise ValueError(f"it asks for {', '.join(asked)}, which is not merged here")
+        raise ValueError(f"it has PEFT's type {kind!r:.80}; only LORA is supported")
+    if unsupported := [name for name in UNSUPPORTED if given.get(name)]:
+        raise ValueError(f"it sets {', '.join(unsupported)}, which is not supported")
     if not any(init is known or init == known and isinstance(init, str) for known in INITS):
-        raise ValueError(f"init_lora_weights {init!r:.80} has changed the model's own weights, which is not done here")
+        raise ValueError(f"init_lora_weights {init!r:.80} changes the base model's weights, which is not supported")
     return AdapterConfig(
         where,
-        alpha=_number("lora_alpha", said.get("lora_alpha")),
-        rank=_number("r", said.get("r"), least=1),
-        alphas=_pattern("alpha_pattern", said),
-        ranks=_pattern("rank_pattern", said),
-        rslora=bool(said.get("use_rslora")),
+        alpha=_number("lora_alpha", given.get("lora_alpha")),
+        rank=_number("r", given.get("r"), least=1),
+        alphas=_pattern("alpha_pattern", given),
+        ranks=_pattern("rank_pattern", given),
+        rslora=bool(given.get("use_rslora")),
     )
 
 
@@ -121,23 +121,24 @@ def _number(name: str, value: Any, least: float = -math.inf) -> float:
     return value
 
 
-def _pattern(name: str, said: dict[str, Any]) -> dict[str, float]:
-    """Plain names, or ends of names; PEFT's may be any regular expression, which a file must not have run here."""
-    given = said.get(name) or {}
-    if not isinstance(given, dict) or len(given) > MAX_PATTERNS:
-        raise ValueError(f"{name} is no table of at most {MAX_PATTERNS:,} layers")
+def _pattern(name: str, given: dict[str, Any]) -> dict[str, float]:
+    """Overrides by layer names or ends of names. PEFT allows any regular expression; running those of a file is
+    unsafe."""
+    table = given.get(name) or {}
+    if not isinstance(table, dict) or len(table) > MAX_PATTERNS:
+        raise ValueError(f"{name} must be a table of at most {MAX_PATTERNS:,} layers")
     made = {}
-    for pattern, value in given.items():
-        plain = PATTERN.match(pattern) if len(pattern) < 200 else None
+    for pattern, value in table.items():
+        plain = LAYER_PATTERN.match(pattern) if len(pattern) < 200 else None
         if plain is None:
-            raise ValueError(f"{name} has {pattern!r:.80}; names of layers are read, other regular expressions are not")
+            raise ValueError(f"{name} has {pattern!r:.80}; only layer names are supported, not regular expressions")
         whole = "^" if plain[1] == "^" else ""
         made.setdefault(whole + plain[3].replace("\\.", "."), _number(f"{name} of {pattern}", value))
     return made
 
 
 def _own(table: dict[str, float], names: tuple[str, ...], default: float) -> float:
-    """The first entry of `table` that is of a layer with these names; where there is none, the default."""
+    """The first entry of `table` that matches a layer with these names, else the default."""
     if not table:
         return default
     ends = set()

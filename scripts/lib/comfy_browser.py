@@ -1,4 +1,4 @@
-"""A real browser on a real ComfyUI: headless chromium, driven by playwright.
+"""Opens a real ComfyUI in a real browser: headless chromium, driven by playwright.
 
     with ComfyServer() as server, ComfyBrowser(server) as browser:
         browser.open(json.loads(Path("workflows/tiny_wan_text_to_video.json").read_text()))
@@ -17,7 +17,7 @@ NODES_2 = "Comfy.VueNodes.Enabled"
 
 
 def chromium():
-    """The path of chromium; None where there is none."""
+    """The path of chromium, if it is installed."""
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -25,7 +25,7 @@ class ComfyBrowser:
     """ComfyUI's page in a browser; a context manager.
 
     server: a started ComfyServer. locale: of the user interface, such as "zh". size: of the page, in pixels.
-    scale: screenshot pixels a page pixel. Attribute: page (playwright's).
+    scale: screenshot pixels per page pixel. Attribute: page (playwright's).
     """
 
     def __init__(self, server, locale="en", size=(1600, 900), scale=1):
@@ -34,7 +34,7 @@ class ComfyBrowser:
     def __enter__(self):
         executable = chromium()
         if executable is None:
-            raise FileNotFoundError("no chromium in PATH; `apt-get install chromium` brings it")
+            raise FileNotFoundError("there is no chromium in PATH; install it with `apt-get install chromium`")
         self.server.post("/settings/Comfy.TutorialCompleted", True)  # else its dialog takes the clicks
         self.server.post(f"/settings/{MISSING_MODELS}", False)  # likewise
         self.server.post("/settings/Comfy.Locale", self.locale)
@@ -52,7 +52,7 @@ class ComfyBrowser:
         self._playwright.stop()
 
     def reload(self):
-        """Opens ComfyUI's page and waits until it can be worked with."""
+        """Opens ComfyUI's page and waits until it is ready."""
         self.page.goto(self.server.url)
         self.page.wait_for_function("window.app?.vueAppReady && window.app.extensionManager && window.app.graph")
 
@@ -62,7 +62,7 @@ class ComfyBrowser:
             if (workflow.nodes) await app.loadGraphData(workflow)
             else await app.loadApiJson(workflow, 'workflow')
         }""", workflow)
-        self.page.wait_for_timeout(500)  # widgets are laid out by the frames that follow
+        self.page.wait_for_timeout(500)  # widgets are laid out in the next animation frames
 
     def graph(self):
         """The graph on the canvas in UI format."""
@@ -73,8 +73,8 @@ class ComfyBrowser:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
     def boxes(self):
-        """left, top, right, bottom of every node by its number, in the graph's pixels, as Nodes 2.0 draws them (the
-        setting `NODES_2`); those of nodes that are in view. Waits until they rest."""
+        """(left, top, right, bottom) of each visible node by its id, in graph pixels, as Nodes 2.0 draws it (the
+        setting `NODES_2`). Waits until nodes stop moving."""
         return {int(number): box for number, box in self.page.evaluate("""async () => {
             const boxes = () => [...document.querySelectorAll('[data-node-id]')].map(node => {
                 const {left, top, right, bottom} = node.getBoundingClientRect()
@@ -90,7 +90,7 @@ class ComfyBrowser:
         }""")}
 
     def hide_bars(self):
-        """Leaves nothing of the page but the canvas, with text however small."""
+        """Hides everything but the canvas, and shows text at any size."""
         self.page.evaluate("""async () => {
             const settings = {'Comfy.Minimap.Visible': false, 'Comfy.Graph.CanvasInfo': false,
                               'Comfy.Graph.CanvasMenu': false, 'LiteGraph.Canvas.MinFontSizeForLOD': 0}
@@ -102,7 +102,7 @@ class ComfyBrowser:
         self.page.wait_for_timeout(1000)
 
     def show(self, bounds, margin=40):
-        """Fills the canvas with its part (x, y, width, height), `margin` pixels around it."""
+        """Zooms the canvas to the area (x, y, width, height), with a margin in pixels."""
         self.page.evaluate("""([[x, y, width, height], margin]) => {
             const canvas = app.canvas, view = canvas.canvas.getBoundingClientRect()
             const scale = Math.min((view.width - 2 * margin) / width, (view.height - 2 * margin) / height)

@@ -1,10 +1,10 @@
-"""A real ComfyUI server with a pack linked in: started, asked and stopped. Standard library only.
+"""Starts, queries and stops a real ComfyUI server with a linked pack. Standard library only.
 
     with ComfyServer(pack=repository) as server:
         entry = server.wait(server.queue(prompt), timeout=60)
 
-The server has a base directory, an output folder and a loopback port of its own: the ComfyUI folder it runs from is
-only read, so two servers, or the user's own, never meet.
+The server has its own base directory, output folder and loopback port, and only reads its ComfyUI folder, so it does
+not interfere with other servers.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ _libc = ctypes.CDLL(None)
 
 
 class PromptRejected(ValueError):
-    """ComfyUI's validation refused a prompt; `body` is its whole answer (`error`, `node_errors`)."""
+    """ComfyUI's validation rejected a prompt; `body` is its whole answer (`error`, `node_errors`)."""
 
     def __init__(self, body):
         self.body = body
@@ -39,7 +39,7 @@ class PromptRejected(ValueError):
 
 
 class PromptFailed(RuntimeError):
-    """A prompt ended in an error or an interruption; `entry` is its history entry, `kind` the last message's name."""
+    """A prompt ended with an error or an interruption; `entry` is its history entry, `kind` the last message's name."""
 
     def __init__(self, entry):
         self.entry = entry
@@ -48,14 +48,14 @@ class PromptFailed(RuntimeError):
 
 
 def free_port(wanted=None):
-    """The wanted loopback TCP port, or any unused one. Raises OSError if another program listens on the wanted one,
-    which would otherwise answer in the server's place."""
+    """The requested loopback TCP port, or an unused one. Raises OSError if another program listens on the requested
+    port, because it would answer instead of the server."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", wanted or 0))
         except OSError as error:
-            raise OSError(f"port {wanted} of 127.0.0.1 cannot be had ({error.strerror}); name another one, or none "
+            raise OSError(f"port {wanted} of 127.0.0.1 is not available ({error.strerror}); give another one, or none "
                           "to get an unused one") from None
         return listener.getsockname()[1]
 
@@ -64,13 +64,13 @@ class ComfyServer:
     """A ComfyUI process; use it as a context manager, or call `start` and `stop`.
 
     pack: folder linked into custom_nodes as "ascend-video", or None for none.
-    extra_args: further arguments of main.py, after the usual ones.
+    extra_args: further arguments of main.py, after the default ones.
     env: environment variables added to this process's; a value of None removes one.
     comfyui: ComfyUI's folder, by default $COMFYUI_DIR, else .cache/comfyui of the repository.
     python: the interpreter that runs it.
     base: base directory (models, custom_nodes, input, output, user), kept on stop; by default a temporary one, removed.
     port: loopback port, by default an unused one.
-    cpu: pass --cpu; False where ComfyUI is to find the accelerator.
+    cpu: pass --cpu; False to let ComfyUI use the accelerator.
     Attributes: url, port, process (subprocess.Popen), base (Path), comfyui (Path), started_s (seconds until ready).
     """
 
@@ -90,7 +90,7 @@ class ComfyServer:
 
     @property
     def log(self):
-        """All that the server has written to its standard output and error; also after `stop`."""
+        """The server's standard output and error; available after `stop` too."""
         file = self.base / LOG_NAME
         return file.read_text(errors="replace") if file.exists() else self._last_log
 
@@ -128,7 +128,7 @@ class ComfyServer:
         return self
 
     def stop(self):
-        """Ends the process (INT, TERM, KILL, each with its deadline) and removes a temporary base directory."""
+        """Ends the process (INT, TERM, KILL, each with a deadline) and removes a temporary base directory."""
         for number, patience in ((signal.SIGINT, 10), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
             if self.process is None or self.process.poll() is not None:
                 break
@@ -150,7 +150,7 @@ class ComfyServer:
         return self._request(path, {} if body is None else body)
 
     def queue(self, prompt, **extra):
-        """Queues an API-format prompt; `extra` goes beside it (client_id, extra_data). Returns its id.
+        """Queues an API-format prompt with `extra` fields (client_id, extra_data). Returns its id.
         Raises PromptRejected if validation refuses it."""
         try:
             return self.post("/prompt", {"prompt": prompt, **extra})["prompt_id"]
@@ -160,7 +160,7 @@ class ComfyServer:
             raise PromptRejected(json.load(error)) from None
 
     def history(self, prompt_id):
-        """The history entry of a finished prompt; None while there is none."""
+        """The history entry of a prompt; None until it has finished."""
         return self.get(f"/history/{prompt_id}").get(prompt_id)
 
     def wait(self, prompt_id, timeout=120):
@@ -220,5 +220,5 @@ _without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def _die_with_parent():
-    """In the child: end when the thread that started it does, also when its process was killed and called no `stop`."""
+    """In the child: end it with the thread that started it, even if the parent was killed without calling `stop`."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

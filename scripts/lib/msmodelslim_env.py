@@ -1,6 +1,6 @@
 """The environment of the tests with msModelSlim: .venv with PyPI's msmodelslim, in .venv-msmodelslim over it.
 
-It quantizes on the CPU what these tests then load. Standard library only. Run as a command it makes the environment.
+msModelSlim quantizes on the CPU what these tests load. Standard library only. As a command, it makes the environment.
 """
 
 from .environment import REPOSITORY, Environment, SetupError, inspect, lock, say
@@ -19,7 +19,7 @@ def why_not():
 
 
 def make():
-    """Makes .venv-msmodelslim, which takes a moment where it is already made; says so where it cannot be."""
+    """Makes .venv-msmodelslim, which is fast if it exists already; prints a message if it cannot."""
     environment = Environment(FOLDER, inspect(UNDERNEATH))
     try:
         with lock():

@@ -1,4 +1,4 @@
-# Sets PYTHON to a Python 3.10 - 3.12: the one named in PYTHON, else the first that answers. To be sourced.
+# Sets PYTHON to a Python 3.10 - 3.12: the one in $PYTHON, else the first that is found. Source this file.
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 

@@ -1,7 +1,7 @@
 """The environment of the tests with an older transformers: .venv-transformers, over .venv.
 
-It has what requirements.txt makes of a ComfyUI's Python that has this transformers: the newest of the other packages
-that go with it. Standard library only. Run as a command with a version it makes the environment and runs the tests;
+It has what requirements.txt installs into a ComfyUI's Python with this transformers: the newest compatible versions of
+the other packages. Standard library only. As a command with a version, it makes the environment and runs the tests;
 further arguments go to pytest, instead of the tests below.
 """
 
@@ -13,8 +13,8 @@ from .environment import REPOSITORY, Environment, inspect, lock, requirement_lin
 UNDERNEATH = REPOSITORY / ".venv" / "bin" / "python"
 FOLDER = REPOSITORY / ".venv-transformers"
 PYTHON = FOLDER / "bin" / "python"
-# What depends on transformers: tokenizers and text encoders, what is converted and compared with its classes, and text
-# in a ComfyUI, whose own encoders use it too.
+# The tests that depend on transformers: tokenizers and text encoders, conversions and comparisons with its classes, and
+# text encoding in a ComfyUI, whose own encoders use it too.
 TESTS = ("models/test_transformers", "files/test_text_encoder_formats", "ranks/test_known_prompts",
          "files/test_inspection", "files/test_conversion", "files/test_unusable_files", "ranks/test_parity",
          "comfyui/test_formats")  # fmt: skip

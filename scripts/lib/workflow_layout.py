@@ -1,7 +1,7 @@
-"""Where the nodes of a workflow lie, and which groups are drawn around them."""
+"""Lays out the nodes of a workflow, and draws groups around them."""
 
-# The columns of a graph from left to right; a node goes by its title where that is its own, else by its type. What a
-# workflow has not is left out.
+# The columns of a graph from left to right. A node is named by its custom title, else by its type. Nodes that a
+# workflow lacks are skipped.
 COLUMNS = [
     ["AscendParallelConfig"],
     ["AscendLoadDiffusionModel", "AscendLoadTextEncoder", "AscendLoadVAE", "CLIPVisionLoader"],
@@ -13,7 +13,7 @@ COLUMNS = [
     ["AscendSampler"],
     ["AscendVAEDecode", "CreateVideo", "SaveVideo"],
 ]
-NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 300  # it lies below the first columns
+NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 300  # below the first columns
 SIZES = {  # width, height
     "AscendParallelConfig": (310, 250),
     "AscendLoadDiffusionModel": (540, 202),
@@ -37,8 +37,8 @@ SIZES = {  # width, height
     "CreateVideo": (400, 78),
     "SaveVideo": (400, 300),
 }
-# Pixels by which a node is taller in Nodes 2.0 than on the canvas, at most (frontends 1.32 and 1.58; a model that is
-# missing adds a line). They stay free below it.
+# The maximum number of pixels by which a node is taller in Nodes 2.0 than on the canvas (frontends 1.32 and 1.58; a
+# missing model adds a line). This space stays free below it.
 NODES_2 = {
     "AscendParallelConfig": 104,
     "AscendLoadDiffusionModel": 84,
@@ -58,12 +58,12 @@ NODES_2 = {
     "AscendVAEDecode": 32,
     "CreateVideo": 32,
 }
-# What fills its column to the bottom, the first of these: a picture or a preview is seen better, a prompt read better.
+# The nodes that are enlarged to fill their column; the first of these in a column: pictures, previews and prompts.
 GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Positive prompt")
 BESIDE = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height
 COLOURS = {"Positive prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), NOTE: ("#432", "#653")}
 PROMPTS, LORAS = ["Positive prompt", "Negative prompt"], "LoRAs"
-GROUPS = {  # title: the nodes in it, and a colour. One whose last node is there takes what no other has taken
+GROUPS = {  # title: (its nodes, a colour). The group that contains the last node also takes nodes without a group
     "Ranks and models": ([*COLUMNS[0], *COLUMNS[1], NOTE], "#3f789e"),
     LORAS: (["LoRA of the high-noise expert", "LoRA of the low-noise expert"], "#b58b3a"),
     "Prompt and size": ([*PROMPTS, "EmptyHunyuanLatentVideo"], "#8A8"),
@@ -83,7 +83,7 @@ ROW_GAP, GROUP_ROW_GAP = 60, 120  # between the nodes of a column
 def arrange(graph):
     """Gives every node of a graph in UI format its place, size and colour, and the graph its groups."""
     nodes = {_name(node): node for node in graph["nodes"]}
-    assert len(nodes) == len(graph["nodes"]), "two nodes have one place"
+    assert len(nodes) == len(graph["nodes"]), "two nodes have the same place"
     owners = _owners(nodes)
     places = _places(nodes, owners)
     for name, node in nodes.items():
@@ -113,7 +113,7 @@ def _owners(names):
 
 
 def _places(names, owners):
-    """left, top, right, bottom of each node, without its title, as tall as it is in Nodes 2.0."""
+    """(left, top, right, bottom) of each node without its title, with its height in Nodes 2.0."""
     places, columns, right, before = {}, [], None, None
     for column in COLUMNS:
         column = [name for name in column if name in names]
@@ -143,7 +143,7 @@ def _height(name):
 
 
 def _grow(places, columns):
-    """Fills the columns to the bottom of the longest."""
+    """Stretches all columns to the height of the longest."""
     bottom = max(place[3] for place in places.values())
     places[NOTE][3] = bottom
     for column in columns:
@@ -157,7 +157,7 @@ def _grow(places, columns):
 
 
 def _group(number, title, places, bottom):
-    """A group around these places, down to `bottom` if that is given."""
+    """A group around these boxes, down to `bottom` if given."""
     left = min(place[0] for place in places) - GROUP_MARGIN
     top = min(place[1] for place in places) - NODE_HEADER - GROUP_HEADER
     right = max(place[2] for place in places) + GROUP_MARGIN

@@ -1,1 +1,1 @@
-"""The embedded tiny Wan: its world of moving shapes, its training and the reader that judges it."""
+"""The embedded tiny Wan: its world of moving shapes, its training, and the reader that evaluates it."""

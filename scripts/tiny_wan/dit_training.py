@@ -1,4 +1,4 @@
-"""How the transformer and the text encoder learn, together, on cached latents."""
+"""Trains the transformer and the text encoder together, on cached latents."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from . import text
 from .loop import Stage
 
 FLOW_SHIFT = 3.0
-EMPTY_PROMPTS = 0.10  # share of prompts dropped, for classifier-free guidance
-UNIFORM_TIMES = 0.15  # share of times drawn evenly instead of logit-normal
-# (share of the budget, latent frames, clips a step); the VAE is causal, so the first latent frame is an image of its
-# own: what shape, colour and background mean is learned there at a fifth of the price
+EMPTY_PROMPTS = 0.10  # fraction of prompts that are dropped, for classifier-free guidance
+UNIFORM_TIMES = 0.15  # fraction of times that are drawn uniformly instead of logit-normally
+# (fraction of the budget, latent frames, clips per step); the VAE is causal, so the first latent frame is an image:
+# training on it teaches shape, colour and background at a fifth of the cost
 PHASES = ((0.25, 1, 96), (0.38, 3, 32), (1.00, 5, 20))
 
 
@@ -31,7 +31,7 @@ def build_transformer() -> WanTransformer3DModel:
         num_layers=4,
         cross_attn_norm=True,
     )
-    for block in transformer.blocks:  # 500 rows of padding share the attention: sharp scores let a word be heard
+    for block in transformer.blocks:  # 500 rows of padding share the attention: large scores let words stand out
         nn.init.constant_(block.attn2.norm_q.weight, 1.75)
         nn.init.constant_(block.attn2.norm_k.weight, 1.75)
     nn.init.zeros_(transformer.proj_out.weight)
@@ -40,7 +40,7 @@ def build_transformer() -> WanTransformer3DModel:
 
 
 def draw_sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels in 0..1: logit-normal with an even share, then shifted as the sampler shifts them (SD3, 2024)."""
+    """Noise levels in 0..1: logit-normal with a uniform fraction, then shifted like in the sampler (SD3, 2024)."""
     sigmas = torch.randn(count, generator=generator).sigmoid()
     even = torch.rand(count, generator=generator)
     sigmas = torch.where(torch.rand(count, generator=generator) < UNIFORM_TIMES, even, sigmas)

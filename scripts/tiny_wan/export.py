@@ -1,4 +1,4 @@
-"""Write the trained parts as a diffusers folder that `WanPipeline.from_pretrained` loads whole."""
+"""Writes the trained parts as a diffusers folder that `WanPipeline.from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import world
 from .dit_training import FLOW_SHIFT
 from .text import build_tokenizer
 
-DEFAULTS = {  # ascend_defaults.json: what the model is run with, and was judged with
+DEFAULTS = {  # ascend_defaults.json: the default settings, with which the model was evaluated
     "width": world.SIZE,
     "height": world.SIZE,
     "num_frames": world.NUM_FRAMES,
@@ -33,7 +33,7 @@ def export(
     mean: torch.Tensor,
     std: torch.Tensor,
 ) -> None:
-    """Save everything in bf16 beside `folder`, then move it in file by file, so that no reader sees half a file.
+    """Saves everything in bf16 next to `folder`, then moves it there file by file, so that no reader sees half a file.
 
     mean, std: of the latent's channels, `[16]`; they go to the VAE's configuration.
     """
@@ -56,7 +56,7 @@ def export(
 
 
 def _name_fast_tokenizer(folder: Path) -> None:
-    """For transformers 4 too: it looks for a sentencepiece file under `T5Tokenizer`, as release 5 calls the fast one,
+    """Also for transformers 4, which for `T5Tokenizer`, version 5's name of the fast one, expects a sentencepiece file,
     and does not read a list of special tokens."""
     for path, edit in (
         (folder / "model_index.json", lambda index: index | {"tokenizer": ["transformers", "T5TokenizerFast"]}),

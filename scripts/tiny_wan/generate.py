@@ -1,4 +1,5 @@
-"""Prompts to frames by one of the engines: `with engine(folder, ranks) as generate: generate(prompts, seed, ...)`."""
+"""Generates frames from prompts with one of the engines: `with engine(folder, ranks) as generate: generate(prompts,
+seed, ...)`."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ Generate = Callable[[list[str], int, float, int], list[np.ndarray]]
 
 @contextmanager
 def runtime_engine(folder: Path, ranks: int) -> Iterator[Generate]:
-    """The pack's own runtime: `ranks` processes that share each video."""
+    """The pack's runtime, with `ranks` processes that compute each video together."""
     from ascend_runtime.client.runtime import Runtime
     from ascend_runtime.specs import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
 
@@ -48,7 +49,7 @@ def diffusers_engine(folder: Path, ranks: int = 1, batch: int = 16) -> Iterator[
     from diffusers import WanPipeline
 
     if ranks != 1:
-        raise ValueError(f"diffusers works with one process, not {ranks}; leave out --ranks or take --engine runtime")
+        raise ValueError(f"diffusers uses one process, not {ranks}; omit --ranks or use --engine runtime")
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
 

@@ -1,4 +1,4 @@
-"""The cache between the two trainings: clips drawn, encoded once, normalised by what was measured."""
+"""The latent cache between the two trainings: draws clips, encodes them once, and normalises by measured statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ CHUNK = 16
 
 @torch.no_grad()
 def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int, device: str) -> None:
-    """Encode `count` clips of the trained scenes, evenly; save latents `[N,16,t,h,w]`, captions, `[16]` statistics."""
+    """Encodes `count` clips, evenly over the trained scenes; saves latents `[N,16,t,h,w]`, captions, `[16]`
+    statistics."""
     generator = torch.Generator().manual_seed(seed)
     trained = world.train_scenes()
     scenes = [trained[i % len(trained)] for i in range(count)]
@@ -32,7 +33,8 @@ def cache_latents(vae: AutoencoderKLWan, count: int, path: Path, seed: int, devi
 
 
 def load_latents(path: Path) -> dict:
-    """What `cache_latents` saved, the latents normalised to mean 0 and deviation 1 in each channel."""
+    """Loads what `cache_latents` saved, with the latents normalised to mean 0 and standard deviation 1 in each
+    channel."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; run the stage 'latents' first")
     cache = torch.load(path, weights_only=True)

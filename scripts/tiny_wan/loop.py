@@ -17,10 +17,10 @@ from .optim import build_optimizers, learning_rate
 
 @dataclass
 class Stage:
-    """What is trained and how; `step(progress, generator)` returns the loss, progress runs from 0 to 1.
+    """A training stage; `step(progress, generator)` returns the loss, progress runs from 0 to 1.
 
-    The schedule follows minutes of work, not a count of steps, so that a run ends well on a slow machine too; the
-    price is that two runs with one seed draw the same data but not the same number of steps.
+    The schedule follows minutes of work instead of a number of steps, so that it also completes on a slow machine.
+    Therefore two runs with the same seed draw the same data, but may differ in their number of steps.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Stage:
 
 
 def train(stage: Stage, folder: Path, seed: int, save_every: float = 30.0) -> None:
-    """Train until the budget is spent; `folder/<name>.pt` is resumed where it exists, and holds the result.
+    """Trains until the budget is used up; resumes `folder/<name>.pt` if it exists, and writes the result there.
 
     Side effect: `stage.losses` is filled.
     """
@@ -78,12 +78,12 @@ def train(stage: Stage, folder: Path, seed: int, save_every: float = 30.0) -> No
 
 
 def work_seconds(device: torch.device) -> float:
-    """A clock. On a CPU it counts processor time a thread: busy neighbours and pauses do not eat the budget."""
+    """A clock. On a CPU it counts processor time per thread, so that other load and pauses do not use up the budget."""
     return time.process_time() / torch.get_num_threads() if device.type == "cpu" else time.monotonic()
 
 
 def load_averages(path: Path, modules: list[nn.Module]) -> list[nn.Module]:
-    """Fill freshly built `modules` with the EMA weights of a stage's checkpoint; in eval mode."""
+    """Loads the EMA weights of a stage's checkpoint into new `modules`, and sets eval mode."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; run the stage {path.stem!r} first")
     states = torch.load(path, weights_only=True, map_location="cpu")["states"]

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrix, roughly: Muon's quintic Newton-Schulz iteration (Jordan et al., 2024).
+    """Approximates the nearest semi-orthogonal matrix by Muon's quintic Newton-Schulz iteration (Jordan et al., 2024).
 
     Iterated on the small Gram matrix; the long side is touched twice instead of at every step.
     """
@@ -30,8 +30,8 @@ def orthogonalise(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, for weights of two or more dims (convolutions are flattened to out x rest).
 
-    `torch.optim.Muon` refuses convolutions and does not exist before torch 2.9. The update is scaled to AdamW's usual
-    size (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning rate serves both.
+    `torch.optim.Muon` does not support convolutions and needs torch 2.9. The update is scaled to AdamW's usual size
+    (Liu et al., 2025, "Muon is scalable for LLM training"), so one learning rate works for both.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
@@ -51,7 +51,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(modules: list[nn.Module], lr: float, adam_names: tuple[str, ...]) -> list[torch.optim.Optimizer]:
-    """Muon for hidden weights; AdamW for vectors and for whatever holds one of `adam_names` (embeddings, heads)."""
+    """Muon for hidden weights; AdamW for vectors and for parameters with one of `adam_names` in their name (embeddings,
+    heads)."""
     matrices, rest = [], []
     for module in modules:
         for name, param in module.named_parameters():

@@ -1,4 +1,4 @@
-"""A picture of a latent without its VAE: the linear map from its channels to colours that fits the clips best."""
+"""Fits the linear map from latent channels to colours, for previews without the VAE."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ CLIPS = 32
 
 @torch.no_grad()
 def write_latent_rgb(folder: Path, vae: AutoencoderKLWan, mean: torch.Tensor, std: torch.Tensor, seed: int) -> None:
-    """Fit RGB in -1..1 to normalised latents by least squares; save rows of `[16,3]` and a bias where ranks look."""
+    """Fits RGB in -1..1 to normalised latents by least squares; saves factors `[16,3]` and a bias where ranks read
+    them."""
     generator = torch.Generator().manual_seed(seed)
     clips = world.render(world.draw_scenes(world.train_scenes(), CLIPS, generator), generator)
     latents = (encode(vae, clips) - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)  # [B,16,t,h,w]

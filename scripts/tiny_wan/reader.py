@@ -6,8 +6,8 @@ import numpy as np
 
 from . import world
 
-BORDER = 2  # pixels of frame that show background alone
-MIN_AREA, MAX_AREA = 0.03, 0.45  # of the frame; an object outside this is no object
+BORDER = 2  # border pixels of a frame that show only background
+MIN_AREA, MAX_AREA = 0.03, 0.45  # of the frame; other sizes are not an object
 MIN_OVERLAP = 0.75  # of the object with its ideal shape, intersection over union
 MIN_TRAVEL = 4.0  # pixels over the clip
 MAX_COLOUR_ERROR = 0.35  # RGB distance to the palette's nearest
@@ -55,7 +55,7 @@ def centre(mask: np.ndarray) -> np.ndarray:
 
 
 def read_shape(masks: list[np.ndarray]) -> str:
-    """The shape whose ideal of the same area and centre overlaps best, averaged over the frames."""
+    """The shape whose ideal with the same area and centre has the best overlap, averaged over the frames."""
     overlap = {name: float(np.mean([_overlap(mask, name) for mask in masks])) for name in world.SHAPES}
     best = max(overlap, key=overlap.get)
     return best if overlap[best] > MIN_OVERLAP else UNREAD

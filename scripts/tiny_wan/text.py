@@ -1,8 +1,8 @@
-"""Words to vectors: a T5 tokenizer of one token a caption word, a small UMT5 encoder, and its padding.
+"""Text encoding: a T5 tokenizer with one token per caption word, a small UMT5 encoder, and its padding.
 
-`WanPipeline` pads every prompt with zero rows to 512 and attends to all of them. All zero rows have one key and one
-value, so in training the few that remain stand for all, by a bias of log(count) on their attention scores: the same
-numbers for a fiftieth of the work (tests/models/test_tiny_wan.py).
+`WanPipeline` pads every prompt with zero rows to 512 and attends to all of them. All zero rows have the same key and
+value, so training keeps only a few of them, with a bias of log(count) on their attention scores: the same result for a
+fiftieth of the cost (tests/models/test_tiny_wan.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 from . import world
 
 TEXT_DIM = 128
-PIPELINE_LENGTH = 512  # of the padded prompt, as Wan's pipelines have it
+PIPELINE_LENGTH = 512  # of the padded prompt in Wan's pipelines
 TRAIN_LENGTH = 12  # room for every caption, its end token and at least one row of padding
 
 
 def build_tokenizer() -> T5TokenizerFast:
-    """Every caption word is one token; other text falls apart into letters, then into <unk>."""
+    """Every caption word is one token; other text is split into letters, or becomes <unk>."""
     words = sorted({word for scene in world.all_scenes() for word in scene.caption.split()})
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [("▁" + word, -1.0) for word in words]
@@ -55,7 +55,7 @@ def encode_tokens(encoder: UMT5EncoderModel, ids: torch.Tensor, mask: torch.Tens
 
 
 def padding_bias(mask: torch.Tensor, length: int = PIPELINE_LENGTH) -> torch.Tensor:
-    """Scores `[B,1,1,L]` to add in cross-attention so that the padding weighs as much as if padded to `length`."""
+    """Biases `[B,1,1,L]` for cross-attention scores that give the padding the weight of padding to `length`."""
     used = mask.sum(1, keepdim=True)
     share = (length - used) / (mask.shape[1] - used)
     return torch.where(mask.bool(), 0.0, share.log())[:, None, None, :]
@@ -71,7 +71,7 @@ class PaddedTextProcessor(WanAttnProcessor):
 
 
 def use_padded_text(transformer: WanTransformer3DModel) -> PaddedTextProcessor:
-    """Give every cross-attention one shared processor, and return it."""
+    """Sets one shared processor for every cross-attention, and returns it."""
     processor = PaddedTextProcessor()
     for block in transformer.blocks:
         block.attn2.set_processor(processor)

@@ -1,7 +1,7 @@
-"""The tiny Wan VAE and a whole-clip forward of it.
+"""The tiny Wan VAE, and its forward on whole clips.
 
-diffusers runs a Wan VAE chunk by chunk with caches; for training the same causal network over the whole clip at once
-is faster and gives the same numbers (tests/models/test_tiny_wan.py).
+diffusers runs a Wan VAE chunk by chunk with caches. For training, running the same causal network on the whole clip is
+faster and gives the same result (tests/models/test_tiny_wan.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 
 
 def build_vae() -> AutoencoderKLWan:
-    """Wan2.1's VAE with base width 16 and one residual block a level: 16 channels, 8 x 8 x 4 compression."""
+    """Wan2.1's VAE with base width 16 and one residual block per level: 16 channels, 8 x 8 x 4 compression."""
     return AutoencoderKLWan(
         base_dim=16,
         z_dim=16,
@@ -49,18 +49,18 @@ def decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _resample(layer: WanResample, x: torch.Tensor) -> torch.Tensor:
-    """The first frame stands alone in time; the others are merged in pairs (down) or split in two (up)."""
+    """The first frame stays single in time; the others are merged in pairs (down) or split in two (up)."""
     if layer.mode == "upsample3d" and x.shape[2] > 1:
         pairs = layer.time_conv(x[:, :, 1:]).unflatten(1, (2, -1))  # [B,2,C,T,H,W]
         x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
-    x = layer(x)  # without caches: the spatial half alone
+    x = layer(x)  # without caches: only the spatial half
     if layer.mode == "downsample3d" and x.shape[2] > 1:
         x = torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
     return x
 
 
 class SingleFrameFastConv(WanCausalConv3d):
-    """The same convolution; a lone frame sees only the last slice of the kernel in time, so a 2D one will do."""
+    """The same convolution; a single frame only meets the kernel's last slice in time, so a 2D convolution suffices."""
 
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         if x.shape[2] > 1 or cache_x is not None or self.stride != (1, 1, 1):
@@ -70,7 +70,7 @@ class SingleFrameFastConv(WanCausalConv3d):
 
 
 def use_single_frame_fast_conv(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Swap the causal convolutions by type; weights and names stay."""
+    """Replaces the classes of the causal convolutions; weights and names do not change."""
     for module in vae.modules():
         if type(module) is WanCausalConv3d:
             module.__class__ = SingleFrameFastConv

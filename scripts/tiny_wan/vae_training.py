@@ -1,4 +1,4 @@
-"""How the VAE learns: single frames, short clips, whole clips; later its decoder alone, on latents that stay."""
+"""Trains the VAE: on single frames, short clips, whole clips; later only its decoder, on fixed latents."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from . import world
 from .loop import Stage
 from .vae_model import build_vae, decode, encode, use_single_frame_fast_conv
 
-NOISE_STD = 0.1  # of the latent while training: keeps it smooth, and the decoder forgiving
+NOISE_STD = 0.1  # of the latent in training: keeps it smooth, and the decoder robust
 OBJECT_WEIGHT = 3.0  # the object's edge decides which shape is read
-# (share of the budget, frames a clip, side of the crop in pixels, clips a step)
+# (fraction of the budget, frames per clip, side of the crop in pixels, clips per step)
 PHASES = ((0.35, 1, 64, 16), (0.65, 5, 64, 4), (0.92, 17, 32, 2), (1.00, 17, 64, 1))
 
 
@@ -31,7 +31,7 @@ def vae_stage(minutes: float, device: str, lr: float = 1e-2) -> Stage:
 
 
 def decoder_stage(vae: AutoencoderKLWan, minutes: float, device: str, lr: float = 2e-3) -> Stage:
-    """The decoder alone, for a sharper picture of the latents that the transformer has already learned."""
+    """Trains only the decoder, for sharper frames from the latents that the transformer has learned."""
     vae = use_single_frame_fast_conv(vae).to(device).train()
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
 
@@ -47,7 +47,7 @@ def decoder_stage(vae: AutoencoderKLWan, minutes: float, device: str, lr: float 
 
 
 def draw_crops(num_frames: int, side: int, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crops `[B,3,T,side,side]` of fresh clips, and their plain backgrounds `[B,3,1,1,1]`."""
+    """Crops `[B,3,T,side,side]` of new clips, and their plain backgrounds `[B,3,1,1,1]`."""
     scenes = world.draw_scenes(world.train_scenes(), batch, generator)
     clips = world.render(scenes, generator, num_frames)
     top, left = torch.randint(world.SIZE - side + 1, (2,), generator=generator).tolist()
@@ -57,7 +57,7 @@ def draw_crops(num_frames: int, side: int, batch: int, generator: torch.Generato
 def reconstruction_loss(
     vae: AutoencoderKLWan, latents: torch.Tensor, clips: torch.Tensor, background: torch.Tensor
 ) -> torch.Tensor:
-    """Mean-square and absolute error of what is decoded from the latents and noise, weighted to the object."""
+    """Mean squared and absolute error of the frames decoded from noisy latents, weighted towards the object."""
     noisy = latents + NOISE_STD * torch.randn_like(latents)
     error = decode(vae, noisy) - clips
     weight = 1 + OBJECT_WEIGHT * ((clips - background).abs().amax(1, keepdim=True) > 0.02)

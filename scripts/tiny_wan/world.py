@@ -1,4 +1,4 @@
-"""The synthetic world: words, combinations, the held-out split, and how a clip is drawn.
+"""The synthetic world: its words, their combinations, the held-out split, and how clips are drawn.
 
 A clip shows one shape of one colour that moves in one direction on a plain background:
 "a red circle moving right on a blue background". Training and checking both import it from here.
@@ -29,15 +29,15 @@ BACKGROUNDS = {
 DIRECTIONS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # x right, y down
 ATTRIBUTES = ("shape", "colour", "background", "direction")
 
-# All in parts of the frame's side. The path's middle stays near the frame's: what varies little is learned fast.
+# All as fractions of the frame's side. The path's centre stays near the frame's: little variation is learned fast.
 RADIUS = (0.18, 0.22)
 TRAVEL = (0.28, 0.34)  # over the whole clip
-JITTER_ALONG, JITTER_ACROSS = 0.03, 0.08  # of the path's middle, either way
+JITTER_ALONG, JITTER_ACROSS = 0.03, 0.08  # of the path's centre, in both directions
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says; the four attributes that the reader reads."""
+    """The four attributes of a caption, which the reader reads."""
 
     shape: str
     colour: str
@@ -55,7 +55,8 @@ def all_scenes() -> list[Scene]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """One colour of every (shape, background, direction) is never trained: 48 scenes, each word used evenly."""
+    """One colour of every (shape, background, direction) is not used in training: 48 scenes, with each word equally
+    often."""
     orders = (SHAPES, tuple(COLOURS), tuple(BACKGROUNDS), tuple(DIRECTIONS))
     return sum(order.index(value) for order, value in zip(orders, astuple(scene))) % len(COLOURS) == 0
 
@@ -87,7 +88,7 @@ def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: torch.
 def render(scenes: list[Scene], generator: torch.Generator, num_frames: int = NUM_FRAMES) -> torch.Tensor:
     """Clips `[B,3,T,H,W]` in -1..1; size, place and speed come from `generator`.
 
-    The object stays wholly in the frame. With fewer frames a stretch of the same motion is shown.
+    The object stays completely in the frame. With fewer frames, clips show a part of the same motion.
     """
     count = len(scenes)
     radius, travel, along, across, start = torch.rand(5, count, generator=generator)

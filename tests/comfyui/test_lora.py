@@ -81,7 +81,7 @@ def test_a_prompt_that_is_cut_says_so_at_its_node_and_in_the_log(comfyui):
     with Listener(comfyui) as listener:
         run = listener.run(graph)
     (said,) = run.of("executed", graphs.POSITIVE)[-1].data["output"]["text"]
-    assert "tokens, and Wan reads 512: what comes after '... " in said and said in comfyui.log
+    assert "tokens, but Wan reads 512: the text after '... " in said and said in comfyui.log
     graph[graphs.POSITIVE]["inputs"]["text"] = "red circle " * 10_000
     with pytest.raises(PromptFailed, match="The prompt has 110,000 characters; at most 50,000 are taken"):
         comfyui.wait(comfyui.queue(graph))
@@ -96,9 +96,9 @@ def test_a_lora_that_is_not_there(comfyui, loras):
 
 
 @pytest.mark.parametrize("name, expert, says", [
-    ("broken.safetensors", "both", "is not a whole .safetensors file"),
+    ("broken.safetensors", "both", "is not a complete .safetensors file"),
     ("kohya.safetensors", "both", "of the wrong shape"),  # another model's
-    ("kohya.safetensors", "low_noise", "this model has no two experts"),
+    ("kohya.safetensors", "low_noise", "this model has only one expert"),
 ])  # fmt: skip
 def test_one_that_cannot_be_merged_fails_the_job(comfyui, loras, name, expert, says):
     with pytest.raises(PromptFailed) as caught:

@@ -8,12 +8,12 @@ import pytest
 import toy_family
 import torch
 from ascend_runtime.models.family import TRANSFORMER
-from ascend_runtime.models.registry import FURTHER
+from ascend_runtime.models.registry import FAMILIES_VARIABLE
 from comfy_server import ComfyServer
 from toy_family import files
 
 HELPERS = Path(toy_family.__file__).resolve().parents[1]
-ENVIRONMENT = {FURTHER: "toy_family", "PYTHONPATH": str(HELPERS)}
+ENVIRONMENT = {FAMILIES_VARIABLE: "toy_family", "PYTHONPATH": str(HELPERS)}
 TEXTS = {comfy_graphs.POSITIVE: "a red circle moving right", comfy_graphs.NEGATIVE: "blurry"}
 
 

@@ -134,12 +134,12 @@ def test_attention_of_parts_that_are_not_contiguous(fake):
 
 
 REFUSED = [
-    ("a2", "fp8", torch.bfloat16, "'fp8', which cards of the 950 series compute; this card is a2"),
-    ("duo", "infer", torch.float16, "which a 300I Duo has not"),
-    ("duo", "laser", torch.float16, "which a 300I Duo has not"),
-    ("duo", "fused", torch.bfloat16, "dtype is bfloat16, which a 300I Duo does not compute"),
-    ("a5", "laser", torch.bfloat16, "which a card of the 950 series has not"),
-    *(("a2", name, torch.float32, "bfloat16 or float16") for name in ("laser", "infer", "fastest")),
+    ("a2", "fp8", torch.bfloat16, "'fp8', which only cards of the 950 series support; this card is a2"),
+    ("duo", "infer", torch.float16, "which a 300I Duo does not support"),
+    ("duo", "laser", torch.float16, "which a 300I Duo does not support"),
+    ("duo", "fused", torch.bfloat16, "dtype is bfloat16, which a 300I Duo does not support"),
+    ("a5", "laser", torch.bfloat16, "which a card of the 950 series does not support"),
+    *(("a2", name, torch.float32, "bfloat16 and float16") for name in ("laser", "infer", "fastest")),
 ]
 
 
@@ -190,7 +190,8 @@ def test_without_mindiesd_its_attentions_are_refused(monkeypatch, attention):
 
 def test_the_way_is_the_devices_unless_a_variable_asks_for_another(monkeypatch):
     for way, expected in ((None, AscendOperators), ("npu", AscendOperators), ("torch", PlainOperators)):
-        monkeypatch.setenv(ops.VARIABLE, way) if way else monkeypatch.delenv(ops.VARIABLE, raising=False)
+        variable = ops.OPERATORS_VARIABLE
+        monkeypatch.setenv(variable, way) if way else monkeypatch.delenv(variable, raising=False)
         assert type(ops.operators_for(NPU, OperatorSpec(), torch.bfloat16)) is expected
 
 
@@ -284,13 +285,13 @@ def test_where_nothing_is_quantized(on_card, monkeypatch):
     for card in ("a2", "a3", "a5"):
         on_card(card)
         ops.check_quantized(NPU, torch.bfloat16)
-    with pytest.raises(ValueError, match="bfloat16 or float16, and the model's dtype is float32"):
+    with pytest.raises(ValueError, match="bfloat16 or float16, but the model's dtype is float32"):
         ops.check_quantized(NPU, torch.float32)
     on_card("duo")
     with pytest.raises(ValueError, match="cards of the A2, A3 and 950 series; this is a 300I Duo"):
         ops.check_quantized(NPU, torch.float16)
-    monkeypatch.setenv(ops.VARIABLE, "torch")
-    with pytest.raises(ValueError, match="'torch', which has no W8A8 linears on an NPU"):
+    monkeypatch.setenv(ops.OPERATORS_VARIABLE, "torch")
+    with pytest.raises(ValueError, match="'torch', which has no W8A8 linear layers on an NPU"):
         ops.check_quantized(NPU, torch.bfloat16)
     ops.check_quantized(torch.device("cpu"), torch.float32)
 

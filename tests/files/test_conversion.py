@@ -235,7 +235,7 @@ class Deaths:
 
     def __init__(self, patch, at=None):
         self.count, self._at = 0, at
-        places = ((transfer, "write"), (transfer, "lay_out"), (transfer, "sync"), (conversion, "sync"),
+        places = ((transfer, "write_at"), (transfer, "lay_out"), (transfer, "sync"), (conversion, "sync"),
                   (unfinished, "sync"), (unfinished.Unfinished, "record"), (Path, "rename"), (shutil, "copyfile"),
                   (shutil, "rmtree"))  # fmt: skip
         for owner, name in places:
@@ -287,7 +287,7 @@ def contents(folder):
 
 @pytest.fixture
 def in_small_steps(monkeypatch):
-    monkeypatch.setattr(writers, "PIECE", 2**18)
+    monkeypatch.setattr(writers, "WRITE_BYTES", 2**18)
     monkeypatch.setattr(transfer, "SYNC", 2**20)
 
 
@@ -345,7 +345,7 @@ def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch,
 def test_memory_is_that_of_a_piece(tmp_path, monkeypatch):
     """Of a network of 100 MB, in pieces of 1 MB."""
     source = random_wan.heavy_transformer(tmp_path / "source")
-    monkeypatch.setattr(writers, "PIECE", 2**20)
+    monkeypatch.setattr(writers, "WRITE_BYTES", 2**20)
 
     def grown(to):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -374,7 +374,7 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     source, target = tmp_path / "wan", tmp_path / "made"
     save_file(tensors, source)
     target.mkdir()
-    assert "made exists. Name another target" in refused(source, target, "diffusers")
+    assert "made exists. Give another target" in refused(source, target, "diffusers")
     target.rmdir()
     (tmp_path / "made.partial").mkdir()
     (tmp_path / "made.partial" / "own").touch()
@@ -396,7 +396,7 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     assert "--to was diffusers, is mindspeed" in refused(source, target, "mindspeed")
     assert "--dtype was keep, is fp32" in refused(source, target, "diffusers", dtype="fp32")
     os.utime(source, (1, 1))
-    assert "what SOURCE holds changed. To go on" in refused(source, target, "diffusers")
+    assert "what SOURCE holds changed. To resume" in refused(source, target, "diffusers")
     shutil.rmtree(tmp_path / "made.partial")
     with unfinished.unfinished(target, {}):
         assert "Another process is writing" in refused(source, target, "diffusers")
@@ -410,7 +410,7 @@ def test_a_target_is_refused_before_anything_is_written(tmp_path, tensors, refus
     target.symlink_to(tmp_path / "nothing")
     assert "link is a link to " in refused(source, target, "diffusers")
     for there in ("/", "..", ""):
-        assert "exists. Name another target" in refused(source, there, "diffusers")
+        assert "exists. Give another target" in refused(source, there, "diffusers")
     for nowhere in (source / "below_a_file", tmp_path / ("x" * 250)):
         told = refused(source, nowhere, "diffusers")
         assert "Errno" in told and "nothing was written" in told and "kept" not in told
@@ -454,7 +454,7 @@ def test_refusals_of_sources(tmp_path, tensors, refused):
     broken = tensors | {bias: torch.full((256,), float("nan"))}
     assert "NaN or infinite values in blocks.1.attn1.to_q.bias" in told(broken)
     large = tensors | {bias: torch.full((256,), 1e6)}
-    assert "up to 1e+06 in blocks.1.attn1.to_q.bias, which torch.float16 does not hold" in told(large, dtype="fp16")
+    assert "up to 1e+06 in blocks.1.attn1.to_q.bias, which exceed torch.float16" in told(large, dtype="fp16")
     for size in ("much", "0"):
         said = told(tensors, shard_size=size)
         assert f"--shard-size {size}: " in said and "Give a number and a unit, such as 5GB" in said

@@ -107,8 +107,9 @@ def with_index(folder, **changes):
 
 
 @pytest.mark.parametrize("damage, kind, says", [
-    (lambda folder: shutil.rmtree(folder / "tokenizer"), "text_encoder", "needs the tokenizer folder beside it"),
-    (lambda folder: wide(folder / "transformer_2"), "transformer_2", "Take both experts of one model"),
+    (lambda folder: shutil.rmtree(folder / "tokenizer"), "text_encoder",
+     "Put the tokenizer's folder next to the text encoder"),
+    (lambda folder: wide(folder / "transformer_2"), "transformer_2", "Use two experts of one model"),
     (exchanged, "transformer_2", "the other way round"),
     (lambda folder: with_index(folder, boundary_ratio="abc"), "transformer", "boundary_ratio 'abc'"),
 ])  # fmt: skip
@@ -127,7 +128,7 @@ def test_a_text_encoder_alone(told, tmp_path):
     network = tiny_models.umt5()
     torch.save(original_formats.original_umt5(network), tmp_path / "umt5.pth")
     status, text = told(tmp_path / "umt5.pth")
-    assert status == 1 and "not whole" in text and "has no tokenizer in it" in text
+    assert status == 1 and "not whole" in text and "contains no tokenizer" in text
     for model, whole in ((b"broken", False), (original_formats.sentencepiece_model(), True)):
         save_file(original_formats.comfyui_umt5(network, model), tmp_path / "umt5.safetensors")
         status, text = told(tmp_path / "umt5.safetensors")
@@ -170,11 +171,11 @@ def test_what_convert_makes_of_a_text_encoder(told, tmp_path):
 def test_a_folder_of_loose_files_has_the_file_named(told, tensors, tmp_path):
     save_file(tensors, tmp_path / "wan.safetensors")
     status, text = told(tmp_path)
-    assert status == 1 and text.count("\n") == 1 and text.endswith("Give the file in it, wan.safetensors.\n")
-    with pytest.raises(ValueError, match="Give the file in it, wan.safetensors"):
+    assert status == 1 and text.count("\n") == 1 and text.endswith("Give its file wan.safetensors.\n")
+    with pytest.raises(ValueError, match="Give its file wan.safetensors"):
         conversion.planned(tmp_path, "diffusers", None, "5GB")
     save_file(tensors, tmp_path / "other.safetensors")
-    assert "Give one of its files, as other.safetensors." in told(tmp_path)[1]
+    assert "Give one of its files, such as other.safetensors." in told(tmp_path)[1]
 
 
 def test_single_files(told, tmp_path):

@@ -82,7 +82,7 @@ def test_a_vae_behind_a_prefix(tmp_path, vae, expected, prefix):
 
 def test_several_networks_of_one_kind_are_named(tmp_path, tensors):
     torch.save(prefixed("generator.", tensors) | prefixed("generator_ema.", tensors), tmp_path / "wan.pt")
-    with pytest.raises(ValueError, match="wan.pt holds 2 networks that are a Wan transformer each: generator., gen"):
+    with pytest.raises(ValueError, match="wan.pt holds 2 networks, each a Wan transformer: generator., gen"):
         load(tmp_path / "wan.pt")
 
 
@@ -168,11 +168,11 @@ def test_shards_without_a_config_are_one_network(tmp_path, tensors, expected):
 def test_one_shard_says_that_it_is_one(tmp_path, tensors, checkpoint):
     folder = shards(tmp_path / "wan", tensors, numbers=(2,))
     file = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
-    says = f"By its name it is shard 2 of 2 of one network. Give its folder, {folder}, in which all 2 must lie."
+    says = f"By its name it is shard 2 of 2 of one network. Give its folder, {folder}, which must contain all 2."
     with pytest.raises(ValueError) as error:
         load(file)
     assert says in str(error.value) and "Download it again" not in str(error.value)
-    with pytest.raises(ValueError, match="wan lacks shard 1 of 2. Download what is missing"):
+    with pytest.raises(ValueError, match="wan lacks shard 1 of 2. Download the missing shards"):
         load(folder)
     whole = {name: x for name, x in tensors.items() if name != "blocks.1.ffn.2.weight"}
     save_file(whole, file)  # what a transformer is known by is there, a block's layer is not

@@ -53,7 +53,7 @@ def read(path, dtype, **which):
 def small_pieces(monkeypatch):
     """Three rows or so each; and whatever happens, no thread is left, and torch computes with as many as before."""
     before, computing = threading.enumerate(), torch.get_num_threads()
-    monkeypatch.setattr(pieces, "PIECE", 100)
+    monkeypatch.setattr(pieces, "READ_BYTES", 100)
     yield
     assert threading.enumerate() == before and torch.get_num_threads() == computing
 
@@ -112,7 +112,7 @@ def test_what_a_dtype_does_not_hold_is_told(tmp_path, kind, held, kept, value):
     given = tensors(getattr(torch, held), count=3)
     given["01"][-1, 2] = -value
     path = saved(kind, tmp_path / "file", given)
-    with pytest.raises(ValueError, match=rf"file has values of up to \S+ in 01, which torch.{kept} does not hold"):
+    with pytest.raises(ValueError, match=rf"file has values of up to \S+ in 01, which exceed torch.{kept}"):
         read(path, getattr(torch, kept))
     assert read(path, getattr(torch, held))["01"][-1, 2] == given["01"][-1, 2]
 
@@ -152,7 +152,7 @@ def test_readers_wait_for_who_takes_the_tensors(tmp_path, monkeypatch, dtype):
     counts = []
     monkeypatch.setattr(os, "preadv", lambda *given, call=os.preadv: counts.append(call(*given)) or counts[-1])
     path, part = saved("safetensors", tmp_path / "file", tensors()), PARTS["rows"]
-    most = pieces.AHEAD * max(pieces.THREADS, torch.get_num_threads())
+    most = pieces.PIECES_PER_THREAD * max(pieces.THREADS, torch.get_num_threads())
     with open_tensors(path) as file, closing(read_in_pieces(file, wanted(file, dtype, part_of=part))) as made:
         taken = 0
         for name, tensor in made:

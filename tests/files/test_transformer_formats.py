@@ -161,14 +161,14 @@ def test_a_file_that_changes_within_a_tick_of_the_clock_is_read_anew(tmp_path, t
 def test_cut_files_are_named(tmp_path, tensors):
     torch.save(tensors, tmp_path / "wan.pth")
     cut(tmp_path / "wan.pth")
-    with pytest.raises(ValueError, match="wan.pth is not a whole file of torch.save"):
+    with pytest.raises(ValueError, match="wan.pth is not a complete file of torch.save"):
         load(tmp_path / "wan.pth")
     formats.mindspeed_distributed(tmp_path / "dcp", tensors)
     cut(next((tmp_path / "dcp" / "iter_0001000").glob("*.distcp")))
     with pytest.raises(ValueError, match="distcp is missing or cut short"):
         load(tmp_path / "dcp")
     (tmp_path / "dcp" / "iter_0001000" / ".metadata").write_bytes(b"\x80\x04nonsense")
-    with pytest.raises(ValueError, match=r"\.metadata is not of a distributed checkpoint"):
+    with pytest.raises(ValueError, match=r"\.metadata is not the metadata of a distributed checkpoint"):
         load(tmp_path / "dcp")
 
 
@@ -181,7 +181,7 @@ def test_mindspeed_folders_that_are_not_whole(tmp_path, tensors):
     with pytest.raises(ValueError, match="in slices .*mp_rank_01_000.* resplit"):
         load(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("20")
-    with pytest.raises(ValueError, match="names iter_0000020, which is not there"):
+    with pytest.raises(ValueError, match="names iter_0000020, which is missing"):
         load(folder)
     (folder / "latest_checkpointed_iteration.txt").write_bytes(b"\x9e")
     with pytest.raises(ValueError, match="iteration.txt: the iteration that it names cannot be used"):
@@ -193,11 +193,11 @@ def test_another_8_bit_format_is_refused(tmp_path, tensors):
     layers = {"blocks.0.ffn.0": {"format": "nvfp4"}}
     marks = {"_quantization_metadata": json.dumps({"layers": layers})}
     save_file(kept, tmp_path / "wan", metadata=marks)
-    with pytest.raises(ValueError, match="holds blocks.0.ffn.0 as nvfp4. Take its fp8_scaled"):
+    with pytest.raises(ValueError, match="holds blocks.0.ffn.0 as nvfp4. Use the model's fp8_scaled"):
         load(tmp_path / "wan")
     scales["blocks.0.ffn.0"] = torch.ones(512)
     formats.save_new_mark(tmp_path / "wan", kept, scales)
-    with pytest.raises(ValueError, match=r"1 that are no scale: blocks.0.ffn.0.weight_scale \[512\]"):
+    with pytest.raises(ValueError, match=r"1 that are not a scale: blocks.0.ffn.0.weight_scale \[512\]"):
         load(tmp_path / "wan")
 
 
@@ -223,7 +223,7 @@ def test_nothing_of_a_pickle_is_run(tmp_path, tensors):
     torch.save({"model": tensors, "args": Trap(spring, tmp_path / "sprung")}, tmp_path / "wan.pt")
     load(tmp_path / "wan.pt")
     torch.save({"model": tensors, "args": Trap(os.mkdir, tmp_path / "sprung")}, tmp_path / "wan.pt")
-    with pytest.raises(ValueError, match="code of a file is never run"):
+    with pytest.raises(ValueError, match="code in a file is never run"):
         load(tmp_path / "wan.pt")
     formats.mindspeed_distributed(tmp_path / "dcp", tensors)
     metadata = tmp_path / "dcp" / "iter_0001000" / ".metadata"
@@ -233,14 +233,14 @@ def test_nothing_of_a_pickle_is_run(tmp_path, tensors):
     load(tmp_path / "dcp")
     content.planner_data = Trap(os.mkdir, tmp_path / "sprung")
     metadata.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match=r"\.metadata .* code of a file is never run"):
+    with pytest.raises(ValueError, match=r"\.metadata .* code in a file is never run"):
         load(tmp_path / "dcp")
     assert not (tmp_path / "sprung").exists()
 
 
 def test_a_file_of_an_old_torch_is_refused(tmp_path, tensors):
     torch.save(tensors, tmp_path / "wan.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match="before 1.6. Write it anew"):
+    with pytest.raises(ValueError, match="before 1.6. Save it again"):
         load(tmp_path / "wan.pth")
 
 

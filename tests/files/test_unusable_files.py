@@ -41,9 +41,9 @@ MARKS = {formats.save_old_mark: "scale_weight", formats.save_new_mark: "weight_s
          formats.save_layer_marks: "weight_scale"}  # fmt: skip
 WRONG_SCALES = {
     "1 without a scale: {weight}": lambda kept, scale: (kept, None),
-    "1 with a scale, but not of 8 bits: {weight}": lambda kept, scale: (kept.float(), scale),
-    "1 that are no scale: {scale} [] of torch.int8": lambda kept, scale: (kept, torch.ones((), dtype=torch.int8)),
-    "1 that are no scale: {scale} [2] of torch.float32": lambda kept, scale: (kept, torch.ones(2)),
+    "1 with a scale, but not in 8 bits: {weight}": lambda kept, scale: (kept.float(), scale),
+    "1 that are not a scale: {scale} [] of torch.int8": lambda kept, scale: (kept, torch.ones((), dtype=torch.int8)),
+    "1 that are not a scale: {scale} [2] of torch.float32": lambda kept, scale: (kept, torch.ones(2)),
     "has the scale 0.0 in {scale}; it must be above 0": lambda kept, scale: (kept, torch.zeros(())),
     "has the scale -1.0 in {scale}": lambda kept, scale: (kept, -torch.ones(())),
     "has the scale nan in {scale}": lambda kept, scale: (kept, torch.tensor(float("nan"))),
@@ -88,16 +88,16 @@ def test_whole_numbers_are_no_weights(tmp_path, tensors, dtype):
     file = tmp_path / "wan.safetensors"
     save_file(tensors | {f"{Q}.weight": torch.ones(256, 256, dtype=dtype)}, file)
     message = refused(file)
-    assert f"{file} holds tensors 1 that are no floating-point numbers: {Q}.weight as {dtype}" in message
+    assert f"{file} holds tensors 1 that are not floating-point: {Q}.weight as {dtype}" in message
 
 
 SHAPES = {
-    "makes 100 channels, which are no heads of 128": {"patch_embedding.weight": (100, 16, 1, 2, 2)},
+    "makes 100 channels, which is not a multiple of 128": {"patch_embedding.weight": (100, 16, 1, 2, 2)},
     "1 of the wrong shape: patch_embedding.weight is [256, 16, 1, 0, 2]": {
         "patch_embedding.weight": (256, 16, 1, 0, 2)},
-    "1 of the wrong shape: patch_embedding.weight is [256], not of 5 dims": {"patch_embedding.weight": (256,)},
-    "1 of the wrong shape: proj_out.weight is [], not of 2 dims": {"head.head.weight": ()},
-    "text_embedder.linear_1.weight is [256], not of 2 dims": {"text_embedding.0.weight": (256,)},
+    "1 of the wrong shape: patch_embedding.weight is [256], and must have 5 dims": {"patch_embedding.weight": (256,)},
+    "1 of the wrong shape: proj_out.weight is [], and must have 2 dims": {"head.head.weight": ()},
+    "text_embedder.linear_1.weight is [256], and must have 2 dims": {"text_embedding.0.weight": (256,)},
     "there is no blocks.1, but blocks.99999.attn1.to_q.weight": {"blocks.99999.self_attn.q.weight": (1,)},
     "there is no blocks.1, but blocks.x.weight": {"blocks.x.weight": (1,)},
 }  # fmt: skip
@@ -118,7 +118,7 @@ def test_a_vae_of_no_colours(tmp_path):
         tensors["encoder.conv1.weight"] = conv[:, :1].repeat(1, channels, 1, 1, 1)
         save_file(tensors, tmp_path / "vae.safetensors")
         message = refused(tmp_path / "vae.safetensors", "vae")
-        assert "vae.safetensors: it as a Wan VAE" in message and f"reads {channels} channels" in message
+        assert "vae.safetensors: the Wan VAE in it" in message and f"reads {channels} channels" in message
 
 
 # Networks that are near to what can be used
@@ -142,7 +142,7 @@ def test_variants_of_a_transformer_are_named(tmp_path, checkpoint, tensors, what
     save_file(tensors | {name: torch.zeros(2, 2)}, file)
     message = refused(file)
     assert f"{file} is not a plain Wan transformer. It is {what}, with 1 additional tensors" in message
-    assert name.split(".")[-2] in message and "Take a text-to-video or" in message and "config.json" not in message
+    assert name.split(".")[-2] in message and "Use a text-to-video or" in message and "config.json" not in message
     assert inspection.run(type("Arguments", (), {"path": str(file)})) == 1
     assert f"It is {what}" in (said := capsys.readouterr().out) and "not usable" in said
     folder = shutil.copytree(checkpoint, tmp_path / "folder")
@@ -166,7 +166,7 @@ def test_a_t5_is_no_umt5(tmp_path):
     for prefix in ("", "text_encoders.t5xxl.transformer."):
         save_file({f"{prefix}{name}": x for name, x in t5.items() if "embed_tokens" not in name}, tmp_path / "t5xxl")
         message = refused(tmp_path / "t5xxl", "text_encoder")
-        assert "It is a T5, such as t5xxl of Flux and SD3; Wan's is a UMT5. Take umt5_xxl" in message
+        assert "It is a T5, such as t5xxl of Flux and SD3, but Wan uses a UMT5. Use umt5_xxl" in message
         assert "tokenizer" not in message
 
 
@@ -180,22 +180,23 @@ def test_a_vae_that_enlarges_is_refused_before_it_decodes(tmp_path, checkpoint, 
     edit(folder / "vae" / "config.json", out_channels=12)
     for path, where in ((file, file), (folder, folder / "vae" / "config.json")):
         message = refused(path, "vae")
-        assert f"{where} reads 3 channels and makes 12; of RGB in patches of 1 x 1 there are 3. It is a VAE" in message
+        assert f"{where} reads 3 channels and makes 12; RGB in patches of 1 x 1 has 3. It is a VAE" in message
         assert inspection.run(type("Arguments", (), {"path": str(path)})) == 1
-        assert "enlarges videos" in capsys.readouterr().out
+        assert "upscales videos" in capsys.readouterr().out
     edit(folder / "vae" / "config.json", out_channels=3, patch_size="x")
-    assert "says patch_size 'x'. That must be whole numbers above 0" in refused(folder, "vae")
+    assert "says patch_size 'x'. These must be integers above 0" in refused(folder, "vae")
 
 
 def test_lightx2vs_scales_of_rows(tmp_path, tensors):
     for dtype in (torch.float8_e4m3fn, torch.int8):
         held = tensors | {f"{Q}.weight": tensors[f"{Q}.weight"].to(dtype), f"{Q}.weight_scale": torch.ones(256, 1)}
         save_file(held, tmp_path / "wan.safetensors")
-        said = f"1 weights as {str(dtype).removeprefix('torch.')} with one scale a row, such as {Q}.weight: LightX2V's"
-        assert said in refused(tmp_path / "wan.safetensors")
+        weights = f"1 weights as {str(dtype).removeprefix('torch.')}"
+        says = f"{weights} with one scale for each row, such as {Q}.weight: LightX2V's"
+        assert says in refused(tmp_path / "wan.safetensors")
     save_file({name: x for name, x in held.items() if name.startswith("blocks.")}, tmp_path / "block.safetensors")
     message = refused(tmp_path / "block.safetensors")
-    assert "lacks patch_embedding.weight" in message and "It holds blocks only, as LightX2V's files" in message
+    assert "lacks patch_embedding.weight" in message and "It holds only blocks, like LightX2V's files" in message
 
 
 # JSON
@@ -205,7 +206,8 @@ def test_lightx2vs_scales_of_rows(tmp_path, tensors):
 def test_the_originals_config(tmp_path, tensors, heads):
     folder = formats.original_folder(tmp_path / "wan", tensors)
     edit(folder / "config.json", num_heads=heads)
-    assert f"{folder / 'config.json'} says num_heads {heads!r}, which does not cut the 256 channels" in refused(folder)
+    says = f"{folder / 'config.json'} says num_heads {heads!r}, which does not divide the 256 channels"
+    assert says in refused(folder)
 
 
 def edit(file, **changes):
@@ -256,16 +258,17 @@ def test_a_folder_without_a_tokenizers_files(checkpoint, tmp_path):
 
 
 def test_other_files(tmp_path, checkpoint):
-    for start, says in ((b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a pointer of Git LFS"),
+    for start, says in ((b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
                         (b"<!DOCTYPE html><html>", "is a web page"), (b"\n <HTML>", "is a web page")):  # fmt: skip
         (tmp_path / "wan.safetensors").write_bytes(start + b" " * 100)
         assert f"{tmp_path / 'wan.safetensors'} {says}" in refused(tmp_path / "wan.safetensors")
     (tmp_path / "wan.gguf").write_bytes(b"GGUF" + bytes(range(200)))
-    assert "GGUF is not read. Take the model's fp8_scaled or fp16 file" in refused(tmp_path / "wan.gguf")
+    message = refused(tmp_path / "wan.gguf")
+    assert "a GGUF file, which is not supported. Use the model's fp8_scaled or fp16 file" in message
     json_file = checkpoint / "transformer" / "config.json"
-    assert f"{json_file} is no file of weights: neither .safetensors nor" in refused(json_file)
+    assert f"{json_file} is neither a .safetensors file nor" in refused(json_file)
     torch.distributed.checkpoint.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    assert "is no file of weights" in refused(tmp_path / "dcp" / ".metadata")
+    assert "is neither a .safetensors file nor" in refused(tmp_path / "dcp" / ".metadata")
 
 
 @pytest.mark.parametrize("content, says", [
@@ -274,7 +277,8 @@ def test_other_files(tmp_path, checkpoint):
 ])  # fmt: skip
 def test_what_is_no_state_dict_says_what_it_is(tmp_path, content, says):
     torch.save(content, tmp_path / "model.pth")
-    assert f"no tensors by name, but {says}. Save the network's state_dict" in refused(tmp_path / "model.pth")
+    message = refused(tmp_path / "model.pth")
+    assert f"holds {says} instead of a dict of tensors. Save the network's state_dict" in message
 
 
 def test_an_old_protocol_of_pickles(tmp_path):
@@ -285,4 +289,4 @@ def test_an_old_protocol_of_pickles(tmp_path):
 def test_a_file_with_other_heads_is_given_as_its_folder():
     folder = Path(__file__).resolve().parents[2] / "assets" / "tiny_wan" / "transformer"
     message = refused(folder / "diffusion_pytorch_model.safetensors")
-    assert "has attention_head_dim 48" in message and f"Give its folder: {folder}." in message
+    assert "sets attention_head_dim to 48" in message and f"Give its folder: {folder}." in message

@@ -7,7 +7,7 @@ from ascend_runtime import VaeSpec
 from ascend_runtime.recognition.layout import find_vae, vae_form
 from ascend_runtime.components import Components
 from ascend_runtime.models.wan.vae import streamed as wan_vae
-from ascend_runtime.parallel.tiles import whole
+from ascend_runtime.parallel.tiles import single_tile
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import save_file
@@ -42,8 +42,8 @@ def test_equals_diffusers(tmp_path, theirs, suffix):
     pixels = 2 * theirs.config.scale_factor_spatial
     latent = torch.randn(theirs.config.z_dim, 2, 2, 2, generator=generator)
     video = torch.randn(3, 5, pixels, pixels, generator=generator).clamp(-1, 1)
-    decoded = torch.cat([*wan_vae.decoded(ours.network, latent.unbind(1), whole(2, 2))], dim=1)
-    encoded = torch.stack([*wan_vae.encoded(ours.network, [video[:, :1], video[:, 1:]], whole(2, 2))], dim=1)
+    decoded = torch.cat([*wan_vae.decoded(ours.network, latent.unbind(1), single_tile(2, 2))], dim=1)
+    encoded = torch.stack([*wan_vae.encoded(ours.network, [video[:, :1], video[:, 1:]], single_tile(2, 2))], dim=1)
     for made, expected in ((decoded, theirs.decode(latent[None]).sample[0]),
                            (encoded, theirs.encode(video[None]).latent_dist.mean[0])):  # fmt: skip
         print(f"\n{theirs.config.z_dim} channels{suffix:15} largest difference {(made - expected).abs().max():.1e}")

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from ascend_runtime.models.wan.files.lora_names import NAMES
+from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
 from ascend_runtime.recognition.lora import read_lora
 from ascend_runtime.components import Components
 from ascend_runtime.specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
@@ -153,7 +153,7 @@ def kind_of(path, file):
 
 def load(kind, path, shapes):
     if kind == "lora":
-        read_lora(path, shapes, NAMES)
+        read_lora(path, shapes, LORA_NAMES)
         return
     loaded = Components(torch.device("cpu")).get(SPECS[kind](path=str(path)), lambda *_: None)
     network = {"transformer": lambda: loaded.high_noise, "vae": lambda: loaded.network,

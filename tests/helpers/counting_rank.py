@@ -16,7 +16,7 @@ from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.models.wan.weights import cut_dim, replicated
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import computed, guided
-from ascend_runtime.parallel.fsdp import Share, sharding_of
+from ascend_runtime.parallel.fsdp import ShardedWeights, sharding_of
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.specs import Plan
@@ -73,7 +73,7 @@ def steps(config, *, plan, options, latent):
     mesh, operators = mesh_of("cpu", Plan(**plan)), PlainOperators()
     sharding = sharding_of("cpu", dist.get_world_size(), mesh.plan.tp, fsdp=False)
     model = WanTransformer(config, sharding.tp)
-    Share(sharding, cut_dim, replicated, model.units).prepare(model)
+    ShardedWeights(sharding, cut_dim, replicated, model.units).prepare(model)
     model.to_empty(device="cpu")
     model.arrange(operators, spread(mesh, operators, **options))
     text = torch.zeros(latent[0], 8, model.config.text_dim)

@@ -14,17 +14,17 @@ import fused_files
 import gloo_ranks
 import torch
 import torch.distributed as dist
-from ascend_runtime.models.shared.quantized import WAYS, linears, quantize, quantized_parameters
+from ascend_runtime.models.shared.quantized import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
 from ascend_runtime.models.wan.files import lora_names
 from ascend_runtime.recognition.lora import read_lora
 from ascend_runtime.checkpoints.reader import check_weights, load_weights
 from ascend_runtime.components.loras import Adapter, LoraTarget
-from ascend_runtime.parallel.fsdp import Share, own_part, sharding_of
+from ascend_runtime.parallel.fsdp import ShardedWeights, own_part, sharding_of
 from safetensors.torch import load_file, save_file
 
 CPU = torch.device("cpu")
 NAMES = replace(
-    lora_names.NAMES,
+    lora_names.LORA_NAMES,
     fused=frozenset(f"blocks.{block}.{layer}.{leaf}" for block in range(2) for layer in ("linear1", "scale_shift")
               for leaf in ("weight", "bias")),
     split=fused_files.split,
@@ -44,7 +44,7 @@ def load(file, dtype, quantized, share_of):
     network, done = fused_files.Network().eval(), []
     places = check_weights(network, (file,), fused_files.rename, split=fused_files.split)
     layers = linears(network, lambda name: name.startswith("blocks.")) if quantized else []
-    quantize(network, {name: WAYS["w8a8_dynamic"] for name in layers}, "blocks.")
+    quantize(network, {name: QUANTIZATION_SCHEMES["w8a8_dynamic"] for name in layers}, "blocks.")
     share, in_8_bits = share_of(network), quantized_parameters(network)
     load_weights(
         network,
@@ -62,7 +62,7 @@ def run(folder, inputs, *, file, dtype, quantized, tp, fsdp, lora):
     sharding = sharding_of("cpu", dist.get_world_size(), tp, fsdp)
 
     def share_of(network):
-        return Share(sharding, fused_files.cut_dim, lambda name: False, [*network.blocks])
+        return ShardedWeights(sharding, fused_files.cut_dim, lambda name: False, [*network.blocks])
 
     read[0] = 0
     network, places, share, reported = load(folder / file, getattr(torch, dtype), quantized, share_of)

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.recognition.calibration_file import read_calibration
-from ascend_runtime.models.wan.files.lora_names import NAMES
+from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
 from ascend_runtime.recognition.lora import read_lora
 from ascend_runtime.components import Components
 from ascend_runtime.specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
@@ -77,7 +77,7 @@ def loaded(kind):
 
 
 def lora(path):
-    return refusal(lambda: read_lora(path, {"blocks.0.attn1.to_q.weight": (64, 64)}, NAMES))
+    return refusal(lambda: read_lora(path, {"blocks.0.attn1.to_q.weight": (64, 64)}, LORA_NAMES))
 
 
 def calibration(path):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ascend_runtime.models.shared.group_norm import TiledGroupNorm
-from ascend_runtime.parallel.tiles import Grid, Tile
+from ascend_runtime.parallel.tiles import TileGrid, Tile
 
 GRIDS = [((5, 4), (7, 6)), ((9,), (4, 3, 3, 3)), ((3, 2, 2, 2), (13,)), ((2, 2, 1, 4), (13,))]
 EDGES = [(1, 1, 1, 1), (1, 0, 1, 0), (0, 2, 0, 2), (1, 1, 0, 0), (0, 0, 1, 1)]
@@ -21,7 +21,7 @@ def main():
     folder, rank, ranks = gloo_ranks.join()
     generator, errors = torch.Generator().manual_seed(3), {}
     plane = torch.randn(2, 8, 3, 9, 13, generator=generator)
-    for grid in (Grid(*sides) for sides in GRIDS):
+    for grid in (TileGrid(*sides) for sides in GRIDS):
         assert grid.tiles == ranks
         tile = Tile(grid, rank)
         for edges in EDGES:

@@ -10,7 +10,7 @@ import gloo_ranks
 import torch.distributed as dist
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.ring import Ring
-from ascend_runtime.parallel.sequence import SpreadSequence
+from ascend_runtime.parallel.sequence import ShardedSequence
 from ascend_runtime.parallel.ulysses import Ulysses
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +31,7 @@ def attend(inputs, *, ring, ulysses, exchange, overlap, **_):
     """The attention of the whole sequence [B, S, heads * head_dim]."""
     mesh = init_device_mesh("cpu", (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
     operators = PlainOperators()
-    sequence = SpreadSequence(
+    sequence = ShardedSequence(
         dist.group.WORLD,
         operators.attention,
         Ulysses(mesh["ulysses"].get_group(), overlap) if ulysses > 1 else None,

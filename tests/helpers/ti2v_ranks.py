@@ -21,7 +21,7 @@ from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.weights import cut_dim, replicated
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import computed, guided
-from ascend_runtime.parallel.fsdp import Share, Sharding, sharding_of
+from ascend_runtime.parallel.fsdp import ShardedWeights, Sharding, sharding_of
 from ascend_runtime.parallel.mesh import mesh_of
 from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.specs import Plan
@@ -35,7 +35,7 @@ def load(folder: Path, sharding: Sharding = Sharding()) -> wan.WanTransformer:
     """What this rank holds of the network."""
     found = find_transformer(str(folder))
     network = wan.WanTransformer(found.config, sharding.tp).eval()
-    share = Share(sharding, cut_dim, replicated, network.units)
+    share = ShardedWeights(sharding, cut_dim, replicated, network.units)
     cpu = torch.device("cpu")
     places = check_weights(network, found.shards)
     load_weights(network, places, dtype_of=lambda name: torch.float32, device=cpu, share=share)

@@ -30,7 +30,7 @@ def main():
         if name not in vaes:
             vaes[name] = tiny_models.on_ranks(AutoencoderKLWan.from_pretrained(folder / name).eval())
         if case["grid"]:
-            tiles.grid_of = lambda *_, grid=case["grid"]: tiles.Grid(*map(tuple, grid))
+            tiles.grid_of = lambda *_, grid=case["grid"]: tiles.TileGrid(*map(tuple, grid))
         work = {"decode": decode_video, "encode": encode_video}[case["work"]]
         if "room" in case:
             devices.room = lambda _, free=case["room"][rank]: free

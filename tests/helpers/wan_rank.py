@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.ops import PlainOperators
-from ascend_runtime.parallel.sequence import SpreadSequence
+from ascend_runtime.parallel.sequence import ShardedSequence
 from ascend_runtime.parallel.ulysses import Ulysses
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,7 @@ def main():
     model.load_state_dict(load_file(folder / "weights.safetensors"), assign=True)
     operators = PlainOperators()
     group = dist.group.WORLD
-    model.arrange(operators, SpreadSequence(group, operators.attention, Ulysses(group), None))
+    model.arrange(operators, ShardedSequence(group, operators.attention, Ulysses(group), None))
     inputs = load_file(folder / "inputs.safetensors")
     with torch.no_grad():
         velocity = model(inputs["latent"], inputs["timestep"], Context(inputs["text"]))

@@ -19,7 +19,7 @@ from ascend_runtime.checkpoints.formats import safetensors_file
 from ascend_runtime.recognition.layout import find_transformer
 from ascend_runtime.models.wan import transformer as wan
 from ascend_runtime.models.wan.weights import cut_dim, keeps_fp32, replicated
-from ascend_runtime.parallel.fsdp import Share, sharding_of
+from ascend_runtime.parallel.fsdp import ShardedWeights, sharding_of
 from counting_rank import Sent
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -83,7 +83,7 @@ def run(folder, *, checkpoint, inputs, tp, fsdp, dtype):
         reader.check_weights(network, found.shards),
         dtype_of=lambda name: torch.float32 if keeps_fp32(name) else getattr(torch, dtype),
         device=torch.device("cpu"),
-        share=Share(sharding, cut_dim, replicated, network.units),
+        share=ShardedWeights(sharding, cut_dim, replicated, network.units),
     )
     told = {"read": CountingFile.given, "kept": alive() - before - buffers}
     held, begun, sent = [], [], Sent()

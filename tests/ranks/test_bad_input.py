@@ -239,7 +239,9 @@ def test_weights_that_are_no_numbers(survivors, component, damaged, value):
 
 
 @COMPONENTS
-@pytest.mark.parametrize("size, says", [(0, "is empty (0 bytes)"), (100, "is not a whole"), (-1000, "is not a whole")])
+@pytest.mark.parametrize("size, says", [
+    (0, "is empty (0 bytes)"), (100, "is not a complete"), (-1000, "is not a complete")
+])  # fmt: skip
 def test_files_cut_short(survivors, component, damaged, size, says):
     path = damaged / component / WEIGHTS[component]
     with path.open("r+b") as file:
@@ -344,5 +346,5 @@ def test_weights_that_a_dtype_does_not_hold(survivors, specs_of, damaged):
     path = change_tensors(damaged, "transformer", lambda tensors: tensors["proj_out.weight"].mul_(1e6))
     specs = specs_of(damaged)
     specs.model = DiffusionModelSpec(path=str(damaged), dtype="float16")
-    says = [str(path), "proj_out.weight", "which torch.float16 does not hold", "bfloat16"]
+    says = [str(path), "proj_out.weight", "which exceed torch.float16", "bfloat16"]
     assert_says(pytest.raises(ValueError, sample, survivors, specs), says)

@@ -57,7 +57,7 @@ ANSWERED = [  # arguments, exit status, what is said
     (["inspect", "/dev/null"], 2, "error: /dev/null is neither a folder nor a file."),
     (["inspect", "x" * 5000], 2, "cannot be a path"),
     (["convert", "/nowhere", "/tmp/made", "--to", "diffusers"], 2, "error: /nowhere does not exist"),
-    (["convert", MODEL, "assets", "--to", "diffusers"], 2, "assets exists. Name another target, or move it away."),
+    (["convert", MODEL, "assets", "--to", "diffusers"], 2, "assets exists. Give another target, or move it away."),
     (["convert", MODEL, "/tmp/made", "--to", "gguf"], 2, "invalid choice: 'gguf'"),
     (["convert", MODEL, "/tmp/made", "--to", "diffusers", "--shard-size", "big"], 2, "Give a number and a unit"),
     (["calibrate", "/nowhere"], 2, "error: /nowhere does not exist"),

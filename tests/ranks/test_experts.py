@@ -98,6 +98,6 @@ def test_the_video_is_that_of_resident_experts(runtimes, specs_of, checkpoints, 
 def test_a_swap_of_shared_weights_is_refused(two_ranks, specs_of, checkpoints):
     folder = str(checkpoints(experts=2))
     specs = specs_of(folder)
-    with pytest.raises(ValueError, match="experts is 'swap', but fsdp shares their weights"):
+    with pytest.raises(ValueError, match="experts is 'swap', but fsdp shards their weights"):
         two_ranks.sample(DiffusionModelSpec(path=folder, experts="swap"), SampleSpec(steps=2), torch.zeros(SHAPE),
                          specs.text(1), specs.text(2), parallel=ParallelSpec(ranks=2, fsdp=True))  # fmt: skip

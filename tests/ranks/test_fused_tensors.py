@@ -16,8 +16,8 @@ from ascend_runtime.checkpoints.writing import transfer, writers
 from ascend_runtime.checkpoints.fused import Target, in_proportion
 from ascend_runtime.recognition.lora import read_lora
 from ascend_runtime.checkpoints.msmodelslim import description_in, read_description
-from ascend_runtime.checkpoints.formats.parts import in_ranges, whole
-from ascend_runtime.checkpoints.reader import Whole, check_weights, load_weights, nbytes
+from ascend_runtime.checkpoints.formats.parts import in_ranges, full_slices
+from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes
 from ascend_runtime.checkpoints.writing.unfinished import unfinished
 from ascend_runtime.components.loras import Adapter, LoraTarget
 from ascend_runtime.ops.quantization import quantized_rows
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 LINEAR1, SHIFTED = "net.blocks.0.linear1.weight", "net.blocks.0.scale_shift.weight"
 
 
-class Parts(Whole):
+class Parts(AllWeights):
     """A share of each parameter, by its shape."""
 
     def __init__(self, of):
@@ -40,10 +40,10 @@ class Parts(Whole):
 
 PARTS = {
     "all": lambda shape: None,
-    "rows of both halves": lambda shape: (slice(3, shape[0] - 3), *whole(shape)[1:]),
-    "the last rows": lambda shape: (slice(shape[0] - 4, shape[0]), *whole(shape)[1:]),
-    "no rows": lambda shape: (slice(shape[0], shape[0]), *whole(shape)[1:]),
-    "columns": lambda shape: (*whole(shape)[:-1], slice(2, 5)) if len(shape) > 1 else None,
+    "rows of both halves": lambda shape: (slice(3, shape[0] - 3), *full_slices(shape)[1:]),
+    "the last rows": lambda shape: (slice(shape[0] - 4, shape[0]), *full_slices(shape)[1:]),
+    "no rows": lambda shape: (slice(shape[0], shape[0]), *full_slices(shape)[1:]),
+    "columns": lambda shape: (*full_slices(shape)[:-1], slice(2, 5)) if len(shape) > 1 else None,
 }
 
 
@@ -277,7 +277,7 @@ def test_each_rank_reads_its_part_and_reports_all(folder, case):
             if is_quantized(case, name):
                 part = part[0], slice(0, shape[1])
             as_is = CASES[case]["dtype"] == "float32" and size == 4 and not is_quantized(case, name)
-            if part == whole(shape) and as_is and ".mod." not in name:
+            if part == full_slices(shape) and as_is and ".mod." not in name:
                 continue  # mapped
             rows = part[0].stop - part[0].start
             expected += size * rows * (1 if len(part) == 1 else part[1].stop - part[1].start)
@@ -408,7 +408,7 @@ BROKEN = {
     "not finite": ({"linear1__weight": torch.ones(70, 10).index_fill_(0, torch.tensor(25), torch.nan)},
                    "NaN or infinite values in blocks.0.to_v.weight"),
     "whole numbers": ({"linear1__weight": torch.ones(70, 10, dtype=torch.int32)},
-                      "1 that are no floating-point numbers: net.blocks.0.linear1.weight as torch.int32"),
+                      "1 that are not floating-point: net.blocks.0.linear1.weight as torch.int32"),
 }  # fmt: skip
 
 

@@ -218,12 +218,12 @@ NAN = float("nan")
 
 
 @pytest.mark.parametrize("name, part, value, says", [
-    ("wan 2.1", "clip_vision", None, ["no clip_vision_output", "Connect CLIP Vision Encode"]),
+    ("wan 2.1", "clip_vision", None, ["needs a clip_vision_output", "Connect CLIP Vision Encode"]),
     ("wan 2.1", "clip_vision", torch.zeros(1, 257, 99), ["[1, 257, 99]", "[1, tokens, 40]", "clip_vision_h"]),
     ("first and last frame", "clip_vision", torch.zeros(1, 257, 40), ["257 tokens", "514", "of both"]),
-    ("wan 2.2", "clip_vision", torch.zeros(1, 257, 40), ["looks at none", "Disconnect"]),
+    ("wan 2.2", "clip_vision", torch.zeros(1, 257, 40), ["does not use one", "Disconnect"]),
     ("wan 2.2", "concat_mask", torch.zeros(1, 1, 2, 8, 12), ["[1, 1, 2, 8, 12]", "[1, 1, 3, 8, 12] or [1, 4, 3"]),
-    ("wan 2.2", "concat_mask", torch.zeros(1, 2, 3, 8, 12), ["[1, 2, 3, 8, 12]", "one node"]),
+    ("wan 2.2", "concat_mask", torch.zeros(1, 2, 3, 8, 12), ["[1, 2, 3, 8, 12]", "same node"]),
     ("wan 2.2", "concat_latent", torch.zeros(1, 48, 3, 8, 12), ["[1, 48, 3, 8, 12]", "[1, 16, 3, 8, 12]", "VAE"]),
     ("wan 2.2", "concat_latent", torch.full((1, 16, 3, 8, 12), NAN), ["concat_latent has NaN"]),
     ("ti2v", "concat_latent", torch.zeros(1, 48, 3, 4, 6), ["carries an image (concat_latent)", "36 in_channels"]),

@@ -8,7 +8,7 @@ import random_lora
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
-from ascend_runtime.models.wan.files.lora_names import NAMES
+from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
 from ascend_runtime.recognition.lora import LowRank, read_lora
 from ascend_runtime.components import Components
 from ascend_runtime.components.loras import Adapter
@@ -207,7 +207,8 @@ def test_layers_and_scales_are_those_that_diffusers_finds(layout, convert, check
     save_file(inside, tmp_path / "inside.safetensors")
     theirs = convert({key: tensor.clone() for key, tensor in inside.items()})  # it scales some in place
     theirs = {key.removeprefix("transformer."): tensor for key, tensor in theirs.items()}
-    ours = read_lora(tmp_path / "inside.safetensors", {name: tuple(x.shape) for name, x in base.items()}, NAMES).changes
+    shapes = {name: tuple(x.shape) for name, x in base.items()}
+    ours = read_lora(tmp_path / "inside.safetensors", shapes, LORA_NAMES).changes
     layers = {key.removesuffix(".lora_A.weight") for key in theirs if key.endswith(".lora_A.weight")}
     assert len(layers) == 20 and {f"{layer}.weight" for layer in layers} == {
         name for name, change in ours.items() if isinstance(change, LowRank)
@@ -245,12 +246,12 @@ def of_whole_numbers(tensors):
 
 
 REFUSED = {
-    another_kind: ["1 of no known kind: diffusion_model.blocks.0.self_attn.q.stranger"],
-    another_rank: ["1 that make no change together", "lora_B.weight [96, 4] and", "q.lora_A.weight [3, 96]"],
-    one_half: ["that make no change together", "head.head.lora_A.weight (of proj_out.weight)"],
+    another_kind: ["1 of an unknown kind: diffusion_model.blocks.0.self_attn.q.stranger"],
+    another_rank: ["1 that make no complete change", "lora_B.weight [96, 4] and", "q.lora_A.weight [3, 96]"],
+    one_half: ["that make no complete change", "head.head.lora_A.weight (of proj_out.weight)"],
     twice: ["given twice", "transformer.blocks.0.attn1.to_q.lora_A.weight"],
     not_a_number: ["1 with NaN or infinite values: diffusion_model.blocks.0.ffn.2.lora_B.weight"],
-    of_whole_numbers: ["1 that are no floating-point numbers: diffusion_model.blocks.0.ffn.2.lora_B.weight as torch"],
+    of_whole_numbers: ["1 that are not floating-point: diffusion_model.blocks.0.ffn.2.lora_B.weight as torch"],
 }
 
 
@@ -307,9 +308,9 @@ def test_other_refusals(two_ranks, specs, loras, expected, tmp_path):
     pids = two_ranks.pids
     for lora, says in [
         (LoraSpec(path=str(tmp_path / "none.safetensors")), "There is no LoRA .*none.safetensors.*models/loras"),
-        (LoraSpec(path=str(tmp_path / "empty.safetensors")), "Tensors there are none"),
-        (LoraSpec(path=str(tmp_path / "cut.safetensors")), "is not a whole .safetensors file"),
-        (LoraSpec(path=loras["kohya"][0], expert="low_noise"), "expert low_noise, but this model has no two experts"),
+        (LoraSpec(path=str(tmp_path / "empty.safetensors")), "It holds no tensors"),
+        (LoraSpec(path=str(tmp_path / "cut.safetensors")), "is not a complete .safetensors file"),
+        (LoraSpec(path=loras["kohya"][0], expert="low_noise"), "expert low_noise, but this model has only one expert"),
     ]:
         with pytest.raises(ValueError, match=says):
             sample(two_ranks, with_loras(specs.folder, lora), specs.text(1), ParallelSpec(ranks=2, fsdp=True))
@@ -343,10 +344,10 @@ def test_an_image_to_video_networks_own_layers(tmp_path):
         return tmp_path / name
 
     for file in (saved("original", "diffusion_model."), saved("kohya", "lora_unet_", lambda x: x.replace(".", "_"))):
-        whole, fitting = read_lora(file, shapes, NAMES), read_lora(file, plain, NAMES)
+        whole, fitting = read_lora(file, shapes, LORA_NAMES), read_lora(file, plain, LORA_NAMES)
         assert set(whole.changes) == {*image, "blocks.0.attn2.to_q.weight"} and whole.warning == ""
         assert set(fitting.changes) == {"blocks.0.attn2.to_q.weight"}
         assert f"{file} is used without some of its tensors: 8 of layers for CLIP's image, which" in fitting.warning
         assert "cross_attn" in fitting.warning
     with pytest.raises(ValueError, match="none of its 8 tensors fits. It was made for an image-to-video model"):
-        read_lora(saved("image", "diffusion_model."), plain, NAMES)
+        read_lora(saved("image", "diffusion_model."), plain, LORA_NAMES)

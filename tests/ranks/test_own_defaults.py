@@ -93,7 +93,7 @@ def test_ranks_that_read_different_files_say_so_instead_of_waiting_for_each_othe
 
 
 @pytest.mark.parametrize("content, says", [
-    ("[]", "holds no JSON object"),
+    ("[]", "does not hold a JSON object"),
     ("{", "is not JSON"),
     ("[" * 100_000, "is not JSON"),
     ('{"stps": 3}', "unknown field `stps`"),
@@ -115,14 +115,14 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(model, content, says):
     with pytest.raises(ValueError) as error:
         model_defaults(str(model))
     assert says in str(error.value) and str(model / NAME) in str(error.value)
-    assert str(error.value).endswith("or remove it: the model is then run as Wan2.1-T2V is.")
+    assert str(error.value).endswith("or remove it to use the defaults of Wan2.1-T2V.")
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_what_is_no_file_is_refused(model, make):
     (model / NAME).unlink()
     make(model / NAME)
-    with pytest.raises(ValueError, match=f"{NAME} is no regular file"):
+    with pytest.raises(ValueError, match=f"{NAME} is not a regular file"):
         model_defaults(str(model))
 
 

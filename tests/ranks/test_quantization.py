@@ -53,7 +53,7 @@ def relative(made, exact):
 def test_products_are_those_of_whole_numbers(monkeypatch, dtype, rows, width, outputs):
     """Also where they are made a few rows at a time, and of a token and a row of zeros. Half a step is lost of each."""
     print("seed 7")
-    monkeypatch.setattr(quantization, "BLOCK", 300 * outputs)
+    monkeypatch.setattr(quantization, "MAX_PRODUCTS", 300 * outputs)
     generator = torch.Generator().manual_seed(7)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((1, rows, width), (outputs, width),
                                                                              (outputs,)))  # fmt: skip
@@ -290,7 +290,7 @@ def test_experts_of_which_one_is_quantized_do_not_take_turns(tmp_path, original)
     described_folders.write(tmp_path / "high", original)
     save_file(original, tmp_path / "low.safetensors")
     spec = {"low_noise_path": str(tmp_path / "low.safetensors"), "experts": "swap"}
-    with pytest.raises(ValueError, match="experts is 'swap', but they are of different shapes"):
+    with pytest.raises(ValueError, match="experts is 'swap', but their weights have different shapes"):
         load(tmp_path / "high", **spec)
 
 
@@ -305,8 +305,8 @@ def test_a_torch_that_shares_no_integers(monkeypatch):
         raise RuntimeError("only Tensors of floating point dtype can require gradients")
 
     monkeypatch.setattr(fsdp, "fully_shard", too_old)
-    with pytest.raises(ValueError, match="shares no weights in 8 bits. Take torch 2.13, or leave fsdp off"):
-        fsdp.Share(fsdp.Sharding(mesh=object()), cut_dim, lambda name: False, network.units).prepare(network)
+    with pytest.raises(ValueError, match="cannot shard 8-bit weights. Use torch 2.13, or turn fsdp off"):
+        fsdp.ShardedWeights(fsdp.Sharding(mesh=object()), cut_dim, lambda name: False, network.units).prepare(network)
 
 
 def edited(folder, tensors=None, said=None):
@@ -323,9 +323,9 @@ def edited(folder, tensors=None, said=None):
 Q = "blocks.1.self_attn.q"
 BAD = {
     "no scales": ({"tensors": {f"{Q}.weight_scale": None}}, "1 missing: blocks.1.attn1.to_q.weight_scale"),
-    "a scale of zero": ({"tensors": {f"{Q}.weight_scale": torch.zeros(256, 1)}}, f"above 0 and are not: {Q}.weight_sc"),
+    "a scale of zero": ({"tensors": {f"{Q}.weight_scale": torch.zeros(256, 1)}}, f"must be above 0: {Q}.weight_sc"),
     "a scale that is no number": (
-        {"tensors": {f"{Q}.weight_scale": torch.full((256, 1), torch.nan)}}, f"above 0 and are not: {Q}.weight_scale"
+        {"tensors": {f"{Q}.weight_scale": torch.full((256, 1), torch.nan)}}, f"must be above 0: {Q}.weight_scale"
     ),
     "one scale": ({"tensors": {f"{Q}.weight_scale": torch.ones(1, 1)}}, r"to_q.weight_scale is \[1, 1\], not \[256, 1"),
     "an offset": ({"tensors": {f"{Q}.weight_offset": torch.ones(256, 1)}}, f"symmetric: {Q}.weight_offset"),
@@ -333,18 +333,21 @@ BAD = {
         {"tensors": {f"{Q}.weight": torch.ones(256, 128, dtype=torch.int8)}}, r"to_q.weight is \[256, 128\], not"
     ),
     "a weight that is no integer": ({"tensors": {f"{Q}.weight": torch.ones(256, 256)}}, f"{Q}.weight as torch.float32"),
-    "an integer that nothing is said of": ({"said": {f"{Q}.weight": None}}, f"no floating-point.*: {Q}.weight as"),
+    "an integer that nothing is said of": ({"said": {f"{Q}.weight": None}}, f"not floating-point.*: {Q}.weight as"),
     "a layer that there is not": (
-        {"said": {"blocks.9.ffn.0.weight": "W8A8_DYNAMIC"}}, "must be linear layers.*1 are not: blocks.9.ffn"
+        {"said": {"blocks.9.ffn.0.weight": "W8A8_DYNAMIC"}}, "Only linear layers.*1 are not: blocks.9.ffn"
     ),
     "an embedder": (
         {"said": {"text_embedding.0.weight": "W8A8_DYNAMIC"}}, "blocks; 1 are not: condition_embedder.text_emb"
     ),
-    "MXFP8": ({"said": {f"{Q}.weight": "W8A8_MXFP8"}}, f"1 as W8A8_MXFP8: {Q}. That is for cards of the 950 series"),
+    "MXFP8": (
+        {"said": {f"{Q}.weight": "W8A8_MXFP8"}},
+        f"1 as W8A8_MXFP8: {Q}. MindIE SD supports it on cards of the 950 series",
+    ),
     "MXFP4": ({"said": {f"{Q}.weight": "W4A4_MXFP4_DUALSCALE"}}, "as W4A4_MXFP4_DUALSCALE.*cards of the 950"),
     "an attention": ({"said": {"blocks.0.self_attn.quant_type": "FP8_DYNAMIC"}}, "FP8_DYNAMIC: blocks.0.*cards of the"),
     "an older attention": ({"said": {"blocks.0.self_attn.fa_q.scale": "FAQuant"}}, "FAQUANT: .*cards of the A2, A3"),
-    "what nobody knows": ({"said": {f"{Q}.weight": "W3A5"}}, f"1 as W3A5: {Q}. Take the model's W8A8_DYNAMIC"),
+    "what nobody knows": ({"said": {f"{Q}.weight": "W3A5"}}, f"1 as W3A5: {Q}. Use the model's W8A8_DYNAMIC"),
     "all left alone": ({"said": {}}, "names no quantized weight"),
 }  # fmt: skip
 
@@ -362,7 +365,7 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path, original, what):
     assert inspection.run(SimpleNamespace(path=str(tmp_path / "wan"))) == 1
 
 
-@pytest.mark.parametrize("text, says", [("{", "is not JSON"), ("[]", "no JSON object"), ('{"a.weight": 3}', "no qu")])
+@pytest.mark.parametrize("text, says", [("{", "is not JSON"), ("[]", "JSON object"), ('{"a.weight": 3}', "no qu")])
 def test_a_broken_description(tmp_path, original, text, says):
     described_folders.write(tmp_path / "wan", original)
     next((tmp_path / "wan").glob("*.json")).write_text(text)
@@ -388,7 +391,7 @@ def test_what_does_not_go_with_it(tmp_path, original, checkpoint):
     described_folders.write(tmp_path / "wan", original)
     with pytest.raises(ValueError, match="says that the model is quantized, and weights in 8 bits take no LoRA"):
         load(tmp_path / "wan", loras=(lora,))
-    with pytest.raises(ValueError, match="is quantized already. Set it to 'none'"):
+    with pytest.raises(ValueError, match="is quantized already. Set quantization to 'none'"):
         load(tmp_path / "wan", **FLY)
     with pytest.raises(ValueError, match="says that the transformer is quantized.*bf16 or fp16 form"):
         conversion.planned(tmp_path / "wan", "diffusers", None, "5GB")

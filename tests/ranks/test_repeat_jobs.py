@@ -192,7 +192,7 @@ def test_nothing_is_read_before_all_is_known_to_fit(one_rank, own, tmp_path):
     """A low-noise expert with a tensor too many; a LoRA of another model."""
     told = []
     save_file({"blocks.99.attn1.to_q.diff": torch.zeros(2)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="is no LoRA for this model"):
+    with pytest.raises(ValueError, match="is not a LoRA for this model"):
         one_rank.load(own.model.with_lora(LoraSpec(path=str(tmp_path / "lora.safetensors"))),
                       on_progress=lambda *news: told.append(news))  # fmt: skip
     (path,) = weights(own.folder / "transformer_2")
@@ -218,7 +218,7 @@ def test_what_changes_while_it_is_read_is_not_kept(own, tmp_path, kind):
         save_file({name: tensor * 0.5 for name, tensor in before.items()}, tmp_path / "new")
         os.replace(tmp_path / "new", file)
 
-    with pytest.raises(ValueError, match="changed while it was read. Run again"):
+    with pytest.raises(ValueError, match="changed while it was read. Run the job again"):
         components.get(spec, rewritten)
     expected = Components(torch.device("cpu")).get(spec, lambda *_: None)
     loaded, again = components.get(spec, lambda *_: None), lambda one: [one.low_noise, one.high_noise]

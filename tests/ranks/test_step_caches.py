@@ -298,5 +298,5 @@ def test_a_model_of_which_nothing_is_known(one_rank, specs):
 def test_a_file_that_is_no_calibration(one_rank, specs, model, tmp_path, content):
     folder = shutil.copytree(model.path, tmp_path / "model")
     calibration_file(str(folder)).write_bytes(content)
-    with pytest.raises(ValueError, match="is no calibration .* Remove it, or calibrate the model again"):
+    with pytest.raises(ValueError, match="is not a calibration .* Remove it, or calibrate the model again"):
         ours(one_rank, DiffusionModelSpec(path=str(folder)), specs.text(1), method="magcache")

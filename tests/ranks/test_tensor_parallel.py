@@ -54,7 +54,7 @@ def test_all_ranks_refuse_such_a_model_and_live_on(two_ranks, specs, tmp_path):
     odd, pids = DiffusionModelSpec(path=str(tmp_path)), two_ranks.pids
     for call in (lambda plan: two_ranks.load(odd, parallel=plan),
                  lambda plan: sample(two_ranks, odd, specs.text(1), plan)):  # fmt: skip
-        with pytest.raises(ValueError, match="tp_degree is 2.* 4 heads and a feed-forward 161 wide"):
+        with pytest.raises(ValueError, match="tp_degree is 2.* 4 heads and its feed-forward width 161"):
             call(ParallelSpec(ranks=2, tp_degree=2))
     sample(two_ranks, odd, specs.text(1))
     assert two_ranks.pids == pids

@@ -23,8 +23,8 @@ from ascend_runtime import (
 )
 from ascend_runtime.commands import calibration, inspection
 from ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE
-from ascend_runtime.models.registry import FURTHER, families
-from ascend_runtime.recognition.kinds import Kind, moved
+from ascend_runtime.models.registry import FAMILIES_VARIABLE, families
+from ascend_runtime.recognition.kinds import Kind, renumbered
 from ascend_runtime.recognition.layout import find_component
 from ascend_runtime.wire.messages import Conditioning
 from safetensors.torch import save_file
@@ -62,7 +62,7 @@ class Toy:
         self.folder, self.files = files.folder(root / "toy"), files.single_files(root / "files")
         self.model = DiffusionModelSpec(path=str(self.folder))
         self.vae, self.encoder = VaeSpec(path=str(self.folder)), TextEncoderSpec(path=str(self.folder))
-        environment = {FURTHER: "toy_family", "PYTHONPATH": str(HELPERS)}
+        environment = {FAMILIES_VARIABLE: "toy_family", "PYTHONPATH": str(HELPERS)}
         self.ranks = {number: new_runtime(number, **environment) for number in (1, 2)}
         self.prompts = {}
 
@@ -93,7 +93,7 @@ def toy(tmp_path_factory, new_runtime):
 @pytest.fixture
 def known(monkeypatch):
     """The Toy is a family of this process too, for one test."""
-    monkeypatch.setenv(FURTHER, "toy_family")
+    monkeypatch.setenv(FAMILIES_VARIABLE, "toy_family")
     families.cache_clear()
     yield
     monkeypatch.undo()
@@ -276,7 +276,7 @@ def test_blocks_of_both_kinds_move_behind_those_of_earlier_shards(known):
     """A shard's own numbers begin at 0, for each kind."""
     kind = Kind("toy", TRANSFORMER)
     names = ("double_blocks.0.video.mod.bias", "single_blocks.1.mod.bias", "proj_out.bias")
-    moved_names = [moved(kind, name, (2, 3)) for name in names]
+    moved_names = [renumbered(kind, name, (2, 3)) for name in names]
     assert moved_names == ["double_blocks.2.video.mod.bias", "single_blocks.4.mod.bias", "proj_out.bias"]
 
 
@@ -300,8 +300,8 @@ def test_a_model_is_run_with_its_familys_own_values(toy):
     ("no_such_module", "no module with a FAMILY .No module named"), ("plain_toy", "no attribute 'FAMILY'"),
 ])  # fmt: skip
 def test_a_module_that_has_no_family_is_refused(known, monkeypatch, module, says):
-    monkeypatch.setenv(FURTHER, f"toy_family, {module}")
-    with pytest.raises(ValueError, match=f"{FURTHER} names '{module}', which is .*{says}"):
+    monkeypatch.setenv(FAMILIES_VARIABLE, f"toy_family, {module}")
+    with pytest.raises(ValueError, match=f"{FAMILIES_VARIABLE} names '{module}', which is .*{says}"):
         families()
 
 

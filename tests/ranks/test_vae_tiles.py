@@ -11,7 +11,7 @@ import tile_rank
 import tiny_models
 import torch
 from ascend_runtime.models.wan.vae import streamed as wan_vae
-from ascend_runtime.parallel.tiles import Grid, Tile, grid_of
+from ascend_runtime.parallel.tiles import TileGrid, Tile, grid_of
 from ascend_runtime.models.shared.tiling import margin
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 from safetensors.torch import save_file
@@ -105,7 +105,7 @@ def test_ranks_send_borders_and_nothing_else(request, vaes, tmp_path, expected):
     for number, ((told, given), result) in enumerate(zip(cases, results)):
         assert (result - expected(told, given)).abs().max() < 1e-4, told
         reads = looked_at(vaes[1][told["vae"]], told["work"], given)
-        grid = Grid(*map(tuple, told["grid"]))
+        grid = TileGrid(*map(tuple, told["grid"]))
         for rank in range(len(sent)):
             noted = Counter()
             for operation, sent_bytes in sent[rank][number]:

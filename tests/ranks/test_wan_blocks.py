@@ -4,7 +4,7 @@ import gloo_ranks
 import pytest
 import tiny_models
 import torch
-from ascend_runtime.models.wan.cost import FEW
+from ascend_runtime.models.wan.cost import MAX_TOKEN_RATIO
 from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer
 from safetensors.torch import load_file, save_file
@@ -118,7 +118,7 @@ def test_a_prompt_is_projected_once_where_that_is_felt(config, few):
     ours, _ = ours_and_theirs(config)
     latent, timestep, text, image = inputs(config, per_token=False)
     tokens = latent[0, 0].numel() // 4
-    text = text[:, : tokens // FEW + (1 if few else -1)]
+    text = text[:, : tokens // MAX_TOKEN_RATIO + (1 if few else -1)]
     context, passes = Context(text, image), []
     embedder, attention = ours.condition_embedder, ours.blocks[1].attn2
     embedder.text_embedder.linear_1.register_forward_hook(lambda _, x, __: passes.append(x[0].shape[1]))

@@ -52,13 +52,13 @@ def test_every_variable_with_its_default_and_what_is_legal(document, row):
 
 def test_no_variable_that_is_not_there(document):
     known = {row.name for row in (*NPU, *ORIGINAL)} | set(ATTENTIONS)
-    known |= {name for name, rule in vars(precision).items() if isinstance(rule, precision.Rule)}
+    known |= {name for name, rule in vars(precision).items() if isinstance(rule, precision.DtypeRule)}
     assert set(rows_by_name(DOCUMENTS[document])) == known
 
 
 def test_every_rule_of_precision(document):
     for name, rule in vars(precision).items():
-        if isinstance(rule, precision.Rule):
+        if isinstance(rule, precision.DtypeRule):
             cells = rows_by_name(DOCUMENTS[document])[name]
             expected = [_word(rule.on(npu), document) for npu in (False, True)]
             assert cells[:2] == expected and cells[2], name

@@ -7,7 +7,7 @@ import pytest
 import torch
 from ascend_runtime import ops
 from ascend_runtime.ops import PlainOperators, operators_for, plain
-from ascend_runtime.ops.plain import say_once
+from ascend_runtime.ops.plain import log_once
 from ascend_runtime.specs import OperatorSpec
 from torch.testing import assert_close
 
@@ -45,7 +45,7 @@ def test_attention_spelt_out_in_blocks_of_rows(draw, monkeypatch):
     """For devices on which torch does not tell the log-sum-exp."""
     query, (key, value) = draw(BATCH, TOKENS, HEADS, HEAD_DIM), draw(2, BATCH, TEXT, HEADS, HEAD_DIM)
     monkeypatch.setattr(plain, "SCORES", 3 * BATCH * HEADS * TEXT)  # three rows
-    out, lse = plain.spelt_out(*(x.transpose(1, 2) for x in (query, key, value)))
+    out, lse = plain.explicit_attention(*(x.transpose(1, 2) for x in (query, key, value)))
     expected, expected_lse = formula(query, key, value)
     assert_close(out.transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
     assert_close(lse.transpose(1, 2), expected_lse, atol=1e-5, rtol=1e-5)
@@ -97,17 +97,17 @@ def test_fp8_attention_is_refused_by_name():
 
 
 def test_an_npus_attention_is_torchs_here_and_the_log_says_so_once(caplog):
-    say_once.cache_clear()
+    log_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="ascend_runtime"):
         for _ in range(3):
             serves = operators_for(CPU, OperatorSpec(attention="laser"), torch.float32)
     assert type(serves) is PlainOperators
     assert [record.message for record in caplog.records] == [
-        "attention 'laser' is an NPU's; here torch's own computes the same."
+        "attention 'laser' is only available on NPUs; torch's attention is used instead."
     ]
 
 
 def test_a_wrong_way_is_refused(monkeypatch):
-    monkeypatch.setenv(ops.VARIABLE, "fast")
+    monkeypatch.setenv(ops.OPERATORS_VARIABLE, "fast")
     with pytest.raises(ValueError, match="ASCEND_RUNTIME_OPERATORS is 'fast'.*auto, npu, torch"):
         operators_for(CPU, OperatorSpec(), torch.float32)

@@ -1,1 +1,1 @@
-"""The formats of files of tensors."""
+"""Readers of tensor file formats."""

@@ -1,7 +1,7 @@
-"""A part of a tensor that lies in a file, read straight into memory of its own.
+"""Reads slices of a tensor in a file directly into their own memory.
 
-A slice of a mapped file would do, but its pages count as the rank's memory until the file is closed, so that a group
-of ranks would hold up to twice what it loads, and the kernel reads ahead of each into what other ranks hold.
+Slices of a mapped file would work too, but mapped pages count as the rank's memory until the file is closed, so ranks
+would use up to twice the memory of what they load, and the kernel's readahead would load what other ranks hold.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ..fused import Rows
 
-Part = tuple[slice, ...]  # of a tensor: one slice a dim, none with a step
+Slices = tuple[slice, ...]  # a part of a tensor: one slice for each dim, none with a step
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file, `start` bytes from its beginning. stride, in elements; None: row by row, without gaps."""
+    """A tensor in a file, from byte `start` on. stride: in elements; None: contiguous."""
 
     start: int
     shape: tuple[int, ...]
@@ -31,11 +31,11 @@ class Stored:
     stride: tuple[int, ...] | None = None
 
 
-def read_stored(file: BinaryIO, stored: Stored, part: Part | None = None, into: Tensor | None = None) -> Tensor:
-    """This part of a tensor, in its dtype on disk; None: all of it. No other byte is read, if it lies row by row.
+def read_stored(file: BinaryIO, stored: Stored, part: Slices | None = None, into: Tensor | None = None) -> Tensor:
+    """A part of a tensor, in its dtype on disk; None: all of it. Reads no other bytes if the tensor is contiguous.
 
-    file: open without a buffer. into: where it goes, in one piece of memory, of its shape and dtype; None: memory of
-    its own. Raises ValueError where it became shorter.
+    file: opened without a buffer. into: a contiguous tensor of the part's shape and dtype to read into; None: allocates
+    one. Raises ValueError if the file became shorter.
     """
     if stored.stride is not None:
         span = 1 + sum((size - 1) * step for size, step in zip(stored.shape, stored.stride))
@@ -43,7 +43,7 @@ def read_stored(file: BinaryIO, stored: Stored, part: Part | None = None, into: 
         tensor = flat.as_strided(stored.shape, stored.stride)
         tensor = tensor if part is None else tensor[part]
         return tensor.contiguous() if into is None else into.copy_(tensor)
-    part = whole(stored.shape) if part is None else part
+    part = full_slices(stored.shape) if part is None else part
     tensor = torch.empty([own.stop - own.start for own in part], dtype=stored.dtype) if into is None else into
     memory = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     begins, length = _runs(stored.shape, part)
@@ -53,12 +53,12 @@ def read_stored(file: BinaryIO, stored: Stored, part: Part | None = None, into: 
     return tensor
 
 
-def whole(shape: Sequence[int]) -> Part:
+def full_slices(shape: Sequence[int]) -> Slices:
     return tuple(slice(0, size) for size in shape)
 
 
-def by_rows(part: Part, itemsize: int, nbytes: int) -> Iterator[Part]:
-    """A part in pieces of about so many bytes, each some rows of it; one at least."""
+def by_rows(part: Slices, itemsize: int, nbytes: int) -> Iterator[Slices]:
+    """Splits a part by rows into pieces of about `nbytes` bytes; at least one piece."""
     if not part:
         yield part
         return
@@ -68,9 +68,9 @@ def by_rows(part: Part, itemsize: int, nbytes: int) -> Iterator[Part]:
         yield slice(start, min(start + count, rows.stop)), *rest
 
 
-def in_ranges(part: Part, rows: Rows | None) -> list[tuple[Part, Part]]:
-    """A part of the tensor that these rows of another make, in pieces that each lie in one range: (which part of it,
-    where that lies in the other). One piece at least. rows: None, all, as they lie."""
+def in_ranges(part: Slices, rows: Rows | None) -> list[tuple[Slices, Slices]]:
+    """Splits a part of the tensor that these rows of a larger tensor make, so that each piece lies in one range of
+    rows: (the piece, its slices of the larger tensor). At least one piece. rows: None for all, in order."""
     if rows is None:
         return [(part, part)]
     (wanted, *rest), pieces, before = part, [], 0
@@ -91,8 +91,8 @@ def _fill(file: BinaryIO, memory: memoryview, offset: int) -> None:
         memory, offset = memory[count:], offset + count
 
 
-def _runs(shape: Sequence[int], part: Part) -> tuple[list[int], int]:
-    """Where the pieces of a part that lie in one begin, and how long each is; in elements."""
+def _runs(shape: Sequence[int], part: Slices) -> tuple[list[int], int]:
+    """(the starts of a part's contiguous runs, the length of each run), in elements."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     cut = max((dim for dim, size in enumerate(shape) if part[dim] != slice(0, size)), default=0)
     first = sum(own.start * stride for own, stride in zip(part[cut:], strides[cut:]))

@@ -1,9 +1,9 @@
-"""What a pickle holds, without running anything of it.
+"""Reads pickles without running any code that they name.
 
-Python's own reader calls whatever a pickle names, makes room for as many memos or bytes as it says, and hashes what
-may be nested so deep that the process ends. Of what Python and torch write (protocols 2 to 5) this reads plain values,
-lists, dicts by plain keys, and everything else as a `Record`: it takes one step for each of the pickle's, which makes
-one small object at most, and of both there may be so many.
+Python's own reader calls whatever a pickle names, allocates as many memo entries or bytes as the pickle says, and
+hashes objects that may be nested deeply enough to crash the process. This reader supports what Python and torch write
+(protocols 2 to 5): plain values, lists and dicts with plain keys. Any other object becomes a `PickledObject`. Each
+opcode creates at most one small object, and the numbers of opcodes and objects are bounded.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-# What torch writes of a 14B model's tensors has 0.2 MB and takes 0.1 million steps; of one that 16 ranks trained, with
-# what their optimizer keeps, 10 MB and 5 million.
-LONGEST = 64 * 2**20  # bytes
-MOST_STEPS = 8_000_000
-MOST_OBJECTS = 4_000_000
-MOST_NAMES = 10_000  # of classes and functions
-LARGEST_KEY = 2**60  # of whole numbers below it no two have one hash
-# Nothing of these is ever run here; but who names them means to, and his weights are not to be trusted either.
+# torch's pickle of a 14B model's tensors has 0.2 MB and takes 0.1 million steps; with the optimizer state of 16 ranks,
+# 10 MB and 5 million steps.
+MAX_PICKLE_BYTES = 64 * 2**20
+MAX_PICKLE_STEPS = 8_000_000
+MAX_PICKLE_OBJECTS = 4_000_000
+MAX_PICKLE_NAMES = 10_000  # of classes and functions
+LARGEST_KEY = 2**60  # integers below have different hashes
+# No code is ever run here; but a pickle that names these is malicious, and its weights cannot be trusted either.
 CODE = ("os", "posix", "nt", "sys", "subprocess", "builtins.eval", "builtins.exec", "builtins.compile",
         "builtins.__import__")  # fmt: skip
 MAPPINGS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter")
@@ -31,17 +31,17 @@ MAPPINGS = ("collections.OrderedDict", "collections.defaultdict", "collections.C
 
 @dataclass(frozen=True)
 class Name:
-    """A class or function that a pickle names: what is imported of it is for the reader to decide."""
+    """A class or function that a pickle names. It is not imported."""
 
     path: str  # such as "torch.float32"
 
 
 class OtherPickle(ValueError):
-    """A pickle of a kind that is not read here, whole as it may be."""
+    """A pickle of an unsupported kind, which may be valid."""
 
 
-class Record:
-    """Stands for an object: what its class is called, what that was given, and the state that it was left with."""
+class PickledObject:
+    """Stands for an object: `of`, the name of its class or function, called with `arguments`, and its pickled state."""
 
     __slots__ = ("of", "arguments", "state")
 
@@ -49,34 +49,34 @@ class Record:
         self.of, self.arguments, self.state = of, arguments, None
 
     def get(self, name: str) -> Any:
-        """An attribute; None where it has none of that name."""
+        """An attribute; None if there is none of that name."""
         return self.state.get(name) if isinstance(self.state, dict) else None
 
 
-Makers = Mapping[str, Callable[..., Any]]  # by the paths of names: what is made of the arguments
+Makers = Mapping[str, Callable[..., Any]]  # by a class' or function's path: makes an object from the arguments
 
 
 def read_pickle(content: bytes, makers: Makers, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """What `content` holds.
+    """The object that a pickle holds.
 
-    makers: what becomes of calls of certain names, in place of records. persistent: what its persistent ids stand for.
-    Raises ValueError where it is none, or has what Python and torch do not write of tensors.
+    makers: functions to use for calls of certain names; other calls become a PickledObject. persistent: loads the
+    object of a persistent id. Raises ValueError for an invalid pickle, or one that Python and torch do not write.
     """
-    if len(content) > LONGEST:
-        raise ValueError(f"its pickle has {len(content)} bytes, where {LONGEST} are allowed")
-    if content[:1] != pickle.PROTO:  # with which those of protocol 2 and later begin
-        raise OtherPickle("its pickle is of protocol 0 or 1. Save it again with torch.save's default protocol.")
+    if len(content) > MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle has {len(content)} bytes; at most {MAX_PICKLE_BYTES} are allowed")
+    if content[:1] != pickle.PROTO:  # the first opcode of protocol 2 and later
+        raise OtherPickle("its pickle has protocol 0 or 1. Save it again with torch.save's default protocol.")
     reader = _Reader(content, makers, persistent)
     try:
         with _no_collector():
             return reader.run()
     except (IndexError, KeyError, TypeError, struct.error, AttributeError):
-        raise ValueError(f"its pickle breaks off or is damaged at byte {reader.at}") from None
+        raise ValueError(f"its pickle is cut off or damaged at byte {reader.at}") from None
 
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Without Python's search for cycles, which would look at millions of new objects again and again."""
+    """Disables Python's garbage collector, which would scan millions of new objects again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -87,7 +87,7 @@ def _no_collector() -> Iterator[None]:
 
 
 class _Reader:
-    """stack: what was made and not used yet; marks: where runs of it begin; memo: what is used again."""
+    """The pickle machine. stack: objects not consumed yet; marks: positions in it; memo: objects that may be reused."""
 
     def __init__(self, content: bytes, makers: Makers, persistent: Callable[[Any], Any] | None):
         self.content, self.makers, self.persistent, self.at = content, makers, persistent, 0
@@ -95,20 +95,20 @@ class _Reader:
         self.marks: list[int] = []
         self.memo: list[Any] = []
         self.names: dict[str, Name] = {}
-        self.room = MOST_OBJECTS
+        self.room = MAX_PICKLE_OBJECTS
 
     def run(self) -> Any:
-        content, steps = self.content, STEPS
-        for _ in range(MOST_STEPS):
+        content, steps = self.content, OPCODES
+        for _ in range(MAX_PICKLE_STEPS):
             code = content[self.at]
             self.at += 1
             if code == STOP:
                 return self.stack.pop()
             step = steps.get(code)
             if step is None:
-                raise ValueError(f"its pickle has the code {code} at byte {self.at - 1}, which torch does not write")
+                raise ValueError(f"its pickle has the opcode {code} at byte {self.at - 1}, which torch does not write")
             step(self)
-        raise ValueError(f"its pickle takes more than {MOST_STEPS} steps")
+        raise ValueError(f"its pickle takes more than {MAX_PICKLE_STEPS} steps")
 
     def take(self, count: int) -> bytes:
         start, self.at = self.at, self.at + count
@@ -129,22 +129,22 @@ class _Reader:
         return items
 
     def put(self, value: Any, room: int = 1) -> None:
-        """A new object."""
+        """Pushes a new object, which takes `room` of the allowed objects."""
         self.room -= room
         if self.room < 0:
-            raise ValueError(f"its pickle holds more than {MOST_OBJECTS} objects")
+            raise ValueError(f"its pickle holds more than {MAX_PICKLE_OBJECTS} objects")
         self.stack.append(value)
 
     def name(self, path: str) -> None:
-        """Writers name a class once, and remember it."""
-        if path not in self.names and len(self.names) == MOST_NAMES:
-            raise ValueError(f"its pickle names more than {MOST_NAMES} classes")
+        """Pushes a name. Writers name a class once, and memoize it."""
+        if path not in self.names and len(self.names) == MAX_PICKLE_NAMES:
+            raise ValueError(f"its pickle names more than {MAX_PICKLE_NAMES} classes")
         if path in CODE or path.partition(".")[0] in CODE:
-            raise ValueError(f"it names {path}, and code of a file is never run")
+            raise ValueError(f"it names {path}, and code in a file is never run")
         self.put(self.names.setdefault(path, Name(path)), room=20)
 
     def remember(self, index: int) -> None:
-        """For later use: writers number what they remember one after the other."""
+        """Memoizes the top of the stack. Writers number memo entries consecutively."""
         if index < len(self.memo):
             self.memo[index] = self.stack[-1]
         elif index == len(self.memo):
@@ -153,7 +153,7 @@ class _Reader:
             raise IndexError
 
     def last(self, count: int) -> tuple[Any, ...]:
-        """The last values, taken off."""
+        """Pops the last `count` values."""
         if count > len(self.stack):
             raise IndexError
         taken = tuple(self.stack[-count:])
@@ -164,10 +164,10 @@ class _Reader:
         path = of.path if isinstance(of, Name) else None
         if path in self.makers and isinstance(arguments, tuple):
             return self.makers[path](*arguments)
-        return {} if path in MAPPINGS else Record(of, arguments)
+        return {} if path in MAPPINGS else PickledObject(of, arguments)
 
     def set_items(self, items: list[Any] | tuple[Any, ...]) -> None:
-        """Into what is last. Entries by tuples and the like are left out: they name no tensor."""
+        """Adds items to the dict on top of the stack. Keys such as tuples are skipped: they name no tensor."""
         into = self.stack[-1]
         if isinstance(into, dict):
             into.update((key, value) for key, value in zip(items[::2], items[1::2]) if _is_key(key))
@@ -178,22 +178,22 @@ class _Reader:
 
     def build(self) -> None:
         (state,) = self.last(1)
-        if isinstance(self.stack[-1], Record) and self.stack[-1] is not SET:
+        if isinstance(self.stack[-1], PickledObject) and self.stack[-1] is not SET:
             self.stack[-1].state = state
 
 
 def _is_key(key: Any) -> bool:
-    return type(key) in (str, Record, bool, type(None)) or type(key) is int and abs(key) < LARGEST_KEY
+    return type(key) in (str, PickledObject, bool, type(None)) or type(key) is int and abs(key) < LARGEST_KEY
 
 
 def _number(form: str) -> Callable[[_Reader], Any]:
-    """A step that puts a number of this form (see struct)."""
+    """An opcode that pushes a number of this format (see struct)."""
     unpack, size = struct.Struct(form).unpack, struct.calcsize(form)
     return lambda reader: reader.put(unpack(reader.take(size))[0])
 
 
 def _counted(form: str, make: Callable[[bytes], Any]) -> Callable[[_Reader], Any]:
-    """A step that puts what is made of as many bytes as a number of this form says."""
+    """An opcode that pushes an object made from bytes, whose count is a number of this format."""
     unpack, size = struct.Struct(form).unpack, struct.calcsize(form)
     return lambda reader: reader.put(make(reader.take(unpack(reader.take(size))[0])))
 
@@ -230,8 +230,8 @@ def _by_code(steps: dict[bytes, Callable[[_Reader], Any]]) -> dict[int, Callable
 
 
 STOP = pickle.STOP[0]
-SET = Record(Name("builtins.set"), ())  # stands for all sets, as none holds a tensor
-STEPS = _by_code({
+SET = PickledObject(Name("builtins.set"), ())  # stands for every set, since no set holds a tensor
+OPCODES = _by_code({
     pickle.PROTO: lambda reader: reader.take(1),
     pickle.FRAME: lambda reader: reader.take(8),
     pickle.MARK: lambda reader: reader.marks.append(len(reader.stack)),
@@ -262,7 +262,7 @@ STEPS = _by_code({
     pickle.SETITEMS: lambda reader: reader.set_items(reader.since_mark()),
     pickle.EMPTY_SET: _constant(SET),
     pickle.ADDITEMS: lambda reader: reader.since_mark(),
-    pickle.FROZENSET: lambda reader: reader.put(Record(SET, reader.since_mark())),
+    pickle.FROZENSET: lambda reader: reader.put(PickledObject(SET, reader.since_mark())),
     pickle.GLOBAL: lambda reader: reader.name(f"{reader.line()}.{reader.line()}"),
     pickle.STACK_GLOBAL: _named,
     pickle.REDUCE: lambda reader: reader.put(reader.made(*reader.last(2))),

@@ -1,4 +1,4 @@
-"""A .safetensors file (https://huggingface.co/docs/safetensors, "Format")."""
+"""Reads .safetensors files (https://huggingface.co/docs/safetensors, "Format")."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..bounded import parse_json
 from ..faults import shown
-from .parts import Part, Stored, read_stored
+from .parts import Slices, Stored, read_stored
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -20,23 +20,23 @@ DTYPES = {
 }  # fmt: skip
 
 
-LONGEST_HEADER = 16 * 2**20  # bytes; a 14B model's in 8 bits has 0.5 MB, that of a file with all components 1 MB
-MOST_OBJECTS = 200_000  # in it: a tensor each, and what training notes of itself, as JSON within a string
+MAX_HEADER_BYTES = 16 * 2**20  # a 14B model's header in 8 bits has 0.5 MB, that of a file with all components 1 MB
+MAX_HEADER_OBJECTS = 200_000  # one for each tensor, and those of training metadata, as JSON within a string
 
 
 def check_header(path: Path) -> None:
-    """Raises ValueError for a header that no model's file has, before the library makes anything of it."""
+    """Raises ValueError for a header that is too large, before the library parses it."""
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > LONGEST_HEADER:
-            raise ValueError(f"{path} has a header of {length} bytes; a model's file has at most {LONGEST_HEADER}.")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} has a header of {length} bytes; a model's file has at most {MAX_HEADER_BYTES}.")
         objects = file.read(length).count(b"{")
-    if objects > MOST_OBJECTS:
-        raise ValueError(f"{path} has a header of {objects} entries; a model's file has at most {MOST_OBJECTS}.")
+    if objects > MAX_HEADER_OBJECTS:
+        raise ValueError(f"{path} has a header of {objects} entries; a model's file has at most {MAX_HEADER_OBJECTS}.")
 
 
 class SafetensorsFile:
-    """See tensor_files.TensorFile. The library opens it first, as it checks that the file is whole."""
+    """See tensor_files.TensorFile. The library opens the file first, to check that it is complete."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -47,9 +47,9 @@ class SafetensorsFile:
             self._library = safe_open(self.path, framework="pt").__enter__()
         except SafetensorError as error:
             why = shown(error)
-            raise ValueError(f"{self.path} is not a whole .safetensors file ({why}). Download it again.") from None
-        except RuntimeError as error:  # of mmap
-            raise ValueError(f"{self.path} cannot be read ({shown(error)}). Is there room for all of it?") from None
+            raise ValueError(f"{self.path} is not a complete .safetensors file ({why}). Download it again.") from None
+        except RuntimeError as error:  # from mmap
+            raise ValueError(f"{self.path} cannot be mapped ({shown(error)}). Is there enough address space?") from None
         self._file = self.path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
         self._entries, self._data = parse_json(self._file.read(length)), 8 + length
@@ -63,17 +63,17 @@ class SafetensorsFile:
 
     def dtype(self, name: str) -> torch.dtype:
         held = self._entries[name]["dtype"]
-        if held not in DTYPES:
-            raise ValueError(f"{self.path} holds {name} as {held}. Take its fp32, fp16, bf16 or fp8 form.")
-        return DTYPES[held]
+        if held not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{self.path} holds {name} as {held}. Use the file's fp32, fp16, bf16 or fp8 form.")
+        return SAFETENSORS_DTYPES[held]
 
-    def read(self, name: str, part: Part | None = None, into: Tensor | None = None) -> Tensor:
+    def read(self, name: str, part: Slices | None = None, into: Tensor | None = None) -> Tensor:
         start = self._data + self._entries[name]["data_offsets"][0]
         return read_stored(self._file, Stored(start, self.shapes[name], self.dtype(name)), part, into)
 
     def in_rows(self, name: str) -> bool:
         return True
 
-    def mapped(self, name: str, part: Part | None = None) -> Tensor:
+    def mapped(self, name: str, part: Slices | None = None) -> Tensor:
         tensor = self._library.get_tensor(name)
         return tensor if part is None else tensor[part]

@@ -1,4 +1,4 @@
-"""Files of tensors, told apart by what is in them: .safetensors, torch.save, torch's distributed checkpoints."""
+"""Opens tensor files, recognised by their content: .safetensors, torch.save, torch's distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ import torch
 
 from ..bounded import check_tensors
 from .dcp import METADATA, DistributedCheckpoint
-from .parts import Part
-from .safetensors_file import LONGEST_HEADER, SafetensorsFile
+from .parts import Slices
+from .safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from .torch_file import TorchFile
 
-# How files of torch.save begin, and llama.cpp's; a .safetensors with the length of its header, which has a bound.
+# The first bytes of files of torch.save and llama.cpp. A .safetensors file starts with its header's length.
 ZIP, OLD_PICKLE, GGUF = b"PK\x03\x04", b"\x80\x02\x8a\x0a", b"GGUF"
-# How files begin that were to be weights, and what they are.
-PAGE = "a web page, as a download without the rights to it gives. Log in where it is published, and download it again"
+# The first bytes of files that are often mistaken for weights, and what they are.
+PAGE = "a web page, as a download without access rights returns. Log in where it is published, and download it again"
 OTHER_STARTS = {
-    b"version https://git-lfs": "a pointer of Git LFS, in the place of the weights. Run `git lfs pull` in its folder, "
-    "or download the file itself",
+    b"version https://git-lfs": "a Git LFS pointer instead of the weights. Run `git lfs pull` in its folder, or "
+    "download the file itself",
     b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE,
 }  # fmt: skip
 
 
 class TensorFile(Protocol):
-    """An open file; a context manager, whose exit closes it. Several threads may read at once; one maps."""
+    """An open file; a context manager, which closes it on exit. `read` is thread-safe; `mapped` is not."""
 
     path: Path
-    header: dict[str, str]  # what the file says of itself
-    shapes: dict[str, tuple[int, ...]]  # of all its tensors, by name
+    header: dict[str, str]  # the file's metadata
+    shapes: dict[str, tuple[int, ...]]  # of all tensors, by name
 
     def dtype(self, name: str) -> torch.dtype:
-        """On disk. Raises ValueError for one that torch has not."""
+        """The dtype on disk. Raises ValueError for a dtype that torch lacks."""
 
-    def read(self, name: str, part: Part | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
-        """This part of a tensor (None: all), in its dtype on disk. No other tensor is read.
+    def read(self, name: str, part: Slices | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
+        """A part of a tensor (None: all), in its dtype on disk. Reads no other tensor.
 
-        into: where it goes, in one piece of memory, of its shape and dtype; None: memory of its own.
+        into: a contiguous tensor of the part's shape and dtype to read into; None: allocates one.
         """
 
     def in_rows(self, name: str) -> bool:
-        """Whether some rows of a tensor can be read without the others."""
+        """Whether rows of a tensor can be read without the others."""
 
-    def mapped(self, name: str, part: Part | None = None) -> torch.Tensor:
-        """This part of a tensor (None: all) as a view of the mapped file where the tensor lies there in one piece, else
-        as `read` gives it."""
+    def mapped(self, name: str, part: Slices | None = None) -> torch.Tensor:
+        """A part of a tensor (None: all), as a view of the mapped file if the tensor is contiguous, else like
+        `read`."""
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """The opened file, or folder of a distributed checkpoint. Raises ValueError where it is none of those, or cut, or
-    cannot be read, or names tensors as no model does (see bounded.py)."""
+    """Opens a file, or the folder of a distributed checkpoint. Raises ValueError if it has another format, is cut off
+    or not readable, or has invalid tensor names or shapes (see bounded.py)."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(_kind(path)(path))
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}). May you read it?") from None
+            raise ValueError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
         check_tensors(path, file.shapes)
         yield file
 
@@ -66,30 +66,30 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 def _kind(path: Path) -> type[TensorFile]:
     if path.is_dir():
         if not (path / METADATA).is_file():
-            raise ValueError(f"{path} is a folder without {METADATA}: no distributed checkpoint of torch.")
+            raise ValueError(f"{path} is a folder without {METADATA}, so not a distributed checkpoint of torch.")
         return DistributedCheckpoint
     if not path.is_file():
-        why = "no regular file" if path.exists() else "not there"
-        raise ValueError(f"{path} is {why}. Put the file of weights in its place.")
+        why = "is not a regular file" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {why}. Put the weights there.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes). Download it again.")
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(GGUF):
-        raise ValueError(f"{path} is a GGUF file, and GGUF is not read. Take the model's fp8_scaled or fp16 file.")
+        raise ValueError(f"{path} is a GGUF file, which is not supported. Use the model's fp8_scaled or fp16 file.")
     if start.startswith(OLD_PICKLE):
         raise ValueError(
-            f"{path} was written by a torch before 1.6. Write it anew: "
-            "torch.save(torch.load(it, weights_only=True), it)."
+            f"{path} was written by torch before 1.6. Save it again: "
+            "torch.save(torch.load(path, weights_only=True), path)."
         )
     other = next((what for begin, what in OTHER_STARTS.items() if start.lstrip().lower().startswith(begin)), None)
     if other is not None:
         raise ValueError(f"{path} is {other}.")
     if start.startswith(ZIP):
         return TorchFile
-    if int.from_bytes(start[:8], "little") > LONGEST_HEADER:
+    if int.from_bytes(start[:8], "little") > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{path} is no file of weights: neither .safetensors nor of torch.save; or its beginning is damaged. Give "
-            "the file that holds the weights, or the folder around it; if this is to be it, download it again."
+            f"{path} is neither a .safetensors file nor one of torch.save, or its beginning is damaged. Give the file "
+            "that holds the weights, or its folder; if it is this file, download it again."
         )
     return SafetensorsFile

@@ -1,1 +1,1 @@
-"""Folders and files of weights, as they are written."""
+"""Writes folders and files of weights."""

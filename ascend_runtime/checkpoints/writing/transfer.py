@@ -1,4 +1,4 @@
-"""Tensors out of files and into files, a piece at a time; what is on disk is not written again."""
+"""Copies tensors from files to files, a piece at a time, and skips pieces that are already on disk."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from pathlib import Path
 
 import torch
 
-from ..formats.parts import Part, Rows, in_ranges
+from ..formats.parts import Rows, Slices, in_ranges
 from ..formats.tensor_files import TensorFile, open_tensors
 from ..pieces import read_as
 from .unfinished import Unfinished, sync
-from .writers import lay_out, pieces, starts, write
+from .writers import lay_out, pieces, starts, write_at
 
-SYNC = 2**28  # bytes after which what was written is put on the disk, and counts as done
+SYNC = 2**28  # bytes that are written between two syncs to disk
 
 
 @dataclass(frozen=True)
 class Move:
-    """A tensor: what diffusers or transformers call it, where it lies, and, on the meta device, what becomes of it.
+    """A tensor to copy. name: diffusers' or transformers' name. shard, key, scale: where it lies. made: the result, on
+    the meta device.
 
-    rows: those that make it up, of what lies there; None: all.
+    rows: its ranges of the stored tensor's rows; None: all.
     """
 
     name: str
@@ -37,12 +38,12 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A piece of a tensor on its way, to `offset` in a file."""
+class PieceCopy:
+    """The copy of a piece of a tensor to `offset` in a file."""
 
     file: Path
     move: Move
-    part: Part
+    part: Slices
     offset: int
 
     @property
@@ -50,9 +51,11 @@ class Step:
         return math.prod(own.stop - own.start for own in self.part) * self.move.made.itemsize
 
 
-def laid_out(moves: dict[Path, dict[str, Move]], work: Unfinished) -> list[Step]:
-    """All steps to the tensors of these files, by paths within what is being made and by names there; in the order in
-    which they lie. The files are laid out first, unless they were."""
+def laid_out(moves: dict[Path, dict[str, Move]], work: Unfinished) -> list[PieceCopy]:
+    """All copies that fill these files, in file order. Lays the files out first, unless they already are.
+
+    moves: the tensors of each file, by its path in the new folder and by their names in it.
+    """
     if work.done is None:
         for path, own in moves.items():
             place = work.place(path)
@@ -62,16 +65,16 @@ def laid_out(moves: dict[Path, dict[str, Move]], work: Unfinished) -> list[Step]
     return [step for path, own in moves.items() for step in _steps(work.place(path), own)]
 
 
-def _steps(file: Path, moves: dict[str, Move]) -> Iterator[Step]:
+def _steps(file: Path, moves: dict[str, Move]) -> Iterator[PieceCopy]:
     for name, start in starts(file).items():
         for part, offset in pieces(moves[name].made):
-            yield Step(file, moves[name], part, start + offset)
+            yield PieceCopy(file, moves[name], part, start + offset)
 
 
-def fill(steps: Sequence[Step], work: Unfinished, on_bytes: Callable[[int], object]) -> None:
-    """Takes the steps that are not recorded yet. on_bytes: told how many each wrote.
+def fill(steps: Sequence[PieceCopy], work: Unfinished, on_bytes: Callable[[int], object]) -> None:
+    """Performs the copies that are not recorded yet. on_bytes: called with the bytes that each wrote.
 
-    Raises ValueError, which names the tensor, where values are no numbers, or beyond the dtype that they are to have.
+    Raises ValueError, which names the tensor, for values that are not finite, or exceed the new dtype.
     """
     left = steps[work.done :]
     with ExitStack() as stack:
@@ -81,11 +84,13 @@ def fill(steps: Sequence[Step], work: Unfinished, on_bytes: Callable[[int], obje
             _fill_file(path, own, files, work, on_bytes)
 
 
-def _fill_file(path: Path, steps: Iterator[Step], files: dict[Path, TensorFile], work: Unfinished, on_bytes) -> None:
+def _fill_file(
+    path: Path, steps: Iterator[PieceCopy], files: dict[Path, TensorFile], work: Unfinished, on_bytes
+) -> None:
     with path.open("r+b", buffering=0) as file:
         done, pending = work.done, 0
         for step in steps:
-            write(file.fileno(), _made(files[step.move.shard], step), step.offset)
+            write_at(file.fileno(), _made(files[step.move.shard], step), step.offset)
             on_bytes(step.nbytes)
             done, pending = done + 1, pending + step.nbytes
             if pending >= SYNC:
@@ -96,7 +101,7 @@ def _fill_file(path: Path, steps: Iterator[Step], files: dict[Path, TensorFile],
         work.record(done)
 
 
-def _made(file: TensorFile, step: Step) -> torch.Tensor:
+def _made(file: TensorFile, step: PieceCopy) -> torch.Tensor:
     move = step.move
     made = [
         read_as(file, move.key, lies, move.made.dtype, scale=move.scale, name=move.name)

@@ -1,7 +1,7 @@
-"""A folder that comes into being step by step, beside its name, and is gone on with after whatever stopped it.
+"""Makes a folder step by step under a temporary name, so that an interrupted run can be resumed.
 
-    TARGET.partial/journal   what is being made; below, a line each time more of it is safely on disk
-    TARGET.partial/made/     becomes TARGET when all of it is there
+    TARGET.partial/journal   what is being made, and a line for each sync to disk with the number of finished steps
+    TARGET.partial/made/     is renamed to TARGET when it is complete
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..bounded import parse_json
-from ..faults import usable
+from ..faults import as_value_error
 from .links import resolved
 
 JOURNAL, MADE = "journal", "made"
 
 
 class Unfinished:
-    """made: the folder to write into. done: how many steps were recorded; None where nothing was begun."""
+    """made: the folder to write to. done: the number of recorded steps; None if nothing was begun."""
 
     def __init__(self, target: Path, journal, done: int | None):
         self.made = partial_folder(target) / MADE
@@ -30,22 +30,22 @@ class Unfinished:
         self._target, self._journal = target, journal
 
     def place(self, path: Path) -> Path:
-        """Where a file of the folder goes; the folders around it are made. Raises ValueError where that lies, with
-        links resolved, outside of it."""
+        """The path of a file in the new folder; makes its parent folders. Raises ValueError if the path, with links
+        resolved, lies outside of the new folder."""
         place = self.made / path
         if not resolved(place).is_relative_to(resolved(self.made)):
-            raise ValueError(f"{path} does not lie in {self.made}, where all of it is to be. Nothing was written.")
+            raise ValueError(f"{path} leads out of {self.made}. Nothing was written.")
         place.parent.mkdir(parents=True, exist_ok=True)
         return place
 
     def record(self, done: int) -> None:
-        """To be called when what was done is on disk."""
+        """Records the number of finished steps. Call it only when their output is on disk."""
         self._journal.write(f"{done}\n".encode())
         os.fsync(self._journal.fileno())
         self.done = done
 
     def finish(self) -> None:
-        """Gives the folder its name. All its files must be on disk."""
+        """Gives the folder its final name. All its files must be on disk."""
         for folder in (*(path for path in self.made.rglob("*") if path.is_dir()), self.made):
             sync(folder)
         self.made.rename(self._target)
@@ -54,7 +54,7 @@ class Unfinished:
 
     @property
     def is_finished(self) -> bool:
-        """Whether it was stopped when only clearing up was left to do."""
+        """Whether the target exists already, and only cleaning up remains."""
         return self._target.exists()
 
     def clear(self) -> None:
@@ -67,10 +67,10 @@ def partial_folder(target: Path) -> Path:
 
 @contextmanager
 def unfinished(target: Path, identity: dict[str, object]) -> Iterator[Unfinished]:
-    """Begins to make `target`, or goes on with it. What ends before anything is made leaves nothing.
+    """Begins to make `target`, or resumes. Leaves nothing behind if it fails before anything was written.
 
-    identity: what it is made of, by the words that a refusal names it with. Raises ValueError where `target` is there,
-    or was begun of something else, or another process is making it.
+    identity: the inputs, by the names that an error uses. Raises ValueError if `target` exists, if it was begun with
+    other inputs, or if another process is making it.
     """
     folder = partial_folder(target)
     _check_free(target, folder)
@@ -79,7 +79,7 @@ def unfinished(target: Path, identity: dict[str, object]) -> Iterator[Unfinished
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"Another process is writing {folder}. Wait for it, or name another target.") from None
+            raise ValueError(f"Another process is writing {folder}. Wait for it, or give another target.") from None
         work = Unfinished(target, journal, _done(target, journal, identity))
         try:
             if work.done is None:
@@ -95,52 +95,53 @@ def unfinished(target: Path, identity: dict[str, object]) -> Iterator[Unfinished
 
 
 def require_free(target: Path) -> None:
-    """Raises ValueError where `target` is there, or what is in the way of it."""
+    """Raises ValueError if `target` exists, or its temporary folder is in the way."""
     _check_free(target, partial_folder(target))
 
 
 def _check_free(target: Path, folder: Path) -> None:
     if target.is_symlink() and not target.exists():
-        raise ValueError(f"{target} is a link to {os.readlink(target)}, which is not there. Name another target.")
+        raise ValueError(f"{target} is a link to {os.readlink(target)}, which does not exist. Give another target.")
     if target.exists() and not (folder / JOURNAL).exists():
-        raise ValueError(f"{target} exists. Name another target, or move it away.")
+        raise ValueError(f"{target} exists. Give another target, or move it away.")
     if folder.is_symlink():
-        raise ValueError(f"{folder} is a link to {os.readlink(folder)}. Delete it, or name another target.")
+        raise ValueError(f"{folder} is a link to {os.readlink(folder)}. Delete it, or give another target.")
     if folder.exists() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is in the way, and not of a conversion. Move it away, or name another target.")
+        raise ValueError(f"{folder} is in the way, and not from a conversion. Move it away, or give another target.")
 
 
 def _done(target: Path, journal, identity: dict[str, object]) -> int | None:
-    """How many steps are recorded; None: nothing that counts is there, whatever it was begun of."""
+    """The number of recorded steps; None if there is nothing to resume."""
     journal.seek(0)
-    lines = journal.read().split(b"\n")[:-1]  # behind the last line end: nothing, or a line that was cut off
+    lines = journal.read().split(b"\n")[:-1]  # what follows the last newline is empty, or a line that was cut off
     made = (partial_folder(target) / MADE).exists()
     if target.exists() and (len(lines) < 2 or made):
-        raise ValueError(f"{target} came from elsewhere meanwhile. Move it away, or name another target.")
+        raise ValueError(f"{target} was made by something else meanwhile. Move it away, or give another target.")
     if len(lines) < 2 or not (target.exists() or made):
         return None
-    with usable(Path(journal.name), "what was begun there"):
+    with as_value_error(Path(journal.name), "what was begun there"):
         begun, done = dict(parse_json(lines[0])), int(lines[-1])
     _check_same(partial_folder(target), begun, json.loads(json.dumps(identity)))
     journal.truncate(sum(len(line) + 1 for line in lines))
     return done
 
 
-def _check_same(folder: Path, begun: dict, asked: dict) -> None:
-    """Raises ValueError that says what differs."""
-    told = []
-    for key, value in asked.items():
+def _check_same(folder: Path, begun: dict, given: dict) -> None:
+    """Raises ValueError, which says what differs."""
+    differences = []
+    for key, value in given.items():
         if begun.get(key) != value:
-            told.append(f"{key} changed" if isinstance(value, list) else f"{key} was {begun.get(key)}, is {value}")
-    if told:
+            text = f"{key} changed" if isinstance(value, list) else f"{key} was {begun.get(key)}, is {value}"
+            differences.append(text)
+    if differences:
         raise ValueError(
-            f"{folder} was begun otherwise: {'; '.join(told)}. To go on, give what it was begun with. To start over, "
-            "delete it, or name another target."
+            f"{folder} was begun with other inputs: {'; '.join(differences)}. To resume, give the same inputs. To "
+            "start over, delete it, or give another target."
         )
 
 
 def sync(path: Path) -> None:
-    """Has the disk take what was written to a file, or which files a folder holds."""
+    """Syncs a file's content, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

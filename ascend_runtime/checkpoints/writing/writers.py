@@ -1,6 +1,6 @@
-"""Files of weights that are laid out first and filled later, in pieces, so that no network is ever in memory.
+"""Writes weight files in two steps: lays a file out, then fills it in pieces, so that no network is held in memory.
 
-Each has its full length from the start: what is not filled yet reads as zeros.
+A file has its full length from the start; parts that are not filled yet read as zeros.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..formats.parts import Part, by_rows, whole
-from ..formats.safetensors_file import DTYPES
+from ..formats.parts import Slices, by_rows, full_slices
+from ..formats.safetensors_file import SAFETENSORS_DTYPES
 from ..formats.torch_file import stored_tensors
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-WEIGHTS = "model"  # under which training systems keep the weights in a file of torch.save
-PIECE = 2**25  # bytes in the file that are on their way at once
+CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
+WEIGHTS_KEY = "model"  # the key under which training systems keep the weights in a file of torch.save
+WRITE_BYTES = 2**25  # of a piece
 
 
 def lay_out(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Makes a file for tensors of these shapes and dtypes, which lie on the meta device: .safetensors, or else what
-    torch.save would write of {"model": tensors}."""
+    """Creates a file for tensors of these shapes and dtypes, given on the meta device: .safetensors, or for any other
+    suffix, what torch.save writes for {"model": tensors}."""
     (_lay_out_safetensors if path.suffix == ".safetensors" else _lay_out_torch)(path, tensors)
 
 
 def _lay_out_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """See https://huggingface.co/docs/safetensors, "Format"; in the library's order, so that numbers are aligned."""
+    """See https://huggingface.co/docs/safetensors, "Format". In the library's order, so that numbers are aligned."""
     entries, end = {"__metadata__": {"format": "pt"}}, 0
     for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
         tensor, start = tensors[name], end
@@ -44,17 +44,17 @@ def _lay_out_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _lay_out_torch(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """The zip's checksums stay those of no data: torch.load looks at none, as torch.save may leave them out too."""
+    """The zip's checksums are not updated when data is filled in: torch.load does not check them."""
     with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
         fakes = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
-        torch.serialization.save({WEIGHTS: fakes}, path)
+        torch.serialization.save({WEIGHTS_KEY: fakes}, path)
 
 
 def starts(path: Path) -> dict[str, int]:
-    """Where each tensor of a file that `lay_out` made begins, in bytes; in the order in which they lie there."""
+    """The offset in bytes of each tensor in a file that `lay_out` made, in file order."""
     if path.suffix != ".safetensors":
         with path.open("rb", buffering=0) as file:
-            return {name: stored.start for name, stored in stored_tensors(file, path)[WEIGHTS].items()}
+            return {name: stored.start for name, stored in stored_tensors(file, path)[WEIGHTS_KEY].items()}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
@@ -62,14 +62,15 @@ def starts(path: Path) -> dict[str, int]:
     return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items()}
 
 
-def pieces(tensor: Tensor) -> Iterator[tuple[Part, int]]:
-    """A tensor in rows of about PIECE bytes, and how many bytes each begins after the tensor does."""
-    for part in by_rows(whole(tensor.shape), tensor.itemsize, PIECE):
+def pieces(tensor: Tensor) -> Iterator[tuple[Slices, int]]:
+    """Splits a tensor by rows into pieces of about WRITE_BYTES bytes: (the piece, its offset in the tensor in
+    bytes)."""
+    for part in by_rows(full_slices(tensor.shape), tensor.itemsize, WRITE_BYTES):
         yield part, part[0].start * tensor[:1].nbytes if part else 0
 
 
-def write(descriptor: int, tensor: Tensor, offset: int) -> None:
-    """The numbers of `tensor` into an open file, from `offset` on."""
+def write_at(descriptor: int, tensor: Tensor, offset: int) -> None:
+    """Writes `tensor` to an open file at `offset`."""
     memory = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     while memory:
         count = os.pwrite(descriptor, memory, offset)

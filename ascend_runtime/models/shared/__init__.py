@@ -1,1 +1,1 @@
-"""What networks of all families share: the block stack, conditioning, text, VAEs in tiles. Needs torch."""
+"""Shared by the networks of all families: the block stack, conditioning, text, tiled VAEs. Needs torch."""

@@ -1,4 +1,4 @@
-"""One pass through a block stack: what of it is computed. A stack asks; by default it computes all."""
+"""A pass through a block stack: decides which blocks and attentions are computed; by default, all are."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Callable, NamedTuple
 
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key, value [B, S, heads, head_dim] -> as query
-RunBlock = Callable[[int, Tensor], Tensor]  # a block's number, its tokens [B, S, D] -> the next block's
+from ...parallel.sequence import Attend
+
+RunBlock = Callable[[int, Tensor], Tensor]  # (a block's number, its input tokens [B, S, D]) -> its output tokens
 
 
 class At(NamedTuple):
-    """Which pass it is: the key of whatever is kept from one pass for a later one."""
+    """Identifies a pass; the key for anything that one pass caches for a later one."""
 
     expert: str
     branch: str  # of guidance: cond or uncond
@@ -19,10 +20,10 @@ class At(NamedTuple):
 
 
 class BlockStack(NamedTuple):
-    """What a pass is asked about. run: computes a block. count: of blocks, in one numbering whatever their kinds.
+    """The blocks of a network. run: computes one. count: their number, in one numbering whatever their kinds.
 
-    indicator: what TeaCache compares from step to step, made of the tokens [B, S, D] before the first block and the
-    number of those that are no padding: any tensor whose change predicts that of the blocks' output.
+    indicator: (the tokens [B, S, D] before the first block, the number of tokens without padding) -> the tensor that
+    TeaCache compares from step to step: one whose change predicts the change of the blocks' output.
     """
 
     run: RunBlock
@@ -30,14 +31,14 @@ class BlockStack(NamedTuple):
     indicator: Callable[[Tensor, int], Tensor]
 
     def through(self, tokens: Tensor, blocks: range) -> Tensor:
-        """The tokens [B, S, D] after some blocks, one after the other."""
+        """The tokens [B, S, D] after these blocks, run one after the other."""
         for block in blocks:
             tokens = self.run(block, tokens)
         return tokens
 
 
 class Pass:
-    """A pass that computes all."""
+    """A pass that computes everything."""
 
     def blocks(self, stack: BlockStack, tokens: Tensor) -> Tensor:
         """The tokens [B, S, D] after the whole stack."""
@@ -46,7 +47,7 @@ class Pass:
     def attention(self, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
         """A block's self-attention [B, S, D], projections included.
 
-        compute: makes it, with an attention over the whole sequence that replaces the operators' own, or with these.
+        compute: computes it; its argument replaces the operators' attention over the whole sequence, None keeps it.
         """
         return compute(None)
 

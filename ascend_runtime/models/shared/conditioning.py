@@ -1,4 +1,4 @@
-"""What of a job reaches a network besides the noise: texts, images, and the frames that are known."""
+"""The conditioning of a network: text, images and known frames."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .latents import Latents
 
 
 class Prompt(Protocol):
-    """What one branch of guidance is given (wire.messages.Conditioning)."""
+    """The conditioning of one guidance branch (wire.messages.Conditioning)."""
 
     text: Tensor
     pooled: Tensor | None
@@ -28,9 +28,10 @@ class Prompt(Protocol):
 
 @dataclass(frozen=True)
 class Given:
-    """latent [B,C,T,H,W], not normalised. noise_mask [B or 1,1,T,H,W]: 0 where it is known and stays; None: nowhere.
+    """The inputs of a job. latent [B,C,T,H,W]: not normalised. noise_mask [B or 1,1,T,H,W]: 0 where the latent is known
+    and is kept; None: nothing is known.
 
-    prompts: of the branches of guidance, by name: "positive", and where there is one, "negative".
+    prompts: of the guidance branches, by name: "positive" and, if there is one, "negative".
     """
 
     latent: Tensor
@@ -43,25 +44,25 @@ class Given:
 
 
 class Branch(ABC):
-    """One branch of guidance on this rank's device, in the dtype of the blocks. Equal only to itself."""
+    """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity."""
 
     @abstractmethod
     def context(self) -> Any:
-        """What the network attends to: a new one for every network, which may keep there what it needs again."""
+        """The context that the network attends to. Each network needs a new one, in which it may cache tensors."""
 
     @abstractmethod
     def input(self, latent: Tensor) -> Tensor:
-        """What the network reads of a normalised latent [B,C,T,H,W]."""
+        """The network's input for a normalised latent [B,C,T,H,W]."""
 
     @abstractmethod
     def timestep(self, timestep: float) -> Tensor:
-        """A timestep in 0..1000, as the network reads it."""
+        """The network's input for a timestep in 0..1000."""
 
 
 class Conditioner(ABC):
-    """The rules of a family: which conditioning a transformer of this config reads, and how.
+    """A family's rules: which conditioning a transformer of this config takes, and how.
 
-    empty_latent: where an empty latent for it can be had, in a sentence.
+    empty_latent: a sentence that says which node makes an empty latent for it.
     """
 
     empty_latent: str
@@ -72,7 +73,7 @@ class Conditioner(ABC):
         self.pooled_width = family.pooled_width(config)
 
     def check(self, given: Given) -> None:
-        """Raises ValueError, before any exchange, for what the network cannot honour."""
+        """Raises ValueError, before any communication, for inputs that the network does not support."""
         self._check_latent(given.latent)
         if given.noise_mask is not None:
             check_shape("noise_mask", given.noise_mask, given.latent, channels=(1,))
@@ -83,27 +84,28 @@ class Conditioner(ABC):
             self.check_prompt(name, prompt, given)
 
     def check_prompt(self, name: str, prompt: Prompt, given: Given) -> None:
-        """Raises ValueError for what a branch is given besides its text and pooled vector and cannot be honoured."""
+        """Raises ValueError for a branch's inputs, other than its text and pooled vector, that the network does not
+        support."""
 
     @abstractmethod
     def branch(self, prompt: Prompt, given: Given, device: torch.device, dtype: torch.dtype) -> Branch:
-        """What the network sees of a prompt."""
+        """The guidance branch of a prompt."""
 
     def per_token(self, given: Given) -> bool:
-        """Whether each token has a timestep of its own."""
+        """Whether each token has its own timestep."""
         return False
 
     @property
     def sees_known_clean(self) -> bool:
-        """Whether the network sees known frames without noise; else they are as noisy as the rest."""
+        """Whether the network reads known frames without noise; else they are as noisy as the others."""
         return False
 
     def _check_latent(self, latent: Tensor) -> None:
         form = self.form
         if latent.ndim != 5 or latent.shape[1] != form.channels or not latent.numel():
             raise ValueError(
-                f"The latent has the shape {list(latent.shape)}; this model makes videos of [B,{form.channels},T,H,W], "
-                f"all 1 or more. {self.empty_latent}"
+                f"The latent has the shape {list(latent.shape)}; this model needs [B,{form.channels},T,H,W], with all "
+                f"sizes at least 1. {self.empty_latent}"
             )
         _, _, frames, height, width = latent.shape
         VideoSize(width=form.spatial * width, height=form.spatial * height, num_frames=form.temporal * (frames - 1) + 1)
@@ -113,9 +115,9 @@ class Conditioner(ABC):
         width = self.text_width
         if text.ndim != 3 or not text.shape[1] or text.shape[2] != width or text.shape[0] not in (1, batch):
             raise ValueError(
-                f"The {name} conditioning has the shape {list(text.shape)}; this model reads [1, tokens, {width}], "
-                f"or one such for each of the {batch} videos of the latent. "
-                "Encode the prompt with the text encoder that belongs to the model."
+                f"The {name} conditioning has the shape {list(text.shape)}; this model needs [1, tokens, {width}], or "
+                f"[{batch}, tokens, {width}] for the {batch} videos of the latent. Encode the prompt with the text "
+                "encoder that belongs to the model."
             )
         check_finite(text, f"The {name} conditioning")
 
@@ -132,12 +134,12 @@ class Conditioner(ABC):
 
 
 def ready(tensor: Tensor, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """For as many videos, where a network reads it."""
+    """`tensor` on this device and in this dtype, expanded to `batch` videos."""
     return tensor.to(device, dtype).expand(batch, *[-1] * (tensor.ndim - 1))
 
 
 def check_shape(name: str, tensor: Tensor, latent: Tensor, channels: tuple[int, ...]) -> None:
-    """Raises ValueError for what is not [B or 1, channels, T, H, W] of a latent."""
+    """Raises ValueError for a tensor that is not [B or 1, channels, T, H, W], with the sizes of `latent`."""
     batch, _, *size = latent.shape
     shape = list(tensor.shape)
     if tensor.ndim != 5 or shape[0] not in (1, batch) or shape[1] not in channels or shape[2:] != size:
@@ -145,6 +147,6 @@ def check_shape(name: str, tensor: Tensor, latent: Tensor, channels: tuple[int, 
         wanted = " or ".join(f"[{n}, {c}, {frames}, {height}, {width}]" for n in sorted({1, batch}) for c in channels)
         raise ValueError(
             f"The {name} has the shape {shape}; with this latent and this model it must be {wanted}. "
-            "Make image conditioning and latent by one node, with the VAE of the model."
+            "Make the image conditioning and the latent with the same node, and with the model's VAE."
         )
     check_finite(tensor, f"The {name}")

@@ -1,4 +1,4 @@
-"""Latents as a network sees them, and pictures of them."""
+"""Normalises latents, and makes preview pictures of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Latents:
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (format.mean, format.std))
 
     def normalised(self, latent: Tensor) -> Tensor:
-        """latent [B,C,T,H,W]"""
+        """A latent [B,C,T,H,W] as a network reads it."""
         return (latent - self.mean) / self.std
 
     def restored(self, latent: Tensor) -> Tensor:
-        """latent [B,C,T,H,W], as VAEs and core ComfyUI take it."""
+        """A latent [B,C,T,H,W] as VAEs and core ComfyUI take it."""
         return latent * self.std + self.mean
 
     @property
@@ -30,7 +30,7 @@ class Latents:
         return self.format.rgb is not None
 
     def picture(self, latent: Tensor) -> Tensor:
-        """uint8 [H,W,3] of the middle frame of a normalised latent [B,C,T,H,W]."""
+        """A preview, uint8 [H,W,3], of the middle frame of a normalised latent [B,C,T,H,W]."""
         frame = latent[0, :, latent.shape[2] // 2]  # [C,H,W]
         rgb = frame.movedim(0, -1) @ self._rgb + self._bias
         return rgb.add(1).mul(127.5).clamp(0, 255).to(torch.uint8)

@@ -1,7 +1,8 @@
-"""Linear layers with weights in 8 bits, and activations that are quantized to 8 bits as they come (W8A8).
+"""Linear layers with int8 weights and activations (W8A8).
 
-A quarter of a layer's fp32 bytes, half of its bfloat16 ones, and products of whole numbers. What is quantized, and how,
-a file says (checkpoints/msmodelslim.py), or a network's own rule where weights are quantized as they are read.
+They take a quarter of the memory of fp32 layers, half of that of bfloat16 layers, and compute integer products. The
+layers to quantize are listed in a file (checkpoints/msmodelslim.py), or chosen by the family's rule if weights are
+quantized on the fly.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints.faults import listed
+from ...checkpoints.faults import list_faults
 from ...checkpoints.msmodelslim import DYNAMIC, STATIC, Layer
 from ...ops import PlainOperators
 from ...ops.quantization import Static
 from ...parallel.tensor import TensorParallel
 
-WAYS = {"w8a8_dynamic": Layer(DYNAMIC)}  # in which a model is quantized as it is read, by what a description asks for
+QUANTIZATION_SCHEMES = {"w8a8_dynamic": Layer(DYNAMIC)}  # for weights that are quantized on the fly
 
 
 class QuantizedLinear(nn.Module):
-    """What nn.Linear computes, with a weight in int8, a scale a row, and a scale a token that is found as it comes.
+    """nn.Linear with an int8 weight, one scale for each row, and dynamic activation quantization by token.
 
-    Parameters: weight [out, in], weight_scale [out, 1] in fp32, bias [out]; mul_scale [in], by which what goes in is
-    multiplied first, where outliers were moved into the weight. Built on the meta device.
+    Parameters: weight [out, in], weight_scale [out, 1] in fp32, bias [out]; mul_scale [in], a factor for the input if
+    outliers were moved into the weight. Built on the meta device.
     """
 
     ops: PlainOperators
@@ -44,7 +45,7 @@ class QuantizedLinear(nn.Module):
         return self.ops.quantized_linear(self._smoothed(x), self.weight, self.weight_scale.flatten(), self.bias)
 
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
-        """The sum over ranks that each hold some of the inputs; x [B, S, in / ranks]."""
+        """The row-parallel layer, all-reduced; x [B, S, in / ranks]."""
         x = self._smoothed(x)
         return self.ops.quantized_linear_all_reduce(x, self.weight, self.weight_scale.flatten(), self.bias, tp.group)
 
@@ -53,9 +54,9 @@ class QuantizedLinear(nn.Module):
 
 
 class StaticLinear(QuantizedLinear):
-    """The same with one scale of the input, [1] as its offset, which was measured when the model was quantized.
+    """A quantized linear layer with static activation quantization, calibrated when the model was quantized.
 
-    Parameters: weight; input_scale, input_offset; deq_scale [out], quant_bias [out] in int32 (see Static).
+    Parameters: weight; input_scale [1], input_offset [1]; deq_scale [out], quant_bias [out] in int32 (see Static).
     """
 
     def _add_scales(self, like: nn.Linear) -> None:
@@ -74,17 +75,17 @@ class StaticLinear(QuantizedLinear):
 
 
 def quantize(network: nn.Module, layers: Mapping[str, Layer], blocks: tuple[str, ...]) -> None:
-    """Puts such layers, on the meta device, into the place of those of these names; they compute with network.ops.
+    """Replaces the layers of these names by quantized ones on the meta device, which use network.ops.
 
-    blocks: what the names of layers in blocks begin with.
+    blocks: the prefixes of the names of layers in blocks.
 
-    Raises ValueError for names of what is no linear layer of a block.
+    Raises ValueError for names that are not linear layers of a block.
     """
     strange = [name for name in layers if not (name.startswith(blocks) and _is_linear(network, name))]
     if strange:
         raise ValueError(
-            f"What is quantized must be linear layers of this network's blocks; {listed({'are not': strange})}. Is it "
-            "another model's description, or were embedders or the head quantized too?"
+            f"Only linear layers of blocks can be quantized; {list_faults({'are not': strange})}. Does the description "
+            "belong to another model, or were embedders or the head quantized too?"
         )
     for name, layer in layers.items():
         owner, _, leaf = name.rpartition(".")
@@ -102,12 +103,12 @@ def _is_linear(network: nn.Module, name: str) -> bool:
 
 
 def linears(network: nn.Module, chosen: Callable[[str], bool]) -> Iterable[str]:
-    """The names of the network's linear layers of which `chosen` is true."""
+    """The names of the network's linear layers for which `chosen` is true."""
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and chosen(name)]
 
 
 def quantized_parameters(network: nn.Module) -> dict[str, torch.dtype]:
-    """The dtypes that parameters of quantized layers have whatever the blocks' dtype is, by name."""
+    """The fixed dtypes of the parameters of quantized layers, by name, whatever the dtype of the blocks."""
     return {
         f"{name}.{leaf}": parameter.dtype
         for name, module in network.named_modules() if isinstance(module, QuantizedLinear)

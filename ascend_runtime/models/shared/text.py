@@ -1,4 +1,4 @@
-"""How prompts are encoded: what the runtime asks of a family's text encoders."""
+"""The interface of a family's text encoders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .tokenizers import Tokenizer
 
-OnBlock = Callable[[int, int], None]  # called before each block: its number, from 0, and how many there are
+OnBlock = Callable[[int, int], None]  # called before each block with (its number from 0, the number of blocks)
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,42 @@ TEXT, POOLED = "text", "pooled"  # results: embeddings [1, tokens, D] of the tok
 
 
 class TextEncoding(ABC):
-    """What a family makes of a prompt."""
+    """How a family encodes prompts."""
 
     @abstractmethod
     def clean(self, text: str) -> str:
-        """The prompt as it is tokenised."""
+        """The cleaned prompt, which is tokenised."""
 
     @abstractmethod
     def tokenizer(self, part: str, found: Path | None, shard: Path) -> Tokenizer:
-        """The tokenizer of a text encoder. found: its folder, or the file that has it. shard: the encoder's first file.
+        """A text encoder's tokenizer. found: its folder, or the file that contains it. shard: the encoder's first file.
 
-        Raises ValueError, which says where it can be had, where there is none or it cannot be used.
+        Raises ValueError, which says where to get it, if there is none or it cannot be used.
         """
 
     @abstractmethod
     def embeddings_in(self, part: str, model: nn.Module) -> int:
-        """The number of tokens that an encoder knows."""
+        """The number of an encoder's token embeddings."""
 
     @abstractmethod
     def units(self, part: str, model: nn.Module) -> list[nn.Module]:
-        """What FSDP gathers at once, in the order in which they begin."""
+        """The modules that FSDP gathers as units, in the order of their first use."""
 
     @abstractmethod
     def encode(self, encoders: Encoders, text: str, on_block: OnBlock) -> dict[str, Tensor]:
-        """The encoders' results of a clean prompt, without padding, in their dtype, on the CPU."""
+        """The encoders' outputs for a cleaned prompt, without padding, in their dtype, on the CPU."""
 
     @abstractmethod
     def embeddings(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same as a network reads them, fp32: TEXT, padded as it was in training, and what else there is."""
+        """The outputs as a transformer reads them, fp32: TEXT, padded as in training, and the others."""
 
     @abstractmethod
     def cut(self, encoders: Encoders, text: str) -> list[str]:
-        """What a user should know of a clean prompt that is longer than what is read, in sentences."""
+        """Warnings about a cleaned prompt that is truncated."""
 
 
 def run_with_blocks(blocks: list[nn.Module], on_block: OnBlock, compute: Callable[[], Tensor]) -> Tensor:
-    """The result of `compute`, during which these blocks announce themselves."""
+    """The result of `compute`, which calls `on_block` before each of these blocks."""
     hooks = [
         block.register_forward_pre_hook(lambda *_, index=index: on_block(index, len(blocks)))
         for index, block in enumerate(blocks)

@@ -1,4 +1,4 @@
-"""Tokenizers that run no code of a model's folder: a sentencepiece model, or a tokenizer.json."""
+"""Tokenizers from a sentencepiece model or a tokenizer.json, without running code of a model's folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Rules
 from torch import Tensor
 
-from ...checkpoints.faults import usable
+from ...checkpoints.faults import as_value_error
 
 
 @dataclass
 class Tokens:
-    """Of one prompt, [1, tokens] each."""
+    """The tokens of one prompt, both [1, tokens]."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -26,18 +26,18 @@ class Tokens:
 
 
 class Tokenizer(Protocol):
-    """size: one more than the largest number of a token."""
+    """size: one more than the largest token id."""
 
     size: int
 
     def __call__(self, text: str, *, truncation: bool, max_length: int | None = None) -> Tokens:
-        """The tokens of a prompt; with truncation, at most max_length of them, those that end every prompt included."""
+        """The tokens of a prompt; with truncation, at most max_length, including the end tokens."""
 
     def decode(self, tokens: list[int]) -> str: ...
 
 
 class SentencePiece:
-    """A tokenizer from a sentencepiece model, called as transformers' are, with the end after each prompt."""
+    """A tokenizer from a sentencepiece model, with the interface of transformers. Adds the end token to each prompt."""
 
     def __init__(self, model: bytes):
         try:
@@ -45,11 +45,11 @@ class SentencePiece:
         except RuntimeError as error:
             raise ValueError(f"The file's sentencepiece model is damaged ({error}). Download it again.") from None
         if self._processor.eos_id() < 0:
-            raise ValueError("the sentencepiece model has no token for a prompt's end")
+            raise ValueError("the sentencepiece model has no end token")
 
     @property
     def size(self) -> int:
-        """One more than the largest number of a token."""
+        """One more than the largest token id."""
         return self._processor.vocab_size()
 
     def __call__(
@@ -63,26 +63,26 @@ class SentencePiece:
 
 
 class JsonTokenizer:
-    """A tokenizer from a tokenizer.json, called as transformers' are. What follows each prompt is in the file."""
+    """A tokenizer from a tokenizer.json, with the interface of transformers. The file defines the end tokens."""
 
     def __init__(self, content: bytes, file: Path):
-        """content: of `file`, which errors name. Raises ValueError for one that cannot be used."""
+        """content: of `file`, which errors name. Raises ValueError for invalid content."""
         self._file = file
-        with usable(file, "the tokenizer in it"):
+        with as_value_error(file, "the tokenizer in it"):
             self._tokenizer = Rules.from_buffer(content)
             self._tokenizer.no_padding()
 
     @property
     def size(self) -> int:
-        """One more than the largest number of a token, those that follow each prompt included."""
-        with usable(self._file, "the tokenizer in it"):
+        """One more than the largest token id, including the end tokens."""
+        with as_value_error(self._file, "the tokenizer in it"):
             around = self._tokenizer.encode("").ids
             return 1 + max([*self._tokenizer.get_vocab(with_added_tokens=True).values(), *around], default=-1)
 
     def __call__(
         self, text: str, *, truncation: bool, max_length: int | None = None
     ) -> Tokens:
-        with usable(self._file, "the tokenizer in it"):
+        with as_value_error(self._file, "the tokenizer in it"):
             if truncation:
                 self._tokenizer.enable_truncation(max_length)
             else:
@@ -90,7 +90,7 @@ class JsonTokenizer:
             return _tokens(self._tokenizer.encode(text).ids)
 
     def decode(self, tokens: list[int]) -> str:
-        with usable(self._file, "the tokenizer in it"):
+        with as_value_error(self._file, "the tokenizer in it"):
             return self._tokenizer.decode(tokens)
 
 

@@ -1,4 +1,4 @@
-"""A VAE of videos on a rank: what the runtime asks of one, whichever family it is of."""
+"""The interface of a video VAE of any family."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...parallel.tiles import Place, Tile
+from ...parallel.tiles import Area, Tile
 from ...specs import VaeForm
 
-Crop = Callable[[Place], Iterable[Tensor]]  # what is at a place of a plane, chunk by chunk
+Crop = Callable[[Area], Iterable[Tensor]]  # an area of a plane -> its content, chunk by chunk
 
 
 class VideoVae(ABC):
-    """network: with diffusers' names of parameters, on this rank's device.
+    """network: with diffusers' parameter names, on this rank's device.
 
-    A latent is worked on in chunks of its frames, in order. A chunk may depend on the earlier ones (a causal VAE keeps
-    what it needs of them), and is one frame where the VAE streams, or the whole latent where it does not.
+    A latent is processed in chunks of frames, in order. A chunk may depend on earlier ones (a causal VAE caches what it
+    needs of them). A chunk is one frame if the VAE streams, else the whole latent.
     """
 
     def __init__(self, network: nn.Module, form: VaeForm):
@@ -34,51 +34,51 @@ class VideoVae(ABC):
         return next(self.network.parameters()).dtype
 
     def to(self, device: torch.device | str) -> None:
-        nn.Module.to(self.network, device)  # diffusers' own warns of what does not happen here
+        nn.Module.to(self.network, device)  # diffusers' own `to` prints warnings that do not apply
 
     @abstractmethod
     def chunks(self, length: int) -> list[slice]:
-        """The chunks of a latent of so many frames."""
+        """The chunks of a latent of `length` frames."""
 
     @abstractmethod
     def decoded(self, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-        """Frames [3,t',h',w'] in -1..1 of each chunk [C,t,h,w] of a latent's tile, not normalised.
+        """Decodes each chunk [C,t,h,w] of a latent's tile, not normalised, to frames [3,t',h',w'] in -1..1.
 
-        All ranks that have a tile of its grid must ask; what lies beyond the tile's edges comes from them.
+        Collective over the ranks with a tile of its grid, which exchange halos.
         """
 
     @abstractmethod
     def encoded(self, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-        """Chunks [C,t,h,w] of the tile's latent, not normalised, of the frames [3,t',h',w'] in -1..1 of each: the mean
-        of the VAE's distribution."""
+        """Encodes the frames [3,t',h',w'] in -1..1 of each chunk to the tile's latent [C,t,h,w], not normalised: the
+        mean of the VAE's distribution. Collective like `decoded`."""
 
     @abstractmethod
     def bytes_needed(self, work: str, frames: int, height: int, width: int) -> int:
-        """To "decode" or to "encode" a tile of a latent of this size, besides the weights; without what kernels
-        allocate inside."""
+        """The bytes needed to "decode" or "encode" a tile of a latent of this size, without the weights and what
+        kernels allocate internally."""
 
     def blend(self) -> BlendedTiles | None:
-        """The same in overlapping tiles, for a device with too little memory; None: there is no such way."""
+        """The VAE in overlapping tiles, for a device with too little memory; None: not supported."""
         return None
 
 
 class BlendedTiles(ABC):
-    """A VAE in overlapping tiles, one after the other, which are blended where they overlap."""
+    """A VAE in overlapping tiles, one after the other, blended where they overlap."""
 
     @abstractmethod
     def tiles_of(self, work: str, height: int, width: int) -> tuple[int, tuple[int, int]]:
-        """The number of tiles to "decode" or "encode" a latent of height x width, and the size of one in it."""
+        """(the number of tiles to "decode" or "encode" a latent of height x width, the size of a tile in the latent)"""
 
     @abstractmethod
-    def decoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
-        """For each tile its place in pixels, and its frames [3,T',h',w'] in -1..1, fp32, on the CPU.
+    def decoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
+        """For each tile: (its area in pixels, its frames [3,T',h',w'] in -1..1, fp32, on the CPU).
 
-        height, width: of the latent, whose chunks [C,t,h,w] at a place `crop` gives.
+        height, width: of the latent. crop: yields the chunks [C,t,h,w] of an area of it.
         """
 
     @abstractmethod
-    def encoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
-        """For each tile its place in the latent, and that [C,T,h,w], not normalised, fp32, on the CPU.
+    def encoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
+        """For each tile: (its area in the latent, its latent [C,T,h,w], not normalised, fp32, on the CPU).
 
-        height, width: of the video in pixels, whose frames [3,t',h',w'] of each chunk at a place `crop` gives.
+        height, width: of the video in pixels. crop: yields the frames [3,t',h',w'] of each chunk for an area of it.
         """

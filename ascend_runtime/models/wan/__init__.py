@@ -1,1 +1,1 @@
-"""The Wan family. `family.py` is its door; the networks stand next to it."""
+"""The Wan family. `family.py` implements the `Family` interface; the networks are in the modules next to it."""

@@ -1,22 +1,22 @@
-"""What was published of the Wan models for step caches."""
+"""Published calibrations of step caches for the Wan models."""
 
 from __future__ import annotations
 
 from ...specs import Calibration
 from ..defaults import SMALL_PICTURE, Defaults
 
-WIDTHS = {1536: "1.3B", 5120: "14B"}  # of the transformers of Wan2.1
-# From the relative change of the timestep's projection to that of the output, the highest power's coefficient first.
-# TeaCache's (github.com/ali-vilab/TeaCache, TeaCache4Wan2.1, with use_ret_steps, which compares the projection). There
-# the first 5 steps are computed in any case.
+SIZES_BY_WIDTH = {1536: "1.3B", 5120: "14B"}  # of Wan2.1's transformers
+# TeaCache's polynomials, highest power first, which map the relative change of the timestep projection to that of the
+# output (github.com/ali-vilab/TeaCache, TeaCache4Wan2.1, with use_ret_steps, which compares the projection). TeaCache
+# always computes the first 5 steps.
 COEFFICIENTS = {
     "Wan2.1-T2V-1.3B": (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
     "Wan2.1-T2V-14B": (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01),
     "Wan2.1-I2V-14B-480P": (2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01),
     "Wan2.1-I2V-14B-720P": (8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02),
 }
-# Of each step, the norm of what the blocks add by that of the step before: the cond branch's, measured by MagCache
-# (github.com/Zehong-Ma/MagCache, MagCache4Wan2.1 and MagCache4Wan2.2) with each model's own number of steps.
+# MagCache's magnitude ratios: for each step, the norm of the blocks' residual divided by that of the step before, for
+# the cond branch and each model's default number of steps (github.com/Zehong-Ma/MagCache, MagCache4Wan2.1 and 2.2).
 RATIOS = {
     "Wan2.1-T2V-1.3B": (
         1.0, 1.0124, 1.00166, 0.99791, 0.99682, 0.99634, 0.99567, 0.99416, 0.99578, 0.9957, 0.99511, 0.99535,
@@ -73,8 +73,8 @@ RATIOS = {
 
 
 def published(own: Defaults, width: int, pixels: int, expert: str) -> Calibration:
-    """What was published for an expert. own: its model's defaults. width: of its transformer, which distinguishes
-    models of one name. pixels: of the job's pictures, for which weights of the same form were published twice."""
+    """The published calibration of an expert. own: its model's defaults. width: of its transformer, to distinguish
+    models of the same name. pixels: of a frame, to distinguish models of the same architecture (480P and 720P)."""
     name = _name(own, width, pixels)
     ratios = RATIOS.get(f"{name} {expert}") or RATIOS.get(name, ())
     known = {"coefficients": COEFFICIENTS.get(name, ()), "ratios": ratios}
@@ -83,5 +83,5 @@ def published(own: Defaults, width: int, pixels: int, expert: str) -> Calibratio
 
 def _name(own: Defaults, width: int, pixels: int) -> str:
     if own.name == "Wan2.1-T2V":
-        return f"{own.name}-{WIDTHS.get(width)}"
+        return f"{own.name}-{SIZES_BY_WIDTH.get(width)}"
     return f"{own.name}-{480 if pixels <= SMALL_PICTURE else 720}P" if own.name == "Wan2.1-I2V-14B" else own.name

@@ -1,7 +1,7 @@
-"""What of texts, images and known frames reaches a Wan transformer.
+"""How Wan transformers are conditioned on text, images and known frames.
 
-An image-to-video model reads, next to the noisy latent, a mask and the latent of the video as far as it is known.
-Wan2.2-TI2V-5B has no such channels: what is known stands in its latent itself, and its tokens have timestep 0.
+An image-to-video model takes extra channels: a mask, and the latent of the known part of the video. Wan2.2-TI2V-5B has
+no such channels: known frames replace those of its latent, and their tokens have timestep 0.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .latents import CHANNELS_22, LATENTS_MEAN_22
 
 @dataclass(frozen=True, eq=False)
 class WanBranch(Branch):
-    """text [B, L, D]; image [B or 2B, I, image_dim], as diffusers' embedder takes it; concat [B, 4 + C, T, H, W];
-    timesteps: what a timestep is multiplied by, ones [B], or [B, S] where known tokens have timestep 0."""
+    """text [B, L, D]; image [B or 2B, I, image_dim], as diffusers' embedder takes it; concat [B, 4 + C, T, H, W]: the
+    extra channels; timesteps: factors of the timestep, ones [B], or [B, S] if known tokens have timestep 0."""
 
     text: Tensor
     image: Tensor | None
@@ -40,8 +40,8 @@ class WanBranch(Branch):
 
 class WanConditioner(Conditioner):
     empty_latent = (
-        "Use an empty video latent for it: EmptyHunyuanLatentVideo for 16 channels, Wan22ImageToVideoLatent or Ascend "
-        "Image To Video for 48."
+        "Use an empty video latent: from EmptyHunyuanLatentVideo for 16 channels, from Wan22ImageToVideoLatent or "
+        "Ascend Image To Video for 48."
     )
 
     @property
@@ -53,14 +53,14 @@ class WanConditioner(Conditioner):
 
     @property
     def _extra_channels(self) -> int:
-        """What the network reads next to the latent; 0 for a text-to-video model."""
+        """The number of input channels besides the latent; 0 for a text-to-video model."""
         return self.config["in_channels"] - self.config["out_channels"]
 
     def branch(self, prompt: Prompt, given: Given, device: torch.device, dtype: torch.dtype) -> WanBranch:
         image, concat = prompt.clip_vision, None
         if image is not None:
             image = ready(image, given.batch, device, dtype)
-            if self.config["pos_embed_seq_len"] is not None:  # two images, which diffusers' embedder joins itself
+            if self.config["pos_embed_seq_len"] is not None:  # two images, which diffusers' embedder concatenates
                 image = image.unflatten(1, (2, -1)).flatten(0, 1)
         if self._extra_channels:
             concat = ready(self._concat(prompt, given), given.batch, device, dtype)
@@ -68,7 +68,7 @@ class WanConditioner(Conditioner):
         return WanBranch(text, image, concat, self._timesteps(given).to(device))
 
     def _timesteps(self, given: Given) -> Tensor:
-        """A frame that is known in part has that part of the timestep, as in core ComfyUI."""
+        """The timestep of a partly known frame is scaled by its unknown fraction, as in core ComfyUI."""
         batch, _, _, height, width = given.latent.shape
         if not self.per_token(given):
             return torch.ones(batch)
@@ -77,9 +77,9 @@ class WanConditioner(Conditioner):
         return by_frame.repeat_interleave(height // patch_height * (width // patch_width), dim=1)
 
     def _concat(self, prompt: Prompt, given: Given) -> Tensor:
-        """[B or 1, 4 + C, T, H, W]: 1 where the video is known, and the known video, normalised.
+        """[B or 1, 4 + C, T, H, W]: a mask, 1 where the video is known, and the known video, normalised.
 
-        What is not given is zeros, as in core ComfyUI, where the latent's own mask also stands in for a missing one.
+        Missing inputs are zeros, and the latent's noise mask replaces a missing mask, as in core ComfyUI.
         """
         shape = given.latent.shape
         video, mask = prompt.concat_latent, prompt.concat_mask
@@ -101,9 +101,9 @@ class WanConditioner(Conditioner):
         parts = {part: tensor for part, tensor in parts.items() if tensor is not None}
         if parts and not self._extra_channels:
             raise ValueError(
-                f"The {name} conditioning carries an image ({' and '.join(parts)}), but this model reads none besides "
-                "its latent. Take an image-to-video model, whose transformer has 36 in_channels, or connect the "
-                "prompt's conditioning directly."
+                f"The {name} conditioning carries an image ({' and '.join(parts)}), but this model has no input for "
+                "it. Use an image-to-video model, whose transformer has 36 in_channels, or connect the prompt's "
+                "conditioning directly."
             )
         for part, tensor in parts.items():
             channels = (latent.shape[1],) if part == "concat_latent" else (1, MASK_CHANNELS)
@@ -115,30 +115,29 @@ class WanConditioner(Conditioner):
             return
         if width is None:
             raise ValueError(
-                f"The {name} conditioning carries a clip_vision_output, but this model looks at none: models of Wan "
-                "2.2 and text-to-video models do without. Disconnect it."
+                f"The {name} conditioning carries a clip_vision_output, but this model does not use one, like all Wan "
+                "2.2 models and text-to-video models. Disconnect it."
             )
         if image is None:
             raise ValueError(
-                f"This model looks at an image through CLIP, but the {name} conditioning carries no "
-                "clip_vision_output. Connect CLIP Vision Encode of the start image (and of the end image) to the "
-                "image-to-video node."
+                f"This model needs a clip_vision_output, but the {name} conditioning carries none. Connect CLIP Vision "
+                "Encode of the start image (and of the end image) to the image-to-video node."
             )
         if image.ndim != 3 or image.shape[2] != width or image.shape[0] not in (1, batch):
             raise ValueError(
-                f"The {name} conditioning's clip_vision_output has the shape {list(image.shape)}; this model looks at "
+                f"The {name} conditioning's clip_vision_output has the shape {list(image.shape)}; this model needs "
                 f"[1, tokens, {width}]. Load the CLIP vision model that belongs to it (clip_vision_h for Wan 2.1)."
             )
         if tokens is not None and image.shape[1] != tokens:
             raise ValueError(
-                f"The {name} conditioning's clip_vision_output has {image.shape[1]} tokens; this model looks at "
-                f"{tokens}, of a first and a last image. Connect CLIP Vision Encode of both."
+                f"The {name} conditioning's clip_vision_output has {image.shape[1]} tokens; this model needs {tokens}, "
+                "of a first and a last image. Connect CLIP Vision Encode of both."
             )
         check_finite(image, f"The {name} conditioning's clip_vision_output")
 
 
 def empty_latent(shape: tuple[int, ...]) -> Tensor:
-    """A latent [B,C,T,H,W] that is zeros once it is normalised."""
+    """A latent [B,C,T,H,W] that is zero after normalisation."""
     if shape[1] != CHANNELS_22:
         return torch.zeros(shape)
     return torch.tensor(LATENTS_MEAN_22).view(1, -1, 1, 1, 1).expand(shape).clone()

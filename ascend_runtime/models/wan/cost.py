@@ -1,4 +1,4 @@
-"""What a pass through the Wan transformer computes, and the memory that it takes."""
+"""The FLOPs and the memory of a pass through the Wan transformer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 from ..cost import BlockWork, PassSize, Work
 from .files.configs import filled
 
-FEW = 16  # video tokens a text token, up to which projecting the text again in each pass is felt: 1 % of a block at 8
+# Up to this ratio of video tokens to text tokens, keys and values of the text are cached. At a ratio of 8, computing
+# them again takes 1 % of a block's time.
+MAX_TOKEN_RATIO = 16
 
 
 def width_of(config: Mapping[str, Any]) -> int:
-    """The channels of a token."""
+    """The number of channels of a token."""
     config = filled(config)
     return config["num_attention_heads"] * config["attention_head_dim"]
 
@@ -20,9 +22,10 @@ def width_of(config: Mapping[str, Any]) -> int:
 def work_of(config: Mapping[str, Any], size: PassSize) -> Work:
     """FLOPs of a pass, counting only the matrix products.
 
-    Of a block, with S tokens, L of text, D wide, F in its feed-forward: self-attention 8 S D^2 + 4 S^2 D; attention to
-    the text 4 (S + L) D^2 + 4 S L D, without the L where keys and values are kept; feed-forward 4 S D F. (An image's
-    tokens are few next to these.) The rest is what goes in and out, and the timestep, with one token of text.
+    A block with S tokens, L text tokens, width D and feed-forward width F: self-attention 8 S D^2 + 4 S^2 D;
+    cross-attention 4 (S + L) D^2 + 4 S L D, without the first L if keys and values are cached; feed-forward 4 S D F.
+    (An image's few tokens are not counted.) The rest is the patch embedding, the head, and the timestep embedding, with
+    one text token.
     """
     config, width, tokens = filled(config), width_of(config), size.tokens
     products = 4 * tokens**2 * width
@@ -40,8 +43,8 @@ def work_of(config: Mapping[str, Any], size: PassSize) -> Work:
 def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
     """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype.
 
-    A block takes 10.5 times its output around its self-attention, or in its feed-forward 3.3 times and twice what is as
-    wide as that. A token's own timestep is 6 vectors in fp32, and as many in each block.
+    A block's peak is 10.5 times its output in self-attention, or 3.3 times its output and twice the feed-forward's
+    inner activations. With one timestep for each token, modulation takes 12 more vectors in fp32 for each token.
     """
     width, ffn_dim = width_of(config), filled(config)["ffn_dim"]
     block = max(10.5 * width, 3.3 * width + 2 * ffn_dim) * itemsize
@@ -49,5 +52,5 @@ def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
 
 
 def worth_keeping(tokens: int, text_tokens: int) -> bool:
-    """Whether a block's keys and values of so many tokens of text are kept next to `tokens` of the video on a rank."""
-    return tokens <= FEW * text_tokens
+    """Whether a rank caches a block's keys and values of the text, for `tokens` video tokens on the rank."""
+    return tokens <= MAX_TOKEN_RATIO * text_tokens

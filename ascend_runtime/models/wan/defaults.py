@@ -1,4 +1,4 @@
-"""What the published Wan models are run with."""
+"""The default settings of the published Wan models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..defaults import Defaults
 from .files.configs import filled
 from .latents import CHANNELS_22
 
-# The figures are those of generate.py and wan/configs of the originals (github.com/Wan-Video/Wan2.1 and Wan2.2).
+# The values are from generate.py and wan/configs of github.com/Wan-Video/Wan2.1 and Wan2.2.
 WAN21_TEXT = Defaults("Wan2.1-T2V")
 WAN21_IMAGE = Defaults("Wan2.1-I2V-14B", steps=40, small_shift=3.0)
 WAN21_FIRST_LAST = Defaults("Wan2.1-FLF2V-14B", shift=16.0)
@@ -22,9 +22,9 @@ WAN22_BOTH = Defaults("Wan2.2-TI2V-5B", width=1280, height=704, num_frames=121, 
 
 
 def defaults_of(config: Mapping[str, Any], experts: int) -> Defaults:
-    """Those of the published model whose transformer has this config (diffusers' WanTransformer3DModel).
+    """The defaults of the published model whose transformer has this config (diffusers' WanTransformer3DModel).
 
-    A single expert of Wan2.2-T2V-A14B looks as Wan2.1-T2V-14B does, and is taken for it.
+    A single expert of Wan2.2-T2V-A14B has the config of Wan2.1-T2V-14B, and is treated as that.
     """
     published = _published(filled(config), experts)
     if experts == 2 and published.boundary is None:

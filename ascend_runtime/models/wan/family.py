@@ -1,4 +1,4 @@
-"""The Wan family (2.1 and 2.2): text, images and both to video, with one expert or two."""
+"""The Wan family (2.1 and 2.2): text-to-video, image-to-video or both, with one or two experts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...checkpoints.faults import shown
 from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, Part, Pipeline
+from ..family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline, Family, Part
 from ..hubs import HUBS
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
@@ -20,7 +20,7 @@ from .files.pipeline import pipeline_of
 from .files.variants import variant
 from .latents import CHANNELS, CHANNELS_22, latent_format
 
-VAES = {CHANNELS: "the Wan 2.1 VAE, which Wan2.2-A14B has too", CHANNELS_22: "the Wan 2.2 VAE of TI2V-5B"}
+VAES = {CHANNELS: "the Wan 2.1 VAE, which Wan2.2-A14B uses too", CHANNELS_22: "the Wan 2.2 VAE of TI2V-5B"}
 PARTS = {
     TRANSFORMER: Part(
         what="Wan transformer",
@@ -65,10 +65,10 @@ class Wan(Family):
     schedule = "wan"
     original_class = "WanModel"
     weights = weights.RULES
-    loras = lora_names.NAMES
+    loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)
 
-    # What a model is, by the configs of its transformers
+    # Properties of a model, from the configs of its transformers
 
     def form(self, config: Mapping[str, Any]) -> VaeForm:
         channels = configs.filled(config)["out_channels"]
@@ -87,14 +87,14 @@ class Wan(Family):
     def check_transformers(self, configurations: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
         configs.check_transformers(configurations, files)
 
-    def with_original_config(self, config: dict, said: Mapping[str, Any], file: Path) -> dict:
-        """With the number of heads."""
+    def with_original_config(self, config: dict, original: Mapping[str, Any], file: Path) -> dict:
+        """Adds the number of heads."""
         heads, width = config["num_attention_heads"], config["attention_head_dim"]
-        number = said.get("num_heads", heads)
+        number = original.get("num_heads", heads)
         if type(number) is not int or number < 1 or heads * width % number:
             raise ValueError(
-                f"{file} says num_heads {shown(repr(number))}, which does not cut the {heads * width} channels of its "
-                "weights into heads. Download it again."
+                f"{file} says num_heads {shown(repr(number))}, which does not divide the {heads * width} channels of "
+                "its weights. Download it again."
             )
         return config | {"num_attention_heads": number, "attention_head_dim": heads * width // number}
 
@@ -111,7 +111,7 @@ class Wan(Family):
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels, expert)
 
-    # What a pass costs
+    # Cost of a pass
 
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
         frames, height, width = (length // patch for length, patch in zip(size, configs.filled(config)["patch_size"]))
@@ -129,7 +129,7 @@ class Wan(Family):
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         return cost.taken_by(config, size, itemsize)
 
-    # What it computes with
+    # Networks and what they need
 
     def network(self, part, config, tp=None):
         from . import networks
@@ -156,7 +156,7 @@ class Wan(Family):
 
         return empty_latent(shape)
 
-    def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> Pipeline:
+    def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
         return pipeline_of(configurations)
 
 

@@ -1,4 +1,4 @@
-"""The latents of the Wan VAEs: how each channel is normalised, and what colour it stands for."""
+"""The latents of the Wan VAEs: normalisation and preview colours of each channel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from ..latent_format import LatentFormat
 
-CHANNELS, CHANNELS_22 = 16, 48  # of the Wan 2.1 VAE, which Wan2.2-A14B has too, and of the Wan 2.2 VAE of TI2V-5B
+CHANNELS, CHANNELS_22 = 16, 48  # of the Wan 2.1 VAE, which Wan2.2-A14B uses too, and of the Wan 2.2 VAE of TI2V-5B
 
 # Mean and standard deviation of the latents of the Wan 2.1 VAE, as published in its diffusers config.
 LATENTS_MEAN = (
@@ -18,7 +18,7 @@ LATENTS_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-# Those of the Wan 2.2 VAE (Wan-Video/Wan2.2, wan/modules/vae2_2.py).
+# The same for the Wan 2.2 VAE (Wan-Video/Wan2.2, wan/modules/vae2_2.py).
 LATENTS_MEAN_22 = (
     -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
     0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
@@ -32,8 +32,8 @@ LATENTS_STD_22 = (
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
 
-# A picture of a latent without its VAE, by its channels: RGB weights in -1..1 of each normalised channel, and a bias.
-# The figures are those of ComfyUI's latent formats Wan21 and Wan22.
+# Preview colours by the number of channels: RGB weights in -1..1 of each normalised channel, and a bias. The values are
+# those of ComfyUI's latent formats Wan21 and Wan22.
 LATENT_RGB = {
     16: {"bias": (-0.1835, -0.0868, -0.3360), "factors": (
         (-0.1299, -0.1692, 0.2932), (0.0671, 0.0406, 0.0442), (0.3568, 0.2548, 0.1747), (0.0372, 0.2344, 0.1420),
@@ -59,7 +59,8 @@ LATENT_RGB = {
 
 
 def latent_format(config: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentFormat:
-    """That of a transformer, by the config of the VAE next to it where that says so, else as the published one."""
+    """The latent format of a transformer, from the config of the VAE next to it if that has it, else the published
+    one."""
     of_22 = config.get("out_channels", CHANNELS) == CHANNELS_22
     mean = vae.get("latents_mean", LATENTS_MEAN_22 if of_22 else LATENTS_MEAN)
     std = vae.get("latents_std", LATENTS_STD_22 if of_22 else LATENTS_STD)

@@ -1,4 +1,4 @@
-"""The Wan networks without their weights, on the meta device."""
+"""Builds the Wan networks on the meta device, without weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ...parallel.tensor import TensorParallel, WholeWeights
 from ..family import TEXT_ENCODER, TRANSFORMER
 from .transformer import WanTransformer
 
-# Of a text encoder's config, only what an encoder computes with goes to transformers, which takes other entries as what
-# to fetch and run: kernels, quantizers, code of the folder's own.
+# Only these fields of a text encoder's config are passed to transformers; with others it could download and run
+# kernels, quantizers or code of the folder.
 ENCODER = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
            "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon", "initializer_factor",
            "feed_forward_proj", "pad_token_id", "eos_token_id", "tie_word_embeddings")  # fmt: skip
@@ -24,15 +24,15 @@ ENCODER = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "
 
 def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn.Module:
     if part == TRANSFORMER:
-        return WanTransformer(_known(config, WanTransformer3DModel), tp or WholeWeights())
+        return WanTransformer(_accepted(config, WanTransformer3DModel), tp or WholeWeights())
     with torch.device("meta"):
         if part != TEXT_ENCODER:
-            return AutoencoderKLWan.from_config(_known(config, AutoencoderKLWan))
+            return AutoencoderKLWan.from_config(_accepted(config, AutoencoderKLWan))
         model = UMT5EncoderModel(UMT5Config.from_dict({key: config[key] for key in ENCODER if key in config}))
-        model.set_input_embeddings(model.shared)  # one module twice: FSDP2 gathers a module's own parameters
+        model.set_input_embeddings(model.shared)  # one shared module: FSDP2 gathers each module's own parameters
         return model
 
 
-def _known(config: Mapping[str, Any], network: type) -> dict[str, Any]:
-    """What of a config is a parameter of a network: diffusers would print the rest as it is."""
+def _accepted(config: Mapping[str, Any], network: type) -> dict[str, Any]:
+    """The config fields that are parameters of a network class: diffusers would print the others unescaped."""
     return {key: value for key, value in config.items() if key in inspect.signature(network.__init__).parameters}

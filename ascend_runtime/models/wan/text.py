@@ -1,4 +1,4 @@
-"""Wan's prompts: cleaned, tokenised and encoded by UMT5."""
+"""Cleans, tokenises and encodes Wan's prompts with UMT5."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoints.bounded import read_bounded
-from ...checkpoints.faults import usable
+from ...checkpoints.faults import as_value_error
 from ...checkpoints.tokenizers import (
     JSON,
-    LONGEST_SPIECE,
+    MAX_SPIECE_BYTES,
     SPIECE,
     check_class,
     check_spiece,
@@ -25,17 +25,17 @@ from ..family import TEXT_ENCODER
 from ..shared.text import TEXT, Encoders, OnBlock, TextEncoding, run_with_blocks
 from ..shared.tokenizers import JsonTokenizer, SentencePiece, Tokenizer
 
-MAX_TOKENS = 512  # that Wan was trained with
-LAST_WORDS = 12  # tokens before a cut that are shown
+MAX_TOKENS = 512  # of a prompt in Wan's training
+SHOWN_TOKENS = 12  # the last tokens before the cut that a warning shows
 
 
 class WanText(TextEncoding):
     def clean(self, text: str) -> str:
-        """With mended encoding, plain entities and single spaces, as the original's tokenizer cleans its prompts."""
+        """Fixes the encoding, unescapes HTML entities and collapses whitespace, like the original's tokenizer."""
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
     def tokenizer(self, part: str, found: Path | None, shard: Path) -> Tokenizer:
-        return find_tokenizer(found, shard)
+        return load_tokenizer(found, shard)
 
     def embeddings_in(self, part: str, model: nn.Module) -> int:
         return model.shared.num_embeddings
@@ -44,7 +44,7 @@ class WanText(TextEncoding):
         return [model.shared, *model.encoder.block]
 
     def encode(self, encoders: Encoders, text: str, on_block: OnBlock) -> dict[str, Tensor]:
-        """TEXT [1, tokens, D], at most 512 tokens."""
+        """TEXT [1, tokens, D], with at most 512 tokens."""
         model, tokenizer = encoders[TEXT_ENCODER].model, encoders[TEXT_ENCODER].tokenizer
         tokens = tokenizer(text, truncation=True, max_length=MAX_TOKENS).to(model.device)
 
@@ -54,9 +54,9 @@ class WanText(TextEncoding):
         return {TEXT: run_with_blocks(list(model.encoder.block), on_block, compute)}
 
     def embeddings(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
-        """TEXT [1, 512, D], zeros after the prompt's end.
+        """TEXT [1, 512, D], with zeros after the prompt's end.
 
-        Only the prompt's own tokens went through the network: its mask hides the padding from them anyway.
+        The encoder runs without padding: with padding, its mask would hide it from the prompt's tokens anyway.
         """
         hidden = encoded[TEXT].float()
         return {TEXT: F.pad(hidden, (0, 0, 0, MAX_TOKENS - hidden.shape[1]))}
@@ -69,37 +69,37 @@ class WanText(TextEncoding):
         count = tokenizer(text, truncation=False).input_ids.shape[1]
         if count <= MAX_TOKENS:
             return []
-        end = tokenizer.decode(read[-1 - LAST_WORDS : -1])  # without the end token
+        end = tokenizer.decode(read[-1 - SHOWN_TOKENS : -1])  # without the end token
         return [
-            f"The prompt has {count} tokens, and Wan reads {MAX_TOKENS}: what comes after '... {end.strip()}' is cut "
+            f"The prompt has {count} tokens, but Wan reads {MAX_TOKENS}: the text after '... {end.strip()}' is cut "
             "off. Shorten the prompt."
         ]
 
 
-def find_tokenizer(found: Path | None, shard: Path) -> Tokenizer:
-    """A folder's tokenizer, or the one that the text encoder's file brings along."""
+def load_tokenizer(found: Path | None, shard: Path) -> Tokenizer:
+    """The tokenizer in a folder, or in the text encoder's file."""
     if found is None:
         raise ValueError(
-            f"{shard} has no tokenizer in it, and none lies beside it. Put the folder google/umt5-xxl of "
-            "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) beside the file, or take ComfyUI's "
-            "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which has one."
+            f"{shard} contains no tokenizer, and there is none next to it. Put the folder google/umt5-xxl of "
+            "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) next to the file, or use ComfyUI's "
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which contains one."
         )
     if found.is_file():
         model = tokenizer_model(found)
-        with usable(found, "its tokenizer"):
+        with as_value_error(found, "its tokenizer"):
             check_spiece(model)
             return SentencePiece(model)
     if not found.is_dir():
-        raise ValueError(f"{found} does not exist; the text encoder needs the tokenizer folder beside it.")
+        raise ValueError(f"{found} does not exist. Put the tokenizer's folder next to the text encoder.")
     check_class(found)
     if (found / JSON).is_file():
         return JsonTokenizer(tokenizer_json(found / JSON), found)
     if (found / SPIECE).is_file():
-        with usable(found / SPIECE, "the tokenizer in it"):
-            model = read_bounded(found / SPIECE, LONGEST_SPIECE)
+        with as_value_error(found / SPIECE, "the tokenizer in it"):
+            model = read_bounded(found / SPIECE, MAX_SPIECE_BYTES)
             check_spiece(model)
             return SentencePiece(model)
     raise ValueError(
-        f"{found} has neither {JSON} nor {SPIECE}, of which a T5 tokenizer needs one. Download google/umt5-xxl of "
+        f"{found} has neither {JSON} nor {SPIECE}; a T5 tokenizer needs one of them. Download google/umt5-xxl of "
         "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
     )

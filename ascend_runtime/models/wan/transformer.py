@@ -1,9 +1,9 @@
 """The Wan diffusion transformer (2.1 and 2.2): our blocks and block stack, diffusers' embedders and head.
 
-Parameters carry diffusers' names. Written for one device: `PlainOperators` or another set computes, and `Sequence`
-says how the tokens are spread, if they are.
-diffusers' own block modulates and upcasts inside its forward, where no fused operator, cache or per-token
-modulation can reach: hence ours, which equals it (tests/ranks/test_wan_blocks.py).
+Parameters have diffusers' names. Written for one device: the operators (`PlainOperators`) and the `SequenceLayout` are
+exchangeable.
+diffusers' own block modulates and upcasts inside its forward, which leaves no room for fused operators, caches or
+per-token modulation. Our block computes the same (tests/ranks/test_wan_blocks.py).
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from torch import Tensor, nn
 
 from ...ops import PlainOperators
 from ...ops.plain import RotaryTable
-from ...parallel.sequence import Sequence, WholeSequence
+from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights
 from ..shared.block_stack import EVERYTHING, Attend, BlockStack, Pass
 from ..shared.quantized import QuantizedLinear
 from .context import Context
-from .files.configs import TRANSFORMER
+from .files.configs import TRANSFORMER_DEFAULTS
 
-SAMPLED = 64  # of a timestep for each token, one channel of so many is compared: all would be as large as six tokens
+SAMPLED = 64  # with per-token timesteps, every 64th channel is compared: all would take six times the tokens' memory
 
 
 def _indicator(timestep: Tensor, tokens: Tensor, own: int) -> Tensor:
-    """TeaCache's for Wan: the timestep's projection [B, 6, D], or [B, S, 6, D] with one a token, `own` of them real."""
+    """TeaCache's indicator for Wan: the timestep projection [B, 6, D], or a sample of the per-token projections
+    [B, S, 6, D], without the padding after `own` tokens."""
     return timestep if timestep.ndim == 3 else timestep[:, :own, :, ::SAMPLED]
 
 
@@ -40,13 +41,13 @@ def _check_tensor_parallel(heads: int, ffn_dim: int, degree: int) -> None:
     if most % degree:
         legal = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
         raise ValueError(
-            f"tp_degree is {degree}, which does not cut this model into equal slices: it has {heads} heads and a "
-            f"feed-forward {ffn_dim} wide. Set it to one of {legal}; put other ranks on ulysses_degree or ring_degree."
+            f"tp_degree is {degree}; it must divide this model's {heads} heads and its feed-forward width {ffn_dim}. "
+            f"Set it to one of {legal}; use the other ranks for ulysses_degree or ring_degree."
         )
 
 
 class WanAttention(nn.Module):
-    """What both attentions of a block have: projections, and norms of query and key over all heads."""
+    """Base of a block's two attentions: projections, and norms of query and key over all heads."""
 
     def __init__(self, dim: int, heads: int, eps: float, tp: WholeWeights | TensorParallel):
         super().__init__()
@@ -58,7 +59,7 @@ class WanAttention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(dim, eps=eps) for _ in range(2))
 
     def _normed(self, *pairs: tuple[nn.RMSNorm, Tensor]) -> list[Tensor]:
-        """Each tensor [B, S, D], normalised by the norm beside it, as heads."""
+        """Applies each pair's norm to its tensor [B, S, D], and splits it into heads."""
         return [self._heads(x) for x in self.tp.rms_norms(self.ops, self.eps, *pairs)]
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -66,10 +67,10 @@ class WanAttention(nn.Module):
 
 
 class WanSelfAttention(WanAttention):
-    """Attention of the video's tokens among themselves, with rotary positions."""
+    """Self-attention of the video tokens, with rotary position embedding."""
 
     def forward(self, x: Tensor, rotary: RotaryTable, attend: Attend | None = None) -> Tensor:
-        """x [B, S, D]; rotary: the table of these S tokens; attend: another attention than the operators'."""
+        """x [B, S, D]; rotary: the table for these S tokens; attend: replaces the operators' attention."""
         query, key = self._normed((self.norm_q, self.to_q(x)), (self.norm_k, self.to_k(x)))
         value = self._heads(self.to_v(x))
         query, key = self.ops.rotary(query, rotary), self.ops.rotary(key, rotary)
@@ -78,7 +79,7 @@ class WanSelfAttention(WanAttention):
 
 
 class WanCrossAttention(WanAttention):
-    """Attention of the video's tokens to the text and, in image-to-video models of Wan 2.1, to an image."""
+    """Cross-attention of the video tokens to the text and, in Wan 2.1 image-to-video models, to an image."""
 
     def __init__(self, dim: int, heads: int, eps: float, tp: WholeWeights | TensorParallel, image_dim: int | None):
         super().__init__(dim, heads, eps, tp)
@@ -101,7 +102,7 @@ class WanCrossAttention(WanAttention):
         return self.tp.row_linear(self.ops, self.to_out[0], sum(outs[1:], start=outs[0]))
 
     def _keys(self, text: Tensor, image: Tensor | None) -> list[tuple[nn.RMSNorm, Tensor]]:
-        """Each with the norm that it needs."""
+        """(norm, keys) pairs of the text and, if there is one, of the image."""
         keys = [(self.norm_k, self.to_k(text))]
         return keys if image is None else [*keys, (self.norm_added_k, self.add_k_proj(image))]
 
@@ -111,7 +112,7 @@ class WanCrossAttention(WanAttention):
 
 
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward; the first and the last modulated by the timestep."""
+    """Self-attention, cross-attention and feed-forward; the timestep modulates the first and the last."""
 
     def __init__(
         self,
@@ -141,9 +142,9 @@ class WanBlock(nn.Module):
         rotary: RotaryTable,
         self_attention: Callable[[Callable[[Attend | None], Tensor]], Tensor] = lambda compute: compute(None),
     ) -> Tensor:
-        """x [B, S, D]; timestep: its projection [B, 6, D], or [B, S, 6, D] with one timestep a token.
+        """x [B, S, D]; timestep: its projection [B, 6, D], or [B, S, 6, D] with per-token timesteps.
 
-        self_attention: decides whether it is computed, and by which attention (see accelerate.passes.Pass).
+        self_attention: decides whether self-attention is computed, and by which attention (see block_stack.Pass).
         """
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(timestep)
 
@@ -167,7 +168,7 @@ class WanBlock(nn.Module):
         return self.ops.layer_norm(x, self.norm2.weight, self.norm2.bias, self.eps)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        """What `ffn`, whose parameters are diffusers', computes."""
+        """The output of `ffn`, whose parameters are diffusers'."""
         widen, _, narrow = self.ffn.net
         return self.tp.row_linear(self.ops, narrow, self.ops.gelu(widen.proj(x)))
 
@@ -175,16 +176,17 @@ class WanBlock(nn.Module):
 class WanTransformer(nn.Module):
     """The network: predicts the velocity of a noisy latent.
 
-    config: that of diffusers' WanTransformer3DModel, by name. Built on the meta device, its rotary tables aside.
+    config: fields of diffusers' WanTransformer3DModel. Built on the meta device, except for rotary tables.
     tp: how the blocks' weights are cut; they are built whole, and `load_weights` reads this rank's slices (`cut_dim`).
-    Raises ValueError where they cannot be cut so.
+    Raises ValueError if the degree does not divide the model.
     """
 
     def __init__(self, config: dict, tp: WholeWeights | TensorParallel = WholeWeights()):
         super().__init__()
         with torch.device("meta"):
             shell = WanTransformer3DModel.from_config({**config, "num_layers": 0})
-        self.config = FrozenDict({**shell.config, "num_layers": config.get("num_layers", TRANSFORMER["num_layers"])})
+        num_layers = config.get("num_layers", TRANSFORMER_DEFAULTS["num_layers"])
+        self.config = FrozenDict({**shell.config, "num_layers": num_layers})
         _check_tensor_parallel(self.config.num_attention_heads, self.config.ffn_dim, tp.degree)
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         self.patch_embedding = shell.patch_embedding
@@ -213,11 +215,11 @@ class WanTransformer(nn.Module):
 
     @property
     def units(self) -> list[nn.Module]:
-        """What FSDP gathers at once, in the order in which they begin."""
+        """The modules that FSDP gathers as units, in the order of their first use."""
         return [self.condition_embedder, self.condition_embedder.time_embedder, *self.blocks]
 
-    def arrange(self, operators: PlainOperators, sequence: Sequence | None = None) -> None:
-        """Says which operators compute from now on, and how the tokens are spread over ranks (None: all are here)."""
+    def arrange(self, operators: PlainOperators, sequence: SequenceLayout | None = None) -> None:
+        """Sets the operators, and how the tokens are spread over ranks (None: all tokens are on this rank)."""
         self.forget()
         self.ops = operators
         self.sequence = sequence or WholeSequence(operators.attention)
@@ -231,13 +233,13 @@ class WanTransformer(nn.Module):
     def forward(self, latent: Tensor, timestep: Tensor, context: Context, passing: Pass = EVERYTHING) -> Tensor:
         """The velocity [B, C_out, T, H, W].
 
-        latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000, or [B, S] with one a token; context: a new one,
-        or that of earlier passes with the same prompt; passing: what of the blocks is computed.
+        latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000, or [B, S] with one for each token; context: a new
+        one, or that of earlier passes with the same prompt; passing: decides which blocks are computed.
         """
         rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent))
         tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
         length = tokens.shape[1]
-        if timestep.ndim == 2:  # split before it is embedded: six vectors a token are large
+        if timestep.ndim == 2:  # split before embedding, which makes six vectors for each token
             timestep = self.sequence.split(timestep)
         embedded, projected = self._condition(timestep, context)
         tokens = self.sequence.split(tokens).contiguous()
@@ -251,9 +253,9 @@ class WanTransformer(nn.Module):
         return self._unpatchify(tokens, latent.shape)
 
     def _condition(self, timestep: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The timestep embedded [B, 1 or S, D] and projected [B, (S,) 6, D]; embeds the context if it is new."""
+        """(the timestep embedding [B, 1 or S, D], its projection [B, (S,) 6, D]); embeds the context if it is new."""
         new = context.embedded is None
-        # The embedder wants a text in any case; of one token it costs nothing.
+        # The embedder requires a text; one token costs almost nothing.
         text, image = (context.text, context.image) if new else (context.text[:, :1], None)
         per_token = timestep.shape[1] if timestep.ndim == 2 else None
         embedded, projected, *prompt = self.condition_embedder(
@@ -280,12 +282,12 @@ class WanTransformer(nn.Module):
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _rotary_table(self, latent: Tensor) -> RotaryTable:
-        """The table of a latent of this size, kept until another size comes or `forget` is called."""
+        """The rotary table for a latent of this size, cached until the size changes or `forget` is called."""
         if self._rotary is None or self._rotary[0] != latent.shape:
             table = self.ops.rotary_table(*self.rope(latent))
             self._rotary = latent.shape, tuple(part.to(latent.device) for part in table)
         return self._rotary[1]
 
     def forget(self) -> None:
-        """Frees what was kept between the steps of one generation."""
+        """Frees what is cached between the steps of one generation."""
         self._rotary = None

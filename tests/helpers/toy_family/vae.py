@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ascend_runtime.models.shared.group_norm import TiledGroupNorm
 from ascend_runtime.models.shared.vae import VideoVae
 from ascend_runtime.ops.memory import most_allocated
-from ascend_runtime.parallel.tiles import whole
+from ascend_runtime.parallel.tiles import single_tile
 from torch import nn
 
 GROUPS, FOLD, TEMPORAL = 4, 4, 4  # pixels and frames that become channels
@@ -95,4 +95,4 @@ class ToyVae(VideoVae):
             shape = (3, TEMPORAL * (frames - 1) + 1, self.form.spatial * height, self.form.spatial * width)
         given = torch.empty(shape, dtype=self.dtype, device="meta")
         made = vae.decoded if work == "decode" else vae.encoded
-        return most_allocated(lambda: list(made([given], whole(height, width))))
+        return most_allocated(lambda: list(made([given], single_tile(height, width))))

@@ -1,1 +1,1 @@
-"""Wan on disk: names, configs, LoRAs, pipelines, and files that are close to it."""
+"""Wan on disk: names, configs, LoRAs, pipelines, and similar unsupported networks."""

@@ -8,22 +8,24 @@ from ...family import LoraNames
 from ...shapes import Shapes
 from .names import to_diffusers_name
 
-# What the original calls its layers, and its parameters that are no layer's.
-ATTENTION = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in ("q", "k", "v", "o", "norm_q", "norm_k")]
+# The original's names of layers, and of parameters outside of layers.
+_LAYERS = ("q", "k", "v", "o", "norm_q", "norm_k")
+ATTENTION_LAYERS = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in _LAYERS]
 IMAGE_IN_A_BLOCK = [f"cross_attn.{layer}" for layer in ("k_img", "v_img", "norm_k_img")]
-IN_A_BLOCK = [*ATTENTION, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
+IN_A_BLOCK = [*ATTENTION_LAYERS, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
 IMAGE_LAYERS = [f"img_emb.proj.{number}" for number in (0, 1, 3, 4)]
 OUTSIDE = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
            "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos", *IMAGE_LAYERS]  # fmt: skip
 FOR_AN_IMAGE = "of layers for CLIP's image, which this model lacks"
 FOR_VACE = "of layers of Wan VACE, which this model lacks"
 OF_NO_LAYER = "of no layer of this model"
-WIDTHS = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # of the published models
-KINDS = {16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B"}  # by patch_embedding's channels
+MODELS_BY_WIDTH = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # of the published models
+# By the input channels of patch_embedding.
+MODELS_BY_CHANNELS = {16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B"}
 
 
 def _image_parameters(shapes: Shapes) -> Iterator[str]:
-    """Those that a network of as many blocks has if it sees an image through CLIP."""
+    """The additional parameters of a network with as many blocks that uses CLIP's image."""
     layers = [*IMAGE_LAYERS, *(f"blocks.{block}.{layer}" for block in _blocks(shapes) for layer in IMAGE_IN_A_BLOCK)]
     for original in ["img_emb.emb_pos", *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))]:
         yield to_diffusers_name(original)
@@ -34,7 +36,7 @@ def _blocks(names: Iterable[str]) -> set[str]:
 
 
 def _spellings(known: set[str]) -> dict[str, str]:
-    """Diffusers' name of each layer, and of each parameter that is no layer's, by all names that it has in files."""
+    """diffusers' name of each layer, and of each parameter outside of layers, by all names that it has in files."""
     own = {name.removesuffix(".weight").removesuffix(".bias") for name in known}
     blocks = _blocks(known)
     spelled = {name: name for name in own}
@@ -56,16 +58,20 @@ def _made_for(misfits: Shapes, shapes: Shapes, reasons: Iterable[str]) -> str:
               if name in shapes and len(own) == 2 and len(set(own)) == len(set(shapes[name])) == 1
               and own != shapes[name]]  # fmt: skip
     if wanted:
-        theirs, ours = (f"{width} channels{f' ({WIDTHS[width]})' if width in WIDTHS else ''}" for width in wanted[0])
-        return f"It was made for a model of {theirs}; this one has {ours}. "
+        theirs, ours = map(_width_text, wanted[0])
+        return f"It was made for a model with {theirs}; this one has {ours}. "
     first = "patch_embedding.weight"
     if len(misfits.get(first, ())) == len(shapes.get(first, ())) > 1:
-        theirs, ours = (f"{KINDS.get(channels, 'another kind of model')} ({channels} channels)"
+        theirs, ours = (f"{MODELS_BY_CHANNELS.get(channels, 'another kind of model')} ({channels} channels)"
                         for channels in (misfits[first][1], shapes[first][1]))  # fmt: skip
         return f"It was made for {theirs}; this is {ours}. "
     if FOR_AN_IMAGE in reasons:
-        return "It was made for an image-to-video model that sees its image through CLIP; this one does not. "
+        return "It was made for an image-to-video model that uses CLIP's image; this one does not. "
     return ""
 
 
-NAMES = LoraNames(_spellings, _image_parameters, _why_left_out, _made_for)
+def _width_text(width: int) -> str:
+    return f"{width} channels{f' ({MODELS_BY_WIDTH[width]})' if width in MODELS_BY_WIDTH else ''}"
+
+
+LORA_NAMES = LoraNames(_spellings, _image_parameters, _why_left_out, _made_for)

@@ -1,4 +1,4 @@
-"""Parameter names of the systems that write checkpoints, and what diffusers and transformers call them."""
+"""Maps the parameter names of all systems that write Wan checkpoints to those of diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import re
 
 from ....checkpoints.renaming import MODELSLIM, PREFIXES, TOKENIZER_MODEL, Rules, inverted, renamed
 
-# The transformer. The prefixes of ComfyUI and others go; MindSpeed-MM's names (checkpoint/sora_model/wan_converter.py)
-# become the original's (Wan-Video/Wan2.2, wan/modules/model.py), and those diffusers', whose own no pattern fits.
-MINDSPEED: Rules = (
+# The transformer. Prefixes of ComfyUI and others are removed; MindSpeed-MM's names
+# (checkpoint/sora_model/wan_converter.py) become the original's (Wan-Video/Wan2.2, wan/modules/model.py), and these
+# become diffusers'. No pattern matches diffusers' own names.
+MINDSPEED_RULES: Rules = (
     (r"(self|cross)_attn\.proj_(q|k|v)\.", r"\1_attn.\2."),
     (r"(self|cross)_attn\.proj_out\.", r"\1_attn.o."),
     (r"(self|cross)_attn\.(q|k)_norm", r"\1_attn.norm_\2"),
     (r"^text_embedding\.linear_1\.", "text_embedding.0."),
     (r"^text_embedding\.linear_2\.", "text_embedding.2."),
 )
-ORIGINAL: Rules = (
+ORIGINAL_RULES: Rules = (
     (r"self_attn\.norm_(q|k)", r"attn1.norm_\1"),
     (r"self_attn\.(q|k|v)\.", r"attn1.to_\1."),
     (r"self_attn\.o\.", "attn1.to_out.0."),
@@ -42,10 +43,10 @@ ORIGINAL: Rules = (
     (r"^img_emb\.emb_pos$", "condition_embedder.image_embedder.pos_embed"),
 )
 
-TRANSFORMER: Rules = (*MODELSLIM, *PREFIXES, *MINDSPEED, *ORIGINAL)
+TRANSFORMER_RULES: Rules = (*MODELSLIM, *PREFIXES, *MINDSPEED_RULES, *ORIGINAL_RULES)
 
-# UMT5's encoder, of the original (wan/modules/t5.py), as transformers' UMT5EncoderModel calls it.
-TEXT_ENCODER: Rules = (
+# UMT5's encoder: from the original's names (wan/modules/t5.py) to those of transformers' UMT5EncoderModel.
+TEXT_ENCODER_RULES: Rules = (
     (r"^token_embedding\.", "shared."),
     (r"^norm\.", "encoder.final_layer_norm."),
     (r"^blocks\.", "encoder.block."),
@@ -58,9 +59,10 @@ TEXT_ENCODER: Rules = (
     (r"\.norm2\.", ".layer.1.layer_norm."),
 )
 
-# The VAEs, of the original (wan/modules/vae2_1.py, vae2_2.py). The first numbers all that follow one another: 2 layers
-# and a step down in each block of the encoder, 3 and a step up in the decoder. The second has blocks within blocks.
-VAE: Rules = (
+# The VAEs of the original (wan/modules/vae2_1.py, vae2_2.py). The first numbers layers and resamplers in one list: 2
+# layers and a downsampler for each block of the encoder, 3 layers and an upsampler in the decoder. The second nests
+# them in blocks.
+VAE_RULES: Rules = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
     (r"^(en|de)coder\.conv1\.", r"\1coder.conv_in."),
@@ -84,8 +86,8 @@ UPSAMPLES = re.compile(r"^decoder\.upsamples\.(\d+)\.")
 
 
 def to_umt5_name(name: str) -> str | None:
-    """transformers' name of a text encoder's parameter; None: it is no parameter."""
-    return None if name == TOKENIZER_MODEL else renamed(name, TEXT_ENCODER)
+    """transformers' name of a text encoder's parameter; None: the tensor is not a parameter."""
+    return None if name == TOKENIZER_MODEL else renamed(name, TEXT_ENCODER_RULES)
 
 
 def to_vae_name(name: str) -> str:
@@ -95,19 +97,20 @@ def to_vae_name(name: str) -> str:
         block, layer = divmod(int(number[1]), 4)
         return f"decoder.up_blocks.{block}." + (f"resnets.{layer}." if layer < 3 else "upsamplers.0.")
 
-    return UPSAMPLES.sub(up_block, renamed(name, VAE))
+    return UPSAMPLES.sub(up_block, renamed(name, VAE_RULES))
 
 
 def to_diffusers_name(name: str) -> str | None:
-    """diffusers' name of a transformer's parameter, by its name in any system; None: it is no parameter."""
-    if name.endswith("._extra_state"):  # what Megatron's layers note
+    """diffusers' name of a transformer's parameter, from its name in any system; None: the tensor is not a
+    parameter."""
+    if name.endswith("._extra_state"):  # metadata of Megatron's layers
         return None
-    return renamed(name, TRANSFORMER)
+    return renamed(name, TRANSFORMER_RULES)
 
 
 def to_mindspeed_name(name: str) -> str:
-    """MindSpeed-MM's name of a transformer's parameter, by diffusers'."""
-    return renamed(name, TO_MINDSPEED)
+    """MindSpeed-MM's name of a transformer's parameter, from diffusers'."""
+    return renamed(name, TO_MINDSPEED_RULES)
 
 
-TO_MINDSPEED = inverted((*MINDSPEED, *ORIGINAL))
+TO_MINDSPEED_RULES = inverted((*MINDSPEED_RULES, *ORIGINAL_RULES))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...family import TEXT_ENCODER, TRANSFORMER, VAE, Pipeline
+from ...family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline
 from ..defaults import defaults_of
 from ..latents import CHANNELS_22
 from .configs import filled
 
-SCHEDULER = "UniPCMultistepScheduler"
-CLASSES = {
-    "scheduler": ("diffusers", SCHEDULER),
+SCHEDULER_CLASS = "UniPCMultistepScheduler"
+PIPELINE_PARTS = {
+    "scheduler": ("diffusers", SCHEDULER_CLASS),
     TEXT_ENCODER: ("transformers", "UMT5EncoderModel"),
     "tokenizer": ("transformers", "T5TokenizerFast"),
     TRANSFORMER: ("diffusers", "WanTransformer3DModel"),
@@ -21,23 +21,23 @@ CLASSES = {
 }
 
 
-def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> Pipeline:
-    """That of the networks with these configs, by the names of their folders."""
+def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
+    """The pipeline of networks with these configs, by folder name."""
     if TRANSFORMER not in configs:
-        return Pipeline("WanPipeline", CLASSES)
+        return DiffusersPipeline("WanPipeline", PIPELINE_PARTS)
     experts = sum(name.startswith(TRANSFORMER) for name in configs)
     config, own = filled(configs[TRANSFORMER]), defaults_of(configs[TRANSFORMER], experts)
     from_image = config["in_channels"] != config["out_channels"]
-    clip = "image_encoder: CLIP is not converted; give diffusers' pipeline one from elsewhere"
-    return Pipeline(
+    clip = "image_encoder: CLIP is not converted; add one to diffusers' pipeline"
+    return DiffusersPipeline(
         class_name="WanImageToVideoPipeline" if from_image else "WanPipeline",
-        classes=CLASSES | (dict.fromkeys(("image_encoder", "image_processor")) if from_image else {}),
+        classes=PIPELINE_PARTS | (dict.fromkeys(("image_encoder", "image_processor")) if from_image else {}),
         settings={
             "boundary_ratio": own.boundary,
             "expand_timesteps": config["out_channels"] == CHANNELS_22,
         },
         scheduler={
-            "_class_name": SCHEDULER,
+            "_class_name": SCHEDULER_CLASS,
             "num_train_timesteps": 1000,
             "prediction_type": "flow_prediction",
             "use_flow_sigmas": True,

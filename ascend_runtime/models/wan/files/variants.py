@@ -1,4 +1,4 @@
-"""Files that are near to what can be used, and are not: known by names, so that a refusal says what they are."""
+"""Recognises similar but unsupported networks by their tensor names, so that an error can say what they are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from ....checkpoints.shards import first
 
-# Networks that have a Wan transformer's parameters and more: what the further ones' names have in them.
+# Networks with a Wan transformer's parameters and additional ones: a pattern of the additional names.
 VARIANTS = {
     "Wan VACE": r"(^|\.)vace_",
     "Wan Fun Control with a camera": r"(^|\.)control_adapter\.",
@@ -23,14 +23,13 @@ VARIANTS = {
 
 
 def variant(names: Iterable[str]) -> str:
-    """That a network is one of those with parameters of these names, which a Wan transformer has not; empty where none
-    is known."""
+    """A sentence about the network with these additional parameter names; empty if it is unknown."""
     names = list(names)
     for what, pattern in VARIANTS.items():
         own = [name for name in names if re.search(pattern, name)]
         if own:
             return (
-                f"It is {what}, with {len(own)} additional tensors ({first(own)}) cannot be used here. Take a "
+                f"It is {what}, with {len(own)} additional tensors ({first(own)}), which is not supported. Use a "
                 "text-to-video or an image-to-video model, such as Wan2.2-T2V-A14B or Wan2.2-I2V-A14B."
             )
     return ""

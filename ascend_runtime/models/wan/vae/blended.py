@@ -1,7 +1,7 @@
-"""The Wan VAE in overlapping tiles, one after the other, for a device with too little memory for the whole.
+"""The Wan VAE in overlapping tiles, one after the other, for a device with too little memory for whole frames.
 
-Tiles see nothing beyond their edge; where they overlap, one fades into the next. Sizes and the order of fading are
-those of diffusers' tiled AutoencoderKLWan, whose result this is.
+Tiles are padded with zeros, and blended where they overlap. Tile sizes and the order of blending are those of
+diffusers' tiled AutoencoderKLWan, and so is the result.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from ....parallel.tiles import Place, Tile, whole
+from ....parallel.tiles import Area, Tile, single_tile
 from ...shared.vae import BlendedTiles, Crop
 from . import streamed as wan_vae
 
-SIZE, STRIDE = 256, 192  # pixels of a tile, and from one to the next
+SIZE, STRIDE = 256, 192  # of tiles, in pixels
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Tiles of `size` pixels, `stride` apart, of a plane of which another one is made: `made` pixels of `taken`."""
+    """Tiles of `size` pixels at a stride, of an input plane; the output plane has `made` pixels for each `taken`
+    ones."""
 
     size: int
     stride: int
@@ -32,11 +33,10 @@ class Blend:
     def tiles(self, height: int, width: int) -> int:
         return len(range(0, height, self.stride)) * len(range(0, width, self.stride))
 
-    def run(self, height: int, width: int, make: Callable[[Place], Tensor]) -> Iterator[tuple[Place, Tensor]]:
-        """For each tile its place in what is made, and what is there [..., h, w]; to be read before the next is taken.
+    def run(self, height: int, width: int, make: Callable[[Area], Tensor]) -> Iterator[tuple[Area, Tensor]]:
+        """For each tile: (its area in the output, the output there [..., h, w], valid until the next tile).
 
-        make: what the tile at a place of the plane becomes, a tensor that nobody else writes to. Two rows of tiles are
-        held.
+        make: computes the output of an area of the input, as a tensor that may be modified. Holds two rows of tiles.
         """
         stride, overlap = self._made(self.stride), self._made(self.size) - self._made(self.stride)
         above: list[Tensor] = []
@@ -58,7 +58,7 @@ class Blend:
 
 
 def _fade(before: Tensor, after: Tensor, dim: int, overlap: int) -> None:
-    """The first pixels of `after` along `dim`: from the last ones of `before` to its own, in even steps."""
+    """Blends the first pixels of `after` along `dim` linearly with the last ones of `before`, in place."""
     overlap = min(before.shape[dim], after.shape[dim], overlap)
     ending, beginning = before.narrow(dim, before.shape[dim] - overlap, overlap), after.narrow(dim, 0, overlap)
     own = torch.arange(overlap, dtype=after.dtype) / overlap
@@ -66,7 +66,7 @@ def _fade(before: Tensor, after: Tensor, dim: int, overlap: int) -> None:
 
 
 def tiles_of(vae: AutoencoderKLWan, work: str, height: int, width: int) -> tuple[int, tuple[int, int]]:
-    """How many tiles it takes to "decode" or to "encode" a latent of height x width, and the size of one in it."""
+    """(the number of tiles to "decode" or "encode" a latent of height x width, the size of a tile in the latent)"""
     patches = 1 if work == "decode" else vae.config.scale_factor_spatial // (vae.config.patch_size or 1)
     blend = _blend(vae, work)
     size = blend.size // patches
@@ -74,48 +74,48 @@ def tiles_of(vae: AutoencoderKLWan, work: str, height: int, width: int) -> tuple
 
 
 def _blend(vae: AutoencoderKLWan, work: str) -> Blend:
-    """That of a latent's plane to "decode", and of a plane of patches to "encode"; what is made is the other one."""
+    """The tiles of the latent for "decode", of the patches of frames for "encode"; the output is the other plane."""
     pixels, patch = vae.config.scale_factor_spatial, vae.config.patch_size or 1
     if work == "decode":
         return Blend(SIZE // pixels, STRIDE // pixels, made=pixels // patch)
     return Blend(SIZE, STRIDE, taken=pixels // patch)
 
 
-def decoded(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
-    """For each tile its place in pixels, and its frames [3, T', h', w'] in -1..1, fp32, on the CPU.
+def decode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
+    """For each tile: (its area in pixels, its frames [3, T', h', w'] in -1..1, fp32, on the CPU).
 
-    height, width: of the latent, whose frames [C, h, w] at a place `crop` gives.
+    height, width: of the latent. crop: yields the latent frames [C, h, w] of an area of it.
     """
 
-    def make(place: Place) -> Tensor:
-        return torch.cat([x.float().cpu() for x in wan_vae.decoder_output(vae, crop(place), _alone(place))], dim=2)
+    def make(area: Area) -> Tensor:
+        return torch.cat([x.float().cpu() for x in wan_vae.decoder_output(vae, crop(area), _whole_tile(area))], dim=2)
 
-    for place, made in _blend(vae, "decode").run(height, width, make):
-        yield _scaled(place, vae.config.patch_size or 1), wan_vae.unpatched(vae, made).clamp(-1, 1)[0]
+    for area, made in _blend(vae, "decode").run(height, width, make):
+        yield _scaled(area, vae.config.patch_size or 1), wan_vae.unpatched(vae, made).clamp(-1, 1)[0]
 
 
-def encoded(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
-    """For each tile its place in the latent, and that [C, T', h', w'], not normalised, fp32, on the CPU.
+def encode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
+    """For each tile: (its area in the latent, its latent [C, T', h', w'], not normalised, fp32, on the CPU).
 
-    height, width: of the video in pixels, whose groups of frames [3, t, h, w] in -1..1 at a place `crop` gives.
+    height, width: of the video in pixels. crop: yields groups of frames [3, t, h, w] in -1..1 of an area of it.
     """
     patch = vae.config.patch_size or 1
 
-    def make(place: Place) -> Tensor:
-        frames = wan_vae.encoded(vae, crop(_scaled(place, patch)), _alone(place))
+    def make(area: Area) -> Tensor:
+        frames = wan_vae.encoded(vae, crop(_scaled(area, patch)), _whole_tile(area))
         return torch.stack([x.float().cpu() for x in frames], dim=1)
 
     yield from _blend(vae, "encode").run(height // patch, width // patch, make)
 
 
-def _alone(place: Place) -> Tile:
+def _whole_tile(area: Area) -> Tile:
     """A tile without neighbours."""
-    rows, columns = place
-    return whole(rows.stop - rows.start, columns.stop - columns.start)
+    rows, columns = area
+    return single_tile(rows.stop - rows.start, columns.stop - columns.start)
 
 
-def _scaled(place: Place, scale: int) -> Place:
-    rows, columns = (slice(side.start * scale, side.stop * scale) for side in place)
+def _scaled(area: Area, scale: int) -> Area:
+    rows, columns = (slice(side.start * scale, side.stop * scale) for side in area)
     return rows, columns
 
 
@@ -126,8 +126,8 @@ class WanBlendedTiles(BlendedTiles):
     def tiles_of(self, work: str, height: int, width: int) -> tuple[int, tuple[int, int]]:
         return tiles_of(self._network, work, height, width)
 
-    def decoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
-        return decoded(self._network, height, width, lambda place: (frame.squeeze(1) for frame in crop(place)))
+    def decoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
+        return decode_blended(self._network, height, width, lambda area: (frame.squeeze(1) for frame in crop(area)))
 
-    def encoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Place, Tensor]]:
-        return encoded(self._network, height, width, crop)
+    def encoded(self, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
+        return encode_blended(self._network, height, width, crop)

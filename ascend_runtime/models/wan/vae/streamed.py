@@ -1,8 +1,8 @@
-"""The Wan VAE on one tile of the frames, a latent frame at a time.
+"""The Wan VAE on one tile of the frames, one latent frame at a time.
 
-The network is diffusers' AutoencoderKLWan. What looks beyond a pixel or back in time (convolutions, resamplers,
-attention) becomes of a class derived from its own. Each keeps the frames that its next call looks back at, with the
-borders that neighbours sent, so that no border is sent twice.
+The network is diffusers' AutoencoderKLWan. Modules that read other pixels or earlier frames (convolutions, resamplers,
+attention) are replaced by subclasses of their class. Each caches the frames that its next call reads, including the
+halos received from neighbours, so that no halo is sent twice.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from torch import Tensor, nn
 
 from ....ops.convolution import convolve_3d, frames_format
 from ....ops.memory import most_allocated
-from ....parallel.tiles import Edges, Tile, whole
+from ....parallel.tiles import Edges, Tile, single_tile
 
 Write = Callable[[Tensor, Tensor], object]  # see Stream.extended
-FRAMES = 4  # of a video, for each latent frame but the first, which stands for one
+FRAMES = 4  # video frames for each latent frame but the first, which has one
 
 
 @dataclass
 class Stream:
-    """One video's way through the encoder or the decoder: the tile that is seen, and what was seen so far."""
+    """The state of one video in the encoder or decoder: this rank's tile, and the cached frames of each module."""
 
     tile: Tile
     memory_format: torch.memory_format
@@ -47,10 +47,10 @@ class Stream:
     def extended(
         self, x: Tensor, edges: Edges, kept: Tensor | None, before: int, write: Write = Tensor.copy_
     ) -> Tensor:
-        """x [..., T, h, w] with its edges, behind `before` frames: those that were kept, zeros where none were.
+        """x [..., T, h, w] with its halo, after `before` earlier frames: the cached ones, or zeros.
 
-        write(out, x): puts x into out, or what a function of each pixel makes of it. Borders are made first, and travel
-        while the rest is made.
+        write(out, x): writes x, or a pixel-wise function of it, to out. The tile's borders are written first, so that
+        their exchange overlaps with the rest.
         """
         left, right, top, bottom = edges
         *others, frames, height, width = x.shape
@@ -63,8 +63,8 @@ class Stream:
             past.copy_(kept)
         new = out[..., before:, :, :]
         inner = new[..., top : top + height, left : left + width]
-        for place in self.tile.sent_first(edges):
-            write(inner[(..., *place)], x[(..., *place)])
+        for area in self.tile.sent_first(edges):
+            write(inner[(..., *area)], x[(..., *area)])
         arrive = self.tile.fill_edges(new, edges)
         write(inner, x)
         arrive()
@@ -72,12 +72,12 @@ class Stream:
 
 
 class StreamedConv3d(WanCausalConv3d):
-    """Looks back at the frames of its own earlier calls."""
+    """A causal convolution that caches the last frames of earlier calls."""
 
     stream: Stream
 
     def forward(self, x: Tensor, cache_x: None = None, write: Write = Tensor.copy_) -> Tensor:
-        """x: [B, C, T, h, w]; of what `write` makes of it (see Stream.extended)"""
+        """x: [B, C, T, h, w]; write: a pixel-wise function that is applied first (see Stream.extended)"""
         *edges, before, _ = self._padding
         if before or any(edges):
             x = self.stream.extended(x, tuple(edges), self.stream.kept.get(self), before, write)
@@ -87,7 +87,7 @@ class StreamedConv3d(WanCausalConv3d):
 
 
 class TiledConv2d(nn.Conv2d):
-    """Looks at its neighbours' pixels."""
+    """A convolution that reads its neighbours' pixels."""
 
     stream: Stream
 
@@ -100,7 +100,7 @@ class TiledConv2d(nn.Conv2d):
 
 
 class TiledPad2d(nn.ZeroPad2d):
-    """What a convolution with a stride reads beyond the last row and column."""
+    """The padding of a strided convolution, with the neighbours' pixels beyond the last row and column."""
 
     stream: Stream
 
@@ -110,7 +110,7 @@ class TiledPad2d(nn.ZeroPad2d):
 
 
 class StreamedResample(WanResample):
-    """Twice or half the pixels, and frames: the first frame of a video always stays one."""
+    """Doubles or halves the resolution and the number of frames, except for the first frame, which stays one."""
 
     stream: Stream
 
@@ -123,38 +123,38 @@ class StreamedResample(WanResample):
         return self._fewer_frames(x) if self.mode == "downsample3d" else x
 
     def _more_frames(self, x: Tensor) -> Tensor:
-        """Two of each frame. The first is not looked back at."""
+        """Makes two frames of each, except of the first one, which the convolution does not read either."""
         if self not in self.stream.kept:
             self.stream.kept[self] = x.new_empty(0)
             return x
         return self.time_conv(x).unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)
 
     def _fewer_frames(self, x: Tensor) -> Tensor:
-        """One of two frames."""
+        """Makes one frame of two."""
         last = self.stream.kept.get(self)
         self.stream.kept[self] = x[:, :, -1:].clone()
         return x if last is None else self.time_conv(torch.cat([last, x], dim=2))
 
 
 class ScaledNorm(WanRMS_norm):
-    """The same norm, scaled in one step where the original takes three, each a copy of the frames."""
+    """The same norm with one multiplication, where the original copies the frames three times."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, ...]"""
         return self._write(torch.empty_like(x), x)
 
     def write_activated(self, out: Tensor, x: Tensor) -> None:
-        """Puts silu(norm(x)) into out."""
+        """Writes silu(norm(x)) to out."""
         F.silu(self._write(out, x), inplace=True)
 
     def _write(self, out: Tensor, x: Tensor) -> Tensor:
-        """In fp32 inside, as the original."""
+        """Computes in fp32, like the original."""
         F.normalize(x.float(), dim=1, out=out)
         return out.mul_(self.gamma * self.scale)
 
 
 class StreamedResidual(WanResidualBlock):
-    """Norms go straight to where their convolutions read."""
+    """Writes norms directly to the padded inputs of the convolutions."""
 
     def forward(self, x: Tensor, feat_cache: None = None, feat_idx: object = None) -> Tensor:
         """x: [B, C, T, h, w]"""
@@ -163,7 +163,7 @@ class StreamedResidual(WanResidualBlock):
 
 
 class TiledAttention(WanAttentionBlock):
-    """Each pixel of a tile attends to those of all tiles, frame by frame."""
+    """Each pixel attends to the pixels of all tiles, frame by frame."""
 
     stream: Stream
 
@@ -177,7 +177,7 @@ class TiledAttention(WanAttentionBlock):
         return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
-CLASSES = {
+STREAMED_CLASSES = {
     WanCausalConv3d: StreamedConv3d,
     WanResample: StreamedResample,
     WanRMS_norm: ScaledNorm,
@@ -189,50 +189,50 @@ CLASSES = {
 
 
 def streamed(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """The VAE, whose modules now stream. Parameters and names stay."""
+    """Makes the modules of a VAE stream, in place. Parameters and their names do not change."""
     for module in vae.modules():
-        if type(module) in CLASSES:
-            module.__class__ = CLASSES[type(module)]  # as FSDP2 does: nothing is built or copied
+        if type(module) in STREAMED_CLASSES:
+            module.__class__ = STREAMED_CLASSES[type(module)]  # like FSDP2: nothing is built or copied
         elif isinstance(module, nn.SiLU):
-            module.inplace = True  # it always follows a norm, whose result nothing else reads
+            module.inplace = True  # it always follows a norm, whose output nothing else reads
     return vae
 
 
 def decoded(vae: AutoencoderKLWan, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-    """The tile's frames [3, t, h', w'] in -1..1 for each frame [C, h, w] of a latent's tile, not normalised."""
+    """Decodes each frame [C, h, w] of a latent's tile, not normalised, to frames [3, t, h', w'] in -1..1."""
     for frames in decoder_output(vae, latent, tile):
         yield unpatched(vae, frames).clamp_(-1, 1)[0]
 
 
 def decoder_output(vae: AutoencoderKLWan, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-    """The same, before its patches [1, 3 * patch_size**2, t, h, w] become pixels."""
+    """Like `decoded`, but returns patches [1, 3 * patch_size**2, t, h, w] instead of pixels."""
     stream = Stream(tile, frames_format(vae.device.type))
     for index, frame in enumerate(latent):
         yield _decode(vae, frame, stream, first=index == 0)
 
 
 def encoded(vae: AutoencoderKLWan, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-    """The latent tile's frame [C, h, w], not normalised, for each group of frames [3, t, h', w'] in -1..1 of the tile:
-    one frame, then FRAMES of them each. It is the mean of what the VAE finds likely."""
+    """Encodes each group of the tile's frames [3, t, h', w'] in -1..1 to a latent frame [C, h, w], not normalised: the
+    mean of the VAE's distribution. The first group has one frame, the others have FRAMES."""
     stream = Stream(tile, frames_format(vae.device.type))
     for frames in video:
         yield _encode(vae, frames, stream)
 
 
 def _decode(vae: AutoencoderKLWan, frame: Tensor, stream: Stream, first: bool) -> Tensor:
-    with _seen_by(vae, stream):
+    with _streaming(vae, stream):
         return vae.decoder(vae.post_quant_conv(frame[None, :, None]), first_chunk=first)
 
 
 def _encode(vae: AutoencoderKLWan, frames: Tensor, stream: Stream) -> Tensor:
-    with _seen_by(vae, stream):
+    with _streaming(vae, stream):
         return vae.quant_conv(vae.encoder(_patched(vae, frames.unsqueeze(0))))[0, : vae.config.z_dim, 0]
 
 
 @contextmanager
-def _seen_by(vae: AutoencoderKLWan, stream: Stream):
-    """For one pass and no longer: after it a video may be left behind, and the next one begun."""
-    parts = [module for module in vae.modules() if type(module) in CLASSES.values()]
+def _streaming(vae: AutoencoderKLWan, stream: Stream):
+    """Attaches the stream to all modules for one pass; between passes another video may begin."""
+    parts = [module for module in vae.modules() if type(module) in STREAMED_CLASSES.values()]
     for part in parts:
         part.stream = stream
     try:
@@ -251,9 +251,9 @@ def unpatched(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
 
 
 def bytes_needed(vae: AutoencoderKLWan, work: str, height: int, width: int) -> int:
-    """To "decode" or to "encode" a tile of a latent of height x width, beside the weights; what kernels allocate inside
-    is not in it. A longer video needs no more."""
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}  # not where it lies
+    """The bytes needed to "decode" or "encode" a tile of a latent of height x width, without the weights and what
+    kernels allocate internally. Does not depend on the number of frames."""
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}  # without its path
     return _bytes_needed(json.dumps(config), vae.dtype, work, height, width)
 
 
@@ -261,8 +261,8 @@ def bytes_needed(vae: AutoencoderKLWan, work: str, height: int, width: int) -> i
 def _bytes_needed(config: str, dtype: torch.dtype, work: str, height: int, width: int) -> int:
     with torch.device("meta"):
         vae = streamed(nn.Module.to(AutoencoderKLWan.from_config(json.loads(config)), dtype))
-    tile, pixels = whole(height, width), vae.config.scale_factor_spatial
-    sizes = [(vae.config.z_dim, height, width)] * 3  # from the third frame on nothing is new
+    tile, pixels = single_tile(height, width), vae.config.scale_factor_spatial
+    sizes = [(vae.config.z_dim, height, width)] * 3  # the peak does not change after the third frame
     if work == "encode":
         sizes = [(3, frames, pixels * height, pixels * width) for frames in (1, FRAMES, FRAMES)]
     given = (torch.empty(size, dtype=dtype, device="meta") for size in sizes)

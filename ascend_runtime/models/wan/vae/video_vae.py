@@ -1,4 +1,4 @@
-"""The Wan VAE as the runtime asks for it."""
+"""The Wan VAE behind the `VideoVae` interface."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .blended import WanBlendedTiles
 
 
 class WanVae(VideoVae):
-    """Streams by latent frame; borders are zeros, and norms are per pixel, so that tiles exchange only borders and what
-    its attention reads."""
+    """Streams by latent frame. Padding is zeros and norms are per pixel, so tiles exchange only halos, and keys and
+    values of the attention."""
 
     def __init__(self, network: AutoencoderKLWan, form: VaeForm):
         super().__init__(vae.streamed(network), form)
@@ -31,7 +31,7 @@ class WanVae(VideoVae):
         return (frame.unsqueeze(1) for frame in vae.encoded(self.network, video, tile))
 
     def bytes_needed(self, work: str, frames: int, height: int, width: int) -> int:
-        """A longer video needs no more."""
+        """Does not depend on `frames`."""
         return vae.bytes_needed(self.network, work, height, width)
 
     def blend(self) -> BlendedTiles:
