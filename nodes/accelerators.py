@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..ascend_runtime.specs import AccelerationSpec
 from ..ascend_runtime.specs.acceleration import MAX_STEPS, RAINFUSIONS, STEP_CACHES
-from ..ascend_runtime.specs.presets import PRESETS, chosen, listed
+from ..ascend_runtime.specs.presets import PRESETS, chosen, describe_presets
 from . import types
 from .validation import refusal
 
@@ -20,7 +20,7 @@ def _preset(kind: str, default: str = "balanced") -> io.Input:
         "preset",
         options=[*PRESETS, CUSTOM],
         default=default,
-        tooltip=f"What the widgets below stand for, which are used only with custom.\n{listed(kind)}",
+        tooltip=f"What the widgets below stand for, which are used only with custom.\n{describe_presets(kind)}",
     )
 
 
@@ -267,7 +267,7 @@ class RainFusion(io.ComfyNode):
 
 
 def _chained(earlier: AccelerationSpec | None, kind: str, spec) -> io.NodeOutput:
-    return io.NodeOutput((earlier or AccelerationSpec()).beside(kind, spec))
+    return io.NodeOutput((earlier or AccelerationSpec()).with_accelerator(kind, spec))
 
 
 def _given(number: int) -> int | None:

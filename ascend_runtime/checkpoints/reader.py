@@ -67,7 +67,7 @@ NOTHING: dict[str, str] = {}
 Places = dict[str, Place]  # by the names of a network's parameters, in the order of the files
 
 
-class Progress:
+class ReadProgress:
     """Tells how many bytes are done, and how many there are: of whole tensors on disk, whatever part is held here."""
 
     def __init__(self, tell: Callable[[int, int], None]):

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from ..checkpoints.reader import Places, Progress, load_weights, nbytes
+from ..checkpoints.reader import Places, ReadProgress, load_weights, nbytes
 from ..hardware import devices
 from ..models.defaults import Defaults
 from ..models.family import Family
@@ -144,7 +144,7 @@ def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> No
 
 
 def load(
-    spec: DiffusionModelSpec, found: list[Component], device, progress: Progress, sharding: Sharding
+    spec: DiffusionModelSpec, found: list[Component], device, progress: ReadProgress, sharding: Sharding
 ) -> DiffusionModel:
     dtype = dtype_named(spec.dtype, devices.default_dtype(device))
     if spec.quantization != "none" or any(component.quantized for component in found):
@@ -187,7 +187,7 @@ class _Reader:
 
     dtype: torch.dtype
     device: torch.device
-    progress: Progress
+    progress: ReadProgress
     sharding: Sharding
 
     def experts(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoints.formats.parts import whole
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.reader import Places, Progress, nbytes
+from ..checkpoints.reader import Places, ReadProgress, nbytes
 from ..models.family import LoraNames
 from ..parallel.fsdp import Share, own_part
 from ..recognition.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
@@ -137,7 +137,7 @@ class Adapter:
         return self._device.type == "cpu" and own_part(parameter) is parameter
 
 
-def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progress: Progress) -> None:
+def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progress: ReadProgress) -> None:
     """Brings the experts, by name, to these LoRAs. Raises ValueError, before any weight changes, where one is for an
     expert that there is not, or its file does not fit."""
     asked = by_expert(specs, list(adapters))

@@ -9,7 +9,7 @@ from typing import Any, Callable, Hashable
 import torch
 from msgspec.structs import replace
 
-from ..checkpoints.reader import Progress
+from ..checkpoints.reader import ReadProgress
 from ..hardware import devices
 from ..parallel.fsdp import Sharding
 from ..recognition.component import Component
@@ -40,7 +40,7 @@ class Components:
         Nothing is allocated before the names and shapes of all networks, and of LoRAs, are known to fit. Raises
         ValueError where they do not, or a file changes meanwhile.
         """
-        progress = Progress(on_bytes)
+        progress = ReadProgress(on_bytes)
         component = self._held(spec, progress, sharding)
         if isinstance(spec, DiffusionModelSpec):
             use_loras(component.adapters, spec.loras, progress)
@@ -49,7 +49,7 @@ class Components:
             component.to(self._device)  # it may have been moved away
         return component
 
-    def _held(self, spec, progress: Progress, sharding: Sharding) -> Any:
+    def _held(self, spec, progress: ReadProgress, sharding: Sharding) -> Any:
         kind = KINDS[type(spec)]
         found = kind.files(spec)
         base = replace(spec, loras=()) if isinstance(spec, DiffusionModelSpec) else spec

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..checkpoints.reader import Progress, load_weights, nbytes
+from ..checkpoints.reader import ReadProgress, load_weights, nbytes
 from ..checkpoints.tokenizers import INSTEAD
 from ..hardware import devices
 from ..models.shared.text import Encoder, Encoders, TextEncoding
@@ -32,7 +32,7 @@ def files(spec: TextEncoderSpec) -> list[Component]:
 
 
 def load(
-    spec: TextEncoderSpec, found: list[Component], device, progress: Progress, sharding: Sharding
+    spec: TextEncoderSpec, found: list[Component], device, progress: ReadProgress, sharding: Sharding
 ) -> TextEncoders:
     """On this rank's device, whole or a share, where its placement is ranks; else whole on the CPU."""
     device = device if spec.placement == "ranks" else torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checkpoints.reader import Progress, load_weights, nbytes
+from ..checkpoints.reader import ReadProgress, load_weights, nbytes
 from ..models.shared.vae import VideoVae
 from ..recognition.component import Component
 from ..recognition.layout import find_vae
@@ -16,7 +16,7 @@ def files(spec: VaeSpec) -> list[Component]:
     return [find_vae(spec.path)]
 
 
-def load(spec: VaeSpec, found: list[Component], device, progress: Progress, _) -> VideoVae:
+def load(spec: VaeSpec, found: list[Component], device, progress: ReadProgress, _) -> VideoVae:
     (component,) = found
     network = empty_network(component)
     places = component.places_in(network)

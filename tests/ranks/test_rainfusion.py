@@ -59,7 +59,7 @@ def test_an_order_has_each_token_once_and_goes_back(name):
         order, tokens = ORDERS[name](grid), math.prod(grid)
         assert order.tokens.sort().values.tolist() == list(range(tokens)), grid
         x = torch.randn(2, tokens, 3, 4)
-        assert torch.equal(order.undone(order.of(x)), x) and order.of(x).is_contiguous()
+        assert torch.equal(order.undo(order.apply(x)), x) and order.apply(x).is_contiguous()
         first = {place // 128 for place, token in enumerate(order.tokens.tolist()) if token < grid[1] * grid[2]}
         assert order.protected.nonzero().flatten().tolist() == sorted(first)
 
@@ -106,7 +106,7 @@ def inputs(grid, heads=3, head_dim=16, batch=1, seed=0):
 def test_the_best_blocks_are_those_of_plain_loops(name):
     for number, grid in enumerate(some_grids(8)):
         order = ORDERS[name](grid)
-        query, key, _ = (order.of(x) for x in inputs(grid, batch=2, seed=number))
+        query, key, _ = (order.apply(x) for x in inputs(grid, batch=2, seed=number))
         sparsity = (0.3, 0.64, 0.9)[number % 3]
         mask = masks.best(query, key, sparsity, order.protected)
         expected, sure = spelt_out_best(query, key, sparsity, order.protected)

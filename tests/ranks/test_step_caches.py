@@ -289,7 +289,7 @@ def test_a_model_of_which_nothing_is_known(one_rank, specs):
     assert told["calibration"] == {"high_noise": "nothing is known"}
     halves = Calibration(ratios=(1.0, 0.9), source="published")
     assert [halves.source_for(method) for method in ("magcache", "teacache")] == ["published", "nothing is known"]
-    with pytest.raises(ValueError, match="nothing is known of this model. Run `python -m ascend_runtime calibrate"):
+    with pytest.raises(ValueError, match="this model has no calibration. Run `python -m ascend_runtime calibrate"):
         ours(one_rank, specs.model, specs.text(1), method="magcache")
 
 
