@@ -15,7 +15,7 @@ from ..specs.acceleration import CALIBRATED
 from .attention_cache import AttentionCache
 from .block_cache import BlockCache
 from .measuring import Measuring
-from .rainfusion import RainFusion
+from .rainfusion import JobSize, RainFusion
 from .step_cache import SkipRule, StepCache
 from .step_rules import Always, FirstBlock, MagCache, TeaCache
 from .tally import Tally
@@ -180,4 +180,4 @@ def _rainfusion(
             "Put these ranks on ulysses_degree."
         )
     operators.check_sparse()
-    return RainFusion(spec.rainfusion, outline.grid, outline.steps, outline.work.blocks, operators, tally)
+    return RainFusion(spec.rainfusion, JobSize(outline.grid, outline.steps, outline.work.blocks), operators, tally)

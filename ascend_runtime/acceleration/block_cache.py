@@ -1,6 +1,6 @@
 """DiTBlockCache: reuses the residual that a range of blocks added to the tokens in an earlier step.
 
-It follows MindIE SD's DiTBlockCache, with the schedule of `specs.Window`. Unlike there, the end step has an effect.
+It follows MindIE SD's DiTBlockCache, with the schedule of `specs.Window`. Unlike MindIE SD, it stops at the end step.
 """
 
 from __future__ import annotations

@@ -33,14 +33,20 @@ class Version(Protocol):
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended: ...
 
 
-class RainFusion:
+class JobSize(NamedTuple):
     """grid: the video's tokens. steps: the number of the job's steps. blocks: the number of the network's blocks."""
 
-    def __init__(
-        self, spec: RainFusionSpec, grid: TokenGrid, steps: int, blocks: int, operators: PlainOperators, tally: Tally
-    ):
-        self._spec, self._steps, self._blocks, self._tally = spec, steps, blocks, tally
-        self._version = version_of(spec, grid, operators)
+    grid: TokenGrid
+    steps: int
+    blocks: int
+
+
+class RainFusion:
+    """The sparse attention of one job."""
+
+    def __init__(self, spec: RainFusionSpec, size: JobSize, operators: PlainOperators, tally: Tally):
+        self._spec, self._steps, self._blocks, self._tally = spec, size.steps, size.blocks, tally
+        self._version = version_of(spec, size.grid, operators)
         self._plans: dict[tuple[str, str, int, int], tuple[int, Tensor]] = {}  # by expert, branch, block and part
 
     def attention(self, at: At, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:

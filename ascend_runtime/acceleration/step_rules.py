@@ -55,8 +55,8 @@ class FirstBlock:
 
 
 class TeaCache:
-    """TeaCache (arXiv 2411.19108): skips while the accumulated change of the blocks' output, estimated from the
-    timestep embedding, is small since the last computed step.
+    """TeaCache (arXiv 2411.19108): skips while the blocks' output is estimated to have changed little since the last
+    computed step. The estimate adds up changes of the timestep embedding.
 
     coefficients: of the polynomial from the embedding's relative change to the output's, highest power first.
     """

@@ -73,7 +73,7 @@ class Rank:
 
     @property
     def doing(self) -> str:
-        """The state of the process as a predicate, from /proc."""
+        """The state of the process, such as "is waiting", from /proc."""
         try:
             stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         except OSError:

@@ -256,7 +256,8 @@ class Runtime:
         acceleration: the accelerators to use; the result's `info["acceleration"]` reports what they skipped and saved
             (see `acceleration.tally.Tally.facts`).
         """
-        _check_sampling(model, spec, latent, positive, negative, noise_mask)
+        _check_specs(model, spec)
+        _check_inputs(latent, positive, negative, noise_mask)
         _check_options(parallel, operators, profile, acceleration)
         profile = profile and _within(profile, spec.total_steps, self.world_size)
         with self._jobs(**hooks, on_preview=on_preview) as submit:
@@ -376,10 +377,13 @@ class Runtime:
         return result
 
 
-def _check_sampling(model, spec, latent, positive, negative, noise_mask) -> None:
+def _check_specs(model, spec) -> None:
     check_kind("model", model, DiffusionModelSpec)
     check_kind("spec", spec, SampleSpec)
     require_schedule(spec.schedule)
+
+
+def _check_inputs(latent, positive, negative, noise_mask) -> None:
     check_tensor("latent", latent)
     check_conditioning("positive", positive)
     check_conditioning("negative", negative, optional=True)

@@ -217,7 +217,7 @@ class Submission:
         raise RanksSilent(text)
 
     def _notice_silence(self) -> None:
-        """Notifies the user that ranks are silent. If all are computing, as in a slow first step, it is no warning."""
+        """Notifies the user that ranks are silent. That is no warning if all are computing, as in a slow first step."""
         seconds, ranks = self._silence.seconds, self.unanswered.values()
         if all(rank.doing == COMPUTING for rank in ranks):
             self._notice(f"The ranks have been computing for {seconds:.0f} s since they last reported.", logging.INFO)

@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime convert SOURCE TARGET --to FORMAT`: writes a model in diffusers' or MindSpeed-MM's layout."""
+"""`python -m ascend_runtime convert SOURCE TARGET --to FORMAT`: writes a model in another layout."""
 
 from __future__ import annotations
 

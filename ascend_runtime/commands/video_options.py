@@ -19,7 +19,7 @@ def add_model(add: Callable) -> None:
     add("model", metavar="MODEL", help="a text-to-video model's folder or file")
     add("--low-noise", metavar="PATH", help="its low-noise expert, if that is not under MODEL")
     add("--text-encoder", metavar="PATH", help="the text encoder's folder or file (default: in the model's folder)")
-    add("--dtype", choices=COMPUTE_DTYPES, default="auto", help="the model's dtype (default: float32 on CPU, else bfloat16)")
+    add("--dtype", choices=COMPUTE_DTYPES, default="auto", help="(default: float32 on a CPU, else bfloat16)")
 
 
 def add_video(add: Callable) -> None:

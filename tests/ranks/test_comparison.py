@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime compare`: how settings are written, how likeness is measured, and a whole comparison."""
+"""`python -m ascend_runtime compare`: how settings are written, how similarity is measured, and a whole comparison."""
 
 import itertools
 import json

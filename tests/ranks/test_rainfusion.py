@@ -11,7 +11,7 @@ from ascend_runtime import ParallelSpec, SampleSpec
 from ascend_runtime.acceleration import masks
 from ascend_runtime.acceleration.bricks import bricks, by_frames, by_places, tiles
 from ascend_runtime.models.shared.block_stack import At
-from ascend_runtime.acceleration.rainfusion import RainFusion, version_of
+from ascend_runtime.acceleration.rainfusion import JobSize, RainFusion, version_of
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import Work
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, RainFusionSpec
@@ -287,7 +287,7 @@ def test_a_mask_is_chosen_anew_also_where_a_cache_leaves_out_the_step_that_would
     """Masks serve for two steps, from step 0 on; a cache computes the odd ones, so each step finds an older mask."""
     grid, plans = (2, 8, 16), []
     spec = RainFusionSpec(sparsity=0.8, start=0, refresh=2)
-    fusion = RainFusion(spec, grid, 8, 1, PlainOperators(), Tally(Work(1.0, 1.0, 1.0, 0.0, blocks=1)))
+    fusion = RainFusion(spec, JobSize(grid, 8, 1), PlainOperators(), Tally(Work(1.0, 1.0, 1.0, 0.0, blocks=1)))
     version, qkv = fusion._version, torch.randn(3, 1, math.prod(grid), 1, 16)
     fusion._version = lambda *given: (plans.append(given[-1] is not None), version(*given))[1]
     for step in (0, 1, 3, 5, 6, 7):

@@ -76,7 +76,9 @@ def good_values(row):
 
 ROWS = [pytest.param(row, id=row.name) for row in (*NPU, *ORIGINAL_VARIABLES)]
 BAD = [
-    pytest.param(row, value, id=f"{row.name}={value}") for row in (*NPU, *ORIGINAL_VARIABLES) for value in bad_values(row)
+    pytest.param(row, value, id=f"{row.name}={value}")
+    for row in (*NPU, *ORIGINAL_VARIABLES)
+    for value in bad_values(row)
 ]
 
 
@@ -192,7 +194,8 @@ def test_elsewhere_the_npus_variables_are_neither_set_nor_looked_at(kind):
 
 
 # What other software means by these names, and what an NPU would heed.
-OTHERS = dict(zip((row.name for row in ORIGINAL_VARIABLES), ["ring", "yes", "all", "fp16", "on", "true", "x", "y", "z"]))
+OTHERS = dict(zip([row.name for row in ORIGINAL_VARIABLES],
+                  ["ring", "yes", "all", "fp16", "on", "true", "x", "y", "z"]))
 NPUS = {"ALGO": "3", "FAST_LAYERNORM": "0", "USE_SUB_HEAD": "4", "T5_LOAD_CPU": "0", "OVERLAP": "1"}
 
 

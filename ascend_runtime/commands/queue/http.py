@@ -158,7 +158,8 @@ def reason(error: BaseException) -> str:
 
 REASONS = (  # the first type that is among an error's causes counts
     (ssl.SSLCertVerificationError, lambda error: "its certificate is not trusted "
-     f"({one_line(error.verify_message, 100)}). If it is your own, set the environment variable {CA_VARIABLE} to the file of its CA"),
+     f"({one_line(error.verify_message, 100)}). If it is your own, set the environment variable "
+     f"{CA_VARIABLE} to the file of its CA"),
     (ssl.SSLError, lambda error: f"the TLS handshake fails ({one_line(error.reason or 'closed', 60)}). "
      "Is it http:// instead of https://?"),
     (socket.gaierror, lambda error: f"no such host ({one_line(error.strerror, 60)})"),
