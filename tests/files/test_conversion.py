@@ -384,7 +384,7 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     for to in MODEL_FORMATS:  # nothing was written: another choice is no other than that which was begun
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-            assert "needs 0.02 GB more, and 0.00 GB are free" in refused(source, target, to)
+            assert "needs 0.02 GB more, but 0.00 GB are free" in refused(source, target, to)
         assert not (tmp_path / "made.partial").exists()
 
     def interrupted(*_, **__):

@@ -59,7 +59,7 @@ def test_a_file_of_settings_that_cannot_be_used_is_a_fault(told, checkpoints, tm
     (folder / "ascend_defaults.json").write_text('{"steps": -1}')
     status, text = told(folder)
     assert status == 1 and f"transformer: {folder}/ascend_defaults.json cannot be used: steps is -1" in text
-    assert "own settings" not in text
+    assert "default settings" not in text
 
 
 def test_two_experts_one_of_which_is_gone(told, checkpoints, tmp_path):

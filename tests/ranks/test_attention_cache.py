@@ -165,7 +165,7 @@ def test_a_ratio_in_a_job_of_fewer_steps_than_the_interval():
 
 def test_a_ratio_that_no_window_reaches():
     Acceleration(AccelerationSpec(attention_cache=AttentionCacheSpec(ratio=1.2)), outline())
-    with pytest.raises(ValueError, match="ratio is 2.0, but attention is 36% of this job.s FLOPs.*1.50 at most"):
+    with pytest.raises(ValueError, match="ratio is 2.0, but attention is 36% of this job's FLOPs.*1.50 at most"):
         Acceleration(AccelerationSpec(attention_cache=AttentionCacheSpec(ratio=2.0)), outline())
 
 

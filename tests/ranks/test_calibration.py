@@ -122,7 +122,7 @@ def test_it_encodes_prompts_and_writes_where_it_is_told(monkeypatch, tmp_path, n
 
 
 @pytest.mark.parametrize("arguments, status, error", [
-    (["--steps", "2"], 1, "less than two"),
+    (["--steps", "2"], 1, "fewer than the two"),
     (["--size", "33x32"], 2, "width is 33; it must be a multiple of 16"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_said(model, monkeypatch, capsys, no_new_ranks, arguments, status, error):
