@@ -280,7 +280,7 @@ def test_a_models_own_calibration_comes_first_and_must_be_of_its_experts():
                             defaults=WAN21_TEXT, pixels_of=math.prod)  # fmt: skip
     assert generation._known(model, request) == own
     model.adapters["low_noise"] = None
-    with pytest.raises(ValueError, match="is of high_noise, but the model has high_noise, low_noise. Calibrate"):
+    with pytest.raises(ValueError, match="is for high_noise, but the model has high_noise, low_noise. Calibrate"):
         generation._known(model, request)
 
 

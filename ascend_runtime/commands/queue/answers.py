@@ -1,4 +1,4 @@
-"""Types of ComfyUI's answers. `typed.decode` rejects other data, and ignores further fields."""
+"""Types of ComfyUI's answers. `typed.decode_json` rejects other data, and ignores further fields."""
 
 from __future__ import annotations
 
