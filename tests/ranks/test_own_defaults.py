@@ -107,7 +107,7 @@ def test_ranks_that_read_different_files_say_so_instead_of_waiting_for_each_othe
     ('{"width": 999999984}', "The nearest is 16384"),
     ('{"width": 16384, "height": 16384}', "pixels, a video's limit. Give at most 29 frames"),
     ('{"num_frames": 18}', "The nearest are 17 and 21"),
-    ('{"fps": 0}', "fps is 0; it must be between 1 and 240"),
+    ('{"fps": 0}', "fps is 0; it must lie between 1 and 240"),
     ('{"width": [64]}', "got `array` - at `$.width`"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_by_name(model, content, says):
