@@ -1,7 +1,6 @@
 """Ascend Video runtime: a group of ranks that loads, encodes, samples and decodes video models.
 
-Usable from plain Python; knows nothing of ComfyUI. Names are resolved on first use, so that a rank's
-interpreter reaches its own code before it pays for torch.
+It does not depend on ComfyUI. Names are imported on first use, so that importing the package does not import torch.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """`python -m ascend_runtime COMMAND`: the commands of the pack.
 
-Arguments are read and checked first, then the command says what it is about to do, and torch is imported after that.
+Arguments are parsed and checked first. Then the command prints what it does, and only then is torch imported.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from .checkpoints.faults import printable_lines
-from .commands.progress import Progress
+from .commands.progress import ProgressDisplay
 
 INTERRUPTED = "interrupted; nothing was written"
 QUEUE = "run a workflow for many prompts on any ComfyUI"
@@ -27,7 +27,7 @@ def main() -> int:
         parser.print_help(sys.stderr)
         return 2
     arguments = parser.parse_args()
-    if hasattr(sys.stdout, "reconfigure"):  # a path may have bytes that are no text; standard error escapes them itself
+    if hasattr(sys.stdout, "reconfigure"):  # a path may not be valid text; stderr escapes such bytes by default
         sys.stdout.reconfigure(errors="backslashreplace")
     _on_interrupt(signal.default_int_handler)
     try:
@@ -37,25 +37,25 @@ def main() -> int:
     except KeyboardInterrupt:
         print(INTERRUPTED, file=sys.stderr)
         return 130
-    except BrokenPipeError:  # who read the output has left, as `head` does
+    except BrokenPipeError:  # the reader of the output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def _open_closed_streams() -> None:
-    """`>&-` closes a stream. Python has None for it then, and the next file that is opened gets its number."""
+    """Opens /dev/null for closed standard streams (`>&-`), or the next opened file would get their descriptors."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_WRONLY)
             if null != number:
                 os.dup2(null, number)
                 os.close(null)
-            os.set_inheritable(number, True)  # the ranks' too
+            os.set_inheritable(number, True)  # also for the ranks
             setattr(sys, name, open(number, "w", errors="backslashreplace", closefd=False))
 
 
 class _Parser(argparse.ArgumentParser):
-    """Its errors quote arguments, which may hold what a terminal obeys."""
+    """Escapes control characters in errors, which quote arguments."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable_lines(message))
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m ascend_runtime", description="Ascend Video's commands.")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     if "queue" in sys.argv[1:2]:
-        import_module(".commands.queue.command", __package__).add_command(commands, QUEUE)
+        import_module(".commands.queue.command", __package__).add_queue_command(commands, QUEUE)
     else:
         commands.add_parser("queue", help=QUEUE)
     for name in COMMANDS:
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     from .commands.command_line import COMMANDS
 
-    command, progress = COMMANDS[arguments.command], Progress()
+    command, progress = COMMANDS[arguments.command], ProgressDisplay()
     try:
         command.check(arguments)
     except (ValueError, OSError) as error:
@@ -96,9 +96,9 @@ def _run(arguments: argparse.Namespace) -> int:
             return 1
 
 
-def _imported(name: str, progress: Progress) -> ModuleType:
-    """A command's module. An interrupt meanwhile ends the process at once: nothing has begun yet, and torch's own code
-    aborts where an exception meets it."""
+def _imported(name: str, progress: ProgressDisplay) -> ModuleType:
+    """Imports a command's module. An interrupt during the import ends the process at once, as an exception inside
+    torch's initialisation aborts it."""
 
     def leave(*_) -> None:
         progress.end()
@@ -113,7 +113,7 @@ def _imported(name: str, progress: Progress) -> ModuleType:
 
 
 def _on_interrupt(handler: Callable) -> None:
-    """`kill` means what Ctrl+C does, which some shells ignore."""
+    """Handles SIGTERM like SIGINT, as some shells ignore SIGINT for background processes."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 

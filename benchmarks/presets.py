@@ -21,8 +21,8 @@ from tqdm import tqdm
 from ascend_runtime import (
     AccelerationSpec, DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize,
 )  # fmt: skip
-from ascend_runtime.specs.acceleration import WAYS
-from ascend_runtime.commands.comparison.likeness import mean_ssim, psnr
+from ascend_runtime.specs.acceleration import METHOD_FIELDS
+from ascend_runtime.commands.comparison.similarity import mean_ssim, psnr
 from ascend_runtime.specs.presets import PRESETS, TABLE, chosen
 
 from .report import Row, context_of
@@ -62,7 +62,7 @@ def _settings() -> dict[str, tuple[str, AccelerationSpec]]:
     settings = {}
     for kind, methods in TABLE.items():
         for method in methods:
-            way = {WAYS[kind]: method} if method else {}
+            way = {METHOD_FIELDS[kind]: method} if method else {}
             for preset in PRESETS:
                 name = ".".join(filter(None, (kind, method, preset)))
                 settings[name] = preset, AccelerationSpec(**{kind: chosen(kind, preset, **way)})

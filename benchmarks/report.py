@@ -38,7 +38,7 @@ def context_of(quick: bool, device: str = "cpu", **more) -> dict[str, Any]:
     return {
         "machine": f"{'virtual' if virtual else 'physical'} {platform.machine()} machine, {memory:.0f} GiB",
         "device": device,
-        "cores": cores.usable(),
+        "cores": cores.usable_cores(),
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..ascend_runtime.specs import AccelerationSpec
 from ..ascend_runtime.specs.acceleration import MAX_STEPS, RAINFUSIONS, STEP_CACHES
 from ..ascend_runtime.specs.base import Spec
-from ..ascend_runtime.specs.presets import PRESETS, chosen, listed
+from ..ascend_runtime.specs.presets import PRESETS, chosen, describe_presets
 from . import types
 from .validation import refusal
 
@@ -79,7 +79,7 @@ class Accelerator:
             options=[*PRESETS, CUSTOM],
             default=DEFAULT_PRESET,
             tooltip="How much work to save: quality changes the video least, fast saves the most. custom: uses "
-            f"the values of the widgets below.\n{listed(self.kind)}",
+            f"the values of the widgets below.\n{describe_presets(self.kind)}",
         )
         chain = types.Acceleration.Input(
             "acceleration",
@@ -220,7 +220,7 @@ class AcceleratorNode(io.ComfyNode):
     @classmethod
     def execute(cls, acceleration=None, **values) -> io.NodeOutput:
         earlier = acceleration or AccelerationSpec()
-        return io.NodeOutput(earlier.beside(cls.accelerator.kind, cls.accelerator.spec(**values)))
+        return io.NodeOutput(earlier.with_accelerator(cls.accelerator.kind, cls.accelerator.spec(**values)))
 
 
 def _node(accelerator: Accelerator) -> type[AcceleratorNode]:

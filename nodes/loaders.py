@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..ascend_runtime.specs import DiffusionModelSpec, LoraSpec, OperatorSpec, TextEncoderSpec, VaeSpec
 from ..ascend_runtime.specs.jobs import ATTENTIONS
-from ..ascend_runtime.specs.models import DTYPES, LORA_EXPERTS, MAX_STRENGTH, PLACEMENTS, QUANTIZATIONS
+from ..ascend_runtime.specs.models import COMPUTE_DTYPES, LORA_EXPERTS, MAX_STRENGTH, PLACEMENTS, QUANTIZATIONS
 from . import model_files, types
 from .types import Handle, ModelHandle, RanksHandle
 from .validation import refusal
@@ -19,7 +19,7 @@ NO_MODEL = "none"
 def dtype_input(automatic: str) -> io.Input:
     return io.Combo.Input(
         "dtype",
-        options=list(DTYPES),
+        options=list(COMPUTE_DTYPES),
         default="auto",
         tooltip=f"The number format for computing. auto: {automatic}.",
     )

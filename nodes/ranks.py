@@ -7,7 +7,7 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..ascend_runtime.hardware.devices import KINDS
+from ..ascend_runtime.hardware.devices import DEVICE_KINDS
 from ..ascend_runtime.specs import ParallelSpec
 from ..ascend_runtime.specs.parallel import MAX_RANKS, RING_EXCHANGES
 from . import comfy_bridge, types
@@ -51,7 +51,7 @@ class ParallelConfig(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "device",
-                    options=list(KINDS),
+                    options=list(DEVICE_KINDS),
                     default="auto",
                     tooltip="Where the ranks run. auto: on NPUs, else on CUDA devices, else on the CPU.",
                 ),

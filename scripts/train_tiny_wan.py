@@ -110,7 +110,7 @@ def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(cores.usable())
+    torch.set_num_threads(cores.usable_cores())
     for name in args.stages:
         STAGES[name](args)
 

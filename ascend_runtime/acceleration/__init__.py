@@ -1,1 +1,1 @@
-"""What a job leaves out: caches of attention, blocks and steps, and sparse attention. Each tells what it left out."""
+"""Accelerators: attention, block and step caches, and sparse attention. Each reports what it skipped."""

@@ -1,4 +1,4 @@
-"""The accelerators of one job on this rank: what its description asks for, checked, and asked at every pass."""
+"""Builds and checks a job's accelerators on this rank, and applies them to every pass through the network."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ..specs.acceleration import CALIBRATED
 from .attention_cache import AttentionCache
 from .block_cache import BlockCache
 from .measuring import Measuring
-from .rainfusion import RainFusion
-from .step_cache import Rule, StepCache
+from .rainfusion import JobSize, RainFusion
+from .step_cache import SkipRule, StepCache
 from .step_rules import Always, FirstBlock, MagCache, TeaCache
 from .tally import Tally
 
 StackCache = BlockCache | StepCache | Measuring
-AS_THEY_ARE = (1.0, 0.0)  # TeaCache's polynomial where none is known: the timestep's changes as they are
+IDENTITY = (1.0, 0.0)  # TeaCache's polynomial without a calibration: does not rescale the timestep embedding's changes
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A job as its accelerators see it.
+    """The properties of a job that its accelerators need.
 
-    experts: of each step, the expert that works in it. known: of each expert, what was found out beforehand.
-    grid: tokens of a video, as frames, rows and columns. own: how many of them this rank has, at the beginning of its
-    chunk; a text's tokens may follow them.
-    branches: of guidance, that this rank computes.
-    output: bytes of one block's output [B, S, D] on this rank. room: bytes that it can keep things in.
-    ring: ranks of the ring, 1 where there is none.
+    experts: the expert of each step. known: the calibration of each expert.
+    grid: the tokens of a video as (frames, rows, columns). own: the number of these tokens on this rank, without
+    padding; they come first in its chunk, and a text's tokens may follow.
+    branches: the number of guidance branches that this rank computes.
+    output: the size of one block's output [B, S, D] on this rank, in bytes. room: bytes available for caches.
+    ring: the ring degree; 1 without a ring.
     """
 
     experts: tuple[str, ...]
@@ -55,7 +55,7 @@ class Outline:
 
 
 class Acceleration:
-    """Raises ValueError, before anything is computed, for what this job cannot have."""
+    """The accelerators of one job on this rank. The constructor raises ValueError if the job cannot use them."""
 
     def __init__(self, spec: AccelerationSpec, outline: Outline, operators: PlainOperators = PlainOperators()):
         self.spec = spec
@@ -67,8 +67,7 @@ class Acceleration:
         self._expert: str | None = None
 
     def passing(self, at: At) -> Pass:
-        """The pass that is about to begin. An expert begins with nothing kept, and the one before it lets go of all: it
-        does not come back."""
+        """Begins a pass. When the expert changes, the caches of the previous one are freed, as it does not return."""
         if self._expert not in (None, at.expert):
             self._caches.pop(self._expert)
             self._rainfusion = self._make_rainfusion()
@@ -79,14 +78,14 @@ class Acceleration:
         return _Pass(at, *self._caches[at.expert], self._rainfusion)
 
     def facts(self) -> dict[str, object]:
-        """What was asked for and what it left out so far; nothing where nothing was asked for."""
+        """The job's `info["acceleration"]`: its accelerators and what they have skipped so far. Empty without any."""
         if self.spec == AccelerationSpec():
             return {}
-        told = {"accelerators": self.spec.kinds, **self.tally.facts()}
+        facts = {"accelerators": self.spec.kinds, **self.tally.facts()}
         method = self.spec.kinds.get("step_cache")
         if method in CALIBRATED:
-            told["calibration"] = {expert: known.source_for(method) for expert, known in self._known.items()}
-        return {"acceleration": told}
+            facts["calibration"] = {expert: known.source_for(method) for expert, known in self._known.items()}
+        return {"acceleration": facts}
 
 
 class _Pass(Pass):
@@ -110,7 +109,7 @@ class _Pass(Pass):
 def _caches(
     spec: AccelerationSpec, outline: Outline, expert: str, tally: Tally
 ) -> tuple[AttentionCache | None, StackCache | None]:
-    """What is asked at each attention, and what at each pass, of one expert."""
+    """One expert's cache that is applied at each attention, and the one that is applied to the whole block stack."""
     steps, blocks = outline.steps, len(outline.work.blocks)
     if spec.attention_cache is not None:
         return AttentionCache(_window(spec.attention_cache, outline), steps, blocks, tally), None
@@ -125,36 +124,36 @@ def _step_cache(spec: StepCacheSpec, outline: Outline, expert: str, tally: Tally
     own = outline.steps_of(expert)
     always = {*own[: spec.beginning(len(own))], *range(outline.steps - spec.last_steps, outline.steps)}
     order = spec.order if spec.method == "taylorseer" else 0
-    needed = (outline.branches * (order + 1) + 2) * outline.output  # two: what is compared, or was learnt before
+    needed = (outline.branches * (order + 1) + 2) * outline.output  # 2: the reference and a temporary
     if needed > outline.room:
         raise ValueError(
-            f"The step cache {spec.method} would keep {needed / 1e9:.1f} GB on a rank, and {outline.room / 1e9:.1f} GB "
-            "are free beside what a pass takes. Spread the video over more ranks (ulysses_degree, or cfg_degree 2), "
-            "make it smaller"
-            + (", or give a lower order." if order else ".")
+            f"The step cache {spec.method} needs {needed / 1e9:.1f} GB per rank, but only {outline.room / 1e9:.1f} GB "
+            "are free besides the memory of a pass. Use more ranks per video (ulysses_degree, or cfg_degree 2), or a "
+            "smaller video"
+            + (", or a lower order." if order else ".")
         )
     return StepCache(_rule(spec, outline, expert), always, spec.in_a_row, order, tally)
 
 
-def _rule(spec: StepCacheSpec, outline: Outline, expert: str) -> Rule:
+def _rule(spec: StepCacheSpec, outline: Outline, expert: str) -> SkipRule:
     known = outline.known.get(expert, Calibration())
     if spec.method == "fbcache":
         return FirstBlock(spec.limit, outline.own)
     if spec.method == "teacache":
-        return TeaCache(spec.limit, known.coefficients or AS_THEY_ARE, outline.own)
+        return TeaCache(spec.limit, known.coefficients or IDENTITY, outline.own)
     if spec.method == "taylorseer":
         return Always(spec.limit)
     if not known.ratios:
         raise ValueError(
-            "MagCache has to know how large what the blocks add is in each step, and nothing is known of this model. "
-            "Run `python -m ascend_runtime calibrate MODEL` once, or take fbcache or taylorseer."
+            "MagCache needs magnitude ratios, and this model has no calibration. "
+            "Run `python -m ascend_runtime calibrate MODEL` once, or use fbcache or taylorseer."
         )
     steps = outline.steps_of(expert)
     return MagCache(spec.limit, dict(zip(steps, known.ratios_of(len(steps)))))
 
 
 def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
-    """Where attention is stored and reused. Raises ValueError where what is stored does not fit."""
+    """The steps and blocks in which attention is reused. Raises ValueError if the cache does not fit into memory."""
     work, kept = outline.work, spec.blocks(len(outline.work.blocks))
     share, blocks = sum(work.blocks[block].attention for block in kept) / work.whole, len(kept)
     window = spec.windowed(outline.steps, share)
@@ -162,11 +161,11 @@ def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
     if window.reused(outline.steps) and needed > outline.room:
         fitting = outline.room // (outline.output * outline.branches)
         raise ValueError(
-            f"AttentionCache would keep {needed / 1e9:.1f} GB on a rank, the outputs of {blocks} blocks for "
-            f"{outline.branches} branch(es) of guidance, and {outline.room / 1e9:.1f} GB are free beside what a pass "
-            "takes. Spread the video over more ranks (ulysses_degree, or cfg_degree 2), make it smaller, take the "
-            "block cache or a step cache, which keep little"
-            + (f", or let last_block be first_block + {fitting - 1} at most." if fitting else ".")
+            f"AttentionCache needs {needed / 1e9:.1f} GB per rank for the outputs of {blocks} blocks and "
+            f"{outline.branches} guidance branch(es), but only {outline.room / 1e9:.1f} GB are free besides the memory "
+            "of a pass. Use more ranks per video (ulysses_degree, or cfg_degree 2), a smaller video, the block cache "
+            "or a step cache, which need little memory"
+            + (f", or set last_block to first_block + {fitting - 1} at most." if fitting else ".")
         )
     return window
 
@@ -174,13 +173,14 @@ def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
 def _rainfusion(
     spec: AccelerationSpec, outline: Outline, operators: PlainOperators, tally: Tally
 ) -> RainFusion | None:
-    """Raises ValueError where the ranks or the device have no sparse attention."""
+    """Raises ValueError if the plan or the device does not support sparse attention."""
     if spec.rainfusion is None:
         return None
     if outline.ring > 1:
         raise ValueError(
-            f"RainFusion needs all tokens of a head on one rank, and ring_degree is {outline.ring}, whose ranks hold "
-            "parts of them. Put these ranks on ulysses_degree."
+            f"RainFusion needs all tokens of a head on one rank, but ring_degree is {outline.ring}, which splits them. "
+            "Put these ranks on ulysses_degree."
         )
     operators.check_sparse()
-    return RainFusion(spec.rainfusion, outline.grid, outline.steps, len(outline.work.blocks), operators, tally)
+    size = JobSize(outline.grid, outline.steps, len(outline.work.blocks))
+    return RainFusion(spec.rainfusion, size, operators, tally)

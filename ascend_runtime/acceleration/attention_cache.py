@@ -1,7 +1,7 @@
-"""AttentionCache: a block's self-attention of an earlier step stands for this one's.
+"""AttentionCache: reuses the output of a block's self-attention from an earlier step.
 
-The schedule is MindIE SD's (see `acceleration.Window`). What is kept has the key (expert, branch, block), with the step
-given by the job, so neither guidance in series nor a second expert nor a warm-up shifts it.
+The schedule is MindIE SD's (see `specs.Window`). Cached outputs have the key (expert, branch, block), and the job gives
+the number of the step, so guidance in series, a second expert or a warm-up does not shift the schedule.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .tally import Tally
 
 
 class AttentionCache:
-    """blocks: of the network. An expert that has stored nothing yet computes, in a step that reuses too."""
+    """blocks: the number of blocks of the network. If nothing is cached yet, a step that should reuse computes."""
 
     def __init__(self, window: Window, steps: int, blocks: int, tally: Tally):
         self._window, self._steps = window, steps
@@ -25,7 +25,7 @@ class AttentionCache:
         self._kept: dict[tuple[str, str, int], Tensor] = {}
 
     def attention(self, at: At, block: int, compute: Callable[[], Tensor]) -> Tensor:
-        """[B, S, D], of this step or of the last that stored."""
+        """The output [B, S, D] of the attention, computed or cached."""
         key = (at.expert, at.branch, block)
         if block not in self._blocks:
             return compute()
@@ -33,7 +33,7 @@ class AttentionCache:
         if self._window.reuses(at.step, self._steps) and key in self._kept:
             self._tally.reused_attention(at, block)
             return self._kept[key] if keeps else self._kept.pop(key)
-        self._kept.pop(key, None)  # first, so that never two of a block are held
+        self._kept.pop(key, None)  # before computing, so that only one output of a block is in memory
         out = compute()
         if keeps:
             self._kept[key] = out

@@ -1,6 +1,6 @@
-"""DiTBlockCache: what a range of blocks added to the tokens in an earlier step stands for this step's blocks.
+"""DiTBlockCache: reuses the residual that a range of blocks added to the tokens in an earlier step.
 
-As MindIE SD's, whose end step is honoured here; the schedule is that of `acceleration.Window`.
+It follows MindIE SD's DiTBlockCache, with the schedule of `specs.Window`. Unlike MindIE SD, it stops at the end step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from .tally import Tally
 
 
 class BlockCache:
+    """blocks: the number of blocks of the network."""
+
     def __init__(self, window: Window, steps: int, blocks: int, tally: Tally):
         self._window, self._steps = window, steps
         self._blocks = window.blocks(blocks)

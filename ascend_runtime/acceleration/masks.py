@@ -1,4 +1,4 @@
-"""Which mask blocks attend to which: decided from the data of each head alone, so alike on any number of ranks."""
+"""Block masks of sparse attention. Each depends only on its own head, so any number of ranks computes the same."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from ..ops.sparse import BLOCK, blocks_of
 from .bricks import Order
 
-SAMPLES = 64  # queries by which a head's pattern is chosen
+SAMPLES = 64  # sampled queries per head, from which RainFusion v1 chooses a pattern
 
 
 def best(query: Tensor, key: Tensor, sparsity: float, protected: Tensor) -> Tensor:
-    """[B, heads, blocks, blocks]: each mask block of queries (a row) attends to the ceil(blocks (1 - sparsity)) mask
-    blocks of keys whose means match its own best; what is `protected` [blocks] attends to all, and all to that.
+    """The mask [B, heads, blocks, blocks] in which each query block (a row) attends to the ceil(blocks (1 - sparsity))
+    key blocks with the highest product of mean query and mean key. `protected` [blocks] attend to all, and all to them.
 
-    query, key [B, heads, S, head_dim]. Softmax, by which the original ranks them, keeps their order.
+    query, key [B, heads, S, head_dim]. The original ranks softmax values, which have the same order.
     """
     scores = means(query) @ means(key).transpose(-1, -2)
     kept = scores.topk(kept_of(scores.shape[-1], sparsity), dim=-1, sorted=False).indices
@@ -27,12 +27,12 @@ def best(query: Tensor, key: Tensor, sparsity: float, protected: Tensor) -> Tens
 
 
 def kept_of(blocks: int, sparsity: float) -> int:
-    """How many of a row's mask blocks are kept before what is protected."""
+    """The number of mask blocks kept per row, without the protected ones."""
     return max(1, math.ceil(blocks * (1 - sparsity)))
 
 
 def means(x: Tensor) -> Tensor:
-    """[B, heads, S, head_dim] -> of each mask block [B, heads, blocks, head_dim], in fp32."""
+    """[B, heads, S, head_dim] -> the mean of each mask block, [B, heads, blocks, head_dim] in fp32."""
     whole = x.shape[2] // BLOCK * BLOCK
     blocks = x[:, :, :whole].unflatten(2, (-1, BLOCK)).mean(3, dtype=torch.float32)
     if whole == x.shape[2]:
@@ -41,21 +41,21 @@ def means(x: Tensor) -> Tensor:
 
 
 def either(protected: Tensor) -> Tensor:
-    """[blocks] -> [blocks, blocks]: pairs of which one is protected."""
+    """[blocks] -> [blocks, blocks]: the pairs in which at least one block is protected."""
     return protected[:, None] | protected
 
 
 def band(blocks: int, sparsity: float, device: torch.device) -> Tensor:
-    """[blocks, blocks]: those that lie less than a share of 1 - sqrt(sparsity) of the sequence apart."""
+    """The band mask [blocks, blocks]: pairs at most a fraction 1 - sqrt(sparsity) of the sequence apart."""
     reach = round(1 - math.sqrt(sparsity), 2) * blocks
     place = torch.arange(blocks, device=device)
     return (place[:, None] - place).abs() <= reach
 
 
 def recalls(query: Tensor, key: Tensor, orders: tuple[Order, ...], masks: tuple[Tensor, ...]) -> Tensor:
-    """[orders, heads]: how much of a head's softmax lies within each mask [blocks, blocks] of its order, on a sample.
+    """The softmax weight [orders, heads] that each mask [blocks, blocks] covers in its order, on sampled queries.
 
-    query, key [B, S, heads, head_dim]. Summed over the batch; one head after the other, as its scores are many.
+    query, key [B, S, heads, head_dim]. Summed over the batch. Computed head by head to limit memory.
     """
     length = query.shape[1]
     rows = torch.linspace(0, length - 1, min(SAMPLES, length), device=query.device).round().long()
@@ -69,7 +69,7 @@ def recalls(query: Tensor, key: Tensor, orders: tuple[Order, ...], masks: tuple[
 
 
 def density(mask: Tensor, length: int) -> Tensor:
-    """[...]: the share of the products of a sequence of `length` that a mask [..., blocks, blocks] computes."""
+    """The fraction [...] of the attention matrix of `length` x `length` that a mask [..., blocks, blocks] computes."""
     sizes = torch.full((blocks_of(length),), BLOCK, device=mask.device, dtype=torch.float32)
     sizes[-1] -= len(sizes) * BLOCK - length
     return mask.float() @ sizes @ sizes / length**2

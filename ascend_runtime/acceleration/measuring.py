@@ -1,4 +1,4 @@
-"""How much the steps of a job change, which is what TeaCache and MagCache have to know of a model beforehand."""
+"""Measures how much successive steps differ, which is the calibration data of TeaCache and MagCache."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from ..models.shared.block_stack import At, BlockStack
-from ..parallel.mesh import summed
+from ..parallel.mesh import all_reduce_sum
 from .step_rules import Reference
 from .tally import Change, Tally
 
 
 class Measuring:
-    """Of one expert; leaves nothing out. own: tokens of this rank, without padding."""
+    """Measures the steps of one expert; skips nothing. own: the number of tokens on this rank, without padding."""
 
     def __init__(self, own: int, tally: Tally):
         self._own, self._tally = own, tally
@@ -23,7 +23,7 @@ class Measuring:
     def blocks(self, at: At, stack: BlockStack, tokens: Tensor) -> Tensor:
         """The tokens [B, S, D] after the whole stack."""
         out = stack.through(tokens, range(stack.count))
-        if self._step != at.step:  # cond, or the one branch of this rank
+        if self._step != at.step:  # the first pass of a step: cond, or the only branch of this rank
             seen = None, None, None
             if at.branch == "cond":
                 added = (out - tokens)[:, : self._own].float()
@@ -41,5 +41,5 @@ class Measuring:
         else:
             each = norms / self._norms.clamp_min(1e-8)
             ratios = torch.stack((each.sum(), each.new_tensor(each.numel())))
-        ratio, count = summed(ratios)
+        ratio, count = all_reduce_sum(ratios)
         return self._timestep.change(timestep), self._output.change(output), ratio / count

@@ -1,7 +1,7 @@
-"""RainFusion: self-attention of a video computes a part of its products (Chen et al., arXiv 2505.21036, 2512.24086).
+"""RainFusion: block-sparse self-attention for video (Chen et al., arXiv 2505.21036, 2512.24086).
 
-Which part, is decided from each head's queries and keys, all of which a rank has under Ulysses and tensor parallelism.
-An attention may come in parts, some heads each (overlapped exchanges); each part decides for itself.
+A head's mask depends on all its queries and keys, which are on one rank with Ulysses and tensor parallelism.
+With overlapped exchanges, an attention is computed in several parts, each with some of the heads and its own mask.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..models.shared.block_stack import At, Attend
 from ..ops import PlainOperators
 from ..specs import RainFusionSpec
 from . import masks
-from .bricks import Grid, Order, bricks, by_frames, by_places, tiles
+from .bricks import Order, TokenGrid, bricks, by_frames, by_places, tiles
 from .tally import Tally
 
 
 class Attended(NamedTuple):
-    """out: as the query. plan: what was decided, to be given in a later step. density: of each head, a number."""
+    """out: has the query's shape. plan: the choice of a mask, to reuse in a later step. density [heads]."""
 
     out: Tensor
     plan: Tensor
@@ -29,24 +29,30 @@ class Attended(NamedTuple):
 
 
 class Version(Protocol):
-    """One of RainFusion's, of tensors [B, S, heads, head_dim] and, where it was decided before, a plan."""
+    """A version of RainFusion: attention on tensors [B, S, heads, head_dim]. plan: None to choose the mask now."""
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended: ...
 
 
-class RainFusion:
-    """grid: of the video's tokens; those of a text may follow them, and attend to all. steps, blocks: of the job and of
-    the network."""
+class JobSize(NamedTuple):
+    """grid: the video's tokens; text tokens may follow them in the sequence, and attend to all. steps: the number of the
+    job's steps. blocks: the number of the network's blocks."""
 
-    def __init__(
-        self, spec: RainFusionSpec, grid: Grid, steps: int, blocks: int, operators: PlainOperators, tally: Tally
-    ):
-        self._spec, self._steps, self._blocks, self._tally = spec, steps, blocks, tally
-        self._version = version_of(spec, grid, operators)
+    grid: TokenGrid
+    steps: int
+    blocks: int
+
+
+class RainFusion:
+    """The sparse attention of one job."""
+
+    def __init__(self, spec: RainFusionSpec, size: JobSize, operators: PlainOperators, tally: Tally):
+        self._spec, self._steps, self._blocks, self._tally = spec, size.steps, size.blocks, tally
+        self._version = version_of(spec, size.grid, operators)
         self._plans: dict[tuple[str, str, int, int], tuple[int, Tensor]] = {}  # by expert, branch, block and part
 
     def attention(self, at: At, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
-        """What `compute` makes with the attention of this step and block, sparse or not."""
+        """The output of `compute` with sparse or dense attention, as this step and block require."""
         if self._spec.sparsity == 0 or not self._spec.sparse_in(at.step, self._steps, block, self._blocks):
             return compute(None)
         densities: list[Tensor] = []
@@ -61,7 +67,8 @@ class RainFusion:
         return out
 
     def _part(self, at: At, block: int, part: int, *qkv: Tensor) -> Attended:
-        """A plan serves for one period of `refresh` steps. A cache may have left out the step that begins it."""
+        """Computes one part, with a plan that is kept for a period of `refresh` steps. The period's first step may have
+        been skipped by a cache."""
         key = (at.expert, at.branch, block, part)
         period = (at.step - self._spec.begins(self._steps)) // self._spec.refresh
         decided, plan = self._plans.get(key, (None, None))
@@ -71,33 +78,38 @@ class RainFusion:
         return attended
 
 
-def version_of(spec: RainFusionSpec, grid: Grid, operators: PlainOperators) -> Version:
-    """What a description asks for."""
+def version_of(spec: RainFusionSpec, grid: TokenGrid, operators: PlainOperators) -> Version:
+    """The version that the spec selects."""
     if spec.version == "v1":
         return _Bands(spec.sparsity, grid, operators)
     return _Bricks(spec.sparsity, bricks if spec.version == "v2" else tiles, grid, operators)
 
 
 class _Bricks:
-    """Versions 2 and 3: the mask blocks that match best. A plan is their mask."""
+    """Versions 2 and 3: the best matching mask blocks. The plan is the mask."""
 
     def __init__(
-        self, sparsity: float, order: Callable[[Grid, torch.device, int], Order], grid: Grid, operators: PlainOperators
+        self,
+        sparsity: float,
+        order: Callable[[TokenGrid, torch.device, int], Order],
+        grid: TokenGrid,
+        operators: PlainOperators,
     ):
         self._sparsity, self._order, self._grid, self._operators = sparsity, order, grid, operators
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended:
         order = self._order(self._grid, query.device, query.shape[1] - math.prod(self._grid))
-        query, key, value = (order.of(x) for x in (query, key, value))
+        query, key, value = (order.apply(x) for x in (query, key, value))
         mask = masks.best(query, key, self._sparsity, order.protected) if plan is None else plan
         out = self._operators.sparse_attention(query, key, value, mask)
-        return Attended(order.undone(out), mask, masks.density(mask, query.shape[2]).mean(0))
+        return Attended(order.undo(out), mask, masks.density(mask, query.shape[2]).mean(0))
 
 
 class _Bands:
-    """Version 1: each head attends to its neighbours by frames or by places. A plan tells which heads do the first."""
+    """Version 1: each head attends within a band in (t h w) or in (h w t) order. The plan [heads] is True for the
+    first."""
 
-    def __init__(self, sparsity: float, grid: Grid, operators: PlainOperators):
+    def __init__(self, sparsity: float, grid: TokenGrid, operators: PlainOperators):
         self._sparsity, self._grid, self._operators = sparsity, grid, operators
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended:
@@ -112,8 +124,8 @@ class _Bands:
         for heads, order, mask in zip((plan, ~plan), orders, allowed):
             heads = heads.nonzero().flatten()
             if len(heads):
-                some = (order.of(x.index_select(2, heads)) for x in (query, key, value))
+                some = (order.apply(x.index_select(2, heads)) for x in (query, key, value))
                 mask = mask.expand(query.shape[0], len(heads), -1, -1)
-                out[:, :, heads] = order.undone(self._operators.sparse_attention(*some, mask))
+                out[:, :, heads] = order.undo(self._operators.sparse_attention(*some, mask))
                 density[heads] = masks.density(mask[0], length)
         return Attended(out, plan, density)

@@ -1,10 +1,9 @@
-"""Step caches: what all blocks add to the tokens in one step stands for what they would add in the next ones.
+"""Step caches: reuse the residual that all blocks add to the tokens in one step for the next steps.
 
-Whether a step may do with that is asked once, of the cond branch alone, and holds for both: guidance multiplies the
-difference of the branches, so both must be of one step; and guidance in series then decides as on two ranks. All ranks
-decide alike, as a rank that leaves out blocks does not answer one that gathers their weights.
-diffusers has hooks for such caches (FirstBlockCacheConfig and others); they decide on each rank for itself, and know of
-no expert or step.
+A rule decides once per step, on the cond branch, and the decision holds for both branches. Guidance scales their
+difference, so both must come from the same step; and guidance in series then decides as guidance on two ranks does. All
+ranks decide alike, because a rank that skips blocks takes no part in gathering their weights.
+diffusers' hooks for such caches (FirstBlockCacheConfig and others) decide per rank, and have no experts or steps.
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ from ..models.shared.block_stack import At, BlockStack
 from .tally import Tally
 
 
-class Rule(Protocol):
-    """When a step may be left out. leading: blocks that are computed in any case, for what they tell."""
+class SkipRule(Protocol):
+    """Decides which steps to skip. leading: the number of first blocks that are always computed, as rules use them."""
 
     leading: int
 
     def sees(self, stack: BlockStack, tokens: Tensor, led: Tensor) -> Tensor | None:
-        """What it looks at, in the cond branch. tokens, led [B, S, D]: before and after the leading blocks."""
+        """The tensor to decide by, from the cond branch. tokens, led [B, S, D]: before and after the leading blocks."""
 
     def reuses(self, step: int, seen: Tensor | None, forced: bool) -> bool:
-        """Whether a step is left out. Asked once a step, on all ranks; those that compute uncond alone see nothing.
+        """Whether to skip a step. Called once per step, on all ranks; `seen` is None on ranks of the uncond branch.
 
-        forced: it is computed in any case, and the answer must be that.
+        forced: the step must be computed, so the result must be False.
         """
 
 
 class StepCache:
-    """Of one expert. always: steps that are computed. most: steps in a row that may be left out.
+    """The cache of one expert. always: steps that must be computed. most: the maximum of consecutive skipped steps.
 
-    order: of the Taylor expansion that foretells what the blocks add; 0 is what they added last.
+    order: of the Taylor expansion that predicts the blocks' residual; 0 reuses the last one.
     """
 
-    def __init__(self, rule: Rule, always: Collection[int], most: int, order: int, tally: Tally):
+    def __init__(self, rule: SkipRule, always: Collection[int], most: int, order: int, tally: Tally):
         self._rule, self._always, self._most, self._order = rule, always, most, order
         self._tally = tally
         self._kept: dict[str, Expansion] = {}  # by branch
-        self._left_out = 0  # in a row
+        self._skipped = 0  # consecutive steps
         self._decided: tuple[int | None, bool] = None, False
 
     def blocks(self, at: At, stack: BlockStack, tokens: Tensor) -> Tensor:
@@ -60,15 +59,15 @@ class StepCache:
         return out
 
     def _decide(self, step: int, seen: Tensor | None) -> bool:
-        forced = not self._kept or step in self._always or self._left_out >= self._most
+        forced = not self._kept or step in self._always or self._skipped >= self._most
         reuses = self._rule.reuses(step, seen, forced)
-        self._left_out = self._left_out + 1 if reuses else 0
+        self._skipped = self._skipped + 1 if reuses else 0
         return reuses
 
 
 class Expansion:
-    """A tensor as a Taylor series in the number of the step, of the values that were learnt (TaylorSeer, arXiv
-    2503.06923): derivatives are backward differences, those of an order that is too high yet are left out."""
+    """Extrapolates a tensor over steps by a Taylor expansion (TaylorSeer, arXiv 2503.06923). Derivatives are backward
+    differences of the learnt values; with too few values, higher orders are omitted."""
 
     def __init__(self, order: int):
         self._order = order
@@ -78,12 +77,12 @@ class Expansion:
     def learn(self, value: Tensor, step: int) -> None:
         before, self._derivatives = self._derivatives, [value]
         for _ in range(min(self._order, len(before))):
-            lower = before.pop(0)  # so that it is freed here
+            lower = before.pop(0)  # pop, to free it here
             self._derivatives.append((self._derivatives[-1] - lower).div_(step - self._step))
         self._step = step
 
     def added_to(self, x: Tensor, step: int) -> Tensor:
-        """x and the value that is foretold for a step."""
+        """x plus the predicted value at a step."""
         x = x + self._derivatives[0]
         for order, derivative in enumerate(self._derivatives[1:], 1):
             x.add_(derivative, alpha=(step - self._step) ** order / math.factorial(order))

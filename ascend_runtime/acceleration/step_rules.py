@@ -1,4 +1,4 @@
-"""When a step cache leaves out a step: first-block cache, TeaCache, MagCache and TaylorSeer."""
+"""Rules of step caches, which decide which steps to skip: first-block cache, TeaCache, MagCache and TaylorSeer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..models.shared.block_stack import BlockStack
-from ..parallel.mesh import summed
+from ..parallel.mesh import all_reduce_sum
 
 
 class Reference:
-    """What later tensors are compared with, on all ranks as if they were one."""
+    """A tensor, spread over all ranks, that later tensors are compared with."""
 
     def __init__(self):
         self._kept, self._size = None, None
@@ -23,9 +23,10 @@ class Reference:
             self._kept, self._size = seen, _size(seen)
 
     def change(self, seen: Tensor | None) -> float:
-        """The relative L1 distance to it, sum |seen - kept| / sum |kept|. Every rank must ask; None counts nothing."""
+        """The relative L1 distance sum |seen - kept| / sum |kept| over all ranks. All ranks must call it; a rank
+        without a tensor passes None."""
         sums = torch.zeros(2) if seen is None else torch.stack((_size(seen - self._kept), self._size))
-        distance, size = summed(sums)
+        distance, size = all_reduce_sum(sums)
         return distance / size if size else math.inf
 
 
@@ -34,8 +35,8 @@ def _size(x: Tensor) -> Tensor:
 
 
 class FirstBlock:
-    """What the first block adds differs little from what it added in the last step that was computed (ParaAttention's
-    first-block cache). own: tokens of this rank, without padding."""
+    """ParaAttention's first-block cache: skips while the first block's residual differs little from that in the last
+    computed step. own: the number of tokens on this rank, without padding."""
 
     leading = 1
 
@@ -54,10 +55,10 @@ class FirstBlock:
 
 
 class TeaCache:
-    """What the timestep embedding's changes let expect of the blocks' comes to little since the last step that was
-    computed (arXiv 2411.19108).
+    """TeaCache (arXiv 2411.19108): skips while the blocks' output is estimated to have changed little since the last
+    computed step. The estimate adds up changes of the timestep embedding.
 
-    coefficients: of the polynomial from one relative change to the other, the highest power's first.
+    coefficients: of the polynomial from the embedding's relative change to the output's, highest power first.
     """
 
     leading = 0
@@ -81,9 +82,9 @@ class TeaCache:
 
 
 class MagCache:
-    """The error that is made, as the known magnitudes of what the blocks add predict it, is small (arXiv 2506.09045).
+    """MagCache (arXiv 2506.09045): skips while the error, predicted from calibrated magnitude ratios, is small.
 
-    ratios: of these magnitudes, to those of the step before, by the number of the step.
+    ratios: step -> the norm of the blocks' residual divided by that of the step before.
     """
 
     leading = 0
@@ -106,7 +107,7 @@ class MagCache:
 
 
 class Always:
-    """Whenever it may be (TaylorSeer, whose steps are computed one in so many)."""
+    """Skips every step that may be skipped (TaylorSeer, whose interval limits consecutive skipped steps)."""
 
     leading = 0
 

@@ -1,4 +1,4 @@
-"""What a job left out, and what that saved: counted while it runs, told when it is done."""
+"""Counts what accelerators skip while a job runs, and reports what that saved."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..models.shared.block_stack import At
 
 
 class Change(NamedTuple):
-    """How much a step of the cond branch differs from the one before it, by the same expert.
+    """The difference between a step of the cond branch and the step before it, of the same expert.
 
-    timestep, output: relative L1 changes of the timestep's projection and of the tokens after all blocks. ratio: of the
-    norms of what the blocks add, the mean over all tokens.
+    timestep, output: relative L1 changes of the timestep projection and of the tokens after all blocks.
+    ratio: of the norms of the blocks' residual, averaged over all tokens.
     """
 
     expert: str
@@ -26,11 +26,11 @@ class Change(NamedTuple):
 
 
 class Tally:
-    """What each pass left out, on this rank."""
+    """The FLOPs that each pass skipped on this rank, and the seconds of each step."""
 
     def __init__(self, work: Work):
         self._work = work
-        self._passes: dict[At, float] = {}  # FLOPs that were left out
+        self._passes: dict[At, float] = {}  # skipped FLOPs
         self._attentions: dict[int, int] = defaultdict(int)  # by step
         self._blocks: dict[int, int] = defaultdict(int)
         self._densities: list[float] = []
@@ -50,8 +50,8 @@ class Tally:
         self._passes[at] += sum(self._work.blocks[block].whole for block in blocks)
 
     def sparse_attention(self, at: At, block: int, density: float) -> None:
-        """density: share of the products that one block's self-attention computed; a tensor of one number serves, so
-        that nothing waits for a device before `facts`."""
+        """density: the fraction of one block's attention matrix that was computed. It may be a tensor with one element;
+        it is read only in `facts`, so nothing waits for the device before."""
         self._densities.append(density)
         self._passes[at] += (1 - density) * self._work.blocks[block].products
 
@@ -59,20 +59,20 @@ class Tally:
         self._changes.append(change)
 
     def start(self) -> None:
-        """The first step begins."""
+        """Starts the clock; called before the first step."""
         self._clock = time.perf_counter()
 
     def stepped(self) -> None:
-        """A step is done; its result is on the CPU, so what it computed is."""
+        """Records a step's seconds. Its result is on the CPU, so the device has finished it."""
         now = time.perf_counter()
         self._seconds.append(now - self._clock)
         self._clock = now
 
     def facts(self) -> dict[str, object]:
-        """By name: steps that reused attention or left out blocks (from 0), how many of these there were, the mean
-        density of sparse attention, FLOPs saved as a share, seconds a step, and the loop's speed-up: as the FLOPs
-        predict it, and as the steps that left nothing out show it (None where there was none). Where changes were
-        measured, these."""
+        """The report: steps that reused attention or blocks (counted from 0), the numbers of reused attentions and
+        skipped blocks, the mean density of sparse attention, the fraction of FLOPs saved, seconds of each step, and the
+        speed-up of the loop: predicted from the FLOPs, and measured against full steps (None without a full step).
+        Measured changes are added if there are any."""
         saved, whole = float(sum(self._passes.values())), self._work.whole * len(self._passes)
         facts = {
             "steps_reusing": sorted({*self._attentions, *self._blocks}),
@@ -82,13 +82,13 @@ class Tally:
             "flops_saved": saved / whole,
             "seconds_a_step": [round(seconds, 4) for seconds in self._seconds],
             "predicted_speed_up": whole / (whole - saved),
-            "seen_speed_up": self._seen_speed_up(),
+            "seen_speed_up": self._measured_speed_up(),
         }
         return facts | ({"changes": [change._asdict() for change in self._changes]} if self._changes else {})
 
-    def _seen_speed_up(self) -> float | None:
-        """By the median pass of the steps that left nothing out: experts may have one pass a step, or two."""
+    def _measured_speed_up(self) -> float | None:
+        """Uses the median time of a pass in full steps, as one expert may take one pass per step and another two."""
         passes = Counter(at.step for at in self._passes)
-        thinned = {at.step for at, saved in self._passes.items() if saved}
-        whole = [seconds / passes[step] for step, seconds in enumerate(self._seconds) if step not in thinned]
-        return median(whole) * len(self._passes) / sum(self._seconds) if whole else None
+        reduced = {at.step for at, saved in self._passes.items() if saved}
+        full = [seconds / passes[step] for step, seconds in enumerate(self._seconds) if step not in reduced]
+        return median(full) * len(self._passes) / sum(self._seconds) if full else None

@@ -1,1 +1,1 @@
-"""The caller's side: a group of ranks, and the jobs that it is given."""
+"""The caller's side: starts a group of ranks and submits jobs to it."""

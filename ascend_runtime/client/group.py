@@ -1,8 +1,8 @@
-"""The processes of a group of ranks: start, ready, watch, stop.
+"""Starts, watches and stops the processes of a group of ranks.
 
-Each rank is `python -m ascend_runtime.engine.worker`, with torchrun's variables for its place in the group. One
-thread a group starts the ranks, reads what they print and watches them die; it lives as long as they do, which lets
-every rank ask the kernel to be killed with it (see engine/worker.py).
+Each rank is `python -m ascend_runtime.engine.worker` with torchrun's environment variables. One thread per group
+starts the ranks, reads their output and watches for their death. It lives as long as they do, because the kernel kills
+a rank when the thread that started it ends (see engine/worker.py).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 restarts.reap()
 
 PACK_ROOT = Path(__file__).resolve().parents[2]
-STOP_DEADLINE = 3.0  # seconds to leave by itself, after which a rank gets SIGTERM
-TERM_DEADLINE = 1.0  # seconds after SIGTERM, after which it gets SIGKILL
-KILL_DEADLINE = 5.0  # seconds after SIGKILL, which a process that waits in a driver obeys when that lets it
-START_POLL = 0.05  # seconds between looks while ranks start
-WATCH_POLL = 0.25  # seconds between looks for ranks that have ended without a sign
-ENDING_POLL = 0.005  # the same, once a rank's output has ended
-LAST_WORDS = 60  # lines of a rank's output that an error may quote
-LONGEST_LINE = 65536  # bytes; more than that without a line's end is not kept
+STOP_DEADLINE = 3.0  # seconds for a rank to end by itself before SIGTERM
+TERM_DEADLINE = 1.0  # seconds between SIGTERM and SIGKILL
+KILL_DEADLINE = 5.0  # seconds to wait after SIGKILL, as a driver may delay the end of a process
+START_POLL = 0.05  # seconds between checks while ranks start
+WATCH_POLL = 0.25  # seconds between checks for ranks that have ended
+ENDING_POLL = 0.005  # the same, after a rank has closed its output
+LAST_LINES = 60  # lines of a rank's output that an error may quote
+MAX_LINE_BYTES = 65536  # a longer line keeps only its last bytes
 COMPUTING = "is computing"
 STATES = {  # proc_pid_stat(5)
     "R": COMPUTING,
@@ -51,29 +51,29 @@ STATES = {  # proc_pid_stat(5)
 
 
 class RankDied(RuntimeError):
-    """A rank ended while it was needed. The next job starts a new group."""
+    """A rank died. The next job starts a new group."""
 
 
 @dataclass
 class Rank:
-    """A rank as its starter sees it."""
+    """The process of a rank and its connections to the client."""
 
     rank: int
     process: subprocess.Popen
     channel: Channel
-    output: int  # file descriptor of what it prints
-    unfinished: bytes = b""  # the line that it has begun to print
-    last_words: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_WORDS))
+    output: int  # file descriptor of its stdout and stderr
+    unfinished: bytes = b""  # the incomplete last line of its output
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
 
-    def say(self, line: bytes) -> None:
-        """Logs a line that the rank printed."""
+    def log(self, line: bytes) -> None:
+        """Logs a line of the rank's output."""
         text = line.decode(errors="replace")
-        self.last_words.append(text)
+        self.last_lines.append(text)
         logger.info("rank %d | %s", self.rank, text)
 
     @property
     def doing(self) -> str:
-        """What the process is seen to do, as far as the kernel knows."""
+        """The state of the process, such as "is waiting", from /proc."""
         try:
             stat = Path(f"/proc/{self.process.pid}/stat").read_text()
         except OSError:
@@ -82,14 +82,14 @@ class Rank:
 
     @property
     def ended(self) -> bool:
-        """Whether the process has ended; it is left to the watcher to reap, which keeps its id from being reused."""
+        """Whether the process has ended. Does not reap it, so that its id is not reused before the watcher does."""
         try:
             return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
             return True  # reaped
 
     def signal_family(self, sign: signal.Signals) -> None:
-        """Sends a signal to the rank and to what it started: it leads a process group of its own."""
+        """Sends a signal to the rank's process group, which includes processes that it started."""
         if self.process.returncode is None:
             try:
                 os.killpg(self.process.pid, sign)
@@ -98,7 +98,7 @@ class Rank:
 
 
 class RankGroup:
-    """Ranks that live and die together. `ranks[i].channel` is the control connection of rank i."""
+    """Ranks that start and end together. `ranks[i].channel` is the control connection of rank i."""
 
     def __init__(self, world_size: int, kind: str, environment: dict[str, str] | None = None):
         self.world_size = world_size
@@ -106,21 +106,21 @@ class RankGroup:
         self.ranks: list[Rank] = []
         self._own = environment or {}
         self._environment = rank_environment(kind, os.environ, self._own)
-        self._threads = cores.shared(world_size, self._environment)
+        self._threads = cores.thread_variables(world_size, self._environment)
         self._start_deadline = start_deadline(self._environment)  # seconds until all ranks are ready
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._death: str | None = None
         self._ready = False
         self._stopping = False
-        self._pid = os.getpid()  # a forked child has this object too, and the ranks are not its own
+        self._pid = os.getpid()  # to recognise a forked child, which does not own the ranks
         self._watcher = threading.Thread(target=self._start_and_watch, name="ascend-ranks", daemon=True)
 
     def start(self, check: Callable[[], None] = lambda: None) -> None:
-        """Returns when every rank is ready; raises RankDied with a rank's last words, TimeoutError, or, before a rank
-        is started, ValueError where NPUs are wanted and this host has something that keeps them from working.
+        """Starts the ranks and returns when all are ready. Raises RankDied with a rank's last output, TimeoutError, or,
+        before a rank is started, ValueError if this host's NPUs cannot be used.
 
-        check: asked while waiting; what it raises ends the ranks and is raised here.
+        check: called while waiting. If it raises, the ranks are ended and the exception is raised here.
         """
         if self.kind == "npu":
             host.require_npu(self._environment)
@@ -140,40 +140,40 @@ class RankGroup:
 
     @property
     def alive(self) -> bool:
-        """Whether a job may be given to these ranks; a death that the watcher is yet to see counts as one."""
+        """Whether these ranks can run a job. Detects deaths that the watcher has not noticed yet."""
         if not self._ready or self._stopping or self.lost:
             return False
         return not any(rank.ended for rank in self.ranks)
 
     @property
     def lost(self) -> bool:
-        """Whether a rank has died unasked."""
+        """Whether a rank has died unexpectedly."""
         return self._death is not None
 
     def died(self, doing: str) -> RankDied:
-        """The error for a job that lost a rank while `doing` something; waits for the watcher to learn which."""
+        """The error for a job that lost a rank. Waits for the watcher to find out which one."""
         self._watcher.join(timeout=1.5)
         death = self._death or "A rank closed its control connection."
         return RankDied(f"{death}\nThis happened during: {doing}. The next job starts a new group of ranks.")
 
     def stop(self) -> None:
-        """Ends the ranks: a message, then SIGTERM, then SIGKILL, each with its deadline."""
+        """Ends the ranks: by a message, then SIGTERM, then SIGKILL, each with a deadline."""
         self._stopping = True
         for rank in self.ranks:
             try:
                 rank.channel.send(Shutdown(), timeout=0)
             except (ChannelClosed, OSError):
-                pass  # gone, which is what we want, or not reading, which the signals are for
+                pass  # it has ended already, or does not read, and gets the signals
         self._end(STOP_DEADLINE)
 
     def abandon(self) -> None:
-        """Ends the ranks without asking, and without waiting: for where nobody holds this object any more."""
+        """Kills the ranks without waiting for their end; called when this object is garbage-collected."""
         if os.getpid() == self._pid:
             self._stopping = True
             self._signal(signal.SIGKILL)
 
     def kill(self) -> None:
-        """Ends the ranks without asking."""
+        """Kills the ranks."""
         self._stopping = True
         self._end(0)
 
@@ -198,14 +198,14 @@ class RankGroup:
                 if time.monotonic() > deadline:
                     raise TimeoutError(
                         f"Rank {rank.rank} of {self.world_size} was not ready within {self._start_deadline:.0f} s. Set "
-                        "ASCEND_RUNTIME_START_DEADLINE to wait longer. It said last:\n" + "\n".join(rank.last_words)
+                        "ASCEND_RUNTIME_START_DEADLINE to wait longer. Its last output:\n" + "\n".join(rank.last_lines)
                     )
         except ChannelClosed:
             raise self.died("the start of the ranks") from None
         except Undecodable as error:
-            raise RuntimeError(f"Rank {rank.rank} began with what is no message. {error}") from None
+            raise RuntimeError(f"Rank {rank.rank} sent an invalid first message. {error}") from None
         if not isinstance(message, Ready) or message.rank != rank.rank:
-            raise RuntimeError(f"Rank {rank.rank} began with a {type(message).__name__}, where it was to be ready.")
+            raise RuntimeError(f"Rank {rank.rank} sent {type(message).__name__} as its first message instead of Ready.")
 
     # The watcher's thread
 
@@ -216,12 +216,12 @@ class RankGroup:
             self._start_error = error
             self._signal(signal.SIGKILL)
         self._started.set()
-        if self._stopping:  # somebody gave up meanwhile, who saw only some of the ranks
+        if self._stopping:  # stopped during the start, when some ranks did not exist yet
             self._signal(signal.SIGKILL)
         self._watch()
 
     def _start_all(self) -> None:
-        store = os.memfd_create("ascend-store")  # where the ranks meet: memory without a name, and no port
+        store = os.memfd_create("ascend-store")  # the ranks' rendezvous: an anonymous memory file instead of a port
         try:
             for rank in range(self.world_size):
                 if not self._stopping:
@@ -245,7 +245,7 @@ class RankGroup:
                 stdin=subprocess.DEVNULL,
                 stdout=their_output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # the terminal's Ctrl+C is the client's; and its helpers can be ended with it
+                start_new_session=True,  # Ctrl+C reaches only the client, and signal_family reaches all children
             )
             on_failure.pop_all()
         os.set_blocking(output, False)
@@ -254,27 +254,27 @@ class RankGroup:
 
     def _rank_environment(self, rank: int, control: int, store: int) -> dict[str, str]:
         return {
-            # Threads that wait must not burn the cores that ComfyUI and other ranks want: beside other load a decode
-            # on two cores took 1.2 s so, and 3.9 s with threads that spin.
+            # Waiting threads must not use the cores that ComfyUI and other ranks need: on two busy cores, a decode
+            # took 1.2 s with this setting, and 3.9 s with spinning threads.
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
             **(HEAP if self.kind == "cpu" else {}),
             **self._environment,
             **self._threads,
-            "PYTHONSAFEPATH": "",  # the rank finds its code by its working directory
+            "PYTHONSAFEPATH": "",  # the rank imports this package from its working directory
             "GLOO_SOCKET_IFNAME": "lo",
             "NCCL_SOCKET_IFNAME": "lo",
-            **({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"} if self.kind == "npu" else {}),  # though ComfyUI may not want it
+            **({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"} if self.kind == "npu" else {}),  # ComfyUI may have disabled it
             **{name: value for name, value in self._own.items() if value},
-            # All ranks see the same devices, and each takes that of its local rank. On NPUs this matters: torch_npu
-            # opens direct access between cards, and divides the cores between ranks, by the cards' numbers in one
-            # process (its NPUPeerToPeerAccess.h, NPUAffinityController.h); a rank that saw one card would be card 0 of
-            # 1. A user's ASCEND_RT_VISIBLE_DEVICES stays: the driver numbers its cards from 0.
+            # All ranks see the same devices, and each uses the one of its local rank. torch_npu enables peer-to-peer
+            # access and divides CPU cores by the card's index (its NPUPeerToPeerAccess.h, NPUAffinityController.h). A
+            # rank that saw only its own card would be card 0 of 1. A user's ASCEND_RT_VISIBLE_DEVICES is kept: the
+            # driver numbers those cards from 0.
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_WORLD_SIZE": str(self.world_size),
-            "MASTER_ADDR": "127.0.0.1",  # which torch_npu writes into its logs' names
+            "MASTER_ADDR": "127.0.0.1",  # part of torch_npu's log names
             "ASCEND_RUNTIME_DEVICE": self.kind,
             "ASCEND_RUNTIME_CONTROL_FD": str(control),
             "ASCEND_RUNTIME_STORE_FD": str(store),
@@ -282,9 +282,9 @@ class RankGroup:
         }
 
     def _watch(self) -> None:
-        """Forwards what the ranks print until all have ended; the first that dies unasked takes the others along.
+        """Forwards the ranks' output until all have ended. If one dies unexpectedly, kills the others.
 
-        A rank's output mostly ends with it, but not where it has started something that holds it open.
+        A rank's end usually closes its output, unless another process that it started keeps it open.
         """
         living = list(self.ranks)
         with selectors.DefaultSelector() as selector:
@@ -297,34 +297,34 @@ class RankGroup:
                         selector.unregister(key.fd)
                 for rank in [rank for rank in living if rank.ended]:
                     living.remove(rank)
-                    self._forward(rank)  # its last words
+                    self._forward(rank)  # its last output
                     self._bury(rank)
         for rank in self.ranks:
             os.close(rank.output)
 
     def _forward(self, rank: Rank) -> bool:
-        """Logs the whole lines that the rank has printed; False at the end of its output."""
+        """Logs complete lines of the rank's output; False at its end."""
         try:
             while data := os.read(rank.output, 65536):
                 *lines, unfinished = re.split(rb"[\r\n]+", rank.unfinished + data)
-                rank.unfinished = unfinished[-LONGEST_LINE:]
+                rank.unfinished = unfinished[-MAX_LINE_BYTES:]
                 for line in filter(None, lines):
-                    rank.say(line)
+                    rank.log(line)
         except BlockingIOError:
             return True
         return False
 
     def _bury(self, rank: Rank) -> None:
         if rank.unfinished:
-            rank.say(rank.unfinished)
-        rank.signal_family(signal.SIGKILL)  # what it started may still be there
+            rank.log(rank.unfinished)
+        rank.signal_family(signal.SIGKILL)  # processes that it started may still run
         code = rank.process.wait()
         restarts.forget(rank.process.pid)
         if self._stopping or self.lost:
             return
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        words = "\n".join(rank.last_words) or "(nothing)"
-        self._death = host.advise(f"Rank {rank.rank} of {self.world_size} {how}. Its last words:\n{words}")
+        lines = "\n".join(rank.last_lines) or "(nothing)"
+        self._death = host.advise(f"Rank {rank.rank} of {self.world_size} {how}. Its last output:\n{lines}")
         logger.error("%s", self._death)
         self._signal(signal.SIGKILL)
 

@@ -1,34 +1,34 @@
-"""Ranks from before this process replaced itself (os.execv), as ComfyUI-Manager's restart does.
+"""Reaps ranks after this process has replaced itself (os.execv), as ComfyUI-Manager's restart does.
 
-The kernel kills them then, but they stay this process's children, and nobody in the new program waits for them. A
-variable is all that outlives the restart: it holds their process ids.
+The kernel kills the ranks then, but they stay zombie children of this process. Their process ids are kept in an
+environment variable, which survives the restart.
 """
 
 import os
 import threading
 
-VARIABLE = "ASCEND_RUNTIME_RANKS"
+PIDS_VARIABLE = "ASCEND_RUNTIME_RANKS"
 
 _pids: set[int] = set()
-_before: set[int] = set()  # of the program before, and not dead yet when they were looked at
+_before: set[int] = set()  # ranks of the previous program that are not reaped yet
 _one_at_a_time = threading.Lock()
 
 
 def remember(pid: int) -> None:
-    """A rank of this process has started."""
+    """Records a started rank."""
     _reap(_before)
     _change(_pids.add, pid)
 
 
 def forget(pid: int) -> None:
-    """It has ended, and was waited for."""
+    """Removes a rank that has been reaped."""
     _change(_pids.discard, pid)
 
 
 def reap() -> None:
-    """Takes leave of the ranks that a restart has killed; of one that still dies, when the next rank starts. To be
-    called before any rank is started."""
-    _before.update(int(pid) for pid in os.environ.pop(VARIABLE, "").split() if pid.isdecimal() and len(pid) < 9)
+    """Reaps the ranks that a restart has killed, or, if one is still dying, when the next rank starts. Must be called
+    before any rank is started."""
+    _before.update(int(pid) for pid in os.environ.pop(PIDS_VARIABLE, "").split() if pid.isdecimal() and len(pid) < 9)
     _reap(_before)
 
 
@@ -37,7 +37,7 @@ def _reap(pids: set[int]) -> None:
         try:
             dead = os.waitpid(pid, os.WNOHANG)[0] != 0
         except ChildProcessError:
-            dead = True  # or of a parent process, from which the variable came
+            dead = True  # reaped, or the variable was inherited from a parent process
         if dead:
             pids.discard(pid)
 
@@ -45,4 +45,4 @@ def _reap(pids: set[int]) -> None:
 def _change(change, pid: int) -> None:
     with _one_at_a_time:
         change(pid)
-        os.environ[VARIABLE] = " ".join(map(str, sorted(_pids)))
+        os.environ[PIDS_VARIABLE] = " ".join(map(str, sorted(_pids)))

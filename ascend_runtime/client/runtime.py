@@ -1,7 +1,7 @@
-"""The group of ranks as one object: each call is one job, submitted, followed and answered.
+"""`Runtime`: a group of ranks as one object, with one method per kind of job.
 
-`Runtime` starts the ranks with its first job and keeps them. A job that loses a rank raises RankDied, and the next
-one starts a new group: descriptions travel with every job, so nothing else needs to be said again.
+`Runtime` starts the ranks with its first job and keeps them. If a rank dies, the job raises RankDied, and the next job
+starts a new group. Every job contains its specs, so a new group needs nothing else.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from ..specs.acceleration import CALIBRATED
 from ..wire.messages import Conditioning, Decode, Describe, Encode, EncodeVideo, Free, Load, Message, Ping, Sample
 from ..wire.shared_memory import lend
 from . import submission
-from .arguments import VIDEO, check_conditioning, check_frames, check_kind, check_prompt, check_tensor
+from .arguments import LATENT_AXES, check_conditioning, check_frames, check_kind, check_prompt, check_tensor
 from .group import RankDied, RankGroup
 from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
 
 logger = logging.getLogger(__name__)
 
-Submit = Callable[[Callable[[int], Message]], Result]  # of a message by the number of its job
+Submit = Callable[[Callable[[int], Message]], Result]  # takes a function from the job's number to its message
 
 
 class Runtime:
-    """Ranks that load, encode, sample and decode. A context manager; safe to use from several threads.
+    """Ranks that load, encode, sample and decode. A context manager; thread-safe.
 
-    The ranks belong to the process that made this object: in a forked child it does nothing. They end with `stop`, and
-    when the object is gone.
+    The ranks belong to the process that created this object; a forked child cannot use it. They end with `stop`, or
+    when the object is garbage-collected.
 
-    parallel: how many ranks, and the plan that `sample` uses where it is not given one.
-    device: "npu", "cuda", "cpu", or "auto" for the first of these that is there.
-    environment: variables for the ranks alone.
+    parallel: the number of ranks, and the default plan of `sample`.
+    device: "npu", "cuda", "cpu", or "auto" for the first of these that is available.
+    environment: environment variables for the ranks only.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class Runtime:
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
         self._one_job = threading.Lock()
-        self._owner: int | None = None  # the thread that is inside
-        self._running = False  # whether it is at a job
+        self._owner: int | None = None  # the thread that holds _one_job
+        self._running = False  # whether it runs a job
         self._cancel_requested = threading.Event()
         self._one_stop = threading.Lock()
-        self._stop_wanted = threading.Event()  # jobs that wait for their turn are not to begin
+        self._stop_wanted = threading.Event()  # waiting jobs must not begin
         self._free_wanted = False
-        self._said: deque[str] = deque(maxlen=100)  # warnings of jobs
+        self._logged: deque[str] = deque(maxlen=100)  # warnings of jobs that are in the log already
 
     def __enter__(self) -> Runtime:
         return self
@@ -97,7 +97,7 @@ class Runtime:
 
     @property
     def alive(self) -> bool:
-        """Whether a group of ranks stands ready."""
+        """Whether a group of ranks is ready for jobs."""
         return self._living is not None
 
     @property
@@ -107,22 +107,22 @@ class Runtime:
 
     @property
     def _is_own(self) -> bool:
-        """False in a forked child: the ranks are its parent's."""
+        """False in a forked child, as the ranks belong to its parent."""
         return os.getpid() == self._pid
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the ranks, in order; empty where none are alive."""
+        """The process ids of the ranks, in order; empty if none are alive."""
         group = self._living
         return [] if group is None else [rank.process.pid for rank in group.ranks]
 
     def start(self) -> None:
-        """Starts the ranks if none are alive; jobs do so by themselves."""
+        """Starts the ranks if none are alive. Jobs also do this."""
         with self._jobs():
             pass
 
     def stop(self) -> None:
-        """Ends the ranks; a running job, and those that wait for it, are cancelled first."""
+        """Ends the ranks, after cancelling the running job and waiting ones."""
         if not self._is_own:
             return
         with self._one_stop:
@@ -137,20 +137,20 @@ class Runtime:
                 self._stop_wanted.clear()
 
     def cancel(self) -> None:
-        """Asks the running job to end, from any thread; it raises JobCancelled where it was called."""
+        """Cancels the running job, from any thread. The call that runs it raises JobCancelled."""
         if self._running:
             self._cancel_requested.set()
 
     @contextmanager
     def _exclusive(self):
-        """One caller at a time. Raises RuntimeError in a callback of a running job, which would wait for itself, and in
+        """Allows one caller at a time. Raises RuntimeError in a callback of a running job, which would deadlock, and in
         a forked child."""
         if not self._is_own:
             raise RuntimeError(
-                f"This Runtime belongs to process {self._pid}, of which this one is a fork. Make another one here."
+                f"This Runtime belongs to process {self._pid}, and this is a forked child. Create another Runtime here."
             )
         if self._owner == threading.get_ident():
-            raise RuntimeError("A callback of a running job cannot ask its runtime for another; return from it first.")
+            raise RuntimeError("A callback of a running job cannot run another job. Return from the callback first.")
         try:
             with self._one_job:
                 self._owner = threading.get_ident()
@@ -162,7 +162,7 @@ class Runtime:
             self._free_if_wanted()
 
     def _free_if_wanted(self) -> None:
-        """What somebody asked for meanwhile must not fail the job that has just ended."""
+        """Frees the weights if `free` was called during the job. Its errors must not fail the job."""
         try:
             if self._free_wanted:
                 self._free_if_idle()
@@ -190,9 +190,10 @@ class Runtime:
     # Jobs
 
     def ping(self, tensor: Tensor | None = None, reply: int = 0, frames: tuple[int, ...] | None = None) -> Result:
-        """Asks every rank for an answer. For measuring the way there and back.
+        """Gets a reply from every rank, to measure the round trip.
 
-        tensor travels to all ranks, `reply` floats come back, and the ranks fill `frames` [T,H,W,C] in fp32.
+        tensor: sent to all ranks. reply: the number of floats to return. frames: the shape [T,H,W,C] of fp32 frames
+        that the ranks fill.
         """
         if frames is None:
             return self._do(lambda job: Ping(job=job, tensor=tensor, reply=reply))
@@ -209,7 +210,7 @@ class Runtime:
         parallel: ParallelSpec | None = None,
         **hooks,
     ) -> Result:
-        """Makes components ready ahead of the jobs that need them; `parallel` is these jobs' plan."""
+        """Loads components before the jobs that use them. parallel: the plan of these jobs."""
         check_kind("model", model, DiffusionModelSpec, optional=True)
         check_kind("encoder", encoder, TextEncoderSpec, optional=True)
         check_kind("vae", vae, VaeSpec, optional=True)
@@ -218,9 +219,9 @@ class Runtime:
         return self._do(lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), **hooks)
 
     def encode(self, encoder: TextEncoderSpec, text: str, **hooks) -> Result:
-        """The embedding [1, tokens, D] of a prompt, fp32, padded with zeros to the model's own length.
+        """Encodes a prompt: the embedding [1, tokens, D], fp32, padded with zeros to the model's length.
 
-        What else the model's encoders make of it is in `tensors`, such as "pooled" [1, D].
+        Further outputs of the model's text encoders are in `tensors`, such as "pooled" [1, D].
         """
         check_kind("encoder", encoder, TextEncoderSpec)
         check_prompt(text)
@@ -243,19 +244,20 @@ class Runtime:
         on_preview: OnPreview | None = None,
         **hooks,
     ) -> Result:
-        """The denoised latent [B,C,T,H,W], fp32 and not normalised.
+        """Samples a latent [B,C,T,H,W], fp32 and not normalised.
 
-        latent: where to start, not normalised; zeros for a new video (see `VideoSize.latent_shape`).
-        positive, negative: embeddings [1, tokens, D], or what else a model of images sees beside them (`Conditioning`);
-            negative may be missing where the guidance scale is 1.
-        noise_mask: [B or 1, 1, T, H, W], 0 where `latent` is known and stays; how TI2V-5B continues a first frame.
-        warm_up: before the first job of its kind (shapes, plan, operators) since the model was loaded, two steps are
-            made and thrown away, so that what is compiled at first use does not count in the job's own seconds.
-        profile: records these steps; `info["profile"]` of the result is the folder of the recording.
-        acceleration: what is left out of the computation; `info["acceleration"]` of the result tells what was, and
-            what that saved (see `accelerate.report.Tally.facts`).
+        latent: the start, not normalised; zeros for a new video (see `VideoSize.latent_shape`).
+        positive, negative: embeddings [1, tokens, D], or `Conditioning` for image-to-video models. negative can be None
+            if the guidance scale is 1.
+        noise_mask: [B or 1, 1, T, H, W], 0 where `latent` is known and kept; TI2V-5B uses it for a given first frame.
+        warm_up: runs two discarded steps before the first job of a kind (shapes, plan, operators) after the model is
+            loaded, so that compilation at first use is not part of the job's seconds.
+        profile: the steps to record; the result's `info["profile"]` is the folder of the recording.
+        acceleration: the accelerators to use; the result's `info["acceleration"]` reports what they skipped and saved
+            (see `acceleration.tally.Tally.facts`).
         """
-        _check_sampling(model, spec, latent, positive, negative, noise_mask)
+        _check_specs(model, spec)
+        _check_inputs(latent, positive, negative, noise_mask)
         _check_options(parallel, operators, profile, acceleration)
         profile = profile and _within(profile, spec.total_steps, self.world_size)
         with self._jobs(**hooks, on_preview=on_preview) as submit:
@@ -282,9 +284,9 @@ class Runtime:
         return result
 
     def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
-        """The frames [B*T,H,W,3] in 0..1 of a latent [B,C,T,H,W], in memory that the ranks wrote to."""
+        """Decodes a latent [B,C,T,H,W] into frames [B*T',H',W',3] in 0..1. The ranks write them to shared memory."""
         check_kind("vae", vae, VaeSpec)
-        check_tensor("latent", latent, VIDEO)
+        check_tensor("latent", latent, LATENT_AXES)
         with self._jobs(**hooks) as submit:
             shape = _form(submit, vae).decoded_shape(latent.shape)
             with lend(shape, torch.float32) as (image, shared):
@@ -292,7 +294,7 @@ class Runtime:
         return Result(image, seconds=done.seconds, info=done.info)
 
     def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
-        """The latent [1,C,T',H',W'], fp32 and not normalised, of frames [T,H,W,3] in 0..1; T is 4n+1."""
+        """Encodes frames [T,H,W,3] in 0..1, T = 4n+1, into a latent [1,C,T',H',W'], fp32 and not normalised."""
         check_kind("vae", vae, VaeSpec)
         check_frames(frames)
         with self._jobs(**hooks) as submit:
@@ -302,16 +304,16 @@ class Runtime:
         return Result(latent, seconds=done.seconds, info=done.info)
 
     def vae_form(self, vae: VaeSpec, **hooks) -> VaeForm:
-        """The VAE's channels, and how many pixels and frames one element of its latents covers. Reads no weight."""
+        """The VAE's latent channels and compression factors. Does not read weights."""
         check_kind("vae", vae, VaeSpec)
         with self._jobs(**hooks) as submit:
             return _form(submit, vae)
 
     def free(self) -> None:
-        """Drops the weights of all ranks; the ranks stay. Nothing happens where none are alive.
+        """Frees the weights on all ranks; the ranks stay alive. Does nothing if none are alive.
 
-        While a job runs, in this thread or another, it only notes the wish, and the weights go when that is done. Ranks
-        that do not answer for submission.CANCEL_DEADLINE seconds are ended, which frees their memory too.
+        While a job runs, the weights are freed after it. Ranks that do not reply within submission.CANCEL_DEADLINE
+        seconds are ended, which frees their memory too.
         """
         if self._is_own:
             self._free_wanted = True
@@ -319,14 +321,14 @@ class Runtime:
 
     def _free_if_idle(self) -> None:
         if not self._one_job.acquire(blocking=False):
-            return  # who has it looks at the wish when done
+            return  # the holder of the lock frees the weights when it is done
         try:
             wanted, self._free_wanted = self._free_wanted, False
             if wanted and self.alive:
-                self._cancel_requested.clear()  # a wish to cancel the job before
+                self._cancel_requested.clear()  # left over from the previous job
                 self._submit(Free(job=next(self._numbers)), Hooks(), submission.CANCEL_DEADLINE)
         except RanksSilent:
-            pass  # it is in the log
+            pass  # already logged
         finally:
             self._one_job.release()
 
@@ -338,8 +340,8 @@ class Runtime:
 
     @contextmanager
     def _jobs(self, **hooks) -> Iterator[Submit]:
-        """`submit` of the jobs that one call takes: ranks are started for them if none are alive, and a wish to cancel
-        counts from beginning to end."""
+        """Yields `submit` for the jobs of one call. Starts ranks if none are alive. A cancel applies to the whole
+        call."""
         hooks = Hooks(**hooks)
         with self._exclusive():
             self._cancel_requested.clear()
@@ -353,10 +355,10 @@ class Runtime:
                 self._running = False
 
     def _log_warnings(self, result: Result) -> None:
-        """Each once, however many jobs bring it; every job's result has its own."""
+        """Logs each warning once, even if several jobs report it. Every job's result contains its warnings."""
         for warning in result.info.get("warnings", ()):
-            if warning not in self._said:
-                self._said.append(warning)
+            if warning not in self._logged:
+                self._logged.append(warning)
                 logger.warning("%s", warning)
 
     def _raise_if_cancelled(self, hooks: Hooks) -> None:
@@ -368,17 +370,20 @@ class Runtime:
         try:
             result = submitted.run()
         except BaseException:
-            if submitted.unanswered:  # ranks are still at work on it, and nobody will hear their answer
+            if submitted.unanswered:  # these ranks still work on the job, and nobody would read their answers
                 self._group.kill()
             raise
         self._log_warnings(result)
         return result
 
 
-def _check_sampling(model, spec, latent, positive, negative, noise_mask) -> None:
+def _check_specs(model, spec) -> None:
     check_kind("model", model, DiffusionModelSpec)
     check_kind("spec", spec, SampleSpec)
     require_schedule(spec.schedule)
+
+
+def _check_inputs(latent, positive, negative, noise_mask) -> None:
     check_tensor("latent", latent)
     check_conditioning("positive", positive)
     check_conditioning("negative", negative, optional=True)
@@ -393,7 +398,7 @@ def _check_options(parallel, operators, profile, acceleration) -> None:
 
 
 def _calibration(submit: Submit, model: DiffusionModelSpec, acceleration: AccelerationSpec) -> dict[str, Calibration]:
-    """Of each expert, where the step cache asks for it: read once, so that all ranks have the same."""
+    """The calibration of each expert if the step cache needs it. Read once, so that all ranks get the same."""
     cache = acceleration.step_cache
     if cache is None or cache.method not in CALIBRATED:
         return {}
@@ -410,8 +415,8 @@ def _conditioning(given: Tensor | Conditioning) -> Conditioning:
 
 
 def _within(profile: ProfileSpec, steps: int | None, ranks: int) -> ProfileSpec:
-    """What the job can record of `profile`, as far as it is known before the model is loaded. Raises ValueError where
-    that is nothing."""
+    """`profile`, limited to the job's steps as far as they are known before the model is loaded. Raises ValueError if
+    nothing would be recorded."""
     possible = profile.within(steps or profile.last_step, ranks)
     if possible != profile:
         logger.info("The recording ends with step %d, the job's last, not with step %d.", steps, profile.last_step)
@@ -427,5 +432,5 @@ def _log_extras(result: Result, profile: ProfileSpec | None) -> None:
     steps = f"steps {profile.first_step} to {profile.last_step} on rank {profile.rank}"
     if "profile" in result.info:
         logger.info("Recorded %s: %s", steps, result.info["profile"])
-    else:  # torch_npu's profiler says what went wrong in the rank's output alone
-        logger.warning("The profiler has written nothing of %s into %s.", steps, profile.folder)
+    else:  # torch_npu's profiler reports errors only in the rank's output
+        logger.warning("The profiler has not written a recording of %s to %s.", steps, profile.folder)

@@ -1,5 +1,5 @@
-"""One job on its way: given to all ranks, followed while they work, cancelled, answered. Waits for no rank without a
-deadline, or an eye on whether it lives."""
+"""Submits one job to all ranks, relays progress and a cancel, and collects the answers. Never waits for a rank without
+a deadline, or without checking that it is alive."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .group import COMPUTING, Rank, RankGroup
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05  # how often a running job asks whether it should be cancelled
-PEER_DEADLINE = 10.0  # seconds for the other ranks to answer once one has failed; they may wait for it in vain
-CANCEL_DEADLINE = 60.0  # seconds to answer a cancel, or three times the longest step where that is more
-SILENCE = 60.0  # seconds without a word after which it is said who keeps a job waiting; at least, see LONGER
-LONGER = 5  # times as long as it ever took before within the job
+POLL_SECONDS = 0.05  # interval of checks for a cancel
+PEER_DEADLINE = 10.0  # seconds for other ranks to answer after one has failed, as they may wait for it in a collective
+CANCEL_DEADLINE = 60.0  # seconds to answer a cancel; at least three times the longest pause between reports
+SILENCE = 60.0  # minimum seconds without a report before a notice; see LONGER
+LONGER = 5  # a notice needs a pause this many times as long as the job's longest one
 
-OnProgress = Callable[[str, int, int], None]  # (stage, step, total); of "load", bytes
+OnProgress = Callable[[str, int, int], None]  # (stage, step, total); bytes for "load"
 OnPreview = Callable[[int, int, Tensor], None]  # (step, total, uint8 [H,W,3])
-OnNotice = Callable[[str], None]  # a sentence that the user should read now
+OnNotice = Callable[[str], None]  # a sentence for the user
 ShouldCancel = Callable[[], bool]
 
 
 class JobCancelled(Exception):
-    """The job was cancelled by its caller; the ranks are ready for the next one."""
+    """The caller cancelled the job. The ranks are ready for the next one."""
 
 
 class RankError(RuntimeError):
-    """A rank failed in a way that is not the request's fault; its traceback is in the text."""
+    """A rank failed although the request is valid; the text contains its traceback."""
 
 
 class RanksSilent(RankError):
@@ -45,8 +45,8 @@ class RanksSilent(RankError):
 
 @dataclass(frozen=True)
 class Result:
-    """What a job returned. tensors: further results by name. seconds: synchronised wall time by stage, of the slowest
-    rank."""
+    """The result of a job. tensors: further results by name. seconds: synchronised wall time of each stage, on the
+    slowest rank."""
 
     tensor: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -55,15 +55,15 @@ class Result:
 
     @property
     def conditioning(self) -> Conditioning:
-        """Of an encoded prompt: what `Runtime.sample` takes."""
+        """The conditioning of an encoded prompt, for `Runtime.sample`."""
         return Conditioning(text=self.tensor, pooled=self.tensors.get("pooled"))
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller of a job hears meanwhile, and is asked.
+    """Callbacks of a running job.
 
-    on_notice: is called where ranks keep the job waiting for much longer than before.
+    on_notice: called if ranks do not report for much longer than before.
     """
 
     on_progress: OnProgress = lambda stage, step, total: None
@@ -73,9 +73,9 @@ class Hooks:
 
 
 class Submission:
-    """One job from its submission to the last rank's answer.
+    """One job, from its submission to the last rank's answer.
 
-    deadline: seconds for all answers; None where the work may take any time.
+    deadline: seconds until all ranks must have answered; None for no limit.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Submission:
         self.group = group
         self.cancel_requested = cancel_requested
         self.hooks = hooks
-        self.unanswered: dict[int, Rank] = {}  # ranks that are at work on it, by the descriptor of their channel
+        self.unanswered: dict[int, Rank] = {}  # ranks that have not answered, by their channel's descriptor
         self._answers: dict[int, Done | Failed] = {}
         self._caller_error: BaseException | None = None
         self._cancel_sent = False
@@ -98,9 +98,9 @@ class Submission:
         self._silence = _Silence()
 
     def run(self) -> Result:
-        """Raises ValueError where the request is at fault, JobCancelled, RankError, RankDied, what a callback raised.
-        Ranks left in `unanswered` then are of no use any more."""
-        with SealedMessage(self.message) as sealed:  # what cannot be sent is refused here, while no rank is at work yet
+        """Runs the job. Raises ValueError for an invalid request, JobCancelled, RankError, RankDied, or a callback's
+        exception. If `unanswered` is not empty then, the group must be killed."""
+        with SealedMessage(self.message) as sealed:  # raises before any rank gets the job
             self.unanswered = {rank.channel.fileno(): rank for rank in self.group.ranks}
             try:
                 self._follow(sealed)
@@ -109,12 +109,12 @@ class Submission:
         if self._caller_error is not None:
             raise self._caller_error
         result = self._result()
-        if self._cancel_sent:  # too late for the ranks, but what was to follow must not begin
+        if self._cancel_sent:  # the ranks finished before the cancel arrived, but the caller must not continue
             raise JobCancelled("The job was cancelled.")
         return result
 
     def _follow(self, sealed: SealedMessage) -> None:
-        """Until all ranks have answered. An interrupt from the keyboard is a wish to cancel; a second one is obeyed at
+        """Waits until all ranks have answered. The first KeyboardInterrupt cancels the job, the second one is raised at
         once."""
         for rank in self.group.ranks:
             rank.channel.post(sealed)
@@ -130,27 +130,27 @@ class Submission:
     def _turn(self, poll: select.poll) -> None:
         for descriptor, rank in self.unanswered.items():
             poll.register(descriptor, select.POLLIN | (select.POLLOUT if rank.channel.unsent else 0))
-        heard = poll.poll(POLL_SECONDS * 1000)
-        self._relay_cancel()  # before what the ranks have said meanwhile is looked at, which may be much
-        for descriptor, _ in heard:
+        ready = poll.poll(POLL_SECONDS * 1000)
+        self._relay_cancel()  # first, as there may be many messages
+        for descriptor, _ in ready:
             rank = self.unanswered[descriptor]
             rank.channel.flush()
-            message = self._taken(rank)  # one a turn: a wish to cancel is heard in between
+            message = self._taken(rank)  # one per turn, so that a cancel is relayed in between
             if message is not None:
-                self._hear(descriptor, message)
+                self._receive(descriptor, message)
             if descriptor not in self.unanswered:
                 poll.unregister(descriptor)
-        self._look_around()
+        self._check_ranks()
 
     def _taken(self, rank: Rank) -> Message | None:
         try:
             return rank.channel.take()
         except Undecodable as error:
-            raise RankError(f"Rank {rank.rank} sent an answer that cannot be read. {error}") from None
+            raise RankError(f"Rank {rank.rank} sent an invalid answer. {error}") from None
 
-    def _hear(self, descriptor: int, message: Message) -> None:
-        if seconds := self._silence.broken():
-            self._notice(f"The ranks report again, after {seconds:.0f} s.", logging.INFO)
+    def _receive(self, descriptor: int, message: Message) -> None:
+        if seconds := self._silence.end():
+            self._notice(f"The ranks report again after {seconds:.0f} s.", logging.INFO)
         if isinstance(message, Progress):
             self._call(self.hooks.on_progress, message.stage, message.step, message.total)
         elif isinstance(message, Preview):
@@ -163,23 +163,23 @@ class Submission:
     def _take_answer(self, rank: Rank, message: Message) -> None:
         unread = isinstance(message, Failed) and message.job == UNREAD
         if not unread and not (isinstance(message, (Done, Failed)) and message.job == self.message.job):
-            raise RankError(f"Rank {rank.rank} answered with a {type(message).__name__}, which is not of this job.")
+            raise RankError(f"Rank {rank.rank} sent {type(message).__name__}, which is not an answer to this job.")
         self._answers[rank.rank] = message
         if isinstance(message, Failed) and message.kind != "cancelled" and not self._cancel_sent:
             self._give_up_within(PEER_DEADLINE)
 
     def _call(self, callback: Callable, *arguments) -> Any:
-        """Calls back the caller. Whatever it raises cancels the job, and is raised once the ranks are done with it:
-        ComfyUI's interrupt is no Exception in its newer versions, and must not cost the ranks either."""
+        """Calls a hook. Any exception cancels the job, and is raised when the ranks have ended it. It catches
+        BaseException, as ComfyUI's interrupt is not an Exception in newer versions."""
         try:
             return callback(*arguments)
         except BaseException as error:
             self._caller_error = self._caller_error or error
 
-    def _look_around(self) -> None:
-        """What has to be seen to while the ranks work."""
+    def _check_ranks(self) -> None:
+        """Checks for dead ranks, a cancel, silent ranks, and the deadline."""
         if self.group.lost:
-            raise ChannelClosed  # though something that the rank started holds its connection open
+            raise ChannelClosed  # another process may keep the dead rank's connection open
         self._relay_cancel()
         if self.unanswered and self._give_up_at is None and self._silence.is_long():
             self._notice_silence()
@@ -200,36 +200,36 @@ class Submission:
                 rank.channel.post(sealed)
 
     def _give_up_within(self, seconds: float) -> None:
-        """The first deadline stays, where there is one."""
+        """Sets a deadline, unless an earlier one is set."""
         at = time.monotonic() + seconds
         self._give_up_at = at if self._give_up_at is None else min(self._give_up_at, at)
 
     def _give_up(self) -> None:
         silent = _numbered(self.unanswered.values())
         text = f"{silent} did not answer in time, so the group was ended. The next job starts a new one."
-        self._notice(f"{text} Last seen: {self._states()}.")
+        self._notice(f"{text} Last state: {self._states()}.")
         if self._caller_error is not None:
             raise self._caller_error
         if any(isinstance(answer, Failed) and answer.kind != "cancelled" for answer in self._answers.values()):
-            self._result()  # raises what a rank has reported
+            self._result()  # raises the reported error
         if self._cancel_sent:
             raise JobCancelled(f"The job was cancelled. {text}")
         raise RanksSilent(text)
 
     def _notice_silence(self) -> None:
-        """A first step, or a large model on a CPU, takes its time: that is no reason to worry somebody."""
+        """Notifies the user that ranks are silent. That is no warning if all are computing, as in a slow first step."""
         seconds, ranks = self._silence.seconds, self.unanswered.values()
         if all(rank.doing == COMPUTING for rank in ranks):
             self._notice(f"The ranks have been computing for {seconds:.0f} s since they last reported.", logging.INFO)
             return
         longest = f"; the longest pause before was {self._silence.longest:.0f} s" if self._silence.longest > 1 else ""
         self._notice(
-            f"No word from the ranks for {seconds:.0f} s{longest}. {self._states()}. Cancel ends the job, and also "
-            "ranks that do not answer it."
+            f"The ranks have not reported for {seconds:.0f} s{longest}. {self._states()}. Cancel ends the job, and "
+            "also ranks that do not respond to it."
         )
 
     def _notice(self, text: str, level: int = logging.WARNING) -> None:
-        """For the log and the caller, whose error in showing it costs no job."""
+        """Logs a text and passes it to on_notice, whose errors do not fail the job."""
         logger.log(level, "%s", text)
         try:
             self.hooks.on_notice(text)
@@ -239,11 +239,11 @@ class Submission:
             self._caller_error = self._caller_error or interrupt
 
     def _states(self) -> str:
-        """What each rank that has not answered is seen to do."""
+        """The state of each rank that has not answered."""
         return ", ".join(f"Rank {rank.rank} {rank.doing}" for rank in self.unanswered.values())
 
     def _result(self) -> Result:
-        """The answers as one; raises the failure that says most."""
+        """Merges the answers of all ranks; raises the most informative failure."""
         answers = [self._answers[rank] for rank in sorted(self._answers)]
         failures = [answer for answer in answers if isinstance(answer, Failed)]
         if failures:
@@ -257,37 +257,34 @@ class Submission:
             raise RankError(f"{host.advise(failure.error)}\n{failure.traceback}")
         stages = {stage for answer in answers for stage in answer.seconds}
         seconds = {stage: max(answer.seconds.get(stage, 0.0) for answer in answers) for stage in sorted(stages)}
-        info = {name: fact for answer in reversed(answers) for name, fact in answer.info.items()}  # rank 0's count most
+        info = {name: fact for answer in reversed(answers) for name, fact in answer.info.items()}  # rank 0 wins
         return Result(answers[0].tensor, answers[0].tensors, seconds, info)
 
 
 class _Silence:
-    """How long no rank has said anything, and how long that ever took before.
-
-    longest: seconds.
-    """
+    """Measures the time since any rank last reported. longest: the longest pause of the job so far, in seconds."""
 
     def __init__(self):
         self.longest = 0.0
         self._since = time.monotonic()
-        self._said_at = 0.0  # seconds of silence at which it was last spoken of
+        self._noticed_at = 0.0  # length of the current pause at the last notice, in seconds
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def broken(self) -> float:
-        """Somebody has said something. Returns the seconds of a silence that was spoken of, else 0."""
-        seconds, said = self.seconds, self._said_at > 0
+    def end(self) -> float:
+        """Records a report. Returns the length of the pause in seconds if there was a notice about it, else 0."""
+        seconds, noticed = self.seconds, self._noticed_at > 0
         self.longest = max(self.longest, seconds)
-        self._since, self._said_at = time.monotonic(), 0.0
-        return seconds if said else 0.0
+        self._since, self._noticed_at = time.monotonic(), 0.0
+        return seconds if noticed else 0.0
 
     def is_long(self) -> bool:
-        """True once it lasts much longer than before, and again each time it has doubled."""
-        if self.seconds < max(SILENCE, LONGER * self.longest, 2 * self._said_at):
+        """True when the pause is much longer than before, and again each time it has doubled."""
+        if self.seconds < max(SILENCE, LONGER * self.longest, 2 * self._noticed_at):
             return False
-        self._said_at = self.seconds
+        self._noticed_at = self.seconds
         return True
 
 

@@ -1,1 +1,1 @@
-"""The command line: what each command does, its options, and what it says while it works."""
+"""The commands of the command line, their options, and their progress output."""

@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime calibrate MODEL`: finds out what TeaCache and MagCache have to know of a model."""
+"""`python -m ascend_runtime calibrate MODEL`: measures the calibration of TeaCache and MagCache for a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..recognition.layout import find_transformer
 from ..specs import AccelerationSpec, Calibration, ParallelSpec, SampleSpec, TextEncoderSpec, VaeForm, VideoSize
 from ..wire.messages import Conditioning
 from . import video_options
-from .progress import Progress
+from .progress import ProgressDisplay
 
 PROMPTS = (
     "A white cat on a surfboard looks at the sea, holiday weather.",
@@ -31,14 +31,14 @@ PROMPTS = (
     "Waves break on black rocks under a grey sky, seen from the air.",
     "A chef tosses vegetables in a pan, flames rise, slow motion.",
 )
-DEGREE = 4  # of TeaCache's polynomial
+DEGREE = 4  # degree of TeaCache's polynomial
 RANDOM_TOKENS = 20
 
 
-def run(arguments: Namespace, progress: Progress | None = None) -> int:
-    """Makes a video for each prompt, and writes what was found. Returns 0. Raises ValueError for what cannot be done,
-    OSError where the file cannot be written."""
-    progress = progress or Progress()
+def run(arguments: Namespace, progress: ProgressDisplay | None = None) -> int:
+    """Samples a video for each prompt and writes the calibration. Returns 0. Raises ValueError for an invalid request,
+    OSError if the file cannot be written."""
+    progress = progress or ProgressDisplay()
     output = arguments.output or calibration_file(arguments.model)
     try:
         found = calibrate(arguments, progress)
@@ -51,15 +51,15 @@ def run(arguments: Namespace, progress: Progress | None = None) -> int:
     return 0
 
 
-def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration]:
-    """What there is to know of each expert. Raises ValueError for what cannot be done."""
+def calibrate(arguments: Namespace, progress: ProgressDisplay) -> dict[str, Calibration]:
+    """The calibration of each expert. Raises ValueError for an invalid request."""
     model = video_options.model_of(arguments)
     transformer = find_transformer(model.path)
     size, spec, form = _video(arguments, transformer)
     changes, empty = [], torch.zeros(form.latent_shape(size))
     count = arguments.random_prompts or len(arguments.prompt or PROMPTS)
     with Runtime(ParallelSpec(ranks=arguments.ranks), device=arguments.device) as runtime:
-        progress.say(f"{video_options.counted(count, 'video')} of {video_options.said(size, spec)}; "
+        progress.say(f"{video_options.counted(count, 'video')} of {video_options.summary(size, spec)}; "
                      f"{video_options.counted(runtime.world_size, 'rank')} on {runtime.device}")  # fmt: skip
         progress.begin("starting the ranks")
         runtime.start()
@@ -75,12 +75,12 @@ def calibrate(arguments: Namespace, progress: Progress) -> dict[str, Calibration
     made = f"{videos} of {size.width}x{size.height} x {size.num_frames} in {spec.steps} steps"
     found = fitted(changes, f"calibrated with {made}, shift {result.info['shift']:g}")
     if len(found) < (2 if arguments.low_noise or has_low_noise(model.path) else 1):
-        raise ValueError(f"In {spec.steps} steps an expert has less than two, which show no change. Give more --steps.")
+        raise ValueError(f"With {spec.steps} steps, an expert has fewer than the two it needs. Give more --steps.")
     return found
 
 
 def fitted(videos: list[list[dict]], source: str) -> dict[str, Calibration]:
-    """What is known of each expert after some videos of as many steps. videos: `acceleration.tally.Change` as dicts."""
+    """Fits the calibration of each expert to measured videos, each a list of `acceleration.tally.Change` as dicts."""
     by_expert: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for change in (change for video in videos for change in video):
         by_expert[change["expert"]][change["step"]].append(change)
@@ -88,22 +88,22 @@ def fitted(videos: list[list[dict]], source: str) -> dict[str, Calibration]:
 
 
 def _fitted(steps: dict[int, list[dict]], source: str) -> Calibration:
-    """Of one expert, of the changes in each of its steps but the first."""
+    """Fits one expert's calibration. steps: the changes in each of its steps, without the first."""
     changes = [change for step in sorted(steps) for change in steps[step]]
     x, y = (np.array([change[name] for change in changes]) for name in ("timestep", "output"))
-    degree = min(DEGREE, len(steps) - 1)  # through fewer points than it has coefficients goes more than one
+    degree = min(DEGREE, len(steps) - 1)  # with fewer points than coefficients, the polynomial is not unique
     coefficients = tuple(float(f"{coefficient:.9g}") for coefficient in np.polyfit(x, y, degree))
     ratios = (1.0, *(round(mean(change["ratio"] for change in steps[step]), 5) for step in sorted(steps)))
     return Calibration(coefficients=coefficients, ratios=ratios, source=source)
 
 
 def _video(arguments: Namespace, found: Component) -> tuple[VideoSize, SampleSpec, VaeForm]:
-    """What is made, and of which form its latent is; filled with the model's own. Raises ValueError where the model
-    makes no video from text only."""
+    """The videos' size, settings and latent form, with the model's own values filled in. Raises ValueError if the model
+    does not support text-to-video."""
     if not found.family.makes_from_text(found.config):
         raise ValueError(
-            f"{arguments.model} makes videos from an image, which this command has none of. What was published of such "
-            "models is used without a calibration; else take fbcache or taylorseer, which need none."
+            f"{arguments.model} needs an image, but calibration uses text-to-video. Jobs use published values for such "
+            "models if there are any; else use fbcache or taylorseer, which need no calibration."
         )
     form = found.family.form(found.config)
     own = model_defaults(arguments.model, arguments.low_noise)
@@ -112,9 +112,9 @@ def _video(arguments: Namespace, found: Component) -> tuple[VideoSize, SampleSpe
 
 
 def _prompts(
-    arguments: Namespace, runtime: Runtime, transformer: Component, progress: Progress
+    arguments: Namespace, runtime: Runtime, transformer: Component, progress: ProgressDisplay
 ) -> Iterator[tuple[Conditioning, Conditioning]]:
-    """What the model is given of each prompt, and of the empty one."""
+    """Yields the conditioning of each prompt, and of the empty negative prompt."""
     if arguments.random_prompts:
         for seed in range(arguments.random_prompts):
             generator = torch.Generator().manual_seed(seed)

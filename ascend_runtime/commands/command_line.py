@@ -1,4 +1,4 @@
-"""The commands' arguments: declared, and checked before a command imports torch, which takes seconds."""
+"""Declares the commands' arguments, and checks them before a command imports torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pathlib import Path
 
 from ..checkpoints.paths import existing
 from ..checkpoints.writing.unfinished import require_free
-from ..specs.models import FORMATS, WEIGHT_DTYPES
+from ..specs.models import MODEL_FORMATS, WEIGHT_DTYPES
 from ..specs.presets import PRESETS, SPECS
 from . import video_options
 from .comparison import settings
 
 SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-COMPARISON = ("kornia", "matplotlib", "av")  # what compare needs besides the pack's own requirements
-RESULTS = """
-exit status: 0 done; 1 refused, or something in it was; 2 an argument is wrong, or a path does not exist; 130
-interrupted"""
+COMPARISON = ("kornia", "matplotlib", "av")  # packages for compare that are not requirements of the pack
+EXIT_STATUS = """
+exit status: 0 success; 1 an error, or an unusable part or setting; 2 an invalid argument, or a path that does not
+exist; 130 interrupted"""
 
 
 @dataclass(frozen=True)
 class Command:
-    """does: in a line of help. module: has `run(arguments, progress)`, and is imported when all else is known.
+    """A command. summary: one line of help. module: has `run(arguments, progress)`; imported after the checks.
 
-    declare: adds the arguments to a parser. check: raises ValueError for what is wrong with them. begins: what the
-    command is about to do, in words.
+    declare: adds the arguments to a parser. check: raises ValueError for invalid arguments. begins: describes what the
+    command will do, as a line of output.
     """
 
-    does: str
+    summary: str
     module: str
     declare: Callable[[ArgumentParser], None]
     check: Callable[[Namespace], None]
@@ -41,20 +41,20 @@ class Command:
 
 
 def _declare_inspect(parser: ArgumentParser) -> None:
-    parser.description = "Says what a model's folder or file holds, and whether it is whole. Reads no weight."
+    parser.description = "Shows what a model's folder or file contains, and whether it is complete. Reads no weights."
     parser.add_argument("path", metavar="PATH", help="a folder or a file")
 
 
 def _declare_convert(parser: ArgumentParser) -> None:
-    parser.description = "Writes a model as diffusers or MindSpeed-MM keep it."
+    parser.description = "Writes a model in the layout of diffusers or MindSpeed-MM."
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a model's folder or file, of any kind that the loaders take")
-    add("target", metavar="TARGET", help="the folder to make")
-    add("--to", choices=FORMATS, required=True, help="the layout to write")
+    add("source", metavar="SOURCE", help="a model's folder or file, in any format that the loaders support")
+    add("target", metavar="TARGET", help="the folder to create")
+    add("--to", choices=MODEL_FORMATS, required=True, help="the layout to write")
     add("--dtype", choices=WEIGHT_DTYPES, default=WEIGHT_DTYPES[0],
-        help="of the weights; what the networks compute in fp32 is not rounded; keep (the default): "
-        "that of each tensor, bf16 for one of 8 bits")  # fmt: skip
-    add("--shard-size", default="5GB", metavar="SIZE", help="of diffusers' files (default: %(default)s)")
+        help="dtype of the weights; weights that networks compute in fp32 are not rounded; keep (the default): "
+        "each tensor's own dtype, bf16 for 8-bit tensors")  # fmt: skip
+    add("--shard-size", default="5GB", metavar="SIZE", help="maximum size of diffusers' files (default: %(default)s)")
 
 
 def _check_convert(arguments: Namespace) -> None:
@@ -65,68 +65,68 @@ def _check_convert(arguments: Namespace) -> None:
 
 
 def _declare_calibrate(parser: ArgumentParser) -> None:
-    parser.description = "Finds out what TeaCache and MagCache have to know of a model, and writes that next to it."
+    parser.description = "Measures the calibration of TeaCache and MagCache for a model, and writes it next to it."
     add = parser.add_argument
     video_options.add_model(add)
     add("--prompt", action="append", metavar="TEXT",
-        help="of a video to make; several are averaged (default: four of this command's own)")  # fmt: skip
-    add("--random-prompts", type=int, metavar="N", help="N random embeddings instead, without an encoder")
+        help="prompt of a video; repeat it to average over several (default: four built-in prompts)")  # fmt: skip
+    add("--random-prompts", type=int, metavar="N", help="use N random embeddings instead, without a text encoder")
     video_options.add_video(add)
     video_options.add_ranks(add)
-    add("--output", type=Path, metavar="FILE", help="(default: next to the model, where jobs look for it)")
+    add("--output", type=Path, metavar="FILE", help="output file (default: next to the model, where jobs read it)")
 
 
 def _check_calibrate(arguments: Namespace) -> None:
-    video_options.check(arguments)
+    video_options.check_options(arguments)
     if arguments.random_prompts is not None and arguments.random_prompts < 1:
         raise ValueError(f"--random-prompts is {arguments.random_prompts}; give 1 or more.")
     encoder = arguments.random_prompts or arguments.text_encoder
     if encoder is None and not existing(arguments.model).is_dir():
-        raise ValueError("A file of a model has no text encoder next to it: give one with --text-encoder.")
+        raise ValueError("A single model file has no text encoder. Give one with --text-encoder.")
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-        raise ValueError(f"--output is {arguments.output}, whose folder does not exist. Make it, or name another file.")
+        raise ValueError(f"--output is {arguments.output}, whose folder does not exist. Create it or give another.")
 
 
 def _declare_compare(parser: ArgumentParser) -> None:
     parser.description = (
-        "Makes one video as it is and with each setting of accelerators, and shows what that saves and changes.\n\n"
+        "Makes one video without accelerators and with each setting, and shows what each saves and changes.\n\n"
         "Writes comparison.md, .json, .png (speed-up against PSNR) and .mp4 (the videos side by side). A setting is\n"
-        "ACCELERATOR, ACCELERATOR=PRESET or either with :NAME=VALUE,NAME=VALUE; + joins two, and / between values\n"
-        "makes one setting of each."
+        "ACCELERATOR or ACCELERATOR=PRESET, optionally followed by :NAME=VALUE,NAME=VALUE. + combines accelerators;\n"
+        "values separated by / give one setting each."
     )
     add = parser.add_argument
     video_options.add_model(add)
-    add("--vae", metavar="PATH", help="a folder or a file (default: that in the model's folder)")
+    add("--vae", metavar="PATH", help="the VAE's folder or file (default: in the model's folder)")
     add("--setting", action="append", required=True, metavar="SETTING",
-        help=f"accelerators: {', '.join(SPECS)}; presets: {', '.join(PRESETS)}. One or more")  # fmt: skip
-    add("--prompt", required=True, metavar="TEXT", help="of the video")
-    add("--negative", default="", metavar="TEXT", help="the negative prompt (default: an empty one)")
+        help=f"can be repeated; accelerators: {', '.join(SPECS)}; presets: {', '.join(PRESETS)}")  # fmt: skip
+    add("--prompt", required=True, metavar="TEXT", help="the prompt")
+    add("--negative", default="", metavar="TEXT", help="the negative prompt (default: empty)")
     video_options.add_video(add)
-    add("--fps", type=float, help="of the clip (default: the model's own)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--fps", type=float, help="frames per second of the clip (default: the model's own)")
+    add("--seed", type=int, default=0, help="the seed (default: %(default)s)")
     add("--repeats", type=int, default=1, metavar="N",
-        help="of each video, of which the fastest counts, for a busy machine (default: %(default)s)")  # fmt: skip
+        help="runs of each video; the fastest counts (for a busy machine; default: %(default)s)")  # fmt: skip
     video_options.add_ranks(add)
-    add("--parallel", metavar="NAME=VALUE,...", help="how they share the video, as ulysses_degree=4,cfg_degree=2")
+    add("--parallel", metavar="NAME=VALUE,...", help="the parallel plan, such as ulysses_degree=4,cfg_degree=2")
     add("--output", type=Path, default=Path("comparison"), metavar="FOLDER",
-        help="where the four files go, over those of an earlier comparison (default: %(default)s)")  # fmt: skip
+        help="output folder; files of an earlier comparison are replaced (default: %(default)s)")  # fmt: skip
 
 
 def _check_compare(arguments: Namespace) -> None:
     missing = [name for name in COMPARISON if find_spec(name) is None]
     if missing:
         named = " and ".join(missing)
-        raise ValueError(f"compare needs {named}, which this Python lacks: pip install {' '.join(missing)}")
-    video_options.check(arguments)
+        raise ValueError(f"compare needs {named}, not installed in this Python: pip install {' '.join(missing)}")
+    video_options.check_options(arguments)
     video_options.sampling_of(arguments, arguments.seed)
     if arguments.repeats < 1:
         raise ValueError(f"--repeats is {arguments.repeats}; give 1 or more.")
     if arguments.fps is not None and not (math.isfinite(arguments.fps) and 0.01 <= arguments.fps <= 1000):
-        raise ValueError(f"--fps is {arguments.fps:g}; it must lie between 0.01 and 1000.")
+        raise ValueError(f"--fps is {arguments.fps:g}; it must be between 0.01 and 1000.")
     settings.parallel_of(arguments.parallel, arguments.ranks)
     _settings(arguments)
     if arguments.output.exists() and not arguments.output.is_dir():
-        raise ValueError(f"--output is {arguments.output}, which is no folder. Name another.")
+        raise ValueError(f"--output is {arguments.output}, which is not a folder. Give another.")
 
 
 def _settings(arguments: Namespace) -> list[settings.Setting]:
@@ -146,11 +146,11 @@ def _calibrate_begins(arguments: Namespace) -> str:
 
 COMMANDS = {
     "inspect": Command(
-        "say what a model's folder or file holds", ".commands.inspection", _declare_inspect,
-        lambda arguments: existing(arguments.path) and None, lambda arguments: f"looking at {arguments.path}",
+        "show what a model's folder or file contains", ".commands.inspection", _declare_inspect,
+        lambda arguments: existing(arguments.path) and None, lambda arguments: f"inspecting {arguments.path}",
     ),
     "calibrate": Command(
-        "find out what TeaCache and MagCache have to know of a model", ".commands.calibration", _declare_calibrate,
+        "measure the calibration of TeaCache and MagCache", ".commands.calibration", _declare_calibrate,
         _check_calibrate, _calibrate_begins,
     ),
     "compare": Command(
@@ -158,15 +158,16 @@ COMMANDS = {
         _check_compare, _compare_begins,
     ),
     "convert": Command(
-        "write a model as diffusers or MindSpeed-MM keep it", ".commands.conversion", _declare_convert, _check_convert,
-        lambda arguments: f"converting {arguments.source} into {arguments.target}, in the layout of {arguments.to}",
+        "convert a model to diffusers' or MindSpeed-MM's layout", ".commands.conversion", _declare_convert,
+        _check_convert,
+        lambda arguments: f"converting {arguments.source} to {arguments.target}, in the layout of {arguments.to}",
     ),
 }  # fmt: skip
 
 
 def add_command(commands, name: str) -> None:
-    """Declares a command; `commands` is what argparse's add_subparsers returned."""
+    """Declares a command. commands: the result of argparse's add_subparsers."""
     command = COMMANDS[name]
-    parser = commands.add_parser(name, help=command.does, epilog=RESULTS,
+    parser = commands.add_parser(name, help=command.summary, epilog=EXIT_STATUS,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     command.declare(parser)

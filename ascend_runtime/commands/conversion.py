@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime convert SOURCE TARGET --to FORMAT`: a model in diffusers' or MindSpeed-MM's layout."""
+"""`python -m ascend_runtime convert SOURCE TARGET --to FORMAT`: writes a model in another layout."""
 
 from __future__ import annotations
 
@@ -33,57 +33,62 @@ from ..recognition.folders import STANDARD_NAMES, TRANSFORMER_FOLDERS, has_folde
 from ..recognition.mindspeed import RELEASE, STAGE_FILE, TRACKER
 from ..specs.models import WEIGHT_DTYPES
 from .inspection import inspect
-from .progress import Progress
+from .progress import ProgressDisplay
 
-DTYPES = dict(zip(WEIGHT_DTYPES, (None, torch.bfloat16, torch.float16, torch.float32)))
+TARGET_DTYPES = dict(zip(WEIGHT_DTYPES, (None, torch.bfloat16, torch.float16, torch.float32)))
 INDEX, CONFIG = "model_index.json", "config.json"
-SCHEDULER = Path("scheduler", "scheduler_config.json")
-NOTHING = (None, None)  # in the place of what it has not
+SCHEDULER_CONFIG = Path("scheduler", "scheduler_config.json")
+ABSENT = (None, None)  # the class in a pipeline's index of a part that it does not have
 
 
 @dataclass
-class Plan:
-    """What a target will hold, by paths within it. root: of what it is made, a folder or a file."""
+class ConversionPlan:
+    """The files to write, by their paths in the target. root: the source's folder or file.
+
+    dtype: of the weights; None keeps each one's own, bfloat16 for 8 bits. shard_size: of diffusers' files, as "5GB".
+    """
 
     root: Path
-    moves: dict[Path, dict[str, Move]] = field(default_factory=dict)  # of each file of weights, by the names there
+    dtype: torch.dtype | None
+    shard_size: str
+    moves: dict[Path, dict[str, Move]] = field(default_factory=dict)  # weight file -> name in it -> its tensor
     texts: dict[Path, bytes] = field(default_factory=dict)
-    copies: dict[Path, Path] = field(default_factory=dict)  # of files as they are
-    folders: list[Path] = field(default_factory=list)  # of which all files are copied
-    left_out: list[str] = field(default_factory=list)  # why, in words
+    copies: dict[Path, Path] = field(default_factory=dict)  # target file -> source file, copied unchanged
+    folders: list[Path] = field(default_factory=list)  # source folders that are copied completely
+    omitted: list[str] = field(default_factory=list)  # parts that are not converted, with the reason
     sources: list[Component] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
-        """Of the weights."""
+        """The size of the weights in bytes."""
         return sum(move.made.nbytes for moves in self.moves.values() for move in moves.values())
 
     def copy(self, folder: Path, to: Path) -> None:
-        """All of a folder of the source, or next to it. Raises ValueError where a link in it leads elsewhere (see
-        checkpoints/links.py)."""
+        """Plans to copy a folder in the source, or next to it. Raises ValueError if it contains a link that leads
+        outside (see checkpoints/writing/links.py)."""
         self.folders.append(folder)
         around = self.root if folder.is_relative_to(self.root) else self.root.parent
         self.copies |= {to / name: file for name, file in own_files(folder, around).items()}
 
     def source(self) -> list[tuple]:
-        """Changes when a file that is read does."""
+        """The states of all files that are read, to detect a change."""
         return [*(state for one in self.sources for state in one.fingerprint), *states(self.copies.values())]
 
     def digest(self) -> str:
-        """Changes when something else is made of the same source, or in other steps."""
+        """A hash of what is written and how, to detect a plan of another version."""
         moves = [(str(path), name, move.key, str(move.made.dtype)) for path, moves in self.moves.items()
                  for name, move in moves.items()]  # fmt: skip
         made = repr((WRITE_BYTES, moves, sorted(self.texts.items()), sorted(self.copies)))
         return hashlib.sha256(made.encode()).hexdigest()
 
 
-def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
-    """Converts, and says what was made. Returns the exit status: 0 made, 1 refused, 130 interrupted."""
-    progress = progress or Progress()
+def run(arguments: argparse.Namespace, progress: ProgressDisplay | None = None) -> int:
+    """Converts a model and reports the result. Returns the exit status: 0 success, 1 error, 130 interrupted."""
+    progress = progress or ProgressDisplay()
     source, target = (Path(path).expanduser().absolute() for path in (arguments.source, arguments.target))
     try:
-        plan = planned(source, arguments.to, DTYPES[arguments.dtype], arguments.shard_size, progress.begin)
-        _say(plan, progress)
+        plan = planned(source, arguments.to, TARGET_DTYPES[arguments.dtype], arguments.shard_size, progress.begin)
+        _report(plan, progress)
         identity = {
             "SOURCE": str(source), "--to": arguments.to, "--dtype": arguments.dtype,
             "--shard-size": arguments.shard_size, "what SOURCE holds": plan.source(),
@@ -93,8 +98,8 @@ def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
     except ValueError as error:
         progress.refuse(error)
         return 1
-    except OSError as error:  # such as a disk that others filled meanwhile
-        progress.refuse(OSError(f"{error}. Fix that, or name another target; {_kept(target)}"))
+    except OSError as error:  # such as a full disk
+        progress.refuse(OSError(f"{error}. Fix that, or give another target; {_kept(target)}"))
         return 1
     except KeyboardInterrupt:
         progress.end()
@@ -106,18 +111,18 @@ def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
     return 0
 
 
-def _say(plan: Plan, progress: Progress) -> None:
-    """What is about to be written, and what is not."""
+def _report(plan: ConversionPlan, progress: ProgressDisplay) -> None:
+    """Reports what will be written, and what is omitted."""
     progress.end()
-    for why in plan.left_out:
-        print(f"left out: {printable(why)}", flush=True)
+    for why in plan.omitted:
+        print(f"omitted: {printable(why)}", flush=True)
     files = len(plan.moves) + len(plan.texts) + len(plan.copies)
     progress.say(f"{files} files to write, {plan.nbytes / 1e9:.2f} GB of weights")
 
 
 def _kept(target: Path) -> str:
     if os.path.isdir(partial_folder(target)):
-        return "what was written is kept, and the same command goes on from here"
+        return "what was written is kept, and the same command continues from there"
     return "nothing was written"
 
 
@@ -127,56 +132,57 @@ def planned(
     dtype: torch.dtype | None,
     shard_size: str,
     on_part: Callable[[str], None] = lambda part: None,
-) -> Plan:
-    """What is to be written. No weight is read.
+) -> ConversionPlan:
+    """Plans a conversion without reading weights.
 
-    dtype: of the weights; None: each one's own, bfloat16 for 8 bits. on_part: called before each part is looked at.
-    Raises ValueError where a part of the source is not whole, or none of it can be kept so.
+    dtype, shard_size: see `ConversionPlan`. on_part: called before each part is inspected.
+    Raises ValueError if a part of the source is incomplete, or the layout supports no part.
     """
-    plan = Plan(source)
-    parts = _parts(source, to, plan.left_out, on_part)
+    plan = ConversionPlan(source, dtype, shard_size)
+    parts = _parts(source, to, plan.omitted, on_part)
     plan.sources += parts.values()
     if to == "mindspeed":
         for part, component in parts.items():
-            _plan_release(plan, Path(TRANSFORMER_FOLDERS[part][1] if len(parts) > 1 else ""), part, component, dtype)
+            _plan_release(plan, Path(TRANSFORMER_FOLDERS[part][1] if len(parts) > 1 else ""), part, component)
         _plan_own_files(plan, parts)
         return plan
     _plan_tokenizer(plan, parts)
     single = len(parts) == 1 and not (plan.copies or plan.texts)
     for part, component in parts.items():
-        _plan_component(plan, Path("" if single else part), part, component, dtype, shard_size)
+        _plan_component(plan, Path("" if single else part), part, component)
     if not single:
         _plan_pipeline(plan, parts)
     _plan_own_files(plan, parts)
     return plan
 
 
-def _parts(source: Path, to: str, left_out: list[str], on_part: Callable[[str], None]) -> dict[str, Component]:
-    """What is there; why something is not taken goes to `left_out`."""
+def _parts(source: Path, to: str, omitted: list[str], on_part: Callable[[str], None]) -> dict[str, Component]:
+    """The parts to convert. Adds the reasons for others to `omitted`."""
     parts, faults = {}, []
     for found in inspect(str(source), on_part):
         if found.component is None and found.fault is None:
             continue
         if to == "mindspeed" and found.part not in TRANSFORMER_FOLDERS:
             if found.component:
-                left_out.append(f"{found.part}: MindSpeed-MM's layout has only transformers; take --to diffusers")
-        elif found.component:  # `_moves` finds out whether its weights fit; what is to lie beside them may lack
+                omitted.append(f"{found.part}: MindSpeed-MM's layout has only transformers; use --to diffusers")
+        elif found.component:  # `_moves` checks its weights; other faults, as a missing tokenizer, are accepted
             parts[found.part] = found.component
         elif found.part == "transformer_2" or has_folder(source, found.part):
             faults.append(f"{found.part}: {found.fault}")
         else:
-            left_out.append(f"{found.part}: {found.fault}")
+            omitted.append(f"{found.part}: {found.fault}")
     if faults or not parts:
-        raise ValueError("\n".join(faults or left_out))
+        raise ValueError("\n".join(faults or omitted))
     return parts
 
 
 def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[Move]:
-    """In the order of the network. Raises ValueError where weights are missing, do not fit, or lie there quantized."""
+    """The tensors to write, in the network's order. Raises ValueError if weights are missing, do not fit, or are
+    quantized."""
     if component.quantized is not None:
         raise ValueError(
-            f"{component.quantized.file} says that the {part} is quantized; other formats have no place for that. "
-            "Convert the model's bf16 or fp16 form."
+            f"{component.quantized.file} says that the {part} is quantized, which other formats do not support. "
+            "Convert the model's bf16 or fp16 version."
         )
     network = empty_network(component)
     places = component.places_in(network)
@@ -192,42 +198,40 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
     ]  # fmt: skip
 
 
-def _dtype(component: Component, name: str, held: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
-    """That of a weight in the target. What is loaded in fp32, whatever the dtype of the blocks, loses nothing."""
-    wanted = asked or (torch.bfloat16 if held.itemsize == 1 else held)
+def _dtype(component: Component, name: str, held: torch.dtype, target: torch.dtype | None) -> torch.dtype:
+    """The dtype of a weight in the target. Weights that networks always load in fp32 are not rounded."""
+    wanted = target or (torch.bfloat16 if held.itemsize == 1 else held)
     part = component.kind.name
     exact = part == VAE or part == TRANSFORMER and component.family.weights.fp32(name)
     return torch.float32 if exact and wanted != held else wanted
 
 
-def _plan_release(plan: Plan, folder: Path, part: str, component: Component, dtype: torch.dtype | None) -> None:
-    """A transformer as MindSpeed-MM's converter leaves it, in one pipeline stage."""
+def _plan_release(plan: ConversionPlan, folder: Path, part: str, component: Component) -> None:
+    """Plans a transformer in the layout of MindSpeed-MM's converter, with one pipeline stage."""
     for name, value in component.part.hidden.items():
         if component.config.get(name, value) != value:
-            raise ValueError(f"{component.shards[0]} has {name} {component.config[name]}. MindSpeed-MM's layout has no "
-                             f"config, and is read with {value}. Convert it with --to diffusers.")  # fmt: skip
+            raise ValueError(f"{component.shards[0]} has {name} {component.config[name]}, but MindSpeed-MM's layout "
+                             f"has no config, and only supports {value}. Use --to diffusers.")  # fmt: skip
     to_mindspeed = component.family.to_mindspeed
     if to_mindspeed is None:
-        raise ValueError(f"MindSpeed-MM has no {component.kind.what}. Convert it with --to diffusers.")
-    moves = {to_mindspeed(move.name): move for move in _moves(part, component, dtype)}
+        raise ValueError(f"MindSpeed-MM's layout does not support a {component.kind.what}. Use --to diffusers.")
+    moves = {to_mindspeed(move.name): move for move in _moves(part, component, plan.dtype)}
     plan.moves[folder / RELEASE / "mp_rank_00" / STAGE_FILE] = moves
     plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()
 
 
-def _plan_component(
-    plan: Plan, folder: Path, part: str, component: Component, dtype: torch.dtype | None, shard_size: str
-) -> None:
-    """A component as diffusers or transformers save it: their names of files, and of what is in them."""
-    moves = {move.name: move for move in _moves(part, component, dtype)}
+def _plan_component(plan: ConversionPlan, folder: Path, part: str, component: Component) -> None:
+    """Plans a component with the file names and tensor names of diffusers or transformers."""
+    moves = {move.name: move for move in _moves(part, component, plan.dtype)}
     standard = STANDARD_NAMES[part.startswith(TEXT_ENCODER)]
     try:
         split = split_torch_state_dict_into_shards(
             {name: move.made for name, move in moves.items()},
             filename_pattern=standard.replace(".safetensors", "{suffix}.safetensors"),
-            max_shard_size=shard_size,
+            max_shard_size=plan.shard_size,
         )
     except ValueError as error:
-        raise ValueError(f"--shard-size {shard_size}: {error} Give a number and a unit, such as 5GB.") from None
+        raise ValueError(f"--shard-size {plan.shard_size}: {error} Give a number and a unit, such as 5GB.") from None
     for file, names in split.filename_to_tensors.items():
         plan.moves[folder / file] = {name: moves[name] for name in names}
     if split.is_sharded:
@@ -236,22 +240,22 @@ def _plan_component(
     key, value = component.part.class_name
     own = {name: entry for name, entry in component.config.items() if name not in ("dtype", "torch_dtype")}
     plan.texts[folder / CONFIG] = _json({key: value, **own})
-    if component.folder:  # such as the latents' colours beside a VAE
+    if component.folder:  # other JSON files, such as the latent preview factors next to a VAE
         found = own_files(component.folder, plan.root, "*.json", deepest=0)
         plan.copies |= {folder / name: file for name, file in found.items()
                         if name.name != CONFIG and not name.name.endswith(".index.json")}  # fmt: skip
 
 
-def _plan_tokenizer(plan: Plan, parts: dict[str, Component]) -> None:
-    """Next to a text encoder, where transformers finds it."""
+def _plan_tokenizer(plan: ConversionPlan, parts: dict[str, Component]) -> None:
+    """Plans the tokenizers next to the text encoders, where transformers finds them."""
     for part, component in parts.items():
         if part.startswith(TEXT_ENCODER):
             _plan_one_tokenizer(plan, component.tokenizer, Path(part.replace(TEXT_ENCODER, "tokenizer")))
 
 
-def _plan_one_tokenizer(plan: Plan, found: Path | None, to: Path) -> None:
+def _plan_one_tokenizer(plan: ConversionPlan, found: Path | None, to: Path) -> None:
     if found is None or not found.exists():
-        plan.left_out.append("tokenizer: there is none in the text encoder's file, nor next to it")
+        plan.omitted.append("tokenizer: there is none in the text encoder's file or next to it")
     elif found.is_dir():
         check_class(found)
         plan.copy(found, to)
@@ -261,8 +265,8 @@ def _plan_one_tokenizer(plan: Plan, found: Path | None, to: Path) -> None:
         plan.texts[to / "tokenizer_config.json"] = _json({"tokenizer_class": "T5TokenizerFast", **tokens})
 
 
-def _plan_own_files(plan: Plan, parts: dict[str, Component]) -> None:
-    """What the pack itself keeps next to a transformer: what it is run with, and what a calibration found."""
+def _plan_own_files(plan: ConversionPlan, parts: dict[str, Component]) -> None:
+    """Plans to copy the pack's own files next to a transformer: default settings and calibration."""
     around = plan.root if plan.root.is_dir() else plan.root.parent
     for name in (DEFAULTS, CALIBRATION):
         file = file_of(plan.root, name)
@@ -270,24 +274,24 @@ def _plan_own_files(plan: Plan, parts: dict[str, Component]) -> None:
             plan.copies[Path(name)] = own_file(file, around)
 
 
-def _plan_pipeline(plan: Plan, parts: dict[str, Component]) -> None:
-    """What diffusers' pipeline has beside its networks: as it is in the source, or made where that is no pipeline."""
+def _plan_pipeline(plan: ConversionPlan, parts: dict[str, Component]) -> None:
+    """Plans the other files of a diffusers pipeline: copied from the source, or created if it is not a pipeline."""
     source = plan.root
     if (source / INDEX).is_file():
         plan.copies[Path(INDEX)] = own_file(source / INDEX, source)
         for name in read_json(source / INDEX):
-            if not name.isidentifier():  # diffusers passes what is there by these names
-                raise ValueError(f"{source / INDEX} names {shown(repr(name))}, which no part of a pipeline is called.")
+            if not name.isidentifier():  # diffusers passes parts as keyword arguments
+                raise ValueError(f"{source / INDEX} names {shown(repr(name))}, which is not a valid name of a part.")
             if name not in parts and (source / name).is_dir():
                 plan.copy(source / name, Path(name))
         return
     first = next(iter(parts.values()))
     pipeline = first.family.pipeline({name: component.config for name, component in parts.items()})
     if pipeline.scheduler is not None:
-        plan.texts[SCHEDULER] = _json(dict(pipeline.scheduler))
+        plan.texts[SCHEDULER_CONFIG] = _json(dict(pipeline.scheduler))
     made = {*parts, *(path.parts[0] for path in (*plan.copies, *plan.texts))}
-    classes = {name: entry if entry and name in made else NOTHING for name, entry in pipeline.classes.items()}
-    plan.left_out += pipeline.left_out
+    classes = {name: entry if entry and name in made else ABSENT for name, entry in pipeline.classes.items()}
+    plan.omitted += pipeline.left_out
     plan.texts[Path(INDEX)] = _json({"_class_name": pipeline.class_name, **pipeline.settings, **classes})
 
 
@@ -295,28 +299,30 @@ def _json(content: dict) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def convert(plan: Plan, target: Path, identity: dict[str, object], progress: Progress | None = None) -> None:
-    """Makes the folder `target`, or goes on making it where that was stopped.
+def convert(
+    plan: ConversionPlan, target: Path, identity: dict[str, object], progress: ProgressDisplay | None = None
+) -> None:
+    """Writes the folder `target`, or continues an interrupted conversion.
 
-    identity: what a conversion must have in common with the one that it goes on with. Raises ValueError where it cannot
-    be made, or a weight cannot be kept.
+    identity: facts that must be equal to continue a conversion. Raises ValueError if the folder cannot be written, or
+    the target's dtype cannot hold a weight.
     """
     _check_apart(plan, target)
-    progress = progress or Progress()
+    progress = progress or ProgressDisplay()
     with unfinished(target, identity) as work:
         if work.is_finished:
             work.clear()
             return
         held = plan.source()
         _check_space(plan, work.made)
-        progress.begin("laying files out")
+        progress.begin("creating files")
         steps = laid_out(plan.moves, work)
         before = sum(step.nbytes for step in steps[: work.done])
         progress.begin("weights", total=plan.nbytes, done=before, unit="B")
         fill(steps, work, progress.advance)
         if plan.source() != held:
-            raise ValueError("SOURCE changed while it was read. Delete what was made of it, and start over.")
-        for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # a model has it: last
+            raise ValueError("SOURCE changed while it was read. Delete the partial result, and start again.")
+        for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # the index last
             made = work.place(path)
             if path in plan.copies:
                 shutil.copyfile(plan.copies[path], made)
@@ -326,20 +332,20 @@ def convert(plan: Plan, target: Path, identity: dict[str, object], progress: Pro
         work.finish()
 
 
-def _check_apart(plan: Plan, target: Path) -> None:
-    """What is made must not be among what is read."""
+def _check_apart(plan: ConversionPlan, target: Path) -> None:
+    """Raises ValueError if the target is inside a folder that is read completely."""
     whole = [*plan.folders, *(shard for one in plan.sources for shard in one.shards if shard.is_dir())]
     for folder in whole:
         if resolved(target).is_relative_to(resolved(folder)):
-            raise ValueError(f"{target} lies in {folder}, of which all is read. Name a target outside of it.")
+            raise ValueError(f"{target} is in {folder}, which is read completely. Give a target outside of it.")
 
 
-def _check_space(plan: Plan, made: Path) -> None:
+def _check_space(plan: ConversionPlan, made: Path) -> None:
     there = sum(file.stat().st_blocks * 512 for file in made.rglob("*") if file.is_file())
     needed = plan.nbytes + sum(file.stat().st_size for file in plan.copies.values()) - there
     free = shutil.disk_usage(made.parent).free
     if needed > free:
         raise ValueError(
-            f"{made.parent} needs {math.ceil(needed / 1e7) / 100:.2f} GB more, and "
-            f"{math.floor(free / 1e7) / 100:.2f} GB are free there. Make room, or name a target on another disk."
+            f"{made.parent} needs {math.ceil(needed / 1e7) / 100:.2f} GB more, but "
+            f"{math.floor(free / 1e7) / 100:.2f} GB are free. Free some space, or give a target on another disk."
         )

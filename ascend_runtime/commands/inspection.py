@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime inspect PATH`: what a model's folder or file holds, and whether it is whole."""
+"""`python -m ascend_runtime inspect PATH`: shows what a model's folder or file contains, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -23,75 +23,75 @@ from ..recognition.defaults import defaults_in
 from ..recognition.folders import TRANSFORMER_FOLDERS, has_folder, has_low_noise, is_in_index, is_original
 from ..recognition.kinds import describe_other, is_kind, kinds
 from ..recognition.layout import find_part, find_transformer
-from .progress import Progress
+from .progress import ProgressDisplay
 
-LOW_NOISE = "transformer_2"
-COLUMNS = ("part", "format", "files", "dtype", "size", "weights")
+LOW_NOISE_PART = "transformer_2"
+PART_COLUMNS = ("part", "format", "files", "dtype", "size", "weights")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A part of a model. fault: why it cannot be used, if it cannot; component: None where it is not there, which is no
-    fault where a folder of this layout need not have it."""
+    """A part of a model. component: None if it is missing. fault: why it cannot be used; None if it can, or if it is
+    missing but not required."""
 
     part: str
     component: Component | None
     fault: str | None
 
 
-def run(arguments: argparse.Namespace, progress: Progress | None = None) -> int:
-    """Prints what is there. Returns 0 where there is something, and all of it can be used, as far as is known without
-    the values of its weights."""
-    progress = progress or Progress()
+def run(arguments: argparse.Namespace, progress: ProgressDisplay | None = None) -> int:
+    """Prints the parts of a model. Returns 0 if there are any and all can be used, as far as can be checked without
+    reading weights."""
+    progress = progress or ProgressDisplay()
     try:
         found = list(inspect(arguments.path, progress.begin))
     except ValueError as error:
         progress.refuse(error)
         return 1
     progress.begin("sizes")
-    rows = [COLUMNS, *(_row(one, Path(arguments.path).expanduser()) for one in found)]
+    rows = [PART_COLUMNS, *(_row(one, Path(arguments.path).expanduser()) for one in found)]
     progress.end()
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()))
     transformers = [one.component for one in found if one.part.startswith("transformer") and one.component]
     if transformers:
-        print(*map(printable, _told(transformers[0], len(transformers))), sep="\n")
+        print(*map(printable, _describe_defaults(transformers[0], len(transformers))), sep="\n")
     faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
     print(*map(printable_lines, faults), sep="\n", end="\n" if faults else "")
     return 1 if faults else 0
 
 
 def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> Iterator[Found]:
-    """The parts of a model in a folder, or the one in a file. No weight is read. on_part: called before each.
+    """Yields the parts of a model in a folder or file, without reading weights. on_part: called before each part.
 
-    Raises ValueError where the path is neither, or it holds nothing known.
+    Raises ValueError if the path does not exist, or contains no known part.
     """
     root = existing(path)
     if root.is_file():
         parts = list(dict.fromkeys(kind.name for kind in kinds() if is_kind(kind, root)))
         if not parts:
             known = ", ".join(kind.what for kind in kinds())
-            raise ValueError(f"{root} holds none of these: {known}. {describe_other(root)}".strip())
+            raise ValueError(f"{root} contains none of these: {known}. {describe_other(root)}".strip())
     else:
         parts = _component(root) or _parts_of_a_model(path, root)
     experts: list[Component] = []
     found = []
     for part in parts:
         on_part(part)
-        found.append(_looked_at(part, path, experts))
+        found.append(_inspect_part(part, path, experts))
     missing = [one for one in found if one.component is None]
-    if len(missing) == len(found) and not any(_is_due(one.part, root) for one in missing):
+    if len(missing) == len(found) and not any(_is_required(one.part, root) for one in missing):
         raise ValueError(missing[0].fault)
     for one in found:
-        due = one.component is not None or _is_due(one.part, root)
-        yield one if due else Found(one.part, None, None)
+        required = one.component is not None or _is_required(one.part, root)
+        yield one if required else Found(one.part, None, None)
 
 
-def _is_due(part: str, root: Path) -> bool:
-    """Whether this part is to be there: it is what the file holds, has a folder, is in the pipeline's index, or the
-    folder is the original's of a whole model."""
-    if root.is_file() or part == LOW_NOISE or has_folder(root, part):
+def _is_required(part: str, root: Path) -> bool:
+    """Whether a part must exist: in a file, if it has a folder or an entry in the pipeline's index, or if the root is
+    the original's folder of a complete model."""
+    if root.is_file() or part == LOW_NOISE_PART or has_folder(root, part):
         return True
     if (root / "model_index.json").is_file():
         return is_in_index(root, part)
@@ -100,16 +100,16 @@ def _is_due(part: str, root: Path) -> bool:
 
 
 def _component(root: Path) -> list[str]:
-    """The one that a folder is by its config; none where it is a model's."""
+    """The part that the folder itself is, by its config.json; empty if it is a model's folder."""
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
     named = (kind for kind in kinds() if config.get(kind.part.class_name[0]) == kind.part.class_name[1])
     return list(dict.fromkeys(kind.name for kind in named))
 
 
 def _parts_of_a_model(path: str, root: Path) -> list[str]:
-    """What a whole model may have, in this order; further text encoders where they are there or should be."""
+    """The possible parts of a complete model, in order. Further text encoders only if they exist or are required."""
     further = dict.fromkeys(part for one in families().values() for part in one.text_parts if part != TEXT_ENCODER)
-    low_noise = [LOW_NOISE] if _has_low_noise(path) else []
+    low_noise = [LOW_NOISE_PART] if _has_low_noise(path) else []
     text = [part for part in further if has_folder(root, part) or is_in_index(root, part)]
     return [TRANSFORMER, *low_noise, TEXT_ENCODER, *text, VAE]
 
@@ -117,12 +117,12 @@ def _parts_of_a_model(path: str, root: Path) -> list[str]:
 def _has_low_noise(path: str) -> bool:
     try:
         return has_low_noise(path)
-    except ValueError:  # there is to be one: `_looked_at` will say so
+    except ValueError:  # it is required but missing; `_inspect_part` reports it
         return True
 
 
-def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
-    """experts: those before it that can be used; gets this one if it can be used with them."""
+def _inspect_part(part: str, path: str, experts: list[Component]) -> Found:
+    """Checks a part. experts: the usable experts so far, to which this one is added if it matches them."""
     try:
         component = find_transformer(path, part) if part.startswith(TRANSFORMER) else find_part(path, part)
     except ValueError as error:
@@ -140,21 +140,21 @@ def _looked_at(part: str, path: str, experts: list[Component]) -> Found:
 def _row(found: Found, root: Path) -> tuple[str, ...]:
     component = found.component
     if component is None:
-        lies = root.is_file() or has_folder(root, found.part)
-        return found.part, "-", "-", "-", "-", ("not usable" if lies else "missing") if found.fault else "-"
+        exists = root.is_file() or has_folder(root, found.part)
+        return found.part, "-", "-", "-", "-", ("not usable" if exists else "missing") if found.fault else "-"
     try:
         dtypes, count = _contents(component)
-    except ValueError:  # which is the fault that was found
-        return found.part, _format(component), str(len(component.shards)), "-", "-", "not whole"
+    except ValueError:  # already reported as its fault
+        return found.part, _format(component), str(len(component.shards)), "-", "-", "incomplete"
     size, weights = f"{component.nbytes / 1e9:.2f} GB", f"{count / 1e6:,.1f} M"
-    state = "not whole" if found.fault else "whole"
+    state = "incomplete" if found.fault else "complete"
     return (
         found.part, _format(component), str(len(component.shards)), ", ".join(dtypes), size, f"{weights}, {state}"
     )  # fmt: skip
 
 
 def _contents(component: Component) -> tuple[list[str], int]:
-    """The dtypes of the component's tensors, that of most numbers first, and how many numbers there are."""
+    """The dtypes of the component's tensors, the most frequent first, and the number of parameters."""
     numbers: Counter[str] = Counter()
     for shard in component.shards:
         with open_tensors(shard) as file:
@@ -175,18 +175,18 @@ def _format(component: Component) -> str:
     return "original" if is_original(first.parent) or first.suffix in (".pth", ".pt") else "single file"
 
 
-def _told(transformer: Component, experts: int) -> Iterator[str]:
-    """What a model is run with where the user does not say, in words. Nothing of a file that cannot be used, which is
-    the transformer's fault."""
+def _describe_defaults(transformer: Component, experts: int) -> Iterator[str]:
+    """Describes the model's default settings in a line; nothing if its file is unusable, which is reported as the
+    transformer's fault."""
     published = transformer.family.defaults(transformer.config, experts)
     if transformer.defaults is None:
-        yield f"looks as {published.name} does, whose own settings are: {_settings(published)}"
+        yield f"recognised as {published.name}; its default settings: {_settings(published)}"
         return
     try:
         own = defaults_in(transformer, experts)
     except ValueError:
         return
-    yield f"looks as {published.name} does; {own.source.name} has its own settings: {_settings(own)}"
+    yield f"recognised as {published.name}; default settings from {own.source.name}: {_settings(own)}"
 
 
 def _settings(own: Defaults) -> str:
@@ -195,5 +195,5 @@ def _settings(own: Defaults) -> str:
     small = "" if own.small_shift is None else f" ({own.small_shift:g} up to 832 x 480)"
     return (
         f"{own.steps} steps, shift {own.shift:g}{small}, guidance {own.guidance_scale:g}{low_noise}{boundary}, "
-        f"{own.width} x {own.height}, {own.num_frames} frames at {own.fps} a second"
+        f"{own.width} x {own.height}, {own.num_frames} frames at {own.fps} fps"
     )

@@ -1,6 +1,6 @@
-"""What a command says while it works: a bar on a terminal, elsewhere a line every ten seconds. Free of torch.
+"""Progress output of commands: a bar on a terminal, else a line every ten seconds. Does not import torch.
 
-Texts may hold names from files and servers: what a terminal would obey in them is written out.
+Texts may contain names from files and servers, so control characters are escaped.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from tqdm import tqdm
 from ..checkpoints.faults import printable, printable_lines
 
 EVERY = 10.0  # seconds between lines
-REFRESH = 0.5  # seconds between looks at the clock
+REFRESH = 0.5  # seconds between updates
 
 
-class Progress:
-    """Which stage a command is in, how far that is, and how long the rest of it takes.
+class ProgressDisplay:
+    """Shows the stage of a command, its progress and its remaining time.
 
-    As a context manager it also speaks while nothing is reported: between two slow steps, and while torch is imported.
+    As a context manager, it also updates between two slow steps, and while torch is imported.
 
-    out: standard error, so that what a command prints as its result stays apart. every: seconds between lines where
-    `out` is no terminal.
+    out: default stderr, to keep stdout for a command's result. every: seconds between lines if `out` is not a terminal.
     """
 
     def __init__(self, out: TextIO | None = None, every: float = EVERY):
@@ -37,10 +36,10 @@ class Progress:
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
         self._title, self._stage, self._unit, self._note = "", "", "step", ""
         self._done, self._total, self._initial = 0, 0, 0
-        self._began = self._spoke = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self._bar: tqdm | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         self._thread.start()
         return self
 
@@ -50,27 +49,27 @@ class Progress:
         self.end()
 
     def say(self, text: str) -> None:
-        """A line, now. Nobody may listen any more: a closed terminal or pipe is no error."""
+        """Prints a line. A closed terminal or pipe is not an error."""
         with self._lock, suppress(OSError):
-            self._spoke = time.monotonic()
+            self._printed = time.monotonic()
             if self._bar is None:
                 print(printable_lines(text), file=self._out, flush=True)
             else:
                 tqdm.write(printable_lines(text), file=self._out)
 
     def refuse(self, error: Exception) -> None:
-        """Why the command does not do what it was asked for. Ends what is under way."""
+        """Ends the stage and prints an error."""
         self.end()
         self.say(f"error: {error}")
 
     def title(self, title: str) -> None:
-        """What the stages from now on belong to, such as one video of several."""
+        """Sets a prefix for the following stages, such as one video of several."""
         with self._lock:
             self.end()
             self._title = title
 
     def begin(self, stage: str, total: int = 0, done: int = 0, unit: str = "step") -> None:
-        """A stage. total: how many units it has; 0: nobody knows. done: how many of these were done before."""
+        """Begins a stage. total: its number of units; 0 if unknown. done: units finished in an earlier run."""
         with self._lock:
             self.end()
             self._stage, self._unit, self._note = stage, unit, ""
@@ -83,7 +82,7 @@ class Progress:
                 )  # fmt: skip
 
     def step(self, done: int, total: int | None = None) -> None:
-        """So many units of this stage are done."""
+        """Sets the number of finished units of this stage."""
         with self._lock:
             self._done, self._total = done, self._total if total is None else total
             if self._bar is not None:
@@ -91,11 +90,11 @@ class Progress:
                 self._bar.update(done - self._bar.n)
 
     def advance(self, units: int) -> None:
-        """So many units more are done."""
+        """Adds finished units."""
         self.step(self._done + units)
 
     def skip(self) -> None:
-        """A unit more was done before: it takes none of this stage's time."""
+        """Adds a unit that was finished in an earlier run, which does not count for the remaining time."""
         with self._lock:
             self._initial += 1
             if self._bar is not None:
@@ -103,7 +102,7 @@ class Progress:
             self.advance(1)
 
     def note(self, text: str, now: bool = False) -> None:
-        """What the present unit is about, after the numbers. now: not only with the next line."""
+        """Sets a text that describes the current unit, shown after the numbers. now: print a line immediately."""
         with self._lock:
             self._note = printable(text)
             if self._bar is not None:
@@ -112,20 +111,20 @@ class Progress:
                 self.say(self._line())
 
     def finish(self) -> None:
-        """Ends the stage with a line that says how far it came."""
+        """Ends the stage and prints a last line."""
         with self._lock:
             line = self._line()
             self.end()
             self.say(line)
 
     def on_progress(self, stage: str, step: int, total: int) -> None:
-        """For the runtime's calls, which report what their ranks do."""
-        if stage != self._stage or step < self._done:  # another one, or the same of another video
+        """A hook for the runtime's jobs, which shows the progress of ranks."""
+        if stage != self._stage or step < self._done:  # a new stage, or the same stage of the next video
             self.begin(stage, total, unit="B" if stage == "load" else "step")
         self.step(step, total)
 
     def end(self) -> None:
-        """Nothing is under way. To be called before a result is printed."""
+        """Ends the stage. Must be called before a result is printed."""
         with self._lock:
             if self._bar is not None:
                 self._bar.close()
@@ -139,11 +138,11 @@ class Progress:
             with self._lock:
                 if self._bar is not None:
                     self._bar.refresh()
-                elif self._stage and time.monotonic() - self._spoke >= self._every:
+                elif self._stage and time.monotonic() - self._printed >= self._every:
                     self.say(self._line())
 
     def _line(self) -> str:
-        """As the bar without its picture: "plain: denoise:  35% 7/20 [00:14<00:26,  2.00s/step]"."""
+        """The bar as text: "plain: denoise:  35% 7/20 [00:14<00:26,  2.00s/step]"."""
         seconds = time.monotonic() - self._began
         if not self._total:
             return f"{self._named()}, {tqdm.format_interval(seconds)}"

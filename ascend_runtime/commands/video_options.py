@@ -1,4 +1,4 @@
-"""Options of the commands that make videos: which model, how large, how long, how sampled. Free of torch."""
+"""Options of the commands that make videos: model, size, sampling and ranks. Does not import torch."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ from collections.abc import Callable
 
 from ..checkpoints.paths import existing
 from ..specs import DiffusionModelSpec, ParallelSpec, SampleSpec, VideoSize
-from ..specs.models import DTYPES
+from ..specs.models import COMPUTE_DTYPES
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
-OWN = "(default: the model's own)"
+MODEL_DEFAULT = "(default: the model's own)"
 PATHS = ("model", "low_noise", "text_encoder", "vae")
 
 
 def add_model(add: Callable) -> None:
-    """add: of an argparse parser."""
+    """add: a parser's `add_argument`."""
     add("model", metavar="MODEL", help="a text-to-video model's folder or file")
-    add("--low-noise", metavar="PATH", help="its low-noise expert, where that lies elsewhere")
-    add("--text-encoder", metavar="PATH", help="a folder or a file (default: that in the model's folder)")
-    add("--dtype", choices=DTYPES, default="auto", help="of the model (default: float32 on a CPU, else bfloat16)")
+    add("--low-noise", metavar="PATH", help="its low-noise expert, if that is not under MODEL")
+    add("--text-encoder", metavar="PATH", help="the text encoder's folder or file (default: in the model's folder)")
+    add("--dtype", choices=COMPUTE_DTYPES, default="auto", help="(default: float32 on a CPU, else bfloat16)")
 
 
 def add_video(add: Callable) -> None:
-    add("--size", metavar="WIDTHxHEIGHT", help=f"of the video, in pixels {OWN}")
-    add("--frames", type=int, metavar="N", help=f"of the video: 4n+1 {OWN}")
-    add("--steps", type=int, metavar="N", help=f"of the sampler {OWN}")
-    add("--shift", type=float, help=f"of the noise schedule: more keeps the noise high for longer {OWN}")
-    add("--guidance", type=float, help=f"the scale of classifier-free guidance; 1: none {OWN}")
+    add("--size", metavar="WIDTHxHEIGHT", help=f"size of the video in pixels {MODEL_DEFAULT}")
+    add("--frames", type=int, metavar="N", help=f"number of frames, 4n+1 {MODEL_DEFAULT}")
+    add("--steps", type=int, metavar="N", help=f"number of steps {MODEL_DEFAULT}")
+    add("--shift", type=float, help=f"shift of the schedule; more moves steps towards high noise {MODEL_DEFAULT}")
+    add("--guidance", type=float, help=f"the scale of classifier-free guidance; 1 disables it {MODEL_DEFAULT}")
 
 
 def add_ranks(add: Callable) -> None:
-    add("--ranks", type=int, default=0, metavar="N", help="processes that share the work (default: one a device)")
-    add("--device", choices=DEVICES, default="auto", help="(default: the first of npu, cuda, cpu that is there)")
+    add("--ranks", type=int, default=0, metavar="N", help="number of processes (default: one per device)")
+    add("--device", choices=DEVICES, default="auto", help="(default: the first available of npu, cuda, cpu)")
 
 
-def check(arguments: Namespace) -> None:
-    """Raises ValueError for what cannot be, whatever the model is."""
+def check_options(arguments: Namespace) -> None:
+    """Raises ValueError for options that are invalid for every model."""
     for name in PATHS:
         if getattr(arguments, name, None) is not None:
             existing(getattr(arguments, name))
@@ -51,14 +51,14 @@ def model_of(arguments: Namespace) -> DiffusionModelSpec:
 
 
 def sampling_of(arguments: Namespace, seed: int) -> SampleSpec:
-    """With None for what is the model's own."""
+    """The sampling settings, with None for the model's own values."""
     given = {"steps": arguments.steps, "shift": arguments.shift, "guidance_scale": arguments.guidance}
     return SampleSpec(seed=seed, **given)
 
 
 def size_of(arguments: Namespace, own: VideoSize, multiple: int = 16) -> VideoSize:
-    """The size of a video. own: the model's. multiple: of how many pixels its sides are. Raises ValueError, with the
-    nearest size that can be."""
+    """The size of the video. own: the model's size. multiple: the unit of its width and height, in
+    pixels. Raises ValueError, with the nearest valid size."""
     width, height = own.width, own.height
     if arguments.size is not None:
         width, height = _sides(arguments.size)
@@ -67,8 +67,8 @@ def size_of(arguments: Namespace, own: VideoSize, multiple: int = 16) -> VideoSi
     for name, pixels in (("width", width), ("height", height)):
         if pixels % multiple:
             down = max(multiple, pixels // multiple * multiple)
-            raise ValueError(f"{name} is {pixels}; of this model's videos it is a multiple of {multiple}. The nearest "
-                             f"are {down} and {down + multiple}.")  # fmt: skip
+            raise ValueError(f"{name} is {pixels}; for this model it must be a multiple of {multiple}. The nearest are "
+                             f"{down} and {down + multiple}.")  # fmt: skip
     return size
 
 
@@ -84,8 +84,8 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
-def said(size: VideoSize, spec: SampleSpec) -> str:
-    """What a video is made with, in words. spec: filled."""
+def summary(size: VideoSize, spec: SampleSpec) -> str:
+    """The settings of a video as text. spec: with the model's own values filled in."""
     scale = f"{spec.guidance_scale:g}"
     if spec.guidance_scale_low_noise is not None:
         scale += f" and {spec.guidance_scale_low_noise:g} (low noise)"

@@ -1,1 +1,1 @@
-"""A rank's side: it receives jobs, does them, and answers."""
+"""The rank's side: receives jobs, runs them, and replies."""

@@ -1,4 +1,4 @@
-"""The denoise loop of a job: its guidance, its known frames, and what happens after each step."""
+"""The denoise loop of a job: guidance, known frames, and the work after each step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from ..components import DiffusionModel
 from ..models.shared.conditioning import Given
 from ..parallel.cfg import guided
-from .generation import Call, Generation, Request
+from .generation import Generation, NetworkCall, Request
 from .profiling import Recorder
-from .sampling import Known, Step, Watch, denoise, make_scheduler, noise_of, noisy
+from .sampling import Known, SolverStep, Watch, denoise, make_scheduler, noise_of, noisy
 
 
 def denoised(generation: Generation, model: DiffusionModel, request: Request, steps: StepsOfJob) -> Tensor:
-    """The denoised latent [B,C,T,H,W], not normalised, on the CPU."""
+    """Runs the denoise loop and returns the latent [B,C,T,H,W], not normalised, on the CPU."""
     start = _start(request.given.latent, model)
     try:
         steps.begin()
@@ -34,26 +34,26 @@ def denoised(generation: Generation, model: DiffusionModel, request: Request, st
 
 @dataclass(frozen=True)
 class Guided:
-    """The velocity that the solver steps along: of cond, or guided by both branches."""
+    """The velocity for the solver: the cond branch's, or with classifier-free guidance by both branches."""
 
     generation: Generation
     model: DiffusionModel
     request: Request
 
-    def __call__(self, latent: Tensor, timestep: float, step: Step) -> Tensor:
-        """latent, and the result: [B,C,T,H,W] in fp32 on the CPU."""
+    def __call__(self, latent: Tensor, timestep: float, step: SolverStep) -> Tensor:
+        """latent and result are [B,C,T,H,W] in fp32 on the CPU."""
         spec, contexts = self.request.spec, self.generation.contexts
         low_noise = self.model.is_low_noise(timestep)
         scale = spec.low_noise_guidance if low_noise else spec.guidance_scale
         branches = ("cond",) if scale == 1.0 else ("cond", "uncond")
-        calls = [Call(branch, latent, timestep, contexts[branch]) for branch in branches]
+        calls = [NetworkCall(branch, latent, timestep, contexts[branch]) for branch in branches]
         velocities = self.generation.velocity(calls, step)
         velocity = velocities[0] if scale == 1.0 else guided(*velocities, scale)
         return velocity.float().cpu()
 
 
 class StepsOfJob(Watch):
-    """Progress, previews and cancels of a job, and what a profiler records of it."""
+    """Reports progress and previews, checks for a cancel, and profiles steps."""
 
     def __init__(
         self, job, model: DiffusionModel, generation: Generation, recorder: Recorder | None = None, stage="denoise"
@@ -78,13 +78,13 @@ class StepsOfJob(Watch):
 
 
 def _start(latent: Tensor, model: DiffusionModel) -> Tensor:
-    """The latent to start from, normalised; an empty one is zeros in either form."""
+    """The start latent, normalised. An empty one (all zeros) is not changed."""
     start = latent.float()
     return model.latents.normalised(start) if start.any() else start
 
 
 def _known(request: Request, start: Tensor, model: DiffusionModel) -> Known | None:
-    """What of the video is given and stays."""
+    """The known part of the video, or None if there is none."""
     given: Given = request.given
     if given.noise_mask is None:
         return None

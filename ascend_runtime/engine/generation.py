@@ -1,7 +1,7 @@
-"""One generation on this rank: conditioning in, velocities out, before guidance.
+"""Computes velocities from conditioning on this rank, before guidance.
 
-`Generation.prepare` makes a job's conditioning and accelerators ready, `velocity` computes passes through the network,
-and `finish` frees what these kept. The denoise loop, its warm-up and a calibration all use it.
+`Generation.prepare` prepares a job's conditioning and accelerators, `velocity` runs passes through the network, and
+`finish` frees cached tensors. The denoise loop, its warm-up and a calibration all use it.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from ..parallel.mesh import mesh_of
 from ..parallel.sequence import SequenceLayout as TokenSequence
 from ..parallel.sequence import spread
 from ..specs import AccelerationSpec, Calibration, OperatorSpec, ParallelSpec, Plan, SampleSpec
-from .sampling import Step, schedule_of
+from .sampling import SolverStep, schedule_of
 
-BRANCHES = {"cond": "positive", "uncond": "negative"}  # of guidance, and the prompts that they are given
+BRANCHES = {"cond": "positive", "uncond": "negative"}  # guidance branch -> its prompt
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a generation is made of. spec: filled with the model's own values. calibration: what the model's own file
-    says of each expert."""
+    """The inputs of a generation. spec: without None, as the model's own values are filled in. calibration: of each
+    expert, read from the model's calibration file."""
 
     given: Given
     spec: SampleSpec
@@ -46,7 +46,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Ranks:
-    """How the ranks share a generation, and what computes on each. cfg_group: the ranks of the cfg axis, if any."""
+    """How the ranks share a generation, and the operators of each. cfg_group: the process group of the cfg axis, or
+    None."""
 
     plan: Plan
     operators: PlainOperators
@@ -57,7 +58,7 @@ class Ranks:
     def arranged(
         cls, plan: Plan, parallel: ParallelSpec, wanted: OperatorSpec, model: DiffusionModel, environ: Mapping[str, str]
     ) -> Ranks:
-        """Has the model compute so from now on. environ: the variables of the original systems."""
+        """Sets the model up for the plan and operators. environ: the original systems' environment variables."""
         device = model.device
         computing = operators_for(device, with_defaults(wanted, environ), model.dtype)
         mesh = mesh_of(device.type, plan)
@@ -67,11 +68,11 @@ class Ranks:
         return cls(plan, computing, sequence, mesh.group("cfg") if plan.cfg > 1 else None)
 
 
-class Call(NamedTuple):
-    """One pass through the network.
+class NetworkCall(NamedTuple):
+    """The inputs of one pass through the network.
 
-    branch: "cond" or "uncond", by which caches keep apart what they keep. latent [B,C,T,H,W]: normalised, fp32, on the
-    CPU. timestep: in 0..1000. context: what the network sees besides the latent.
+    branch: "cond" or "uncond", part of the caches' keys. latent [B,C,T,H,W]: normalised, fp32, on the CPU.
+    timestep: in 0..1000. context: the conditioning besides the latent.
     """
 
     branch: str
@@ -81,7 +82,7 @@ class Call(NamedTuple):
 
 
 class Generation:
-    """See `prepare`. contexts: by branch, what the prompts of the job are to the network."""
+    """One generation; made by `prepare`. contexts: branch -> the conditioning of its prompt."""
 
     def __init__(
         self, model: DiffusionModel, ranks: Ranks, acceleration: Acceleration, contexts: Mapping[str, Branch]
@@ -89,42 +90,42 @@ class Generation:
         self.acceleration = acceleration
         self.contexts = contexts
         self._model, self._ranks = model, ranks
-        self._kept: dict[Branch, object] = {}  # what the network that works now made of each context
-        self._low_noise: bool | None = None  # which expert works now
+        self._kept: dict[Branch, object] = {}  # each context as embedded by the current expert
+        self._low_noise: bool | None = None  # whether the current expert is the low-noise one
 
     @classmethod
     def prepare(cls, model: DiffusionModel, request: Request, ranks: Ranks) -> Generation:
-        """Raises ValueError for what this model, or these ranks, cannot honour; computes nothing. A rank may fail here
-        while others do not."""
+        """Prepares conditioning and accelerators, without running the network. Raises ValueError for a request that this
+        model or these ranks do not support, possibly on some ranks only."""
         outline = _outline(model, request, ranks)
         acceleration = Acceleration(request.acceleration, outline, ranks.operators)
         return cls(model, ranks, acceleration, _contexts(model, request.given))
 
-    def velocity(self, calls: Sequence[Call], step: Step) -> list[Tensor]:
+    def velocity(self, calls: Sequence[NetworkCall], step: SolverStep) -> list[Tensor]:
         """The velocity [B,C,T,H,W] of each call, before guidance, on this rank's device in the blocks' dtype.
 
-        Every rank must ask for the same. Two calls are shared by the two ranks of a cfg axis.
+        All ranks must pass the same calls. The two ranks of a cfg axis compute one of two calls each.
         """
         own = cfg.own_calls(calls, self._ranks.cfg_group)
         inputs = {id(call.latent): call.latent.to(self._model.device, self._model.dtype) for call in own}
 
-        def compute(call: Call) -> Tensor:
-            if call is own[-1]:  # this rank's last of the step
+        def compute(call: NetworkCall) -> Tensor:
+            if call is own[-1]:  # this rank's last call in the step
                 self._model.expect(step.following)
             return self._pass(call, inputs[id(call.latent)], step)
 
         return cfg.computed(calls, compute, self._ranks.cfg_group)
 
     def finish(self) -> None:
-        """Frees what the passes kept."""
+        """Frees the tensors that the passes cached."""
         self._kept.clear()
         for expert in self._model.experts:
             expert.forget()
 
-    def _pass(self, call: Call, latent: Tensor, step: Step) -> Tensor:
+    def _pass(self, call: NetworkCall, latent: Tensor, step: SolverStep) -> Tensor:
         model = self._model
         low_noise = model.is_low_noise(call.timestep)
-        if low_noise != self._low_noise:  # another network makes something else of a prompt
+        if low_noise != self._low_noise:  # each expert embeds prompts with its own weights
             self._kept, self._low_noise = {}, low_noise
         if call.context not in self._kept:
             self._kept[call.context] = call.context.context()
@@ -134,8 +135,8 @@ class Generation:
         return expert(call.context.input(latent), timestep, self._kept[call.context], passing)
 
 
-def check(model: DiffusionModel, request: Request) -> None:
-    """Raises ValueError, on all ranks alike, for what the model cannot honour."""
+def check_request(model: DiffusionModel, request: Request) -> None:
+    """Raises ValueError, on all ranks alike, for a request that the model does not support."""
     spec = request.spec
     model.conditioner.check(request.given)
     if model.guided(spec) and "negative" not in request.given.prompts:
@@ -146,9 +147,9 @@ def check(model: DiffusionModel, request: Request) -> None:
 
 
 def warm_up_of(model: DiffusionModel, request: Request) -> Request:
-    """Two steps of the same kind, one by each expert, whose result is thrown away.
+    """The request of a warm-up: two steps, one per expert, whose result is discarded.
 
-    They leave nothing out but what sparse attention does, in the second: the operators of both begin now.
+    Without caches. Sparse attention begins with the second step, so that both kinds of attention warm up.
     """
     rainfusion = request.acceleration.rainfusion
     if rainfusion is not None:
@@ -167,7 +168,7 @@ def _contexts(model: DiffusionModel, given: Given) -> dict[str, Branch]:
 
 
 def _outline(model: DiffusionModel, request: Request, ranks: Ranks) -> Outline:
-    """The job as its accelerators see it."""
+    """The properties of the job that its accelerators need."""
     family, config, given = model.family, model.high_noise.config, request.given
     grid = family.grid(config, tuple(given.latent.shape[2:]))
     tokens = math.prod(grid)
@@ -197,14 +198,14 @@ def _outline(model: DiffusionModel, request: Request, ranks: Ranks) -> Outline:
 
 
 def _known(model: DiffusionModel, request: Request) -> dict[str, Calibration]:
-    """What step caches know of each expert: what the model's own file says, else what was published.
+    """The calibration of each expert: the model's file, else published values.
 
-    Raises ValueError where the file is another model's.
+    Raises ValueError if the file does not match the model's experts.
     """
     found, experts = request.calibration, tuple(model.adapters)
     if found and set(found) != set(experts):
         raise ValueError(
-            f"The calibration next to the model is of {', '.join(found)}, but the model has {', '.join(experts)}. "
+            f"The calibration next to the model is for {', '.join(found)}, but the model has {', '.join(experts)}. "
             "Calibrate it again: python -m ascend_runtime calibrate MODEL"
         )
     pixels = model.pixels_of(request.given.latent.shape)

@@ -1,4 +1,4 @@
-"""What a rank does with a job: load, encode, sample, decode. Knows nothing of sockets."""
+"""Runs jobs on a rank: load, encode, sample, decode. Does not use sockets."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT
 from ..ops.precision import check_finite
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import highest
+from ..parallel.mesh import all_reduce_max
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec
 from ..wire.messages import Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
-from .generation import Generation, Ranks, Request, check, warm_up_of
+from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .profiling import Recorder
 from .prompts import Encoded, KnownPrompts
 from .video import decode_video, encode_video
 
 
-class Pipeline:
-    """The work of one rank; every method takes a job (see job.py) and returns its `Done`.
+class RankPipeline:
+    """Runs jobs on one rank; every public method takes a job (see job.py) and returns its `Done`.
 
-    Encoding a text is rank 0's where the encoder's placement is not ranks; the others answer at once and leave it their
-    cores. All else is the work of all.
+    With the text encoder's placement "cpu", only rank 0 encodes; the others reply at once, and it uses their cores.
+    All ranks work on every other job.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.rank = dist.get_rank()
         self.components = Components(device)
-        self._asked = original(device.type, os.environ)
-        self.prompts = KnownPrompts()  # on rank 0; outlives the encoder, as it is small
+        self._variables = original(device.type, os.environ)
+        self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
 
     def ping(self, job) -> Done:
-        """Returns `reply` floats from rank 0; fills this rank's share of the frames, if some are lent."""
+        """Returns `reply` floats from rank 0; fills this rank's part of the frames, if the message has any."""
         message = job.message
         if message.frames is not None:
             with borrowed(message.frames) as frames:
@@ -60,7 +60,7 @@ class Pipeline:
         encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
-        with job.together():  # one rank may still read for minutes when another has found something wrong
+        with job.together():  # one rank may read for minutes after another has failed
             if message.model is not None:
                 warnings = self._component(message.model, job, sharding).warnings
             if encoder is not None:
@@ -70,7 +70,7 @@ class Pipeline:
         return _done(job, info=_warnings(warnings))
 
     def encode(self, job) -> Done:
-        """A prompt that rank 0 knows takes no encoder on any rank: none is loaded for it, and none is dropped."""
+        """Encodes a prompt. If rank 0 has its result cached, no rank loads or drops an encoder."""
         spec, sharding = self._placed(job.message.encoder)
         key = None
         with job.together():
@@ -78,7 +78,7 @@ class Pipeline:
                 encoding = self.components.found(spec)[0].family.text()
                 key = spec, self.components.state(spec), encoding.clean(job.message.text)
         encoded = self.prompts.get(key)
-        known = not highest(self.rank == 0 and encoded is None)
+        known = not all_reduce_max(self.rank == 0 and encoded is None)
         if not known:
             encoded = self._encoded(job, spec, sharding)
         if self.rank != 0:
@@ -89,7 +89,7 @@ class Pipeline:
         return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
 
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
-        """What the encoders make of the job's prompt; None where that is another rank's work."""
+        """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
         on_ranks = spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
             loaded = self._text_encoders(spec, job, sharding)
@@ -119,9 +119,9 @@ class Pipeline:
             recorder.end_with(spec.total_steps)
         _require_agreement(spec, model)
         request = _request(message, spec)
-        check(model, request)
+        check_request(model, request)
         plan = plan if model.guided(spec) else plan.unguided()
-        ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._asked)
+        ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._variables)
         with job.together():
             generation = Generation.prepare(model, request, ranks)
         if message.warm_up:
@@ -133,9 +133,9 @@ class Pipeline:
         return _done(job, tensor=latent if self.rank == 0 else None, info=info | _warnings(model.warnings))
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
-        """Two steps that are thrown away, one by each expert, if this model has not yet made such for such a job."""
+        """Runs two discarded steps, one per expert, unless this model has been warmed up for this kind of job."""
         kind = _kind_of_job(job.message, request.spec, ranks)
-        if not highest(kind not in model.warmed):  # ranks that failed apart may remember different kinds
+        if not all_reduce_max(kind not in model.warmed):  # after a failure, ranks may have different sets
             return
         request = warm_up_of(model, request)
         with job.together():
@@ -161,8 +161,8 @@ class Pipeline:
         return _done(job, info=facts)
 
     def describe(self, job) -> Done:
-        """What files say that a client has to know before it asks for more; rank 0 reads them, as a client that does
-        could be kept waiting by a disk for as long as that likes."""
+        """Reads facts from files that a client needs before its next job. Rank 0 reads them, because a slow disk would
+        block the client."""
         message, info = job.message, {}
         if self.rank == 0 and message.vae is not None:
             info["vae"] = dataclasses.astuple(vae_form(message.vae.path))
@@ -178,16 +178,16 @@ class Pipeline:
         return parallel.resolve(dist.get_world_size(), guided=True)
 
     def _sharding(self, plan: Plan, parallel: ParallelSpec) -> Sharding:
-        """How a model's weights are spread; every rank must ask, before it does what may fail on it alone."""
+        """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
         return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
-        """The text encoder with its placement chosen, and its sharding; every rank must ask, as for `_sharding`."""
-        spec = placed(spec, self._asked)
+        """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""
+        spec = placed(spec, self._variables)
         return spec, sharding_of(self.device.type, dist.get_world_size(), tp=1, fsdp=spec.placement == "ranks")
 
     def _text_encoders(self, spec: TextEncoderSpec, job, sharding: Sharding) -> TextEncoders | None:
-        """None where only rank 0 has them; this rank's share of those on the ranks is freed then."""
+        """The text encoders, or None if only rank 0 has them; then this rank's shard of earlier ones is freed."""
         if spec.placement == "ranks" or self.rank == 0:
             return self._component(spec, job, sharding)
         self.components.drop(TextEncoderSpec)
@@ -207,14 +207,14 @@ class Pipeline:
 
 
 def _request(message: Sample, spec: SampleSpec) -> Request:
-    """spec: filled."""
+    """The request of a sampling job. spec: with the model's own values filled in."""
     prompts = {"positive": message.positive, "negative": message.negative}
     given = Given(message.latent, message.noise_mask, {name: one for name, one in prompts.items() if one is not None})
     return Request(given, spec, message.acceleration, message.calibration)
 
 
 def _kind_of_job(message: Sample, spec: SampleSpec, ranks: Ranks) -> Hashable:
-    """Jobs of one kind take the same operators on the same shapes."""
+    """A key that is equal for jobs with the same operators on the same shapes."""
     rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=1)
     given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
     shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
@@ -223,27 +223,27 @@ def _kind_of_job(message: Sample, spec: SampleSpec, ranks: Ranks) -> Hashable:
 
 
 def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
-    """What the job was done with, whether it was given or the model's own."""
+    """The settings that the job used, both given ones and the model's own."""
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
     return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | shift
 
 
 def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
-    """Raises ValueError on all ranks alike where a file that says how the model is run changed between their reading
-    it: they would make different numbers of steps, and wait for each other."""
+    """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
+    meanwhile. With different numbers of steps, they would wait for each other."""
     digest = zlib.crc32(repr((spec, model.boundary)).encode())
-    if highest(digest) != -highest(-digest):
-        raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Run again.")
+    if all_reduce_max(digest) != -all_reduce_max(-digest):
+        raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Try again.")
 
 
 def _warnings(warnings: list[str]) -> dict[str, list[str]]:
-    """What the caller of a job is to read, each in a sentence or more."""
+    """The `info` entry for warnings to the user, each a sentence or more."""
     return {"warnings": warnings} if warnings else {}
 
 
 def _each_frame(job, stage: str):
-    """What a VAE calls before each latent frame: the job's progress, and its end where that is asked for."""
+    """The VAE's callback before each latent frame: checks for a cancel and reports progress."""
 
     def on_frame(frame: int, total: int) -> None:
         job.check_together()

@@ -1,4 +1,4 @@
-"""Records some steps of a job with the device's profiler, in the form that the usual viewers open."""
+"""Records steps of a job with the device's profiler, in the formats of common trace viewers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..specs import ProfileSpec
 
 
 class Recorder:
-    """Records the steps that `spec` names if it names this rank; else, and outside of them, does nothing.
+    """Records the steps that `spec` selects, if it selects this rank; otherwise does nothing.
 
-    The recording is written as soon as its last step is done, while the other ranks wait. Where one of its steps is
-    cancelled or fails, it is thrown away. Raises ValueError if its folder cannot be written to.
+    The recording is written after its last step, while the other ranks wait. If a recorded step is cancelled or fails,
+    the recording is discarded. Raises ValueError if its folder cannot be written to.
     """
 
     def __init__(self, spec: ProfileSpec | None, device: torch.device, rank: int):
@@ -36,20 +36,20 @@ class Recorder:
             self._steps = range(spec.first_step, spec.last_step + 1)
 
     def end_with(self, steps: int) -> None:
-        """Says how many steps the job has. Raises ValueError where none of them is to be recorded."""
+        """Limits the recording to a job with `steps` steps. Raises ValueError if none of them would be recorded."""
         if self._spec is not None:
             last = self._spec.within(steps, self._spec.rank + 1).last_step
             self._steps = self._steps[: max(0, last + 1 - self._spec.first_step)]
 
     @property
     def info(self) -> dict[str, str]:
-        """`profile`: the folder of the recording, once something has been written there."""
+        """`profile`: the folder of the recording, after it has been written."""
         written = len(self._steps) and os.path.isdir(self._folder) and os.listdir(self._folder)
         return {"profile": self._folder} if written else {}
 
     @contextmanager
     def step(self, number: int):
-        """Around step number 1, 2 ...; the steps must come in order, and reach the last that is to be recorded."""
+        """The context of step `number`, counted from 1. Steps must come in order, up to the last recorded one."""
         if number not in self._steps:
             yield
             return
@@ -70,7 +70,7 @@ class Recorder:
         module, options = _npu_profiler() if self._device.type == "npu" else _torch_profiler(self._device)
         write = module.tensorboard_trace_handler(self._folder, self._worker)
         self._profiler = module.profile(
-            schedule=module.schedule(wait=0, warmup=0, active=len(self._steps), repeat=1),  # viewers count its steps
+            schedule=module.schedule(wait=0, warmup=0, active=len(self._steps), repeat=1),  # viewers show its steps
             on_trace_ready=lambda profiler: None if self._failed else write(profiler),
             record_shapes=True,
             **options,
@@ -79,21 +79,21 @@ class Recorder:
 
     def _stop(self) -> None:
         self._profiler.stop()
-        self._profiler = None  # what it has gathered is large
+        self._profiler = None  # frees its records, which are large
         if self._failed and os.path.isdir(self._folder):
             shutil.rmtree(self._folder)
 
 
 def _torch_profiler(device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The module, and options of its `profile`. Writes Chrome traces, for TensorBoard and Perfetto."""
+    """The module, and options for its `profile`. Writes Chrome traces for TensorBoard and Perfetto."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     return torch.profiler, {"activities": activities}
 
 
 def _npu_profiler() -> tuple[Any, dict[str, Any]]:
-    """The same of torch_npu. Writes a folder NAME_ascend_pt, for MindStudio Insight, with a Chrome trace in it.
+    """The same for torch_npu. Writes a folder NAME_ascend_pt for MindStudio Insight, with a Chrome trace in it.
 
-    Level 1 adds CANN's calls and the communication to the operators' times.
+    Level 1 records CANN calls and communication besides the operators.
     """
     module = torch_npu().profiler
     details = module._ExperimentalConfig(
@@ -109,6 +109,6 @@ def _require_writable(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be made for recordings: {error.strerror}. Give another folder.") from None
+        raise ValueError(f"{folder} cannot be created for recordings: {error.strerror}. Give another folder.") from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} cannot be written to for recordings. Give another folder, or its permissions.")
+        raise ValueError(f"{folder} is not writable for recordings. Give another folder, or change its permissions.")

@@ -1,4 +1,4 @@
-"""The last prompts and what text encoders made of them, so that a known one needs no encoder."""
+"""A cache of the last prompts' embeddings, so that a repeated prompt needs no text encoder."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-KNOWN_PROMPTS = 16  # of UMT5-XXL 4 MB each at most in bfloat16, 8 in float32
+KNOWN_PROMPTS = 16  # at most 4 MB each for UMT5-XXL in bfloat16, 8 MB in float32
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """results: of the text encoders, by name. warnings: what the user should know of the prompt."""
+    """results: the text encoders' outputs by name. warnings: about the prompt, for the user."""
 
     results: dict[str, Tensor]
     warnings: list[str]
 
 
 class KnownPrompts:
-    """What text encoders made of the last prompts; of more than KNOWN_PROMPTS, the one goes first that was
-    asked for the longest ago.
+    """A least-recently-used cache of KNOWN_PROMPTS encoded prompts.
 
-    Each is found by all that decides the result, its whole text included: two are never taken for each other.
+    A key contains everything that determines the result, including the full text, so no two prompts are confused.
     """
 
     def __init__(self):
@@ -33,7 +32,7 @@ class KnownPrompts:
         return self._known.get(key)
 
     def keep(self, key: Hashable, encoded: Encoded) -> None:
-        """From now on it is the one that was asked for last."""
+        """Stores a prompt as the most recently used one."""
         self._known[key] = encoded
         self._known.move_to_end(key)
         if len(self._known) > KNOWN_PROMPTS:

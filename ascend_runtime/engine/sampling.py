@@ -1,7 +1,7 @@
-"""Sigmas, solvers and the denoise loop of flow matching. Knows nothing of ranks and devices.
+"""Sigmas, solvers and the denoise loop of flow matching. Independent of ranks and devices.
 
-The solvers are diffusers' schedulers. Their arithmetic is small and stays on the CPU in fp32, where it is the same
-for every device and number of ranks.
+The solvers are diffusers' schedulers. They run on the CPU in fp32, which costs little and gives the same result for
+every device and number of ranks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..specs import SampleSpec
 from ..specs.jobs import SIMPLE
 
 TRAIN_TIMESTEPS = 1000
-_NEARLY_ONE = 1 - 1e-6  # the multistep solvers take log(1 - sigma)
+_NEARLY_ONE = 1 - 1e-6  # the multistep solvers compute log(1 - sigma)
 
 
 def noise_of(shape: tuple[int, ...], seed: int) -> Tensor:
-    """The noise of a seed, drawn whole on the CPU, so that a video does not depend on the device or the ranks."""
+    """The noise of a seed, drawn on the CPU, so that a video does not depend on the device or the number of ranks."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))
 
 
@@ -36,10 +36,10 @@ def simple_sigmas(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def make_scheduler(spec: SampleSpec, family: Family):
-    """diffusers' scheduler for the solver, its timesteps set.
+    """diffusers' scheduler for the solver, with its timesteps set.
 
-    With the family's own schedule and none that it states, the scheduler chooses its sigmas, as it does in diffusers'
-    pipeline; otherwise they are given.
+    Sigmas come from the spec, from its schedule or from the family. If the family gives none, the scheduler computes
+    them, as in diffusers' pipeline.
     """
     given = spec.sigmas or _sigmas(spec, family)
     scheduler = _solver(spec.solver, spec.shift)
@@ -72,10 +72,10 @@ def _solver(name: str, shift: float):
 
 @dataclass(frozen=True)
 class Known:
-    """What of a video is given and stays.
+    """The known part of a video, which sampling does not change.
 
-    latent [B,C,T,H,W], normalised; unknown [B,1,T,H,W]: 1 where it is to be made, 0 where it is known, or between.
-    noise: what the network sees the known part under, as much as of the rest; None: it sees it clean.
+    latent [B,C,T,H,W]: normalised. unknown [B,1,T,H,W]: 1 where the latent is generated, 0 where it is known, or
+    between. noise: added to the known part at the current sigma; None if the network sees it clean.
     """
 
     latent: Tensor
@@ -83,41 +83,41 @@ class Known:
     noise: Tensor | None
 
     def into(self, latent: Tensor, sigma: float = 0.0) -> Tensor:
-        """`latent` with the known part in its place, as noisy as the network is to see it at `sigma`."""
+        """`latent` with the known part inserted, with the noise of `sigma`."""
         known = self.latent
         if self.noise is not None:
             known = sigma * self.noise + (1 - sigma) * known
         return latent * self.unknown + known * (1 - self.unknown)
 
 
-class Step(NamedTuple):
-    """number: from 0. following: the next step's timestep, None after the last."""
+class SolverStep(NamedTuple):
+    """number: counted from 0. following: the next step's timestep, or None in the last step."""
 
     number: int
     following: float | None
 
 
 class Watch:
-    """What the denoise loop calls; nothing by default."""
+    """Callbacks of the denoise loop, which do nothing by default."""
 
     def around(self, step: int) -> ContextManager:
-        """The context of step number 1, 2 ..., `stepped` included."""
+        """The context of a step, counted from 1, including its call of `stepped`."""
         return nullcontext()
 
     def stepped(self, step: int, total: int, x0: Tensor) -> None:
-        """After each step. x0 [B,C,T,H,W]: the clean latent as this step predicts it, normalised."""
+        """Called after each step. x0 [B,C,T,H,W]: this step's x0 prediction, normalised."""
 
 
-Velocity = Callable[[Tensor, float, Step], Tensor]  # of a latent at a timestep in 0..1000, all on the CPU in fp32
+Velocity = Callable[[Tensor, float, SolverStep], Tensor]  # (latent, timestep in 0..1000, step) -> velocity; fp32, CPU
 
 
 def denoise(
     velocity: Velocity, scheduler, start: Tensor, known: Known | None = None, watch: Watch = Watch()
 ) -> Tensor:
-    """The denoised latent [B,C,T,H,W] in fp32, normalised, on the CPU.
+    """Runs the denoise loop and returns the latent [B,C,T,H,W] in fp32, normalised, on the CPU.
 
-    scheduler: as `make_scheduler` makes it. start: the noisy latent. known: what is put into each latent of which the
-    velocity is computed, and into what becomes of it.
+    scheduler: from `make_scheduler`. start: the noisy latent. known: inserted into the latent before each pass, and
+    into each x0 prediction.
     """
     x, sigmas, total = start, scheduler.sigmas, len(scheduler.timesteps)
     timesteps = [*map(float, scheduler.timesteps), None]
@@ -125,17 +125,17 @@ def denoise(
         with watch.around(step + 1):
             sigma = float(sigmas[step])
             seen = x if known is None else known.into(x, sigma)
-            direction = velocity(seen, timesteps[step], Step(step, timesteps[step + 1]))
+            direction = velocity(seen, timesteps[step], SolverStep(step, timesteps[step + 1]))
             x0 = seen - sigma * direction
             if known is not None:
                 x0 = known.into(x0)
                 direction = (x - x0) / sigma
             x = scheduler.step(direction, timestep, x, return_dict=False)[0]
             watch.stepped(step + 1, total, x0)
-    return x / (1 - float(sigmas[-1]))  # of a schedule cut short, as core ComfyUI hands it to the next sampler
+    return x / (1 - float(sigmas[-1]))  # for a partial schedule: the scale that core ComfyUI's next sampler expects
 
 
 def noisy(latent: Tensor, spec: SampleSpec) -> Tensor:
-    """The latent [B,C,T,H,W] that the first step begins with, of a normalised one (zeros where there is none)."""
+    """The noisy latent [B,C,T,H,W] of the first step. latent: normalised, or zeros for a new video."""
     start = spec.sigmas[0] if spec.sigmas else 1.0  # schedules begin at pure noise
     return start * noise_of(latent.shape, spec.seed) + (1 - start) * latent

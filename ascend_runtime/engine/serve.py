@@ -1,4 +1,4 @@
-"""A rank's loop: receives a message, has the pipeline do it, replies."""
+"""A rank's loop: receives a message, runs it in the pipeline, and replies."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from ..wire.messages import (
     Undecodable,
 )
 from .job import Cancelled, Job, PeerFailed
-from .pipeline import Pipeline
+from .pipeline import RankPipeline
 
 
 def serve(channel: Channel) -> None:
-    """Joins the group, says that this rank is ready, and works until the client leaves."""
+    """Joins the group, reports that this rank is ready, and serves jobs until the client disconnects."""
     torch.set_grad_enabled(False)
     kind = os.environ["ASCEND_RUNTIME_DEVICE"]
     device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
     _join_group(kind)
-    pipeline = Pipeline(device)
+    pipeline = RankPipeline(device)
     channel.send(Ready(rank=dist.get_rank()))
     try:
         while _serve_one(channel, pipeline):
             pass
     except ChannelClosed:
-        pass  # the client left without a word
+        pass  # the client disconnected without a Shutdown
     os._exit(0)  # destroying a process group can wait for peers that have left already
 
 
-def _serve_one(channel: Channel, pipeline: Pipeline) -> bool:
-    """Waits for a message and answers it; False once it is the last. What is no job is said to be none: a client that
-    waits for an answer gets one, whatever it sent."""
+def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
+    """Waits for a message and replies to it; False after a Shutdown. An unexpected message gets a reply too, so that a
+    client never waits in vain."""
     try:
         message = channel.receive()
     except Undecodable as error:
@@ -59,14 +59,14 @@ def _serve_one(channel: Channel, pipeline: Pipeline) -> bool:
     if type(message) in _WORK:
         _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
         if pipeline.device.type == "cpu":
-            devices.empty_cache(pipeline.device)  # other processes need the memory, and what is computed can wait
-    elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may come after its job was done
-        _reply(channel, Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is no job."))
+            devices.empty_cache(pipeline.device)  # after the reply, for other processes on the host
+    elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may arrive after its job has finished
+        _reply(channel, Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is not a job."))
     return not isinstance(message, Shutdown)
 
 
 def _reply(channel: Channel, answer: Message) -> None:
-    """Sends an answer. One that cannot be sent does not end the rank: it may quote names of files, which are bytes."""
+    """Sends an answer. If it cannot be encoded, as a quoted file name may not be valid text, sends an escaped error."""
     try:
         channel.send(answer)
     except ValueError as error:
@@ -80,14 +80,14 @@ def _writable(text: str) -> str:
 
 
 def _join_group(kind: str) -> None:
-    """Meets the other ranks in memory that their starter made and all inherit: nobody else can reach it, or list it."""
+    """Joins the other ranks by a memory file that all inherit from the client; no other process can access it."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(f"/proc/self/fd/{os.environ['ASCEND_RUNTIME_STORE_FD']}", world_size)
     dist.init_process_group(devices.BACKENDS[kind], store=store, rank=rank, world_size=world_size)
 
 
-def _answer(job: Job, pipeline: Pipeline) -> Message:
-    """Does the job; whatever goes wrong becomes a reply, so that a user's mistake never ends the rank."""
+def _answer(job: Job, pipeline: RankPipeline) -> Message:
+    """Runs the job. Every error becomes a reply, so that a user's mistake never ends the rank."""
     number = job.message.job
     try:
         return _WORK[type(job.message)](pipeline, job)
@@ -103,12 +103,12 @@ def _answer(job: Job, pipeline: Pipeline) -> Message:
 
 
 _WORK = {
-    Ping: Pipeline.ping,
-    Load: Pipeline.load,
-    Encode: Pipeline.encode,
-    Sample: Pipeline.sample,
-    Decode: Pipeline.decode,
-    EncodeVideo: Pipeline.encode_video,
-    Describe: Pipeline.describe,
-    Free: Pipeline.free,
+    Ping: RankPipeline.ping,
+    Load: RankPipeline.load,
+    Encode: RankPipeline.encode,
+    Sample: RankPipeline.sample,
+    Decode: RankPipeline.decode,
+    EncodeVideo: RankPipeline.encode_video,
+    Describe: RankPipeline.describe,
+    Free: RankPipeline.free,
 }

@@ -1,1 +1,1 @@
-"""The host: its devices, its cores, and the environment of ranks."""
+"""The host's devices and cores, and the environment variables of ranks."""

@@ -1,4 +1,4 @@
-"""The device of a rank: which there are, how to take one, and the backends that join them."""
+"""Finds and selects the devices of ranks; names their torch.distributed backends."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from . import cores, host
 logger = logging.getLogger(__name__)
 
 LIBC = ctypes.CDLL(None)
-CORES = frozenset(os.sched_getaffinity(0))  # the process's own: torch_npu binds threads once it has a card
+CORES = frozenset(os.sched_getaffinity(0))  # the process's affinity, before torch_npu binds its threads
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "npu": "cpu:gloo,npu:hccl"}
-KINDS = ("auto", "npu", "cuda", "cpu")
+DEVICE_KINDS = ("auto", "npu", "cuda", "cpu")
 
 
 def resolve_kind(kind: str) -> str:
-    """The kind of device meant by `kind`: "auto" takes NPUs, then CUDA devices, then the CPU."""
-    if kind not in KINDS:
-        raise ValueError(f"device is {kind!r}; it can be one of {', '.join(KINDS)}.")
+    """Resolves "auto" to the first available kind: NPUs, then CUDA devices, then the CPU. Raises ValueError."""
+    if kind not in DEVICE_KINDS:
+        raise ValueError(f"device is {kind!r}; it can be one of {', '.join(DEVICE_KINDS)}.")
     if kind == "auto":
         found = next(k for k in ("npu", "cuda", "cpu") if count_visible(k))
         if found != "npu":
@@ -34,15 +34,15 @@ def resolve_kind(kind: str) -> str:
     if not count_visible(kind):
         reasons = " ".join(["", *host.problems()]) if kind == "npu" else ""
         raise ValueError(
-            f"device is {kind!r}, but no such device is visible. Set it to 'auto' to take what there is.{reasons}"
+            f"device is {kind!r}, but no such device is visible. Set it to 'auto' to use an available one.{reasons}"
         )
     return kind
 
 
 def count_visible(kind: str, environ: Mapping[str, str] = os.environ) -> int:
-    """Devices of one kind that a process with this environment sees, counted without starting a driver; a CPU is one.
+    """The number of devices visible with this environment, counted without starting a driver. A CPU counts as one.
 
-    CUDA devices are those that this process sees.
+    For CUDA, `environ` is ignored, and this process's visible devices are counted.
     """
     if kind == "npu":
         return host.visible_cards(environ)
@@ -50,31 +50,31 @@ def count_visible(kind: str, environ: Mapping[str, str] = os.environ) -> int:
 
 
 def resolve_ranks(ranks: int, kind: str, environ: Mapping[str, str] = os.environ) -> int:
-    """How many ranks to start when `ranks` are asked for: 0 means one a device that `environ` makes visible.
+    """The number of ranks to start; 0 is one per device that `environ` makes visible.
 
-    Raises ValueError for more ranks than accelerators. On a CPU any number runs; they share its cores.
+    Raises ValueError for more ranks than devices. A CPU can run any number, which share its cores.
     """
     visible = count_visible(kind, environ)
     if kind != "cpu" and ranks > visible:
         raise ValueError(
-            f"{ranks} ranks were asked for, but {visible} {kind} device(s) are visible. "
-            "Set ranks to 0 to use what there is, or make more devices visible."
+            f"ranks is {ranks}, but {visible} {kind} device(s) are visible. "
+            "Set ranks to 0 to use all of them, or make more devices visible."
         )
     return ranks or visible
 
 
 def warn_if_crowded(ranks: int, kind: str) -> None:
-    """Says so where more ranks than cores are to compute on a CPU."""
-    usable = cores.usable()
+    """Warns if a CPU has fewer cores than ranks."""
+    usable = cores.usable_cores()
     if kind == "cpu" and ranks > usable:
         logger.warning(
-            "%d ranks were asked for, but there are %d CPU core(s): the ranks will wait for each other. "
-            "Set ranks to %d or fewer, or to 0 for one.", ranks, usable, usable,
+            "ranks is %d, but there are %d CPU core(s), so the ranks will wait for each other. "
+            "Set ranks to %d or fewer, or to 0 for one rank.", ranks, usable, usable,
         )  # fmt: skip
 
 
 def take(kind: str, local_rank: int) -> torch.device:
-    """Makes the device of this rank current."""
+    """Sets this rank's device as the current one, and returns it."""
     if kind == "cpu":
         return torch.device("cpu")
     if not hasattr(torch, kind):
@@ -83,11 +83,10 @@ def take(kind: str, local_rank: int) -> torch.device:
             "TORCH_DEVICE_BACKEND_AUTOLOAD not 0?"
         )
     if kind == "npu":
-        # Operators come compiled with CANN: compiling each shape at its first use takes minutes. And tensors stay in
-        # the layout that torch knows, as ranks exchange them and networks view them.
+        # CANN contains compiled operators; compiling them for each shape would take minutes.
         torch.npu.set_compile_mode(jit_compile=False)
-        torch.npu.config.allow_internal_format = False
-        torch.npu.conv.allow_hf32 = False  # float32 is asked for where it is needed: in the VAE
+        torch.npu.config.allow_internal_format = False  # keeps torch's layouts, for views and collectives
+        torch.npu.conv.allow_hf32 = False  # the VAE needs full float32
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     return device
@@ -99,7 +98,7 @@ _CARDS = {"duo": range(200, 206), "a2": range(220, 226), "a3": range(250, 257), 
 
 @lru_cache(maxsize=None)
 def card(device: torch.device) -> str | None:
-    """The line of an NPU: "a2" (910B), "a3" (910_93), "a5" (950), "duo" (310P, 300I Duo); None for all else."""
+    """The product line of an NPU: "a2" (910B), "a3" (910_93), "a5" (950), "duo" (310P, 300I Duo); None for others."""
     if device.type != "npu":
         return None
     soc = torch.npu.utils.get_soc_version()
@@ -107,8 +106,8 @@ def card(device: torch.device) -> str | None:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What a diffusion network computes in, where it is not told: float32 on a CPU, else bfloat16 where the card has
-    it, as Wan's attention overflows in float16; an NPU without bfloat16 (300I Duo) is left with float16."""
+    """The default dtype of diffusion networks: float32 on a CPU, bfloat16 on other devices, as Wan's attention
+    overflows in float16; float16 on an NPU without bfloat16 (300I Duo)."""
     if device.type == "cpu":
         return torch.float32
     if device.type == "npu" and not torch.npu.is_bf16_supported():
@@ -117,32 +116,32 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until `device` has done what was queued on it."""
+    """Waits until `device` has finished all queued work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
 
 
 def empty_cache(device: torch.device) -> None:
-    """Gives unused device memory back to the driver; a CPU's to the kernel."""
+    """Returns unused memory to the driver, or on a CPU to the kernel."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
-    elif hasattr(LIBC, "malloc_trim"):  # of glibc alone
+    elif hasattr(LIBC, "malloc_trim"):  # only glibc has it
         LIBC.malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on `device`; None for a CPU, where the kernel decides."""
+    """The free memory of `device` in bytes; None for a CPU."""
     return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]
 
 
 def host_memory() -> int:
-    """Bytes of the host's memory that processes can still take."""
+    """The available memory of the host in bytes."""
     return psutil.virtual_memory().available
 
 
 def room(device: torch.device) -> int:
-    """Bytes that this rank can compute in: what is free on its card, and what the allocator holds for it; of a CPU's
-    memory, this rank's part of what is available."""
+    """The memory in bytes that this rank can allocate: free device memory, and unused memory of torch's allocator. On a
+    CPU, this rank's part of the host's available memory."""
     if device.type == "cpu":
         return host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     card = getattr(torch, device.type)
@@ -150,7 +149,7 @@ def room(device: torch.device) -> int:
 
 
 class SideStream:
-    """Copies that run beside what `device` computes; on a CPU they are done at once."""
+    """A stream for copies that overlap with computation on `device`. On a CPU, copies run immediately."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -158,7 +157,7 @@ class SideStream:
 
     @contextmanager
     def after_now(self):
-        """What is queued inside begins when all that the device has been given so far is done."""
+        """Work queued inside starts after all work that is queued on the device now."""
         if self._stream is None:
             yield
             return
@@ -167,17 +166,17 @@ class SideStream:
             yield
 
     def join(self) -> None:
-        """What the device is given from now on begins when the copies are done."""
+        """Makes later work on the device wait for the copies."""
         if self._stream is not None:
             getattr(torch, self._device.type).current_stream(self._device).wait_stream(self._stream)
 
 
 @contextmanager
 def all_cores():
-    """Lets this rank compute on every core of the process: for work that no other rank shares. A user's own number of
-    threads stays as it is.
+    """Lets this rank use every core of the process, for work that only one rank does. A user's OMP_NUM_THREADS is
+    kept.
 
-    With CPU_AFFINITY_CONF torch_npu has bound the threads of a rank to some cores; they get these back afterwards.
+    With CPU_AFFINITY_CONF, torch_npu binds a rank's threads to some cores; these bindings are restored afterwards.
     """
     threads, bound = torch.get_num_threads(), _affinities()
     for thread in bound:
@@ -187,12 +186,12 @@ def all_cores():
         yield
     finally:
         torch.set_num_threads(threads)
-        for thread in _affinities():  # those that were started meanwhile follow the main thread
+        for thread in _affinities():  # new threads get the main thread's affinity
             _bind(thread, bound.get(thread, bound[os.getpid()]))
 
 
 def _affinities() -> dict[int, set[int]]:
-    """The cores of each thread of this process."""
+    """The CPU affinity of each thread of this process."""
     found = {}
     for thread in map(int, os.listdir("/proc/self/task")):
         try:

@@ -82,8 +82,8 @@ def weights_mesh(kind: str, tp: int) -> DeviceMesh:
         return init_device_mesh(kind, (dist.get_world_size() // tp, tp), mesh_dim_names=("fsdp", "tp"))
 
 
-def highest(value: int) -> int:
-    """The maximum of `value` over all ranks. Collective: all ranks must call it. Uses the control backend (Gloo)."""
+def all_reduce_max(value: int) -> int:
+    """The maximum of `value` over all ranks, by an all-reduce over the CPU backend (Gloo). All ranks must call it."""
     if dist.get_world_size() == 1:
         return value
     verdict = torch.tensor(int(value))
@@ -91,8 +91,8 @@ def highest(value: int) -> int:
     return int(verdict)
 
 
-def summed(values: Tensor) -> list[float]:
-    """The sums of each of `values` over all ranks. Collective, over Gloo, like the function above."""
+def all_reduce_sum(values: Tensor) -> list[float]:
+    """The sums of `values` over all ranks, elementwise, by an all-reduce on the CPU. All ranks must call it."""
     values = values.cpu().to(torch.float64, copy=True)
     if dist.get_world_size() > 1:
         dist.all_reduce(values)

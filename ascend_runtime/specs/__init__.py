@@ -1,4 +1,4 @@
-"""Frozen, validated descriptions of what a job is made of; free of torch."""
+"""Frozen, validated descriptions of a job's inputs and settings. They do not import torch."""
 
 from .acceleration import (
     AccelerationSpec,

@@ -1,7 +1,7 @@
-"""How a job may compute less than all: frozen descriptions, validated when they are made, free of torch.
+"""Frozen, validated descriptions of a job's accelerators: caches and sparse attention. They do not import torch.
 
-Steps and blocks are counted from 0. What a step reuses hangs on its number alone, never on how often something was
-called: guidance in series, a second expert or a warm-up shift nothing.
+Steps and blocks are counted from 0. A step's number decides what it reuses, not a count of calls. So guidance in
+series, a second expert or a warm-up does not shift the schedule.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from msgspec.structs import replace
 from .base import Spec
 
 STEP_CACHES = ("fbcache", "teacache", "magcache", "taylorseer")
-# Those that have to know something of the model beforehand, and what; and what is told where they do not.
+# Step caches that need values calibrated for the model -> the field of `Calibration` that they read.
 CALIBRATED = {"teacache": "coefficients", "magcache": "ratios"}
-UNKNOWN = "nothing is known"
+UNKNOWN = "nothing is known"  # reported as the source of a calibration that is missing
 RAINFUSIONS = ("v1", "v2", "v3")
-WAYS = {"step_cache": "method", "rainfusion": "version"}  # fields that say how, where there are several ways
-# Shares of a job's steps that the original systems reuse between (12 and 37 of 40), and that they compute densely (a
-# quarter) before attention is sparse.
+METHOD_FIELDS = {"step_cache": "method", "rainfusion": "version"}  # accelerator -> the field that selects its algorithm
+# Fractions of a job's steps, as in the original systems: reuse starts and ends (steps 12 and 37 of 40), and attention
+# stays dense at the beginning (a quarter).
 START, END, DENSE = 0.3, 0.925, 0.25
-# How much each step cache lets pass (the published defaults), and what more MagCache has of its own.
+# Published default thresholds of the step caches, and MagCache's further defaults.
 THRESHOLDS = {"fbcache": 0.05, "teacache": 0.15, "magcache": 0.04}
 MAGCACHE_RETENTION, MAGCACHE_MOST = 0.2, 2
 TAYLORSEER_FIRST = 3
@@ -35,12 +35,13 @@ def _require(condition: bool, text: str) -> None:
 
 
 class Window(Spec, frozen=True, kw_only=True):
-    """Steps and blocks in which something is stored and reused.
+    """The steps and blocks in which a cache stores and reuses results.
 
-    A step reuses where start < step <= end and interval does not divide step - start (MindIE SD's formula for its
-    AttentionCache); what the step before such ones computes is kept for them. start, end: None is 30 % and 92.5 % of a
-    job's steps, as the original's 12 and 37 of 40. interval: 1 reuses nothing.
-    first_block, last_block: both included; None: the first, the last.
+    A step reuses if start < step <= end and step - start is not a multiple of interval (MindIE SD's formula for its
+    AttentionCache). The step before it stores.
+    start, end: None is 30 % and 92.5 % of a job's steps (the original uses steps 12 and 37 of 40).
+    interval: 1 reuses nothing.
+    first_block, last_block: both included. last_block None is the model's last block.
     """
 
     start: int | None = None
@@ -69,12 +70,12 @@ class Window(Spec, frozen=True, kw_only=True):
         )
 
     def bounds(self, steps: int) -> tuple[int, int]:
-        """start and end for a job of so many steps."""
+        """start and end for a job with `steps` steps."""
         start = round(START * steps) if self.start is None else self.start
         return start, round(END * steps) if self.end is None else self.end
 
     def stores(self, step: int, steps: int) -> bool:
-        """Whether what a step computes, or reuses, is kept for the next one."""
+        """Whether this step's result, computed or reused, is kept for the next step."""
         return step + 1 < steps and self.reuses(step + 1, steps)
 
     def reuses(self, step: int, steps: int) -> bool:
@@ -82,11 +83,11 @@ class Window(Spec, frozen=True, kw_only=True):
         return start < step <= end and (step - start) % self.interval != 0
 
     def reused(self, steps: int) -> list[int]:
-        """The steps that reuse."""
+        """The numbers of the steps that reuse a stored result."""
         return [step for step in range(steps) if self.reuses(step, steps)]
 
     def blocks(self, count: int) -> range:
-        """The blocks of `count` that take part. Raises ValueError where there are none."""
+        """The cached blocks of a model with `count` blocks. Raises ValueError if there are none."""
         _require(
             self.first_block < count,
             f"first_block is {self.first_block}, but this model has {count} blocks, 0 to {count - 1}.",
@@ -95,10 +96,10 @@ class Window(Spec, frozen=True, kw_only=True):
 
 
 class AttentionCacheSpec(Window, frozen=True, kw_only=True):
-    """The output of a block's self-attention is reused.
+    """Reuses the output of each block's self-attention.
 
-    ratio: where it is above 1, a speed-up of the denoise loop that is wanted: start is then the latest step, and
-    interval the smallest, by which the FLOPs left out come to it.
+    ratio: a target speed-up of the denoise loop. Above 1, it replaces start and interval: the smallest interval, and
+    for it the latest start, that save enough FLOPs.
     """
 
     ratio: float | None = None
@@ -111,9 +112,9 @@ class AttentionCacheSpec(Window, frozen=True, kw_only=True):
         )
 
     def windowed(self, steps: int, share: float) -> Window:
-        """The steps and blocks that `ratio` asks for. share: of a step's FLOPs, what a step that reuses leaves out.
+        """The window that reaches `ratio`. share: the fraction of a step's FLOPs that a reusing step skips.
 
-        Raises ValueError where no window reaches it.
+        Raises ValueError if no window reaches it.
         """
         given = {name: getattr(self, name) for name in ("start", "end", "interval", "first_block", "last_block")}
         if self.ratio is None or self.ratio == 1:
@@ -129,28 +130,29 @@ class AttentionCacheSpec(Window, frozen=True, kw_only=True):
                     return window
         most = 1 / (1 - share * end / steps)
         raise ValueError(
-            f"ratio is {self.ratio}, but attention is {share:.0%} of this job's work: reused in every step from 1 to "
-            f"{end} of {steps}, it makes the loop {most:.2f} times as fast at most. Ask for less, or take a step cache."
+            f"ratio is {self.ratio}, but attention is {share:.0%} of this job's FLOPs: reusing it in every step from 1 "
+            f"to {end} of {steps} gives a speed-up of {most:.2f} at most. Lower the ratio, or use a step cache."
         )
 
 
 class BlockCacheSpec(Window, frozen=True, kw_only=True):
-    """What a range of blocks adds to the tokens is reused (MindIE SD's DiTBlockCache)."""
+    """Reuses the residual that a range of blocks adds to the tokens (MindIE SD's DiTBlockCache)."""
 
 
 class StepCacheSpec(Spec, frozen=True, kw_only=True):
-    """What all blocks add to the tokens is reused, as long as it seems to change little.
+    """Skips steps: reuses the residual that all blocks add to the tokens while it is expected to change little.
 
     method:
-        fbcache: first-block cache: as long as what the first block adds differs by less than `threshold` of itself from
-            what it added in the last step that was computed.
-        teacache: until a polynomial of the timestep embedding's relative changes, summed up, reaches `threshold`.
-        magcache: until the errors that known magnitudes of the changes foretell come to `threshold`.
-        taylorseer: in all but every `interval`-th step, foretold by a Taylor expansion of `order` from those before.
-    threshold: None: the method's own (THRESHOLDS). 0: nothing is left out.
-    first_steps: of each expert, always computed (None: 1; a fifth of them for MagCache; 3 for TaylorSeer, which learns
-        from them how steps go on). last_steps: of the job.
-    most: steps in a row that may be left out (None: any number; 2 for MagCache).
+        fbcache: first-block cache. Skips while the relative change of the first block's residual, since the last
+            computed step, is below `threshold`.
+        teacache: skips until the accumulated relative changes of the timestep embedding, rescaled by a polynomial,
+            reach `threshold`.
+        magcache: skips until the accumulated error, predicted from calibrated magnitude ratios, reaches `threshold`.
+        taylorseer: computes every `interval`-th step, and predicts the others by a Taylor expansion of `order`.
+    threshold: None is the method's default (THRESHOLDS). 0 skips nothing.
+    first_steps: each expert's first steps, which are always computed (None: 1; a fifth of its steps for MagCache; 3 for
+        TaylorSeer, to fit its expansion). last_steps: the job's last steps, which are always computed.
+    most: the maximum number of consecutive skipped steps (None: no limit; 2 for MagCache).
     """
 
     method: str = "fbcache"
@@ -168,7 +170,7 @@ class StepCacheSpec(Spec, frozen=True, kw_only=True):
         )
         _require(
             self.threshold is None or 0 <= self.threshold <= 100,
-            f"threshold is {self.threshold}; give 0 (nothing is left out) to 100.",
+            f"threshold is {self.threshold}; give 0 (no step is skipped) to 100.",
         )
         for name, least, highest in (("first_steps", 1, MAX_STEPS), ("last_steps", 0, MAX_STEPS),
                                      ("most", 1, MAX_STEPS), ("interval", 1, MAX_STEPS), ("order", 0, 4)):  # fmt: skip
@@ -177,11 +179,11 @@ class StepCacheSpec(Spec, frozen=True, kw_only=True):
 
     @property
     def limit(self) -> float:
-        """The threshold; of TaylorSeer, which has none, 0 where it is to leave nothing out."""
+        """The threshold to apply. TaylorSeer has none: infinity, or 0 to skip nothing."""
         return THRESHOLDS.get(self.method, math.inf) if self.threshold is None else self.threshold
 
     def beginning(self, steps: int) -> int:
-        """How many of an expert's steps are computed before any is left out."""
+        """The number of an expert's first steps that are always computed."""
         if self.first_steps is not None:
             return self.first_steps
         own = {"magcache": max(1, round(MAGCACHE_RETENTION * steps)), "taylorseer": TAYLORSEER_FIRST}
@@ -189,7 +191,7 @@ class StepCacheSpec(Spec, frozen=True, kw_only=True):
 
     @property
     def in_a_row(self) -> int:
-        """The most steps that may be left out, one after the other."""
+        """The maximum number of consecutive skipped steps."""
         most = MAGCACHE_MOST if self.method == "magcache" else MAX_STEPS
         if self.most is not None:
             most = self.most
@@ -197,12 +199,13 @@ class StepCacheSpec(Spec, frozen=True, kw_only=True):
 
 
 class Calibration(Spec, frozen=True, kw_only=True):
-    """What step caches know of one expert of a model (see `python -m ascend_runtime calibrate`).
+    """Values that step caches need for one expert of a model (see `python -m ascend_runtime calibrate`).
 
-    coefficients: of a polynomial, the highest power's first: from the relative change of the timestep embedding to that
-        of what the blocks make (TeaCache).
-    ratios: of each of its steps, how large what the blocks add is beside the step before (MagCache); the first is 1.
-    source: where these are from, in words.
+    coefficients: TeaCache's polynomial, highest power first. It maps the relative change of the timestep embedding to
+        the relative change of the blocks' output.
+    ratios: MagCache's magnitude ratios: for each step, the norm of the blocks' residual divided by that of the step
+        before. The first is 1.
+    source: where the values come from, as text.
     """
 
     coefficients: tuple[float, ...] = ()
@@ -215,24 +218,25 @@ class Calibration(Spec, frozen=True, kw_only=True):
         _require(all(map(math.isfinite, numbers)), "a calibration has a number that is not finite.")
 
     def source_for(self, method: str) -> str:
-        """Where what a step cache needs is from: one may be known and the other not."""
+        """The source of the values that a step cache reads; UNKNOWN if they are missing."""
         return self.source if getattr(self, CALIBRATED[method]) else UNKNOWN
 
     def ratios_of(self, steps: int) -> list[float]:
-        """Those of a job in which the expert has so many steps: of each, the nearest one's."""
+        """The ratios resampled, by nearest neighbour, to the number of steps that the expert has in a job."""
         scale = (len(self.ratios) - 1) / max(steps - 1, 1)
         return [1.0, *(self.ratios[round(step * scale)] for step in range(1, steps))]
 
 
 class RainFusionSpec(Spec, frozen=True, kw_only=True):
-    """Self-attention computes a part of its products.
+    """Sparse self-attention: computes only some mask blocks of the attention matrix.
 
     version:
-        v1: each head attends near by, or to a pattern over all of the video, whichever holds more of its softmax.
-        v2: bricks of 2 x 8 x 8 tokens attend to those bricks that match them best on the average.
-        v3: the same with tiles of 8 x 8 tokens of a frame; which ones, is kept for `refresh` steps.
-    sparsity: share of the products that is left out, before what is always dense. 0: none.
-    start: the first step that is sparse; None: a quarter of the steps. first_blocks, last_blocks: always dense.
+        v1: each head uses a band in time order or a band in space order, whichever covers more of its softmax.
+        v2: bricks of 2 x 8 x 8 tokens attend to the bricks whose mean keys match their mean query best.
+        v3: as v2, with tiles of 8 x 8 tokens of one frame.
+    sparsity: the fraction of mask blocks to skip, not counting those that are always dense. 0 skips none.
+    start: the first sparse step; None starts after a quarter of the steps. refresh: steps for which a mask is kept.
+    first_blocks, last_blocks: the numbers of blocks at both ends of the block stack that stay dense.
     """
 
     version: str = "v2"
@@ -253,7 +257,7 @@ class RainFusionSpec(Spec, frozen=True, kw_only=True):
             _require(value is None or least <= value <= MAX_STEPS, f"{name} is {value}; give {least} to {MAX_STEPS}.")
 
     def begins(self, steps: int) -> int:
-        """The first sparse step of a job of so many."""
+        """The first sparse step of a job with `steps` steps."""
         return round(DENSE * steps) if self.start is None else self.start
 
     def sparse_in(self, step: int, steps: int, block: int, blocks: int) -> bool:
@@ -261,9 +265,9 @@ class RainFusionSpec(Spec, frozen=True, kw_only=True):
 
 
 class AccelerationSpec(Spec, frozen=True, kw_only=True):
-    """What a job leaves out; None: nothing of that kind. One cache at most, as they reuse parts of one another.
+    """The accelerators of a job; None switches one off. At most one cache, as each caches what the others compute.
 
-    measure: leaves nothing out, and notes how the steps change (`accelerate.measuring`), for a calibration.
+    measure: computes everything, and records how much the steps change (`acceleration.measuring`), for a calibration.
     """
 
     attention_cache: AttentionCacheSpec | None = None
@@ -277,29 +281,30 @@ class AccelerationSpec(Spec, frozen=True, kw_only=True):
         caches = [name for name in ("attention_cache", "block_cache", "step_cache") if getattr(self, name) is not None]
         _require(
             len(caches) < 2,
-            f"{_words(caches)} are given; take one of them: each reuses what the other would have to compute. "
-            "RainFusion goes with any.",
+            f"{_words(caches)} are given; use only one of them, as each reuses results that the other needs computed. "
+            "RainFusion can be combined with any cache.",
         )
         _require(
             not self.measure or not caches and self.rainfusion is None,
-            "measure is given beside what is to be left out; what is measured must be computed whole.",
+            "measure is given together with an accelerator; measuring needs every step computed in full. Remove one.",
         )
 
     @property
     def cache(self) -> str | None:
-        """The name of the one cache that is asked for."""
+        """The name of the one cache that is set, or None."""
         names = ("attention_cache", "block_cache", "step_cache")
         return next((name for name in names if getattr(self, name) is not None), None)
 
     @property
     def kinds(self) -> dict[str, str]:
-        """What is asked for, by name: its method or version, "" for what knows one way."""
+        """Accelerator -> its method or version, "" if it has only one."""
         given = {name: getattr(self, name) for name in ("attention_cache", "block_cache", "step_cache", "rainfusion")}
-        return {name: getattr(spec, WAYS.get(name, ""), "") for name, spec in given.items() if spec is not None}
+        given = {name: spec for name, spec in given.items() if spec is not None}
+        return {name: getattr(spec, METHOD_FIELDS.get(name, ""), "") for name, spec in given.items()}
 
-    def beside(self, kind: str, spec: Spec) -> AccelerationSpec:
-        """This and one more. Raises ValueError for two of a kind, and for two caches."""
-        _require(getattr(self, kind) is None, f"Two of {_words([kind])} are given; take one of them.")
+    def with_accelerator(self, kind: str, spec: Spec) -> AccelerationSpec:
+        """A copy with one more accelerator. Raises ValueError for two of one kind, and for two caches."""
+        _require(getattr(self, kind) is None, f"{_words([kind])} is given twice; use only one.")
         return replace(self, **{kind: spec})
 
 

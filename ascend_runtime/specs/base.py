@@ -1,4 +1,4 @@
-"""The base of descriptions: frozen, and of the types that their fields declare; and checks of their values."""
+"""The base class of all specs, and checks of field values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MAX_PATH = 4096  # characters (limits.h)
 
 
 class Spec(Struct, frozen=True, kw_only=True):
-    """A description. Its fields have their declared types: what stands for the same value (a list for a tuple, an int
-    for a float, a Path for a str, numpy's numbers) is converted. Raises ValueError for anything else."""
+    """A frozen description whose fields have their declared types. Equivalent values (a list for a tuple, an int for a
+    float, a Path for a str, numpy's numbers) are converted. Raises ValueError for anything else."""
 
     def __post_init__(self):
         for name, kind in _types(type(self)).items():
@@ -29,7 +29,7 @@ class Spec(Struct, frozen=True, kw_only=True):
 
 
 def _plain(value: Any) -> Any:
-    """A path as a str, and numpy's numbers as Python's, which messages can carry."""
+    """Converts paths to str and numpy's numbers to Python's, as messages can only carry these."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, (list, tuple)):
@@ -51,12 +51,12 @@ def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def require_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}; it must lie between {low} and {high}.")
+        raise ValueError(f"{name} is {value}; it must be between {low} and {high}.")
 
 
 def require_multiple(name: str, value: int, step: int, offset: int, highest: int) -> None:
-    """Raises ValueError, with the nearest that can be, where `value` is not n * step + offset, from the first of these
-    above 0 up to `highest`."""
+    """Raises ValueError, with the nearest valid values, if `value` is not n * step + offset, greater than 0 and at most
+    `highest`."""
     lowest = offset or step
     if value % step == offset and lowest <= value <= highest:
         return
@@ -67,13 +67,13 @@ def require_multiple(name: str, value: int, step: int, offset: int, highest: int
 
 
 def make_absolute(spec: Spec, *names: str) -> None:
-    """Ranks work in another folder than their client: a path must mean the same in both, and be one in both."""
+    """Makes paths absolute, as ranks run in another working directory. Raises ValueError for an impossible path."""
     for name in names:
         path = getattr(spec, name)
         if path is not None:
             if not 0 < len(path) <= MAX_PATH or "\0" in path:
                 shown = repr(path) if len(path) <= MAX_PATH else f"of {len(path)} characters"
-                raise ValueError(f"{name} is {shown}, which is the path of no file. Give the path of one.")
+                raise ValueError(f"{name} is {shown}, which is not a valid path. Give the path of a file or folder.")
             if any("\ud800" <= character <= "\udfff" for character in path):
-                raise ValueError(f"{name} is {path!r}, whose name is no text in UTF-8. Rename the file or folder.")
+                raise ValueError(f"{name} is {path!r}, which is not valid UTF-8. Rename the file or folder.")
             force_setattr(spec, name, os.path.abspath(os.path.expanduser(path)))

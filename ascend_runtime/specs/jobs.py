@@ -1,4 +1,4 @@
-"""What a sampling job is made of besides its model: size, steps, operators, what to record."""
+"""Settings of a sampling job besides its model: size, steps, operators and profiling."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from .base import Spec, make_absolute, require_choice, require_multiple, require
 from .parallel import MAX_RANKS
 
 SOLVERS = ("unipc", "euler", "dpm++")
-OWN, SIMPLE = "own", "simple"  # schedules: the model's, as its publishers spread the steps, and core ComfyUI's
+OWN, SIMPLE = "own", "simple"  # schedules: the published model's, and core ComfyUI's "simple"
 ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
 LAYER_NORMS = ("auto", "fused", "fp32")
 MAX_SEED = 2**64 - 1
-MAX_SIDE = 16384  # pixels: 1024 positions of 2 x 2 latents of 8 x 8, which is how many a published network knows
-MAX_FRAMES = 4093  # 1024 positions of a latent frame
-MAX_PIXELS = 2**33  # of all frames, so that a size out of a file cannot ask for more memory than a machine has
+MAX_SIDE = 16384  # pixels: published networks have 1024 position embeddings, each for 2 x 2 latents of 8 x 8 pixels
+MAX_FRAMES = 4093  # the same 1024 positions in time, each for a latent frame
+MAX_PIXELS = 2**33  # of all frames: a size read from a file must not request more memory than a machine has
 
 
 class SampleSpec(Spec, frozen=True, kw_only=True):
-    """How a latent is denoised. What is None is the model's own (models/defaults.py).
+    """How a latent is denoised. None stands for the model's own value (models/defaults.py).
 
-    guidance_scale: of classifier-free guidance, u + s(c - u); 1 computes only the cond branch.
-    guidance_scale_low_noise: that of the low-noise expert (None: as guidance_scale, where that is given).
+    guidance_scale: the scale s of classifier-free guidance, u + s(c - u); 1 computes only the cond branch.
+    guidance_scale_low_noise: the low-noise expert's scale (None: guidance_scale, if that is given).
     solver: unipc, euler or dpm++, in their flow-matching forms.
-    schedule: "own" is the model's, as its publishers spread the steps for the solver; "simple" is core ComfyUI's; both
-        use `shift`. A name under which a family was known as a schedule (models.registry.schedules) stands for "own".
-    sigmas: replaces steps, schedule and shift: falling, from at most 1 down to at least 0.
+    schedule: "own" is the published model's for the solver, "simple" is core ComfyUI's; both use `shift`.
+        The older names in models.registry.schedules are accepted for "own".
+    sigmas: noise levels that replace steps, schedule and shift: decreasing, from at most 1 down to at least 0.
     """
 
     seed: int = 0
@@ -53,7 +53,7 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
 
     @property
     def total_steps(self) -> int | None:
-        """The number of steps, counted or given as sigmas; None: as many as the model is made for."""
+        """The number of steps, given directly or by sigmas; None is the model's own number."""
         return self.steps if self.sigmas is None else len(self.sigmas) - 1
 
     @property
@@ -66,15 +66,15 @@ def _require_sigmas(sigmas: tuple[float, ...]) -> None:
     falling = all(a > b for a, b in zip(sigmas, sigmas[1:]))
     if len(sigmas) < 2 or not falling or not all(map(math.isfinite, sigmas)) or sigmas[0] > 1 or sigmas[-1] < 0:
         raise ValueError(
-            f"sigmas are {list(sigmas)}; give at least two falling values from at most 1 down to at least 0, "
+            f"sigmas are {list(sigmas)}; give at least two decreasing values from at most 1 down to at least 0, "
             "such as those of a flow-matching scheduler (1.0, 0.94, 0.83, 0.63, 0.0)."
         )
 
 
 class VideoSize(Spec, frozen=True, kw_only=True):
-    """Pixels and frames of a video that the Wan networks can make: multiples of 16, and 4n+1 frames.
+    """The size of a video: width and height in pixels (multiples of 16), and 4n+1 frames.
 
-    Raises ValueError, with the nearest that can be made.
+    Raises ValueError, with the nearest valid size.
     """
 
     width: int = 832
@@ -90,31 +90,31 @@ class VideoSize(Spec, frozen=True, kw_only=True):
         if self.width * self.height * self.num_frames > MAX_PIXELS:
             most = max(1, (MAX_PIXELS // (self.width * self.height) - 1) // 4 * 4 + 1)
             raise ValueError(
-                f"{self.width}x{self.height} x {self.num_frames} frames are more pixels than a video can have. Give at "
-                f"most {most} frames of this size, or a smaller size."
+                f"{self.width}x{self.height} x {self.num_frames} frames exceed {MAX_PIXELS} pixels, a video's limit. "
+                f"Give at most {most} frames of this size, or a smaller size."
             )
 
     def latent_shape(self, channels: int = 16, spatial: int = 8, temporal: int = 4) -> tuple[int, ...]:
-        """Shape [B=1, C, T, H, W] of the latent of a VAE with these factors."""
+        """The shape [B=1, C, T, H, W] of the latent for a VAE with these channels and compression factors."""
         frames = (self.num_frames - 1) // temporal + 1
         return (1, channels, frames, self.height // spatial, self.width // spatial)
 
 
 class OperatorSpec(Spec, frozen=True, kw_only=True):
-    """Which operators compute, where a device has several for the same thing.
+    """The operators to use if a device has several implementations.
 
-    attention, on an NPU (elsewhere torch's own serves for all but fp8, which is refused):
-        auto: what the variable ALGO asks for on NPUs, else fused.
+    attention, on an NPU (other devices use torch's own for every value but fp8, which they reject):
+        auto: set by the environment variable ALGO on NPUs, else fused.
         fused: npu_fusion_attention, ALGO=0 of the original systems.
-        laser: MindIE SD's laser attention, ALGO=1: its products are fp16, the sum fp32.
+        laser: MindIE SD's laser attention, ALGO=1: fp16 products accumulated in fp32.
         infer: npu_fused_infer_attention_score, ALGO=3.
-        fastest: MindIE SD times what it has at the first use of a shape and takes the fastest; two runs may differ.
-        fp8: MXFP8 products, on cards of the 950 series alone; an approximation.
+        fastest: MindIE SD benchmarks its operators on the first use of a shape; two runs may choose differently.
+        fp8: MXFP8 products, only on cards of the 950 series; an approximation.
         plain: torch's scaled_dot_product_attention.
-    heads_per_call: heads that one attention call computes, which bounds its memory; 0: all, unless the variable
-        USE_SUB_HEAD asks for another number.
-    layer_norm: fused: in the dtype of the blocks; fp32: upcast, as on other devices. auto: what FAST_LAYERNORM asks
-        for, else fused.
+    heads_per_call: the number of heads per attention call, which bounds memory. 0 is all heads, or the value of the
+        environment variable USE_SUB_HEAD.
+    layer_norm: fused computes in the dtype of the blocks; fp32 upcasts, as on other devices. auto: set by the
+        environment variable FAST_LAYERNORM, else fused.
     """
 
     attention: str = "auto"
@@ -129,11 +129,11 @@ class OperatorSpec(Spec, frozen=True, kw_only=True):
 
 
 class ProfileSpec(Spec, frozen=True, kw_only=True):
-    """Which steps of a sampling job to record with the profiler, on which rank, and where to.
+    """The steps of a sampling job to profile, the rank to profile, and the output folder.
 
-    folder: gets one folder a recording, its name made of the time and the rank: a Chrome trace, which TensorBoard and
-        Perfetto open; from an NPU, what MindStudio Insight opens.
-    first_step, last_step: both recorded, counted from 1. Where the job has fewer, the recording ends with it.
+    folder: each recording is a subfolder named after the time and the rank. It holds a Chrome trace for TensorBoard
+        and Perfetto, or on an NPU the files for MindStudio Insight.
+    first_step, last_step: both included, counted from 1. A recording ends with the job at the latest.
     """
 
     folder: str
@@ -149,17 +149,17 @@ class ProfileSpec(Spec, frozen=True, kw_only=True):
         require_range("rank", self.rank, 0, MAX_RANKS - 1)
 
     def within(self, steps: int, ranks: int) -> ProfileSpec:
-        """The part of it that a job of `steps` steps on `ranks` ranks can record.
+        """This spec, limited to a job with `steps` steps on `ranks` ranks.
 
-        Raises ValueError where that is nothing.
+        Raises ValueError if nothing would be recorded.
         """
         if self.first_step > steps:
             raise ValueError(
-                f"The profiler is to begin with step {self.first_step}, but the job has {steps}. "
-                f"Give a first_step from 1 to {steps}, or the job more steps."
+                f"The profiler's first_step is {self.first_step}, but the job has {steps} steps. "
+                f"Give a first_step from 1 to {steps}, or more steps."
             )
         if self.rank >= ranks:
             raise ValueError(
-                f"The profiler is to record rank {self.rank}, but there are {ranks} rank(s). Give 0 to {ranks - 1}."
+                f"The profiler's rank is {self.rank}, but there are {ranks} rank(s). Give 0 to {ranks - 1}."
             )
         return replace(self, last_step=min(self.last_step, steps))

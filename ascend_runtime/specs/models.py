@@ -1,6 +1,6 @@
-"""The models of a job: diffusion model, text encoder, VAE and LoRAs on disk.
+"""Specs of the models of a job: diffusion model, text encoder, VAE and LoRAs on disk.
 
-A description stands for a loaded thing: whoever holds one can rebuild the thing in a new group of ranks.
+A spec holds everything that is needed to load its model, so any new group of ranks can load it again.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from msgspec.structs import replace
 
 from .base import Spec, make_absolute, require_choice, require_range
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-EXPERTS = ("auto", "resident", "swap")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXPERT_MODES = ("auto", "resident", "swap")
 QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
 LORA_EXPERTS = ("both", "high_noise", "low_noise")
-FORMATS = ("diffusers", "mindspeed")  # that a model can be converted to
-WEIGHT_DTYPES = ("keep", "bf16", "fp16", "fp32")  # of converted weights; keep: that of each tensor
-MAX_STRENGTH = 10.0  # of a LoRA, either way
-_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # where a word begins within another
+MODEL_FORMATS = ("diffusers", "mindspeed")  # output formats of a conversion
+WEIGHT_DTYPES = ("keep", "bf16", "fp16", "fp32")  # of converted weights; "keep" does not change a tensor's dtype
+MAX_STRENGTH = 10.0  # of a LoRA, positive or negative
+_HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # a word boundary in camel case
 _NOISE = re.compile(r"(?<![a-z])(high|low)[-_ ]?noise")
-# Alone, it tells where a name ends, or a size, a dtype or a version follows: not in high_res, low_vram, low_steps.
-_ALONE = re.compile(r"(?<![a-z])(high|low)(?=(\.\D\w*)?$|[-_. ]?(\d+b|fp\d+|bf16|q\d|int\d|v\d+)(?![a-z]))")
+# "high" or "low" without "noise" counts at the end of a name, or before a size, dtype or version (not in high_res).
+_BARE = re.compile(r"(?<![a-z])(high|low)(?=(\.\D\w*)?$|[-_. ]?(\d+b|fp\d+|bf16|q\d|int\d|v\d+)(?![a-z]))")
 
 
 class LoraSpec(Spec, frozen=True, kw_only=True):
     """A LoRA (.safetensors) in a diffusion model's weights.
 
-    strength: factor of what it changes; 0 changes nothing, below 0 it is taken away.
-    expert: of two, which one gets it. A model of one expert is "both".
+    strength: the scale of the LoRA's update; 0 has no effect, and a negative value subtracts it.
+    expert: the expert that gets it, if the model has two. For a model with one expert, use "both".
     """
 
     path: str
@@ -45,19 +45,19 @@ class LoraSpec(Spec, frozen=True, kw_only=True):
 
 
 class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
-    """A diffusion transformer on disk, with its low-noise expert where the model has two.
+    """A diffusion transformer on disk, and its low-noise expert if the model has two.
 
-    path: a folder or a file, told by what is in it: diffusers' (`transformer/`, and `transformer_2/` as low-noise
+    path: a folder or a file; its format is detected: diffusers' (`transformer/`, and `transformer_2/` as low-noise
         expert), the original's (`high_noise_model/`, `low_noise_model/`), MindSpeed-MM's, or one file, also in 8 bits.
-    low_noise_path: the low-noise expert, where it is not found under `path`.
-    dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 elsewhere.
-    boundary: share of the 1000 training timesteps at and above which the high-noise expert works
-        (None: from the checkpoint, else the published model's).
-    experts: of two, "resident" keeps both on the device, "swap" one of them, while the other waits in host memory
-        (twice the size of one, a rank) and is fetched ahead of its first step. "auto": swap where they do not fit.
-    loras: added to the weights in this order; other ones, or other strengths, read no weight of the model again.
-    quantization: "w8a8_dynamic" keeps the weights of the blocks' linear layers, but those that narrow the feed-forward,
-        in 8 bits, and quantizes what goes in as it comes. "none": as the files are, which may be quantized themselves.
+    low_noise_path: the low-noise expert, if it is not under `path`.
+    dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 on other devices.
+    boundary: the fraction of the 1000 training timesteps at and above which the high-noise expert is used
+        (None: the checkpoint's, else the published model's).
+    experts: for a model with two. "resident" keeps both on the device. "swap" keeps one there and the other in host
+        memory (twice an expert's size per rank), and loads it ahead of its first step. "auto" swaps if they do not fit.
+    loras: merged into the weights in this order; changing them, or a strength, does not reload the model's weights.
+    quantization: "w8a8_dynamic" stores the weights of the blocks' linear layers, except the feed-forward's second, in
+        8 bits, and quantizes activations dynamically. "none" leaves weights as the files have them, also if quantized.
     """
 
     path: str
@@ -73,8 +73,8 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         make_absolute(self, "path", "low_noise_path")
         if self.low_noise_path is not None:
             require_experts_in_order(self.path, self.low_noise_path)
-        require_choice("dtype", self.dtype, DTYPES)
-        require_choice("experts", self.experts, EXPERTS)
+        require_choice("dtype", self.dtype, COMPUTE_DTYPES)
+        require_choice("experts", self.experts, EXPERT_MODES)
         require_choice("quantization", self.quantization, QUANTIZATIONS)
         if self.quantization != "none":
             require_no_loras(self.loras, f"quantization is {self.quantization!r}")
@@ -82,19 +82,19 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
             require_range("boundary", self.boundary, 0.0, 1.0)
 
     def with_lora(self, lora: LoraSpec) -> DiffusionModelSpec:
-        """The same with one LoRA more."""
+        """A copy with one more LoRA."""
         return replace(self, loras=(*self.loras, lora))
 
 
 class TextEncoderSpec(Spec, frozen=True, kw_only=True):
     """A UMT5 text encoder and its tokenizer.
 
-    path: a folder or a file, told by what is in it: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
-        and `google/umt5-xxl/` beside it), or one file that brings its tokenizer along, as ComfyUI's do, also in 8 bits.
-    dtype: "auto" is float32 on a CPU below 1 GiB on disk, bfloat16 above; on other devices bfloat16, and float32 where
-        a card has none.
-    placement: "cpu" is rank 0's CPU, all its cores; "ranks" all ranks' devices, the weights shared by FSDP2.
-        "auto": what the variable T5_LOAD_CPU asks for on NPUs, else cpu.
+    path: a folder or a file; its format is detected: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
+        next to `google/umt5-xxl/`), or one file that contains its tokenizer, as ComfyUI's do, also in 8 bits.
+    dtype: "auto" is, on a CPU, float32 for less than 1 GiB on disk and bfloat16 for more; on other devices bfloat16, or
+        float32 if a card does not support it.
+    placement: "cpu" runs on rank 0's CPU with all its cores; "ranks" on all ranks' devices, sharded by FSDP2.
+        "auto": set by the environment variable T5_LOAD_CPU on NPUs, else cpu.
     """
 
     path: str
@@ -104,14 +104,15 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
     def __post_init__(self):
         super().__post_init__()
         make_absolute(self, "path")
-        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("dtype", self.dtype, COMPUTE_DTYPES)
         require_choice("placement", self.placement, PLACEMENTS)
 
 
 class VaeSpec(Spec, frozen=True, kw_only=True):
     """A Wan VAE.
 
-    path: a folder or a file, told by what is in it: diffusers' (`vae/`), the original's (a .pth in it), or one file.
+    path: a folder or a file; its format is detected: diffusers' (`vae/`), the original's folder (with a .pth), or one
+        file.
     """
 
     path: str
@@ -120,35 +121,35 @@ class VaeSpec(Spec, frozen=True, kw_only=True):
     def __post_init__(self):
         super().__post_init__()
         make_absolute(self, "path")
-        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("dtype", self.dtype, COMPUTE_DTYPES)
 
 
 def require_no_loras(loras: tuple[LoraSpec, ...], why: str) -> None:
-    """Raises ValueError where there are some: what is merged into integers of 8 bits would be rounded away."""
+    """Raises ValueError if there are LoRAs: merged into 8-bit integers, they would be rounded away."""
     if loras:
         raise ValueError(
-            f"{why}, and weights in 8 bits take no LoRA ({loras[0].path}). Set quantization to 'none' with the model's "
-            "bf16, fp16 or fp8_scaled files, or leave the LoRA out."
+            f"{why}, and a LoRA ({loras[0].path}) cannot be merged into 8-bit weights. Set quantization to 'none' and "
+            "use the model's bf16, fp16 or fp8_scaled files, or remove the LoRA."
         )
 
 
 def require_experts_in_order(high_noise: str, low_noise: str) -> None:
-    """Raises ValueError where the names of both files or folders say that each is the other expert: their tensors are
-    alike, so nothing else can tell. What both paths begin with says nothing; what can mean another thing neither."""
+    """Raises ValueError if the names of both files or folders say that they are swapped. Only names can show this, as
+    the experts' tensors have the same shapes. The common prefix of the paths and ambiguous words are ignored."""
     paths = [Path(high_noise).parts, Path(low_noise).parts]
     apart = next((place for place, (one, other) in enumerate(zip(*paths)) if one != other), 0)
     if [_expert_named(parts[apart:]) for parts in paths] == ["low", "high"]:
         raise ValueError(
-            f"{high_noise} is given as the high-noise expert, and {low_noise} as the low-noise one, but their names "
-            "say that it is the other way round. Exchange the two, or rename them if the names are wrong."
+            f"{high_noise} is given as the high-noise expert, and {low_noise} as the low-noise expert, but by their "
+            "names they are swapped. Exchange the two, or rename them if the names are wrong."
         )
 
 
 def _expert_named(parts: tuple[str, ...]) -> str | None:
-    """Which expert a path speaks of, by the last of its parts that speaks of the noise of one alone; else by a word
-    that stands alone in the last: "high" or "low"."""
+    """The expert that a path names, "high" or "low": by the last part that mentions the noise of only one expert, else
+    by a bare "high" or "low" in the last part."""
     words = [_HUMP.sub("_", part).lower() for part in reversed(parts)]
-    for said in (*map(_NOISE.findall, words), [word for word, *_ in _ALONE.findall(words[0])]):
-        if len(set(said)) == 1:
-            return said[0]
+    for found in (*map(_NOISE.findall, words), [word for word, *_ in _BARE.findall(words[0])]):
+        if len(set(found)) == 1:
+            return found[0]
     return None

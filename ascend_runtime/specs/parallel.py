@@ -1,4 +1,4 @@
-"""How ranks share one video: the plan that a user asks for."""
+"""The parallel plan that a user requests: how ranks share one video."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ MAX_RANKS = 1024
 
 
 class ParallelSpec(Spec, frozen=True, kw_only=True):
-    """How many ranks there are and how they share one video; 0 leaves the choice to the runtime.
+    """The number of ranks and how they share one video; 0 means automatic.
 
-    ranks: processes, one a device. 0: as many as visible devices, one on a CPU.
-    cfg_degree: 2 computes the cond and the uncond branch on different ranks, 1 one after the other.
-    ring_degree: parts of the sequence whose keys and values travel from rank to rank.
-    ulysses_degree: chunks of such a part, exchanged for heads around each attention.
-    tp_degree: slices of the weights of each layer. Never chosen by the runtime, as it exchanges the most: 1 is none.
-    fsdp: of the weights, or of this slice of them, each rank keeps a share, and gathers a block's when its turn comes.
-        Ranks that have nobody to share with keep all.
-    ring_exchange: "rotate" or "gather" (see parallel/ring.py). overlap: Ulysses' exchange travels while attention
-        computes (None: what the variable OVERLAP asks for on NPUs, else not).
-    With given ranks, given degrees must make them. With automatic ranks the degrees are a wish: what was made for
-    eight cards runs on fewer.
+    ranks: the number of processes, one per device. 0: one per visible device, or one on a CPU.
+    cfg_degree: 2 computes the cond and uncond branches on different ranks, 1 computes them in series.
+    ring_degree: the number of sequence chunks whose keys and values are passed around a ring of ranks.
+    ulysses_degree: the number of smaller chunks of such a chunk, exchanged for heads around each attention.
+    tp_degree: the number of slices of each layer's weights. Never automatic, as it communicates the most; 1 is none.
+    fsdp: each rank keeps one shard of the weights (of its slice, with tensor parallelism), and gathers a block's
+        weights when it needs them. A rank without peers keeps all its weights.
+    ring_exchange: "rotate" or "gather" (see parallel/ring.py).
+    overlap: Ulysses' exchange overlaps with attention (None: set by the environment variable OVERLAP on NPUs, else no).
+    If ranks is given, the product of given degrees must match it. With automatic ranks, degrees are preferences: a
+    workflow made for eight cards also runs on fewer.
     """
 
     ranks: int = 0
@@ -50,9 +50,9 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
             self.resolve(self.ranks, guided=True)
 
     def resolve(self, world_size: int, *, guided: bool) -> Plan:
-        """The plan for a group of `world_size` ranks. Without guidance every rank works on the one branch.
+        """The plan for a group of `world_size` ranks. Without guidance, all ranks work on the cond branch.
 
-        Raises ValueError where given degrees do not make the given ranks, or the group has other ranks.
+        Raises ValueError if the degrees do not match the given ranks, or the ranks do not match the group.
         """
         if self.ranks not in (0, world_size):
             raise ValueError(
@@ -60,18 +60,18 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
                 f"or start a group of {self.ranks}."
             )
         given = {axis: getattr(self, f"{axis}_degree") for axis in AXES}
-        wish = {axis: degree for axis, degree in given.items() if degree}
-        plan = choose(world_size, wish)
+        preferred = {axis: degree for axis, degree in given.items() if degree}
+        plan = choose(world_size, preferred)
         if plan is None and self.ranks:
-            raise ValueError(self._mismatch(given, nearest(world_size, wish)[:3]))
-        if plan is None:  # weights that can be cut into 4 slices can be cut into 2, and perhaps not into 3
-            plan = next(plan for plan in nearest(world_size, wish) if self.tp_degree % plan.tp == 0)
+            raise ValueError(self._mismatch(given, nearest(world_size, preferred)[:3]))
+        if plan is None:  # weights that can be cut into 4 slices can be cut into 2, but perhaps not into 3
+            plan = next(plan for plan in nearest(world_size, preferred) if self.tp_degree % plan.tp == 0)
         return plan if guided else plan.unguided()
 
     def _mismatch(self, given: dict[str, int], plans: list[Plan]) -> str:
         product = " x ".join(f"{axis}_degree {degree or 'auto'}" for axis, degree in given.items())
         return (
-            f"{product} does not make {self.ranks} ranks. The nearest plans that do ({' x '.join(AXES)}): "
+            f"{product} does not match {self.ranks} ranks. The nearest plans that do ({' x '.join(AXES)}): "
             f"{', '.join(map(str, plans))}. Change the degrees or the ranks, or set them to 0 for automatic "
             "(tp_degree to 1)."
         )

@@ -1,4 +1,4 @@
-"""The ways in which ranks can share one video: degrees along four axes, whose product is the number of ranks."""
+"""Parallel plans: degrees along four mesh axes, whose product is the number of ranks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 from msgspec import Struct
 
-AXES = ("cfg", "ring", "ulysses", "tp")  # from the outermost, whose ranks may be far apart, to the innermost
+AXES = ("cfg", "ring", "ulysses", "tp")  # outermost (ranks may be far apart) to innermost (the most communication)
 CFG_DEGREES = (1, 2)
 
 
 class Plan(Struct, frozen=True, kw_only=True):
-    """Degrees that fit a number of ranks.
+    """Degrees along the mesh axes; their product is the number of ranks.
 
-    cfg: branches of guidance on different ranks. ring: parts of the sequence whose keys and values travel.
-    ulysses: chunks of a part, exchanged for heads. tp: slices of the weights.
+    cfg: guidance branches computed on different ranks. ring: sequence chunks whose keys and values are passed around.
+    ulysses: smaller chunks of these, exchanged for heads. tp: slices of the weights.
     """
 
     cfg: int = 1
@@ -32,7 +32,7 @@ class Plan(Struct, frozen=True, kw_only=True):
         return {f"{axis}_degree": degree for axis, degree in zip(AXES, self.degrees)}
 
     def unguided(self) -> Plan:
-        """For one branch: the ranks of the second share its sequence."""
+        """The plan without guidance: the ranks of the cfg axis join the ulysses axis."""
         return Plan(ring=self.ring, ulysses=self.ulysses * self.cfg, tp=self.tp)
 
     def __str__(self) -> str:
@@ -40,8 +40,8 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 def legal_plans(world_size: int) -> list[Plan]:
-    """All plans for so many ranks, the best first by the published tables: CFG before Ulysses before a ring, and no
-    tensor parallelism, whose exchanges are the largest."""
+    """All plans for `world_size` ranks, best first by the published tables: CFG before Ulysses before ring, and tensor
+    parallelism last, as it communicates the most."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     plans = [
         Plan(cfg=cfg, ring=ring, ulysses=world_size // (cfg * ring * tp), tp=tp)
@@ -53,16 +53,16 @@ def legal_plans(world_size: int) -> list[Plan]:
     return sorted(plans, key=lambda plan: (plan.tp, plan.ring, -plan.cfg))
 
 
-def choose(world_size: int, wish: dict[str, int]) -> Plan | None:
-    """The best plan with these degrees (axis -> degree; an axis that is not named is free), or None."""
-    return next((plan for plan in legal_plans(world_size) if _distance(plan, wish) == 0), None)
+def choose(world_size: int, preferred: dict[str, int]) -> Plan | None:
+    """The best plan with these degrees (axis -> degree; axes that are not named are free), or None."""
+    return next((plan for plan in legal_plans(world_size) if _distance(plan, preferred) == 0), None)
 
 
-def nearest(world_size: int, wish: dict[str, int]) -> list[Plan]:
-    """All plans, the nearest to the wish first."""
-    return sorted(legal_plans(world_size), key=lambda plan: _distance(plan, wish))
+def nearest(world_size: int, preferred: dict[str, int]) -> list[Plan]:
+    """All plans, those nearest to the preferred degrees first."""
+    return sorted(legal_plans(world_size), key=lambda plan: _distance(plan, preferred))
 
 
-def _distance(plan: Plan, wish: dict[str, int]) -> float:
-    """Doublings and halvings from the wish to the plan."""
-    return sum(abs(math.log2(getattr(plan, axis) / degree)) for axis, degree in wish.items())
+def _distance(plan: Plan, preferred: dict[str, int]) -> float:
+    """The number of doublings and halvings between the preferred degrees and the plan."""
+    return sum(abs(math.log2(getattr(plan, axis) / degree)) for axis, degree in preferred.items())

@@ -1,10 +1,10 @@
-"""Accelerators by name, and the values of their presets: one table, without torch."""
+"""The accelerators by name, and the values of their presets. Does not import torch."""
 
 from __future__ import annotations
 
 from msgspec import Struct
 
-from .acceleration import RAINFUSIONS, WAYS, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
+from .acceleration import METHOD_FIELDS, RAINFUSIONS, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
 
 SPECS = {
     "attention_cache": AttentionCacheSpec,
@@ -13,8 +13,8 @@ SPECS = {
     "rainfusion": RainFusionSpec,
 }
 PRESETS = ("quality", "balanced", "fast")
-# By accelerator and method: the fields that each preset sets; the others keep the description's defaults. Which steps
-# reuse attention, or are sparse, is such a default, a share of the job's steps, so a preset fits any number of steps.
+# Accelerator -> method -> the fields that each preset sets; other fields keep the spec's defaults. First and last steps
+# of reuse and of sparse attention are such defaults, fractions of a job's steps, so a preset fits any number of steps.
 TABLE = {
     "attention_cache": {"": ({"interval": 2}, {"interval": 4}, {"interval": 6})},
     "block_cache": {
@@ -43,27 +43,27 @@ TABLE = {
 
 
 def chosen(kind: str, preset: str | None = None, **values) -> Struct:
-    """The description of an accelerator: a preset with some values replaced. Raises ValueError.
+    """The spec of an accelerator from a preset and values that override it. Raises ValueError for unknown names.
 
-    kind: a name in SPECS. preset: a name in PRESETS; None: the description's defaults. values: fields to replace.
+    kind: a key of SPECS. preset: one of PRESETS; None uses the spec's defaults. values: fields to replace.
     """
     if kind not in SPECS:
         raise ValueError(f"There is no accelerator {kind!r}; it can be one of {', '.join(SPECS)}.")
     unknown = [name for name in values if name not in SPECS[kind].__struct_fields__]
     if unknown:
         fields = ", ".join(SPECS[kind].__struct_fields__)
-        raise ValueError(f"{kind} has no {unknown[0]}; what can be set is {fields}.")
+        raise ValueError(f"{kind} has no field {unknown[0]}; it has {fields}.")
     spec = SPECS[kind](**values)
     if preset is None:
         return spec
     if preset not in PRESETS:
         raise ValueError(f"preset of {kind} is {preset!r}; it can be one of {', '.join(PRESETS)}.")
-    method = getattr(spec, WAYS[kind]) if kind in WAYS else ""
+    method = getattr(spec, METHOD_FIELDS[kind]) if kind in METHOD_FIELDS else ""
     return SPECS[kind](**{**TABLE[kind][method][PRESETS.index(preset)], **values})
 
 
-def listed(kind: str) -> str:
-    """The values of the presets in words: a line for each preset, or for each method if these differ."""
+def describe_presets(kind: str) -> str:
+    """The presets as text: one line per preset, or one per method if the methods differ."""
     methods = TABLE[kind]
     first, *others = methods.values()
     if all(rows == first for rows in others):

@@ -1,4 +1,4 @@
-"""Which latent a VAE makes of a video of some size, and which video of a latent; free of files and of torch."""
+"""The shapes of a VAE's latents and frames. Reads no files and does not import torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .jobs import VideoSize
 
 @dataclass(frozen=True)
 class VaeForm:
-    """A latent's channels, and the pixels (of height and of width) and frames that one of it stands for.
+    """The latent channels and the compression factors of a VAE: spatial (height and width) and temporal.
 
-    family: of the models whose latents have this form; empty where that is not known.
+    family: the family of models that use such latents; empty if unknown.
     """
 
     channels: int
@@ -24,20 +24,20 @@ class VaeForm:
         return size.latent_shape(self.channels, self.spatial, self.temporal)
 
     def decoded_shape(self, latent: tuple[int, ...]) -> tuple[int, int, int, int]:
-        """The frames [B*T',H',W',3] that the VAE makes of a latent [B,C,T,H,W]."""
+        """The shape [B*T',H',W',3] of the frames that a latent [B,C,T,H,W] decodes to."""
         batch, _, frames, height, width = latent
         return batch * ((frames - 1) * self.temporal + 1), height * self.spatial, width * self.spatial, 3
 
     def encoded_shape(self, video: tuple[int, ...]) -> tuple[int, ...]:
-        """The latent [1,C,T',H',W'] that the VAE makes of frames [T,H,W,3].
+        """The shape [1,C,T',H',W'] of the latent of frames [T,H,W,3].
 
-        Raises ValueError where it does not encode such frames whole, with the nearest that it does.
+        Raises ValueError, with the nearest valid sizes, if the VAE cannot encode the frames completely.
         """
         frames, height, width, _ = video
         if frames % self.temporal != 1:
             down = max(1, (frames - 1) // self.temporal * self.temporal + 1)
             raise ValueError(
-                f"There are {frames} frames; the VAE encodes {self.temporal}n+1. The nearest are {down} and "
+                f"There are {frames} frames; the VAE encodes {self.temporal}n+1 frames. The nearest are {down} and "
                 f"{down + self.temporal}."
             )
         for name, pixels in (("height", height), ("width", width)):

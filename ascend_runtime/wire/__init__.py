@@ -1,1 +1,1 @@
-"""What the client and the ranks say to each other, and the way that it travels."""
+"""The messages between the client and the ranks, and their transport."""

@@ -1,7 +1,7 @@
-"""What the client and the ranks say to each other: typed, tagged messages, encoded as MessagePack.
+"""The messages between the client and the ranks: typed, tagged, and encoded as MessagePack.
 
-A tensor in a message is written as its place in the parcel that travels beside it; the bytes never enter the
-encoder. A `SharedTensor` is memory that the sender lends: the receiver maps the same pages.
+A tensor is encoded as its offset in a block of shared memory that is sent with the message, so its bytes never go
+through the encoder. A `SharedTensor` is memory that the sender lends: the receiver maps the same pages.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from ..specs import (
     VaeSpec,
 )
 
-ALIGNMENT = 64  # bytes; a cache line, and more than any dtype asks for
-MOST_DIMS, MOST_BYTES = 16, 2**48  # of one tensor
-UNREAD = 0  # the job that a `Failed` names where the message that it answers could not be read; jobs count from 1
-DTYPES = {
+ALIGNMENT = 64  # bytes; a cache line, and more than any dtype requires
+MAX_TENSOR_DIMS, MAX_TENSOR_BYTES = 16, 2**48  # of one tensor
+UNREAD = 0  # the job of a `Failed` that replies to an unreadable message; jobs are numbered from 1
+WIRE_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
                   torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in WIRE_DTYPES.items()}
 
 
 class Undecodable(ValueError):
-    """What came is no message, or names a tensor that it did not bring."""
+    """Received data is not a valid message, or refers to a tensor that did not arrive."""
 
 
 class SharedTensor:
-    """A tensor in memory shared by descriptor: `fd` is an open file descriptor, which this object owns."""
+    """A tensor in shared memory. `fd` is an open file descriptor, which this object owns."""
 
     def __init__(self, fd: int, dtype: torch.dtype, shape: tuple[int, ...]):
         self.fd = fd
@@ -57,7 +57,7 @@ class SharedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def close(self) -> None:
-        """Closes the descriptor; what is mapped stays mapped."""
+        """Closes the descriptor; existing mappings stay valid."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -67,13 +67,13 @@ class SharedTensor:
 
 
 class Conditioning(Struct, kw_only=True):
-    """What one branch of guidance sees beside the noisy latent.
+    """The inputs of one guidance branch besides the noisy latent.
 
-    text [B or 1, L, D].
-    concat_latent [B or 1, C, T, H, W]: latent, not normalised, of the video as far as it is known.
-    concat_mask [B or 1, 1 or 4, T, H, W]: 0 where it is known; one channel for each of a latent frame's 4 frames.
-    clip_vision [B or 1, I, image_dim]: CLIP's penultimate hidden states of an image, or of two one after the other.
-    pooled [B or 1, D]: one vector of the whole prompt, for models that read one.
+    text [B or 1, L, D]: the text embedding.
+    concat_latent [B or 1, C, T, H, W]: the latent of the known part of the video, not normalised.
+    concat_mask [B or 1, 1 or 4, T, H, W]: 0 where it is known; with 4 channels, one for each frame of a latent frame.
+    clip_vision [B or 1, I, image_dim]: CLIP's penultimate hidden states of one image, or of two concatenated.
+    pooled [B or 1, D]: the pooled text embedding, for models that use one.
     """
 
     text: Tensor
@@ -84,11 +84,11 @@ class Conditioning(Struct, kw_only=True):
 
 
 class Message(Struct, tag=True, kw_only=True):
-    """Base of all messages."""
+    """The base class of all messages."""
 
 
 class Ping(Message):
-    """Asks every rank for a `Done`; `tensor` travels to the ranks, `reply` says how many floats rank 0 returns."""
+    """Requests a `Done` from every rank. `tensor` is sent to the ranks; rank 0 returns `reply` floats."""
 
     job: int
     tensor: Tensor | None = None
@@ -97,7 +97,7 @@ class Ping(Message):
 
 
 class Load(Message):
-    """Makes the described components ready; parallel: the plan of the jobs to come."""
+    """Loads components. parallel: the plan of the jobs that will use them."""
 
     job: int
     parallel: ParallelSpec = ParallelSpec()
@@ -107,19 +107,21 @@ class Load(Message):
 
 
 class Encode(Message):
+    """Encodes a prompt."""
+
     job: int
     encoder: TextEncoderSpec
     text: str
 
 
 class Sample(Message):
-    """latent [B,C,T,H,W]; `preview` asks for one picture a step.
+    """Denoises latent [B,C,T,H,W]. preview: whether rank 0 sends an image after each step.
 
-    noise_mask [B or 1, 1, T, H, W]: 0 where the latent is known and stays, 1 where it is to be made; None: all is.
-    warm_up: two steps of the same kind come first, if none have been warmed up yet since the model was loaded.
-    profile: its steps and its rank must be this job's. acceleration: what is left out of the computation.
-    calibration: of each expert, what a file beside the model says, where a step cache asks for it: read once, so that
-        all ranks have the same.
+    noise_mask [B or 1, 1, T, H, W]: 0 where the latent is known and kept, 1 where it is generated; None generates all.
+    warm_up: runs two discarded steps first, unless the loaded model has been warmed up for this kind of job.
+    profile: its steps and its rank must exist in this job.
+    calibration: of each expert, from the file next to the model, if the step cache needs it. The client sends it, so
+        that all ranks have the same.
     """
 
     job: int
@@ -139,7 +141,7 @@ class Sample(Message):
 
 
 class Decode(Message):
-    """latent [B,C,T,H,W]; the ranks write the frames [B*T',H',W',3] into `frames`."""
+    """Decodes latent [B,C,T,H,W]. The ranks write the frames [B*T',H',W',3] into `frames`."""
 
     job: int
     vae: VaeSpec
@@ -148,7 +150,7 @@ class Decode(Message):
 
 
 class EncodeVideo(Message):
-    """frames [T,H,W,3] in 0..1; the ranks write the latent [1,C,T',H',W'] into `latent`."""
+    """Encodes frames [T,H,W,3] in 0..1. The ranks write the latent [1,C,T',H',W'] into `latent`."""
 
     job: int
     vae: VaeSpec
@@ -157,7 +159,7 @@ class EncodeVideo(Message):
 
 
 class Describe(Message):
-    """Asks rank 0 what the files of a model say: `Done.info` has the VAE's form, the diffusion model's calibration."""
+    """Requests facts from model files: `Done.info` has the VAE's form, or the diffusion model's calibration."""
 
     job: int
     vae: VaeSpec | None = None
@@ -165,25 +167,29 @@ class Describe(Message):
 
 
 class Free(Message):
-    """Drops the weights."""
+    """Frees the weights of all components."""
 
     job: int
 
 
 class Cancel(Message):
+    """Cancels a running job."""
+
     job: int
 
 
 class Shutdown(Message):
-    pass
+    """Ends the rank."""
 
 
 class Ready(Message):
+    """A rank's first message, after it has joined the group."""
+
     rank: int
 
 
 class Progress(Message):
-    """`stage` has done `step` of `total` parts; bytes, where it is "load" (see `components.Components.get`)."""
+    """`stage` has finished `step` of `total` parts; the parts of "load" are bytes (see `components.Components.get`)."""
 
     job: int
     stage: str
@@ -192,7 +198,7 @@ class Progress(Message):
 
 
 class Preview(Message):
-    """image: uint8 [H,W,3] of the middle frame as it is foreseen after `step` of `total`."""
+    """image: uint8 [H,W,3], the middle frame of the x0 prediction after `step` of `total`."""
 
     job: int
     step: int
@@ -201,7 +207,8 @@ class Preview(Message):
 
 
 class Done(Message):
-    """seconds: synchronised wall time by stage; info: facts by name. tensors: further results by name."""
+    """A job has finished. seconds: synchronised wall time of each stage. info: facts by name. tensors: further results
+    by name."""
 
     job: int
     seconds: dict[str, float] = {}
@@ -211,9 +218,8 @@ class Done(Message):
 
 
 class Failed(Message):
-    """kind: "user" (the request is at fault), "internal" (the rank is), "peer" (another rank is) or "cancelled".
-
-    job: UNREAD where the message that it answers could not be read.
+    """A job has failed. kind: "user" (an invalid request), "internal" (an error in this rank), "peer" (another rank
+    failed) or "cancelled". job: UNREAD if the message could not be read.
     """
 
     job: int
@@ -230,7 +236,7 @@ AnyMessage = (
 
 @dataclass(frozen=True)
 class Parcel:
-    """An encoded message: `body`, the tensors to be laid out in one block of `size` bytes, and lent memory."""
+    """An encoded message: its body, its tensors in a block of `size` bytes, and descriptors of lent memory."""
 
     body: bytes
     tensors: tuple[tuple[int, Tensor], ...]  # (offset, tensor)
@@ -239,9 +245,10 @@ class Parcel:
 
 
 def encode(message: Message) -> Parcel:
-    """Writes `message`; its tensors get their places, 64-byte aligned, in the order in which they stand.
+    """Encodes `message` and assigns 64-byte aligned offsets to its tensors.
 
-    Raises ValueError for what `decode` would refuse, so that a caller's mistake never reaches the other side.
+    Raises ValueError for everything that `decode` would reject, so that a caller's mistake never reaches the other
+    side.
     """
     tensors: list[tuple[int, Tensor]] = []
     shared: list[int] = []
@@ -257,29 +264,29 @@ def encode(message: Message) -> Parcel:
         if isinstance(value, SharedTensor):
             shared.append(value.fd)
             return [len(shared) - 1, _dtype_name(value.dtype), list(value.shape)]
-        raise ValueError(f"{type(value).__name__} cannot travel in a message.")
+        raise ValueError(f"{type(value).__name__} cannot be sent in a message.")
 
     try:
         body = msgspec.msgpack.encode(message, enc_hook=hook)
         _reader.check(body)
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ValueError(f"A text holds half a character ({half!r}), as of a cut emoji. Write the whole one.") from None
+        raise ValueError(f"A text contains half a character ({half!r}), as of a cut emoji. Remove it.") from None
     except (msgspec.MsgspecError, OverflowError, RecursionError, ValueError) as error:
         raise ValueError(f"{type(message).__name__} cannot be sent: {error}") from None
     return Parcel(body, tuple(tensors), size, tuple(shared))
 
 
 def decode(body: bytes, block, shared: list[int]) -> Message:
-    """Reads a message; its tensors are views of `block`, a writable buffer (None where it has no tensors).
+    """Decodes a message. Its tensors are views of `block`, a writable buffer (None if it has no tensors).
 
-    `shared`: descriptors that came along; those are closed that no tensor of the message owns. Raises Undecodable.
+    shared: received descriptors; those that no tensor of the message owns are closed. Raises Undecodable.
     """
     return _reader.read(body, block, shared)
 
 
 class _Reader(threading.local):
-    """A decoder a thread, kept: to make one takes ten times as long as to read a message with it."""
+    """A decoder per thread, kept because creating one takes ten times as long as decoding a message."""
 
     def __init__(self):
         self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._place)
@@ -287,7 +294,7 @@ class _Reader(threading.local):
         self._block, self._shared = None, []
 
     def check(self, body: bytes) -> None:
-        """Raises what reading it would, whatever its tensors hold."""
+        """Raises the errors that `read` would raise, without the tensors' data."""
         self._checker.decode(body)
 
     def read(self, body: bytes, block, shared: list[int]) -> Message:
@@ -295,9 +302,9 @@ class _Reader(threading.local):
         try:
             return self._decoder.decode(body)
         except (msgspec.MsgspecError, ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
-            raise Undecodable(f"What came is no message ({error}).") from None
+            raise Undecodable(f"The message cannot be decoded ({error}).") from None
         finally:
-            for descriptor in self._shared:  # that no tensor took
+            for descriptor in self._shared:  # those left that no tensor owns
                 if descriptor is not None:
                     os.close(descriptor)
             self._block, self._shared = None, []
@@ -315,9 +322,9 @@ class _Reader(threading.local):
         return torch.frombuffer(self._block, dtype=dtype, count=count, offset=place).view(shape)
 
     def _take(self, place: int) -> int:
-        """A descriptor that came along, once."""
+        """Returns a received descriptor; each can be used once."""
         if place >= len(self._shared) or self._shared[place] is None:
-            raise ValueError(f"descriptor {place}, which did not come")
+            raise ValueError(f"descriptor {place}, which did not arrive")
         descriptor, self._shared[place] = self._shared[place], None
         return descriptor
 
@@ -328,18 +335,18 @@ def _stand_in(kind: type, value: Any):
 
 
 def _checked(value: Any) -> tuple[int, torch.dtype, tuple[int, ...]]:
-    """A tensor's place (a byte, or the number of a descriptor), dtype and shape. Raises ValueError for all else."""
+    """A tensor's place (a byte offset, or a descriptor's index), dtype and shape. Raises ValueError if invalid."""
     if type(value) is not list or len(value) != 3:
-        raise ValueError("a tensor that is no place, dtype and shape")
+        raise ValueError("a tensor without place, dtype and shape")
     place, name, shape = value
     sizes = shape if type(shape) is list else [None]
-    if type(name) is not str or name not in DTYPES:
-        raise ValueError("a tensor of no dtype that travels")
-    if len(sizes) > MOST_DIMS or not all(type(size) is int and size >= 0 for size in (place, *sizes)):
-        raise ValueError("a tensor of no shape that travels")
-    dtype = DTYPES[name]
-    if math.prod(size or 1 for size in sizes) * dtype.itemsize > MOST_BYTES:
-        raise ValueError("a tensor of more bytes than any memory")
+    if type(name) is not str or name not in WIRE_DTYPES:
+        raise ValueError("a tensor with an unsupported dtype")
+    if len(sizes) > MAX_TENSOR_DIMS or not all(type(size) is int and size >= 0 for size in (place, *sizes)):
+        raise ValueError("a tensor with an invalid shape")
+    dtype = WIRE_DTYPES[name]
+    if math.prod(size or 1 for size in sizes) * dtype.itemsize > MAX_TENSOR_BYTES:
+        raise ValueError("a tensor that is too large")
     return place, dtype, tuple(sizes)
 
 
@@ -352,5 +359,5 @@ def _aligned(size: int) -> int:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _NAMES:
-        raise ValueError(f"a tensor of {dtype} cannot travel; {', '.join(DTYPES)} can")
+        raise ValueError(f"tensors of {dtype} are not supported; supported are {', '.join(WIRE_DTYPES)}")
     return _NAMES[dtype]

@@ -1,8 +1,7 @@
-"""Memory that processes of one machine share: the tensors of messages, and memory that is lent for a result.
+"""Shared memory between processes of one machine: for tensors of messages, and lent for results.
 
-It lies in anonymous memory files (memfd), which have no name: such a file is gone with the last process that holds it,
-however that ends. Large ones are used again once every receiver has let go, as new pages cost more than the copy into
-them.
+It uses anonymous memory files (memfd), which the kernel frees with the last process that holds them. Large ones are
+reused when all receivers have released them, as allocating new pages costs more than copying into them.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from torch import Tensor
 
 from .messages import Parcel, SharedTensor
 
-_LARGE = 1 << 20  # bytes from which a block is kept for the next message of its size
-_KEPT = 2  # large blocks kept by a process: what it sent last, and what a receiver may hold on to meanwhile
+_LARGE = 1 << 20  # minimum size in bytes of blocks that are kept for reuse
+_KEPT = 2  # large blocks kept per process: the last one, and one that a receiver may still hold
 
 
 @contextmanager
 def lend(shape: tuple[int, ...], dtype: torch.dtype):
-    """Memory for a result: yields (tensor, shared); others write to `shared`, the caller keeps `tensor`.
+    """Allocates memory for a result and yields (tensor, shared): ranks write to `shared`, the caller keeps `tensor`.
 
-    The tensor holds the pages for as long as it or a view of it lives.
+    The pages live as long as the tensor or a view of it.
     """
     shared = SharedTensor(os.memfd_create("ascend-frames"), dtype, tuple(shape))
     try:
@@ -43,13 +42,13 @@ def _sized(shared: SharedTensor) -> Tensor:
         return map_shared(shared)
     except (OSError, OverflowError) as error:
         raise ValueError(
-            f"A result {list(shared.shape)} takes {shared.nbytes / 1e9:.0f} GB, which cannot be had here ({error}). "
-            "Make it smaller."
+            f"A result of shape {list(shared.shape)} needs {shared.nbytes / 1e9:.0f} GB, which cannot be allocated "
+            f"({error}). Make it smaller."
         ) from None
 
 
 def map_shared(shared: SharedTensor) -> Tensor:
-    """The tensor that lies in `shared`; writes are seen by every process that maps it."""
+    """Maps `shared` as a tensor; all processes that map it see each other's writes."""
     memory = mmap.mmap(shared.fd, shared.nbytes)
     return torch.frombuffer(memory, dtype=shared.dtype).view(shared.shape)
 
@@ -64,10 +63,10 @@ def borrowed(shared: SharedTensor):
 
 
 class _Block:
-    """Memory that carries the tensors of one message at a time.
+    """A memory file for the tensors of one message at a time.
 
-    Receivers get a second opening of its file, which is locked (flock). Such a lock lives as long as any descriptor
-    or mapping of that opening, in whatever process: so the kernel knows when the last receiver has let go.
+    Receivers get a second file description of it, locked with flock. The lock lives as long as any descriptor or
+    mapping of that description in any process, so it shows whether all receivers have released the block.
     """
 
     def __init__(self, size: int):
@@ -86,7 +85,7 @@ class _Block:
         return True
 
     def open(self) -> int:
-        """A descriptor for receivers; the block is not free before all of its copies and mappings are gone."""
+        """A descriptor for receivers; the block is in use until all its copies and mappings are closed."""
         descriptor = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         return descriptor
@@ -98,14 +97,14 @@ class _Block:
 
 
 class _Blocks:
-    """The blocks of this process."""
+    """The reusable blocks of this process."""
 
     def __init__(self):
         self._kept: deque[_Block] = deque(maxlen=_KEPT)
         self._one_at_a_time = threading.Lock()
 
     def fill(self, parcel: Parcel) -> int:
-        """The descriptor of a block that holds the parcel's tensors."""
+        """Copies the parcel's tensors into a block and returns a descriptor of it."""
         with self._one_at_a_time:
             block = self._find(parcel.size)
             descriptor = block.open()

@@ -45,7 +45,7 @@ def report_of(comfyui, run) -> str:
 @pytest.fixture(scope="module")
 def plain(comfyui, listener):
     run = listener.run(graphs.latent(seed=5, steps=4))
-    assert re.fullmatch(r"4 steps, [\d.]+ s a step; nothing left out", report_of(comfyui, run))
+    assert re.fullmatch(r"4 steps, [\d.]+ s a step; nothing skipped", report_of(comfyui, run))
     return graphs.saved_latent(comfyui, run.prompt_id)
 
 
@@ -89,7 +89,7 @@ def test_a_cache_changes_the_video_and_reports_what_it_saved(comfyui, listener, 
     first, second, third = report_of(comfyui, run).split("; ")
     (saved,) = re.fullmatch(rf"{name}: 3 of 4 steps reused, (\d+) % of the FLOPs saved", first).groups()
     assert re.fullmatch(r"[\d.]+ s a step", second)
-    (predicted,) = re.fullmatch(r"([\d.]+)x predicted, [\d.]+x seen", third).groups()
+    (predicted,) = re.fullmatch(r"([\d.]+)x predicted, [\d.]+x measured", third).groups()
     assert int(saved) > 0 and abs(float(predicted) - 1 / (1 - int(saved) / 100)) < 0.05
     assert "'steps_reusing'" not in comfyui.log
 
@@ -104,9 +104,9 @@ def test_an_accelerator_that_skips_nothing_changes_no_video(comfyui, listener, p
 
 
 @pytest.mark.parametrize("first, second, says", [
-    (ATTENTION, STEPS, "attention cache and step cache are given; take one of them"),
-    (BLOCKS, ATTENTION, "attention cache and block cache are given; take one of them"),
-    (RAIN, RAIN, "Two of rainfusion are given; take one of them"),
+    (ATTENTION, STEPS, "attention cache and step cache are given; use only one of them"),
+    (BLOCKS, ATTENTION, "attention cache and block cache are given; use only one of them"),
+    (RAIN, RAIN, "rainfusion is given twice; use only one"),
 ])  # fmt: skip
 def test_a_chain_that_excludes_itself_is_refused(listener, first, second, says):
     nodes = [(first, {"preset": "fast"}), (second, {"preset": "quality"})]

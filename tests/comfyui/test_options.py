@@ -67,7 +67,7 @@ def test_a_warm_model_is_not_warmed_up_again(listener):
     ({"folder": "a/../../models"}, "no '..'"),
     ({"folder": "/tmp/profiles"}, "no absolute path"),
     ({"folder": " "}, "give the name of a folder"),
-    ({"first_step": 4}, "last_step is 3; it must lie between 4 and"),
+    ({"first_step": 4}, "last_step is 3; it must be between 4 and"),
 ])  # fmt: skip
 def test_what_the_profiler_refuses(comfyui, changes, says):
     assert says in graphs.refusal(comfyui, with_profiler(graphs.latent(), **changes), PROFILER)

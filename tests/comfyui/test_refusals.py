@@ -33,7 +33,7 @@ def test_degrees_that_do_not_make_the_ranks(comfyui):
     graph = graphs.video()
     graph[graphs.PARALLEL]["inputs"].update(ranks=4, cfg_degree=2, ulysses_degree=4)
     text = graphs.refusal(comfyui, graph, graphs.PARALLEL)
-    assert "cfg_degree 2 x ring_degree auto x ulysses_degree 4 x tp_degree 1 does not make 4 ranks" in text
+    assert "cfg_degree 2 x ring_degree auto x ulysses_degree 4 x tp_degree 1 does not match 4 ranks" in text
     assert "1 x 1 x 4 x 1" in text
 
 

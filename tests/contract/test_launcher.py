@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ascend_runtime.hardware import devices, host
-from ascend_runtime.hardware.environment import NPU, ORIGINAL
+from ascend_runtime.hardware.environment import NPU, ORIGINAL_VARIABLES
 from ascend_runtime.client.group import RankGroup
 
 CARDS = {  # SoC name by CANN: (line, dtype of a network)
@@ -23,7 +23,7 @@ CARDS = {  # SoC name by CANN: (line, dtype of a network)
 
 @pytest.fixture
 def clean(monkeypatch):
-    for row in (*NPU, *ORIGINAL):
+    for row in (*NPU, *ORIGINAL_VARIABLES):
         monkeypatch.delenv(row.name, raising=False)
 
 

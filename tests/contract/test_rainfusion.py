@@ -44,7 +44,7 @@ def test_tiles_are_in_its_order(grid):
     theirs = rf_v2.rearrange_with_remaining(numbers, grid, grid, "BSND")
     assert tiles(grid).tokens.tolist() == theirs.flatten().tolist()
     back = rf_v2.inv_rearrange_with_remaining(theirs, grid, grid, "BSND")
-    assert tiles(grid).undone(theirs.transpose(1, 2)).flatten().tolist() == back.flatten().tolist()
+    assert tiles(grid).undo(theirs.transpose(1, 2)).flatten().tolist() == back.flatten().tolist()
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.64, 0.9])
@@ -54,7 +54,7 @@ def test_the_mask_is_its(grid, sparsity):
     *_, pooled = rf_v2.do_tensor_rearrange_pooling(query, key, value, 0, 128, grid, grid, "BSND")
     theirs = rf_v2.get_blockwise_mask(pooled, 0, sparsity, 0.25, 128, grid, grid, "BSND", return_binary=True)
     order = tiles(grid)
-    ours = masks.best(order.of(query), order.of(key), sparsity, order.protected)
+    ours = masks.best(order.apply(query), order.apply(key), sparsity, order.protected)
     assert torch.equal(ours, theirs.bool())
 
 

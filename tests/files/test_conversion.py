@@ -20,7 +20,7 @@ from ascend_runtime.checkpoints.writing import transfer, unfinished, writers
 from ascend_runtime.recognition.layout import find_transformer, find_vae
 from ascend_runtime.components import Components
 from ascend_runtime.models.wan.weights import keeps_fp32
-from ascend_runtime.specs.models import FORMATS
+from ascend_runtime.specs.models import MODEL_FORMATS
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
@@ -158,7 +158,7 @@ def test_the_originals_folder_becomes_diffusers_pipeline_and_back(tmp_path, tens
     assert "left out" not in capsys.readouterr().out
     mindspeed = convert(folder, tmp_path / "mindspeed", "mindspeed")
     told = capsys.readouterr().out
-    assert "left out: text_encoder" in told and "left out: vae" in told
+    assert "omitted: text_encoder" in told and "omitted: vae" in told
     model = load(mindspeed, dtype="float32", experts="resident")
     assert_same(dict(model.high_noise.named_parameters()), by_diffusers_names(tensors))
     assert_same(dict(model.low_noise.named_parameters()), by_diffusers_names(other))
@@ -174,7 +174,7 @@ def test_the_originals_image_to_video(tmp_path, capsys):
     source = formats.original_folder(tmp_path / "source", tensors)
     encoder_and_vae(source)
     folder = convert(source, tmp_path / "made", "diffusers")
-    assert "left out: image_encoder: CLIP is not converted" in capsys.readouterr().out
+    assert "omitted: image_encoder: CLIP is not converted" in capsys.readouterr().out
     pipeline = WanImageToVideoPipeline.from_pretrained(folder)
     assert pipeline.image_encoder is None and pipeline.scheduler.config.flow_shift == 5.0
     assert_same(pipeline.transformer.state_dict(), by_diffusers_names(tensors))
@@ -291,7 +291,7 @@ def in_small_steps(monkeypatch):
     monkeypatch.setattr(transfer, "SYNC", 2**20)
 
 
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("to", MODEL_FORMATS)
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(tmp_path, checkpoints, tensors, to, in_small_steps, capfd):
     seed = random.randrange(2**32)
     print(f"\nseed {seed}")
@@ -331,7 +331,7 @@ def test_it_goes_on_where_it_was(tmp_path, tensors, in_small_steps, monkeypatch,
 
     monkeypatch.setattr(transfer, "read_as", counted)
     assert conversion.run(task) == 130
-    told = "interrupted; what was written is kept, and the same command goes on from here\n"
+    told = "interrupted; what was written is kept, and the same command continues from there\n"
     assert capsys.readouterr().err == f"2 files to write, 0.02 GB of weights\n{told}", "no bar but on a terminal"
     recorded = int((tmp_path / "made.partial" / "journal").read_bytes().split(b"\n")[-2])
     assert 20 < recorded < 40
@@ -381,10 +381,10 @@ def test_refusals_of_targets(tmp_path, tensors, refused, monkeypatch):
     assert "is in the way" in refused(source, target, "diffusers")
     shutil.rmtree(tmp_path / "made.partial")
     usage = shutil.disk_usage(tmp_path)
-    for to in FORMATS:  # nothing was written: another choice is no other than that which was begun
+    for to in MODEL_FORMATS:  # nothing was written: another choice is no other than that which was begun
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-            assert "needs 0.02 GB more, and 0.00 GB are free" in refused(source, target, to)
+            assert "needs 0.02 GB more, but 0.00 GB are free" in refused(source, target, to)
         assert not (tmp_path / "made.partial").exists()
 
     def interrupted(*_, **__):
@@ -416,7 +416,7 @@ def test_a_target_is_refused_before_anything_is_written(tmp_path, tensors, refus
         assert "Errno" in told and "nothing was written" in told and "kept" not in told
     folder = shutil.copytree(checkpoints(), tmp_path / "folder")
     for inner in ("tokenizer/made", "scheduler/a/made"):
-        assert "of which all is read. Name a target outside" in refused(folder, folder / inner, "diffusers")
+        assert "which is read completely. Give a target outside" in refused(folder, folder / inner, "diffusers")
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -463,7 +463,7 @@ def test_refusals_of_sources(tmp_path, tensors, refused):
     assert "has attention_head_dim 24" in refused(tmp_path / "narrow", target, "mindspeed")
     vae = tiny_models.wan_vae()
     vae.save_pretrained(tmp_path / "vae")
-    assert "vae: MindSpeed-MM's layout has only transformers; take --to diffusers" in refused(
+    assert "vae: MindSpeed-MM's layout has only transformers; use --to diffusers" in refused(
         tmp_path / "vae", target, "mindspeed")  # fmt: skip
 
 
@@ -471,7 +471,7 @@ def test_a_part_that_is_not_whole_is_not_left_out(tmp_path, checkpoints, refused
     source = shutil.copytree(checkpoints(experts=1), tmp_path / "source")
     shutil.rmtree(source / "vae")
     folder = convert(source, tmp_path / "made", "diffusers")
-    assert "left out: vae" in capsys.readouterr().out and not (folder / "vae").exists()
+    assert "omitted: vae" in capsys.readouterr().out and not (folder / "vae").exists()
     (source / "vae").mkdir()
     assert "vae: " in refused(source, tmp_path / "other", "diffusers")
     said = refused(source, tmp_path / "other", "mindspeed")

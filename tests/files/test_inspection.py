@@ -37,12 +37,13 @@ def test_a_diffusers_folder(told):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     header, transformer, text_encoder, vae, family = done.stdout.splitlines()
-    assert header.split() == list(inspection.COLUMNS)
+    assert header.split() == list(inspection.PART_COLUMNS)
     for part, line in (("transformer", transformer), ("text_encoder", text_encoder), ("vae", vae)):
-        assert line.startswith(part) and "diffusers" in line and "bfloat16" in line and line.endswith("whole"), line
+        assert line.startswith(part) and line.endswith(", complete"), line
+        assert "diffusers" in line and "bfloat16" in line, line
     assert family == (
-        "looks as Wan2.1-T2V does; ascend_defaults.json has its own settings: 20 steps, shift 3, guidance 4, 64 x 64, "
-        "17 frames at 16 a second"
+        "recognised as Wan2.1-T2V; default settings from ascend_defaults.json: 20 steps, shift 3, guidance 4, 64 x 64, "
+        "17 frames at 16 fps"
     )
 
 
@@ -54,11 +55,11 @@ def test_a_component_of_a_diffusers_folder(told):
 def test_a_file_of_settings_that_cannot_be_used_is_a_fault(told, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints(experts=1), tmp_path / "model")
     status, text = told(folder)
-    assert status == 0 and "Wan2.1-T2V does, whose own settings are: 50 steps, shift 5, guidance 5, 832 x 480" in text
+    assert status == 0 and "Wan2.1-T2V; its default settings: 50 steps, shift 5, guidance 5, 832 x 480" in text
     (folder / "ascend_defaults.json").write_text('{"steps": -1}')
     status, text = told(folder)
     assert status == 1 and f"transformer: {folder}/ascend_defaults.json cannot be used: steps is -1" in text
-    assert "own settings" not in text
+    assert "default settings" not in text
 
 
 def test_two_experts_one_of_which_is_gone(told, checkpoints, tmp_path):
@@ -78,7 +79,7 @@ def test_what_does_not_fit_is_named(told, checkpoints, tmp_path):
     del tensors["proj_out.bias"]
     save_file(tensors, file)
     status, text = told(folder)
-    assert status == 1 and "not whole" in text and "1 missing: proj_out.bias" in text
+    assert status == 1 and "incomplete" in text and "1 missing: proj_out.bias" in text
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def with_index(folder, **changes):
     (lambda folder: shutil.rmtree(folder / "tokenizer"), "text_encoder",
      "Put the tokenizer's folder next to the text encoder"),
     (lambda folder: wide(folder / "transformer_2"), "transformer_2", "Use two experts of one model"),
-    (exchanged, "transformer_2", "the other way round"),
+    (exchanged, "transformer_2", "by their names they are swapped"),
     (lambda folder: with_index(folder, boundary_ratio="abc"), "transformer", "boundary_ratio 'abc'"),
 ])  # fmt: skip
 def test_what_a_loader_refuses_is_not_whole(told, model, damage, kind, says):
@@ -128,7 +129,7 @@ def test_a_text_encoder_alone(told, tmp_path):
     network = tiny_models.umt5()
     torch.save(original_formats.original_umt5(network), tmp_path / "umt5.pth")
     status, text = told(tmp_path / "umt5.pth")
-    assert status == 1 and "not whole" in text and "contains no tokenizer" in text
+    assert status == 1 and "incomplete" in text and "contains no tokenizer" in text
     for model, whole in ((b"broken", False), (original_formats.sentencepiece_model(), True)):
         save_file(original_formats.comfyui_umt5(network, model), tmp_path / "umt5.safetensors")
         status, text = told(tmp_path / "umt5.safetensors")
@@ -149,7 +150,7 @@ def tensors(tmp_path_factory):
 def test_a_layout_of_transformers_alone_lacks_nothing(told, tensors, tmp_path, write):
     status, text = told(write(tmp_path / "model", tensors))
     header, transformer, *others, _ = text.splitlines()
-    assert status == 0 and transformer.endswith("whole"), text
+    assert status == 0 and transformer.endswith(", complete"), text
     assert [line.split() for line in others] == [[part, *"-----"] for part in ("text_encoder", "vae")]
 
 
@@ -200,7 +201,7 @@ def test_a_dtype_that_torch_has_not_is_named(told, checkpoints, tmp_path):
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({**load_file(file), "stranger": torch.zeros(2, dtype=torch.float8_e8m0fnu)}, file)
     status, text = told(folder)
-    assert status == 1 and "not whole" in text and f"transformer: {file} holds stranger as F8_E8M0" in text
+    assert status == 1 and "incomplete" in text and f"transformer: {file} holds stranger as F8_E8M0" in text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read all files")

@@ -120,7 +120,7 @@ def test_each_network_of_a_whole_models_file(tmp_path, whole_model, expected, ca
     assert inspection.run(type("Arguments", (), {"path": str(file)})) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["transformer", "text_encoder", "vae"]
-    assert all(line.endswith("whole") for line in lines[1:4])
+    assert all(line.endswith(", complete") for line in lines[1:4])
 
 
 def test_a_whole_models_file_is_converted(tmp_path, whole_model, expected):

@@ -17,7 +17,7 @@ from ascend_runtime.models.shared.block_stack import At, BlockStack
 from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
 from ascend_runtime.engine.job import Job
-from ascend_runtime.engine.pipeline import Pipeline
+from ascend_runtime.engine.pipeline import RankPipeline
 from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def load_jobs(folder):
 def main():
     torch.set_grad_enabled(False)
     folder, rank, ranks = gloo_ranks.join()
-    pipeline, latents, told = Pipeline(CPU), {}, []
+    pipeline, latents, told = RankPipeline(CPU), {}, []
     for number, message in enumerate(load_jobs(folder)):
         done = pipeline.sample(Job(message, Deaf(), CPU))
         told.append(done.info["acceleration"])

@@ -11,10 +11,10 @@ import gloo_ranks
 import torch
 import torch.distributed as dist
 from ascend_runtime import AccelerationSpec, BlockCacheSpec, Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec
-from ascend_runtime.engine.generation import Call, Generation, Ranks, Request, check
+from ascend_runtime.engine.generation import NetworkCall, Generation, Ranks, Request, check_request
 from ascend_runtime.engine.job import Job
-from ascend_runtime.engine.pipeline import Pipeline
-from ascend_runtime.engine.sampling import Step, make_scheduler, noise_of
+from ascend_runtime.engine.pipeline import RankPipeline
+from ascend_runtime.engine.sampling import SolverStep, make_scheduler, noise_of
 from ascend_runtime.models.shared.conditioning import Given
 from ascend_runtime.wire import messages
 from ascend_runtime.wire.channel import channel_pair
@@ -25,7 +25,7 @@ SHAPE = (1, 16, 3, 4, 6)
 def main():
     torch.set_grad_enabled(False)
     folder, rank, ranks = gloo_ranks.join()
-    pipeline, (channel, other) = Pipeline(torch.device("cpu")), channel_pair()
+    pipeline, (channel, other) = RankPipeline(torch.device("cpu")), channel_pair()
     found = []
     for case in json.loads((folder / "cases.json").read_text()):
         message = message_of(case, folder)
@@ -64,7 +64,7 @@ def looped(pipeline, message):
     prompts = {"positive": message.positive, "negative": message.negative}
     given = Given(message.latent, message.noise_mask, {name: one for name, one in prompts.items() if one is not None})
     request = Request(given, spec, message.acceleration)
-    check(model, request)
+    check_request(model, request)
     plan = message.parallel.resolve(dist.get_world_size(), guided=model.guided(spec))
     ranks = Ranks.arranged(plan, message.parallel, message.operators, model, {})
     generation = Generation.prepare(model, request, ranks)
@@ -79,8 +79,8 @@ def looped(pipeline, message):
         if message.noise_mask is not None:
             known = sigma * known_noise + (1 - sigma) * clean
             seen = x * message.noise_mask + known * (1 - message.noise_mask)
-        calls = [Call(name, seen, timesteps[number], generation.contexts[name]) for name in branches]
-        velocities = generation.velocity(calls, Step(number, timesteps[number + 1]))
+        calls = [NetworkCall(name, seen, timesteps[number], generation.contexts[name]) for name in branches]
+        velocities = generation.velocity(calls, SolverStep(number, timesteps[number + 1]))
         assert len(velocities) == len(calls)
         velocity = velocities[0].float()
         if len(velocities) == 2:

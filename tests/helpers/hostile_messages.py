@@ -65,7 +65,7 @@ def mutated(body: bytes, rng: random.Random) -> bytes:
 
 def framed(body: bytes, block: int, descriptors: int, rng: random.Random, lie: bool) -> bytes:
     """With a header; one that lies has one of its fields wrong."""
-    fields = [channel._MARK, len(body), block, descriptors]
+    fields = [channel._MAGIC, len(body), block, descriptors]
     if lie:
         field = rng.randrange(4)
         sizes = [0, 1, 7, 2**31, 2**32 - 1, rng.randrange(2**20)]

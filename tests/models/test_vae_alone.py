@@ -75,7 +75,7 @@ def test_narrow_dtypes_lose_no_more_than_in_diffusers(name, dtype):
 def test_frames_that_the_host_cannot_hold_are_refused(monkeypatch):
     ours, latent, frames = tiny_models.on_ranks(made("2.1")), torch.zeros(1, 16, 3, 2, 2), torch.empty(9, 16, 16, 3)
     monkeypatch.setattr(devices, "host_memory", lambda: frames.nbytes - 1)
-    with pytest.raises(ValueError, match="9 frames of 16 x 16 pixels.* What would fit: 8 frames of this size"):
+    with pytest.raises(ValueError, match="9 frames of 16 x 16 pixels.* Make at most 8 frames of this size"):
         video.decode_video(ours, latent, frames, lambda *_: pytest.fail("it has begun"))
 
 

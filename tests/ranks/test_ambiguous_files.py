@@ -104,7 +104,7 @@ TELL_NOTHING = [  # or not enough to refuse whoever means what he says
 def test_experts_whose_names_say_that_they_are_exchanged(high, low):
     for folder in ("/models/", "/models/low_noise/", "/models/high_noise/"):
         DiffusionModelSpec(path=folder + high, low_noise_path=folder + low)
-        with pytest.raises(ValueError, match="the other way round. Exchange the two, or rename them"):
+        with pytest.raises(ValueError, match="they are swapped. Exchange the two, or rename them"):
             DiffusionModelSpec(path=folder + low, low_noise_path=folder + high)
 
 

@@ -36,9 +36,9 @@ def ranks(one_rank, specs):
 
 CALLS = [
     (lambda r, s: r.encode(s.encoder, None), "The prompt is None; it must be one str"),
-    (lambda r, s: r.encode(s.encoder, ["a cat", "a dog"]), "must be one str. Encode several prompts one after"),
+    (lambda r, s: r.encode(s.encoder, ["a cat", "a dog"]), "must be one str. Encode several prompts in separate calls"),
     (lambda r, s: r.encode(s.encoder, 5), "The prompt is 5"),
-    (lambda r, s: r.encode(s.encoder, HALF), r"holds half a character \('\\ud83d', at position 6\)"),
+    (lambda r, s: r.encode(s.encoder, HALF), r"contains half a character \('\\ud83d', at position 6\)"),
     (lambda r, s: r.encode(s.encoder, "a" * 50_001), "50,001 characters; at most 50,000"),
     (lambda r, s: r.encode(s.vae, "a cat"), "encoder is of type VaeSpec; it must be a TextEncoderSpec"),
     (lambda r, s: r.encode(None, "a cat"), "encoder is None"),
@@ -48,14 +48,14 @@ CALLS = [
     (lambda r, s: r.decode(s.vae, np.zeros((1, 16, 1, 4, 4))), "latent is of type ndarray"),
     (lambda r, s: r.decode(s.vae, LATENT[0]), r"The latent has the shape \[16, 1, 4, 4\]; it must be \[B,C,T,H,W\]"),
     (lambda r, s: r.decode(s.vae, LATENT.long()), "dtype torch.int64; it must be a float"),
-    (lambda r, s: r.decode(s.vae, LATENT.to("meta")), r"has no numbers \(device meta\)"),
+    (lambda r, s: r.decode(s.vae, LATENT.to("meta")), r"has no data \(device meta\)"),
     (lambda r, s: r.decode(s.vae, LATENT.to_sparse()), "sparse"),
-    (lambda r, s: r.decode(s.vae, torch.zeros(1).expand(1, 16, 10**5, 10**5, 10**5)), "which cannot be had here"),
+    (lambda r, s: r.decode(s.vae, torch.zeros(1).expand(1, 16, 10**5, 10**5, 10**5)), "which cannot be allocated"),
     (lambda r, s: r.decode(None, LATENT), "vae is None"),
     (lambda r, s: r.vae_form(str(s.folder)), "it must be a VaeSpec"),
     (lambda r, s: r.encode_video(s.vae, (FRAMES * 255).to(torch.uint8)), r"torch.uint8.* Give frames.float\(\) / 255"),
     (lambda r, s: r.encode_video(s.vae, FRAMES[..., :2]), r"\[1, 32, 32, 2\]; it must be \[T,H,W,3\]"),
-    (lambda r, s: r.encode_video(s.vae, FRAMES[:0]), r"must be \[T,H,W,3\], all 1 or more"),
+    (lambda r, s: r.encode_video(s.vae, FRAMES[:0]), r"must be \[T,H,W,3\], each axis at least 1"),
     (lambda r, s: r.sample(s.model, SampleSpec(), None, s.text(1)), "latent is None"),
     (lambda r, s: r.sample(s.model, None, LATENT, s.text(1)), "spec is None"),
     (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, "a cat"), "positive is 'a cat'; it must be a Tensor or Cond"),
@@ -85,11 +85,11 @@ def test_a_call(ranks, specs, call, says):
     (lambda: DiffusionModelSpec(path=None), "path is None"),
     (lambda: DiffusionModelSpec(path="x", loras=("a.safetensors",)), "loras is"),
     (lambda: TextEncoderSpec(path="x", dtype=torch.float32), "dtype is torch.float32"),
-    (lambda: VaeSpec(path=""), "path is '', which is the path of no file"),
-    (lambda: VaeSpec(path="a\0b"), "which is the path of no file"),
+    (lambda: VaeSpec(path=""), "path is '', which is not a valid path"),
+    (lambda: VaeSpec(path="a\0b"), "which is not a valid path"),
     (lambda: VaeSpec(path="x" * 5000), "path is of 5000 characters"),
-    (lambda: VaeSpec(path=os.fsdecode(b"m/a\xff")), "whose name is no text in UTF-8. Rename"),
-    (lambda: ProfileSpec(folder=HALF), "whose name is no text in UTF-8"),
+    (lambda: VaeSpec(path=os.fsdecode(b"m/a\xff")), "which is not valid UTF-8. Rename"),
+    (lambda: ProfileSpec(folder=HALF), "which is not valid UTF-8"),
     (lambda: LoraSpec(path="x", strength="1"), "strength is '1'"),
     (lambda: ParallelSpec(ranks=2.0), "ranks is 2.0"),
     (lambda: ParallelSpec(fsdp=1), "fsdp is 1"),
@@ -115,7 +115,7 @@ def test_what_stands_for_a_value_is_taken():
 
 def test_a_message_too_large_to_be_read_is_not_sent(ranks, specs):
     lora = LoraSpec(path="/" + "x" * 4000)
-    with pytest.raises(ValueError, match="Load takes .* bytes without its tensors; at most 67108864 are sent"):
+    with pytest.raises(ValueError, match="Load has .* bytes without its tensors; at most 67108864 can be sent"):
         ranks.load(DiffusionModelSpec(path=specs.model.path, loras=(lora,) * 17_000))
 
 

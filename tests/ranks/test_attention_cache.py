@@ -165,19 +165,19 @@ def test_a_ratio_in_a_job_of_fewer_steps_than_the_interval():
 
 def test_a_ratio_that_no_window_reaches():
     Acceleration(AccelerationSpec(attention_cache=AttentionCacheSpec(ratio=1.2)), outline())
-    with pytest.raises(ValueError, match="ratio is 2.0, but attention is 36% of this job's work.*1.50 times"):
+    with pytest.raises(ValueError, match="ratio is 2.0, but attention is 36% of this job's FLOPs.*1.50 at most"):
         Acceleration(AccelerationSpec(attention_cache=AttentionCacheSpec(ratio=2.0)), outline())
 
 
 @pytest.mark.parametrize("spec, needed, more", [
-    ({"attention_cache": AttentionCacheSpec()}, 9 * 100 * 2, "last_block be first_block"),
-    ({"step_cache": StepCacheSpec(method="taylorseer", order=3)}, (2 * 4 + 2) * 100, "give a lower order"),
-    ({"step_cache": StepCacheSpec()}, (2 + 2) * 100, "make it smaller"),
+    ({"attention_cache": AttentionCacheSpec()}, 9 * 100 * 2, "set last_block to first_block"),
+    ({"step_cache": StepCacheSpec(method="taylorseer", order=3)}, (2 * 4 + 2) * 100, "or a lower order"),
+    ({"step_cache": StepCacheSpec()}, (2 + 2) * 100, "or a smaller video"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_computed(spec, needed, more):
     spec = AccelerationSpec(**spec)
     Acceleration(spec, outline(room=needed))
-    with pytest.raises(ValueError, match=f"would keep .* GB on a rank.*{re.escape(more)}"):
+    with pytest.raises(ValueError, match=f"needs .* GB per rank.*{re.escape(more)}"):
         Acceleration(spec, outline(room=needed - 1))
 
 

@@ -34,10 +34,10 @@ WEIGHTS = {
     (lambda: ParallelSpec(ranks=-1), ["ranks is -1", "0 for automatic"]),
     (lambda: ParallelSpec(cfg_degree=3), ["cfg_degree is 3", "1 or 2", "ulysses_degree"]),
     (lambda: ParallelSpec(ranks=8, cfg_degree=2, ulysses_degree=3),
-        ["cfg_degree 2 x ring_degree auto x ulysses_degree 3 x tp_degree 1 does not make 8 ranks", "2 x 1 x 4 x 1",
+        ["cfg_degree 2 x ring_degree auto x ulysses_degree 3 x tp_degree 1 does not match 8 ranks", "2 x 1 x 4 x 1",
          "for automatic"]),
-    (lambda: ParallelSpec(ranks=3, cfg_degree=2), ["does not make 3 ranks", "1 x 1 x 3 x 1"]),
-    (lambda: ParallelSpec(ranks=4, tp_degree=3), ["tp_degree 3 does not make 4 ranks", "1 x 1 x 1 x 4"]),
+    (lambda: ParallelSpec(ranks=3, cfg_degree=2), ["does not match 3 ranks", "1 x 1 x 3 x 1"]),
+    (lambda: ParallelSpec(ranks=4, tp_degree=3), ["tp_degree 3 does not match 4 ranks", "1 x 1 x 1 x 4"]),
     (lambda: ParallelSpec(tp_degree=0), ["tp_degree is 0", "between 1 and 1024"]),
     (lambda: ParallelSpec(ring_exchange="swap"), ["ring_exchange is 'swap'", "rotate, gather"]),
     (lambda: SampleSpec(solver="ddim"), ["solver is 'ddim'", "unipc, euler, dpm++"]),
@@ -46,9 +46,9 @@ WEIGHTS = {
     (lambda: SampleSpec(seed=-1), ["seed is -1", "between 0 and"]),
     (lambda: SampleSpec(shift=0.0), ["shift is 0.0", "0.01"]),
     (lambda: SampleSpec(guidance_scale=float("nan")), ["guidance_scale is nan", "between 0.0 and"]),
-    (lambda: SampleSpec(sigmas=(0.5, 0.9, 0.0)), ["sigmas are [0.5, 0.9, 0.0]", "falling"]),
+    (lambda: SampleSpec(sigmas=(0.5, 0.9, 0.0)), ["sigmas are [0.5, 0.9, 0.0]", "decreasing"]),
     (lambda: SampleSpec(sigmas=(1.0,)), ["at least two"]),
-    (lambda: SampleSpec(sigmas=(1.0, float("nan"), 0.0)), ["nan", "falling"]),
+    (lambda: SampleSpec(sigmas=(1.0, float("nan"), 0.0)), ["nan", "decreasing"]),
     (lambda: DiffusionModelSpec(path="x", dtype="fp8"), ["dtype is 'fp8'", "auto, float32, bfloat16, float16"]),
     (lambda: DiffusionModelSpec(path="x", boundary=1.5), ["boundary is 1.5", "between 0.0 and 1.0"]),
     (lambda: Runtime(device="tpu"), ["device is 'tpu'", "auto, npu, cuda, cpu"]),
@@ -83,7 +83,7 @@ def test_more_ranks_than_devices(monkeypatch, kind):
     assert Runtime(device=kind).world_size == 2
     assert Runtime(ParallelSpec(ranks=2), device=kind).world_size == 2
     error = pytest.raises(ValueError, Runtime, ParallelSpec(ranks=3), device=kind)
-    assert_says(error, ["3 ranks", f"2 {kind} device(s)", "Set ranks to 0"])
+    assert_says(error, ["ranks is 3", f"2 {kind} device(s)", "Set ranks to 0"])
 
 
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
@@ -102,7 +102,7 @@ def test_more_ranks_than_cores_warn(monkeypatch, caplog):
         devices.warn_if_crowded(2, "cpu")
         assert not caplog.records
         devices.warn_if_crowded(3, "cpu")
-    assert "3 ranks" in caplog.text and "2 CPU core(s)" in caplog.text
+    assert "ranks is 3" in caplog.text and "2 CPU core(s)" in caplog.text
 
 
 # Requests, refused by the ranks
@@ -299,7 +299,7 @@ def test_decode_requests(survivors, specs, latent, says):
 
 
 @pytest.mark.parametrize("value, says", [
-    (float("nan"), "The video to encode has NaN or infinite values. Look for what made its frames so"),
+    (float("nan"), "The video to encode has NaN or infinite values. Check the node that made"),
     (float("inf"), "The video to encode has NaN or infinite"),
     (3e38, "The encoded video has NaN or infinite"),  # a number, of which the network makes none
 ])  # fmt: skip

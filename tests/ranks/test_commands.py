@@ -20,7 +20,7 @@ import pytest
 from ascend_runtime import VideoSize, __main__
 from ascend_runtime.commands import progress as progress_module
 from ascend_runtime.models.wan.defaults import WAN22_BOTH
-from ascend_runtime.commands.progress import Progress
+from ascend_runtime.commands.progress import ProgressDisplay
 from ascend_runtime.commands.video_options import size_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +45,10 @@ for arguments in json.loads(sys.argv[1]):
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "matplotlib", "kornia", "av", "PIL")
 ANSWERED = [  # arguments, exit status, what is said
     ([], 2, "usage: python -m ascend_runtime"),
-    (["--help"], 0, "find out what TeaCache and MagCache have to know"),
+    (["--help"], 0, "measure the calibration of TeaCache and MagCache"),
     (["nothing"], 2, "invalid choice: 'nothing'"),
     (["inspect"], 2, "required: PATH"),
-    *(([name, "--help"], 0, "exit status: 0 done") for name in ("inspect", "convert", "calibrate", "compare")),
+    *(([name, "--help"], 0, "exit status: 0 success") for name in ("inspect", "convert", "calibrate", "compare")),
     (["queue", "--help"], 0, "exit status: 0 all jobs succeeded"),
     (["inspect", "/nowhere"], 2, "error: /nowhere does not exist. Give the path of a model's folder or file.\n"),
     (["inspect", ""], 2, "error: The path is empty. Give the path of a model's folder or file.\n"),
@@ -64,23 +64,23 @@ ANSWERED = [  # arguments, exit status, what is said
     (["calibrate", MODEL, "--size", "32"], 2, "error: --size is '32'; give WIDTHxHEIGHT, such as 832x480.\n"),
     (["calibrate", MODEL, "--random-prompts", "0"], 2, "--random-prompts is 0; give 1 or more"),
     (["calibrate", MODEL, "--output", "/nowhere/x.json"], 2, "whose folder does not exist"),
-    (["calibrate", f"{MODEL}/model_index.json"], 2, "give one with --text-encoder"),
+    (["calibrate", f"{MODEL}/model_index.json"], 2, "Give one with --text-encoder"),
     (["compare", MODEL, *PROMPT], 2, "required: --setting"),
     ([*COMPARE, "--setting", "teacache"], 2, "error: --setting teacache: There is no accelerator 'teacache'"),
     ([*COMPARE, "--size", "60x64"], 2, "error: width is 60; it must be a multiple of 16, from 16 to 16384. The nearest "
      "are 48 and 64.\n"),
     ([*COMPARE, "--size", "64x99999999"], 2, "The nearest is 16384."),
     ([*COMPARE, "--frames", "6"], 2, "num_frames is 6; it must be 4n+1, from 1 to 4093. The nearest are 5 and 9."),
-    ([*COMPARE, "--steps", "0"], 2, "steps is 0; it must lie between 1 and 1000"),
+    ([*COMPARE, "--steps", "0"], 2, "steps is 0; it must be between 1 and 1000"),
     ([*COMPARE, "--guidance", "nan"], 2, "guidance_scale is nan"),
     ([*COMPARE, "--seed", "-1"], 2, "seed is -1"),
     ([*COMPARE, "--fps", "0"], 2, "--fps is 0"),
     ([*COMPARE, "--repeats", "0"], 2, "--repeats is 0; give 1 or more"),
     ([*COMPARE, "--ranks", "-1"], 2, "ranks is -1"),
-    ([*COMPARE, "--parallel", "ulises_degree=2"], 2, "ulises_degree cannot be set; what can is ranks"),
+    ([*COMPARE, "--parallel", "ulises_degree=2"], 2, "There is no field ulises_degree; the fields are ranks"),
     ([*COMPARE, "--device", "tpu"], 2, "invalid choice: 'tpu'"),
     ([*COMPARE, "--vae", "/nowhere"], 2, "error: /nowhere does not exist"),
-    ([*COMPARE, "--output", "README.md"], 2, "which is no folder"),
+    ([*COMPARE, "--output", "README.md"], 2, "which is not a folder"),
 ]  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_every_option_says_what_it_is(command):
 
 
 @pytest.mark.parametrize("path, closed, status, out, err", [
-    (f"{MODEL}/vae", (1,), 0, "", f"looking at {MODEL}/vae\n"),
+    (f"{MODEL}/vae", (1,), 0, "", f"inspecting {MODEL}/vae\n"),
     ("/nowhere", (2,), 2, "", ""),
     ("/nowhere", (0, 1, 2), 2, "", ""),
 ])  # fmt: skip
@@ -160,7 +160,7 @@ class Lines(io.StringIO):
 def test_a_line_now_and_then_where_there_is_no_terminal(monkeypatch):
     monkeypatch.setattr(progress_module, "REFRESH", 0.05)
     out = Lines()
-    with Progress(out, every=0.3) as progress:
+    with ProgressDisplay(out, every=0.3) as progress:
         progress.say("two videos")
         progress.begin("starting the ranks")
         time.sleep(0.7)  # nothing is reported, as while a library is imported
@@ -182,7 +182,7 @@ def test_a_line_now_and_then_where_there_is_no_terminal(monkeypatch):
 
 def test_what_a_terminal_obeys_is_written_out():
     out = io.StringIO()
-    with Progress(out) as progress:
+    with ProgressDisplay(out) as progress:
         progress.say("looking at a\x1b[2J\nb")
         progress.begin("weights of \x1b]0;pwn\x07", total=2)
         progress.note("\x9b2J", now=True)
@@ -193,7 +193,7 @@ def test_what_a_terminal_obeys_is_written_out():
 
 def test_units_that_were_done_before_take_none_of_the_time():
     out = io.StringIO()
-    with Progress(out) as progress:
+    with ProgressDisplay(out) as progress:
         progress.begin("queue", total=4, unit="job")
         progress.skip()
         progress.skip()
@@ -206,7 +206,7 @@ def test_units_that_were_done_before_take_none_of_the_time():
 
 def test_nothing_is_said_of_what_takes_no_time():
     out = io.StringIO()
-    with Progress(out) as progress:
+    with ProgressDisplay(out) as progress:
         progress.begin("weights", total=10, done=4, unit="B")
         progress.advance(6)
     assert out.getvalue() == ""
@@ -216,7 +216,7 @@ def test_a_bar_on_a_terminal():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     with os.fdopen(theirs, "w") as terminal:
-        with Progress(terminal) as progress:
+        with ProgressDisplay(terminal) as progress:
             for step in (1, 2, 3):
                 progress.on_progress("denoise", step, 3)
                 time.sleep(0.15)

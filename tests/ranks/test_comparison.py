@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime compare`: how settings are written, how likeness is measured, and a whole comparison."""
+"""`python -m ascend_runtime compare`: how settings are written, how similarity is measured, and a whole comparison."""
 
 import itertools
 import json
@@ -16,10 +16,10 @@ from ascend_runtime import __main__
 from ascend_runtime.commands import command_line
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.commands.comparison import command
-from ascend_runtime.commands.comparison.likeness import mean_ssim, psnr
+from ascend_runtime.commands.comparison.similarity import mean_ssim, psnr
 from ascend_runtime.commands.comparison.pictures import plot
 from ascend_runtime.commands.comparison.settings import settings_of
-from ascend_runtime.commands.comparison.table import Row, markdown
+from ascend_runtime.commands.comparison.table import ResultRow, markdown
 from ascend_runtime.specs.presets import chosen
 from matplotlib.figure import Figure
 from PIL import Image
@@ -60,14 +60,14 @@ def test_a_sweep():
 @pytest.mark.parametrize("text, says", [
     ("teacache", "no accelerator 'teacache'; it can be one of attention_cache, block_cache"),
     ("attention_cache=best", "it can be one of quality, balanced, fast"),
-    ("attention_cache:ration=2", "ration cannot be set; what can is start, end"),
+    ("attention_cache:ration=2", "There is no field ration; the fields are start, end"),
     ("attention_cache:interval=two", "interval is 'two'; give a whole number"),
-    ("attention_cache:ratio", "'ratio' is no name=value"),
+    ("attention_cache:ratio", "'ratio' is not of the form name=value"),
     ("attention_cache:start=9,end=3", "end must not come before start"),
-    ("attention_cache+step_cache", "attention cache and step cache are given; take one of them"),
-    ("rainfusion+rainfusion=fast", "Two of rainfusion are given"),
-    ("attention_cache,interval=2", "is no setting. For instance: attention_cache=fast"),
-    ("", "is no setting"),
+    ("attention_cache+step_cache", "attention cache and step cache are given; use only one of them"),
+    ("rainfusion+rainfusion=fast", "rainfusion is given twice"),
+    ("attention_cache,interval=2", "is not a valid setting. Examples: attention_cache=fast"),
+    ("", "is not a valid setting"),
 ])  # fmt: skip
 def test_what_is_no_setting_is_refused(text, says):
     with pytest.raises(ValueError) as caught:
@@ -107,9 +107,12 @@ def test_ssim_is_that_of_its_paper(two_videos):
 
 
 def test_the_table_says_what_was_refused():
-    rows = [Row("plain", 2.0, 0.1, 1.0, 1.0, math.inf, 1.0, 1.0, 0.0), Row("rainfusion", refused="There is a ring.")]
+    rows = [
+        ResultRow("plain", 2.0, 0.1, 1.0, 1.0, math.inf, 1.0, 1.0, 0.0),
+        ResultRow("rainfusion", refused="There is a ring."),
+    ]
     table = markdown(rows)
-    assert "equal" in table and "rainfusion was refused: There is a ring." in table
+    assert "equal" in table and "rainfusion was rejected: There is a ring." in table
     assert rows[0].facts() | {"equal": True, "psnr": None} == rows[0].facts()
     assert json.loads(json.dumps(rows[1].facts(), allow_nan=False))["refused"] == "There is a ring."
 
@@ -157,8 +160,9 @@ def test_the_plot_names_each_point_and_no_name_covers_another(tmp_path, monkeypa
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     settings = ["attention_cache:interval=1", "block_cache:interval=2,start=1,end=5", "block_cache:interval=3", "x"]
-    rows = [Row("plain", 2.0, 0.1, 1.0, 1.0, math.inf), *(Row(name, 1.0, 0.1, 1.0 + (number > 0) / 3, 1.0, psnr) for
-            number, (name, psnr) in enumerate(zip(settings, (math.inf, 27.1, 27.0, 20.0)))), Row("no", refused="why")]
+    values = enumerate(zip(settings, (math.inf, 27.1, 27.0, 20.0)))
+    made = [ResultRow(name, 1.0, 0.1, 1.0 + (number > 0) / 3, 1.0, psnr) for number, (name, psnr) in values]
+    rows = [ResultRow("plain", 2.0, 0.1, 1.0, 1.0, math.inf), *made, ResultRow("no", refused="why")]
     plot(rows, tmp_path / "comparison.png")
     (axes,) = figures[0].axes
     texts = {text.get_text().replace("\n", ""): text.get_window_extent() for text in axes.texts}
@@ -186,4 +190,4 @@ def test_what_cannot_be_compared_is_refused(compare, tmp_path, capsys, options, 
 def test_what_has_to_be_installed_is_named(compare, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "matplotlib" else SimpleNamespace())
     assert compare("--setting", "rainfusion") == 2
-    assert "compare needs matplotlib, which this Python lacks: pip install matplotlib" in capsys.readouterr().err
+    assert "compare needs matplotlib, not installed in this Python: pip install matplotlib" in capsys.readouterr().err

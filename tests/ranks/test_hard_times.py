@@ -111,7 +111,7 @@ def test_a_forked_child_leaves_its_parents_ranks_alone(new_runtime, specs):
             try:
                 with runtime:
                     assert not runtime.alive and runtime.pids == []
-                    with pytest.raises(RuntimeError, match="of which this one is a fork"):
+                    with pytest.raises(RuntimeError, match="and this is a forked child"):
                         runtime.ping()
                 gc.collect()
                 code = 0
@@ -245,7 +245,7 @@ def test_a_notice_that_cannot_be_shown_costs_no_job(two_ranks, specs, monkeypatc
     os.kill(two_ranks.pids[0], signal.SIGSTOP)
     threading.Timer(1.0, os.kill, (two_ranks.pids[0], signal.SIGCONT)).start()
     sample(two_ranks, specs, on_notice=lambda text: shown.append(text) or 1 / 0)
-    assert "Rank 0 is stopped by a signal" in shown[0] and "The ranks report again, after" in shown[-1]
+    assert "Rank 0 is stopped by a signal" in shown[0] and "The ranks report again after" in shown[-1]
 
 
 def test_a_group_that_cannot_be_made_ends_its_rank():
@@ -348,7 +348,7 @@ def test_a_file_that_is_cut_while_it_is_used_is_told_of(new_runtime, checkpoint,
             os.truncate(weights, 0)
 
     with new_runtime(1) as runtime:
-        with pytest.raises(RankDied, match="(?s)killed by SIGBUS.*What helps: A model's file was cut short"):
+        with pytest.raises(RankDied, match="(?s)killed by SIGBUS.*What helps: A model's file was truncated"):
             runtime.sample(DiffusionModelSpec(path=str(folder)), spec, torch.zeros(SHAPE), text, on_progress=cut)
         with pytest.raises(ValueError, match="is empty"):
             runtime.sample(DiffusionModelSpec(path=str(folder)), spec, torch.zeros(SHAPE), text)

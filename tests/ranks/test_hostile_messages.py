@@ -122,10 +122,10 @@ def test_a_rank_says_that_it_cannot_read_a_message(one_rank):
     send(raw, framed(b"\xc1", 0, 0, random, lie=False), [])
     raw.close()
     answer = rank.channel.receive(timeout=ANSWER)
-    assert isinstance(answer, Failed) and answer.job == UNREAD and "is no message" in answer.error
+    assert isinstance(answer, Failed) and answer.job == UNREAD and "cannot be decoded" in answer.error
     rank.channel.send(Progress(job=1, stage="load", step=1, total=2))
     answer = rank.channel.receive(timeout=ANSWER)
-    assert isinstance(answer, Failed) and "Progress is no job" in answer.error
+    assert isinstance(answer, Failed) and "Progress is not a job" in answer.error
     one_rank.ping()
 
 

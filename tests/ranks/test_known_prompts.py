@@ -74,7 +74,7 @@ def test_a_prompt_that_is_cut_says_so_each_time(two_ranks, own, placement, caplo
 
 def test_a_text_of_many_characters_is_refused_before_it_is_cut_into_tokens(two_ranks, own):
     pids, began = two_ranks.pids, time.monotonic()
-    with pytest.raises(ValueError, match="The prompt has 10,000,000 characters; at most 50,000 are taken"):
+    with pytest.raises(ValueError, match="The prompt has 10,000,000 characters; at most 50,000 are accepted"):
         two_ranks.encode(TextEncoderSpec(path=str(own)), "a" * 10_000_000)
     assert time.monotonic() - began < 5 and two_ranks.pids == pids
     check_prompt("a" * MAX_PROMPT_CHARACTERS)

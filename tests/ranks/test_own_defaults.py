@@ -85,7 +85,7 @@ def test_ranks_that_read_different_files_say_so_instead_of_waiting_for_each_othe
         finally:
             os.kill(two_ranks.pids[1], signal.SIGCONT)
         job.join(60)
-        if "changed while ranks read them. Run again." in said[-1]:
+        if "changed while ranks read them. Try again." in said[-1]:
             break
     else:
         pytest.fail(f"nobody saw it: {said}")
@@ -99,13 +99,13 @@ def test_ranks_that_read_different_files_say_so_instead_of_waiting_for_each_othe
     ('{"stps": 3}', "unknown field `stps`"),
     ('{"steps": 2.5}', "got `float` - at `$.steps`"),
     ('{"steps": true}', "got `bool` - at `$.steps`"),
-    ('{"steps": 1000000}', "steps is 1000000; it must lie between 1 and 1000"),
+    ('{"steps": 1000000}', "steps is 1000000; it must be between 1 and 1000"),
     ('{"steps": 1' + "0" * 400 + "}", "a number of 401 digits"),
     ('{"shift": NaN}', "the number NaN"),
     ('{"guidance_scale": Infinity}', "the number Infinity"),
     ('{"width": 65}', "width is 65; it must be a multiple of 16, from 16 to 16384. The nearest are 64 and 80"),
     ('{"width": 999999984}', "The nearest is 16384"),
-    ('{"width": 16384, "height": 16384}', "more pixels than a video can have. Give at most 29 frames"),
+    ('{"width": 16384, "height": 16384}', "pixels, a video's limit. Give at most 29 frames"),
     ('{"num_frames": 18}', "The nearest are 17 and 21"),
     ('{"fps": 0}', "fps is 0; it must lie between 1 and 240"),
     ('{"width": [64]}', "got `array` - at `$.width`"),

@@ -84,8 +84,8 @@ def test_a_warm_up_is_not_recorded(one_rank, specs, tmp_path):
 
 
 @pytest.mark.parametrize("given, says", [
-    ({"first_step": 6, "last_step": 6}, ["begin with step 6", "the job has 5", "from 1 to 5"]),
-    ({"rank": 1}, ["rank 1", "1 rank(s)"]),
+    ({"first_step": 6, "last_step": 6}, ["first_step is 6", "the job has 5", "from 1 to 5"]),
+    ({"rank": 1}, ["rank is 1", "1 rank(s)"]),
 ])  # fmt: skip
 def test_what_cannot_be_recorded_is_refused_before_anything_runs(new_runtime, specs, tmp_path, given, says):
     with new_runtime(1) as runtime:
@@ -135,4 +135,4 @@ def test_a_profiler_that_fails_in_silence_is_told_of(caplog):
     """torch_npu's catches its own errors, and writes nothing then."""
     profile = ProfileSpec(folder="/profiles", rank=1)
     client._log_extras(Result(info={"cfg_degree": 1}), profile)
-    assert "written nothing of steps 2 to 2 on rank 1" in caplog.text
+    assert "not written a recording of steps 2 to 2 on rank 1" in caplog.text

@@ -11,7 +11,7 @@ from ascend_runtime import ParallelSpec, SampleSpec
 from ascend_runtime.acceleration import masks
 from ascend_runtime.acceleration.bricks import bricks, by_frames, by_places, tiles
 from ascend_runtime.models.shared.block_stack import At
-from ascend_runtime.acceleration.rainfusion import RainFusion, version_of
+from ascend_runtime.acceleration.rainfusion import JobSize, RainFusion, version_of
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, RainFusionSpec
@@ -61,7 +61,7 @@ def test_an_order_has_each_token_once_and_goes_back(name, text):
         tokens = video + text
         assert order.tokens.sort().values.tolist() == list(range(tokens)), grid
         x = torch.randn(2, tokens, 3, 4)
-        assert torch.equal(order.undone(order.of(x)), x) and order.of(x).is_contiguous()
+        assert torch.equal(order.undo(order.apply(x)), x) and order.apply(x).is_contiguous()
         kept = {place // 128 for place, token in enumerate(order.tokens.tolist())
                 if token < grid[1] * grid[2] or token >= video}  # fmt: skip
         assert order.protected.nonzero().flatten().tolist() == sorted(kept)
@@ -110,7 +110,7 @@ def inputs(grid, heads=3, head_dim=16, batch=1, seed=0):
 def test_the_best_blocks_are_those_of_plain_loops(name):
     for number, grid in enumerate(some_grids(8)):
         order = ORDERS[name](grid)
-        query, key, _ = (order.of(x) for x in inputs(grid, batch=2, seed=number))
+        query, key, _ = (order.apply(x) for x in inputs(grid, batch=2, seed=number))
         sparsity = (0.3, 0.64, 0.9)[number % 3]
         mask = masks.best(query, key, sparsity, order.protected)
         expected, sure = spelt_out_best(query, key, sparsity, order.protected)
@@ -291,7 +291,7 @@ def test_a_mask_is_chosen_anew_also_where_a_cache_leaves_out_the_step_that_would
     """Masks serve for two steps, from step 0 on; a cache computes the odd ones, so each step finds an older mask."""
     grid, plans = (2, 8, 16), []
     spec = RainFusionSpec(sparsity=0.8, start=0, refresh=2)
-    fusion = RainFusion(spec, grid, 8, 1, PlainOperators(), Tally(Work((BlockWork(1.0, 1.0, 1.0),), rest=0.0)))
+    fusion = RainFusion(spec, JobSize(grid, 8, 1), PlainOperators(), Tally(Work((BlockWork(1.0, 1.0, 1.0),), rest=0.0)))
     version, qkv = fusion._version, torch.randn(3, 1, math.prod(grid), 1, 16)
     fusion._version = lambda *given: (plans.append(given[-1] is not None), version(*given))[1]
     for step in (0, 1, 3, 5, 6, 7):

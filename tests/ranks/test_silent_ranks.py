@@ -150,5 +150,5 @@ def test_silence_is_noticed_with_what_each_rank_does(ranks, specs, monkeypatch, 
     with caplog.at_level(logging.WARNING):
         ranks.load(model=specs.model, on_notice=hear)
     text, again = notices
-    assert text.startswith("No word from the ranks for 1 s") and "Rank 1 is stopped by a signal" in text
-    assert "The ranks report again, after" in again and text in caplog.text
+    assert text.startswith("The ranks have not reported for 1 s") and "Rank 1 is stopped by a signal" in text
+    assert "The ranks report again after" in again and text in caplog.text

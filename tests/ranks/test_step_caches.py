@@ -280,7 +280,7 @@ def test_a_models_own_calibration_comes_first_and_must_be_of_its_experts():
                             defaults=WAN21_TEXT, pixels_of=math.prod)  # fmt: skip
     assert generation._known(model, request) == own
     model.adapters["low_noise"] = None
-    with pytest.raises(ValueError, match="is of high_noise, but the model has high_noise, low_noise. Calibrate"):
+    with pytest.raises(ValueError, match="is for high_noise, but the model has high_noise, low_noise. Calibrate"):
         generation._known(model, request)
 
 
@@ -289,7 +289,7 @@ def test_a_model_of_which_nothing_is_known(one_rank, specs):
     assert told["calibration"] == {"high_noise": "nothing is known"}
     halves = Calibration(ratios=(1.0, 0.9), source="published")
     assert [halves.source_for(method) for method in ("magcache", "teacache")] == ["published", "nothing is known"]
-    with pytest.raises(ValueError, match="nothing is known of this model. Run `python -m ascend_runtime calibrate"):
+    with pytest.raises(ValueError, match="this model has no calibration. Run `python -m ascend_runtime calibrate"):
         ours(one_rank, specs.model, specs.text(1), method="magcache")
 
 

@@ -19,7 +19,7 @@ from ascend_runtime import (
 from ascend_runtime.wire import messages
 from ascend_runtime.engine.job import Job
 from ascend_runtime.parallel.mesh import mesh_of
-from ascend_runtime.engine.pipeline import Pipeline
+from ascend_runtime.engine.pipeline import RankPipeline
 from ascend_runtime.wire.channel import Channel, channel_pair
 
 SHAPE = (1, 16, 2, 4, 6)
@@ -129,7 +129,7 @@ def alone():
 def test_both_experts_run_in_it(alone, checkpoints, specs_of, boundary, calls):
     """Each computes both branches, before the one step of the job."""
     specs = specs_of(checkpoints(experts=2))
-    pipeline, called = Pipeline(torch.device("cpu")), []
+    pipeline, called = RankPipeline(torch.device("cpu")), []
     specs.model = DiffusionModelSpec(path=str(specs.folder), boundary=boundary)
     model = pipeline.components.get(specs.model, lambda done, total: None)
     for name, expert in (("high", model.high_noise), ("low", model.low_noise)):
@@ -148,7 +148,7 @@ def test_both_experts_run_in_it(alone, checkpoints, specs_of, boundary, calls):
 def test_attention_begins_dense_and_sparse_also_for_a_job_of_one_expert(alone, checkpoints, specs_of, sigmas, expert):
     """A schedule cut in two has the other expert in the warm-up alone."""
     specs = specs_of(checkpoints(experts=2))
-    pipeline, attended = Pipeline(torch.device("cpu")), []
+    pipeline, attended = RankPipeline(torch.device("cpu")), []
     model = pipeline.components.get(specs.model, lambda done, total: None)
     for name, network in (("high", model.high_noise), ("low", model.low_noise)):
         network.blocks[0].attn1.register_forward_pre_hook(

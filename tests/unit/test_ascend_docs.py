@@ -7,7 +7,7 @@ import pytest
 import torch
 from ascend_runtime.hardware import host
 from ascend_runtime.ops import precision
-from ascend_runtime.hardware.environment import NPU, ORIGINAL, Choice, Whole
+from ascend_runtime.hardware.environment import NPU, ORIGINAL_VARIABLES, Choice, WholeNumber
 from ascend_runtime.specs.jobs import ATTENTIONS
 from benchmarks import workloads
 
@@ -37,21 +37,21 @@ def document(request):
     return request.param
 
 
-@pytest.mark.parametrize("row", [*NPU, *ORIGINAL], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*NPU, *ORIGINAL_VARIABLES], ids=lambda row: row.name)
 def test_every_variable_with_its_default_and_what_is_legal(document, row):
     cells = rows_by_name(DOCUMENTS[document])[row.name]
     if row in NPU:
         assert cells.pop(0) == (f"`{row.default}`" if row.default is not None else "-")
     if isinstance(row.legal, Choice):
         assert tuple(quoted(cells[0])) == row.legal.values
-    elif isinstance(row.legal, Whole):
+    elif isinstance(row.legal, WholeNumber):
         high = [] if row.legal.high == NO_LIMIT else [str(row.legal.high)]
         assert quoted(cells[0]) == [str(row.legal.low), *high]
     assert cells[1]
 
 
 def test_no_variable_that_is_not_there(document):
-    known = {row.name for row in (*NPU, *ORIGINAL)} | set(ATTENTIONS)
+    known = {row.name for row in (*NPU, *ORIGINAL_VARIABLES)} | set(ATTENTIONS)
     known |= {name for name, rule in vars(precision).items() if isinstance(rule, precision.DtypeRule)}
     assert set(rows_by_name(DOCUMENTS[document])) == known
 

@@ -46,30 +46,30 @@ def process(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mount, none", [(V1, -1), (V2, "max")])
 @pytest.mark.parametrize("quota, expected", [(400_000, 4), (350_000, 3), (50_000, 1), (9_000_000, 16), (None, 16)])
 def test_a_containers_quota_bounds_the_cores(process, mount, none, quota, expected):
-    assert cores.usable(process("/", mount, _=(quota or none, 100_000))) == expected
+    assert cores.usable_cores(process("/", mount, _=(quota or none, 100_000))) == expected
 
 
 @pytest.mark.parametrize("mount, none", [(V1, -1), (V2, "max")])
 def test_the_tightest_group_above_counts(process, mount, none):
     quotas = {"a": (300_000, 100_000), "a_b": (none, 100_000), "a_b_c": (1_000_000, 100_000), "x": (100, 100_000)}
-    assert cores.usable(process("/a/b/c", mount, **quotas)) == 3
+    assert cores.usable_cores(process("/a/b/c", mount, **quotas)) == 3
 
 
 @pytest.mark.parametrize("group, root", [("/docker/1", "/docker/1"), ("/docker/1/in", "/docker/1"), ("/../2", "/"),
                                          ("/other", "/docker/1")])  # fmt: skip
 def test_a_container_that_sees_only_its_own_group(process, group, root):
-    assert cores.usable(process(group, V1, root, _=(200_000, 100_000))) == 2
+    assert cores.usable_cores(process(group, V1, root, _=(200_000, 100_000))) == 2
 
 
 @pytest.mark.parametrize("text", ["", "max", "nonsense 100000", "100000 0"])
 def test_a_file_without_a_quota(process, tmp_path, text):
     proc = process("/", V2)
     (tmp_path / "cgroup" / "cpu.max").write_text(text)
-    assert cores.usable(proc) == 16
+    assert cores.usable_cores(proc) == 16
 
 
 def test_without_proc(tmp_path):
-    assert cores.usable(tmp_path) == BOUND
+    assert cores.usable_cores(tmp_path) == BOUND
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def real_group():
 def test_a_real_group(real_group):
     code = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); " \
            "from ascend_runtime.hardware import cores; " \
-           "print(cores.usable(), *cores._quotas(cores.PROCESS))"  # fmt: skip
+           "print(cores.usable_cores(), *cores._quotas(cores.PROCESS))"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, str(real_group / "cgroup.procs")], cwd=ROOT, text=True,
                           capture_output=True, timeout=120, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -110,8 +110,8 @@ def test_a_real_group(real_group):
     (2, {"OMP_NUM_THREADS": "3"}, "3"), (2, {"OMP_NUM_THREADS": "4,2"}, "4,2"),
 ])  # fmt: skip
 def test_threads_are_the_users_or_an_equal_part(ranks, environ, threads, monkeypatch):
-    monkeypatch.setattr(cores, "usable", lambda: 8)
-    chosen = cores.shared(ranks, environ)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
+    chosen = cores.thread_variables(ranks, environ)
     assert chosen["OMP_NUM_THREADS"] == threads
     assert chosen.get("ASCEND_RUNTIME_ALL_THREADS") == (None if environ.get("OMP_NUM_THREADS") else "8")
 
@@ -119,7 +119,7 @@ def test_threads_are_the_users_or_an_equal_part(ranks, environ, threads, monkeyp
 @pytest.mark.parametrize("asked", ["0", "-1", "many", "2,", "1.5"])
 def test_a_number_of_threads_that_is_none(asked):
     with pytest.raises(ValueError, match=f"OMP_NUM_THREADS is '{asked}'; it can be the number of threads"):
-        cores.shared(2, {"OMP_NUM_THREADS": asked})
+        cores.thread_variables(2, {"OMP_NUM_THREADS": asked})
 
 
 @pytest.mark.parametrize("theirs, own, threads", [
@@ -127,7 +127,7 @@ def test_a_number_of_threads_that_is_none(asked):
 ])  # fmt: skip
 def test_what_a_rank_is_started_with(monkeypatch, theirs, own, threads):
     """Ranks that are started with it are in tests/unit/test_environment.py."""
-    monkeypatch.setattr(cores, "usable", lambda: 8)
+    monkeypatch.setattr(cores, "usable_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", theirs)
     with socket.create_server(("127.0.0.1", 0)) as rendezvous:
         environment = RankGroup(2, "cpu", own)._rank_environment(0, 99, rendezvous)

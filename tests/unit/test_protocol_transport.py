@@ -206,7 +206,7 @@ def test_the_end_of_the_other_side_is_seen(ends):
 @pytest.mark.parametrize("bytes_sent", [3, 20])
 def test_an_end_inside_a_message_is_seen(bytes_sent):
     ours, theirs = channel_pair()
-    header = channel._HEADER.pack(channel._MARK, 100, 0, 0) + bytes(100)
+    header = channel._HEADER.pack(channel._MAGIC, 100, 0, 0) + bytes(100)
     theirs.send(header[:bytes_sent])
     theirs.close()
     with pytest.raises(ChannelClosed):
@@ -218,7 +218,7 @@ def test_only_known_messages_are_read():
     for body in (b"\xc1", msgspec.msgpack.encode({"type": "Unknown"}), msgspec.msgpack.encode({"type": "Ping"})):
         with pytest.raises(messages.Undecodable):
             messages.decode(body, None, [])
-    with pytest.raises(ValueError, match="object cannot travel"):
+    with pytest.raises(ValueError, match="object cannot be sent"):
         messages.encode(Done(job=1, info={"thing": object()}))
 
 

@@ -93,11 +93,11 @@ def test_titles_do_not_make_a_new_job():
 
 
 def test_seeds():
-    assert list(seeds.parse("1,2,3")) == [1, 2, 3] and list(seeds.parse("0-4")) == [0, 1, 2, 3, 4]
-    assert list(seeds.parse("7, 2-3")) == [7, 2, 3]
+    assert list(seeds.parse_seeds("1,2,3")) == [1, 2, 3] and list(seeds.parse_seeds("0-4")) == [0, 1, 2, 3, 4]
+    assert list(seeds.parse_seeds("7, 2-3")) == [7, 2, 3]
     for wrong in ("", "a", "3-1", "1,,2", "-1"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is no seed"):
-            seeds.parse(wrong)
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a seed"):
+            seeds.parse_seeds(wrong)
 
 
 def test_starts_without_torch():
@@ -241,7 +241,7 @@ def test_stopping_it_interrupts_its_job_and_no_other(command, server, tiny, numb
 
 def test_a_job_beyond_its_time_is_interrupted_and_the_next_one_runs(command, server, tiny):
     status, table = command(with_steps(tiny, 1000), f"{CIRCLE}\n{SQUARE}", "--timeout", "2")
-    assert status == 1 and table.count("FAILED: ran for more than 2 s") == 2 and len(command.records) == 2
+    assert status == 1 and table.count("FAILED: interrupted after 2 s") == 2 and len(command.records) == 2
     assert command(tiny, CIRCLE)[0] == 0
 
 
@@ -254,13 +254,13 @@ def test_a_job_taken_from_the_queue_is_reported(command, server, tiny):
     server.post("/queue", {"delete": [waiting[0][1]]})
     table, _ = process.communicate(timeout=60)
     server.post("/interrupt", {"prompt_id": ahead})
-    assert process.returncode == 1 and "FAILED: taken from ComfyUI's queue" in table
+    assert process.returncode == 1 and "FAILED: removed from ComfyUI's queue" in table
 
 
 def test_a_refused_workflow_names_its_nodes(command, tiny):
     wrong = with_steps(tiny, -1)
     assert command(wrong, CIRCLE) == (2, "")
-    assert "ComfyUI refused the workflow" in command.log
+    assert "ComfyUI rejects the workflow" in command.log
     assert "node 8 (Ascend Sampler): Value -1 smaller than min of 0: steps" in command.log
 
 
@@ -290,13 +290,13 @@ def test_a_workflow_in_ui_format_is_converted(command, server):
 @pytest.mark.parametrize("graph, prompts, options, said", [
     (None, CIRCLE, [], "No ComfyUI answers at http://127.0.0.1:"),
     (Path("none.json"), CIRCLE, [], "Cannot read the workflow none.json: No such file"),
-    ("{", CIRCLE, [], "is no JSON"),
+    ("{", CIRCLE, [], "is not valid JSON"),
     ({"last_node_id": 1}, CIRCLE, [], "is not a ComfyUI workflow"),
     (BLANK, CIRCLE, [], "No positive prompt found"),
-    (None, "# nothing\n", [], "has no line to use"),
+    (None, "# nothing\n", [], "has no entries"),
     (None, CIRCLE, ["--prompts", "none.txt"], "Cannot read --prompts none.txt: No such file"),
     (None, CIRCLE, ["--images", "none.txt"], "Cannot read --images none.txt: No such file"),
-    (None, CIRCLE, ["--results", "notes.md"], "a line that is no record of this command: '# Title"),
+    (None, CIRCLE, ["--results", "notes.md"], "a line that is not a record of this command: '# Title"),
     (None, CIRCLE, ["--results", "tests"], "Cannot write --results tests: Is a directory"),
 ])
 def test_what_cannot_be_done_is_one_message(tmp_path, tiny, graph, prompts, options, said):

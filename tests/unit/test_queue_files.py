@@ -30,7 +30,7 @@ from lying_comfyui import LyingComfyUI, answer
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "workflows" / "api" / "tiny_wan_text_to_video.json"
-RECORD = results.Record("k", "p", 1, None, "success", 1.5, ["a.mp4"])
+RECORD = results.JobRecord("k", "p", 1, None, "success", 1.5, ["a.mp4"])
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(address.TOKEN_VARIABLE, raising=False)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     parser = argparse.ArgumentParser()
-    queue.add_command(parser.add_subparsers(), "")
+    queue.add_queue_command(parser.add_subparsers(), "")
 
     def run(*options, graph=WORKFLOW):
         arguments = parser.parse_args(["queue", str(graph), "--prompts", str(tmp_path / "prompts.txt"), "--results",
@@ -69,12 +69,12 @@ def test_seeds_of_overlapping_ranges_come_once_and_in_their_order():
 
 
 def test_seeds_are_made_one_at_a_time(run, tmp_path):
-    many = seeds.parse("5,0-18446744073709551615")
+    many = seeds.parse_seeds("5,0-18446744073709551615")
     assert many.count == 2**64 and list(islice(many, 3)) == [5, 0, 1]
-    assert seeds.parse(",".join(str(number) for number in range(0, 40_000, 2))).count == 20_000
+    assert seeds.parse_seeds(",".join(str(number) for number in range(0, 40_000, 2))).count == 20_000
     for wrong in ("18446744073709551616", "9" * 5000, "1-", "\u0661", "1\n-2"):
-        with pytest.raises(argparse.ArgumentTypeError, match="is no seed"):
-            seeds.parse(wrong)
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a seed"):
+            seeds.parse_seeds(wrong)
     with LyingComfyUI() as lying:
         lying.lies["POST /prompt"] = third_fails
         status, table, log = run("--port", str(lying.port), "--seeds", "0-9999999999")
@@ -101,7 +101,7 @@ def test_a_results_file_that_was_cut_anywhere_keeps_all_but_its_last_line(tmp_pa
     path = tmp_path / "results.jsonl"
     made = results.Results(path, pytest.fail)
     for key in ("first", "second"):
-        made.add(results.Record(key, "\u4e00\u53ea\u732b \ud83d", 3, None, "success", 1.5, [f"{key}.mp4"]))
+        made.add(results.JobRecord(key, "\u4e00\u53ea\u732b \ud83d", 3, None, "success", 1.5, [f"{key}.mp4"]))
     whole = path.read_bytes()
     second = whole.index(b"\n") + 1
     assert b"\\ud83d" in whole and "\u4e00".encode() in whole
@@ -123,7 +123,7 @@ def test_a_results_file_that_was_cut_anywhere_keeps_all_but_its_last_line(tmp_pa
 def test_a_file_of_something_else_is_refused_and_stays_as_it_is(tmp_path, content):
     path = tmp_path / "notes.md"
     path.write_bytes(content)
-    with pytest.raises(QueueError, match="has a line that is no record of this command"):
+    with pytest.raises(QueueError, match="has a line that is not a record of this command"):
         read(path)
     assert path.read_bytes() == content
 
@@ -144,7 +144,7 @@ def test_a_job_of_a_cut_line_runs_again_and_no_other(run, tmp_path):
         path.write_bytes(whole[:-20])
         status, table, log = run("--port", str(lying.port), "--seeds", "0-2")
         assert status == 0 and len(table.splitlines()) == 4
-        assert "was cut off, and is removed" in log and log.count("warning:") == 1
+        assert "was incomplete and has been removed" in log and log.count("warning:") == 1
         assert len(lying.asked("POST", "/prompt")) == 4
     assert [record["seed"] for record in records(path)] == [0, 1, 2]
 
@@ -152,7 +152,7 @@ def test_a_job_of_a_cut_line_runs_again_and_no_other(run, tmp_path):
 def test_a_record_that_cannot_be_written_is_printed_and_no_further_job_runs(tmp_path):
     """The kernel refuses to let the file grow, after room next to it was found."""
     path = tmp_path / "results.jsonl"
-    old = (results.Record(f"old {number}", "p" * 100, number, None, "success") for number in range(700))
+    old = (results.JobRecord(f"old {number}", "p" * 100, number, None, "success") for number in range(700))
     path.write_bytes(b"".join(map(results._encoded, old)))
     before = path.read_bytes()
     assert len(before) > results.OUTCOME + 5000
@@ -208,7 +208,7 @@ def test_each_way_to_stop_takes_the_job_back(tmp_path, number):
         wait_for(lambda: len(lying.asked("GET", "/queue")) > 1)
         process.send_signal(number)
         _, log = process.communicate(timeout=30)
-        assert process.returncode == 130 and "nothing of this command is left" in log and "Traceback" not in log
+        assert process.returncode == 130 and "no job of this command is left" in log and "Traceback" not in log
         assert not lying.jobs
     assert records(tmp_path / "results.jsonl") == []
 
@@ -232,7 +232,7 @@ def test_an_interrupt_while_a_job_is_handed_over_waits_for_the_answer(run):
 
     with LyingComfyUI({"POST /prompt": slow}, stays=True) as lying:
         status, _, log = run("--port", str(lying.port))
-        assert status == 130 and "nothing of this command is left" in log and not lying.jobs
+        assert status == 130 and "no job of this command is left" in log and not lying.jobs
 
 
 def test_an_interrupt_comes_after_what_must_be_whole():
@@ -249,10 +249,10 @@ def test_an_interrupt_comes_after_what_must_be_whole():
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"a cat\n\xff\xfe\n", "it is no text in UTF-8, for one in line 2 (byte 0xff)"),
+    (b"a cat\n\xff\xfe\n", "it is not valid UTF-8, first in line 2 (byte 0xff)"),
     (b"a\n" * (9 << 20), "it has more than 16 MiB"),
     (b"b" * (2 << 20), "has a line of more than 1 MiB"),
-    (b"# c\n", "has no line to use"),
+    (b"# c\n", "has no entries"),
 ])
 def test_prompts_that_are_none_are_refused_in_words(run, tmp_path, content, said):
     (tmp_path / "prompts.txt").write_bytes(content)
@@ -301,13 +301,13 @@ DEEP = '{"1": {"class_type": "A", "inputs": {"x": %s}}}'
 @pytest.mark.parametrize("content, said", [
     (DEEP % ("[" * 500 + "]" * 500), "is nested more than 100 levels deep"),
     (DEEP % ("[" * 90_000), "is nested more than 100 levels deep"),
-    (DEEP % "NaN", "it has NaN, which is no number"),
+    (DEEP % "NaN", "it has NaN, which is not a number"),
     (DEEP % '"\\ud83d"', "has half a character, '\\ud83d'"),
-    (DEEP % ("9" * 5000), "is no JSON"),
+    (DEEP % ("9" * 5000), "is not valid JSON"),
     ("[]", "is not a ComfyUI workflow"),
     ('{"1": {"class_type": 5, "inputs": {}}}', "is not a ComfyUI workflow"),
     (" " * (17 << 20), "it has more than 16 MiB"),
-    (b'{"\xff": 1}', "it is no text in UTF-8"),
+    (b'{"\xff": 1}', "it is not valid UTF-8"),
     ('{"1": {"class_type": "KSampler\\u001b[2J", "inputs": {}, "_meta": 5}}', "\\x1b[2J"),
 ])
 def test_a_workflow_that_is_none_is_refused_in_words(run, tmp_path, content, said):
@@ -319,7 +319,7 @@ def test_a_workflow_that_is_none_is_refused_in_words(run, tmp_path, content, sai
 def test_a_workflow_in_ui_format_needs_a_plain_server(run, tmp_path):
     (tmp_path / "graph.json").write_text('{"nodes": []}')
     log = run("--server", "https://host/comfy", graph=tmp_path / "graph.json")[2]
-    assert "comfy-cli, which converts it, does not reach https://host/comfy" in log
+    assert "comfy-cli, which converts it, supports only http://host:port, not https://host/comfy" in log
 
 
 def test_a_chain_of_many_nodes_and_many_samplers_is_searched_in_no_time():
@@ -341,7 +341,7 @@ def test_a_timeout_is_a_number_of_seconds(text):
 def test_a_negative_prompt_that_is_no_text_is_refused(run):
     with LyingComfyUI() as lying:
         log = run("--port", str(lying.port), "--negative", "a\udcff")[2]
-        assert "--negative is no text in UTF-8: 'a\\udcff'" in log and not lying.seen
+        assert "--negative is not valid UTF-8: 'a\\udcff'" in log and not lying.seen
 
 
 def test_work_beyond_its_time_is_left_to_itself():

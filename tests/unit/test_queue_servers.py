@@ -51,7 +51,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(connection.CA_VARIABLE, raising=False)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     parser = argparse.ArgumentParser()
-    queue.add_command(parser.add_subparsers(), "")
+    queue.add_queue_command(parser.add_subparsers(), "")
 
     def run(*options, graph=WORKFLOW):
         arguments = parser.parse_args(["queue", str(graph), "--prompts", str(tmp_path / "prompts.txt"), *options])
@@ -71,8 +71,8 @@ def messages(log):
 
 LOGIN = answer(b"<html>login</html>", Content_Type="text/html")
 LIES = {  # by name: what it answers, and a part of the message
-    "html instead of a job": ({"POST /prompt": LOGIN}, "answers to POST /prompt is not understood"),
-    "html with status 400": ({"POST /prompt": answer(b"<html>bad</html>", 400)}, "instead of reasons, '<html>bad"),
+    "html instead of a job": ({"POST /prompt": LOGIN}, "to POST /prompt is not ComfyUI's"),
+    "html with status 400": ({"POST /prompt": answer(b"<html>bad</html>", 400)}, "with status 400 and '<html>bad"),
     "a list instead of a job": ({"POST /prompt": answer([1])}, "Expected `object`, got `array` in '[1]'"),
     "a job without an id": ({"POST /prompt": answer({})}, "missing required field `prompt_id`"),
     "an id that is a path": ({"POST /prompt": answer({"prompt_id": "../../queue"})}, "prompt_id"),
@@ -83,35 +83,36 @@ LIES = {  # by name: what it answers, and a part of the message
     "a redirect with an endless body": ({"POST /prompt": flood(b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n")},
                                         "it redirects to /."),
     "an error that is a text": ({"POST /prompt": answer({"error": "so \x1b[2J", "node_errors": []}, 400)},
-                                "ComfyUI refused the workflow: so \\x1b[2J"),
+                                "ComfyUI rejects the workflow: so \\x1b[2J"),
     "reasons that are a text": ({"POST /prompt": answer({"node_errors": {"9": {"errors": "x"}}}, 400)},
                                 "instead of reasons"),
     "reasons without a class": ({"POST /prompt": answer({"error": {"message": "no"}, "node_errors": {
-        "9": {"errors": [{"message": "big", "details": None}]}}}, 400)}, "ComfyUI refused the workflow: no"),
-    "an html queue": ({"GET /queue": LOGIN}, "answers to GET /queue is not understood"),
+        "9": {"errors": [{"message": "big", "details": None}]}}}, 400)}, "ComfyUI rejects the workflow: no"),
+    "an html queue": ({"GET /queue": LOGIN}, "to GET /queue is not ComfyUI's"),
     "a queue that is a number": ({"GET /queue": answer({"queue_running": 5, "queue_pending": []})}, "queue_running"),
     "a queue without a field": ({"GET /queue": answer({})}, "missing required field `queue_running`"),
     "a nested queue": ({"GET /queue": answer(DEEP)}, "nested too deeply"),
-    "a queue in gzip": ({"GET /queue": answer(b"\x1f\x8b", Content_Encoding="gzip")}, "in the encoding gzip"),
+    "a queue in gzip": ({"GET /queue": answer(b"\x1f\x8b", Content_Encoding="gzip")}, "it has the encoding gzip"),
     "a queue without an end": ({"GET /queue": flood(HEAD + b"\r\n")}, "it has more than 4 MiB"),
     "a queue without an end in chunks": ({"GET /queue": flood(
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"100000\r\n" + bytes(1 << 20) + b"\r\n")}, "more than 4 MiB"),
     "a length of a chunk without an end": ({"GET /queue": flood(
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0" * (1 << 20))}, "No ComfyUI answers"),
     "a header without an end": ({"GET /queue": flood(HEAD + b"X: ", b"x" * (1 << 20))}, "No ComfyUI answers"),
-    "a body that drips": ({"GET /queue": drip(HEAD + b"Content-Length: 9999\r\n\r\n")}, "not answered within 0.3 s"),
-    "headers that drip": ({"GET /queue": drip(HEAD)}, "not answered within 0.3 s"),
-    "silence": ({"GET /queue": lambda request: request.comfyui.ended.wait(5)}, "does not answer|not answered"),
+    "a body that drips": (
+        {"GET /queue": drip(HEAD + b"Content-Length: 9999\r\n\r\n")}, "no answer to GET /queue within 0.3 s"),
+    "headers that drip": ({"GET /queue": drip(HEAD)}, "no answer to GET /queue within 0.3 s"),
+    "silence": ({"GET /queue": lambda request: request.comfyui.ended.wait(5)}, "does not answer|no answer to"),
     "a body that ends early": ({"GET /queue": raw(HEAD + b"Content-Length: 99\r\n\r\n{")}, "No ComfyUI answers"),
-    "no http": ({"GET /queue": raw(b"SSH-2.0-OpenSSH\r\n")}, "it speaks no HTTP"),
-    "nothing": ({"GET /queue": raw(b"")}, "it speaks no HTTP"),
-    "status 401": ({"GET /queue": answer(status=401)}, "status 401 (Unauthorized): it wants to know who asks"),
+    "no http": ({"GET /queue": raw(b"SSH-2.0-OpenSSH\r\n")}, "its answer is not HTTP"),
+    "nothing": ({"GET /queue": raw(b"")}, "its answer is not HTTP"),
+    "status 401": ({"GET /queue": answer(status=401)}, "status 401 (Unauthorized): it requires a token"),
     "status 403": ({"GET /queue": answer(status=403)}, "status 403 (Forbidden)"),
-    "status 404": ({"GET /queue": answer(status=404)}, "there is no ComfyUI. If it is behind a prefix"),
+    "status 404": ({"GET /queue": answer(status=404)}, "there is no ComfyUI. If it has a path prefix"),
     "status 400": ({"GET /queue": answer({"queue_running": [], "queue_pending": []}, 400)}, "status 400 (Bad"),
     "status 418": ({"GET /queue": answer(status=418)}, "which ComfyUI does not"),
-    "status 502": ({"POST /prompt": answer(status=502)}, "status 502 (Bad Gateway): ComfyUI, or a proxy"),
-    "an html history": ({"GET /history": LOGIN}, "is not understood"),
+    "status 502": ({"POST /prompt": answer(status=502)}, "status 502 (Bad Gateway): ComfyUI or its proxy"),
+    "an html history": ({"GET /history": LOGIN}, "is not ComfyUI's"),
     "a history that is a list": ({"GET /history": answer([1])}, "Expected `object`, got `array`"),
     "an endless history": ({"GET /history": flood(HEAD + b"\r\n", b"[" * 4096)}, "more than 1 MiB"),
 }
@@ -147,18 +148,18 @@ ENTRIES = {  # by name: a job's history entry, the exit status, and a part of th
     "no messages": (entry(messages=[]), 0, "42    -        a.mp4   a cat"),
     "no time": (entry(messages=[["execution_start", {}]]), 0, "42    -        a.mp4"),
     "a time that is no number": (entry(messages=[["a", {"timestamp": float("nan")}]]), 0, "42    -        a.mp4"),
-    "a time without an end": (entry(messages=[["a", {"timestamp": 1e300}]]), 2, "is not understood"),
-    "a time that is a text": (entry(messages=[["a", {"timestamp": "x"}]]), 2, "is not understood"),
+    "a time without an end": (entry(messages=[["a", {"timestamp": 1e300}]]), 2, "is not ComfyUI's"),
+    "a time that is a text": (entry(messages=[["a", {"timestamp": "x"}]]), 2, "is not ComfyUI's"),
     "an error without a reason": (entry(status="error", messages=[["execution_error", {"timestamp": 3}]]), 1,
-                                  "FAILED: ComfyUI says that it failed, and not why"),
+                                  "FAILED: ComfyUI reports a failure without a reason"),
     "an error with a reason": (entry(status="error", messages=[["execution_error", {
         "timestamp": 3, "node_id": "8", "node_type": "A\x1b[31m", "exception_message": "no\nroom "}]]), 1,
         "FAILED: node 8 (A\\x1b[31m): no room"),
     "an interrupt": (entry(status="error", messages=[["execution_interrupted", {}]]), 1, "interrupted in ComfyUI"),
-    "another status": (entry(status="splendid"), 2, "is not understood"),
+    "another status": (entry(status="splendid"), 2, "is not ComfyUI's"),
     "no status": ({"outputs": {}}, 2, "missing required field `status`"),
     "a list": ([1], 2, "Expected `object`, got `array`"),
-    "outputs that are texts": ({**entry(), "outputs": "x"}, 2, "is not understood"),
+    "outputs that are texts": ({**entry(), "outputs": "x"}, 2, "is not ComfyUI's"),
     "outputs of all kinds": ({**entry(), "outputs": {"1": None, "2": {"x": 5, "y": [[{}], None], "z": {}}}}, 0,
                              "no file saved"),
 }
@@ -217,7 +218,7 @@ def test_a_proxy_without_websockets_costs_the_progress_only(run, lie, said):
 
 def test_progress_of_the_job_is_shown_with_no_escape_sequence(run, monkeypatch):
     shown = []
-    monkeypatch.setattr(queue.Progress, "note", lambda self, text, now=False: shown.append((text, now)))
+    monkeypatch.setattr(queue.ProgressDisplay, "note", lambda self, text, now=False: shown.append((text, now)))
     job = "0" * 8
     progress = '{"type":"progress","data":{"value":%s,"max":4,"node":"%s","prompt_id":"%s"}}'
     frames = [progress % (1, "8", "another"), progress % (2.0, "8", job), progress % (3, r"\u001b[2J", job), STATUS]
@@ -238,7 +239,7 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(run, monkeypatch):
 
 
 def test_a_server_that_says_nothing_leaves_progress_as_it_was(run, monkeypatch):
-    monkeypatch.setattr(queue, "Progress", partial(queue.Progress, every=0.1))
+    monkeypatch.setattr(queue, "ProgressDisplay", partial(queue.ProgressDisplay, every=0.1))
     monkeypatch.setattr("ascend_runtime.commands.progress.REFRESH", 0.05)
     with LyingComfyUI(stays=True) as lying:
         log = run("--port", str(lying.port), "--timeout", "2")[2]
@@ -266,7 +267,7 @@ def test_a_job_whose_server_stops_making_sense_is_interrupted_by_its_own_id(run)
     with LyingComfyUI(stays=True) as lying:
         lying.lies["POST /prompt"] = break_queue
         status, _, log = run("--port", str(lying.port))
-        assert status == 2 and "GET /queue is not understood" in log and not lying.jobs
+        assert status == 2 and "GET /queue is not ComfyUI's" in log and not lying.jobs
         assert len(lying.asked("POST", "/interrupt")) == 1
 
 
@@ -285,8 +286,8 @@ def test_a_job_that_cannot_be_taken_back_is_named(run):
 
 
 @pytest.mark.parametrize("lie, said", [
-    (answer({"name": "../b.png"}), "another name"), (LOGIN, "POST /upload/image is not understood"),
-    (answer(b"no", 400), "refused the image"), (answer(status=413), "--max-upload-size"),
+    (answer({"name": "../b.png"}), "renamed the image"), (LOGIN, "POST /upload/image is not ComfyUI's"),
+    (answer(b"no", 400), "rejects the image"), (answer(status=413), "--max-upload-size"),
 ])
 def test_an_image_that_the_server_does_not_take_is_one_message(run, tmp_path, lie, said):
     (tmp_path / "a.png").write_bytes(b"content")
@@ -312,21 +313,24 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("text", ADDRESSES)
 def test_an_address_is_taken_as_people_write_it(text):
-    assert address.parse(text).url == ADDRESSES[text]
+    assert address.parse_address(text).url == ADDRESSES[text]
+
+
+INVALID = "not a valid server address"
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "no address"), ("a b", "no address"), ("host\n", "no address"), ("host:\x1b", r"no address"),
-    ("ftp://host", "begins with ftp://"), ("ws://host", "begins with ws://"), ("host:99999", "no address"),
-    ("host:0", "1 to 65535"), ("host:x", "no address"), ("http://", "names no host"), ("http://:8188", "no host"),
-    ("http://[::1", "no address"), ("fe80::1%eth0", "with an interface"), ("[fe80::1%25eth0]:1", "an interface"),
-    ("http://a..b:1:2", "no address"), ("http://host\\@other", "no address"),
-    ("http://host/?token=secret", "has a query"), ("http://user:secret@host", "credentials do not belong"),
-    ("http://user:secret@host:x", "credentials do not belong"), ("http://user@ho st", "no address"),
+    ("", INVALID), ("a b", INVALID), ("host\n", INVALID), ("host:\x1b", INVALID),
+    ("ftp://host", "begins with ftp://"), ("ws://host", "begins with ws://"), ("host:99999", INVALID),
+    ("host:0", "1 to 65535"), ("host:x", INVALID), ("http://", "it has no host"), ("http://:8188", "no host"),
+    ("http://[::1", INVALID), ("fe80::1%eth0", "with an interface"), ("[fe80::1%25eth0]:1", "an interface"),
+    ("http://a..b:1:2", INVALID), ("http://host\\@other", INVALID),
+    ("http://host/?token=secret", "has a query"), ("http://user:secret@host", "can read credentials"),
+    ("http://user:secret@host:x", "can read credentials"), ("http://user@ho st", INVALID),
 ])
 def test_an_address_that_is_none_is_refused_and_shows_no_secret(text, said):
     with pytest.raises(QueueError, match=said) as refusal:
-        address.parse(text)
+        address.parse_address(text)
     assert "secret" not in str(refusal.value)
 
 
@@ -343,11 +347,11 @@ def test_host_and_port_stay_what_they_were(host, port, url):
 
 
 def test_a_server_and_a_host_are_one_too_many(run):
-    assert "leave --host and --port out" in run("--server", "localhost", "--port", "1")[2]
+    assert "Remove --host and --port" in run("--server", "localhost", "--port", "1")[2]
 
 
 def test_without_a_server_the_reason_is_in_words(run):
-    assert "nothing listens" in run("--port", str(free_port()))[2]
+    assert "the connection is refused" in run("--port", str(free_port()))[2]
     assert "no such host" in run("--server", "no-such-host.invalid")[2]
 
 
@@ -374,7 +378,7 @@ def test_a_prefix_stands_before_every_path(run):
         assert status == 0 and not messages(log)
         paths = {path for _, path, _, _ in lying.seen}
         assert "/comfy/ws" in paths and all(path.startswith("/comfy/") for path in paths)
-        assert "If it is behind a prefix" in run("--port", str(lying.port))[2]
+        assert "If it has a path prefix" in run("--port", str(lying.port))[2]
 
 
 @pytest.fixture(scope="module")
@@ -407,9 +411,9 @@ def test_a_certificate_that_is_not_trusted_is_one_message(run, certificate, monk
         assert status == 2 and len(messages(log)) == 1
         assert "its certificate is not trusted (self" in log and connection.CA_VARIABLE in log
         assert not lying.seen
-        assert "speaks no HTTP" in run("--server", f"http://localhost:{lying.port}")[2]
+        assert "its answer is not HTTP" in run("--server", f"http://localhost:{lying.port}")[2]
     with LyingComfyUI() as lying:
-        assert "Is it http:// and not https://?" in run("--server", f"https://localhost:{lying.port}")[2]
+        assert "Is it http:// instead of https://?" in run("--server", f"https://localhost:{lying.port}")[2]
         for wrong in (tmp_path / "none.pem", WORKFLOW):
             monkeypatch.setenv(connection.CA_VARIABLE, str(wrong))
             assert "has no certificates in PEM format" in run("--server", f"https://localhost:{lying.port}")[2]
@@ -432,7 +436,7 @@ def test_a_token_goes_to_its_server_and_nowhere_else(run, monkeypatch):
             assert "secret-token" not in table + again
         lying.lies = {"GET /queue": answer(status=401)}
         refused = run("--port", str(lying.port))[2]
-        assert "it refuses the token given" in refused and "secret-token" not in log + refused
+        assert "it rejects the token" in refused and "secret-token" not in log + refused
         assert not other.seen
 
 
@@ -445,7 +449,7 @@ def test_a_token_comes_from_the_variable_that_is_named(run, monkeypatch):
         for wrong in ("a\r\nHost: evil", "t\u00f6ken", "a\tb"):
             monkeypatch.setenv("MINE", wrong)
             log = run("--port", str(lying.port), "--token-env", "MINE")[2]
-            assert "holds what no token can" in log and wrong not in log
+            assert "which a token cannot have" in log and wrong not in log
     monkeypatch.setenv(address.TOKEN_VARIABLE, "")
     with LyingComfyUI() as lying:
         assert run("--port", str(lying.port))[0] == 0 and tokens(lying) == {None}
@@ -455,7 +459,7 @@ def test_a_token_comes_from_the_variable_that_is_named(run, monkeypatch):
 def test_a_token_without_encryption_is_warned_of(run, monkeypatch, host, warned):
     monkeypatch.setenv(address.TOKEN_VARIABLE, "secret")
     log = run("--server", f"http://{host}:{free_port()}")[2]
-    assert ("warning: the token goes to" in log) is warned
+    assert ("warning: the token is sent to" in log) is warned
 
 
 def test_a_proxy_of_the_environment_is_not_used(run, monkeypatch):

@@ -1,8 +1,8 @@
 """What is told of a sampling job, in a line; and the presets that it may have been done with."""
 
 import pytest
-from ascend_runtime.specs.acceleration import WAYS
-from ascend_runtime.specs.presets import PRESETS, SPECS, TABLE, chosen, listed
+from ascend_runtime.specs.acceleration import METHOD_FIELDS
+from ascend_runtime.specs.presets import PRESETS, SPECS, TABLE, chosen, describe_presets
 from ascend_runtime.acceleration.report import words_of
 
 FACTS = {
@@ -16,24 +16,24 @@ def told(accelerators, **changes):
 
 
 def test_words():
-    speed = "31 % of the FLOPs saved; 2.10 s a step; 1.39x predicted, 1.36x seen"
+    speed = "31 % of the FLOPs saved; 2.10 s a step; 1.39x predicted, 1.36x measured"
     assert told({"attention_cache": ""}) == f"AttentionCache: 14 of 40 steps reused, {speed}"
     assert told({"rainfusion": "v2"}) == f"RainFusion v2: attention 42 % dense, {speed}"
     both = {"step_cache": "fbcache", "rainfusion": "v3"}
     assert told(both) == f"fbcache and RainFusion v3: 14 of 40 steps reused, attention 42 % dense, {speed}"
-    assert told({"block_cache": ""}, seen_speed_up=None).endswith("1.39x predicted, no whole step to compare with")
+    assert told({"block_cache": ""}, seen_speed_up=None).endswith("1.39x predicted, no full step to compare")
     assert told({"block_cache": ""}, flops_saved=0.0).endswith("0 % of the FLOPs saved; 2.10 s a step")
     unknown = told({"step_cache": "teacache"}, calibration={"high_noise": "published", "low_noise": "nothing is known"})
     assert unknown == f"teacache: 14 of 40 steps reused, {speed}; not calibrated for this model"
-    assert words_of({"steps": 4}, {"denoise": 1.0}) == "4 steps, 0.250 s a step; nothing left out"
+    assert words_of({"steps": 4}, {"denoise": 1.0}) == "4 steps, 0.250 s a step; nothing skipped"
 
 
 @pytest.mark.parametrize("kind, method", [(kind, method) for kind, methods in TABLE.items() for method in methods])
 def test_every_preset_is_legal_and_listed(kind, method):
-    way = {WAYS[kind]: method} if kind in WAYS else {}
+    way = {METHOD_FIELDS[kind]: method} if kind in METHOD_FIELDS else {}
     specs = [chosen(kind, preset, **way) for preset in PRESETS]
     assert len(set(specs)) == 3 and all(isinstance(spec, SPECS[kind]) for spec in specs)
-    assert all(preset in listed(kind) for preset in PRESETS)
+    assert all(preset in describe_presets(kind) for preset in PRESETS)
 
 
 def test_values_replace_those_of_a_preset():
@@ -44,7 +44,7 @@ def test_values_replace_those_of_a_preset():
 @pytest.mark.parametrize("kind, preset, values, says", [
     ("teacache", None, {}, "no accelerator 'teacache'; it can be one of attention_cache"),
     ("rainfusion", "best", {}, "preset of rainfusion is 'best'; it can be one of quality, balanced, fast"),
-    ("block_cache", None, {"ratio": 2}, "block_cache has no ratio; what can be set is start, end"),
+    ("block_cache", None, {"ratio": 2}, "block_cache has no field ratio; it has start, end"),
 ])  # fmt: skip
 def test_what_is_no_accelerator_is_refused(kind, preset, values, says):
     with pytest.raises(ValueError, match=says):

@@ -1,4 +1,4 @@
-"""Makes one video as it is and with each setting of accelerators, and shows what that saves and changes."""
+"""Makes one video without accelerators and with each setting, and shows what each saves and changes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ...recognition.defaults import model_defaults
 from ...recognition.layout import vae_form
 from ...specs import AccelerationSpec, DiffusionModelSpec, SampleSpec, TextEncoderSpec, VaeForm, VaeSpec, VideoSize
 from .. import video_options
-from ..progress import Progress
+from ..progress import ProgressDisplay
 from .settings import Setting, parallel_of, settings_of
-from .table import PLAIN, Row, markdown
+from .table import PLAIN_VIDEO, ResultRow, markdown
 
 
 @dataclass(frozen=True)
 class Video:
-    """What is made, once plain and once with each setting. spec: filled with the model's own."""
+    """The video to compare, made once plain and once with each setting. spec: with the model's own values filled in."""
 
     model: DiffusionModelSpec
     encoder: TextEncoderSpec
@@ -43,7 +43,7 @@ class Video:
 
     @classmethod
     def of(cls, arguments: Namespace) -> Video:
-        """Raises ValueError where the model cannot be read, or makes no such video."""
+        """Raises ValueError if the model cannot be read, or does not support such a video."""
         own = model_defaults(arguments.model, arguments.low_noise)
         vae = VaeSpec(path=arguments.vae or arguments.model)
         form = vae_form(vae.path)
@@ -59,10 +59,10 @@ class Video:
         )
 
 
-def run(arguments: Namespace, progress: Progress | None = None) -> int:
-    """Compares, prints the table, writes the files. Returns 0 where all settings ran, 1 where one or all were refused.
-    Raises ValueError and OSError, KeyboardInterrupt where that ended it; then nothing is written."""
-    progress = progress or Progress()
+def run(arguments: Namespace, progress: ProgressDisplay | None = None) -> int:
+    """Compares, prints the table and writes the files. Returns 0 if all settings ran, 1 if any was rejected. If it
+    raises (ValueError, OSError, KeyboardInterrupt), it writes nothing."""
+    progress = progress or ProgressDisplay()
     settings = [setting for text in arguments.setting for setting in settings_of(text)]
     with _folder(arguments.output):
         try:
@@ -74,7 +74,7 @@ def run(arguments: Namespace, progress: Progress | None = None) -> int:
             raise ValueError(str(error)) from error
         progress.title("")
         progress.begin("writing the clip")
-        write(rows, frames, given, arguments.output, video.fps)
+        write_files(rows, frames, given, arguments.output, video.fps)
     progress.end()
     print(printable_lines(f"{markdown(rows)}\n{arguments.output}: comparison.md, .json, .png, .mp4"), flush=True)
     return 1 if any(row.refused for row in rows) else 0
@@ -82,35 +82,35 @@ def run(arguments: Namespace, progress: Progress | None = None) -> int:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Makes the folder, rather now than after an hour; where that hour ends otherwise, what was made is removed."""
+    """Creates the folder before the work, to fail early; removes it again if the work fails."""
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # others may have put something there meanwhile
+        with suppress(OSError):  # not empty, if others have written to it
             for folder in made:
                 folder.rmdir()
         raise
 
 
 def compare(
-    runtime: Runtime, arguments: Namespace, video: Video, settings: list[Setting], progress: Progress
-) -> tuple[list[Row], dict[str, np.ndarray]]:
-    """A row for the plain video and each setting, and by name the frames of those that ran, uint8 [T,H,W,3]."""
-    from .likeness import mean_ssim, psnr  # kornia is not of the pack's requirements
+    runtime: Runtime, arguments: Namespace, video: Video, settings: list[Setting], progress: ProgressDisplay
+) -> tuple[list[ResultRow], dict[str, np.ndarray]]:
+    """The rows of the plain video and each setting, and by name the frames of those that ran, uint8 [T,H,W,3]."""
+    from .similarity import mean_ssim, psnr  # needs kornia, which is not a requirement of the pack
 
     rows, videos, plain = [], {}, None
     for name, made in _made(runtime, arguments, video, settings, progress):
         if isinstance(made, ValueError):
-            rows.append(Row(name, refused=str(made)))
+            rows.append(ResultRow(name, refused=str(made)))
             continue
         result, frames = made
         seconds = result.seconds["denoise"]
         facts = result.info.get("acceleration", {})
         plain = (seconds, frames) if plain is None else plain
-        progress.begin("likeness")
-        rows.append(Row(
+        progress.begin("similarity")
+        rows.append(ResultRow(
             name, seconds, seconds / result.info["steps"], plain[0] / seconds, facts.get("predicted_speed_up", 1.0),
             psnr(frames, plain[1]), mean_ssim(frames, plain[1]), facts.get("mean_density", 1.0),
             facts.get("flops_saved", 0.0),
@@ -119,11 +119,11 @@ def compare(
     return rows, videos
 
 
-def write(
-    rows: list[Row], videos: dict[str, np.ndarray], given: dict[str, Any], output: Path, fps: float
+def write_files(
+    rows: list[ResultRow], videos: dict[str, np.ndarray], given: dict[str, Any], output: Path, fps: float
 ) -> None:
-    """The four files, in the folder `output`: all of them, or none."""
-    from .pictures import clip, plot  # matplotlib and av are not of the pack's requirements
+    """Writes the four files to the folder `output`: all of them, or none."""
+    from .pictures import clip, plot  # needs matplotlib and av, which are not requirements of the pack
 
     facts = {"given": given, "rows": [row.facts() for row in rows]}
     titles = {row.setting: f"{row.setting}\n{', '.join(row.cells()[i] for i in (3, 5))}" for row in rows[1:]}
@@ -138,9 +138,9 @@ def write(
 
 
 def _given(arguments: Namespace, video: Video, runtime: Runtime) -> dict[str, Any]:
-    """The arguments, and in the place of those that were not given what was taken: the model's own, and the ranks."""
-    left_out = ("run", "command", "output", "setting")
-    given = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    """The arguments, with values filled in for those that were not given: the model's own, and the ranks."""
+    omitted = ("run", "command", "output", "setting")
+    given = {name: value for name, value in vars(arguments).items() if name not in omitted}
     return given | {
         "size": f"{video.size.width}x{video.size.height}", "frames": video.size.num_frames, "fps": video.fps,
         "steps": video.spec.steps, "shift": video.spec.shift, "guidance": video.spec.guidance_scale,
@@ -149,14 +149,14 @@ def _given(arguments: Namespace, video: Video, runtime: Runtime) -> dict[str, An
 
 
 def _made(
-    runtime: Runtime, arguments: Namespace, video: Video, settings: list[Setting], progress: Progress
+    runtime: Runtime, arguments: Namespace, video: Video, settings: list[Setting], progress: ProgressDisplay
 ) -> Iterator[tuple[str, tuple[Result, Tensor] | ValueError]]:
-    """The plain video and that of each setting, or why the ranks refuse it: what sampling reported, and frames
-    [T,H,W,3]. Raises ValueError where the plain one is refused."""
+    """Yields the name and (sampling result, frames [T,H,W,3]) of the plain video and of each setting, or the error of a
+    setting that the ranks reject. Raises ValueError if they reject the plain video."""
     empty = torch.zeros(video.form.latent_shape(video.size))
-    jobs = [(PLAIN, AccelerationSpec()), *((one.name, one.spec) for one in settings)]
+    jobs = [(PLAIN_VIDEO, AccelerationSpec()), *((one.name, one.spec) for one in settings)]
     ranks = video_options.counted(runtime.world_size, "rank")
-    progress.say(f"{len(jobs)} videos of {video_options.said(video.size, video.spec)}; {ranks} on {runtime.device}")
+    progress.say(f"{len(jobs)} videos of {video_options.summary(video.size, video.spec)}; {ranks} on {runtime.device}")
     progress.begin("starting the ranks")
     runtime.start()
     positive, negative = (
@@ -173,9 +173,9 @@ def _made(
         try:
             result = _fastest(arguments.repeats, partial(sample, acceleration=acceleration))
         except ValueError as error:
-            if name == PLAIN:
+            if name == PLAIN_VIDEO:
                 raise
-            progress.say(f"{title}: refused")
+            progress.say(f"{title}: rejected")
             yield name, error
         else:
             progress.say(f"{title}: denoised in {result.seconds['denoise']:.1f} s")
@@ -183,5 +183,5 @@ def _made(
 
 
 def _fastest(repeats: int, sample: Callable[[], Result]) -> Result:
-    """Of as many runs of one job, that with the shortest denoise loop."""
+    """Runs a job several times, and returns the result with the shortest denoise loop."""
     return min((sample() for _ in range(repeats)), key=lambda result: result.seconds["denoise"])

@@ -1,4 +1,4 @@
-"""What a comparison shows: speed-up against likeness as a plot, and the videos side by side as a clip."""
+"""The plot of a comparison, speed-up against PSNR, and the clip with the videos side by side."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 
-from .table import Row
+from .table import ResultRow
 
-SMALLEST, WIDEST = 320, 1920  # pixels: of a video in the clip, and of the clip
+MIN_VIDEO_WIDTH, MAX_CLIP_WIDTH = 320, 1920  # pixels
 FONT, LINES, GAP = 13, 3, 8
-DOT = 9  # pixels: half of a point in the plot
+DOT = 9  # pixels: radius of a point in the plot
 INK, PAPER = "#20242c", "#ffffff"
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Writes a PNG: a named point for each setting and the plain video, those equal to it on a line above the others.
+def plot(rows: list[ResultRow], path: Path) -> None:
+    """Writes a PNG with a labelled point for each row. Videos that equal the plain one are on a line at the top.
 
-    rows: the first is the plain one.
+    rows: the plain video's first.
     """
     done = [row for row in rows if row.refused is None]
     finite = [row.psnr for row in done if math.isfinite(row.psnr)] or [40.0]
@@ -43,13 +43,13 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_ylabel("PSNR to the plain video (dB)")
     axes.grid(alpha=0.3)
     axes.margins(0.15)
-    figure.draw_without_rendering()  # lays the axes out, for what is to be placed in them
+    figure.draw_without_rendering()  # computes the layout, which _annotate needs
     _annotate(axes, {row.setting: (row.speed_up, min(row.psnr, equal)) for row in done})
     figure.savefig(path)
 
 
 def _annotate(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Each point's name next to it, in its colour, and so far below that it covers no other name and no point."""
+    """Labels each point in its colour, moved down until the label overlaps no other label and no point."""
     middle = sum(axes.get_xlim()) / 2
     places = axes.transData.transform([*points.values()])
     taken = [Bbox.from_bounds(x - DOT, y - DOT, 2 * DOT, 2 * DOT) for x, y in places]
@@ -65,7 +65,7 @@ def _annotate(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
 
 
 def clip(videos: dict[str, np.ndarray], path: Path, fps: float) -> None:
-    """Writes an MP4 of videos side by side, each under its name. videos: uint8 [T,H,W,3], of one shape."""
+    """Writes an MP4 of videos side by side, each below its name. videos: uint8 [T,H,W,3], all of the same shape."""
     columns = len(videos) if len(videos) <= 3 else math.ceil(math.sqrt(len(videos)))
     frames, height, width = next(iter(videos.values())).shape[:3]
     shown = _shown(width, columns)
@@ -90,9 +90,9 @@ def clip(videos: dict[str, np.ndarray], path: Path, fps: float) -> None:
 
 
 def _shown(width: int, columns: int) -> int:
-    """How wide a video is in the clip: even; small ones are enlarged by a whole number."""
-    enlarged = width * max(1, math.ceil(SMALLEST / width))
-    return min(enlarged, WIDEST // columns) // 2 * 2
+    """The width of a video in the clip, an even number. Small videos are enlarged by an integer factor."""
+    enlarged = width * max(1, math.ceil(MIN_VIDEO_WIDTH / width))
+    return min(enlarged, MAX_CLIP_WIDTH // columns) // 2 * 2
 
 
 def _resized(frame: np.ndarray, size: tuple[int, int]) -> Image.Image:

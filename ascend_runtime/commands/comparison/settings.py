@@ -1,9 +1,9 @@
-"""What is to be compared, as it is written on a command line.
+"""Parses the settings to compare from the command line.
 
     attention_cache=fast                                          a preset
     attention_cache:ratio=1.3                                     values
-    step_cache=balanced:method=taylorseer                         a preset, and values beside it
-    step_cache:threshold=0.05+rainfusion:sparsity=0.5             both at once
+    step_cache=balanced:method=taylorseer                         a preset with other values
+    step_cache:threshold=0.05+rainfusion:sparsity=0.5             two accelerators together
     rainfusion:sparsity=0.5/0.64/0.8                              three settings
 """
 
@@ -26,14 +26,14 @@ EXAMPLES = "attention_cache=fast, step_cache:method=fbcache,threshold=0.05 or st
 
 @dataclass(frozen=True)
 class Setting:
-    """name: as it was written, of a sweep with this one's values."""
+    """name: as on the command line, but with only this setting's values of a sweep."""
 
     name: str
     spec: AccelerationSpec
 
 
 def settings_of(text: str) -> list[Setting]:
-    """The settings that a text stands for: one, or each of a sweep. Raises ValueError, with the text in it."""
+    """Parses a text into one setting, or the settings of a sweep. Raises ValueError that quotes the text."""
     try:
         choices = [_choices(part.strip()) for part in text.split("+")]
         return [_setting(parts) for parts in itertools.product(*choices)]
@@ -42,10 +42,10 @@ def settings_of(text: str) -> list[Setting]:
 
 
 def value_of(owner: type, name: str, text: str) -> Any:
-    """A field's value, read from text. Raises ValueError."""
+    """Parses the value of a field. Raises ValueError."""
     types = {field.name: field.type for field in fields(owner)}
     if name not in types:
-        raise ValueError(f"{name} cannot be set; what can is {', '.join(types)}.")
+        raise ValueError(f"There is no field {name}; the fields are {', '.join(types)}.")
     try:
         return msgspec.convert(text, types[name], strict=False)
     except msgspec.ValidationError:
@@ -55,25 +55,25 @@ def value_of(owner: type, name: str, text: str) -> Any:
 
 
 def pairs_of(text: str) -> list[tuple[str, str]]:
-    """name=value,name=value. Raises ValueError."""
+    """Parses name=value,name=value. Raises ValueError."""
     pairs = [pair.strip().partition("=") for pair in text.split(",")]
     wrong = [name for name, equals, value in pairs if not (name and equals and value)]
     if wrong:
-        raise ValueError(f"{wrong[0]!r} is no name=value. For instance: {EXAMPLES}.")
+        raise ValueError(f"{wrong[0]!r} is not of the form name=value. Examples: {EXAMPLES}.")
     return [(name, value) for name, _, value in pairs]
 
 
 def parallel_of(text: str | None, ranks: int) -> ParallelSpec:
-    """The plan that a text stands for, as ulysses_degree=4,cfg_degree=2, for so many ranks. Raises ValueError."""
+    """Parses a plan for `ranks` ranks, such as ulysses_degree=4,cfg_degree=2. Raises ValueError."""
     given = {name: value_of(ParallelSpec, name, value) for name, value in pairs_of(text)} if text else {}
     return ParallelSpec(**{"ranks": ranks, **given})
 
 
 def _choices(part: str) -> list[tuple[str, str | None, tuple[tuple[str, str], ...]]]:
-    """An accelerator, its preset and its values as text, for each combination of a sweep."""
+    """(accelerator, preset, values as text) for each combination of a sweep."""
     match = PART.fullmatch(part)
     if match is None:
-        raise ValueError(f"{part!r} is no setting. For instance: {EXAMPLES}.")
+        raise ValueError(f"{part!r} is not a valid setting. Examples: {EXAMPLES}.")
     pairs = pairs_of(match["values"]) if match["values"] else []
     swept = [[(name, value) for value in values.split("/")] for name, values in pairs]
     return [(match["kind"], match["preset"], values) for values in itertools.product(*swept)]
@@ -83,7 +83,7 @@ def _setting(parts: tuple) -> Setting:
     spec, names = AccelerationSpec(), []
     for kind, preset, pairs in parts:
         given = {name: value_of(SPECS[kind], name, text) for name, text in pairs} if kind in SPECS else {}
-        spec = spec.beside(kind, chosen(kind, preset, **given))
+        spec = spec.with_accelerator(kind, chosen(kind, preset, **given))
         written = ",".join(f"{name}={text}" for name, text in pairs)
         names.append(kind + (f"={preset}" if preset else "") + (f":{written}" if written else ""))
     return Setting("+".join(names), spec)

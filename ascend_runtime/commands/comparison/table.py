@@ -1,21 +1,21 @@
-"""The rows of a comparison, and the table that they make: for a reader, and for a program."""
+"""The rows of a comparison, as a Markdown table and as JSON."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
 
-COLUMNS = ("setting", "denoise", "a step", "speed-up", "predicted", "PSNR", "SSIM", "density", "FLOPs saved")
-PLAIN = "plain"
+COMPARISON_COLUMNS = ("setting", "denoise", "a step", "speed-up", "predicted", "PSNR", "SSIM", "density", "FLOPs saved")
+PLAIN_VIDEO = "plain"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting's run.
+class ResultRow:
+    """The result of one setting.
 
-    seconds: of the denoise loop. step: of these, a step's. speed_up: of the loop against the plain one's; predicted:
-    the same, by the FLOPs. psnr (dB) and ssim: of the frames against the plain ones. density: the mean of sparse
-    attention's. saved: FLOPs, a share. refused: why the ranks did not run it; all else is then nan.
+    seconds: of the denoise loop. step: seconds per step. speed_up: of the loop relative to the plain video; predicted:
+    the same from the FLOPs. psnr (dB), ssim: of the frames relative to the plain video. density: mean density of sparse
+    attention. saved: fraction of FLOPs saved. refused: why the ranks rejected it; then all numbers are nan.
     """
 
     setting: str
@@ -31,7 +31,7 @@ class Row:
 
     def cells(self) -> list[str]:
         if self.refused is not None:
-            return [self.setting, *["-"] * (len(COLUMNS) - 1)]
+            return [self.setting, *["-"] * (len(COMPARISON_COLUMNS) - 1)]
         return [
             self.setting, f"{self.seconds:.2f} s", f"{self.step:.3f} s", f"{self.speed_up:.2f}x",
             f"{self.predicted:.2f}x", "equal" if math.isinf(self.psnr) else f"{self.psnr:.1f} dB", f"{self.ssim:.4f}",
@@ -39,18 +39,18 @@ class Row:
         ]  # fmt: skip
 
     def facts(self) -> dict:
-        """For JSON, which knows neither inf nor nan: `equal` tells of the first, null stands for both."""
+        """The row for JSON, with null for inf and nan. `equal`: whether the PSNR is infinite."""
         facts = {name: _finite(value) for name, value in asdict(self).items()}
         return {**facts, "equal": math.isinf(self.psnr)}
 
 
-def markdown(rows: list[Row]) -> str:
-    """A table, and under it why what is missing in it was refused."""
-    cells = [list(COLUMNS), *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+def markdown(rows: list[ResultRow]) -> str:
+    """A Markdown table, and below it the errors of rejected settings."""
+    cells = [list(COMPARISON_COLUMNS), *(row.cells() for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(COMPARISON_COLUMNS))]
     lines = [_line(line, widths) for line in cells]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + (":" if n else "-") for n, width in enumerate(widths)) + "|")
-    refused = [f"\n{row.setting} was refused: {row.refused}" for row in rows if row.refused is not None]
+    refused = [f"\n{row.setting} was rejected: {row.refused}" for row in rows if row.refused is not None]
     return "\n".join(lines + refused) + "\n"
 
 

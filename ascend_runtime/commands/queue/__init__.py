@@ -1,5 +1,5 @@
-"""Videos without a browser: one workflow, many prompts, queued on any ComfyUI by its API. Free of torch."""
+"""Runs a workflow for many prompts on any ComfyUI by its API, without a browser. Does not import torch."""
 
 
 class QueueError(ValueError):
-    """The command cannot go on; the message says what was given, what is possible, what to do."""
+    """The command cannot continue. The message says what was given, what is possible, and what to do."""

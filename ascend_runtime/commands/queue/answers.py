@@ -1,4 +1,4 @@
-"""What a ComfyUI answers, as types: `typed.decode` refuses what does not fit, and skips other fields."""
+"""Types of ComfyUI's answers. `typed.decode_json` rejects other data, and ignores further fields."""
 
 from __future__ import annotations
 
@@ -7,63 +7,64 @@ from typing import Annotated, Literal, Union
 
 from msgspec import Meta, Raw, Struct
 
-from .typed import NotUnderstood, decode
+from .typed import NotUnderstood, decode_json
 
-JobId = Annotated[str, Meta(pattern=r"^[\w-]{1,100}$")]  # goes into paths of requests
-Step = Annotated[float, Meta(ge=0, le=1e15)]
-Number = Union[Annotated[float, Meta(ge=-1e15, le=1e15)], None]  # Python's JSON has infinities
+JobId = Annotated[str, Meta(pattern=r"^[\w-]{1,100}$")]  # used in request paths
+StepNumber = Annotated[float, Meta(ge=0, le=1e15)]
+Number = Union[Annotated[float, Meta(ge=-1e15, le=1e15)], None]  # bounded, as Python's JSON allows infinity
 
 
 class Waiting(Struct, array_like=True, gc=False):
-    """A job in the queue: its number, its id, and more."""
+    """A job in the queue: its number, its id, and other elements."""
 
     number: Number
     prompt_id: JobId
 
 
 class Queue(Struct):
-    """Of GET /queue."""
+    """The answer to GET /queue."""
 
     queue_running: list[Waiting]
     queue_pending: list[Waiting]
 
 
 class Reason(Struct):
-    """Why a graph, or a node of it, is refused."""
+    """Why a graph or a node is rejected."""
 
     message: str
     details: Union[str, None] = ""
 
 
 class NodeReasons(Struct):
-    """Why a node is refused."""
+    """Why a node is rejected."""
 
     errors: list[Reason]
     class_type: str = "?"
 
 
 class Accepted(Struct):
-    """Of POST /prompt, status 200; with node_errors, outputs without errors run."""
+    """The answer to POST /prompt with status 200. If there are node_errors, ComfyUI runs only outputs without errors.
+    """
 
     prompt_id: JobId
-    node_errors: Union[dict[str, NodeReasons], list[Raw]] = {}  # a list, always empty, in some versions
+    node_errors: Union[dict[str, NodeReasons], list[Raw]] = {}  # an empty list in some versions
 
 
 class Refused(Struct):
-    """Of POST /prompt, status 400."""
+    """The answer to POST /prompt with status 400."""
 
     error: Union[Reason, str]
     node_errors: Union[dict[str, NodeReasons], list[Raw]] = {}
 
 
 class Uploaded(Struct):
-    """Of POST /upload/image."""
+    """The answer to POST /upload/image."""
 
     name: str
 
 
 class EventData(Struct):
-    """timestamp: in milliseconds. The rest is of execution_error."""
+    """timestamp: in milliseconds. The other fields belong to execution_error."""
 
     timestamp: Number = None
     node_id: Union[str, int, None] = None
@@ -72,7 +73,7 @@ class EventData(Struct):
 
 
 class Event(Struct, array_like=True):
-    """What happened to a job, as execution_start or execution_error."""
+    """An event of a job, such as execution_start or execution_error."""
 
     kind: str
     data: EventData
@@ -86,14 +87,14 @@ class Status(Struct):
 
 
 class Shown(Struct):
-    """One of what a node showed. Of a file that it saved: where it is. Nodes may show anything else in such lists."""
+    """An output of a node; for a saved file, its location. Nodes may also output other types in these lists."""
 
     filename: object = None
     subfolder: object = None
     type: object = None
 
     def path(self) -> Union[str, None]:
-        """Relative to ComfyUI's output folder; None if this names no file in there."""
+        """The file's path relative to ComfyUI's output folder; None if it is not a file in there."""
         if not isinstance(self.filename, str) or not isinstance(self.subfolder, (str, type(None))):
             return None
         path = PurePosixPath(self.subfolder or "", self.filename)
@@ -104,13 +105,13 @@ Anything = list[Union[Shown, list, str, int, float, bool, None]]
 
 
 class Entry(Struct):
-    """A job's entry of GET /history/ID: what each node showed, and how the job ended."""
+    """A job's entry of GET /history/ID: the outputs of each node, and the job's status."""
 
     status: Status
     outputs: dict[str, Union[dict[str, Raw], None]] = {}
 
     def files(self) -> tuple[list[str], int]:
-        """Files that the job saved, relative to ComfyUI's output folder, and how many outputs name none in there."""
+        """The job's saved files, relative to ComfyUI's output folder, and the number of outputs outside of it."""
         shown = (one for node in self.outputs.values() for raw in (node or {}).values() for one in _shown(raw))
         paths = [one.path() for one in shown if one.type == "output"]
         return [path for path in paths if path], paths.count(None)
@@ -118,23 +119,23 @@ class Entry(Struct):
 
 def _shown(raw: Raw) -> list[Shown]:
     try:
-        return [one for one in decode(raw, Anything) if isinstance(one, Shown)]
-    except NotUnderstood:  # no list
+        return [one for one in decode_json(raw, Anything) if isinstance(one, Shown)]
+    except NotUnderstood:  # not a list
         return []
 
 
-class Message(Struct):
-    """Of the websocket; custom nodes send kinds of their own."""
+class WebsocketMessage(Struct):
+    """A message of the websocket. Custom nodes may send other types."""
 
     type: str
     data: Raw = Raw(b"null")
 
 
-class Progress(Struct):
-    """Of a message of the type progress."""
+class NodeProgress(Struct):
+    """The data of a message of type progress."""
 
-    value: Step
-    max: Step
+    value: StepNumber
+    max: StepNumber
     node: Union[str, None] = None
     prompt_id: Union[str, None] = None
 

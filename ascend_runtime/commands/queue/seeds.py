@@ -1,4 +1,4 @@
-"""Seeds as ranges, however many there are: counted, and given one at a time."""
+"""Lists of seeds, stored as ranges, as there may be billions."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 
-LARGEST_SEED = 2**64 - 1  # that ComfyUI takes
+LARGEST_SEED = 2**64 - 1  # ComfyUI's maximum
 
 
 class Seeds:
-    """The numbers of some ranges in their order, each once."""
+    """The numbers in several ranges, in order and without duplicates."""
 
     def __init__(self, ranges: list[range]):
         self._ranges = list(_disjoint(ranges))
@@ -22,8 +22,8 @@ class Seeds:
             yield from one
 
 
-def parse(text: str) -> Seeds:
-    """The seeds of an option, as 1,2,3 or 0-4. Raises ArgumentTypeError."""
+def parse_seeds(text: str) -> Seeds:
+    """Parses an option such as 1,2,3 or 0-4. Raises ArgumentTypeError."""
     return Seeds([_range(part) for part in text.split(",")])
 
 
@@ -31,17 +31,17 @@ def _range(part: str) -> range:
     match = re.fullmatch(r"\s*([0-9]{1,20})(?:-([0-9]{1,20}))?\s*", part)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
     if not first <= last <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"{part[:60]!r} is no seed; give numbers up to {LARGEST_SEED} and rising "
-                                         "ranges, as 1,2,3 or 0-4")
+        raise argparse.ArgumentTypeError(f"{part[:60]!r} is not a seed; give numbers up to {LARGEST_SEED} or ascending "
+                                         "ranges, such as 1,2,3 or 0-4")
     return range(first, last + 1)
 
 
 def _disjoint(ranges: list[range]) -> Iterator[range]:
-    """The ranges without what earlier ones have: parts of them."""
+    """Splits the ranges so that none overlaps with an earlier one."""
     starts: list[int] = []
-    stops: list[int] = []  # of all so far, merged and sorted
+    stops: list[int] = []  # of all earlier ranges, merged and sorted
     for one in ranges:
-        first, last = bisect_left(stops, one.start), bisect_right(starts, one.stop)  # those that it meets or touches
+        first, last = bisect_left(stops, one.start), bisect_right(starts, one.stop)  # overlapping or adjacent ranges
         begin = one.start
         for start, stop in zip(starts[first:last], stops[first:last]):
             if begin < start:

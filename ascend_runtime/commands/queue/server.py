@@ -1,4 +1,4 @@
-"""A ComfyUI server, as its public API shows it: queue a graph, follow it, take it back."""
+"""A ComfyUI server by its public API: queues a graph, follows it, and removes it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from . import QueueError, workflow
-from .answers import Accepted, Entry, Message, NodeReasons, Progress, Queue, Reason, Refused, Uploaded
+from .answers import Accepted, Entry, NodeProgress, NodeReasons, Queue, Reason, Refused, Uploaded, WebsocketMessage
 from .http import UPLOAD_S, Connection
-from .screen import line
-from .typed import NotUnderstood, decode
-from .websocket import Channel
+from .screen import one_line
+from .typed import NotUnderstood, decode_json
+from .websocket import WebsocketListener
 
-TICK_S = 1.0  # how long to listen before asking the server how the job stands
-TAKE_BACK_S = 10.0  # for each answer while a job is taken back: the user waits
-LARGEST_QUEUE = 48 << 20  # bytes: the graphs of all jobs that wait
+TICK_S = 1.0  # interval between requests for the job's state
+TAKE_BACK_S = 10.0  # for each answer while a job is removed, as the user waits
+LARGEST_QUEUE = 48 << 20  # bytes; it contains the graphs of all waiting jobs
 LARGEST_IMAGE = 256 << 20  # bytes
 MOST_REASONS = 50
 
@@ -27,11 +27,11 @@ Answer = TypeVar("Answer")
 
 
 class Server:
-    """A ComfyUI; a context manager that keeps its websocket. Every method raises QueueError when the server cannot be
-    reached, or answers what ComfyUI does not.
+    """A ComfyUI server; a context manager that holds its websocket. Every method raises QueueError if the server cannot
+    be reached, or its answer is not ComfyUI's.
 
-    warn: called with what the user should know, though work goes on.
-    Attribute left: the id of a job that could not be taken back; None if there is none.
+    warn: called with warnings for the user.
+    Attribute left: the id of a job that could not be removed, or None.
     """
 
     def __init__(self, connection: Connection, warn: Callable[[str], None]):
@@ -39,10 +39,10 @@ class Server:
         self.url = connection.address.url
         self.left: str | None = None
         self._client_id = uuid.uuid4().hex
-        self._channel = Channel(connection, self._client_id, warn)
+        self._channel = WebsocketListener(connection, self._client_id, warn)
 
     def __enter__(self) -> Server:
-        self._queued()  # so that what is no ComfyUI is known before anything is given to it
+        self._queued()  # raises if it is not a ComfyUI
         self._channel.start()
         return self
 
@@ -51,25 +51,25 @@ class Server:
         self._connection.close()
 
     def upload(self, path: Path) -> None:
-        """Puts an image into the server's input folder under the name that `upload_name` says."""
+        """Uploads an image to the server's input folder under the name given by `upload_name`."""
         content = _read_image(path)
         name = _name(path, content)
         status, body = self._connection.request("POST", "/upload/image", seconds=UPLOAD_S,
                                                 files={"image": (name, content)}, data={"overwrite": "true"})
         if status != 200:
-            raise QueueError(f"ComfyUI at {self.url} refused the image {path}: {_excerpt(body)}")
-        if self._understood(body, Uploaded, "POST /upload/image").name != name:
-            raise self._connection.odd("POST /upload/image", "it gave the image another name")
+            raise QueueError(f"ComfyUI at {self.url} rejects the image {path}: {_excerpt(body)}")
+        if self._decoded(body, Uploaded, "POST /upload/image").name != name:
+            raise self._connection.unexpected("POST /upload/image", "it has renamed the image")
 
     def run(self, graph: dict, timeout: float, on_step: Callable[[str, int, int], None],
             on_wait: Callable[[str], None]) -> Entry | None:
-        """Queues a graph and waits for its end; returns its history entry, or None if it was taken from the queue.
-        When this is cut short (Ctrl+C, timeout, an error), the server's job is too.
+        """Queues a graph and waits for its end. Returns its history entry, or None if it was removed from the queue.
+        If this is interrupted (Ctrl+C, timeout, an error), removes the job from the server.
 
         on_step: called with a node's id, its step and its number of steps.
-        on_wait: called about once a second with how the job stands.
-        timeout: seconds the job may run, those in the queue not counted. Raises TimeoutError.
-        Raises QueueError with every node's reasons if ComfyUI refuses the graph or an output of it.
+        on_wait: called about once per second with the job's state.
+        timeout: seconds that the job may run, not counting its time in the queue. Raises TimeoutError.
+        Raises QueueError with every node's errors if ComfyUI rejects the graph or an output of it.
         """
         self.left = job = str(uuid.uuid4())
         try:
@@ -82,14 +82,14 @@ class Server:
         return entry
 
     def _queue(self, graph: dict, job: str) -> str:
-        """The job's id: `job`, or the server's own where it is too old to take one."""
+        """The job's id: `job`, or the server's own if its version does not support given ids."""
         body = json.dumps({"prompt": graph, "prompt_id": job, "client_id": self._client_id}).encode()
         status, answer = self._connection.request("POST", "/prompt", data=body,
                                                   headers={"Content-Type": "application/json"})
         if status != 200:
             raise QueueError(_refusal(graph, answer))
-        accepted = self._understood(answer, Accepted, "POST /prompt")
-        if accepted.node_errors:  # ComfyUI runs the outputs without any
+        accepted = self._decoded(answer, Accepted, "POST /prompt")
+        if accepted.node_errors:  # ComfyUI runs only outputs without errors
             raise QueueError(_reasons(graph, Reason("Some of its outputs failed validation"), accepted.node_errors))
         return accepted.prompt_id
 
@@ -110,17 +110,17 @@ class Server:
 
     def _history(self, job: str) -> Entry | None:
         _, body = self._connection.request("GET", f"/history/{job}")
-        return self._understood(body, dict[str, Entry], f"GET /history/{job}").get(job)
+        return self._decoded(body, dict[str, Entry], f"GET /history/{job}").get(job)
 
     def _take_back(self, job: str) -> None:
-        """Ends a job, whether it waits or runs; the jobs of others go on. Warns if it fails."""
+        """Removes a waiting or running job. Other jobs are not affected. Warns if it fails."""
         try:
             self._post("/queue", {"delete": [job]})
-            if self._may_run(job):  # an older ComfyUI ignores the id and interrupts whatever runs
+            if self._may_run(job):  # check, as older versions ignore the id and interrupt any running job
                 self._post("/interrupt", {"prompt_id": job})
             self.left = None
         except QueueError:
-            self._warn(f"warning: job {job} may still be in ComfyUI's queue, as it could not be taken back.")
+            self._warn(f"warning: job {job} may still be in ComfyUI's queue, as it could not be removed.")
 
     def _may_run(self, job: str) -> bool:
         try:
@@ -132,8 +132,7 @@ class Server:
         self._connection.request("POST", path, TAKE_BACK_S, json=body)
 
     def _listen(self, job: str, on_step) -> None:
-        """Passes progress on, until it is time to ask how the job stands: the queue has just changed, or the last time
-        is a while ago."""
+        """Relays progress until the job's state should be requested: the queue has changed, or TICK_S has passed."""
         until = time.monotonic() + TICK_S
         while (left := until - time.monotonic()) > 0:
             message = self._channel.next(left)
@@ -143,20 +142,20 @@ class Server:
                 on_step(step.node or "?", int(step.value), int(step.max))
 
     def _queued(self, seconds: float | None = None) -> tuple[list[str], list[str]]:
-        """The ids of the jobs that run, and of those that wait."""
+        """The ids of running jobs, and of waiting jobs."""
         _, body = self._connection.request("GET", "/queue", seconds, LARGEST_QUEUE)
-        queue = self._understood(body, Queue, "GET /queue")
+        queue = self._decoded(body, Queue, "GET /queue")
         return [job.prompt_id for job in queue.queue_running], [job.prompt_id for job in queue.queue_pending]
 
-    def _understood(self, body: bytes, kind: type[Answer], asked: str) -> Answer:
+    def _decoded(self, body: bytes, kind: type[Answer], request: str) -> Answer:
         try:
-            return decode(body, kind)
+            return decode_json(body, kind)
         except NotUnderstood as error:
-            raise self._connection.odd(asked, f"{line(error, 200)} in {_excerpt(body)}") from None
+            raise self._connection.unexpected(request, f"{one_line(error, 200)} in {_excerpt(body)}") from None
 
 
 def upload_name(path: Path) -> str:
-    """A name from an image's content, so that an image with a new content is a new job. Raises QueueError."""
+    """A name from a hash of the image, so that a changed image is a new job. Raises QueueError."""
     return _name(path, _read_image(path))
 
 
@@ -175,35 +174,35 @@ def _read_image(path: Path) -> bytes:
     return content
 
 
-def _progress(message: Message) -> Progress | None:
-    """None for one of another shape: custom nodes send what they like, and it is for showing only."""
+def _progress(message: WebsocketMessage) -> NodeProgress | None:
+    """The progress in a message; None if it has another format, as custom nodes may send."""
     try:
-        return decode(message.data, Progress)
+        return decode_json(message.data, NodeProgress)
     except NotUnderstood:
         return None
 
 
 def _excerpt(body: bytes) -> str:
-    return f"'{line(body[:400].decode(errors='replace'), 100)}'" if body.strip() else "an empty answer"
+    return f"'{one_line(body[:400].decode(errors='replace'), 100)}'" if body.strip() else "an empty answer"
 
 
 def _refusal(graph: dict, answer: bytes) -> str:
-    """ComfyUI's answer to a graph that its validation refused, a line a reason."""
+    """The error text for a graph that ComfyUI rejects, with one line per reason."""
     try:
-        refused = decode(answer, Refused)
+        refused = decode_json(answer, Refused)
     except NotUnderstood:
-        return (f"ComfyUI refused the workflow with status 400 and, instead of reasons, {_excerpt(answer)}. "
-                "Open it in this ComfyUI and run it there: does it say more?")
+        return (f"ComfyUI rejects the workflow with status 400 and {_excerpt(answer)} instead of reasons. "
+                "Open it in this ComfyUI and run it there to see its errors.")
     error = refused.error if isinstance(refused.error, Reason) else Reason(refused.error)
     return _reasons(graph, error, refused.node_errors)
 
 
 def _reasons(graph: dict, error: Reason, nodes: dict[str, NodeReasons] | list) -> str:
-    lines = [f"ComfyUI refused the workflow: {line(f'{error.message} {error.details or str()}')}"]
+    lines = [f"ComfyUI rejects the workflow: {one_line(f'{error.message} {error.details or str()}')}"]
     for name, node in (nodes or {}).items():
-        title = line(workflow.title(graph.get(name, {})) or node.class_type, 100)
-        lines += [f"  node {line(name, 50)} ({title}): {line(reason.message)}: {line(reason.details or '')}"
+        title = one_line(workflow.title(graph.get(name, {})) or node.class_type, 100)
+        lines += [f"  node {one_line(name, 50)} ({title}): {one_line(reason.message)}: {one_line(reason.details or '')}"
                   for reason in node.errors]
     if len(lines) > MOST_REASONS + 1:
         lines[MOST_REASONS + 1:] = [f"  and {len(lines) - MOST_REASONS - 1} more"]
-    return "\n".join([*lines, "Open it in this ComfyUI, mend the nodes named, and export it again."])
+    return "\n".join([*lines, "Open it in this ComfyUI, fix these nodes, and export it again."])

@@ -1,4 +1,4 @@
-"""JSON of others, decoded into the types that it should have: servers, results files and other programs may lie."""
+"""Decodes untrusted JSON, from servers, results files and other programs, into declared types."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TypeVar
 import msgspec
 
 T = TypeVar("T")
-LONGEST_PYTHON_JSON = 8 << 20  # bytes: what is decoded whole takes up to 20 times as much memory
+LONGEST_PYTHON_JSON = 8 << 20  # bytes; decoding it takes up to 20 times as much memory
 
 
 class NotUnderstood(ValueError):
-    """The JSON is broken, or of another shape; the message says where."""
+    """The JSON is invalid, or does not match the type; the message says where."""
 
 
-def decode(text: bytes | str, kind: type[T]) -> T:
-    """`text` as a `kind`; fields that the type does not have are skipped, and never built. Raises NotUnderstood."""
+def decode_json(text: bytes | str, kind: type[T]) -> T:
+    """Decodes `text` as a `kind`, ignoring other fields. Raises NotUnderstood."""
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as error:
@@ -28,7 +28,7 @@ def decode(text: bytes | str, kind: type[T]) -> T:
 
 
 def _decode_python(text: bytes | str, kind: type[T], strict: Exception) -> T:
-    """ComfyUI writes Python's JSON, in which NaN and half a surrogate pair are legal: they become null and "?"."""
+    """Decodes Python's JSON, which ComfyUI writes: it allows NaN and lone surrogates, which become null and "?"."""
     if len(text) > LONGEST_PYTHON_JSON:
         raise NotUnderstood(str(strict)) from None
     try:
@@ -38,5 +38,5 @@ def _decode_python(text: bytes | str, kind: type[T], strict: Exception) -> T:
         raise NotUnderstood("nested too deeply") from None
     except msgspec.ValidationError as error:
         raise NotUnderstood(str(error)) from None
-    except (ValueError, msgspec.DecodeError):  # broken for Python too
+    except (ValueError, msgspec.DecodeError):  # invalid for Python too
         raise NotUnderstood(str(strict)) from None

@@ -1,4 +1,4 @@
-"""A ComfyUI's websocket, heard in a thread of its own: it brings progress, and no job depends on it."""
+"""Reads progress from ComfyUI's websocket in a thread. Jobs do not depend on it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from collections.abc import Callable
 import websocket
 
 from . import QueueError
-from .answers import Message
+from .answers import WebsocketMessage
 from .http import Connection, reason
-from .screen import line
-from .typed import NotUnderstood, decode
+from .screen import one_line
+from .typed import NotUnderstood, decode_json
 
 CONNECT_S = 10.0
-AGAIN_S = 5.0  # between two tries to connect
+AGAIN_S = 5.0  # between two attempts to connect
 LARGEST_HANDSHAKE = 16 << 10  # bytes
-LARGEST_MESSAGE = 64 << 20  # bytes: previews are images
-MOST_WAITING = 1000  # messages; if nobody fetches them, the server has to wait
+LARGEST_MESSAGE = 64 << 20  # bytes; previews are images
+MOST_WAITING = 1000  # buffered messages; when the buffer is full, the socket is not read
 
 
-class Channel:
-    """Messages for a client of the server that `connection` goes to. warn: what to say if there are none, once."""
+class WebsocketListener:
+    """Receives messages for a client of the server of `connection`. warn: called once if there is no connection."""
 
     def __init__(self, connection: Connection, client_id: str, warn: Callable[[str], None]):
         self._connection, self._client_id, self._warn = connection, client_id, warn
-        self._messages: queue.Queue[Message | QueueError] = queue.Queue(MOST_WAITING)
+        self._messages: queue.Queue[WebsocketMessage | QueueError] = queue.Queue(MOST_WAITING)
         self._socket: websocket.WebSocket | None = None
         self._tried, self._closed, self._warned = threading.Event(), threading.Event(), False
 
     def start(self) -> None:
-        """Starts to listen. When it returns, the channel stands, if it is to stand within a few seconds."""
+        """Starts to listen, and waits up to CONNECT_S for the connection."""
         threading.Thread(target=self._run, daemon=True).start()
         self._tried.wait(CONNECT_S)
 
@@ -41,8 +41,8 @@ class Channel:
         if self._socket:
             self._socket.shutdown()
 
-    def next(self, seconds: float) -> Message | None:
-        """The next message; None if none comes in this time."""
+    def next(self, seconds: float) -> WebsocketMessage | None:
+        """The next message; None if none arrives within `seconds`."""
         try:
             message = self._messages.get(timeout=seconds)
         except queue.Empty:
@@ -58,8 +58,8 @@ class Channel:
         while not self._closed.is_set():
             try:
                 self._listen()
-            except Exception as error:  # what a lying server has a library raise: anything
-                self._complain(f"{_words(error)}. Jobs run as well without it")
+            except Exception as error:  # a malicious server can make the library raise anything
+                self._complain(f"{_words(error)}. Jobs also run without it")
             self._closed.wait(AGAIN_S)
 
     def _listen(self) -> None:
@@ -67,7 +67,7 @@ class Channel:
             bounded = _Bounded(self._open())
             self._socket = websocket.create_connection(
                 f"{self._connection.address.websocket}/ws?clientId={self._client_id}", timeout=CONNECT_S,
-                socket=bounded, redirect_limit=0, suppress_origin=True,  # behind a proxy ComfyUI's own host differs
+                socket=bounded, redirect_limit=0, suppress_origin=True,  # ComfyUI's host differs behind a proxy
                 header=[f"{name}: {value}" for name, value in self._connection.headers.items()])
             self._socket.settimeout(None)
         finally:
@@ -77,21 +77,21 @@ class Channel:
             text = self._socket.recv()
             if text == "":
                 raise QueueError("it has closed its websocket")
-            if isinstance(text, str):  # no preview
+            if isinstance(text, str):  # not a preview
                 self._take(text)
 
     def _take(self, text: str) -> None:
         try:
-            self._messages.put(decode(text, Message))
+            self._messages.put(decode_json(text, WebsocketMessage))
         except NotUnderstood as error:
-            self._complain(f"a message is not understood: {line(error, 200)}")
+            self._complain(f"a message is invalid: {one_line(error, 200)}")
 
     def _complain(self, why: str) -> None:
         if not self._closed.is_set():
             self._messages.put(QueueError(f"{self._connection.address.url} reports no progress: {why}."))
 
     def _open(self) -> socket.socket:
-        """Connected here, as websocket-client would go through a proxy of the environment even to 127.0.0.1."""
+        """Opens the connection, as websocket-client would use a proxy from the environment even for 127.0.0.1."""
         address = self._connection.address
         plain = socket.create_connection((address.host, address.port), timeout=CONNECT_S)
         try:
@@ -103,7 +103,7 @@ class Channel:
 
 
 class _Bounded:
-    """A socket that no more than `left` bytes are read from, as websocket-client knows no largest message."""
+    """A socket from which at most `left` bytes are read, as websocket-client does not limit the size of messages."""
 
     def __init__(self, connection: socket.socket):
         self._connection, self.left = connection, LARGEST_HANDSHAKE
@@ -124,4 +124,4 @@ def _words(error: Exception) -> str:
         return f"its websocket answers with status {error.status_code}"
     if isinstance(error, OSError):
         return reason(error)
-    return line(error or type(error).__name__, 200)
+    return one_line(error or type(error).__name__, 200)

@@ -1,4 +1,4 @@
-"""A workflow in API format: reading one, and finding the widgets that hold its prompt, negative prompt, seed, image."""
+"""Reads a workflow in API format, and finds the widgets of its prompt, negative prompt, seed and image."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from msgspec import Struct
 from . import QueueError
 from .address import Address
 from .input_files import read_text
-from .screen import line
-from .typed import NotUnderstood, decode
+from .screen import one_line
+from .typed import NotUnderstood, decode_json
 
 SAMPLERS = ("AscendSampler", "KSampler", "KSamplerAdvanced", "SamplerCustom*")
-TEXT_WIDGETS = ("text", "value")  # of a text encoder; of a core String node before it
+TEXT_WIDGETS = ("text", "value")  # of a text encoder, and of a core String node linked to it
 Widget = tuple[str, str]  # node id, input name
-LARGEST = 16 << 20  # bytes of a workflow's file; what is read of it takes up to 25 times as much memory
-DEEPEST = 100
+MAX_WORKFLOW_BYTES = 16 << 20  # bytes of a workflow file; parsing takes up to 25 times as much memory
+MAX_DEPTH = 100
 CONVERSION_S = 120
 
 
 @dataclass(frozen=True)
-class Target:
-    """A value to find, going upstream from the samplers: `links` are input names to follow, the first that matches."""
+class WidgetSearch:
+    """A value to find upstream of the samplers. links: input names to follow; the first that matches is used."""
 
     name: str
     kind: type
@@ -39,14 +39,14 @@ class Target:
     links: tuple[str, ...]
 
 
-PROMPT = Target("positive prompt", str, TEXT_WIDGETS, ("positive", "guider", "cond*", "text"))
-NEGATIVE = Target("negative prompt", str, TEXT_WIDGETS, ("negative", "guider", "cond*", "text"))
-SEED = Target("seed", int, ("seed", "noise_seed", "value"), ("seed", "noise_seed", "noise"))
+PROMPT = WidgetSearch("positive prompt", str, TEXT_WIDGETS, ("positive", "guider", "cond*", "text"))
+NEGATIVE = WidgetSearch("negative prompt", str, TEXT_WIDGETS, ("negative", "guider", "cond*", "text"))
+SEED = WidgetSearch("seed", int, ("seed", "noise_seed", "value"), ("seed", "noise_seed", "noise"))
 
 
 def read(path: Path, address: Address) -> dict:
-    """The graph of a workflow file, {node id: {"class_type", "inputs"}}. UI format goes through comfy-cli, which asks
-    the ComfyUI at `address` for the nodes' inputs. Raises QueueError."""
+    """Reads the graph of a workflow file, {node id: {"class_type", "inputs"}}. UI format is converted by comfy-cli,
+    which requests the nodes' inputs from the ComfyUI at `address`. Raises QueueError."""
     graph = _read_json(path)
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         graph = _from_ui_format(path, address)
@@ -57,25 +57,25 @@ def read(path: Path, address: Address) -> dict:
 
 
 def _read_json(path: Path):
-    text = read_text(path, f"the workflow {path}", LARGEST)
+    text = read_text(path, f"the workflow {path}", MAX_WORKFLOW_BYTES)
     try:
         graph = json.loads(text, parse_constant=_refuse_constant)
         json.dumps(graph, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise QueueError(f"The workflow {path} has half a character, {ascii(error.object[error.start])}, which no text "
-                         "can hold: an emoji was cut. Fix that text and export it again.") from None
+        raise QueueError(f"The workflow {path} has half a character, {ascii(error.object[error.start])}, as of a cut "
+                         "emoji. Fix that text and export it again.") from None
     except RecursionError:
         graph = None
     except ValueError as error:
-        raise QueueError(f"The workflow {path} is no JSON ({error}). Export it again from ComfyUI.") from None
-    if graph is None or _is_deeper(graph, DEEPEST):
-        raise QueueError(f"The workflow {path} is nested more than {DEEPEST} levels deep, as no workflow is. "
+        raise QueueError(f"The workflow {path} is not valid JSON ({error}). Export it again from ComfyUI.") from None
+    if graph is None or _is_deeper(graph, MAX_DEPTH):
+        raise QueueError(f"The workflow {path} is nested more than {MAX_DEPTH} levels deep, which no workflow is. "
                          "Export it again from ComfyUI.")
     return graph
 
 
 def _refuse_constant(name: str):
-    raise ValueError(f"it has {name}, which is no number")
+    raise ValueError(f"it has {name}, which is not a number")
 
 
 def _is_deeper(value, levels: int) -> bool:
@@ -93,13 +93,13 @@ class Fault(Struct):
 
 
 class Conversion(Struct):
-    """The converted graph, not checked yet."""
+    """The converted graph, before checks."""
 
     prompt: dict
 
 
 class Converted(Struct):
-    """The last line of what comfy-cli prints."""
+    """The last line of comfy-cli's output."""
 
     ok: bool = False
     data: Conversion | None = None
@@ -112,8 +112,8 @@ def _is_node(node) -> bool:
 
 def _from_ui_format(path: Path, address: Address) -> dict:
     if not address.plain:
-        raise QueueError(f"{path} is in UI format, and comfy-cli, which converts it, does not reach {address.url}, "
-                         "only an http://host:port. Export it in ComfyUI by Workflow > Export (API).")
+        raise QueueError(f"{path} is in UI format, and comfy-cli, which converts it, supports only http://host:port, "
+                         f"not {address.url}. Export it in ComfyUI by Workflow > Export (API).")
     next_to_python = str(Path(sys.executable).parent)
     comfy = shutil.which("comfy", path=os.pathsep.join([next_to_python, os.environ.get("PATH", "")]))
     if not comfy:
@@ -125,43 +125,43 @@ def _from_ui_format(path: Path, address: Address) -> dict:
     try:
         answer = subprocess.run(command, capture_output=True, env=environment, stdin=subprocess.DEVNULL,
                                 timeout=CONVERSION_S)
-        converted = decode(answer.stdout.strip().rpartition(b"\n")[2], Converted)
-        reason = converted.error.message if converted.error else "it says neither a prompt nor an error"
+        converted = decode_json(answer.stdout.strip().rpartition(b"\n")[2], Converted)
+        reason = converted.error.message if converted.error else "it returned neither a prompt nor an error"
     except subprocess.TimeoutExpired:
         converted, reason = Converted(), f"it took more than {CONVERSION_S} s"
     except NotUnderstood:
         converted, reason = Converted(), (answer.stdout + answer.stderr).decode(errors="replace")
     if converted.ok and converted.data:
         return converted.data.prompt
-    raise QueueError(f"comfy-cli could not convert {path} from UI to API format: {line(reason)}\n"
+    raise QueueError(f"comfy-cli could not convert {path} from UI to API format: {one_line(reason)}\n"
                      "Fix that, or export the workflow in ComfyUI by Workflow > Export (API).")
 
 
-def find(graph: dict, target: Target) -> list[Widget]:
-    """The widgets that hold `target` for any of the samplers, once each; empty if there are none."""
+def find(graph: dict, target: WidgetSearch) -> list[Widget]:
+    """The widgets of `target` for all samplers, without duplicates; empty if there are none."""
     seen: set[str] = set()
     return [widget for name in _samplers(graph) for widget in _upstream(graph, name, target, seen)]
 
 
-def require(graph: dict, target: Target) -> list[Widget]:
-    """As `find`. Raises QueueError that says where it looked if there is none."""
+def require(graph: dict, target: WidgetSearch) -> list[Widget]:
+    """As `find`. Raises QueueError that says where it searched if there is none."""
     if found := find(graph, target):
         return found
     if samplers := _named(graph, _samplers(graph)):
-        looked = f"from {samplers} along {', '.join(target.links)}, for a widget {' or '.join(target.widgets)}"
+        searched = f"from {samplers} along {', '.join(target.links)}, for a widget {' or '.join(target.widgets)}"
     else:
-        looked = f"for a sampler ({', '.join(SAMPLERS)})"
-    raise QueueError(f"No {target.name} found in the workflow: looked {looked}. Its nodes are "
-                     f"{line(', '.join(sorted({node['class_type'] for node in graph.values()})), 500)}.")
+        searched = f"for a sampler ({', '.join(SAMPLERS)})"
+    raise QueueError(f"No {target.name} found in the workflow: searched {searched}. Its nodes are "
+                     f"{one_line(', '.join(sorted({node['class_type'] for node in graph.values()})), 500)}.")
 
 
 def _samplers(graph: dict) -> list[str]:
     return [name for name, node in graph.items() if any(fnmatch(node["class_type"], kind) for kind in SAMPLERS)]
 
 
-def _upstream(graph: dict, name: str, target: Target, seen: set[str]) -> Iterator[Widget]:
-    """Widgets at or above node `name`: its own, else those of the nodes that feed the first of `target.links`. Nodes
-    that were seen before are left out."""
+def _upstream(graph: dict, name: str, target: WidgetSearch, seen: set[str]) -> Iterator[Widget]:
+    """Widgets at or upstream of node `name`: its own, else those of the nodes linked to the first of `target.links`.
+    Skips nodes in `seen`."""
     waiting = [name]
     while waiting:
         name = waiting.pop()
@@ -177,19 +177,20 @@ def _upstream(graph: dict, name: str, target: Target, seen: set[str]) -> Iterato
 
 
 def _sources(inputs: dict, patterns: tuple[str, ...]) -> list[str]:
-    """The nodes at the other end of the links that the first of `patterns` with any matches."""
+    """The source nodes of the links that match the first of `patterns` with any match."""
     links = {key: str(value[0]) for key, value in inputs.items() if isinstance(value, list) and len(value) == 2}
     matches = ([source for key, source in links.items() if fnmatch(key, pattern)] for pattern in patterns)
     return next((sources for sources in matches if sources), [])
 
 
 def require_negative(graph: dict) -> list[Widget]:
-    """The negative prompt's widgets. Raises QueueError if there is none, or if it is the positive prompt's too."""
+    """The negative prompt's widgets. Raises QueueError if there is none, or if it is shared with the positive prompt.
+    """
     negative = require(graph, NEGATIVE)
     if shared := set(negative) & set(find(graph, PROMPT)):
         raise QueueError("The workflow has no negative prompt of its own: "
                          f"{_named(graph, min(shared)[:1])} feeds both. "
-                         "Give the sampler's negative input its own text node, or leave --negative out.")
+                         "Connect another text node to the sampler's negative input, or remove --negative.")
     return negative
 
 
@@ -208,7 +209,7 @@ def get(graph: dict, widgets: list[Widget]):
 
 
 def edited(graph: dict, values: list[tuple[list[Widget], object]]) -> dict:
-    """A copy of `graph` in which every widget has its value; what is not changed is shared with it."""
+    """A copy of `graph` with new widget values. Unchanged nodes are shared."""
     graph = dict(graph)
     for widgets, value in values:
         for name, key in widgets:
@@ -217,7 +218,7 @@ def edited(graph: dict, values: list[tuple[list[Widget], object]]) -> dict:
 
 
 def digest(graph: dict) -> str:
-    """What a graph computes, as a hash: titles and the order of its nodes do not count."""
+    """A hash of what a graph computes, independent of titles and of the order of its nodes."""
     nodes = {name: [node["class_type"], node["inputs"]] for name, node in graph.items()}
     return hashlib.sha256(json.dumps(nodes, sort_keys=True).encode()).hexdigest()
 
@@ -231,4 +232,4 @@ def title(node: dict) -> str | None:
 
 def _named(graph: dict, names: Iterable[str]) -> str:
     """Class and id of nodes."""
-    return line(", ".join(f"{graph[name]['class_type']} ({name})" for name in names), 500)
+    return one_line(", ".join(f"{graph[name]['class_type']} ({name})" for name in names), 500)

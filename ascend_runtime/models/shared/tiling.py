@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import devices
-from ...parallel.mesh import highest
+from ...parallel.mesh import all_reduce_max
 from ...parallel.tiles import Area, Tile, grid_here, tile_of
 from .vae import BlendedTiles, VideoVae
 
@@ -86,7 +86,7 @@ def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int) -
     """
     grid, pixels, spare = grid_here(height, width), vae.form.spatial, margin(vae.device)
     needed = spare * vae.bytes_needed(work, frames, max(grid.heights), max(grid.widths))
-    free = -highest(-devices.room(vae.device))
+    free = -all_reduce_max(-devices.room(vae.device))
     if needed <= free:
         facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{needed / 1e9:.1f} GB a rank"}
         return TilePerRank(vae, tile_of(height, width), facts)
