@@ -35,8 +35,8 @@ class Version(Protocol):
 
 
 class JobSize(NamedTuple):
-    """grid: the video's tokens; text tokens may follow them in the sequence, and attend to all. steps: the number of the
-    job's steps. blocks: the number of the network's blocks."""
+    """grid: the video's tokens; text tokens may follow them in the sequence, and attend to all. steps: the number of
+    the job's steps. blocks: the number of the network's blocks."""
 
     grid: TokenGrid
     steps: int

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PassSize:
-    """The size of a pass. batch: the number of videos. tokens: of each video. on_rank: the tokens of the blocks' sequence
-    on one rank, including a text's if it is part of that sequence. text_tokens: of the text.
+    """The size of a pass.
 
+    batch: the number of videos. tokens: of each video. on_rank: the tokens of the blocks' sequence on one rank,
+    including a text's if it is part of that sequence. text_tokens: of the text.
     per_token: whether each token has its own timestep.
     """
 

@@ -305,7 +305,7 @@ def test_a_mask_is_chosen_anew_also_where_a_cache_leaves_out_the_step_that_would
 def test_a_text_behind_the_video_attends_to_all(version):
     grid, text = (6, 8, 16), 20
     spec = RainFusionSpec(version=version, sparsity=0.9, start=0)
-    fusion = RainFusion(spec, grid, 8, 1, PlainOperators(), Tally(Work((BlockWork(1.0, 1.0, 1.0),), rest=0.0)))
+    fusion = RainFusion(spec, JobSize(grid, 8, 1), PlainOperators(), Tally(Work((BlockWork(1.0, 1.0, 1.0),), rest=0.0)))
     print(f"seed {SEED}")
     qkv = torch.randn(3, 2, math.prod(grid) + text, 4, 16, generator=torch.Generator().manual_seed(SEED))
     at = At("high_noise", "cond", 0)

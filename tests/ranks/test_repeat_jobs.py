@@ -222,7 +222,8 @@ def test_what_changes_while_it_is_read_is_not_kept(own, tmp_path, kind):
         components.get(spec, rewritten)
     expected = Components(torch.device("cpu")).get(spec, lambda *_: None)
     loaded, again = components.get(spec, lambda *_: None), lambda one: [one.low_noise, one.high_noise]
-    networks = {"encoder": lambda one: [one.encoders["text_encoder"].model], "vae": lambda one: [one.network]}.get(kind, again)
+    encoder, vae = lambda one: [one.encoders["text_encoder"].model], lambda one: [one.network]
+    networks = {"encoder": encoder, "vae": vae}.get(kind, again)
     for network, wanted in zip(networks(loaded), networks(expected)):
         for (name, parameter), right in zip(network.named_parameters(), wanted.parameters()):
             assert torch.equal(parameter, right), name
