@@ -92,7 +92,7 @@ def block_inputs(network: nn.Module, tokens: int) -> tuple[Any, ...]:
 def in_8_bits(network: nn.Module, layers: list[str]) -> None:
     """Quantizes these layers of a loaded network."""
     weights = {name: network.get_submodule(name) for name in layers}
-    quantize(network, {name: QUANTIZATION_SCHEMES["w8a8_dynamic"] for name in layers})
+    quantize(network, {name: QUANTIZATION_SCHEMES["w8a8_dynamic"] for name in layers}, "blocks.")
     for name, layer in weights.items():
         made, scale = quantized_rows(layer.weight)
         for leaf, tensor in (("weight", made), ("weight_scale", scale), ("bias", layer.bias)):
