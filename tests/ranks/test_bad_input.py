@@ -203,7 +203,7 @@ def test_a_config_that_is_not_json(survivors, damaged):
 def test_a_missing_tokenizer(survivors, damaged):
     shutil.rmtree(damaged / "tokenizer")
     error = pytest.raises(ValueError, load, survivors, "text_encoder", damaged)
-    assert_says(error, [str(damaged / "tokenizer"), "does not exist", "beside"])
+    assert_says(error, [str(damaged / "tokenizer"), "does not exist", "next to"])
 
 
 @COMPONENTS
@@ -274,7 +274,7 @@ def test_a_damaged_low_noise_expert_is_found_by_sampling_too(survivors, specs_of
     ({"latent": torch.zeros(1, 48, 1, 4, 4)}, ["[1, 48, 1, 4, 4]", "[B,16,T,H,W]"]),
     ({"latent": torch.zeros(1, 16, 4, 4)}, ["[1, 16, 4, 4]", "[B,16,T,H,W]"]),
     ({"latent": torch.zeros(1, 16, 1, 5, 4)}, ["height is 40", "multiple of 16", "32 and 48"]),
-    ({"latent": torch.zeros(1, 16, 0, 4, 4)}, ["[1, 16, 0, 4, 4]", "all 1 or more"]),
+    ({"latent": torch.zeros(1, 16, 0, 4, 4)}, ["[1, 16, 0, 4, 4]", "all sizes at least 1"]),
     ({"latent": torch.full(SHAPE, float("nan"))}, ["latent has NaN"]),
     ({"positive": torch.zeros(1, 512, 4096)}, ["positive", "[1, 512, 4096]", "[1, tokens, 32]", "text encoder"]),
     ({"negative": torch.zeros(512, 32)}, ["negative", "[512, 32]", "[1, tokens, 32]"]),

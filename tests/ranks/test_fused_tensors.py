@@ -77,8 +77,8 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    for module in (pieces, writers):
-        monkeypatch.setattr(module, "PIECE", 100)
+    for module, name in ((pieces, "READ_BYTES"), (writers, "WRITE_BYTES")):
+        monkeypatch.setattr(module, name, 100)
 
 
 @pytest.mark.parametrize("kind", KINDS)

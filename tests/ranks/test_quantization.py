@@ -338,7 +338,7 @@ BAD = {
         {"said": {"blocks.9.ffn.0.weight": "W8A8_DYNAMIC"}}, "Only linear layers.*1 are not: blocks.9.ffn"
     ),
     "an embedder": (
-        {"said": {"text_embedding.0.weight": "W8A8_DYNAMIC"}}, "blocks; 1 are not: condition_embedder.text_emb"
+        {"said": {"text_embedding.0.weight": "W8A8_DYNAMIC"}}, "can be quantized; 1 are not: condition_embedder.text"
     ),
     "MXFP8": (
         {"said": {f"{Q}.weight": "W8A8_MXFP8"}},

@@ -38,9 +38,9 @@ def test_what_is_cut_of_the_published_networks():
 
 
 @pytest.mark.parametrize("heads, ffn, degree, says", [
-    (40, 13824, 3, ["tp_degree is 3", "40 heads", "13824 wide", "1, 2, 4, 8"]),  # 14B
-    (12, 8960, 8, ["tp_degree is 8", "12 heads", "8960 wide", "1, 2, 4;"]),  # 1.3B
-    (24, 14336, 16, ["tp_degree is 16", "24 heads", "14336 wide", "1, 2, 4, 8;"]),  # 5B
+    (40, 13824, 3, ["tp_degree is 3", "40 heads", "width 13824", "1, 2, 4, 8"]),  # 14B
+    (12, 8960, 8, ["tp_degree is 8", "12 heads", "width 8960", "1, 2, 4;"]),  # 1.3B
+    (24, 14336, 16, ["tp_degree is 16", "24 heads", "width 14336", "1, 2, 4, 8;"]),  # 5B
 ])  # fmt: skip
 def test_degrees_that_do_not_cut_a_model(heads, ffn, degree, says):
     config = {"num_attention_heads": heads, "ffn_dim": ffn, "num_layers": 1}
