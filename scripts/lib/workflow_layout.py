@@ -60,7 +60,7 @@ NODES_2 = {
 }
 # The nodes that are enlarged to fill their column; the first of these in a column: pictures, previews and prompts.
 GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Positive prompt")
-BESIDE = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height
+SAME_HEIGHT = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height
 COLOURS = {"Positive prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), NOTE: ("#432", "#653")}
 PROMPTS, LORAS = ["Positive prompt", "Negative prompt"], "LoRAs"
 GROUPS = {  # title: (its nodes, a colour). The group that contains the last node also takes nodes without a group
@@ -131,9 +131,9 @@ def _places(names, owners):
     top = max(place[3] for place in above) + ROW_GAP
     places[NOTE] = [0, top, max(place[2] for place in above), top + NOTE_HEIGHT]
     _grow(places, columns)
-    for name in set(BESIDE).intersection(places):
+    for name in set(SAME_HEIGHT).intersection(places):
         left, _, right, _ = places[name]
-        top = places[BESIDE[name]][1]
+        top = places[SAME_HEIGHT[name]][1]
         places[name] = [left, top, right, top + _height(name)]
     return places
 

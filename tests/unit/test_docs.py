@@ -108,6 +108,14 @@ def test_plain_words(page):
     assert [found[0] for found in NOT_ENGLISH.finditer(text)] == []
 
 
+@pytest.mark.parametrize("folder", ["ascend_runtime", "nodes", "scripts", "benchmarks", "locales"])
+def test_plain_words_in_code(folder):
+    """In docstrings, comments, texts and names."""
+    files = [path for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".sh", ".json", ".js")]
+    lines = [(path, line) for path in files for line in path.read_text().replace("_", " ").splitlines()]
+    assert [(path.name, line) for path, line in lines if NOT_ENGLISH.search(line)] == []
+
+
 def test_every_package_is_explained():
     text = (ROOT / "docs" / "dependencies.md").read_text()
     explained = " ".join(row.split("|")[1] for row in text.splitlines() if row.startswith("| "))

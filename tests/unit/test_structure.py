@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,19 @@ def test_this_test_sees_a_family():
     """
     found = [line for line, _ in names_of_families(ast.parse(textwrap.dedent(code)))]
     assert {2, 3, 4, 5, 6, 7, 8, 9} <= set(found) and found.count(10) == 1
+
+
+# What several modules have by design: the same question, asked of each.
+SAME_IN_SEVERAL = {"logger", "main", "run", "files", "load"}
+
+
+def test_a_name_means_one_thing():
+    homes = defaultdict(list)
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text()).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            for defined in (getattr(target, "id", getattr(target, "name", "_")) for target in targets):
+                if isinstance(defined, str) and not defined.startswith("_") and inside(name, RUNTIME):
+                    homes[defined].append(name)
+    twice = {name: where for name, where in homes.items() if len(where) > 1 and name not in SAME_IN_SEVERAL}
+    assert len(homes) > 500 and not twice

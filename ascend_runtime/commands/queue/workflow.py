@@ -25,7 +25,7 @@ SAMPLERS = ("AscendSampler", "KSampler", "KSamplerAdvanced", "SamplerCustom*")
 TEXT_WIDGETS = ("text", "value")  # of a text encoder, and of a core String node linked to it
 Widget = tuple[str, str]  # node id, input name
 MAX_WORKFLOW_BYTES = 16 << 20  # bytes of a workflow file; parsing takes up to 25 times as much memory
-MAX_DEPTH = 100
+MAX_JSON_DEPTH = 100
 CONVERSION_S = 120
 
 
@@ -68,8 +68,8 @@ def _read_json(path: Path):
         graph = None
     except ValueError as error:
         raise QueueError(f"The workflow {path} is not valid JSON ({error}). Export it again from ComfyUI.") from None
-    if graph is None or _is_deeper(graph, MAX_DEPTH):
-        raise QueueError(f"The workflow {path} is nested more than {MAX_DEPTH} levels deep, which no workflow is. "
+    if graph is None or _is_deeper(graph, MAX_JSON_DEPTH):
+        raise QueueError(f"The workflow {path} is nested more than {MAX_JSON_DEPTH} levels deep, which no workflow is. "
                          "Export it again from ComfyUI.")
     return graph
 
