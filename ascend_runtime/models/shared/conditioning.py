@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...ops.precision import check_finite
-from ...specs import VideoSize
-from ..family import Family
+from ...specs import VaeForm, VideoSize
 from .latents import Latents
 
 
@@ -59,6 +58,15 @@ class Branch(ABC):
         """The network's input for a timestep in 0..1000."""
 
 
+class Reads(NamedTuple):
+    """What a transformer reads: the form of its latents, and the channels of a text's tokens and of a pooled vector (0:
+    it reads none)."""
+
+    form: VaeForm
+    text_width: int
+    pooled_width: int = 0
+
+
 class Conditioner(ABC):
     """A family's rules: which conditioning a transformer of this config takes, and how.
 
@@ -67,10 +75,9 @@ class Conditioner(ABC):
 
     empty_latent: str
 
-    def __init__(self, family: Family, config: Mapping[str, Any], latents: Latents):
+    def __init__(self, config: Mapping[str, Any], latents: Latents, reads: Reads):
         self.config, self.latents = config, latents
-        self.form, self.text_width = family.form(config), family.text_width(config)
-        self.pooled_width = family.pooled_width(config)
+        self.form, self.text_width, self.pooled_width = reads
 
     def check(self, given: Given) -> None:
         """Raises ValueError, before any communication, for inputs that the network does not support."""

@@ -147,9 +147,10 @@ class Wan(Family):
         return WanText()
 
     def conditioner(self, config, latents):
+        from ..shared.conditioning import Reads
         from .conditioning import WanConditioner
 
-        return WanConditioner(self, config, latents)
+        return WanConditioner(config, latents, Reads(self.form(config), self.text_width(config)))
 
     def empty_latent(self, shape):
         from .conditioning import empty_latent

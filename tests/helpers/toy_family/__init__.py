@@ -225,9 +225,12 @@ class Toy(Family):
         return ToyText()
 
     def conditioner(self, config, latents):
+        from ascend_runtime.models.shared.conditioning import Reads
+
         from .conditioning import ToyConditioner
 
-        return ToyConditioner(self, config, latents)
+        reads = Reads(self.form(config), self.text_width(config), self.pooled_width(config))
+        return ToyConditioner(config, latents, reads)
 
 
 FAMILY = Toy()
