@@ -95,8 +95,8 @@ class Generation:
 
     @classmethod
     def prepare(cls, model: DiffusionModel, request: Request, ranks: Ranks) -> Generation:
-        """Prepares conditioning and accelerators, without running the network. Raises ValueError, possibly on some ranks
-        only, for a request that this model or these ranks do not support."""
+        """Prepares conditioning and accelerators, without running the network. Raises ValueError, possibly only on some
+        ranks, for a request that this model or these ranks do not support."""
         outline = _outline(model, request, ranks)
         acceleration = Acceleration(request.acceleration, outline, ranks.operators)
         return cls(model, ranks, acceleration, _contexts(model, request.given))
