@@ -267,9 +267,9 @@ def test_inspect_knows_a_folder_and_files_of_it(toy, known, capsys):
     for path, parts in {toy.folder: 4, **dict.fromkeys(toy.files.values(), None)}.items():
         assert inspection.run(type("Arguments", (), {"path": str(path)})) == 0
         said = capsys.readouterr().out
-        assert parts is None or said.count("whole") == parts
+        assert parts is None or said.count("complete") == parts
     inspection.run(type("Arguments", (), {"path": str(toy.folder)}))
-    assert "looks as Toy-1 does, whose own settings are: 4 steps, shift 2, guidance 3" in capsys.readouterr().out
+    assert "recognised as Toy-1; its default settings: 4 steps, shift 2, guidance 3" in capsys.readouterr().out
 
 
 def test_blocks_of_both_kinds_move_behind_those_of_earlier_shards(known):
