@@ -25,8 +25,7 @@ from ..models.shared.conditioning import Branch, Given
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
 from ..parallel.mesh import mesh_of
-from ..parallel.sequence import SequenceLayout as TokenSequence
-from ..parallel.sequence import spread
+from ..parallel.sequence import SequenceLayout, spread
 from ..specs import AccelerationSpec, Calibration, OperatorSpec, ParallelSpec, Plan, SampleSpec
 from .sampling import SolverStep, schedule_of
 
@@ -51,7 +50,7 @@ class Ranks:
 
     plan: Plan
     operators: PlainOperators
-    sequence: TokenSequence
+    sequence: SequenceLayout
     cfg_group: dist.ProcessGroup | None
 
     @classmethod
