@@ -87,7 +87,7 @@ class ParallelConfig(io.ComfyNode):
                     default="rotate",
                     optional=True,
                     tooltip="How ring_degree sends keys and values. rotate: from neighbour to neighbour. gather: all "
-                    "at once, which takes more memory and fewer kernel launches.",
+                    "at once, which needs more memory and fewer kernel launches.",
                 ),
                 io.Boolean.Input(
                     "overlap",

@@ -67,7 +67,7 @@ class Acceleration:
         self._expert: str | None = None
 
     def passing(self, at: At) -> Pass:
-        """Begins a pass. When the expert changes, the caches of the previous one are freed, as it does not return."""
+        """Begins a pass. When the expert changes, the previous one's caches are freed: it is not used again."""
         if self._expert not in (None, at.expert):
             self._caches.pop(self._expert)
             self._rainfusion = self._make_rainfusion()

@@ -159,11 +159,11 @@ def _spread(path: Path, name: str, held: PickledObject, places: dict) -> _Spread
     arguments = _field(held, "properties", PickledObject)
     dtype = dtype_of(next(iter(arguments.state if isinstance(arguments.state, tuple) else arguments.arguments), None))
     if dtype is None:
-        raise ValueError(f"{name} has no dtype of torch")
+        raise ValueError(f"{name} has no torch dtype")
     chunks = tuple(_chunk(path, name, chunk, places) for chunk in _field(held, "chunks", list))
     shape = _sizes(held, "size")
     if any(len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks):
-        raise ValueError(f"{name} has chunks with another number of dims")
+        raise ValueError(f"{name} has chunks with a different number of dims")
     return _Spread(shape, dtype, chunks)
 
 

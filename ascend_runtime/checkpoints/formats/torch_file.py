@@ -91,7 +91,7 @@ def _read(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
         raise ValueError("it has no data.pkl")
     folder = pickled.removesuffix("data.pkl")
     if f"{folder}byteorder" in archive.NameToInfo and _content(file, archive, f"{folder}byteorder") != _byte_order():
-        raise ValueError("it was written on a machine with another byte order")
+        raise ValueError("it was written on a machine with a different byte order")
 
     def persistent(what: Any) -> _Storage | PickledObject:
         """The storage of an id ("storage", class, name, device, number of elements)."""
