@@ -1,4 +1,4 @@
-"""Reads files of torch.save: a zip archive of storages and a pickle that describes the tensors in them."""
+"""Reads torch.save files: a zip archive of storages and a pickle that describes the tensors in them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def stored_tensors(file: BinaryIO, path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except BROKEN as error:
         why = shown((str(error).splitlines() or [type(error).__name__])[0])
-        raise ValueError(f"{path} is not a complete file of torch.save ({why}). Download it again.") from None
+        raise ValueError(f"{path} is not a complete torch.save file ({why}). Download it again.") from None
 
 
 class _Bounded:
