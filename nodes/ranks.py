@@ -62,7 +62,7 @@ class ParallelConfig(io.ComfyNode):
                     max=MAX_RANKS,
                     optional=True,
                     tooltip="The number of parts that the video's tokens are split into. Their keys and values travel "
-                    "from rank to rank. 0: automatic, which gives 1 unless the other degrees leave ranks over.",
+                    "from rank to rank. 0: automatic, which gives 1 unless the other degrees do not use all ranks.",
                 ),
                 io.Int.Input(
                     "tp_degree",

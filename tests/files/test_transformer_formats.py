@@ -168,7 +168,7 @@ def test_cut_files_are_named(tmp_path, tensors):
     with pytest.raises(ValueError, match="distcp is missing or cut short"):
         load(tmp_path / "dcp")
     (tmp_path / "dcp" / "iter_0001000" / ".metadata").write_bytes(b"\x80\x04nonsense")
-    with pytest.raises(ValueError, match=r"\.metadata is not the metadata of a distributed checkpoint"):
+    with pytest.raises(ValueError, match=r"\.metadata is not the metadata of a torch distributed checkpoint"):
         load(tmp_path / "dcp")
 
 

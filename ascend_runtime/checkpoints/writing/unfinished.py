@@ -107,7 +107,7 @@ def _check_free(target: Path, folder: Path) -> None:
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link to {os.readlink(folder)}. Delete it, or give another target.")
     if folder.exists() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists, but no conversion made it. Move it away, or give another target.")
+        raise ValueError(f"{folder} is in the way, but is not from a conversion. Move it away, or give another target.")
 
 
 def _done(target: Path, journal, identity: dict[str, object]) -> int | None:
