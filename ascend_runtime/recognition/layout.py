@@ -98,7 +98,7 @@ def _kind_in(config: dict, name: str, folder: Path) -> Kind:
     one."""
     candidates = kinds(part_of(name))
     if not candidates:
-        raise ValueError(f"{folder} has the name of a {name}, but no supported model family has such a part.")
+        raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
         key, wanted = kind.part.class_name
         if config.get(key) == wanted:
