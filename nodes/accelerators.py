@@ -108,7 +108,7 @@ WINDOW = (  # the fields of specs.acceleration.Window
               "-1: at 30 % of the steps (step 12 of 40)."),
     _position("end", "The last step, counted from 0, that may reuse results. -1: at 92.5 % of the steps (step "
               "37 of 40)."),
-    _count("interval", 4, "How often a step is computed from start on. 4: one of four steps, and the other three reuse "
+    _count("interval", 4, "How often a step is computed from start on. 4: one step in four, and the other three reuse "
            "its results. 1: every step, so nothing is reused.", least=1),
     _count("first_block", 0, "The first block of the model that may reuse results, counted from 0. Earlier blocks are "
            "always computed."),
@@ -120,7 +120,7 @@ ACCELERATORS = (
     Accelerator(
         "AscendAttentionCache",
         "Ascend AttentionCache",
-        "Reuses the self-attention results of earlier steps. The video changes little, but the cache takes much device "
+        "Reuses the self-attention results of earlier steps. The video changes little, but the cache uses much device "
         "memory.",
         "attention_cache",
         (
@@ -134,14 +134,14 @@ ACCELERATORS = (
     Accelerator(
         "AscendBlockCache",
         "Ascend Block Cache",
-        "Skips a range of blocks in some steps, and adds what they added in an earlier step. Takes little memory.",
+        "Skips a range of blocks in some steps, and reuses what they added in an earlier step. Uses little memory.",
         "block_cache",
         WINDOW,
     ),
     Accelerator(
         "AscendStepCache",
         "Ascend Step Cache",
-        "Skips the blocks of a step while the result seems to change little. Takes little memory and saves the most.",
+        "Skips the blocks of a step while the result seems to change little. Uses little memory and saves the most.",
         "step_cache",
         (
             _method("method", STEP_CACHES, "fbcache", "How to decide which steps to skip. Used with every preset.\n"
@@ -159,7 +159,7 @@ ACCELERATORS = (
             _count("last_steps", 1, "The number of steps at the end that are always computed."),
             _count("most", 0, "The largest number of steps that may be skipped in a row. 0: the method's default.",
                    automatic=0),
-            _count("interval", 4, "Only for taylorseer: how often a step is computed. 4: one of four steps, and the "
+            _count("interval", 4, "Only for taylorseer: how often a step is computed. 4: one step in four, and the "
                    "other three are predicted.", least=1),
             _count("order", 1, "Only for taylorseer: the order of the Taylor expansion. 0: the last computed step is "
                    "repeated.", most=4),

@@ -71,7 +71,8 @@ class ImageToVideo(io.ComfyNode):
                     display_name="positive", tooltip="The input with the images added, for Ascend Sampler."
                 ),
                 io.Conditioning.Output(
-                    display_name="negative", tooltip="The input with the images added. Empty if none is connected."
+                    display_name="negative",
+                    tooltip="The input with the images added. Empty if no negative input is connected.",
                 ),
                 io.Latent.Output(display_name="latent", tooltip="A latent of the video's size, for Ascend Sampler."),
             ],

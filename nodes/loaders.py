@@ -75,7 +75,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     min=0,
                     max=1024,
                     optional=True,
-                    tooltip="The number of attention heads that an NPU computes at once. Fewer heads take less memory "
+                    tooltip="The number of attention heads that an NPU computes at once. Fewer heads use less memory "
                     "and more time. 0: all, unless the environment variable USE_SUB_HEAD sets a number.",
                 ),
                 io.Boolean.Input(
@@ -158,7 +158,7 @@ class LoadTextEncoder(io.ComfyNode):
                     optional=True,
                     tooltip="Where the encoder runs.\n"
                     "auto: cpu. On NPUs, the environment variable T5_LOAD_CPU can set it (1: cpu, 0: ranks).\n"
-                    "cpu: on the CPU of one rank. Takes no memory of a card.\n"
+                    "cpu: on the CPU of one rank. Uses no device memory.\n"
                     "ranks: on the devices of all ranks. Each holds a share of the weights.",
                 ),
             ],

@@ -62,7 +62,7 @@ class ParallelConfig(io.ComfyNode):
                     max=MAX_RANKS,
                     optional=True,
                     tooltip="The number of parts that the video's tokens are split into. Their keys and values travel "
-                    "from rank to rank. 0: automatic, which gives 1 unless the other degrees leave ranks over.",
+                    "from rank to rank. 0: automatic, which gives 1 unless the other degrees do not use all ranks.",
                 ),
                 io.Int.Input(
                     "tp_degree",
@@ -87,7 +87,7 @@ class ParallelConfig(io.ComfyNode):
                     default="rotate",
                     optional=True,
                     tooltip="How ring_degree sends keys and values. rotate: from neighbour to neighbour. gather: all "
-                    "at once, which takes more memory and fewer kernel launches.",
+                    "at once, which needs more memory and fewer kernel launches.",
                 ),
                 io.Boolean.Input(
                     "overlap",

@@ -70,7 +70,7 @@ class Sampler(io.ComfyNode):
                     options=[*schedules(), SIMPLE],
                     default=schedules()[0],
                     tooltip="How the noise levels (sigmas) of the steps are spaced. wan: the model's own schedule, "
-                    "also of models other than Wan. simple: as core's scheduler of that name.",
+                    "also for models other than Wan. simple: as core's scheduler of that name.",
                 ),
                 io.Float.Input(
                     "shift",

@@ -67,7 +67,7 @@ class Acceleration:
         self._expert: str | None = None
 
     def passing(self, at: At) -> Pass:
-        """Begins a pass. When the expert changes, the caches of the previous one are freed, as it does not return."""
+        """Begins a pass. When the expert changes, the previous one's caches are freed: it is not used again."""
         if self._expert not in (None, at.expert):
             self._caches.pop(self._expert)
             self._rainfusion = self._make_rainfusion()
@@ -128,7 +128,7 @@ def _step_cache(spec: StepCacheSpec, outline: Outline, expert: str, tally: Tally
     if needed > outline.room:
         raise ValueError(
             f"The step cache {spec.method} needs {needed / 1e9:.1f} GB per rank, but only {outline.room / 1e9:.1f} GB "
-            "are free besides the memory of a pass. Use more ranks per video (ulysses_degree, or cfg_degree 2), or a "
+            "are free after the memory of a pass. Use more ranks per video (ulysses_degree, or cfg_degree 2), or a "
             "smaller video"
             + (", or a lower order." if order else ".")
         )
@@ -162,7 +162,7 @@ def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
         fitting = outline.room // (outline.output * outline.branches)
         raise ValueError(
             f"AttentionCache needs {needed / 1e9:.1f} GB per rank for the outputs of {blocks} blocks and "
-            f"{outline.branches} guidance branch(es), but only {outline.room / 1e9:.1f} GB are free besides the memory "
+            f"{outline.branches} guidance branch(es), but only {outline.room / 1e9:.1f} GB are free after the memory "
             "of a pass. Use more ranks per video (ulysses_degree, or cfg_degree 2), a smaller video, the block cache "
             "or a step cache, which need little memory"
             + (f", or set last_block to first_block + {fitting - 1} at most." if fitting else ".")

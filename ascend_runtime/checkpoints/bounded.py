@@ -28,7 +28,7 @@ def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
-            raise ValueError(f"{path} is not a regular file. Put the file itself in its place.")
+            raise ValueError(f"{path} is not a regular file. Replace it with the file itself.")
         if state.st_size == 0:
             raise ValueError(f"{path} is empty (0 bytes). Download it again.")
         if state.st_size > most:

@@ -87,7 +87,7 @@ class Description:
     def parts_in(self, file: TensorFile) -> dict[str, bool]:
         """The tensors of quantized layers in a file, and whether each is used.
 
-        Raises ValueError, which lists invalid tensors: with another dtype, with an offset other than 0, or with a scale
+        Raises ValueError, which lists invalid tensors: with a wrong dtype, with an offset other than 0, or with a scale
         that is not above 0. Reads scales and offsets.
         """
         parts = {key: self._part(key) for key in file.shapes}
@@ -113,8 +113,8 @@ def description_in(folder: Path) -> Path | None:
 
 
 def read_description(file: Path) -> Description:
-    """Reads a description. Raises ValueError if it is invalid, or has unsupported algorithms; lists their layers, and
-    the cards that support them."""
+    """Reads a description. Raises ValueError if it is invalid, or has unsupported algorithms: the error lists
+    their layers, and the cards that support them."""
     content = read_json(file, "Quantize the model again.")
     check_count(file, content)
     if any(len(name) > MAX_NAME_LENGTH for name in content):

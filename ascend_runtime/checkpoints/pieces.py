@@ -33,9 +33,9 @@ class Wanted:
     """A part of a tensor to read: how it is stored in a file, and how it is kept.
 
     name: used in errors. key: its name in the file. scale: the key of its scale if it is stored in 8 bits. shape: of
-    the whole tensor. part: None for all of it. dtype, device: where it is kept. scales: set to quantize it to int8: the
-    name of the new row scales, which are those of whole rows even if `part` is a part of them. rows: its ranges of the
-    stored tensor's rows, concatenated in this order; None: all.
+    the whole tensor. part: None for all of it. dtype, device: where it is kept. scales: the name of the new row
+    scales, if it is to be quantized to int8; a scale belongs to a whole row, even if `part` cuts the rows. rows: its
+    ranges of the stored tensor's rows, concatenated in this order; None: all.
     """
 
     name: str

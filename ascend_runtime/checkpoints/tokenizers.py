@@ -96,7 +96,7 @@ def _steps(part: str, given: Any) -> Iterator[dict]:
         elif named in types:
             yield step
         else:
-            raise ValueError(f"its {part} has the step {shown(repr(named))}, which no T5 has")
+            raise ValueError(f"its {part} has the step {shown(repr(named))}, which no T5 tokenizer has")
 
 
 def _check_steps(part: str, steps: list[dict]) -> None:
@@ -123,7 +123,7 @@ def _check_replacement(step: dict) -> None:
     ((kind, sought),) = pattern.items() if isinstance(pattern, dict) and len(pattern) == 1 else [("", "")]
     _check_words(step.get("content"), sought)
     if not sought or kind not in ("String", "Regex") or kind == "Regex" and not LINEAR_REGEX.fullmatch(sought):
-        raise ValueError(f"one of its steps replaces {shown(repr(sought))}, which no T5 does")
+        raise ValueError(f"one of its steps replaces {shown(repr(sought))}, which no T5 tokenizer does")
 
 
 def _check_ends(step: dict) -> None:

@@ -41,8 +41,8 @@ def check_whole(name: str, text: str) -> None:
     except UnicodeEncodeError as error:
         half, place = text[error.start], error.start
         raise ValueError(
-            f"{name} contains half a character ({half!r}, at position {place}), as of a cut emoji. Remove it, or write "
-            "the full character."
+            f"{name} contains half a character ({half!r}, at position {place}), such as half an emoji. Remove it, or "
+            "write the full character."
         ) from None
 
 

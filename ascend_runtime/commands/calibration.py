@@ -102,8 +102,8 @@ def _video(arguments: Namespace, found: Component) -> tuple[VideoSize, SampleSpe
     does not support text-to-video."""
     if not found.family.makes_from_text(found.config):
         raise ValueError(
-            f"{arguments.model} needs an image, but calibration uses text-to-video. Jobs use published values for such "
-            "models if there are any; else use fbcache or taylorseer, which need no calibration."
+            f"{arguments.model} needs an image, but calibration uses text-to-video. For such models, "
+            "jobs use published values if there are any. If not, use fbcache or taylorseer: they need no calibration."
         )
     form = found.family.form(found.config)
     own = model_defaults(arguments.model, arguments.low_noise)
@@ -129,7 +129,7 @@ def _prompts(
 
 
 def _random_prompts(transformer: Component, generator: torch.Generator) -> tuple[Conditioning, Conditioning]:
-    """What a positive and a negative prompt could be to a model: noise, of all that it reads of a prompt."""
+    """Noise in place of a positive and a negative prompt: in every input that the model reads of a prompt."""
     family, config = transformer.family, transformer.config
     texts = torch.randn(2, 1, RANDOM_TOKENS, family.text_width(config), generator=generator)
     width = family.pooled_width(config)

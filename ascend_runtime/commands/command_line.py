@@ -116,7 +116,7 @@ def _check_compare(arguments: Namespace) -> None:
     missing = [name for name in COMPARISON if find_spec(name) is None]
     if missing:
         named = " and ".join(missing)
-        raise ValueError(f"compare needs {named}, not installed in this Python: pip install {' '.join(missing)}")
+        raise ValueError(f"compare needs {named}, which this Python lacks. Run: pip install {' '.join(missing)}")
     video_options.check_options(arguments)
     video_options.sampling_of(arguments, arguments.seed)
     if arguments.repeats < 1:

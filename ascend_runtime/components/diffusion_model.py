@@ -76,7 +76,7 @@ class DiffusionModel:
         return self.low_noise if self.is_low_noise(timestep) else self.high_noise
 
     def expect(self, timestep: float | None) -> None:
-        """Prefetches the expert of the timestep after the next pass, during that pass. None: another video's first."""
+        """Makes the next pass prefetch the expert of the timestep after it; None: that of a new video's first."""
         if self.swap is not None:
             low_noise = timestep is not None and self.is_low_noise(timestep)
             self.swap.fetch_ahead(LOW_NOISE if low_noise else HIGH_NOISE)

@@ -71,7 +71,7 @@ class ExpertSwap:
         self._ahead = expert
 
     def expert(self, name: str) -> HostWeights:
-        """An expert's weights on the host, which may be written to."""
+        """The writable weights of an expert on the host."""
         return HostWeights(self._host[name].__getitem__, self._outdate)
 
     def _outdate(self) -> None:

@@ -119,7 +119,7 @@ class Adapter:
 
     def _keep(self, name: str) -> None:
         """On a CPU the original keeps its memory, which may be a mapped file, and the parameter gets new memory. On a
-        device, which lacks the room, and under FSDP, which also refers to the memory, the parameter keeps it."""
+        device, which has no room for both, and under FSDP, which refers to it, the parameter keeps its memory."""
         parameter = self._parameter(name)
         if self._may_move(parameter):
             self._originals[name], parameter.data = parameter.data, torch.empty_like(parameter.data)

@@ -61,7 +61,7 @@ def stored_boundary(component: Component) -> float | None:
 
 
 def _latent_format(component: Component) -> LatentFormat:
-    """From the config of the VAE next to the model, else from the published VAE with as many channels."""
+    """From the config of the VAE next to the model, else from the published VAE with this number of channels."""
     vae = component.root and component.root / "vae"
     config, rgb = (read_json(vae / name) if vae and (vae / name).is_file() else {}
                    for name in ("config.json", "latent_rgb.json"))  # fmt: skip
@@ -78,7 +78,7 @@ def _latent_format(component: Component) -> LatentFormat:
 
 
 def _coloured(latents: LatentFormat, table: dict) -> LatentFormat:
-    """With the RGB table of the file next to a VAE. Raises ValueError for an invalid table."""
+    """The format with the RGB table from the file next to a VAE. Raises ValueError for an invalid table."""
     factors, bias = _numbers(table.get("factors", latents.rgb or ())), _numbers(table.get("bias", latents.rgb_bias))
     channels = len(factors)
     if channels and factors.shape != (channels, 3) or bias.shape != (3,):

@@ -36,7 +36,7 @@ class RankPipeline:
     """Runs jobs on one rank; every public method takes a job (see job.py) and returns its `Done`.
 
     With the text encoder's placement "cpu", only rank 0 encodes; the others reply at once, and it uses their cores.
-    All ranks work on every other job.
+    All ranks work on all other jobs.
     """
 
     def __init__(self, device: torch.device):

@@ -37,7 +37,7 @@ class BlockWork:
 @dataclass(frozen=True)
 class Work:
     """FLOPs of a pass through the network. blocks: of each, in the order in which they compute, whatever their kinds.
-    rest: of what is in no block."""
+    rest: of everything outside of blocks."""
 
     blocks: tuple[BlockWork, ...]
     rest: float

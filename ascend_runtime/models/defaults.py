@@ -39,7 +39,7 @@ class Defaults:
         return VideoSize(width=self.width, height=self.height, num_frames=self.num_frames)
 
     def fill(self, spec: SampleSpec, pixels: int) -> SampleSpec:
-        """`spec` with its unset fields filled in, for frames of so many pixels.
+        """`spec` with its unset fields filled in, for frames of this number of pixels.
 
         If `spec` has one guidance scale, it is used for both experts.
         """

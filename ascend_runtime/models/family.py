@@ -70,7 +70,8 @@ class LoraNames:
 
     spellings: maps every name that a layer with these parameters can have in a file to the layer's own name.
     further: the parameters that other models of the family have, and a model with these shapes lacks.
-    left_out: why a key is left out that changes a further layer (given by name) or an unknown one (None).
+    left_out: the reason to leave out a key that
+    changes a further layer (given by name) or an unknown one (None).
     fused: parameters in files that replace several of the network's, or one with its rows in another order. split: the
         network's parameters in each.
     made_for: (the shapes that do not fit, the model's shapes, the reasons of `left_out`) -> a sentence about the model
@@ -173,7 +174,7 @@ class Family(ABC):
         return config
 
     def vae_for(self, channels: int) -> str:
-        """The name of its VAE whose latents have so many channels; empty if there is none."""
+        """The name of its VAE whose latents have this number of channels; empty if there is none."""
         return ""
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
@@ -186,7 +187,7 @@ class Family(ABC):
         return False
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
-        """The published calibration of step caches for an expert of this model and frames of so many pixels."""
+        """The published calibration of step caches for an expert of this model and frames of this number of pixels."""
         return Calibration()
 
     # Cost of a pass

@@ -19,7 +19,7 @@ OWN = __package__.rpartition(".")[0]  # what this package is called here
 
 
 class _SameModules(MetaPathFinder, Loader):
-    """Finds for `ascend_runtime` and all below it the modules of the package that is here."""
+    """Resolves `ascend_runtime` and its submodules to the modules of this package."""
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self) if fullname == NAME or fullname.startswith(NAME + ".") else None
@@ -41,5 +41,5 @@ def family_in(module: str, variable: str) -> Family:
         why = f"{variable} names {module!r}, which is no module with a FAMILY ({error}). Correct the variable."
         raise ValueError(why) from error
     if not isinstance(found, Family):
-        raise ValueError(f"{variable} names {module!r}, whose FAMILY is no ascend_runtime.models.family.Family.")
+        raise ValueError(f"{variable} names {module!r}, whose FAMILY is not an ascend_runtime.models.family.Family.")
     return found

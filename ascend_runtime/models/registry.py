@@ -50,5 +50,5 @@ def require_schedule(name: str) -> None:
 
 
 def vae_for(channels: int) -> str:
-    """The name of a VAE whose latents have so many channels; empty if none is known."""
+    """The name of a VAE whose latents have this number of channels; empty if none is known."""
     return next(filter(None, (one.vae_for(channels) for one in families().values())), "")

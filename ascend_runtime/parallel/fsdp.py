@@ -47,8 +47,8 @@ class ShardedWeights:
     """The part of each parameter that a rank holds (see `checkpoints.reader.LocalWeights`).
 
     cut_dim: the dim along which tensor parallelism cuts a parameter, by name; None: it does not.
-    replicated: whether every rank keeps a parameter whole under FSDP, by name: small ones with another dtype than their
-        block, since FSDP2 gathers one dtype at a time.
+    replicated: whether every rank keeps a parameter whole under FSDP, by name: small ones whose dtype differs from
+    their block's, since FSDP2 gathers one dtype at a time.
     units: the modules whose weights are gathered together, in the order of their first use. Weights outside of units
         are gathered for the whole forward; weights in nested units belong to the inner one. Each unit prefetches the
         next one's weights while it computes.

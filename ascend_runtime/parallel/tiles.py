@@ -144,8 +144,8 @@ class Tile:
         )
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sums of `values` over all tiles, in fp64 on the CPU: what a norm over the whole plane counts. All tiles
-        of the grid must ask. Travels over the control backend (Gloo)."""
+        """The sums of `values` over all tiles, in fp64 on the CPU, for a norm over the whole plane. Collective
+        over all tiles of the grid, by the control backend (Gloo)."""
         values = values.cpu().to(torch.float64, copy=True)
         if self.grid.tiles > 1:
             dist.all_reduce(values, group=_group(self.grid.tiles))

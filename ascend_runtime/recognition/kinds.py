@@ -154,8 +154,8 @@ def describe_other(file: Path) -> str:
 
 
 def own_name(kind: Kind, prefix: str, key: str) -> str | None:
-    """The network's name of the parameter that a tensor holds; None if it holds none, such as a tensor of another
-    network in a file of a whole model, which has another prefix."""
+    """The network's name of the parameter that a tensor holds; None if it holds none: a whole model's file also
+    has tensors of other networks, with other prefixes."""
     if is_tokenizer(key):
         return None
     if prefix and not key.startswith(prefix):

@@ -21,7 +21,7 @@ from .kinds import Kind, is_part, kinds, own_name, part_of, recognise, renumbere
 from .mindspeed import latest_shards
 
 DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # for all components of a diffusers folder
-MAX_TORCH_FILES = 8  # files of torch.save in a folder, all of which are opened; Wan's folder has 2
+MAX_TORCH_FILES = 8  # torch.save files in a folder, all of which are opened; Wan's folder has 2
 MAX_FAULTS = 4  # unreadable files that an error quotes
 
 
@@ -98,7 +98,7 @@ def _kind_in(config: dict, name: str, folder: Path) -> Kind:
     one."""
     candidates = kinds(part_of(name))
     if not candidates:
-        raise ValueError(f"{folder} would be a {name}, but no supported model family has one.")
+        raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
         key, wanted = kind.part.class_name
         if config.get(key) == wanted:
@@ -172,7 +172,7 @@ def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
 
 
 def _find_file(path: str, part: str) -> Component | None:
-    """The component in the file `path`, or in a file of torch.save in the folder `path`, by its tensors."""
+    """The component in the file `path`, or in a torch.save file in the folder `path`, by its tensors."""
     root = existing(path)
     if root.is_file():
         return _found(part, (root,))
@@ -183,7 +183,7 @@ def _find_file(path: str, part: str) -> Component | None:
     files = sorted(root.glob("*.pth"))
     what = " or ".join(kind.what for kind in kinds(part))
     if len(files) > MAX_TORCH_FILES:
-        raise ValueError(f"{root} holds {len(files)} files of torch.save. Give the file of the {what}.")
+        raise ValueError(f"{root} holds {len(files)} torch.save files. Give the file of the {what}.")
     unreadable = []
     for file in files:
         try:

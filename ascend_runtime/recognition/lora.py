@@ -277,7 +277,7 @@ def _check_formats(path: Path, formats: Keys) -> None:
         listed = list_faults({f"of {name}": keys for name, keys in formats.items()})
         raise ValueError(
             f"{path} has an unsupported format. Tensors {listed}. Nothing was changed. Use a LoRA of low-rank pairs, "
-            "or a model into which the software that made this file has merged it."
+            "or merge it into a model with the software that made it."
         )
 
 

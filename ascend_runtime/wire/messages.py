@@ -271,7 +271,7 @@ def encode(message: Message) -> Parcel:
         _reader.check(body)
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise ValueError(f"A text contains half a character ({half!r}), as of a cut emoji. Remove it.") from None
+        raise ValueError(f"A text contains half a character ({half!r}), such as half an emoji. Remove it.") from None
     except (msgspec.MsgspecError, OverflowError, RecursionError, ValueError) as error:
         raise ValueError(f"{type(message).__name__} cannot be sent: {error}") from None
     return Parcel(body, tuple(tensors), size, tuple(shared))

@@ -148,7 +148,7 @@ def test_the_originals_folder_without_it_says_where_to_get_it(tmp_path):
 
 def test_a_pth_that_cannot_be_read_is_named_where_the_encoder_is_missed(tmp_path, theirs, spiece):
     (tmp_path / "a clip.pth").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(ValueError, match="holds no UMT5 text encoder.*a clip.pth is not a complete file of torch.save"):
+    with pytest.raises(ValueError, match="holds no UMT5 text encoder.*a clip.pth is not a complete torch.save file"):
         load(tmp_path)
     in_folder(tmp_path, formats.original_umt5(theirs), spiece)
     assert_same(tmp_path, theirs, spiece, "beside a damaged file")

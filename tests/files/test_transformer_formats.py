@@ -161,14 +161,14 @@ def test_a_file_that_changes_within_a_tick_of_the_clock_is_read_anew(tmp_path, t
 def test_cut_files_are_named(tmp_path, tensors):
     torch.save(tensors, tmp_path / "wan.pth")
     cut(tmp_path / "wan.pth")
-    with pytest.raises(ValueError, match="wan.pth is not a complete file of torch.save"):
+    with pytest.raises(ValueError, match="wan.pth is not a complete torch.save file"):
         load(tmp_path / "wan.pth")
     formats.mindspeed_distributed(tmp_path / "dcp", tensors)
     cut(next((tmp_path / "dcp" / "iter_0001000").glob("*.distcp")))
     with pytest.raises(ValueError, match="distcp is missing or cut short"):
         load(tmp_path / "dcp")
     (tmp_path / "dcp" / "iter_0001000" / ".metadata").write_bytes(b"\x80\x04nonsense")
-    with pytest.raises(ValueError, match=r"\.metadata is not the metadata of a distributed checkpoint"):
+    with pytest.raises(ValueError, match=r"\.metadata is not the metadata of a torch distributed checkpoint"):
         load(tmp_path / "dcp")
 
 

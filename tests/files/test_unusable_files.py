@@ -266,9 +266,9 @@ def test_other_files(tmp_path, checkpoint):
     message = refused(tmp_path / "wan.gguf")
     assert "a GGUF file, which is not supported. Use the model's fp8_scaled or fp16 file" in message
     json_file = checkpoint / "transformer" / "config.json"
-    assert f"{json_file} is neither a .safetensors file nor" in refused(json_file)
+    assert f"{json_file} is neither a .safetensors nor" in refused(json_file)
     torch.distributed.checkpoint.save({"x": torch.ones(2)}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    assert "is neither a .safetensors file nor" in refused(tmp_path / "dcp" / ".metadata")
+    assert "is neither a .safetensors nor" in refused(tmp_path / "dcp" / ".metadata")
 
 
 @pytest.mark.parametrize("content, says", [

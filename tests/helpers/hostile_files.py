@@ -563,7 +563,7 @@ cases(inspected, "safetensors", lambda folder, make: make(folder),
 
 
 def many_files(folder, given):
-    """given: (how many links lead to a file of torch.save that takes long to read, whether each is a copy)."""
+    """given: (how many links lead to a torch.save file that takes long to read, whether each is a copy)."""
     count, copied = given
     file = torch_file(lambda: PTH + b"N0" * 3_900_000 + b"N" + LAST, name="0.pth")(folder)
     for number in range(1, count):

@@ -190,4 +190,4 @@ def test_what_cannot_be_compared_is_refused(compare, tmp_path, capsys, options, 
 def test_what_has_to_be_installed_is_named(compare, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "find_spec", lambda name: None if name == "matplotlib" else SimpleNamespace())
     assert compare("--setting", "rainfusion") == 2
-    assert "compare needs matplotlib, not installed in this Python: pip install matplotlib" in capsys.readouterr().err
+    assert "compare needs matplotlib, which this Python lacks. Run: pip install matplotlib" in capsys.readouterr().err

@@ -148,3 +148,15 @@ def test_the_architecture_names_every_room_from_the_top_down():
     assert sorted(rooms) == sorted(f"{folder.relative_to(ROOT)}/" for folder in folders - {ROOT / "ascend_runtime"})
     floors = [layer_of(room.rstrip("/").replace("/", ".")) for room in rooms]
     assert floors == sorted(floors), "a row is not in its place"
+
+
+def test_the_errors_that_help_pages_quote_exist():
+    """A quoted error, such as *"... NaN or infinite values"*, has words between the values that the code fills in."""
+    texts = []
+    for package in ("ascend_runtime", "nodes"):
+        for path in (ROOT / package).rglob("*.py"):
+            nodes = ast.walk(ast.parse(path.read_text()))
+            texts += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    quoted = {quote for page in PAGES for quote in re.findall(r'\*"([^"]+)"\*', page.read_text())}
+    words = {part.strip() for quote in quoted for part in quote.split("...") if part.strip(" ,")}
+    assert words and {word for word in words if not any(word in text for text in texts)} == set()

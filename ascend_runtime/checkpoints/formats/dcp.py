@@ -1,7 +1,7 @@
-"""Reads distributed checkpoints of torch (torch.distributed.checkpoint): a folder of .distcp files and `.metadata`.
+"""Reads torch distributed checkpoints (torch.distributed.checkpoint): a folder of .distcp files and `.metadata`.
 
 torch's own reader runs any code that `.metadata`, a pickle, names; this one only reads from it where tensors lie. Each
-tensor is stored in chunks, and each chunk as a small file of torch.save within a .distcp file.
+tensor is stored in chunks, and each chunk as a small torch.save file within a .distcp file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_CHUNKS = 200_000  # of all tensors; a 14B model trained on 16 ranks has 70,0
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk of a tensor: its offsets and sizes in the tensor, and its file of torch.save, `length` bytes of
+    """A chunk of a tensor: its offsets and sizes in the tensor, and its torch.save file, `length` bytes of
     `file`."""
 
     file: Path
@@ -116,7 +116,7 @@ def _tensors(path: Path, _: tuple) -> tuple[tuple[str, _Spread], ...]:
         tensors = tuple(_described(path, _field(metadata, "state_dict_metadata"), _field(metadata, "storage_data")))
     except ValueError as error:
         raise ValueError(
-            f"{path / METADATA} is not the metadata of a distributed checkpoint of torch ({shown(error)})."
+            f"{path / METADATA} is not the metadata of a torch distributed checkpoint ({shown(error)})."
         ) from None
     lengths = {file: file.stat().st_size if file.is_file() else -1 for file in
                {chunk.file for _, held in tensors for chunk in held.chunks}}  # fmt: skip
@@ -159,11 +159,11 @@ def _spread(path: Path, name: str, held: PickledObject, places: dict) -> _Spread
     arguments = _field(held, "properties", PickledObject)
     dtype = dtype_of(next(iter(arguments.state if isinstance(arguments.state, tuple) else arguments.arguments), None))
     if dtype is None:
-        raise ValueError(f"{name} has no dtype of torch")
+        raise ValueError(f"{name} has no torch dtype")
     chunks = tuple(_chunk(path, name, chunk, places) for chunk in _field(held, "chunks", list))
     shape = _sizes(held, "size")
     if any(len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks):
-        raise ValueError(f"{name} has chunks with another number of dims")
+        raise ValueError(f"{name} has chunks with a different number of dims")
     return _Spread(shape, dtype, chunks)
 
 

@@ -15,7 +15,7 @@ from .parts import Slices
 from .safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
 from .torch_file import TorchFile
 
-# The first bytes of files of torch.save and llama.cpp. A .safetensors file starts with its header's length.
+# The first bytes of torch.save and GGUF files. A .safetensors file starts with its header's length.
 ZIP, OLD_PICKLE, GGUF = b"PK\x03\x04", b"\x80\x02\x8a\x0a", b"GGUF"
 # The first bytes of files that are often mistaken for weights, and what they are.
 PAGE = "a web page, as a download without access rights returns. Log in where it is published, and download it again"
@@ -66,7 +66,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 def _kind(path: Path) -> type[TensorFile]:
     if path.is_dir():
         if not (path / METADATA).is_file():
-            raise ValueError(f"{path} is a folder without {METADATA}, so not a distributed checkpoint of torch.")
+            raise ValueError(f"{path} is a folder without {METADATA}, so not a torch distributed checkpoint.")
         return DistributedCheckpoint
     if not path.is_file():
         why = "is not a regular file" if path.exists() else "does not exist"
@@ -89,7 +89,7 @@ def _kind(path: Path) -> type[TensorFile]:
         return TorchFile
     if int.from_bytes(start[:8], "little") > MAX_HEADER_BYTES:
         raise ValueError(
-            f"{path} is neither a .safetensors file nor one of torch.save, or its beginning is damaged. Give the file "
+            f"{path} is neither a .safetensors nor a torch.save file, or its beginning is damaged. Give the file "
             "that holds the weights, or its folder; if it is this file, download it again."
         )
     return SafetensorsFile

@@ -1,4 +1,4 @@
-"""Reads files of torch.save: a zip archive of storages and a pickle that describes the tensors in them."""
+"""Reads torch.save files: a zip archive of storages and a pickle that describes the tensors in them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def stored_tensors(file: BinaryIO, path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from None
     except BROKEN as error:
         why = shown((str(error).splitlines() or [type(error).__name__])[0])
-        raise ValueError(f"{path} is not a complete file of torch.save ({why}). Download it again.") from None
+        raise ValueError(f"{path} is not a complete torch.save file ({why}). Download it again.") from None
 
 
 class _Bounded:
@@ -91,7 +91,7 @@ def _read(file: BinaryIO, archive: zipfile.ZipFile) -> Any:
         raise ValueError("it has no data.pkl")
     folder = pickled.removesuffix("data.pkl")
     if f"{folder}byteorder" in archive.NameToInfo and _content(file, archive, f"{folder}byteorder") != _byte_order():
-        raise ValueError("it was written on a machine with another byte order")
+        raise ValueError("it was written on a machine with a different byte order")
 
     def persistent(what: Any) -> _Storage | PickledObject:
         """The storage of an id ("storage", class, name, device, number of elements)."""

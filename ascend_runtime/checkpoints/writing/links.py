@@ -32,8 +32,8 @@ def own_file(path: Path, folder: Path) -> Path:
     found = resolved(path)
     if not any(found.is_relative_to(root) for root in _roots(resolved(folder))):
         raise ValueError(
-            f"{path} is a link to {found}, outside of {folder}, and copying it could expose another file. Put the file "
-            "itself in its place, or delete the link."
+            f"{path} is a link to {found}, outside of {folder}, and copying it could expose another file. Replace "
+            "the link with the file itself, or delete it."
         )
     if not found.is_file():
         raise ValueError(f"{path} is {'not a regular file' if found.exists() else 'a broken link'}. Delete it.")
@@ -64,7 +64,7 @@ def _files(folder: Path, pattern: str, deepest: int) -> Iterator[Path]:
             )
         for path in (Path(inner) / name for name in folders if fnmatch(name, pattern)):
             if path.is_symlink():
-                raise ValueError(f"{path} is a link to a folder. Put the folder itself there, or delete the link.")
+                raise ValueError(f"{path} is a link to a folder. Replace it with the folder itself, or delete it.")
         yield from (Path(inner) / name for name in files if fnmatch(name, pattern))
         if level == deepest:
             folders.clear()
@@ -74,8 +74,8 @@ def own_folder(path: Path, folder: Path) -> None:
     """Raises ValueError if a folder, with links resolved, does not lie in `folder`."""
     if not resolved(path).is_relative_to(resolved(folder)):
         raise ValueError(
-            f"{path} is a link to {resolved(path)}, outside of {folder}, and would be copied. Put the folder itself in "
-            "its place."
+            f"{path} is a link to {resolved(path)}, outside of {folder}, and would be copied. Replace the link "
+            "with the folder itself."
         )
 
 

@@ -107,7 +107,7 @@ def _check_free(target: Path, folder: Path) -> None:
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link to {os.readlink(folder)}. Delete it, or give another target.")
     if folder.exists() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is in the way, and not from a conversion. Move it away, or give another target.")
+        raise ValueError(f"{folder} is in the way, but is not from a conversion. Move it away, or give another target.")
 
 
 def _done(target: Path, journal, identity: dict[str, object]) -> int | None:
@@ -116,7 +116,7 @@ def _done(target: Path, journal, identity: dict[str, object]) -> int | None:
     lines = journal.read().split(b"\n")[:-1]  # what follows the last newline is empty, or a line that was cut off
     made = (partial_folder(target) / MADE).exists()
     if target.exists() and (len(lines) < 2 or made):
-        raise ValueError(f"{target} was made by something else meanwhile. Move it away, or give another target.")
+        raise ValueError(f"{target} was created by another program meanwhile. Move it away, or give another target.")
     if len(lines) < 2 or not (target.exists() or made):
         return None
     with as_value_error(Path(journal.name), "what was begun there"):
@@ -135,7 +135,7 @@ def _check_same(folder: Path, begun: dict, given: dict) -> None:
             differences.append(text)
     if differences:
         raise ValueError(
-            f"{folder} was begun with other inputs: {'; '.join(differences)}. To resume, give the same inputs. To "
+            f"{folder} was started with other inputs: {'; '.join(differences)}. To resume, give the same inputs. To "
             "start over, delete it, or give another target."
         )
 

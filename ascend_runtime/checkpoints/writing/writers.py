@@ -19,7 +19,7 @@ from ..formats.safetensors_file import SAFETENSORS_DTYPES
 from ..formats.torch_file import stored_tensors
 
 CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-WEIGHTS_KEY = "model"  # the key under which training systems keep the weights in a file of torch.save
+WEIGHTS_KEY = "model"  # the key under which training systems keep the weights in a torch.save file
 WRITE_BYTES = 2**25  # of a piece
 
 

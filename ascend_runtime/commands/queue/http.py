@@ -91,12 +91,12 @@ class Connection:
         return f"{given}, which ComfyUI does not. Is it a ComfyUI? Give its address by --server."
 
     def unexpected(self, request: str, why: str) -> QueueError:
-        """An error: the answer is not one of ComfyUI's."""
+        """The error for an answer that is not ComfyUI's."""
         return QueueError(f"The answer of {self.address.url} to {request} is not ComfyUI's: {why}. "
                           "Is it a login page or a proxy? Give ComfyUI's address by --server.")
 
     def unreachable(self, why: str) -> QueueError:
-        """An error: the server does not answer."""
+        """The error for a server that does not answer."""
         return QueueError(f"No ComfyUI answers at {self.address.url}: {why}. "
                           "Start it, or give its address by --server.")
 

@@ -13,7 +13,7 @@ class TiledGroupNorm(nn.GroupNorm):
     """nn.GroupNorm over all tiles of a plane, as if they were one tensor.
 
     Means and variances of the tiles are merged as Chan, Golub and LeVeque (1983) do, in fp64: sums of squares in fp32
-    would lose what a large mean leaves of a variance. Exchanges 3 numbers a group, and waits for the device.
+    would lose a variance that is small compared to the mean. Exchanges 3 numbers a group, and waits for the device.
     """
 
     def forward(self, x: Tensor, tile: Tile) -> Tensor:
@@ -29,7 +29,7 @@ class TiledGroupNorm(nn.GroupNorm):
 
 
 def merged(mean: Tensor, variance: Tensor, count: int, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Mean and variance over all tiles, in fp64 on the CPU, of those over `count` elements of each."""
+    """The mean and variance over all tiles, in fp64 on the CPU. mean, variance: of this tile's `count` elements."""
     mean, variance = mean.cpu().double(), variance.cpu().double()
     counts = torch.full_like(mean, count)
     count, total, squares = tile.summed(torch.stack((counts, count * mean, count * (variance + mean.square()))))

@@ -1,6 +1,6 @@
 """Linear layers with int8 weights and activations (W8A8).
 
-They take a quarter of the memory of fp32 layers, half of that of bfloat16 layers, and compute integer products. The
+They use a quarter of the memory of fp32 layers, half of that of bfloat16 layers, and compute integer products. The
 layers to quantize are listed in a file (checkpoints/msmodelslim.py), or chosen by the family's rule if weights are
 quantized on the fly.
 """

@@ -25,7 +25,7 @@ MODELS_BY_CHANNELS = {16: "a text-to-video model", 36: "an image-to-video model"
 
 
 def _image_parameters(shapes: Shapes) -> Iterator[str]:
-    """The additional parameters of a network with as many blocks that uses CLIP's image."""
+    """The additional parameters of a network with this number of blocks that uses CLIP's image."""
     layers = [*IMAGE_LAYERS, *(f"blocks.{block}.{layer}" for block in _blocks(shapes) for layer in IMAGE_IN_A_BLOCK)]
     for original in ["img_emb.emb_pos", *(f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))]:
         yield to_diffusers_name(original)

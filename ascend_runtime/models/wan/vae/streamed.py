@@ -123,7 +123,7 @@ class StreamedResample(WanResample):
         return self._fewer_frames(x) if self.mode == "downsample3d" else x
 
     def _more_frames(self, x: Tensor) -> Tensor:
-        """Makes two frames of each, except of the first one, which the convolution does not read either."""
+        """Makes two frames of each frame but the first, which the convolution does not read."""
         if self not in self.stream.kept:
             self.stream.kept[self] = x.new_empty(0)
             return x
