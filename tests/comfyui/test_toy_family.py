@@ -9,7 +9,7 @@ import toy_family
 import torch
 from ascend_runtime.models.family import TRANSFORMER
 from ascend_runtime.models.registry import FAMILIES_VARIABLE
-from comfy_server import ComfyServer
+from scripts.lib.comfy_server import ComfyServer
 from toy_family import files
 
 HELPERS = Path(toy_family.__file__).resolve().parents[1]
