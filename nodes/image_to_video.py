@@ -118,8 +118,8 @@ class ImageToVideo(io.ComfyNode):
 
 
 def _size(width: int, height: int, length: int, form: VaeForm) -> VideoSize:
-    """Raises ValueError if the networks cannot cut the latent of this size into patches of 2 x 2."""
-    multiple = 2 * form.spatial
+    """Raises ValueError if the networks cannot cut the latent of this size into patches."""
+    multiple = form.multiple
     for name, pixels in (("width", width), ("height", height)):
         if pixels % multiple:
             down = max(multiple, pixels // multiple * multiple)

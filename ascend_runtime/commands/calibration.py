@@ -107,7 +107,7 @@ def _video(arguments: Namespace, found: Component) -> tuple[VideoSize, SampleSpe
         )
     form = found.family.form(found.config)
     own = model_defaults(arguments.model, arguments.low_noise)
-    size = video_options.size_of(arguments, own.size, 2 * form.spatial)
+    size = video_options.size_of(arguments, own.size, form.multiple)
     return size, own.fill(video_options.sampling_of(arguments, seed=0), pixels=size.width * size.height), form
 
 

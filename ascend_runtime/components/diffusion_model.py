@@ -151,7 +151,7 @@ def load(
         check_quantized(device, dtype)
     latents = Latents(check_experts(found))
     defaults = defaults_in(found[0], experts=len(found))
-    boundary = boundary_of(spec, found[0], defaults)
+    boundary = boundary_of(spec, found[0], defaults, len(found))
     unread = {
         expert: _Unread.of(component, sharding, spec.quantization, expert if len(found) == 2 else None)
         for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)

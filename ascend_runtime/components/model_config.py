@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,10 +43,21 @@ def check_experts(found: list[Component]) -> LatentFormat:
     return latents
 
 
-def boundary_of(spec: DiffusionModelSpec, component: Component, defaults: Defaults) -> float:
-    """The fraction of the timesteps above which the high-noise expert is used; 0 for a model with one expert."""
+def boundary_of(spec: DiffusionModelSpec, component: Component, defaults: Defaults, experts: int = 1) -> float:
+    """The fraction of the timesteps above which the high-noise expert is used: the spec's, else the folder's, else the
+    published model's; 0 if none says one.
+
+    Raises ValueError for two experts without one: the low-noise expert would never be used.
+    """
     boundary = stored_boundary(component) if spec.boundary is None else spec.boundary
-    return (defaults.boundary or 0.0) if boundary is None else boundary
+    boundary = defaults.boundary if boundary is None else boundary
+    if boundary is None and experts > 1:
+        raise ValueError(
+            f"{component.shards[0]} and its low-noise expert have no boundary, and {component.family.title} has no "
+            f"default. Set the boundary, such as {EXAMPLE_BOUNDARY}, or write it as boundary_ratio into "
+            "model_index.json."
+        )
+    return boundary or 0.0
 
 
 def stored_boundary(component: Component) -> float | None:
@@ -73,6 +85,7 @@ def _latent_format(component: Component) -> LatentFormat:
             raise ValueError(f"they have the shapes {list(mean.shape)} and {list(std.shape)}")
         if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
             raise ValueError("they are not finite, or a latents_std is not above 0")
+        latents = replace(latents, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     with as_value_error(file, "its RGB table"):
         return _coloured(latents, rgb)
 

@@ -20,6 +20,7 @@ from ..components import DiffusionModel
 from ..hardware import devices
 from ..hardware.environment import overlaps, with_defaults
 from ..models.cost import PassSize
+from ..models.registry import require_schedule
 from ..models.shared.block_stack import At
 from ..models.shared.conditioning import Branch, Given
 from ..ops import PlainOperators, operators_for
@@ -137,6 +138,7 @@ class Generation:
 def check_request(model: DiffusionModel, request: Request) -> None:
     """Raises ValueError, on all ranks alike, for a request that the model does not support."""
     spec = request.spec
+    require_schedule(spec.schedule)
     model.conditioner.check(request.given)
     if model.guided(spec) and "negative" not in request.given.prompts:
         raise ValueError(

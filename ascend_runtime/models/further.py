@@ -37,8 +37,11 @@ def family_in(module: str, variable: str) -> Family:
         sys.meta_path.insert(0, _SameModules())
     try:
         found = import_module(module).FAMILY
-    except (ImportError, AttributeError) as error:
-        why = f"{variable} names {module!r}, which is no module with a FAMILY ({error}). Correct the variable."
+    except Exception as error:  # of whatever the module does
+        why = (
+            f"{variable} names {module!r}, which cannot be imported as a module with a FAMILY "
+            f"({type(error).__name__}: {error}). Correct the module, or the variable."
+        )
         raise ValueError(why) from error
     if not isinstance(found, Family):
         raise ValueError(f"{variable} names {module!r}, whose FAMILY is not an ascend_runtime.models.family.Family.")

@@ -22,12 +22,20 @@ FAMILIES_VARIABLE = "ASCEND_VIDEO_FAMILIES"
 
 @cache
 def families() -> dict[str, Family]:
-    """All families by name, in the order in which they are tried on files. Raises ValueError for a module without
-    one."""
-    found = [import_module(f".{name}.family", __package__).FAMILY for name in BUILT_IN]
-    modules = filter(None, map(str.strip, os.environ.get(FAMILIES_VARIABLE, "").split(",")))
-    found += [family_in(module, FAMILIES_VARIABLE) for module in modules]
-    return {family.name: family for family in found}
+    """All families by name, in the order in which they are tried on files. Raises ValueError for a module without one,
+    and for two families, or two schedules, of one name."""
+    found = {name: import_module(f".{name}.family", __package__).FAMILY for name in BUILT_IN}
+    for module in filter(None, map(str.strip, os.environ.get(FAMILIES_VARIABLE, "").split(","))):
+        one = family_in(module, FAMILIES_VARIABLE)
+        schedules = {OWN_SCHEDULE, SIMPLE, *(other.schedule for other in found.values())}
+        if one.name in found or one.schedule in schedules:
+            raise ValueError(
+                f"{FAMILIES_VARIABLE} names {module!r}, a family {one.name!r} with the schedule {one.schedule!r}; "
+                f"{', '.join(found)} are taken as families, {', '.join(sorted(schedules))} as schedules. Name it "
+                "otherwise, or list it once."
+            )
+        found[one.name] = one
+    return found
 
 
 def family(name: str) -> Family:

@@ -12,7 +12,6 @@ from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # tokens; MindIE SD's operators support no other size
 
@@ -68,6 +67,9 @@ def flex(
     attend: flex_attention itself, to run it without compilation.
     """
 
+    # Imported here, as it takes a tenth of a second that only CUDA needs.
+    from torch.nn.attention.flex_attention import BlockMask
+
     def within(video: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return mask[video, head, q // BLOCK, k // BLOCK]
 
@@ -83,4 +85,6 @@ def flex(
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=False)

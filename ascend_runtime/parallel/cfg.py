@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops.precision import GUIDANCE
 from .mesh import all_gather
 
-_Call = TypeVar("Call")
+_Call = TypeVar("_Call")
 
 
 def is_spread(calls: Sequence, group: dist.ProcessGroup | None) -> bool:

@@ -43,7 +43,7 @@ def has_low_noise(path: str) -> bool:
 def is_original(folder: Path) -> bool:
     """Whether this folder holds a transformer in its authors' own layout, or its subfolders hold two of them."""
     files = [folder / "config.json", folder / TRANSFORMER_FOLDERS["transformer"][1] / "config.json"]
-    classes = {one.original_class for one in families().values()} - {None}
+    classes = [one.original_class for one in families().values() if one.original_class]
     return any(file.is_file() and read_json(file).get("_class_name") in classes for file in files)
 
 

@@ -35,7 +35,7 @@ def latest_shards(folder: Path) -> tuple[Path, ...] | None:
             raise ValueError(f"{folder / TRACKER} names {iteration.name}, which is missing. Copy it there, or write "
                              "the number of another iteration into the file.")  # fmt: skip
         return _shards(iteration)
-    return _shards(folder) if (folder / METADATA).is_file() or any(folder.glob("mp_rank_*")) else None
+    return _shards(folder) if (folder / METADATA).is_file() or _stages(folder) else None
 
 
 def _folder(latest: str) -> str:
@@ -45,10 +45,15 @@ def _folder(latest: str) -> str:
     return latest if latest == RELEASE else f"iter_{int(latest):07d}"
 
 
+def _stages(iteration: Path) -> list[Path]:
+    """The folders of its stages; other systems have files of such names."""
+    return [path for path in sorted(iteration.glob("mp_rank_*")) if path.is_dir()]
+
+
 def _shards(iteration: Path) -> tuple[Path, ...]:
     if (iteration / METADATA).is_file():
         return (iteration,)
-    found = {folder: RANK.fullmatch(folder.name) for folder in sorted(iteration.glob("mp_rank_*"))}
+    found = {folder: RANK.fullmatch(folder.name) for folder in _stages(iteration)}
     if any(rank is None or int(rank[1]) for rank in found.values()):
         raise ValueError(
             f"{iteration} holds weights in slices ({shown(', '.join(folder.name for folder in found))}). Convert them "

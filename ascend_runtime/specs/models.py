@@ -87,7 +87,7 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
 
 
 class TextEncoderSpec(Spec, frozen=True, kw_only=True):
-    """A UMT5 text encoder and its tokenizer.
+    """A text encoder and its tokenizer.
 
     path: a folder or a file; its format is detected: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
         next to `google/umt5-xxl/`), or one file that contains its tokenizer, as ComfyUI's do, also in 8 bits.
@@ -109,7 +109,7 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
 
 
 class VaeSpec(Spec, frozen=True, kw_only=True):
-    """A Wan VAE.
+    """A VAE.
 
     path: a folder or a file; its format is detected: diffusers' (`vae/`), the original's folder (with a .pth), or one
         file.

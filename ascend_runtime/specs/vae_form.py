@@ -11,13 +11,20 @@ from .jobs import VideoSize
 class VaeForm:
     """The latent channels and the compression factors of a VAE: spatial (height and width) and temporal.
 
-    family: the family of models that use such latents; empty if unknown.
+    family: the family of models that use such latents; empty if unknown. patch: the rows and columns of a latent that
+    make one token of these models.
     """
 
     channels: int
     spatial: int
     temporal: int
     family: str = ""
+    patch: int = 2
+
+    @property
+    def multiple(self) -> int:
+        """Widths and heights of videos must be multiples of this number of pixels."""
+        return self.patch * self.spatial
 
     def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
         """[B=1, C, T, H, W]"""

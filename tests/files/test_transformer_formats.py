@@ -112,6 +112,16 @@ def test_a_transformer_of_48_channels_has_the_latent_format_of_the_wan_22_vae(tm
     assert latents.std[0, 47].item() == pytest.approx(0.7744)
 
 
+@pytest.mark.parametrize("mean", [[0] * 15 + [2], [False] * 16, [10**30] * 16], ids=["whole", "false", "huge"])
+def test_the_latent_format_of_a_vae_is_of_float_numbers_however_written(checkpoint, tmp_path, mean):
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"latents_mean": mean}))
+    latents = load(folder).latents
+    assert latents.mean.dtype == latents.std.dtype == torch.float32
+    assert torch.equal(latents.mean.flatten(), torch.tensor(list(map(float, mean))))
+
+
 # What is refused, by name
 
 

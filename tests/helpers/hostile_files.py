@@ -229,6 +229,7 @@ for number, (part, changes) in enumerate([
     ("transformer", {"attention_head_dim": 10**8}), ("transformer", {"ffn_dim": 10**30}),
     ("transformer", {"patch_size": [10**6] * 3}), ("transformer", {"patch_size": [1] * 10**5}),
     ("transformer", {"_class_name": ESCAPES}),
+    ("transformer", {"_class_name": ["x"]}), ("transformer", {"_class_name": {}}),
     ("text_encoder", {"num_layers": 10**9}), ("text_encoder", {"vocab_size": 10**12}),
     ("text_encoder", {"num_heads": 10**7}), ("text_encoder", {"feed_forward_proj": ESCAPES}),
     ("vae", {"num_res_blocks": 10**9}), ("vae", {"base_dim": 10**15}), ("vae", {"dim_mult": [10**9] * 4}),

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
+from ascend_runtime.client import runtime as client_runtime
 from ascend_runtime.hardware import devices
 from ascend_runtime.models.registry import require_schedule
 from ascend_runtime.specs import Plan
@@ -273,7 +274,7 @@ def test_a_damaged_low_noise_expert_is_found_by_sampling_too(survivors, specs_of
 @pytest.mark.parametrize("changes, says", [
     ({"latent": torch.zeros(1, 48, 1, 4, 4)}, ["[1, 48, 1, 4, 4]", "[B,16,T,H,W]"]),
     ({"latent": torch.zeros(1, 16, 4, 4)}, ["[1, 16, 4, 4]", "[B,16,T,H,W]"]),
-    ({"latent": torch.zeros(1, 16, 1, 5, 4)}, ["height is 40", "multiple of 16", "32 and 48"]),
+    ({"latent": torch.zeros(1, 16, 1, 5, 4)}, ["5 rows", "multiple of 2", "multiples of 16"]),
     ({"latent": torch.zeros(1, 16, 0, 4, 4)}, ["[1, 16, 0, 4, 4]", "all sizes at least 1"]),
     ({"latent": torch.full(SHAPE, float("nan"))}, ["latent has NaN"]),
     ({"positive": torch.zeros(1, 512, 4096)}, ["positive", "[1, 512, 4096]", "[1, tokens, 32]", "text encoder"]),
@@ -285,6 +286,13 @@ def test_a_damaged_low_noise_expert_is_found_by_sampling_too(survivors, specs_of
 ])  # fmt: skip
 def test_sample_requests(survivors, specs, changes, says):
     assert_says(pytest.raises(ValueError, sample, survivors, specs, **changes), says)
+
+
+def test_ranks_too_refuse_a_schedule_that_they_do_not_know(survivors, specs, monkeypatch):
+    """As another program could send it."""
+    monkeypatch.setattr(client_runtime, "require_schedule", lambda name: None)
+    error = pytest.raises(ValueError, sample, survivors, specs, spec={"schedule": "nonsense"})
+    assert_says(error, ["schedule is 'nonsense'", "own, simple"])
 
 
 @pytest.mark.parametrize("latent, says", [

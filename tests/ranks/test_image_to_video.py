@@ -244,6 +244,13 @@ def test_a_noise_mask_of_another_size(two_ranks, specs):
         two_ranks.sample(specs.model, SampleSpec(guidance_scale=1.0), latent, specs.text(1), noise_mask=mask)
 
 
+@pytest.mark.parametrize("size, says", [((5, 6), "5 rows"), ((4, 7), "7 columns")])
+def test_a_latent_that_cannot_be_cut_into_patches(cases, two_ranks, size, says):
+    specs, latent = cases("ti2v").specs, torch.zeros(1, 48, 3, *size)
+    with pytest.raises(ValueError, match=f"latent has {says}; .* multiple of 2, so .* multiples of 32"):
+        two_ranks.sample(specs.model, SampleSpec(guidance_scale=1.0), latent, specs.text(1))
+
+
 # A VAE's encoder
 
 
@@ -298,3 +305,7 @@ def test_the_boundary_of_a_model_that_names_none(cases):
     assert [boundary_of(spec, *both) for both in zip(files, own)] == [0.9, 0.875]
     given = DiffusionModelSpec(path=spec.path, boundary=0.5)
     assert boundary_of(given, found[0], own[0]) == 0.5
+    none = dataclasses.replace(own[0], boundary=None)
+    with pytest.raises(ValueError, match="low-noise expert have no boundary, .* Set the boundary, such as 0.875"):
+        boundary_of(spec, files[0], none, experts=2)
+    assert boundary_of(spec, files[0], none, experts=1) == 0

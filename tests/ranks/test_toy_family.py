@@ -297,11 +297,19 @@ def test_a_model_is_run_with_its_familys_own_values(toy):
 
 
 @pytest.mark.parametrize("module, says", [
-    ("no_such_module", "no module with a FAMILY .No module named"), ("plain_toy", "no attribute 'FAMILY'"),
+    ("no_such_module", "a module with a FAMILY .ModuleNotFoundError: No module named"),
+    ("plain_toy", "no attribute 'FAMILY'"), ("raises", "ZeroDivisionError"), ("..", "TypeError"),
+    ("toy_family", "family 'toy' with the schedule 'toy'; wan, toy are taken"),
+    ("second_wan", "family 'wan' .* wan, toy are taken"), ("second_own", "schedule 'own'; .* own, simple, toy, wan as"),
 ])  # fmt: skip
-def test_a_module_that_has_no_family_is_refused(known, monkeypatch, module, says):
+def test_a_module_that_has_no_family_of_its_own_is_refused(known, monkeypatch, tmp_path, module, says):
+    named = "from toy_family import Toy\nclass Second(Toy):\n    name, schedule = {!r}, {!r}\nFAMILY = Second()"
+    contents = {"raises": "1 / 0", "second_wan": named.format("wan", "x"), "second_own": named.format("x", "own")}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv(FAMILIES_VARIABLE, f"toy_family, {module}")
-    with pytest.raises(ValueError, match=f"{FAMILIES_VARIABLE} names '{module}', which is .*{says}"):
+    with pytest.raises(ValueError, match=f"(?s){FAMILIES_VARIABLE} names '{module}', .*{says}"):
         families()
 
 

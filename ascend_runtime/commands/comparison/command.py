@@ -47,7 +47,7 @@ class Video:
         own = model_defaults(arguments.model, arguments.low_noise)
         vae = VaeSpec(path=arguments.vae or arguments.model)
         form = vae_form(vae.path)
-        size = video_options.size_of(arguments, own.size, 2 * form.spatial)
+        size = video_options.size_of(arguments, own.size, form.multiple)
         return cls(
             model=video_options.model_of(arguments),
             encoder=TextEncoderSpec(path=arguments.text_encoder or arguments.model),

@@ -115,6 +115,12 @@ class Conditioner(ABC):
                 f"sizes at least 1. {self.empty_latent}"
             )
         _, _, frames, height, width = latent.shape
+        for name, length in (("rows", height), ("columns", width)):
+            if length % form.patch:
+                raise ValueError(
+                    f"The latent has {length} {name}; this model needs a multiple of {form.patch}, so widths and "
+                    f"heights of videos must be multiples of {form.multiple}. {self.empty_latent}"
+                )
         VideoSize(width=form.spatial * width, height=form.spatial * height, num_frames=form.temporal * (frames - 1) + 1)
         check_finite(latent, "The latent")
 

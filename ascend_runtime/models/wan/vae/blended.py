@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ....parallel.tiles import Area, Tile, single_tile
 from ...shared.vae import BlendedTiles, Crop
-from . import streamed as wan_vae
+from . import streamed
 
 SIZE, STRIDE = 256, 192  # of tiles, in pixels
 
@@ -88,10 +88,10 @@ def decode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -
     """
 
     def make(area: Area) -> Tensor:
-        return torch.cat([x.float().cpu() for x in wan_vae.decoder_output(vae, crop(area), _whole_tile(area))], dim=2)
+        return torch.cat([x.float().cpu() for x in streamed.decoder_output(vae, crop(area), _whole_tile(area))], dim=2)
 
     for area, made in _blend(vae, "decode").run(height, width, make):
-        yield _scaled(area, vae.config.patch_size or 1), wan_vae.unpatched(vae, made).clamp(-1, 1)[0]
+        yield _scaled(area, vae.config.patch_size or 1), streamed.unpatched(vae, made).clamp(-1, 1)[0]
 
 
 def encode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -> Iterator[tuple[Area, Tensor]]:
@@ -102,7 +102,7 @@ def encode_blended(vae: AutoencoderKLWan, height: int, width: int, crop: Crop) -
     patch = vae.config.patch_size or 1
 
     def make(area: Area) -> Tensor:
-        frames = wan_vae.encoded(vae, crop(_scaled(area, patch)), _whole_tile(area))
+        frames = streamed.encoded(vae, crop(_scaled(area, patch)), _whole_tile(area))
         return torch.stack([x.float().cpu() for x in frames], dim=1)
 
     yield from _blend(vae, "encode").run(height // patch, width // patch, make)

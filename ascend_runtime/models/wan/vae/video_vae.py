@@ -10,7 +10,7 @@ from torch import Tensor
 from ....parallel.tiles import Tile
 from ....specs import VaeForm
 from ...shared.vae import BlendedTiles, VideoVae
-from . import streamed as vae
+from . import streamed
 from .blended import WanBlendedTiles
 
 
@@ -19,20 +19,20 @@ class WanVae(VideoVae):
     values of the attention."""
 
     def __init__(self, network: AutoencoderKLWan, form: VaeForm):
-        super().__init__(vae.streamed(network), form)
+        super().__init__(streamed.streamed(network), form)
 
     def chunks(self, length: int) -> list[slice]:
         return [slice(index, index + 1) for index in range(length)]
 
     def decoded(self, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-        return vae.decoded(self.network, (frame.squeeze(1) for frame in latent), tile)
+        return streamed.decoded(self.network, (frame.squeeze(1) for frame in latent), tile)
 
     def encoded(self, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-        return (frame.unsqueeze(1) for frame in vae.encoded(self.network, video, tile))
+        return (frame.unsqueeze(1) for frame in streamed.encoded(self.network, video, tile))
 
     def bytes_needed(self, work: str, frames: int, height: int, width: int) -> int:
         """Does not depend on `frames`."""
-        return vae.bytes_needed(self.network, work, height, width)
+        return streamed.bytes_needed(self.network, work, height, width)
 
     def blend(self) -> BlendedTiles:
         return WanBlendedTiles(self.network)
