@@ -274,7 +274,7 @@ def test_a_damaged_low_noise_expert_is_found_by_sampling_too(survivors, specs_of
 @pytest.mark.parametrize("changes, says", [
     ({"latent": torch.zeros(1, 48, 1, 4, 4)}, ["[1, 48, 1, 4, 4]", "[B,16,T,H,W]"]),
     ({"latent": torch.zeros(1, 16, 4, 4)}, ["[1, 16, 4, 4]", "[B,16,T,H,W]"]),
-    ({"latent": torch.zeros(1, 16, 1, 5, 4)}, ["5 rows", "multiple of 2", "multiples of 16"]),
+    ({"latent": torch.zeros(1, 16, 1, 5, 4)}, ["height is 40", "5 rows", "multiple of 16", "32 and 48"]),
     ({"latent": torch.zeros(1, 16, 0, 4, 4)}, ["[1, 16, 0, 4, 4]", "all sizes at least 1"]),
     ({"latent": torch.full(SHAPE, float("nan"))}, ["latent has NaN"]),
     ({"positive": torch.zeros(1, 512, 4096)}, ["positive", "[1, 512, 4096]", "[1, tokens, 32]", "text encoder"]),

@@ -115,11 +115,13 @@ class Conditioner(ABC):
                 f"sizes at least 1. {self.empty_latent}"
             )
         _, _, frames, height, width = latent.shape
-        for name, length in (("rows", height), ("columns", width)):
+        for name, length, side in (("rows", height, "height"), ("columns", width, "width")):
             if length % form.patch:
+                pixels, step = length * form.spatial, form.multiple
+                down = max(step, pixels // step * step)
                 raise ValueError(
-                    f"The latent has {length} {name}; this model needs a multiple of {form.patch}, so widths and "
-                    f"heights of videos must be multiples of {form.multiple}. {self.empty_latent}"
+                    f"The video's {side} is {pixels}, as the latent has {length} {name}; with this model it must be a "
+                    f"multiple of {step}. The nearest are {down} and {down + step}. {self.empty_latent}"
                 )
         VideoSize(width=form.spatial * width, height=form.spatial * height, num_frames=form.temporal * (frames - 1) + 1)
         check_finite(latent, "The latent")
