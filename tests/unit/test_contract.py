@@ -39,4 +39,4 @@ def test_why_not_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "no gcc and no nm" in contract.why_not()
     monkeypatch.setattr(contract, "inspect", lambda python: {"npu": True})
-    assert "torch_npu of its own" in contract.why_not()
+    assert "its own torch_npu" in contract.why_not()
