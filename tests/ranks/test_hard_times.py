@@ -332,7 +332,7 @@ def test_a_cpu_whose_memory_is_full_says_what_takes_less(new_runtime, specs):
         limit = rank.memory_info().vms + 64 * 2**20
         rank.rlimit(psutil.RLIMIT_AS, (limit, limit))
         large = torch.zeros(VideoSize(width=832, height=832, num_frames=49).latent_shape())
-        with pytest.raises(RankError, match="(?s)allocate memory.*What helps: .*reduce the frames.*dtype bfloat16.*fsdp"):
+        with pytest.raises(RankError, match="(?s)allocate memory.*What helps: .*the frames.*dtype bfloat16.*fsdp"):
             runtime.sample(specs.model, SampleSpec(seed=1, steps=1, guidance_scale=1.0), large, specs.text(1))
         assert runtime.pids == [rank.pid], "the rank stays"
 
