@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ascend_runtime.models.registry import family
 from ..ascend_runtime.specs import VaeForm, VideoSize
+from ..ascend_runtime.specs.base import require_side
 from . import comfy_bridge, core_types, types
 from .validation import refusal
 
@@ -119,14 +120,8 @@ class ImageToVideo(io.ComfyNode):
 
 def _size(width: int, height: int, length: int, form: VaeForm) -> VideoSize:
     """Raises ValueError if the networks cannot cut the latent of this size into patches."""
-    multiple = form.multiple
     for name, pixels in (("width", width), ("height", height)):
-        if pixels % multiple:
-            down = max(multiple, pixels // multiple * multiple)
-            raise ValueError(
-                f"{name} is {pixels}; with this VAE it must be a multiple of {multiple}. The nearest are {down} and "
-                f"{down + multiple}."
-            )
+        require_side(f"{name} is {pixels}; with this VAE", pixels, form.multiple)
     return _video_size(width, height, length)
 
 

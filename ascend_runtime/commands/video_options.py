@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..checkpoints.paths import existing
 from ..specs import DiffusionModelSpec, ParallelSpec, SampleSpec, VideoSize
+from ..specs.base import require_side
 from ..specs.models import COMPUTE_DTYPES
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
@@ -65,10 +66,7 @@ def size_of(arguments: Namespace, own: VideoSize, multiple: int = 16) -> VideoSi
     frames = own.num_frames if arguments.frames is None else arguments.frames
     size = VideoSize(width=width, height=height, num_frames=frames)
     for name, pixels in (("width", width), ("height", height)):
-        if pixels % multiple:
-            down = max(multiple, pixels // multiple * multiple)
-            raise ValueError(f"{name} is {pixels}; for this model it must be a multiple of {multiple}. The nearest are "
-                             f"{down} and {down + multiple}.")  # fmt: skip
+        require_side(f"{name} is {pixels}; for this model", pixels, multiple)
     return size
 
 

@@ -77,3 +77,13 @@ def make_absolute(spec: Spec, *names: str) -> None:
             if any("\ud800" <= character <= "\udfff" for character in path):
                 raise ValueError(f"{name} is {path!r}, which is not valid UTF-8. Rename the file or folder.")
             force_setattr(spec, name, os.path.abspath(os.path.expanduser(path)))
+
+
+def require_side(what: str, pixels: int, multiple: int, cure: str = "") -> None:
+    """Raises ValueError, with the nearest valid sizes, if a width or height is not a multiple. what: the first words of
+    the error, which say what was given. cure: its last sentence."""
+    if pixels % multiple:
+        down = max(multiple, pixels // multiple * multiple)
+        raise ValueError(
+            f"{what} it must be a multiple of {multiple}. The nearest are {down} and {down + multiple}. {cure}".rstrip()
+        )

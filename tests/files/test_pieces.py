@@ -9,11 +9,10 @@ from contextlib import closing
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 from ascend_runtime.checkpoints import pieces
 from ascend_runtime.checkpoints.pieces import Wanted, read_in_pieces
 from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
-from safetensors.torch import save_file
+from fused_files import save as saved
 
 CPU, SEED = torch.device("cpu"), 5
 KINDS = ("safetensors", "torch", "distributed")
@@ -26,16 +25,6 @@ def tensors(dtype=torch.float32, count=30):
     print(f"seed {SEED}")
     generator = torch.Generator().manual_seed(SEED)
     return {f"{n:02}": torch.randn(40, 8 + n, generator=generator).to(dtype) for n in range(count)}
-
-
-def saved(kind, path, held):
-    if kind == "safetensors":
-        save_file(held, path)
-    elif kind == "torch":
-        torch.save(held, path)
-    else:
-        torch.distributed.checkpoint.save(held, checkpoint_id=path, no_dist=True)
-    return path
 
 
 def wanted(file, dtype, part_of=None, names=None, device=CPU):

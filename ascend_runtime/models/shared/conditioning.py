@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...ops.precision import check_finite
 from ...specs import VaeForm, VideoSize
+from ...specs.base import require_side
 from .latents import Latents
 
 
@@ -116,13 +117,9 @@ class Conditioner(ABC):
             )
         _, _, frames, height, width = latent.shape
         for name, length, side in (("rows", height, "height"), ("columns", width, "width")):
-            if length % form.patch:
-                pixels, step = length * form.spatial, form.multiple
-                down = max(step, pixels // step * step)
-                raise ValueError(
-                    f"The video's {side} is {pixels}, as the latent has {length} {name}; with this model it must be a "
-                    f"multiple of {step}. The nearest are {down} and {down + step}. {self.empty_latent}"
-                )
+            pixels = length * form.spatial
+            given = f"The video's {side} is {pixels}, as the latent has {length} {name}; with this model"
+            require_side(given, pixels, form.multiple, self.empty_latent)
         VideoSize(width=form.spatial * width, height=form.spatial * height, num_frames=form.temporal * (frames - 1) + 1)
         check_finite(latent, "The latent")
 
