@@ -60,12 +60,13 @@ class LoadDiffusionModel(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="How an NPU computes attention. A CPU or GPU always uses torch's own.\n"
-                    "auto: as the environment variable ALGO says; without it, fused.\n"
-                    "fused: CANN's flash attention.\n"
+                    "auto: as the environment variable ALGO says; without it, infer, or in float32 the best that the "
+                    "card has.\n"
+                    "fused: CANN's flash attention for training. An A3 uses auto instead.\n"
                     "laser: MindIE SD's laser attention, with products in float16.\n"
                     "infer: CANN's attention for inference.\n"
                     "fastest: MindIE SD tries its kernels on each new shape and keeps the fastest. Videos may differ "
-                    "slightly from run to run.\n"
+                    "slightly from run to run. An A3 uses auto instead.\n"
                     "fp8: products in 8 bits, an approximation. Only on cards that support it (950 series).\n"
                     "plain: torch's own.",
                 ),

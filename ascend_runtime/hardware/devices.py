@@ -89,30 +89,36 @@ def take(kind: str, local_rank: int) -> torch.device:
         torch.npu.conv.allow_hf32 = False  # the VAE needs full float32
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
+    if (line := _line(device)) in host.UNFIT:
+        raise ValueError(host.unfit(line))
     return device
 
 
 # SoC versions: torch_npu 2.13.0, NpuVariables.h. The names are the product lines'.
-_CARDS = {"duo": range(200, 206), "a2": range(220, 226), "a3": range(250, 257), "a5": range(260, 261)}
+_LINES = {
+    "910": range(100, 105), "310P": range(200, 206), "a2": range(220, 226), "310B": range(240, 244),
+    "a3": range(250, 257), "a5": range(260, 261),
+}  # fmt: skip
 
 
 @lru_cache(maxsize=None)
 def card(device: torch.device) -> str | None:
-    """The product line of an NPU: "a2" (910B), "a3" (910_93), "a5" (950), "duo" (310P, 300I Duo); None for others."""
+    """The product line of an NPU: "a2" (910B), "a3" (910_93), "a5" (950); None for others."""
+    line = _line(device)
+    return None if line in host.UNFIT else line
+
+
+def _line(device: torch.device) -> str | None:
     if device.type != "npu":
         return None
     soc = torch.npu.utils.get_soc_version()
-    return next((line for line, versions in _CARDS.items() if soc in versions), None)
+    return next((line for line, versions in _LINES.items() if soc in versions), None)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """The default dtype of diffusion networks: float32 on a CPU, bfloat16 on other devices, as Wan's attention
-    overflows in float16; float16 on an NPU without bfloat16 (300I Duo)."""
-    if device.type == "cpu":
-        return torch.float32
-    if device.type == "npu" and not torch.npu.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
+    overflows in float16."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def synchronise(device: torch.device) -> None:

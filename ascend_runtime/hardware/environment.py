@@ -173,7 +173,6 @@ class Variable:
     unless: another variable that disables the default if it is set.
     remarks: value -> a remark for the log.
     on: product line (see `host.npu_line`) -> valid values there.
-    not_for: product lines that do not support it and get no default.
     """
 
     name: str
@@ -184,7 +183,6 @@ class Variable:
     unless: str | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
     on: Mapping[str, Legal] = field(default_factory=dict)
-    not_for: tuple[str, ...] = ()
 
     def legal_on(self, line: str | None) -> Legal:
         """The valid values on a product line; None is an unknown line."""
@@ -207,16 +205,14 @@ NPU = (
     # may take longer than HCCL's default of 120 s. Dead ranks are detected by their processes, not by this timeout.
     Variable("HCCL_CONNECT_TIMEOUT", WholeNumber(120, 7200), "seconds that ranks wait for each other to connect",
              "CANN", "1800"),
-    # Limits by product line: CANN's page of this variable (envref_07_0078). Older cards count in hardware steps of
-    # 68 s; CANN 6.0 had 68 to 17340 for all cards. For AIV collectives, HCCL reduces values above 1091 s to 1091.
-    Variable("HCCL_EXEC_TIMEOUT", Seconds(LONGEST_WAIT), "seconds that a rank waits in a collective; 0: no limit, "
-             "except on the oldest cards", "CANN", "1800",
-             on={"a5": WholeNumber(0, LONGEST_WAIT), **dict.fromkeys(("duo", "910"), WholeNumber(1, 17340))}),
+    # Limits by product line: CANN's page of this variable (envref_07_0078); CANN 6.0 had 68 to 17340 for all cards. For
+    # AIV collectives, HCCL reduces values above 1091 s to 1091.
+    Variable("HCCL_EXEC_TIMEOUT", Seconds(LONGEST_WAIT), "seconds that a rank waits in a collective; 0: no limit",
+             "CANN", "1800", on={"a5": WholeNumber(0, LONGEST_WAIT)}),
     # HCCL's documented cure for error code 7 of HcclGetRootInfo, a port in use, as with two processes on one card.
     Variable("HCCL_HOST_SOCKET_PORT_RANGE", PORT_RANGES, "host ports for the ranks' rendezvous", "CANN",
-             "auto", unless="HCCL_IF_BASE_PORT", not_for=("duo", "910")),
-    Variable("HCCL_NPU_SOCKET_PORT_RANGE", PORT_RANGES, "ports of the cards' network", "CANN", "auto",
-             not_for=("duo", "910")),
+             "auto", unless="HCCL_IF_BASE_PORT"),
+    Variable("HCCL_NPU_SOCKET_PORT_RANGE", PORT_RANGES, "ports of the cards' network", "CANN", "auto"),
     Variable("HCCL_IF_BASE_PORT", WholeNumber(1024, 65520), "first of 32 host ports, of 16 in older CANN (HCCL's "
              "default: 60000)", "CANN"),
     Variable("HCCL_BUFFSIZE", WholeNumber(1), "MB of device memory for a collective's buffer", "torch_npu; CANN"),
@@ -276,8 +272,8 @@ def original(kind: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_defaults(spec: OperatorSpec, environ: Mapping[str, str]) -> OperatorSpec:
-    """`spec` with automatic fields (auto, 0) resolved: by ALGO, FAST_LAYERNORM and USE_SUB_HEAD, else fused attention,
-    all heads at once, fused layer norm.
+    """`spec` with automatic fields (auto, 0) resolved: by ALGO, FAST_LAYERNORM and USE_SUB_HEAD, else all heads at once
+    and fused layer norm. Without ALGO, attention stays auto, which depends on the card and the dtype.
 
     environ: from `original`, here and below.
 
@@ -287,7 +283,7 @@ def with_defaults(spec: OperatorSpec, environ: Mapping[str, str]) -> OperatorSpe
     attention, layer_norm = spec.attention, spec.layer_norm
     return replace(
         spec,
-        attention=_ATTENTION_OF[environ.get("ALGO", "0")] if attention == "auto" else attention,
+        attention=_ATTENTION_OF.get(environ.get("ALGO"), "auto") if attention == "auto" else attention,
         layer_norm=_LAYER_NORM_OF[environ.get("FAST_LAYERNORM", "1")] if layer_norm == "auto" else layer_norm,
         heads_per_call=spec.heads_per_call or int(environ.get("USE_SUB_HEAD", "0")),
     )
@@ -335,7 +331,7 @@ def _on_npus(given: dict[str, str], own: Mapping[str, str], line: str | None) ->
         wrong.append("PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF are both set, but torch_npu uses only one. "
                      "Unset one of them.")  # fmt: skip
     _raise(wrong)
-    rows = [row for row in NPU if row.default is not None and row.unless not in given and line not in row.not_for]
+    rows = [row for row in NPU if row.default is not None and row.unless not in given]
     chosen = {**{row.name: row.default for row in rows}, **given}
     origins = [(row.name, "default" if row.name not in given else "given") for row in NPU if row.name in chosen]
     logger.info("ranks on npu: %s", ", ".join(f"{name}={chosen[name]} ({origin})" for name, origin in origins))

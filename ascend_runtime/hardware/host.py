@@ -23,7 +23,16 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 HUAWEI = "0x19e5"
 # PCI device -> product line: 910, 910B, 910_93, 310P (Huawei's driver tools, such as `lspci -d 19e5:`). The 950's
 # number has not been published yet.
-PCI_LINES = {"0xd801": "910", "0xd802": "a2", "0xd803": "a3", "0xd500": "duo"}
+PCI_LINES = {"0xd801": "910", "0xd802": "a2", "0xd803": "a3", "0xd500": "310P"}
+# Product lines that cannot run these models -> the card, and why. Sources, by their tables of products: hicann/ops-nn,
+# conv/convolution_forward/docs/aclnnConvolution.md; hicann/hccl, HcclBatchSendRecv.md; Ascend/op-plugin,
+# torch_npu-npu_fused_infer_attention_score.md; bfloat16 is for SoCs from 910B1 on (torch_npu's NpuVariables.h).
+UNFIT = {
+    "910": "an Ascend 910 of 2019, which has no bfloat16, nor CANN's operators for convolution and attention",
+    "310P": "of the 310P series (Atlas 300I Duo), which has no bfloat16, convolves videos only in float16, and has "
+            "neither CANN's operator for attention nor HCCL's exchanges between two cards",
+    "310B": "of the 310B series (Atlas 200I / 500 A2), which convolves no videos",
+}  # fmt: skip
 LIBRARIES = ("libascendcl.so", "libhccl.so")  # CANN's libraries that torch_npu needs
 SET_ENV = (
     "In the shell that starts ComfyUI, `source /usr/local/Ascend/ascend-toolkit/set_env.sh` "
@@ -38,11 +47,19 @@ def cards() -> list[int]:
 
 
 def npu_line() -> str | None:
-    """The product line of this machine's NPUs, found without starting their driver: "a2", "a3", "duo" (as in
-    `devices.card`) or "910" (of 2019). None if it is unknown, or there are several."""
+    """The product line of this machine's NPUs, found without starting their driver: "a2", "a3" (as in `devices.card`)
+    or one of UNFIT. None if it is unknown, or there are several."""
     devices = [device for device in PCI_DEVICES.glob("*") if _read(device / "vendor") == HUAWEI]
     found = {PCI_LINES.get(_read(device / "device")) for device in devices} - {None}
     return found.pop() if len(found) == 1 else None
+
+
+def unfit(line: str) -> str:
+    """Why NPUs of a product line of UNFIT are refused."""
+    return (
+        f"This NPU is {UNFIT[line]}. Use cards of the A2, A3 or 950 series, such as those of an Atlas 800I A2 or A3; "
+        "or set device to 'cpu'."
+    )
 
 
 def _read(file: Path) -> str:
@@ -115,6 +132,8 @@ def _packages() -> Iterator[str]:
 
 def _driver(environ: Mapping[str, str]) -> Iterator[str]:
     there = cards()
+    if (line := npu_line()) in UNFIT:
+        yield unfit(line)
     if not there and shutil.which("npu-smi", path=environ.get("PATH")) is None:
         yield (
             f"There is no {DEVICE_FILES}/davinci* and no npu-smi: the NPU driver is not installed. Install it and the "

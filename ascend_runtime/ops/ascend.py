@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from ..hardware import devices
 from ..specs import OperatorSpec
-from . import ascend_attention
-from .ascend_attention import HALVES
+from . import ascend_attention, card_rules
+from .card_rules import HALVES
 from .libraries import mindiesd, torch_npu
-from .plain import PlainOperators, RotaryTable, log_once
+from .plain import PlainOperators, RotaryTable, log_once, warn_once
 from .precision import NORMS, RESIDUAL, ROTARY
 from .quantization import Static
 
-ROTARY_LANES = 999  # the maximum of batch x heads for npu_rotary_mul with interleaved pairs
-LACKING = {"duo": ("laser", "infer"), "a5": ("laser",)}  # unsupported attentions, by card
-CARD_NAMES = {"duo": "a 300I Duo", "a5": "a card of the 950 series"}
-REDUCING_RANKS = (2, 4, 8)  # group sizes that npu_mm_all_reduce_base supports
+# Attention -> the operator that decides which cards and dtypes it supports. "fastest" tries npu_fusion_attention too.
+OPERATOR_OF = {
+    "infer": "npu_fused_infer_attention_score", "fused": "npu_fusion_attention", "fastest": "npu_fusion_attention",
+    "laser": "la", "fp8": "npu_fused_infer_attention_score_v2",
+}  # fmt: skip
 
 
 class AscendOperators(PlainOperators):
@@ -33,50 +34,69 @@ class AscendOperators(PlainOperators):
         self.card = devices.card(device)
         self.fused_norms = spec.layer_norm != "fp32"
         self._dtype = dtype
-        self._attention = spec.attention
         mindiesd()  # logs a missing library now, not in the middle of a job
         super().__init__(spec)
-        self._self_attention, self._other_attention = self._attentions(spec.attention)
+        self._attention = self._supported(spec.attention)
+        self._self_attention, self._other_attention = self._attentions(self._attention)
 
     def _check(self, spec: OperatorSpec) -> None:
         if spec.attention in ("laser", "infer", "fastest", "fp8") and self._dtype not in HALVES:
             raise ValueError(
                 f"attention is {spec.attention!r}, which supports bfloat16 and float16, but the model's dtype is "
-                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these, or attention to 'fused'."
+                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these, or attention to 'auto'."
             )
         if spec.attention in ("laser", "fastest") and mindiesd() is None:
             raise ValueError(
                 f"attention is {spec.attention!r}, which needs MindIE SD, but mindiesd cannot be imported. Install the "
-                "mindiesd that fits this torch, or set attention to 'fused'."
+                "mindiesd that fits this torch, or set attention to 'auto'."
             )
-        if spec.attention == "fp8" and self.card != "a5":
-            raise ValueError(
-                f"attention is 'fp8', which only cards of the 950 series support; this card is "
-                f"{self.card or 'unknown'}. Set it to 'fused', 'laser' or 'infer'."
-            )
-        if self.card in LACKING and spec.attention in LACKING[self.card]:
-            name = CARD_NAMES[self.card]
-            raise ValueError(f"attention is {spec.attention!r}, which {name} does not support. Set it to 'fused'.")
-        if self.card == "duo" and self._dtype == torch.bfloat16:
-            raise ValueError("dtype is bfloat16, which a 300I Duo does not support. Set it to 'auto' or 'float16'.")
+        if spec.attention in ("laser", "infer", "fp8"):
+            dtype = torch.float8_e4m3fn if spec.attention == "fp8" else self._dtype
+            advice = f"attention is {spec.attention!r}: set it to 'auto'."
+            card_rules.require_operator(self.card, OPERATOR_OF[spec.attention], dtype, advice)
 
     # Attention
 
+    def _supported(self, name: str) -> str:
+        """The attention to use: `name`, or for "auto" the first that the card supports of the operator for inference,
+        the one for training, and basic operators. "fused" and "fastest", as saved workflows and ALGO=0 ask for, become
+        "auto" on a card without the training operator."""
+        if name == "plain" or (name != "auto" and card_rules.supports(self.card, OPERATOR_OF[name], self._dtype)):
+            return name
+        order = ("infer", "fused")
+        able = (way for way in order if card_rules.supports(self.card, OPERATOR_OF[way], self._dtype))
+        chosen = next(able, "plain")
+        if name != "auto":
+            warn_once(
+                f"attention is {name!r}, which uses npu_fusion_attention. This operator for training is not for cards "
+                f"of {card_rules.SERIES[self.card]}, by its page in the documentation: {chosen!r} is used instead."
+            )
+        elif chosen == "plain":
+            log_once(
+                f"No attention operator of an NPU takes {str(self._dtype).removeprefix('torch.')} on this card: "
+                "attention is computed by basic operators, which is slow. In bfloat16 it is fast."
+            )
+        return chosen
+
     def _attentions(self, name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """(self-attention, attention to another sequence)"""
-        fused = ascend_attention.prompt if self.card == "duo" else ascend_attention.fused
         if name == "plain":
-            return (lambda *qkv: PlainOperators._attend(self, *qkv)[0],) * 2
-        if name == "fp8":
-            return ascend_attention.fp8, fused
-        return (getattr(ascend_attention, name) if name in ("infer", "laser", "fastest") else fused,) * 2
+            return (lambda *qkv: self._attend_plainly(*qkv)[0],) * 2
+        attend = getattr(ascend_attention, name)
+        return attend, ascend_attention.infer if name == "fp8" else attend
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         attend = self._self_attention if query.shape == key.shape else self._other_attention
         return (attend(query, key, value),)
 
+    def _attend_plainly(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+        """torch_npu makes of torch's own attention the operator for training, so it is only for cards that have it."""
+        if card_rules.supports(self.card, OPERATOR_OF["fused"], self._dtype):
+            return super()._attend(query, key, value)
+        return super()._attend_with_lse(query, key, value)[:1]
+
     def _attend_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if self._attention == "plain" or self.card == "duo":  # a 300I Duo's operators do not return the LSE
+        if self._attention == "plain":
             return super()._attend_with_lse(query, key, value)
         if self._attention in ("laser", "fastest", "fp8"):
             log_once(f"attention is {self._attention!r}, which does not return the log-sum-exp: a ring uses 'infer'.")
@@ -89,13 +109,11 @@ class AscendOperators(PlainOperators):
         return compute(query, key, value, mask)
 
     def check_sparse(self) -> None:
-        advice = "Turn RainFusion off; AttentionCache, the block cache and the step caches work without it."
-        if self.card == "duo":
-            raise ValueError(f"A 300I Duo has no operator for sparse attention. {advice}")
         if mindiesd() is None:
             raise ValueError(
                 "RainFusion needs MindIE SD's operator, but mindiesd cannot be imported. Install the mindiesd that "
-                f"fits this torch. Or {advice[0].lower()}{advice[1:]}"
+                "fits this torch. Or turn RainFusion off; AttentionCache, the block cache and the step caches work "
+                "without it."
             )
         if self._dtype not in HALVES:
             raise ValueError(
@@ -119,7 +137,7 @@ class AscendOperators(PlainOperators):
         if scale.shape[:2] == (1, 1):  # one video, one timestep: the modulation fits the norm's own weight and bias
             return _layer_norm(x, (1 + scale).flatten(), shift.flatten(), eps)
         scale, shift = scale.type_as(x), shift.type_as(x)
-        if mindiesd() is not None and self.card != "duo":
+        if mindiesd() is not None:
             return mindiesd().layernorm_scale_shift(_bare_layer_norm(x.shape[-1], eps), x, scale, shift, fused=True)
         return torch.addcmul(shift, _layer_norm(x, None, None, eps), 1 + scale)
 
@@ -129,14 +147,10 @@ class AscendOperators(PlainOperators):
     # Rotary position embedding
 
     def rotary_table(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        if self.card == "duo":  # its npu_rotary_mul does not rotate interleaved pairs
-            return super().rotary_table(cos, sin)
         return cos.to(ROTARY.npu_dtype), sin.to(ROTARY.npu_dtype)
 
     def rotary(self, x: Tensor, table: RotaryTable) -> Tensor:
-        if self.card == "duo":
-            return super().rotary(x, table)
-        videos = x.to(ROTARY.npu_dtype).split(max(1, ROTARY_LANES // x.shape[2]))
+        videos = x.to(ROTARY.npu_dtype).split(max(1, card_rules.ROTARY_LANES // x.shape[2]))
         rotated = [torch_npu().npu_rotary_mul(video, *table, "interleave") for video in videos]
         return (rotated[0] if len(rotated) == 1 else torch.cat(rotated)).type_as(x)
 
@@ -146,9 +160,9 @@ class AscendOperators(PlainOperators):
         return torch_npu().npu_gelu(x, approximate="tanh")
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        """The fused operator is documented only for A2 cards. The bias is added afterwards, as each rank would add
-        it."""
-        if self.card != "a2" or x.dtype not in HALVES or dist.get_world_size(group) not in REDUCING_RANKS:
+        """By the fused operator where the card has it. The bias is added afterwards, as each rank would add it."""
+        fused = self.card is not None and card_rules.supports(self.card, "npu_mm_all_reduce_base", x.dtype)
+        if not fused or dist.get_world_size(group) not in card_rules.REDUCING_RANKS:
             return super().linear_all_reduce(x, weight, bias, group)
         communicator = _communicator(group)
         out = torch_npu().npu_mm_all_reduce_base(x.contiguous(), weight.t(), communicator, reduce_op="sum")
@@ -177,11 +191,8 @@ class AscendOperators(PlainOperators):
 
 def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError for a card, or a dtype of the blocks, that does not support W8A8 linear layers."""
-    if devices.card(device) == "duo":
-        raise ValueError(
-            "W8A8 linear layers with one scale for each token are supported by cards of the A2, A3 and 950 series; "
-            "this is a 300I Duo. Load the model's floating-point files, with quantization 'none'."
-        )
+    advice = "Load the model's floating-point files, with quantization 'none'."
+    card_rules.require_operator(devices.card(device), "npu_quant_matmul", torch.int8, advice)
     if dtype not in HALVES:
         raise ValueError(
             f"An NPU's W8A8 linear layers return bfloat16 or float16, but the model's dtype is "

@@ -10,13 +10,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .card_rules import check_attention
 from .libraries import mindiesd, torch_npu
 from .precision import LOG_SUM_EXP
 from .sparse import BLOCK
 
-HALVES = (torch.float16, torch.bfloat16)
-WHOLE_WINDOW = 2**31 - 1  # tokens of an attention window that masks nothing
-DUO_TOKENS = 65536  # the maximum for npu_prompt_flash_attention on a 300I Duo
+SHORTEST_LASER = 2048  # tokens; MindIE SD computes shorter sequences by npu_fusion_attention
 # The codes of MXFP8 for npu_fused_infer_attention_score_v2, as in MindIE SD's MXFP8RotateQuantFA.
 MXFP8_BY_HEAD_DIM, MXFP8_BY_TOKEN = 6, 8
 
@@ -34,6 +33,7 @@ def fused_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
 
 
 def _fusion_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple:
+    check_attention("npu_fusion_attention", query, key)
     return torch_npu().npu_fusion_attention(query, key, value, query.shape[2], "BSND", scale=_scale(query))
 
 
@@ -49,6 +49,7 @@ def infer_with_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, T
 
 
 def _infer(query: Tensor, key: Tensor, value: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
+    check_attention("npu_fused_infer_attention_score", query, key)
     heads = query.shape[2]
     return torch_npu().npu_fused_infer_attention_score(
         query.contiguous(),
@@ -62,31 +63,10 @@ def _infer(query: Tensor, key: Tensor, value: Tensor, with_lse: bool) -> tuple[T
     )
 
 
-def prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """By npu_prompt_flash_attention, for a 300I Duo, which lacks the other operators.
-
-    Raises ValueError for a sequence that is too long for it.
-    """
-    longest = max(query.shape[1], key.shape[1])
-    if longest > DUO_TOKENS:
-        raise ValueError(
-            f"This video has {longest} tokens, but attention on a 300I Duo takes at most {DUO_TOKENS}. Use fewer "
-            "frames or a smaller size: 832 x 480 x 81 has 32760."
-        )
-    return torch_npu().npu_prompt_flash_attention(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        num_heads=query.shape[2],
-        scale_value=_scale(query),
-        pre_tokens=WHOLE_WINDOW,
-        next_tokens=WHOLE_WINDOW,
-        input_layout="BSND",
-    )
-
-
 def laser(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """By MindIE SD's laser attention, which falls back to its fused one for sequences shorter than 2048."""
+    """By MindIE SD's laser attention; of short sequences, such as a text's, by `infer`."""
+    if min(query.shape[1], key.shape[1]) < SHORTEST_LASER:
+        return infer(query, key, value)
     return mindiesd().attention_forward(
         query, key, value, scale=_scale(query), opt_mode="manual", op_type="ascend_laser_attention", layout="BNSD"
     )

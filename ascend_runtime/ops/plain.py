@@ -206,3 +206,8 @@ def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tenso
 @lru_cache(maxsize=None)
 def log_once(text: str) -> None:
     logger.info("%s", text)
+
+
+@lru_cache(maxsize=None)
+def warn_once(text: str) -> None:
+    logger.warning("%s", text)

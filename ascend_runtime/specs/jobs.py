@@ -104,13 +104,17 @@ class OperatorSpec(Spec, frozen=True, kw_only=True):
     """The operators to use if a device has several implementations.
 
     attention, on an NPU (other devices use torch's own for every value but fp8, which they reject):
-        auto: set by the environment variable ALGO on NPUs, else fused.
-        fused: npu_fusion_attention, ALGO=0 of the original systems.
-        laser: MindIE SD's laser attention, ALGO=1: fp16 products accumulated in fp32.
+        auto: set by the environment variable ALGO on NPUs, else infer in 16-bit dtypes; in float32 fused, or on A3
+            cards, which have no such operator, plain.
+        fused: npu_fusion_attention, ALGO=0 of the original systems. Its documentation names A2 and 950 cards; an A3
+            uses auto instead, and warns.
+        laser: MindIE SD's laser attention, ALGO=1: fp16 products accumulated in fp32. Sequences shorter than 2048
+            tokens use infer.
         infer: npu_fused_infer_attention_score, ALGO=3.
-        fastest: MindIE SD benchmarks its operators on the first use of a shape; two runs may choose differently.
+        fastest: MindIE SD benchmarks its operators on the first use of a shape; two runs may choose differently. An A3
+            uses auto instead, as one of them is fused.
         fp8: MXFP8 products, only on cards of the 950 series; an approximation.
-        plain: torch's scaled_dot_product_attention.
+        plain: torch's scaled_dot_product_attention; on A3 cards basic operators, which are slow.
     heads_per_call: the number of heads per attention call, which bounds memory. 0 is all heads, or the value of the
         environment variable USE_SUB_HEAD.
     layer_norm: fused computes in the dtype of the blocks; fp32 upcasts, as on other devices. auto: set by the

@@ -117,12 +117,6 @@ def fused_infer_attention_score(
     return _in_layout(out, input_layout).to(query.dtype), lse
 
 
-@kernel("npu::npu_prompt_flash_attention")
-def prompt_flash_attention(query, key, value, num_heads, scale_value, pre_tokens, next_tokens, input_layout):
-    out = _attend(*(_by_heads(x, input_layout, num_heads) for x in (query, key, value)), scale_value)[0]
-    return _in_layout(out, input_layout).to(query.dtype)
-
-
 @kernel("mindiesd::la")
 def laser_attention(query, key, value, scale_value, head_num, input_layout, pre_tokens, next_tokens, is_highPrecision):
     """Scores and weights are fp16, sums fp32; pre_tokens, where it is no window, is how many of the keys are padding.

@@ -8,7 +8,6 @@ LAYOUTS = {
     "npu_fusion_attention": ("BSH", "SBH", "BSND", "BNSD", "TND"),
     "npu_fused_infer_attention_score": ("BSH", "BSND", "BNSD", "BNSD_BSND", "TND"),
     "npu_fused_infer_attention_score_v2": ("BSH", "BSND", "BNSD", "BNSD_BSND", "TND"),
-    "npu_prompt_flash_attention": ("BSH", "BSND", "BNSD"),
 }
 MXFP8_GROUP = 32
 DTYPES = {5: torch.float16, 15: torch.bfloat16, **{dtype: dtype for dtype in HALVES}}  # as c10 numbers them
@@ -66,13 +65,6 @@ def _fused_infer_v2(values):
 def _mx_quant(values):
     assert values["input"].dtype in (*HALVES, torch.float32) and 1 <= values["input"].ndim <= 7
     assert values["block_size"] == MXFP8_GROUP and values["round_mode"] == "rint"
-
-
-def _prompt(values):
-    _attention("npu_prompt_flash_attention", values, values["input_layout"], values["num_heads"],
-               values["scale_value"], HALVES)  # fmt: skip
-    assert all(values[part].is_contiguous() for part in ("query", "key", "value"))
-    assert values["next_tokens"] >= values["key"].shape[1], "its default hides all later tokens"
 
 
 def _dynamic_quant(values):
@@ -245,7 +237,6 @@ RULES = {
     "npu_fused_infer_attention_score": _fused_infer,
     "npu_fused_infer_attention_score_v2": _fused_infer_v2,
     "npu_dynamic_mx_quant": _mx_quant,
-    "npu_prompt_flash_attention": _prompt,
     "npu_dynamic_quant": _dynamic_quant,
     "npu_quantize": _quantize,
     "npu_quant_matmul": _quant_matmul,

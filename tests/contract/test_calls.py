@@ -86,21 +86,20 @@ def on_card(monkeypatch):
 
 # Attention
 
-WAYS = [("a2", "fused"), ("a2", "infer"), ("a2", "laser"), ("a2", "fastest"), ("a2", "plain"), ("a3", "fused"),
-        ("a3", "infer"), ("a5", "fused"), ("a5", "fp8"), ("duo", "fused")]  # fmt: skip
+WAYS = [*(("a2", name) for name in ("auto", "fused", "infer", "laser", "fastest", "plain")),
+        *(("a3", name) for name in ("auto", "fused", "infer", "laser", "fastest", "plain")),
+        *(("a5", name) for name in ("auto", "fused", "infer", "fp8", "plain"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("heads_per_call", [0, 12])
 @pytest.mark.parametrize("card, attention", WAYS)
 def test_attention(fake, on_card, card, attention, heads_per_call):
     on_card(card)
-    dtype = torch.float16 if card == "duo" else torch.bfloat16
-    serves = operators(dtype, attention=attention, heads_per_call=heads_per_call)
-    query = fake(2, TOKENS, HEADS, HEAD_DIM, dtype=dtype)
-    text = fake(2, TEXT, HEADS, HEAD_DIM, dtype=dtype)
+    serves = operators(attention=attention, heads_per_call=heads_per_call)
+    query, text = fake(2, TOKENS, HEADS, HEAD_DIM), fake(2, TEXT, HEADS, HEAD_DIM)
     for key in (query, text):
         out = serves.attention(query, key, key)
-        assert out.shape == query.shape and out.dtype == dtype and out.device == NPU
+        assert out.shape == query.shape and out.dtype == query.dtype and out.device == NPU
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -113,9 +112,9 @@ def test_attention_with_lse(fake, dtype):
         assert lse.shape == (1, TOKENS, HEADS) and lse.dtype == torch.float32
 
 
-@pytest.mark.parametrize("card, attention", [("duo", "fused"), ("a2", "plain"), ("a2", "torch")])
+@pytest.mark.parametrize("card, attention", [("a2", "plain"), ("a3", "plain"), ("a2", "torch")])
 def test_attention_with_lse_where_no_fused_operator_tells_it(fake, on_card, card, attention):
-    """A 300I Duo, and torch's own, of whose fused ones an NPU has none."""
+    """Also torch's own, of whose fused ones an NPU has none."""
     on_card(card)
     query, key = (fake(1, n, HEADS, HEAD_DIM, dtype=torch.float16) for n in (TOKENS, TEXT))
     serves = PlainOperators() if attention == "torch" else operators(torch.float16, attention=attention)
@@ -134,11 +133,9 @@ def test_attention_of_parts_that_are_not_contiguous(fake):
 
 
 REFUSED = [
-    ("a2", "fp8", torch.bfloat16, "'fp8', which only cards of the 950 series support; this card is a2"),
-    ("duo", "infer", torch.float16, "which a 300I Duo does not support"),
-    ("duo", "laser", torch.float16, "which a 300I Duo does not support"),
-    ("duo", "fused", torch.bfloat16, "dtype is bfloat16, which a 300I Duo does not support"),
-    ("a5", "laser", torch.bfloat16, "which a card of the 950 series does not support"),
+    ("a2", "fp8", torch.bfloat16, "takes float16 and bfloat16 on cards of the A2 series, not float8_e4m3fn"),
+    ("a3", "fp8", torch.bfloat16, "v2 takes float16 and bfloat16 on cards of the A3 series, not float8_e4m3fn"),
+    ("a5", "laser", torch.bfloat16, "does not work in bfloat16 on cards of the 950 series. It is for cards of the A2"),
     *(("a2", name, torch.float32, "bfloat16 and float16") for name in ("laser", "infer", "fastest")),
 ]
 
@@ -148,13 +145,6 @@ def test_what_a_card_or_dtype_cannot_do_is_refused(on_card, card, attention, dty
     on_card(card)
     with pytest.raises(ValueError, match=words):
         operators(dtype, attention=attention)
-
-
-def test_a_sequence_too_long_for_a_duo_is_refused(fake, on_card):
-    on_card("duo")
-    video = fake(1, 75600, 1, HEAD_DIM, dtype=torch.float16)
-    with pytest.raises(ValueError, match="75600 tokens.*at most 65536"):
-        operators(torch.float16).attention(video, video, video)
 
 
 @pytest.mark.parametrize("card", ["a2", "a3", "a5"])
@@ -167,13 +157,11 @@ def test_sparse_attention(fake, on_card, card):
     assert out.shape == query.shape and out.dtype == query.dtype and out.device == NPU
 
 
-@pytest.mark.parametrize("card, dtype, library, words", [
-    ("duo", torch.float16, True, "A 300I Duo has no operator"),
-    ("a2", torch.float32, True, "dtype is float32. Set dtype to one of these"),
-    ("a2", torch.bfloat16, False, "Install the mindiesd"),
+@pytest.mark.parametrize("dtype, library, words", [
+    (torch.float32, True, "dtype is float32. Set dtype to one of these"),
+    (torch.bfloat16, False, "Install the mindiesd"),
 ])  # fmt: skip
-def test_sparse_attention_is_refused_where_no_operator_computes_it(on_card, monkeypatch, card, dtype, library, words):
-    on_card(card)
+def test_sparse_attention_is_refused_where_no_operator_computes_it(monkeypatch, dtype, library, words):
     serves = operators(dtype)
     if not library:
         monkeypatch.setattr(ascend, "mindiesd", lambda: None)
@@ -228,13 +216,6 @@ def test_rotary(fake, batch):
     assert serves.rotary(x, table).shape == x.shape and serves.rotary(x, table).dtype == x.dtype
 
 
-def test_rotary_of_a_duo_is_torchs(fake, on_card):
-    on_card("duo")
-    serves, x = operators(torch.float16), fake(1, 64, HEADS, HEAD_DIM, dtype=torch.float16)
-    table = serves.rotary_table(*(fake(1, 64, 1, HEAD_DIM, dtype=torch.float32) for _ in range(2)))
-    assert serves.rotary(x, table).dtype == torch.float16
-
-
 def test_gelu(fake):
     assert operators().gelu(fake(1, TOKENS, 13824)).shape == (1, TOKENS, 13824)
 
@@ -287,9 +268,6 @@ def test_where_nothing_is_quantized(on_card, monkeypatch):
         ops.check_quantized(NPU, torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16 or float16, but the model's dtype is float32"):
         ops.check_quantized(NPU, torch.float32)
-    on_card("duo")
-    with pytest.raises(ValueError, match="cards of the A2, A3 and 950 series; this is a 300I Duo"):
-        ops.check_quantized(NPU, torch.float16)
     monkeypatch.setenv(ops.OPERATORS_VARIABLE, "torch")
     with pytest.raises(ValueError, match="'torch', which has no W8A8 linear layers on an NPU"):
         ops.check_quantized(NPU, torch.bfloat16)

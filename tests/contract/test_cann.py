@@ -4,7 +4,7 @@ import pytest
 import torch
 
 # The SoC's name by CANN, and what mindiesd makes of it. Ascend950 copies by an operator, and nothing computes here.
-SOCS = {"Ascend910B4": "A2", "Ascend910_9391": "A3", "Ascend310P3": "Duo", "Ascend950PR_9589": "A5"}
+SOCS = {"Ascend910B4": "A2", "Ascend910_9391": "A3", "Ascend950PR_9589": "A5"}
 
 
 @pytest.mark.parametrize("soc", SOCS)

@@ -106,14 +106,6 @@ def test_attention_with_lse(random, name, dtype):
     assert_close(lse, lse_of(query, key).transpose(1, 2), **near(dtype))
 
 
-@pytest.mark.parametrize("layout", ["BSND", "BNSD"])
-def test_prompt_flash_attention(random, layout):
-    query, key, value, expected = qkv(random, layout, torch.float16)
-    out = as_meta(torch_npu.npu_prompt_flash_attention, query, key, value, num_heads=HEADS, scale_value=DIM**-0.5,
-                  next_tokens=2**31 - 1, input_layout=layout)  # fmt: skip
-    assert_close(out.float(), expected, **near(torch.float16))
-
-
 @pytest.mark.parametrize("lengths", [(2048, 2048), (2100, 2300)])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_laser_attention_by_mindiesd(random, calls, dtype, lengths):

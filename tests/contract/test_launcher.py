@@ -12,13 +12,8 @@ from ascend_runtime.hardware import devices, host
 from ascend_runtime.hardware.environment import NPU, ORIGINAL_VARIABLES
 from ascend_runtime.client.group import RankGroup
 
-CARDS = {  # SoC name by CANN: (line, dtype of a network)
-    "Ascend910B4": ("a2", "torch.bfloat16"),
-    "Ascend910_9391": ("a3", "torch.bfloat16"),
-    "Ascend950PR_9589": ("a5", "torch.bfloat16"),
-    "Ascend310P3": ("duo", "torch.float16"),
-    "Ascend910A": (None, "torch.float16"),
-}
+CARDS = {"Ascend910B4": "a2", "Ascend910_9391": "a3", "Ascend950PR_9589": "a5"}  # SoC name by CANN: line
+UNFIT = {"Ascend310P3": "Atlas 300I Duo", "Ascend910A": "Ascend 910 of 2019", "Ascend310B1": "310B series"}
 
 
 @pytest.fixture
@@ -150,8 +145,20 @@ def test_which_card_and_which_dtype(python_on, soc):
         device = devices.take("npu", 0)
         print(devices.card(device), devices.default_dtype(device))
     """
-    line, dtype = CARDS[soc]
-    assert python_on(soc, code) == f"{line} {dtype}"
+    assert python_on(soc, code) == f"{CARDS[soc]} torch.bfloat16"
+
+
+@pytest.mark.parametrize("soc", UNFIT)
+def test_a_card_that_cannot_run_the_models_is_refused_by_name(python_on, soc):
+    code = """
+        from ascend_runtime.hardware import devices
+        try:
+            devices.take("npu", 0)
+        except ValueError as error:
+            print(error)
+    """
+    said = python_on(soc, code)
+    assert UNFIT[soc] in said and "Use cards of the A2, A3 or 950 series" in said
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be divided")

@@ -173,11 +173,11 @@ def test_quantized(groups, specs, expected, plan):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_laser_attention(groups, specs, expected, ranks):
-    """Of a sequence with itself; with the text, which is short, MindIE SD takes its fused one."""
+    """Of a sequence with itself; with the text, which is short, by the operator for inference."""
     group = groups(ranks)
     plan = ULYSSES if ranks == 2 else None
     made = make(group.runtime, specs, dtype="bfloat16", attention="laser", size=LONG, plan=plan)
-    assert group.calls() == [calls_of({ATTENTION["laser"]: 1, ATTENTION["fused"]: 1})] * ranks
+    assert group.calls() == [calls_of({ATTENTION["laser"]: 1, ATTENTION["infer"]: 1})] * ranks
     assert_equal(made, expected, dtype="bfloat16", size=LONG)
 
 

@@ -117,12 +117,12 @@ def fake():
 
 
 def a_block(stack):
-    """How often a block of `stack` is to call each operator of an NPU, with attention "fused" and MindIE SD there."""
+    """How often a block of `stack` is to call each operator of an NPU, with attention "auto" and MindIE SD there."""
     images = 0 if stack.image is None else 1
     by_token = {"mindiesd::adaln": 2, "npu::npu_layer_norm_eval": 1}
     norms = by_token if stack.per_token else {"npu::npu_layer_norm_eval": 3}
     return Counter({
-        "npu::npu_fusion_attention": 2 + images,
+        "npu::npu_fused_infer_attention_score": 2 + images,
         "npu::npu_rms_norm": 4 + images,
         "npu::npu_rotary_mul": 2,
         "npu::npu_gelu": 1,
@@ -149,18 +149,17 @@ def test_the_operators_of_a_whole_network(fake, model):
     assert len(calls.of("aten::addcmul")) == 2 * stack.depth, "the two gates of a block"
 
 
-@pytest.mark.parametrize("attention", ["fused", "infer", "laser"])
+@pytest.mark.parametrize("attention", ["auto", "fused", "infer", "laser"])
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_of_a_block_comes_apart(fake, model, attention):
     stack = Stack(model, depth=1, attention=attention)
     calls = stack.run_blocks()
     expected = a_block(stack)
-    attentions = expected.pop("npu::npu_fusion_attention")
-    if attention == "infer":
-        expected["npu::npu_fused_infer_attention_score"] = attentions
-    else:
-        laser = 1 if attention == "laser" else 0  # which leaves short sequences to the fused one
-        expected += Counter({"mindiesd::la": laser, "npu::npu_fusion_attention": attentions - laser})
+    if attention == "fused":
+        expected["npu::npu_fusion_attention"] = expected.pop("npu::npu_fused_infer_attention_score")
+    if attention == "laser":  # which leaves short sequences to the operator for inference
+        expected += Counter({"mindiesd::la": 1})
+        expected["npu::npu_fused_infer_attention_score"] -= 1
     assert npu_calls(calls) == expected
     for what, names in SPELT_OUT.items():
         came_apart = small_operators(calls).intersection(names)

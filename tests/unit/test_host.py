@@ -135,7 +135,7 @@ def test_an_empty_list_of_cards_is_none(fake_host):
 
 # Numbers of PCI devices: (Huawei's, another's) -> the line
 PCI = [
-    (["0xd802"] * 8, [], "a2"), (["0xd803"] * 16, ["0x2330"], "a3"), (["0xd500"], [], "duo"), (["0xd801"], [], "910"),
+    (["0xd802"] * 8, [], "a2"), (["0xd803"] * 16, ["0x2330"], "a3"), (["0xd500"], [], "310P"), (["0xd801"], [], "910"),
     ([], ["0xd802"], None), (["0xd802", "0xd500"], [], None), (["0x1822", "0xa121", "0xd802"], [], "a2"),
     (["0x1822"], [], None), ([], [], None),
 ]  # fmt: skip
@@ -152,6 +152,12 @@ def test_the_line_of_the_cards_is_known_before_a_rank_starts(tmp_path, monkeypat
         (folder / "device").write_text(f"{number}\n")
     (tmp_path / "0000:ff:00.0").mkdir()  # a device that is just being removed
     assert host.npu_line() == line
+
+
+@pytest.mark.parametrize("line, card", [("310P", "Atlas 300I Duo"), ("910", "Ascend 910 of 2019")])
+def test_a_card_that_cannot_run_the_models_is_refused_before_a_rank_starts(fake_host, monkeypatch, line, card):
+    monkeypatch.setattr(host, "npu_line", lambda: line)
+    assert "Use cards of the A2, A3 or 950 series" in said_of(card)
 
 
 def test_cann_that_is_not_set_up(fake_host, monkeypatch):
