@@ -22,17 +22,18 @@ KERNELS = {}  # name with namespace -> function, whose parameters are those of t
 _LIBRARIES = []  # registrations end with these objects
 
 
-def register(note=None):
+def register(note=None, card=None):
     """Has the operators of `KERNELS` compute on CPU tensors in this process; mindiesd's only where it is loaded.
 
-    note: called with an operator's name each time that it is asked to compute.
+    note: called with an operator's name each time that it is asked to compute. card: the one that the process plays,
+    whose rules hold; None: an unknown one.
     """
     for namespace in ("npu", "mindiesd"):
         library = torch.library.Library(namespace, "IMPL")
         _LIBRARIES.append(library)
         for name, kernel in KERNELS.items():
             if name.startswith(f"{namespace}::") and torch._C._dispatch_has_kernel(name):
-                library.impl(name.partition("::")[2], _strict(name, kernel, note), "CPU")
+                library.impl(name.partition("::")[2], _strict(name, kernel, note, card), "CPU")
 
 
 def note_in(path):
@@ -42,7 +43,7 @@ def note_in(path):
     return lambda name: os.write(file, f"{rank} {name}\n".encode())
 
 
-def _strict(full_name, kernel, note):
+def _strict(full_name, kernel, note, card):
     """`kernel`, called as the dispatcher calls: by position, without what has its default."""
     namespace, name = full_name.split("::")
     parameters = getattr(getattr(torch.ops, namespace), name).default._schema.arguments
@@ -55,7 +56,7 @@ def _strict(full_name, kernel, note):
         for parameter in parameters:
             left_out = parameter.name not in computed and values[parameter.name] != parameter.default_value
             assert not left_out, f"the stand-in for {full_name} does not compute {parameter.name}"
-        operator_rules.check(name, values)
+        operator_rules.check(name, values, card)
         if note:
             note(full_name)
         return kernel(**{parameter: values[parameter] for parameter in computed})

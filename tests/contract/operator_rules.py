@@ -2,6 +2,7 @@
 MindIE SD 3.1 states it. Meta kernels let much of it pass: a nonsense layout, a gamma of another dtype."""
 
 import torch
+from ascend_runtime.ops import card_rules
 
 HALVES = (torch.float16, torch.bfloat16)
 LAYOUTS = {
@@ -13,8 +14,12 @@ MXFP8_GROUP = 32
 DTYPES = {5: torch.float16, 15: torch.bfloat16, **{dtype: dtype for dtype in HALVES}}  # as c10 numbers them
 
 
-def check(name, values):
-    """Asserts that `values`, the arguments of operator `name` by their names in its schema, are what it takes."""
+def check(name, values, card=None):
+    """Asserts that `values`, the arguments of operator `name` by their names in its schema, are what it takes, and that
+    the card has it; None: an unknown card."""
+    assert name in card_rules.OPERATORS, f"{name} has no row in card_rules.py"
+    dtype = next(value.dtype for value in values.values() if isinstance(value, torch.Tensor))
+    card_rules.require_operator(card, name, dtype, "This call breaks the rules of the card that is played.")
     RULES[name](values)
 
 

@@ -2,6 +2,7 @@
 
 CONTRACT_WITHOUT   a package that this process is not to find, as if it were not installed
 CONTRACT_CALLS     a file that gets a line for each call of an operator
+CONTRACT_CARD      the card that it plays: "a2", "a3" or "a5"; else an unknown one
 """
 
 import os
@@ -15,4 +16,9 @@ else:
 import cpu_kernels
 import torch_npu  # noqa: F401
 
-cpu_kernels.register(cpu_kernels.note_in(os.environ["CONTRACT_CALLS"]))
+played = os.environ.get("CONTRACT_CARD")
+if played:
+    from ascend_runtime.hardware import devices
+
+    devices.card = lambda device: played
+cpu_kernels.register(cpu_kernels.note_in(os.environ["CONTRACT_CALLS"]), played)
