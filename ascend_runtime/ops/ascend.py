@@ -32,6 +32,8 @@ class AscendOperators(PlainOperators):
 
     def __init__(self, device: torch.device, spec: OperatorSpec, dtype: torch.dtype):
         self.card = devices.card(device)
+        if self.card is None and device.type == "npu":
+            log_once("This NPU's product line is unknown: operators are used that any known card supports.")
         self.fused_norms = spec.layer_norm != "fp32"
         self._dtype = dtype
         mindiesd()  # logs a missing library now, not in the middle of a job

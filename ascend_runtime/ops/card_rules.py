@@ -63,9 +63,9 @@ _LAYER_NORM = _nn("norm/layer_norm_v4/docs/aclnnLayerNorm&aclnnLayerNormWithImpl
 _ADALN = _nn("norm/ada_layer_norm/docs/aclnnAdaLayerNorm", a2=FLOATS, a3=FLOATS, a5=NOT)
 _ADALN_V2 = _nn("norm/ada_layer_norm_v2/docs/aclnnAdaLayerNormV2", a2=FLOATS, a3=FLOATS, a5=FLOATS)
 _SPARSE = _transformer("attention/rain_fusion_attention/docs/aclnnRainFusionAttention", a2=HALVES, a3=HALVES, a5=NOT)
-# Its page names A2 and A3 too, with another precision mode than MindIE SD's rf_v3 and this package use.
+# With inner_precise 0 or 1 on A2 and A3, and 4 on the 950 series.
 _SPARSE_BY_MASK = _transformer(
-    "attention/block_sparse_attention/docs/aclnnBlockSparseAttention", a2=NOT, a3=NOT, a5=HALVES
+    "attention/block_sparse_attention/docs/aclnnBlockSparseAttention", a2=HALVES, a3=HALVES, a5=HALVES
 )
 _LINEAR = {"a2": FLOATS, "a3": FLOATS, "a5": FLOATS}
 
@@ -133,6 +133,9 @@ MINDIE_SD: dict[str, Rule] = {
 
 TORCH: dict[str, Rule] = {
     "convolution": _nn("conv/convolution_forward/docs/aclnnConvolution", **_LINEAR),
+    # `torch.npu.conv.allow_hf32 = False` is cubeMathType 0 (KEEP_DTYPE), with which A2 and A3 do not take float32.
+    "convolution_without_hf32": _nn("conv/convolution_forward/docs/aclnnConvolution", a2=HALVES, a3=HALVES, a5=FLOATS),
+    "matmul": _nn("matmul/mat_mul_v3/docs/aclnnMatmul", **_LINEAR),
     "addmm": _nn("matmul/mat_mul_v3/docs/aclnnAddmm&aclnnInplaceAddmm", **_LINEAR),
     "mm": _nn("matmul/mat_mul_v3/docs/aclnnMm", **_LINEAR),
     "bmm": _nn("matmul/batch_mat_mul_v3/docs/aclnnBatchMatMul", **_LINEAR),
@@ -140,9 +143,6 @@ TORCH: dict[str, Rule] = {
 }
 
 OPERATORS = {**TORCH_NPU, **MINDIE_SD, **TORCH}
-
-# float32 with HF32 forbidden (`torch.npu.conv.allow_hf32 = False`) is the operator's cubeMathType 0, KEEP_DTYPE.
-STRICT_CONVOLUTION = _nn("conv/convolution_forward/docs/aclnnConvolution", a2=HALVES, a3=HALVES, a5=FLOATS)
 
 
 # Exchanges between cards
@@ -163,6 +163,8 @@ HCCL: dict[str, Rule] = {
     "HcclAllGather": _hccl("HcclAllGather"),
     "HcclAllReduce": _hccl("HcclAllReduce", _SUMMED, _SUMMED, _SUMMED_950),  # sum, prod, max and min
     "HcclBatchSendRecv": _hccl("HcclBatchSendRecv"),
+    "HcclSend": _hccl("HcclSend"),
+    "HcclRecv": _hccl("HcclRecv"),
     "HcclBroadcast": _hccl("HcclBroadcast"),
 }
 # torch.distributed's functions, and FSDP2's -> what torch_npu's ProcessGroupHCCL.cpp calls for them.
@@ -171,7 +173,9 @@ COLLECTIVES = {
     "all_gather_into_tensor": "HcclAllGather",
     "all_gather_single": "HcclAllGather",  # its name since torch 2.13
     "all_reduce": "HcclAllReduce",
-    "batch_isend_irecv": "HcclBatchSendRecv",
+    "batch_isend_irecv": "HcclBatchSendRecv",  # of P2POps, which name these:
+    "isend": "HcclSend",
+    "irecv": "HcclRecv",
     "broadcast": "HcclBroadcast",
     "fully_shard": "HcclAllGather",  # a forward gathers, and reduces nothing
 }
@@ -227,6 +231,13 @@ def require_operator(card: str | None, operator: str, dtype: torch.dtype, advice
     others = [SERIES[other] for other in SERIES if dtype in rule[other].dtypes]
     only = f" It is for cards of {' and '.join(others)}." if others else ""
     raise ValueError(f"{operator} does not work in {_name(dtype)} {where}.{only} {advice}")
+
+
+def require_collective(card: str | None, name: str, dtype: torch.dtype) -> None:
+    """Raises ValueError if a function of COLLECTIVES does not take tensors of this dtype on `card`."""
+    primitive = COLLECTIVES[name]
+    if card and dtype not in HCCL[primitive][card].dtypes:
+        raise ValueError(f"{primitive}, by {name}, does not take {_name(dtype)} on cards of {SERIES[card]}.")
 
 
 def check_attention(operator: str, query: Tensor, key: Tensor) -> None:

@@ -1,8 +1,10 @@
-"""Calls of the package into torch_npu and mindiesd: found in its syntax trees, and noted when they are made."""
+"""Calls of the package into torch_npu and mindiesd, and its exchanges between ranks: found in its syntax trees; calls
+are also noted when they are made."""
 
 import ast
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ascend_runtime"
@@ -21,6 +23,7 @@ class Site:
         return f"{self.file}:{self.first_line} {self.called}"
 
 
+@lru_cache(maxsize=None)
 def call_sites():
     """All calls of an attribute of `torch_npu()`, `mindiesd()` or `torch.npu` (also as `getattr(torch, kind)`), or of
     a variable that holds one."""
@@ -34,6 +37,34 @@ def call_sites():
                 if isinstance(node, ast.Call) and (called := _dotted(node.func, held)) and "." in called:
                     found.add(Site(str(path.relative_to(PACKAGE)), node.lineno, node.end_lineno, called))
     return found
+
+
+# What of torch.distributed moves no tensors between ranks.
+LOCAL = {
+    "FileStore", "P2POp", "ProcessGroup", "ReduceOp", "Work", "barrier", "destroy_process_group", "get_backend",
+    "get_global_rank", "get_group_rank", "get_process_group_ranks", "get_rank", "get_world_size", "group",
+    "init_process_group", "is_initialized", "new_group",
+}  # fmt: skip
+
+
+def exchanges():
+    """All uses of a function of torch.distributed that may move tensors, and of FSDP2, by the name of the function."""
+    found = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = _exchange(node)
+            if name and name not in LOCAL:
+                found.add(Site(str(path.relative_to(PACKAGE)), node.lineno, node.end_lineno, name))
+    return found
+
+
+def _exchange(node):
+    """The function's name, of `dist.NAME`, `getattr(dist, "NAME", ...)` and `fully_shard`."""
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("dist", "torch.distributed"):
+        return node.attr
+    if isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(dist, "):
+        return node.args[1].value
+    return node.id if isinstance(node, ast.Name) and node.id == "fully_shard" else None
 
 
 def _held(scope):

@@ -11,7 +11,23 @@ LAYOUTS = {
     "npu_fused_infer_attention_score_v2": ("BSH", "BSND", "BNSD", "BNSD_BSND", "TND"),
 }
 MXFP8_GROUP = 32
+FORBIDDEN = "This call breaks the rules of the card that is played."
 DTYPES = {5: torch.float16, 15: torch.bfloat16, **{dtype: dtype for dtype in HALVES}}  # as c10 numbers them
+
+
+def by_schema(schema, arguments, keywords):
+    """The values of all parameters of an operator by name; fails where a call does not fit the schema."""
+    parameters = schema.arguments
+    positional = [p for p in parameters if not p.kwarg_only]
+    assert len(arguments) <= len(positional), schema
+    given = {p.name: value for p, value in zip(positional, arguments)}
+    unknown = keywords.keys() - {p.name for p in parameters}
+    assert not unknown, f"{unknown} are unknown to {schema}"
+    assert not given.keys() & keywords.keys(), f"given twice: {given.keys() & keywords.keys()} in {schema}"
+    given |= keywords
+    missing = [p.name for p in parameters if p.name not in given and not p.has_default_value()]
+    assert not missing, f"{missing} are missing of {schema}"
+    return {p.name: given.get(p.name, p.default_value) for p in parameters}
 
 
 def check(name, values, card=None):
@@ -19,7 +35,7 @@ def check(name, values, card=None):
     the card has it; None: an unknown card."""
     assert name in card_rules.OPERATORS, f"{name} has no row in card_rules.py"
     dtype = next(value.dtype for value in values.values() if isinstance(value, torch.Tensor))
-    card_rules.require_operator(card, name, dtype, "This call breaks the rules of the card that is played.")
+    card_rules.require_operator(card, name, dtype, FORBIDDEN)
     RULES[name](values)
 
 
@@ -41,6 +57,12 @@ def _fusion_attention(values):
                (*HALVES, torch.float32))  # fmt: skip
     assert values["keep_prob"] == 1 and values["sparse_mode"] == 0
     assert values["pre_tockens"] >= values["key"].shape[1] and values["next_tockens"] >= values["key"].shape[1]
+
+
+def _fusion_attention_v3(values):
+    """As torch_npu calls it for scaled_dot_product_attention; its own check is what it hands over."""
+    assert values["input_layout"] == "BNSD" and values["keep_prob"] == 1 and values["query"].ndim == 4
+    assert values["query"].dtype == values["key"].dtype == values["value"].dtype
 
 
 def _fused_infer(values):
@@ -239,6 +261,7 @@ RULES = {
     "rain_fusion_attention_v3": _rain_fusion_v3,
     "block_sparse_attention": _block_sparse_attention,
     "npu_fusion_attention": _fusion_attention,
+    "npu_fusion_attention_v3": _fusion_attention_v3,
     "npu_fused_infer_attention_score": _fused_infer,
     "npu_fused_infer_attention_score_v2": _fused_infer_v2,
     "npu_dynamic_mx_quant": _mx_quant,

@@ -28,32 +28,18 @@ EPS = 1e-6
 
 
 def answer(dotted, function, arguments, keywords):
-    """Checks the arguments of a call, and makes it."""
+    """Checks the arguments of a call by the rules of the card that is played, and makes it."""
     name = dotted.rpartition(".")[2]
     if dotted.startswith("torch_npu.npu_"):
-        operator_rules.check(name, _by_schema(getattr(torch.ops.npu, name).default._schema, arguments, keywords))
+        schema = getattr(torch.ops.npu, name).default._schema
+        operator_rules.check(name, operator_rules.by_schema(schema, arguments, keywords), devices.card(NPU))
     elif dotted.startswith("mindiesd."):
         bound = inspect.signature(function).bind(*arguments, **keywords)
         bound.apply_defaults()
-        operator_rules.check(name, bound.arguments)
+        operator_rules.check(name, bound.arguments, devices.card(NPU))
     elif name == "profile":
         assert {activity.name for activity in keywords["activities"]} == {"CPU", "NPU"}
     return function(*arguments, **keywords)
-
-
-def _by_schema(schema, arguments, keywords):
-    """The values of all parameters of an operator by name; fails where a call does not fit the schema."""
-    parameters = schema.arguments
-    positional = [p for p in parameters if not p.kwarg_only]
-    assert len(arguments) <= len(positional), schema
-    given = {p.name: value for p, value in zip(positional, arguments)}
-    unknown = keywords.keys() - {p.name for p in parameters}
-    assert not unknown, f"{unknown} are unknown to {schema}"
-    assert not given.keys() & keywords.keys(), f"given twice: {given.keys() & keywords.keys()} in {schema}"
-    given |= keywords
-    missing = [p.name for p in parameters if p.name not in given and not p.has_default_value()]
-    assert not missing, f"{missing} are missing of {schema}"
-    return {p.name: given.get(p.name, p.default_value) for p in parameters}
 
 
 @pytest.fixture(autouse=True)
