@@ -70,8 +70,9 @@ class AscendOperators(PlainOperators):
         chosen = next(able, "plain")
         if name != "auto":
             warn_once(
-                f"attention is {name!r}, which uses npu_fusion_attention. This operator for training is not for cards "
-                f"of {card_rules.SERIES[self.card]}, by its page in the documentation: {chosen!r} is used instead."
+                f"attention is {name!r}{' (ALGO=0)' if name == 'fused' else ''}, which uses npu_fusion_attention. The "
+                f"documentation of this operator for training does not name cards of {card_rules.SERIES[self.card]}: "
+                f"{chosen!r} is used instead. Set attention to 'auto' to avoid this warning."
             )
         elif chosen == "plain":
             log_once(

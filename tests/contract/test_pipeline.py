@@ -1,6 +1,7 @@
 """(c) The whole pipeline on real ranks, its NPU operators on CPU stand-ins, against the CPU's own way.
 
-Text encoder, sampling with guidance, VAE; one rank, and two with Ulysses and with CFG. The ranks are those of the
+Text encoder, sampling with guidance, VAE; one rank, and two with Ulysses, CFG and slices of the weights. Ranks play an
+A2, and for a sample an A3; a call that its rules forbid fails. The ranks are those of the
 product, started by the product; PYTHONPATH makes them take stand-ins (site/sitecustomize.py), and the variable
 ASCEND_RUNTIME_OPERATORS the NPU's operators. Every call of an operator is counted, so that none can go another way.
 """
@@ -54,14 +55,14 @@ class Group:
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
-    """`groups(ranks, without=...)`: such a group, kept; without: a package that its ranks do not find."""
+    """`groups(ranks, without=..., card=...)`: such a group, kept; without: a package that its ranks do not find."""
     made = {}
 
-    def group(ranks, without=None):
-        if (ranks, without) not in made:
-            variables = {"CONTRACT_WITHOUT": without} if without else {}
-            made[ranks, without] = Group(ranks, tmp_path_factory.mktemp("calls") / "calls.txt", **variables)
-        return made[ranks, without]
+    def group(ranks, without=None, card="a2"):
+        if (ranks, without, card) not in made:
+            variables = {"CONTRACT_CARD": card, **({"CONTRACT_WITHOUT": without} if without else {})}
+            made[ranks, without, card] = Group(ranks, tmp_path_factory.mktemp("calls") / "calls.txt", **variables)
+        return made[ranks, without, card]
 
     yield group
     for one in made.values():
@@ -156,6 +157,34 @@ def test_two_ranks(groups, specs, expected, plan, dtype, attention):
     made = make(group.runtime, specs, dtype=dtype, plan=plan, attention=attention)
     assert group.calls() == [calls_of({ATTENTION[attention]: 2}, FORWARDS // plan.cfg_degree)] * 2
     assert_equal(made, expected, dtype=dtype)
+
+
+A3 = [
+    ("float32", "auto", None, {}),  # by basic operators
+    ("bfloat16", "auto", None, {ATTENTION["infer"]: 2}),
+    ("bfloat16", "fused", None, {ATTENTION["infer"]: 2}),  # with a warning
+    ("bfloat16", "auto", ULYSSES, {ATTENTION["infer"]: 2}),
+]
+
+
+@pytest.mark.parametrize("dtype, attention, plan, attentions", A3)
+def test_an_a3(groups, specs, expected, dtype, attention, plan, attentions):
+    group = groups(2 if plan else 1, card="a3")
+    made = make(group.runtime, specs, dtype=dtype, attention=attention, plan=plan)
+    assert group.calls() == [calls_of(attentions)] * (2 if plan else 1)
+    assert_equal(made, expected, dtype=dtype)
+
+
+@pytest.mark.parametrize("card, fused", [("a2", True), ("a3", False)])
+def test_slices(groups, specs, expected, card, fused):
+    """Three linears of a block are summed over slices, two of its own tokens' and one of the text's: on an A2 by the
+    operator that also multiplies."""
+    group = groups(2, card=card)
+    made = make(group.runtime, specs, dtype="bfloat16", attention="auto", plan=TP)
+    for calls in group.calls():
+        assert calls.get("npu::npu_mm_all_reduce_base", 0) == (LAYERS * 3 * FORWARDS if fused else 0)
+        assert calls[ATTENTION["infer"]] == LAYERS * 2 * FORWARDS
+    assert_equal(made, expected, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("plan", [None, ULYSSES, TP], ids=["one rank", "ulysses", "slices"])
