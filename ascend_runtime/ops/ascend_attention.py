@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .card_rules import check_attention
+from .card_rules import check_attention, check_head_dim
 from .libraries import mindiesd, torch_npu
 from .precision import LOG_SUM_EXP
 from .sparse import BLOCK
@@ -84,6 +84,7 @@ def fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     over the head dim (Ashkboos et al., QuaRot, arXiv 2404.00456).
     """
     batch, length, heads, head_dim = query.shape
+    check_head_dim("npu_fused_infer_attention_score_v2", head_dim, "Set attention to 'auto'.")
     rotation = _hadamard(head_dim, query.device, query.dtype)
     query, key, value = (x.flatten(0, 1) for x in (query @ rotation, key @ rotation, value))  # [T, heads, head_dim]
     fp8_dtype, scale_dtype = torch.float8_e4m3fn, torch_npu().float8_e8m0fnu
@@ -150,6 +151,7 @@ def block_sparse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Ten
 
 def block_sparse_by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """By the operator of MindIE SD's rf_v3, for cards of the 950 series."""
+    check_head_dim("block_sparse_attention", query.shape[-1], "Turn RainFusion off.")
     lengths = [query.shape[2]] * query.shape[0]
     return mindiesd().layers.flash_attn.sparse_flash_attn_rf_v3.rain_fusion_attention_v3(
         query.contiguous(),

@@ -205,6 +205,8 @@ ATTENTION_LIMITS = {
         65536, 20 * 2**20, 256, 512, 8, OPERATORS["npu_fused_infer_attention_score"]["a2"].source
     ),
 }
+# On the 950 series; the first in MXFP8. By the pages of their aclnn operators.
+HEAD_DIMS = {"npu_fused_infer_attention_score_v2": (64, 128), "block_sparse_attention": (64, 128)}
 ROTARY_LANES = 999  # the most batch x heads of npu_rotary_mul with interleaved pairs, as its page says
 REDUCING_RANKS = (2, 4, 8)  # group sizes of npu_mm_all_reduce_base, besides 1
 
@@ -233,13 +235,6 @@ def require_operator(card: str | None, operator: str, dtype: torch.dtype, advice
     raise ValueError(f"{operator} does not work in {_name(dtype)} {where}.{only} {advice}")
 
 
-def require_collective(card: str | None, name: str, dtype: torch.dtype) -> None:
-    """Raises ValueError if a function of COLLECTIVES does not take tensors of this dtype on `card`."""
-    primitive = COLLECTIVES[name]
-    if card and dtype not in HCCL[primitive][card].dtypes:
-        raise ValueError(f"{primitive}, by {name}, does not take {_name(dtype)} on cards of {SERIES[card]}.")
-
-
 def check_attention(operator: str, query: Tensor, key: Tensor) -> None:
     """Raises ValueError for query [B, S, heads, head_dim] and key [B, L, ...] that exceed the operator's limits."""
     limits = ATTENTION_LIMITS[operator]
@@ -251,6 +246,13 @@ def check_attention(operator: str, query: Tensor, key: Tensor) -> None:
         wrong.append(f"{head_dim} values per head (a multiple of {limits.multiple})")
     if wrong:
         raise ValueError(f"{operator} does not take {', '.join(wrong)}. Set attention to 'plain', or use less.")
+
+
+def check_head_dim(operator: str, head_dim: int, advice: str) -> None:
+    """Raises ValueError with `advice` for heads of a size that the operator does not take."""
+    if head_dim not in HEAD_DIMS[operator]:
+        sizes = " or ".join(map(str, HEAD_DIMS[operator]))
+        raise ValueError(f"{operator} takes heads of {sizes} values, but this model's have {head_dim}. {advice}")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ascend_runtime.hardware import devices
-from ascend_runtime.ops import ascend, card_rules, plain
+from ascend_runtime.ops import card_rules, plain
 from ascend_runtime.ops.ascend import AscendOperators
-from ascend_runtime.parallel import cfg, mesh, tiles
+from ascend_runtime.parallel import cfg, tiles
 from ascend_runtime.parallel.ring import Ring
 from ascend_runtime.parallel.tensor import TensorParallel
 from ascend_runtime.parallel.ulysses import Ulysses
@@ -257,7 +257,7 @@ def test_a_site_without_a_row_is_caught(monkeypatch):
 
 
 def test_a_dtype_that_hccl_does_not_sum_is_caught(play, ranks):
-    with FakeTensorMode(), play("a3"), pytest.raises(ValueError, match="HcclAllReduce.*float64.*the A3 series"):
+    with FakeTensorMode(), play("a3"), pytest.raises(AssertionError, match="HcclAllReduce .* float64 on a3"):
         dist.all_reduce(empty(4, dtype=torch.float64))
     with FakeTensorMode(), play("a5"):
         dist.all_reduce(empty(4, dtype=torch.float64))
@@ -266,6 +266,14 @@ def test_a_dtype_that_hccl_does_not_sum_is_caught(play, ranks):
 def test_a_reduction_without_a_row_is_caught(play, ranks):
     with FakeTensorMode(), play("a2"), pytest.raises(AssertionError, match="_reduce_scatter_base_ has no name"):
         dist.reduce_scatter_tensor(empty(4), empty(4 * RANKS))
+
+
+def test_heads_of_a_size_that_a_950_does_not_take_are_refused(play):
+    query, mask = empty(1, 128, 2, 32), empty(1, 2, 1, 1, dtype=torch.bool)
+    with play("a5"), pytest.raises(ValueError, match="v2 takes heads of 64 or 128 values, but this model's have 32"):
+        AscendOperators(NPU, OperatorSpec(attention="fp8"), BF16).attention(query, query, query)
+    with play("a5"), pytest.raises(ValueError, match="block_sparse_attention takes heads of 64 or 128"):
+        AscendOperators(NPU, OperatorSpec(), BF16).sparse_attention(*[query.transpose(1, 2)] * 3, mask)
 
 
 @pytest.mark.parametrize("heads, head_dim, words", [(257, 128, "257 heads .at most 256"), (2, 520, "520 values per"),
