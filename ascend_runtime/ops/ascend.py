@@ -60,14 +60,15 @@ class AscendOperators(PlainOperators):
     # Attention
 
     def _supported(self, name: str) -> str:
-        """The attention to use: `name`, or for "auto" the first that the card supports of the operator for inference,
-        the one for training, and basic operators. "fused" and "fastest", as saved workflows and ALGO=0 ask for, become
-        "auto" on a card without the training operator."""
-        if name == "plain" or (name != "auto" and card_rules.supports(self.card, OPERATOR_OF[name], self._dtype)):
+        """The attention to use: `name`, or for "auto" the first of infer, fused and plain that the card supports. fused
+        and fastest, which saved workflows and ALGO=0 may ask for, become "auto" on a card without fused's operator."""
+
+        def able(way: str) -> bool:
+            return way == "plain" or card_rules.supports(self.card, OPERATOR_OF[way], self._dtype)
+
+        if name != "auto" and able(name):
             return name
-        order = ("infer", "fused")
-        able = (way for way in order if card_rules.supports(self.card, OPERATOR_OF[way], self._dtype))
-        chosen = next(able, "plain")
+        chosen = next(filter(able, ("infer", "fused", "plain")))
         if name != "auto":
             warn_once(
                 f"attention is {name!r}{' (ALGO=0)' if name == 'fused' else ''}, which uses npu_fusion_attention. The "
@@ -84,19 +85,13 @@ class AscendOperators(PlainOperators):
     def _attentions(self, name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
         """(self-attention, attention to another sequence)"""
         if name == "plain":
-            return (lambda *qkv: self._attend_plainly(*qkv)[0],) * 2
+            return (lambda *qkv: PlainOperators._attend(self, *qkv)[0],) * 2
         attend = getattr(ascend_attention, name)
         return attend, ascend_attention.infer if name == "fp8" else attend
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         attend = self._self_attention if query.shape == key.shape else self._other_attention
         return (attend(query, key, value),)
-
-    def _attend_plainly(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
-        """torch_npu makes of torch's own attention the operator for training, so it is only for cards that have it."""
-        if card_rules.supports(self.card, OPERATOR_OF["fused"], self._dtype):
-            return super()._attend(query, key, value)
-        return super()._attend_with_lse(query, key, value)[:1]
 
     def _attend_with_lse(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if self._attention == "plain":

@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..hardware import devices
 from ..specs import OperatorSpec
-from . import sparse
+from . import card_rules, sparse
 from .precision import LOG_SUM_EXP, MODULATION, NORMS, RESIDUAL, ROTARY
 from .quantization import Static, quantized_rows, row_largest, scaled_products, statically_quantized
 
@@ -62,7 +63,9 @@ class PlainOperators:
         parts = [attend(*heads) for heads in zip(*(x.split(self.heads_per_call, dim=2) for x in qkv))]
         return tuple(torch.cat(results, dim=2) for results in zip(*parts))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if not _has_torchs_attention(query):
+            return self._attend_with_lse(query, key, value)[:1]
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return (F.scaled_dot_product_attention(query, key, value).transpose(1, 2),)
 
@@ -187,6 +190,14 @@ class PlainOperators:
     ) -> Tensor:  # fmt: skip
         """See `quantization.scaled_products`."""
         return scaled_products(rows, row_scale, weight, scale, bias, dtype)
+
+
+def _has_torchs_attention(query: Tensor) -> bool:
+    """On an NPU, torch_npu computes scaled_dot_product_attention by npu_fusion_attention (Ascend/op-plugin,
+    ScaledDotProductAttentionKernelNpuOpApi.cpp), which not every card has."""
+    if query.device.type != "npu":
+        return True
+    return card_rules.supports(devices.card(query.device), "npu_fusion_attention", query.dtype)
 
 
 def explicit_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -180,6 +180,17 @@ def test_float32_on_an_a3_is_computed_by_basic_operators_and_said(play, caplog):
     assert level == logging.INFO and "float32 on this card" in text and "slow" in text
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_torchs_own_operators_on_an_a3_leave_training_attention_out(play, dtype):
+    """ASCEND_RUNTIME_OPERATORS=torch"""
+    with FakeTensorMode(), play("a3") as checks:
+        plain.PlainOperators().attention(*qkv(dtype))
+    assert checks.checked.keys() == {"matmul"}
+    with FakeTensorMode(), play("a2") as checks:
+        plain.PlainOperators().attention(*qkv(dtype))
+    assert checks.checked.keys() == {"npu_fusion_attention_v3"}
+
+
 @pytest.mark.parametrize("card", ["a2", "a5"])
 def test_float32_elsewhere_is_the_operator_for_training(play, caplog, card):
     with FakeTensorMode(), play(card) as checks, caplog.at_level(logging.INFO):
@@ -257,15 +268,15 @@ def test_a_site_without_a_row_is_caught(monkeypatch):
 
 
 def test_a_dtype_that_hccl_does_not_sum_is_caught(play, ranks):
-    with FakeTensorMode(), play("a3"), pytest.raises(AssertionError, match="HcclAllReduce .* float64 on a3"):
+    with FakeTensorMode(), play("a3"), pytest.raises(AssertionError, match="HcclAllReduce .*float64 on a3"):
         dist.all_reduce(empty(4, dtype=torch.float64))
     with FakeTensorMode(), play("a5"):
         dist.all_reduce(empty(4, dtype=torch.float64))
 
 
 def test_a_reduction_without_a_row_is_caught(play, ranks):
-    with FakeTensorMode(), play("a2"), pytest.raises(AssertionError, match="_reduce_scatter_base_ has no name"):
-        dist.reduce_scatter_tensor(empty(4), empty(4 * RANKS))
+    with FakeTensorMode(), play("a2"), pytest.raises(AssertionError, match="reduce_scatter_ has no name"):
+        dist.reduce_scatter(empty(4), [empty(4)] * RANKS)
 
 
 def test_heads_of_a_size_that_a_950_does_not_take_are_refused(play):
