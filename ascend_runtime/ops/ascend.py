@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hardware import devices
@@ -14,7 +16,7 @@ from ..specs import OperatorSpec
 from . import ascend_attention, card_rules
 from .card_rules import HALVES
 from .libraries import mindiesd, torch_npu
-from .plain import PlainOperators, RotaryTable, log_once, warn_once
+from .plain import PlainOperators, RotaryTable, SparsePattern, log_once, warn_once
 from .precision import NORMS, RESIDUAL, ROTARY
 from .quantization import Static
 
@@ -23,6 +25,10 @@ OPERATOR_OF = {
     "infer": "npu_fused_infer_attention_score", "fused": "npu_fusion_attention", "fastest": "npu_fusion_attention",
     "laser": "la", "fp8": "npu_fused_infer_attention_score_v2",
 }  # fmt: skip
+# The output of one call of npu_mm_all_reduce_base. Its page warns of memory and time-outs with long sequences and gives
+# no number; this is below the 200 MB of HCCL's own buffer (HCCL_BUFFSIZE), which every exchange goes through.
+REDUCED_BYTES = 128 * 2**20
+FUSED_ALL_REDUCE_VARIABLE = "ASCEND_RUNTIME_FUSED_ALL_REDUCE"
 
 
 class AscendOperators(PlainOperators):
@@ -35,6 +41,7 @@ class AscendOperators(PlainOperators):
         if self.card is None and device.type == "npu":
             log_once("This NPU's product line is unknown: operators are used that any known card supports.")
         self.fused_norms = spec.layer_norm != "fp32"
+        self._fused_all_reduce = _wants_fused_all_reduce(spec)
         self._dtype = dtype
         mindiesd()  # logs a missing library now, not in the middle of a job
         super().__init__(spec)
@@ -102,9 +109,12 @@ class AscendOperators(PlainOperators):
             return ascend_attention.infer_with_lse(query, key, value)
         return ascend_attention.fused_with_lse(query, key, value)
 
-    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def sparse_pattern(self, mask: Tensor) -> SparsePattern:
+        return (mask.to(torch.int8),) if self.card == "a5" else ascend_attention.chosen_blocks(mask)
+
+    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern) -> Tensor:
         compute = ascend_attention.block_sparse_by_mask if self.card == "a5" else ascend_attention.block_sparse
-        return compute(query, key, value, mask)
+        return compute(query, key, value, *pattern)
 
     def check_sparse(self) -> None:
         if mindiesd() is None:
@@ -145,12 +155,13 @@ class AscendOperators(PlainOperators):
     # Rotary position embedding
 
     def rotary_table(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        return cos.to(ROTARY.npu_dtype), sin.to(ROTARY.npu_dtype)
+        dtype = ROTARY.npu_dtype or self._dtype  # the operator takes tables of x's dtype only
+        return cos.to(dtype), sin.to(dtype)
 
     def rotary(self, x: Tensor, table: RotaryTable) -> Tensor:
-        videos = x.to(ROTARY.npu_dtype).split(max(1, card_rules.ROTARY_LANES // x.shape[2]))
+        videos = x.split(max(1, card_rules.ROTARY_LANES // x.shape[2]))
         rotated = [torch_npu().npu_rotary_mul(video, *table, "interleave") for video in videos]
-        return (rotated[0] if len(rotated) == 1 else torch.cat(rotated)).type_as(x)
+        return rotated[0] if len(rotated) == 1 else torch.cat(rotated)
 
     # Linear
 
@@ -158,13 +169,24 @@ class AscendOperators(PlainOperators):
         return torch_npu().npu_gelu(x, approximate="tanh")
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        """By the fused operator where the card has it. The bias is added afterwards, as each rank would add it."""
-        fused = self.card is not None and card_rules.supports(self.card, "npu_mm_all_reduce_base", x.dtype)
-        if not fused or dist.get_world_size(group) not in card_rules.REDUCING_RANKS:
+        """The bias is added afterwards, as each rank of the fused operator would add it."""
+        if not (self._fused_all_reduce and self._can_fuse_all_reduce(x, group)):
             return super().linear_all_reduce(x, weight, bias, group)
-        communicator = _communicator(group)
-        out = torch_npu().npu_mm_all_reduce_base(x.contiguous(), weight.t(), communicator, reduce_op="sum")
+        communicator, count = _communicator(group), max(1, REDUCED_BYTES // (weight.shape[0] * x.element_size()))
+        parts = [
+            torch_npu().npu_mm_all_reduce_base(rows, weight.t(), communicator, reduce_op="sum")
+            for rows in x.flatten(0, -2).contiguous().split(count)
+        ]
+        out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
+
+    def _can_fuse_all_reduce(self, x: Tensor, group: dist.ProcessGroup) -> bool:
+        known = self.card is not None and card_rules.supports(self.card, "npu_mm_all_reduce_base", x.dtype)
+        if known and dist.get_world_size(group) in card_rules.REDUCING_RANKS:
+            return True
+        log_once("The fused all-reduce needs A2 cards, bfloat16 or float16, and a tp_degree of 2, 4 or 8: product and "
+                 "all-reduce are separate.")  # fmt: skip
+        return False
 
     # Linear in 8 bits. Products are scaled, in a 16-bit dtype, which `check_card_quantized` ensures
 
@@ -187,6 +209,16 @@ class AscendOperators(PlainOperators):
         )
 
 
+def _wants_fused_all_reduce(spec: OperatorSpec) -> bool:
+    flag = os.environ.get(FUSED_ALL_REDUCE_VARIABLE) or "0"
+    if flag not in ("0", "1"):
+        raise ValueError(
+            f"{FUSED_ALL_REDUCE_VARIABLE} is {flag!r}; it can be 1 (matrix product and all-reduce of tensor "
+            "parallelism by one operator, on A2 cards) or 0. Unset it for 0."
+        )
+    return spec.fused_all_reduce or flag == "1"
+
+
 def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError for a card, or a dtype of the blocks, that does not support W8A8 linear layers."""
     advice = "Load the model's floating-point files, with quantization 'none'."
@@ -199,9 +231,13 @@ def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """By aclnnLayerNorm, to which torch_npu maps torch's own (op-plugin, LayerNormKernelNpuOpApi.cpp), on all cards.
+
+    npu_layer_norm_eval, of which op-plugin's page says that it is to go, copies weight and bias at every call.
+    """
     dtype = NORMS.npu_dtype or x.dtype
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    return torch_npu().npu_layer_norm_eval(x.to(dtype), x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
 
 
 @lru_cache(maxsize=8)
