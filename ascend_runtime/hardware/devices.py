@@ -148,6 +148,13 @@ def free_memory(device: torch.device) -> int | None:
     return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]
 
 
+def communicator_bytes(device: torch.device) -> int:
+    """The memory of an NPU that each communicator takes outside of torch's allocator; 0 for other devices.
+
+    Two buffers of HCCL_BUFFSIZE MB, 200 by default (hicann/hccl, docs/zh/user_guide/hccl_env/HCCL_BUFFSIZE.md)."""
+    return 2 * int(os.environ.get("HCCL_BUFFSIZE", "200")) * 2**20 if device.type == "npu" else 0
+
+
 def host_memory() -> int:
     """The available memory of the host in bytes."""
     return psutil.virtual_memory().available
