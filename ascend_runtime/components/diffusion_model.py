@@ -18,7 +18,14 @@ from ..models.defaults import Defaults
 from ..models.family import Family
 from ..models.shared.conditioning import Conditioner
 from ..models.shared.latents import Latents
-from ..models.shared.quantized import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
+from ..models.shared.quantized import (
+    QUANTIZATION_SCHEMES,
+    check_static_steps,
+    prefer_layouts,
+    linears,
+    quantize,
+    quantized_parameters,
+)
 from ..models.shared.transformer import VideoTransformer
 from ..ops import check_quantized
 from ..parallel.fsdp import ShardedWeights, Sharding
@@ -151,8 +158,11 @@ def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> No
 def load(spec: DiffusionModelSpec, found: list[Component], room: Room, progress: BytesRead) -> DiffusionModel:
     device, sharding = room.device, room.sharding
     dtype = dtype_named(spec.dtype, devices.default_dtype(device))
-    if spec.quantization != "none" or any(component.quantized for component in found):
-        check_quantized(device, dtype)
+    formats = {name for component in found if component.quantized for name in component.quantized.algorithms}
+    if spec.quantization != "none":
+        formats.add(QUANTIZATION_SCHEMES[spec.quantization].algorithm)
+    if formats:
+        check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
     defaults = defaults_in(found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
@@ -160,6 +170,8 @@ def load(spec: DiffusionModelSpec, found: list[Component], room: Room, progress:
         expert: _Unread.of(component, sharding, spec.quantization, expert if len(found) == 2 else None)
         for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)
     }
+    for one in unread.values():
+        check_static_steps(one.network, defaults.static_steps, defaults.source)
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     requested = by_expert(spec.loras, list(unread))
     loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}
@@ -217,7 +229,8 @@ class _Reader:
         device = self.room.device
         if turns is None:
             shares = {expert: self._share(one, one.network) for expert, one in unread.items()}
-            return {expert: self._read(one, device, shares[expert]) for expert, one in unread.items()}, None
+            read = {expert: self._read(one, device, shares[expert]) for expert, one in unread.items()}
+            return {expert: self._laid_out(network) for expert, network in read.items()}, None
         host = turns.allocated(device)
         for expert, one in unread.items():
             self._read(one, torch.device("cpu"), _IntoMemory(self._share(one, one.network), host[expert]))
@@ -226,6 +239,12 @@ class _Reader:
             assign(network, name, weight.to(device, copy=True))
         swap = ExpertSwap(network, network.units, host, device)
         return dict.fromkeys(unread, network), swap
+
+    def _laid_out(self, network: VideoTransformer) -> VideoTransformer:
+        """Weights that FSDP shards keep torch's layout, as gathering copies them; so do those of experts in turns."""
+        if self.room.sharding.mesh is None:
+            prefer_layouts(network)
+        return network
 
     def adapter(self, one: _Unread, loras: LorasInUse, network, on_host: HostWeights | None) -> Adapter:
         """The adapter of an expert's weights, which are on the device, or on the host if experts are swapped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Callable
 
@@ -16,6 +17,8 @@ from ..specs import OperatorSpec
 from . import ascend_attention, card_rules
 from .card_rules import HALVES
 from .libraries import mindiesd, torch_npu
+from .mxfp8 import MX_GROUP
+from .packing import int4_pairs
 from .plain import PlainOperators, RotaryTable, SparsePattern, log_once, warn_once
 from .precision import NORMS, RESIDUAL, ROTARY
 from .quantization import Static
@@ -29,6 +32,7 @@ OPERATOR_OF = {
 # no number; this is below the 200 MB of HCCL's own buffer (HCCL_BUFFSIZE), which every exchange goes through.
 REDUCED_BYTES = 128 * 2**20
 FUSED_ALL_REDUCE_VARIABLE = "ASCEND_RUNTIME_FUSED_ALL_REDUCE"
+FRACTAL_NZ = 29  # a format of blocks of 16 x 32
 
 
 class AscendOperators(PlainOperators):
@@ -188,11 +192,21 @@ class AscendOperators(PlainOperators):
                  "all-reduce are separate.")  # fmt: skip
         return False
 
-    # Linear in 8 bits. Products are scaled, in a 16-bit dtype, which `check_card_quantized` ensures
+    # Quantized linear layers. Products are scaled, in a 16-bit dtype, which `check_card_quantized` ensures
 
-    def quantized_linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        rows, row_scale = torch_npu().npu_dynamic_quant(x.flatten(0, -2))
+    def quantized_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None = None
+    ) -> Tensor:
+        rows, row_scale = torch_npu().npu_dynamic_quant(x.flatten(0, -2), smooth_scales=smooth)
         return self._products(rows, row_scale, weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+    def int4_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None = None
+    ) -> Tensor:
+        tokens = x.flatten(0, -2)
+        rows, row_scale = torch_npu().npu_dynamic_quant(tokens, smooth_scales=smooth, dst_type=torch.quint4x2)
+        out = self._int32_products(rows, row_scale, weight, scale, x.dtype).view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
 
     def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
         scale = static.input_scale.expand(tokens.shape[1])  # the operator expects one for each channel
@@ -208,6 +222,28 @@ class AscendOperators(PlainOperators):
             rows, weight.t(), scale, pertoken_scale=row_scale, bias=bias, output_dtype=dtype
         )
 
+    def _int4_products(
+        self, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        return self._int32_products(int4_pairs(rows).view(torch.int32), row_scale, weight, scale, dtype)
+
+    def _int32_products(
+        self, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Products of 4-bit values, eight in each int32 of rows [M, K/8]. By its page, the operator adds no bias to
+        them."""
+        return self._products(rows, row_scale, weight.view(torch.int32), scale, None, dtype)
+
+    def _mx_products(self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None) -> Tensor:
+        rows, row_exponents = torch_npu().npu_dynamic_mx_quant(x, dst_type=weight.dtype)
+        if exponents.shape[1] % 2:  # the operator takes pairs of groups
+            exponents = F.pad(exponents, (0, 1))
+        pairs, e8m0 = exponents.unflatten(-1, (-1, 2)).transpose(0, 1), torch_npu().float8_e8m0fnu
+        return torch_npu().npu_quant_matmul(
+            rows, weight.t(), pairs, pertoken_scale=row_exponents, bias=bias, output_dtype=x.dtype,
+            scale_dtype=e8m0, pertoken_scale_dtype=e8m0, group_sizes=[1, 1, MX_GROUP],
+        )  # fmt: skip
+
 
 def _wants_fused_all_reduce(spec: OperatorSpec) -> bool:
     flag = os.environ.get(FUSED_ALL_REDUCE_VARIABLE) or "0"
@@ -219,13 +255,24 @@ def _wants_fused_all_reduce(spec: OperatorSpec) -> bool:
     return spec.fused_all_reduce or flag == "1"
 
 
-def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError for a card, or a dtype of the blocks, that does not support W8A8 linear layers."""
-    advice = "Load the model's floating-point files, with quantization 'none'."
-    card_rules.require_operator(devices.card(device), "npu_quant_matmul", torch.int8, advice)
+def in_fractal_nz(weight: Tensor) -> Tensor:
+    """An int8 weight [N, K] whose memory is laid out for npu_quant_matmul: as FRACTAL_NZ of [K, N], which its page
+    recommends for A2 and A3 cards; for a weight of one row or column there is no such format. Such a tensor must not be
+    written to."""
+    card = devices.card(weight.device)
+    if card is None or min(weight.shape) == 1 or weight.dtype not in card_rules.NZ_WEIGHTS[card].dtypes:
+        return weight
+    with devices.internal_formats():
+        return torch_npu().npu_format_cast(weight.t().contiguous(), FRACTAL_NZ).t()
+
+
+def check_card_quantized(device: torch.device, dtype: torch.dtype, formats: Iterable[str]) -> None:
+    """Raises ValueError for a card, or a dtype of the blocks, that does not support linear layers in these formats."""
+    for name in formats:
+        card_rules.require_format(devices.card(device), name)
     if dtype not in HALVES:
         raise ValueError(
-            f"An NPU's W8A8 linear layers return bfloat16 or float16, but the model's dtype is "
+            f"An NPU's quantized linear layers return bfloat16 or float16, but the model's dtype is "
             f"{str(dtype).removeprefix('torch.')}. Set dtype to 'auto', or to one of these."
         )
 
