@@ -7,6 +7,7 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hardware import devices
@@ -145,12 +146,13 @@ class AscendOperators(PlainOperators):
     # Rotary position embedding
 
     def rotary_table(self, cos: Tensor, sin: Tensor) -> RotaryTable:
-        return cos.to(ROTARY.npu_dtype), sin.to(ROTARY.npu_dtype)
+        dtype = ROTARY.npu_dtype or self._dtype  # the operator takes tables of x's dtype only
+        return cos.to(dtype), sin.to(dtype)
 
     def rotary(self, x: Tensor, table: RotaryTable) -> Tensor:
-        videos = x.to(ROTARY.npu_dtype).split(max(1, card_rules.ROTARY_LANES // x.shape[2]))
+        videos = x.split(max(1, card_rules.ROTARY_LANES // x.shape[2]))
         rotated = [torch_npu().npu_rotary_mul(video, *table, "interleave") for video in videos]
-        return (rotated[0] if len(rotated) == 1 else torch.cat(rotated)).type_as(x)
+        return rotated[0] if len(rotated) == 1 else torch.cat(rotated)
 
     # Linear
 
@@ -199,9 +201,13 @@ def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """By aclnnLayerNorm, to which torch_npu maps torch's own (op-plugin, LayerNormKernelNpuOpApi.cpp), on all cards.
+
+    npu_layer_norm_eval, of which op-plugin's page says that it is to go, copies weight and bias at every call.
+    """
     dtype = NORMS.npu_dtype or x.dtype
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    return torch_npu().npu_layer_norm_eval(x.to(dtype), x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
 
 
 @lru_cache(maxsize=8)

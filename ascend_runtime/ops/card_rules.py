@@ -85,10 +85,6 @@ TORCH_NPU: dict[str, Rule] = {
         **_torch_npu("（beta）torch_npu-npu_rms_norm", a2=FLOATS, a3=FLOATS),
         **_nn("norm/rms_norm/docs/aclnnRmsNorm", a5=FLOATS),
     },
-    "npu_layer_norm_eval": {  # its page names no dtypes; these are the layer norm's
-        **_torch_npu("（beta）torch_npu-npu_layer_norm_eval", a2=FLOATS, a3=FLOATS),
-        "a5": _LAYER_NORM["a5"],
-    },
     "npu_rotary_mul": {
         **_torch_npu("torch_npu-npu_rotary_mul", a2=FLOATS, a3=FLOATS),
         **_transformer("posembedding/rotary_position_embedding/docs/aclnnRotaryPositionEmbeddingV2", a5=FLOATS),

@@ -36,7 +36,10 @@ SINUSOID = DtypeRule(
 ROTARY = DtypeRule(
     torch.float32,
     "Angles grow with the position: in bfloat16, neighbours far from the start would have the same angle. float32 "
-    "agrees with the original's complex128 to 1e-7, and NPUs lack complex128.",
+    "agrees with the original's complex128 to 1e-7, and NPUs lack complex128. An NPU's operator takes cosine and sine "
+    "in the dtype of query and key, and computes in float32 internally: with both rounded to bfloat16, the scores of "
+    "75600 tokens are off by 2.8e-3 of their standard deviation, and by 2.3e-3 with the upcast that this saves.",
+    None,
 )
 MODULATION = DtypeRule(
     torch.float32,

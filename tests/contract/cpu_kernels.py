@@ -267,11 +267,6 @@ def _layer_norm(x, weight, bias, eps):
     return normed if bias is None else normed + bias.float(), mean, reciprocal
 
 
-@kernel("npu::npu_layer_norm_eval")
-def layer_norm_eval(input, normalized_shape, weight, bias, eps):
-    return _layer_norm(input, weight, bias, eps)[0].to(input.dtype)
-
-
 @kernel("mindiesd::layernorm")
 def layernorm(input, normalized_shape, weight, bias, eps, impl_mode):
     return tuple(part.to(input.dtype) for part in _layer_norm(input, weight, bias, eps))
@@ -295,7 +290,8 @@ def adaln(x, scale, shift, weight, bias, epsilon):
 
 @kernel("npu::npu_rotary_mul")
 def rotary_mul(input, r1, r2, rotary_mode):
-    """input r1 + turned(input) r2; r1, r2 [1, S, 1, D], cosine and sine."""
+    """input r1 + turned(input) r2; r1, r2 [1, S, 1, D], cosine and sine. Rounds once, as the kernels of CANN do: they
+    cast 16 bits to fp32 and back (hicann/cann-recipes-infer, inplace_partial_rotary_mul/op_kernel)."""
     x = input.float()
     if rotary_mode == "interleave":  # pairs (x[2i], x[2i + 1])
         turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)

@@ -128,17 +128,11 @@ def _rms_norm(values):
     assert gamma.shape == x.shape[-1:] and 2 <= x.ndim <= 8
 
 
-def _layer_norm_eval(values):
-    x = values["input"]
-    assert tuple(values["normalized_shape"]) == x.shape[-1:] and x.dtype in (*HALVES, torch.float32)
-    for part in ("weight", "bias"):
-        assert values[part] is None or (values[part].dtype == x.dtype and values[part].shape == x.shape[-1:]), part
-
-
 def _rotary_mul(values):
     x, cos, sin = values["input"], values["r1"], values["r2"]
     assert values["rotary_mode"] == "interleave", "Wan rotates interleaved pairs"
-    assert x.dtype == cos.dtype == sin.dtype and x.dtype in (*HALVES, torch.float32)
+    assert x.dtype == cos.dtype == sin.dtype, "aclnnRotaryPositionEmbedding: cos and sin have the data type of x"
+    assert x.dtype in (*HALVES, torch.float32)
     batch, tokens, heads, head_dim = x.shape
     assert cos.shape == sin.shape == (1, tokens, 1, head_dim), "BSND takes 1S1D"
     assert head_dim % 2 == 0 and head_dim < 896 and batch * heads < 1000
@@ -177,7 +171,10 @@ def _adaln(values):
 
 
 def _mindiesd_layernorm(values):
-    _layer_norm_eval(values)
+    x = values["input"]
+    assert tuple(values["normalized_shape"]) == x.shape[-1:] and x.dtype in (*HALVES, torch.float32)
+    for part in ("weight", "bias"):
+        assert values[part] is None or (values[part].dtype == x.dtype and values[part].shape == x.shape[-1:]), part
     assert values["impl_mode"] in (0, 1) or values["input"].dtype == torch.float16
 
 
@@ -269,7 +266,6 @@ RULES = {
     "npu_quantize": _quantize,
     "npu_quant_matmul": _quant_matmul,
     "npu_rms_norm": _rms_norm,
-    "npu_layer_norm_eval": _layer_norm_eval,
     "npu_rotary_mul": _rotary_mul,
     "npu_gelu": _gelu,
     "npu_mm_all_reduce_base": _mm_all_reduce,

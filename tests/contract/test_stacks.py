@@ -11,7 +11,7 @@ import torch
 from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.models.wan.weights import FP32_PARAMETERS
-from ascend_runtime.ops import ascend
+from ascend_runtime.ops import PlainOperators, ascend
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.specs import OperatorSpec
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -33,9 +33,10 @@ MODELS = {
         {"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48, "num_layers": 30},
         (48, 31, 44, 80), True),
 }  # fmt: skip
+LAYER_NORM = "aten::native_layer_norm"  # which torch_npu maps to aclnnLayerNorm
 # What would be there if one of these came apart.
 SPELT_OUT = {
-    "norm": ("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm", "mean", "var_mean", "rsqrt", "pow"),
+    "norm": ("rms_norm", "_fused_rms_norm", "mean", "var_mean", "rsqrt", "pow"),
     "rotary": ("view_as_complex", "complex", "stack", "neg", "cos", "sin"),
     "modulation": ("mul", "div", "sub"),
     "attention": ("_softmax", "bmm", "baddbmm", "matmul", "scaled_dot_product_attention"),
@@ -119,8 +120,8 @@ def fake():
 def a_block(stack):
     """How often a block of `stack` is to call each operator of an NPU, with attention "auto" and MindIE SD there."""
     images = 0 if stack.image is None else 1
-    by_token = {"mindiesd::adaln": 2, "npu::npu_layer_norm_eval": 1}
-    norms = by_token if stack.per_token else {"npu::npu_layer_norm_eval": 3}
+    by_token = {"mindiesd::adaln": 2, LAYER_NORM: 1}
+    norms = by_token if stack.per_token else {LAYER_NORM: 3}
     return Counter({
         "npu::npu_fused_infer_attention_score": 2 + images,
         "npu::npu_rms_norm": 4 + images,
@@ -131,7 +132,7 @@ def a_block(stack):
 
 
 def npu_calls(calls):
-    return Counter(name for name, *_ in calls.made if not name.startswith(("aten::", "prim::")))
+    return Counter(name for name, *_ in calls.made if name == LAYER_NORM or not name.startswith(("aten::", "prim::")))
 
 
 def small_operators(calls):
@@ -143,7 +144,8 @@ def test_the_operators_of_a_whole_network(fake, model):
     stack = Stack(model)
     calls = stack.run()
     expected = Counter({name: stack.depth * count for name, count in a_block(stack).items()})
-    expected["mindiesd::adaln" if stack.per_token else "npu::npu_layer_norm_eval"] += 1  # the head's
+    expected["mindiesd::adaln" if stack.per_token else LAYER_NORM] += 1  # the head's
+    expected[LAYER_NORM] += 0 if stack.image is None else 2  # the image embedder's
     print(f"\n{model}: {stack.depth} blocks, each {dict(a_block(stack))}")
     assert npu_calls(calls) == expected
     assert len(calls.of("aten::addcmul")) == 2 * stack.depth, "the two gates of a block"
@@ -168,7 +170,7 @@ def test_nothing_of_a_block_comes_apart(fake, model, attention):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_shapes_and_dtypes(fake, model):
-    """Bfloat16 everywhere but in the rotary embedding, and each operator sees whole sequences and heads."""
+    """Bfloat16 everywhere, and each operator sees whole sequences and heads."""
     stack = Stack(model, depth=1, attention="infer")
     calls = stack.run_blocks()
     tokens, heads = stack.tokens, stack.heads
@@ -178,8 +180,8 @@ def test_shapes_and_dtypes(fake, model):
         (((1, tokens, heads, 128), *((1, length, heads, 128),) * 2), (BF16,) * 3) for length in lengths
     ]
     rotated = calls.of("npu::npu_rotary_mul")
-    assert rotated == [(((1, tokens, heads, 128), *((1, tokens, 1, 128),) * 2), (FP32,) * 3)] * 2
-    for name in ("npu::npu_rms_norm", "npu::npu_layer_norm_eval", "npu::npu_gelu", "mindiesd::adaln", "aten::addcmul"):
+    assert rotated == [(((1, tokens, heads, 128), *((1, tokens, 1, 128),) * 2), (BF16,) * 3)] * 2
+    for name in ("npu::npu_rms_norm", LAYER_NORM, "npu::npu_gelu", "mindiesd::adaln", "aten::addcmul"):
         for _, dtypes in calls.of(name):
             assert set(dtypes) == {BF16}, (name, dtypes)
     normed = [shapes[0] for shapes, _ in calls.of("npu::npu_rms_norm")]
@@ -194,13 +196,15 @@ def test_without_mindiesd(fake, monkeypatch, model):
     stack = Stack(model, depth=1)
     calls = stack.run_blocks()
     assert not [name for name in npu_calls(calls) if name.startswith("mindiesd")]
-    assert len(calls.of("npu::npu_layer_norm_eval")) == 3
+    assert len(calls.of(LAYER_NORM)) == 3
     assert len(calls.of("aten::addcmul")) == (4 if stack.per_token else 2)
 
 
-def test_this_test_sees_a_block_that_comes_apart(fake):
+def test_this_test_sees_a_block_that_comes_apart(fake, monkeypatch):
+    monkeypatch.setattr(AscendOperators, "rms_norm", PlainOperators.rms_norm)
     calls = Stack("T2V-14B 1280x720x81", depth=1, layer_norm="fp32").run_blocks()
     assert small_operators(calls).intersection(SPELT_OUT["norm"])
+    assert FP32 in calls.of(LAYER_NORM)[0][1]
 
 
 def test_the_rotary_table_is_freed(fake):
