@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Callable
 
@@ -24,6 +25,10 @@ OPERATOR_OF = {
     "infer": "npu_fused_infer_attention_score", "fused": "npu_fusion_attention", "fastest": "npu_fusion_attention",
     "laser": "la", "fp8": "npu_fused_infer_attention_score_v2",
 }  # fmt: skip
+# The output of one call of npu_mm_all_reduce_base. Its page warns of memory and time-outs with long sequences and gives
+# no number; this is below the 200 MB of HCCL's own buffer (HCCL_BUFFSIZE), which every exchange goes through.
+REDUCED_BYTES = 128 * 2**20
+FUSED_ALL_REDUCE_VARIABLE = "ASCEND_RUNTIME_FUSED_ALL_REDUCE"
 
 
 class AscendOperators(PlainOperators):
@@ -36,6 +41,7 @@ class AscendOperators(PlainOperators):
         if self.card is None and device.type == "npu":
             log_once("This NPU's product line is unknown: operators are used that any known card supports.")
         self.fused_norms = spec.layer_norm != "fp32"
+        self._fused_all_reduce = _wants_fused_all_reduce(spec)
         self._dtype = dtype
         mindiesd()  # logs a missing library now, not in the middle of a job
         super().__init__(spec)
@@ -160,13 +166,24 @@ class AscendOperators(PlainOperators):
         return torch_npu().npu_gelu(x, approximate="tanh")
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-        """By the fused operator where the card has it. The bias is added afterwards, as each rank would add it."""
-        fused = self.card is not None and card_rules.supports(self.card, "npu_mm_all_reduce_base", x.dtype)
-        if not fused or dist.get_world_size(group) not in card_rules.REDUCING_RANKS:
+        """The bias is added afterwards, as each rank of the fused operator would add it."""
+        if not (self._fused_all_reduce and self._can_fuse_all_reduce(x, group)):
             return super().linear_all_reduce(x, weight, bias, group)
-        communicator = _communicator(group)
-        out = torch_npu().npu_mm_all_reduce_base(x.contiguous(), weight.t(), communicator, reduce_op="sum")
+        communicator, count = _communicator(group), max(1, REDUCED_BYTES // (weight.shape[0] * x.element_size()))
+        parts = [
+            torch_npu().npu_mm_all_reduce_base(rows, weight.t(), communicator, reduce_op="sum")
+            for rows in x.flatten(0, -2).contiguous().split(count)
+        ]
+        out = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
+
+    def _can_fuse_all_reduce(self, x: Tensor, group: dist.ProcessGroup) -> bool:
+        known = self.card is not None and card_rules.supports(self.card, "npu_mm_all_reduce_base", x.dtype)
+        if known and dist.get_world_size(group) in card_rules.REDUCING_RANKS:
+            return True
+        log_once("The fused all-reduce needs A2 cards, bfloat16 or float16, and a tp_degree of 2, 4 or 8: product and "
+                 "all-reduce are separate.")  # fmt: skip
+        return False
 
     # Linear in 8 bits. Products are scaled, in a 16-bit dtype, which `check_card_quantized` ensures
 
@@ -187,6 +204,16 @@ class AscendOperators(PlainOperators):
         return torch_npu().npu_quant_matmul(
             rows, weight.t(), scale, pertoken_scale=row_scale, bias=bias, output_dtype=dtype
         )
+
+
+def _wants_fused_all_reduce(spec: OperatorSpec) -> bool:
+    flag = os.environ.get(FUSED_ALL_REDUCE_VARIABLE) or "0"
+    if flag not in ("0", "1"):
+        raise ValueError(
+            f"{FUSED_ALL_REDUCE_VARIABLE} is {flag!r}; it can be 1 (matrix product and all-reduce of tensor "
+            "parallelism by one operator, on A2 cards) or 0. Unset it for 0."
+        )
+    return spec.fused_all_reduce or flag == "1"
 
 
 def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:

@@ -119,11 +119,16 @@ class OperatorSpec(Spec, frozen=True, kw_only=True):
         environment variable USE_SUB_HEAD.
     layer_norm: fused computes in the dtype of the blocks; fp32 upcasts, as on other devices. auto: set by the
         environment variable FAST_LAYERNORM, else fused.
+    fused_all_reduce: whether an A2 card computes a matrix product of tensor parallelism and its all-reduce by one
+        operator, with tp_degree 2, 4 or 8. Its page (op-plugin, npu_mm_all_reduce_base) wants every card linked to
+        every other by HCCS, and warns of memory and time-outs with long sequences: off by default. The environment
+        variable ASCEND_RUNTIME_FUSED_ALL_REDUCE=1 turns it on too.
     """
 
     attention: str = "auto"
     heads_per_call: int = 0
     layer_norm: str = "auto"
+    fused_all_reduce: bool = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -5,6 +5,7 @@ own meta kernels as fake tensors on "npu".
 """
 
 import inspect
+from collections import defaultdict
 from types import SimpleNamespace
 
 import call_sites
@@ -16,9 +17,11 @@ from ascend_runtime import ops
 from ascend_runtime.engine import profiling
 from ascend_runtime.ops import PlainOperators, ascend, ascend_attention, libraries
 from ascend_runtime.ops.ascend import AscendOperators
+from ascend_runtime.ops.plain import log_once
 from ascend_runtime.ops.quantization import Static
 from ascend_runtime.specs import OperatorSpec, ProfileSpec
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NPU = torch.device("npu", 0)
 NOTED = set()
@@ -59,6 +62,19 @@ def fake():
     ascend_attention._hadamard.cache_clear()  # what it keeps is fake, and of one mode
     with FakeTensorMode(), torch.no_grad():
         yield lambda *shape, dtype=torch.bfloat16: torch.empty(*shape, dtype=dtype, device=NPU)
+
+
+class Operators(TorchDispatchMode):
+    """Notes the arguments of every operator: name -> those of each call."""
+
+    def __enter__(self):
+        self.called = defaultdict(list)
+        super().__enter__()
+        return self.called
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.called[operator.name()].append(arguments)
+        return operator(*arguments, **(keywords or {}))
 
 
 def operators(dtype=torch.bfloat16, **options):
@@ -206,16 +222,50 @@ def test_gelu(fake):
     assert operators().gelu(fake(1, TOKENS, 13824)).shape == (1, TOKENS, 13824)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_all_reduce(fake, monkeypatch, bias):
-    """HCCL's group is a fake: a name."""
-    backend = SimpleNamespace(get_hccl_comm_name=lambda rank: f"communicator of rank {rank}")
-    group = SimpleNamespace(_get_backend=lambda device: backend)
+@pytest.fixture
+def on_two_ranks(monkeypatch):
+    """A group of two ranks of HCCL: a fake, a name. The all-reduces of torch that were called on it."""
+    summed, backend = [], SimpleNamespace(get_hccl_comm_name=lambda rank: f"communicator of rank {rank}")
     monkeypatch.setattr(ascend.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(ascend.dist, "get_rank", lambda: 1)
-    x, weight = fake(1, TOKENS, DIM // 2), fake(DIM, DIM // 2)
-    out = operators().linear_all_reduce(x, weight, fake(DIM) if bias else None, group)
-    assert out.shape == (1, TOKENS, DIM) and out.dtype == x.dtype
+    monkeypatch.setattr(ascend.dist, "all_reduce", lambda x, *_, group: summed.append(x.shape))
+    return SimpleNamespace(_get_backend=lambda device: backend), summed
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("by", ["spec", "variable"])
+def test_linear_all_reduce_by_one_operator(fake, monkeypatch, on_two_ranks, bias, by):
+    if by == "variable":
+        monkeypatch.setenv(ascend.FUSED_ALL_REDUCE_VARIABLE, "1")
+    group, summed = on_two_ranks
+    x, weight = fake(2, 75600, DIM // 2), fake(DIM, DIM // 2)
+    with Operators() as called:
+        out = operators(fused_all_reduce=by == "spec").linear_all_reduce(x, weight, fake(DIM) if bias else None, group)
+    assert out.shape == (2, 75600, DIM) and out.dtype == x.dtype and not summed
+    parts = [arguments[0].shape[0] for arguments in called["npu::npu_mm_all_reduce_base"]]
+    assert sum(parts) == 2 * 75600 and max(parts) * DIM * 2 <= ascend.REDUCED_BYTES and len(parts) == 12
+
+
+@pytest.mark.parametrize("card, dtype, options", [
+    ("a2", torch.bfloat16, {}),
+    ("a3", torch.bfloat16, {"fused_all_reduce": True}),
+    ("a2", torch.float32, {"fused_all_reduce": True}),
+], ids=["by default", "on an A3", "in float32"])  # fmt: skip
+def test_linear_and_all_reduce_one_after_the_other(fake, on_card, on_two_ranks, caplog, card, dtype, options):
+    on_card(card)
+    log_once.cache_clear()
+    group, summed = on_two_ranks
+    x, weight = fake(1, TOKENS, DIM // 2, dtype=dtype), fake(DIM, DIM // 2, dtype=dtype)
+    with caplog.at_level("INFO"):
+        operators(dtype, **options).linear_all_reduce(x, weight, None, group)
+    assert summed == [(1, TOKENS, DIM)]
+    assert ("needs A2 cards" in caplog.text) == bool(options)
+
+
+def test_a_bad_variable_of_the_all_reduce(monkeypatch):
+    monkeypatch.setenv(ascend.FUSED_ALL_REDUCE_VARIABLE, "yes")
+    with pytest.raises(ValueError, match="FUSED_ALL_REDUCE is 'yes'; it can be 1 .* or 0"):
+        operators()
 
 
 @pytest.fixture

@@ -314,7 +314,8 @@ def test_gelu(random, dtype):
 
 
 def test_mm_all_reduce(tmp_path):
-    """On two ranks, over Gloo: the sum; a bias is summed too, which is why the package adds its own afterwards."""
+    """On two ranks, over Gloo: the sum, by parts of the rows. A bias is summed too, which is why the package adds its
+    own afterwards."""
     code = f"""
 import cpu_kernels, torch, torch.distributed as dist, torch_npu
 from ascend_runtime.ops import ascend
@@ -326,10 +327,12 @@ cpu_kernels.register(calls.append)
 generator = torch.Generator().manual_seed({SEED})
 x, weight, bias = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((2, 5, 64), (24, 64), (24,)))
 mine, share = (part.chunk(2, -1)[RANK] for part in (x, weight))
-operators = ascend.AscendOperators(torch.device("cpu"), OperatorSpec(attention="fused"), torch.bfloat16)
+spec = OperatorSpec(attention="fused", fused_all_reduce=True)
+operators = ascend.AscendOperators(torch.device("cpu"), spec, torch.bfloat16)
 operators.card = "a2"  # which has the fused operator
+ascend.REDUCED_BYTES = 4 * 24 * 2  # four of the ten rows at once
 out = operators.linear_all_reduce(mine, share, bias, dist.group.WORLD)
-assert calls == ["npu::npu_mm_all_reduce_base"], calls
+assert calls == ["npu::npu_mm_all_reduce_base"] * 3, calls
 expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
 torch.testing.assert_close(out.float(), expected, atol=5e-2, rtol=2e-2)
 twice = cpu_kernels.mm_all_reduce_base(mine, share.t(), dist.group.WORLD.group_name, "sum", bias)
