@@ -14,24 +14,32 @@ from torch import Tensor
 
 from ..models.shared.block_stack import At, Attend
 from ..ops import PlainOperators
+from ..ops.plain import SparsePattern
 from ..specs import RainFusionSpec
 from . import masks
 from .bricks import Order, TokenGrid, bricks, by_frames, by_places, tiles
 from .tally import Tally
 
 
+class Plan(NamedTuple):
+    """The choice of a mask, to reuse in a later step. density [heads]: of the mask. by_frames [heads]: see `_Bands`."""
+
+    pattern: SparsePattern
+    density: Tensor
+    by_frames: Tensor | None = None
+
+
 class Attended(NamedTuple):
-    """out: has the query's shape. plan: the choice of a mask, to reuse in a later step. density [heads]."""
+    """out: has the query's shape."""
 
     out: Tensor
-    plan: Tensor
-    density: Tensor
+    plan: Plan
 
 
 class Version(Protocol):
     """A version of RainFusion: attention on tensors [B, S, heads, head_dim]. plan: None to choose the mask now."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended: ...
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None) -> Attended: ...
 
 
 class JobSize(NamedTuple):
@@ -49,7 +57,7 @@ class RainFusion:
     def __init__(self, spec: RainFusionSpec, size: JobSize, operators: PlainOperators, tally: Tally):
         self._spec, self._steps, self._blocks, self._tally = spec, size.steps, size.blocks, tally
         self._version = version_of(spec, size.grid, operators)
-        self._plans: dict[tuple[str, str, int, int], tuple[int, Tensor]] = {}  # by expert, branch, block and part
+        self._plans: dict[tuple[str, str, int, int], tuple[int, Plan]] = {}  # by expert, branch, block and part
 
     def attention(self, at: At, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
         """The output of `compute` with sparse or dense attention, as this step and block require."""
@@ -59,7 +67,7 @@ class RainFusion:
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             attended = self._part(at, block, len(densities), query, key, value)
-            densities.append(attended.density)
+            densities.append(attended.plan.density)
             return attended.out
 
         out = compute(attend)
@@ -86,7 +94,7 @@ def version_of(spec: RainFusionSpec, grid: TokenGrid, operators: PlainOperators)
 
 
 class _Bricks:
-    """Versions 2 and 3: the best matching mask blocks. The plan is the mask."""
+    """Versions 2 and 3: the best matching mask blocks."""
 
     def __init__(
         self,
@@ -97,35 +105,36 @@ class _Bricks:
     ):
         self._sparsity, self._order, self._grid, self._operators = sparsity, order, grid, operators
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None) -> Attended:
         order = self._order(self._grid, query.device, query.shape[1] - math.prod(self._grid))
         query, key, value = (order.apply(x) for x in (query, key, value))
-        mask = masks.best(query, key, self._sparsity, order.protected) if plan is None else plan
-        out = self._operators.sparse_attention(query, key, value, mask)
-        return Attended(order.undo(out), mask, masks.density(mask, query.shape[2]).mean(0))
+        if plan is None:
+            mask = masks.best(query, key, self._sparsity, order.protected)
+            plan = Plan(self._operators.sparse_pattern(mask), masks.density(mask, query.shape[2]).mean(0))
+        return Attended(order.undo(self._operators.sparse_attention(query, key, value, plan.pattern)), plan)
 
 
 class _Bands:
-    """Version 1: each head attends within a band in (t h w) or in (h w t) order. The plan [heads] is True for the
-    first."""
+    """Version 1: each head attends within a band in (t h w) or in (h w t) order. A plan's by_frames [heads] is True for
+    the first. Every tensor is brought into both orders, and each head takes one of them: to choose the heads of an
+    order, the host would wait for the device."""
 
     def __init__(self, sparsity: float, grid: TokenGrid, operators: PlainOperators):
         self._sparsity, self._grid, self._operators = sparsity, grid, operators
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Tensor | None) -> Attended:
-        length = query.shape[1]
-        behind = length - math.prod(self._grid)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None) -> Attended:
+        behind = query.shape[1] - math.prod(self._grid)
         orders = tuple(order(self._grid, query.device, behind) for order in (by_frames, by_places))
+        plan = plan or self._plan(query, key, orders)
+        first = plan.by_frames.view(-1, 1, 1)
+        query, key, value = (torch.where(first, *(order.apply(x) for order in orders)) for x in (query, key, value))
+        out = self._operators.sparse_attention(query, key, value, plan.pattern)
+        return Attended(torch.where(first.squeeze(-1), *(order.undo(out) for order in orders)), plan)
+
+    def _plan(self, query: Tensor, key: Tensor, orders: tuple[Order, ...]) -> Plan:
         band = masks.band(len(orders[0].protected), self._sparsity, query.device)
         allowed = tuple(band | masks.either(order.protected) for order in orders)
-        if plan is None:
-            plan = masks.recalls(query, key, orders, allowed).diff(dim=0).squeeze(0) <= 0
-        out, density = torch.empty_like(query), torch.empty(len(plan), device=query.device)
-        for heads, order, mask in zip((plan, ~plan), orders, allowed):
-            heads = heads.nonzero().flatten()
-            if len(heads):
-                some = (order.apply(x.index_select(2, heads)) for x in (query, key, value))
-                mask = mask.expand(query.shape[0], len(heads), -1, -1)
-                out[:, :, heads] = order.undo(self._operators.sparse_attention(*some, mask))
-                density[heads] = masks.density(mask[0], length)
-        return Attended(out, plan, density)
+        first = masks.recalls(query, key, orders, allowed).diff(dim=0).squeeze(0) <= 0
+        mask = torch.where(first.view(-1, 1, 1), *allowed)
+        pattern = self._operators.sparse_pattern(mask.expand(query.shape[0], -1, -1, -1))
+        return Plan(pattern, masks.density(mask, query.shape[1]), first)

@@ -16,7 +16,7 @@ from ..specs import OperatorSpec
 from . import ascend_attention, card_rules
 from .card_rules import HALVES
 from .libraries import mindiesd, torch_npu
-from .plain import PlainOperators, RotaryTable, log_once, warn_once
+from .plain import PlainOperators, RotaryTable, SparsePattern, log_once, warn_once
 from .precision import NORMS, RESIDUAL, ROTARY
 from .quantization import Static
 
@@ -109,9 +109,12 @@ class AscendOperators(PlainOperators):
             return ascend_attention.infer_with_lse(query, key, value)
         return ascend_attention.fused_with_lse(query, key, value)
 
-    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def sparse_pattern(self, mask: Tensor) -> SparsePattern:
+        return (mask.to(torch.int8),) if self.card == "a5" else ascend_attention.chosen_blocks(mask)
+
+    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern) -> Tensor:
         compute = ascend_attention.block_sparse_by_mask if self.card == "a5" else ascend_attention.block_sparse
-        return compute(query, key, value, mask)
+        return compute(query, key, value, *pattern)
 
     def check_sparse(self) -> None:
         if mindiesd() is None:

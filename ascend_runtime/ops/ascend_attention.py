@@ -120,44 +120,53 @@ def fp8(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return out.unflatten(0, (batch, length))
 
 
-def block_sparse(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """By the operator of MindIE SD's rf_v2, for A2 and A3 cards: see `PlainOperators.sparse_attention`.
+def chosen_blocks(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """What `block_sparse` needs of a mask [B, heads, blocks, blocks]: the key blocks of each query block [B, query
+    blocks, heads, key blocks], in order, padded with -1; and their numbers [B, query blocks, heads].
 
-    One video at a time, because the operator takes one video's mask: the key blocks of each query block, in order,
-    padded with -1.
+    A mask may be kept for several steps, one in each block of the network: its key blocks are kept in int16, which is
+    enough for 4 million tokens.
+    """
+    count = mask.shape[-1]
+    ranked = torch.where(mask, torch.arange(count, device=mask.device), count).float().sort(-1).values
+    indices = torch.where(ranked < count, ranked, -1).to(torch.int16)
+    return indices.transpose(1, 2), mask.sum(-1).transpose(1, 2)
+
+
+def block_sparse(query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor) -> Tensor:
+    """By the operator of MindIE SD's rf_v2, for A2 and A3 cards: see `PlainOperators.sparse_attention`. indices,
+    counts: from `chosen_blocks`.
+
+    One video at a time, because the operator takes one video's mask.
     """
     rain_fusion = mindiesd().layers.flash_attn.sparse_flash_attn_rf_v2
-    columns = torch.arange(mask.shape[-1], device=mask.device)
-    outs = []
-    for *qkv, chosen in zip(*(x.split(1) for x in (query, key, value)), mask):
-        ranked = torch.where(chosen, columns, len(columns)).float().sort(-1).values
-        indices = torch.where(ranked < len(columns), ranked, -1).long()
-        outs.append(
-            rain_fusion.rain_fusion_attention(
-                *(x.contiguous() for x in qkv),
-                scale=_scale(query),
-                head_num=query.shape[1],
-                input_layout="BNSD",
-                select_idx=indices.transpose(0, 1),  # [query blocks, heads, key blocks]
-                select_num_idx=chosen.sum(-1).transpose(0, 1),
-                blockshape=[BLOCK, BLOCK],
-                actual_seq_lengths=[query.shape[2]],
-                actual_seq_lengths_kv=[query.shape[2]],
-                inner_precise=0,
-            )
+    outs = [
+        rain_fusion.rain_fusion_attention(
+            *(x.contiguous() for x in qkv),
+            scale=_scale(query),
+            head_num=query.shape[1],
+            input_layout="BNSD",
+            select_idx=chosen.long(),
+            select_num_idx=count,
+            blockshape=[BLOCK, BLOCK],
+            actual_seq_lengths=[query.shape[2]],
+            actual_seq_lengths_kv=[query.shape[2]],
+            inner_precise=0,
         )
+        for *qkv, chosen, count in zip(*(x.split(1) for x in (query, key, value)), indices, counts)
+    ]
     return torch.cat(outs)
 
 
 def block_sparse_by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """By the operator of MindIE SD's rf_v3, for cards of the 950 series."""
+    """By the operator of MindIE SD's rf_v3, for cards of the 950 series. mask: in int8."""
     check_head_dim("block_sparse_attention", query.shape[-1], "Turn RainFusion off.")
     lengths = [query.shape[2]] * query.shape[0]
     return mindiesd().layers.flash_attn.sparse_flash_attn_rf_v3.rain_fusion_attention_v3(
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
-        mask.to(torch.int8),
+        mask,
         scale=_scale(query),
         head_num=query.shape[1],
         input_layout="BNSD",

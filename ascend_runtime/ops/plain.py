@@ -20,6 +20,7 @@ from .quantization import Static, quantized_rows, row_largest, scaled_products, 
 logger = logging.getLogger(__name__)
 
 RotaryTable = tuple[Tensor, ...]
+SparsePattern = tuple[Tensor, ...]
 SCORES = 2**27  # attention scores that `explicit_attention` computes at once: 512 MiB in fp32
 
 
@@ -83,11 +84,15 @@ class PlainOperators:
             out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)
         return out.transpose(1, 2), lse[:, :, :length].transpose(1, 2).to(LOG_SUM_EXP.dtype)
 
-    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Attention of [B, heads, S, head_dim], restricted to the mask blocks (`sparse.BLOCK` queries by `sparse.BLOCK`
-        keys) where mask [B, heads, blocks, blocks] is true; every row has at least one."""
+    def sparse_pattern(self, mask: Tensor) -> SparsePattern:
+        """A mask [B, heads, blocks, blocks] in the form that `sparse_attention` takes. It is true for the mask blocks
+        (`sparse.BLOCK` queries by `sparse.BLOCK` keys) that are computed; every row has at least one."""
+        return (mask,)
+
+    def sparse_attention(self, query: Tensor, key: Tensor, value: Tensor, pattern: SparsePattern) -> Tensor:
+        """Attention of [B, heads, S, head_dim], restricted to the mask blocks of `pattern`."""
         compute = sparse.flex if query.device.type == "cuda" else sparse.gathered
-        return compute(query, key, value, mask)
+        return compute(query, key, value, *pattern)
 
     def check_sparse(self) -> None:
         """Raises ValueError if `sparse_attention` is not supported."""

@@ -155,7 +155,8 @@ def test_sparse_attention(fake, on_card, card):
     serves, query = operators(), fake(2, HEADS, TOKENS + 5, HEAD_DIM)
     serves.check_sparse()
     blocks = -(-query.shape[2] // 128)
-    out = serves.sparse_attention(query, query, query, fake(2, HEADS, blocks, blocks, dtype=torch.bool))
+    pattern = serves.sparse_pattern(fake(2, HEADS, blocks, blocks, dtype=torch.bool))
+    out = serves.sparse_attention(query, query, query, pattern)
     assert out.shape == query.shape and out.dtype == query.dtype and out.device == NPU
 
 

@@ -13,9 +13,9 @@ import torch
 from ascend_runtime.hardware import devices
 from ascend_runtime.acceleration import masks
 from ascend_runtime.acceleration.bricks import bricks, tiles
-from ascend_runtime.acceleration.rainfusion import version_of
+from ascend_runtime.acceleration.rainfusion import Plan, version_of
 from ascend_runtime.specs import RainFusionSpec
-from ascend_runtime.ops import PlainOperators
+from ascend_runtime.ops import PlainOperators, ascend_attention
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.specs import OperatorSpec
 from mindiesd.layers.flash_attn import sparse_flash_attn_rf_v2 as rf_v2
@@ -66,7 +66,8 @@ def test_version_3_is_its_sparse_attention(grid):
                                        latent_shape_q=list(grid), latent_shape_k=list(grid), sparsity=0.7)  # fmt: skip
     # It pools in bfloat16, which may turn a close choice: the mask is compared above, here the rest.
     *_, pooled = rf_v2.do_tensor_rearrange_pooling(query, key, value, 0, 128, grid, grid, "BSND")
-    plan = rf_v2.get_blockwise_mask(pooled, 0, 0.7, 0.25, 128, grid, grid, "BSND", return_binary=True).bool()
+    mask = rf_v2.get_blockwise_mask(pooled, 0, 0.7, 0.25, 128, grid, grid, "BSND", return_binary=True).bool()
+    plan = Plan(PlainOperators().sparse_pattern(mask), torch.empty(2))
     ours = version_of(RainFusionSpec(version="v3", sparsity=0.7), grid, PlainOperators())(query, key, value, plan)
     assert_close(ours.out, theirs.transpose(1, 2), atol=2e-2, rtol=1e-2)
 
@@ -83,6 +84,27 @@ def test_an_npu_computes_what_a_cpu_does(monkeypatch, card, version):
         ours = version_of(spec, grid, npu)(*inputs, None)
         expected = version_of(spec, grid, PlainOperators())(*inputs, None)
         assert_close(ours.out, expected.out, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_a_mask_is_brought_into_the_operators_form_once(monkeypatch, version):
+    """And the step that takes a plan over computes the same."""
+    monkeypatch.setattr(devices, "card", lambda device: "a2")
+    npu = AscendOperators(torch.device("npu", 0), OperatorSpec(), torch.bfloat16)
+    made, bring = [], npu.sparse_pattern
+    monkeypatch.setattr(npu, "sparse_pattern", lambda mask: (made.append(mask.shape), bring(mask))[1])
+    inputs = qkv(GRIDS[1], dtype=torch.bfloat16)
+    compute = version_of(RainFusionSpec(version=version, sparsity=0.8), GRIDS[1], npu)
+    first = compute(*inputs, None)
+    assert torch.equal(compute(*inputs, first.plan).out, first.out) and len(made) == 1
+
+
+def test_the_form_of_a_mask_is_mindiesds():
+    mask = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(SEED)) < 0.4
+    mask[..., 0] = True
+    (indices,), (counts,) = ascend_attention.chosen_blocks(mask)
+    assert torch.equal(indices.long(), rf_v2.get_mask_index(mask)[0].transpose(0, 1).long())
+    assert torch.equal(counts, mask[0].sum(-1).transpose(0, 1))
 
 
 def test_bricks_are_its_tiles_of_two_frames():
