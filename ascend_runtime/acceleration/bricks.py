@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..hardware import devices
 from ..ops.sparse import BLOCK, blocks_of
 
 SIDE = 8  # height and width of a brick or a tile, in tokens
@@ -113,4 +114,4 @@ def _order(parts: list[Tensor], grid: TokenGrid, device: torch.device, behind: i
     protected = torch.zeros(blocks_of(len(tokens)), dtype=torch.bool)
     protected[places[: grid[1] * grid[2]] // BLOCK] = True
     protected[places[video:] // BLOCK] = True
-    return Order(tokens.to(device), places.to(device), protected.to(device))
+    return Order(*(devices.sent(part, device) for part in (tokens, places, protected)))

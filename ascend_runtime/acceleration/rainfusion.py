@@ -21,7 +21,7 @@ from .bricks import Order, TokenGrid, bricks, by_frames, by_places, tiles
 from .tally import Tally
 
 
-class Plan(NamedTuple):
+class MaskPlan(NamedTuple):
     """The choice of a mask, to reuse in a later step. density [heads]: of the mask. by_frames [heads]: see `_Bands`."""
 
     pattern: SparsePattern
@@ -33,13 +33,13 @@ class Attended(NamedTuple):
     """out: has the query's shape."""
 
     out: Tensor
-    plan: Plan
+    plan: MaskPlan
 
 
 class Version(Protocol):
     """A version of RainFusion: attention on tensors [B, S, heads, head_dim]. plan: None to choose the mask now."""
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None) -> Attended: ...
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None) -> Attended: ...
 
 
 class JobSize(NamedTuple):
@@ -57,7 +57,7 @@ class RainFusion:
     def __init__(self, spec: RainFusionSpec, size: JobSize, operators: PlainOperators, tally: Tally):
         self._spec, self._steps, self._blocks, self._tally = spec, size.steps, size.blocks, tally
         self._version = version_of(spec, size.grid, operators)
-        self._plans: dict[tuple[str, str, int, int], tuple[int, Plan]] = {}  # by expert, branch, block and part
+        self._plans: dict[tuple[str, str, int, int], tuple[int, MaskPlan]] = {}  # by expert, branch, block and part
 
     def attention(self, at: At, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
         """The output of `compute` with sparse or dense attention, as this step and block require."""
@@ -105,12 +105,12 @@ class _Bricks:
     ):
         self._sparsity, self._order, self._grid, self._operators = sparsity, order, grid, operators
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None) -> Attended:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None) -> Attended:
         order = self._order(self._grid, query.device, query.shape[1] - math.prod(self._grid))
         query, key, value = (order.apply(x) for x in (query, key, value))
         if plan is None:
             mask = masks.best(query, key, self._sparsity, order.protected)
-            plan = Plan(self._operators.sparse_pattern(mask), masks.density(mask, query.shape[2]).mean(0))
+            plan = MaskPlan(self._operators.sparse_pattern(mask), masks.density(mask, query.shape[2]).mean(0))
         return Attended(order.undo(self._operators.sparse_attention(query, key, value, plan.pattern)), plan)
 
 
@@ -122,7 +122,7 @@ class _Bands:
     def __init__(self, sparsity: float, grid: TokenGrid, operators: PlainOperators):
         self._sparsity, self._grid, self._operators = sparsity, grid, operators
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None) -> Attended:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, plan: MaskPlan | None) -> Attended:
         behind = query.shape[1] - math.prod(self._grid)
         orders = tuple(order(self._grid, query.device, behind) for order in (by_frames, by_places))
         plan = plan or self._plan(query, key, orders)
@@ -131,10 +131,10 @@ class _Bands:
         out = self._operators.sparse_attention(query, key, value, plan.pattern)
         return Attended(torch.where(first.squeeze(-1), *(order.undo(out) for order in orders)), plan)
 
-    def _plan(self, query: Tensor, key: Tensor, orders: tuple[Order, ...]) -> Plan:
+    def _plan(self, query: Tensor, key: Tensor, orders: tuple[Order, ...]) -> MaskPlan:
         band = masks.band(len(orders[0].protected), self._sparsity, query.device)
         allowed = tuple(band | masks.either(order.protected) for order in orders)
         first = masks.recalls(query, key, orders, allowed).diff(dim=0).squeeze(0) <= 0
         mask = torch.where(first.view(-1, 1, 1), *allowed)
         pattern = self._operators.sparse_pattern(mask.expand(query.shape[0], -1, -1, -1))
-        return Plan(pattern, masks.density(mask, query.shape[1]), first)
+        return MaskPlan(pattern, masks.density(mask, query.shape[1]), first)

@@ -107,7 +107,8 @@ class Generation:
         All ranks must pass the same calls. The two ranks of a cfg axis compute one of two calls each.
         """
         own = cfg.own_calls(calls, self._ranks.cfg_group)
-        inputs = {id(call.latent): call.latent.to(self._model.device, self._model.dtype) for call in own}
+        device, dtype = self._model.device, self._model.dtype
+        inputs = {id(call.latent): devices.sent(call.latent.to(dtype), device) for call in own}
 
         def compute(call: NetworkCall) -> Tensor:
             if call is own[-1]:  # this rank's last call in the step

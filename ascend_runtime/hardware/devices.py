@@ -127,6 +127,14 @@ def synchronise(device: torch.device) -> None:
         getattr(torch, device.type).synchronize(device)
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, without waiting for the device: a copy of memory that is not pinned would wait
+    until all queued work is done (torch_npu 2.13, CachingHostAllocator.cpp)."""
+    if device.type in ("cpu", "meta"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def empty_cache(device: torch.device) -> None:
     """Returns unused memory to the driver, or on a CPU to the kernel."""
     if device.type != "cpu":

@@ -13,7 +13,7 @@ import torch
 from ascend_runtime.hardware import devices
 from ascend_runtime.acceleration import masks
 from ascend_runtime.acceleration.bricks import bricks, tiles
-from ascend_runtime.acceleration.rainfusion import Plan, version_of
+from ascend_runtime.acceleration.rainfusion import MaskPlan, version_of
 from ascend_runtime.specs import RainFusionSpec
 from ascend_runtime.ops import PlainOperators, ascend_attention
 from ascend_runtime.ops.ascend import AscendOperators
@@ -67,7 +67,7 @@ def test_version_3_is_its_sparse_attention(grid):
     # It pools in bfloat16, which may turn a close choice: the mask is compared above, here the rest.
     *_, pooled = rf_v2.do_tensor_rearrange_pooling(query, key, value, 0, 128, grid, grid, "BSND")
     mask = rf_v2.get_blockwise_mask(pooled, 0, 0.7, 0.25, 128, grid, grid, "BSND", return_binary=True).bool()
-    plan = Plan(PlainOperators().sparse_pattern(mask), torch.empty(2))
+    plan = MaskPlan(PlainOperators().sparse_pattern(mask), torch.empty(2))
     ours = version_of(RainFusionSpec(version="v3", sparsity=0.7), grid, PlainOperators())(query, key, value, plan)
     assert_close(ours.out, theirs.transpose(1, 2), atol=2e-2, rtol=1e-2)
 

@@ -18,6 +18,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from ...hardware import devices
 from ...ops import PlainOperators
 from ...ops.plain import RotaryTable
 from ...parallel.sequence import SequenceLayout, WholeSequence
@@ -285,7 +286,7 @@ class WanTransformer(nn.Module):
         """The rotary table for a latent of this size, cached until the size changes or `forget` is called."""
         if self._rotary is None or self._rotary[0] != latent.shape:
             table = self.ops.rotary_table(*self.rope(latent))
-            self._rotary = latent.shape, tuple(part.to(latent.device) for part in table)
+            self._rotary = latent.shape, tuple(devices.sent(part, latent.device) for part in table)
         return self._rotary[1]
 
     def forget(self) -> None:

@@ -1,0 +1,211 @@
+"""(d) How often the host waits for an NPU in a step of the denoise loop: never in the blocks, and once a step for the
+velocity, as the solver runs on the CPU. A step cache that measures a change adds one wait.
+
+Contract, not device: the loop, its solver and its numbers are the real ones; the card is pretended (pretend_card.py),
+and a fake group stands for several ranks. A wait is what torch_npu's sources make one.
+"""
+
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import cpu_kernels
+import mindiesd  # noqa: F401 - its operators get stand-ins too
+import pytest
+import torch
+import torch.distributed as dist
+from ascend_runtime.components import Components
+from ascend_runtime.engine.denoising import StepsOfJob, denoised
+from ascend_runtime.engine.generation import Generation, Ranks, Request
+from ascend_runtime.engine.job import Job
+from ascend_runtime.hardware import devices
+from ascend_runtime.hardware.environment import with_defaults
+from ascend_runtime.models.shared.conditioning import Given
+from ascend_runtime.ops import operators_for
+from ascend_runtime.ops.ascend import AscendOperators
+from ascend_runtime.parallel import mesh
+from ascend_runtime.parallel.sequence import spread
+from ascend_runtime.specs import (
+    AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, DiffusionModelSpec, OperatorSpec, Plan, RainFusionSpec,
+    SampleSpec, StepCacheSpec,
+)  # fmt: skip
+from ascend_runtime.wire.messages import Conditioning
+from pretend_card import CPU, NPU, Card
+from tiny_models import TEXT_DIM, wan_transformer
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend "fake"
+
+SHAPE = (1, 16, 3, 16, 20)  # 240 tokens, 2 mask blocks
+STEPS, RANKS, SEED = 5, 4, 3
+VELOCITY, MEASURE = "engine/denoising.py", "parallel/mesh.py"  # where the host waits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_ranks():
+    """This process is the first of four ranks, whose group does nothing."""
+    cpu_kernels.register()
+    torch.set_grad_enabled(False)
+    dist.init_process_group("fake", rank=0, world_size=RANKS)
+    yield
+    dist.destroy_process_group()
+    mesh.mesh_of.cache_clear()
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture(scope="module")
+def specs(tmp_path_factory):
+    """Of a model with one expert, and of one with two."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in range(2):
+        wan_transformer(seed).save_pretrained(folder / f"expert {seed}")
+    one, two = (str(folder / f"expert {seed}") for seed in range(2))
+    paths = {"path": one}, {"path": one, "low_noise_path": two}
+    return [DiffusionModelSpec(dtype="bfloat16", **given) for given in paths]
+
+
+class Client:
+    """A channel to a client that says nothing. previews: how many it was sent."""
+
+    previews = 0
+
+    def take(self):
+        return None
+
+    def send(self, message):
+        self.previews += type(message).__name__ == "Preview"
+
+
+class Numbered:
+    """In the place of a recorder of steps."""
+
+    def __init__(self, card):
+        self._card = card
+
+    @contextmanager
+    def step(self, number):
+        self._card.step = number
+        yield
+        self._card.step = 0
+
+
+class Run:
+    """A job on the pretended card, or on the CPU. waits: those of its steps."""
+
+    def __init__(
+        self, specs, device=NPU, experts=1, plan=Plan(), acceleration=AccelerationSpec(), preview=False, known=False
+    ):
+        self.card, self.client = Card(), Client()
+        model = Components(CPU).get(specs[experts - 1], lambda *_: None)
+        model.device = device
+        with self.card, patch.object(torch.npu, "synchronize", self.card.synchronise):
+            for expert in model.experts if device == NPU else ():
+                self.card.put(expert)
+            request = _request(model, acceleration, known)
+            generation = Generation.prepare(model, request, _ranks(plan, model))
+            job = Job(SimpleNamespace(job=1, preview=preview), self.client, device)
+            steps = StepsOfJob(job, model, generation, Numbered(self.card))
+            self.latent = denoised(generation, model, request, steps)
+        self.waits = [wait for wait in self.card.waits if wait.step]
+
+    def counted(self):
+        """[how often the host waited in a step, for all steps]"""
+        found = Counter(wait.step for wait in self.waits)
+        return [found[step] for step in range(1, STEPS + 1)]
+
+    def places(self):
+        return sorted({wait.place.rpartition(":")[0] for wait in self.waits})
+
+
+def _request(model, acceleration, known):
+    generator = torch.Generator().manual_seed(SEED)
+    prompts = {name: Conditioning(text=torch.randn(1, 12, TEXT_DIM, generator=generator))
+               for name in ("positive", "negative")}  # fmt: skip
+    spec = SampleSpec(seed=SEED, steps=STEPS, guidance_scale=4.0, shift=3.0, solver="unipc")
+    spec = model.defaults.fill(spec, model.pixels_of(SHAPE))
+    mask = (torch.arange(SHAPE[2]).view(1, 1, -1, 1, 1) > 0).float().expand(1, 1, *SHAPE[2:]) if known else None
+    return Request(Given(torch.zeros(SHAPE), mask, prompts), spec, acceleration)
+
+
+def _ranks(plan, model):
+    """As `Ranks.arranged`, but for groups of the CPU, as the fake group is."""
+    computing = operators_for(model.device, with_defaults(OperatorSpec(), {}), model.dtype)
+    made = mesh.mesh_of("cpu", plan)
+    sequence = spread(made, computing, ring_exchange="gather")
+    for expert in model.experts:
+        expert.arrange(computing, sequence)
+    return Ranks(plan, computing, sequence, made.group("cfg") if plan.cfg > 1 else None)
+
+
+def cached(method, **values):
+    return {"acceleration": AccelerationSpec(step_cache=StepCacheSpec(method=method, **values))}
+
+
+def sparse(version):
+    spec = RainFusionSpec(version=version, sparsity=0.8, start=1, refresh=2)
+    return {"acceleration": AccelerationSpec(rainfusion=spec)}
+
+
+CASES = {
+    "one rank": {},
+    "two experts": {"experts": 2},
+    "previews": {"preview": True},
+    "known frames": {"known": True},
+    "guidance on two ranks, Ulysses": {"plan": Plan(cfg=2, ulysses=2)},
+    "guidance on two ranks, slices": {"plan": Plan(cfg=2, tp=2)},
+    "a ring that gathers": {"plan": Plan(ring=2, ulysses=2)},
+    "attention cache": {"acceleration": AccelerationSpec(attention_cache=AttentionCacheSpec(start=1, interval=2))},
+    "block cache": {"acceleration": AccelerationSpec(block_cache=BlockCacheSpec(start=1, interval=2))},
+    "RainFusion v1": sparse("v1"),
+    "RainFusion v2": sparse("v2"),
+    "RainFusion v3": sparse("v3"),
+    "taylorseer": cached("taylorseer", interval=2, first_steps=1, last_steps=1),
+}
+MEASURING = {
+    "fbcache": cached("fbcache", threshold=0.1, first_steps=1, last_steps=1),
+    "teacache": cached("teacache", threshold=0.1, first_steps=1, last_steps=1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_waits_once_a_step(specs, case):
+    run = Run(specs, **CASES[case])
+    print(f"\n{case}: {run.counted()} waits in its steps, in {', '.join(run.places())}")
+    assert not any(wait.in_block for wait in run.waits)
+    assert run.counted() == [1] * STEPS and run.places() == [VELOCITY]
+    assert run.client.previews == (STEPS if case == "previews" else 0)
+
+
+@pytest.mark.parametrize("case", MEASURING)
+def test_a_step_cache_that_measures_adds_one_wait(specs, case):
+    """In the steps in which it may decide: not in the first, nor in the last. It lies between the blocks."""
+    run = Run(specs, **MEASURING[case])
+    print(f"\n{case}: {run.counted()} waits in its steps, in {', '.join(run.places())}")
+    assert not any(wait.in_block for wait in run.waits)
+    assert run.counted() == [1, *[2] * (STEPS - 2), 1] and run.places() == [VELOCITY, MEASURE]
+
+
+def test_the_pretended_card_computes_what_the_cpu_does(specs):
+    made, expected = (Run(specs, device=device).latent for device in (NPU, CPU))
+    error = (made - expected).square().mean().sqrt() / expected.std()
+    print(f"\n{error:.1e} off in bfloat16, seed {SEED}")
+    assert expected.std() > 0.5 and error < 2e-2
+
+
+def test_this_test_sees_what_waits_in_a_block(specs, monkeypatch):
+    planted = {
+        "_local_scalar_dense": lambda x: float(x[0, 0, 0]),
+        "is_nonzero": lambda x: bool((x > 0).any()),
+        "equal": lambda x: torch.equal(x, x),
+        "nonzero": lambda x: x.nonzero(),
+        "index of": lambda x: x[x > 0],
+        "to the host": lambda x: x.cpu(),
+        "from the host, blocking": lambda x: x + torch.ones(x.shape).to(x.device, x.dtype),
+        "from the host, not pinned": lambda x: torch.empty_like(x).copy_(torch.ones(x.shape), non_blocking=True),
+        "synchronize": lambda x: devices.synchronise(NPU),
+    }
+    gelu = AscendOperators.gelu
+    monkeypatch.setattr(AscendOperators, "gelu", lambda self, x: [gelu(self, x), *(do(x) for do in planted.values())][0])
+    run = Run(specs)
+    whys = " ".join(wait.why for wait in run.waits if wait.in_block and wait.step == 2)
+    assert [words for words in planted if words not in whys and words != "is_nonzero"] == []
+    assert not [wait for wait in run.waits if wait.in_block and wait.place == "outside of the package"]
