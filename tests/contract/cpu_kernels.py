@@ -290,8 +290,9 @@ def adaln(x, scale, shift, weight, bias, epsilon):
 
 @kernel("npu::npu_rotary_mul")
 def rotary_mul(input, r1, r2, rotary_mode):
-    """input r1 + turned(input) r2; r1, r2 [1, S, 1, D], cosine and sine. Rounds once, as the kernels of CANN do: they
-    cast 16 bits to fp32 and back (hicann/cann-recipes-infer, inplace_partial_rotary_mul/op_kernel)."""
+    """input r1 + turned(input) r2; r1, r2 [1, S, 1, D], cosine and sine. Rounds once, as a public kernel of the same
+    kind does, which casts 16 bits to fp32 and back (hicann/cann-recipes-infer, ops/ascendc/src/
+    inplace_partial_rotary_mul/op_kernel/rotate_interleaved_split_s.h)."""
     x = input.float()
     if rotary_mode == "interleave":  # pairs (x[2i], x[2i + 1])
         turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
