@@ -1,12 +1,13 @@
 """An NPU that is pretended: tensors on "npu" whose values are in the CPU's memory, and every wait of the host for it.
 
-The package runs on it with real values, and no operator of it knows: an operator of a tensor on "npu" computes on the
-CPU, torch_npu's and MindIE SD's by their stand-ins (cpu_kernels.py). Where torch_npu would synchronise, `Card` notes it
+The package runs on it unchanged and with real values: an operator of a tensor on "npu" computes on the CPU, torch_npu's
+and MindIE SD's by their stand-ins (cpu_kernels.py). Where torch_npu would synchronise, `Card` notes it
 with its place: a value that the host reads, a shape that depends on values, a copy that is not from or to pinned
 memory. (Sources: Ascend/pytorch, torch_npu/csrc/aten/ops/op_api/CopyKernelOpApi.cpp and
 torch_npu/csrc/core/npu/CachingHostAllocator.cpp.)
 
-Collectives of HCCL, and waits for their work, are ordered on streams and hold up no host; here a fake group does them.
+Collectives of HCCL, and waits for their work, are ordered on streams and do not block the host (torch_npu/csrc/
+distributed/ProcessGroupHCCL.cpp, without TORCH_HCCL_BLOCKING_WAIT); here a fake group does them.
 """
 
 import sys
@@ -50,7 +51,8 @@ class OnCard(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operator, types, arguments=(), keywords=None):
-        raise RuntimeError(f"{operator} of a tensor on a pretended card, outside of `Card`")
+        """Where no mode is: on other threads."""
+        return cls.card.__torch_dispatch__(operator, types, arguments, keywords)
 
 
 class Card(TorchDispatchMode):
@@ -60,6 +62,7 @@ class Card(TorchDispatchMode):
         super().__init__()
         self.waits, self.step, self.in_block = [], 0, False
         self._pinned = []
+        OnCard.card = self  # of the process: the last one
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
         name, given = operator.name().partition("::")[2].partition(".")[0], tree_leaves((arguments, keywords))
@@ -124,12 +127,8 @@ class Card(TorchDispatchMode):
     def _note(self, why):
         self.waits.append(Wait(self.step, self.in_block, why, _place()))
 
-    def put(self, network):
-        """Has the weights of a network of the CPU on the card. Its blocks say when they compute."""
-        for module in network.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = torch.nn.Parameter(OnCard(parameter.detach()), requires_grad=False)
+    def watch(self, network):
+        """Has the blocks of a network say when they compute."""
         for block in network.blocks:
             block.register_forward_pre_hook(lambda *_: setattr(self, "in_block", True))
             block.register_forward_hook(lambda *_: setattr(self, "in_block", False))

@@ -54,13 +54,14 @@ def several_ranks():
 
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory):
-    """Of a model with one expert, and of one with two."""
+    """Of a model with one expert, and of one with two, which stay on the card or take turns on it."""
     folder = tmp_path_factory.mktemp("models")
     for seed in range(2):
         wan_transformer(seed).save_pretrained(folder / f"expert {seed}")
     one, two = (str(folder / f"expert {seed}") for seed in range(2))
-    paths = {"path": one}, {"path": one, "low_noise_path": two}
-    return [DiffusionModelSpec(dtype="bfloat16", **given) for given in paths]
+    both = {"low_noise_path": two, "boundary": 0.8}
+    given = {"one": {}, "two": {**both, "experts": "resident"}, "in turns": {**both, "experts": "swap"}}
+    return {name: DiffusionModelSpec(path=one, dtype="bfloat16", **fields) for name, fields in given.items()}
 
 
 class Client:
@@ -92,20 +93,20 @@ class Run:
     """A job on the pretended card, or on the CPU. waits: those of its steps."""
 
     def __init__(
-        self, specs, device=NPU, experts=1, plan=Plan(), acceleration=AccelerationSpec(), preview=False, known=False
+        self, specs, device=NPU, experts="one", plan=Plan(), acceleration=AccelerationSpec(), preview=False, known=False
     ):
         self.card, self.client = Card(), Client()
-        model = Components(CPU).get(specs[experts - 1], lambda *_: None)
-        model.device = device
         with self.card, patch.object(torch.npu, "synchronize", self.card.synchronise):
-            for expert in model.experts if device == NPU else ():
-                self.card.put(expert)
+            model = Components(device).get(specs[experts], lambda *_: None)
+            for expert in {id(expert): expert for expert in model.experts}.values():
+                self.card.watch(expert)
             request = _request(model, acceleration, known)
             generation = Generation.prepare(model, request, _ranks(plan, model))
             job = Job(SimpleNamespace(job=1, preview=preview), self.client, device)
             steps = StepsOfJob(job, model, generation, Numbered(self.card))
             self.latent = denoised(generation, model, request, steps)
         self.waits = [wait for wait in self.card.waits if wait.step]
+        self.fetched = 0 if model.swap is None else model.swap.fetched
 
     def counted(self):
         """[how often the host waited in a step, for all steps]"""
@@ -147,7 +148,8 @@ def sparse(version):
 
 CASES = {
     "one rank": {},
-    "two experts": {"experts": 2},
+    "two experts": {"experts": "two"},
+    "two experts that take turns": {"experts": "in turns"},
     "previews": {"preview": True},
     "known frames": {"known": True},
     "guidance on two ranks, Ulysses": {"plan": Plan(cfg=2, ulysses=2)},
@@ -173,6 +175,7 @@ def test_the_host_waits_once_a_step(specs, case):
     assert not any(wait.in_block for wait in run.waits)
     assert run.counted() == [1] * STEPS and run.places() == [VELOCITY]
     assert run.client.previews == (STEPS if case == "previews" else 0)
+    assert (run.fetched > 0) == (case == "two experts that take turns")
 
 
 @pytest.mark.parametrize("case", MEASURING)
