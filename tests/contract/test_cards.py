@@ -110,7 +110,7 @@ def test_a_block_calls_what_its_card_has(play, card, model):
         Stack(model, depth=1).run()
     print(card, dict(checks.checked))
     assert checks.checked["npu_fused_infer_attention_score"] >= 2 and not checks.checked["npu_fusion_attention"]
-    assert {"npu_rms_norm", "npu_rotary_mul", "npu_gelu", "npu_layer_norm_eval", "addmm"} <= checks.checked.keys()
+    assert {"npu_rms_norm", "npu_rotary_mul", "npu_gelu", "native_layer_norm", "addmm"} <= checks.checked.keys()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
