@@ -65,7 +65,7 @@ class Ranks:
         sequence = spread(mesh, computing, parallel.ring_exchange, overlaps(parallel, environ))
         for expert in model.experts:
             expert.arrange(computing, sequence)
-        return cls(plan, computing, sequence, mesh.group("cfg") if plan.cfg > 1 else None)
+        return cls(plan, computing, sequence, mesh.group("cfg"))
 
 
 class NetworkCall(NamedTuple):

@@ -13,9 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# If an axis spans all ranks, a ring and this all-gather use the same group: a separate tag keeps their messages apart.
-TAG = 1
-
 
 class DirectGather:
     """For FSDPModule.set_custom_all_gather. Each rank sends its shard R-1 times, as in any all-gather."""
@@ -33,8 +30,8 @@ class DirectGather:
         for rank, place in enumerate(places):
             if rank != own:
                 peer = dist.get_global_rank(group, rank)
-                exchanges.append(dist.P2POp(dist.isend, input_tensor, peer, group, TAG))
-                exchanges.append(dist.P2POp(dist.irecv, place, peer, group, TAG))
+                exchanges.append(dist.P2POp(dist.isend, input_tensor, peer, group))
+                exchanges.append(dist.P2POp(dist.irecv, place, peer, group))
         work = _AllOf(dist.batch_isend_irecv(exchanges))
         if async_op:
             return work

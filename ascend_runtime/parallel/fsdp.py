@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoints.reader import assign
 from .direct_gather import DirectGather
-from .mesh import weights_mesh
+from .mesh import group_along
 from .tensor import TensorParallel, WholeWeights, slice_of
 
 
@@ -32,13 +32,18 @@ class Sharding:
 
 @lru_cache(maxsize=None)
 def sharding_of(kind: str, world_size: int, tp: int, fsdp: bool) -> Sharding:
-    """How weights are sharded over `world_size` ranks on `kind` devices. Collective: all ranks must call it."""
-    sharded = fsdp and tp < world_size
-    if tp == 1 and not sharded:
-        return Sharding()
-    mesh = weights_mesh(kind, tp)
+    """How weights are sharded over `world_size` ranks on `kind` devices. Collective: all ranks must call it.
+
+    The ranks form the grid fsdp x tp: ranks along fsdp hold the same slice of the weights, ranks along tp the others.
+    Since tp is the innermost axis of every plan, these groups do not depend on the other degrees: plans with the same
+    tp degree keep all weights in place. FSDP gathers weights while blocks compute and exchange, so in the background.
+    """
+    degrees = world_size // tp, tp
+    slices = group_along(kind, degrees, (1,))
+    shards = group_along(kind, degrees, (0,), background=True) if fsdp else None
     return Sharding(
-        TensorParallel(mesh["tp"].get_group()) if tp > 1 else WholeWeights(), mesh["fsdp"] if sharded else None
+        WholeWeights() if slices is None else TensorParallel(slices),
+        None if shards is None else DeviceMesh.from_group(shards, kind),
     )
 
 

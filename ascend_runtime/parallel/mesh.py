@@ -1,8 +1,10 @@
-"""The mesh of all ranks with the axes cfg x ring x ulysses x tp, whose innermost neighbours are on one machine."""
+"""The groups of ranks, and the mesh of all ranks with the axes cfg x ring x ulysses x tp, whose innermost neighbours are
+on one machine. No other module makes groups."""
 
 from __future__ import annotations
 
 import faulthandler
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..specs import Plan
 from ..specs.plans import AXES
@@ -23,19 +24,95 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 RENDEZVOUS_SECONDS = 120.0  # in which all ranks must have created a group
 FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some collectives use as one
 
+Lines = tuple[tuple[int, ...], ...]  # ranks that form a group each; no rank is in two of them
+
+_groups: dict[tuple[str, Lines, bool], dist.ProcessGroup | None] = {}
+
 
 class Mesh:
     """All ranks, arranged along the axes of a plan."""
 
     def __init__(self, kind: str, plan: Plan):
         self.plan = plan
-        axes = init_device_mesh(kind, plan.degrees, mesh_dim_names=AXES)
-        self._axes = {axis: axes[axis] for axis in AXES}
-        self._axes |= {name: axes[parts]._flatten(name) for name, parts in FLATTENED.items()}
+        axes = {axis: (axis,) for axis in AXES} | FLATTENED
+        self._groups = {
+            name: group_along(kind, plan.degrees, tuple(map(AXES.index, parts))) for name, parts in axes.items()
+        }
 
-    def group(self, axis: str) -> dist.ProcessGroup:
-        """This rank and those that differ from it only along this axis of AXES or FLATTENED."""
-        return self._axes[axis].get_group()
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """This rank and those that differ from it only along this axis of AXES or FLATTENED; None if there are none."""
+        return self._groups[axis]
+
+
+@lru_cache(maxsize=None)
+def mesh_of(kind: str, plan: Plan) -> Mesh:
+    """The mesh of all ranks for this plan. Cached, so that returning to a plan costs nothing."""
+    return Mesh(kind, plan)
+
+
+def group_along(
+    kind: str, degrees: tuple[int, ...], dims: tuple[int, ...], background: bool = False
+) -> dist.ProcessGroup | None:
+    """The group of this rank and those that differ from it only along these dims of a grid of all ranks, for tensors on
+    `kind` devices; None if there are none. degrees: the grid's sizes. background, and who must call it: see `group_of`.
+    """
+    grid = torch.arange(dist.get_world_size()).view(degrees)
+    size = math.prod(degrees[dim] for dim in dims)
+    lines = grid.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, size)
+    return group_of(kind, tuple(map(tuple, lines.tolist())), background) if size > 1 else None
+
+
+def group_of(kind: str, lines: Lines, background: bool = False) -> dist.ProcessGroup | None:
+    """The group of `lines` that this rank is in, for tensors on `kind` devices; None if it is in none. Collective: all
+    ranks must call it, also those in no group.
+
+    Cached: the same ranks have one group, and so one communicator, whose buffers take device memory (see
+    `devices.communicator_bytes`).
+    background: for exchanges that run while others do. These get a communicator of their own, as a communicator runs
+    one exchange after the other.
+    """
+    key = kind, lines, background
+    if key not in _groups:
+        _groups[key] = group = _made(lines, background)
+        if group is not None:
+            _connect(group, kind)
+    return _groups[key]
+
+
+def communicators() -> int:
+    """The number of communicators on this rank's device."""
+    return sum(group is not None for group in _groups.values())
+
+
+def _made(lines: Lines, background: bool) -> dist.ProcessGroup | None:
+    if lines == (tuple(range(dist.get_world_size())),) and not background:
+        return dist.group.WORLD
+    with _ended_after(RENDEZVOUS_SECONDS):
+        groups = [dist.new_group(line) for line in lines]
+    return next((group for group, line in zip(groups, lines) if dist.get_rank() in line), None)
+
+
+def _connect(group: dist.ProcessGroup, kind: str) -> None:
+    """Makes the group's communicator by a first exchange of all its members.
+
+    HCCL and NCCL make a communicator when a group exchanges for the first time, and wait for all members meanwhile. A
+    batch of sends and receives may not be that first exchange if a member takes no part (torch's documentation of
+    batch_isend_irecv), and a communicator that is made now finds memory, and is counted in what is free.
+    """
+    members = torch.ones(1, device=kind)
+    dist.all_reduce(members, group=group)
+    assert int(members) == dist.get_world_size(group), (int(members), dist.get_process_group_ranks(group))
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Exits this process, with a traceback on standard error, if the code inside takes longer. If no thread can be
+    started, torch's group constructor may block forever during its cleanup, and all other ranks with it."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # starts a thread; raises if it cannot
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass(frozen=True)
@@ -51,35 +128,6 @@ class Member:
     @property
     def rank(self) -> int:
         return dist.get_rank(self.group)
-
-
-@contextmanager
-def _ended_after(seconds: float) -> Iterator[None]:
-    """Exits this process, with a traceback on standard error, if the code inside takes longer. If no thread can be
-    started, torch's group constructor may block forever during its cleanup, and all other ranks with it."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # starts a thread; raises if it cannot
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-@lru_cache(maxsize=None)
-def mesh_of(kind: str, plan: Plan) -> Mesh:
-    """The mesh of all ranks for this plan. Cached, so that returning to a plan costs nothing."""
-    with _ended_after(RENDEZVOUS_SECONDS):
-        return Mesh(kind, plan)
-
-
-@lru_cache(maxsize=None)
-def weights_mesh(kind: str, tp: int) -> DeviceMesh:
-    """The mesh fsdp x tp of all ranks. Ranks along fsdp hold the same slice of the weights, ranks along tp the others.
-
-    Since tp is the innermost axis of every plan, these groups do not depend on the other degrees: plans with the same
-    tp degree keep all weights in place.
-    """
-    with _ended_after(RENDEZVOUS_SECONDS):
-        return init_device_mesh(kind, (dist.get_world_size() // tp, tp), mesh_dim_names=("fsdp", "tp"))
 
 
 def all_reduce_max(value: int) -> int:

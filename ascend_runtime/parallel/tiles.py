@@ -8,7 +8,7 @@ message of their own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import accumulate
 from typing import Callable
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .mesh import all_gather, pad_end
+from .mesh import all_gather, group_of, pad_end
 
 Area = tuple[slice, slice]  # rows and columns of a plane
 Edges = tuple[int, int, int, int]  # halo sizes in pixels: left, right, top, bottom, as in torch's padding
@@ -69,10 +69,12 @@ def _even(size: int, parts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile number `index` of a grid, counted row by row; it belongs to the rank of the same number."""
+    """Tile number `index` of a grid, counted row by row. It belongs to the rank of the same number in `group`: the ranks
+    that have a tile, or None for a single tile."""
 
     grid: TileGrid
     index: int
+    group: dist.ProcessGroup | None = None
 
     @property
     def row(self) -> int:
@@ -92,10 +94,9 @@ class Tile:
         """The parts of the tile that `fill_edges` sends first: the rows at its cuts, or the columns if the plane is cut
         only into columns."""
         left, right, top, bottom = edges
-        above, below, before, after = self._neighbours
         if len(self.grid.heights) > 1:
-            return [(rows, slice(None)) for rows in _ends((bottom, top), (above, below))]
-        return [(slice(None), columns) for columns in _ends((right, left), (before, after))]
+            return [(rows, slice(None)) for rows in _ends((bottom, top), self._neighbours(-2))]
+        return [(slice(None), columns) for columns in _ends((right, left), self._neighbours(-1))]
 
     def fill_edges(self, x: Tensor, edges: Edges, replicate: bool = False) -> Callable[[], None]:
         """Fills the halo of the tile in the middle of x [..., top + h + bottom, left + w + right] with the neighbours'
@@ -109,46 +110,70 @@ class Tile:
         the tile below, (top + h + bottom) x right to the left tile, and (top + h + bottom) x left to the right tile.
         """
         left, right, top, bottom = edges
-        above, below, before, after = self._neighbours
-        begin_rows = partial(_fill_dim, dim=-2, sizes=(top, bottom), neighbours=(above, below), replicate=replicate)
-        begin_columns = partial(_fill_dim, x, -1, (left, right), (before, after), replicate)
         inner = x.narrow(-1, left, x.shape[-1] - left - right)
         if len(self.grid.heights) > 1:
-            rows_arrive = begin_rows(inner)
+            rows_arrive = self._fill_dim(inner, -2, (top, bottom), replicate)
 
             def end() -> None:
                 rows_arrive()
-                begin_columns()()
+                self._fill_dim(x, -1, (left, right), replicate)()
 
             return end
         if not replicate:
-            begin_rows(inner)
-            return begin_columns()
-        columns_arrive = begin_columns()
+            self._fill_dim(inner, -2, (top, bottom))
+            return self._fill_dim(x, -1, (left, right))
+        columns_arrive = self._fill_dim(x, -1, (left, right), replicate)
 
         def end_with_rows() -> None:  # which are made of the columns that have arrived
             columns_arrive()
-            begin_rows(x)()
+            self._fill_dim(x, -2, (top, bottom), replicate)()
 
         return end_with_rows
 
-    @property
-    def _neighbours(self) -> tuple[int | None, int | None, int | None, int | None]:
-        """The tiles above, below, left and right of it."""
-        rows, columns = len(self.grid.heights), len(self.grid.widths)
-        return (
-            self.index - columns if self.row else None,
-            self.index + columns if self.row + 1 < rows else None,
-            self.index - 1 if self.column else None,
-            self.index + 1 if self.column + 1 < columns else None,
-        )
+    def _neighbours(self, dim: int) -> tuple[int | None, int | None]:
+        """The tiles above and below it (dim -2), or left and right of it (dim -1)."""
+        columns = len(self.grid.widths)
+        place, places, step = (self.row, len(self.grid.heights), columns) if dim == -2 else (self.column, columns, 1)
+        return self.index - step if place else None, self.index + step if place + 1 < places else None
+
+    def _fill_dim(self, x: Tensor, dim: int, sizes: tuple[int, int], replicate: bool = False) -> Callable[[], None]:
+        """Starts to fill the first and last pixels of x along `dim` from the neighbours. Returns a function that waits
+        for them, and that repeats the pixels at the plane's edge if `replicate`."""
+        (first, last), length = sizes, x.shape[dim]
+        borders = (x.narrow(dim, 0, first), x.narrow(dim, length - last, last))
+        sent = (x.narrow(dim, first, last), x.narrow(dim, length - last - first, first))
+        nearest = (x.narrow(dim, first, 1), x.narrow(dim, length - last - 1, 1))
+        exchanges, arriving, repeated = [], [], []
+        for border, own, edge, neighbour in zip(borders, sent, nearest, self._neighbours(dim)):
+            if neighbour is None:
+                if replicate:
+                    repeated.append((border, edge))
+                else:
+                    border.zero_()
+                continue
+            peer = dist.get_global_rank(self.group, neighbour)
+            if own.numel():
+                whole = own.clone(memory_format=torch.contiguous_format)
+                exchanges.append(dist.P2POp(dist.isend, whole, peer, self.group))
+            if border.numel():
+                arriving.append((border, border.new_empty(border.shape)))
+                exchanges.append(dist.P2POp(dist.irecv, arriving[-1][1], peer, self.group))
+        under_way = dist.batch_isend_irecv(exchanges) if exchanges else ()
+
+        def arrive() -> None:
+            for work in under_way:
+                work.wait()
+            for border, arrived in (*arriving, *repeated):
+                border.copy_(arrived)
+
+        return arrive
 
     def summed(self, values: Tensor) -> Tensor:
         """The sums of `values` over all tiles, in fp64 on the CPU, for a norm over the whole plane. Collective
         over all tiles of the grid, by the control backend (Gloo)."""
         values = values.cpu().to(torch.float64, copy=True)
         if self.grid.tiles > 1:
-            dist.all_reduce(values, group=_group(self.grid.tiles))
+            dist.all_reduce(values, group=self.group)
         return values
 
     def gather(self, tokens: Tensor) -> Tensor:
@@ -162,7 +187,7 @@ class Tile:
         sizes = [height * width for height in grid.heights for width in grid.widths]
         scale = tokens.shape[1] // sizes[self.index]
         padded = pad_end(tokens, 1, scale * grid.largest)
-        gathered = all_gather(padded, _group(grid.tiles))  # [tiles, B, largest, C]
+        gathered = all_gather(padded, self.group)  # [tiles, B, largest, C]
         return torch.cat([part[:, : scale * size] for part, size in zip(gathered, sizes)], dim=1)
 
 
@@ -176,17 +201,13 @@ def grid_here(height: int, width: int) -> TileGrid:
     return grid_of(dist.get_world_size(), height, width)
 
 
-def tile_of(height: int, width: int) -> Tile | None:
-    """This rank's tile of a plane, if it has one. Collective: all ranks must call it."""
+def tile_of(kind: str, height: int, width: int) -> Tile | None:
+    """This rank's tile of a plane on `kind` devices, if it has one. Collective: all ranks must call it."""
     grid = grid_here(height, width)
-    _group(grid.tiles)
-    return Tile(grid, dist.get_rank()) if dist.get_rank() < grid.tiles else None
-
-
-@lru_cache(maxsize=None)
-def _group(tiles: int) -> dist.ProcessGroup:
-    """The group of the ranks that have a tile. Creating a group is collective over all ranks."""
-    return dist.group.WORLD if tiles == dist.get_world_size() else dist.new_group(range(tiles))
+    if grid.tiles == 1:
+        return Tile(grid, 0) if dist.get_rank() == 0 else None
+    group = group_of(kind, (tuple(range(grid.tiles)),))
+    return None if group is None else Tile(grid, dist.get_rank(group), group)
 
 
 def _ends(sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> list[slice]:
@@ -194,36 +215,3 @@ def _ends(sizes: tuple[int, int], neighbours: tuple[int | None, int | None]) -> 
     (first, last), (before, after) = sizes, neighbours
     beginning = [slice(0, first)] if first and before is not None else []
     return beginning + ([slice(-last, None)] if last and after is not None else [])
-
-
-def _fill_dim(
-    x: Tensor, dim: int, sizes: tuple[int, int], neighbours: tuple[int | None, int | None], replicate: bool
-) -> Callable[[], None]:
-    """Starts to fill the first and last pixels of x along `dim` from the previous and the next rank. Returns a function
-    that waits for them, and that repeats the pixels at the plane's edge if `replicate`."""
-    (first, last), length = sizes, x.shape[dim]
-    borders = (x.narrow(dim, 0, first), x.narrow(dim, length - last, last))
-    sent = (x.narrow(dim, first, last), x.narrow(dim, length - last - first, first))
-    nearest = (x.narrow(dim, first, 1), x.narrow(dim, length - last - 1, 1))
-    exchanges, arriving, repeated = [], [], []
-    for border, own, edge, neighbour in zip(borders, sent, nearest, neighbours):
-        if neighbour is None:
-            if replicate:
-                repeated.append((border, edge))
-            else:
-                border.zero_()
-            continue
-        if own.numel():
-            exchanges.append(dist.P2POp(dist.isend, own.clone(memory_format=torch.contiguous_format), neighbour))
-        if border.numel():
-            arriving.append((border, border.new_empty(border.shape)))
-            exchanges.append(dist.P2POp(dist.irecv, arriving[-1][1], neighbour))
-    under_way = dist.batch_isend_irecv(exchanges) if exchanges else ()
-
-    def arrive() -> None:
-        for work in under_way:
-            work.wait()
-        for border, arrived in (*arriving, *repeated):
-            border.copy_(arrived)
-
-    return arrive

@@ -2,8 +2,8 @@
 
 RANK and WORLD_SIZE say which of how many. FOLDER holds cases.json as sequence_rank.py reads it; the rank writes, by
 number, what happened in each attention to order-RANK.json: "send", "arrived" and "attend", each a letter. It also
-gathers by DirectGather around an exchange on the same group, whose receives are posted in another order on rank 1, and
-writes what came to gathered-RANK.json.
+gathers by DirectGather around an exchange of a ring of the same ranks, whose receives are posted in another order on
+rank 1, and writes what came to gathered-RANK.json.
 """
 
 import json
@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.direct_gather import DirectGather
+from ascend_runtime.parallel.fsdp import sharding_of
+from ascend_runtime.parallel.mesh import mesh_of
+from ascend_runtime.specs import Plan
 from sequence_rank import attend
 
 LETTERS = {"send": "s", "arrived": "w", "attend": "a"}
@@ -48,17 +51,18 @@ def note(events):
 
 
 def gathered_around_an_exchange(rank):
-    """What came of a gather, and of an exchange on its group."""
+    """What came of a gather of FSDP, and of an exchange of a ring over the same ranks."""
+    gathering, passing = sharding_of("cpu", 2, 1, True).mesh.get_group(), mesh_of("cpu", Plan(ring=2)).group("ring")
     own, output = torch.full((3,), 1.0 + rank), torch.zeros(6)
     share = output.chunk(2)[rank].copy_(own)
     passed, arrived = torch.full((3,), 11.0 + rank), torch.zeros(3)
 
     def gather():
-        return [DirectGather()(output, share, dist.group.WORLD, async_op=True)]
+        return [DirectGather()(output, share, gathering, async_op=True)]
 
     def exchange():
         exchanges = (dist.isend, passed), (dist.irecv, arrived)
-        return dist.batch_isend_irecv([dist.P2POp(does, x, 1 - rank) for does, x in exchanges])
+        return dist.batch_isend_irecv([dist.P2POp(does, x, 1 - rank, passing) for does, x in exchanges])
 
     first, second = (gather, exchange) if rank == 0 else (exchange, gather)
     for work in [*first(), *second()]:

@@ -23,7 +23,7 @@ def main():
     plane = torch.randn(2, 8, 3, 9, 13, generator=generator)
     for grid in (TileGrid(*sides) for sides in GRIDS):
         assert grid.tiles == ranks
-        tile = Tile(grid, rank)
+        tile = Tile(grid, rank, dist.group.WORLD)
         for edges in EDGES:
             if min(grid.heights) < max(edges[2:]) or min(grid.widths) < max(edges[:2]):
                 continue

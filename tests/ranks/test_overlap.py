@@ -1,4 +1,4 @@
-"""Exchanges travel while attention computes, and those of one group keep apart."""
+"""Exchanges travel while attention computes, and those of the same ranks keep apart."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_what_is_needed_later_is_sent_before_attention_and_waited_for_after_it(f
         assert json.loads((folder / f"order-{rank}.json").read_text()) == list(CASES.values())
 
 
-def test_a_gather_and_a_ring_on_one_group_do_not_take_each_others_messages(folder):
+def test_a_gather_and_a_ring_of_the_same_ranks_do_not_take_each_others_messages(folder):
     for rank in range(2):
         told = json.loads((folder / f"gathered-{rank}.json").read_text())
         assert told == {"gathered": [1.0] * 3 + [2.0] * 3, "arrived": [12.0 - rank] * 3}

@@ -175,6 +175,17 @@ def test_this_test_sees_an_arrow_that_runs_up(tmp_path):
     assert layer_of("ascend_runtime.models.wan") < layer_of("ascend_runtime.parallel.sequence")
 
 
+MAKE_GROUPS = re.compile("new_(sub)?group|split_group|init_device_mesh|_flatten$")
+
+
+@pytest.mark.parametrize("name", modules())
+def test_groups_of_ranks_are_made_in_one_place(name):
+    nodes = ast.walk(ast.parse(modules()[name].read_text()))
+    used = {getattr(node, "attr", getattr(node, "id", getattr(node, "name", None))) for node in nodes}
+    made = [word for word in used if isinstance(word, str) and MAKE_GROUPS.match(word)]
+    assert bool(made) == (name == f"{RUNTIME}.parallel.mesh"), made
+
+
 def test_the_house_has_few_rooms_and_none_is_crowded():
     assert len(LAYERS) <= MOST_LAYERS
     at_the_top = {path.stem for path in (ROOT / RUNTIME).glob("*.py")} - {"__init__", "__main__"}

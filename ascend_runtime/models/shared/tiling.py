@@ -84,12 +84,13 @@ def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int) -
 
     Raises ValueError if no way fits.
     """
+    tile = tile_of(vae.device.type, height, width)  # its group's communicator takes memory, too
     grid, pixels, spare = grid_here(height, width), vae.form.spatial, margin(vae.device)
     needed = spare * vae.bytes_needed(work, frames, max(grid.heights), max(grid.widths))
     free = -all_reduce_max(-devices.room(vae.device))
     if needed <= free:
         facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{needed / 1e9:.1f} GB a rank"}
-        return TilePerRank(vae, tile_of(height, width), facts)
+        return TilePerRank(vae, tile, facts)
     task = f"To {work} {pixels * width} x {pixels * height} pixels takes {needed / 1e9:.1f} GB"
     if grid.tiles > 1 or (blended := vae.blend()) is None:
         free = max(free, 1)

@@ -1,0 +1,74 @@
+"""A rank that keeps a ledger of its jobs, for a test: `main()` by gloo_ranks, in FOLDER.
+
+FOLDER holds a checkpoint ("model") and cases.json, the jobs of one group of ranks; the rank writes what it exchanged in
+each to ledger-RANK.json. FSDP gathers as it does on devices.
+"""
+
+import json
+
+import gloo_ranks
+import torch
+import torch.distributed as dist
+from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
+from ascend_runtime.engine import video
+from ascend_runtime.engine.job import Job
+from ascend_runtime.engine.pipeline import RankPipeline
+from ascend_runtime.wire import messages
+from ascend_runtime.wire.channel import channel_pair
+from ledger import Ledger
+from torch.distributed.fsdp import FSDPModule
+
+SHAPE = (1, 16, 2, 4, 6)
+
+
+def main():
+    torch.set_grad_enabled(False)
+    FSDPModule.set_custom_all_gather = lambda *_: None
+    folder, rank, _ = gloo_ranks.join()
+    rank_of = RankWithLedger(folder)
+    kept = [rank_of.does(**case) for case in json.loads((folder / "cases.json").read_text())]
+    (folder / f"ledger-{rank}.json").write_text(json.dumps(kept))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class RankWithLedger:
+    def __init__(self, folder):
+        self.pipeline, (self._channel, self._other) = RankPipeline(torch.device("cpu")), channel_pair()
+        self._path = str(folder / "model")
+
+    def does(self, work, **given):
+        plain = dist.P2POp
+        with Ledger() as ledger:
+            if given.pop("unnamed", False):
+                noted = dist.P2POp
+                dist.P2POp = lambda op, x, peer, group: noted(op, x, peer)
+            getattr(self, work)(**given)
+        assert dist.P2POp is plain
+        return ledger.entries
+
+    def sample(self, guidance_scale=4.0, **plan):
+        generator = torch.Generator().manual_seed(4)
+        prompts = {name: Conditioning(text=torch.randn(1, 12, 32, generator=generator))
+                   for name in ("positive", "negative")[: 1 if guidance_scale == 1 else 2]}  # fmt: skip
+        spec = SampleSpec(seed=3, steps=2, shift=5.0, guidance_scale=guidance_scale, solver="euler")
+        self._job(messages.Sample, model=DiffusionModelSpec(path=self._path), parallel=ParallelSpec(**plan), spec=spec,
+                  latent=torch.randn(SHAPE, generator=generator), **prompts)  # fmt: skip
+
+    def encode(self):
+        self._job(messages.Encode, encoder=TextEncoderSpec(path=self._path, placement="ranks"), text="a red circle")
+
+    def decode(self, height, width):
+        video.decode_video(self._vae(), torch.randn(1, 16, 2, height, width),
+                           torch.zeros(5, 8 * height, 8 * width, 3), lambda *_: None)  # fmt: skip
+
+    def encode_video(self, height, width):
+        video.encode_video(self._vae(), torch.rand(5, 8 * height, 8 * width, 3),
+                           torch.zeros(1, 16, 2, height, width), lambda *_: None)  # fmt: skip
+
+    def _vae(self):
+        return self.pipeline.components.get(VaeSpec(path=self._path), lambda *_: None)
+
+    def _job(self, kind, **given):
+        work = {messages.Sample: self.pipeline.sample, messages.Encode: self.pipeline.encode}[kind]
+        work(Job(kind(job=1, **given), self._channel, self.pipeline.device))
