@@ -19,7 +19,7 @@ from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT
 from ..ops.precision import check_finite
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import all_reduce_max
+from ..parallel.mesh import all_reduce_max, communicators
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec
@@ -130,7 +130,8 @@ class RankPipeline:
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
         info = plan.info | _settings(spec, model) | recorder.info | generation.acceleration.facts()
-        return _done(job, tensor=latent if self.rank == 0 else None, info=info | _warnings(model.warnings))
+        info |= _communicators(self.device) | _warnings(model.warnings)
+        return _done(job, tensor=latent if self.rank == 0 else None, info=info)
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
         """Runs two discarded steps, one per expert, unless this model has been warmed up for this kind of job."""
@@ -150,7 +151,7 @@ class RankPipeline:
             vae = self._vae(job)
             with job.stage("decode"):
                 facts = decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
-        return _done(job, info=facts)
+        return _done(job, info=facts | _communicators(self.device))
 
     def encode_video(self, job) -> Done:
         message = job.message
@@ -158,7 +159,7 @@ class RankPipeline:
             vae = self._vae(job)
             with job.stage("encode"):
                 facts = encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
-        return _done(job, info=facts)
+        return _done(job, info=facts | _communicators(self.device))
 
     def describe(self, job) -> Done:
         """Reads facts from files that a client needs before its next job. Rank 0 reads them, because a slow disk would
@@ -240,6 +241,13 @@ def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
 def _warnings(warnings: list[str]) -> dict[str, list[str]]:
     """The `info` entry for warnings to the user, each a sentence or more."""
     return {"warnings": warnings} if warnings else {}
+
+
+def _communicators(device: torch.device) -> dict[str, str]:
+    """The `info` entry for device memory that torch does not count; none if there is none."""
+    number = communicators()
+    taken = number * devices.communicator_bytes(device)
+    return {"communicators": f"{number} with {taken / 1e9:.1f} GB a rank"} if taken else {}
 
 
 def _each_frame(job, stage: str):

@@ -140,6 +140,12 @@ def free_memory(device: torch.device) -> int | None:
     return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]
 
 
+def communicator_bytes(device: torch.device) -> int:
+    """The memory of an NPU that each communicator takes outside of torch's allocator: two buffers of HCCL_BUFFSIZE MB, to
+    send and to receive (HCCL's page of the variable, which has the default 200). 0 for other devices."""
+    return 2 * int(os.environ.get("HCCL_BUFFSIZE", "200")) * 2**20 if device.type == "npu" else 0
+
+
 def host_memory() -> int:
     """The available memory of the host in bytes."""
     return psutil.virtual_memory().available

@@ -193,6 +193,12 @@ class Variable:
 # kernel clears its pages, which took a third of a VAE's time. `devices.empty_cache` returns it to the kernel.
 HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
+_EXPANSIONS = {
+    "a2": ("HOST", "HOST_TS", "AI_CPU", "AIV"),
+    "a3": ("AI_CPU", "AICPU_CacheDisable", "AIV"),
+    "a5": ("AI_CPU", "AICPU_TS", "AICPU_CacheDisable", "AIV", "CCU_MS", "CCU_SCHED"),
+}
+
 NPU = (
     Variable("PYTORCH_NPU_ALLOC_CONF", ALLOCATOR, "the device memory allocator; expandable_segments fragment less",
              "torch_npu; MindIE", "expandable_segments:True", unless="PYTORCH_ALLOC_CONF"),
@@ -201,10 +207,10 @@ NPU = (
              "torch_npu; MindIE", "2"),
     Variable("CPU_AFFINITY_CONF", AFFINITY, "binding of a rank's threads to cores", "torch_npu; MindIE", "1"),
     Variable("TOKENIZERS_PARALLELISM", TRUTH, "whether tokenizers start threads", "tokenizers; MindIE", "false"),
-    # Half an hour, as torch.distributed's default. Ranks load their weights before they first connect by HCCL, which
-    # may take longer than HCCL's default of 120 s. Dead ranks are detected by their processes, not by this timeout.
+    # Ranks connect when a group is made, which all come to together, and pairs of them at their first exchange. Ten
+    # minutes, as torch_npu's page of P2P_HCCL_BUFFSIZE advises where one may be late; HCCL's default is 120 s.
     Variable("HCCL_CONNECT_TIMEOUT", WholeNumber(120, 7200), "seconds that ranks wait for each other to connect",
-             "CANN", "1800"),
+             "CANN", "600"),
     # Limits by product line: CANN's page of this variable (envref_07_0078); CANN 6.0 had 68 to 17340 for all cards. For
     # AIV collectives, HCCL reduces values above 1091 s to 1091.
     Variable("HCCL_EXEC_TIMEOUT", Seconds(LONGEST_WAIT), "seconds that a rank waits in a collective; 0: no limit",
@@ -215,7 +221,16 @@ NPU = (
     Variable("HCCL_NPU_SOCKET_PORT_RANGE", PORT_RANGES, "ports of the cards' network", "CANN", "auto"),
     Variable("HCCL_IF_BASE_PORT", WholeNumber(1024, 65520), "first of 32 host ports, of 16 in older CANN (HCCL's "
              "default: 60000)", "CANN"),
-    Variable("HCCL_BUFFSIZE", WholeNumber(1), "MB of device memory for a collective's buffer", "torch_npu; CANN"),
+    # What each word means, and which card has it: HCCL's page of this variable. On an A2 and A3, HCCL takes its default
+    # for another card's word; a 950 refuses it.
+    Variable("HCCL_OP_EXPANSION_MODE", Choice(tuple(dict.fromkeys(sum(_EXPANSIONS.values(), ())))),
+             "which processor unfolds a collective: the host's (HOST, HOST_TS), a card's (AI_CPU, AICPU_TS, without cache "
+             "AICPU_CacheDisable), its vector cores (AIV) or its communication unit (CCU_MS, CCU_SCHED)", "CANN",
+             remarks={"AIV": "HCCL supports AIV for one communicator at a time, so for a plan with one axis, without "
+                             "fsdp, and waits at most 1091 s in a collective"},
+             on={line: Choice(words) for line, words in _EXPANSIONS.items()}),
+    Variable("HCCL_BUFFSIZE", WholeNumber(1), "MB of each of the two buffers of a communicator (HCCL's default: 200)",
+             "torch_npu; CANN"),
     Variable("P2P_HCCL_BUFFSIZE", WholeNumber(0), "the same for point-to-point communication", "torch_npu"),
     Variable("ASCEND_RT_VISIBLE_DEVICES", CARDS, "the visible cards", "torch_npu: others are dropped; CANN"),
     Variable("ASCEND_LAUNCH_BLOCKING", FLAG, "synchronous operator launches, for debugging", "torch_npu",

@@ -1,5 +1,5 @@
-"""The groups of ranks, and the mesh of all ranks with the axes cfg x ring x ulysses x tp, whose innermost neighbours are
-on one machine. No other module makes groups."""
+"""Makes the groups of ranks, as no other module does, and the mesh of all ranks with the axes cfg x ring x ulysses x tp,
+whose innermost neighbours are on one machine."""
 
 from __future__ import annotations
 

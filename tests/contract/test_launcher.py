@@ -42,7 +42,7 @@ def test_the_environment_of_each_rank(clean, monkeypatch):
             "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4",
             "MASTER_ADDR": "127.0.0.1", "ASCEND_RUNTIME_DEVICE": "npu",
             "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "CPU_AFFINITY_CONF": "1",
-            "TOKENIZERS_PARALLELISM": "false", "HCCL_CONNECT_TIMEOUT": "1800", "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
+            "TOKENIZERS_PARALLELISM": "false", "HCCL_CONNECT_TIMEOUT": "600", "HCCL_HOST_SOCKET_PORT_RANGE": "auto",
             "HCCL_NPU_SOCKET_PORT_RANGE": "auto", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1",
             "TASK_QUEUE_ENABLE": "1", "HCCL_EXEC_TIMEOUT": "900",
             "ASCEND_RT_VISIBLE_DEVICES": "4,5,6,7",  # the same for all: a rank takes the card of its local rank
@@ -116,6 +116,23 @@ def test_a_group_of_both_backends_is_joined(clean, python_on):
         print(type(group._get_backend(device)).__name__, type(group._get_backend(torch.device("cpu"))).__name__)
     """
     assert python_on("Ascend910B4", code) == "ProcessGroupHCCL ProcessGroupGloo"
+
+
+def test_a_job_reports_the_memory_of_communicators(python_on):
+    """As HCCL's page of HCCL_BUFFSIZE counts it: two buffers each. None of a rank that exchanges with nobody."""
+    code = """
+        import os, torch
+        from ascend_runtime.engine import pipeline
+        device = torch.device("npu", 0)
+        print(pipeline._communicators(device))
+        pipeline.communicators = lambda: 3
+        print(pipeline._communicators(device), pipeline._communicators(torch.device("cpu")))
+        os.environ["HCCL_BUFFSIZE"] = "100"
+        print(pipeline._communicators(device))
+    """
+    three = "{{'communicators': '3 with {} GB a rank'}}".format
+    expected = ["{}", three(1.3) + " {}", three(0.6)]  # 3 x 2 x 200 and 3 x 2 x 100 MB of 2**20 bytes
+    assert python_on("Ascend910B4", code).splitlines() == expected
 
 
 # A rank's card

@@ -1,7 +1,8 @@
 """A rank that keeps a ledger of its jobs, for a test: `main()` by gloo_ranks, in FOLDER.
 
 FOLDER holds a checkpoint ("model") and cases.json, the jobs of one group of ranks; the rank writes what it exchanged in
-each to ledger-RANK.json. FSDP gathers as it does on devices.
+each to ledger-RANK.json, and how many communicators it then counts to communicators-RANK.json. FSDP gathers as it does
+on devices.
 """
 
 import json
@@ -13,6 +14,7 @@ from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, Sampl
 from ascend_runtime.engine import video
 from ascend_runtime.engine.job import Job
 from ascend_runtime.engine.pipeline import RankPipeline
+from ascend_runtime.parallel.mesh import communicators
 from ascend_runtime.wire import messages
 from ascend_runtime.wire.channel import channel_pair
 from ledger import Ledger
@@ -25,9 +27,12 @@ def main():
     torch.set_grad_enabled(False)
     FSDPModule.set_custom_all_gather = lambda *_: None
     folder, rank, _ = gloo_ranks.join()
-    rank_of = RankWithLedger(folder)
-    kept = [rank_of.does(**case) for case in json.loads((folder / "cases.json").read_text())]
-    (folder / f"ledger-{rank}.json").write_text(json.dumps(kept))
+    rank_of, kept, counted = RankWithLedger(folder), [], []
+    for case in json.loads((folder / "cases.json").read_text()):
+        kept.append(rank_of.does(**case))
+        counted.append(communicators())
+    for name, facts in {"ledger": kept, "communicators": counted}.items():
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(facts))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,6 +1,7 @@
 """What ranks exchange can be exchanged over HCCL: by a ledger of each rank on Gloo (helpers/ledger.py)."""
 
 import json
+from collections import Counter
 
 import gloo_ranks
 import pytest
@@ -24,6 +25,8 @@ JOBS = {
 }  # fmt: skip
 
 
+# After each of these jobs: for cfg, Ulysses and FSDP; WORLD besides; no more, twice; FSDP's of two ranks.
+COMMUNICATORS = {4: [3, 4, 4, 4, 5]}
 # With these, torch compares what the ranks of a group exchange, too. It counts sends and receives, so it cannot where
 # ranks have different numbers of neighbours.
 COMPARED = (2, 4)
@@ -44,11 +47,15 @@ def test_ranks_exchange_what_hccl_can(checkpoint, tmp_path, monkeypatch, ranks):
         monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
     kept = ledgers(checkpoint, tmp_path, ranks, JOBS[ranks])
     assert not faults([sum(jobs, []) for jobs in kept])
-    for number, job in enumerate(JOBS[ranks]):
-        entries = [entry for jobs in kept for entry in jobs[number] if not entry["control"]]
-        exchanged = sorted({entry["does"] for entry in entries})
-        print(f"{ranks} ranks, {job}: {len(entries)} exchanges, {', '.join(exchanged)}")
-        assert exchanged
+    for rank, jobs in enumerate(kept):
+        noted, numbers = Counter(), json.loads((tmp_path / f"communicators-{rank}.json").read_text())
+        for job, entries, number in zip(JOBS[ranks], jobs, numbers):
+            exchanges = [entry for entry in entries if not entry["control"]]
+            noted.update(entry["group"] for entry in exchanges)
+            does = sorted({entry["does"] for entry in exchanges})
+            print(f"{job}, rank {rank}: {len(exchanges)} exchanges, {', '.join(does)}; {number} communicators")
+            assert number == len(noted) and min(noted.values(), default=2) > 1, "a group only connects, or is not counted"
+        assert numbers == COMMUNICATORS.get(ranks, numbers)
 
 
 def test_a_batch_of_all_ranks_in_which_one_takes_no_part_is_seen(checkpoint, tmp_path):

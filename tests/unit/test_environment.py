@@ -43,7 +43,7 @@ GOOD_FORMS = {
 }  # fmt: skip
 OURS = {
     "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True", "TASK_QUEUE_ENABLE": "2", "CPU_AFFINITY_CONF": "1",
-    "TOKENIZERS_PARALLELISM": "false", "HCCL_CONNECT_TIMEOUT": "1800", "HCCL_EXEC_TIMEOUT": "1800",
+    "TOKENIZERS_PARALLELISM": "false", "HCCL_CONNECT_TIMEOUT": "600", "HCCL_EXEC_TIMEOUT": "1800",
     "HCCL_HOST_SOCKET_PORT_RANGE": "auto", "HCCL_NPU_SOCKET_PORT_RANGE": "auto",
 }  # fmt: skip
 PORT_RANGES = {"HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE"}
@@ -127,6 +127,31 @@ def test_how_long_a_rank_may_wait_depends_on_its_card(line, monkeypatch):
     for value in bad:
         with pytest.raises(ValueError, match=f"HCCL_EXEC_TIMEOUT is '{value}'; it can be a "):
             rank_environment("npu", {"HCCL_EXEC_TIMEOUT": value}, {})
+
+
+# By card, as HCCL's page of HCCL_OP_EXPANSION_MODE has it.
+EXPANSIONS = {
+    "a2": {"HOST", "HOST_TS", "AI_CPU", "AIV"},
+    "a3": {"AI_CPU", "AICPU_CacheDisable", "AIV"},
+    "a5": {"AI_CPU", "AICPU_TS", "AICPU_CacheDisable", "AIV", "CCU_MS", "CCU_SCHED"},
+}
+
+
+@pytest.mark.parametrize("line", [*EXPANSIONS, None])
+def test_what_unfolds_collectives_depends_on_the_card(line, monkeypatch, caplog):
+    """Without a default; AIV, which has limits, is remarked on."""
+    monkeypatch.setattr(host, "npu_line", lambda: line)
+    every = set.union(*EXPANSIONS.values())
+    name, legal = "HCCL_OP_EXPANSION_MODE", EXPANSIONS.get(line, every)
+    for value in legal:
+        assert rank_environment("npu", {name: value}, {})[name] == value
+    for value in (every | {"CCU", "aiv"}) - legal:
+        with pytest.raises(ValueError, match=f"{name} is '{value}'; it can be one of "):
+            rank_environment("npu", {name: value}, {})
+    assert name not in rank_environment("npu", {}, {})
+    with caplog.at_level(logging.INFO):
+        rank_environment("npu", {name: "AIV"}, {})
+    assert "one communicator at a time" in caplog.text
 
 
 @pytest.mark.parametrize("row", [*NPU, *ORIGINAL_VARIABLES], ids=lambda row: row.name)
