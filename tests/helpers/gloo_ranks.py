@@ -1,7 +1,7 @@
 """Ranks that a test starts by itself, joined by Gloo: for what the runtime's own ranks do not show.
 
 A script of such ranks has a `main()`, which asks `join()` who it is. Networks are imported once: the ranks are forked
-from a process that has done nothing else.
+from a process that has done nothing else, those of one group after those of the other.
 """
 
 import importlib
@@ -23,15 +23,16 @@ def join():
     folder = Path(sys.argv[1]).resolve()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    meeting = f"file://{folder}/rendezvous-{ranks}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     return folder, rank, ranks
 
 
-def run(script, folder, ranks, timeout=120):
-    """Runs `main()` of tests/`script` for FOLDER in `ranks` processes; all must succeed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": str(ranks),
-                   "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, __file__, str(folder), script.removesuffix(".py")]
+def run(script, folder, *groups, timeout=120):
+    """Runs `main()` of tests/`script` for FOLDER in so many processes, for each of `groups`; all must succeed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo",
+                   "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = [sys.executable, __file__, str(folder), script.removesuffix(".py"), *map(str, groups)]
     parent = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
         assert parent.wait(timeout) == 0
@@ -62,7 +63,12 @@ def _run_forked():
     """The process that imports, forks, and waits: the first rank that fails ends the others."""
     sys.path.insert(0, str(TESTS))
     main = importlib.import_module(sys.argv[2]).main
-    waiting = {_fork(main, rank) for rank in range(int(os.environ["WORLD_SIZE"]))}
+    sys.exit(any(_fails(main, ranks) for ranks in sys.argv[3:]))
+
+
+def _fails(main, ranks):
+    os.environ["WORLD_SIZE"] = ranks
+    waiting = {_fork(main, rank) for rank in range(int(ranks))}
     failed = False
     while waiting:
         child, status = os.wait()
@@ -71,7 +77,7 @@ def _run_forked():
             failed = True
             for other in waiting:
                 os.kill(other, signal.SIGKILL)
-    sys.exit(failed)
+    return failed
 
 
 if __name__ == "__main__":

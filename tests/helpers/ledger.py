@@ -11,10 +11,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ascend_runtime.ops import card_rules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 BATCH = "batch_isend_irecv"
+# torch's operators -> the functions of torch.distributed that call them.
+FUNCTIONS = {
+    "_allgather_base_": "all_gather_into_tensor",
+    "alltoall_base_": "all_to_all_single",
+    "allreduce_": "all_reduce",
+    "broadcast_": "broadcast",
+}
 # Exchanges of the host's tensors, which are Gloo's on all devices.
 CONTROL = {("mesh.py", "all_reduce_max"), ("mesh.py", "all_reduce_sum"), ("tiles.py", "summed")}
 
@@ -40,8 +48,10 @@ class Ledger(TorchDispatchMode):
         if operator.namespace == "c10d" and not self._in_batch:
             leaves = tree_leaves(arguments)
             (group,) = [group for group in map(_group, leaves) if group is not None]
-            size = next((leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor)), 0)
-            self._note(group, operator.name().partition("::")[2].partition(".")[0], bytes=size, control=_is_control())
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            name = operator.name().partition("::")[2].partition(".")[0]
+            sizes = {"bytes": [tensor.nbytes for tensor in tensors], "control": _is_control()}
+            self._note(group, FUNCTIONS.get(name, name), tensors, **sizes)
         return operator(*arguments, **(keywords or {}))
 
     def _batch(self, exchanges):
@@ -49,16 +59,18 @@ class Ledger(TorchDispatchMode):
             [[one.peer, one.tensor.nbytes] for one in exchanges if one.op is does] for does in (dist.isend, dist.irecv)
         )
         named = all(one.named for one in exchanges)
-        self._note(exchanges[0].group, BATCH, sends=sends, receives=receives, named=named, control=False)
+        tensors = [one.tensor for one in exchanges]
+        self._note(exchanges[0].group, BATCH, tensors, sends=sends, receives=receives, named=named, control=False)
         self._in_batch = True
         try:
             return self._plain[1](exchanges)
         finally:
             self._in_batch = False
 
-    def _note(self, group, does, **facts):
+    def _note(self, group, does, tensors, **facts):
         members = dist.get_process_group_ranks(group)
-        self.entries.append({"group": group.group_name, "members": members, "does": does, **facts})
+        dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+        self.entries.append({"group": group.group_name, "members": members, "does": does, "dtypes": dtypes, **facts})
 
 
 class _NotedP2POp(dist.P2POp):
@@ -85,13 +97,13 @@ def _is_control():
     return False
 
 
-def faults(ledgers, allowed=lambda does: True):
+def faults(ledgers):
     """What HCCL or NCCL would not do with these ledgers, one of each rank of the world; empty if there is nothing.
 
     Plays them: an exchange takes place when all who take part have come to it, and no rank goes on before. The last
-    fault is where they wait for each other. allowed: whether the cards have a collective, by torch's name of it.
+    fault is where they wait for each other.
     """
-    found, queues, connected = _of_one(ledgers, allowed), [deque(entries) for entries in ledgers], set()
+    found, queues, connected = _of_one(ledgers), [deque(entries) for entries in ledgers], set()
     while any(queues):
         together = next(filter(None, (_together(queues, rank) for rank in range(len(queues)))), None)
         if together is None:
@@ -105,7 +117,15 @@ def faults(ledgers, allowed=lambda does: True):
     return found
 
 
-def _of_one(ledgers, allowed):
+def forbidden(ledgers, card):
+    """The collectives and dtypes in these ledgers that `card` does not have, by the rules of cards."""
+    used = {(entry["does"], dtype) for entries in ledgers for entry in entries if not entry["control"]
+            for dtype in entry["dtypes"]}  # fmt: skip
+    return {(does, dtype) for does, dtype in used if does not in card_rules.COLLECTIVES
+            or getattr(torch, dtype) not in card_rules.HCCL[card_rules.COLLECTIVES[does]][card].dtypes}  # fmt: skip
+
+
+def _of_one(ledgers):
     """The faults of entries by themselves."""
     found = []
     for rank, entry in ((rank, entry) for rank, entries in enumerate(ledgers) for entry in entries):
@@ -113,8 +133,6 @@ def _of_one(ledgers, allowed):
             found.append(f"rank {rank} sends or receives without naming a group")
         if entry["does"] in ("send", "recv_"):
             found.append(f"rank {rank} has a {entry['does']} outside of a batch")
-        if not entry["control"] and not allowed(entry["does"]):
-            found.append(f"rank {rank}: the card has no {entry['does']}")
     return found
 
 

@@ -1,11 +1,12 @@
 """A rank that keeps a ledger of its jobs, for a test: `main()` by gloo_ranks, in FOLDER.
 
-FOLDER holds a checkpoint ("model") and cases.json, the jobs of one group of ranks; the rank writes what it exchanged in
-each to ledger-RANK.json, and how many communicators it then counts to communicators-RANK.json. FSDP gathers as it does
-on devices.
+FOLDER holds a checkpoint ("model") and cases.json: the jobs of a group by its number of ranks. The rank writes what it
+exchanged in each job, and how many communicators it then counted, to ledger-RANKS-RANK.json. FSDP gathers as it does on
+devices.
 """
 
 import json
+import os
 
 import gloo_ranks
 import torch
@@ -21,18 +22,21 @@ from ledger import Ledger
 from torch.distributed.fsdp import FSDPModule
 
 SHAPE = (1, 16, 2, 4, 6)
+# In groups of so many ranks, torch compares the ranks' collectives, too. It counts sends and receives, so it cannot
+# where ranks have different numbers of neighbours.
+COMPARED = (2, 4)
 
 
 def main():
     torch.set_grad_enabled(False)
     FSDPModule.set_custom_all_gather = lambda *_: None
-    folder, rank, _ = gloo_ranks.join()
-    rank_of, kept, counted = RankWithLedger(folder), [], []
-    for case in json.loads((folder / "cases.json").read_text()):
-        kept.append(rank_of.does(**case))
-        counted.append(communicators())
-    for name, facts in {"ledger": kept, "communicators": counted}.items():
-        (folder / f"{name}-{rank}.json").write_text(json.dumps(facts))
+    if int(os.environ["WORLD_SIZE"]) in COMPARED:
+        dist.set_debug_level(dist.DebugLevel.DETAIL)
+    folder, rank, ranks = gloo_ranks.join()
+    rank_of, kept = RankWithLedger(folder), []
+    for case in json.loads((folder / "cases.json").read_text())[str(ranks)]:
+        kept.append({"entries": rank_of.does(**case), "communicators": communicators()})
+    (folder / f"ledger-{ranks}-{rank}.json").write_text(json.dumps(kept))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -43,13 +47,12 @@ class RankWithLedger:
         self._path = str(folder / "model")
 
     def does(self, work, **given):
-        plain = dist.P2POp
+        """unnamed: leaves out the group of each send and receive."""
         with Ledger() as ledger:
             if given.pop("unnamed", False):
                 noted = dist.P2POp
                 dist.P2POp = lambda op, x, peer, group: noted(op, x, peer)
             getattr(self, work)(**given)
-        assert dist.P2POp is plain
         return ledger.entries
 
     def sample(self, guidance_scale=4.0, **plan):
