@@ -8,6 +8,9 @@ devices.
 import json
 import os
 
+import ascend_runtime.models.wan.conditioning  # with the next two, what the first job would import on each rank
+import ascend_runtime.models.wan.networks
+import ascend_runtime.models.wan.vae.video_vae
 import gloo_ranks
 import torch
 import torch.distributed as dist
