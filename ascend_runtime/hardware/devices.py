@@ -141,8 +141,9 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def communicator_bytes(device: torch.device) -> int:
-    """The memory of an NPU that each communicator takes outside of torch's allocator: two buffers of HCCL_BUFFSIZE MB, to
-    send and to receive (HCCL's page of the variable, which has the default 200). 0 for other devices."""
+    """The memory of an NPU that each communicator takes outside of torch's allocator; 0 for other devices.
+
+    Two buffers of HCCL_BUFFSIZE MB, 200 by default (hicann/hccl, docs/zh/user_guide/hccl_env/HCCL_BUFFSIZE.md)."""
     return 2 * int(os.environ.get("HCCL_BUFFSIZE", "200")) * 2**20 if device.type == "npu" else 0
 
 

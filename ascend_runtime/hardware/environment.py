@@ -224,7 +224,7 @@ NPU = (
     # What each word means, and which card has it: HCCL's page of this variable. On an A2 and A3, HCCL takes its default
     # for another card's word; a 950 refuses it.
     Variable("HCCL_OP_EXPANSION_MODE", Choice(tuple(dict.fromkeys(sum(_EXPANSIONS.values(), ())))),
-             "which processor unfolds a collective: the host's (HOST, HOST_TS), a card's (AI_CPU, AICPU_TS, without cache "
+             "what unfolds a collective: the host (HOST, HOST_TS), a card's AI CPU (AI_CPU, AICPU_TS, without a cache "
              "AICPU_CacheDisable), its vector cores (AIV) or its communication unit (CCU_MS, CCU_SCHED)", "CANN",
              remarks={"AIV": "HCCL supports AIV for one communicator at a time, so for a plan with one axis, without "
                              "fsdp, and waits at most 1091 s in a collective"},

@@ -1,5 +1,5 @@
-"""Makes the groups of ranks, as no other module does, and the mesh of all ranks with the axes cfg x ring x ulysses x tp,
-whose innermost neighbours are on one machine."""
+"""The only maker of groups of ranks; the mesh of all ranks with the axes cfg x ring x ulysses x tp, whose innermost
+neighbours are on one machine; exchanges that several modules use."""
 
 from __future__ import annotations
 

@@ -69,8 +69,9 @@ def _even(size: int, parts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile number `index` of a grid, counted row by row. It belongs to the rank of the same number in `group`: the ranks
-    that have a tile, or None for a single tile."""
+    """Tile number `index` of a grid, counted row by row; it belongs to the rank of the same number in `group`.
+
+    group: the ranks that have a tile; None for a single tile."""
 
     grid: TileGrid
     index: int
