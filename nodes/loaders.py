@@ -8,7 +8,14 @@ from comfy_api.latest import io
 
 from ..ascend_runtime.specs import DiffusionModelSpec, LoraSpec, OperatorSpec, TextEncoderSpec, VaeSpec
 from ..ascend_runtime.specs.jobs import ATTENTIONS
-from ..ascend_runtime.specs.models import COMPUTE_DTYPES, LORA_EXPERTS, MAX_STRENGTH, PLACEMENTS, QUANTIZATIONS
+from ..ascend_runtime.specs.models import (
+    COMPUTE_DTYPES,
+    LORA_EXPERTS,
+    MAX_STRENGTH,
+    PLACEMENTS,
+    QUANTIZATIONS,
+    VAE_DTYPES,
+)
 from . import model_files, types
 from .types import Handle, ModelHandle, RanksHandle
 from .validation import refusal
@@ -16,10 +23,10 @@ from .validation import refusal
 NO_MODEL = "none"
 
 
-def dtype_input(automatic: str) -> io.Input:
+def dtype_input(automatic: str, dtypes: tuple[str, ...] = COMPUTE_DTYPES) -> io.Input:
     return io.Combo.Input(
         "dtype",
-        options=list(COMPUTE_DTYPES),
+        options=list(dtypes),
         default="auto",
         tooltip=f"The number format for computing. auto: {automatic}.",
     )
@@ -192,7 +199,13 @@ class LoadVAE(io.ComfyNode):
                     tooltip="A folder in models/diffusers, as diffusers or the model's authors write it, or a file in "
                     "models/vae, such as the VAE of Wan 2.1 or of Wan2.2-TI2V-5B.",
                 ),
-                dtype_input("float32, for the quality of the frames"),
+                dtype_input(
+                    "bfloat16 on an NPU, float32 on a CPU or GPU.\n"
+                    "float32: convolutions round their inputs to 10 bits of mantissa on an NPU (HF32) or NVIDIA GPU "
+                    "(TF32).\n"
+                    "float32_strict: without this rounding, which is slower. NPUs of the A2 and A3 series cannot do it",
+                    VAE_DTYPES,
+                ),
                 types.parallel_input(),
             ],
             outputs=[

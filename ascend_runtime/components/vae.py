@@ -6,6 +6,7 @@ import torch
 
 from ..checkpoints.reader import BytesRead, load_weights, nbytes
 from ..models.shared.vae import VideoVae
+from ..ops.precision import check_strict
 from ..recognition.component import Component
 from ..recognition.layout import find_vae
 from ..specs import VaeSpec
@@ -17,10 +18,20 @@ def files(spec: VaeSpec) -> list[Component]:
 
 
 def load(spec: VaeSpec, found: list[Component], device, progress: BytesRead, _) -> VideoVae:
+    dtype = _dtype(spec, device)
     (component,) = found
     network = empty_network(component)
     places = component.places_in(network)
     progress.expect(nbytes(places))
-    dtype = dtype_named(spec.dtype, torch.float32)
     load_weights(network, places, dtype_of=lambda name: dtype, device=device, on_bytes=progress.add)
     return component.family.vae(network.eval(), component.family.vae_form(component.config))
+
+
+def _dtype(spec: VaeSpec, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 on NPUs, as in the systems that run Wan there: convolutions and layout changes are slow in
+    float32 (vLLM-Omni, pull request 2391; cann-recipes-infer, models/wan2.2-i2v). Raises ValueError, see
+    `check_strict`."""
+    if spec.strict:
+        check_strict(device)
+        return torch.float32
+    return dtype_named(spec.dtype, torch.bfloat16 if device.type == "npu" else torch.float32)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import zlib
 from collections.abc import Hashable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,12 @@ from ..hardware import devices
 from ..hardware.environment import original, placed
 from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT
-from ..ops.precision import check_finite
+from ..ops.precision import check_finite, strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_reduce_max
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
-from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec
+from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec
 from ..wire.messages import Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
@@ -148,7 +148,7 @@ class RankPipeline:
         message = job.message
         with borrowed(message.frames) as frames:
             vae = self._vae(job)
-            with job.stage("decode"):
+            with job.stage("decode"), self._precision(message.vae):
                 facts = decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
         return _done(job, info=facts)
 
@@ -156,7 +156,7 @@ class RankPipeline:
         message = job.message
         with borrowed(message.latent) as latent:
             vae = self._vae(job)
-            with job.stage("encode"):
+            with job.stage("encode"), self._precision(message.vae):
                 facts = encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
         return _done(job, info=facts)
 
@@ -196,6 +196,9 @@ class RankPipeline:
     def _vae(self, job):
         with job.together():
             return self._component(job.message.vae, job)
+
+    def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
+        return strict_float32(self.device) if spec.strict else nullcontext()
 
     def _component(self, spec, job, sharding: Sharding = Sharding()):
         def on_bytes(done: int, total: int) -> None:

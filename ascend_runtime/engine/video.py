@@ -11,7 +11,7 @@ from ..hardware import devices
 from ..models.registry import vae_for
 from ..models.shared.tiling import tiling_for
 from ..models.shared.vae import VideoVae
-from ..ops.precision import WIDER, check_finite, is_finite, not_finite
+from ..ops.precision import WIDER, Finite, check_finite, not_finite
 from ..parallel.mesh import all_reduce_max
 
 OnFrame = Callable[[int, int], None]  # (latent frame counted from 1, total); called on all ranks, may raise on all
@@ -25,12 +25,16 @@ def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_frame: OnFram
     The latent is the mean of the VAE's distribution, as in the original and in ComfyUI. on_frame: called before each
     chunk of frames. Raises ValueError, on all ranks alike, if the free memory is not sufficient.
     """
-    tiling = tiling_for(vae, "encode", *latent.shape[2:])
-    _agreed(tiling.own(frames), "The video to encode", "Check the node that made its frames.")
+    tiling, given, finite = tiling_for(vae, "encode", *latent.shape[2:]), Finite(), Finite()
+    if (own := tiling.own(frames)) is not None:
+        given.see(own)
+    _check_agreed(given, "The video to encode", "Check the node that made its frames.")
     on_chunk = _counted(on_frame, len(vae.chunks(latent.shape[2])) * tiling.in_turn)
     for where, made in tiling.encoded(frames, on_chunk):
-        if _agreed(made, "The encoded video") is not None:
+        if made is not None:
+            finite.see(made)
             latent[0][(slice(None), *where)] = made
+    _check_agreed(finite, "The encoded video")
     return tiling.facts
 
 
@@ -43,12 +47,14 @@ def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_frame: OnFram
     _check_latent(latent, vae.form.channels)
     _check_host_holds(frames)
     batch, _, length, *size = latent.shape
-    tiling = tiling_for(vae, "decode", length, *size)
+    tiling, finite = tiling_for(vae, "decode", length, *size), Finite()
     on_chunk = _counted(on_frame, batch * len(vae.chunks(length)) * tiling.in_turn)
     for video, out in zip(latent, frames.unflatten(0, (batch, -1))):
         for where, made in tiling.decoded(video, on_chunk):
-            if _agreed(made, "The decoded video") is not None:
+            if made is not None:
+                finite.see(made)
                 out[where].copy_(made.movedim(0, -1)).mul_(0.5).add_(0.5)
+    _check_agreed(finite, "The decoded video")
     return tiling.facts
 
 
@@ -80,11 +86,7 @@ def _counted(on_frame: OnFrame, total: int) -> Callable[[], None]:
     return lambda: on_frame(next(numbers), total)
 
 
-def _agreed(made: Tensor | None, what: str, cure: str = WIDER) -> Tensor | None:
-    """Returns `made` if it is finite on all ranks; else all ranks raise ValueError, so that none waits in a collective.
-
-    It is checked slice by slice, as torch would copy a tensor that is not contiguous.
-    """
-    if all_reduce_max(made is not None and not all(map(is_finite, made))):
+def _check_agreed(finite: Finite, what: str, cure: str = WIDER) -> None:
+    """Raises ValueError on all ranks if one has seen values that are not finite, so that none waits in a collective."""
+    if all_reduce_max(not finite):
         raise not_finite(what, cure)
-    return made

@@ -86,7 +86,6 @@ def take(kind: str, local_rank: int) -> torch.device:
         # CANN contains compiled operators; compiling them for each shape would take minutes.
         torch.npu.set_compile_mode(jit_compile=False)
         torch.npu.config.allow_internal_format = False  # keeps torch's layouts, for views and collectives
-        torch.npu.conv.allow_hf32 = False  # the VAE needs full float32
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     if (line := _line(device)) in host.UNFIT:

@@ -25,7 +25,7 @@ def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) 
 
     Raises ValueError for what the device, the dtype or the installed libraries do not support.
     """
-    if _way(device) == "npu":
+    if way_of(device) == "npu":
         from .ascend import AscendOperators  # its libraries are not installed on every machine
 
         return AscendOperators(device, spec, dtype)
@@ -35,7 +35,7 @@ def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) 
 def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
     """Raises ValueError if `device` does not support W8A8 linear layers (8-bit weights and activations), or not in this
     dtype of the blocks."""
-    if _way(device) == "npu":
+    if way_of(device) == "npu":
         from . import ascend
 
         ascend.check_card_quantized(device, dtype)
@@ -45,7 +45,8 @@ def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
-def _way(device: torch.device) -> str:
+def way_of(device: torch.device) -> str:
+    """"npu" or "torch": whose operators compute on `device`; see `operators_for`. Raises ValueError."""
     way = os.environ.get(OPERATORS_VARIABLE) or "auto"
     if way not in OPERATOR_SETS:
         raise ValueError(
@@ -56,4 +57,4 @@ def _way(device: torch.device) -> str:
     return way
 
 
-__all__ = ["PlainOperators", "check_quantized", "operators_for"]
+__all__ = ["PlainOperators", "check_quantized", "operators_for", "way_of"]

@@ -6,10 +6,15 @@ libraries do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..hardware import devices
+from .card_rules import SERIES, supports
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,47 @@ SOLVER = DtypeRule(
 LOG_SUM_EXP = DtypeRule(torch.float32, "Merging partial attentions takes exponentials of its differences.")
 
 
+# Products of float32
+
+@contextmanager
+def strict_float32(device: torch.device) -> Iterator[None]:
+    """Convolutions and matrix products of float32 inside do not round their inputs. By default convolutions do, to 10
+    of 23 bits of mantissa: HF32 on an NPU (hicann/cann-recipes-infer, ops/ascendc/examples/test_npu_hc_pre.py), TF32 on
+    CUDA."""
+    owners, switch = _roundings(device.type)
+    before = [getattr(owner, switch) for owner in owners]
+    try:
+        for owner in owners:
+            setattr(owner, switch, False)
+        yield
+    finally:
+        for owner, value in zip(owners, before):
+            setattr(owner, switch, value)
+
+
+def _roundings(kind: str) -> tuple[tuple[object, ...], str]:
+    """(the parts of torch that may round the inputs of products, the name of their switch)"""
+    if kind == "npu":
+        return (torch.npu.conv, torch.npu.matmul), "allow_hf32"
+    if kind == "cuda":
+        return (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32"
+    return (), ""
+
+
+def check_strict(device: torch.device) -> None:
+    """Raises ValueError for a card whose convolutions cannot compute in float32 without rounding."""
+    card = devices.card(device)
+    if device.type != "npu" or supports(card, "convolution_without_hf32", torch.float32):
+        return
+    raise ValueError(
+        f"dtype is 'float32_strict', but convolutions on cards of {SERIES[card]} round float32 to HF32 (10 bits of "
+        "mantissa): CANN's aclnnConvolution has no other way there. Set dtype to 'float32', which uses HF32, or to "
+        "'auto', which is bfloat16."
+    )
+
+
+# Values that are not finite
+
 WIDER = (
     "If the checkpoint is valid, the dtype's range is too small: try dtype bfloat16 instead of float16, or float32."
 )
@@ -73,6 +119,23 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """Raises ValueError for NaN or infinite values, with advice."""
     if not is_finite(tensor):
         raise not_finite(what)
+
+
+class Finite:
+    """Whether all values of the tensors that it has seen are finite. The answer stays on their device until it is
+    read, so that a check does not wait for the device."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def see(self, x: Tensor) -> None:
+        """Checks x slice by slice, as torch would copy a tensor that is not contiguous."""
+        extremes = torch.stack([extreme for part in x for extreme in torch.aminmax(part)])
+        finite = torch.isfinite(extremes).all()
+        self._seen = finite if self._seen is None else self._seen & finite
+
+    def __bool__(self) -> bool:
+        return self._seen is None or bool(self._seen)
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from .base import Spec, make_absolute, require_choice, require_range
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+VAE_DTYPES = (*COMPUTE_DTYPES, "float32_strict")
 EXPERT_MODES = ("auto", "resident", "swap")
 QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
@@ -113,6 +114,9 @@ class VaeSpec(Spec, frozen=True, kw_only=True):
 
     path: a folder or a file; its format is detected: diffusers' (`vae/`), the original's folder (with a .pth), or one
         file.
+    dtype: "auto" is bfloat16 on NPUs, float32 on other devices. In "float32", an NPU's convolutions round their inputs
+        to HF32 and CUDA's to TF32, both with 10 of float32's 23 bits of mantissa, as torch_npu and torch do by default.
+        "float32_strict" rounds nothing; A2 and A3 cards have no such convolution. On a CPU the two are the same.
     """
 
     path: str
@@ -121,7 +125,11 @@ class VaeSpec(Spec, frozen=True, kw_only=True):
     def __post_init__(self):
         super().__post_init__()
         make_absolute(self, "path")
-        require_choice("dtype", self.dtype, COMPUTE_DTYPES)
+        require_choice("dtype", self.dtype, VAE_DTYPES)
+
+    @property
+    def strict(self) -> bool:
+        return self.dtype == "float32_strict"
 
 
 def require_no_loras(loras: tuple[LoraSpec, ...], why: str) -> None:

@@ -126,9 +126,10 @@ def _crop(frames: Tensor, area: Area) -> Tensor:
 
 
 def _latent_chunks(vae: VideoVae, latent: Tensor, area: Area) -> Iterator[Tensor]:
-    """Chunks [C,t,h,w] of an area of a latent [C,T,H,W], on the VAE's device."""
+    """Chunks [C,t,h,w] of an area of a latent [C,T,H,W], which is copied to the VAE's device once."""
+    here = latent[(slice(None), slice(None), *area)].to(vae.device, vae.dtype)
     for chunk in vae.chunks(latent.shape[1]):
-        yield latent[(slice(None), chunk, *area)].to(vae.device, vae.dtype)
+        yield here[:, chunk]
 
 
 def _frame_chunks(vae: VideoVae, frames: Tensor) -> Iterator[Tensor]:

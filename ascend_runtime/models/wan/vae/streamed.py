@@ -23,13 +23,14 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResample,
     WanResidualBlock,
     WanRMS_norm,
+    WanUpsample,
     patchify,
     unpatchify,
 )  # fmt: skip
 from torch import Tensor, nn
 
-from ....ops.convolution import convolve_3d, frames_format
 from ....ops.memory import most_allocated
+from ....ops.vae import attend_pixels, channel_norm, convolve_3d, frames_format
 from ....parallel.tiles import Edges, Tile, single_tile
 
 Write = Callable[[Tensor, Tensor], object]  # see Stream.extended
@@ -43,6 +44,14 @@ class Stream:
     tile: Tile
     memory_format: torch.memory_format
     kept: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def halo(self, vertical: int, horizontal: int) -> tuple[Edges, tuple[int, int]]:
+        """For a kernel that reads so many pixels on each side: (the halo to fill, along which the plane is cut; the
+        zeros with which the kernel pads by itself, without a copy of its input, along which it is not)."""
+        grid = self.tile.grid
+        top = vertical if len(grid.heights) > 1 else 0
+        left = horizontal if len(grid.widths) > 1 else 0
+        return (left, left, top, top), (vertical - top, horizontal - left)
 
     def extended(
         self, x: Tensor, edges: Edges, kept: Tensor | None, before: int, write: Write = Tensor.copy_
@@ -78,12 +87,13 @@ class StreamedConv3d(WanCausalConv3d):
 
     def forward(self, x: Tensor, cache_x: None = None, write: Write = Tensor.copy_) -> Tensor:
         """x: [B, C, T, h, w]; write: a pixel-wise function that is applied first (see Stream.extended)"""
-        *edges, before, _ = self._padding
-        if before or any(edges):
-            x = self.stream.extended(x, tuple(edges), self.stream.kept.get(self), before, write)
+        horizontal, _, vertical, _, before, _ = self._padding
+        halo, padding = self.stream.halo(vertical, horizontal)
+        if before or any(halo):
+            x = self.stream.extended(x, halo, self.stream.kept.get(self), before, write)
         if before:
             self.stream.kept[self] = x[:, :, -before:].clone()
-        return convolve_3d(x, self.weight, self.bias, self.stride)
+        return convolve_3d(x, self.weight, self.bias, self.stride, (0, *padding))
 
 
 class TiledConv2d(nn.Conv2d):
@@ -93,10 +103,10 @@ class TiledConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [frames, C, h, w]"""
-        (vertical, horizontal) = self.padding
-        edges = (horizontal, horizontal, vertical, vertical)
-        x = self.stream.extended(x.unsqueeze(2), edges, None, 0).squeeze(2)
-        return F.conv2d(x, self.weight, self.bias, self.stride)
+        halo, padding = self.stream.halo(*self.padding)
+        if any(halo):
+            x = self.stream.extended(x.unsqueeze(2), halo, None, 0).squeeze(2)
+        return F.conv2d(x, self.weight, self.bias, self.stride, padding)
 
 
 class TiledPad2d(nn.ZeroPad2d):
@@ -109,17 +119,24 @@ class TiledPad2d(nn.ZeroPad2d):
         return self.stream.extended(x.unsqueeze(2), self.padding, None, 0).squeeze(2)
 
 
+class ExactUpsample(WanUpsample):
+    """The same pixels, which the original converts to fp32 and back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [frames, C, h, w]"""
+        return nn.Upsample.forward(self, x)
+
+
 class StreamedResample(WanResample):
     """Doubles or halves the resolution and the number of frames, except for the first frame, which stays one."""
 
     stream: Stream
 
     def forward(self, x: Tensor, feat_cache: None = None, feat_idx: object = None) -> Tensor:
-        """x: [B, C, T, h, w]"""
+        """x: [1, C, T, h, w]"""
         if self.mode == "upsample3d":
             x = self._more_frames(x)
-        frames = self.resample(x.transpose(1, 2).flatten(0, 1))
-        x = frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        x = self.resample(x[0].transpose(0, 1)).transpose(0, 1)[None]
         return self._fewer_frames(x) if self.mode == "downsample3d" else x
 
     def _more_frames(self, x: Tensor) -> Tensor:
@@ -137,20 +154,15 @@ class StreamedResample(WanResample):
 
 
 class ScaledNorm(WanRMS_norm):
-    """The same norm with one multiplication, where the original copies the frames three times."""
+    """The same norm in fewer passes over the frames."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, ...]"""
-        return self._write(torch.empty_like(x), x)
+        return channel_norm(x, self.gamma * self.scale)
 
     def write_activated(self, out: Tensor, x: Tensor) -> None:
-        """Writes silu(norm(x)) to out."""
-        F.silu(self._write(out, x), inplace=True)
-
-    def _write(self, out: Tensor, x: Tensor) -> Tensor:
-        """Computes in fp32, like the original."""
-        F.normalize(x.float(), dim=1, out=out)
-        return out.mul_(self.gamma * self.scale)
+        """Writes silu(norm(x)) to out: once, as an NPU copies a part of a larger tensor for each operator."""
+        torch.ops.aten.silu(self(x), out=out)
 
 
 class StreamedResidual(WanResidualBlock):
@@ -168,18 +180,19 @@ class TiledAttention(WanAttentionBlock):
     stream: Stream
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, C, T, h, w]"""
-        frames = x.transpose(1, 2).flatten(0, 1)  # [B*T, C, h, w]
+        """x: [1, C, T, h, w]"""
+        frames = x[0].transpose(0, 1)
         query, key_value = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2).split([self.dim, 2 * self.dim], 2)
-        key, value = self.stream.tile.gather(key_value).chunk(2, dim=2)  # [B*T, H*W, C] each
-        attended = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
-        out = self.proj(attended.squeeze(1).transpose(1, 2).unflatten(2, frames.shape[2:]))
-        return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        key, value = self.stream.tile.gather(key_value).chunk(2, dim=2)  # [T, H*W, C] each
+        attended = attend_pixels(query, key, value)
+        out = self.proj(attended.transpose(1, 2).unflatten(2, frames.shape[2:]))
+        return x + out.transpose(0, 1)
 
 
 STREAMED_CLASSES = {
     WanCausalConv3d: StreamedConv3d,
     WanResample: StreamedResample,
+    WanUpsample: ExactUpsample,
     WanRMS_norm: ScaledNorm,
     WanResidualBlock: StreamedResidual,
     WanAttentionBlock: TiledAttention,
