@@ -3,10 +3,15 @@
 A VAE of Wan 2.1's architecture with reduced width decodes and encodes a video of 832 x 480 x 17 (a latent of
 60 x 104 x 5) on one rank and on two in turns, with one thread each. Two cores share resources such as memory bandwidth:
 two ranks that each decode their own video, at the same time and one by one, show how much that costs.
+
+And what bfloat16, an NPU's default, costs in PSNR: the VAE of Wan 2.1 in full width with random weights, with torch's
+operators and in an NPU's way (computed here, not on a device). A trained VAE differs less.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +24,9 @@ from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
 from ascend_runtime import ParallelSpec, Runtime, VaeSpec
+from ascend_runtime.models.wan.vae import streamed
+from ascend_runtime.ops import OPERATORS_VARIABLE
+from ascend_runtime.parallel.tiles import single_tile
 
 from .memory import highest_rss, rss
 from .report import Row, context_of
@@ -28,6 +36,8 @@ CHANNELS, PIXELS = 16, 8
 SIZE, QUICK_SIZE = (5, 60, 104), (2, 8, 12)  # latent frames, height, width
 BASE_DIM, QUICK_BASE_DIM = 8, 4
 ROUNDS, QUICK_ROUNDS = 3, 1
+FULL_BASE_DIM, ROUNDED_SIZE = 96, (2, 6, 6)  # for PSNR
+WAYS = {"torch": "vae.bf16_psnr", "npu": "vae.bf16_psnr_npu"}  # whose operators: the row's name
 
 
 def run(quick: bool) -> Iterator[Row]:
@@ -55,6 +65,7 @@ def run(quick: bool) -> Iterator[Row]:
             seconds["diffusers"] = [_by_diffusers(theirs, size)]
             peaks = [_peak(runtime, folder, size) for runtime in (one, two)]
     yield from _figures(seconds, peaks, quick, size)
+    yield from _rounding(quick)
 
 
 def _write(folder: Path, base_dim: int) -> AutoencoderKLWan:
@@ -120,3 +131,37 @@ def _figures(seconds: dict[str, list[float]], peaks: list[int], quick: bool, siz
               context=context)  # fmt: skip
     yield Row(name="vae.vs_diffusers1", value=ratio("1", "diffusers"), unit="x", better="lower", baseline=1.0,
               context=context)  # fmt: skip
+
+
+def _rounding(quick: bool) -> Iterator[Row]:
+    base_dim = QUICK_BASE_DIM if quick else FULL_BASE_DIM
+    torch.manual_seed(0)
+    vae, latent = _with_variance(AutoencoderKLWan(base_dim=base_dim).eval()), torch.randn(CHANNELS, *ROUNDED_SIZE)
+    streamed.streamed(vae)
+    exact = _frames(vae, latent)
+    vae.bfloat16()
+    context = context_of(quick, latent=list(ROUNDED_SIZE), base_dim=base_dim, weights="random",
+                         reference="float32", std=round(float(exact.std()), 3))  # fmt: skip
+    for way, name in WAYS.items():
+        before = os.environ.get(OPERATORS_VARIABLE, "")
+        os.environ[OPERATORS_VARIABLE] = way
+        error = (_frames(vae, latent) - exact).double().square().mean()
+        os.environ[OPERATORS_VARIABLE] = before
+        yield Row(name=name, value=-10 * math.log10(error), unit="dB", better="higher", baseline=45, context=context)
+
+
+def _with_variance(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+    """Fills convolutions with random weights that keep the variance, so that the frames are not nearly gray."""
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            if parameter.ndim > 3:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+    return vae
+
+
+@torch.no_grad()
+def _frames(vae: AutoencoderKLWan, latent: torch.Tensor) -> torch.Tensor:
+    """Frames [3,T,H,W] in 0..1 of a latent [C,T,H,W]."""
+    tile = single_tile(*latent.shape[2:])
+    made = streamed.decoded(vae, latent.to(vae.dtype).unbind(1), tile)
+    return torch.cat([frames.float() for frames in made], dim=1) / 2 + 0.5

@@ -10,7 +10,7 @@ from . import way_of
 from .precision import NORMS
 
 SMALLEST_LENGTH = 1e-12  # torch.nn.functional.normalize's
-SCORES = 2**25  # attention scores that an NPU computes at once: 128 MiB in fp32
+PIXEL_SCORES = 2**25  # attention scores that an NPU computes at once: 128 MiB in fp32
 
 
 def frames_format(kind: str) -> torch.memory_format:
@@ -56,7 +56,7 @@ def attend_pixels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     if way_of(query.device) != "npu":
         return F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)
-    rows = max(1, SCORES // (key.shape[0] * key.shape[1]))
+    rows = max(1, PIXEL_SCORES // (key.shape[0] * key.shape[1]))
     key, value = key.float().transpose(1, 2) * query.shape[-1] ** -0.5, value.float()
     attended = [(part.float() @ key).softmax(-1) @ value for part in query.split(rows, dim=1)]
     return torch.cat(attended, dim=1).type_as(query)

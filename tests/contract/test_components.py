@@ -26,3 +26,24 @@ def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
         print("there and back")
     """
     assert python_on("Ascend910B4", code) == "there and back"
+
+
+def test_a_vae_is_in_bfloat16_and_strict_float32_is_refused_by_name(python_on, specs):
+    """On an A2; "float32" leaves HF32 to convolutions."""
+    code = f"""
+        import torch
+        from ascend_runtime import VaeSpec
+        from ascend_runtime.components import Components
+        from ascend_runtime.hardware import devices
+        device = devices.take("npu", 0)
+        held = Components(device)
+        get = lambda dtype: held.get(VaeSpec(path={str(specs.folder)!r}, dtype=dtype), lambda *_: None).dtype
+        print(get("auto"), get("float32"), torch.npu.conv.allow_hf32)
+        try:
+            get("float32_strict")
+        except ValueError as error:
+            print(error)
+    """
+    dtypes, refused = python_on("Ascend910B4", code).splitlines()
+    assert dtypes == "torch.bfloat16 torch.float32 True"
+    assert "'float32_strict', but convolutions on cards of the A2 series round float32 to HF32" in refused
