@@ -28,9 +28,9 @@ def load(spec: VaeSpec, found: list[Component], device, progress: BytesRead, _) 
 
 
 def _dtype(spec: VaeSpec, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 on NPUs, as in the systems that run Wan there: convolutions and layout changes are slow in
-    float32 (vLLM-Omni, pull request 2391; cann-recipes-infer, models/wan2.2-i2v). Raises ValueError, see
-    `check_strict`."""
+    """The dtype of weights and frames. On NPUs "auto" is bfloat16, as in the systems that run Wan there: convolutions
+    and layout changes are slow in float32 (vLLM-Omni, pull request 2391; hicann/cann-recipes-infer,
+    models/wan2.2-i2v/wan/image2video.py). Raises ValueError, see `check_strict`."""
     if spec.strict:
         check_strict(device)
         return torch.float32

@@ -46,7 +46,7 @@ def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def way_of(device: torch.device) -> str:
-    """"npu" or "torch": whose operators compute on `device`; see `operators_for`. Raises ValueError."""
+    """Whose operators compute on `device`, "npu" or "torch"; see `operators_for`. Raises ValueError."""
     way = os.environ.get(OPERATORS_VARIABLE) or "auto"
     if way not in OPERATOR_SETS:
         raise ValueError(

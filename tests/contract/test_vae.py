@@ -1,5 +1,5 @@
-"""(f) The VAE on each card played: full-width Wan VAEs decode and encode fake frames on "npu", and every convolution and
-matrix product is one that the card's rules allow. Nothing of it waits for the device.
+"""(f) The VAE on each card played: full-width Wan VAEs decode and encode fake frames on "npu", and every convolution
+and matrix product is one that the card's rules allow. Nothing of it waits for the device.
 
 Contract, not device: meta kernels give the shapes and dtypes.
 """

@@ -33,7 +33,7 @@ def one_rank_group():
 
 @pytest.fixture(scope="module")
 def clip():
-    """A video of 5 frames that the embedded VAE was not trained on, [T, H, W, 3] in 0..1, and its latent by diffusers."""
+    """A video that the embedded VAE was not trained on, [T=5, H, W, 3] in 0..1, and its latent by diffusers."""
     (shown,) = world.render(world.held_out_scenes()[7:8], torch.Generator().manual_seed(3), num_frames=5)
     with torch.no_grad():
         latent = embedded().encode(shown[None]).latent_dist.mode()
@@ -76,7 +76,7 @@ def test_the_embedded_vae_in_bfloat16_shows_what_it_shows_in_float32(monkeypatch
         exact = embedded().decode(latent).sample[0].movedim(0, -1) / 2 + 0.5
     full, half = (psnr(decoded(embedded(dtype), latent), exact) for dtype in (torch.float32, torch.bfloat16))
     kept = psnr(exact, frames)
-    print(f"{way}: float32 {full:.1f} dB, bfloat16 {half:.1f} dB from diffusers' float32; the clip itself {kept:.1f} dB")
+    print(f"{way}: float32 {full:.1f} dB, bfloat16 {half:.1f} dB from diffusers' float32; the clip {kept:.1f} dB")
     assert kept > 20, "the VAE does not show the clip"
     assert full > 90 and half >= LEAST_PSNR
     again = encoded(embedded(torch.bfloat16), frames)
