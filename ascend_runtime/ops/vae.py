@@ -36,9 +36,9 @@ def channel_norm(x: Tensor, gain: Tensor) -> Tensor:
     """x [B, C, ...] over the Euclidean length of each pixel's channels, times gain [C, 1, ...]; with sqrt(C) in the
     gain, an RMS norm. Equal to torch.nn.functional.normalize and a product.
 
-    Reads x twice and the quotient once. Lengths are summed in fp32. An NPU rounds them to x's dtype if that is
-    bfloat16, which has fp32's range: for operands of two dtypes it would convert all frames to fp32 and back, three
-    times the traffic (hicann/ops-math, math/mul/op_api/aclnn_mul.cpp; Div likewise).
+    Reads x twice and the quotient once. Lengths are summed in fp32. On an NPU they are rounded to x's dtype if that is
+    bfloat16, which has fp32's range: of operands of two dtypes, CANN writes the quotient in fp32 and converts it, three
+    times the traffic (hicann/ops-math, math/div/op_api/aclnn_div.cpp).
     """
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=NORMS.dtype).clamp_min_(SMALLEST_LENGTH)
     if x.dtype == torch.bfloat16 and way_of(x.device) == "npu":
