@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import Tensor, nn
 
-from ..checkpoints.reader import BytesRead, Places, load_weights, nbytes
+from ..checkpoints.formats.parts import Slices
+from ..checkpoints.reader import BytesRead, LocalWeights, Places, assign, load_weights, nbytes
 from ..hardware import devices
 from ..models.defaults import Defaults
 from ..models.family import Family
@@ -26,9 +29,11 @@ from ..recognition.layout import find_transformer
 from ..specs import DiffusionModelSpec, SampleSpec
 from ..specs.models import require_no_loras
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
+from .pinned import Layout, Weights, require_room
 from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
 from .model_config import boundary_of, check_experts
 from .networks import dtype_named, empty_network
+from .room import Room
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +148,8 @@ def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> No
         )
 
 
-def load(
-    spec: DiffusionModelSpec, found: list[Component], device, progress: BytesRead, sharding: Sharding
-) -> DiffusionModel:
+def load(spec: DiffusionModelSpec, found: list[Component], room: Room, progress: BytesRead) -> DiffusionModel:
+    device, sharding = room.device, room.sharding
     dtype = dtype_named(spec.dtype, devices.default_dtype(device))
     if spec.quantization != "none" or any(component.quantized for component in found):
         check_quantized(device, dtype)
@@ -162,8 +166,9 @@ def load(
     progress.expect(
         sum(nbytes(one.places) + nbytes(one.places, changed_by(loras[expert])) for expert, one in unread.items())
     )
-    reader = _Reader(dtype, device, progress, sharding)
-    networks, swap = reader.experts(unread, can_swap, always_swap=spec.experts == "swap")
+    reader = _Reader(dtype, room, progress)
+    turns = can_swap and reader.in_turns(unread, loras, always=spec.experts == "swap")
+    networks, swap = reader.experts(unread, turns or None)
     return DiffusionModel(
         adapters={
             expert: reader.adapter(one, loras[expert], networks[expert], swap and swap.expert(expert))
@@ -186,47 +191,99 @@ class _Reader:
     """Loads experts onto this rank. dtype: of the blocks."""
 
     dtype: torch.dtype
-    device: torch.device
+    room: Room
     progress: BytesRead
-    sharding: Sharding
+
+    def in_turns(self, unread: dict[str, _Unread], loras: dict[str, LorasInUse], always: bool) -> Layout | None:
+        """Where two experts wait on the host if they take turns on the device, else None. Nothing is read yet.
+
+        Raises ValueError if the host has too little memory.
+        """
+        weights = {expert: self._kept(one) for expert, one in unread.items()}
+        if not always and _fits(weights, self.room.device):
+            return None
+        layout = Layout.of(weights)
+        changed = [weights[expert][name].nbytes for expert in weights for name in changed_by(loras[expert])]
+        require_room(layout, sum(changed), self.room.host_memory)
+        return layout
 
     def experts(
-        self, unread: dict[str, _Unread], can_swap: bool, always_swap: bool
+        self, unread: dict[str, _Unread], turns: Layout | None
     ) -> tuple[dict[str, VideoTransformer], ExpertSwap | None]:
-        """The networks of all experts, and the swap if two of them take turns on the device."""
-        high_noise = self._read(unread[HIGH_NOISE], self.device)
-        if LOW_NOISE not in unread:
-            return {HIGH_NOISE: high_noise}, None
-        if can_swap and (always_swap or not _fits(high_noise, self.device)):  # ranks may decide differently
-            idle = self._read(unread[LOW_NOISE], torch.device("cpu"))
-            swap = ExpertSwap(high_noise, high_noise.units, dict(idle.named_parameters()), self.device)
-            return {HIGH_NOISE: high_noise, LOW_NOISE: high_noise}, swap
-        return {HIGH_NOISE: high_noise, LOW_NOISE: self._read(unread[LOW_NOISE], self.device)}, None
+        """The networks of all experts, and the swap if two of them take turns on the device.
+
+        turns: where they wait on the host.
+        """
+        device = self.room.device
+        if turns is None:
+            shares = {expert: self._share(one, one.network) for expert, one in unread.items()}
+            return {expert: self._read(one, device, shares[expert]) for expert, one in unread.items()}, None
+        host = turns.allocated(device)
+        for expert, one in unread.items():
+            self._read(one, torch.device("cpu"), _IntoMemory(self._share(one, one.network), host[expert]))
+        network = unread[HIGH_NOISE].network
+        for name, weight in host[HIGH_NOISE].items():
+            assign(network, name, weight.to(device, copy=True))
+        swap = ExpertSwap(network, network.units, host, device)
+        return dict.fromkeys(unread, network), swap
 
     def adapter(self, one: _Unread, loras: LorasInUse, network, on_host: HostWeights | None) -> Adapter:
         """The adapter of an expert's weights, which are on the device, or on the host if experts are swapped."""
         files = [file for file, _ in loras]
         share = self._share(one, network)
         if on_host is None:
-            return Adapter(one.lora, network.get_parameter, share, self.device, files)
-        return Adapter(one.lora, on_host.parameter, share, self.device, files, on_host.before_change)
+            return Adapter(one.lora, network.get_parameter, share, self.room.device, files)
+        return Adapter(one.lora, on_host.parameter, share, self.room.device, files, on_host.before_change)
 
-    def _read(self, one: _Unread, device: torch.device) -> VideoTransformer:
-        in_8_bits, fp32 = quantized_parameters(one.network), one.component.family.weights.fp32
+    def _read(self, one: _Unread, device: torch.device, share: LocalWeights) -> VideoTransformer:
         load_weights(
             one.network,
             one.places,
-            dtype_of=lambda name: in_8_bits.get(name) or (torch.float32 if fp32(name) else self.dtype),
+            dtype_of=self._dtypes(one),
             device=device,
-            share=self._share(one, one.network),
+            share=share,
             on_bytes=self.progress.add,
             scales_of=one.scales_of,
         )
         return one.network.eval()
 
+    def _kept(self, one: _Unread) -> dict[str, Tensor]:
+        """What this rank keeps of an expert without FSDP, on the meta device."""
+        share, dtype_of = self._share(one, one.network), self._dtypes(one)
+        kept = {}
+        for name, whole in one.network.state_dict().items():
+            part = share.part(name, tuple(whole.shape)) or ...
+            kept[name] = torch.empty_like(whole[part], dtype=dtype_of(name))
+        return kept
+
+    def _dtypes(self, one: _Unread) -> Callable[[str], torch.dtype]:
+        """The dtype in which a parameter is kept, by name."""
+        in_8_bits, fp32 = quantized_parameters(one.network), one.component.family.weights.fp32
+        return lambda name: in_8_bits.get(name) or (torch.float32 if fp32(name) else self.dtype)
+
     def _share(self, one: _Unread, network: VideoTransformer) -> ShardedWeights:
         rules = one.component.family.weights
-        return ShardedWeights(self.sharding, rules.cut_dim, rules.replicated, network.units)
+        return ShardedWeights(self.room.sharding, rules.cut_dim, rules.replicated, network.units)
+
+
+@dataclass(frozen=True)
+class _IntoMemory:
+    """Local weights (see `checkpoints.reader.LocalWeights`) of which each moves into given memory, by name, as soon as
+    it was read."""
+
+    share: ShardedWeights
+    memory: dict[str, Tensor]
+
+    def prepare(self, module: nn.Module) -> None:
+        self.share.prepare(module)
+
+    def part(self, name: str, shape: tuple[int, ...]) -> Slices | None:
+        return self.share.part(name, shape)
+
+    def parameter(self, module: nn.Module, name: str, part: Tensor) -> Tensor:
+        kept = self.memory[name]
+        assert (kept.shape, kept.dtype) == (part.shape, part.dtype), (name, kept.shape, kept.dtype, part.shape)
+        return kept.copy_(part)
 
 
 def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], sharding: Sharding) -> bool:
@@ -243,14 +300,14 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], shardi
     return False
 
 
-def _fits(loaded: VideoTransformer, device) -> bool:
-    """Whether there is free memory for a second expert as large as `loaded` and for computing; logs it if not."""
-    free, needed = devices.free_memory(device), sum(p.nbytes for p in loaded.parameters())
-    if free is None or free >= needed + ROOM_TO_COMPUTE:
+def _fits(weights: Weights, device: torch.device) -> bool:
+    """Whether the device has memory for all these weights and for computing; logs it if not. Each rank decides for its
+    own device. On a CPU, weights are mapped from their files."""
+    needed = sum(x.nbytes for tensors in weights.values() for x in tensors.values())
+    if device.type == "cpu" or (room := devices.room(device)) >= needed + ROOM_TO_COMPUTE:
         return True
     logger.info(
-        "The second expert needs %.1f GB, and %.1f GB more to compute in, but %.1f GB are free: two experts of the "
-        "same shape take turns on the device.",
-        needed / 1e9, ROOM_TO_COMPUTE / 1e9, free / 1e9,
+        "The two experts need %.1f GB, and %.1f GB more to compute in, but the device has %.1f GB: they take turns.",
+        needed / 1e9, ROOM_TO_COMPUTE / 1e9, room / 1e9,
     )  # fmt: skip
     return False

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hardware import devices
+from .pinned import Weights
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 
@@ -35,17 +36,16 @@ class HostWeights:
 
 
 class ExpertSwap:
-    """network: on `device`, with the high-noise expert's weights. idle: the low-noise expert's, on the host, by name.
+    """network: on `device`, with the high-noise expert's weights. host: both experts' weights on the host.
+
+    Ranks need not agree on whether experts take turns: it takes no communication.
 
     fetched: the number of parts that were copied to the device so far.
     """
 
-    def __init__(self, network: nn.Module, units: list[nn.Module], idle: dict[str, Tensor], device: torch.device):
+    def __init__(self, network: nn.Module, units: list[nn.Module], host: Weights, device: torch.device):
         tensors = {name: parameter.data for name, parameter in network.named_parameters()}
-        self._host = {
-            HIGH_NOISE: {name: _on_host(tensor, device) for name, tensor in tensors.items()},
-            LOW_NOISE: {name: _on_host(tensor, device) for name, tensor in idle.items()},
-        }
+        self._host = host
         self._device = device
         self._copies = devices.SideStream(device)
         self._ahead: str | None = None
@@ -70,6 +70,13 @@ class ExpertSwap:
         """Makes the next pass through the network leave this expert's weights in it."""
         self._ahead = expert
 
+    @property
+    def host_bytes(self) -> int:
+        """The bytes of both experts on the host, as they are allocated."""
+        slabs = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+                 for tensors in self._host.values() for x in tensors.values()}  # fmt: skip
+        return sum(slabs.values())
+
     def expert(self, name: str) -> HostWeights:
         """The writable weights of an expert on the host."""
         return HostWeights(self._host[name].__getitem__, self._outdate)
@@ -93,9 +100,3 @@ class ExpertSwap:
                 tensor.copy_(self._host[expert][name], non_blocking=True)
         part.holder = expert
         self.fetched += 1
-
-
-def _on_host(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that the device can read while it computes."""
-    copy = tensor.detach().to("cpu", copy=True)
-    return copy if device.type == "cpu" else copy.pin_memory()

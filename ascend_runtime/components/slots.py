@@ -16,6 +16,7 @@ from ..recognition.component import Component
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from . import diffusion_model, text_encoder, vae
 from .loras import use_loras
+from .room import Room
 
 logger = logging.getLogger(__name__)
 
@@ -30,19 +31,24 @@ class Components:
         self._device = device
         self._slots: dict[type, tuple[Any, Any]] = {}
 
-    def get(self, spec, on_bytes: Callable[[int, int], None], sharding: Sharding = Sharding()) -> Any:
+    def get(
+        self, spec, on_bytes: Callable[[int, int], None], sharding: Sharding = Sharding(),
+        host_memory: int | None = None,
+    ) -> Any:  # fmt: skip
         """The component that `spec` describes. LoRAs are merged into a loaded component, so that changing them does not
         load it again.
 
         on_bytes: called with (bytes done, bytes in total) after each tensor that is read or changed by LoRAs. Counts
             whole tensors on disk, of all networks. Not called if there is nothing to do.
         sharding: how the weights of a diffusion model or a text encoder are sharded over ranks; a VAE is replicated.
+        host_memory: see `Room`; None: what is available now.
 
         Names and shapes of all networks and LoRAs are checked before anything is allocated. Raises ValueError if they
         do not fit, or if a file changes meanwhile.
         """
         progress = BytesRead(on_bytes)
-        component = self._held(spec, progress, sharding)
+        room = Room(self._device, sharding, devices.host_memory() if host_memory is None else host_memory)
+        component = self._held(spec, progress, room)
         if isinstance(spec, DiffusionModelSpec):
             use_loras(component.adapters, spec.loras, progress)
             self._make_room()
@@ -50,15 +56,15 @@ class Components:
             component.to(self._device)  # `_make_room` may have moved it to the host
         return component
 
-    def _held(self, spec, progress: BytesRead, sharding: Sharding) -> Any:
+    def _held(self, spec, progress: BytesRead, room: Room) -> Any:
         kind = LOADERS[type(spec)]
         found = kind.files(spec)
         base = replace(spec, loras=()) if isinstance(spec, DiffusionModelSpec) else spec
-        key = (base, sharding, _state(found))
+        key = (base, room.sharding, _state(found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
             self.drop(type(spec))  # before loading, so that two are never held at once
-            self._slots[type(spec)] = held = (key, kind.load(spec, found, self._device, progress, sharding))
+            self._slots[type(spec)] = held = (key, kind.load(spec, found, room, progress))
             if self.state(spec) != key[-1]:
                 self.drop(type(spec))
                 raise ValueError(f"{spec.path} changed while it was read. Run the job again.")
@@ -74,6 +80,12 @@ class Components:
             logger.info("%.1f GB are free for sampling: the VAE is moved to host memory.", room / 1e9)
             self._slots[VaeSpec][1].to("cpu")
             devices.empty_cache(self._device)
+
+    @property
+    def pinned(self) -> int:
+        """The bytes of pinned host memory that the diffusion model holds, and another in its place can use."""
+        held = self._slots.get(DiffusionModelSpec)
+        return 0 if held is None or held[1].swap is None else held[1].swap.host_bytes
 
     def found(self, spec) -> list[Component]:
         """The networks on disk that `spec` describes. Loads nothing. Raises ValueError if they are missing."""

@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from ..checkpoints.reader import BytesRead, load_weights, nbytes
 from ..checkpoints.tokenizers import TOKENIZER_ADVICE
-from ..hardware import devices
+from ..hardware import cores, devices, memory
 from ..models.shared.text import Encoder, Encoders, TextEncoding
 from ..models.shared.tokenizers import Tokenizer
-from ..parallel.fsdp import ShardedWeights, Sharding
+from ..parallel.fsdp import ShardedWeights
 from ..recognition.component import Component
 from ..recognition.layout import find_text_encoders
 from ..specs import TextEncoderSpec
 from .networks import dtype_named, empty_network
+from .room import Room
 
-SMALL = 2**30  # bytes on disk; on a CPU, a smaller text encoder computes in fp32, a larger one in bfloat16
+SMALL = 2**30  # bytes on disk; on a CPU, a smaller text encoder computes in fp32
 
 
 @dataclass(frozen=True)
 class TextEncoders:
+    """warnings: about their speed, for the user."""
+
     encoding: TextEncoding
     encoders: Encoders
+    warnings: list[str] = field(default_factory=list)
 
 
 def files(spec: TextEncoderSpec) -> list[Component]:
     return find_text_encoders(spec.path)
 
 
-def load(
-    spec: TextEncoderSpec, found: list[Component], device, progress: BytesRead, sharding: Sharding
-) -> TextEncoders:
+def load(spec: TextEncoderSpec, found: list[Component], room: Room, progress: BytesRead) -> TextEncoders:
     """With placement "ranks": on this rank's device, whole or sharded. Else: whole, on the CPU."""
-    device = device if spec.placement == "ranks" else torch.device("cpu")
+    device = room.device if spec.placement == "ranks" else torch.device("cpu")
     encoding = found[0].family.text()
     tokenizers = [find_tokenizer(one) for one in found]  # first, to report a missing one before weights are read
     networks = [empty_network(one) for one in found]
@@ -43,20 +45,23 @@ def load(
         check_size(tokenizer, network, component)
     places = [one.places_in(network) for one, network in zip(found, networks)]
     progress.expect(sum(map(nbytes, places)))
+    warnings = []
     for component, network, held in zip(found, networks, places):
-        dtype = dtype_named(spec.dtype, _text_dtype(device, component.nbytes))
+        automatic, slow = _text_dtype(device, component.nbytes, network)
+        dtype = dtype_named(spec.dtype, automatic)
+        warnings += [slow] if slow and spec.dtype == "auto" else []
         units = encoding.units(component.kind.name, network)
         load_weights(
             network,
             held,
             dtype_of=lambda name, dtype=dtype: dtype,
             device=device,
-            share=ShardedWeights(sharding, lambda name: None, lambda name: False, units),
+            share=ShardedWeights(room.sharding, lambda name: None, lambda name: False, units),
             on_bytes=progress.add,
         )
     encoders = {one.kind.name: Encoder(network.eval(), tokenizer)
                 for one, network, tokenizer in zip(found, networks, tokenizers)}  # fmt: skip
-    return TextEncoders(encoding, encoders)
+    return TextEncoders(encoding, encoders, warnings)
 
 
 def find_tokenizer(component: Component) -> Tokenizer:
@@ -74,9 +79,19 @@ def check_size(tokenizer: Tokenizer, network: nn.Module, component: Component) -
         )
 
 
-def _text_dtype(device: torch.device, nbytes: int) -> torch.dtype:
-    """The default dtype of an encoder of this size on disk."""
-    if device.type == "cpu":
-        return torch.float32 if nbytes < SMALL else torch.bfloat16
-    dtype = devices.default_dtype(device)
-    return torch.float32 if dtype == torch.float16 else dtype  # T5's feed-forward overflows in float16
+def _text_dtype(device: torch.device, nbytes: int, network: nn.Module) -> tuple[torch.dtype, str | None]:
+    """The default dtype of an encoder, and a warning if it is slow. nbytes: on disk. network: on the meta device."""
+    if device.type != "cpu":
+        dtype = devices.default_dtype(device)
+        return torch.float32 if dtype == torch.float16 else dtype, None  # T5's feed-forward overflows in float16
+    if nbytes >= SMALL and cores.compute_bfloat16():
+        return torch.bfloat16, None
+    needed, available = 4 * sum(p.numel() for p in network.parameters()), devices.host_memory()
+    if nbytes < SMALL or needed <= available - memory.ROOM:
+        return torch.float32, None
+    return torch.bfloat16, (
+        "The text encoder is slow: this host's CPU has no bfloat16 instructions, and float32 would take "
+        f"{needed / 1e9:.1f} GB of its memory, of which {available / 1e9:.1f} GB are available and "
+        f"{memory.ROOM / 1e9:.1f} GB must stay free. Set its placement to 'ranks', or free memory and set its dtype to "
+        "'float32'."
+    )

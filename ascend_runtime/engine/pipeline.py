@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import astuple, replace
 
-from ..components import Components, DiffusionModel, TextEncoders
+from ..components import Components, DiffusionModel, TextEncoders, local_ranks
 from ..hardware import devices
 from ..hardware.environment import original, placed
 from ..models.shared.conditioning import Given
@@ -60,11 +60,12 @@ class RankPipeline:
         encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
+            host_memory = self._host_memory()
         with job.together():  # one rank may read for minutes after another has failed
             if message.model is not None:
-                warnings = self._component(message.model, job, sharding).warnings
-            if encoder is not None:
-                self._text_encoders(encoder, job, text_sharding)
+                warnings += self._component(message.model, job, sharding, host_memory).warnings
+            if encoder is not None and (loaded := self._text_encoders(encoder, job, text_sharding)) is not None:
+                warnings += loaded.warnings
             if message.vae is not None:
                 self._component(message.vae, job)
         return _done(job, info=_warnings(warnings))
@@ -106,15 +107,15 @@ class RankPipeline:
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
             results = loaded.encoding.encode(loaded.encoders, text, on_block)
-        return Encoded(results, loaded.encoding.cut(loaded.encoders, text))
+        return Encoded(results, [*loaded.warnings, *loaded.encoding.cut(loaded.encoders, text)])
 
     def sample(self, job) -> Done:
         message = job.message
         plan = self._plan(message.parallel)
-        sharding = self._sharding(plan, message.parallel)
+        sharding, host_memory = self._sharding(plan, message.parallel), self._host_memory()
         with job.together():
             recorder = Recorder(message.profile, self.device, self.rank)
-            model = self._component(message.model, job, sharding)
+            model = self._component(message.model, job, sharding, host_memory)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
             recorder.end_with(spec.total_steps)
         _require_agreement(spec, model)
@@ -181,6 +182,11 @@ class RankPipeline:
         """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
         return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
 
+    def _host_memory(self) -> int:
+        """The bytes of host memory that the ranks may use for a diffusion model instead of the loaded one, the same
+        number on all ranks. All ranks must call it, before one of them loads."""
+        return -all_reduce_max(-(devices.host_memory() + local_ranks() * self.components.pinned))
+
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""
         spec = placed(spec, self._variables)
@@ -197,13 +203,13 @@ class RankPipeline:
         with job.together():
             return self._component(job.message.vae, job)
 
-    def _component(self, spec, job, sharding: Sharding = Sharding()):
+    def _component(self, spec, job, sharding: Sharding = Sharding(), host_memory: int | None = None):
         def on_bytes(done: int, total: int) -> None:
             job.check()
             job.progress("load", done, total)
 
         with job.stage("load"):
-            return self.components.get(spec, on_bytes, sharding)
+            return self.components.get(spec, on_bytes, sharding, host_memory)
 
 
 def _request(message: Sample, spec: SampleSpec) -> Request:

@@ -1,4 +1,5 @@
-"""The number of CPU cores that this process may use, and how ranks share them. Uses only the standard library.
+"""The CPU cores that this process may use: their number, how ranks share them, whether they compute in bfloat16. Uses
+only the standard library.
 
 Three limits apply: the process's CPU affinity, the CPU quota of its control groups (a container's `--cpus`), and the
 user's OMP_NUM_THREADS, the number of threads per rank.
@@ -7,10 +8,13 @@ user's OMP_NUM_THREADS, the number of threads per rank.
 from __future__ import annotations
 
 import os
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Iterator, Mapping
 
-PROCESS = Path("/proc/self")
+from . import cgroups
+from .cgroups import PROCESS
+
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of /proc/cpuinfo
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 ALL_THREADS = "ASCEND_RUNTIME_ALL_THREADS"  # threads for work of a single rank; unset if the user sets OMP_NUM_THREADS
 
@@ -19,6 +23,17 @@ def usable_cores(process: Path = PROCESS) -> int:
     """The number of cores that this process may use: its CPU affinity, or less if a control group has a quota."""
     bound = len(os.sched_getaffinity(0))
     return max(1, int(min([bound, *_quotas(process)])))
+
+
+def compute_bfloat16(info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether all cores have instructions for products of bfloat16: avx512_bf16 or amx_bf16 on x86, bf16 on aarch64,
+    which Kunpeng 920 lacks. Without them, torch computes such products more slowly than those of float32."""
+    try:
+        lines = info.read_text().splitlines()
+    except OSError:
+        return False
+    listed = [set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))]
+    return bool(listed) and not BFLOAT16.isdisjoint(set.intersection(*listed))
 
 
 def thread_variables(ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -38,45 +53,8 @@ def thread_variables(ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _quotas(process: Path) -> Iterator[float]:
-    """The CPU quotas, in cores, of this process's control groups and their parents.
-
-    Linux lists the groups in /proc/self/cgroup and their mount points in /proc/self/mountinfo (cgroups(7)).
-    """
-    try:
-        mounts = (process / "mountinfo").read_text().splitlines()
-        groups = dict(_groups((process / "cgroup").read_text()))
-    except OSError:
-        return  # not Linux, or no /proc
-    for line in mounts:
-        place, _, source = (part.split(" ") for part in line.partition(" - "))
-        kind, options = source[0], source[-1]
-        controller = {"cgroup2": "", "cgroup": "cpu"}.get(kind)
-        if controller in groups and (kind == "cgroup2" or controller in options.split(",")):
-            root, point = place[3:5]
-            yield from filter(None, map(_quota, _folders(Path(point), root, groups[controller])))
-
-
-def _groups(text: str) -> Iterator[tuple[str, str]]:
-    """(controller, path of the group) for each line of /proc/self/cgroup; cgroup v2 has one line with no controller."""
-    for line in text.splitlines():
-        _, controllers, path = line.split(":", 2)
-        yield from ((controller, path) for controller in controllers.split(","))
-
-
-def _folders(point: Path, root: str, group: str) -> Iterator[Path]:
-    """The folders of a group and its parents, as far as they are visible.
-
-    point: the mount point of the hierarchy. root: the group mounted there, as a container may see only its own.
-    """
-    try:
-        inside = PurePosixPath(group).relative_to(root)
-    except ValueError:
-        inside = PurePosixPath()  # this process's group is outside of the mount
-    if ".." in inside.parts:
-        inside = PurePosixPath()
-    yield point
-    for depth in range(len(inside.parts)):
-        yield point.joinpath(*inside.parts[: depth + 1])
+    """The CPU quotas, in cores, of this process's control groups and their parents."""
+    yield from filter(None, map(_quota, cgroups.folders("cpu", process)))
 
 
 def _quota(folder: Path) -> float | None:

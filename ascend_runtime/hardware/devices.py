@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Iterable, Mapping
 
-import psutil
 import torch
 
-from . import cores, host
+from . import cores, host, memory
 
 logger = logging.getLogger(__name__)
 
@@ -128,9 +127,16 @@ def synchronise(device: torch.device) -> None:
 
 
 def empty_cache(device: torch.device) -> None:
-    """Returns unused memory to the driver, or on a CPU to the kernel."""
+    """Returns unused memory, pinned host memory included, to the driver, or on a CPU to the kernel.
+
+    torch_npu 2.7.1 and 2.9.0 cannot return pinned memory; from 2.7.1.post8 and 2.9.0.post6 on they can.
+    """
     if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
+        card = getattr(torch, device.type)
+        card.empty_cache()
+        empty_pinned = torch._C._host_emptyCache if device.type == "cuda" else getattr(card, "host_empty_cache", None)
+        if empty_pinned is not None:
+            empty_pinned()
     elif hasattr(LIBC, "malloc_trim"):  # only glibc has it
         LIBC.malloc_trim(0)
 
@@ -141,8 +147,8 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def host_memory() -> int:
-    """The available memory of the host in bytes."""
-    return psutil.virtual_memory().available
+    """The available memory of the host, or of its container, in bytes."""
+    return memory.available()
 
 
 def room(device: torch.device) -> int:

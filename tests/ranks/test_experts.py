@@ -37,7 +37,9 @@ def experts():
     x = torch.randn(2, 4)
     with torch.no_grad():
         outputs = {HIGH_NOISE: high(x), LOW_NOISE: low(x)}
-        swap = ExpertSwap(high, list(high.blocks), dict(low.named_parameters()), CPU)
+        host = {name: {key: x.clone() for key, x in network.named_parameters()}
+                for name, network in ((HIGH_NOISE, high), (LOW_NOISE, low))}  # fmt: skip
+        swap = ExpertSwap(high, list(high.blocks), host, CPU)
         told.clear()
         yield high, outputs, swap, x, told
 

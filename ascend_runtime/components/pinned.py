@@ -1,0 +1,98 @@
+"""Pinned host memory for the weights of experts that take turns: laid out, counted and checked before it is allocated.
+
+Pinned allocators round each request up to a power of two: torch's for CUDA, and torch_npu's (Ascend/pytorch,
+torch_npu/csrc/core/npu/CachingHostAllocator.cpp, which is built on torch's). Two experts of Wan2.2-A14B would take 699
+GB instead of 457 on 8 ranks. torch_npu 2.13 can turn this off (pinned_max_round_threshold_mb), earlier ones cannot.
+So tensors lie in slabs, whose sizes are powers of two.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..hardware import memory
+
+SLAB = 2**29  # bytes; of 2**28 to 2**32, this wastes the least for Wan2.2-A14B (2%)
+ALIGNED = 64  # bytes; each tensor starts at a multiple
+
+Weights = dict[str, dict[str, Tensor]]  # by expert and by name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """sizes: of the slabs, in bytes. places: (the slab, the first byte in it) of each tensor of `weights`, which are on
+    the meta device."""
+
+    weights: Weights
+    sizes: list[int]
+    places: dict[tuple[str, str], tuple[int, int]]
+
+    @classmethod
+    def of(cls, weights: Weights) -> Layout:
+        """Places each tensor, the largest first, in the first slab that has room for it."""
+        sizes = {(expert, name): x.nbytes for expert, tensors in weights.items() for name, x in tensors.items()}
+        used, places = [], {}
+        for key in sorted(sizes, key=sizes.get, reverse=True):
+            nbytes = -(-sizes[key] // ALIGNED) * ALIGNED
+            slab = next((number for number, taken in enumerate(used) if taken + nbytes <= SLAB), len(used))
+            used += [0] * (slab == len(used))
+            places[key] = slab, used[slab]
+            used[slab] += nbytes
+        return cls(weights, [_power_of_two(taken) for taken in used], places)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the slabs."""
+        return sum(self.sizes)
+
+    @property
+    def exact(self) -> int:
+        """The bytes of the tensors."""
+        return sum(x.nbytes for tensors in self.weights.values() for x in tensors.values())
+
+    def allocated(self, device: torch.device) -> Weights:
+        """Uninitialised tensors on the host that `device` can read while it computes."""
+        slabs = [torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu") for size in self.sizes]
+        return {
+            expert: {name: self._part(slabs, (expert, name), like) for name, like in tensors.items()}
+            for expert, tensors in self.weights.items()
+        }
+
+    def _part(self, slabs: list[Tensor], key: tuple[str, str], like: Tensor) -> Tensor:
+        slab, first = self.places[key]
+        return slabs[slab][first : first + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def local_ranks() -> int:
+    """The number of ranks on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def require_room(layout: Layout, originals: int, host_memory: int) -> None:
+    """Raises ValueError, which says what would fit, if the host has too little memory for all its ranks.
+
+    originals: the bytes of a rank's weights that LoRAs change, which it keeps as well. host_memory: what all ranks of
+    the host together may use.
+    """
+    ranks, each, free = local_ranks(), layout.nbytes + originals, max(0, host_memory - memory.ROOM)
+    if ranks * each <= free:
+        return
+    kept = f" and {originals / 1e9:.1f} GB for the original weights that LoRAs change" if originals else ""
+    fewer = f"use at most {free // each} rank(s); " if free >= each else ""
+    raise ValueError(
+        f"The two experts would take turns on the device, and wait in pinned host memory: {layout.exact / 1e9:.1f} GB "
+        f"for each of {ranks} rank(s), {layout.nbytes / 1e9:.1f} GB as it is allocated{kept}, "
+        f"{ranks * each / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
+        f"{memory.ROOM / 1e9:.1f} GB must stay free. What helps: turn fsdp on, so that ranks share the weights on "
+        f"their devices and nothing waits on the host; {fewer}set quantization to 'w8a8_dynamic', which takes about "
+        "half; or, where both experts fit on a device, set experts to 'resident'."
+    )
+
+
+def _power_of_two(nbytes: int) -> int:
+    """The smallest power of two that is not below this number."""
+    return 1 << max(0, nbytes - 1).bit_length()
