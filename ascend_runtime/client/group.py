@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..hardware import cores, host
-from ..hardware.environment import HEAP, rank_environment, start_deadline
+from ..hardware.environment import HEAP, rank_environment, start_deadline, suits_sharded
 from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
 from . import restarts
@@ -98,14 +98,17 @@ class Rank:
 
 
 class RankGroup:
-    """Ranks that start and end together. `ranks[i].channel` is the control connection of rank i."""
+    """Ranks that start and end together. `ranks[i].channel` is the control connection of rank i.
 
-    def __init__(self, world_size: int, kind: str, environment: dict[str, str] | None = None):
+    sharded: whether their environment is for weights that FSDP2 shards.
+    """
+
+    def __init__(self, world_size: int, kind: str, environment: dict[str, str] | None = None, sharded: bool = False):
         self.world_size = world_size
         self.kind = kind
         self.ranks: list[Rank] = []
         self._own = environment or {}
-        self._environment = rank_environment(kind, os.environ, self._own)
+        self._environment = rank_environment(kind, os.environ, self._own, sharded)
         self._threads = cores.thread_variables(world_size, self._environment)
         self._start_deadline = start_deadline(self._environment)  # seconds until all ranks are ready
         self._started = threading.Event()
@@ -144,6 +147,11 @@ class RankGroup:
         if not self._ready or self._stopping or self.lost:
             return False
         return not any(rank.ended for rank in self.ranks)
+
+    @property
+    def may_shard(self) -> bool:
+        """Whether these ranks' environment suits weights that FSDP2 shards."""
+        return suits_sharded(self.kind, self._environment)
 
     @property
     def lost(self) -> bool:

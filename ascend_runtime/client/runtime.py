@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..hardware import devices
+from ..hardware.environment import original, placed
 from ..models.registry import require_schedule
 from ..specs import (
     AccelerationSpec,
@@ -169,13 +170,18 @@ class Runtime:
         except (RankDied, RankError) as error:
             logger.warning("The ranks could not free their weights: %s", error)
 
-    def _start(self, check: Callable[[], None]) -> None:
-        if self.alive:
+    def _start(self, check: Callable[[], None], sharded: bool) -> None:
+        """Starts the ranks unless they are alive and can run the job. sharded: whether it shards weights by FSDP2."""
+        sharded = (sharded or self.parallel.fsdp) and self.world_size > 1
+        if self.alive and (self._group.may_shard or not sharded):
             return
-        if self._group is not None:
+        if self.alive:
+            logger.info("The ranks start again, with the environment for weights that are sharded by FSDP2.")
+            self._group.stop()
+        elif self._group is not None:
             self._group.kill()
         devices.warn_if_crowded(self.world_size, self.device)
-        self._group = RankGroup(self.world_size, self.device, self._environment)
+        self._group = RankGroup(self.world_size, self.device, self._environment, sharded)
         if self._finalizer is not None:
             self._finalizer.detach()
         self._finalizer = weakref.finalize(self, self._group.abandon)
@@ -216,7 +222,10 @@ class Runtime:
         check_kind("vae", vae, VaeSpec, optional=True)
         check_kind("parallel", parallel, ParallelSpec, optional=True)
         parallel = parallel or self.parallel
-        return self._do(lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), **hooks)
+        sharded = (model is not None and parallel.fsdp) or (encoder is not None and self._on_ranks(encoder))
+        return self._do(
+            lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), sharded, **hooks
+        )
 
     def encode(self, encoder: TextEncoderSpec, text: str, **hooks) -> Result:
         """Encodes a prompt: the embedding [1, tokens, D], fp32, padded with zeros to the model's length.
@@ -225,7 +234,7 @@ class Runtime:
         """
         check_kind("encoder", encoder, TextEncoderSpec)
         check_prompt(text)
-        return self._do(lambda job: Encode(job=job, encoder=encoder, text=text), **hooks)
+        return self._do(lambda job: Encode(job=job, encoder=encoder, text=text), self._on_ranks(encoder), **hooks)
 
     def sample(
         self,
@@ -260,7 +269,7 @@ class Runtime:
         _check_inputs(latent, positive, negative, noise_mask)
         _check_options(parallel, operators, profile, acceleration)
         profile = profile and _within(profile, spec.total_steps, self.world_size)
-        with self._jobs(**hooks, on_preview=on_preview) as submit:
+        with self._jobs((parallel or self.parallel).fsdp, **hooks, on_preview=on_preview) as submit:
             calibration = _calibration(submit, model, acceleration)
             result = submit(
                 lambda job: Sample(
@@ -334,14 +343,19 @@ class Runtime:
 
     # One job
 
-    def _do(self, make: Callable[[int], Message], **hooks) -> Result:
-        with self._jobs(**hooks) as submit:
+    def _do(self, make: Callable[[int], Message], sharded: bool = False, **hooks) -> Result:
+        with self._jobs(sharded, **hooks) as submit:
             return submit(make)
 
+    def _on_ranks(self, encoder: TextEncoderSpec) -> bool:
+        """Whether the text encoder's weights are sharded over all ranks."""
+        variables = original(self.device, {**os.environ, **(self._environment or {})})
+        return placed(encoder, variables).placement == "ranks"
+
     @contextmanager
-    def _jobs(self, **hooks) -> Iterator[Submit]:
+    def _jobs(self, sharded: bool = False, **hooks) -> Iterator[Submit]:
         """Yields `submit` for the jobs of one call. Starts ranks if none are alive. A cancel applies to the whole
-        call."""
+        call. sharded: whether the jobs shard weights by FSDP2."""
         hooks = Hooks(**hooks)
         with self._exclusive():
             self._cancel_requested.clear()
@@ -349,7 +363,7 @@ class Runtime:
             try:
                 if self._stop_wanted.is_set():
                     raise JobCancelled("The job was cancelled, as the runtime is being stopped.")
-                self._start(lambda: self._raise_if_cancelled(hooks))
+                self._start(lambda: self._raise_if_cancelled(hooks), sharded)
                 yield lambda make: self._submit(make(next(self._numbers)), hooks)
             finally:
                 self._running = False

@@ -170,6 +170,7 @@ class Variable:
 
     legal: valid values, for all product lines that `on` does not name, and for unknown ones.
     default: the value for ranks if it is unset; None for no default.
+    sharded: the same for ranks that shard weights by FSDP2; None: as for other ranks.
     unless: another variable that disables the default if it is set.
     remarks: value -> a remark for the log.
     on: product line (see `host.npu_line`) -> valid values there.
@@ -180,6 +181,7 @@ class Variable:
     meaning: str
     source: str
     default: str | None = None
+    sharded: str | None = None
     unless: str | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
     on: Mapping[str, Legal] = field(default_factory=dict)
@@ -228,11 +230,19 @@ NPU = (
              "CANN"),
     Variable("COMBINED_ENABLE", FLAG, "merges pairs of operators on memory that is not contiguous", "torch_npu"),
     Variable("ACLNN_CACHE_LIMIT", WholeNumber(1, 10_000_000), "the number of cached operators", "CANN"),
-    Variable("MULTI_STREAM_MEMORY_REUSE", Choice(("0", "1", "2", "3")), "memory shared by streams", "torch_npu"),
+    # FSDP2 gathers weights on another stream. With 1, a collective marks the memory that it uses for its stream, and
+    # wait() erases the mark; with 2, it holds references instead. vLLM-Omni's recipe of Wan2.2-I2V requires 2 for such
+    # ranks on NPUs, as marks let memory grow there (pytorch/pytorch#147168). torch_npu's page of the variable does not
+    # recommend 2, as it may keep tensors for longer, and has 1 as the default.
+    Variable("MULTI_STREAM_MEMORY_REUSE", Choice(("0", "1", "2", "3")), "memory shared by streams", "torch_npu",
+             sharded="2"),
     Variable("NPU_ASD_ENABLE", Choice(("0", "1", "2", "3")), "detection of suspicious values", "torch_npu"),
     Variable("INF_NAN_MODE_ENABLE", FLAG, "1: overflow is inf, 0: the largest number (old cards)", "torch_npu"),
     Variable("INF_NAN_MODE_FORCE_DISABLE", FLAG, "1 forces INF_NAN_MODE_ENABLE=0 on newer cards", "torch_npu"),
 )  # fmt: skip
+
+_BY_NODES = dict.fromkeys("01", "has no effect; caches are set for each job, as by the node Ascend Block Cache, for both "
+                                "branches")  # fmt: skip
 
 # The original systems' variables. On NPUs, they set defaults of OperatorSpec, ParallelSpec and TextEncoderSpec, or have
 # no effect. Other software uses these common names too, so they are ignored on a CPU and CUDA.
@@ -241,15 +251,26 @@ ORIGINAL_VARIABLES = (
     Variable("FAST_LAYERNORM", FLAG, "layer norm: 0 upcast to fp32, 1 fused", "MindIE"),
     Variable("USE_SUB_HEAD", WholeNumber(0, 1024), "heads per attention call; 0: all", "MindIE"),
     Variable("PRECISION", FLAG, "1: noise drawn on the CPU", "MindIE",
-             remarks={"0": "noise is always drawn on the CPU, so that a seed gives the same video on every device"}),
+             remarks={"0": "has no effect; noise is always drawn on the CPU, so that a seed gives the same video on "
+                           "every device"}),
     Variable("T5_LOAD_CPU", FLAG, "the text encoder: 1 on one rank's CPU, 0 on the devices of all ranks", "MindIE"),
     Variable("OVERLAP", FLAG, "1: Ulysses' exchange overlaps with attention", "MindIE"),
     Variable("ROPE_OPT", FLAG, "fused rotary embedding", "MindIE",
-             remarks=dict.fromkeys("01", "has no effect; it is fused if the card supports that")),
+             remarks={"0": "has no effect; the rotary embedding is always fused. ASCEND_RUNTIME_OPERATORS=torch computes "
+                           "it, and all else, by torch's own operators",
+                      "1": "has no effect; the rotary embedding is always fused"}),
     Variable("ADA_LAYERNORM", FLAG, "layer norm fused with its modulation", "MindIE",
-             remarks=dict.fromkeys("01", "has no effect; they are fused if the card supports that")),
+             remarks={"0": "has no effect; a fused layer norm takes its modulation as weight and bias, at no cost. "
+                           "FAST_LAYERNORM=0 computes both apart, in float32",
+                      "1": "has no effect; layer norm and modulation are fused, unless FAST_LAYERNORM is 0"}),
     Variable("QUANT_ALLTOALL", FLAG, "int8 exchange of Ulysses", "MindIE",
-             remarks=dict.fromkeys("01", "has no effect; Ulysses does not quantize its exchange")),
+             remarks={"0": "has no effect; Ulysses never quantizes its exchange",
+                      "1": "has no effect; Ulysses does not quantize its exchange, since that would change the video. "
+                           "OVERLAP=1 hides its time instead"}),
+    Variable("COND_CACHE", FLAG, "DiTCache in cond passes", "MindIE SD: examples/cache", remarks=_BY_NODES),
+    Variable("UNCOND_CACHE", FLAG, "DiTCache in uncond passes", "MindIE SD: examples/cache", remarks=_BY_NODES),
+    Variable("CUDA_DEVICE_MAX_CONNECTIONS", WholeNumber(1, 32), "hardware queues of a CUDA device", "MindSpeed-MM",
+             remarks=dict.fromkeys(map(str, range(1, 33)), "has no effect on NPUs; only Megatron checks it")),
 )  # fmt: skip
 
 START_DEADLINE = "ASCEND_RUNTIME_START_DEADLINE"
@@ -308,37 +329,55 @@ def placed(spec: TextEncoderSpec, environ: Mapping[str, str]) -> TextEncoderSpec
     return replace(spec, placement=default if spec.placement == "auto" else spec.placement)
 
 
-def rank_environment(kind: str, environ: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+def rank_environment(
+    kind: str, environ: Mapping[str, str], own: Mapping[str, str], sharded: bool = False
+) -> dict[str, str]:
     """The environment variables of a group's ranks, without those that differ between ranks.
 
     own: the `environment` of this runtime. It overrides `environ`, the user's, which overrides the defaults.
+    sharded: whether the ranks shard weights by FSDP2.
     On a CPU and CUDA, the variables for NPUs and of the original systems are ignored.
 
     Raises ValueError that lists every variable with an invalid value, the valid values, and where it was set.
     """
     given = {name: value for name, value in {**environ, **own}.items() if value or name not in OPTIONAL}
     if kind == "npu":
-        return _on_npus(given, own, host.npu_line())
+        return _on_npus(given, own, host.npu_line(), sharded)
     if unused := [f"{row.name}={given[row.name]}" for row in ORIGINAL_VARIABLES if row.name in given]:
         logger.debug("variables that have an effect only on NPUs, not on %s: %s", kind, ", ".join(unused))
     return given
 
 
-def _on_npus(given: dict[str, str], own: Mapping[str, str], line: str | None) -> dict[str, str]:
+def suits_sharded(kind: str, environment: Mapping[str, str]) -> bool:
+    """Whether ranks with this environment can shard weights by FSDP2, or need another one."""
+    return kind != "npu" or all(row.name in environment for row in NPU if row.sharded is not None)
+
+
+def _on_npus(given: dict[str, str], own: Mapping[str, str], line: str | None, sharded: bool) -> dict[str, str]:
     """The environment on NPUs of a product line: `given`, checked, with defaults added."""
     wrong = _wrong((*NPU, *ORIGINAL_VARIABLES), given, own, line)
     if {"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} <= given.keys():
         wrong.append("PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF are both set, but torch_npu uses only one. "
                      "Unset one of them.")  # fmt: skip
     _raise(wrong)
-    rows = [row for row in NPU if row.default is not None and row.unless not in given]
-    chosen = {**{row.name: row.default for row in rows}, **given}
+    rows = [row for row in NPU if row.unless not in given]
+    defaults = {row.name: (sharded and row.sharded) or row.default for row in rows}
+    chosen = {**{name: value for name, value in defaults.items() if value is not None}, **given}
     origins = [(row.name, "default" if row.name not in given else "given") for row in NPU if row.name in chosen]
     logger.info("ranks on npu: %s", ", ".join(f"{name}={chosen[name]} ({origin})" for name, origin in origins))
     for row in (*NPU, *ORIGINAL_VARIABLES):
         if remark := row.remarks.get(given.get(row.name, "")):
             logger.info("%s=%s: %s.", row.name, given[row.name], remark)
+    if sharded:
+        logger.info(_OF_FSDP, chosen["MULTI_STREAM_MEMORY_REUSE"])
     return chosen
+
+
+_OF_FSDP = (
+    "MULTI_STREAM_MEMORY_REUSE=%s: weights are sharded by FSDP2. For that, vLLM-Omni's recipe of Wan2.2-I2V requires 2 "
+    "(pytorch/pytorch#147168), the default here; torch_npu's documentation does not recommend 2, and has 1 as its "
+    "default. `python -m benchmarks ascend` measures 1, 2 and 3; set the variable to choose."
+)
 
 
 def start_deadline(environ: Mapping[str, str]) -> float:

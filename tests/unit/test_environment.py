@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from ascend_runtime import Runtime
-from ascend_runtime.hardware import environment, host
+from ascend_runtime.hardware import devices, environment, host
 from ascend_runtime.hardware.environment import HEAP, NPU, ORIGINAL_VARIABLES, Choice, Form, Seconds, WholeNumber
 from ascend_runtime.hardware.environment import rank_environment, with_defaults
 from ascend_runtime.client.group import RankGroup
-from ascend_runtime.specs import OperatorSpec, ParallelSpec
+from ascend_runtime.specs import DiffusionModelSpec, OperatorSpec, ParallelSpec, TextEncoderSpec
 from rank_processes import environment_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,7 +184,7 @@ def test_elsewhere_the_npus_variables_are_neither_set_nor_looked_at(kind):
 
 # What other software means by these names, and what an NPU would heed.
 OTHERS = dict(zip([row.name for row in ORIGINAL_VARIABLES],
-                  ["ring", "yes", "all", "fp16", "on", "true", "x", "y", "z"]))
+                  ["ring", "yes", "all", "fp16", "on", "true", "x", "y", "z", "cond", "no", "0"], strict=True))
 NPUS = {"ALGO": "3", "FAST_LAYERNORM": "0", "USE_SUB_HEAD": "4", "T5_LOAD_CPU": "0", "OVERLAP": "1"}
 
 
@@ -262,25 +262,124 @@ def test_the_choice_is_logged_in_one_line_a_group(caplog, monkeypatch):
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize("name, value, words", [
-    ("PRECISION", "0", "noise is always drawn on the CPU"),
-    ("ROPE_OPT", "1", "has no effect"), ("ROPE_OPT", "0", "has no effect"),
-    ("ADA_LAYERNORM", "1", "has no effect"), ("QUANT_ALLTOALL", "0", "has no effect"),
-])  # fmt: skip
-def test_what_an_original_variable_cannot_change_is_logged(name, value, words, caplog):
-    with caplog.at_level(logging.INFO):
-        rank_environment("npu", {name: value}, {})
-    _, line = lines_of(caplog)
-    assert line.startswith(f"{name}={value}: ") and words in line
+# What each value of an original system's variable changes here, as the ranks read it; a text is why it changes nothing.
+HEADS = {str(number): {"heads_per_call": number} for number in (0, 1, 4, 1024)}
+EFFECTS = {
+    "ALGO": {"0": {"attention": "fused"}, "1": {"attention": "laser"}, "3": {"attention": "infer"}},
+    "FAST_LAYERNORM": {"0": {"layer_norm": "fp32"}, "1": {"layer_norm": "fused"}},
+    "USE_SUB_HEAD": HEADS,
+    "PRECISION": {"0": "noise is always drawn on the CPU", "1": {}},
+    "T5_LOAD_CPU": {"0": {"placement": "ranks"}, "1": {"placement": "cpu"}},
+    "OVERLAP": {"0": {"overlap": False}, "1": {"overlap": True}},
+    "ROPE_OPT": {"0": "always fused. ASCEND_RUNTIME_OPERATORS=torch", "1": "always fused"},
+    "ADA_LAYERNORM": {"0": "FAST_LAYERNORM=0 computes both apart", "1": "are fused, unless FAST_LAYERNORM is 0"},
+    "QUANT_ALLTOALL": {"0": "never quantizes", "1": "that would change the video. OVERLAP=1 hides its time instead"},
+    "COND_CACHE": dict.fromkeys("01", "caches are set for each job, as by the node Ascend Block Cache"),
+    "UNCOND_CACHE": dict.fromkeys("01", "caches are set for each job, as by the node Ascend Block Cache"),
+    "CUDA_DEVICE_MAX_CONNECTIONS": dict.fromkeys(("1", "8", "32"), "only Megatron checks it"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name, value", [
-    ("PRECISION", "1"), ("T5_LOAD_CPU", "0"), ("T5_LOAD_CPU", "1"), ("OVERLAP", "0"), ("OVERLAP", "1"), ("ALGO", "1"),
-])  # fmt: skip
-def test_what_is_done_anyway_is_not_worth_a_line(name, value, caplog):
+def test_all_original_variables_are_looked_at():
+    assert list(EFFECTS) == [row.name for row in ORIGINAL_VARIABLES]
+    for row in ORIGINAL_VARIABLES:
+        assert set(good_values(row)) <= EFFECTS[row.name].keys()
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in EFFECTS.items() for value in values])
+def test_an_original_variable_has_its_effect_or_a_line_says_why_not(name, value, caplog):
+    expected = EFFECTS[name][value]
     with caplog.at_level(logging.INFO):
         rank_environment("npu", {name: value}, {})
+    _, *remarks = lines_of(caplog)  # the first is of all variables
+    if isinstance(expected, str):
+        (remark,) = remarks
+        assert remark.startswith(f"{name}={value}: has no effect") and expected in remark
+        return
+    given = environment.original("npu", {name: value})
+    operators, text = with_defaults(OperatorSpec(), given), environment.placed(TextEncoderSpec(path="/a"), given)
+    found = {"overlap": environment.overlaps(ParallelSpec(), given), "placement": text.placement,
+             "attention": operators.attention, "layer_norm": operators.layer_norm,
+             "heads_per_call": operators.heads_per_call}  # fmt: skip
+    assert found.items() >= expected.items()
+
+
+def test_nothing_is_logged_of_variables_that_nobody_set(caplog):
+    with caplog.at_level(logging.INFO):
+        rank_environment("npu", {}, {})
     assert len(lines_of(caplog)) == 1, "the line of all variables"
+
+
+# Weights that FSDP2 shards
+
+REUSE = "MULTI_STREAM_MEMORY_REUSE"
+
+
+@pytest.mark.parametrize("given, chosen", [({}, "2"), ({REUSE: "1"}, "1"), ({REUSE: "3"}, "3"), ({REUSE: ""}, "2")])
+def test_ranks_that_shard_weights_get_2_with_both_sources_unless_the_user_chooses(given, chosen, caplog):
+    with caplog.at_level(logging.INFO):
+        ranks = rank_environment("npu", given, {}, sharded=True)
+    assert ranks == {**OURS, REUSE: chosen} and environment.suits_sharded("npu", ranks)
+    *_, line = lines_of(caplog)
+    assert line.startswith(f"{REUSE}={chosen}: ")
+    for words in ("vLLM-Omni", "requires 2", "pytorch/pytorch#147168", "torch_npu's documentation", "does not recommend"):
+        assert words in line
+
+
+def test_other_ranks_get_torch_npus_own_default(caplog):
+    with caplog.at_level(logging.INFO):
+        ranks = rank_environment("npu", {}, {})
+    assert REUSE not in ranks and not environment.suits_sharded("npu", ranks)
+    assert not any(REUSE in line for line in lines_of(caplog))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_elsewhere_sharded_weights_need_no_variable(kind):
+    assert rank_environment(kind, {}, {}, sharded=True) == {} and environment.suits_sharded(kind, {})
+
+
+SHARDED, WHOLE = ParallelSpec(ranks=2, fsdp=True), ParallelSpec(ranks=2)
+
+
+@pytest.mark.parametrize("first, own, then, started", [
+    (WHOLE, {}, WHOLE, [False]), (SHARDED, {}, SHARDED, [True]), (WHOLE, {}, SHARDED, [False, True]),
+    (SHARDED, {}, WHOLE, [True]), (WHOLE, {REUSE: "1"}, SHARDED, [False]),
+])  # fmt: skip
+def test_a_group_starts_again_for_the_first_job_that_shards_weights(first, own, then, started, monkeypatch):
+    """Groups of fake ranks on fake NPUs: which ones are started for two jobs."""
+    groups = []
+
+    class Group(RankGroup):
+        def __init__(self, world_size, kind, environment, sharded):
+            super().__init__(world_size, kind, environment, sharded)
+            groups.append((self, sharded))
+
+        alive = property(lambda self: not self._stopping)
+        start = lambda self, check: None  # noqa: E731
+        stop = lambda self: setattr(self, "_stopping", True)  # noqa: E731
+
+    monkeypatch.setattr("ascend_runtime.client.runtime.RankGroup", Group)
+    monkeypatch.setattr(devices, "resolve_kind", lambda kind: kind)
+    monkeypatch.setattr(devices, "resolve_ranks", lambda ranks, *_: ranks)
+    monkeypatch.setattr(Runtime, "_submit", lambda *_: None)
+    monkeypatch.delenv(REUSE, raising=False)
+    with Runtime(first, device="npu", environment=own) as runtime:
+        for parallel in (first, then):
+            runtime.load(model=DiffusionModelSpec(path="/a"), parallel=parallel)
+    assert [sharded for _, sharded in groups] == started
+
+
+@pytest.mark.parametrize("placement, sharded", [("ranks", True), ("cpu", False), ("auto", True)])
+def test_a_text_encoder_on_all_ranks_is_sharded_too(placement, sharded, monkeypatch):
+    asked = []
+    monkeypatch.setattr(devices, "resolve_kind", lambda kind: kind)
+    monkeypatch.setattr(devices, "resolve_ranks", lambda ranks, *_: ranks)
+    monkeypatch.setattr(Runtime, "_start", lambda self, check, sharded: asked.append(sharded))
+    monkeypatch.setattr(Runtime, "_submit", lambda *_: None)
+    runtime = Runtime(WHOLE, device="npu", environment={"T5_LOAD_CPU": "0"})
+    runtime.encode(TextEncoderSpec(path="/a", placement=placement), "a boat")
+    runtime.load(encoder=TextEncoderSpec(path="/a", placement=placement))
+    assert asked == [sharded, sharded]
 
 
 # Operators
