@@ -1,9 +1,9 @@
 """Pinned host memory for the weights of experts that take turns: laid out, counted and checked before it is allocated.
 
 Pinned allocators round each request up to a power of two: torch's for CUDA, and torch_npu's (Ascend/pytorch,
-torch_npu/csrc/core/npu/CachingHostAllocator.cpp, which is built on torch's). Two experts of Wan2.2-A14B would take 699
-GB instead of 457 on 8 ranks. torch_npu 2.13 can turn this off (pinned_max_round_threshold_mb), earlier ones cannot.
-So tensors lie in slabs, whose sizes are powers of two.
+torch_npu/csrc/core/npu/CachingHostAllocator.cpp, which is built on torch's). Two experts of Wan2.2-A14B would take 701
+GB instead of 458 on 8 ranks. torch_npu 2.13 can turn this off (pinned_max_round_threshold_mb of
+PYTORCH_NPU_ALLOC_CONF), earlier ones cannot. So tensors lie in slabs, whose sizes are powers of two: 468 GB.
 """
 
 from __future__ import annotations

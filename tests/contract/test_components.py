@@ -26,3 +26,39 @@ def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
         print("there and back")
     """
     assert python_on("Ascend910B4", code) == "there and back"
+
+
+def test_experts_in_turns_wait_in_pinned_memory_of_the_counted_size_which_is_returned(python_on, checkpoints):
+    """The allocator that counts is torch_npu's own."""
+    code = f"""
+        import torch
+        from ascend_runtime import DiffusionModelSpec
+        from ascend_runtime.components import Components, diffusion_model
+        from ascend_runtime.components.experts import HIGH_NOISE, LOW_NOISE
+        from ascend_runtime.hardware import devices
+        pinned = lambda: torch.npu.host_memory_stats()["allocated_bytes.current"]
+        device, spec = torch.device("npu:0"), DiffusionModelSpec(path={str(checkpoints(experts=2))!r})
+        resident = Components(device).get(spec, lambda *_: None)
+        experts = {{HIGH_NOISE: resident.high_noise, LOW_NOISE: resident.low_noise}}
+        needed = sum(p.nbytes for network in experts.values() for p in network.parameters())
+        assert resident.swap is None and pinned() == 0
+        for room, turns in ((needed + diffusion_model.ROOM_TO_COMPUTE, False),
+                            (needed + diffusion_model.ROOM_TO_COMPUTE - 1, True)):
+            devices.room = lambda device: room
+            held = Components(device)
+            model = held.get(spec, lambda *_: None)
+            assert (model.swap is not None) == turns
+        assert model.low_noise is model.high_noise and all(p.is_npu for p in model.high_noise.parameters())
+        assert needed <= pinned() == model.swap.host_bytes == held.pinned < 2 * needed
+        for expert in (HIGH_NOISE, LOW_NOISE, HIGH_NOISE):
+            model.swap.use(expert)
+            for name, weight in experts[expert].named_parameters():
+                host = model.swap.expert(expert).parameter(name)
+                assert host.is_pinned() and torch.equal(host, weight.cpu()), name
+                assert torch.equal(model.high_noise.get_parameter(name).cpu(), weight.cpu()), name
+        del model, host
+        held.free()
+        assert pinned() == held.pinned == 0
+        print("pinned and returned")
+    """
+    assert python_on("Ascend910B4", code) == "pinned and returned"
