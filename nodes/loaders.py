@@ -150,7 +150,10 @@ class LoadTextEncoder(io.ComfyNode):
                     "models/text_encoders. ComfyUI's files include the tokenizer. A .pth file of Wan's authors needs "
                     "their folder google/umt5-xxl next to it.",
                 ),
-                dtype_input("bfloat16; on a CPU, float32 for an encoder of less than 1 GiB"),
+                dtype_input(
+                    "bfloat16. On a CPU without bfloat16 instructions (such as Kunpeng 920), float32 if memory "
+                    "suffices; also for an encoder of less than 1 GiB on any CPU"
+                ),
                 types.parallel_input(),
                 io.Combo.Input(
                     "placement",

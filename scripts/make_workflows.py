@@ -24,6 +24,19 @@ FOLDERS = {  # of ComfyUI's models, by the type of the node that loads from it
     "AscendLoadLora": "loras", "CLIPVisionLoader": "clip_vision",
 }  # fmt: skip
 
+# For notes of models with two experts: why fsdp is on, and when the text encoder is better off on the ranks.
+MEMORY = {
+    "{memory}": """\
+`fsdp` gives each card a share of both experts' weights: of 57 GB, 7 on each of eight cards. Without it, both must fit \
+on one card, or wait in the host's memory, once for each card. The text encoder runs on the host's CPU; the log shows \
+how long, as `encode`. If that is long, because the CPU has few cores or no bfloat16 instructions, set `placement` of \
+Ascend Load Text Encoder to `ranks`: it then takes 1.4 GB on each of eight cards.""",
+    "{内存}": """\
+“FSDP 权重分片”让每张卡只保存两个专家权重的一部分：共 57 GB，8 卡时每卡约 7 GB；不开启时，两个专家要么都放在一张卡上，要么在主机内存中\
+为每张卡各存一份。文本编码器默认在主机 CPU 上运行，耗时见日志中的 `encode`。若 CPU 核数少或不支持 bfloat16 指令而耗时较长，\
+可将“昇腾加载文本编码器”的“位置”设为 `ranks`，8 卡时每卡占用 1.4 GB。""",
+}
+
 NOTES = {
     "tiny_wan_text_to_video": """\
 ## A first video, without a download
@@ -62,9 +75,13 @@ are the original's: 40 steps, shift 12, cfg 4 and, for the low-noise expert, 3. 
 multiples of 16; length 4n+1. Files with fp16 for fp8_scaled in their names work as well, and so does the diffusers \
 folder, chosen in all three loaders with `none` for the low-noise model.
 
+{memory}
+
 下载上表中的文件，按 **R** 刷新后点击**运行**。并行配置全部为 0 时使用所有可见的卡。采样器为官方设置：40 步、shift 12、\
 cfg 4（低噪声专家为 3）。尺寸还可用 1280 x 720，或 16 的任意倍数；帧数为 4n+1。也可使用文件名中为 fp16 的版本；\
 或在三个加载器中选择 diffusers 目录，并将“低噪声专家模型”设为 `none`。
+
+{内存}
 """,
     "wan2.1_flf2v_14b_first_last_frame_to_video": """\
 ## Wan2.1-FLF2V-14B
@@ -126,8 +143,12 @@ as ComfyUI's own template has it, take half the time of the original's 40, which
 Ascend Sampler are the original's cfg 3.5 and shift 5. Other sizes: 1280 x 720, or any multiples of 16. Files with \
 fp16 for fp8_scaled in their names work as well.
 
+{memory}
+
 下载上表中的文件，按 **R** 刷新后点击**运行**。20 步与 ComfyUI 官方模板相同，耗时为原版 40 步（填 0）的一半；\
 其余的 0 为原版设置：cfg 3.5、shift 5。尺寸还可用 1280 x 720。
+
+{内存}
 """,
     "wan2.2_i2v_a14b_image_to_video_4_steps": """\
 ## Wan2.2-I2V-A14B in 4 steps
@@ -138,8 +159,12 @@ Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config 
 LoRAs, one for each expert, make the video in 4 steps. They were trained for cfg 1, shift 5 and these steps: leave \
 Ascend Sampler as it is. With cfg 1 the negative prompt is not used.
 
+{memory}
+
 下载上表中的文件，按 **R** 刷新后点击**运行**。LightX2V 的两个 LoRA（每个专家一个）只需 4 步。\
 它们按 cfg 1、shift 5 训练，请保持采样器设置不变；cfg 为 1 时不使用反向提示词。
+
+{内存}
 """,
     "wan2.2_ti2v_5b_image_to_video": """\
 ## Wan2.2-TI2V-5B, from an image
@@ -198,16 +223,19 @@ def repository(name):
 
 
 def with_note(graph, text):
-    """Adds a note to the graph: the text, with {files} replaced by a table of the files that the graph loads."""
+    """Adds a note to the graph: the text, with {files} replaced by a table of the files that the graph loads, and the
+    texts of MEMORY."""
     rows = ["| download | | into `ComfyUI/models` |", "|---|---|---|"]
     for file in (file for node in graph["nodes"] for file in published(node)):
         name, folder = file["name"], file["directory"]
         other = MODELSCOPE.format(repository(name), folder, name)
         rows.append(f"| {name} | [Hugging Face]({file['url']}), [ModelScope]({other}) | {folder} |")
+    for mark, words in {"{files}": "\n".join(rows), **MEMORY}.items():
+        text = text.replace(mark, words)
     number = max(node["id"] for node in graph["nodes"]) + 1
     graph["nodes"].append({"id": number, "type": NOTE, "pos": [0, 0], "size": [0, 0], "flags": {}, "mode": 0,
                            "order": 0, "inputs": [], "outputs": [], "title": "Read me", "properties": {},
-                           "widgets_values": [text.replace("{files}", "\n".join(rows))]})
+                           "widgets_values": [text]})
     graph["last_node_id"] = number
     return graph
 

@@ -55,6 +55,7 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         (None: the checkpoint's, else the published model's).
     experts: for a model with two. "resident" keeps both on the device. "swap" keeps one there and the other in host
         memory (twice an expert's size per rank), and loads it ahead of its first step. "auto" swaps if they do not fit.
+        If the host has too little memory for all its ranks, nothing is read.
     loras: merged into the weights in this order; changing them, or a strength, does not reload the model's weights.
     quantization: "w8a8_dynamic" stores the weights of the blocks' linear layers, except the feed-forward's second, in
         8 bits, and quantizes activations dynamically. "none" leaves weights as the files have them, also if quantized.
@@ -91,8 +92,9 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
 
     path: a folder or a file; its format is detected: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
         next to `google/umt5-xxl/`), or one file that contains its tokenizer, as ComfyUI's do, also in 8 bits.
-    dtype: "auto" is, on a CPU, float32 for less than 1 GiB on disk and bfloat16 for more; on other devices bfloat16, or
-        float32 if a card does not support it.
+    dtype: "auto" is, on a CPU, bfloat16 if it has instructions for it and the encoder takes at least 1 GiB on disk; else
+        float32, or, if memory does not suffice, bfloat16 with a warning. On other devices bfloat16, or float32 if a
+        card does not support it.
     placement: "cpu" runs on rank 0's CPU with all its cores; "ranks" on all ranks' devices, sharded by FSDP2.
         "auto": set by the environment variable T5_LOAD_CPU on NPUs, else cpu.
     """

@@ -1,6 +1,7 @@
 """Whose cores ranks compute on: those that a container's quota leaves, as many threads as the user asks for."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 from ascend_runtime.hardware import cores
 from ascend_runtime.client.group import RankGroup
 
@@ -100,6 +102,32 @@ def test_a_real_group(real_group):
     assert done.returncode == 0, done.stderr
     usable, *quotas = map(float, done.stdout.split())
     assert usable == 1 and 0.5 in quotas
+
+
+# What they compute
+
+X86 = "flags\t\t: fpu sse4_2 avx2 avx512f avx512bw avx512vl {}\nbogomips\t: 5000\n"
+KUNPENG_920 = "Features\t: fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma dcpop {}\n"
+
+
+@pytest.mark.parametrize("text, computes", [
+    (X86.format("") * 4, False), (X86.format("avx512_bf16") * 4, True), (X86.format("amx_bf16 amx_tile") * 4, True),
+    (KUNPENG_920.format("asimddp asimdfhm") * 4, False), (KUNPENG_920.format("svebf16 i8mm bf16") * 4, True),
+    (KUNPENG_920.format("svebf16") * 4, False),  # of vectors, which torch does not ask for
+    (X86.format("avx512_bf16") + X86.format(""), False), ("", False), ("processor : 0\nmodel name : bf16\n", False),
+])  # fmt: skip
+def test_whether_the_cores_compute_bfloat16(tmp_path, text, computes):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert cores.compute_bfloat16(tmp_path / "cpuinfo") == computes
+
+
+def test_without_cpuinfo_they_do_not(tmp_path):
+    assert not cores.compute_bfloat16(tmp_path / "cpuinfo")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch knows this only of x86")
+def test_this_cpu_computes_bfloat16_if_torch_says_so():
+    assert cores.compute_bfloat16() == (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 # Threads

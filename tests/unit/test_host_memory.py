@@ -9,10 +9,13 @@ import pytest
 import torch
 from ascend_runtime import DiffusionModelSpec
 from ascend_runtime.checkpoints import reader
-from ascend_runtime.components import Components, pinned
-from ascend_runtime.hardware import memory
+from ascend_runtime.components import Components, pinned, text_encoder
+from ascend_runtime.hardware import cores, devices, memory
 from diffusers import WanTransformer3DModel
+from gloo_ranks import run
+from msgspec.structs import replace
 from sparse_files import write_sparse_shards
+from transformers import UMT5Config, UMT5EncoderModel
 
 CPU = torch.device("cpu")
 V1, V2 = "cgroup cgroup rw,memory", "cgroup2 cgroup2 rw,nsdelegate"
@@ -183,3 +186,48 @@ def test_what_loras_keep_counts_as_well(monkeypatch):
             pinned.require_room(layout, originals, host)
     with pytest.raises(ValueError, match="and 1.0 GB for the original weights that LoRAs change, 2.5 GB together"):
         pinned.require_room(layout, 10**9, memory.ROOM)
+
+
+def test_all_ranks_count_with_the_same_memory(tmp_path):
+    """On real ranks, of which each sees another number, and one has a model that can be replaced."""
+    run("host_memory_rank.py", tmp_path, 3)
+
+
+# UMT5-XXL on the CPU
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def umt5_xxl():
+    with torch.device("meta"):
+        config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+        return UMT5EncoderModel(config)
+
+
+@pytest.mark.parametrize("computes, nbytes, available, dtype, warns", [
+    (True, 7 * GB, 200 * GB, torch.bfloat16, False), (True, 7 * GB, GB, torch.bfloat16, False),
+    (False, 7 * GB, 32 * GB, torch.float32, False), (False, 7 * GB, 31 * GB, torch.bfloat16, True),
+    (False, GB, GB, torch.float32, False), (True, GB, GB, torch.float32, False),  # a small encoder
+])  # fmt: skip
+def test_the_text_encoders_dtype_is_what_the_cpu_and_its_memory_can_do(
+    umt5_xxl, computes, nbytes, available, dtype, warns, monkeypatch
+):
+    """In float32 it takes 22.7 GB, and 8.6 must stay free."""
+    monkeypatch.setattr(cores, "compute_bfloat16", lambda: computes)
+    monkeypatch.setattr(devices, "host_memory", lambda: available)
+    chosen, warning = text_encoder._text_dtype(CPU, nbytes, umt5_xxl)
+    assert chosen == dtype and (warning is not None) == warns
+    if warns:
+        for words in ("no bfloat16 instructions", "would take 22.7 GB", "31.0 GB are available", "8.6 GB must stay free",
+                      "Set its placement to 'ranks'", "dtype to 'float32'"):  # fmt: skip
+            assert words in warning
+
+
+def test_a_slow_text_encoder_is_reported_unless_its_dtype_is_given(specs, monkeypatch):
+    monkeypatch.setattr(text_encoder, "_text_dtype", lambda *_: (torch.bfloat16, "It is slow."))
+    loaded = Components(CPU).get(specs.encoder, lambda *_: None)
+    assert loaded.warnings == ["It is slow."]
+    assert all(p.dtype == torch.bfloat16 for one in loaded.encoders.values() for p in one.model.parameters())
+    given = Components(CPU).get(replace(specs.encoder, dtype="float32"), lambda *_: None)
+    assert given.warnings == []
