@@ -1,4 +1,5 @@
-"""Each parallel mode against one rank: the speed-up of a step, and the error of the latent."""
+"""Each parallel mode against one rank: the speed-up of a step, and the error of the latent. On NPUs also how ranks that
+shard weights by FSDP2 share memory between streams."""
 
 from __future__ import annotations
 
@@ -75,6 +76,11 @@ def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, overlap: b
 
 
 def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
+    yield from _modes(kind, cards, quick, failures)
+    yield from memory_reuse(kind, cards, quick, failures)
+
+
+def _modes(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
     job, found = job_for(kind, quick), plans(cards)
     if len(found) == 1:
         leave_out("parallel modes", f"there is only one {kind} device")
@@ -94,6 +100,35 @@ def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[
                 return
 
 
+REUSE = "MULTI_STREAM_MEMORY_REUSE"
+VALUES = ("1", "2", "3")  # 2 is the default of ranks that shard weights
+WORSE = 1.05  # how much slower, or larger, the default may be than the best of the others
+
+
+def memory_reuse(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
+    """Time and memory of a job whose weights are sharded, by REUSE: the default's relative to the best of the other
+    values."""
+    degrees = [degree for degree in DEGREES if degree <= cards]
+    if kind != "npu" or not degrees:
+        leave_out(f"{REUSE} with fsdp", "there are no two NPUs")
+        return
+    job, plan = job_for(kind, quick), _plan(ulysses=degrees[-1], fsdp=True)
+    steps, memory = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_transformer(Path(folder), job)
+        for value in VALUES:
+            with failures.noted(f"{REUSE}={value}"), Runtime(plan, kind, environment={REUSE: value}) as runtime:
+                _, steps[value], info = _sample(runtime, folder, job, plan)
+                memory[value] = float(info["device memory"].split()[0])
+    if len(memory) < len(VALUES):
+        return
+    context = context_of(quick, kind, ranks=plan.ranks, blocks=job.config["num_layers"], step_s=steps, memory_gb=memory)
+    for what, found in (("time", steps), ("memory", memory)):
+        best = min(number for value, number in found.items() if value != "2")
+        yield Row(name=f"ascend.fsdp_reuse2_{what}", value=found["2"] / best, unit="times", better="lower",
+                  baseline=WORSE, context=context)  # fmt: skip
+
+
 def write_transformer(folder: Path, job: Job) -> None:
     """A diffusers folder of a fixed transformer that preserves its input's variance."""
     generator, dtype = torch.Generator().manual_seed(0), torch.float32 if job.dtype == "float32" else torch.bfloat16
@@ -111,19 +146,19 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return 0.1 * noise + ("norm" in name and name.endswith("weight"))
 
 
-def _sample(runtime: Runtime, folder: str, job: Job, plan: ParallelSpec) -> tuple[Tensor, float]:
-    """(the latent, seconds per step after a warm-up)"""
+def _sample(runtime: Runtime, folder: str, job: Job, plan: ParallelSpec) -> tuple[Tensor, float, dict]:
+    """(the latent, seconds per step after a warm-up, the job's `info`)"""
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randn(1, TEXT_TOKENS, job.config["text_dim"], generator=generator) for _ in range(2)]
     result = runtime.sample(
         DiffusionModelSpec(path=folder, dtype=job.dtype), SampleSpec(steps=job.steps),
         torch.zeros(job.size.latent_shape()), *texts, parallel=plan, warm_up=True,
     )  # fmt: skip
-    return result.tensor, result.seconds["denoise"] / job.steps
+    return result.tensor, result.seconds["denoise"] / job.steps, result.info
 
 
 def _rows(name: str, kind: str, quick: bool, job: Job, plan: ParallelSpec, made, one) -> Iterator[Row]:
-    (latent, seconds), (one_latent, one_seconds) = made, one
+    (latent, seconds, _), (one_latent, one_seconds, _) = made, one
     size = job.size
     context = context_of(
         quick, kind, ranks=plan.ranks, dtype=job.dtype, steps=job.steps, blocks=job.config["num_layers"],

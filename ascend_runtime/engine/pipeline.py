@@ -127,10 +127,12 @@ class RankPipeline:
             generation = Generation.prepare(model, request, ranks)
         if message.warm_up:
             self._warm_up(job, model, request, ranks)
+        devices.forget_peak(self.device)
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
         info = plan.info | _settings(spec, model) | recorder.info | generation.acceleration.facts()
+        info |= _device_memory(self.device)
         return _done(job, tensor=latent if self.rank == 0 else None, info=info | _warnings(model.warnings))
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
@@ -241,6 +243,12 @@ def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
     digest = zlib.crc32(repr((spec, model.boundary)).encode())
     if all_reduce_max(digest) != -all_reduce_max(-digest):
         raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Try again.")
+
+
+def _device_memory(device: torch.device) -> dict[str, str]:
+    """The `info` entry for the most memory that torch took from this rank's device; none on a CPU."""
+    peak = devices.peak_memory(device)
+    return {} if peak is None else {"device memory": f"{peak / 1e9:.2f} GB"}
 
 
 def _warnings(warnings: list[str]) -> dict[str, list[str]]:

@@ -146,6 +146,17 @@ def free_memory(device: torch.device) -> int | None:
     return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]
 
 
+def forget_peak(device: torch.device) -> None:
+    """Starts a new measurement of `peak_memory`."""
+    if device.type != "cpu":
+        getattr(torch, device.type).reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes that torch's allocator has taken from `device` since `forget_peak`; None for a CPU."""
+    return None if device.type == "cpu" else getattr(torch, device.type).max_memory_reserved(device)
+
+
 def host_memory() -> int:
     """The available memory of the host, or of its container, in bytes."""
     return memory.available()

@@ -241,8 +241,9 @@ NPU = (
     Variable("INF_NAN_MODE_FORCE_DISABLE", FLAG, "1 forces INF_NAN_MODE_ENABLE=0 on newer cards", "torch_npu"),
 )  # fmt: skip
 
-_BY_NODES = dict.fromkeys("01", "has no effect; caches are set for each job, as by the node Ascend Block Cache, for both "
-                                "branches")  # fmt: skip
+_BY_NODES = dict.fromkeys(
+    "01", "has no effect; caches are set for each job, as by the node Ascend Block Cache, for both branches"
+)
 
 # The original systems' variables. On NPUs, they set defaults of OperatorSpec, ParallelSpec and TextEncoderSpec, or have
 # no effect. Other software uses these common names too, so they are ignored on a CPU and CUDA.
@@ -256,8 +257,8 @@ ORIGINAL_VARIABLES = (
     Variable("T5_LOAD_CPU", FLAG, "the text encoder: 1 on one rank's CPU, 0 on the devices of all ranks", "MindIE"),
     Variable("OVERLAP", FLAG, "1: Ulysses' exchange overlaps with attention", "MindIE"),
     Variable("ROPE_OPT", FLAG, "fused rotary embedding", "MindIE",
-             remarks={"0": "has no effect; the rotary embedding is always fused. ASCEND_RUNTIME_OPERATORS=torch computes "
-                           "it, and all else, by torch's own operators",
+             remarks={"0": "has no effect; the rotary embedding is always fused. ASCEND_RUNTIME_OPERATORS=torch "
+                           "computes it, and all else, by torch's own operators",
                       "1": "has no effect; the rotary embedding is always fused"}),
     Variable("ADA_LAYERNORM", FLAG, "layer norm fused with its modulation", "MindIE",
              remarks={"0": "has no effect; a fused layer norm takes its modulation as weight and bias, at no cost. "

@@ -271,6 +271,9 @@ def test_a_device_is_taken():
     devices.synchronise(NPU)
     devices.empty_cache(NPU)
     assert devices.room(NPU) >= devices.free_memory(NPU) > 0
+    devices.forget_peak(NPU)
+    before, kept = devices.peak_memory(NPU), torch.empty(2**26, device=NPU)
+    assert devices.peak_memory(NPU) >= before + kept.nbytes // 2
     copies = devices.SideStream(NPU)
     with copies.after_now():
         assert torch.npu.current_stream(NPU) != torch.npu.default_stream(NPU)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascend_runtime import SampleSpec, VideoSize
+from ascend_runtime.client.submission import Result
 from ascend_runtime.ops import PlainOperators
 from benchmarks import caches, modes, operators, workloads
 from benchmarks.opens import Opened
@@ -65,6 +66,7 @@ def test_writes_its_figures(request, name, tmp_path):
     assert opens in ([], [0]), "a warm run read weights"
     if name == "ascend":
         missing = {workload.name for workload in workloads.PUBLISHED} | {*workloads.NOT_YET, "linear_all_reduce"}
+        missing.add("MULTI_STREAM_MEMORY_REUSE")
         assert not [what for what in missing if f"{what}" not in done.stdout], "left out, and nothing said of it"
 
 
@@ -82,6 +84,52 @@ def test_plans_fit_the_cards():
         assert [getattr(plan, f"{axis}_degree") for axis in axes] == [degrees.get(axis, 1) for axis in axes]
         assert plan.ranks == math.prod(degrees.values())
         assert (plan.overlap, plan.fsdp) == ("overlap" in name, "fsdp" in name)
+
+
+FOUND = {"1": (0.5, 20), "2": (0.6, 16), "3": (0.4, 18)}  # seconds a step, GB: by MULTI_STREAM_MEMORY_REUSE
+
+
+class FakeCards:
+    """Ranks on NPUs that are not there: each of their jobs takes what FOUND says."""
+
+    def __init__(self, plan, device, environment):
+        assert (plan.ranks, plan.ulysses_degree, plan.fsdp, device) == (4, 4, True, "npu")
+        (self.value,) = environment.values()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def sample(self, model, spec, latent, *texts, parallel, warm_up):
+        seconds, memory = FOUND[self.value]
+        assert parallel.fsdp and warm_up and len(list(Path(model.path).rglob("*.safetensors"))) == 1
+        if memory is None:
+            raise RuntimeError("NPU out of memory")
+        return Result(latent, seconds={"denoise": seconds * spec.steps}, info={"device memory": f"{memory:.2f} GB"})
+
+
+def test_how_sharded_weights_share_memory_is_measured_for_each_value(monkeypatch):
+    monkeypatch.setattr(modes, "Runtime", FakeCards)
+    monkeypatch.setattr(modes, "job_for", lambda *_, job=modes.job_for: job("cpu", quick=True))
+    failures = Failures()
+    rows = {row.name: row for row in modes.memory_reuse("npu", 6, True, failures)}
+    assert {name: row.value for name, row in rows.items()} == pytest.approx(
+        {"ascend.fsdp_reuse2_time": 0.6 / 0.4, "ascend.fsdp_reuse2_memory": 16 / 18}
+    )
+    assert rows["ascend.fsdp_reuse2_memory"].holds and not rows["ascend.fsdp_reuse2_time"].holds
+    for row in rows.values():
+        assert row.context["step_s"] == pytest.approx({value: seconds for value, (seconds, _) in FOUND.items()})
+        assert row.context["memory_gb"] == {value: memory for value, (_, memory) in FOUND.items()}
+    monkeypatch.setitem(FOUND, "3", (0.4, None))
+    assert not list(modes.memory_reuse("npu", 6, True, failures)) and failures.names == ["MULTI_STREAM_MEMORY_REUSE=3"]
+
+
+@pytest.mark.parametrize("kind, cards", [("cpu", 2), ("cuda", 8), ("npu", 1)])
+def test_elsewhere_it_is_left_out(kind, cards, capsys):
+    assert not list(modes.memory_reuse(kind, cards, True, Failures()))
+    assert capsys.readouterr().out == "MULTI_STREAM_MEMORY_REUSE with fsdp: left out: there are no two NPUs\n"
 
 
 class Wrong(PlainOperators):

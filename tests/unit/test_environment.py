@@ -322,7 +322,7 @@ def test_ranks_that_shard_weights_get_2_with_both_sources_unless_the_user_choose
     assert ranks == {**OURS, REUSE: chosen} and environment.suits_sharded("npu", ranks)
     *_, line = lines_of(caplog)
     assert line.startswith(f"{REUSE}={chosen}: ")
-    for words in ("vLLM-Omni", "requires 2", "pytorch/pytorch#147168", "torch_npu's documentation", "does not recommend"):
+    for words in ("vLLM-Omni", "requires 2", "pytorch/pytorch#147168", "torch_npu's documentation", "not recommend"):
         assert words in line
 
 

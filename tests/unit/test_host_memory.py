@@ -219,8 +219,8 @@ def test_the_text_encoders_dtype_is_what_the_cpu_and_its_memory_can_do(
     chosen, warning = text_encoder._text_dtype(CPU, nbytes, umt5_xxl)
     assert chosen == dtype and (warning is not None) == warns
     if warns:
-        for words in ("no bfloat16 instructions", "would take 22.7 GB", "31.0 GB are available", "8.6 GB must stay free",
-                      "Set its placement to 'ranks'", "dtype to 'float32'"):  # fmt: skip
+        for words in ("no bfloat16 instructions", "would take 22.7 GB", "31.0 GB are available",
+                      "8.6 GB must stay free", "Set its placement to 'ranks'", "dtype to 'float32'"):  # fmt: skip
             assert words in warning
 
 
