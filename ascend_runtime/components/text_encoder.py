@@ -81,10 +81,7 @@ def check_size(tokenizer: Tokenizer, network: nn.Module, component: Component) -
 
 def _text_dtype(device: torch.device, nbytes: int, network: nn.Module) -> tuple[torch.dtype, str | None]:
     """The default dtype of an encoder, and a warning if it is slow. nbytes: on disk. network: on the meta device."""
-    if device.type != "cpu":
-        dtype = devices.default_dtype(device)
-        return torch.float32 if dtype == torch.float16 else dtype, None  # T5's feed-forward overflows in float16
-    if nbytes >= SMALL and cores.compute_bfloat16():
+    if device.type != "cpu" or (nbytes >= SMALL and cores.compute_bfloat16()):
         return torch.bfloat16, None
     needed, available = 4 * sum(p.numel() for p in network.parameters()), devices.host_memory()
     if nbytes < SMALL or needed <= available - memory.ROOM:

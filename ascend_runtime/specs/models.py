@@ -92,9 +92,8 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
 
     path: a folder or a file; its format is detected: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
         next to `google/umt5-xxl/`), or one file that contains its tokenizer, as ComfyUI's do, also in 8 bits.
-    dtype: "auto" is, on a CPU, bfloat16 if the CPU has instructions for it and the encoder takes at least 1 GiB on disk,
-        else float32, or, if memory does not suffice, bfloat16 with a warning. On other devices bfloat16, or float32 if
-        a card does not support it.
+    dtype: "auto" is bfloat16. On a CPU it is float32 if the encoder takes less than 1 GiB on disk, or the CPU has no
+        instructions for bfloat16; if memory does not suffice for that, bfloat16 with a warning.
     placement: "cpu" runs on rank 0's CPU with all its cores; "ranks" on all ranks' devices, sharded by FSDP2.
         "auto": set by the environment variable T5_LOAD_CPU on NPUs, else cpu.
     """
