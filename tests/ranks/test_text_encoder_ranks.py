@@ -8,7 +8,6 @@ import pytest
 import tiny_models
 import torch
 from ascend_runtime import JobCancelled, TextEncoderSpec
-from ascend_runtime.components.text_encoder import _text_dtype
 from ascend_runtime.hardware.environment import placed
 from new_prompts import new_prompt
 from safetensors.torch import load_file, save_file
@@ -149,12 +148,6 @@ def test_a_given_placement_goes_before_the_variable(environ, chosen):
 def test_another_placement_is_refused():
     with pytest.raises(ValueError, match="placement is 'gpu'; it can be one of auto, cpu, ranks"):
         TextEncoderSpec(path="/x", placement="gpu")
-
-
-def test_the_dtype_where_it_is_auto():
-    assert _text_dtype(torch.device("cpu"), 2**20) == torch.float32
-    assert _text_dtype(torch.device("cpu"), 2**33) == torch.bfloat16
-    assert _text_dtype(torch.device("cuda"), 2**20) == torch.bfloat16
 
 
 def test_a_rank_keeps_a_share_and_gathers_each_weight_once(tmp_path):

@@ -224,6 +224,13 @@ def test_the_text_encoders_dtype_is_what_the_cpu_and_its_memory_can_do(
             assert words in warning
 
 
+@pytest.mark.parametrize("kind", ["npu", "cuda"])
+def test_on_a_device_it_is_bfloat16(umt5_xxl, kind, monkeypatch):
+    monkeypatch.setattr(cores, "compute_bfloat16", lambda: False)
+    device = type("Device", (), {"type": kind})  # torch knows no "npu" here
+    assert text_encoder._text_dtype(device, 2**20, umt5_xxl) == (torch.bfloat16, None)
+
+
 def test_a_slow_text_encoder_is_reported_unless_its_dtype_is_given(specs, monkeypatch):
     monkeypatch.setattr(text_encoder, "_text_dtype", lambda *_: (torch.bfloat16, "It is slow."))
     loaded = Components(CPU).get(specs.encoder, lambda *_: None)
