@@ -136,7 +136,7 @@ def empty_cache(device: torch.device) -> None:
         card.empty_cache()
         if hasattr(card, "host_empty_cache"):
             card.host_empty_cache()
-        elif device.type == "cuda":
+        elif device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
             torch._C._host_emptyCache()
     elif hasattr(LIBC, "malloc_trim"):  # only glibc has it
         LIBC.malloc_trim(0)
