@@ -152,9 +152,10 @@ def empty_cache(device: torch.device) -> None:
     if device.type != "cpu":
         card = getattr(torch, device.type)
         card.empty_cache()
-        empty_pinned = torch._C._host_emptyCache if device.type == "cuda" else getattr(card, "host_empty_cache", None)
-        if empty_pinned is not None:
-            empty_pinned()
+        if hasattr(card, "host_empty_cache"):
+            card.host_empty_cache()
+        elif device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()
     elif hasattr(LIBC, "malloc_trim"):  # only glibc has it
         LIBC.malloc_trim(0)
 
