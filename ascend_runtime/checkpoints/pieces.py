@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..ops.packing import Packing
 from ..ops.precision import is_finite
 from ..ops.quantization import quantized_rows
 from .formats.parts import Rows, Slices, by_rows, full_slices, in_ranges
@@ -35,7 +36,8 @@ class Wanted:
     name: used in errors. key: its name in the file. scale: the key of its scale if it is stored in 8 bits. shape: of
     the whole tensor. part: None for all of it. dtype, device: where it is kept. scales: the name of the new row
     scales, if it is to be quantized to int8; a scale belongs to a whole row, even if `part` cuts the rows. rows: its
-    ranges of the stored tensor's rows, concatenated in this order; None: all.
+    ranges of the stored tensor's rows, concatenated in this order; None: all. packing: how its values are kept as
+    bytes, to which `shape` and `part` refer then; None: as numbers.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Wanted:
     device: torch.device
     scales: str | None = None
     rows: Rows | None = None
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
     part = wanted.part or full_slices(wanted.shape)
     # A tensor that is kept as stored on disk is a view of the mapped file, so that ranks share its memory.
     mapped = wanted.part is None and wanted.scale is None and wanted.device.type == "cpu" and held == wanted.dtype
-    mapped = mapped and (wanted.rows is None or len(wanted.rows) == 1)
+    mapped = mapped and (wanted.rows is None or len(wanted.rows) == 1) and wanted.packing is None
     shape = [own.stop - own.start for own in part]
     made = {wanted.name: _mapped(file, wanted) if mapped else _empty(shape, wanted.dtype, wanted.device)}
     if wanted.scales:
@@ -128,6 +131,8 @@ def _make(file: TensorFile, piece: _Piece) -> list[Tensor]:
         return [_checked(piece.rows[0], of.dtype, of.name, file.path)]
     if of.scales:
         return _quantized(file, piece)
+    if of.packing:
+        return [_packed(file, piece)]
     into = piece.rows[0] if of.device.type == "cpu" else None
     return [read_as(file, of.key, piece.part, of.dtype, scale=of.scale, name=of.name, into=into)]
 
@@ -141,6 +146,15 @@ def _quantized(file: TensorFile, piece: _Piece) -> list[Tensor]:
     if of.device.type != "cpu":
         return [made, scales]
     return [into.copy_(x) for into, x in zip(piece.rows, (made, scales))]
+
+
+def _packed(file: TensorFile, piece: _Piece) -> Tensor:
+    of = piece.of
+    try:
+        made = of.packing.packed(file.read(of.key, of.packing.stored(piece.part)))
+    except ValueError as error:
+        raise ValueError(f"{file.path} has {error} in {of.name}. Quantize the model again.") from None
+    return piece.rows[0].copy_(made) if of.device.type == "cpu" else made
 
 
 def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:

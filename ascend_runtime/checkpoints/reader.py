@@ -12,6 +12,7 @@ from typing import Callable, Iterable, Mapping, Protocol
 import torch
 from torch import nn
 
+from ..ops.packing import Packing
 from .faults import list_faults
 from .formats.parts import Slices
 from .formats.tensor_files import TensorFile, open_tensors
@@ -51,7 +52,8 @@ class AllWeights:
 @dataclass(frozen=True)
 class Place:
     """Where a parameter lies on disk. key: the tensor's name in the shard. shape: the parameter's full shape. nbytes:
-    on disk. scale: the key of its scale if it is stored in 8 bits.
+    on disk. scale: the key of its scale if it is stored in 8 bits. packing: how its values are kept as bytes, whose
+    shape it has then; None: as numbers.
 
     rows: its ranges of the tensor's rows, in this order; None: all.
     """
@@ -62,6 +64,7 @@ class Place:
     nbytes: int
     scale: str | None
     rows: Rows | None = None
+    packing: Packing | None = None
 
 
 NO_SCALES: dict[str, str] = {}
@@ -110,7 +113,7 @@ def load_weights(
     for shard in dict.fromkeys(place.shard for place in places.values()):
         wanted = [
             Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device,
-                   scales_of.get(name), place.rows)
+                   scales_of.get(name), place.rows, place.packing)
             for name, place in places.items()
             if place.shard == shard
         ]  # fmt: skip
@@ -171,10 +174,13 @@ def _places(
                 if not (dtype.is_floating_point or parts.get(key)):
                     numbers.append(f"{key} as {dtype}")
                 targets[key] = targets_of(split, name, tuple(shape))
+                packing = quantized.packing(key) if quantized else None
                 for name, made, rows in ((one.name, one.shape_in(tuple(shape)), one.rows) for one in targets[key]):
                     if name in places:
                         raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
-                    places[name] = Place(shard, key, made, math.prod(made) * dtype.itemsize, scales.get(key), rows)
+                    size = math.prod(made) * dtype.itemsize
+                    kept = packing.shape(made) if packing else made
+                    places[name] = Place(shard, key, kept, size, scales.get(key), rows, packing)
             _check_rows(file, targets)
         if faults := list_faults({"that are not floating-point": numbers}):
             raise ValueError(f"{shard} holds tensors {faults}. Use the model's fp32, fp16, bf16 or fp8_scaled form.")

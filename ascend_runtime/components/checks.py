@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..models.family import TEXT_ENCODER, TRANSFORMER
+from ..models.shared.quantized import check_static_steps
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
 from .model_config import stored_boundary
@@ -17,5 +18,6 @@ def check_component(component: Component) -> None:
         check_size(find_tokenizer(component), network, component)
     if component.kind.name == TRANSFORMER:
         stored_boundary(component)
-        defaults_in(component, experts=1)
+        own = defaults_in(component, experts=1)
+        check_static_steps(network, own.static_steps, own.source)
     component.places_in(network)

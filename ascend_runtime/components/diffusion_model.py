@@ -15,7 +15,13 @@ from ..models.defaults import Defaults
 from ..models.family import Family
 from ..models.shared.conditioning import Conditioner
 from ..models.shared.latents import Latents
-from ..models.shared.quantized import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
+from ..models.shared.quantized import (
+    QUANTIZATION_SCHEMES,
+    check_static_steps,
+    linears,
+    quantize,
+    quantized_parameters,
+)
 from ..models.shared.transformer import VideoTransformer
 from ..ops import check_quantized
 from ..parallel.fsdp import ShardedWeights, Sharding
@@ -156,6 +162,8 @@ def load(
         expert: _Unread.of(component, sharding, spec.quantization, expert if len(found) == 2 else None)
         for expert, component in zip((HIGH_NOISE, LOW_NOISE), found)
     }
+    for one in unread.values():
+        check_static_steps(one.network, defaults.static_steps, defaults.source)
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     requested = by_expert(spec.loras, list(unread))
     loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}

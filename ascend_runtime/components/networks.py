@@ -7,7 +7,7 @@ from torch import nn
 
 from ..checkpoints.configs import check_counts
 from ..checkpoints.faults import as_value_error
-from ..models.shared.quantized import quantize
+from ..models.shared.quantized import check_cuts, quantize
 from ..parallel.tensor import TensorParallel, WholeWeights
 from ..recognition.component import Component
 
@@ -22,6 +22,7 @@ def empty_network(component: Component, tp: WholeWeights | TensorParallel = Whol
         network = component.family.network(component.kind.name, component.config, tp)
     if component.quantized is not None:
         quantize(network, component.quantized.renamed(component.parameters), component.part.blocks)
+        check_cuts(network, component.family.weights.cut_dim, tp.degree)
     return network
 
 

@@ -23,6 +23,7 @@ from ..models.cost import PassSize
 from ..models.registry import require_schedule
 from ..models.shared.block_stack import At
 from ..models.shared.conditioning import Branch, Given
+from ..models.shared.quantized import use_step
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
 from ..parallel.mesh import mesh_of
@@ -130,6 +131,8 @@ class Generation:
         if call.context not in self._kept:
             self._kept[call.context] = call.context.context()
         expert = model.expert_at(call.timestep)
+        if model.defaults.static_steps:
+            use_step(expert, model.defaults.static_step(step.number))
         passing = self.acceleration.passing(At(model.name_at(call.timestep), call.branch, step.number))
         timestep = call.context.timestep(call.timestep)
         return expert(call.context.input(latent), timestep, self._kept[call.context], passing)

@@ -17,8 +17,9 @@ class Defaults:
     """The default settings of a model. name: of the published model. steps, shift, guidance_scale: as in SampleSpec.
 
     low_noise_guidance, boundary: for models with two experts. small_shift: the shift for frames of up to SMALL_PICTURE
-    pixels, if it differs. width, height, num_frames, fps: of the videos that it was trained for. source: the model's
-    own file, if some of these values come from it.
+    pixels, if it differs. width, height, num_frames, fps: of the videos that it was trained for. static_steps: (first,
+    end) of the steps, counted from 0, in which W8A8_TIMESTEP layers use their static scales; None: in none. source: the
+    model's own file, if some of these values come from it.
     """
 
     name: str
@@ -32,11 +33,17 @@ class Defaults:
     height: int = 480
     num_frames: int = 81
     fps: int = 16
+    static_steps: tuple[int, int] | None = None
     source: Path | None = None
 
     @property
     def size(self) -> VideoSize:
         return VideoSize(width=self.width, height=self.height, num_frames=self.num_frames)
+
+    def static_step(self, step: int) -> int | None:
+        """`step`, if W8A8_TIMESTEP layers use their static scales in it, else None."""
+        first, end = self.static_steps or (0, 0)
+        return step if first <= step < end else None
 
     def fill(self, spec: SampleSpec, pixels: int) -> SampleSpec:
         """`spec` with its unset fields filled in, for frames of this number of pixels.

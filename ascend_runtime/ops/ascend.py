@@ -7,6 +7,7 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..hardware import devices
@@ -14,6 +15,8 @@ from ..specs import OperatorSpec
 from . import ascend_attention, card_rules
 from .card_rules import HALVES
 from .libraries import mindiesd, torch_npu
+from .mxfp8 import MX_GROUP
+from .packing import int4_pairs
 from .plain import PlainOperators, RotaryTable, log_once, warn_once
 from .precision import NORMS, RESIDUAL, ROTARY
 from .quantization import Static
@@ -166,11 +169,21 @@ class AscendOperators(PlainOperators):
         out = torch_npu().npu_mm_all_reduce_base(x.contiguous(), weight.t(), communicator, reduce_op="sum")
         return out if bias is None else out + bias
 
-    # Linear in 8 bits. Products are scaled, in a 16-bit dtype, which `check_card_quantized` ensures
+    # Quantized linear layers. Products are scaled, in a 16-bit dtype, which `check_card_quantized` ensures
 
-    def quantized_linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        rows, row_scale = torch_npu().npu_dynamic_quant(x.flatten(0, -2))
+    def quantized_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None = None
+    ) -> Tensor:
+        rows, row_scale = torch_npu().npu_dynamic_quant(x.flatten(0, -2), smooth_scales=smooth)
         return self._products(rows, row_scale, weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+
+    def int4_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None = None
+    ) -> Tensor:
+        tokens = x.flatten(0, -2)
+        rows, row_scale = torch_npu().npu_dynamic_quant(tokens, smooth_scales=smooth, dst_type=torch.quint4x2)
+        out = self._int32_products(rows, row_scale, weight, scale, x.dtype).view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
 
     def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
         scale = static.input_scale.expand(tokens.shape[1])  # the operator expects one for each channel
@@ -185,6 +198,28 @@ class AscendOperators(PlainOperators):
         return torch_npu().npu_quant_matmul(
             rows, weight.t(), scale, pertoken_scale=row_scale, bias=bias, output_dtype=dtype
         )
+
+    def _int4_products(
+        self, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        return self._int32_products(int4_pairs(rows).view(torch.int32), row_scale, weight, scale, dtype)
+
+    def _int32_products(
+        self, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Products of 4-bit values, eight in each int32 of rows [M, K/8]. By its page, the operator adds no bias to
+        them."""
+        return self._products(rows, row_scale, weight.view(torch.int32), scale, None, dtype)
+
+    def _mx_products(self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None) -> Tensor:
+        rows, row_exponents = torch_npu().npu_dynamic_mx_quant(x, dst_type=weight.dtype)
+        if exponents.shape[1] % 2:  # the operator takes pairs of groups
+            exponents = F.pad(exponents, (0, 1))
+        pairs, e8m0 = exponents.unflatten(-1, (-1, 2)).transpose(0, 1), torch_npu().float8_e8m0fnu
+        return torch_npu().npu_quant_matmul(
+            rows, weight.t(), pairs, pertoken_scale=row_exponents, bias=bias, output_dtype=x.dtype,
+            scale_dtype=e8m0, pertoken_scale_dtype=e8m0, group_sizes=[1, 1, MX_GROUP],
+        )  # fmt: skip
 
 
 def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 from ..hardware import devices
 from ..specs import OperatorSpec
 from . import card_rules, sparse
+from .mxfp8 import mx_products
+from .packing import INT4_MAX, int4_values
 from .precision import LOG_SUM_EXP, MODULATION, NORMS, RESIDUAL, ROTARY
-from .quantization import Static, quantized_rows, row_largest, scaled_products, statically_quantized
+from .quantization import Static, quantized_rows, row_largest, scaled_products, smoothed, statically_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -143,16 +145,17 @@ class PlainOperators:
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
         """x weight^T, all-reduced over `group`, plus bias; x [B, S, K/ranks], weight [N, K/ranks], bias [N]."""
-        out = F.linear(x, weight)
-        dist.all_reduce(out, group=group)
-        return out if bias is None else out + bias
+        return _summed(F.linear(x, weight), bias, group)
 
-    # Linear in 8 bits (see quantization.py): weight int8 [N, K], scale [N] in fp32; the result has x's dtype
+    # Quantized linear layers: weight [N, K] and its scale [N] in fp32; the result has x's dtype. Activations are
+    # quantized dynamically, each token by its largest magnitude, after they are multiplied by `smooth` [K] if given
 
-    def quantized_linear(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """x (scale weight)^T + bias, x [..., K]; each token is quantized dynamically by its largest magnitude."""
-        tokens = x.flatten(0, -2)
-        return self._products(*quantized_rows(tokens), weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
+    def quantized_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None = None
+    ) -> Tensor:
+        """x (scale weight)^T + bias, x [..., K]; weight int8 (see quantization.py)."""
+        rows = quantized_rows(smoothed(x, smooth).flatten(0, -2))
+        return self._products(*rows, weight, scale, bias, x.dtype).view(*x.shape[:-1], -1)
 
     def quantized_linear_all_reduce(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup
@@ -162,15 +165,40 @@ class PlainOperators:
         A first all-reduce takes the maximum of each token's magnitudes in fp32, so that a token has one scale on all
         ranks, and the integers equal those on one rank.
         """
-        largest = row_largest(x)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        rows = quantized_rows(x.flatten(0, -2), largest.flatten(0, -2))
+        rows = quantized_rows(x.flatten(0, -2), _largest_of_all(x, group))
         out = self._products(*rows, weight, scale, None, x.dtype).view(*x.shape[:-1], -1)
-        dist.all_reduce(out, group=group)
+        return _summed(out, bias, group)
+
+    def int4_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None = None
+    ) -> Tensor:
+        """Like `quantized_linear`, with weight and activations in 4 bits; weight [N, K/2] in pairs (see packing.py)."""
+        rows = quantized_rows(smoothed(x, smooth).flatten(0, -2), limit=INT4_MAX)
+        out = self._int4_products(*rows, weight, scale, x.dtype).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
+    def int4_linear_all_reduce(
+        self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup
+    ) -> Tensor:
+        """Like `quantized_linear_all_reduce`, in 4 bits; weight [N, K/ranks/2] in pairs."""
+        rows = quantized_rows(x.flatten(0, -2), _largest_of_all(x, group), INT4_MAX)
+        out = self._int4_products(*rows, weight, scale, x.dtype).view(*x.shape[:-1], -1)
+        return _summed(out, bias, group)
+
+    def mx_linear(self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None) -> Tensor:
+        """x weight^T + bias in MXFP8 (see mxfp8.py); x [..., K], weight fp8 [N, K], exponents [N, groups], bias in
+        fp32."""
+        return self._mx_products(x.flatten(0, -2), weight, exponents, bias).view(*x.shape[:-1], -1)
+
+    def mx_linear_all_reduce(
+        self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None, group: dist.ProcessGroup
+    ) -> Tensor:
+        """Like `mx_linear`, all-reduced over `group`; x [B, S, K/ranks], weight [N, K/ranks], in whole groups."""
+        out = self._mx_products(x.flatten(0, -2), weight, exponents, None).view(*x.shape[:-1], -1)
+        return _summed(out, None if bias is None else bias.type_as(out), group)
+
     def static_linear(self, x: Tensor, weight: Tensor, static: Static) -> Tensor:
-        """Like `quantized_linear`, but x [..., K] is quantized with a static scale and offset."""
+        """Like `quantized_linear` in int8, but x [..., K] is quantized with a static scale and offset."""
         rows = self._static_rows(x.flatten(0, -2), static)
         return self._products(rows, None, weight, static.scale, static.bias, x.dtype).view(*x.shape[:-1], -1)
 
@@ -178,8 +206,7 @@ class PlainOperators:
         """Like `static_linear`, all-reduced over `group`; x [B, S, K/ranks], weight [N, K/ranks]."""
         rows = self._static_rows(x.flatten(0, -2), static)
         out = self._products(rows, None, weight, static.scale, None, x.dtype).view(*x.shape[:-1], -1)
-        dist.all_reduce(out, group=group)
-        return out + (static.scale * static.bias).to(out.dtype)
+        return _summed(out, (static.scale * static.bias).to(out.dtype), group)
 
     def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
         return statically_quantized(tokens, static.input_scale, static.input_offset)
@@ -190,6 +217,28 @@ class PlainOperators:
     ) -> Tensor:  # fmt: skip
         """See `quantization.scaled_products`."""
         return scaled_products(rows, row_scale, weight, scale, bias, dtype)
+
+    def _int4_products(
+        self, rows: Tensor, row_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        return scaled_products(rows, row_scale, int4_values(weight), scale, None, dtype)
+
+    def _mx_products(self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None) -> Tensor:
+        """See `mxfp8.mx_products`."""
+        return mx_products(x, weight, exponents, bias)
+
+
+def _largest_of_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The largest magnitude of each whole token [tokens, 1] in fp32, of which x [..., K/ranks] is this rank's part."""
+    largest = row_largest(x)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest.flatten(0, -2)
+
+
+def _summed(out: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+    """The sum of all ranks' `out`, plus the bias."""
+    dist.all_reduce(out, group=group)
+    return out if bias is None else out + bias
 
 
 def _has_torchs_attention(query: Tensor) -> bool:

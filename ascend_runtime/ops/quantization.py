@@ -1,6 +1,6 @@
-"""Symmetric int8 quantization with one scale for each row of a weight, or for each token.
+"""Symmetric quantization to int8 with one scale for each row of a weight, or for each token; to 4 bits likewise.
 
-    x = scale * integer,  scale = the largest magnitude of the row / 127
+    x = scale * integer,  scale = the largest magnitude of the row / 127 (in 4 bits: / 7)
 
 Products of two quantized tensors are integers, which fit 32 bits for rows of up to 133 000 values.
 """
@@ -18,17 +18,22 @@ MAX_PRODUCTS = 2**26  # elements of an int32 product that are held at once: 256 
 CUDA_MULTIPLE, CUDA_ROWS = 8, 17  # torch._int_mm on CUDA needs widths that are multiples of 8, and at least 17 rows
 
 
-def quantized_rows(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantized_rows(x: Tensor, largest: Tensor | None = None, limit: int = INT8_MAX) -> tuple[Tensor, Tensor]:
     """(int8 with x's shape, scale [..., 1] in fp32) of x [..., K].
 
     largest: the largest magnitude of each whole row [..., 1], if x is a part of the rows. A row of zeros has the scale
-    1.
+    1. limit: the integer that the largest magnitude becomes.
     """
     if largest is None:
         largest = row_largest(x)
-    scale = largest / INT8_MAX
+    scale = largest / limit
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (x.to(scale.dtype) / scale).round_().to(torch.int8), scale
+
+
+def smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:
+    """x [..., K] times the factors `smooth` [K], by which a weight was divided to take over outliers; None: x."""
+    return x if smooth is None else x * smooth
 
 
 def row_largest(x: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def sharding_of(kind: str, world_size: int, tp: int, fsdp: bool) -> Sharding:
 class ShardedWeights:
     """The part of each parameter that a rank holds (see `checkpoints.reader.LocalWeights`).
 
-    cut_dim: the dim along which tensor parallelism cuts a parameter, by name; None: it does not.
+    cut_dim: the dim along which tensor parallelism cuts a parameter, by name; None: it does not. A dim of one element
+        belongs to all slices.
     replicated: whether every rank keeps a parameter whole under FSDP, by name: small ones whose dtype differs from
     their block's, since FSDP2 gathers one dtype at a time.
     units: the modules whose weights are gathered together, in the order of their first use. Weights outside of units
@@ -66,7 +67,7 @@ class ShardedWeights:
     def prepare(self, network: nn.Module) -> None:
         """Gives the parameters of `network`, on the meta device, the shapes that this rank holds."""
         for name, parameter in list(network.named_parameters()):
-            if (dim := self._cut(name)) is not None:
+            if (dim := self._cut(name, parameter.shape)) is not None:
                 own = slice_of(parameter.shape[dim], self.sharding.tp)
                 assign(network, name, parameter.narrow(dim, own.start, own.stop - own.start).contiguous())
         if self.sharding.mesh is not None:
@@ -75,7 +76,7 @@ class ShardedWeights:
     def part(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
         """The part of a parameter of this full shape that this rank holds; None: all of it."""
         part = [slice(0, size) for size in shape]
-        if (dim := self._cut(name)) is not None:
+        if (dim := self._cut(name, shape)) is not None:
             part[dim] = slice_of(shape[dim], self.sharding.tp)
         if self._is_sharded(name):
             part[0] = _rows(part[0], self.sharding.mesh)
@@ -91,8 +92,9 @@ class ShardedWeights:
             part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
-    def _cut(self, name: str) -> int | None:
-        return self.cut_dim(name) if self.sharding.tp.degree > 1 else None
+    def _cut(self, name: str, shape: tuple[int, ...]) -> int | None:
+        dim = self.cut_dim(name) if self.sharding.tp.degree > 1 else None
+        return None if dim is None or shape[dim] == 1 else dim
 
     def _is_sharded(self, name: str) -> bool:
         return self.sharding.mesh is not None and not self.replicated(name)

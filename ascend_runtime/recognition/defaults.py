@@ -31,12 +31,16 @@ class DefaultsFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shift: float | None = None
     guidance_scale: float | None = None
     guidance_scale_low_noise: float | None = None
+    static_steps: tuple[int, int] | None = None
 
     def __post_init__(self):
         VideoSize(**self._given("width", "height", "num_frames"))
         SampleSpec(**self._given("steps", "shift", "guidance_scale", "guidance_scale_low_noise"))
         if self.fps is not None and not 1 <= self.fps <= MAX_FPS:
             raise ValueError(f"fps is {self.fps}; it must lie between 1 and {MAX_FPS}.")
+        first, end = self.static_steps or (0, 1)
+        if not 0 <= first < end:
+            raise ValueError(f"static_steps is [{first}, {end}]; it must be [first, end], with 0 <= first < end.")
 
     def over(self, published: Defaults, source: Path) -> Defaults:
         """`published`, overridden by this file. If the file has one guidance scale, it is used for both experts."""

@@ -158,7 +158,7 @@ def _original(folder: Path, found: Component) -> Component:
 def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
     """A transformer that msModelSlim wrote, with any system's names. Its config is diffusers', or read off the
     shapes."""
-    description = read_description(file)
+    description = read_description(file).with_steps(shards)
     if (folder / "config.json").is_file() and not is_original(folder):
         found = _of_diffusers(folder, TRANSFORMER, shards)
     else:

@@ -1,21 +1,22 @@
-"""Linear layers with int8 weights and activations (W8A8).
+"""Linear layers with quantized weights and activations: int8 (W8A8), fp8 in groups (MXFP8), or 4 bits (W4A4).
 
-They use a quarter of the memory of fp32 layers, half of that of bfloat16 layers, and compute integer products. The
-layers to quantize are listed in a file (checkpoints/msmodelslim.py), or chosen by the family's rule if weights are
-quantized on the fly.
+They use a quarter of the memory of fp32 layers or less, and compute products of what their formats hold. The layers to
+quantize are listed in a file (checkpoints/msmodelslim.py), or chosen by the family's rule if weights are quantized on
+the fly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ...checkpoints.faults import list_faults
-from ...checkpoints.msmodelslim import DYNAMIC, STATIC, Layer
-from ...ops import PlainOperators
-from ...ops.quantization import Static
+from ...checkpoints.msmodelslim import DYNAMIC, INT4, MXFP8, STATIC, TIMESTEP, Layer
+from ...ops import PlainOperators, mxfp8, packing
+from ...ops.quantization import Static, smoothed
 from ...parallel.tensor import TensorParallel
 
 QUANTIZATION_SCHEMES = {"w8a8_dynamic": Layer(DYNAMIC)}  # for weights that are quantized on the fly
@@ -26,31 +27,85 @@ class QuantizedLinear(nn.Module):
 
     Parameters: weight [out, in], weight_scale [out, 1] in fp32, bias [out]; mul_scale [in], a factor for the input if
     outliers were moved into the weight. Built on the meta device.
+
+    multiple: tensor parallelism cuts the weight's inputs in multiples of it. whole: whether their number must be one
+    too. free: the parameters that are kept in the dtype of the blocks.
     """
 
     ops: PlainOperators
+    multiple, whole = 1, False
+    free = ("bias", "mul_scale")
 
-    def __init__(self, like: nn.Linear, smoothed: bool):
+    def __init__(self, like: nn.Linear, layer: Layer):
         super().__init__()
-        self.weight = _parameter(like.out_features, like.in_features, dtype=torch.int8)
-        self.mul_scale = _parameter(like.in_features, dtype=like.weight.dtype) if smoothed else None
-        self._add_scales(like)
+        self.in_features = like.in_features
+        self.mul_scale = _parameter(like.in_features, dtype=like.weight.dtype) if layer.smoothed else None
+        self._add_weight(like)
+        self._add_scales(like, layer)
 
-    def _add_scales(self, like: nn.Linear) -> None:
+    def _add_weight(self, like: nn.Linear) -> None:
+        self.weight = _parameter(like.out_features, like.in_features, dtype=torch.int8)
+
+    def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
         self.weight_scale = _parameter(like.out_features, 1, dtype=torch.float32)
         self.bias = None if like.bias is None else _parameter(like.out_features, dtype=like.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
-        return self.ops.quantized_linear(self._smoothed(x), self.weight, self.weight_scale.flatten(), self.bias)
+        return self.ops.quantized_linear(x, *self._weights(), self.bias, self.mul_scale)
 
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
         """The row-parallel layer, all-reduced; x [B, S, in / ranks]."""
-        x = self._smoothed(x)
-        return self.ops.quantized_linear_all_reduce(x, self.weight, self.weight_scale.flatten(), self.bias, tp.group)
+        return self.ops.quantized_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.weight_scale.flatten()
 
     def _smoothed(self, x: Tensor) -> Tensor:
-        return x if self.mul_scale is None else x * self.mul_scale
+        return smoothed(x, self.mul_scale)
+
+
+class Int4Linear(QuantizedLinear):
+    """A quantized linear layer in 4 bits. Parameters: as above, but weight [out, in / 2] (see ops/packing.py)."""
+
+    multiple, whole = packing.PER_INT32, True
+
+    def _add_weight(self, like: nn.Linear) -> None:
+        self.weight = _parameter(like.out_features, like.in_features // packing.PER_BYTE, dtype=torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.int4_linear(x, *self._weights(), self.bias, self.mul_scale)
+
+    def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.int4_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
+
+
+class MxLinear(QuantizedLinear):
+    """A quantized linear layer in MXFP8 (see ops/mxfp8.py).
+
+    Parameters: weight [out, in], the bits of fp8 in uint8; weight_scale [out, groups], exponents in uint8; bias [out]
+    in fp32, as the operator takes it; mul_scale.
+    """
+
+    multiple = mxfp8.MX_GROUP
+    free = ("mul_scale",)
+
+    def _add_weight(self, like: nn.Linear) -> None:
+        self.weight = _parameter(like.out_features, like.in_features, dtype=torch.uint8)
+
+    def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
+        groups = mxfp8.groups_of(like.in_features)
+        self.weight_scale = _parameter(like.out_features, groups, dtype=torch.uint8)
+        self.bias = None if like.bias is None else _parameter(like.out_features, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.mx_linear(self._smoothed(x), *self._weights(), self.bias)
+
+    def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.mx_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        return self.weight.view(mxfp8.FP8), self.weight_scale
 
 
 class StaticLinear(QuantizedLinear):
@@ -59,7 +114,7 @@ class StaticLinear(QuantizedLinear):
     Parameters: weight; input_scale [1], input_offset [1]; deq_scale [out], quant_bias [out] in int32 (see Static).
     """
 
-    def _add_scales(self, like: nn.Linear) -> None:
+    def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
         self.input_scale, self.input_offset = (_parameter(1, dtype=torch.float32) for _ in range(2))
         self.deq_scale = _parameter(like.out_features, dtype=torch.float32)
         self.quant_bias = _parameter(like.out_features, dtype=torch.int32)
@@ -72,6 +127,41 @@ class StaticLinear(QuantizedLinear):
 
     def _static(self) -> Static:
         return Static(self.input_scale, self.input_offset, self.deq_scale, self.quant_bias)
+
+
+class TimestepLinear(QuantizedLinear):
+    """A quantized linear layer that quantizes activations dynamically in some steps and statically in others, as MindIE
+    SD's W8A8TimeStepQuantLinear does by its TimestepPolicyConfig.
+
+    Parameters: those of QuantizedLinear; input_scale and input_offset [steps, 1], deq_scale and quant_bias
+    [steps, out], of which each step has its own. step: the one whose static scales are used; None: dynamic.
+    """
+
+    step: int | None = None
+
+    def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
+        super()._add_scales(like, layer)
+        self.input_scale, self.input_offset = (_parameter(layer.steps, 1, dtype=torch.float32) for _ in range(2))
+        self.deq_scale = _parameter(layer.steps, like.out_features, dtype=torch.float32)
+        self.quant_bias = _parameter(layer.steps, like.out_features, dtype=torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.step is None:
+            return super().forward(x)
+        return self.ops.static_linear(self._smoothed(x), self.weight, self._static(self.step))
+
+    def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        if self.step is None:
+            return super().all_reduced(x, tp)
+        return self.ops.static_linear_all_reduce(self._smoothed(x), self.weight, self._static(self.step), tp.group)
+
+    def _static(self, step: int) -> Static:
+        return Static(self.input_scale[step], self.input_offset[step], self.deq_scale[step], self.quant_bias[step])
+
+
+KINDS = {
+    DYNAMIC: QuantizedLinear, STATIC: StaticLinear, TIMESTEP: TimestepLinear, MXFP8: MxLinear, INT4: Int4Linear
+}  # fmt: skip
 
 
 def quantize(network: nn.Module, layers: Mapping[str, Layer], blocks: tuple[str, ...]) -> None:
@@ -89,8 +179,7 @@ def quantize(network: nn.Module, layers: Mapping[str, Layer], blocks: tuple[str,
         )
     for name, layer in layers.items():
         owner, _, leaf = name.rpartition(".")
-        kind = StaticLinear if layer.algorithm == STATIC else QuantizedLinear
-        made = kind(network.get_submodule(name), layer.smoothed)
+        made = KINDS[layer.algorithm](network.get_submodule(name), layer)
         made.ops = network.ops
         setattr(network.get_submodule(owner), leaf, made)
 
@@ -112,8 +201,43 @@ def quantized_parameters(network: nn.Module) -> dict[str, torch.dtype]:
     return {
         f"{name}.{leaf}": parameter.dtype
         for name, module in network.named_modules() if isinstance(module, QuantizedLinear)
-        for leaf, parameter in module.named_parameters() if leaf not in ("bias", "mul_scale")
+        for leaf, parameter in module.named_parameters() if leaf not in module.free
     }  # fmt: skip
+
+
+def check_cuts(network: nn.Module, cut_dim: Callable[[str], int | None], degree: int) -> None:
+    """Raises ValueError if tensor parallelism of this degree would cut groups of a quantized weight's inputs apart, or
+    if the inputs do not fit the format. cut_dim: the dim along which it cuts a parameter, by name."""
+    kinds = {made: algorithm for algorithm, made in KINDS.items()}
+    layers = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, layer in layers.items():
+        cuts = degree if cut_dim(f"{name}.weight") == 1 else 1
+        width, multiple, kind = layer.in_features // cuts, layer.multiple, kinds[type(layer)]
+        if layer.whole and layer.in_features % multiple:
+            raise ValueError(f"{name} has {layer.in_features} inputs; {kind} needs a multiple of {multiple}.")
+        if cuts > 1 and width % multiple:
+            raise ValueError(
+                f"tp_degree is {degree}, which gives each rank {width} of the {layer.in_features} inputs of {name}, "
+                f"but its {kind} weights can only be cut in multiples of {multiple}. Set tp_degree to a smaller "
+                "number, and use the other ranks for ulysses_degree or ring_degree."
+            )
+
+
+def check_static_steps(network: nn.Module, steps: tuple[int, int] | None, source: Path | None) -> None:
+    """Raises ValueError if layers have no static scales for these steps (first, end), which the file `source` names."""
+    numbers = [len(module.input_scale) for module in network.modules() if isinstance(module, TimestepLinear)]
+    if steps is None or numbers and steps[1] <= min(numbers):
+        return
+    why = f"the model has scales for {min(numbers)} steps" if numbers else f"no layer of the model is in {TIMESTEP}"
+    advice = "Correct it, or remove it to quantize activations dynamically in all steps."
+    raise ValueError(f"{source} sets static_steps to {list(steps)}, but {why}. {advice}")
+
+
+def use_step(network: nn.Module, step: int | None) -> None:
+    """Makes layers that have static scales for each step use those of this one; None: quantize dynamically."""
+    for module in network.modules():
+        if isinstance(module, TimestepLinear):
+            module.step = step
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
