@@ -18,6 +18,7 @@ from ..models.shared.latents import Latents
 from ..models.shared.quantized import (
     QUANTIZATION_SCHEMES,
     check_static_steps,
+    lay_out,
     linears,
     quantize,
     quantized_parameters,
@@ -204,12 +205,19 @@ class _Reader:
         """The networks of all experts, and the swap if two of them take turns on the device."""
         high_noise = self._read(unread[HIGH_NOISE], self.device)
         if LOW_NOISE not in unread:
-            return {HIGH_NOISE: high_noise}, None
+            return {HIGH_NOISE: self._laid_out(high_noise)}, None
         if can_swap and (always_swap or not _fits(high_noise, self.device)):  # ranks may decide differently
             idle = self._read(unread[LOW_NOISE], torch.device("cpu"))
             swap = ExpertSwap(high_noise, high_noise.units, dict(idle.named_parameters()), self.device)
             return {HIGH_NOISE: high_noise, LOW_NOISE: high_noise}, swap
-        return {HIGH_NOISE: high_noise, LOW_NOISE: self._read(unread[LOW_NOISE], self.device)}, None
+        low_noise = self._read(unread[LOW_NOISE], self.device)
+        return {HIGH_NOISE: self._laid_out(high_noise), LOW_NOISE: self._laid_out(low_noise)}, None
+
+    def _laid_out(self, network: VideoTransformer) -> VideoTransformer:
+        """Weights that FSDP shards keep torch's layout, as gathering copies them; so do those of experts in turns."""
+        if self.sharding.mesh is None:
+            lay_out(network)
+        return network
 
     def adapter(self, one: _Unread, loras: LorasInUse, network, on_host: HostWeights | None) -> Adapter:
         """The adapter of an expert's weights, which are on the device, or on the host if experts are swapped."""

@@ -121,6 +121,17 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+@contextmanager
+def internal_formats():
+    """Lets casts to an NPU's own formats make tensors in them, which they silently do not otherwise on A2 and A3 cards
+    (Ascend/pytorch, torch_npu/csrc/aten/common/TensorFactories.cpp)."""
+    torch.npu.config.allow_internal_format = True
+    try:
+        yield
+    finally:
+        torch.npu.config.allow_internal_format = False
+
+
 def synchronise(device: torch.device) -> None:
     """Waits until `device` has finished all queued work."""
     if device.type != "cpu":

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from ..specs import OperatorSpec
 from .plain import PlainOperators
 
 OPERATORS_VARIABLE = "ASCEND_RUNTIME_OPERATORS"
 OPERATOR_SETS = ("auto", "npu", "torch")
+LAYOUT_VARIABLE, LAYOUTS = "ASCEND_RUNTIME_WEIGHT_LAYOUT", ("auto", "torch")
 
 
 def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) -> PlainOperators:
@@ -45,6 +47,19 @@ def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
         )
 
 
+def in_preferred_layout(weight: Tensor) -> Tensor:
+    """An int8 weight [N, K] of a quantized layer, in the layout that its device's operator prefers; it must not be
+    written to afterwards. The variable ASCEND_RUNTIME_WEIGHT_LAYOUT keeps torch's own layout if it is "torch"."""
+    layout = os.environ.get(LAYOUT_VARIABLE) or "auto"
+    if layout not in LAYOUTS:
+        raise ValueError(f"{LAYOUT_VARIABLE} is {layout!r}; it can be one of {', '.join(LAYOUTS)}.")
+    if layout == "torch" or _way(weight.device) != "npu":
+        return weight
+    from . import ascend
+
+    return ascend.in_preferred_layout(weight)
+
+
 def _way(device: torch.device) -> str:
     way = os.environ.get(OPERATORS_VARIABLE) or "auto"
     if way not in OPERATOR_SETS:
@@ -56,4 +71,4 @@ def _way(device: torch.device) -> str:
     return way
 
 
-__all__ = ["PlainOperators", "check_quantized", "operators_for"]
+__all__ = ["PlainOperators", "check_quantized", "in_preferred_layout", "operators_for"]

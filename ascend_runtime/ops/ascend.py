@@ -26,6 +26,7 @@ OPERATOR_OF = {
     "infer": "npu_fused_infer_attention_score", "fused": "npu_fusion_attention", "fastest": "npu_fusion_attention",
     "laser": "la", "fp8": "npu_fused_infer_attention_score_v2",
 }  # fmt: skip
+FRACTAL_NZ = 29  # a format of blocks of 16 x 32
 
 
 class AscendOperators(PlainOperators):
@@ -220,6 +221,15 @@ class AscendOperators(PlainOperators):
             rows, weight.t(), pairs, pertoken_scale=row_exponents, bias=bias, output_dtype=x.dtype,
             scale_dtype=e8m0, pertoken_scale_dtype=e8m0, group_sizes=[1, 1, MX_GROUP],
         )  # fmt: skip
+
+
+def in_preferred_layout(weight: Tensor) -> Tensor:
+    """An int8 weight [N, K] whose memory is laid out for npu_quant_matmul: as FRACTAL_NZ of [K, N], which its page
+    recommends for A2 and A3 cards. Such a tensor must not be written to."""
+    if devices.card(weight.device) not in NZ_CARDS:
+        return weight
+    with devices.internal_formats():
+        return torch_npu().npu_format_cast(weight.t().contiguous(), FRACTAL_NZ).t()
 
 
 def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:

@@ -216,17 +216,43 @@ def fused_infer_attention_score_v2(
 _DTYPES = {5: torch.float16, 15: torch.bfloat16}  # c10's numbers
 
 
-# W8A8
+# W8A8 and W4A4
 
-INT8, QINT8 = 127, 12  # c10's number of torch.qint8
+INT8, INT4, QINT8 = 127, 7, 12  # c10's number of torch.qint8
 
 
 @kernel("npu::npu_dynamic_quant")
-def dynamic_quant(input):
-    """int8 of input's shape, and the scale of each row."""
-    scale = input.float().abs().amax(-1) / INT8
-    rows = input.float() / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return rows.round().to(torch.int8), scale
+def dynamic_quant(input, smooth_scales, dst_type):
+    """int8 of input's shape, or int32 with eight 4-bit integers each, and the scale of each row. The product with
+    smooth_scales is not rounded."""
+    x = input.float() if smooth_scales is None else input.float() * smooth_scales.float()
+    scale = x.abs().amax(-1) / (INT8 if dst_type is None else INT4)
+    rows = (x / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)).round()
+    return rows.to(torch.int8) if dst_type is None else in_int32(rows), scale
+
+
+def in_int32(x):
+    """int32 [..., K/8] of integers from -8 to 7 [..., K], the first in the lowest bits."""
+    places = 16 ** torch.arange(8)
+    whole = (x.long().unflatten(-1, (-1, 8)) % 16 * places).sum(-1)
+    return torch.where(whole < 2**31, whole, whole - 2**32).to(torch.int32)
+
+
+def of_int32(packed):
+    """The inverse of `in_int32`, in fp64."""
+    digits = packed.long().unsqueeze(-1) // 16 ** torch.arange(8) % 16
+    return torch.where(digits < 8, digits, digits - 16).flatten(-2).double()
+
+
+@kernel("npu::npu_convert_weight_to_int4pack")
+def convert_weight_to_int4pack(weight):
+    return in_int32(weight)
+
+
+@kernel("npu::npu_format_cast")
+def format_cast(input):
+    """A copy: memory on a CPU has no other format."""
+    return input.clone()
 
 
 @kernel("npu::npu_quantize")
@@ -237,8 +263,15 @@ def quantize(input, scales, zero_points, dtype, axis):
 
 
 @kernel("npu::npu_quant_matmul")
-def quant_matmul(x1, x2, scale, pertoken_scale, bias, output_dtype):
+def quant_matmul(
+    x1, x2, scale, pertoken_scale, bias, output_dtype, pertoken_scale_dtype, scale_dtype, group_sizes
+):  # fmt: skip
     """(x1 x2 + bias, if that is of whole numbers) scale pertoken_scale + bias, in fp32, and in 16 bits then."""
+    if x1.dtype == torch.float8_e4m3fn:
+        out = dequantized(x1, pertoken_scale, -1).double() @ dequantized(x2, scale, 0).double()
+        return (out if bias is None else out + bias).to(_DTYPES[output_dtype])
+    if x1.dtype == torch.int32:
+        x1, x2 = of_int32(x1), of_int32(x2.t()).t()
     out = x1.double() @ x2.double()
     whole = bias is not None and not bias.is_floating_point()
     out = ((out + bias if whole else out) * scale.double()).float()

@@ -12,6 +12,8 @@ LAYOUTS = {
 }
 MXFP8_GROUP = 32
 FORBIDDEN = "This call breaks the rules of the card that is played."
+QUINT4X2 = (torch.quint4x2, 16)  # as c10 numbers it
+E8M0 = 293  # torch_npu.float8_e8m0fnu
 DTYPES = {5: torch.float16, 15: torch.bfloat16, **{dtype: dtype for dtype in HALVES}}  # as c10 numbers them
 
 
@@ -95,8 +97,10 @@ def _mx_quant(values):
 
 
 def _dynamic_quant(values):
-    assert values["input"].dtype in HALVES and values["input"].ndim > 1
-    assert values["quant_mode"] == "pertoken"
+    x, smooth = values["input"], values["smooth_scales"]
+    assert x.dtype in HALVES and x.ndim > 1 and values["quant_mode"] == "pertoken"
+    assert smooth is None or smooth.dtype == x.dtype and smooth.shape == x.shape[-1:]
+    assert values["dst_type"] is None or values["dst_type"] in QUINT4X2 and x.shape[-1] % 8 == 0
 
 
 def _quantize(values):
@@ -107,10 +111,19 @@ def _quantize(values):
 
 
 def _quant_matmul(values):
-    """Of two matrices of int8, into 16 bits, as on A2 and A3."""
+    """Of two matrices of the same dtype, into 16 bits: int8, eight 4-bit integers in each int32 (A2 and A3), or fp8 in
+    groups (950 series)."""
     x, weight, scale, rows, bias = (values[name] for name in ("x1", "x2", "scale", "pertoken_scale", "bias"))
-    assert x.dtype == weight.dtype == torch.int8 and x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[0]
+    assert x.dtype == weight.dtype and x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[0]
     assert x.is_contiguous() and max(*x.shape[1:], *weight.shape) <= 65535
+    if x.dtype == torch.float8_e4m3fn:
+        _mx_matmul(values)
+        return
+    assert x.dtype in (torch.int8, torch.int32)
+    assert values["group_sizes"] is values["scale_dtype"] is values["pertoken_scale_dtype"] is None
+    if x.dtype == torch.int32:
+        assert weight.t().is_contiguous(), "of a weight that is not transposed, the outputs would be packed"
+        assert bias is None and rows is not None
     assert scale.shape == weight.shape[1:] and scale.dtype == torch.float32 and scale.is_contiguous()
     assert bias is None or bias.shape == weight.shape[1:]
     made = DTYPES[values["output_dtype"]]
@@ -120,6 +133,31 @@ def _quant_matmul(values):
     else:
         assert rows.shape == x.shape[:1] and rows.dtype == torch.float32
         assert bias is None or bias.dtype in (torch.int32, torch.float32, made)
+
+
+def _mx_matmul(values):
+    (count, width), outputs = values["x1"].shape, values["x2"].shape[1]
+    scale, rows, bias = (values[name] for name in ("scale", "pertoken_scale", "bias"))
+    pairs = -(-width // (2 * MXFP8_GROUP))
+    assert values["group_sizes"] == [1, 1, MXFP8_GROUP] and scale.dtype == rows.dtype == torch.uint8
+    assert values["scale_dtype"] == values["pertoken_scale_dtype"] == E8M0
+    assert scale.shape == (pairs, outputs, 2) and rows.shape == (count, pairs, 2)
+    assert values["x2"].t().is_contiguous() and scale.transpose(0, 1).is_contiguous(), "both are transposed, or none"
+    assert bias is None or bias.dtype == torch.float32 and bias.shape == (outputs,)
+    assert values["output_dtype"] in DTYPES
+
+
+def _int4pack(values):
+    weight = values["weight"]
+    assert weight.dtype == torch.int32 and weight.is_contiguous() and weight.shape[-1] % 8 == 0
+    assert weight.min() >= -8 and weight.max() <= 7 and values["inner_k_tiles"] == 0
+
+
+def _format_cast(values):
+    """Of an int8 weight [K, N], to FRACTAL_NZ; an N or K of 1 has no such format."""
+    x = values["input"]
+    assert values["acl_format"] == 29 and x.dtype == torch.int8 and x.ndim == 2 and min(x.shape) > 1
+    assert x.is_contiguous() and values["customize_dtype"] is values["input_dtype"] is None
 
 
 def _rms_norm(values):
@@ -267,6 +305,8 @@ RULES = {
     "npu_dynamic_mx_quant": _mx_quant,
     "npu_dynamic_quant": _dynamic_quant,
     "npu_quantize": _quantize,
+    "npu_format_cast": _format_cast,
+    "npu_convert_weight_to_int4pack": _int4pack,
     "npu_quant_matmul": _quant_matmul,
     "npu_rms_norm": _rms_norm,
     "npu_layer_norm_eval": _layer_norm_eval,

@@ -167,6 +167,37 @@ def test_dynamic_quant(random, dtype):
     assert ((rows * scale.unsqueeze(-1) - x.float()).abs() <= 0.5001 * scale.unsqueeze(-1)).all()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_smoothing_is_part_of_quantization(random, dtype):
+    """The product is that of before, without its rounding to 16 bits: integers move by one at most."""
+    x, smooth = random(40, 96, dtype=dtype), (random(96).abs() + 0.5).to(dtype)
+    for of, limit in ((None, 127), (torch.quint4x2, 7)):
+        rows, scale = as_meta(torch_npu.npu_dynamic_quant, x, smooth_scales=smooth, dst_type=of)
+        rows = rows if of is None else cpu_kernels.of_int32(rows)
+        exact = x.double() * smooth.double()
+        assert_close(scale.double(), exact.abs().amax(-1) / limit, atol=0, rtol=1e-6)
+        assert ((rows * scale.unsqueeze(-1) - exact).abs() <= 0.5001 * scale.unsqueeze(-1)).all()
+        before, _ = torch_npu.npu_dynamic_quant(x * smooth, dst_type=of)
+        assert (rows - (before if of is None else cpu_kernels.of_int32(before))).abs().max() <= 1
+
+
+def test_pairs_are_what_the_wheel_packs(random, python_on):
+    """By torch_npu's own code, which packs on the host, over a stub device; and by the stand-in's."""
+    made = python_on("Ascend910B4", f"""
+        import torch, torch_npu
+        from ascend_runtime.ops.packing import int4_pairs
+        x = torch.randint(-8, 8, (48, 64), generator=torch.Generator().manual_seed({SEED}), dtype=torch.int8)
+        packed = torch_npu.npu_convert_weight_to_int4pack(x.to("npu", torch.int32)).cpu()
+        print(torch.equal(packed, int4_pairs(x).view(torch.int32)), packed.numel(), packed.unique().numel() > 300)
+    """)  # fmt: skip
+    assert made == "True 384 True"
+    from ascend_runtime.ops.packing import int4_pairs  # noqa: PLC0415
+
+    x = (4 * random(48, 64)).round().clamp(-8, 7).to(torch.int8)
+    assert torch.equal(cpu_kernels.in_int32(x), int4_pairs(x).view(torch.int32))
+    assert torch.equal(cpu_kernels.of_int32(cpu_kernels.in_int32(x)), x.double())
+
+
 def test_quantize(random):
     x, scale = random(40, 96).bfloat16().float(), torch.full((96,), 0.02)
     offset = torch.full((96,), 3, dtype=torch.int8)
@@ -207,6 +238,95 @@ def test_quantized_linears_are_those_of_the_cpu(random, calls, dtype):
         assert made.shape == (B, S, 24) and made.dtype == dtype
         assert_close(made.float(), expected.float(), **near(dtype))
     assert {f"npu::npu_{name}" for name in ("dynamic_quant", "quantize", "quant_matmul")} <= calls.keys()
+
+
+@pytest.mark.parametrize("width", [96, 128, 90])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linears_in_other_formats_are_those_of_the_cpu(random, calls, dtype, width):
+    """MXFP8 also of a width that fills no pair of groups, 4 bits of multiples of 8."""
+    from ascend_runtime.ops import PlainOperators, ascend, mxfp8, packing, quantization  # noqa: PLC0415
+    from ascend_runtime.specs import OperatorSpec
+
+    npu = ascend.AscendOperators(torch.device("cpu"), OperatorSpec(attention="fused"), dtype)
+    x, bias, smooth = random(B, S, width, dtype=dtype), random(24), random(width, dtype=dtype)
+    given = {"mx_linear": (*mxfp8.mx_quantized(random(24, width)), bias)}
+    if width % 8 == 0:
+        weight, scale = quantization.quantized_rows(random(24, width), limit=packing.INT4_MAX)
+        given["int4_linear"] = (packing.int4_pairs(weight), scale.flatten(), bias.to(dtype))
+        whole = torch.round(x.float() * 0 + 1).to(dtype)  # a smooth token, whose products are not rounded another way
+        made, expected = (ops.int4_linear(whole, *given["int4_linear"], smooth) for ops in (npu, PlainOperators()))
+        assert_close(made.float(), expected.float(), **near(dtype))
+    for name, arguments in given.items():
+        made, expected = (getattr(ops, name)(x, *arguments) for ops in (npu, PlainOperators()))
+        assert made.shape == (B, S, 24) and made.dtype == dtype
+        assert_close(made.float(), expected.float(), **near(dtype))
+    assert {f"npu::npu_{name}" for name in ("dynamic_mx_quant", "quant_matmul")} <= calls.keys()
+
+
+class Weights(dict):
+    """What MindIE SD reads of a file."""
+
+    get_tensor = dict.__getitem__
+
+
+@pytest.mark.parametrize("algorithm, step", [("W8A8_DYNAMIC", None), ("W8A8", None), ("W8A8_TIMESTEP", None),
+                                             ("W8A8_TIMESTEP", 2), ("W8A8_MXFP8", None), ("W4A4_DYNAMIC", None)])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_layer_is_mindie_sds(random, tmp_path, monkeypatch, algorithm, step, smoothed):
+    """Its own classes, on the same file and stand-ins, in fp16, in which it keeps all scales in fp32. It leaves out the
+    bias and the smoothing of 4-bit layers; so the file has neither."""
+    import described_folders  # noqa: PLC0415
+    from ascend_runtime.checkpoints import reader  # noqa: PLC0415
+    from ascend_runtime.checkpoints.msmodelslim import read_description
+    from ascend_runtime.models.shared import quantized
+    from ascend_runtime.ops import PlainOperators, ascend
+    from ascend_runtime.specs import OperatorSpec
+    from mindiesd.quantization import layer as theirs
+    from mindiesd.quantization.config import QuantConfig, TimestepPolicyConfig
+    from mindiesd.quantization.utils import TimestepManager
+    from safetensors.torch import load_file
+
+    if algorithm == "W4A4_DYNAMIC" and smoothed:
+        pytest.skip("MindIE SD does not smooth 4-bit layers")
+    bias = algorithm != "W4A4_DYNAMIC"
+    tensors = {"blocks.0.q.weight": random(48, 96), "blocks.0.q.bias": random(48) if bias else torch.zeros(48)}
+    described_folders.write(tmp_path, tensors, algorithm, smoothed=smoothed)
+    (file,), (described,) = tmp_path.glob("*.safetensors"), tmp_path.glob("*.json")
+    prefix = "blocks.0.q.linear" if smoothed else "blocks.0.q"
+    policy = TimestepPolicyConfig()
+    policy.register(range(1, 4), "static", target="w8a8_static_linear")
+    kinds = {"W8A8_TIMESTEP": theirs.W8A8TimeStepQuantLinear, "W8A8_MXFP8": theirs.W8A8MXFP8QuantLinear,
+             "W4A4_DYNAMIC": theirs.W4A4QuantLinear}  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "npu", lambda self: self, raising=False)
+    weights = Weights(load_file(file))
+    mindie = kinds.get(algorithm, theirs.W8A8QuantLinear)(
+        96, 48, bias, weights, prefix, dtype=torch.float16, is_dynamic=algorithm != "W8A8",
+        mul_scale=weights.get("blocks.0.q.div.mul_scale"), quant_config=QuantConfig(timestep_config=policy),
+    )  # fmt: skip
+    TimestepManager.set_timestep_idx(0 if step is None else step)
+
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList([torch.nn.Module()])
+    with torch.device("meta"):
+        network.blocks[0].q = torch.nn.Linear(96, 48)
+    network.ops = PlainOperators()
+    description = read_description(described).with_steps([file])
+    quantized.quantize(network, description.renamed(lambda name: [name]), ("blocks.",))
+    rename = lambda name, _: name.replace(".linear.", ".").replace(".div.", ".")  # noqa: E731
+    places = reader.check_weights(network, (file,), rename, description)
+    fixed = quantized.quantized_parameters(network)
+    reader.load_weights(network, places, dtype_of=lambda name: fixed.get(name) or torch.float16,
+                        device=torch.device("cpu"))  # fmt: skip
+    quantized.use_step(network, step)
+    x, layer = random(B, S, 96, dtype=torch.float16), network.blocks[0].q
+    with torch.no_grad():
+        expected = mindie(x)
+        for ops in (PlainOperators(), ascend.AscendOperators(torch.device("cpu"), OperatorSpec(), torch.float16)):
+            layer.ops = ops
+            off = (layer(x).float() - expected.float()).abs().max() / expected.float().abs().max()
+            print(f"\n{algorithm}, step {step}: {off:.1e} off MindIE SD's by {type(ops).__name__}")
+            fused = smoothed and algorithm != "W8A8_MXFP8" and type(ops) is ascend.AscendOperators
+            assert off <= (1e-2 if fused else 1e-3)  # MindIE SD rounds what it smoothed to fp16, which moves integers
 
 
 # Norms

@@ -62,8 +62,9 @@ def _layer(tensors, layer, algorithm, smoothed, bits, random):
     scale = (np.abs(weight).max(1, keepdims=True) / largest).astype(np.float32)
     parts["weight"] = whole = np.rint(weight / scale).astype(np.int8)
     twin["weight"] = whole * scale.astype(np.float64)
+    parts["bias"] = bias.astype(np.float32)  # a static layer has it too, and does not use it
     if algorithm != "W8A8":
-        parts |= {"weight_scale": scale, "weight_offset": np.zeros_like(scale), "bias": bias.astype(np.float32)}
+        parts |= {"weight_scale": scale, "weight_offset": np.zeros_like(scale)}
     if algorithm in ("W8A8", "W8A8_TIMESTEP"):
         steps = STEPS if algorithm == "W8A8_TIMESTEP" else 1
         number = np.arange(steps, dtype=np.float32)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.faults import list_faults
 from ...checkpoints.msmodelslim import DYNAMIC, INT4, MXFP8, STATIC, TIMESTEP, Layer
-from ...ops import PlainOperators, mxfp8, packing
+from ...ops import PlainOperators, in_preferred_layout, mxfp8, packing
 from ...ops.quantization import Static, smoothed
 from ...parallel.tensor import TensorParallel
 
@@ -29,11 +29,12 @@ class QuantizedLinear(nn.Module):
     outliers were moved into the weight. Built on the meta device.
 
     multiple: tensor parallelism cuts the weight's inputs in multiples of it. whole: whether their number must be one
-    too. free: the parameters that are kept in the dtype of the blocks.
+    too. free: the parameters that are kept in the dtype of the blocks. by_layout: whether the device's operator prefers
+    a layout of the weight.
     """
 
     ops: PlainOperators
-    multiple, whole = 1, False
+    multiple, whole, by_layout = 1, False, True
     free = ("bias", "mul_scale")
 
     def __init__(self, like: nn.Linear, layer: Layer):
@@ -68,7 +69,7 @@ class QuantizedLinear(nn.Module):
 class Int4Linear(QuantizedLinear):
     """A quantized linear layer in 4 bits. Parameters: as above, but weight [out, in / 2] (see ops/packing.py)."""
 
-    multiple, whole = packing.PER_INT32, True
+    multiple, whole, by_layout = packing.PER_INT32, True, False
 
     def _add_weight(self, like: nn.Linear) -> None:
         self.weight = _parameter(like.out_features, like.in_features // packing.PER_BYTE, dtype=torch.int8)
@@ -87,7 +88,7 @@ class MxLinear(QuantizedLinear):
     in fp32, as the operator takes it; mul_scale.
     """
 
-    multiple = mxfp8.MX_GROUP
+    multiple, by_layout = mxfp8.MX_GROUP, False
     free = ("mul_scale",)
 
     def _add_weight(self, like: nn.Linear) -> None:
@@ -189,6 +190,13 @@ def _is_linear(network: nn.Module, name: str) -> bool:
         return isinstance(network.get_submodule(name), nn.Linear)
     except AttributeError:
         return False
+
+
+def lay_out(network: nn.Module) -> None:
+    """Brings int8 weights into the layout that the device's operator prefers. Nothing may copy to them afterwards."""
+    for module in network.modules():
+        if isinstance(module, QuantizedLinear) and module.by_layout:
+            module.weight = nn.Parameter(in_preferred_layout(module.weight.data), requires_grad=False)
 
 
 def linears(network: nn.Module, chosen: Callable[[str], bool]) -> Iterable[str]:
