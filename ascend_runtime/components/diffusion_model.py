@@ -18,7 +18,7 @@ from ..models.shared.latents import Latents
 from ..models.shared.quantized import (
     QUANTIZATION_SCHEMES,
     check_static_steps,
-    lay_out,
+    prefer_layouts,
     linears,
     quantize,
     quantized_parameters,
@@ -154,8 +154,11 @@ def load(
     spec: DiffusionModelSpec, found: list[Component], device, progress: BytesRead, sharding: Sharding
 ) -> DiffusionModel:
     dtype = dtype_named(spec.dtype, devices.default_dtype(device))
-    if spec.quantization != "none" or any(component.quantized for component in found):
-        check_quantized(device, dtype)
+    formats = {name for component in found if component.quantized for name in component.quantized.algorithms}
+    if spec.quantization != "none":
+        formats.add(QUANTIZATION_SCHEMES[spec.quantization].algorithm)
+    if formats:
+        check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
     defaults = defaults_in(found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
@@ -216,7 +219,7 @@ class _Reader:
     def _laid_out(self, network: VideoTransformer) -> VideoTransformer:
         """Weights that FSDP shards keep torch's layout, as gathering copies them; so do those of experts in turns."""
         if self.sharding.mesh is None:
-            lay_out(network)
+            prefer_layouts(network)
         return network
 
     def adapter(self, one: _Unread, loras: LorasInUse, network, on_host: HostWeights | None) -> Adapter:

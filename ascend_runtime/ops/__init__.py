@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -34,30 +35,38 @@ def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) 
     return PlainOperators(spec)
 
 
-def check_quantized(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError if `device` does not support W8A8 linear layers (8-bit weights and activations), or not in this
-    dtype of the blocks."""
+def check_quantized(device: torch.device, dtype: torch.dtype, formats: Iterable[str]) -> None:
+    """Raises ValueError if `device` does not support linear layers in these formats of msModelSlim ("W8A8_DYNAMIC",
+    ...), or not in this dtype of the blocks."""
+    _layout()
     if _way(device) == "npu":
         from . import ascend
 
-        ascend.check_card_quantized(device, dtype)
+        ascend.check_card_quantized(device, dtype, formats)
     elif device.type == "npu":
         raise ValueError(
-            f"{OPERATORS_VARIABLE} is 'torch', which has no W8A8 linear layers on an NPU. Unset it, or do not quantize."
+            f"{OPERATORS_VARIABLE} is 'torch', which has no quantized linear layers on an NPU. Unset it, or do not "
+            "quantize."
         )
 
 
 def in_preferred_layout(weight: Tensor) -> Tensor:
     """An int8 weight [N, K] of a quantized layer, in the layout that its device's operator prefers; it must not be
     written to afterwards. The variable ASCEND_RUNTIME_WEIGHT_LAYOUT keeps torch's own layout if it is "torch"."""
-    layout = os.environ.get(LAYOUT_VARIABLE) or "auto"
-    if layout not in LAYOUTS:
-        raise ValueError(f"{LAYOUT_VARIABLE} is {layout!r}; it can be one of {', '.join(LAYOUTS)}.")
-    if layout == "torch" or _way(weight.device) != "npu":
+    if _layout() == "torch" or _way(weight.device) != "npu":
         return weight
     from . import ascend
 
-    return ascend.in_preferred_layout(weight)
+    return ascend.in_fractal_nz(weight)
+
+
+def _layout() -> str:
+    layout = os.environ.get(LAYOUT_VARIABLE) or "auto"
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"{LAYOUT_VARIABLE} is {layout!r}; it can be one of {', '.join(LAYOUTS)}. Unset it for the default."
+        )
+    return layout
 
 
 def _way(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Callable
 
@@ -223,22 +224,24 @@ class AscendOperators(PlainOperators):
         )  # fmt: skip
 
 
-def in_preferred_layout(weight: Tensor) -> Tensor:
+def in_fractal_nz(weight: Tensor) -> Tensor:
     """An int8 weight [N, K] whose memory is laid out for npu_quant_matmul: as FRACTAL_NZ of [K, N], which its page
-    recommends for A2 and A3 cards. Such a tensor must not be written to."""
-    if devices.card(weight.device) not in NZ_CARDS:
+    recommends for A2 and A3 cards; for a weight of one row or column there is no such format. Such a tensor must not be
+    written to."""
+    card = devices.card(weight.device)
+    if card is None or min(weight.shape) == 1 or weight.dtype not in card_rules.NZ_WEIGHTS[card].dtypes:
         return weight
     with devices.internal_formats():
         return torch_npu().npu_format_cast(weight.t().contiguous(), FRACTAL_NZ).t()
 
 
-def check_card_quantized(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError for a card, or a dtype of the blocks, that does not support W8A8 linear layers."""
-    advice = "Load the model's floating-point files, with quantization 'none'."
-    card_rules.require_operator(devices.card(device), "npu_quant_matmul", torch.int8, advice)
+def check_card_quantized(device: torch.device, dtype: torch.dtype, formats: Iterable[str]) -> None:
+    """Raises ValueError for a card, or a dtype of the blocks, that does not support linear layers in these formats."""
+    for name in formats:
+        card_rules.require_format(devices.card(device), name)
     if dtype not in HALVES:
         raise ValueError(
-            f"An NPU's W8A8 linear layers return bfloat16 or float16, but the model's dtype is "
+            f"An NPU's quantized linear layers return bfloat16 or float16, but the model's dtype is "
             f"{str(dtype).removeprefix('torch.')}. Set dtype to 'auto', or to one of these."
         )
 

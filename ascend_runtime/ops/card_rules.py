@@ -114,6 +114,13 @@ TORCH_NPU: dict[str, Rule] = {
         **_torch_npu("torch_npu-npu_quant_matmul", a2=(torch.int8, torch.int32), a3=(torch.int8, torch.int32)),
         **_nn("matmul/quant_batch_matmul_v4/docs/aclnnQuantMatmulV5", a5=(torch.int8, *FP8)),
     },
+    "npu_format_cast": _torch_npu(  # its page names no dtypes; this is that of the weights
+        "（beta）torch_npu-npu_format_cast", a2=(torch.int8,), a3=(torch.int8,), a5=(torch.int8,)
+    ),
+    "npu_convert_weight_to_int4pack": {
+        **_torch_npu("torch_npu-npu_convert_weight_to_int4pack", a2=(torch.int32,), a3=(torch.int32,)),
+        **_nn("matmul/convert_weight_to_int4_pack/docs/aclnnConvertWeightToINT4Pack", a5=(torch.int32,)),
+    },
     "npu_dynamic_mx_quant": _nn("quant/dynamic_mx_quant/docs/aclnnDynamicMxQuantV2", a2=NOT, a3=NOT, a5=FLOATS),
 }
 
@@ -207,6 +214,10 @@ ATTENTION_LIMITS = {
 }
 # On the 950 series; the first in MXFP8. By the pages of their aclnn operators.
 HEAD_DIMS = {"npu_fused_infer_attention_score_v2": (64, 128), "block_sparse_attention": (64, 128)}
+# The weights for which npu_quant_matmul's page recommends FRACTAL_NZ of [K, N], not transposed.
+NZ_WEIGHTS = _torch_npu("torch_npu-npu_quant_matmul", a2=(torch.int8,), a3=(torch.int8,), a5=NOT)
+# msModelSlim's formats whose weights npu_quant_matmul takes in another dtype than int8.
+FORMAT_DTYPES = {"W8A8_MXFP8": torch.float8_e4m3fn, "W4A4_DYNAMIC": torch.int32}
 ROTARY_LANES = 999  # the most batch x heads of npu_rotary_mul with interleaved pairs, as its page says
 REDUCING_RANKS = (2, 4, 8)  # group sizes of npu_mm_all_reduce_base, besides 1
 
@@ -233,6 +244,18 @@ def require_operator(card: str | None, operator: str, dtype: torch.dtype, advice
     others = [SERIES[other] for other in SERIES if dtype in rule[other].dtypes]
     only = f" It is for cards of {' and '.join(others)}." if others else ""
     raise ValueError(f"{operator} does not work in {_name(dtype)} {where}.{only} {advice}")
+
+
+def require_format(card: str | None, name: str) -> None:
+    """Raises ValueError if `card` does not support the products of linear layers in msModelSlim's format `name`."""
+    kept = FORMAT_DTYPES.get(name, torch.int8)
+    if supports(card, "npu_quant_matmul", kept):
+        return
+    able = " and ".join(SERIES[other] for other in SERIES if supports(other, "npu_quant_matmul", kept))
+    raise ValueError(
+        f"The model is quantized as {name}, which only cards of {able} compute; this card is of {SERIES[card]}. Load "
+        "the model's W8A8_DYNAMIC, bf16 or fp16 form."
+    )
 
 
 def check_attention(operator: str, query: Tensor, key: Tensor) -> None:

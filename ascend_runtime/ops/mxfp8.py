@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MX_GROUP = 32
-FP8 = torch.float8_e4m3fn
+E4M3 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
 FP8_EXPONENT = 8  # of its largest power of two
 BIAS, LOWEST = 127, -126  # of the exponents; lower ones would make fp32 subnormal
@@ -31,7 +31,7 @@ def mx_quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     _, above = torch.frexp(grouped.abs().amax(-1))  # floor(log2) + 1, exactly
     exponents = (above - 1 - FP8_EXPONENT).clamp_(LOWEST)
     scaled = torch.ldexp(grouped, -exponents.unsqueeze(-1)).clamp_(-FP8_LARGEST, FP8_LARGEST)
-    return scaled.flatten(-2)[..., :width].to(FP8), (exponents + BIAS).to(torch.uint8)
+    return scaled.flatten(-2)[..., :width].to(E4M3), (exponents + BIAS).to(torch.uint8)
 
 
 def mx_dequantized(values: Tensor, exponents: Tensor) -> Tensor:

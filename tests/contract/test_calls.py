@@ -288,21 +288,35 @@ def test_int8_weights_are_laid_out_for_the_operator(fake, on_card, monkeypatch, 
         assert (laid_out is weight) != changed
         out = operators().quantized_linear(fake(2, 4, DIM // 2), laid_out, fake(DIM, dtype=torch.float32), None)
         assert out.shape == (2, 4, DIM)
-    monkeypatch.setenv(ops.LAYOUT_VARIABLE, "nz")
-    with pytest.raises(ValueError, match="ASCEND_RUNTIME_WEIGHT_LAYOUT is 'nz'; it can be one of auto, torch"):
-        ops.in_preferred_layout(weight)
+
+
+W8A8 = ("W8A8", "W8A8_DYNAMIC", "W8A8_TIMESTEP")
 
 
 def test_where_nothing_is_quantized(on_card, monkeypatch):
-    for card in ("a2", "a3", "a5"):
+    for card, more in (("a2", "W4A4_DYNAMIC"), ("a3", "W4A4_DYNAMIC"), ("a5", "W8A8_MXFP8")):
         on_card(card)
-        ops.check_quantized(NPU, torch.bfloat16)
+        ops.check_quantized(NPU, torch.bfloat16, (*W8A8, more))
     with pytest.raises(ValueError, match="bfloat16 or float16, but the model's dtype is float32"):
-        ops.check_quantized(NPU, torch.float32)
+        ops.check_quantized(NPU, torch.float32, W8A8)
     monkeypatch.setenv(ops.OPERATORS_VARIABLE, "torch")
-    with pytest.raises(ValueError, match="'torch', which has no W8A8 linear layers on an NPU"):
-        ops.check_quantized(NPU, torch.bfloat16)
-    ops.check_quantized(torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="'torch', which has no quantized linear layers on an NPU"):
+        ops.check_quantized(NPU, torch.bfloat16, W8A8)
+    ops.check_quantized(torch.device("cpu"), torch.float32, (*W8A8, "W8A8_MXFP8", "W4A4_DYNAMIC"))
+    monkeypatch.setenv(ops.LAYOUT_VARIABLE, "nz")
+    with pytest.raises(ValueError, match="ASCEND_RUNTIME_WEIGHT_LAYOUT is 'nz'; it can be one of auto, torch"):
+        ops.check_quantized(NPU, torch.bfloat16, W8A8)
+
+
+@pytest.mark.parametrize("card, name, words", [
+    ("a2", "W8A8_MXFP8", "only cards of the 950 series compute; this card is of the A2 series"),
+    ("a3", "W8A8_MXFP8", "only cards of the 950 series compute; this card is of the A3 series"),
+    ("a5", "W4A4_DYNAMIC", "only cards of the A2 series and the A3 series compute; this card is of the 950 series"),
+])  # fmt: skip
+def test_formats_that_a_card_does_not_compute_are_refused(on_card, card, name, words):
+    on_card(card)
+    with pytest.raises(ValueError, match=f"quantized as {name}, which {words}. Load the model's W8A8_DYNAMIC"):
+        ops.check_quantized(NPU, torch.bfloat16, [name])
 
 
 # Device and profiler, over the stub CANN

@@ -269,9 +269,12 @@ class Weights(dict):
     get_tensor = dict.__getitem__
 
 
-@pytest.mark.parametrize("algorithm, step", [("W8A8_DYNAMIC", None), ("W8A8", None), ("W8A8_TIMESTEP", None),
-                                             ("W8A8_TIMESTEP", 2), ("W8A8_MXFP8", None), ("W4A4_DYNAMIC", None)])
-@pytest.mark.parametrize("smoothed", [False, True])
+IN_MINDIE_SD = [(name, step, smoothed) for smoothed in (False, True) for name, step in (
+    ("W8A8_DYNAMIC", None), ("W8A8", None), ("W8A8_TIMESTEP", None), ("W8A8_TIMESTEP", 2), ("W8A8_MXFP8", None),
+)] + [("W4A4_DYNAMIC", None, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm, step, smoothed", IN_MINDIE_SD)
 def test_a_layer_is_mindie_sds(random, tmp_path, monkeypatch, algorithm, step, smoothed):
     """Its own classes, on the same file and stand-ins, in fp16, in which it keeps all scales in fp32. It leaves out the
     bias and the smoothing of 4-bit layers; so the file has neither."""
@@ -286,8 +289,6 @@ def test_a_layer_is_mindie_sds(random, tmp_path, monkeypatch, algorithm, step, s
     from mindiesd.quantization.utils import TimestepManager
     from safetensors.torch import load_file
 
-    if algorithm == "W4A4_DYNAMIC" and smoothed:
-        pytest.skip("MindIE SD does not smooth 4-bit layers")
     bias = algorithm != "W4A4_DYNAMIC"
     tensors = {"blocks.0.q.weight": random(48, 96), "blocks.0.q.bias": random(48) if bias else torch.zeros(48)}
     described_folders.write(tmp_path, tensors, algorithm, smoothed=smoothed)

@@ -106,7 +106,7 @@ class MxLinear(QuantizedLinear):
         return self.ops.mx_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
-        return self.weight.view(mxfp8.FP8), self.weight_scale
+        return self.weight.view(mxfp8.E4M3), self.weight_scale
 
 
 class StaticLinear(QuantizedLinear):
@@ -192,7 +192,7 @@ def _is_linear(network: nn.Module, name: str) -> bool:
         return False
 
 
-def lay_out(network: nn.Module) -> None:
+def prefer_layouts(network: nn.Module) -> None:
     """Brings int8 weights into the layout that the device's operator prefers. Nothing may copy to them afterwards."""
     for module in network.modules():
         if isinstance(module, QuantizedLinear) and module.by_layout:
