@@ -250,7 +250,7 @@ def convert_weight_to_int4pack(weight):
 
 
 @kernel("npu::npu_format_cast")
-def format_cast(input):
+def format_cast(input, acl_format):
     """A copy: memory on a CPU has no other format."""
     return input.clone()
 

@@ -263,6 +263,32 @@ def test_linears_in_other_formats_are_those_of_the_cpu(random, calls, dtype, wid
     assert {f"npu::npu_{name}" for name in ("dynamic_mx_quant", "quant_matmul")} <= calls.keys()
 
 
+@pytest.mark.parametrize("card, experts, casts", [("a2", "resident", 36), ("a3", "resident", 36), ("a5", "resident", 0),
+                                                  ("a2", "swap", 0)])  # fmt: skip
+def test_int8_weights_are_laid_out_once_where_nothing_copies_to_them(
+    checkpoints, calls, monkeypatch, card, experts, casts
+):
+    """Experts that take turns are copied from the host, and FSDP gathers copies: both keep torch's layout. A CPU's
+    memory has no other; that an NPU's tensor has it afterwards is not shown here."""
+    from ascend_runtime import DiffusionModelSpec, ops  # noqa: PLC0415
+    from ascend_runtime.components import Components, diffusion_model
+    from ascend_runtime.hardware import devices
+    from ascend_runtime.parallel.fsdp import Sharding
+
+    monkeypatch.setenv(ops.OPERATORS_VARIABLE, "npu")
+    monkeypatch.setattr(devices, "card", lambda device: card)
+    folder, name = str(checkpoints(experts=2)), "npu::npu_format_cast"
+    spec = DiffusionModelSpec(path=folder, dtype="bfloat16", quantization="w8a8_dynamic", experts=experts)
+    before = calls.get(name, 0)
+    model = Components(torch.device("cpu")).get(spec, lambda *_: None)
+    assert calls.get(name, 0) - before == casts  # nine layers of two blocks of two experts
+    layer = model.high_noise.blocks[0].attn1.to_q
+    assert layer.weight.shape == (96, 96) and layer.weight.t().is_contiguous() == bool(casts)
+    sharded = diffusion_model._Reader(torch.bfloat16, torch.device("cpu"), None, Sharding(mesh=object()))
+    assert sharded._laid_out(model.high_noise) is model.high_noise
+    assert calls.get(name, 0) - before == casts
+
+
 class Weights(dict):
     """What MindIE SD reads of a file."""
 

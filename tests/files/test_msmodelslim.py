@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 WRITER = Path(__file__).resolve().parents[1] / "helpers" / "msmodelslim_writer.py"
 HOW = {"recipe": "W8A8_DYNAMIC", "dynamic": "W8A8_DYNAMIC", "static": "W8A8", "timestep": "W8A8_TIMESTEP"}
+FORMATS = {"mxfp8": "W8A8_MXFP8", "w4a4": "W4A4_DYNAMIC"}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,33 @@ def source(request, tmp_path_factory):
     return random_wan.original_transformer(tmp_path_factory.mktemp("float") / "wan.safetensors", seed=11)
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_what_it_wrote_loads(source, tmp_path, how):
+def written(source, tmp_path, how):
+    """The folder that msModelSlim writes."""
     command = [msmodelslim_env.PYTHON, WRITER, source, tmp_path / "quantized", how]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    folder = tmp_path / "quantized"
+    return tmp_path / "quantized"
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_its_own_layers_compute_the_same(source, tmp_path, how):
+    """Of the same inputs: msModelSlim's layers round the numbers and multiply them in fp32, as these formats mean. (Its
+    layer for W8A8_DYNAMIC has a scale for each channel of the inputs instead.)"""
+    folder = written(source, tmp_path, how)
+    network, layers = load(folder), load_file(tmp_path / "LAYERS.safetensors")
+    off = {}
+    for name in (name.removesuffix(".x") for name in layers if name.endswith(".x")):
+        layer = network.get_submodule(to_diffusers_name(f"{name}.weight").removesuffix(".weight"))
+        with torch.no_grad():
+            made, theirs = layer(layers[f"{name}.x"]), layers[f"{name}.y"]
+        off[name] = float((made - theirs).abs().max() / theirs.abs().max())
+    print(f"\nmsModelSlim {FORMATS[how]}: {max(off.values()):.1e} a layer off its own")
+    assert len(off) == 9 and max(off.values()) <= 1e-3
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_it_wrote_loads(source, tmp_path, how):
+    folder = written(source, tmp_path, how)
     described = json.loads(next(folder.glob("quant_model_description*.json")).read_text())
     assert described["blocks.0.self_attn.q.weight"] == HOW[how] and described["blocks.0.ffn.2.weight"] == "FLOAT"
     network, exact, fly = load(folder), load(source), load(source, quantization="w8a8_dynamic")

@@ -1,9 +1,13 @@
 """Has msModelSlim quantize a transformer on the CPU: `msmodelslim_writer.py SOURCE TARGET HOW`, in its environment.
 
 SOURCE is a .safetensors file, TARGET the folder to be made. HOW: "recipe" takes the processors and the saver of
-msModelSlim's own recipe for Wan 2.1, block by block as its runner does; "dynamic", "static" and "timestep" its older
-Calibrator, with inputs of its own making. Only what neither says is done here: a module tree of the file's tensors, as
-the network itself needs an NPU there.
+msModelSlim's own recipe for Wan 2.1, block by block as its runner does; "mxfp8" the same with weights and activations
+in that format; "w4a4" its functions for 4 bits, for which it has no such processor; "dynamic", "static" and "timestep"
+its older Calibrator, with inputs of its own making.
+Only what neither says is done here: a module tree of the file's tensors, as the network itself needs an NPU there.
+
+But for the last three, LAYERS.safetensors next to TARGET holds inputs of quantized layers, and what msModelSlim's own
+layers make of them: LAYER.x and LAYER.y.
 """
 
 import sys
@@ -11,7 +15,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 
@@ -66,17 +70,26 @@ class Adapter:
         self.model_path = folder
 
 
-def by_recipe(tree, target, source):
+def by_recipe(tree, target, source, how):
     import msmodelslim.processor  # noqa: PLC0415
     from msmodelslim.core.base.protocol import BatchProcessRequest  # noqa: PLC0415
+    from msmodelslim.core.quant_service.modelslim_v1.save.ascendv1 import AscendV1Config  # noqa: PLC0415
     from msmodelslim.core.quant_service.modelslim_v1.save.mindie_format import MindIEFormatConfig  # noqa: PLC0415
+    from msmodelslim.model.interface import IModel  # noqa: PLC0415
     from msmodelslim.processor.base import AutoProcessorConfig, AutoSessionProcessor  # noqa: PLC0415
 
     recipes = Path(msmodelslim.__file__).parent / "lab_practice" / "wan2_1"
     recipe = yaml.safe_load((recipes / "wan2_1_w8a8_dynamic.yaml").read_text())["spec"]
+    saver = MindIEFormatConfig(**recipe["save"][0])
+    if how == "mxfp8":
+        for part in ("act", "weight"):
+            recipe["process"][0]["qconfig"][part] |= {"scope": "per_block", "dtype": "mxfp8"}
+    if how == "w4a4":
+        put_int4(tree)
+        recipe["process"], saver = [], AscendV1Config(part_file_size=0)
+    IModel.register(Adapter)
     adapter = Adapter(str(source.parent))
     configs = [AutoProcessorConfig.model_validate(one) for one in recipe["process"]]
-    saver = MindIEFormatConfig(**recipe["save"][0])
     saver.set_save_directory(target)
     processors = [AutoSessionProcessor.from_config(tree, config, adapter) for config in (*configs, saver)]
     for processor in processors:
@@ -89,6 +102,33 @@ def by_recipe(tree, target, source):
             processor.postprocess(request)
     for processor in processors:
         processor.post_run()
+    save_file(dict(layers_of(tree)), target.parent / "LAYERS.safetensors")
+
+
+def put_int4(tree):
+    from msmodelslim import ir  # noqa: PLC0415
+    from msmodelslim.ir.api import calculate_qparam, quantize  # noqa: PLC0415
+    from msmodelslim.ir.qal import QDType, QParam, QScheme, QScope, QStorage  # noqa: PLC0415
+
+    by_token = QParam(scheme=QScheme(scope=QScope.PER_TOKEN, dtype=QDType.INT4, symmetric=True))
+    for name, layer in list(tree.blocks.named_modules()):
+        if isinstance(layer, nn.Linear) and not name.endswith("ffn.2"):
+            weight = layer.weight.detach()
+            scales = calculate_qparam(weight.amin(1), weight.amax(1), QDType.INT4, QScope.PER_CHANNEL, True)
+            kept = quantize(QStorage(QDType.FLOAT, weight.T), scales).T
+            owner, _, leaf = name.rpartition(".")
+            tree.blocks.get_submodule(owner)._modules[leaf] = ir.AutoFakeQuantLinear.create(
+                by_token, scales, kept, layer.bias
+            )
+
+
+def layers_of(tree):
+    generator = torch.Generator().manual_seed(5)
+    for name, layer in tree.named_modules():
+        if name.startswith("blocks.0.") and "FakeQuantLinear" in type(layer).__name__:
+            x = torch.randn(24, layer.weight.shape[1], generator=generator)
+            yield f"{name}.x", x
+            yield f"{name}.y", layer(x).contiguous()
 
 
 def by_calibrator(tree, target, how):
@@ -112,8 +152,8 @@ def main():
     target.mkdir(parents=True, exist_ok=True)
     tree = Tree(load_file(source)).eval()
     with torch.no_grad():
-        if how == "recipe":
-            by_recipe(tree, target, source)
+        if how in ("recipe", "mxfp8", "w4a4"):
+            by_recipe(tree, target, source, how)
         else:
             by_calibrator(tree, target, how)
 
