@@ -272,6 +272,7 @@ def test_int8_weights_are_laid_out_once_where_nothing_copies_to_them(
     memory has no other; that an NPU's tensor has it afterwards is not shown here."""
     from ascend_runtime import DiffusionModelSpec, ops  # noqa: PLC0415
     from ascend_runtime.components import Components, diffusion_model
+    from ascend_runtime.components.room import Room
     from ascend_runtime.hardware import devices
     from ascend_runtime.parallel.fsdp import Sharding
 
@@ -284,7 +285,7 @@ def test_int8_weights_are_laid_out_once_where_nothing_copies_to_them(
     assert calls.get(name, 0) - before == casts  # nine layers of two blocks of two experts
     layer = model.high_noise.blocks[0].attn1.to_q
     assert layer.weight.shape == (96, 96) and layer.weight.t().is_contiguous() == bool(casts)
-    sharded = diffusion_model._Reader(torch.bfloat16, torch.device("cpu"), None, Sharding(mesh=object()))
+    sharded = diffusion_model._Reader(torch.bfloat16, Room(torch.device("cpu"), Sharding(mesh=object()), 0), None)
     assert sharded._laid_out(model.high_noise) is model.high_noise
     assert calls.get(name, 0) - before == casts
 
