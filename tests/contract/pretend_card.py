@@ -83,9 +83,13 @@ class Card(TorchDispatchMode):
             self._operator(name, tensors)
         if device is not None:
             keywords["device"] = CPU if after else device
-        if keywords.get("pin_memory"):
+        pins = keywords.get("pin_memory")
+        if pins:
             keywords["pin_memory"] = False
-        return self._computed(operator, arguments, keywords, after)
+        made = self._computed(operator, arguments, keywords, after)
+        if pins:
+            self._pinned.append(made)
+        return made
 
     def _computed(self, operator, arguments, keywords, after):
         known = {id(x.values_on_cpu): x for x in tree_leaves((arguments, keywords)) if isinstance(x, OnCard)}

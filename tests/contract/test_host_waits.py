@@ -5,6 +5,7 @@ Contract, not device: the loop, its solver and its numbers are the real ones; th
 and a fake group stands for several ranks. A wait is what torch_npu's sources make one.
 """
 
+import math
 from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -36,20 +37,26 @@ from tiny_models import TEXT_DIM, wan_transformer
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend "fake"
 
 SHAPE = (1, 16, 3, 16, 20)  # 240 tokens, 2 mask blocks
-STEPS, RANKS, SEED = 5, 4, 3
+STEPS, SEED = 5, 3
 VELOCITY, MEASURE = "engine/denoising.py", "parallel/mesh.py"  # where the host waits
 
 
 @pytest.fixture(scope="module", autouse=True)
-def several_ranks():
-    """This process is the first of four ranks, whose group does nothing."""
+def stand_ins():
     cpu_kernels.register()
-    torch.set_grad_enabled(False)
-    dist.init_process_group("fake", rank=0, world_size=RANKS)
-    yield
+    with torch.no_grad():
+        yield
+
+
+@contextmanager
+def first_of_ranks(plan):
+    """This process is the first of a plan's ranks, whose groups do nothing, and so cannot be seen to be connected."""
+    dist.init_process_group("fake", rank=0, world_size=math.prod(plan.degrees))
+    with patch.object(mesh, "_connect", lambda group, kind: None):
+        yield
     dist.destroy_process_group()
     mesh.mesh_of.cache_clear()
-    torch.set_grad_enabled(True)
+    mesh._groups.clear()
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ class Run:
         self, specs, device=NPU, experts="one", plan=Plan(), acceleration=AccelerationSpec(), preview=False, known=False
     ):
         self.card, self.client = Card(), Client()
-        with self.card, patch.object(torch.npu, "synchronize", self.card.synchronise):
+        with first_of_ranks(plan), self.card, patch.object(torch.npu, "synchronize", self.card.synchronise):
             model = Components(device).get(specs[experts], lambda *_: None)
             for expert in {id(expert): expert for expert in model.experts}.values():
                 self.card.watch(expert)
@@ -134,7 +141,7 @@ def _ranks(plan, model):
     sequence = spread(made, computing, ring_exchange="gather")
     for expert in model.experts:
         expert.arrange(computing, sequence)
-    return Ranks(plan, computing, sequence, made.group("cfg") if plan.cfg > 1 else None)
+    return Ranks(plan, computing, sequence, made.group("cfg"))
 
 
 def cached(method, **values):

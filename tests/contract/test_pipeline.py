@@ -93,14 +93,14 @@ def expected(plain, specs):
 
 def make(
     runtime, specs, *, dtype="float32", size=SIZE, batch=1, plan=None, attention="fused", guidance_scale=4.0,
-    quantization="none", acceleration=AccelerationSpec(),
+    quantization="none", acceleration=AccelerationSpec(), fused_all_reduce=False,
 ):  # fmt: skip
     """(latent, normalised; frames of the first video, or None for a long one)"""
     model = DiffusionModelSpec(path=specs.model.path, dtype=dtype, quantization=quantization)
     texts = [runtime.encode(specs.encoder, prompt).tensor for prompt in ("a red ball moves left to right", "blurry")]
     spec = SampleSpec(seed=SEED, steps=STEPS, guidance_scale=guidance_scale, shift=3.0)
     latent = torch.zeros(batch, *size.latent_shape()[1:])
-    operators = OperatorSpec(attention=attention)
+    operators = OperatorSpec(attention=attention, fused_all_reduce=fused_all_reduce)
     latent = runtime.sample(model, spec, latent, *texts, parallel=plan, operators=operators,
                             acceleration=acceleration).tensor  # fmt: skip
     frames = runtime.decode(specs.vae, latent[:1]).tensor if size is SIZE else None
@@ -178,9 +178,9 @@ def test_an_a3(groups, specs, expected, dtype, attention, plan, attentions):
 @pytest.mark.parametrize("card, fused", [("a2", True), ("a3", False)])
 def test_slices(groups, specs, expected, card, fused):
     """Three linears of a block are summed over slices, two of its own tokens' and one of the text's: on an A2 by the
-    operator that also multiplies."""
+    operator that also multiplies, if the user turns it on."""
     group = groups(2, card=card)
-    made = make(group.runtime, specs, dtype="bfloat16", attention="auto", plan=TP)
+    made = make(group.runtime, specs, dtype="bfloat16", attention="auto", plan=TP, fused_all_reduce=True)
     for calls in group.calls():
         assert calls.get("npu::npu_mm_all_reduce_base", 0) == (LAYERS * 3 * FORWARDS if fused else 0)
         assert calls[ATTENTION["infer"]] == LAYERS * 2 * FORWARDS
