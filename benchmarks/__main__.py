@@ -1,4 +1,7 @@
-"""Runs benchmarks by name, prints a table, and writes one JSON object per line."""
+"""Runs benchmarks by name, prints a table, and writes one JSON object per line.
+
+`ascend` also prints a report of the machine, the figures, and what was not measured: a text to send.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,13 @@ def main() -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures, one JSON object per line")
     parser.add_argument("--quick", action="store_true", help="few runs and small sizes, to show that it works")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="ascend: the folder that holds the published models")
+    ascend = parser.add_argument_group("ascend")
+    ascend.add_argument("--models", type=Path, metavar="DIR", help="the folder that holds the published models")
+    ascend.add_argument("--only", metavar="TEXT", help="of the published workloads, those whose name contains TEXT")
+    ascend.add_argument("--report", type=Path, metavar="FILE", help="file for the report, in Markdown")
     arguments = parser.parse_args()
-    if arguments.models and "ascend" not in arguments.names:
-        parser.error("only ascend has --models")
+    if "ascend" not in arguments.names and (arguments.models or arguments.only or arguments.report):
+        parser.error("only ascend has --models, --only and --report")
     rows = []
     try:
         with arguments.json.open("w") if arguments.json else nullcontext() as file:
@@ -31,12 +37,12 @@ def main() -> None:
                 if file:
                     print(to_json(row), end="", file=file, flush=True)
     finally:
-        print_table(rows)
+        print_table(row for row in rows if not row.name.startswith("ascend."))  # these are in its report
 
 
 def _measure(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in arguments.names:
-        options = {"models": arguments.models} if name == "ascend" else {}
+        options = {key: getattr(arguments, key) for key in ("models", "only", "report")} if name == "ascend" else {}
         yield from import_module(f".{name}", __package__).run(arguments.quick, **options)
 
 

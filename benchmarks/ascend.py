@@ -1,4 +1,4 @@
-"""Operators, parallel modes and published workloads on a machine with accelerators.
+"""Operators, the VAE, parallel modes and published workloads on a machine with accelerators.
 
 Uses the available device: NPUs, CUDA devices, or the CPU, where everything is tiny and only shows that the benchmark
 works.
@@ -10,39 +10,77 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Iterator
+from typing import Iterable, Iterator
 
 from ascend_runtime.hardware import devices, host
 from ascend_runtime.hardware.environment import rank_environment
 
-from . import modes, workloads
-from .report import Failures, Row, from_json
+from . import machine, modes, vae_dtypes, workloads
+from .published import Workload
+from .report import Note, Notes, Row, from_json, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_RANKS = 2
 
 
-def run(quick: bool, models: Path | None = None) -> Iterator[Row]:
-    """models: the folder that holds the published models as diffusers folders."""
+def run(quick: bool, models: Path | None = None, only: str | None = None, report: Path | None = None) -> Iterator[Row]:
+    """models: the folder that holds the published models as diffusers folders. only: a part of the names of published
+    workloads. report: a file for the report, which is printed too, also if the run is interrupted."""
+    chosen = workloads.chosen(only)
+    if report is not None:
+        report.touch()  # a file that cannot be written is an error now, not after hours
     kind = devices.resolve_kind("auto")
-    cards = CPU_RANKS if kind == "cpu" else devices.count_visible(kind)
-    failures = Failures()
-    yield from _operators(kind, quick, failures)
-    yield from modes.measure(kind, cards, quick, failures)
-    yield from workloads.measure(kind, cards, models, quick, failures)
-    failures.exit_if_any()
+    cards = machine.find_cards(kind, devices.count_visible(kind))
+    measured = Measured(cards, quick)
+    try:
+        for row in _measure(measured, quick, models, chosen):
+            measured.rows.append(row)
+            yield row
+    finally:
+        measured.write(report)
+    measured.notes.exit_if_any_failed()
 
 
-def _operators(kind: str, quick: bool, failures: Failures) -> Iterator[Row]:
+@dataclass
+class Measured:
+    """What was measured on which cards, and what was not."""
+
+    cards: machine.Cards
+    quick: bool
+    rows: list[Row] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
+
+    def write(self, file: Path | None) -> None:
+        run = {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "options": "--quick" if self.quick else ""}
+        text = markdown(run | machine.describe(self.cards), self.rows, self.notes)
+        print(f"\n{text}", flush=True)
+        if file is not None:
+            file.write_text(text)
+
+
+def _measure(measured: Measured, quick: bool, models: Path | None, chosen: Iterable[Workload]) -> Iterator[Row]:
+    cards, notes = measured.cards, measured.notes
+    ranks = CPU_RANKS if cards.kind == "cpu" else cards.count
+    yield from _operators(cards.kind, quick, notes)
+    yield from vae_dtypes.measure(cards, quick, notes)
+    yield from modes.measure(cards.kind, ranks, quick, notes)
+    yield from workloads.measure(chosen, cards, models, quick, notes)
+
+
+def _operators(kind: str, quick: bool, notes: Notes) -> Iterator[Row]:
     """In a separate process: it has the ranks' environment, an operator may crash it, and it leaves the card empty."""
-    environment = rank_environment(kind, os.environ, {})
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.jsonl"
-        file.touch()
-        command = [sys.executable, "-m", "benchmarks.operators", kind, str(file), *(["--quick"] if quick else [])]
-        with failures.noted("operators"):
+        rows, others = (Path(folder) / name for name in ("rows.jsonl", "notes.jsonl"))
+        rows.touch()
+        others.touch()
+        command = [sys.executable, "-m", "benchmarks.operators", kind, folder, *(["--quick"] if quick else [])]
+        with notes.noted("operators"):
+            environment = rank_environment(kind, os.environ, {})
             if kind == "npu":
                 host.require_npu(environment)
             subprocess.run(command, cwd=ROOT, env=environment, check=True)
-        yield from map(from_json, file.read_text().splitlines())
+        notes.found += [from_json(line, Note) for line in others.read_text().splitlines()]
+        yield from map(from_json, rows.read_text().splitlines())

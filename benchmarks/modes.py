@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime import DiffusionModelSpec, OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime.hardware import host
 from ascend_runtime.models.wan.transformer import WanTransformer
 
-from .report import Failures, Row, context_of, leave_out
+from .report import Notes, Row, context_of
 
+FUSED = "_fused"  # ends the names of plans with OperatorSpec.fused_all_reduce
 DEGREES = (2, 4, 8)  # of Ulysses, rings and slices of weights
 EFFICIENCY = 0.85  # of the ideal speed-up; cann-recipes publishes 0.96 for Ulysses on eight A3 cards (HunyuanVideo)
 # The allowed error: in fp32 on a CPU, that of the tests. In bfloat16, a ring's partial attentions are rounded before
@@ -54,8 +56,10 @@ def job_for(kind: str, quick: bool) -> Job:
     return Job(WAN_14B, size, steps=2 if quick else 6, dtype="auto")
 
 
-def plans(cards: int) -> dict[str, ParallelSpec]:
-    """The plans for up to `cards` cards, by name, fewest cards first; the first has one card."""
+def plans(cards: int, fused: bool = False) -> dict[str, ParallelSpec]:
+    """The plans for up to `cards` cards, by name, fewest cards first; the first has one card.
+
+    fused: tensor parallelism also with the operator that multiplies and all-reduces."""
     found = {"one": _plan(), "cfg2": _plan(cfg=2)}
     for degree in DEGREES:
         found |= {
@@ -65,6 +69,7 @@ def plans(cards: int) -> dict[str, ParallelSpec]:
             f"ring{degree}": _plan(ring=degree),
             f"ring{degree}_gather": _plan(ring=degree, ring_exchange="gather"),
             f"tp{degree}": _plan(tp=degree),
+            **({f"tp{degree}{FUSED}": _plan(tp=degree)} if fused else {}),
             f"cfg2_ulysses{degree}": _plan(cfg=2, ulysses=degree),
         }
     return dict(sorted(((n, p) for n, p in found.items() if p.ranks <= cards), key=lambda item: item[1].ranks))
@@ -75,15 +80,15 @@ def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, overlap: b
     return ParallelSpec(ranks=cfg * ring * ulysses * tp, **degrees, overlap=overlap, **more)
 
 
-def measure(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
-    yield from _modes(kind, cards, quick, failures)
-    yield from memory_reuse(kind, cards, quick, failures)
+def measure(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[Row]:
+    yield from _modes(kind, cards, quick, notes)
+    yield from memory_reuse(kind, cards, quick, notes)
 
 
-def _modes(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
-    job, found = job_for(kind, quick), plans(cards)
+def _modes(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[Row]:
+    job, found = job_for(kind, quick), plans(cards, fused=kind == "npu" and host.npu_line() in ("a2", None))
     if len(found) == 1:
-        leave_out("parallel modes", f"there is only one {kind} device")
+        notes.leave_out("parallel modes", f"there is only one {kind} device")
         return
     one = None
     with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +96,9 @@ def _modes(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[R
         for ranks in sorted({plan.ranks for plan in found.values()}):
             with Runtime(ParallelSpec(ranks=ranks), device=kind) as runtime:
                 for name in [name for name, plan in found.items() if plan.ranks == ranks]:
-                    with failures.noted(f"parallel mode {name}"):
-                        made = _sample(runtime, folder, job, found[name])
+                    with notes.noted(f"parallel mode {name}"):
+                        operators = OperatorSpec(fused_all_reduce=name.endswith(FUSED))
+                        made = _sample(runtime, folder, job, found[name], operators)
                         one = one or made
                         if made is not one:
                             yield from _rows(name, kind, quick, job, found[name], made, one)
@@ -105,19 +111,19 @@ VALUES = ("1", "2", "3")  # 2 is the default of ranks that shard weights
 WORSE = 1.05  # how much slower, or larger, the default may be than the best of the others
 
 
-def memory_reuse(kind: str, cards: int, quick: bool, failures: Failures) -> Iterator[Row]:
+def memory_reuse(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[Row]:
     """Time and memory of a job whose weights are sharded, by REUSE: the default's relative to the best of the other
     values."""
     degrees = [degree for degree in DEGREES if degree <= cards]
     if kind != "npu" or not degrees:
-        leave_out(f"{REUSE} with fsdp", "there are no two NPUs")
+        notes.leave_out(f"{REUSE} with fsdp", "there are no two NPUs")
         return
     job, plan = job_for(kind, quick), _plan(ulysses=degrees[-1], fsdp=True)
     steps, memory = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         write_transformer(Path(folder), job)
         for value in VALUES:
-            with failures.noted(f"{REUSE}={value}"), Runtime(plan, kind, environment={REUSE: value}) as runtime:
+            with notes.noted(f"{REUSE}={value}"), Runtime(plan, kind, environment={REUSE: value}) as runtime:
                 _, steps[value], info = _sample(runtime, folder, job, plan)
                 memory[value] = float(info["device memory"].split()[0])
     if len(memory) < len(VALUES):
@@ -146,13 +152,15 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return 0.1 * noise + ("norm" in name and name.endswith("weight"))
 
 
-def _sample(runtime: Runtime, folder: str, job: Job, plan: ParallelSpec) -> tuple[Tensor, float, dict]:
+def _sample(
+    runtime: Runtime, folder: str, job: Job, plan: ParallelSpec, operators: OperatorSpec = OperatorSpec()
+) -> tuple[Tensor, float, dict]:
     """(the latent, seconds per step after a warm-up, the job's `info`)"""
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randn(1, TEXT_TOKENS, job.config["text_dim"], generator=generator) for _ in range(2)]
     result = runtime.sample(
         DiffusionModelSpec(path=folder, dtype=job.dtype), SampleSpec(steps=job.steps),
-        torch.zeros(job.size.latent_shape()), *texts, parallel=plan, warm_up=True,
+        torch.zeros(job.size.latent_shape()), *texts, parallel=plan, warm_up=True, operators=operators,
     )  # fmt: skip
     return result.tensor, result.seconds["denoise"] / job.steps, result.info
 

@@ -1,6 +1,8 @@
-"""Each operator of a device: its error against torch on the CPU in fp32, and its time against torch on the same device.
+"""Each operator of a device: its error against torch on the CPU in fp32, and its time against torch on the same device,
+or for attention against the one that is chosen automatically.
 
-A command of `benchmarks.ascend`: python -m benchmarks.operators KIND FILE [--quick]
+A command of `benchmarks.ascend`: python -m benchmarks.operators KIND FOLDER [--quick]. FOLDER gets rows.jsonl, and
+notes.jsonl with what is not measured.
 """
 
 from __future__ import annotations
@@ -9,139 +11,63 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils import benchmark
 
 from ascend_runtime.hardware import devices
-from ascend_runtime.ops import PlainOperators, libraries, operators_for
+from ascend_runtime.ops import PlainOperators, card_rules, libraries, operators_for
+from ascend_runtime.ops.ascend import OPERATOR_OF
 from ascend_runtime.specs import OperatorSpec
 from ascend_runtime.specs.jobs import ATTENTIONS
 
-from .report import Failures, Row, context_of, leave_out, to_json
+from . import cases
+from .cases import Bound, Case, Draw, Size
+from .report import Notes, Row, context_of, to_json
 
-EPS = 1e-6
 MEASURE = "largest |difference| divided by the largest |value| of torch on the CPU in fp32, with equal inputs"
 # The allowed error. Rounding to bfloat16 has an error of at most 1/512, to float16 1/4096; a sum may have more.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 5e-3}
-LARGEST_FP8_ERROR = 5e-2  # MXFP8 has a mantissa of three bits
-NO_SLOWER = 1.05  # times torch's time; smaller differences are noise
+LARGEST_FP8_ERROR = 0.15  # MXFP8 has a mantissa of three bits: 0.08 by plain arithmetic, of random query, key, value
+NO_SLOWER = 1.05  # times the rival's time; smaller differences are noise
 TURNS = 4
 
 
-@dataclass(frozen=True)
-class Size:
-    """The sizes of the inputs. text: text tokens; ffn: width of the feed-forward."""
-
-    tokens: int
-    text: int
-    heads: int
-    head_dim: int
-    ffn: int
-
-    @property
-    def dim(self) -> int:
-        return self.heads * self.head_dim
-
-
-WAN_14B_720P = Size(tokens=75600, text=512, heads=40, head_dim=128, ffn=13824)  # 1280 x 720, 81 frames
-TOKENS_OF_TWIN = 4096  # takes a CPU seconds; above the 2048 tokens from which laser attention is used
-TINY = Size(tokens=96, text=16, heads=4, head_dim=32, ffn=256)
-
-Draw = Callable[..., Tensor]  # (*shape, dtype=the blocks' dtype) -> random tensor
-Bound = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operator with its inputs. bind: (operators, *inputs) -> the call to measure."""
-
-    inputs: Callable[[Draw, Size], tuple[Tensor, ...]]
-    bind: Callable[..., Bound]
-
-
-def _rotary_inputs(draw: Draw, size: Size) -> tuple[Tensor, ...]:
-    angle = draw(1, size.tokens, 1, size.head_dim // 2, dtype=torch.float32).repeat_interleave(2, -1)
-    return draw(1, size.tokens, size.heads, size.head_dim), angle.cos(), angle.sin()
-
-
-def _rotary(operators: PlainOperators, x: Tensor, cos: Tensor, sin: Tensor) -> Bound:
-    return partial(operators.rotary, x, operators.rotary_table(cos, sin))  # the table is made once per video
-
-
-def _tokens(draw: Draw, size: Size) -> Tensor:
-    return draw(1, size.tokens, size.dim)
-
-
-def _rows(draw: Draw, size: Size, count: int, rows: int = 1) -> list[Tensor]:
-    """Modulation parameters: fp32 [1, rows, D]."""
-    return [draw(1, rows, size.dim, dtype=torch.float32) for _ in range(count)]
-
-
-def _heads(draw: Draw, size: Size, *lengths: int) -> tuple[Tensor, ...]:
-    return tuple(draw(1, length, size.heads, size.head_dim) for length in lengths)
-
-
-ATTENTION = {
-    "attention": Case(lambda d, s: _heads(d, s, *[s.tokens] * 3), lambda ops, *qkv: partial(ops.attention, *qkv)),
-    "cross_attention": Case(
-        lambda d, s: _heads(d, s, s.tokens, s.text, s.text), lambda ops, *qkv: partial(ops.attention, *qkv)
-    ),
-}
-OTHERS = {
-    "attention_with_lse": Case(ATTENTION["attention"].inputs, lambda ops, *qkv: partial(ops.attention_with_lse, *qkv)),
-    "rms_norm": Case(lambda d, s: (_tokens(d, s), d(s.dim)), lambda ops, *args: partial(ops.rms_norm, *args, EPS)),
-    "layer_norm": Case(
-        lambda d, s: (_tokens(d, s), *(row.flatten() for row in _rows(d, s, 2))),
-        lambda ops, *args: partial(ops.layer_norm, *args, EPS),
-    ),
-    "modulated_layer_norm": Case(
-        lambda d, s: (_tokens(d, s), *_rows(d, s, 2)), lambda ops, *args: partial(ops.modulated_layer_norm, *args, EPS)
-    ),
-    "modulated_layer_norm_per_token": Case(
-        lambda d, s: (_tokens(d, s), *_rows(d, s, 2, s.tokens)),
-        lambda ops, *args: partial(ops.modulated_layer_norm, *args, EPS),
-    ),
-    "gated_add": Case(
-        lambda d, s: (_tokens(d, s), _tokens(d, s), *_rows(d, s, 1)), lambda ops, *args: partial(ops.gated_add, *args)
-    ),
-    "rotary": Case(_rotary_inputs, _rotary),
-    "gelu": Case(lambda d, s: (d(1, s.tokens, s.ffn),), lambda ops, x: partial(ops.gelu, x)),
-}
-
-
-def measure(device: torch.device, quick: bool, failures: Failures) -> Iterator[Row]:
+def measure(device: torch.device, quick: bool, notes: Notes) -> Iterator[Row]:
     dtype = torch.bfloat16 if device.type == "cpu" else devices.default_dtype(device)
-    size = TINY if device.type == "cpu" else WAN_14B_720P
-    small = replace(size, tokens=min(size.tokens, TOKENS_OF_TWIN))
-    bench = Bench(device, dtype, small if quick else size, small, quick)
-    ways = attention_ways(device, dtype)
-    for name, case in ATTENTION.items():
-        yield from bench.rows(case, {f"{name}_{way}": operators for way, operators in ways.items()}, failures)
-    default = operators_for(device, OperatorSpec(attention="fused", layer_norm="fused"), dtype)
-    for name, case in OTHERS.items():
-        yield from bench.rows(case, {name: default}, failures)
-    leave_out("linear_all_reduce", "it needs several ranks; the parallel modes tp2, tp4, tp8 measure it")
+    size = cases.TINY if device.type == "cpu" else cases.WAN_14B_720P
+    small = replace(size, tokens=min(size.tokens, cases.TOKENS_OF_TWIN))
+    default = operators_for(device, OperatorSpec(attention="auto", layer_norm="fused"), dtype)
+    bench = Bench(device, dtype, default, small if quick else size, small, quick)
+    ways = attention_ways(device, dtype, notes)
+    for name, case in cases.ATTENTION.items():
+        yield from bench.rows(case, {f"{name}_{way}": operators for way, operators in ways.items()}, notes)
+    for name, case in cases.OTHERS.items():
+        yield from bench.rows(case, {name: default}, notes)
+    for name, why in cases.LEFT_OUT.items():
+        notes.leave_out(name, why)
 
 
-def attention_ways(device: torch.device, dtype: torch.dtype) -> dict[str, PlainOperators]:
+def attention_ways(device: torch.device, dtype: torch.dtype, notes: Notes) -> dict[str, PlainOperators]:
     """The operators of `device`, by their kind of attention."""
     ways = {}
     for name in ATTENTIONS[1:]:  # the first lets the environment choose
         try:
             operators = operators_for(device, OperatorSpec(attention=name, layer_norm="fused"), dtype)
         except ValueError as error:
-            leave_out(f"attention {name}", error)
+            notes.leave_out(f"attention {name}", error)
             continue
-        if operators.npu or name == "plain":
-            ways[name] = operators
+        if not operators.npu and name != "plain":
+            notes.leave_out(f"attention {name}", "only on NPUs; torch's attention is used instead")
+        elif name != "plain" and not card_rules.supports(operators.card, OPERATOR_OF[name], dtype):
+            notes.leave_out(f"attention {name}", f"cards of {card_rules.SERIES[operators.card]} compute auto instead")
         else:
-            leave_out(f"attention {name}", "only on NPUs; torch's attention is used instead")
+            ways[name] = operators
     return ways
 
 
@@ -151,24 +77,26 @@ class Bench:
 
     device: torch.device
     dtype: torch.dtype
+    default: PlainOperators
     size: Size
     small: Size
     quick: bool
 
-    def rows(self, case: Case, ways: dict[str, PlainOperators], failures: Failures) -> Iterator[Row]:
+    def rows(self, case: Case, ways: dict[str, PlainOperators], notes: Notes) -> Iterator[Row]:
         """Two rows for each implementation, by name."""
         inputs = case.inputs(self._drawer(torch.Generator().manual_seed(0)), self.small)
-        twin = _outputs(case.bind(PlainOperators(), *(x.float() for x in inputs)))
+        exact = (x.float() if x.is_floating_point() else x for x in inputs)
+        twin = _outputs(case.bind(PlainOperators(), *exact))
         inputs = tuple(x.to(self.device) for x in inputs)
         for name, operators in ways.items():
-            with failures.noted(name):
+            with notes.noted(name):
                 yield self._error(name, operators, _outputs(case.bind(operators, *inputs)), twin)
-        with failures.noted(f"{', '.join(ways)} by torch's own"):
+        with notes.noted(f"{', '.join(ways)} by {case.against}"):
             inputs = case.inputs(self._drawer(None), self.size)
-            plain = case.bind(PlainOperators(), *inputs)
+            rival = case.rival(self.default, *inputs) if case.rival else case.bind(PlainOperators(), *inputs)
             for name, operators in ways.items():
-                with failures.noted(name):
-                    yield self._time(name, operators, case.bind(operators, *inputs), plain)
+                with notes.noted(name):
+                    yield self._time(name, operators, case.bind(operators, *inputs), rival, case.against)
         devices.empty_cache(self.device)
 
     def _drawer(self, generator: torch.Generator | None) -> Draw:
@@ -192,16 +120,16 @@ class Bench:
             context=context,
         )  # fmt: skip
 
-    def _time(self, name: str, operators: PlainOperators, call: Bound, plain: Bound) -> Row:
+    def _time(self, name: str, operators: PlainOperators, call: Bound, rival: Bound, against: str) -> Row:
         """Measures both in turns, and takes each one's best, so that other load on the machine affects both."""
-        turns = [(self._seconds(call), self._seconds(plain)) for _ in range(TURNS)]
-        best, best_plain = map(min, zip(*turns))
+        turns = [(self._seconds(call), self._seconds(rival)) for _ in range(TURNS)]
+        best, best_rival = map(min, zip(*turns))
         context = self._context(
-            operators, self.size, measure="time divided by that of torch on the same device",
-            ms=round(best * 1e3, 4), torch_ms=round(best_plain * 1e3, 4),
+            operators, self.size, measure=f"time divided by that of {against}",
+            ms=round(best * 1e3, 4), rival_ms=round(best_rival * 1e3, 4),
         )  # fmt: skip
         return Row(
-            name=f"ascend.{name}_time", value=best / best_plain, unit="ratio", better="lower", baseline=NO_SLOWER,
+            name=f"ascend.{name}_time", value=best / best_rival, unit="ratio", better="lower", baseline=NO_SLOWER,
             context=context,
         )  # fmt: skip
 
@@ -236,14 +164,13 @@ def _card(device: torch.device) -> dict[str, str]:
 
 
 def main() -> None:
-    kind, file, *options = sys.argv[1:]
+    kind, folder, *options = sys.argv[1:]
     if kind == "npu":
         libraries.torch_npu()
-    device, failures = devices.take(kind, 0), Failures()
-    with torch.no_grad(), Path(file).open("a") as out:
-        for row in measure(device, "--quick" in options, failures):
+    device, notes = devices.take(kind, 0), Notes(Path(folder) / "notes.jsonl")
+    with torch.no_grad(), (Path(folder) / "rows.jsonl").open("a") as out:
+        for row in measure(device, "--quick" in options, notes):
             print(to_json(row), end="", file=out, flush=True)
-    failures.exit_if_any()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Figures of benchmarks: their values, the machine, how they are printed, and what was not measured and why."""
+"""Figures of benchmarks: their values and conditions, what was not measured and why, and how all of it is printed."""
 
 from __future__ import annotations
 
 import os
 import platform
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Literal
 
@@ -15,9 +14,19 @@ import torch
 from ascend_runtime.hardware import cores
 from msgspec import Struct
 
+from . import machine
+
+LONGEST_REASON = 2000  # characters
+TITLE = "# Report of `python -m benchmarks ascend`"
+CONDITIONS = (  # of a figure: those that its row shows
+    "seconds", "device_memory", "published_speed_up", "step_s", "memory_gb", "ms", "rival_ms", "tokens", "job",
+    "source",
+)  # fmt: skip
+
 
 class Row(Struct, frozen=True, kw_only=True):
-    """One figure. baseline: the value to reach; context: the conditions."""
+    """One figure. baseline: the value to reach; context: the conditions, with `not_compared` if the baseline was
+    reached under others."""
 
     name: str
     value: float
@@ -29,6 +38,12 @@ class Row(Struct, frozen=True, kw_only=True):
     @property
     def holds(self) -> bool:
         return self.value <= self.baseline if self.better == "lower" else self.value >= self.baseline
+
+    @property
+    def verdict(self) -> str:
+        if "not_compared" in self.context:
+            return "not compared"
+        return "holds" if self.holds else "missed"
 
 
 def context_of(quick: bool, device: str = "cpu", **more) -> dict[str, Any]:
@@ -42,56 +57,125 @@ def context_of(quick: bool, device: str = "cpu", **more) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **({name: _version(name) for name in ("torch_npu", "mindiesd")} if device == "npu" else {}),
+        **({name: machine.version(name) for name in ("torch_npu", "mindiesd")} if device == "npu" else {}),
         **({"quick": True} if quick else {}),
         **more,
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def to_json(row: Row) -> str:
+def to_json(row: Struct) -> str:
     return msgspec.json.encode(row).decode() + "\n"
 
 
-def from_json(line: str) -> Row:
-    return msgspec.json.decode(line, type=Row)
+def from_json(line: str, kind: type[Struct] = Row) -> Struct:
+    return msgspec.json.decode(line, type=kind)
 
 
 def print_table(rows: Iterable[Row]) -> None:
     rows = list(rows)
     width = max((len(row.name) for row in rows), default=0)
     for row in rows:
-        sign = "<=" if row.better == "lower" else ">="
-        verdict = "holds" if row.holds else "missed"
-        print(f"{row.name:{width}}  {row.value:10.4g} {row.unit:7} {sign} {row.baseline:<7g} {verdict}")
+        print(f"{row.name:{width}}  {row.value:10.4g} {row.unit:7} {_bar(row):10} {row.verdict}")
 
 
-def leave_out(what: str, why: object) -> None:
-    """Prints that something is not measured, and why."""
-    print(f"{what}: left out: {why}", flush=True)
+def _bar(row: Row) -> str:
+    return f"{'<=' if row.better == 'lower' else '>='} {row.baseline:g}"
 
 
-class Failures:
-    """Collects failed measurements: prints each immediately, while the others continue."""
+# What is not measured
 
-    def __init__(self):
-        self.names: list[str] = []
+
+class Note(Struct, frozen=True, kw_only=True):
+    """Something that was not measured. failed: it was tried."""
+
+    what: str
+    why: str
+    failed: bool = False
+
+
+class Notes:
+    """Collects what is not measured: prints each immediately, while other measurements continue.
+
+    file: gets each as a line of JSON, for the process that started this one.
+    """
+
+    def __init__(self, file: Path | None = None):
+        self.found: list[Note] = []
+        self._file = file
+
+    @property
+    def failures(self) -> list[str]:
+        return [note.what for note in self.found if note.failed]
+
+    def leave_out(self, what: str, why: object) -> None:
+        self.add(Note(what=what, why=str(why)))
+
+    def add(self, note: Note) -> None:
+        self.found.append(note)
+        print(f"{note.what}: {'failed' if note.failed else 'left out'}: {note.why}", flush=True)
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(to_json(note))
 
     @contextmanager
     def noted(self, what: str) -> Iterator[None]:
-        """Runs one measurement; prints any exception."""
+        """Runs one measurement; notes any exception."""
         try:
             yield
         except Exception as error:
-            self.names.append(what)
-            print(f"{what}: failed: {type(error).__name__}: {error}", flush=True)
+            self.add(Note(what=what, why=f"{type(error).__name__}: {error}", failed=True))
 
-    def exit_if_any(self) -> None:
-        if self.names:
-            raise SystemExit(f"Not measured because of failures: {', '.join(self.names)}; see above.")
+    def exit_if_any_failed(self) -> None:
+        if self.failures:
+            raise SystemExit(f"Not measured because of failures: {', '.join(self.failures)}; see above.")
+
+
+# The report that a user sends
+
+
+def markdown(facts: dict[str, str], rows: Iterable[Row], notes: Notes) -> str:
+    """The report: the machine, the figures, what was left out and what failed. It names no host, user or folder.
+
+    facts: of the machine, by name.
+    """
+    parts = [
+        TITLE,
+        _table(("machine", ""), ((name, fact) for name, fact in facts.items() if fact)),
+        "## Figures",
+        _table(("figure", "measured", "to reach", "ratio", "verdict", "conditions"), map(_cells, rows)),
+        "## Failed",
+        _why_table(note for note in notes.found if note.failed),
+        "## Left out",
+        _why_table(note for note in notes.found if not note.failed),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _why_table(notes: Iterable[Note]) -> str:
+    """What has the same reason is in one row."""
+    reasons: dict[str, list[str]] = {}
+    for note in notes:
+        reasons.setdefault(machine.scrub(note.why)[:LONGEST_REASON], []).append(note.what)
+    rows = [(", ".join(whats), why) for why, whats in reasons.items()]
+    return _table(("what", "why"), rows) if rows else "Nothing."
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    compared = "not_compared" not in row.context and row.baseline
+    ratio = f"{row.value / row.baseline:.3g}" if compared else "-"
+    conditions = [f"{name}: {_short(row.context[name])}" for name in CONDITIONS if name in row.context]
+    why = row.context.get("not_compared")
+    return (row.name, f"{row.value:.4g} {row.unit}", _bar(row), ratio, row.verdict,
+            "; ".join([*([why] if why else []), *conditions]))  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(one)}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in line)} |"
+                     for line in lines)  # fmt: skip

@@ -6,29 +6,50 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-WAYS = ("fused", "laser", "infer", "fastest", "plain")
-OTHERS = {"attention_with_lse", "rms_norm", "layer_norm", "modulated_layer_norm", "modulated_layer_norm_per_token",
-          "gated_add", "rotary", "gelu"}  # fmt: skip
+WAYS = {"a2": {"fused", "laser", "infer", "fastest", "plain"}, "a3": {"laser", "infer", "plain"},
+        "a5": {"fused", "infer", "fastest", "fp8", "plain"}}  # fmt: skip
+SOCS = {"a2": "Ascend910B4", "a3": "Ascend910_9391", "a5": "Ascend950PR"}
+OTHERS = {"attention_with_lse", "sparse_attention", "rms_norm", "layer_norm", "modulated_layer_norm",
+          "modulated_layer_norm_per_token", "gated_add", "rotary", "gelu"}  # fmt: skip
 
 
-def test_every_operator_and_way_is_measured(tmp_path):
-    file, calls = tmp_path / "rows.jsonl", tmp_path / "calls"
+@pytest.mark.parametrize("card", WAYS)
+def test_every_operator_and_way_is_measured(tmp_path, card):
+    calls = tmp_path / "calls"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE / "site"), os.environ["PYTHONPATH"]]),
-                   "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(calls), "CONTRACT_CARD": "a2",
-                   "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.operators", "cpu", str(file), "--quick"]
+                   "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(calls), "CONTRACT_CARD": card,
+                   "STUB_SOC": SOCS[card], "OMP_NUM_THREADS": "1"}  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.operators", "cpu", str(tmp_path), "--quick"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    attentions = {f"{kind}_{way}" for kind in ("attention", "cross_attention") for way in WAYS}
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    left_out = (tmp_path / "notes.jsonl").read_text()
+    attentions = {f"{kind}_{way}" for kind in ("attention", "cross_attention") for way in WAYS[card]}
     names = {f"ascend.{name}_{what}" for name in attentions | OTHERS for what in ("error", "time")}
     assert {row["name"] for row in rows} == names, done.stdout + done.stderr
-    assert done.returncode == 0 and "attention fp8: left out" in done.stdout
+    assert done.returncode == 0
+    for way in WAYS["a2"] | WAYS["a5"]:
+        assert (f'"attention {way}"' in left_out) == (way not in WAYS[card])
     for row in rows:
         assert row["context"]["operators"] == "AscendOperators"
         if row["name"].endswith("_error"):
             assert 0 < row["value"] <= row["baseline"], row
     called = {line.split()[1] for line in calls.read_text().splitlines()}
-    assert called >= {"npu::npu_fusion_attention", "npu::npu_fused_infer_attention_score", "npu::npu_rms_norm",
-                      "npu::npu_rotary_mul", "npu::npu_gelu"}  # fmt: skip
+    assert called >= {"npu::npu_fused_infer_attention_score", "npu::npu_rms_norm", "npu::npu_rotary_mul",
+                      "npu::npu_gelu"}  # fmt: skip
+    assert ("npu::npu_fusion_attention" in called) == ("fused" in WAYS[card])
+
+
+@pytest.mark.parametrize("line, soc", SOCS.items())
+def test_the_cards_are_described_by_the_real_torch_npu(python_on, line, soc):
+    code = """
+        import sys
+        sys.argv = ["machine", "npu"]
+        from benchmarks import machine
+        machine.main()
+    """
+    found = json.loads(python_on(soc, code, devices=8).splitlines()[-1])
+    assert (found["name"], found["line"]) == (soc, line) and found["gibibytes"] > 0 and "cann" in found
