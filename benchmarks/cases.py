@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ascend_runtime.ops import PlainOperators
+from ascend_runtime.ops import PlainOperators, in_preferred_layout
+from ascend_runtime.ops.mxfp8 import mx_quantized
+from ascend_runtime.ops.packing import INT4_MAX, int4_pairs
+from ascend_runtime.ops.quantization import Static
 from ascend_runtime.ops.sparse import BLOCK
 
 EPS = 1e-6
@@ -94,7 +99,66 @@ def _dense(operators: PlainOperators, *inputs: Tensor) -> Bound:
     return _attend(operators, *(x.transpose(1, 2).contiguous() for x in inputs[:3]))
 
 
-AUTO = "attention auto"
+AUTO, LINEAR = "attention auto", "the linear layer in floating point"
+# Quantized linear layers of the feed-forward's first size: x [1, S, D], weight [F, D]
+
+
+def _integers(draw: Draw, *shape: int, limit: int = 127) -> Tensor:
+    return (draw(*shape, dtype=torch.float32) * limit / 3).round().clamp(-limit, limit).to(torch.int8)
+
+
+def _scale(draw: Draw, size: Size, limit: int = 127) -> Tensor:
+    """Of each row of a weight, [F] in fp32: products have about the size of x."""
+    return draw(size.ffn, dtype=torch.float32).abs().add(0.5) * 3 / limit / math.sqrt(size.dim)
+
+
+def _dynamic_inputs(draw: Draw, size: Size) -> tuple[Tensor, ...]:
+    return _tokens(draw, size), _integers(draw, size.ffn, size.dim), _scale(draw, size), draw(size.ffn)
+
+
+def _int4_inputs(draw: Draw, size: Size) -> tuple[Tensor, ...]:
+    pairs = int4_pairs(_integers(draw, size.ffn, size.dim, limit=INT4_MAX))
+    return _tokens(draw, size), pairs, _scale(draw, size, INT4_MAX), draw(size.ffn)
+
+
+def _mx_inputs(draw: Draw, size: Size) -> tuple[Tensor, ...]:
+    weight = draw(size.ffn, size.dim, dtype=torch.float32) / math.sqrt(size.dim)
+    return _tokens(draw, size), *mx_quantized(weight), draw(size.ffn, dtype=torch.float32)
+
+
+def _static_inputs(draw: Draw, size: Size) -> tuple[Tensor, ...]:
+    one = draw(1, dtype=torch.float32) * 0
+    x, weight, scale, bias = _dynamic_inputs(draw, size)
+    return x, weight, one + 0.03, one + 3, scale * 0.03, (bias.float() / scale / 0.03).round().to(torch.int32)
+
+
+def _laid(operators: PlainOperators, weight: Tensor) -> Tensor:
+    """As the loader lays an int8 weight out."""
+    return in_preferred_layout(weight) if operators.npu else weight
+
+
+def _static(operators: PlainOperators, x: Tensor, weight: Tensor, *static: Tensor) -> Bound:
+    return partial(operators.static_linear, x, _laid(operators, weight), Static(*static))
+
+
+def _dynamic(operators: PlainOperators, x: Tensor, weight: Tensor, *others: Tensor) -> Bound:
+    return partial(operators.quantized_linear, x, _laid(operators, weight), *others)
+
+
+def _linear(_: PlainOperators, x: Tensor, weight: Tensor, *others: Tensor) -> Bound:
+    """The layer that is not quantized, in x's dtype."""
+    return partial(F.linear, x, x.new_empty(weight.shape[0], x.shape[-1]).fill_(1.0))
+
+
+QUANTIZED = {  # msModelSlim's format -> the operator's name and case
+    "W8A8_DYNAMIC": ("quantized_linear", Case(_dynamic_inputs, _dynamic, _linear, LINEAR)),
+    "W8A8": ("static_linear", Case(_static_inputs, _static, _linear, LINEAR)),
+    "W4A4_DYNAMIC": (
+        "int4_linear",
+        Case(_int4_inputs, lambda ops, *args: partial(ops.int4_linear, *args), _linear, LINEAR),
+    ),
+    "W8A8_MXFP8": ("mx_linear", Case(_mx_inputs, lambda ops, *args: partial(ops.mx_linear, *args), _linear, LINEAR)),
+}
 ATTENTION = {
     "attention": Case(lambda d, s: _heads(d, s, *[s.tokens] * 3), _attend, _attend, AUTO),
     "cross_attention": Case(lambda d, s: _heads(d, s, s.tokens, s.text, s.text), _attend, _attend, AUTO),
@@ -123,4 +187,8 @@ OTHERS = {
     "gelu": Case(lambda d, s: (d(1, s.tokens, s.ffn),), lambda ops, x: partial(ops.gelu, x)),
 }
 
-LEFT_OUT = {"linear_all_reduce": "it needs several ranks; the parallel modes tp2, tp4, tp8 measure it"}
+OF_RANKS = "it needs several ranks"
+LEFT_OUT = {
+    "linear_all_reduce": f"{OF_RANKS}; the parallel modes tp2, tp4, tp8 measure it",
+    **{f"{name}_all_reduce": f"{OF_RANKS}, and no parallel mode is quantized" for name, _ in QUANTIZED.values()},
+}

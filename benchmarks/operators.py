@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import benchmark
 
 from ascend_runtime.hardware import devices
-from ascend_runtime.ops import PlainOperators, card_rules, libraries, operators_for
+from ascend_runtime.ops import PlainOperators, card_rules, check_quantized, libraries, operators_for
 from ascend_runtime.ops.ascend import OPERATOR_OF
 from ascend_runtime.specs import OperatorSpec
 from ascend_runtime.specs.jobs import ATTENTIONS
@@ -48,6 +48,13 @@ def measure(device: torch.device, quick: bool, notes: Notes) -> Iterator[Row]:
     for name, case in cases.ATTENTION.items():
         yield from bench.rows(case, {f"{name}_{way}": operators for way, operators in ways.items()}, notes)
     for name, case in cases.OTHERS.items():
+        yield from bench.rows(case, {name: default}, notes)
+    for form, (name, case) in cases.QUANTIZED.items():
+        try:
+            check_quantized(device, dtype, [form])
+        except ValueError as error:
+            notes.leave_out(name, error)
+            continue
         yield from bench.rows(case, {name: default}, notes)
     for name, why in cases.LEFT_OUT.items():
         notes.leave_out(name, why)
@@ -85,7 +92,7 @@ class Bench:
     def rows(self, case: Case, ways: dict[str, PlainOperators], notes: Notes) -> Iterator[Row]:
         """Two rows for each implementation, by name."""
         inputs = case.inputs(self._drawer(torch.Generator().manual_seed(0)), self.small)
-        exact = (x.float() if x.is_floating_point() else x for x in inputs)
+        exact = (x.float() if x.dtype == self.dtype else x for x in inputs)
         twin = _outputs(case.bind(PlainOperators(), *exact))
         inputs = tuple(x.to(self.device) for x in inputs)
         for name, operators in ways.items():

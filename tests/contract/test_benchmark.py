@@ -12,6 +12,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WAYS = {"a2": {"fused", "laser", "infer", "fastest", "plain"}, "a3": {"laser", "infer", "plain"},
         "a5": {"fused", "infer", "fastest", "fp8", "plain"}}  # fmt: skip
+LINEARS = {"a2": {"quantized_linear", "static_linear", "int4_linear"},
+           "a3": {"quantized_linear", "static_linear", "int4_linear"},
+           "a5": {"quantized_linear", "static_linear", "mx_linear"}}  # fmt: skip
 SOCS = {"a2": "Ascend910B4", "a3": "Ascend910_9391", "a5": "Ascend950PR"}
 OTHERS = {"attention_with_lse", "sparse_attention", "rms_norm", "layer_norm", "modulated_layer_norm",
           "modulated_layer_norm_per_token", "gated_add", "rotary", "gelu"}  # fmt: skip
@@ -28,7 +31,7 @@ def test_every_operator_and_way_is_measured(tmp_path, card):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     left_out = (tmp_path / "notes.jsonl").read_text()
     attentions = {f"{kind}_{way}" for kind in ("attention", "cross_attention") for way in WAYS[card]}
-    names = {f"ascend.{name}_{what}" for name in attentions | OTHERS for what in ("error", "time")}
+    names = {f"ascend.{name}_{what}" for name in attentions | OTHERS | LINEARS[card] for what in ("error", "time")}
     assert {row["name"] for row in rows} == names, done.stdout + done.stderr
     assert done.returncode == 0
     for way in WAYS["a2"] | WAYS["a5"]:

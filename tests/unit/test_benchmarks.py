@@ -24,7 +24,8 @@ from msgspec import structs
 ROOT = Path(__file__).resolve().parents[2]
 TRANSPORT = ["transport.null_ms", "transport.request_ms", "transport.frames_s"]
 PEERS = ["socket", "ray"]
-OPERATORS = ["attention_plain", "cross_attention_plain", *cases.OTHERS]
+OPERATORS = ["attention_plain", "cross_attention_plain", *cases.OTHERS,
+             *(name for name, _ in cases.QUANTIZED.values())]  # fmt: skip
 MODES = ["cfg2", "ulysses2", "ulysses2_overlap", "ulysses2_fsdp", "ring2", "ring2_gather", "tp2"]
 NAMES = {
     "transport": {*TRANSPORT, *(f"{name}_vs_{peer}" for name in TRANSPORT for peer in PEERS)},
@@ -142,6 +143,17 @@ def test_how_sharded_weights_share_memory_is_measured_for_each_value(monkeypatch
 def test_elsewhere_it_is_left_out(kind, cards, capsys):
     assert not list(modes.memory_reuse(kind, cards, True, Notes()))
     assert capsys.readouterr().out == "MULTI_STREAM_MEMORY_REUSE with fsdp: left out: there are no two NPUs\n"
+
+
+# Methods that are no operators: checks, and tables that are made once a video or a plan; `modulation` is an addition.
+NO_OPERATORS = {"check_sparse", "sparse_pattern", "rotary_table", "modulation"}
+
+
+def test_every_operator_is_measured_or_left_out_by_name():
+    methods = {name for name, value in vars(PlainOperators).items() if callable(value) and not name.startswith("_")}
+    measured = {"attention", *cases.OTHERS, *(name for name, _ in cases.QUANTIZED.values())}
+    assert methods - NO_OPERATORS == (measured | set(cases.LEFT_OUT)) & methods
+    assert set(cases.LEFT_OUT) <= methods and not measured & set(cases.LEFT_OUT)
 
 
 class Wrong(PlainOperators):
