@@ -1,5 +1,7 @@
 """Runs the contract tests: pytest in .venv-contract, over stub CANN libraries. Arguments go to pytest.
 
+The Python of an environment with another torch_npu, .venv-contract-VERSION, runs them there.
+
 The dynamic linker reads its search path when a process starts, so pytest must be started with it.
 """
 
@@ -16,10 +18,9 @@ from scripts.lib import contract  # noqa: E402
 
 
 def main(arguments):
-    problem = contract.why_not()
-    if problem:
-        sys.exit(f"error: the contract tests cannot run: {problem}")
-    if Path(sys.prefix) != contract.FOLDER:
+    if not Path(sys.prefix).name.startswith(contract.FOLDER.name):
+        if problem := contract.why_not():
+            sys.exit(f"error: the contract tests cannot run: {problem}")
         os.execv(contract.PYTHON, [str(contract.PYTHON), __file__, *arguments])
     variables = {**os.environ, **cann.variables(cann.build()), "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "pytest", "-o", "cache_dir=.cache/pytest-contract", *arguments]
