@@ -22,7 +22,8 @@ def torch_npu() -> ModuleType:
 
 @lru_cache(maxsize=None)
 def mindiesd() -> ModuleType | None:
-    """MindIE SD, or None if it is not installed or does not fit this torch; then torch_npu's operators are used, which is logged once."""
+    """MindIE SD, or None if it is not installed or does not fit; then torch_npu's operators are used, which is logged
+    once."""
     if find_spec("mindiesd") is None:
         logger.info("mindiesd is not installed: only torch_npu's operators are used (no laser or fastest attention).")
         return None

@@ -14,6 +14,7 @@ ROOT = HERE.parents[1]
 sys.path += [str(HERE), str(ROOT)]
 
 import cann  # noqa: E402
+from ascend_runtime.hardware import host  # noqa: E402
 from scripts.lib import contract  # noqa: E402
 
 
@@ -22,6 +23,8 @@ def main(arguments):
         if problem := contract.why_not():
             sys.exit(f"error: the contract tests cannot run: {problem}")
         os.execv(contract.PYTHON, [str(contract.PYTHON), __file__, *arguments])
+    if fault := host.mindiesd_fault():
+        sys.exit(f"error: the contract tests cannot run: {fault}")
     variables = {**os.environ, **cann.variables(cann.build()), "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "pytest", "-o", "cache_dir=.cache/pytest-contract", *arguments]
     if not any("tests/contract" in argument for argument in arguments):

@@ -14,6 +14,7 @@ from ascend_runtime.models.wan.weights import FP32_PARAMETERS
 from ascend_runtime.ops import ascend
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.specs import OperatorSpec
+from card_checks import CAST
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,7 +132,7 @@ def a_block(stack):
 
 
 def npu_calls(calls):
-    return Counter(name for name, *_ in calls.made if not name.startswith(("aten::", "prim::")))
+    return Counter(name for name, *_ in calls.made if not name.startswith(("aten::", "prim::", f"npu::{CAST}")))
 
 
 def small_operators(calls):
