@@ -255,6 +255,8 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("ImportError: libascend_hal.so: cannot open shared object file", "/usr/local/Ascend/driver/lib64"),
     ("ImportError: cannot import name 'x' from 'torch_npu.y'", f"torch {torch.__version__.split('+')[0]}"),
     ("RuntimeError: Failed to find function aclrtSetDeviceSatMode", "CANN the version that"),
+    ("RuntimeError: Unsupported soc version: Ascend950PR 9589", "For the 950 series, 2.7.1.post8"),
+    ("RuntimeError: Unrecognized CachingAllocator option: pinned_max_round_threshold_mb", "Leave the key out"),
     ("createHCCLComm: HcclGetRootInfo(&hcclID), error code is 7", "HCCL_HOST_SOCKET_PORT_RANGE"),
     ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60031"),
     ("RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", "npu-smi info"),
