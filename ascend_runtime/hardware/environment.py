@@ -82,7 +82,11 @@ FLAG = Choice(("0", "1"))
 LONGEST_WAIT = 2**31 - 1  # seconds
 
 _NATURAL, _FRACTION, _TRUTH = r"[0-9]+", r"0?\.[0-9]+|0|1(\.0+)?", "True|False"
-# torch_npu: NPUAllocatorConfig.h, and the keys of torch's own AcceleratorAllocatorConfig.
+# torch_npu: NPUAllocatorConfig.h, and the keys of torch's own AcceleratorAllocatorConfig. Older ones end a rank at its
+# start by a key that they do not know, so a default must contain only what 2.7.1 and 2.9.0 take. Those lack
+# large_segment_size_mb, max_non_split_rounding_mb, per_process_memory_fraction, release_lock_on_npumalloc,
+# throw_on_npumalloc_oom and pinned_{max_cached_size_mb,max_round_threshold_mb,reserve_segment_size_mb}, and before
+# 2.7.1.post8 and 2.9.0.post6 also multi_stream_lazy_reclaim and all other pin* keys.
 _ALLOCATOR_KEYS = {
     "base_addr_aligned_kb": r"[0-9]|1[0-6]",
     "expandable_segments": _TRUTH,

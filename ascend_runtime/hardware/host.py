@@ -98,18 +98,42 @@ def warn_of_idle_npus() -> None:
 
 @lru_cache(maxsize=None)
 def warn_of_mindiesd() -> None:
-    """Logs once if the installed MindIE SD, which is optional, does not support this torch."""
+    """Logs once if the installed MindIE SD, which is optional, cannot be used with this torch."""
+    if fault := mindiesd_fault():
+        logger.warning("%s", fault)
+
+
+def mindiesd_fault() -> str | None:
+    """Why the installed MindIE SD cannot be used with this torch; None if it can be, or is not installed."""
     sd, torch = _version("mindiesd"), _version("torch")
-    if sd is None or torch is None:
-        return
-    files = " ".join(str(file) for file in metadata.files("mindiesd") or ())
-    made_for = {f"{major}.{minor}" for major, minor in re.findall(r"plugin/torch(\d)(\d+)/", files)}
-    if made_for and _release(torch) not in made_for:
-        logger.warning(
-            "mindiesd %s has plug-ins for torch %s, but this is torch %s, so its operators are not used. Install one "
-            "of these versions of torch and torch_npu, or uninstall mindiesd.",
-            sd, ", ".join(sorted(made_for, key=lambda release: int(release[2:]))), torch,
-        )  # fmt: skip
+    plugins = _mindiesd_plugins() if sd and torch else {}
+    if not plugins:
+        return None
+    own = plugins.get(_release(torch))
+    if own is None:
+        made_for = ", ".join(sorted(plugins, key=lambda release: int(release[2:])))
+        return (
+            f"mindiesd {sd} has plug-ins for torch {made_for}, but this is torch {torch}, so its operators are not "
+            "used. Install one of these versions of torch and torch_npu, or uninstall mindiesd."
+        )
+    # As in the wheel 3.1.0 for Python 3.11 on x86_64. torch 2.9 changed the layout of what a plug-in registers
+    # (c10::KernelFunction), so that loading this one ends the process.
+    if _release(torch) == "2.9" and own and own == plugins.get("2.7"):
+        return (
+            f"mindiesd {sd} contains its plug-in for torch 2.7 as the one for torch 2.9, which would end the process, "
+            "so its operators are not used. Use torch 2.7 or 2.10 - 2.13, or a Python whose mindiesd is complete, such "
+            "as 3.12; or uninstall mindiesd."
+        )
+    return None
+
+
+def _mindiesd_plugins() -> dict[str, str | None]:
+    """Release of torch -> hash of MindIE SD's plug-in for it; None where its wheel lists no hash."""
+    found = {}
+    for file in metadata.files("mindiesd") or ():
+        if made_for := re.search(r"plugin/torch(\d)(\d+)/", str(file)):
+            found[f"{made_for[1]}.{made_for[2]}"] = file.hash and file.hash.value
+    return found
 
 
 # Checks
@@ -200,6 +224,12 @@ _CURES = (
     (r"cannot import name|undefined symbol|Failed to find function",
      "Versions of packages or CANN do not match. Installed are {versions}. torch_npu must have torch's release, and "
      "CANN the version that torch_npu's documentation requires."),
+    (r"Unsupported soc version",
+     "This torch_npu does not know this card. Installed are {versions}. For the 950 series, 2.7.1.post8, 2.9.0.post6 "
+     "and 2.13.0 do, each with the CANN that its documentation requires."),
+    (r"Unrecognized (CachingAllocator option|key)",
+     "This torch_npu does not know a key of PYTORCH_NPU_ALLOC_CONF. Installed are {versions}. Leave the key out, or "
+     "install a torch_npu that has it."),
     (r"HcclGetRootInfo.*error code is (7|11)\b",
      "HCCL could not bind its ports (60000 to 60031 by default), or not reach a rank through them. Leave "
      "HCCL_IF_BASE_PORT unset and HCCL_HOST_SOCKET_PORT_RANGE at auto; if CANN does not support the latter, run "

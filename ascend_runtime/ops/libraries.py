@@ -7,6 +7,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from types import ModuleType
 
+from ..hardware import host
+
 logger = logging.getLogger(__name__)
 
 
@@ -20,9 +22,13 @@ def torch_npu() -> ModuleType:
 
 @lru_cache(maxsize=None)
 def mindiesd() -> ModuleType | None:
-    """MindIE SD, or None if it is not installed; then torch_npu's operators are used, which is logged once."""
+    """MindIE SD, or None if it is not installed or does not fit; then torch_npu's operators are used, which is logged
+    once."""
     if find_spec("mindiesd") is None:
         logger.info("mindiesd is not installed: only torch_npu's operators are used (no laser or fastest attention).")
+        return None
+    if fault := host.mindiesd_fault():
+        logger.warning("%s", fault)
         return None
     try:
         import mindiesd

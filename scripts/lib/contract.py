@@ -2,9 +2,15 @@
 
 Importing them needs CANN, and breaks `import torch` without it. So they are in .venv-contract, on top of .venv, and the
 tests provide stub libraries. Standard library only. As a command, it makes the environment, or prints why it cannot.
+
+As a command with a version of torch_npu, such as 2.9.0.post6, it makes .venv-contract-VERSION with that version and its
+torch, and runs the tests there; further arguments go to pytest. PyPI's torch for x86_64 is a CUDA build of several GB.
 """
 
+import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 from .environment import REPOSITORY, Environment, SetupError, inspect, lock, requirement_lines, say
@@ -37,6 +43,24 @@ def make():
         say(f"the contract tests will be skipped: {problem}")
 
 
+def make_other(torch_npu):
+    """Makes .venv-contract-VERSION with this version of torch_npu and its torch, and returns its Python.
+
+    Raises SetupError if it cannot.
+    """
+    if problem := _obstacle():
+        raise SetupError(f"the contract tests cannot run: {problem}")
+    torch = re.match(r"[0-9]+\.[0-9]+\.[0-9]+", torch_npu)
+    if not torch:
+        raise SetupError(f"torch_npu is {torch_npu!r}; it must be a whole version, such as 2.9.0 or 2.9.0.post6")
+    environment = Environment(FOLDER.with_name(f"{FOLDER.name}-{torch_npu}"), inspect(UNDERNEATH))
+    with lock():
+        environment.make(base=UNDERNEATH)
+        environment.replace_torch(torch[0])
+        environment.install("a contract test", _requirements(torch[0], torch_npu), "--no-deps")
+    return environment.python
+
+
 def _obstacle():
     """Why the environment cannot be made; None if it can."""
     if inspect(UNDERNEATH)["npu"]:
@@ -57,13 +81,26 @@ def _absence():
     return None
 
 
-def _requirements(torch):
-    """requirements-contract.txt, with the torch_npu for this version of torch."""
-    minor = ".".join(torch.split(".")[:2])
+def _requirements(torch, torch_npu=None):
+    """requirements-contract.txt with this torch_npu, by default the one for this version of torch."""
     lines = requirement_lines(REPOSITORY / "requirements-contract.txt")
-    fitting = (line.startswith(f"torch_npu=={minor}.") or not line.startswith("torch_npu") for line in lines)
-    return [line if fits else f"torch_npu=={minor}.*" for line, fits in zip(lines, fitting)]
+    named = next(line for line in lines if line.startswith("torch_npu"))
+    minor = ".".join(torch.split(".")[:2])
+    if torch_npu is None and not named.startswith(f"torch_npu=={minor}."):
+        torch_npu = f"{minor}.*"
+    return [f"torch_npu=={torch_npu}" if torch_npu and line == named else line for line in lines]
+
+
+def main(torch_npu=None, *arguments):
+    if torch_npu is None:
+        make()
+        return
+    try:
+        python = make_other(torch_npu)
+    except SetupError as error:
+        sys.exit(f"error: {error}")
+    os.execv(python, [str(python), str(RUN), *arguments])
 
 
 if __name__ == "__main__":
-    make()
+    main(*sys.argv[1:])

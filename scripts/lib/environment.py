@@ -132,6 +132,14 @@ class Environment:
             self._install_torch()
         self._hold_torch()
 
+    def replace_torch(self, version):
+        """Installs this version of torch, which hides the host's, unless it is installed."""
+        if inspect(self.python)["torch"].partition("+")[0] != version:
+            self.constraints.write_text(f"torch=={version}\n")
+            with step(f"installing torch {version}"):
+                self._pip(f"torch=={version}", *self._cpu_index())
+            self._hold_torch()
+
     def install(self, name, requirements, *options):
         """Installs `requirements` (lines of a requirements file) as the set called `name`, unless they are installed.
 

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define constexpr static const /* headers of torch_npu before 2.10 are C++'s here */
 #include "acl/acl_op_compiler.h"
 #include "acl/acl_rt.h"
 

@@ -399,6 +399,7 @@ def test_steps_are_recorded(tmp_path):
 # The sum
 
 
+@pytest.mark.a5  # whose calls are among them
 def test_every_call_site_was_exercised():
     """Last in the file, as it looks back on all others."""
     exercised, unknown = call_sites.made(NOTED)

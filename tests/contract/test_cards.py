@@ -54,6 +54,8 @@ def play(monkeypatch):
 @pytest.fixture
 def ranks():
     """A group of fake ranks, of which this process is the second."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "Meta"):
+        pytest.skip(f"torch {torch.__version__} has no collectives of fake tensors")
     dist.init_process_group("cpu:fake,npu:fake", store=FakeStore(), rank=1, world_size=RANKS)
     yield dist.group.WORLD
     dist.destroy_process_group()
@@ -187,7 +189,7 @@ def test_torchs_own_operators_on_an_a3_leave_training_attention_out(play, dtype)
     assert checks.checked.keys() == {"matmul"}
     with FakeTensorMode(), play("a2") as checks:
         plain.PlainOperators().attention(*qkv(dtype))
-    assert checks.checked.keys() == {"npu_fusion_attention_v3"}
+    assert {name.removesuffix("_v3") for name in checks.checked} == {"npu_fusion_attention"}
 
 
 @pytest.mark.parametrize("card", ["a2", "a5"])
@@ -278,6 +280,7 @@ def test_a_reduction_without_a_row_is_caught(play, ranks):
         dist.reduce_scatter(empty(4), [empty(4)] * RANKS)
 
 
+@pytest.mark.a5
 def test_heads_of_a_size_that_a_950_does_not_take_are_refused(play):
     query, mask = empty(1, 128, 2, 32), empty(1, 2, 1, 1, dtype=torch.bool)
     with play("a5"), pytest.raises(ValueError, match="v2 takes heads of 64 or 128 values, but this model's have 32"):

@@ -16,6 +16,7 @@ from ascend_runtime.models.wan.weights import FP32_PARAMETERS
 from ascend_runtime.ops import PlainOperators, ascend
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.specs import OperatorSpec
+from card_checks import CAST
 from pretend_card import READING
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,7 +143,8 @@ def a_block(stack):
 
 
 def npu_calls(calls):
-    return Counter(name for name, *_ in calls.made if name == LAYER_NORM or not name.startswith(("aten::", "prim::")))
+    others = ("aten::", "prim::", f"npu::{CAST}")
+    return Counter(name for name, *_ in calls.made if name == LAYER_NORM or not name.startswith(others))
 
 
 def small_operators(calls):

@@ -30,6 +30,14 @@ def test_torch_npu_is_the_one_for_this_torch(torch, torch_npu):
     assert contract._requirements(torch) == [torch_npu, "mindiesd==3.1.0", "pyyaml"]
 
 
+def test_another_torch_npu_is_taken_whole():
+    """As `scripts/test.sh --torch-npu` has it."""
+    assert contract._requirements("2.9.0", "2.9.0.post6")[0] == "torch_npu==2.9.0.post6"
+    assert contract._requirements("2.13.0", "2.13.0.post1")[0] == "torch_npu==2.13.0.post1"
+    with pytest.raises(contract.SetupError, match="torch_npu is '2.9'; it must be a whole version, such as 2.9.0"):
+        contract.make_other("2.9")
+
+
 def test_why_not_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(contract, "inspect", lambda python: {"npu": python == contract.PYTHON, "packages": []})
     monkeypatch.setattr(contract, "PYTHON", tmp_path / "python")

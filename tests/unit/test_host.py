@@ -13,9 +13,10 @@ import pytest
 import torch
 from ascend_runtime import ParallelSpec, RankDied, Runtime
 from ascend_runtime.hardware import devices, host
+from ascend_runtime.ops import libraries
 
 ROOT = Path(__file__).resolve().parents[2]
-PLUGINS = [f"mindiesd/plugin/torch{v}/fake.so" for v in ("27", "29", "210", "211", "212", "213")]  # mindiesd 3.1.0's
+PLUGINS = {f"mindiesd/plugin/torch{v}/fake.so": f"sha256={v}" for v in (27, 29, 210, 211, 212, 213)}  # mindiesd 3.1.0's
 
 
 @pytest.fixture
@@ -32,13 +33,13 @@ def fake_host(tmp_path, monkeypatch):
         once.cache_clear()
 
     class FakeHost:
-        def package(self, name, version, files=()):
+        def package(self, name, version, files={}):  # file -> its hash
             (site / name).mkdir()
             (site / name / "__init__.py").write_text(f"raise ImportError('the fake {name} was imported')")
             info = site / f"{name}-{version}.dist-info"
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-            (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
+            (info / "RECORD").write_text("".join(f"{file},{files.get(file, '')},\n" for file in files))
 
         def torch(self, version):
             info = site / f"torch-{version}.dist-info"
@@ -101,6 +102,23 @@ def test_mindiesd_that_was_made_for_other_torches(fake_host, caplog, torch_versi
     assert len(said) == (0 if fits else 1)
     if not fits:
         assert "plug-ins for torch 2.7, 2.9, 2.10, 2.11, 2.12, 2.13, but this is torch 2.8.0" in said[0]
+
+
+@pytest.mark.parametrize("torch_version", ["2.9.0", "2.7.1", "2.10.0"])
+def test_a_copied_plugin_of_mindiesd_is_not_loaded(fake_host, caplog, torch_version):
+    """As in the wheel 3.1.0 for Python 3.11 on x86_64, whose plug-in for torch 2.9 is that for 2.7."""
+    fake_host.torch(torch_version)
+    older, copied = (f"mindiesd/plugin/torch{v}/fake.so" for v in (27, 29))
+    fake_host.package("mindiesd", "3.1.0", PLUGINS | {copied: PLUGINS[older]})
+    libraries.mindiesd.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert libraries.mindiesd() is None  # the fake cannot be imported, which is logged where it was tried
+    libraries.mindiesd.cache_clear()
+    (said,) = (record.getMessage() for record in caplog.records)
+    if torch_version == "2.9.0":
+        assert "its plug-in for torch 2.7 as the one for torch 2.9, which would end the process" in said
+    else:
+        assert "the fake mindiesd was imported" in said
 
 
 # Driver and CANN
@@ -237,6 +255,8 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("ImportError: libascend_hal.so: cannot open shared object file", "/usr/local/Ascend/driver/lib64"),
     ("ImportError: cannot import name 'x' from 'torch_npu.y'", f"torch {torch.__version__.split('+')[0]}"),
     ("RuntimeError: Failed to find function aclrtSetDeviceSatMode", "CANN the version that"),
+    ("RuntimeError: Unsupported soc version: Ascend950PR 9589", "For the 950 series, 2.7.1.post8"),
+    ("RuntimeError: Unrecognized CachingAllocator option: pinned_max_round_threshold_mb", "Leave the key out"),
     ("createHCCLComm: HcclGetRootInfo(&hcclID), error code is 7", "HCCL_HOST_SOCKET_PORT_RANGE"),
     ("HCCL function error: HcclGetRootInfo(&hcclID), error code is 11", "ip_local_reserved_ports=60000-60031"),
     ("RuntimeError: NPU out of memory. Tried to allocate 2.00 GiB", "npu-smi info"),
