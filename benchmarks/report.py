@@ -1,10 +1,11 @@
-"""Figures of benchmarks: their values and conditions, what was not measured and why, and how all of it is printed."""
+"""Figures of benchmarks: their values and conditions, what was not measured and why, and how these are printed."""
 
 from __future__ import annotations
 
 import os
 import platform
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Literal
 
@@ -13,15 +14,6 @@ import psutil
 import torch
 from ascend_runtime.hardware import cores
 from msgspec import Struct
-
-from . import machine
-
-LONGEST_REASON = 2000  # characters
-TITLE = "# Report of `python -m benchmarks ascend`"
-CONDITIONS = (  # of a figure: those that its row shows
-    "seconds", "device_memory", "published_speed_up", "step_s", "memory_gb", "ms", "rival_ms", "tokens", "job",
-    "source",
-)  # fmt: skip
 
 
 class Row(Struct, frozen=True, kw_only=True):
@@ -57,10 +49,18 @@ def context_of(quick: bool, device: str = "cpu", **more) -> dict[str, Any]:
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        **({name: machine.version(name) for name in ("torch_npu", "mindiesd")} if device == "npu" else {}),
+        **({name: version(name) for name in ("torch_npu", "mindiesd")} if device == "npu" else {}),
         **({"quick": True} if quick else {}),
         **more,
     }
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def to_json(row: Struct) -> str:
@@ -75,10 +75,10 @@ def print_table(rows: Iterable[Row]) -> None:
     rows = list(rows)
     width = max((len(row.name) for row in rows), default=0)
     for row in rows:
-        print(f"{row.name:{width}}  {row.value:10.4g} {row.unit:7} {_bar(row):10} {row.verdict}")
+        print(f"{row.name:{width}}  {row.value:10.4g} {row.unit:7} {bar(row):10} {row.verdict}")
 
 
-def _bar(row: Row) -> str:
+def bar(row: Row) -> str:
     return f"{'<=' if row.better == 'lower' else '>='} {row.baseline:g}"
 
 
@@ -128,54 +128,3 @@ class Notes:
     def exit_if_any_failed(self) -> None:
         if self.failures:
             raise SystemExit(f"Not measured because of failures: {', '.join(self.failures)}; see above.")
-
-
-# The report that a user sends
-
-
-def markdown(facts: dict[str, str], rows: Iterable[Row], notes: Notes) -> str:
-    """The report: the machine, the figures, what was left out and what failed. It names no host, user or folder.
-
-    facts: of the machine, by name.
-    """
-    parts = [
-        TITLE,
-        _table(("machine", ""), ((name, fact) for name, fact in facts.items() if fact)),
-        "## Figures",
-        _table(("figure", "measured", "to reach", "ratio", "verdict", "conditions"), map(_cells, rows)),
-        "## Failed",
-        _why_table(note for note in notes.found if note.failed),
-        "## Left out",
-        _why_table(note for note in notes.found if not note.failed),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _why_table(notes: Iterable[Note]) -> str:
-    """What has the same reason is in one row."""
-    reasons: dict[str, list[str]] = {}
-    for note in notes:
-        reasons.setdefault(machine.scrub(note.why)[:LONGEST_REASON], []).append(note.what)
-    rows = [(", ".join(whats), why) for why, whats in reasons.items()]
-    return _table(("what", "why"), rows) if rows else "Nothing."
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    compared = "not_compared" not in row.context and row.baseline
-    ratio = f"{row.value / row.baseline:.3g}" if compared else "-"
-    conditions = [f"{name}: {_short(row.context[name])}" for name in CONDITIONS if name in row.context]
-    why = row.context.get("not_compared")
-    return (row.name, f"{row.value:.4g} {row.unit}", _bar(row), ratio, row.verdict,
-            "; ".join([*([why] if why else []), *conditions]))  # fmt: skip
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(one)}" for name, one in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in line)} |"
-                     for line in lines)  # fmt: skip

@@ -26,7 +26,7 @@ def test_every_operator_and_way_is_measured(tmp_path, card):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE / "site"), os.environ["PYTHONPATH"]]),
                    "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(calls), "CONTRACT_CARD": card,
                    "STUB_SOC": SOCS[card], "OMP_NUM_THREADS": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.operators", "cpu", str(tmp_path), "--quick"]
+    command = [sys.executable, "-m", "benchmarks.ascend.operators", "cpu", str(tmp_path), "--quick"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     left_out = (tmp_path / "notes.jsonl").read_text()
@@ -51,7 +51,7 @@ def test_the_cards_are_described_by_the_real_torch_npu(python_on, line, soc):
     code = """
         import sys
         sys.argv = ["machine", "npu"]
-        from benchmarks import machine
+        from benchmarks.ascend import machine
         machine.main()
     """
     found = json.loads(python_on(soc, code, devices=8).splitlines()[-1])

@@ -10,7 +10,7 @@ from ascend_runtime.hardware import host
 from ascend_runtime.ops import precision
 from ascend_runtime.hardware.environment import NPU, ORIGINAL_VARIABLES, Choice, WholeNumber
 from ascend_runtime.specs.jobs import ATTENTIONS
-from benchmarks import published
+from benchmarks.ascend import published
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_LIMIT = 2**31 - 1

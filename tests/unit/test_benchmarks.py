@@ -16,7 +16,9 @@ import torch
 from ascend_runtime import SampleSpec, VideoSize
 from ascend_runtime.client.submission import Result
 from ascend_runtime.ops import PlainOperators
-from benchmarks import caches, cases, machine, modes, operators, published, report, vae_dtypes, workloads
+from benchmarks import caches, report
+from benchmarks.ascend import cases, machine, modes, operators, published, vae_dtypes, workloads
+from benchmarks.ascend.markdown import markdown
 from benchmarks.opens import Opened
 from benchmarks.report import Note, Notes, Row
 from msgspec import structs
@@ -295,7 +297,7 @@ def test_a_report_names_no_host_user_or_folder(monkeypatch):
         notes.add(Note(what=name, why=why, failed=True))
     row = Row(name="ascend.x_s", value=3.0, unit="s", better="lower", baseline=2.0, context={"seconds": {"text": 1.5}})
     loose = structs.replace(row, name="ascend.y_s", context={"not_compared": "published on | others"})
-    text = report.markdown({"cards": "8 x Ascend910B3", "driver": "25.0.1.1", "CANN": ""}, [row, loose], notes)
+    text = markdown({"cards": "8 x Ascend910B3", "driver": "25.0.1.1", "CANN": ""}, [row, loose], notes)
     assert "| driver | 25.0.1.1 |" in text and "| CANN |" not in text
     assert "| ascend.x_s | 3 s | <= 2 | 1.5 | missed | seconds: text 1.5 |" in text
     assert "| ascend.y_s | 3 s | <= 2 | - | not compared | published on / others |" in text

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ascend_runtime import ParallelSpec, Runtime, VaeSpec, VideoSize
 
+from ..report import Notes, Row, context_of
 from .machine import ROOT, Cards
-from .report import Notes, Row, context_of
 from .workloads import start_image
 
 EMBEDDED = str(ROOT / "assets" / "tiny_wan")

@@ -21,9 +21,9 @@ from ascend_runtime import (
 from ascend_runtime.client.submission import Result
 from ascend_runtime.models.registry import family
 
+from ..report import Notes, Row, context_of
 from .machine import Cards
 from .published import LEFT_OUT, PUBLISHED, Workload
-from .report import Notes, Row, context_of
 
 PROMPT = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
 GREY = 0.5  # of frames that are not known

@@ -18,7 +18,7 @@ from ascend_runtime import DiffusionModelSpec, OperatorSpec, ParallelSpec, Runti
 from ascend_runtime.hardware import host
 from ascend_runtime.models.wan.transformer import WanTransformer
 
-from .report import Notes, Row, context_of
+from ..report import Notes, Row, context_of
 
 FUSED = "_fused"  # ends the names of plans with OperatorSpec.fused_all_reduce
 DEGREES = (2, 4, 8)  # of Ulysses, rings and slices of weights

@@ -18,11 +18,12 @@ from typing import Iterable, Iterator
 from ascend_runtime.hardware import devices, host
 from ascend_runtime.hardware.environment import rank_environment
 
+from ..report import Note, Notes, Row, from_json
 from . import machine, modes, vae_dtypes, workloads
+from .machine import ROOT
+from .markdown import markdown
 from .published import Workload
-from .report import Note, Notes, Row, from_json, markdown
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU_RANKS = 2
 
 
@@ -76,7 +77,7 @@ def _operators(kind: str, quick: bool, notes: Notes) -> Iterator[Row]:
         rows, others = (Path(folder) / name for name in ("rows.jsonl", "notes.jsonl"))
         rows.touch()
         others.touch()
-        command = [sys.executable, "-m", "benchmarks.operators", kind, folder, *(["--quick"] if quick else [])]
+        command = [sys.executable, "-m", "benchmarks.ascend.operators", kind, folder, *(["--quick"] if quick else [])]
         with notes.noted("operators"):
             environment = rank_environment(kind, os.environ, {})
             if kind == "npu":

@@ -1,6 +1,6 @@
 """The machine in a report: its cards, versions and memory. No names of hosts and users, and no folders of theirs.
 
-A command of `benchmarks.report`, because it starts a driver: python -m benchmarks.machine KIND
+A command of `benchmarks.ascend`, because it starts a driver: python -m benchmarks.ascend.machine KIND
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 import sys
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import Mapping
 
@@ -22,7 +22,9 @@ from ascend_runtime.hardware.environment import NPU, ORIGINAL_VARIABLES, rank_en
 from ascend_runtime.ops import libraries
 from msgspec import Struct
 
-ROOT = Path(__file__).resolve().parent.parent
+from ..report import version
+
+ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
 PACKAGES = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
 CPU = Path("/proc/cpuinfo")
@@ -56,8 +58,8 @@ def find_cards(kind: str, count: int) -> Cards:
         return Cards(kind=kind, count=0)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.machine", kind], cwd=ROOT, env=rank_environment(kind, os.environ, {}),
-            capture_output=True, text=True, check=True, timeout=300,
+            [sys.executable, "-m", "benchmarks.ascend.machine", kind], cwd=ROOT,
+            env=rank_environment(kind, os.environ, {}), capture_output=True, text=True, check=True, timeout=300,
         )  # fmt: skip
         return Cards(kind=kind, count=count, **json.loads(done.stdout.splitlines()[-1]))
     except subprocess.CalledProcessError as error:
@@ -88,14 +90,6 @@ def describe(cards: Cards, environ: Mapping[str, str] = os.environ) -> dict[str,
 
 def _gib(count: int) -> str:
     return f"{count / 2**30:.0f} GiB"
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def scrub(text: str) -> str:

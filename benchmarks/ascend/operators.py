@@ -1,8 +1,8 @@
 """Each operator of a device: its error against torch on the CPU in fp32, and its time against torch on the same device,
 or for attention against the one that is chosen automatically.
 
-A command of `benchmarks.ascend`: python -m benchmarks.operators KIND FOLDER [--quick]. FOLDER gets rows.jsonl, and
-notes.jsonl with what is not measured.
+A command of `benchmarks.ascend`: python -m benchmarks.ascend.operators KIND FOLDER [--quick]. FOLDER gets rows.jsonl,
+and notes.jsonl with what is not measured.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ascend_runtime.ops.ascend import OPERATOR_OF
 from ascend_runtime.specs import OperatorSpec
 from ascend_runtime.specs.jobs import ATTENTIONS
 
+from ..report import Notes, Row, context_of, to_json
 from . import cases
 from .cases import Bound, Case, Draw, Size
-from .report import Notes, Row, context_of, to_json
 
 MEASURE = "largest |difference| divided by the largest |value| of torch on the CPU in fp32, with equal inputs"
 # The allowed error. Rounding to bfloat16 has an error of at most 1/512, to float16 1/4096; a sum may have more.
