@@ -176,7 +176,7 @@ class Runtime:
         if self.alive and (self._group.may_shard or not sharded):
             return
         if self.alive:
-            logger.info("The ranks start again, with the environment for weights that are sharded by FSDP2.")
+            logger.info("The ranks start again, with the environment for FSDP2, and all weights are read again.")
             self._group.stop()
         elif self._group is not None:
             self._group.kill()

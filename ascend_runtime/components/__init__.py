@@ -1,8 +1,7 @@
 """The networks that a rank holds: built on the meta device from a config, loaded from disk, kept until replaced."""
 
 from .diffusion_model import DiffusionModel
-from .pinned import local_ranks
 from .slots import Components
 from .text_encoder import TextEncoders
 
-__all__ = ["Components", "DiffusionModel", "TextEncoders", "local_ranks"]
+__all__ = ["Components", "DiffusionModel", "TextEncoders"]

@@ -21,8 +21,8 @@ from ..models.shared.latents import Latents
 from ..models.shared.quantized import (
     QUANTIZATION_SCHEMES,
     check_static_steps,
-    prefer_layouts,
     linears,
+    prefer_layouts,
     quantize,
     quantized_parameters,
 )
@@ -36,10 +36,10 @@ from ..recognition.layout import find_transformer
 from ..specs import DiffusionModelSpec, SampleSpec
 from ..specs.models import require_no_loras
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
-from .pinned import Layout, Weights, require_room
 from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
 from .model_config import boundary_of, check_experts
 from .networks import dtype_named, empty_network
+from .pinned import Layout, Weights, require_room
 from .room import Room
 
 logger = logging.getLogger(__name__)
@@ -179,8 +179,8 @@ def load(spec: DiffusionModelSpec, found: list[Component], room: Room, progress:
         sum(nbytes(one.places) + nbytes(one.places, changed_by(loras[expert])) for expert, one in unread.items())
     )
     reader = _Reader(dtype, room, progress)
-    turns = can_swap and reader.in_turns(unread, loras, always=spec.experts == "swap")
-    networks, swap = reader.experts(unread, turns or None)
+    turns = reader.in_turns(unread, loras, always=spec.experts == "swap") if can_swap else None
+    networks, swap = reader.experts(unread, turns)
     return DiffusionModel(
         adapters={
             expert: reader.adapter(one, loras[expert], networks[expert], swap and swap.expert(expert))

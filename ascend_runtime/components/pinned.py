@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..hardware import memory
+from ..hardware import devices, memory
 
 SLAB = 2**29  # bytes; of 2**28 to 2**32, this wastes the least for Wan2.2-A14B (2%)
 ALIGNED = 64  # bytes; each tensor starts at a multiple
 
 Weights = dict[str, dict[str, Tensor]]  # by expert and by name
+
+_allocated: list[int] = []  # the bytes of the slabs of each layout in this process, by `Layout.allocated`
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Layout:
 
     def allocated(self, device: torch.device) -> Weights:
         """Uninitialised tensors on the host that `device` can read while it computes."""
+        _allocated.append(self.nbytes)
         slabs = [torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu") for size in self.sizes]
         return {
             expert: {name: self._part(slabs, (expert, name), like) for name, like in tensors.items()}
@@ -65,6 +68,11 @@ class Layout:
     def _part(self, slabs: list[Tensor], key: tuple[str, str], like: Tensor) -> Tensor:
         slab, first = self.places[key]
         return slabs[slab][first : first + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def kept_by_torch(device: torch.device) -> int:
+    """The bytes of pinned memory that this process's earlier layouts left with torch, and another can use."""
+    return max(_allocated, default=0) if devices.keeps_pinned(device) else 0
 
 
 def local_ranks() -> int:

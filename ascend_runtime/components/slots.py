@@ -16,6 +16,7 @@ from ..recognition.component import Component
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from . import diffusion_model, text_encoder, vae
 from .loras import use_loras
+from .pinned import kept_by_torch
 from .room import Room
 
 logger = logging.getLogger(__name__)
@@ -83,9 +84,11 @@ class Components:
 
     @property
     def pinned(self) -> int:
-        """The bytes of pinned host memory that the diffusion model holds, and another in its place can use."""
+        """The bytes of pinned host memory that another diffusion model can use in the place of this one: those that it
+        holds, or that torch has kept of earlier ones."""
         held = self._slots.get(DiffusionModelSpec)
-        return 0 if held is None or held[1].swap is None else held[1].swap.host_bytes
+        holds = 0 if held is None or held[1].swap is None else held[1].swap.host_bytes
+        return max(holds, kept_by_torch(self._device))
 
     def found(self, spec) -> list[Component]:
         """The networks on disk that `spec` describes. Loads nothing. Raises ValueError if they are missing."""

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import astuple, replace
 
-from ..components import Components, DiffusionModel, TextEncoders, local_ranks
+from ..components import Components, DiffusionModel, TextEncoders
 from ..hardware import devices
 from ..hardware.environment import original, placed
 from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT
 from ..ops.precision import check_finite, strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import all_reduce_max, communicators
+from ..parallel.mesh import all_reduce_max, all_reduce_sum, communicators
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec
@@ -187,7 +187,8 @@ class RankPipeline:
     def _host_memory(self) -> int:
         """The bytes of host memory that the ranks may use for a diffusion model instead of the loaded one, the same
         number on all ranks. All ranks must call it, before one of them loads."""
-        return -all_reduce_max(-(devices.host_memory() + local_ranks() * self.components.pinned))
+        (pinned,) = all_reduce_sum(torch.tensor([self.components.pinned]))
+        return int(pinned) - all_reduce_max(-devices.host_memory())
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""

@@ -160,6 +160,11 @@ def empty_cache(device: torch.device) -> None:
         LIBC.malloc_trim(0)
 
 
+def keeps_pinned(device: torch.device) -> bool:
+    """Whether torch keeps pinned host memory that is freed, for later tensors: see `empty_cache`."""
+    return device.type == "npu" and not hasattr(torch.npu, "host_empty_cache")
+
+
 def free_memory(device: torch.device) -> int | None:
     """The free memory of `device` in bytes; None for a CPU."""
     return None if device.type == "cpu" else getattr(torch, device.type).mem_get_info(device)[0]

@@ -168,7 +168,6 @@ HCCL: dict[str, Rule] = {
     "HcclBatchSendRecv": _hccl("HcclBatchSendRecv"),
     "HcclSend": _hccl("HcclSend"),
     "HcclRecv": _hccl("HcclRecv"),
-    "HcclBroadcast": _hccl("HcclBroadcast"),
 }
 # torch.distributed's functions, and FSDP2's -> what torch_npu's ProcessGroupHCCL.cpp calls for them.
 COLLECTIVES = {
@@ -179,7 +178,6 @@ COLLECTIVES = {
     "batch_isend_irecv": "HcclBatchSendRecv",  # of P2POps, which name these:
     "isend": "HcclSend",
     "irecv": "HcclRecv",
-    "broadcast": "HcclBroadcast",
     "fully_shard": "HcclAllGather",  # a forward gathers, and reduces nothing
 }
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 # c10d's operators -> the names of torch.distributed's functions
 EXCHANGES = {
     "allreduce_": "all_reduce", "alltoall_base_": "all_to_all_single", "_allgather_base_": "all_gather_into_tensor",
-    "send": "isend", "recv_": "irecv", "broadcast_": "broadcast",
+    "send": "isend", "recv_": "irecv",
 }  # fmt: skip
 
 CAST = "_npu_dtype_cast"  # what torch_npu for CANN 8.5 makes of a tensor's `to`, instead of aten's _to_copy

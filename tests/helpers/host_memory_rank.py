@@ -1,7 +1,5 @@
 """A rank that agrees with the others on the host's memory (see tests/unit/test_host_memory.py)."""
 
-import os
-
 import torch
 from ascend_runtime.components import Components
 from ascend_runtime.engine.pipeline import RankPipeline
@@ -9,13 +7,13 @@ from ascend_runtime.hardware import devices
 from gloo_ranks import join
 
 AVAILABLE = (7_000_000_000_000, 5_000_000_000_003, 6_000_000_000_000)  # more than 32 bits hold
+PINNED = (2_000_000_000_001, 0, 1_000_000_000_000)  # on one rank, both experts fit on its device
 
 
 def main():
-    _, rank, ranks = join()
+    _, rank, _ = join()
     devices.host_memory = lambda: AVAILABLE[rank]
     pipeline = RankPipeline(torch.device("cpu"))
     assert pipeline._host_memory() == min(AVAILABLE)
-    Components.pinned = 10**12  # on each of the ranks of this host
-    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
-    assert pipeline._host_memory() == min(AVAILABLE) + 3 * 10**12
+    Components.pinned = PINNED[rank]
+    assert pipeline._host_memory() == min(AVAILABLE) + sum(PINNED)

@@ -21,7 +21,6 @@ FUNCTIONS = {
     "_allgather_base_": "all_gather_into_tensor",
     "alltoall_base_": "all_to_all_single",
     "allreduce_": "all_reduce",
-    "broadcast_": "broadcast",
 }
 # Exchanges of the host's tensors, which are Gloo's on all devices.
 CONTROL = {("mesh.py", "all_reduce_max"), ("mesh.py", "all_reduce_sum"), ("tiles.py", "summed")}
