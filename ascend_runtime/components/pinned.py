@@ -89,7 +89,7 @@ def require_room(layout: Layout, originals: int, host_memory: int) -> None:
         f"{ranks * each / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
         f"{memory.ROOM / 1e9:.1f} GB must stay free. What helps: turn fsdp on, so that ranks share the weights on "
         f"their devices and nothing waits on the host; {fewer}set quantization to 'w8a8_dynamic', which takes about "
-        "half; or, where both experts fit on a device, set experts to 'resident'."
+        "half; or, where both experts fit on a device, set experts of DiffusionModelSpec to 'resident' in Python."
     )
 
 
