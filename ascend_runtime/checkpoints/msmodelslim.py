@@ -75,7 +75,7 @@ UNSUPPORTED_ATTENTION = (
     "These attentions compute in fewer bits. MindIE SD supports that on cards of the 950 series, in older versions on "
     "cards of the A2 and A3 series.",
     "Use the model's W8A8_DYNAMIC, bf16 or fp16 form, or quantize it again without msModelSlim's processors fa3_quant "
-    "and online_quarot. On cards of the 950 series, attention 'fp8' works with every model.",
+    "and online_quarot. On cards of the 950 series, attention 'fp8' needs no such files.",
 )
 
 

@@ -9,6 +9,7 @@ PYTORCH_NPU_ALLOC_CONF), earlier ones cannot. So tensors lie in slabs, whose siz
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,10 @@ class Layout:
         """The bytes of the tensors."""
         return sum(x.nbytes for tensors in self.weights.values() for x in tensors.values())
 
+    @property
+    def quantized(self) -> bool:
+        return any(x.dtype == torch.int8 for tensors in self.weights.values() for x in tensors.values())
+
     def allocated(self, device: torch.device) -> Weights:
         """Uninitialised tensors on the host that `device` can read while it computes."""
         _allocated.append(self.nbytes)
@@ -90,15 +95,24 @@ def require_room(layout: Layout, originals: int, host_memory: int) -> None:
     if ranks * each <= free:
         return
     kept = f" and {originals / 1e9:.1f} GB for the original weights that LoRAs change" if originals else ""
-    fewer = f"use at most {free // each} rank(s); " if free >= each else ""
     raise ValueError(
         f"The two experts would take turns on the device, and wait in pinned host memory: {layout.exact / 1e9:.1f} GB "
         f"for each of {ranks} rank(s), {layout.nbytes / 1e9:.1f} GB as it is allocated{kept}, "
         f"{ranks * each / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
-        f"{memory.ROOM / 1e9:.1f} GB must stay free. What helps: turn fsdp on, so that ranks share the weights on "
-        f"their devices and nothing waits on the host; {fewer}set quantization to 'w8a8_dynamic', which takes about "
-        "half; or, where both experts fit on a device, set experts to 'resident'."
+        f"{memory.ROOM / 1e9:.1f} GB must stay free. "
+        f"What helps: {'; '.join(_cures(layout, ranks, free // each, originals))}."
     )
+
+
+def _cures(layout: Layout, ranks: int, fitting: int, originals: int) -> Iterator[str]:
+    """What a user can change. fitting: the number of ranks that the host has memory for."""
+    if ranks > 1:
+        yield "turn fsdp on, so that ranks share the weights on their devices and nothing waits on the host"
+    if fitting:
+        yield f"use at most {fitting} rank(s)"
+    if not (originals or layout.quantized):  # LoRAs cannot be merged into 8-bit weights
+        yield "set quantization to 'w8a8_dynamic', which takes about half"
+    yield "where both experts fit on a device, set experts of DiffusionModelSpec to 'resident' in Python"
 
 
 def _power_of_two(nbytes: int) -> int:

@@ -280,13 +280,13 @@ ORIGINAL_VARIABLES = (
                            "computes it, and all else, by torch's own operators",
                       "1": "has no effect; the rotary embedding is always fused"}),
     Variable("ADA_LAYERNORM", FLAG, "layer norm fused with its modulation", "MindIE",
-             remarks={"0": "has no effect; a fused layer norm takes its modulation as weight and bias, at no cost. "
+             remarks={"0": "has no effect; a fused layer norm takes its modulation as weight and bias. "
                            "FAST_LAYERNORM=0 computes both apart, in float32",
                       "1": "has no effect; layer norm and modulation are fused, unless FAST_LAYERNORM is 0"}),
     Variable("QUANT_ALLTOALL", FLAG, "int8 exchange of Ulysses", "MindIE",
              remarks={"0": "has no effect; Ulysses never quantizes its exchange",
                       "1": "has no effect; Ulysses does not quantize its exchange, since that would change the video. "
-                           "OVERLAP=1 hides its time instead"}),
+                           "OVERLAP=1 lets it run while attention computes"}),
     Variable("COND_CACHE", FLAG, "DiTCache in cond passes", "MindIE SD: examples/cache", remarks=_BY_NODES),
     Variable("UNCOND_CACHE", FLAG, "DiTCache in uncond passes", "MindIE SD: examples/cache", remarks=_BY_NODES),
     Variable("CUDA_DEVICE_MAX_CONNECTIONS", WholeNumber(1, 32), "hardware queues of a CUDA device", "MindSpeed-MM",

@@ -29,9 +29,9 @@ PCI_LINES = {"0xd801": "910", "0xd802": "a2", "0xd803": "a3", "0xd500": "310P"}
 # torch_npu-npu_fused_infer_attention_score.md; bfloat16 is for SoCs from 910B1 on (torch_npu's NpuVariables.h).
 UNFIT = {
     "910": "an Ascend 910 of 2019, which has no bfloat16, nor CANN's operators for convolution and attention",
-    "310P": "of the 310P series (Atlas 300I Duo), which has no bfloat16, convolves videos only in float16, and has "
+    "310P": "of the 310P series (Atlas 300I Duo), which has no bfloat16, convolutions of videos only in float16, and "
             "neither CANN's operator for attention nor HCCL's exchanges between two cards",
-    "310B": "of the 310B series (Atlas 200I / 500 A2), which convolves no videos",
+    "310B": "of the 310B series (Atlas 200I / 500 A2), which has no convolutions of videos",
 }  # fmt: skip
 LIBRARIES = ("libascendcl.so", "libhccl.so")  # CANN's libraries that torch_npu needs
 SET_ENV = (

@@ -65,7 +65,7 @@ class AscendOperators(PlainOperators):
             )
         if spec.attention in ("laser", "infer", "fp8"):
             dtype = torch.float8_e4m3fn if spec.attention == "fp8" else self._dtype
-            advice = f"attention is {spec.attention!r}: set it to 'auto'."
+            advice = f"Set attention to 'auto' instead of {spec.attention!r}."
             card_rules.require_operator(self.card, OPERATOR_OF[spec.attention], dtype, advice)
 
     # Attention
@@ -82,14 +82,14 @@ class AscendOperators(PlainOperators):
         chosen = next(filter(able, ("infer", "fused", "plain")))
         if name != "auto":
             warn_once(
-                f"attention is {name!r}{' (ALGO=0)' if name == 'fused' else ''}, which uses npu_fusion_attention. The "
-                f"documentation of this operator for training does not name cards of {card_rules.SERIES[self.card]}: "
-                f"{chosen!r} is used instead. Set attention to 'auto' to avoid this warning."
+                f"attention is {name!r}, which uses npu_fusion_attention. The documentation of this operator for "
+                f"training does not name cards of {card_rules.SERIES[self.card]}: {chosen!r} is used instead. To avoid "
+                f"this warning, set attention to 'auto'{' and do not set ALGO to 0' if name == 'fused' else ''}."
             )
         elif chosen == "plain":
             log_once(
                 f"No attention operator of an NPU takes {str(self._dtype).removeprefix('torch.')} on this card: "
-                "attention is computed by basic operators, which is slow. In bfloat16 it is fast."
+                "basic operators compute attention, which is slow. Set dtype to 'auto', which is bfloat16, to use one."
             )
         return chosen
 

@@ -262,7 +262,10 @@ def check_attention(operator: str, query: Tensor, key: Tensor) -> None:
     if head_dim % limits.multiple:
         wrong.append(f"{head_dim} values per head (a multiple of {limits.multiple})")
     if wrong:
-        raise ValueError(f"{operator} does not take {', '.join(wrong)}. Set attention to 'plain', or use less.")
+        raise ValueError(
+            f"{operator} does not take {', '.join(wrong)}. Set attention to 'plain', or make a smaller or shorter "
+            "video."
+        )
 
 
 def check_head_dim(operator: str, head_dim: int, advice: str) -> None:

@@ -120,8 +120,8 @@ class OperatorSpec(Spec, frozen=True, kw_only=True):
     layer_norm: fused computes in the dtype of the blocks; fp32 upcasts, as on other devices. auto: set by the
         environment variable FAST_LAYERNORM, else fused.
     fused_all_reduce: whether an A2 card computes a matrix product of tensor parallelism and its all-reduce by one
-        operator, with tp_degree 2, 4 or 8. Its page (op-plugin, npu_mm_all_reduce_base) wants every card linked to
-        every other by HCCS, and warns of memory and time-outs with long sequences: off by default. The environment
+        operator, with tp_degree 2, 4 or 8. Its page (op-plugin, npu_mm_all_reduce_base) requires all cards to be linked
+        to each other by HCCS, and warns of memory and time-outs with long sequences: off by default. The environment
         variable ASCEND_RUNTIME_FUSED_ALL_REDUCE=1 turns it on too.
     """
 

@@ -54,9 +54,10 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
     dtype: of the blocks; "auto" is float32 on a CPU, bfloat16 on other devices.
     boundary: the fraction of the 1000 training timesteps at and above which the high-noise expert is used
         (None: the checkpoint's, else the published model's).
-    experts: for a model with two. "resident" keeps both on the device. "swap" keeps one there and the other in host
-        memory (twice an expert's size per rank), and loads it ahead of its first step. "auto" swaps if they do not fit.
-        If the host has too little memory for all its ranks, nothing is read.
+    experts: for a model with two. "resident" keeps both on the device. "swap" keeps one there and both in pinned
+        host memory (twice an expert's size per rank), and copies the other ahead of its first step. "auto" swaps if
+        they do not fit, without fsdp. If the host has too little memory for all its ranks, loading is refused before
+        a weight is read.
     loras: merged into the weights in this order; changing them, or a strength, does not reload the model's weights.
     quantization: "w8a8_dynamic" stores the weights of the blocks' linear layers, except the feed-forward's second, in
         8 bits, and quantizes activations dynamically. "none" leaves weights as the files have them, also if quantized.

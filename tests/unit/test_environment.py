@@ -299,7 +299,7 @@ EFFECTS = {
     "OVERLAP": {"0": {"overlap": False}, "1": {"overlap": True}},
     "ROPE_OPT": {"0": "always fused. ASCEND_RUNTIME_OPERATORS=torch", "1": "always fused"},
     "ADA_LAYERNORM": {"0": "FAST_LAYERNORM=0 computes both apart", "1": "are fused, unless FAST_LAYERNORM is 0"},
-    "QUANT_ALLTOALL": {"0": "never quantizes", "1": "that would change the video. OVERLAP=1 hides its time instead"},
+    "QUANT_ALLTOALL": {"0": "never quantizes", "1": "that would change the video. OVERLAP=1 lets it run"},
     "COND_CACHE": dict.fromkeys("01", "caches are set for each job, as by the node Ascend Block Cache"),
     "UNCOND_CACHE": dict.fromkeys("01", "caches are set for each job, as by the node Ascend Block Cache"),
     "CUDA_DEVICE_MAX_CONNECTIONS": dict.fromkeys(("1", "8", "32"), "only Megatron checks it"),

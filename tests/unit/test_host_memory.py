@@ -188,6 +188,19 @@ def test_what_loras_keep_counts_as_well(monkeypatch):
         pinned.require_room(layout, 10**9, memory.ROOM)
 
 
+@pytest.mark.parametrize("ranks, dtype, originals, left_out", [
+    (1, torch.bfloat16, 0, "fsdp"), (2, torch.bfloat16, 1, "quantization"), (2, torch.int8, 0, "quantization"),
+])  # fmt: skip
+def test_nothing_is_advised_that_would_not_help(monkeypatch, ranks, dtype, originals, left_out):
+    """One rank has nobody to share weights with; LoRAs and 8 bits exclude each other."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    layout = pinned.Layout.of({"high_noise": {"a": torch.empty(2**28, device="meta", dtype=dtype)}})
+    said = str(pytest.raises(ValueError, pinned.require_room, layout, originals, memory.ROOM).value)
+    assert [word for word in ("fsdp", "quantization", "rank(s);", "in Python.") if word not in said] == [
+        left_out, "rank(s);"
+    ]  # fmt: skip
+
+
 def test_all_ranks_count_with_the_same_memory(tmp_path):
     """On real ranks, of which each sees another number, and one has a model that can be replaced."""
     run("host_memory_rank.py", tmp_path, 3)

@@ -222,7 +222,10 @@ def check_cuts(network: nn.Module, cut_dim: Callable[[str], int | None], degree:
         cuts = degree if cut_dim(f"{name}.weight") == 1 else 1
         width, multiple, kind = layer.in_features // cuts, layer.multiple, kinds[type(layer)]
         if layer.whole and layer.in_features % multiple:
-            raise ValueError(f"{name} has {layer.in_features} inputs; {kind} needs a multiple of {multiple}.")
+            raise ValueError(
+                f"{name} has {layer.in_features} inputs; {kind} needs a multiple of {multiple}. Use the model's "
+                "W8A8_DYNAMIC, bf16 or fp16 form."
+            )
         if cuts > 1 and width % multiple:
             raise ValueError(
                 f"tp_degree is {degree}, which gives each rank {width} of the {layer.in_features} inputs of {name}, "
@@ -237,7 +240,7 @@ def check_static_steps(network: nn.Module, steps: tuple[int, int] | None, source
     if steps is None or numbers and steps[1] <= min(numbers):
         return
     why = f"the model has scales for {min(numbers)} steps" if numbers else f"no layer of the model is in {TIMESTEP}"
-    advice = "Correct it, or remove it to quantize activations dynamically in all steps."
+    advice = "Correct it, or leave static_steps out to quantize activations dynamically in all steps."
     raise ValueError(f"{source} sets static_steps to {list(steps)}, but {why}. {advice}")
 
 
