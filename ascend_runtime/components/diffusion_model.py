@@ -216,7 +216,7 @@ class _Reader:
             return None
         layout = Layout.of(weights)
         changed = [weights[expert][name].nbytes for expert in weights for name in changed_by(loras[expert])]
-        require_room(layout, sum(changed), self.room.host_memory)
+        require_room(layout, sum(changed), self.room.host_memory.for_others)
         return layout
 
     def experts(

@@ -79,6 +79,14 @@ class Adapter:
         """The parameters that change when these LoRAs replace those in use."""
         return [] if self._in_use(loras) else sorted({*self._originals, *changed_by(loras)})
 
+    def to_keep(self, loras: LorasInUse) -> int:
+        """The bytes of the originals that these LoRAs add to this rank's host memory. On a CPU they are there already,
+        mostly as a mapped file."""
+        if self._device.type == "cpu":
+            return 0
+        added = changed_by(loras) - self._originals.keys()
+        return sum(own_part(self._parameter(name)).nbytes for name in added)
+
     def use(self, loras: LorasInUse, on_bytes: Callable[[int], None]) -> None:
         """Sets the weights to those of the base model with these LoRAs; does nothing if they are in use.
 
@@ -138,12 +146,18 @@ class Adapter:
         return self._device.type == "cpu" and own_part(parameter) is parameter
 
 
-def use_loras(adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progress: BytesRead) -> None:
+def use_loras(
+    adapters: dict[str, Adapter], specs: tuple[LoraSpec, ...], progress: BytesRead, check: Callable[[int], None]
+) -> None:
     """Makes the experts, given by name, use these LoRAs. Raises ValueError, before any weight changes, if a LoRA is for
-    an expert that the model lacks, or its file does not fit."""
+    an expert that the model lacks, or its file does not fit.
+
+    check: called before any weight changes with the bytes that this rank's host memory gets in addition; may raise.
+    """
     requested = by_expert(specs, list(adapters))
     loras = {expert: adapter.opened(requested[expert]) for expert, adapter in adapters.items()}
     to_change = [(adapter.places, adapter.to_change(loras[expert])) for expert, adapter in adapters.items()]
+    check(sum(adapter.to_keep(loras[expert]) for expert, adapter in adapters.items()))
     progress.expect(sum(nbytes(*change) for change in to_change))
     for expert, adapter in adapters.items():
         adapter.use(loras[expert], progress.add)

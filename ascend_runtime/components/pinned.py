@@ -88,8 +88,7 @@ def local_ranks() -> int:
 def require_room(layout: Layout, originals: int, host_memory: int) -> None:
     """Raises ValueError, which says what would fit, if the host has too little memory for all its ranks.
 
-    originals: the bytes of a rank's weights that LoRAs change, which it keeps as well. host_memory: what all ranks of
-    the host together may use.
+    originals: the bytes of a rank's weights that LoRAs change, which it keeps as well. host_memory: of `HostMemory`.
     """
     ranks, each, free = local_ranks(), layout.nbytes + originals, max(0, host_memory - memory.ROOM)
     if ranks * each <= free:
@@ -101,6 +100,20 @@ def require_room(layout: Layout, originals: int, host_memory: int) -> None:
         f"{ranks * each / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
         f"{memory.ROOM / 1e9:.1f} GB must stay free. "
         f"What helps: {'; '.join(_cures(layout, ranks, free // each, originals))}."
+    )
+
+
+def require_room_for_originals(nbytes: int, host_memory: int) -> None:
+    """Raises ValueError if the host has too little memory for the original weights that LoRAs will change, this many
+    bytes on each of its ranks. host_memory: of `HostMemory`."""
+    ranks = local_ranks()
+    if ranks * nbytes <= max(0, host_memory - memory.ROOM):
+        return
+    raise ValueError(
+        f"The LoRAs change weights whose originals wait in host memory: {nbytes / 1e9:.1f} GB for each of {ranks} "
+        f"rank(s), {ranks * nbytes / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
+        f"{memory.ROOM / 1e9:.1f} GB must stay free. What helps: turn fsdp on, so that each rank keeps its shard only; "
+        "use fewer ranks; or merge the LoRAs into the model's files, and load these."
     )
 
 

@@ -10,13 +10,26 @@ from ..parallel.fsdp import Sharding
 
 
 @dataclass(frozen=True)
-class Room:
-    """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder.
+class HostMemory:
+    """The bytes of host memory that all ranks of this host together may use. Ranks that load at the same time must agree
+    on them beforehand, since each would see what the others have already taken.
 
-    host_memory: the bytes that all ranks of this host together may use. Ranks that load at the same time must agree on
-    it beforehand, since each would see what the others have already taken.
+    free: available now. pinned: held by experts that take turns, and available to others in their place.
     """
+
+    free: int
+    pinned: int = 0
+
+    @property
+    def for_others(self) -> int:
+        """For another diffusion model instead of the loaded one."""
+        return self.free + self.pinned
+
+
+@dataclass(frozen=True)
+class Room:
+    """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder."""
 
     device: torch.device
     sharding: Sharding
-    host_memory: int
+    host_memory: HostMemory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from functools import partial
 from typing import Any, Callable, Hashable
 
 import torch
@@ -15,9 +16,10 @@ from ..parallel.fsdp import Sharding
 from ..recognition.component import Component
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from . import diffusion_model, text_encoder, vae
+from .diffusion_model import DiffusionModel
 from .loras import use_loras
-from .pinned import kept_by_torch
-from .room import Room
+from .pinned import kept_by_torch, require_room_for_originals
+from .room import HostMemory, Room
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Components:
 
     def get(
         self, spec, on_bytes: Callable[[int, int], None], sharding: Sharding = Sharding(),
-        host_memory: int | None = None,
+        host_memory: HostMemory | None = None,
     ) -> Any:  # fmt: skip
         """The component that `spec` describes. LoRAs are merged into a loaded component, so that changing them does not
         load it again.
@@ -42,16 +44,18 @@ class Components:
         on_bytes: called with (bytes done, bytes in total) after each tensor that is read or changed by LoRAs. Counts
             whole tensors on disk, of all networks. Not called if there is nothing to do.
         sharding: how the weights of a diffusion model or a text encoder are sharded over ranks; a VAE is replicated.
-        host_memory: see `Room`; None: what is available now.
+        host_memory: None: what is available now.
 
         Names and shapes of all networks and LoRAs are checked before anything is allocated. Raises ValueError if they
         do not fit, or if a file changes meanwhile.
         """
         progress = BytesRead(on_bytes)
-        room = Room(self._device, sharding, devices.host_memory() if host_memory is None else host_memory)
+        room = Room(self._device, sharding, host_memory or HostMemory(devices.host_memory()))
+        before = self._slots.get(type(spec))
         component = self._held(spec, progress, room)
         if isinstance(spec, DiffusionModelSpec):
-            use_loras(component.adapters, spec.loras, progress)
+            is_new = self._slots[type(spec)] is not before
+            use_loras(component.adapters, spec.loras, progress, partial(_check_originals, component, is_new, room))
             self._make_room()
         if isinstance(spec, VaeSpec):
             component.to(self._device)  # `_make_room` may have moved it to the host
@@ -107,6 +111,13 @@ class Components:
         if self._slots.pop(kind, None) is not None:
             gc.collect()
             devices.empty_cache(self._device)
+
+
+def _check_originals(model: DiffusionModel, is_new: bool, room: Room, nbytes: int) -> None:
+    """Raises ValueError if the host has too little memory for the originals of weights that LoRAs change. They were
+    counted with experts in turns that were loaded in the same job."""
+    if not (is_new and model.swap):
+        require_room_for_originals(nbytes, room.host_memory.for_others if is_new else room.host_memory.free)
 
 
 def _state(found: list[Component]) -> Hashable:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import astuple, replace
 
-from ..components import Components, DiffusionModel, TextEncoders
+from ..components import Components, DiffusionModel, HostMemory, TextEncoders
 from ..hardware import devices
 from ..hardware.environment import original, placed
 from ..models.shared.conditioning import Given
@@ -85,7 +85,7 @@ class RankPipeline:
         if self.rank != 0:
             return _done(job)
         self.prompts.keep(key, encoded)
-        info = _warnings(encoded.warnings) | ({"prompt": "known"} if known else {})
+        info = _warnings(encoded.warnings) | _communicators(self.device) | ({"prompt": "known"} if known else {})
         results = encoding.embeddings(encoded.results)
         return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
 
@@ -184,11 +184,10 @@ class RankPipeline:
         """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
         return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
 
-    def _host_memory(self) -> int:
-        """The bytes of host memory that the ranks may use for a diffusion model instead of the loaded one, the same
-        number on all ranks. All ranks must call it, before one of them loads."""
+    def _host_memory(self) -> HostMemory:
+        """The same on all ranks. All ranks must call it, before one of them loads."""
         (pinned,) = all_reduce_sum(torch.tensor([self.components.pinned]))
-        return int(pinned) - all_reduce_max(-devices.host_memory())
+        return HostMemory(-all_reduce_max(-devices.host_memory()), int(pinned))
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""
@@ -209,7 +208,7 @@ class RankPipeline:
     def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
         return strict_float32(self.device) if spec.strict else nullcontext()
 
-    def _component(self, spec, job, sharding: Sharding = Sharding(), host_memory: int | None = None):
+    def _component(self, spec, job, sharding: Sharding = Sharding(), host_memory: HostMemory | None = None):
         def on_bytes(done: int, total: int) -> None:
             job.check()
             job.progress("load", done, total)
@@ -244,7 +243,7 @@ def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
 def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
-    digest = zlib.crc32(repr((spec, model.boundary)).encode())
+    digest = zlib.crc32(repr((spec, model.boundary, model.defaults.static_steps)).encode())
     if all_reduce_max(digest) != -all_reduce_max(-digest):
         raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Try again.")
 

@@ -24,9 +24,9 @@ _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather
 RENDEZVOUS_SECONDS = 120.0  # in which all ranks must have created a group
 FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some collectives use as one
 
-Lines = tuple[tuple[int, ...], ...]  # ranks that form a group each; no rank is in two of them
+Line = tuple[int, ...]  # ranks that form a group
 
-_groups: dict[tuple[str, Lines, bool], dist.ProcessGroup | None] = {}
+_groups: dict[tuple[str, Line, bool], dist.ProcessGroup | None] = {}  # None: this rank is not in it
 
 
 class Mesh:
@@ -62,21 +62,21 @@ def group_along(
     return group_of(kind, tuple(map(tuple, lines.tolist())), background) if size > 1 else None
 
 
-def group_of(kind: str, lines: Lines, background: bool = False) -> dist.ProcessGroup | None:
-    """The group of `lines` that this rank is in, for tensors on `kind` devices; None if it is in none. Collective: all
-    ranks must call it, also those in no group.
+def group_of(kind: str, lines: tuple[Line, ...], background: bool = False) -> dist.ProcessGroup | None:
+    """The group of that line that this rank is in, for tensors on `kind` devices; None if it is in none. lines: no rank
+    is in two of them. Collective: all ranks must call it, also those in no line.
 
     Cached: the same ranks have one group, and so one communicator, whose buffers take device memory (see
     `devices.communicator_bytes`).
     background: for exchanges that run while others do. These get a communicator of their own, as a communicator runs
     one exchange after the other.
     """
-    key = kind, lines, background
-    if key not in _groups:
-        _groups[key] = group = _made(lines, background)
-        if group is not None:
-            _connect(group, kind)
-    return _groups[key]
+    keys = [(kind, line, background) for line in lines]
+    new = {key: _made(key[1], background) for key in keys if key not in _groups}
+    _groups.update(new)
+    for group in filter(None, new.values()):
+        _connect(group, kind)
+    return next(filter(None, map(_groups.get, keys)), None)
 
 
 def communicators() -> int:
@@ -84,12 +84,12 @@ def communicators() -> int:
     return sum(group is not None for group in _groups.values())
 
 
-def _made(lines: Lines, background: bool) -> dist.ProcessGroup | None:
-    if lines == (tuple(range(dist.get_world_size())),) and not background:
+def _made(line: Line, background: bool) -> dist.ProcessGroup | None:
+    if len(line) == dist.get_world_size() and not background:
         return dist.group.WORLD
     with _ended_after(RENDEZVOUS_SECONDS):
-        groups = [dist.new_group(line) for line in lines]
-    return next((group for group, line in zip(groups, lines) if dist.get_rank() in line), None)
+        group = dist.new_group(line)
+    return group if dist.get_rank() in line else None
 
 
 def _connect(group: dist.ProcessGroup, kind: str) -> None:

@@ -1,5 +1,8 @@
 """Networks on (fake) cards: where their weights lie, and when they are read."""
 
+import torch
+from safetensors.torch import save_file
+
 
 def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
     code = f"""
@@ -89,3 +92,26 @@ def test_experts_in_turns_wait_in_pinned_memory_of_the_counted_size_which_is_ret
         print("pinned and returned")
     """
     assert python_on("Ascend910B4", code) == "pinned and returned"
+
+
+def test_loras_whose_originals_do_not_fit_on_the_host_are_refused_before_a_weight_changes(python_on, specs, tmp_path):
+    """Also for a model that is loaded already, whatever the ranks have taken since they agreed on what is free."""
+    parts = {"lora_A": torch.ones(4, 96), "lora_B": torch.ones(96, 4)}
+    tensors = {f"transformer.blocks.0.attn1.to_q.{part}.weight": tensor for part, tensor in parts.items()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    code = f"""
+        import torch
+        from ascend_runtime import DiffusionModelSpec, LoraSpec
+        from ascend_runtime.components import Components, HostMemory
+        from ascend_runtime.hardware import memory
+        held, plain = Components(torch.device("npu:0")), DiffusionModelSpec(path={str(specs.folder)!r})
+        weight = held.get(plain, lambda *_: None).high_noise.blocks[0].attn1.to_q.weight
+        before = weight.cpu()
+        try:
+            held.get(plain.with_lora(LoraSpec(path={str(tmp_path / "lora.safetensors")!r})), lambda *_: None,
+                     host_memory=HostMemory(free=memory.ROOM + 96 * 96 * 2 - 1, pinned=2**40))
+        except ValueError as error:
+            print(error, torch.equal(weight.cpu(), before))
+    """
+    said = python_on("Ascend910B4", code)
+    assert said.startswith("The LoRAs change weights whose originals wait in host memory") and said.endswith("True")

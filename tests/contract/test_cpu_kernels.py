@@ -285,7 +285,7 @@ def test_int8_weights_are_laid_out_once_where_nothing_copies_to_them(
     assert calls.get(name, 0) - before == casts  # nine layers of two blocks of two experts
     layer = model.high_noise.blocks[0].attn1.to_q
     assert layer.weight.shape == (96, 96) and layer.weight.t().is_contiguous() == bool(casts)
-    sharded = diffusion_model._Reader(torch.bfloat16, Room(torch.device("cpu"), Sharding(mesh=object()), 0), None)
+    sharded = diffusion_model._Reader(torch.bfloat16, Room(torch.device("cpu"), Sharding(mesh=object()), None), None)
     assert sharded._laid_out(model.high_noise) is model.high_noise
     assert calls.get(name, 0) - before == casts
 

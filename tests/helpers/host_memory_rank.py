@@ -1,7 +1,7 @@
 """A rank that agrees with the others on the host's memory (see tests/unit/test_host_memory.py)."""
 
 import torch
-from ascend_runtime.components import Components
+from ascend_runtime.components import Components, HostMemory
 from ascend_runtime.engine.pipeline import RankPipeline
 from ascend_runtime.hardware import devices
 from gloo_ranks import join
@@ -14,6 +14,6 @@ def main():
     _, rank, _ = join()
     devices.host_memory = lambda: AVAILABLE[rank]
     pipeline = RankPipeline(torch.device("cpu"))
-    assert pipeline._host_memory() == min(AVAILABLE)
+    assert pipeline._host_memory() == HostMemory(min(AVAILABLE))
     Components.pinned = PINNED[rank]
-    assert pipeline._host_memory() == min(AVAILABLE) + sum(PINNED)
+    assert pipeline._host_memory().for_others == min(AVAILABLE) + sum(PINNED)

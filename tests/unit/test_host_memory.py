@@ -9,7 +9,7 @@ import pytest
 import torch
 from ascend_runtime import DiffusionModelSpec
 from ascend_runtime.checkpoints import reader
-from ascend_runtime.components import Components, pinned, text_encoder
+from ascend_runtime.components import Components, HostMemory, pinned, text_encoder
 from ascend_runtime.hardware import cores, devices, memory
 from diffusers import WanTransformer3DModel
 from gloo_ranks import run
@@ -143,7 +143,7 @@ def a14b(tmp_path_factory):
 
 def load(folder, host_memory, **spec):
     spec = DiffusionModelSpec(path=str(folder), dtype="bfloat16", experts="swap", **spec)
-    return Components(CPU).get(spec, lambda *_: None, host_memory=host_memory)
+    return Components(CPU).get(spec, lambda *_: None, host_memory=HostMemory(host_memory))
 
 
 @pytest.mark.parametrize("ranks, exact, by_tensor", [(8, 458, 701), (16, 916, 1401)])
@@ -186,6 +186,14 @@ def test_what_loras_keep_counts_as_well(monkeypatch):
             pinned.require_room(layout, originals, host)
     with pytest.raises(ValueError, match="and 1.0 GB for the original weights that LoRAs change, 2.5 GB together"):
         pinned.require_room(layout, 10**9, memory.ROOM)
+
+
+def test_originals_that_loras_add_to_a_loaded_model_must_fit_too(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    pinned.require_room_for_originals(10**9, 8 * 10**9 + memory.ROOM)
+    pinned.require_room_for_originals(0, 0)
+    with pytest.raises(ValueError, match="1.0 GB for each of 8 rank.*8.0 GB together.*turn fsdp on"):
+        pinned.require_room_for_originals(10**9, 8 * 10**9 + memory.ROOM - 1)
 
 
 @pytest.mark.parametrize("ranks, dtype, originals, left_out", [
