@@ -16,19 +16,17 @@ collect_ignore_glob = [] if inside else ["test_*.py"]
 
 def pytest_collection_modifyitems(items):
     """Skips what plays a card of the 950 series where torch_npu does not know it, as those for CANN 8.5."""
-    if not inside or knows_950():
+    if not inside:
+        return
+    import versions  # noqa: PLC0415 - imports torch_npu
+
+    if versions.KNOWS_950:
         return
     reason = f"torch_npu {metadata.version('torch_npu')} does not know the 950 series"
     for item in items:
         values = getattr(item, "callspec", None) and item.callspec.params.values()
         if item.get_closest_marker("a5") or any(v == "a5" or str(v).startswith("Ascend950") for v in values or ()):
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def knows_950():
-    import torch_npu  # noqa: PLC0415 - only where it is
-
-    return hasattr(torch_npu, "float8_e8m0fnu")
 
 
 @pytest.fixture(scope="session", autouse=True)

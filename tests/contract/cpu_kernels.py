@@ -13,6 +13,7 @@ import os
 import operator_rules
 import torch
 import torch.nn.functional as F
+import versions
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 NO_LIMIT = 2**31 - 1
@@ -33,7 +34,8 @@ def register(note=None, card=None):
         library = torch.library.Library(namespace, "IMPL")
         _LIBRARIES.append(library)
         for name, kernel in KERNELS.items():
-            if name.startswith(f"{namespace}::") and torch._C._dispatch_has_kernel(name):
+            here = torch._C._dispatch_has_kernel(name) and (versions.KNOWS_950 or name not in versions.OF_950)
+            if name.startswith(f"{namespace}::") and here:
                 library.impl(name.partition("::")[2], _strict(name, kernel, note, card), "CPU")
 
 
