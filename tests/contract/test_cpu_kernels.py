@@ -242,6 +242,7 @@ def test_quantized_linears_are_those_of_the_cpu(random, calls, dtype):
     assert {f"npu::npu_{name}" for name in ("dynamic_quant", "quantize", "quant_matmul")} <= calls.keys()
 
 
+@pytest.mark.a5  # MXFP8
 @pytest.mark.parametrize("width", [96, 128, 90])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_linears_in_other_formats_are_those_of_the_cpu(random, calls, dtype, width):
@@ -524,6 +525,7 @@ def test_bad_arguments_are_refused(random, call):
         call(random(B, S, HEADS, DIM), DIM**-0.5)
 
 
+@pytest.mark.a5  # whose operators are among them
 def test_every_stand_in_is_for_an_operator_with_rules():
     import operator_rules  # noqa: PLC0415
 
