@@ -12,33 +12,35 @@ import pytest
 
 inside = "STUB_SOC" in os.environ  # as run.py starts pytest
 collect_ignore_glob = [] if inside else ["test_*.py"]
+OF_950 = {"a5", "Ascend950PR_9589", "mx", "W8A8_MXFP8"}  # as tests' parameters
 
 
 def pytest_collection_modifyitems(items):
     """Skips what plays a card of the 950 series where torch_npu does not know it, as those for CANN 8.5."""
-    if not inside or knows_950():
+    if not inside:
+        return
+    import versions  # noqa: PLC0415 - imports torch_npu
+
+    if versions.KNOWS_950:
         return
     reason = f"torch_npu {metadata.version('torch_npu')} does not know the 950 series"
     for item in items:
         values = getattr(item, "callspec", None) and item.callspec.params.values()
-        if item.get_closest_marker("a5") or any(v == "a5" or str(v).startswith("Ascend950") for v in values or ()):
+        if item.get_closest_marker("a5") or OF_950 & set(map(str, values or ())):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def knows_950():
-    import torch_npu  # noqa: PLC0415 - only where it is
-
-    return hasattr(torch_npu, "float8_e8m0fnu")
-
-
 @pytest.fixture(scope="session", autouse=True)
-def meta_kernels():
-    """Gives npu_layer_norm_eval its shape where torch_npu does not, as those for CANN 8.5."""
+def older_kernels():
+    """What torch_npu for CANN 8.5 leaves to a device: the shape of npu_layer_norm_eval; its conversions on a CPU."""
     import torch  # noqa: PLC0415 - brings torch_npu
+    import versions  # noqa: PLC0415
 
     library = torch.library.Library("npu", "IMPL")
     if not torch._C._dispatch_has_kernel_for_dispatch_key("npu::npu_layer_norm_eval", "Meta"):
         library.impl("npu_layer_norm_eval", lambda input, *_, **__: torch.empty_like(input), "Meta")
+    if not versions.KNOWS_950:
+        library.impl("_npu_dtype_cast", lambda input, dtype: input.to(dtype), "CPU")
     yield
     library._destroy()
 

@@ -13,6 +13,7 @@ import os
 import operator_rules
 import torch
 import torch.nn.functional as F
+import versions
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 NO_LIMIT = 2**31 - 1
@@ -49,11 +50,12 @@ def _strict(full_name, kernel, note, card):
     namespace, name = full_name.split("::")
     parameters = getattr(getattr(torch.ops, namespace), name).default._schema.arguments
     computed = inspect.signature(kernel).parameters.keys()
-    assert computed <= {p.name for p in parameters}, f"{full_name} has no {computed - {p.name for p in parameters}}"
+    known = {p.name for p in parameters} | versions.LATER.keys()
+    assert computed <= known, f"{full_name} has no {computed - known}"
 
     def run(*positional, **keywords):
         given = {p.name: value for p, value in zip(parameters, positional)} | keywords
-        values = {p.name: given.get(p.name, p.default_value) for p in parameters}
+        values = versions.LATER | {p.name: given.get(p.name, p.default_value) for p in parameters}
         for parameter in parameters:
             left_out = parameter.name not in computed and values[parameter.name] != parameter.default_value
             assert not left_out, f"the stand-in for {full_name} does not compute {parameter.name}"
@@ -214,7 +216,7 @@ def fused_infer_attention_score_v2(
     return torch.cat(outs).to(_DTYPES[out_dtype]), torch.empty(0)
 
 
-_DTYPES = {5: torch.float16, 15: torch.bfloat16}  # c10's numbers
+_DTYPES = operator_rules.DTYPES
 
 
 # W8A8 and W4A4
@@ -258,7 +260,7 @@ def format_cast(input, acl_format):
 
 @kernel("npu::npu_quantize")
 def quantize(input, scales, zero_points, dtype, axis):
-    assert dtype == QINT8, "int8"
+    assert dtype in (QINT8, torch.qint8), "int8"
     rows = input.float() / scales.float() + zero_points.float()
     return rows.round().clamp(-INT8 - 1, INT8).to(torch.int8)
 

@@ -2,6 +2,7 @@
 MindIE SD 3.1 states it. Meta kernels let much of it pass: a nonsense layout, a gamma of another dtype."""
 
 import torch
+import versions
 from ascend_runtime.ops import card_rules
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -14,7 +15,7 @@ MXFP8_GROUP = 32
 FORBIDDEN = "This call breaks the rules of the card that is played."
 QUINT4X2 = (torch.quint4x2, 16)  # as c10 numbers it
 E8M0 = 293  # torch_npu.float8_e8m0fnu
-DTYPES = {5: torch.float16, 15: torch.bfloat16, **{dtype: dtype for dtype in HALVES}}  # as c10 numbers them
+DTYPES = {5: torch.float16, 15: torch.bfloat16, **{dtype: dtype for dtype in HALVES}}  # c10's numbers, or themselves
 
 
 def by_schema(schema, arguments, keywords):
@@ -29,7 +30,7 @@ def by_schema(schema, arguments, keywords):
     given |= keywords
     missing = [p.name for p in parameters if p.name not in given and not p.has_default_value()]
     assert not missing, f"{missing} are missing of {schema}"
-    return {p.name: given.get(p.name, p.default_value) for p in parameters}
+    return versions.LATER | {p.name: given.get(p.name, p.default_value) for p in parameters}
 
 
 def check(name, values, card=None):
@@ -99,7 +100,7 @@ def _mx_quant(values):
 def _dynamic_quant(values):
     x, smooth = values["input"], values["smooth_scales"]
     assert x.dtype in HALVES and x.ndim > 1
-    assert values.get("quant_mode", "pertoken") == "pertoken"  # no parameter for CANN 8.5
+    assert values["quant_mode"] == "pertoken"
     assert smooth is None or smooth.dtype == x.dtype and smooth.shape == x.shape[-1:]
     assert values["dst_type"] is None or values["dst_type"] in QUINT4X2 and x.shape[-1] % 8 == 0
 

@@ -131,6 +131,7 @@ def test_laser_attention_rounds_scores(random):
     assert_close(lse, scores.logsumexp(-1), atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.a5
 @pytest.mark.parametrize("axis, shape", [(-1, (6, HEADS, 128)), (0, (70, HEADS, 5)), (1, (2, 33, 3))])
 def test_dynamic_mx_quant(random, axis, shape):
     x = random(*shape) * random(*shape).exp()
@@ -145,6 +146,7 @@ def test_dynamic_mx_quant(random, axis, shape):
     assert torch.equal(cpu_kernels.dequantized(*exact, -1), powers)
 
 
+@pytest.mark.a5
 def test_mxfp8_attention(random):
     """By the package's own function: the sequences of a batch do not see each other."""
     from ascend_runtime.ops.ascend_attention import fp8  # noqa: PLC0415
@@ -240,6 +242,7 @@ def test_quantized_linears_are_those_of_the_cpu(random, calls, dtype):
     assert {f"npu::npu_{name}" for name in ("dynamic_quant", "quantize", "quant_matmul")} <= calls.keys()
 
 
+@pytest.mark.a5  # MXFP8
 @pytest.mark.parametrize("width", [96, 128, 90])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_linears_in_other_formats_are_those_of_the_cpu(random, calls, dtype, width):
@@ -465,7 +468,7 @@ def test_mm_all_reduce(tmp_path):
     """On two ranks, over Gloo: the sum, by parts of the rows. A bias is summed too, which is why the package adds its
     own afterwards."""
     code = f"""
-import cpu_kernels, torch, torch.distributed as dist, torch_npu
+import cpu_kernels, os, torch, torch.distributed as dist, torch_npu
 from ascend_runtime.ops import ascend
 from ascend_runtime.specs.jobs import OperatorSpec
 dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=RANK, world_size=2)
@@ -485,7 +488,8 @@ expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
 torch.testing.assert_close(out.float(), expected, atol=5e-2, rtol=2e-2)
 twice = cpu_kernels.mm_all_reduce_base(mine, share.t(), dist.group.WORLD.group_name, "sum", bias)
 torch.testing.assert_close(twice.float(), expected + bias.float(), atol=1e-1, rtol=2e-2)
-dist.destroy_process_group()
+dist.barrier()
+os._exit(0)  # torch 2.7's Gloo, when it is destroyed, may wait for a thread that waits for the GIL
 """
     ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code.replace("RANK", str(rank))],
                               stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -521,6 +525,7 @@ def test_bad_arguments_are_refused(random, call):
         call(random(B, S, HEADS, DIM), DIM**-0.5)
 
 
+@pytest.mark.a5  # whose operators are among them
 def test_every_stand_in_is_for_an_operator_with_rules():
     import operator_rules  # noqa: PLC0415
 
