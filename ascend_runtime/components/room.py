@@ -11,8 +11,8 @@ from ..parallel.fsdp import Sharding
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The bytes of host memory that all ranks of this host together may use. Ranks that load at the same time must agree
-    on them beforehand, since each would see what the others have already taken.
+    """The bytes of host memory that all ranks of this host together may use. Ranks that load at the same time must
+    agree on them beforehand, since each would see what the others have already taken.
 
     free: available now. pinned: held by experts that take turns, and available to others in their place.
     """

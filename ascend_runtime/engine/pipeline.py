@@ -263,7 +263,7 @@ def _communicators(device: torch.device) -> dict[str, str]:
     """The `info` entry for device memory that torch does not count; none if there is none."""
     number = communicators()
     taken = number * devices.communicator_bytes(device)
-    return {"communicators": f"{number} with {taken / 1e9:.1f} GB a rank"} if taken else {}
+    return {"communicators": f"{number} a rank, {taken / 1e9:.1f} GB"} if taken else {}
 
 
 def _each_frame(job, stage: str):

@@ -47,6 +47,8 @@ class PlainOperators:
             )
         if spec.attention not in ("auto", "plain", "fused"):
             log_once(f"attention {spec.attention!r} is only available on NPUs; torch's attention is used instead.")
+        if spec.fused_all_reduce:
+            log_once("fused_all_reduce is only available on A2 cards: product and all-reduce are separate.")
 
     # Attention
 

@@ -147,7 +147,7 @@ def test_a_job_reports_the_memory_of_communicators(python_on):
         os.environ["HCCL_BUFFSIZE"] = "100"
         print(pipeline._communicators(device))
     """
-    three = "{{'communicators': '3 with {} GB a rank'}}".format
+    three = "{{'communicators': '3 a rank, {} GB'}}".format
     expected = ["{}", three(1.3) + " {}", three(0.6)]  # 3 x 2 x 200 and 3 x 2 x 100 MB of 2**20 bytes
     assert python_on("Ascend910B4", code).splitlines() == expected
 

@@ -3,18 +3,11 @@
 import pytest
 import tiny_models
 import torch
-import torch.distributed as dist
 from ascend_runtime.hardware import devices
 from ascend_runtime.engine import video
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank_group")
 
 
 def made(name, dtype=torch.float32):

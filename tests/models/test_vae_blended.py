@@ -5,7 +5,6 @@ import logging
 import pytest
 import tiny_models
 import torch
-import torch.distributed as dist
 from ascend_runtime.engine import video
 from ascend_runtime.models.shared import tiling
 from ascend_runtime.models.wan.vae import streamed as wan_vae, blended as wan_vae_blended
@@ -21,13 +20,7 @@ CASES = {  # pixels of a video that takes 2 x 3 tiles, the last ones slivers; an
 }
 TILES = 6
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank_group")
 
 
 @pytest.fixture(scope="module")

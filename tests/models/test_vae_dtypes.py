@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-import torch.distributed as dist
 from ascend_runtime.engine import video
 from ascend_runtime.ops import OPERATORS_VARIABLE
 from ascend_runtime.ops.precision import check_strict, strict_float32
@@ -22,13 +21,7 @@ from tiny_wan import world  # noqa: E402
 
 LEAST_PSNR = 45  # dB
 WAYS = ["torch", "npu"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank_group")
 
 
 @pytest.fixture(scope="module")
