@@ -1,4 +1,4 @@
-"""What the installed torch_npu lacks. Older ones than requirements-contract.txt names are tested by hand, one at a time:
+"""What the installed torch_npu lacks. Those other than the one of requirements-contract.txt are tested by hand:
 scripts/test.sh --torch-npu VERSION."""
 
 import torch_npu
