@@ -34,7 +34,7 @@ from ascend_runtime.specs import (
 from ascend_runtime.wire.messages import Conditioning
 from pretend_card import CPU, NPU, Card
 from tiny_models import TEXT_DIM, wan_transformer
-from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend "fake"
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
 SHAPE = (1, 16, 3, 16, 20)  # 240 tokens, 2 mask blocks
 STEPS, SEED = 5, 3
@@ -51,7 +51,7 @@ def stand_ins():
 @contextmanager
 def first_of_ranks(plan):
     """This process is the first of a plan's ranks, whose groups do nothing, and so cannot be seen to be connected."""
-    dist.init_process_group("fake", rank=0, world_size=math.prod(plan.degrees))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(plan.degrees))
     with patch.object(mesh, "_connect", lambda group, kind: None):
         yield
     dist.destroy_process_group()
