@@ -508,7 +508,7 @@ def test_inputs_that_fill_no_int32(tmp_path):
 @pytest.mark.parametrize("algorithm, steps, says", [
     ("W8A8_TIMESTEP", [1, 4], None),
     ("W8A8_TIMESTEP", [1, 5], r"defaults.json sets static_steps to \[1, 5\], but the model has scales for 4 steps"),
-    ("W8A8_DYNAMIC", [1, 4], "but no layer of the model is in W8A8_TIMESTEP. Correct it, or remove it"),
+    ("W8A8_DYNAMIC", [1, 4], "but no layer of the model is in W8A8_TIMESTEP. Correct it, or leave static_steps out"),
     ("W8A8_TIMESTEP", [3, 3], r"static_steps is \[3, 3\]; it must be \[first, end\]"),
 ])  # fmt: skip
 def test_steps_that_have_static_scales(tmp_path, original, capsys, algorithm, steps, says):
