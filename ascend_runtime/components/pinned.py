@@ -8,7 +8,6 @@ PYTORCH_NPU_ALLOC_CONF), earlier ones cannot. So tensors lie in slabs, whose siz
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -80,17 +79,12 @@ def kept_by_torch(device: torch.device) -> int:
     return max(_allocated, default=0) if devices.keeps_pinned(device) else 0
 
 
-def local_ranks() -> int:
-    """The number of ranks on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def require_room(layout: Layout, originals: int, host_memory: int) -> None:
     """Raises ValueError, which says what would fit, if the host has too little memory for all its ranks.
 
     originals: the bytes of a rank's weights that LoRAs change, which it keeps as well. host_memory: of `HostMemory`.
     """
-    ranks, each, free = local_ranks(), layout.nbytes + originals, max(0, host_memory - memory.ROOM)
+    ranks, each, free = devices.local_ranks(), layout.nbytes + originals, max(0, host_memory - memory.ROOM)
     if ranks * each <= free:
         return
     kept = f" and {originals / 1e9:.1f} GB for the original weights that LoRAs change" if originals else ""
@@ -106,7 +100,7 @@ def require_room(layout: Layout, originals: int, host_memory: int) -> None:
 def require_room_for_originals(nbytes: int, host_memory: int) -> None:
     """Raises ValueError if the host has too little memory for the original weights that LoRAs will change, this many
     bytes on each of its ranks. host_memory: of `HostMemory`."""
-    ranks = local_ranks()
+    ranks = devices.local_ranks()
     if ranks * nbytes <= max(0, host_memory - memory.ROOM):
         return
     raise ValueError(

@@ -193,11 +193,16 @@ def host_memory() -> int:
     return memory.available()
 
 
+def local_ranks() -> int:
+    """The number of ranks on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def room(device: torch.device) -> int:
     """The memory in bytes that this rank can allocate: free device memory, and unused memory of torch's allocator. On a
     CPU, this rank's part of the host's available memory."""
     if device.type == "cpu":
-        return host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return host_memory() // local_ranks()
     card = getattr(torch, device.type)
     return free_memory(device) + card.memory_reserved(device) - card.memory_allocated(device)
 

@@ -38,7 +38,7 @@ def operators_for(device: torch.device, spec: OperatorSpec, dtype: torch.dtype) 
 def check_quantized(device: torch.device, dtype: torch.dtype, formats: Iterable[str]) -> None:
     """Raises ValueError if `device` does not support linear layers in these formats of msModelSlim ("W8A8_DYNAMIC",
     ...), or not in this dtype of the blocks."""
-    _layout()
+    _choice(LAYOUT_VARIABLE, LAYOUTS)
     if way_of(device) == "npu":
         from . import ascend
 
@@ -53,32 +53,27 @@ def check_quantized(device: torch.device, dtype: torch.dtype, formats: Iterable[
 def in_preferred_layout(weight: Tensor) -> Tensor:
     """An int8 weight [N, K] of a quantized layer, in the layout that its device's operator prefers; it must not be
     written to afterwards. The variable ASCEND_RUNTIME_WEIGHT_LAYOUT keeps torch's own layout if it is "torch"."""
-    if _layout() == "torch" or way_of(weight.device) != "npu":
+    if _choice(LAYOUT_VARIABLE, LAYOUTS) == "torch" or way_of(weight.device) != "npu":
         return weight
     from . import ascend
 
     return ascend.in_fractal_nz(weight)
 
 
-def _layout() -> str:
-    layout = os.environ.get(LAYOUT_VARIABLE) or "auto"
-    if layout not in LAYOUTS:
-        raise ValueError(
-            f"{LAYOUT_VARIABLE} is {layout!r}; it can be one of {', '.join(LAYOUTS)}. Unset it for the default."
-        )
-    return layout
-
-
 def way_of(device: torch.device) -> str:
     """Whose operators compute on `device`, "npu" or "torch"; see `operators_for`. Raises ValueError."""
-    way = os.environ.get(OPERATORS_VARIABLE) or "auto"
-    if way not in OPERATOR_SETS:
-        raise ValueError(
-            f"{OPERATORS_VARIABLE} is {way!r}; it can be one of {', '.join(OPERATOR_SETS)}. Unset it for the default."
-        )
+    way = _choice(OPERATORS_VARIABLE, OPERATOR_SETS)
     if way == "auto":
         return "npu" if device.type == "npu" else "torch"
     return way
+
+
+def _choice(variable: str, values: tuple[str, ...]) -> str:
+    """The value of an environment variable; the first of `values` if it is unset. Raises ValueError for another one."""
+    value = os.environ.get(variable) or values[0]
+    if value not in values:
+        raise ValueError(f"{variable} is {value!r}; it can be one of {', '.join(values)}. Unset it for the default.")
+    return value
 
 
 __all__ = ["PlainOperators", "check_quantized", "in_preferred_layout", "operators_for", "way_of"]

@@ -134,6 +134,11 @@ def _output(*command: str) -> str:
         return ""
 
 
+def cann_version() -> str:
+    """The version of CANN, as torch_npu finds it."""
+    return import_module("torch_npu.utils.collect_env").get_cann_version()
+
+
 def main() -> None:
     kind = sys.argv[1]
     if kind == "npu":
@@ -143,7 +148,7 @@ def main() -> None:
     found = {"name": module.get_device_name(device), "line": devices.card(device),
              "gibibytes": module.get_device_properties(device).total_memory / 2**30}  # fmt: skip
     if kind == "npu":
-        found["cann"] = import_module("torch_npu.utils.collect_env").get_cann_version()
+        found["cann"] = cann_version()
     print(json.dumps(found))
 
 

@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -29,6 +28,7 @@ from ascend_runtime.specs.jobs import ATTENTIONS
 from ..report import Notes, Row, context_of, to_json
 from . import cases
 from .cases import Bound, Case, Draw, Size
+from .machine import cann_version
 
 MEASURE = "largest |difference| divided by the largest |value| of torch on the CPU in fp32, with equal inputs"
 # The allowed error. Rounding to bfloat16 has an error of at most 1/512, to float16 1/4096; a sum may have more.
@@ -166,7 +166,7 @@ def _card(device: torch.device) -> dict[str, str]:
         return {}
     card = {"device_name": getattr(torch, device.type).get_device_name(device)}
     if device.type == "npu":
-        card["cann"] = import_module("torch_npu.utils.collect_env").get_cann_version()
+        card["cann"] = cann_version()
     return card
 
 

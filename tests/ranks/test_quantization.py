@@ -250,10 +250,10 @@ def sharded(tmp_path_factory):
     save_file(inputs, folder / "inputs.safetensors")
     (folder / "cases.json").write_text(json.dumps(cases))
     gloo_ranks.run("quantized_rank.py", folder, 4)
-    alone = {name: load(case["path"], quantization=case["quantization"]) for name, case in cases.items()}
-    for name, network in alone.items():
+    on_one_rank = {name: load(case["path"], quantization=case["quantization"]) for name, case in cases.items()}
+    for name, network in on_one_rank.items():
         use_step(network, cases[name]["step"])
-    expected = {name: (network, velocity(network)) for name, network in alone.items()}
+    expected = {name: (network, velocity(network)) for name, network in on_one_rank.items()}
     ranks = [(load_file(folder / f"out-{rank}.safetensors"), json.loads((folder / f"told-{rank}.json").read_text()),
               load_file(folder / f"kept-{rank}.safetensors")) for rank in range(4)]  # fmt: skip
     return cases, expected, ranks
