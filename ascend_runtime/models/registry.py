@@ -16,7 +16,7 @@ from ..specs.jobs import SIMPLE
 from .family import Family
 from .further import family_in
 
-BUILT_IN = ("wan",)  # folders of families
+BUILT_IN = ("wan", "hunyuan_video")  # folders of families
 FAMILIES_VARIABLE = "ASCEND_VIDEO_FAMILIES"
 
 

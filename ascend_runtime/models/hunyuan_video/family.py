@@ -1,0 +1,144 @@
+"""The HunyuanVideo family (1.0): text-to-video, and image-to-video in two forms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...specs import VaeForm
+from ..cost import PassSize, Work
+from ..defaults import Defaults
+from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, Part
+from ..hubs import HUBS
+from ..latent_format import LatentFormat
+from . import cost, weights
+from .defaults import defaults_of
+from .files import configs, names
+from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
+
+TEXT_ENCODER_2 = "text_encoder_2"
+PUBLISHED = f"Comfy-Org/HunyuanVideo_repackaged {HUBS}"
+PARTS = {
+    TRANSFORMER: Part(
+        what="HunyuanVideo transformer",
+        published=f"hunyuan_video_t2v_720p_bf16.safetensors of {PUBLISHED}",
+        class_name=("_class_name", "HunyuanVideoTransformer3DModel"),
+        signature=configs.TRANSFORMER_SIGNATURE,
+        begins=("context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
+                "txt_in.individual_token_refiner.blocks.0.norm1.weight"),
+        rename=names.to_diffusers_name,
+        config=configs.transformer_config,
+        blocks=(configs.DOUBLE, configs.SINGLE),
+        hidden={"attention_head_dim": configs.HEAD_DIM},
+    ),
+    TEXT_ENCODER: Part(
+        what="HunyuanVideo Llama text encoder",
+        published=f"llava_llama3_fp8_scaled.safetensors of {PUBLISHED}",
+        class_name=("model_type", "llama"),
+        signature=configs.TEXT_ENCODER_SIGNATURE,
+        begins=("embed_tokens.weight",),
+        rename=names.same,
+        config=configs.text_encoder_config,
+    ),
+    TEXT_ENCODER_2: Part(
+        what="CLIP-L text encoder",
+        published=f"clip_l.safetensors of {PUBLISHED}",
+        class_name=("model_type", "clip_text_model"),
+        signature=configs.TEXT_ENCODER_2_SIGNATURE,
+        begins=("text_model.embeddings.token_embedding.weight",),
+        rename=names.same,
+        config=configs.text_encoder_2_config,
+    ),
+    VAE: Part(
+        what="HunyuanVideo VAE",
+        published=f"hunyuan_video_vae_bf16.safetensors of {PUBLISHED}",
+        class_name=("_class_name", "AutoencoderKLHunyuanVideo"),
+        signature=configs.VAE_SIGNATURE,
+        begins=("encoder.conv_in.conv.weight",),
+        rename=names.same,
+        config=configs.vae_config,
+    ),
+}
+
+
+class HunyuanVideo(Family):
+    name = "hunyuan_video"
+    title = "HunyuanVideo"
+    parts = PARTS
+    repository = "hunyuanvideo-community/HunyuanVideo"
+    schedule = "hunyuan_video"
+    weights = weights.RULES
+    loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
+
+    # Properties of a model, from the configs of its transformers
+
+    def form(self, config: Mapping[str, Any]) -> VaeForm:
+        return VaeForm(configs.filled(config)["out_channels"], SPATIAL, TEMPORAL, family=self.name)
+
+    def vae_form(self, config: Mapping[str, Any]) -> VaeForm:
+        spatial, temporal = config.get("spatial_compression_ratio", 8), config.get("temporal_compression_ratio", 4)
+        return VaeForm(config.get("latent_channels", CHANNELS), spatial, temporal, family=self.name)
+
+    def latent_format(self, config: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentFormat:
+        return latent_format(config, vae)
+
+    def defaults(self, config: Mapping[str, Any], experts: int) -> Defaults:
+        return defaults_of(config)
+
+    def vae_for(self, channels: int) -> str:
+        return "the HunyuanVideo VAE" if channels == CHANNELS else ""
+
+    def makes_from_text(self, config: Mapping[str, Any]) -> bool:
+        return configs.filled(config)["image_condition_type"] is None
+
+    # Cost of a pass
+
+    def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
+        frames, height, width = size
+        config = configs.filled(config)
+        return frames // config["patch_size_t"], height // config["patch_size"], width // config["patch_size"]
+
+    def width(self, config: Mapping[str, Any]) -> int:
+        return configs.width_of(config)
+
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return configs.filled(config)["text_embed_dim"]
+
+    def pooled_width(self, config: Mapping[str, Any]) -> int:
+        return configs.filled(config)["pooled_projection_dim"]
+
+    def text_in_sequence(self, config: Mapping[str, Any], tokens: int) -> int:
+        return tokens
+
+    def work(self, config: Mapping[str, Any], size: PassSize) -> Work:
+        return cost.work_of(config, size)
+
+    def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
+        return cost.taken_by(config, size, itemsize)
+
+    # Networks and what they need
+
+    def network(self, part, config, tp=None):
+        from . import networks
+
+        return networks.empty(part, config, tp)
+
+    def vae(self, network, form):
+        from .vae.video_vae import HunyuanVae
+
+        return HunyuanVae(network, form)
+
+    def text(self):
+        from .text.encoding import HunyuanText
+
+        return HunyuanText()
+
+    def conditioner(self, config, latents):
+        from ..shared.conditioning import Reads
+        from .conditioning import HunyuanConditioner
+
+        reads = Reads(self.form(config), self.text_width(config), self.pooled_width(config))
+        return HunyuanConditioner(config, latents, reads)
+
+
+FAMILY = HunyuanVideo()

@@ -1,0 +1,1 @@
+"""HunyuanVideo on disk: names, configs, LoRAs, pipelines."""
