@@ -8,21 +8,21 @@ which is two matrices here: what reads the attention, and what reads the feed-fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from ...ops.plain import RotaryTable
+from ...ops.plain import PlainOperators, RotaryTable
 from ...ops.precision import MODULATION
 from ...parallel.tensor import TensorParallel, WholeWeights
 from ..shared.block_stack import Attend
 
 EPS = 1e-6
 SelfAttention = Callable[[Callable[[Attend | None], Tensor]], Tensor]  # see block_stack.Pass.attention
+Span = tuple[slice, tuple[Tensor, ...]]  # tokens of a stream, and their shifts, scales and gates
 
 
 class Tokens(NamedTuple):
@@ -32,21 +32,17 @@ class Tokens(NamedTuple):
     video: int
     clean: int = 0
 
-    @property
-    def spans(self) -> tuple[slice, slice]:
-        """The video's clean tokens, and its others."""
-        return slice(0, self.clean), slice(self.clean, self.video)
-
 
 class Vectors(NamedTuple):
-    """What modulates tokens, each [B, D]. noisy: those of the video and the text; clean: a clean first frame's."""
+    """What modulates tokens, each [B, D], after its SiLU. noisy: those of the video and the text; clean: a clean first
+    frame's."""
 
     noisy: Tensor
     clean: Tensor | None = None
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates: a linear layer of a vector's SiLU."""
+    """Shifts, scales and gates, linear in a vector."""
 
     def __init__(self, dim: int, number: int):
         super().__init__()
@@ -54,8 +50,37 @@ class Modulation(nn.Module):
 
     def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
         """Tensors [B, 1, D] in fp32, of a vector [B, D]."""
-        made = self.linear(F.silu(vector)).to(MODULATION.dtype)
+        made = self.linear(vector).to(MODULATION.dtype)
         return made.unsqueeze(1).unflatten(-1, (-1, vector.shape[1])).unbind(2)
+
+    def spans(self, tokens: int, vectors: Vectors, clean: int = 0) -> list[Span]:
+        """So many tokens, of which the first `clean` are a clean frame's. None is empty, which some NPU operators
+        refuse."""
+        spans = ((slice(0, clean), vectors.clean), (slice(clean, tokens), vectors.noisy))
+        return [(span, self(vector)) for span, vector in spans if span.start < span.stop]
+
+
+class Stream(NamedTuple):
+    """Consecutive tokens of a chunk with the same weights. tokens: which of the chunk. spans: of these."""
+
+    tokens: slice
+    spans: list[Span]
+    text: bool = False
+
+    def normed(self, ops: PlainOperators, x: Tensor, shift: int) -> Tensor:
+        """The norm of this stream's x [B, n, D], with a shift and the scale that follows it."""
+        return joined(
+            [ops.modulated_layer_norm(x[:, span], mod[shift], mod[shift + 1], EPS) for span, mod in self.spans]
+        )
+
+    def gated(self, ops: PlainOperators, x: Tensor, update: Tensor, gate: int) -> list[Tensor]:
+        """x + gate * update of each span."""
+        return [ops.gated_add(x[:, span], update[:, span], mod[gate]) for span, mod in self.spans]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Consecutive tokens [B, n, ...] in one tensor. A single part stays as it is, of which torch.cat makes a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class Attention(nn.Module):
@@ -116,45 +141,29 @@ class DoubleBlock(nn.Module):
     ) -> Tensor:
         """x [B, S, D] -> as x; without a self_attention: what the video's attention reads [B, tokens.video, D], which
         is asked for through the block itself, as FSDP gathers its weights for a call of it."""
-        spans = self._spans(tokens, vectors, video_only=self_attention is None)
+        streams = self._streams(tokens, vectors, x.shape[1] if self_attention else tokens.video)
         if self_attention is None:
-            return self._normed(x, spans, 0)
+            return joined([one.normed(self.ops, x[:, one.tokens], 0) for one in streams] or [x[:, :0]])
 
         def attended(attend: Attend | None) -> Tensor:
-            parts = self._streams(self._normed(x, spans, 0), tokens)
-            heads = [self.attn.text_heads(part) if text else self.attn.heads(part) for part, text in parts]
-            made = self.attn.attended(*(torch.cat(each, 1) for each in zip(*heads)), rotary, attend)
-            out = [self._out(part, text) for part, text in self._streams(made, tokens)]
-            return torch.cat(out, 1)
+            normed = [(one.normed(self.ops, x[:, one.tokens], 0), one.text) for one in streams]
+            heads = [self.attn.text_heads(part) if text else self.attn.heads(part) for part, text in normed]
+            made = self.attn.attended(*map(joined, zip(*heads)), rotary, attend)
+            return joined([self._out(made[:, one.tokens], one.text) for one in streams])
 
-        x = self._gated(x, self_attention(attended), spans, 2)
-        fed = [self._fed(part, text) for part, text in self._streams(self._normed(x, spans, 3), tokens)]
-        return self._gated(x, torch.cat(fed, 1), spans, 5)
+        made = self_attention(attended)
+        return joined([part for one in streams for part in self._after(one, x[:, one.tokens], made[:, one.tokens])])
 
-    def _spans(self, tokens: Tokens, vectors: Vectors, video_only: bool) -> list[tuple[slice, tuple[Tensor, ...]]]:
-        """(tokens, their shifts, scales and gates)"""
-        clean, noisy = tokens.spans
-        spans = [(clean, self.norm1, vectors.clean), (noisy, self.norm1, vectors.noisy)]
-        if not video_only:
-            spans.append((slice(tokens.video, None), self.norm1_context, vectors.noisy))
-        return [(span, norm(vector)) for span, norm, vector in spans if span.stop is None or span.stop > span.start]
+    def _streams(self, tokens: Tokens, vectors: Vectors, length: int) -> list[Stream]:
+        video = Stream(slice(0, tokens.video), self.norm1.spans(tokens.video, vectors, tokens.clean))
+        text = slice(tokens.video, length)
+        both = video, Stream(text, self.norm1_context.spans(length - tokens.video, vectors), text=True)
+        return [one for one in both if one.spans]
 
-    def _normed(self, x: Tensor, spans, first: int) -> Tensor:
-        return torch.cat(
-            [self.ops.modulated_layer_norm(x[:, span], mod[first], mod[first + 1], EPS) for span, mod in spans
-             if x[:, span].shape[1]], 1
-        )  # fmt: skip
-
-    def _gated(self, x: Tensor, update: Tensor, spans, gate: int) -> Tensor:
-        return torch.cat(
-            [self.ops.gated_add(x[:, span], update[:, span], mod[gate]) for span, mod in spans
-             if x[:, span].shape[1]], 1
-        )  # fmt: skip
-
-    def _streams(self, x: Tensor, tokens: Tokens) -> list[tuple[Tensor, bool]]:
-        """(x's tokens of a stream, whether it is the text), without empty ones, which some NPU operators refuse."""
-        parts = ((x[:, : tokens.video], False), (x[:, tokens.video :], True))
-        return [(part, text) for part, text in parts if part.shape[1]]
+    def _after(self, stream: Stream, x: Tensor, attended: Tensor) -> list[Tensor]:
+        """The spans of a stream after the attention and the feed-forward."""
+        x = joined(stream.gated(self.ops, x, attended, 2))
+        return stream.gated(self.ops, x, self._fed(stream.normed(self.ops, x, 3), stream.text), 5)
 
     def _out(self, x: Tensor, text: bool) -> Tensor:
         return self.tp.row_linear(self.ops, self.attn.to_add_out if text else self.attn.to_out[0], x)
@@ -179,15 +188,12 @@ class SingleBlock(nn.Module):
         self, x: Tensor, tokens: Tokens, vectors: Vectors, rotary: RotaryTable, self_attention: SelfAttention
     ) -> Tensor:
         """x [B, S, D]"""
-        clean, _ = tokens.spans
-        spans = [(clean, self.norm(vectors.clean))] if tokens.clean else []
-        spans.append((slice(tokens.clean, None), self.norm(vectors.noisy)))
-        spans = [(span, mod) for span, mod in spans if x[:, span].shape[1]]
-        normed = torch.cat([self.ops.modulated_layer_norm(x[:, span], *mod[:2], EPS) for span, mod in spans], 1)
+        stream = Stream(slice(None), self.norm.spans(x.shape[1], vectors, tokens.clean))
+        normed = stream.normed(self.ops, x, 0)
 
         def attended(attend: Attend | None) -> Tensor:
             return self.attn.attended(*self.attn.heads(normed), rotary, attend)
 
         made = self.tp.row_linear(self.ops, self.proj_out_attn, self_attention(attended))
         made = made + self.tp.row_linear(self.ops, self.proj_out_mlp, self.ops.gelu(self.proj_mlp(normed)))
-        return torch.cat([self.ops.gated_add(x[:, span], made[:, span], mod[2]) for span, mod in spans], 1)
+        return joined(stream.gated(self.ops, x, made, 2))

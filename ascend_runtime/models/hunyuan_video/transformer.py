@@ -85,7 +85,7 @@ class HunyuanVideoTransformer(nn.Module):
         text = self.context_embedder(context.text, timestep)
         length, behind = video.shape[1], text.shape[1]
         noisy, clean = self.time_text_embed(timestep, context.pooled, context.guidance)
-        vectors = Vectors(noisy, clean)
+        vectors = Vectors(F.silu(noisy), None if clean is None else F.silu(clean))
         rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent, behind))
         tokens = self.sequence.split(torch.cat([video, text], 1)).contiguous()
         first = 0 if clean is None else length // (latent.shape[2] // self.config.patch_size_t)
@@ -100,12 +100,12 @@ class HunyuanVideoTransformer(nn.Module):
             return self.blocks[0](tokens, own, vectors)
 
         tokens = passing.blocks(BlockStack(run, len(self.blocks), indicator), tokens)
-        tokens = self.sequence.gather(self._head(tokens, noisy), length + behind)[:, :length]
+        tokens = self.sequence.gather(self._head(tokens, vectors.noisy), length + behind)[:, :length]
         return self._unpatchify(tokens, latent.shape)
 
     def _head(self, tokens: Tensor, vector: Tensor) -> Tensor:
-        """tokens [B, S, D] -> patches [B, S, C_out * prod(patch)]."""
-        scale, shift = self.norm_out.linear(F.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        """tokens [B, S, D] -> patches [B, S, C_out * prod(patch)]. vector [B, D]: after its SiLU."""
+        scale, shift = self.norm_out.linear(vector).float().unsqueeze(1).chunk(2, dim=-1)
         return self.proj_out(self.ops.modulated_layer_norm(tokens, shift, scale, EPS))
 
     def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:
