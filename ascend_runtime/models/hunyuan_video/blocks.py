@@ -25,7 +25,7 @@ SelfAttention = Callable[[Callable[[Attend | None], Tensor]], Tensor]  # see blo
 Span = tuple[slice, tuple[Tensor, ...]]  # tokens of a stream, and their shifts, scales and gates
 
 
-class Tokens(NamedTuple):
+class Chunk(NamedTuple):
     """A rank's chunk of tokens. video: the number of the video's, which come first. clean: how many of these belong to
     a first frame that is known and clean, and is modulated by a vector of its own."""
 
@@ -134,14 +134,14 @@ class DoubleBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        tokens: Tokens,
+        chunk: Chunk,
         vectors: Vectors,
         rotary: RotaryTable | None = None,
         self_attention: SelfAttention | None = None,
     ) -> Tensor:
-        """x [B, S, D] -> as x; without a self_attention: what the video's attention reads [B, tokens.video, D], which
+        """x [B, S, D] -> as x; without a self_attention: what the video's attention reads [B, chunk.video, D], which
         is asked for through the block itself, as FSDP gathers its weights for a call of it."""
-        streams = self._streams(tokens, vectors, x.shape[1] if self_attention else tokens.video)
+        streams = self._streams(chunk, vectors, x.shape[1] if self_attention else chunk.video)
         if self_attention is None:
             return joined([one.normed(self.ops, x[:, one.tokens], 0) for one in streams] or [x[:, :0]])
 
@@ -154,10 +154,10 @@ class DoubleBlock(nn.Module):
         made = self_attention(attended)
         return joined([part for one in streams for part in self._after(one, x[:, one.tokens], made[:, one.tokens])])
 
-    def _streams(self, tokens: Tokens, vectors: Vectors, length: int) -> list[Stream]:
-        video = Stream(slice(0, tokens.video), self.norm1.spans(tokens.video, vectors, tokens.clean))
-        text = slice(tokens.video, length)
-        both = video, Stream(text, self.norm1_context.spans(length - tokens.video, vectors), text=True)
+    def _streams(self, chunk: Chunk, vectors: Vectors, length: int) -> list[Stream]:
+        video = Stream(slice(0, chunk.video), self.norm1.spans(chunk.video, vectors, chunk.clean))
+        text = slice(chunk.video, length)
+        both = video, Stream(text, self.norm1_context.spans(length - chunk.video, vectors), text=True)
         return [one for one in both if one.spans]
 
     def _after(self, stream: Stream, x: Tensor, attended: Tensor) -> list[Tensor]:
@@ -185,10 +185,10 @@ class SingleBlock(nn.Module):
         self.proj_out_attn, self.proj_out_mlp = nn.Linear(dim, dim, bias=False), nn.Linear(ffn_dim, dim)
 
     def forward(
-        self, x: Tensor, tokens: Tokens, vectors: Vectors, rotary: RotaryTable, self_attention: SelfAttention
+        self, x: Tensor, chunk: Chunk, vectors: Vectors, rotary: RotaryTable, self_attention: SelfAttention
     ) -> Tensor:
         """x [B, S, D]"""
-        stream = Stream(slice(None), self.norm.spans(x.shape[1], vectors, tokens.clean))
+        stream = Stream(slice(None), self.norm.spans(x.shape[1], vectors, chunk.clean))
         normed = stream.normed(self.ops, x, 0)
 
         def attended(attend: Attend | None) -> Tensor:

@@ -22,7 +22,7 @@ from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights
 from ..shared.block_stack import EVERYTHING, BlockStack, Pass
 from ..shared.quantized import QuantizedLinear
-from .blocks import EPS, Attention, DoubleBlock, SingleBlock, Tokens, Vectors
+from .blocks import EPS, Attention, Chunk, DoubleBlock, SingleBlock, Vectors
 from .context import Context
 from .files.configs import TRANSFORMER_DEFAULTS
 
@@ -89,7 +89,7 @@ class HunyuanVideoTransformer(nn.Module):
         rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent, behind))
         tokens = self.sequence.split(torch.cat([video, text], 1)).contiguous()
         first = 0 if clean is None else length // (latent.shape[2] // self.config.patch_size_t)
-        own = Tokens(
+        own = Chunk(
             self.sequence.own(length, behind), self.sequence.own(first, length - first + behind) if first else 0
         )
 
