@@ -36,13 +36,20 @@ TP = ParallelSpec(ranks=2, cfg_degree=1, tp_degree=2)
 
 
 class Group:
-    """Ranks whose NPU operators compute on the CPU, and the calls that they made since they were asked last."""
+    """Ranks whose NPU operators compute on the CPU, and the calls that they made since they were asked last. folder:
+    for the notes of these calls, and for the card that they play."""
 
-    def __init__(self, ranks, file, **variables):
+    def __init__(self, ranks, folder, **variables):
+        self._file, self._card, self._read = folder / "calls.txt", folder / "card", 0
         environment = {**RANKS, "PYTHONPATH": os.pathsep.join([str(HERE / "site"), os.environ["PYTHONPATH"]]),
-                       "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(file), **variables}  # fmt: skip
+                       "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(self._file),
+                       "CONTRACT_CARD": str(self._card), **variables}  # fmt: skip
         self.runtime = Runtime(ParallelSpec(ranks=ranks), device="cpu", environment=environment)
-        self._file, self._read = file, 0
+
+    def playing(self, card):
+        """The same, for jobs on such cards."""
+        self._card.write_text(card)
+        return self
 
     def calls(self):
         """[how often rank r called each operator, for r in ranks]"""
@@ -59,10 +66,10 @@ def groups(tmp_path_factory):
     made = {}
 
     def group(ranks, without=None, card="a2"):
-        if (ranks, without, card) not in made:
-            variables = {"CONTRACT_CARD": card, **({"CONTRACT_WITHOUT": without} if without else {})}
-            made[ranks, without, card] = Group(ranks, tmp_path_factory.mktemp("calls") / "calls.txt", **variables)
-        return made[ranks, without, card]
+        if (ranks, without) not in made:
+            variables = {"CONTRACT_WITHOUT": without} if without else {}
+            made[ranks, without] = Group(ranks, tmp_path_factory.mktemp("ranks"), **variables)
+        return made[ranks, without].playing(card)
 
     yield group
     for one in made.values():
