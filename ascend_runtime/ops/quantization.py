@@ -50,6 +50,10 @@ class Static(NamedTuple):
     scale: Tensor  # the input's times the weight's
     bias: Tensor  # int32: the layer's bias in units of `scale`, minus the offset's contribution to the products
 
+    def added(self, dtype: torch.dtype) -> Tensor:
+        """What is added to products that are scaled already: [N]."""
+        return (self.scale * self.bias).to(dtype)
+
 
 def statically_quantized(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """x as int8, with x's shape."""
