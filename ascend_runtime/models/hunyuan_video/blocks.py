@@ -140,10 +140,9 @@ class DoubleBlock(nn.Module):
         return [(span, norm(vector)) for span, norm, vector in spans if span.stop is None or span.stop > span.start]
 
     def _normed(self, x: Tensor, spans, first: int) -> Tensor:
-        return torch.cat(
-            [self.ops.modulated_layer_norm(x[:, span], mod[first], mod[first + 1], EPS) for span, mod in spans
-             if x[:, span].shape[1]], 1
-        )  # fmt: skip
+        parts = [self.ops.modulated_layer_norm(x[:, span], mod[first], mod[first + 1], EPS) for span, mod in spans
+                 if x[:, span].shape[1]]  # fmt: skip
+        return torch.cat(parts, 1) if parts else x[:, :0]  # the video's tokens, on a rank that has none
 
     def _gated(self, x: Tensor, update: Tensor, spans, gate: int) -> Tensor:
         return torch.cat(
