@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...specs import VaeForm
+from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, Part
 from ..hubs import HUBS
 from ..latent_format import LatentFormat
-from . import cost, weights
+from . import calibrations, cost, weights
 from .defaults import defaults_of
 from .files import configs, names
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
@@ -67,6 +67,7 @@ class HunyuanVideo(Family):
     parts = PARTS
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
+    presets = calibrations.PRESETS
     weights = weights.RULES
     loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
 
@@ -90,6 +91,9 @@ class HunyuanVideo(Family):
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
         return configs.filled(config)["image_condition_type"] is None
+
+    def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
+        return calibrations.published(own, self.width(config), pixels)
 
     # Cost of a pass
 
