@@ -213,7 +213,8 @@ class PlainOperators:
         """Like `static_linear`, all-reduced over `group`; x [B, S, K/ranks], weight [N, K/ranks]."""
         rows = self._static_rows(x.flatten(0, -2), static)
         out = self._products(rows, None, weight, static.scale, None, x.dtype).view(*x.shape[:-1], -1)
-        return _summed(out, (static.scale * static.bias).to(out.dtype), group)
+        bias = None if static.bias is None else (static.scale * static.bias).to(out.dtype)
+        return _summed(out, bias, group)
 
     def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
         return statically_quantized(tokens, static.input_scale, static.input_offset)

@@ -112,13 +112,14 @@ class MxLinear(QuantizedLinear):
 class StaticLinear(QuantizedLinear):
     """A quantized linear layer with static activation quantization, calibrated when the model was quantized.
 
-    Parameters: weight; input_scale [1], input_offset [1]; deq_scale [out], quant_bias [out] in int32 (see Static).
+    Parameters: weight; input_scale [1], input_offset [1]; deq_scale [out], quant_bias [out] in int32 (see Static). A
+    layer without a bias has no quant_bias.
     """
 
     def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
         self.input_scale, self.input_offset = (_parameter(1, dtype=torch.float32) for _ in range(2))
         self.deq_scale = _parameter(like.out_features, dtype=torch.float32)
-        self.quant_bias = _parameter(like.out_features, dtype=torch.int32)
+        self.quant_bias = None if like.bias is None else _parameter(like.out_features, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.static_linear(self._smoothed(x), self.weight, self._static())
@@ -144,7 +145,7 @@ class TimestepLinear(QuantizedLinear):
         super()._add_scales(like, layer)
         self.input_scale, self.input_offset = (_parameter(layer.steps, 1, dtype=torch.float32) for _ in range(2))
         self.deq_scale = _parameter(layer.steps, like.out_features, dtype=torch.float32)
-        self.quant_bias = _parameter(layer.steps, like.out_features, dtype=torch.int32)
+        self.quant_bias = None if like.bias is None else _parameter(layer.steps, like.out_features, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.step is None:
@@ -157,7 +158,8 @@ class TimestepLinear(QuantizedLinear):
         return self.ops.static_linear_all_reduce(self._smoothed(x), self.weight, self._static(self.step), tp.group)
 
     def _static(self, step: int) -> Static:
-        return Static(self.input_scale[step], self.input_offset[step], self.deq_scale[step], self.quant_bias[step])
+        bias = None if self.quant_bias is None else self.quant_bias[step]
+        return Static(self.input_scale[step], self.input_offset[step], self.deq_scale[step], bias)
 
 
 KINDS = {
