@@ -69,7 +69,7 @@ class HunyuanVideo(Family):
     parts = PARTS
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
-    presets = calibrations.PRESETS
+    presets = calibrations.STEP_CACHE_PRESETS
     weights = weights.RULES
     loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
 
