@@ -52,6 +52,10 @@ class Static(NamedTuple):
     # whose output is added to this one's, has it for both.
     bias: Tensor | None
 
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to products that are scaled already: [N]."""
+        return None if self.bias is None else (self.scale * self.bias).to(dtype)
+
 
 def statically_quantized(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """x as int8, with x's shape."""

@@ -59,6 +59,14 @@ class QuantizedLinear(nn.Module):
         """The row-parallel layer, all-reduced; x [B, S, in / ranks]."""
         return self.ops.quantized_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
 
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        """This rank's summand in `all_reduced`, whose sum is short of `added`."""
+        return self.ops.quantized_linear_part(self._smoothed(x), *self._weights(), tp.group)
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the sum of the ranks' parts: the bias [out]."""
+        return None if self.bias is None else self.bias.to(dtype)
+
     def _weights(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.weight_scale.flatten()
 
@@ -79,6 +87,9 @@ class Int4Linear(QuantizedLinear):
 
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
         return self.ops.int4_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
+
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.int4_linear_part(self._smoothed(x), *self._weights(), tp.group)
 
 
 class MxLinear(QuantizedLinear):
@@ -105,6 +116,9 @@ class MxLinear(QuantizedLinear):
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
         return self.ops.mx_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
 
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.mx_linear(self._smoothed(x), *self._weights(), None)
+
     def _weights(self) -> tuple[Tensor, Tensor]:
         return self.weight.view(mxfp8.E4M3), self.weight_scale
 
@@ -126,6 +140,12 @@ class StaticLinear(QuantizedLinear):
 
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
         return self.ops.static_linear_all_reduce(self._smoothed(x), self.weight, self._static(), tp.group)
+
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.static_linear_part(self._smoothed(x), self.weight, self._static())
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        return self._static().added(dtype)
 
     def _static(self) -> Static:
         return Static(self.input_scale, self.input_offset, self.deq_scale, self.quant_bias)
@@ -156,6 +176,14 @@ class TimestepLinear(QuantizedLinear):
         if self.step is None:
             return super().all_reduced(x, tp)
         return self.ops.static_linear_all_reduce(self._smoothed(x), self.weight, self._static(self.step), tp.group)
+
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        if self.step is None:
+            return super().part(x, tp)
+        return self.ops.static_linear_part(self._smoothed(x), self.weight, self._static(self.step))
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        return super().added(dtype) if self.step is None else self._static(self.step).added(dtype)
 
     def _static(self, step: int) -> Static:
         bias = None if self.quant_bias is None else self.quant_bias[step]
