@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...specs import VaeForm
+from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, Part
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
-from . import cost, weights
+from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
 from .files import configs, names
 from .files.configs import GUIDING_FRAME
@@ -78,6 +78,7 @@ class HunyuanVideo(Family):
     parts = PARTS
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
+    presets = calibrations.STEP_CACHE_PRESETS
     weights = weights.RULES
     loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
 
@@ -104,6 +105,9 @@ class HunyuanVideo(Family):
 
     def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
         return IMAGE_FORMS
+
+    def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
+        return calibrations.published(own, self.width(config), pixels)
 
     # Cost of a pass
 
