@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from ascend_runtime.hardware import devices
 from ascend_runtime.models.hunyuan_video import context as hunyuan_context
-from ascend_runtime.models.hunyuan_video.blocks import Chunk, Vectors
+from ascend_runtime.models.hunyuan_video.blocks import Chunk
 from ascend_runtime.models.hunyuan_video.transformer import HunyuanVideoTransformer
 from ascend_runtime.models.shared.block_stack import EVERYTHING
 from ascend_runtime.models.wan import context as wan_context
@@ -100,8 +100,8 @@ class Kind:
 class Stack:
     """A fake network and inputs for it, inside the current FakeTensorMode.
 
-    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU. tokens: of the video.
-    length: of the sequence of the blocks.
+    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU, and gated_around: how often
+    it adds a gated update. tokens: of the video. length: of the sequence of the blocks.
     """
 
     network: torch.nn.Module
@@ -112,6 +112,7 @@ class Stack:
     inner: int  # of the feed-forward
     kinds: dict[str, Kind] = field(default_factory=dict)
     around: Counter = field(default_factory=Counter)
+    gated_around: int = 0
 
     @property
     def dim(self):
@@ -215,12 +216,14 @@ class HunyuanStack(Stack):
         stack.kinds = {
             "double block": Kind(config.num_layers, Counter(
                 {**heads, "npu::npu_rms_norm": 4, "npu::npu_gelu": 2, LAYER_NORM: 4 + 2 * more}),
-                gates=4 + 2 * more, copies=5 + 3 * more),
+                gates=4 + 2 * more, copies=5),
             "single block": Kind(config.num_single_layers, Counter(
                 {**heads, "npu::npu_rms_norm": 2, "npu::npu_gelu": 1, LAYER_NORM: 1 + more}),
-                gates=1 + more, copies=2 * more),
+                gates=1 + more),
         }  # fmt: skip
+        # The head's norm; and those, the attention and the gates of each of the refiner's blocks.
         stack.around = Counter({LAYER_NORM: 1 + 2 * config.num_refiner_layers, INFER: config.num_refiner_layers})
+        stack.gated_around = 2 * config.num_refiner_layers
         return stack
 
     def context(self):
@@ -228,7 +231,7 @@ class HunyuanStack(Stack):
         return hunyuan_context.Context(on_card(1, self.TEXT, 4096), on_card(1, 768), guidance)
 
     def of_block(self):
-        vectors = Vectors(on_card(1, self.dim), on_card(1, self.dim) if self.chunk.clean else None)
+        vectors = on_card(1, 2 if self.chunk.clean else 1, self.dim)
         with unpinned():
             rotary = self.network._rotary_table(self.latent, self.TEXT)
         return self.chunk, vectors, rotary, partial(EVERYTHING.attention, 0)
