@@ -8,11 +8,13 @@ ASCEND_RUNTIME_OPERATORS the NPU's operators. Every call of an operator is count
 
 import os
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
+import random_hunyuan
 import torch
-from ascend_runtime import OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime import Conditioning, OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
 from ascend_runtime.specs import AccelerationSpec, RainFusionSpec
 from ascend_runtime.specs import DiffusionModelSpec
 from tiny_models import wan_vae
@@ -215,6 +217,89 @@ def test_laser_attention(groups, specs, expected, ranks):
     made = make(group.runtime, specs, dtype="bfloat16", attention="laser", size=LONG, plan=plan)
     assert group.calls() == [calls_of({ATTENTION["laser"]: 1, ATTENTION["infer"]: 1})] * ranks
     assert_equal(made, expected, dtype="bfloat16", size=LONG)
+
+
+# HunyuanVideo: two blocks of each kind, and two of the text's refiner. A rank whose chunk has no text has a stream less.
+CHUNKS = {1: [(60, 7)], 2: [(34, 0), (26, 8)]}  # tokens of video and text, with padding, of each rank of a sequence
+DOUBLE, SINGLE, REFINER = 2, 2, 2
+
+
+@pytest.fixture(scope="module")
+def hunyuan(tmp_path_factory):
+    return str(random_hunyuan.folder(tmp_path_factory.mktemp("hunyuan"), "t2v"))
+
+
+def hunyuan_latent(runtime, path, *, dtype, attention="auto", plan=None, quantization="none", fused_all_reduce=False):
+    """Normalised, of a job with embedded guidance only."""
+    generator = torch.Generator().manual_seed(SEED)
+    given = Conditioning(text=torch.randn(1, 7, random_hunyuan.TEXT_DIM, generator=generator),
+                         pooled=torch.randn(1, random_hunyuan.POOLED_DIM, generator=generator))  # fmt: skip
+    model = DiffusionModelSpec(path=path, dtype=dtype, quantization=quantization)
+    made = runtime.sample(model, SampleSpec(seed=SEED, steps=STEPS), torch.zeros(SIZE.latent_shape()), given,
+                          parallel=plan, acceleration=AccelerationSpec(),
+                          operators=OperatorSpec(attention=attention, fused_all_reduce=fused_all_reduce))  # fmt: skip
+    return made.tensor * random_hunyuan.vae().config.scaling_factor
+
+
+def hunyuan_calls(attention, tokens):
+    """What a rank calls with so many tokens of video and text."""
+    streams = sum(length > 0 for length in tokens)
+    counts = {"npu::npu_rms_norm": 2 * (DOUBLE * streams + SINGLE), "npu::npu_rotary_mul": 2 * (DOUBLE + SINGLE),
+              "npu::npu_gelu": DOUBLE * streams + SINGLE}  # fmt: skip
+    counts |= {ATTENTION[attention]: DOUBLE + SINGLE + REFINER} if attention else {}
+    return {name: STEPS * count for name, count in counts.items()}
+
+
+@pytest.fixture(scope="module")
+def hunyuan_expected(plain, hunyuan):
+    """The CPU's latent in this dtype and quantization."""
+    return cache(lambda dtype, quantization="none": hunyuan_latent(
+        plain, hunyuan, dtype=dtype, quantization=quantization))  # fmt: skip
+
+
+def assert_hunyuan(made, expected, dtype, quantization="none"):
+    other, truth = expected(dtype, quantization), expected("float32")
+    error = (made - other).abs().max() if dtype == "float32" else rms(made - other) / other.std()
+    print(f"{error:.1e} off in {dtype}, {quantization}, seed {SEED}")
+    assert other.std() > 0.5
+    assert error <= (FP32 if dtype == "float32" else BF16 if quantization == "none" else W8A8)
+    assert dtype == "float32" or rms(made - truth) <= FURTHER * rms(other - truth)
+
+
+@pytest.mark.parametrize("dtype, attention, card, called", [
+    ("float32", "fused", "a2", "fused"), ("bfloat16", "fused", "a2", "fused"), ("bfloat16", "auto", "a2", "infer"),
+    ("float32", "auto", "a3", None), ("bfloat16", "fused", "a3", "infer"),
+])  # fmt: skip
+def test_hunyuan_video_on_one_rank(groups, hunyuan, hunyuan_expected, dtype, attention, card, called):
+    group = groups(1, card=card)
+    made = hunyuan_latent(group.runtime, hunyuan, dtype=dtype, attention=attention)
+    assert group.calls() == [hunyuan_calls(called, CHUNKS[1][0])]
+    assert_hunyuan(made, hunyuan_expected, dtype)
+
+
+@pytest.mark.parametrize("dtype, card", [("float32", "a2"), ("bfloat16", "a3")])
+def test_hunyuan_video_on_two_ranks(groups, hunyuan, hunyuan_expected, dtype, card):
+    """Text is the tail of the sequence: one rank has none."""
+    group = groups(2, card=card)
+    made = hunyuan_latent(group.runtime, hunyuan, dtype=dtype, plan=ULYSSES)
+    called = "fused" if dtype == "float32" else "infer"
+    assert group.calls() == [hunyuan_calls(called, tokens) for tokens in CHUNKS[2]]
+    assert_hunyuan(made, hunyuan_expected, dtype)
+
+
+@pytest.mark.parametrize("quantization", ["none", "w8a8_dynamic"])
+def test_hunyuan_video_in_slices(groups, hunyuan, hunyuan_expected, quantization):
+    """Four linears of a double block are summed over slices, by the operator that also multiplies where they are not
+    quantized; of a single block two, whose sum is summed once."""
+    group = groups(2)
+    made = hunyuan_latent(group.runtime, hunyuan, dtype="bfloat16", plan=TP, quantization=quantization,
+                          fused_all_reduce=True)  # fmt: skip
+    for calls in group.calls():
+        fused = DOUBLE * (4 if quantization == "none" else 2)  # a feed-forward's second layer stays as it is
+        assert calls["npu::npu_mm_all_reduce_base"] == STEPS * fused
+        in_8_bits = DOUBLE * 2 * 5 + SINGLE * 5  # query, key, value, output, and the feed-forward's first layer
+        assert calls.get("npu::npu_quant_matmul", 0) == (0 if quantization == "none" else STEPS * in_8_bits)
+    assert_hunyuan(made, hunyuan_expected, "bfloat16", quantization)
 
 
 @pytest.mark.parametrize("without", [None, "mindiesd"])
