@@ -26,6 +26,7 @@ LONG = VideoSize(width=256, height=256, num_frames=29)  # 2048 tokens, from whic
 LAYERS, STEPS, BRANCHES = 2, 2, 2
 FORWARDS = STEPS * BRANCHES
 SEED = 7
+RAINFUSION = AccelerationSpec(rainfusion=RainFusionSpec(sparsity=0.6, start=1))
 # In fp32 the largest difference, of normalised latents and of frames in 0..1. In bf16, where the two ways round
 # differently and guidance amplifies it, the RMS of the difference, of latents in standard deviations; and the NPU's
 # way may be further from fp32 than the CPU's bf16 is by this factor.
@@ -229,14 +230,17 @@ def hunyuan(tmp_path_factory):
     return str(random_hunyuan.folder(tmp_path_factory.mktemp("hunyuan"), "t2v"))
 
 
-def hunyuan_latent(runtime, path, *, dtype, attention="auto", plan=None, quantization="none", fused_all_reduce=False):
+def hunyuan_latent(
+    runtime, path, *, dtype, attention="auto", plan=None, quantization="none", fused_all_reduce=False, size=SIZE,
+    acceleration=AccelerationSpec(),
+):  # fmt: skip
     """Normalised, of a job with embedded guidance only."""
     generator = torch.Generator().manual_seed(SEED)
     given = Conditioning(text=torch.randn(1, 7, random_hunyuan.TEXT_DIM, generator=generator),
                          pooled=torch.randn(1, random_hunyuan.POOLED_DIM, generator=generator))  # fmt: skip
     model = DiffusionModelSpec(path=path, dtype=dtype, quantization=quantization)
-    made = runtime.sample(model, SampleSpec(seed=SEED, steps=STEPS), torch.zeros(SIZE.latent_shape()), given,
-                          parallel=plan, acceleration=AccelerationSpec(),
+    made = runtime.sample(model, SampleSpec(seed=SEED, steps=STEPS), torch.zeros(size.latent_shape()), given,
+                          parallel=plan, acceleration=acceleration,
                           operators=OperatorSpec(attention=attention, fused_all_reduce=fused_all_reduce))  # fmt: skip
     return made.tensor * random_hunyuan.vae().config.scaling_factor
 
@@ -252,13 +256,12 @@ def hunyuan_calls(attention, tokens):
 
 @pytest.fixture(scope="module")
 def hunyuan_expected(plain, hunyuan):
-    """The CPU's latent in this dtype and quantization."""
-    return cache(lambda dtype, quantization="none": hunyuan_latent(
-        plain, hunyuan, dtype=dtype, quantization=quantization))  # fmt: skip
+    """The CPU's latent of a job."""
+    return cache(lambda **job: hunyuan_latent(plain, hunyuan, **job))
 
 
-def assert_hunyuan(made, expected, dtype, quantization="none"):
-    other, truth = expected(dtype, quantization), expected("float32")
+def assert_hunyuan(made, expected, dtype, quantization="none", **job):
+    other, truth = expected(dtype=dtype, quantization=quantization, **job), expected(dtype="float32", **job)
     error = (made - other).abs().max() if dtype == "float32" else rms(made - other) / other.std()
     print(f"{error:.1e} off in {dtype}, {quantization}, seed {SEED}")
     assert other.std() > 0.5
@@ -302,6 +305,17 @@ def test_hunyuan_video_in_slices(groups, hunyuan, hunyuan_expected, quantization
     assert_hunyuan(made, hunyuan_expected, "bfloat16", quantization)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_hunyuan_video_with_rainfusion(groups, hunyuan, hunyuan_expected, ranks):
+    """The second step is sparse, and text is attended in it too; the refiner's attention stays dense."""
+    group, job = groups(ranks), {"size": LONG, "acceleration": RAINFUSION}
+    made = hunyuan_latent(group.runtime, hunyuan, dtype="bfloat16", plan=ULYSSES if ranks == 2 else None, **job)
+    for calls in group.calls():
+        assert calls["mindiesd::rainfusionattention"] == DOUBLE + SINGLE
+        assert calls[ATTENTION["infer"]] == DOUBLE + SINGLE + STEPS * REFINER
+    assert_hunyuan(made, hunyuan_expected, "bfloat16", **job)
+
+
 @pytest.mark.parametrize("without", [None, "mindiesd"])
 def test_two_videos(groups, specs, expected, without):
     """Each has a modulation of its own, which MindIE SD's norm takes; torch_npu's alone does not."""
@@ -311,9 +325,6 @@ def test_two_videos(groups, specs, expected, without):
     modulated = (LAYERS * 2 + 1) * FORWARDS
     assert calls.get("mindiesd::adaln", 0) == (0 if without else modulated)
     assert_equal(made, expected, batch=2)
-
-
-RAINFUSION = AccelerationSpec(rainfusion=RainFusionSpec(sparsity=0.6, start=1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
