@@ -100,7 +100,7 @@ class Kind:
 class Stack:
     """A fake network and inputs for it, inside the current FakeTensorMode.
 
-    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU, and gated_around: how often
+    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU, and gates_around: how often
     it adds a gated update. tokens: of the video. length: of the sequence of the blocks.
     """
 
@@ -112,7 +112,7 @@ class Stack:
     inner: int  # of the feed-forward
     kinds: dict[str, Kind] = field(default_factory=dict)
     around: Counter = field(default_factory=Counter)
-    gated_around: int = 0
+    gates_around: int = 0
 
     @property
     def dim(self):
@@ -212,7 +212,8 @@ class HunyuanStack(Stack):
         stack.chunk, stack.length = Chunk(tokens, tokens // frames if clean else 0), tokens + cls.TEXT
         config, more = network.config, 1 if clean else 0
         heads = {INFER: 1, "npu::npu_rotary_mul": 2}
-        # A clean frame is a span of its own: two more norms and gates in a double block, one in a single one.
+        # A clean frame has norms and gates of its own, which overwrite its few tokens: two more in a double block, one
+        # in a single one.
         stack.kinds = {
             "double block": Kind(config.num_layers, Counter(
                 {**heads, "npu::npu_rms_norm": 4, "npu::npu_gelu": 2, LAYER_NORM: 4 + 2 * more}),
@@ -221,9 +222,8 @@ class HunyuanStack(Stack):
                 {**heads, "npu::npu_rms_norm": 2, "npu::npu_gelu": 1, LAYER_NORM: 1 + more}),
                 gates=1 + more),
         }  # fmt: skip
-        # The head's norm; and those, the attention and the gates of each of the refiner's blocks.
         stack.around = Counter({LAYER_NORM: 1 + 2 * config.num_refiner_layers, INFER: config.num_refiner_layers})
-        stack.gated_around = 2 * config.num_refiner_layers
+        stack.gates_around = 2 * config.num_refiner_layers
         return stack
 
     def context(self):

@@ -43,7 +43,7 @@ def test_the_operators_of_a_whole_network(fake, model):
         print(f"\n{model}: {kind.number} x {name}, each {dict(kind.calls)}; {len(waits)} waits for the card")
     assert not waits, "and fake tensors have no values that the host could read"
     assert calls.fused() == stack.blocks() + stack.around
-    assert len(calls.of("aten::addcmul")) == stack.of_blocks("gates") + stack.gated_around
+    assert len(calls.of("aten::addcmul")) == stack.of_blocks("gates") + stack.gates_around
 
 
 @pytest.mark.parametrize("attention", ["auto", "fused", "infer", "laser"])
