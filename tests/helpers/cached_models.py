@@ -77,7 +77,8 @@ def wan(folder: Path, texts: tuple[Tensor, Tensor], layers: int = 3) -> CachedMo
 
 def hunyuan(folder: Path) -> CachedModel:
     """A HunyuanVideo model of text-to-video, written to `folder`."""
-    inputs = [random_hunyuan.inputs(random_hunyuan.config(), text=text, seed=text) for text in (7, 5)]
+    network = random_hunyuan.transformer()
+    inputs = [random_hunyuan.inputs(network.config, text=text, seed=text) for text in (7, 5)]
     prompts = tuple(Conditioning(text=one.text, pooled=one.pooled) for one in inputs)
 
     def theirs(config):

@@ -113,9 +113,13 @@ def test_an_expansion_of_order_n_foretells_polynomials_of_degree_1():
     assert_close(expansion.added_to(torch.zeros(1, 4, 2), 14), start + 14 * slope, atol=1e-4, rtol=0.0)
 
 
+@pytest.fixture(scope="module")
+def dense(one_rank, model):
+    return ours(one_rank, model, guidance=3.0)
+
+
 @pytest.mark.parametrize("method", ["fbcache", "teacache", "magcache", "taylorseer"])
-def test_threshold_0_leaves_nothing_out(one_rank, model, method):
-    dense = ours(one_rank, model, guidance=3.0)
+def test_threshold_0_leaves_nothing_out(one_rank, model, dense, method):
     made = ours(one_rank, model, guidance=3.0, method=method, threshold=0.0)
     assert "acceleration" not in dense.info and made.info["acceleration"]["steps_reusing"] == []
     assert torch.equal(made.tensor, dense.tensor)
@@ -252,8 +256,8 @@ def test_no_text_is_read_after_the_last_block():
             out = super().blocks(stack, tokens)
             return torch.cat([out[:, :45], torch.randn_like(out[:, 45:])], 1)
 
-    config = random_hunyuan.config()
-    network, given = random_hunyuan.ours(random_hunyuan.transformer()), random_hunyuan.inputs(config, text=7)
+    theirs = random_hunyuan.transformer()
+    network, given = random_hunyuan.ours(theirs), random_hunyuan.inputs(theirs.config, text=7)
     with torch.no_grad():
         assert torch.equal(*(random_hunyuan.velocity(network, given, passing) for passing in (Scrambling(), Pass())))
 
@@ -267,8 +271,8 @@ def test_hunyuans_indicator_is_the_video_as_the_first_block_modulates_it(kind, c
             self.seen = stack.indicator(tokens, 45)
             return tokens
 
-    config = random_hunyuan.config(kind)
-    theirs, given = random_hunyuan.transformer(kind), random_hunyuan.inputs(config)
+    theirs = random_hunyuan.transformer(kind)
+    given = random_hunyuan.inputs(theirs.config)
     looking, seen = Looking(), {}
     norm = theirs.transformer_blocks[0].norm1
     norm.register_forward_hook(lambda _, given, out: seen.update(video=out[0]))
