@@ -123,8 +123,8 @@ class Sampler(io.ComfyNode):
                     round=0.01,
                     optional=True,
                     tooltip="How strongly the video follows the prompt, for models that read this number as an input: "
-                    "HunyuanVideo, except its image-to-video model v1. It costs no time. 0: as core's FluxGuidance set "
-                    "it in the conditioning; without that, the model's default (6).",
+                    "HunyuanVideo, except its image-to-video model v1. It costs no time. A number that core's "
+                    "FluxGuidance puts into the conditioning counts instead. 0: the model's default (6).",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],
