@@ -47,6 +47,8 @@ class Part:
     hidden: config fields that the shapes do not show, with the values that are used without a config.
     tokenizer_folder: the folder of a text encoder's tokenizer, relative to the published file's.
     split: the parameters in a tensor on disk that holds several (see checkpoints.fused); None: each tensor is one.
+    published_name: the name, as diffusers or transformers write it, of the tensor that holds a parameter. Several with
+    one name are its columns, in the network's order.
     """
 
     what: str
@@ -62,6 +64,7 @@ class Part:
     hidden: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: str | None = None
     split: Split | None = None
+    published_name: Callable[[str], str] = lambda name: name
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class LoraNames:
     further: the parameters that other models of the family have, and a model with these shapes lacks.
     left_out: the reason to leave out a key that
     changes a further layer (given by name) or an unknown one (None).
-    fused: parameters in files that replace several of the network's, or one with its rows in another order. split: the
-        network's parameters in each.
+    fused: the parameters in files that replace several of the network's, or one with its rows in another order, for a
+        model with these shapes. split: the network's parameters in each.
     made_for: (the shapes that do not fit, the model's shapes, the reasons of `left_out`) -> a sentence about the model
         that a file was made for; empty if unknown.
     """
@@ -82,7 +85,7 @@ class LoraNames:
     further: Callable[[Shapes], Iterable[str]] = lambda shapes: ()
     left_out: Callable[[str, str | None], str] = lambda key, layer: "of no layer of this model"
     made_for: Callable[[Shapes, Shapes, Iterable[str]], str] = lambda misfits, shapes, reasons: ""
-    fused: frozenset[str] = frozenset()
+    fused: Callable[[Shapes], Iterable[str]] = lambda shapes: ()
     split: Split | None = None
 
 
