@@ -5,10 +5,11 @@ Core's own text encoders have no part in this: transformers 5 makes other tokens
 """
 
 import comfy_graphs as graphs
+import hunyuan_formats
 import pytest
 import random_hunyuan
 from scripts.lib.comfy_server import PromptFailed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 TOLERANCE = {"atol": 1e-3, "rtol": 0.0}
@@ -24,7 +25,9 @@ STEPS, SEED, SHIFT = 3, 5, 7.0
 def models(comfyui):
     """The `comfyui` with transformers in the form of ComfyUI's files, and a folder with a VAE."""
     for kind, name in FILES.items():
-        random_hunyuan.core_file(comfyui.base / "models" / "diffusion_models" / name, kind)
+        state = random_hunyuan.transformer(kind, **random_hunyuan.AS_CORE).state_dict()
+        tensors = hunyuan_formats.comfyui_transformer(state)
+        save_file(tensors, comfyui.base / "models" / "diffusion_models" / name)
     folder = comfyui.base / "models" / "diffusers" / FOLDER
     random_hunyuan.folder(folder)
     return comfyui
@@ -155,10 +158,9 @@ def test_conditioning_is_that_of_cores_node(models, form, frames):
 
 
 REFUSED = {  # what is given to which kind of file: parts of the error
-    "an image of v1 for a model of v2": ((V1, "t2v"), ["guidance_type", "v2 (replace)"]),
-    "an image of v2 for a model of v1": ((V2, "i2v concat"), ["guidance_type", "v1 (concat)"]),
-    "a model of v1 without an image": ((None, "i2v concat"), ["Ascend Image To Video"]),
-    "core's third form": (("custom", "t2v"), ["ref_latent"]),
+    "an image of v1 for a model of v2": ((V1, "t2v"), ["concat_latent", "v2 (replace)"]),
+    "an image of v2 for a model of v1": ((V2, "i2v concat"), ["guiding_frame_index", "v1 (concat)"]),
+    "core's third form": (("custom", "t2v"), ["ref_latent", "v1 (concat)", "v2 (replace)"]),
 }
 
 
@@ -166,11 +168,8 @@ REFUSED = {  # what is given to which kind of file: parts of the error
 def test_what_a_model_does_not_take_is_refused_by_name(models, case):
     (form, kind), parts = REFUSED[case]
     graph = conditioned(form)
-    given = {"positive": ["text", 0], "latent": ["empty", 0]}
-    if form is not None:
-        given = {"positive": ["core", 0], "latent": ["core", 1]}
-        del graph["ours"]
-    graph = by_ours(graph, "saved", FILES[kind], **given)
+    del graph["ours"]
+    graph = by_ours(graph, "saved", FILES[kind], ["core", 0], ["core", 1])
     with pytest.raises(PromptFailed) as caught:
         models.wait(models.queue(in_place(models, graph)))
     assert caught.value.details["exception_type"] == "ValueError"
