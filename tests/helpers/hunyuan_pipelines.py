@@ -41,8 +41,8 @@ class Case:
                 arguments["image"] = self.image
             latent = pipeline(
                 height=SIZE.height, width=SIZE.width, num_frames=SIZE.num_frames, true_cfg_scale=cfg,
-                generator=torch.Generator().manual_seed(SEED), output_type="latent",
-                **{"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, **self._prompts(cfg, dtype, batch), **arguments},
+                generator=torch.Generator().manual_seed(SEED), output_type="latent", **self._prompts(cfg, dtype, batch),
+                **{"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, **arguments},
             ).frames  # fmt: skip
             self.made[key] = latent.float() / self.scaling
         return self.made[key]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import random_hunyuan
 import torch
-from ascend_runtime import Conditioning, DiffusionModelSpec
+from ascend_runtime import Conditioning, DiffusionModelSpec, SampleSpec
 from ascend_runtime.engine.sampling import noise_of
 from diffusers import HunyuanVideoTransformer3DModel
 from hunyuan_pipelines import GUIDANCE, PADDED, SEED, SIZE, STEPS, TEXT, Case
@@ -282,3 +282,76 @@ def test_a_warm_up_changes_nothing(cases, two_ranks):
         made = case.result(two_ranks, warm_up=True)
         assert "warm up" in made.seconds
         near(shown(case, made.tensor), case.expected())
+
+
+# What is refused
+
+
+def mask(*rows: int) -> dict:
+    return {"tensors": {"attention_mask": torch.tensor([[int(bit) for bit in f"{row:0{TEXT}b}"] for row in rows])}}
+
+
+LATENT_OF_AN_IMAGE = torch.zeros(1, 16, 1, *SHAPE[3:])
+REFUSED = [  # kind, changes of the negative prompt, what the error says
+    ("t2v", {"pooled": None}, ["has no pooled vector", "[1, 12]"]),
+    ("t2v", {"text": torch.zeros(1, 4, 9)}, ["[1, 4, 9]", "[1, tokens, 24]"]),
+    ("t2v", mask(0b1101111), ["excludes tokens in front of others", "or none"]),
+    ("t2v", mask(0), ["excludes tokens in front of others, or all"]),
+    ("t2v", {"tensors": {"attention_mask": torch.ones(1, 5)}}, ["[1, 5]", "[1, 7]"]),
+    ("t2v", {**mask(0b1110000, 0b1111000), "text": torch.zeros(2, TEXT, 24)}, ["3, 4 tokens", "one by one"]),
+    ("t2v", {"numbers": REPLACE}, ["carries guiding_frame_index", "text-to-video model", "model of v2"]),
+    ("t2v", {"concat_latent": LATENT_OF_AN_IMAGE}, ["image (concat_latent)", "33 in_channels", "v2 (replace)"]),
+    ("t2v", {"clip_vision": torch.zeros(1, 4, 8)}, ["clip_vision_output", "Connect the image to Ascend Text Encode"]),
+    ("t2v", {"tensors": {"ref_latent": LATENT_OF_AN_IMAGE}}, ["carries ref_latent", "guidance_type custom"]),
+    ("t2v", {"tensors": {"conditioning_byt5small": torch.zeros(1, 4, 8)}}, ["conditioning_byt5small", "1.5"]),
+    ("t2v", {"numbers": {"strength": 1.0}}, ["carries strength, which this model does not use", "Connect the output"]),
+    ("t2v", {"tensors": {"guidance": torch.zeros(1)}}, ["carries guidance, which"]),
+    ("t2v", {"numbers": {"attention_mask": 1.0}}, ["carries attention_mask, which"]),
+    ("i2v replace", {"numbers": {"guiding_frame_index": 2.0}}, ["guiding_frame_index", "2. Only the first frame, 0"]),
+    ("i2v replace", {"concat_mask": torch.ones(SHAPE)[:, :1]}, ["image (concat_mask)", "v2 (replace) for one with 16"]),
+    ("i2v concat", {"numbers": REPLACE}, ["carries guiding_frame_index", "33 in_channels", "Choose v1 (concat)"]),
+    ("i2v concat", {"concat_mask": torch.ones(1, 4, *SHAPE[2:])}, ["[1, 4, 3, 6, 10]", "[1, 1, 1 to 3 frames"]),
+    ("i2v concat", {"concat_latent": torch.zeros(1, 16, 4, 6, 10)}, ["[1, 16, 4, 6, 10]", "1 to 3 frames", "same"]),
+    ("i2v concat", {"concat_latent": torch.full((1, 16, 1, 6, 10), torch.nan)}, ["concat_latent has NaN"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes, says", REFUSED, ids=[says[0] for _, _, says in REFUSED])
+def test_conditioning_that_does_not_fit(cases, two_ranks, kind, changes, says):
+    case, pids = cases(kind), two_ranks.pids
+    batch = len(changes.get("text", [1]))
+    latent = case.inputs()["latent"].repeat(batch, 1, 1, 1, 1)
+    negative = replace(case.inputs()["negative"], **changes)
+    with pytest.raises(ValueError) as error:
+        case.sample(two_ranks, negative=negative, latent=latent)
+    assert not [words for words in [*says, "negative conditioning"] if words not in str(error.value)], error.value
+    assert two_ranks.pids == pids
+
+
+HALF_KNOWN = torch.zeros(1, 1, *SHAPE[2:]).index_fill(4, torch.arange(3), 1.0)
+
+
+@pytest.mark.parametrize("kind, changes, says", [
+    ("i2v replace", {"noise_mask": None}, "does not hold one: its noise_mask must be 0 in the whole first frame"),
+    ("i2v replace", {"noise_mask": HALF_KNOWN}, "Connect the latent of the image-to-video node, with v2"),
+    ("i2v concat", {"embedded_guidance": 6.0}, "embedded_guidance is 6, but this model reads no guidance scale"),
+    ("t2v", {"image_start": True}, "image_start needs a video that begins with an image"),
+    ("t2v", {"latent": torch.zeros(1, 16, 3, 5, 10)}, "height is 40, as the latent has 5 rows; .* multiple of 16"),
+    ("t2v", {"latent": torch.zeros(1, 32, 3, 6, 10)}, r"needs \[B,16,T,H,W\]"),
+    ("t2v", {"guidance_scale": 2.0, "negative": None}, "needs a negative prompt"),
+])  # fmt: skip
+def test_a_job_that_does_not_fit(cases, two_ranks, kind, changes, says):
+    pids = two_ranks.pids
+    with pytest.raises(ValueError, match=says):
+        cases(kind).sample(two_ranks, **changes)
+    assert two_ranks.pids == pids
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"embedded_guidance": 6.0}, "reads no guidance scale. Leave it at its default; guidance_scale"),
+    ({"image_start": True}, "one of HunyuanVideo's image-to-video models"),
+])  # fmt: skip
+def test_other_families_refuse_its_settings(two_ranks, specs, settings, says):
+    spec, latent = SampleSpec(guidance_scale=1.0, **settings), torch.zeros(1, 16, 1, 4, 4)
+    with pytest.raises(ValueError, match=says):
+        two_ranks.sample(specs.model, spec, latent, specs.text(1))

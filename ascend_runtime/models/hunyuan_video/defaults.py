@@ -9,13 +9,13 @@ from typing import Any
 from ..defaults import Defaults
 from .files.configs import CONCAT, REPLACE, filled
 
-GUIDANCE = 6.0  # embedded: --embedded-cfg-scale; core ComfyUI's value too where a conditioning has none
+EMBEDDED_GUIDANCE = 6.0  # embedded: --embedded-cfg-scale; core ComfyUI's value too where a conditioning has none
 # Of hyvideo/config.py and README.md of github.com/Tencent-Hunyuan/HunyuanVideo and HunyuanVideo-I2V. The latter
 # recommend shift 7 for stable videos, with `SampleSpec.image_start`, and shift 17 for moving ones, without; diffusers'
 # scheduler and core ComfyUI's workflows have 7.
 TEXT = Defaults(
-    "HunyuanVideo", shift=7.0, guidance_scale=1.0, embedded_guidance=GUIDANCE, solver="euler", width=1280, height=720,
-    num_frames=129, fps=24,
+    "HunyuanVideo", shift=7.0, guidance_scale=1.0, embedded_guidance=EMBEDDED_GUIDANCE, solver="euler", width=1280,
+    height=720, num_frames=129, fps=24,
 )  # fmt: skip
 IMAGE_REPLACE = dataclasses.replace(TEXT, name="HunyuanVideo-I2V")
 IMAGE_CONCAT = dataclasses.replace(TEXT, name="HunyuanVideo-I2V (33 channels)")
