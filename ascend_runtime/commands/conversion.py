@@ -76,8 +76,8 @@ class ConversionPlan:
 
     def digest(self) -> str:
         """A hash of what is written and how, to detect a plan of another version."""
-        moves = [(str(path), name, move.key, str(move.made.dtype)) for path, moves in self.moves.items()
-                 for name, move in moves.items()]  # fmt: skip
+        moves = [(str(path), name, *(place.key for place in move.places), str(move.made.dtype))
+                 for path, moves in self.moves.items() for name, move in moves.items()]  # fmt: skip
         made = repr((WRITE_BYTES, moves, sorted(self.texts.items()), sorted(self.copies)))
         return hashlib.sha256(made.encode()).hexdigest()
 
@@ -190,12 +190,17 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
     for shard in component.shards:
         with open_tensors(shard) as file:
             held |= {name: file.dtype(place.key) for name, place in places.items() if place.shard == shard}
-    names = [name for name in network.state_dict() if name in places]
-    return [
-        Move(name, place.shard, place.key, place.scale,
-             torch.empty(place.shape, dtype=_dtype(component, name, held[name], dtype), device="meta"), place.rows)
-        for name, place in ((name, places[name]) for name in names)
-    ]  # fmt: skip
+    whole: dict[str, list[str]] = {}
+    for name in network.state_dict():
+        if name in places:
+            whole.setdefault(component.part.published_name(name), []).append(name)
+    moves = []
+    for name, parts in whole.items():
+        shape = places[parts[0]].shape
+        shape = shape if len(parts) == 1 else (shape[0], sum(places[one].shape[1] for one in parts), *shape[2:])
+        made = torch.empty(shape, dtype=_dtype(component, parts[0], held[parts[0]], dtype), device="meta")
+        moves.append(Move(name, tuple(places[one] for one in parts), made))
+    return moves
 
 
 def _dtype(component: Component, name: str, held: torch.dtype, target: torch.dtype | None) -> torch.dtype:

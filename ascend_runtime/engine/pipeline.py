@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from msgspec.structs import astuple, replace
+from msgspec.structs import asdict, replace
 
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
 from ..hardware import devices
@@ -25,7 +25,7 @@ from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
 from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
-from ..wire.messages import Done, Sample
+from ..wire.messages import Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
@@ -250,10 +250,18 @@ def _request(message: Sample, spec: SampleSpec) -> Request:
 def _kind_of_job(message: Sample, spec: SampleSpec, ranks: Ranks) -> Hashable:
     """A key that is equal for jobs with the same operators on the same shapes."""
     rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=1)
-    given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
-    shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
+    shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask))
+    shapes += tuple(_shapes(one) for one in (message.positive, message.negative) if one is not None)
     branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
     return ranks.plan, message.parallel, message.operators, rainfusion, shapes, branches
+
+
+def _shapes(given: Conditioning) -> Hashable:
+    """The shapes of a conditioning's tensors by name, and the names of its numbers."""
+    fields = asdict(given)
+    tensors = fields.pop("tensors") | fields
+    numbers = frozenset(tensors.pop("numbers"))
+    return numbers, frozenset((name, tensor.shape) for name, tensor in tensors.items() if tensor is not None)
 
 
 def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:

@@ -53,6 +53,8 @@ class Part:
         of larger ones, with longer names of tensors. None: a folder holds this network only.
     left_out: whether a tensor of this name is not read, with a network of this config: files have more than is used.
     split: the parameters in a tensor on disk that holds several (see checkpoints.fused); None: each tensor is one.
+    published_name: the name, as diffusers or transformers write it, of the tensor that holds a parameter. Several with
+    one name are its columns, in the network's order.
     """
 
     what: str
@@ -71,6 +73,7 @@ class Part:
     inner_config: Callable[[Mapping[str, Any]], dict] | None = None
     left_out: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
     split: Split | None = None
+    published_name: Callable[[str], str] = lambda name: name
 
     def config_in(self, config: Mapping[str, Any]) -> dict | None:
         """This network's config in the content of a config.json; None if that describes another network."""
@@ -87,8 +90,8 @@ class LoraNames:
     further: the parameters that other models of the family have, and a model with these shapes lacks.
     left_out: the reason to leave out a key that
     changes a further layer (given by name) or an unknown one (None).
-    fused: parameters in files that replace several of the network's, or one with its rows in another order. split: the
-        network's parameters in each.
+    fused: the parameters in files that replace several of the network's, or one with its rows in another order, for a
+        model with these shapes. split: the network's parameters in each.
     made_for: (the shapes that do not fit, the model's shapes, the reasons of `left_out`) -> a sentence about the model
         that a file was made for; empty if unknown.
     """
@@ -97,7 +100,7 @@ class LoraNames:
     further: Callable[[Shapes], Iterable[str]] = lambda shapes: ()
     left_out: Callable[[str, str | None], str] = lambda key, layer: "of no layer of this model"
     made_for: Callable[[Shapes, Shapes, Iterable[str]], str] = lambda misfits, shapes, reasons: ""
-    fused: frozenset[str] = frozenset()
+    fused: Callable[[Shapes], Iterable[str]] = lambda shapes: ()
     split: Split | None = None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoints.faults import as_value_error, list_faults, shown
 from ..checkpoints.formats.tensor_files import open_tensors
+from ..checkpoints.fused import targets_of
 from ..checkpoints.renaming import is_tokenizer
 from ..checkpoints.shards import one_of_several
 from ..checkpoints.states import content_state
@@ -74,8 +75,10 @@ def recognise(part: str, shards: tuple[Path, ...], _: tuple) -> Recognised:
         stages = shards[0].parent != shard.parent
         with as_value_error(shard, "the names of its tensors"):
             found = {own_name(kind, prefix, key): shape for key, shape in names.items()}
+            held_by = {one.name: one.shape_in(shape) for name, shape in found.items() if name
+                       for one in targets_of(kind.part.split, name, shape)}  # fmt: skip
             first_blocks.append(tuple(count(shapes, prefix) if stages else 0 for prefix in kind.part.blocks))
-            shapes |= {renumbered(kind, name, first_blocks[-1]): shape for name, shape in found.items() if name}
+            shapes |= {renumbered(kind, name, first_blocks[-1]): shape for name, shape in held_by.items()}
     _require_whole(kind, shards, shapes)
     with as_value_error(shards[0], f"the {kind.what} in it"):
         return Recognised(kind, kind.part.config(shapes), tuple(first_blocks), has_tokenizer, prefix)

@@ -31,6 +31,8 @@ PARTS = {
         config=configs.transformer_config,
         blocks=(configs.DOUBLE, configs.SINGLE),
         hidden={"attention_head_dim": configs.HEAD_DIM},
+        split=names.split_transformer,
+        published_name=names.published_name,
     ),
     TEXT_ENCODER: Part(
         what="HunyuanVideo Llama text encoder",

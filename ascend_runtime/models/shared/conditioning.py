@@ -16,6 +16,10 @@ from ...specs.base import require_side
 from .latents import Latents
 
 
+# What to do about a further entry of a conditioning that a model does not use.
+CURE = "Connect the output of a text encode node directly, or that of an image-to-video node for this model."
+
+
 class Prompt(Protocol):
     """The conditioning of one guidance branch (wire.messages.Conditioning)."""
 
@@ -24,6 +28,8 @@ class Prompt(Protocol):
     concat_latent: Tensor | None
     concat_mask: Tensor | None
     clip_vision: Tensor | None
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,13 @@ class Conditioner(ABC):
     """A family's rules: which conditioning a transformer of this config takes, and how.
 
     empty_latent: a sentence that says which node makes an empty latent for it.
+    reads: the further entries of a conditioning (`Prompt.tensors` and `numbers`) that it reads.
+    cures: for further entries that it refuses: a sentence about what to do.
     """
 
     empty_latent: str
+    reads: frozenset[str] = frozenset()
+    cures: Mapping[str, str] = {}
 
     def __init__(self, config: Mapping[str, Any], latents: Latents, reads: Reads):
         self.config, self.latents = config, latents
@@ -89,6 +99,7 @@ class Conditioner(ABC):
             self._check_text(name, prompt.text, given.batch)
             if self.pooled_width:
                 self._check_pooled(name, prompt.pooled, given.batch)
+            self._check_further(name, prompt)
             self.check_prompt(name, prompt, given)
 
     def check_prompt(self, name: str, prompt: Prompt, given: Given) -> None:
@@ -132,6 +143,19 @@ class Conditioner(ABC):
                 "encoder that belongs to the model."
             )
         check_finite(text, f"The {name} conditioning")
+
+    def _check_further(self, name: str, prompt: Prompt) -> None:
+        """A number that is None asks for nothing, so only a model that reads it needs to know it."""
+        numbers = {entry for entry, number in prompt.numbers.items() if number is not None}
+        unknown = sorted((prompt.tensors.keys() | numbers) - self.reads)
+        if unknown:
+            carried, cures = ", ".join(unknown), [self.cures[entry] for entry in unknown if entry in self.cures]
+            raise ValueError(
+                f"The {name} conditioning carries {carried}, which this model does not use. "
+                + (cures[0] if cures else CURE)
+            )
+        for entry, tensor in prompt.tensors.items():
+            check_finite(tensor, f"The {name} conditioning's {entry}")
 
     def _check_pooled(self, name: str, pooled: Tensor | None, batch: int) -> None:
         width = self.pooled_width
