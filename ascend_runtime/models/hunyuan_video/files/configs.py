@@ -18,9 +18,13 @@ TRANSFORMER_DEFAULTS = {
     "qk_norm": "rms_norm", "guidance_embeds": True, "text_embed_dim": 4096, "pooled_projection_dim": 768,
     "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56), "image_condition_type": None,
 }  # fmt: skip
+CONCAT, REPLACE = "latent_concat", "token_replace"  # image_condition_type in diffusers' configs; None: text to video
+# The image_condition_type of weights without a config whose shapes are those of a text-to-video model and of one that
+# replaces the first frame (REPLACE). A job decides: the conditioning of an image-to-video one has a guiding frame.
+OPEN = "open"
+GUIDING_FRAME = "guiding_frame_index"  # of a conditioning: the frame that is known and replaced, always 0
 HEAD_DIM = 128  # of every published HunyuanVideo transformer
-LATENT_CONCAT, TOKEN_REPLACE = "latent_concat", "token_replace"  # the image_condition_type of image-to-video models
-CONDITION_TYPES = (None, TOKEN_REPLACE, LATENT_CONCAT)
+CONDITION_TYPES = (None, REPLACE, CONCAT)
 DOUBLE, SINGLE, REFINER = (
     "transformer_blocks.", "single_transformer_blocks.", "context_embedder.token_refiner.refiner_blocks."
 )  # fmt: skip
@@ -76,7 +80,7 @@ def transformer_config(shapes: Shapes) -> dict:
         "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
         "rope_axes_dim": rope_axes(head_dim),
-        "image_condition_type": LATENT_CONCAT if in_channels == 2 * out_channels + 1 else None,
+        "image_condition_type": CONCAT if in_channels == 2 * out_channels + 1 else OPEN,
     }
 
 
@@ -95,10 +99,10 @@ def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Pat
     if wrong := of_channels(config["in_channels"]):
         raise ValueError(f"{file} cannot be used. {wrong}")
     kind, reads, makes = (config[name] for name in ("image_condition_type", "in_channels", "out_channels"))
-    if kind not in CONDITION_TYPES:
+    if kind not in (*CONDITION_TYPES, OPEN):
         known = ", ".join(map(str, CONDITION_TYPES))
         raise ValueError(f"{file} says image_condition_type {shown(repr(kind))}; it can be one of {known}.")
-    expected = 2 * makes + 1 if kind == LATENT_CONCAT else makes
+    expected = 2 * makes + 1 if kind == CONCAT else makes
     if reads != expected:
         raise ValueError(
             f"{file} reads {reads} channels and makes {makes}; with image_condition_type {kind} it must read "
