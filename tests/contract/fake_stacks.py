@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from ascend_runtime.hardware import devices
 from ascend_runtime.models.hunyuan_video import context as hunyuan_context
-from ascend_runtime.models.hunyuan_video.blocks import Chunk, Vectors
+from ascend_runtime.models.hunyuan_video.blocks import Chunk
 from ascend_runtime.models.hunyuan_video.transformer import HunyuanVideoTransformer
 from ascend_runtime.models.shared.block_stack import EVERYTHING
 from ascend_runtime.models.wan import context as wan_context
@@ -100,7 +100,8 @@ class Kind:
 class Stack:
     """A fake network and inputs for it, inside the current FakeTensorMode.
 
-    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU. tokens: of the video.
+    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU, and gates_around: how often
+    it adds a gated update. tokens: of the video.
     length: of the sequence of the blocks.
     """
 
@@ -112,6 +113,7 @@ class Stack:
     inner: int  # of the feed-forward
     kinds: dict[str, Kind] = field(default_factory=dict)
     around: Counter = field(default_factory=Counter)
+    gates_around: int = 0
 
     @property
     def dim(self):
@@ -211,16 +213,18 @@ class HunyuanStack(Stack):
         stack.chunk, stack.length = Chunk(tokens, tokens // frames if clean else 0), tokens + cls.TEXT
         config, more = network.config, 1 if clean else 0
         heads = {INFER: 1, "npu::npu_rotary_mul": 2}
-        # A clean frame is a span of its own: two more norms and gates in a double block, one in a single one.
+        # A clean frame has norms and gates of its own, which overwrite its few tokens: two more in a double block, one
+        # in a single one.
         stack.kinds = {
             "double block": Kind(config.num_layers, Counter(
                 {**heads, "npu::npu_rms_norm": 4, "npu::npu_gelu": 2, LAYER_NORM: 4 + 2 * more}),
-                gates=4 + 2 * more, copies=5 + 3 * more),
+                gates=4 + 2 * more, copies=5),
             "single block": Kind(config.num_single_layers, Counter(
                 {**heads, "npu::npu_rms_norm": 2, "npu::npu_gelu": 1, LAYER_NORM: 1 + more}),
-                gates=1 + more, copies=2 * more),
+                gates=1 + more),
         }  # fmt: skip
         stack.around = Counter({LAYER_NORM: 1 + 2 * config.num_refiner_layers, INFER: config.num_refiner_layers})
+        stack.gates_around = 2 * config.num_refiner_layers
         return stack
 
     def context(self):
@@ -228,7 +232,7 @@ class HunyuanStack(Stack):
         return hunyuan_context.Context(on_card(1, self.TEXT, 4096), on_card(1, 768), guidance)
 
     def of_block(self):
-        vectors = Vectors(on_card(1, self.dim), on_card(1, self.dim) if self.chunk.clean else None)
+        vectors = on_card(1, 2 if self.chunk.clean else 1, self.dim)
         with unpinned():
             rotary = self.network._rotary_table(self.latent, self.TEXT)
         return self.chunk, vectors, rotary, partial(EVERYTHING.attention, 0)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
@@ -78,15 +77,15 @@ class Modulated:
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates: a linear layer of a vector's SiLU."""
+    """Shifts, scales and gates: a linear layer of a vector's SiLU, which is computed once for all blocks."""
 
     def __init__(self, dim: int, number: int):
         super().__init__()
         self.linear = nn.Linear(dim, number * dim)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """[B, V, number, D] in fp32, of vectors [B, V, D]."""
-        return as_rows(self.linear(F.silu(vectors)), vectors)
+        """[B, V, number, D] in fp32, of the SiLU of vectors [B, V, D]."""
+        return as_rows(self.linear(vectors), vectors)
 
 
 def as_rows(made: Tensor, vectors: Tensor) -> Tensor:
@@ -170,8 +169,8 @@ class DoubleBlock(Operated):
         self_attention: SelfAttention | None = None,
     ) -> Tensor:
         """x [B, S, D] -> as x; without a self_attention: what the video's attention reads [B, chunk.video, D], which is
-        asked for through the block itself, as FSDP gathers its weights for a call of it. vectors [B, 1 or 2, D]: what
-        modulates noisy tokens, and clean ones."""
+        asked for through the block itself, as FSDP gathers its weights for a call of it. vectors [B, 1 or 2, D]: the
+        SiLU of what modulates noisy tokens, and clean ones."""
         if self_attention is None:
             return self._indicator(x[:, : chunk.video], chunk, vectors)
         streams = self._streams(chunk, vectors, x.shape[1])
@@ -181,7 +180,7 @@ class DoubleBlock(Operated):
     def _indicator(self, video: Tensor, chunk: Chunk, vectors: Tensor) -> Tensor:
         if not chunk.video:
             return video
-        (rows,) = self.tp.gathered(F.silu(vectors), self.norm1.linear)
+        (rows,) = self.tp.gathered(vectors, self.norm1.linear)
         return Modulated(self.ops, as_rows(rows, vectors), chunk.clean).normed(video, 0)
 
     def _streams(self, chunk: Chunk, vectors: Tensor, tokens: int) -> list[Stream]:
@@ -192,7 +191,7 @@ class DoubleBlock(Operated):
         if chunk.video < tokens:
             text = slice(chunk.video, tokens)
             streams.append((self.norm1_context, text, 0, attn.text_heads, attn.to_add_out, self.ff_context))
-        made = self.tp.gathered(F.silu(vectors), *(norm.linear for norm, *_ in streams))
+        made = self.tp.gathered(vectors, *(norm.linear for norm, *_ in streams))
         return [
             Stream(place, Modulated(self.ops, as_rows(rows, vectors), clean), heads, out, ff)
             for rows, (_, place, clean, heads, out, ff) in zip(made, streams)
@@ -232,7 +231,7 @@ class SingleBlock(Operated):
         self, x: Tensor, chunk: Chunk, vectors: Tensor, rotary: RotaryTable, self_attention: SelfAttention
     ) -> Tensor:
         """x [B, S, D] -> as x; see DoubleBlock."""
-        (rows,) = self.tp.gathered(F.silu(vectors), self.norm.linear)
+        (rows,) = self.tp.gathered(vectors, self.norm.linear)
         modulated = Modulated(self.ops, as_rows(rows, vectors), chunk.clean)
         normed = modulated.normed(x, 0)
 

@@ -95,7 +95,7 @@ class HunyuanVideoTransformer(nn.Module):
         computed.
         """
         clean = self.config.image_condition_type == TOKEN_REPLACE if context.clean is None else context.clean
-        vectors = self.time_text_embed(timestep, context.pooled, context.guidance, clean)
+        vectors = F.silu(self.time_text_embed(timestep, context.pooled, context.guidance, clean))
         text = self.context_embedder(context.text, timestep)
         patches = self._patches(latent)
         video, behind = patches.shape[1], text.shape[1]
@@ -138,8 +138,8 @@ class HunyuanVideoTransformer(nn.Module):
         return grid.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, T/pt, H/p, W/p, C, pt, p, p] before
 
     def _head(self, tokens: Tensor, vector: Tensor) -> Tensor:
-        """tokens [B, S, D] -> patches [B, S, C_out*pt*ph*pw]."""
-        scale, shift = self.norm_out.linear(F.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        """tokens [B, S, D], the SiLU of a vector [B, D] -> patches [B, S, C_out*pt*ph*pw]."""
+        scale, shift = self.norm_out.linear(vector).float().unsqueeze(1).chunk(2, dim=-1)
         return self.proj_out(self.ops.modulated_layer_norm(tokens, shift, scale, EPS))
 
     def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:
