@@ -151,6 +151,11 @@ def check_request(model: DiffusionModel, request: Request) -> None:
             f"guidance_scale is {spec.guidance_scale}, which needs a negative prompt; "
             "connect one (an empty text will do) or set guidance_scale to 1."
         )
+    if spec.image_start and model.conditioner.first_frame(request.given) is None:
+        raise ValueError(
+            "image_start needs a video that begins with an image, and one of HunyuanVideo's image-to-video models. "
+            "Leave it at False, or give the image."
+        )
 
 
 def warm_up_of(model: DiffusionModel, request: Request) -> Request:

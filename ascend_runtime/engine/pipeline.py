@@ -121,6 +121,7 @@ class RankPipeline:
         _require_agreement(spec, model)
         request = _request(message, spec)
         check_request(model, request)
+        request = dataclasses.replace(request, given=model.conditioner.read(request.given))
         plan = plan if model.guided(spec) else plan.unguided()
         ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._variables)
         with job.together():
@@ -132,7 +133,9 @@ class RankPipeline:
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
         info = plan.info | _settings(spec, model) | recorder.info | generation.acceleration.facts()
-        info |= _communicators(self.device) | _device_memory(self.device) | _warnings(model.warnings)
+        info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
+            [*model.warnings, *model.conditioner.notes(request.given)]
+        )
         return _done(job, tensor=latent if self.rank == 0 else None, info=info)
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
@@ -220,7 +223,8 @@ class RankPipeline:
 def _request(message: Sample, spec: SampleSpec) -> Request:
     """The request of a sampling job. spec: with the model's own values filled in."""
     prompts = {"positive": message.positive, "negative": message.negative}
-    given = Given(message.latent, message.noise_mask, {name: one for name, one in prompts.items() if one is not None})
+    prompts = {name: one for name, one in prompts.items() if one is not None}
+    given = Given(message.latent, message.noise_mask, prompts, spec.embedded_guidance)
     return Request(given, spec, message.acceleration, message.calibration)
 
 
@@ -245,7 +249,8 @@ def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
     """The settings that the job used, both given ones and the model's own."""
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
-    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | shift
+    embedded = {} if spec.embedded_guidance is None else {"embedded guidance": spec.embedded_guidance}
+    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift
 
 
 def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:

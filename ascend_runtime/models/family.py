@@ -17,6 +17,7 @@ from ..specs import Calibration, VaeForm
 from ..specs.presets import FamilyPresets
 from .cost import PassSize, Work
 from .defaults import Defaults
+from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
 
@@ -186,6 +187,11 @@ class Family(ABC):
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
         """Whether a model can generate from text only."""
         return True
+
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        """The ways in which images condition models whose VAE has this form, by their names in workflows; the first is
+        the default."""
+        return {"": ImageForm()}
 
     def known_in_latent(self, form: VaeForm) -> bool:
         """Whether models whose VAE has this form take known frames in the latent itself; else they take them as extra

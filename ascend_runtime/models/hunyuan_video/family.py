@@ -10,10 +10,12 @@ from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, Part
 from ..hubs import HUBS
+from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
-from .defaults import defaults_of
+from .defaults import defaults_of, sigmas
 from .files import configs, names
+from .files.configs import GUIDING_FRAME
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 
 TEXT_ENCODER_2 = "text_encoder_2"
@@ -62,6 +64,13 @@ PARTS = {
     ),
 }
 
+# As core ComfyUI's HunyuanImageToVideo names and makes them.
+IMAGE_MODELS = "HunyuanVideo's image-to-video models"
+IMAGE_FORMS = {
+    "v1 (concat)": ImageForm(whole=False, models=IMAGE_MODELS),
+    "v2 (replace)": ImageForm(in_latent=True, numbers={GUIDING_FRAME: 0}, models=IMAGE_MODELS),
+}
+
 
 class HunyuanVideo(Family):
     name = "hunyuan_video"
@@ -92,7 +101,10 @@ class HunyuanVideo(Family):
         return "the HunyuanVideo VAE" if channels == CHANNELS else ""
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
-        return configs.filled(config)["image_condition_type"] is None
+        return configs.filled(config)["image_condition_type"] in (None, configs.OPEN)
+
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        return IMAGE_FORMS
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels)
@@ -123,6 +135,9 @@ class HunyuanVideo(Family):
         return cost.taken_by(config, size, itemsize)
 
     # Networks and what they need
+
+    def sigmas(self, steps: int, shift: float, solver: str) -> tuple[float, ...]:
+        return sigmas(steps, shift)
 
     def network(self, part, config, tp=None):
         from . import networks

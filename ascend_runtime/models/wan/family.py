@@ -12,6 +12,7 @@ from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline, Family, Part
 from ..hubs import HUBS
+from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import defaults_of
@@ -107,6 +108,12 @@ class Wan(Family):
 
     def known_in_latent(self, form: VaeForm) -> bool:
         return form.channels == CHANNELS_22
+
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        if form.channels == CHANNELS_22:
+            return {"": ImageForm(in_latent=True, models="Models with this VAE, such as Wan2.2-TI2V-5B,")}
+        extra = ImageForm(mask_channels=configs.MASK_CHANNELS, takes_end=True, takes_clip_vision=True)
+        return {"": extra}
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels, expert)

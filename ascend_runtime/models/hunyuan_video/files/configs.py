@@ -14,6 +14,11 @@ TRANSFORMER_DEFAULTS = {
     "qk_norm": "rms_norm", "guidance_embeds": True, "text_embed_dim": 4096, "pooled_projection_dim": 768,
     "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56), "image_condition_type": None,
 }  # fmt: skip
+CONCAT, REPLACE = "latent_concat", "token_replace"  # image_condition_type in diffusers' configs; None: text to video
+# The image_condition_type of weights without a config whose shapes are those of a text-to-video model and of one that
+# replaces the first frame (REPLACE). A job decides: the conditioning of an image-to-video one has a guiding frame.
+OPEN = "open"
+GUIDING_FRAME = "guiding_frame_index"  # of a conditioning: the frame that is known and replaced, always 0
 HEAD_DIM = 128  # of every published HunyuanVideo transformer
 DOUBLE, SINGLE = "transformer_blocks.", "single_transformer_blocks."
 TRANSFORMER_SIGNATURE = {
@@ -54,7 +59,7 @@ def transformer_config(shapes: Shapes) -> dict:
         "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
         "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
-        "image_condition_type": "latent_concat" if in_channels == 2 * out_channels + 1 else None,
+        "image_condition_type": CONCAT if in_channels == 2 * out_channels + 1 else OPEN,
     }
 
 
