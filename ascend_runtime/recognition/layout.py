@@ -12,11 +12,13 @@ from ..checkpoints.faults import shown
 from ..checkpoints.msmodelslim import WEIGHTS_PATTERN, description_in, read_description
 from ..checkpoints.paths import DEFAULTS, existing, file_of
 from ..checkpoints.states import states
+from ..checkpoints.tokenizers.bpe import VOCABULARY
+from ..checkpoints.tokenizers.steps import JSON
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
 from .component import Component
-from .folders import TRANSFORMER_FOLDERS, is_original, listed_names, loose_shards, shards_of
+from .folders import TRANSFORMER_FOLDERS, folder_of, is_original, listed_names, loose_shards, originals_in, shards_of
 from .kinds import Kind, is_part, kinds, own_name, part_of, recognise, renumbered
 from .mindspeed import latest_shards
 
@@ -34,13 +36,6 @@ def find_transformer(path: str, name: str = TRANSFORMER) -> Component:
     places = [file_of(path, DEFAULTS), *([found.root / DEFAULTS] if found.root else [])]
     own = next((file for file in places if file.exists()), None)
     return found if own is None else replace(found, defaults=own, decides=(*found.decides, own))
-
-
-def find_text_encoders(path: str) -> list[Component]:
-    """A model's text encoders and their tokenizers, the main encoder first: a file, or those in a folder of diffusers
-    or of the model's authors."""
-    first = find_part(path, TEXT_ENCODER)
-    return [first, *(find_part(path, part) for part in first.family.text_parts[1:])]
 
 
 def find_vae(path: str) -> Component:
@@ -67,7 +62,7 @@ def find_component(path: str, name: str) -> Component:
     Raises ValueError, which says what is missing and what was expected.
     """
     root = existing(path)
-    folder = root / name if (root / name).is_dir() else root
+    folder = folder_of(root, name) or root
     if not (folder / "config.json").is_file():
         if loose := sorted(root.glob("*.safetensors")):
             which = f"its file {loose[0].name}" if len(loose) == 1 else f"one of its files, such as {loose[0].name}"
@@ -89,8 +84,19 @@ def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = Non
     pipeline = folder.parent
     decides = (folder / "config.json", *(pipeline / deciding for deciding in DECIDING))
     is_text = name.startswith(TEXT_ENCODER)
-    tokenizer = pipeline / name.replace(TEXT_ENCODER, "tokenizer") if is_text else None
-    return Component(kind, config, shards or shards_of(folder), folder, tokenizer=tokenizer, decides=decides)
+    tokenizer = _tokenizer_of(folder, name) if is_text else None
+    own = Component(kind, kind.part.config_in(config) or config, shards or shards_of(folder), folder,
+                    tokenizer=tokenizer, decides=decides)  # fmt: skip
+    if kind.part.inner_config is None:
+        return own
+    return replace(own, rename=_found(kind.name, own.shards).rename)
+
+
+def _tokenizer_of(folder: Path, name: str) -> Path:
+    """The tokenizer's folder next to a text encoder's, as diffusers writes it, or that folder itself, as the original
+    has it."""
+    neighbour = folder.parent / name.replace(TEXT_ENCODER, "tokenizer")
+    return folder if not neighbour.is_dir() and any((folder / one).is_file() for one in (JSON, VOCABULARY)) else neighbour
 
 
 def _kind_in(config: dict, name: str, folder: Path) -> Kind:
@@ -100,8 +106,7 @@ def _kind_in(config: dict, name: str, folder: Path) -> Kind:
     if not candidates:
         raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
-        key, wanted = kind.part.class_name
-        if config.get(key) == wanted:
+        if kind.part.config_in(config) is not None:
             return kind
     key, _ = candidates[0].part.class_name
     if key not in config:
@@ -176,12 +181,13 @@ def _find_file(path: str, part: str) -> Component | None:
     root = existing(path)
     if root.is_file():
         return _found(part, (root,))
-    if (root / part).is_dir():
+    if folder_of(root, part) is not None:
         return None
     if shards := loose_shards(root):
         return _found(part, shards)
     files = sorted(root.glob("*.pth"))
-    what = " or ".join(kind.what for kind in kinds(part))
+    wanted = [kind for kind in kinds(part) if kind.family in (originals_in(root) or families())]
+    what = " or ".join(kind.what for kind in wanted)
     if len(files) > MAX_TORCH_FILES:
         raise ValueError(f"{root} holds {len(files)} torch.save files. Give the file of the {what}.")
     unreadable = []
@@ -191,9 +197,9 @@ def _find_file(path: str, part: str) -> Component | None:
                 return _found(part, (file,))
         except ValueError as error:  # the file may be the wanted one, or an unrelated one
             unreadable.append(str(error))
-    if unreadable or is_original(root):
+    if unreadable or originals_in(root):
         more = f"{len(unreadable) - MAX_FAULTS} more files are unreadable." if len(unreadable) > MAX_FAULTS else ""
-        published = " or ".join(kind.part.published for kind in kinds(part))
+        published = " or ".join(kind.part.published for kind in wanted)
         raise ValueError(
             f"{root} holds no {what}. Download {published} into it. "
             + " ".join((*unreadable[:MAX_FAULTS], more)).strip()

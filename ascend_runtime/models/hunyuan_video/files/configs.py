@@ -63,23 +63,6 @@ def transformer_config(shapes: Shapes) -> dict:
     }
 
 
-TEXT_ENCODER_SIGNATURE = {"embed_tokens.weight": 2, "layers.0.self_attn.q_proj.weight": 2}
-
-
-def text_encoder_config(shapes: Shapes) -> dict:
-    raise NotImplementedError
-
-
-TEXT_ENCODER_2_SIGNATURE = {
-    "text_model.embeddings.token_embedding.weight": 2,
-    "text_model.encoder.layers.0.self_attn.q_proj.weight": 2,
-}
-
-
-def text_encoder_2_config(shapes: Shapes) -> dict:
-    raise NotImplementedError
-
-
 VAE_SIGNATURE = {"decoder.conv_in.conv.weight": 5, "encoder.conv_in.conv.weight": 5}
 
 
