@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Calibration, VaeForm
+from ..specs.presets import FamilyPresets
 from .cost import PassSize, Work
 from .defaults import Defaults
 from .image_forms import ImageForm
@@ -149,6 +150,7 @@ class Family(ABC):
     original_class: the "_class_name" in the config.json of its authors' transformer; None: there is none.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
+    presets: its own values of step caches' presets.
     weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
     None: MindSpeed-MM does not support the family.
 
@@ -161,6 +163,7 @@ class Family(ABC):
     repository: str
     schedule: str
     original_class: str | None = None
+    presets: FamilyPresets = {}
     weights: WeightRules = WeightRules()
     loras: LoraNames
     to_mindspeed: Callable[[str], str] | None = None

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...specs import VaeForm
+from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, LoraNames, Part
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
-from . import cost, weights
+from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
 from .files import configs, names
 from .files.configs import GUIDING_FRAME
@@ -111,6 +111,7 @@ class HunyuanVideo(Family):
     parts = PARTS
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
+    presets = calibrations.STEP_CACHE_PRESETS
     weights = weights.RULES
     loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
 
@@ -140,6 +141,9 @@ class HunyuanVideo(Family):
 
     def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
         return IMAGE_FORMS
+
+    def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
+        return calibrations.published(own, self.width(config), pixels)
 
     # Cost of a pass
 
