@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Calibration, VaeForm
+from ..specs.presets import FamilyPresets
 from .cost import PassSize, Work
 from .defaults import Defaults
 from .image_forms import ImageForm
@@ -45,6 +46,8 @@ class Part:
     rename: maps a tensor's name in any system to the parameter's name; None: the tensor is not a parameter.
     config: builds the config from the shapes of the tensors. Raises ValueError if they do not fit.
     other: a sentence about tensors of these shapes if they belong to a similar, unsupported network; else empty.
+    other_classes: the classes in configs of similar, unsupported networks, and what these are.
+    incomplete: a sentence about tensors of these shapes, some of which are missing; empty if nothing is known.
     blocks: the prefixes of its numbered blocks, one for each kind of blocks with a numbering of its own.
     check: raises ValueError, which names the file, for an unsupported config.
     hidden: config fields that the shapes do not show, with the values that are used without a config.
@@ -66,6 +69,8 @@ class Part:
     rename: Callable[[str], str | None]
     config: Callable[[Shapes], dict]
     other: Callable[[Shapes], str] = lambda shapes: ""
+    other_classes: Mapping[str, str] = field(default_factory=dict)
+    incomplete: Callable[[Shapes], str] = lambda shapes: ""
     blocks: tuple[str, ...] = ("blocks.",)
     check: Callable[[dict, Path], None] = lambda config, file: None
     hidden: Mapping[str, Any] = field(default_factory=dict)
@@ -145,6 +150,7 @@ class Family(ABC):
     original_class: the "_class_name" in the config.json of its authors' transformer; None: there is none.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
+    presets: its own values of step caches' presets.
     weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
     None: MindSpeed-MM does not support the family.
 
@@ -157,6 +163,7 @@ class Family(ABC):
     repository: str
     schedule: str
     original_class: str | None = None
+    presets: FamilyPresets = {}
     weights: WeightRules = WeightRules()
     loras: LoraNames
     to_mindspeed: Callable[[str], str] | None = None
