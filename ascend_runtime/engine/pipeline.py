@@ -15,20 +15,22 @@ from msgspec.structs import asdict, replace
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
 from ..hardware import devices
 from ..hardware.environment import original, placed
+from ..models.family import Family
 from ..models.shared.conditioning import Given
-from ..models.shared.text import TEXT
+from ..models.shared.text import TEXT, Picture
 from ..ops.precision import check_finite, strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_reduce_max, all_reduce_sum, communicators
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
-from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec
+from ..recognition.text_encoders import require_vision
+from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from ..wire.messages import Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .profiling import Recorder
-from .prompts import Encoded, KnownPrompts
+from .prompts import Encoded, KnownPrompts, image_key
 from .video import decode_video, encode_video
 
 
@@ -76,8 +78,9 @@ class RankPipeline:
         key = None
         with job.together():
             if self.rank == 0:
-                encoding = self.components.found(spec)[0].family.text()
-                key = spec, self.components.state(spec), encoding.clean(job.message.text)
+                family = self.components.found(spec)[0].family
+                encoding = family.text()
+                key = spec, self.components.state(spec), encoding.clean(job.message.text), self._seen(job, spec, family)
         encoded = self.prompts.get(key)
         known = not all_reduce_max(self.rank == 0 and encoded is None)
         if not known:
@@ -89,14 +92,26 @@ class RankPipeline:
         results = encoding.embeddings(encoded.results)
         return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
 
+    def _seen(self, job, spec: TextEncoderSpec, family: Family) -> Hashable:
+        """What determines the image tokens of a prompt; None without an image. Raises ValueError for an image that
+        cannot be read."""
+        image = job.message.image
+        if image is None:
+            return None
+        require_vision(family)
+        check_finite(image, "The image")
+        return self.components.state(spec.vision), image_key(image), job.message.image_interleave
+
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
         """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
         on_ranks = spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
             loaded = self._text_encoders(spec, job, sharding)
+            picture = None if loaded is None else self._picture(spec, job, sharding)
         if loaded is None:
             return None
-        text = loaded.encoding.clean(job.message.text)
+        encoding = loaded.encoding if picture is None else loaded.encoding.about(picture)
+        text = encoding.clean(job.message.text)
 
         def on_block(index: int, total: int) -> None:
             if on_ranks:
@@ -106,8 +121,15 @@ class RankPipeline:
             job.progress("encode", index + 1, total)
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
-            results = loaded.encoding.encode(loaded.encoders, text, on_block)
-        return Encoded(results, [*loaded.warnings, *loaded.encoding.cut(loaded.encoders, text)])
+            results = encoding.encode(loaded.encoders, text, on_block)
+        return Encoded(results, [*loaded.warnings, *encoding.cut(loaded.encoders, text)])
+
+    def _picture(self, spec: TextEncoderSpec, job, sharding: Sharding) -> Picture | None:
+        """The image that the job's prompt is about, with the vision tower that reads it; None without an image."""
+        message = job.message
+        if message.image is None:
+            return None
+        return Picture(self._component(spec.vision, job, sharding).model, message.image, message.image_interleave)
 
     def sample(self, job) -> Done:
         message = job.message
@@ -202,6 +224,7 @@ class RankPipeline:
         if spec.placement == "ranks" or self.rank == 0:
             return self._component(spec, job, sharding)
         self.components.drop(TextEncoderSpec)
+        self.components.drop(VisionSpec)
         return None
 
     def _vae(self, job):

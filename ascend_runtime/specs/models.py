@@ -95,8 +95,8 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
 
     path: a folder or a file; its format is detected: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
         next to `google/umt5-xxl/`), or one file that contains its tokenizer, as ComfyUI's do, also in 8 bits.
-    path_2: the second encoder's folder or file, for a model with two that are not both in `path`. The two are told apart
-        by their content, so their order does not matter.
+    path_2: the second encoder's folder or file, for a model with two that are not both in `path`. Their content shows
+        which is which, so their order does not matter.
     vision_path: the folder or file of the vision tower, for prompts with an image (None: it is in `path`).
     tokenizer_path, tokenizer_path_2: folders with the tokenizers of the main encoder and of the second one. They are
         used if there is no tokenizer in the encoder's files or next to them.
