@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..wire.messages import MAX_ENTRIES, MAX_ENTRY_NAME, Conditioning
 
-LATENT_AXES, FRAMES_AXES = "[B,C,T,H,W]", "[T,H,W,3]"  # ranks check what depends on the model
+LATENT_AXES, FRAMES_AXES, IMAGE_AXES = "[B,C,T,H,W]", "[T,H,W,3]", "[H,W,3]"  # ranks check what depends on the model
 MAX_PROMPT_CHARACTERS = 50_000  # far more than the 512 tokens that are used; tokenizing them takes a second
+MAX_INTERLEAVE = 512  # core ComfyUI's limit
 
 
 def check_kind(name: str, value: Any, *kinds: type, optional: bool = False) -> None:
@@ -70,6 +71,22 @@ def check_frames(frames: Any) -> None:
     check_tensor("video", frames, FRAMES_AXES)
     if frames.shape[-1] < 3:
         raise ValueError(f"The video has the shape {list(frames.shape)}; it must be {FRAMES_AXES}, channels last.")
+
+
+def check_image(image: Any, interleave: Any) -> Tensor | None:
+    """The one image [H,W,3] of a prompt, of floats in 0..1, if there is one."""
+    if type(interleave) is not int or not 1 <= interleave <= MAX_INTERLEAVE:
+        raise ValueError(f"image_interleave is {_shown(interleave)}; it must be an int from 1 to {MAX_INTERLEAVE}.")
+    if image is None:
+        return None
+    if isinstance(image, Tensor) and image.dtype == torch.uint8:
+        raise ValueError("image is torch.uint8; it must be of floats in 0..1. Give image.float() / 255.")
+    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    check_tensor("image", image, IMAGE_AXES)
+    if image.shape[-1] < 3:
+        raise ValueError(f"The image has the shape {list(image.shape)}; it must be {IMAGE_AXES}, channels last.")
+    return image[..., :3]
 
 
 def check_conditioning(name: str, given: Any, optional: bool = False) -> None:

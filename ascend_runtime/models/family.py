@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Calibration, VaeForm
+from ..specs.presets import FamilyPresets
 from .cost import PassSize, Work
 from .defaults import Defaults
+from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .shared.vae import VideoVae
 
 TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # the parts of every family
+TEXT_ENCODER_2 = "text_encoder_2"  # of a family with two
+VISION = "vision_tower"  # of a family whose text encoder reads images too
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,16 @@ class Part:
     rename: maps a tensor's name in any system to the parameter's name; None: the tensor is not a parameter.
     config: builds the config from the shapes of the tensors. Raises ValueError if they do not fit.
     other: a sentence about tensors of these shapes if they belong to a similar, unsupported network; else empty.
+    other_classes: the classes in configs of similar, unsupported networks, and what these are.
+    incomplete: a sentence about tensors of these shapes, some of which are missing; empty if nothing is known.
     blocks: the prefixes of its numbered blocks, one for each kind of blocks with a numbering of its own.
     check: raises ValueError, which names the file, for an unsupported config.
     hidden: config fields that the shapes do not show, with the values that are used without a config.
     tokenizer_folder: the folder of a text encoder's tokenizer, relative to the published file's.
+    folders: further names of its folder in a model's folder.
+    inner_config: maps the config.json of a folder to this network's config, for networks that are published as parts
+        of larger ones, with longer names of tensors. None: a folder holds this network only.
+    left_out: whether a tensor of this name is not read, with a network of this config: files have more than is used.
     split: the parameters in a tensor on disk that holds several (see checkpoints.fused); None: each tensor is one.
     published_name: the name, as diffusers or transformers write it, of the tensor that holds a parameter. Several with
     one name are its columns, in the network's order.
@@ -59,12 +69,23 @@ class Part:
     rename: Callable[[str], str | None]
     config: Callable[[Shapes], dict]
     other: Callable[[Shapes], str] = lambda shapes: ""
+    other_classes: Mapping[str, str] = field(default_factory=dict)
+    incomplete: Callable[[Shapes], str] = lambda shapes: ""
     blocks: tuple[str, ...] = ("blocks.",)
     check: Callable[[dict, Path], None] = lambda config, file: None
     hidden: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: str | None = None
+    folders: tuple[str, ...] = ()
+    inner_config: Callable[[Mapping[str, Any]], dict] | None = None
+    left_out: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
     split: Split | None = None
     published_name: Callable[[str], str] = lambda name: name
+
+    def config_in(self, config: Mapping[str, Any]) -> dict | None:
+        """This network's config in the content of a config.json; None if that describes another network."""
+        own = dict(config) if self.inner_config is None else self.inner_config(config)
+        key, wanted = self.class_name
+        return own if own.get(key) == wanted else None
 
 
 @dataclass(frozen=True)
@@ -125,10 +146,11 @@ class Family(ABC):
     """A family of video models.
 
     name: of its folder. title: its name in sentences.
-    parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, and further text encoders ("text_encoder_2").
+    parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, further text encoders ("text_encoder_2"), and VISION.
     original_class: the "_class_name" in the config.json of its authors' transformer; None: there is none.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
+    presets: its own values of step caches' presets.
     weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
     None: MindSpeed-MM does not support the family.
 
@@ -141,6 +163,7 @@ class Family(ABC):
     repository: str
     schedule: str
     original_class: str | None = None
+    presets: FamilyPresets = {}
     weights: WeightRules = WeightRules()
     loras: LoraNames
     to_mindspeed: Callable[[str], str] | None = None
@@ -183,6 +206,11 @@ class Family(ABC):
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
         """Whether a model can generate from text only."""
         return True
+
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        """The ways in which images condition models whose VAE has this form, by their names in workflows; the first is
+        the default."""
+        return {"": ImageForm()}
 
     def known_in_latent(self, form: VaeForm) -> bool:
         """Whether models whose VAE has this form take known frames in the latent itself; else they take them as extra

@@ -9,6 +9,7 @@ from ..checkpoints.bounded import plain_file_name, read_json
 from ..checkpoints.faults import MAX_NAMES, as_value_error, shown
 from ..checkpoints.shards import all_shards
 from ..models.registry import families
+from .kinds import kinds
 
 TRANSFORMER_FOLDERS = {  # a transformer's folder in a model's folder: diffusers', the original's
     "transformer": ("transformer", "high_noise_model"),
@@ -19,7 +20,14 @@ STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  #
 
 def has_folder(root: Path, part: str) -> bool:
     """Whether a model's folder contains a folder for this part, whichever system wrote it."""
-    return any((root / name).is_dir() for name in TRANSFORMER_FOLDERS.get(part, (part,)))
+    return folder_of(root, part) is not None
+
+
+def folder_of(root: Path, part: str) -> Path | None:
+    """The folder of a part in a model's folder, whichever system wrote it."""
+    further = [name for kind in kinds(part) for name in kind.part.folders]
+    names = TRANSFORMER_FOLDERS.get(part, (part, *further))
+    return next((root / name for name in names if (root / name).is_dir()), None)
 
 
 def is_in_index(root: Path, part: str) -> bool:
@@ -42,9 +50,14 @@ def has_low_noise(path: str) -> bool:
 
 def is_original(folder: Path) -> bool:
     """Whether this folder holds a transformer in its authors' own layout, or its subfolders hold two of them."""
+    return bool(originals_in(folder))
+
+
+def originals_in(folder: Path) -> list[str]:
+    """The names of the families whose transformers this folder, or its subfolders, hold in their authors' layout."""
     files = [folder / "config.json", folder / TRANSFORMER_FOLDERS["transformer"][1] / "config.json"]
-    classes = [one.original_class for one in families().values() if one.original_class]
-    return any(file.is_file() and read_json(file).get("_class_name") in classes for file in files)
+    classes = [read_json(file).get("_class_name") for file in files if file.is_file()]
+    return [one.name for one in families().values() if one.original_class and one.original_class in classes]
 
 
 def shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:

@@ -116,11 +116,14 @@ class Load(Message):
 
 
 class Encode(Message):
-    """Encodes a prompt."""
+    """Encodes a prompt. image [H,W,3]: in 0..1, which the prompt is about. image_interleave: of its tokens, one in so
+    many is part of the result."""
 
     job: int
     encoder: TextEncoderSpec
     text: str
+    image: Tensor | None = None
+    image_interleave: int = 2
 
 
 class Sample(Message):

@@ -3,10 +3,12 @@
 import json
 import random
 import shutil
+from dataclasses import dataclass
 
 import accelerated_rank
 import gloo_ranks
 import pytest
+import random_hunyuan
 import torch
 from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, Calibration, StepCacheSpec
@@ -33,62 +35,95 @@ PLANS = {
     4: [{"cfg_degree": 2, "ulysses_degree": 2}, {"ring_degree": 2, "ulysses_degree": 2},
         {"cfg_degree": 2, "tp_degree": 2}, {"cfg_degree": 2, "ulysses_degree": 2, "fsdp": True}],
 }  # fmt: skip
-MODELS = {"one expert": {}, "two experts": {"guidance_scale_low_noise": 1.0}, "taking turns": {}}
+HUNYUAN = {"guidance_scale": 1.0, "shift": 7.0}  # its guidance is embedded; with a scale above 1, there are two passes
+WAN, KINDS = ("one expert", "two experts", "taking turns"), ("t2v", "t2v, guided", "t2v, little")
+
+
+@dataclass(frozen=True)
+class Model:
+    """settings: of SampleSpec. shape: of the latent."""
+
+    spec: DiffusionModelSpec
+    prompts: tuple[Conditioning, Conditioning]
+    settings: dict[str, float]
+    shape: tuple[int, ...] = SHAPE
+
+    @property
+    def sample(self) -> SampleSpec:
+        return SampleSpec(**{"seed": 3, "steps": STEPS, "shift": 5.0, "solver": "euler"} | self.settings)
+
+
+def wan_model(name, checkpoints, specs, folder):
+    """guidance_scale of one model's second expert is 1, so that its ranks all compute cond."""
+    folder = shutil.copytree(checkpoints(layers=3, experts=1 if name == "one expert" else 2), folder)
+    spec = DiffusionModelSpec(path=str(folder), experts="swap" if name == "taking turns" else "resident")
+    own = {"guidance_scale_low_noise": 1.0} if name == "two experts" else {}
+    prompts = tuple(Conditioning(text=specs.text(seed)) for seed in (1, 2))
+    return Model(spec, prompts, {"guidance_scale": 3.0, **own})
+
+
+def hunyuan_model(name, folder):
+    """Of "little", which has two tokens of video, most ranks have only text."""
+    kind, _, form = name.partition(", ")
+    random_hunyuan.folder(folder, kind)
+    draw = torch.Generator().manual_seed(7)
+    sizes = (random_hunyuan.TEXT_DIM, random_hunyuan.POOLED_DIM)
+    prompts = tuple(Conditioning(text=torch.randn(1, tokens, sizes[0], generator=draw),
+                                 pooled=torch.randn(1, sizes[1], generator=draw)) for tokens in (7, 4))  # fmt: skip
+    settings = HUNYUAN | ({"guidance_scale": 3.0} if form == "guided" else {})
+    shape = (1, 16, 1, 2, 4) if form == "little" else SHAPE
+    return Model(DiffusionModelSpec(path=str(folder)), prompts, settings, shape)
 
 
 @pytest.fixture(scope="module")
-def models(checkpoints, tmp_path_factory):
-    """By name: a model with a calibration beside it."""
+def models(checkpoints, specs, tmp_path_factory):
+    """By name: a model with a calibration next to it."""
     made = {}
-    for name in MODELS:
-        experts = 1 if name == "one expert" else 2
-        folder = shutil.copytree(checkpoints(layers=3, experts=experts), tmp_path_factory.mktemp("models") / "model")
-        ratios = (1.0, 0.98, 0.99, 0.97, 0.98)
-        known = Calibration(coefficients=(0.1, 0.0), ratios=ratios)
-        write_calibration(calibration_file(str(folder)), dict.fromkeys(["high_noise", "low_noise"][:experts], known))
-        made[name] = DiffusionModelSpec(path=str(folder), experts="swap" if name == "taking turns" else "resident")
+    for name in (*WAN, *KINDS):
+        folder = tmp_path_factory.mktemp("models") / "model"
+        made[name] = wan_model(name, checkpoints, specs, folder) if name in WAN else hunyuan_model(name, folder)
+        known = Calibration(coefficients=(0.1, 0.0), ratios=(1.0, 0.98, 0.99, 0.97, 0.98))
+        experts = ["high_noise"] if name in ("one expert", *KINDS) else ["high_noise", "low_noise"]
+        write_calibration(calibration_file(str(folder)), dict.fromkeys(experts, known))
     return made
 
 
-def settings(name):
-    """guidance_scale of one model's second expert is 1, so that its ranks all compute cond."""
-    return SampleSpec(seed=3, steps=STEPS, shift=5.0, solver="euler", guidance_scale=3.0, **MODELS[name])
-
-
 def cases(ranks, every):
-    """(plan, cache, model): each plan with all caches where that is asked for, else with one or two."""
-    names = list(MODELS)
+    """(plan, cache, model): each plan with all caches where that is asked for, else with one or two of each family."""
     for number, plan in enumerate(PLANS[ranks]):
         for place, cache in enumerate(CACHES):
-            if every or (place + number) % (3 if plan.get("fsdp") else 6) == 0:
-                model = names[(number + place // 3) % (2 if plan.get("fsdp") else 3)]
-                yield ParallelSpec(ranks=ranks, **plan), cache, model
+            for models in (WAN, KINDS):
+                plain = [name for name in models if name not in ("taking turns", "t2v")] if plan.get("fsdp") else models
+                if plan.get("cfg_degree") == 2:
+                    plain = [name for name in plain if models is WAN or "guided" in name]
+                if every or (place + number) % (3 if plan.get("fsdp") else 6) == 0:
+                    yield ParallelSpec(ranks=ranks, **plan), cache, plain[(number + place // 3) % len(plain)]
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(one_rank, specs, models):
+def on_one_rank(one_rank, models):
     """`on_one_rank(cache, model)`: the latent, and what was left out."""
     done = {}
 
-    def sample(cache, model):
-        if (cache, model) not in done:
-            result = one_rank.sample(models[model], settings(model), torch.zeros(SHAPE), specs.text(1), specs.text(2),
+    def sample(cache, name):
+        if (cache, name) not in done:
+            model = models[name]
+            result = one_rank.sample(model.spec, model.sample, torch.zeros(model.shape), *model.prompts,
                                      acceleration=AccelerationSpec(**CACHES[cache]))  # fmt: skip
-            done[cache, model] = result.tensor, result.info["acceleration"]
-        return done[cache, model]
+            done[cache, name] = result.tensor, result.info["acceleration"]
+        return done[cache, name]
 
     return sample
 
 
 @pytest.mark.parametrize("ranks", PLANS)
-def test_all_ranks_decide_alike_and_make_one_video(ranks, pytestconfig, specs, models, on_one_rank, tmp_path):
+def test_all_ranks_decide_alike_and_make_one_video(ranks, pytestconfig, models, on_one_rank, tmp_path):
     asked = list(cases(ranks, pytestconfig.getoption("--all-accelerators")))
-    texts = [Conditioning(text=specs.text(seed)) for seed in (1, 2)]
     accelerated_rank.save_jobs(tmp_path, [
-        Sample(job=number, model=models[model], parallel=plan, spec=settings(model), latent=torch.zeros(SHAPE),
-               positive=texts[0], negative=texts[1], acceleration=AccelerationSpec(**CACHES[cache]),
-               calibration=read_calibration(models[model].path))
-        for number, (plan, cache, model) in enumerate(asked)
+        Sample(job=number, model=model.spec, parallel=plan, spec=model.sample, latent=torch.zeros(model.shape),
+               positive=model.prompts[0], negative=model.prompts[1], acceleration=AccelerationSpec(**CACHES[cache]),
+               calibration=read_calibration(model.spec.path))
+        for number, (plan, cache, model) in enumerate((plan, cache, models[name]) for plan, cache, name in asked)
     ])  # fmt: skip
     seed = random.randrange(10**6)
     print(f"seed {seed}")

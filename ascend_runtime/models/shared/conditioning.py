@@ -38,11 +38,13 @@ class Given:
     and is kept; None: nothing is known.
 
     prompts: of the guidance branches, by name: "positive" and, if there is one, "negative".
+    embedded_guidance: the scale for prompts without one of their own; None for a model that reads none.
     """
 
     latent: Tensor
     noise_mask: Tensor | None
     prompts: Mapping[str, Prompt]
+    embedded_guidance: float | None = None
 
     @property
     def batch(self) -> int:
@@ -78,13 +80,16 @@ class Conditioner(ABC):
     """A family's rules: which conditioning a transformer of this config takes, and how.
 
     empty_latent: a sentence that says which node makes an empty latent for it.
-    reads: the further entries of a conditioning (`Prompt.tensors` and `numbers`) that it reads.
+    tensors_read, numbers_read: which further entries of a conditioning it reads (`Prompt.tensors`, `Prompt.numbers`).
     cures: for further entries that it refuses: a sentence about what to do.
+    embeds_guidance: whether the network reads a guidance scale as an input.
     """
 
     empty_latent: str
-    reads: frozenset[str] = frozenset()
+    tensors_read: frozenset[str] = frozenset()
+    numbers_read: frozenset[str] = frozenset()
     cures: Mapping[str, str] = {}
+    embeds_guidance: bool = False
 
     def __init__(self, config: Mapping[str, Any], latents: Latents, reads: Reads):
         self.config, self.latents = config, latents
@@ -93,6 +98,11 @@ class Conditioner(ABC):
     def check(self, given: Given) -> None:
         """Raises ValueError, before any communication, for inputs that the network does not support."""
         self._check_latent(given.latent)
+        if given.embedded_guidance is not None and not self.embeds_guidance:
+            raise ValueError(
+                f"embedded_guidance is {given.embedded_guidance:g}, but this model reads no guidance scale. Leave it "
+                "at its default; guidance_scale (cfg) is that of two prompts."
+            )
         if given.noise_mask is not None:
             check_shape("noise_mask", given.noise_mask, given.latent, channels=(1,))
         for name, prompt in given.prompts.items():
@@ -105,6 +115,19 @@ class Conditioner(ABC):
     def check_prompt(self, name: str, prompt: Prompt, given: Given) -> None:
         """Raises ValueError for a branch's inputs, other than its text and pooled vector, that the network does not
         support."""
+
+    def read(self, given: Given) -> Given:
+        """`given`, after `check`, with what the network reads of it."""
+        return given
+
+    def notes(self, given: Given) -> list[str]:
+        """Warnings to the user about inputs that have no effect, each a sentence."""
+        return []
+
+    def first_frame(self, given: Given) -> Tensor | None:
+        """The normalised latent [B or 1,C,1,H,W] of the image that the videos begin with, for
+        `SampleSpec.image_start`; None: there is none, or the model has no such start."""
+        return None
 
     @abstractmethod
     def branch(self, prompt: Prompt, given: Given, device: torch.device, dtype: torch.dtype) -> Branch:
@@ -147,7 +170,7 @@ class Conditioner(ABC):
     def _check_further(self, name: str, prompt: Prompt) -> None:
         """A number that is None asks for nothing, so only a model that reads it needs to know it."""
         numbers = {entry for entry, number in prompt.numbers.items() if number is not None}
-        unknown = sorted((prompt.tensors.keys() | numbers) - self.reads)
+        unknown = sorted((prompt.tensors.keys() - self.tensors_read) | (numbers - self.numbers_read))
         if unknown:
             carried, cures = ", ".join(unknown), [self.cures[entry] for entry in unknown if entry in self.cures]
             raise ValueError(

@@ -12,12 +12,13 @@ from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline, Family, Part
 from ..hubs import HUBS
+from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import defaults_of
 from .files import configs, lora_names, names
 from .files.pipeline import pipeline_of
-from .files.variants import variant
+from .files.variants import only_blocks, variant
 from .latents import CHANNELS, CHANNELS_22, latent_format
 
 VAES = {CHANNELS: "the Wan 2.1 VAE, which Wan2.2-A14B uses too", CHANNELS_22: "the Wan 2.2 VAE of TI2V-5B"}
@@ -31,6 +32,7 @@ PARTS = {
         rename=names.to_diffusers_name,
         config=configs.transformer_config,
         other=variant,
+        incomplete=only_blocks,
         hidden={"attention_head_dim": configs.HEAD_DIM},
     ),
     TEXT_ENCODER: Part(
@@ -107,6 +109,12 @@ class Wan(Family):
 
     def known_in_latent(self, form: VaeForm) -> bool:
         return form.channels == CHANNELS_22
+
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        if form.channels == CHANNELS_22:
+            return {"": ImageForm(in_latent=True, models="Models with this VAE, such as Wan2.2-TI2V-5B,")}
+        extra = ImageForm(mask_channels=configs.MASK_CHANNELS, takes_end=True, takes_clip_vision=True)
+        return {"": extra}
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels, expert)
