@@ -5,14 +5,14 @@ import copy
 import pytest
 import random_hunyuan
 import torch
-from ascend_runtime import Conditioning, DiffusionModelSpec
+from ascend_runtime import Conditioning, DiffusionModelSpec, SampleSpec, VaeSpec
 from ascend_runtime.engine.sampling import noise_of
 from diffusers import HunyuanVideoTransformer3DModel
 from hunyuan_pipelines import GUIDANCE, PADDED, SEED, SIZE, STEPS, TEXT, Case
 from msgspec.structs import replace
 from safetensors.torch import save_file
 
-NEAR = 1e-4  # of the latents' standard deviation
+NEAR = 1e-4
 CFG = 3.0
 SHAPE = SIZE.latent_shape()
 PLANS = {
@@ -24,6 +24,7 @@ PLANS = {
 }
 SOME_PLANS = {("t2v", "cfg 2"), ("i2v concat", "ulysses 2"), ("i2v replace", "ring 2"), ("i2v replace", "slices 2")}
 REPLACE = {"guiding_frame_index": 0.0}
+WIDE = {"num_attention_heads": 1, "attention_head_dim": 128}  # the heads that weights without a config have
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def cases(tmp_path_factory):
 def near(latent, expected, within=NEAR):
     error, deviation = (latent - expected).abs().max().item(), expected.std().item()
     print(f"at most {error:.1e} apart, their standard deviation is {deviation:.2f}")
-    assert deviation > 0.1 and error < within * deviation
+    assert deviation > 0.1 and error < within
 
 
 def shown(case, latent):
@@ -65,9 +66,19 @@ def test_one_rank_equals_diffusers(cases, one_rank, kind, cfg):
     near(shown(case, case.sample(one_rank, guidance_scale=cfg)), case.expected(cfg=cfg))
 
 
+def test_frames_equal_diffusers(cases, one_rank):
+    """Which drops the first four of a model of 33 channels."""
+    case = cases("i2v concat")
+    expected = case.expected(output_type="pt")
+    frames = one_rank.decode(VaeSpec(path=str(case.folder)), case.sample(one_rank)).tensor
+    assert len(frames) == SIZE.num_frames
+    near(frames[4:], expected)
+
+
 @pytest.mark.parametrize("kind", ["t2v", "i2v replace"])
 def test_bfloat16_is_as_near_to_float32_as_diffusers_own(cases, one_rank, kind):
-    """At guidance 8, which bfloat16 has exactly times 1000; 6 becomes 6016, on both sides."""
+    """At guidance 8, which bfloat16 has exactly times 1000; 6 becomes 6016, on both sides. diffusers' text to video is
+    farther away, as it rounds the timestep too."""
     case = cases(kind)
     model = DiffusionModelSpec(path=str(case.folder), dtype="bfloat16")
     exact = case.expected(guidance_scale=8.0)
@@ -87,12 +98,12 @@ def test_a_job_may_start_without_the_image_in_its_noise(cases, one_rank):
     expected = case.expected(latents=(noise_of(SHAPE, SEED) - 0.001 * image) / 0.999)
     plain = case.sample(one_rank, image_start=False)
     near(plain, expected)
-    assert (plain - case.expected()).abs().max() > 10 * NEAR * expected.std()
+    assert (plain - case.expected()).abs().max() > 100 * NEAR
 
 
 def test_a_given_first_frame_stays(cases, one_rank):
     case = cases("i2v replace")
-    near(case.sample(one_rank)[:, :, :1], case.first_frame(), 1e-5)
+    near(case.sample(one_rank)[:, :, :1], case.first_frame(), 1e-6)
 
 
 # Guidance
@@ -108,7 +119,7 @@ def test_the_embedded_guidance_is_the_conditionings_then_the_jobs_then_the_model
     assert job.info["embedded guidance"] == 8.0
     assert case.result(one_rank).info["embedded guidance"] == GUIDANCE
     apart = (case.expected(guidance_scale=8.0) - case.expected()).abs().max()
-    assert apart > 10 * NEAR * case.expected().std(), "the guidance does not show"
+    assert apart > 100 * NEAR, "the guidance does not show"
 
 
 def test_a_guidance_of_none_is_a_pass_without_one(cases, one_rank):
@@ -205,16 +216,6 @@ def test_a_known_part_is_clean_in_each_pass(cases, one_rank):
     near(made[..., :4], latent[..., :4], 1e-5)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-def test_other_solvers_reach_the_same_video(cases, one_rank, solver):
-    case = cases("t2v")
-    few, more = (case.sample(one_rank, steps=steps, solver=solver, shift=2.0) for steps in (4, 12))
-    fine = case.sample(one_rank, steps=20, solver="unipc" if solver == "dpm++" else "dpm++", shift=2.0)
-    errors = [((one - fine).norm() / fine.norm()).item() for one in (few, more)]
-    print("away from another solver's 20 steps: 4 steps {:.3f}, 12 steps {:.3f}".format(*errors))
-    assert errors[1] < 0.5 * errors[0]
-
-
 # The first frame as further channels
 
 
@@ -240,14 +241,14 @@ def test_without_an_image_the_start_latent_is_the_known_video(cases, one_rank):
 @pytest.fixture(scope="module")
 def single_file(cases, tmp_path_factory):
     """The weights of both models of 16 channels, which are the same, in a file."""
-    case = cases("t2v", **random_hunyuan.AS_CORE)
+    case = cases("t2v", **WIDE)
     file = tmp_path_factory.mktemp("file") / "transformer.safetensors"
     save_file(case.transformer.state_dict(), file)
     return DiffusionModelSpec(path=str(file))
 
 
 def test_a_guiding_frame_decides_what_weights_without_a_config_are(cases, one_rank, single_file):
-    text, image = (cases(kind, **random_hunyuan.AS_CORE) for kind in ("t2v", "i2v replace"))
+    text, image = (cases(kind, **WIDE) for kind in ("t2v", "i2v replace"))
     near(text.sample(one_rank, model=single_file), text.expected())
     near(image.sample(one_rank, model=single_file, **given(image, numbers=REPLACE)), image.expected())
     near(image.sample(one_rank, **given(image, numbers=REPLACE)), image.expected())
@@ -282,3 +283,76 @@ def test_a_warm_up_changes_nothing(cases, two_ranks):
         made = case.result(two_ranks, warm_up=True)
         assert "warm up" in made.seconds
         near(shown(case, made.tensor), case.expected())
+
+
+# What is refused
+
+
+def mask(*rows: int) -> dict:
+    return {"tensors": {"attention_mask": torch.tensor([[int(bit) for bit in f"{row:0{TEXT}b}"] for row in rows])}}
+
+
+LATENT_OF_AN_IMAGE = torch.zeros(1, 16, 1, *SHAPE[3:])
+REFUSED = [  # kind, changes of the negative prompt, what the error says
+    ("t2v", {"pooled": None}, ["has no pooled vector", "[1, 12]"]),
+    ("t2v", {"text": torch.zeros(1, 4, 9)}, ["[1, 4, 9]", "[1, tokens, 24]"]),
+    ("t2v", mask(0b1101111), ["excludes tokens in front of others", "or none"]),
+    ("t2v", mask(0), ["excludes tokens in front of others, or all"]),
+    ("t2v", {"tensors": {"attention_mask": torch.ones(1, 5)}}, ["[1, 5]", "[1, 7]"]),
+    ("t2v", {**mask(0b1110000, 0b1111000), "text": torch.zeros(2, TEXT, 24)}, ["3, 4 tokens", "one by one"]),
+    ("t2v", {"numbers": REPLACE}, ["carries guiding_frame_index", "text-to-video model", "model of v2"]),
+    ("t2v", {"concat_latent": LATENT_OF_AN_IMAGE}, ["image (concat_latent)", "33 in_channels", "v2 (replace)"]),
+    ("t2v", {"clip_vision": torch.zeros(1, 4, 8)}, ["clip_vision_output", "Connect the image to Ascend Text Encode"]),
+    ("t2v", {"tensors": {"ref_latent": LATENT_OF_AN_IMAGE}}, ["carries ref_latent", "guidance_type custom"]),
+    ("t2v", {"tensors": {"conditioning_byt5small": torch.zeros(1, 4, 8)}}, ["conditioning_byt5small", "1.5"]),
+    ("t2v", {"numbers": {"strength": 1.0}}, ["carries strength, which this model does not use", "Connect the output"]),
+    ("t2v", {"tensors": {"guidance": torch.zeros(1)}}, ["carries guidance, which"]),
+    ("t2v", {"numbers": {"attention_mask": 1.0}}, ["carries attention_mask, which"]),
+    ("i2v replace", {"numbers": {"guiding_frame_index": 2.0}}, ["guiding_frame_index", "2. Only the first frame, 0"]),
+    ("i2v replace", {"concat_mask": torch.ones(SHAPE)[:, :1]}, ["image (concat_mask)", "v2 (replace) for one with 16"]),
+    ("i2v concat", {"numbers": REPLACE}, ["carries guiding_frame_index", "33 in_channels", "Choose v1 (concat)"]),
+    ("i2v concat", {"concat_mask": torch.ones(1, 4, *SHAPE[2:])}, ["[1, 4, 3, 6, 10]", "[1, 1, 1 to 3 frames"]),
+    ("i2v concat", {"concat_latent": torch.zeros(1, 16, 4, 6, 10)}, ["[1, 16, 4, 6, 10]", "1 to 3 frames", "same"]),
+    ("i2v concat", {"concat_latent": torch.full((1, 16, 1, 6, 10), torch.nan)}, ["concat_latent has NaN"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes, says", REFUSED, ids=[says[0] for _, _, says in REFUSED])
+def test_conditioning_that_does_not_fit(cases, two_ranks, kind, changes, says):
+    case, pids = cases(kind), two_ranks.pids
+    batch = len(changes.get("text", [1]))
+    latent = case.inputs()["latent"].repeat(batch, 1, 1, 1, 1)
+    negative = replace(case.inputs()["negative"], **changes)
+    with pytest.raises(ValueError) as error:
+        case.sample(two_ranks, negative=negative, latent=latent)
+    assert not [words for words in [*says, "negative conditioning"] if words not in str(error.value)], error.value
+    assert two_ranks.pids == pids
+
+
+HALF_KNOWN = torch.zeros(1, 1, *SHAPE[2:]).index_fill(4, torch.arange(3), 1.0)
+
+
+@pytest.mark.parametrize("kind, changes, says", [
+    ("i2v replace", {"noise_mask": None}, "does not hold one: its noise_mask must be 0 in the whole first frame"),
+    ("i2v replace", {"noise_mask": HALF_KNOWN}, "Connect the latent of the image-to-video node, with v2"),
+    ("i2v concat", {"embedded_guidance": 6.0}, "embedded_guidance is 6, but this model reads no guidance scale"),
+    ("t2v", {"image_start": True}, "image_start needs a video that begins with an image"),
+    ("t2v", {"latent": torch.zeros(1, 16, 3, 5, 10)}, "height is 40, as the latent has 5 rows; .* multiple of 16"),
+    ("t2v", {"latent": torch.zeros(1, 32, 3, 6, 10)}, r"needs \[B,16,T,H,W\]"),
+    ("t2v", {"guidance_scale": 2.0, "negative": None}, "needs a negative prompt"),
+])  # fmt: skip
+def test_a_job_that_does_not_fit(cases, two_ranks, kind, changes, says):
+    pids = two_ranks.pids
+    with pytest.raises(ValueError, match=says):
+        cases(kind).sample(two_ranks, **changes)
+    assert two_ranks.pids == pids
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"embedded_guidance": 6.0}, "reads no guidance scale. Leave it at its default; guidance_scale"),
+    ({"image_start": True}, "one of HunyuanVideo's image-to-video models"),
+])  # fmt: skip
+def test_other_families_refuse_its_settings(two_ranks, specs, settings, says):
+    spec, latent = SampleSpec(guidance_scale=1.0, **settings), torch.zeros(1, 16, 1, 4, 4)
+    with pytest.raises(ValueError, match=says):
+        two_ranks.sample(specs.model, spec, latent, specs.text(1))

@@ -21,7 +21,7 @@ from ..shared.conditioning import Branch, Conditioner, Given, Prompt, ready
 from .context import Context
 from .files.configs import CONCAT, GUIDING_FRAME, OPEN, REPLACE, filled
 
-GUIDANCE, TEXT_MASK = "guidance", "attention_mask"  # further entries of a conditioning, as core ComfyUI names them
+OWN_GUIDANCE, TEXT_MASK = "guidance", "attention_mask"  # further entries of a conditioning, as core ComfyUI names them
 GUIDANCE_UNIT = 1000  # of the embedded guidance scale, as a timestep's
 
 
@@ -49,7 +49,7 @@ class HunyuanBranch(Branch):
 class HunyuanConditioner(Conditioner):
     empty_latent = "Use an empty latent of 16 channels, from EmptyHunyuanLatentVideo."
     tensors_read = frozenset({TEXT_MASK})
-    numbers_read = frozenset({GUIDANCE, GUIDING_FRAME})
+    numbers_read = frozenset({OWN_GUIDANCE, GUIDING_FRAME})
     cures = {
         "ref_latent": "It comes from HunyuanImageToVideo with the guidance_type custom, for other models. Choose v1 "
         "(concat) for an image-to-video model with 33 in_channels, else v2 (replace).",
@@ -89,7 +89,7 @@ class HunyuanConditioner(Conditioner):
         return self.latents.normalised(given.latent[:, :, :1].float()) if self._replaces(given.prompts) else None
 
     def notes(self, given: Given) -> list[str]:
-        scales = {name: prompt.numbers.get(GUIDANCE) for name, prompt in given.prompts.items()}
+        scales = {name: prompt.numbers.get(OWN_GUIDANCE) for name, prompt in given.prompts.items()}
         return [
             f"The {name} conditioning's guidance ({scale:g}) has no effect, as this model reads none."
             for name, scale in scales.items() if scale is not None and not self.embeds_guidance
@@ -98,7 +98,7 @@ class HunyuanConditioner(Conditioner):
     def _guidance(self, prompt: Prompt, given: Given, text: Tensor) -> Tensor | None:
         """[B], fp32: the scale times 1000, both in the dtype of the blocks. In bfloat16, 6 becomes 6016: the authors'
         code, diffusers and core ComfyUI embed that number, and another one changes the video."""
-        scale = prompt.numbers.get(GUIDANCE, given.embedded_guidance)
+        scale = prompt.numbers.get(OWN_GUIDANCE, given.embedded_guidance)
         if scale is None or not self.embeds_guidance:
             return None
         return (torch.full((given.batch,), scale, device=text.device, dtype=text.dtype) * GUIDANCE_UNIT).float()
