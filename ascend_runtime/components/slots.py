@@ -64,7 +64,7 @@ class Components:
     def _held(self, spec, progress: BytesRead, room: Room) -> Any:
         kind = LOADERS[type(spec)]
         found = kind.files(spec)
-        key = (_base(spec), room.sharding, _state(found))
+        key = (_loaded(spec), room.sharding, _state(found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
             self.drop(type(spec))  # before loading, so that two are never held at once
@@ -119,11 +119,13 @@ def _check_originals(model: DiffusionModel, is_new: bool, room: Room, nbytes: in
         require_room_for_originals(nbytes, room.host_memory.for_others if is_new else room.host_memory.free)
 
 
-def _base(spec) -> Any:
-    """The spec without what changes nothing in the component that is loaded."""
+def _loaded(spec) -> Any:
+    """The spec without what does not change the weights."""
     if isinstance(spec, DiffusionModelSpec):
         return replace(spec, loras=())
-    return replace(spec, vision_path=None) if isinstance(spec, TextEncoderSpec) else spec
+    if isinstance(spec, TextEncoderSpec):
+        return replace(spec, vision_path=None)
+    return replace(spec, tiles="auto") if isinstance(spec, VaeSpec) else spec
 
 
 def _state(found: list[Component]) -> Hashable:

@@ -177,7 +177,7 @@ class RankPipeline:
         with borrowed(message.frames) as frames:
             vae = self._vae(job)
             with job.stage("decode"), self._precision(message.vae):
-                facts = decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
+                facts = decode_video(vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles)
         return _done(job, info=facts | _communicators(self.device))
 
     def encode_video(self, job) -> Done:
@@ -185,7 +185,7 @@ class RankPipeline:
         with borrowed(message.latent) as latent:
             vae = self._vae(job)
             with job.stage("encode"), self._precision(message.vae):
-                facts = encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
+                facts = encode_video(vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles)
         return _done(job, info=facts | _communicators(self.device))
 
     def describe(self, job) -> Done:
@@ -302,14 +302,14 @@ def _communicators(device: torch.device) -> dict[str, str]:
     return {"communicators": f"{number} a rank, {taken / 1e9:.1f} GB"} if taken else {}
 
 
-def _each_frame(job, stage: str):
-    """The VAE's callback before each latent frame: checks for a cancel and reports progress."""
+def _each_step(job, stage: str):
+    """The VAE's callback before each step: checks for a cancel and reports progress."""
 
-    def on_frame(frame: int, total: int) -> None:
+    def on_step(step: int, total: int) -> None:
         job.check_together()
-        job.progress(stage, frame, total)
+        job.progress(stage, step, total)
 
-    return on_frame
+    return on_step
 
 
 def _done(job, **answer) -> Done:

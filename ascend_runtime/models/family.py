@@ -46,6 +46,8 @@ class Part:
     rename: maps a tensor's name in any system to the parameter's name; None: the tensor is not a parameter.
     config: builds the config from the shapes of the tensors. Raises ValueError if they do not fit.
     other: a sentence about tensors of these shapes if they belong to a similar, unsupported network; else empty.
+    other_classes: the classes in configs of similar, unsupported networks, and what these are.
+    incomplete: a sentence about tensors of these shapes, some of which are missing; empty if nothing is known.
     blocks: the prefixes of its numbered blocks, one for each kind of blocks with a numbering of its own.
     check: raises ValueError, which names the file, for an unsupported config.
     hidden: config fields that the shapes do not show, with the values that are used without a config.
@@ -67,6 +69,8 @@ class Part:
     rename: Callable[[str], str | None]
     config: Callable[[Shapes], dict]
     other: Callable[[Shapes], str] = lambda shapes: ""
+    other_classes: Mapping[str, str] = field(default_factory=dict)
+    incomplete: Callable[[Shapes], str] = lambda shapes: ""
     blocks: tuple[str, ...] = ("blocks.",)
     check: Callable[[dict, Path], None] = lambda config, file: None
     hidden: Mapping[str, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@ single files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ..models.registry import families
 from ..specs import VaeForm
 from .component import Component
 from .folders import TRANSFORMER_FOLDERS, folder_of, is_original, listed_names, loose_shards, originals_in, shards_of
-from .kinds import Kind, is_part, kinds, own_name, part_of, recognise, renumbered
+from .kinds import Kind, is_kind, is_part, kinds, own_name, part_of, recognise, renumbered
 from .mindspeed import latest_shards
 
 DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # for all components of a diffusers folder
@@ -79,13 +80,14 @@ def find_component(path: str, name: str) -> Component:
 def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = None) -> Component:
     """The component that the config.json in `folder` describes. shards: None for those in `folder`."""
     config = read_json(folder / "config.json")
-    kind = _kind_in(config, name, folder)
+    shards = shards or shards_of(folder)
+    kind = _kind_in(config, name, folder, shards)
     check_counts(config, folder / "config.json")
     pipeline = folder.parent
     decides = (folder / "config.json", *(pipeline / deciding for deciding in DECIDING))
     is_text = name.startswith(TEXT_ENCODER)
     tokenizer = _tokenizer_of(folder, name) if is_text else None
-    own = Component(kind, kind.part.config_in(config) or config, shards or shards_of(folder), folder,
+    own = Component(kind, kind.part.config_in(config) or config, shards, folder,
                     tokenizer=tokenizer, decides=decides)  # fmt: skip
     if kind.part.inner_config is None:
         return own
@@ -99,20 +101,22 @@ def _tokenizer_of(folder: Path, name: str) -> Path:
     return folder if not neighbour.is_dir() and any((folder / one).is_file() for one in (JSON, VOCABULARY)) else neighbour
 
 
-def _kind_in(config: dict, name: str, folder: Path) -> Kind:
-    """The kind of network that a config names, by diffusers' or transformers' key. Raises ValueError for an unknown
-    one."""
+def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> Kind:
+    """The kind of network that a config names, by diffusers' or transformers' key; without one, the kind that the first
+    of the shards holds that can be recognised. Raises ValueError for an unknown one."""
     candidates = kinds(part_of(name))
     if not candidates:
         raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
         if kind.part.config_in(config) is not None:
             return kind
-    key, _ = candidates[0].part.class_name
-    if key not in config:
-        return candidates[0]
+    named = next((config[key] for key, _ in (kind.part.class_name for kind in candidates) if key in config), None)
+    if named is None:
+        return next((kind for kind in candidates for file in shards if is_kind(kind, file)), candidates[0])
     wanted = " or ".join(f"a {kind.part.class_name[1]}" for kind in candidates)
-    raise ValueError(f"{folder} holds a {shown(config[key])}; it must hold {wanted}.")
+    what = next((text for kind in candidates for name, text in kind.part.other_classes.items() if name == named), "")
+    what = f" That is {what}, which is not supported." if what else ""
+    raise ValueError(f"{folder} holds a {shown(named)}; it must hold {wanted}.{what}")
 
 
 def _find_transformer(root: Path, name: str) -> Component:
@@ -137,20 +141,35 @@ def _find_transformer(root: Path, name: str) -> Component:
 
 def _check_hidden(file: Path) -> None:
     """Raises ValueError for a single file of a diffusers folder if its config has a setting that the shapes do not
-    show, with another value than in all published files."""
+    show, with another value than a single file is read with."""
     try:
         config = read_json(file.parent / "config.json")
     except ValueError:  # a single file needs no config
         return
     for kind in kinds(TRANSFORMER):
         key, wanted = kind.part.class_name
-        hidden = {name: value for name, value in kind.part.hidden.items() if config.get(name, value) != value}
-        if config.get(key) == wanted and hidden and is_part(TRANSFORMER, file):
-            name, value = next(iter(hidden.items()))
-            raise ValueError(
-                f"The config.json next to {file} sets {name} to {shown(config[name])}, but a single file is read "
-                f"without its config, with {value}. Give its folder: {file.parent}."
-            )
+        if config.get(key) != wanted or not is_kind(kind, file):
+            continue
+        own = _config_of(file)
+        for name, default in kind.part.hidden.items():
+            value = own.get(name, default)
+            if _as_list(config.get(name, value)) != _as_list(value):
+                raise ValueError(
+                    f"The config.json next to {file} sets {name} to {shown(config[name])}, but a single file is read "
+                    f"without its config, with {value}. Give its folder: {file.parent}."
+                )
+
+
+def _config_of(file: Path) -> dict:
+    """The config of a transformer's file, read off its shapes; empty if they do not fit each other."""
+    try:
+        return _found(TRANSFORMER, (file,)).config
+    except ValueError:
+        return {}
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _original(folder: Path, found: Component) -> Component:

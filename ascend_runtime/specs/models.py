@@ -14,6 +14,7 @@ from .base import Spec, make_absolute, require_choice, require_range
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 VAE_DTYPES = (*COMPUTE_DTYPES, "float32_strict")
+VAE_TILES = ("auto", "whole", "published")
 EXPERT_MODES = ("auto", "resident", "swap")
 QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
@@ -141,15 +142,20 @@ class VaeSpec(Spec, frozen=True, kw_only=True):
     dtype: "auto" is bfloat16 on NPUs, float32 on other devices. In "float32", an NPU's convolutions round their inputs
         to HF32 and CUDA's to TF32, both with 10 of float32's 23 bits of mantissa, as torch_npu and torch do by default.
         "float32_strict" rounds nothing; A2 and A3 cards have no such convolution. On a CPU the two are the same.
+    tiles: "whole" computes the frames as one plane, without seams, each rank a part of it. "published" computes tiles
+        that overlap and are blended, as the model's authors do (HunyuanVideo, on any number of ranks), or as diffusers
+        does (Wan, on one rank). "auto" is "whole" if it fits in memory. A loaded VAE serves all of them.
     """
 
     path: str
     dtype: str = "auto"
+    tiles: str = "auto"
 
     def __post_init__(self):
         super().__post_init__()
         make_absolute(self, "path")
         require_choice("dtype", self.dtype, VAE_DTYPES)
+        require_choice("tiles", self.tiles, VAE_TILES)
 
     @property
     def strict(self) -> bool:

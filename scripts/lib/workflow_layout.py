@@ -11,29 +11,30 @@ COLUMNS = [
     ["LoRA of the low-noise expert", "AscendImageToVideo"],
     ["AscendStepCache", "AscendRainFusion"],
     ["AscendSampler"],
-    ["AscendVAEDecode", "CreateVideo", "SaveVideo"],
+    ["AscendVAEDecode", "Without the first four frames", "CreateVideo", "SaveVideo"],
 ]
 NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 300  # below the first columns
 SIZES = {  # width, height
     "AscendParallelConfig": (310, 250),
     "AscendLoadDiffusionModel": (540, 202),
-    "AscendLoadTextEncoder": (540, 106),
+    "AscendLoadTextEncoder": (540, 154),
     "AscendLoadVAE": (540, 82),
     "CLIPVisionLoader": (540, 58),
     "LoRA of the high-noise expert": (530, 106),
     "LoRA of the low-noise expert": (530, 106),
-    "Positive prompt": (480, 180),
-    "Negative prompt": (480, 180),
+    "Positive prompt": (480, 220),
+    "Negative prompt": (480, 220),
     "EmptyHunyuanLatentVideo": (480, 130),
     "First frame": (480, 350),
     "Last frame": (480, 350),
     "CLIP of the first frame": (300, 78),
     "CLIP of the last frame": (300, 78),
-    "AscendImageToVideo": (400, 260),
+    "AscendImageToVideo": (400, 284),
     "AscendStepCache": (340, 250),
     "AscendRainFusion": (340, 230),
-    "AscendSampler": (340, 520),
+    "AscendSampler": (340, 544),
     "AscendVAEDecode": (400, 46),
+    "Without the first four frames": (400, 82),
     "CreateVideo": (400, 78),
     "SaveVideo": (400, 300),
 }
@@ -42,7 +43,7 @@ SIZES = {  # width, height
 NODES_2 = {
     "AscendParallelConfig": 104,
     "AscendLoadDiffusionModel": 84,
-    "AscendLoadTextEncoder": 60,
+    "AscendLoadTextEncoder": 80,
     "AscendLoadVAE": 60,
     "CLIPVisionLoader": 52,
     "LoRA of the high-noise expert": 60,
@@ -56,6 +57,7 @@ NODES_2 = {
     "AscendStepCache": 70,
     "AscendRainFusion": 56,
     "AscendVAEDecode": 32,
+    "Without the first four frames": 48,
     "CreateVideo": 32,
 }
 # The nodes that are enlarged to fill their column; the first of these in a column: pictures, previews and prompts.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...specs import Calibration, VaeForm
@@ -16,6 +17,7 @@ from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
 from .files import configs, names
 from .files.configs import GUIDING_FRAME
+from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
 from .text import sizes
@@ -27,12 +29,14 @@ PARTS = {
         published=f"hunyuan_video_t2v_720p_bf16.safetensors of {PUBLISHED}",
         class_name=("_class_name", "HunyuanVideoTransformer3DModel"),
         signature=configs.TRANSFORMER_SIGNATURE,
-        begins=("context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
+        begins=(f"{configs.REFINER}0.norm1.weight",
                 "txt_in.individual_token_refiner.blocks.0.norm1.weight"),
         rename=names.to_diffusers_name,
         config=configs.transformer_config,
         blocks=(configs.DOUBLE, configs.SINGLE),
-        hidden={"attention_head_dim": configs.HEAD_DIM},
+        other=variant,
+        other_classes=CLASSES,
+        hidden=configs.HIDDEN,
         split=names.split_transformer,
         published_name=names.published_name,
     ),
@@ -84,8 +88,12 @@ PARTS = {
         class_name=("_class_name", "AutoencoderKLHunyuanVideo"),
         signature=configs.VAE_SIGNATURE,
         begins=("encoder.conv_in.conv.weight",),
-        rename=names.same,
+        rename=names.to_vae_name,
         config=configs.vae_config,
+        other=other_vae,
+        other_classes=VAE_CLASSES,
+        check=configs.check_vae_config,
+        split=names.split_vae,
     ),
 }
 
@@ -121,6 +129,9 @@ class HunyuanVideo(Family):
 
     def defaults(self, config: Mapping[str, Any], experts: int) -> Defaults:
         return defaults_of(config)
+
+    def check_transformers(self, configurations: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+        configs.check_transformers(configurations, files)
 
     def vae_for(self, channels: int) -> str:
         return "the HunyuanVideo VAE" if channels == CHANNELS else ""

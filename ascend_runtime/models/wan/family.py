@@ -18,7 +18,7 @@ from . import calibrations, cost, weights
 from .defaults import defaults_of
 from .files import configs, lora_names, names
 from .files.pipeline import pipeline_of
-from .files.variants import variant
+from .files.variants import only_blocks, variant
 from .latents import CHANNELS, CHANNELS_22, latent_format
 
 VAES = {CHANNELS: "the Wan 2.1 VAE, which Wan2.2-A14B uses too", CHANNELS_22: "the Wan 2.2 VAE of TI2V-5B"}
@@ -32,6 +32,7 @@ PARTS = {
         rename=names.to_diffusers_name,
         config=configs.transformer_config,
         other=variant,
+        incomplete=only_blocks,
         hidden={"attention_head_dim": configs.HEAD_DIM},
     ),
     TEXT_ENCODER: Part(
