@@ -1,7 +1,7 @@
 """The commands of README and docs/, as they stand there, on the embedded model: each speaks at once, goes on doing so,
 and ends well.
 
-In CI the first of one kind, whose end counts in processor time, as the machine does other work as well, and the Python example on
+In CI one of them, whose end counts in processor time, as the machine does other work as well, and the Python example on
 ranks that are there; --all-commands runs each in a process of its own, by the clock.
 """
 
@@ -95,8 +95,8 @@ def test_a_command_speaks_at_once_and_goes_on_doing_so(command, clone, request):
     name = name_of(command)
     if name == "queue":
         pytest.skip("tests/unit/test_queue.py runs it, on a real ComfyUI")
-    first = next(one for one in commands() if name_of(one) == name)
-    if (name not in SAMPLE or command != first) and not request.config.getoption("--all-commands"):
+    sampled = name in SAMPLE and "assets/tiny_wan" in command
+    if not sampled and not request.config.getoption("--all-commands"):
         pytest.skip("--all-commands runs it")
     before = processor_seconds()
     status, printed, times = run(shlex.split(command, comments=True)[1:], clone)
