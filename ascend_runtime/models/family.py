@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .shared.vae import VideoVae
 
 TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # the parts of every family
+TRANSFORMER_2 = "transformer_2"  # the second expert of a model that has two
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,25 @@ class WeightRules:
 
 
 @dataclass(frozen=True)
+class OriginalLayout:
+    """How a family's authors lay out a model's folder.
+
+    models: a pattern of the models' folders in a download, next to which their text encoders may lie; empty: there are
+    none.
+    folders: the names of the folders of each part in a model's folder, besides diffusers'.
+    files: the weights in the folder of a part, the first that exists; loose: a pattern of weights in a model's folder
+    itself, whose part their content shows.
+    classes: the "_class_name" in the config.json of parts, or of a model's folder that is the part itself.
+    """
+
+    models: str = ""
+    folders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loose: str = ""
+    classes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DiffusersPipeline:
     """diffusers' pipeline of a model.
 
@@ -130,7 +150,7 @@ class Family(ABC):
 
     name: of its folder. title: its name in sentences.
     parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, and further text encoders ("text_encoder_2").
-    original_class: the "_class_name" in the config.json of its authors' transformer; None: there is none.
+    layout: see OriginalLayout.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
     weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
@@ -144,7 +164,7 @@ class Family(ABC):
     parts: Mapping[str, Part]
     repository: str
     schedule: str
-    original_class: str | None = None
+    layout: OriginalLayout = OriginalLayout()
     weights: WeightRules = WeightRules()
     loras: LoraNames
     to_mindspeed: Callable[[str], str] | None = None

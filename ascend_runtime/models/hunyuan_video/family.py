@@ -9,7 +9,7 @@ from typing import Any
 from ...specs import VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, Part
+from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, OriginalLayout, Part
 from ..hubs import HUBS
 from ..latent_format import LatentFormat
 from . import cost, weights
@@ -77,6 +77,15 @@ class HunyuanVideo(Family):
     parts = PARTS
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
+    layout = OriginalLayout(
+        models="hunyuan-video-*",
+        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",)},
+        files={
+            TRANSFORMER: ("mp_rank_00_model_states.pt", "mp_rank_00_model_states_fp8.pt", "pytorch_model_module.pt"),
+            VAE: ("pytorch_model.pt",),
+        },
+        classes={VAE: "AutoencoderKLCausal3D"},
+    )
     weights = weights.RULES
     loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
 
