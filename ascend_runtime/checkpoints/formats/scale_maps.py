@@ -28,7 +28,7 @@ class ScaledTorchFile:
         self.header: dict[str, str] = {}
         self._scales = scale_map_of(path)
         if not self._scales.is_file():
-            raise ValueError(f"{path} has fp8 weights whose scales are in {self._scales.name}. Put that file next to it.")
+            raise ValueError(f"{path} has fp8 weights, whose scales are in {self._scales.name}. Put it next to them.")
 
     def __enter__(self) -> ScaledTorchFile:
         with ExitStack() as stack:

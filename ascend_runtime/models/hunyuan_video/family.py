@@ -9,12 +9,12 @@ from typing import Any
 from ...specs import VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, OriginalLayout, Part
+from ..family import TEXT_ENCODER, TRANSFORMER, VAE, Family, OriginalLayout, Part
 from ..hubs import HUBS
 from ..latent_format import LatentFormat
 from . import cost, weights
 from .defaults import defaults_of
-from .files import configs, names
+from .files import configs, lora_names, names
 from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 
@@ -87,7 +87,7 @@ class HunyuanVideo(Family):
         classes={VAE: "AutoencoderKLCausal3D"},
     )
     weights = weights.RULES
-    loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
+    loras = lora_names.LORA_NAMES
 
     # Properties of a model, from the configs of its transformers
 
