@@ -28,7 +28,9 @@ def main():
         model = comfy.sd.load_diffusion_model(str(folder / given["file"]), {"dtype": torch.float32})
         if given["lora"]:
             known = comfy.lora.model_lora_keys_unet(model.model, {})
-            patches = comfy.lora.load_lora(load_file(folder / given["lora"]), known)
+            lora = load_file(folder / given["lora"])
+            patches = comfy.lora.load_lora(lora, known)
+            assert len(patches) == sum(name.endswith((".lora_up.weight", ".lora_B.weight")) for name in lora), case
             assert set(model.add_patches(patches, given["strength"])) == set(patches), case
         model.patch_model()
         with torch.no_grad():
