@@ -362,7 +362,7 @@ REFUSED = {
     "Wan's and CLIP": (lambda *a: [umt5(*a), a[2]], "is a CLIP-L text encoder, which is not used: a Wan"),
     "Wan's and the llama": (lambda *a: [umt5(*a), a[1]], "they belong to different models"),
     "a Qwen": (qwen, "is not a plain HunyuanVideo Llama text encoder. It is a Qwen 2.5, as HunyuanVideo 1.5"),
-    "no encoder": (no_text, "strange.safetensors is not a UMT5 text encoder or a HunyuanVideo Llama text encoder"),
+    "no encoder": (no_text, "strange.safetensors is not a UMT5 text encoder .* and not a HunyuanVideo Llama text encoder"),
     "no layer": (without("layers.1.mlp.up_proj"), "1 missing: layers.1.mlp.up_proj.weight"),
     "a cut file": (without("model.norm"), "lacks norm.weight"),
     "a larger tokenizer": (larger_tokenizer, "tokenizer has 311 tokens, but .* embeddings for 300.*llama_tokenizer"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...specs import VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, LoraNames, Part
+from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, OriginalLayout, Part
 from ..hubs import HUBS
 from ..latent_format import LatentFormat
 from . import cost, weights
 from .defaults import defaults_of
-from .files import configs, names
+from .files import configs, lora_names, names
+from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
 from .text import sizes
@@ -25,12 +27,14 @@ PARTS = {
         published=f"hunyuan_video_t2v_720p_bf16.safetensors of {PUBLISHED}",
         class_name=("_class_name", "HunyuanVideoTransformer3DModel"),
         signature=configs.TRANSFORMER_SIGNATURE,
-        begins=("context_embedder.token_refiner.refiner_blocks.0.norm1.weight",
+        begins=(f"{configs.REFINER}0.norm1.weight",
                 "txt_in.individual_token_refiner.blocks.0.norm1.weight"),
         rename=names.to_diffusers_name,
         config=configs.transformer_config,
         blocks=(configs.DOUBLE, configs.SINGLE),
-        hidden={"attention_head_dim": configs.HEAD_DIM},
+        other=variant,
+        other_classes=CLASSES,
+        hidden=configs.HIDDEN,
         split=names.split_transformer,
         published_name=names.published_name,
     ),
@@ -45,7 +49,6 @@ PARTS = {
         other=text.other_llama,
         check=text.check_llama,
         tokenizer_folder="tokenizer",
-        folders=("text_encoder_i2v",),
         inner_config=text.llama_in,
         left_out=text.llama_left_out,
     ),
@@ -72,7 +75,6 @@ PARTS = {
         rename=text.vision_name,
         config=sizes.vision_config_of,
         check=text.check_vision,
-        folders=("text_encoder", "text_encoder_i2v"),
         inner_config=text.vision_in,
         left_out=text.vision_left_out,
     ),
@@ -82,8 +84,12 @@ PARTS = {
         class_name=("_class_name", "AutoencoderKLHunyuanVideo"),
         signature=configs.VAE_SIGNATURE,
         begins=("encoder.conv_in.conv.weight",),
-        rename=names.same,
+        rename=names.to_vae_name,
         config=configs.vae_config,
+        other=other_vae,
+        other_classes=VAE_CLASSES,
+        check=configs.check_vae_config,
+        split=names.split_vae,
     ),
 }
 
@@ -94,8 +100,18 @@ class HunyuanVideo(Family):
     parts = PARTS
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
+    layout = OriginalLayout(
+        models="hunyuan-video-*",
+        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),
+                 VISION: (TEXT_ENCODER, "text_encoder_i2v")},
+        files={
+            TRANSFORMER: ("mp_rank_00_model_states.pt", "mp_rank_00_model_states_fp8.pt", "pytorch_model_module.pt"),
+            VAE: ("pytorch_model.pt",),
+        },
+        classes={VAE: "AutoencoderKLCausal3D"},
+    )
     weights = weights.RULES
-    loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
+    loras = lora_names.LORA_NAMES
 
     # Properties of a model, from the configs of its transformers
 
@@ -111,6 +127,9 @@ class HunyuanVideo(Family):
 
     def defaults(self, config: Mapping[str, Any], experts: int) -> Defaults:
         return defaults_of(config)
+
+    def check_transformers(self, configurations: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
+        configs.check_transformers(configurations, files)
 
     def vae_for(self, channels: int) -> str:
         return "the HunyuanVideo VAE" if channels == CHANNELS else ""
