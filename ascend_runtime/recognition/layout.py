@@ -98,7 +98,8 @@ def _tokenizer_of(folder: Path, name: str) -> Path:
     """The tokenizer's folder next to a text encoder's, as diffusers writes it, or that folder itself, as the original
     has it."""
     neighbour = folder.parent / name.replace(TEXT_ENCODER, "tokenizer")
-    return folder if not neighbour.is_dir() and any((folder / one).is_file() for one in (JSON, VOCABULARY)) else neighbour
+    is_inside = any((folder / one).is_file() for one in (JSON, VOCABULARY))
+    return folder if is_inside and not neighbour.is_dir() else neighbour
 
 
 def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> Kind:

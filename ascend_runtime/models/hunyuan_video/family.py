@@ -129,7 +129,8 @@ class HunyuanVideo(Family):
     presets = calibrations.STEP_CACHE_PRESETS
     layout = OriginalLayout(
         models="hunyuan-video-*",
-        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",), VISION: ("text_encoder", "text_encoder_i2v")},
+        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),
+                 VISION: (TEXT_ENCODER, "text_encoder_i2v")},
         files={
             TRANSFORMER: ("mp_rank_00_model_states.pt", "mp_rank_00_model_states_fp8.pt", "pytorch_model_module.pt"),
             VAE: ("pytorch_model.pt",),
