@@ -7,6 +7,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..ascend_runtime.models.registry import mask_channels
 from ..ascend_runtime.specs import VaeForm
 from ..ascend_runtime.wire.messages import Conditioning
 
@@ -66,8 +67,9 @@ def _is_number(value) -> bool:
 
 
 def _mask(mask: Tensor, samples: Tensor) -> Tensor:
-    """The mask with 1 or 4 channels, resized to `samples`. Frames that it does not cover count as unknown (1)."""
-    mask = mask if mask.shape[1] == 4 else mask.mean(dim=1, keepdim=True)
+    """The mask, resized to `samples`, with as many channels as some model reads, else with 1. Frames that it does not
+    cover count as unknown (1)."""
+    mask = mask if mask.shape[1] in mask_channels() else mask.mean(dim=1, keepdim=True)
     mask = _resized(mask, samples)
     missing = max(0, samples.shape[2] - mask.shape[2]) if mask.ndim == 5 else 0
     return torch.nn.functional.pad(mask, (0, 0, 0, 0, 0, missing), value=1.0)

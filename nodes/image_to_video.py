@@ -185,17 +185,19 @@ def _known_video(vae, form: VaeForm, size: VideoSize, start: Tensor | None, end:
     WanFirstLastFrameToVideo does."""
     _, _, frames, height, width = form.latent_shape(size)
     video = torch.full((size.num_frames, size.height, size.width, 3), 0.5)
-    mask = torch.ones(1, 1, frames * 4, height, width)  # 4 for each latent frame, also for the first
+    each = form.temporal  # frames of a latent frame; as many for the first in a mask
+    mask = torch.ones(1, 1, frames * each, height, width)
     if start is not None:
         start = start[: size.num_frames]
         video[: len(start)] = start
         # Without an end, core marks only whole latent frames.
-        mask[:, :, : len(start) + 3 if end is not None else (len(start) - 1) // 4 * 4 + 4] = 0
+        mask[:, :, : len(start) + each - 1 if end is not None else (len(start) - 1) // each * each + each] = 0
     if end is not None:
         end = end[-size.num_frames :]
         video[-len(end) :] = end
         mask[:, :, -len(end) :] = 0
-    return {"concat_latent_image": _encoded(vae, video), "concat_mask": mask.unflatten(2, (-1, 4))[:, 0].movedim(2, 1)}
+    mask = mask.unflatten(2, (-1, each))[:, 0].movedim(2, 1)
+    return {"concat_latent_image": _encoded(vae, video), "concat_mask": mask}
 
 
 def _encoded_start(vae, form: VaeForm, size: VideoSize, start: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ class Family(ABC):
     schedule: the name of its own schedule in jobs and workflows.
     presets: its own values of step caches' presets.
     weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
-    None: MindSpeed-MM does not support the family.
+        None: MindSpeed-MM does not support the family.
+    mask_channels: the numbers of channels that a conditioning's `concat_mask` can have.
 
     Transformer configs are those that diffusers writes.
     """
@@ -167,6 +168,7 @@ class Family(ABC):
     weights: WeightRules = WeightRules()
     loras: LoraNames
     to_mindspeed: Callable[[str], str] | None = None
+    mask_channels: frozenset[int] = frozenset({1})
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -211,11 +213,6 @@ class Family(ABC):
         """The ways in which images condition models whose VAE has this form, by their names in workflows; the first is
         the default."""
         return {"": ImageForm()}
-
-    def known_in_latent(self, form: VaeForm) -> bool:
-        """Whether models whose VAE has this form take known frames in the latent itself; else they take them as extra
-        channels."""
-        return False
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         """The published calibration of step caches for an expert of this model and frames of this number of pixels."""

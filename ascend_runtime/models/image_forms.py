@@ -12,8 +12,8 @@ class ImageForm:
 
     in_latent: they replace those of the start latent, marked by 0 in its noise mask. Else they go into the
         conditioning, as `concat_latent_image` and `concat_mask`, which is 0 where the video is known.
-    whole: whether `concat_latent_image` is the latent of a whole video, grey where it is unknown; else it holds only
-        the known latent frames. mask_channels: of `concat_mask`: 1, or one for each frame of a latent frame.
+    whole: whether `concat_latent_image` is the latent of a whole video, grey where it is unknown, and `concat_mask` has
+        a channel for each frame of a latent frame. Else they hold the known latent frames, and one channel.
     takes_end: whether the last frames can be known too. takes_clip_vision: whether some of the models read CLIP's
         states of the images.
     numbers: what else the conditioning has for them.
@@ -22,7 +22,6 @@ class ImageForm:
 
     in_latent: bool = False
     whole: bool = True
-    mask_channels: int = 1
     takes_end: bool = False
     takes_clip_vision: bool = False
     numbers: Mapping[str, float] = field(default_factory=dict)

@@ -69,6 +69,7 @@ class Wan(Family):
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)
+    mask_channels = frozenset({1, configs.MASK_CHANNELS})
 
     # Properties of a model, from the configs of its transformers
 
@@ -107,13 +108,10 @@ class Wan(Family):
         config = configs.filled(config)
         return config["in_channels"] == config["out_channels"]
 
-    def known_in_latent(self, form: VaeForm) -> bool:
-        return form.channels == CHANNELS_22
-
     def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
         if form.channels == CHANNELS_22:
             return {"": ImageForm(in_latent=True, models="Models with this VAE, such as Wan2.2-TI2V-5B,")}
-        extra = ImageForm(mask_channels=configs.MASK_CHANNELS, takes_end=True, takes_clip_vision=True)
+        extra = ImageForm(takes_end=True, takes_clip_vision=True)
         return {"": extra}
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
