@@ -18,11 +18,14 @@ TRANSFORMERS = {  # file: its kind in random_hunyuan
     "hunyuan_video_v2_replace_image_to_video_720p_bf16": "i2v replace",
 }
 AS_PUBLISHED = {"num_attention_heads": 1, "attention_head_dim": 128}  # a file does not show other axes of a head
+VISION = "llava_llama3_vision"
 LLAMA_PIECES, CLIP_PIECES = 128_320, 49_408
 
 
 def write_all(models: Path) -> None:
-    """Into the folders of ComfyUI's `models`."""
+    """Into the folders of ComfyUI's `models`, once."""
+    if (models / "clip_vision" / f"{VISION}.safetensors").is_file():
+        return
 
     def place(folder: str, name: str) -> Path:
         (models / folder).mkdir(parents=True, exist_ok=True)
@@ -38,7 +41,7 @@ def write_all(models: Path) -> None:
     clip = tiny_llava.clip_text(vocab_size=CLIP_PIECES, bos_token_id=CLIP_PIECES - 2, eos_token_id=CLIP_PIECES - 1)
     _save(place("text_encoders", "clip_l"), _part(clip.state_dict(), "", "text_model."))
     vision = _part(llava, "vision_tower.", "vision_model.") | _part(llava, "multi_modal_projector.", "", keeps=True)
-    _save(place("clip_vision", "llava_llama3_vision"), vision)
+    _save(place("clip_vision", VISION), vision)
 
 
 def _part(state: dict, begin: str, prefix: str, keeps: bool = False) -> dict:
