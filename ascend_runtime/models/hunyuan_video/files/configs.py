@@ -84,6 +84,12 @@ def transformer_config(shapes: Shapes) -> dict:
     }
 
 
+def is_open(config: Mapping[str, Any]) -> bool:
+    """Whether a config leaves open if a model makes videos from text only, or from images too: one that was read off
+    shapes, which do not show it, or that diffusers wrote before it knew the field."""
+    return "image_condition_type" not in config
+
+
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
     """The channels of a head that are turned by a token's frame, row and column: about 1/8, 7/16 and 7/16 of them, as
     in the published models, each an even number."""
