@@ -2,8 +2,8 @@
 
 An image-to-video model of the first form (`CONCAT`, 33 channels) reads further channels: the latent of the known
 frames, and a mask. One of the second form (`REPLACE`, 16 channels) finds the first frame without noise in its latent,
-and modulates that frame's tokens by a vector of their own. Without a config, weights of the second form have the shapes
-of a text-to-video model's (`OPEN`); there the job's conditioning decides.
+and modulates that frame's tokens by a vector of their own. Where no config says so, weights of the second form look as
+a text-to-video model's (`OPEN`); there the job's conditioning decides.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class HunyuanConditioner(Conditioner):
 
     @property
     def _image_type(self) -> str | None:
-        return filled(self.config)["image_condition_type"]
+        return self.config.get("image_condition_type", OPEN)
 
     @property
     def embeds_guidance(self) -> bool:
