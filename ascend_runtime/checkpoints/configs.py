@@ -8,14 +8,18 @@ from pathlib import Path
 from .faults import shown
 
 # The fields that our own code reads and computes with.
-COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim",
-          "ffn_dim", "z_dim", "scale_factor_spatial", "scale_factor_temporal", "rope_max_seq_len")  # fmt: skip
+COUNTS = ("num_layers", "num_single_layers", "num_refiner_layers", "num_attention_heads", "attention_head_dim",
+          "in_channels", "out_channels", "text_dim", "text_embed_dim", "pooled_projection_dim", "ffn_dim", "z_dim",
+          "latent_channels", "scale_factor_spatial", "scale_factor_temporal", "rope_max_seq_len", "patch_size_t",
+          "layers_per_block", "spatial_compression_ratio", "temporal_compression_ratio")  # fmt: skip
 EPSILONS = ("eps", "layer_norm_epsilon")  # added to the divisor of a norm
 # A network is built before its shapes are compared with those on disk, so the fields that determine the number of its
 # modules and the size of tables without weights are bounded. Published configs have at most a fifth of these values.
-MAX_VALUES = {"num_layers": 256, "num_decoder_layers": 256, "num_res_blocks": 16, "num_attention_heads": 512,
-        "attention_head_dim": 1024, "rope_max_seq_len": 2**14, "num_heads": 512, "z_dim": 1024, "patch_size": 16,
-        "scale_factor_spatial": 128, "scale_factor_temporal": 64}  # fmt: skip
+MAX_VALUES = {"num_layers": 256, "num_decoder_layers": 256, "num_single_layers": 256, "num_refiner_layers": 256,
+        "num_hidden_layers": 256, "num_res_blocks": 16, "layers_per_block": 16, "num_attention_heads": 512,
+        "attention_head_dim": 1024, "rope_max_seq_len": 2**14, "num_heads": 512, "z_dim": 1024, "latent_channels": 1024,
+        "patch_size": 16, "patch_size_t": 16, "scale_factor_spatial": 128, "scale_factor_temporal": 64,
+        "spatial_compression_ratio": 128, "temporal_compression_ratio": 64}  # fmt: skip
 MAX_VALUE = 2**20  # of any other integer, such as a layer's width or the size of a vocabulary
 MAX_LIST_LENGTHS = {"latents_mean": 1024, "latents_std": 1024}
 MAX_LIST_LENGTH = 16  # of any other list, such as numbers of blocks

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ops.packing import Packing
 from ..ops.precision import is_finite
 from ..ops.quantization import quantized_rows
-from .formats.parts import Rows, Slices, by_rows, full_slices, in_ranges
+from .formats.parts import Rows, Slices, by_rows, full_slices, in_columns, in_ranges, with_ones
 from .formats.tensor_files import TensorFile
 from .fp8 import dequantized, scale_of
 from .msmodelslim import as_numbers
@@ -36,8 +36,8 @@ class Wanted:
     name: used in errors. key: its name in the file. scale: the key of its scale if it is stored in 8 bits. shape: of
     the whole tensor. part: None for all of it. dtype, device: where it is kept. scales: the name of the new row
     scales, if it is to be quantized to int8; a scale belongs to a whole row, even if `part` cuts the rows. rows: its
-    ranges of the stored tensor's rows, concatenated in this order; None: all. packing: how its values are kept as
-    bytes, to which `shape` and `part` refer then; None: as numbers.
+    ranges of the stored tensor's rows, concatenated in this order; columns: its range of that tensor's columns; None:
+    all. packing: how its values are kept as bytes, to which `shape` and `part` refer then; None: as numbers.
     """
 
     name: str
@@ -49,7 +49,12 @@ class Wanted:
     device: torch.device
     scales: str | None = None
     rows: Rows | None = None
+    columns: slice | None = None
     packing: Packing | None = None
+
+    def lies(self, part: Slices, dims: int) -> Slices:
+        """The slices of the stored tensor, which has so many dims, given those of the rows that it keeps."""
+        return with_ones(in_columns(part if self.packing is None else self.packing.stored(part), self.columns), dims)
 
 
 @dataclass(frozen=True)
@@ -109,15 +114,19 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
     cuts = in_ranges(part, wanted.rows)
     if mapped or file.in_rows(wanted.key):
         cuts = [cut for both in cuts for cut in zip(*(by_rows(one, held.itemsize, READ_BYTES) for one in both))]
+    dims = len(file.shapes[wanted.key])
     for cut in cuts:
         own, lies = cut
         rows = slice(own[0].start - part[0].start, own[0].stop - part[0].start) if own else ...
-        yield _Piece(wanted, None if mapped else lies, [x[rows] for x in made.values()], made, last=cut is cuts[-1])
+        lies = None if mapped else wanted.lies(lies, dims)
+        yield _Piece(wanted, lies, [x[rows] for x in made.values()], made, last=cut is cuts[-1])
 
 
 def _mapped(file: TensorFile, wanted: Wanted) -> Tensor:
     ((_, lies),) = in_ranges(full_slices(wanted.shape), wanted.rows)
-    return file.mapped(wanted.key, wanted.rows and lies)
+    if wanted.rows is wanted.columns is None:
+        return file.mapped(wanted.key).view(wanted.shape)
+    return file.mapped(wanted.key, wanted.lies(lies, len(file.shapes[wanted.key])))
 
 
 def _empty(shape: list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -151,7 +160,7 @@ def _quantized(file: TensorFile, piece: _Piece) -> list[Tensor]:
 def _packed(file: TensorFile, piece: _Piece) -> Tensor:
     of = piece.of
     try:
-        made = of.packing.packed(file.read(of.key, of.packing.stored(piece.part)))
+        made = of.packing.packed(file.read(of.key, piece.part))
     except ValueError as error:
         raise ValueError(f"{file.path} has {error} in {of.name}. Quantize the model again.") from None
     return piece.rows[0].copy_(made) if of.device.type == "cpu" else made
@@ -162,7 +171,7 @@ def _taken(piece: _Piece, made: Future) -> Iterator[tuple[str, Tensor]]:
     rows = made.result()
     if piece.of.device.type != "cpu":  # in this thread, which owns the device's context
         for into, x in zip(piece.rows, rows):
-            into.copy_(x)
+            into.copy_(x.view_as(into))
     if piece.last:
         yield from piece.made.items()
 
@@ -188,7 +197,7 @@ def read_as(
     tensor = _checked(dequantized(tensor, scale and scale_of(file, scale, part)), dtype, name, file.path)
     if into is None:
         return tensor.to(dtype)
-    return tensor if straight is not None else into.copy_(tensor)
+    return tensor if straight is not None else into.copy_(tensor.view_as(into))
 
 
 def _checked(tensor: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tensor:

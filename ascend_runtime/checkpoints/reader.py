@@ -55,7 +55,7 @@ class Place:
     on disk. scale: the key of its scale if it is stored in 8 bits. packing: how its values are kept as bytes, whose
     shape it has then; None: as numbers.
 
-    rows: its ranges of the tensor's rows, in this order; None: all.
+    rows: its ranges of the tensor's rows, in this order; columns: its range of the tensor's columns; None: all.
     """
 
     shard: Path
@@ -64,6 +64,7 @@ class Place:
     nbytes: int
     scale: str | None
     rows: Rows | None = None
+    columns: slice | None = None
     packing: Packing | None = None
 
 
@@ -113,7 +114,7 @@ def load_weights(
     for shard in dict.fromkeys(place.shard for place in places.values()):
         wanted = [
             Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device,
-                   scales_of.get(name), place.rows, place.packing)
+                   scales_of.get(name), place.rows, place.columns, place.packing)
             for name, place in places.items()
             if place.shard == shard
         ]  # fmt: skip
@@ -175,12 +176,14 @@ def _places(
                     numbers.append(f"{key} as {dtype}")
                 targets[key] = targets_of(split, name, tuple(shape))
                 packing = quantized.packing(key) if quantized else None
-                for name, made, rows in ((one.name, one.shape_in(tuple(shape)), one.rows) for one in targets[key]):
-                    if name in places:
-                        raise ValueError(f"{shard} and {places[name].shard} both hold {name}. Keep one of the two.")
+                for one in targets[key]:
+                    if one.name in places:
+                        other = places[one.name].shard
+                        raise ValueError(f"{shard} and {other} both hold {one.name}. Keep one of the two.")
+                    made = one.shape_in(tuple(shape))
                     size = math.prod(made) * dtype.itemsize
                     kept = packing.shape(made) if packing else made
-                    places[name] = Place(shard, key, kept, size, scales.get(key), rows, packing)
+                    places[one.name] = Place(shard, key, kept, size, scales.get(key), one.rows, one.columns, packing)
             _check_rows(file, targets)
         if faults := list_faults({"that are not floating-point": numbers}):
             raise ValueError(f"{shard} holds tensors {faults}. Use the model's fp32, fp16, bf16 or fp8_scaled form.")
@@ -188,8 +191,8 @@ def _places(
 
 
 def _check_rows(file: TensorFile, targets: Mapping[str, tuple[Target, ...]]) -> None:
-    """Raises ValueError, which lists tensors with rows that belong to no parameter or to several, and tensors with
-    fewer rows than their parameters. targets: the parameters of each tensor."""
+    """Raises ValueError, which lists tensors with rows or columns that belong to no parameter or to several, and
+    tensors with fewer of them than their parameters. targets: the parameters of each tensor."""
     faults = defaultdict(list)
     for key, own in targets.items():
         for fault, which in row_faults(own, file.shapes[key]):

@@ -29,7 +29,7 @@ from ..checkpoints.writing.writers import WRITE_BYTES
 from ..components.networks import empty_network
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..recognition.component import Component
-from ..recognition.folders import STANDARD_NAMES, TRANSFORMER_FOLDERS, has_folder
+from ..recognition.folders import STANDARD_NAMES, TRANSFORMERS, has_folder
 from ..recognition.mindspeed import RELEASE, STAGE_FILE, TRACKER
 from ..specs.models import WEIGHT_DTYPES
 from .inspection import inspect
@@ -76,8 +76,8 @@ class ConversionPlan:
 
     def digest(self) -> str:
         """A hash of what is written and how, to detect a plan of another version."""
-        moves = [(str(path), name, move.key, str(move.made.dtype)) for path, moves in self.moves.items()
-                 for name, move in moves.items()]  # fmt: skip
+        moves = [(str(path), name, *(place.key for place in move.places), str(move.made.dtype))
+                 for path, moves in self.moves.items() for name, move in moves.items()]  # fmt: skip
         made = repr((WRITE_BYTES, moves, sorted(self.texts.items()), sorted(self.copies)))
         return hashlib.sha256(made.encode()).hexdigest()
 
@@ -143,7 +143,8 @@ def planned(
     plan.sources += parts.values()
     if to == "mindspeed":
         for part, component in parts.items():
-            _plan_release(plan, Path(TRANSFORMER_FOLDERS[part][1] if len(parts) > 1 else ""), part, component)
+            folder = component.family.layout.folders[part][0] if len(parts) > 1 else ""
+            _plan_release(plan, Path(folder), part, component)
         _plan_own_files(plan, parts)
         return plan
     _plan_tokenizer(plan, parts)
@@ -162,7 +163,7 @@ def _parts(source: Path, to: str, omitted: list[str], on_part: Callable[[str], N
     for found in inspect(str(source), on_part):
         if found.component is None and found.fault is None:
             continue
-        if to == "mindspeed" and found.part not in TRANSFORMER_FOLDERS:
+        if to == "mindspeed" and found.part not in TRANSFORMERS:
             if found.component:
                 omitted.append(f"{found.part}: MindSpeed-MM's layout has only transformers; use --to diffusers")
         elif found.component:  # `_moves` checks its weights; other faults, as a missing tokenizer, are accepted
@@ -190,12 +191,17 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
     for shard in component.shards:
         with open_tensors(shard) as file:
             held |= {name: file.dtype(place.key) for name, place in places.items() if place.shard == shard}
-    names = [name for name in network.state_dict() if name in places]
-    return [
-        Move(name, place.shard, place.key, place.scale,
-             torch.empty(place.shape, dtype=_dtype(component, name, held[name], dtype), device="meta"), place.rows)
-        for name, place in ((name, places[name]) for name in names)
-    ]  # fmt: skip
+    whole: dict[str, list[str]] = {}
+    for name in network.state_dict():
+        if name in places:
+            whole.setdefault(component.part.published_name(name), []).append(name)
+    moves = []
+    for name, parts in whole.items():
+        shape = places[parts[0]].shape
+        shape = shape if len(parts) == 1 else (shape[0], sum(places[one].shape[1] for one in parts), *shape[2:])
+        made = torch.empty(shape, dtype=_dtype(component, parts[0], held[parts[0]], dtype), device="meta")
+        moves.append(Move(name, tuple(places[one] for one in parts), made))
+    return moves
 
 
 def _dtype(component: Component, name: str, held: torch.dtype, target: torch.dtype | None) -> torch.dtype:
@@ -208,13 +214,13 @@ def _dtype(component: Component, name: str, held: torch.dtype, target: torch.dty
 
 def _plan_release(plan: ConversionPlan, folder: Path, part: str, component: Component) -> None:
     """Plans a transformer in the layout of MindSpeed-MM's converter, with one pipeline stage."""
+    to_mindspeed = component.family.to_mindspeed
+    if to_mindspeed is None:
+        raise ValueError(f"MindSpeed-MM's layout does not support a {component.kind.what}. Use --to diffusers.")
     for name, value in component.part.hidden.items():
         if component.config.get(name, value) != value:
             raise ValueError(f"{component.shards[0]} has {name} {component.config[name]}, but MindSpeed-MM's layout "
                              f"has no config, and only supports {value}. Use --to diffusers.")  # fmt: skip
-    to_mindspeed = component.family.to_mindspeed
-    if to_mindspeed is None:
-        raise ValueError(f"MindSpeed-MM's layout does not support a {component.kind.what}. Use --to diffusers.")
     moves = {to_mindspeed(move.name): move for move in _moves(part, component, plan.dtype)}
     plan.moves[folder / RELEASE / "mp_rank_00" / STAGE_FILE] = moves
     plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()

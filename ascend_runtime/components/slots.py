@@ -14,8 +14,8 @@ from ..checkpoints.reader import BytesRead
 from ..hardware import devices
 from ..parallel.fsdp import Sharding
 from ..recognition.component import Component
-from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
-from . import diffusion_model, text_encoder, vae
+from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec, VisionSpec
+from . import diffusion_model, text_encoder, vae, vision
 from .diffusion_model import DiffusionModel
 from .loras import use_loras
 from .pinned import kept_by_torch, require_room_for_originals
@@ -23,7 +23,7 @@ from .room import HostMemory, Room
 
 logger = logging.getLogger(__name__)
 
-LOADERS = {DiffusionModelSpec: diffusion_model, TextEncoderSpec: text_encoder, VaeSpec: vae}
+LOADERS = {DiffusionModelSpec: diffusion_model, TextEncoderSpec: text_encoder, VisionSpec: vision, VaeSpec: vae}
 
 
 class Components:
@@ -123,6 +123,8 @@ def _loaded(spec) -> Any:
     """The spec without what does not change the weights."""
     if isinstance(spec, DiffusionModelSpec):
         return replace(spec, loras=())
+    if isinstance(spec, TextEncoderSpec):
+        return replace(spec, vision_path=None)
     return replace(spec, tiles="auto") if isinstance(spec, VaeSpec) else spec
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Calibration, VaeForm
+from ..specs.presets import FamilyPresets
 from .cost import PassSize, Work
 from .defaults import Defaults
+from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
 
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from .shared.vae import VideoVae
 
 TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # the parts of every family
+TEXT_ENCODER_2 = "text_encoder_2"  # of a family with two
+VISION = "vision_tower"  # of a family whose text encoder reads images too
+TRANSFORMER_2 = "transformer_2"  # the second expert of a model that has two
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,18 @@ class Part:
     rename: maps a tensor's name in any system to the parameter's name; None: the tensor is not a parameter.
     config: builds the config from the shapes of the tensors. Raises ValueError if they do not fit.
     other: a sentence about tensors of these shapes if they belong to a similar, unsupported network; else empty.
+    other_classes: the classes in configs of similar, unsupported networks, and what these are.
+    incomplete: a sentence about tensors of these shapes, some of which are missing; empty if nothing is known.
     blocks: the prefixes of its numbered blocks, one for each kind of blocks with a numbering of its own.
     check: raises ValueError, which names the file, for an unsupported config.
     hidden: config fields that the shapes do not show, with the values that are used without a config.
     tokenizer_folder: the folder of a text encoder's tokenizer, relative to the published file's.
+    inner_config: maps the config.json of a folder to this network's config, for networks that are published as parts
+        of larger ones, with longer names of tensors. None: a folder holds this network only.
+    left_out: whether a tensor of this name is not read, with a network of this config: files have more than is used.
     split: the parameters in a tensor on disk that holds several (see checkpoints.fused); None: each tensor is one.
+    published_name: the name, as diffusers or transformers write it, of the tensor that holds a parameter. Several with
+    one name are its columns, in the network's order.
     """
 
     what: str
@@ -57,11 +69,22 @@ class Part:
     rename: Callable[[str], str | None]
     config: Callable[[Shapes], dict]
     other: Callable[[Shapes], str] = lambda shapes: ""
+    other_classes: Mapping[str, str] = field(default_factory=dict)
+    incomplete: Callable[[Shapes], str] = lambda shapes: ""
     blocks: tuple[str, ...] = ("blocks.",)
     check: Callable[[dict, Path], None] = lambda config, file: None
     hidden: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: str | None = None
+    inner_config: Callable[[Mapping[str, Any]], dict] | None = None
+    left_out: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
     split: Split | None = None
+    published_name: Callable[[str], str] = lambda name: name
+
+    def config_in(self, config: Mapping[str, Any]) -> dict | None:
+        """This network's config in the content of a config.json; None if that describes another network."""
+        own = dict(config) if self.inner_config is None else self.inner_config(config)
+        key, wanted = self.class_name
+        return own if own.get(key) == wanted else None
 
 
 @dataclass(frozen=True)
@@ -72,8 +95,8 @@ class LoraNames:
     further: the parameters that other models of the family have, and a model with these shapes lacks.
     left_out: the reason to leave out a key that
     changes a further layer (given by name) or an unknown one (None).
-    fused: parameters in files that replace several of the network's, or one with its rows in another order. split: the
-        network's parameters in each.
+    fused: the parameters in files that replace several of the network's, or one with its rows in another order, for a
+        model with these shapes. split: the network's parameters in each.
     made_for: (the shapes that do not fit, the model's shapes, the reasons of `left_out`) -> a sentence about the model
         that a file was made for; empty if unknown.
     """
@@ -82,7 +105,7 @@ class LoraNames:
     further: Callable[[Shapes], Iterable[str]] = lambda shapes: ()
     left_out: Callable[[str, str | None], str] = lambda key, layer: "of no layer of this model"
     made_for: Callable[[Shapes, Shapes, Iterable[str]], str] = lambda misfits, shapes, reasons: ""
-    fused: frozenset[str] = frozenset()
+    fused: Callable[[Shapes], Iterable[str]] = lambda shapes: ()
     split: Split | None = None
 
 
@@ -100,6 +123,25 @@ class WeightRules:
     replicated: Callable[[str], bool] = lambda name: False
     cut_dim: Callable[[str], int | None] = lambda name: None
     in_8_bits: Callable[[str], bool] = lambda layer: False
+
+
+@dataclass(frozen=True)
+class OriginalLayout:
+    """How a family's authors lay out a model's folder.
+
+    models: a pattern of the models' folders in a download, next to which their text encoders may lie; empty: there are
+    none.
+    folders: the names of the folders of each part in a model's folder, besides diffusers'.
+    files: the weights in the folder of a part, the first that exists; loose: a pattern of weights in a model's folder
+    itself, whose part their content shows.
+    classes: the "_class_name" in the config.json of parts, or of a model's folder that is the part itself.
+    """
+
+    models: str = ""
+    folders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loose: str = ""
+    classes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,12 +164,14 @@ class Family(ABC):
     """A family of video models.
 
     name: of its folder. title: its name in sentences.
-    parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, and further text encoders ("text_encoder_2").
-    original_class: the "_class_name" in the config.json of its authors' transformer; None: there is none.
+    parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, further text encoders ("text_encoder_2"), and VISION.
+    layout: see OriginalLayout.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
+    presets: its own values of step caches' presets.
     weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
-    None: MindSpeed-MM does not support the family.
+        None: MindSpeed-MM does not support the family.
+    mask_channels: the numbers of channels that a conditioning's `concat_mask` can have.
 
     Transformer configs are those that diffusers writes.
     """
@@ -137,10 +181,12 @@ class Family(ABC):
     parts: Mapping[str, Part]
     repository: str
     schedule: str
-    original_class: str | None = None
+    layout: OriginalLayout = OriginalLayout()
+    presets: FamilyPresets = {}
     weights: WeightRules = WeightRules()
     loras: LoraNames
     to_mindspeed: Callable[[str], str] | None = None
+    mask_channels: frozenset[int] = frozenset({1})
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -181,10 +227,15 @@ class Family(ABC):
         """Whether a model can generate from text only."""
         return True
 
-    def known_in_latent(self, form: VaeForm) -> bool:
-        """Whether models whose VAE has this form take known frames in the latent itself; else they take them as extra
-        channels."""
-        return False
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        """The ways in which images condition models whose VAE has this form, by their names in workflows; the first is
+        the default."""
+        return {"": ImageForm()}
+
+    def left_open(self, config: Mapping[str, Any]) -> str:
+        """What the config of a transformer, read off its shapes, does not decide about the model, and what does; empty
+        if it decides all."""
+        return ""
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         """The published calibration of step caches for an expert of this model and frames of this number of pixels."""

@@ -152,7 +152,12 @@ class PlainOperators:
 
     def linear_all_reduce(self, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
         """x weight^T, all-reduced over `group`, plus bias; x [B, S, K/ranks], weight [N, K/ranks], bias [N]."""
-        return _summed(F.linear(x, weight), bias, group)
+        return self.summed(F.linear(x, weight), bias, group)
+
+    def summed(self, out: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
+        """The sum of all ranks' `out`, in place, plus the bias."""
+        dist.all_reduce(out, group=group)
+        return out if bias is None else out + bias
 
     # Quantized linear layers: weight [N, K] and its scale [N] in fp32; the result has x's dtype. Activations are
     # quantized dynamically, each token by its largest magnitude, after they are multiplied by `smooth` [K] if given
@@ -172,9 +177,12 @@ class PlainOperators:
         A first all-reduce takes the maximum of each token's magnitudes in fp32, so that a token has one scale on all
         ranks, and the integers equal those on one rank.
         """
+        return self.summed(self.quantized_linear_part(x, weight, scale, group), bias, group)
+
+    def quantized_linear_part(self, x: Tensor, weight: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """This rank's summand in `quantized_linear_all_reduce`."""
         rows = quantized_rows(x.flatten(0, -2), _largest_of_all(x, group))
-        out = self._products(*rows, weight, scale, None, x.dtype).view(*x.shape[:-1], -1)
-        return _summed(out, bias, group)
+        return self._products(*rows, weight, scale, None, x.dtype).view(*x.shape[:-1], -1)
 
     def int4_linear(
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, smooth: Tensor | None = None
@@ -188,9 +196,12 @@ class PlainOperators:
         self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup
     ) -> Tensor:
         """Like `quantized_linear_all_reduce`, in 4 bits; weight [N, K/ranks/2] in pairs."""
+        return self.summed(self.int4_linear_part(x, weight, scale, group), bias, group)
+
+    def int4_linear_part(self, x: Tensor, weight: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """This rank's summand in `int4_linear_all_reduce`."""
         rows = quantized_rows(x.flatten(0, -2), _largest_of_all(x, group), INT4_MAX)
-        out = self._int4_products(*rows, weight, scale, x.dtype).view(*x.shape[:-1], -1)
-        return _summed(out, bias, group)
+        return self._int4_products(*rows, weight, scale, x.dtype).view(*x.shape[:-1], -1)
 
     def mx_linear(self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None) -> Tensor:
         """x weight^T + bias in MXFP8 (see mxfp8.py); x [..., K], weight fp8 [N, K], exponents [N, groups], bias in
@@ -201,8 +212,8 @@ class PlainOperators:
         self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None, group: dist.ProcessGroup
     ) -> Tensor:
         """Like `mx_linear`, all-reduced over `group`; x [B, S, K/ranks], weight [N, K/ranks], in whole groups."""
-        out = self._mx_products(x.flatten(0, -2), weight, exponents, None).view(*x.shape[:-1], -1)
-        return _summed(out, None if bias is None else bias.type_as(out), group)
+        out = self.mx_linear(x, weight, exponents, None)
+        return self.summed(out, None if bias is None else bias.type_as(out), group)
 
     def static_linear(self, x: Tensor, weight: Tensor, static: Static) -> Tensor:
         """Like `quantized_linear` in int8, but x [..., K] is quantized with a static scale and offset."""
@@ -211,9 +222,13 @@ class PlainOperators:
 
     def static_linear_all_reduce(self, x: Tensor, weight: Tensor, static: Static, group: dist.ProcessGroup) -> Tensor:
         """Like `static_linear`, all-reduced over `group`; x [B, S, K/ranks], weight [N, K/ranks]."""
+        out = self.static_linear_part(x, weight, static)
+        return self.summed(out, static.added(out.dtype), group)
+
+    def static_linear_part(self, x: Tensor, weight: Tensor, static: Static) -> Tensor:
+        """This rank's summand in `static_linear_all_reduce`."""
         rows = self._static_rows(x.flatten(0, -2), static)
-        out = self._products(rows, None, weight, static.scale, None, x.dtype).view(*x.shape[:-1], -1)
-        return _summed(out, (static.scale * static.bias).to(out.dtype), group)
+        return self._products(rows, None, weight, static.scale, None, x.dtype).view(*x.shape[:-1], -1)
 
     def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
         return statically_quantized(tokens, static.input_scale, static.input_offset)
@@ -240,12 +255,6 @@ def _largest_of_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     largest = row_largest(x)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return largest.flatten(0, -2)
-
-
-def _summed(out: Tensor, bias: Tensor | None, group: dist.ProcessGroup) -> Tensor:
-    """The sum of all ranks' `out`, plus the bias."""
-    dist.all_reduce(out, group=group)
-    return out if bias is None else out + bias
 
 
 def _has_torchs_attention(query: Tensor) -> bool:

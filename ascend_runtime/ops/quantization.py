@@ -48,7 +48,13 @@ class Static(NamedTuple):
     input_scale: Tensor
     input_offset: Tensor
     scale: Tensor  # the input's times the weight's
-    bias: Tensor  # int32: the layer's bias in units of `scale`, minus the offset's contribution to the products
+    # int32: the layer's bias in units of `scale`, minus the offset's contribution to the products; None: another layer,
+    # whose output is added to this one's, has it for both.
+    bias: Tensor | None
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to products that are scaled already: [N]."""
+        return None if self.bias is None else (self.scale * self.bias).to(dtype)
 
 
 def statically_quantized(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class SequenceLayout(Protocol):
 
     def chunk_of(self, length: int) -> int: ...
 
+    def place(self, length: int) -> slice: ...
+
 
 @dataclass(frozen=True)
 class WholeSequence:
@@ -57,6 +59,9 @@ class WholeSequence:
     def chunk_of(self, length: int) -> int:
         return length
 
+    def place(self, length: int) -> slice:
+        return slice(0, length)
+
 
 class ShardedSequence:
     """Equal chunks of the tokens on the ranks of `group`, the last chunks padded with zeros.
@@ -77,12 +82,16 @@ class ShardedSequence:
         """The tokens of a chunk, including padding, for a sequence of `length` tokens."""
         return -(-length // self.degree)
 
+    def place(self, length: int) -> slice:
+        """The tokens of a sequence of `length` tokens that are in this rank's chunk, without padding."""
+        start = min(self.rank * self.chunk_of(length), length)
+        return slice(start, start + self.own(length))
+
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's chunk of `x` along `dim`, the sequence dim."""
         self.length = x.shape[dim]
-        chunk = self.chunk_of(self.length)
-        own = x.narrow(dim, min(self.rank * chunk, self.length), self.own(self.length))
-        return pad_end(own, dim, chunk)
+        own = self.place(self.length)
+        return pad_end(x.narrow(dim, own.start, own.stop - own.start), dim, self.chunk_of(self.length))
 
     def gather(self, x: Tensor, length: int) -> Tensor:
         """All-gathers the sequence [B, length, D] from the chunks [B, S/N, D] of all ranks.

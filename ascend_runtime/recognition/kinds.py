@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoints.faults import as_value_error, list_faults, shown
 from ..checkpoints.formats.tensor_files import open_tensors
+from ..checkpoints.fused import targets_of
 from ..checkpoints.renaming import is_tokenizer
 from ..checkpoints.shards import one_of_several
-from ..checkpoints.states import content_state
+from ..checkpoints.states import content_state, files_of
 from ..models.family import TRANSFORMER, Part
 from ..models.registry import families, family
 from ..models.shapes import Shapes, count
@@ -65,7 +66,7 @@ def recognise(part: str, shards: tuple[Path, ...], _: tuple) -> Recognised:
     """The network, of any family, that these shards hold. Cached until a file changes, so that a job on a loaded model
     opens no file. Raises ValueError if the files do not hold a complete network of this part."""
     held = {shard: _names(shard) for shard in shards}
-    kind = _kind_of(part, shards[0], [name for names in held.values() for name in names])
+    kind = _kind_of(part, shards, {name: shape for names in held.values() for name, shape in names.items()})
     prefix = _prefix(kind, shards[0], [name for names in held.values() for name in names])
     shapes, first_blocks, has_tokenizer = {}, [], False
     for shard, names in held.items():
@@ -74,33 +75,43 @@ def recognise(part: str, shards: tuple[Path, ...], _: tuple) -> Recognised:
         stages = shards[0].parent != shard.parent
         with as_value_error(shard, "the names of its tensors"):
             found = {own_name(kind, prefix, key): shape for key, shape in names.items()}
+            held_by = {one.name: one.shape_in(shape) for name, shape in found.items() if name
+                       for one in targets_of(kind.part.split, name, shape)}  # fmt: skip
             first_blocks.append(tuple(count(shapes, prefix) if stages else 0 for prefix in kind.part.blocks))
-            shapes |= {renumbered(kind, name, first_blocks[-1]): shape for name, shape in found.items() if name}
+            shapes |= {renumbered(kind, name, first_blocks[-1]): shape for name, shape in held_by.items()}
     _require_whole(kind, shards, shapes)
     with as_value_error(shards[0], f"the {kind.what} in it"):
         return Recognised(kind, kind.part.config(shapes), tuple(first_blocks), has_tokenizer, prefix)
 
 
-def _kind_of(part: str, file: Path, names: list[str]) -> Kind:
-    """The kind whose signature these tensors match, else the first, to report what is missing."""
+def _kind_of(part: str, shards: Sequence[Path], held: Shapes) -> Kind:
+    """The kind whose signature these tensors match. Raises ValueError if they match none, or several."""
     candidates = kinds(part)
-    return next((kind for kind in candidates if _is_signed(kind, file, names)), candidates[0])
+    found = [kind for kind in candidates if _is_signed(kind, shards[0], held)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        what = " and ".join(f"a {kind.what}" for kind in found)
+        raise ValueError(f"{shards[0]} holds {what}. Save the one that you want into a separate file.")
+    hint = _hint_of_other(candidates, held) or (len(shards) == 1 and one_of_several(shards[0]))
+    wanted = " and not ".join(
+        f"a {kind.what} (it has neither {' nor '.join([*kind.part.signature][:2])})" for kind in candidates
+    )
+    raise ValueError(f"{shards[0]} is not {wanted}. {hint or f'Its first tensors are {_first(held)}.'}")
+
+
+def _hint_of_other(candidates: Iterable[Kind], held: Shapes) -> str:
+    """A sentence about a similar, unsupported network; empty if nothing is known about the tensors."""
+    return next(filter(None, (kind.part.other(held) for kind in candidates)), "")
 
 
 def _require_whole(kind: Kind, shards: tuple[Path, ...], shapes: Shapes) -> None:
     signature = kind.part.signature
     missing = [name for name in signature if name not in shapes]
     hint = kind.part.other(shapes) or (missing and len(shards) == 1 and one_of_several(shards[0]))
-    if missing[:2] == [*signature][:2]:
-        wanted = " or ".join(f"a {one.what}" for one in kinds(kind.name))
-        raise ValueError(
-            f"{shards[0]} is not {wanted}: it has neither {' nor '.join(missing[:2])}. "
-            f"{hint or f'Its first tensors are {_first(shapes)}.'}"
-        )
     if missing:
-        raise ValueError(
-            f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. {hint or _incomplete_hint(kind, shapes)}"
-        )
+        hint = hint or kind.part.incomplete(shapes) or "Download it again."
+        raise ValueError(f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. {hint}")
     if hint:
         raise ValueError(f"{shards[0]} is not a plain {kind.what}. {hint}")
     misshapen = [
@@ -119,7 +130,7 @@ def is_part(part: str, file: Path) -> bool:
 def is_kind(kind: Kind, file: Path) -> bool:
     """Whether a file holds a network of this kind. Raises ValueError if it cannot be read, or holds several of them.
     The result, an error included, is cached until the file changes, whichever link leads to it."""
-    cached = _cached_kinds(content_state(file))
+    cached = _cached_kinds(tuple(map(content_state, files_of((file,)))))
     if kind not in cached:
         try:
             cached[kind] = _fits(kind, file), "", str(file)
@@ -149,8 +160,7 @@ def _is_signed(kind: Kind, file: Path, held: Iterable[str]) -> bool:
 
 def describe_other(file: Path) -> str:
     """A sentence about a file that holds no network of these kinds; empty if nothing is known about it."""
-    names = _names(file)
-    return next((hint for kind in kinds(TRANSFORMER) if (hint := kind.part.other(names))), "") or one_of_several(file)
+    return _hint_of_other(kinds(TRANSFORMER), _names(file)) or one_of_several(file)
 
 
 def own_name(kind: Kind, prefix: str, key: str) -> str | None:
@@ -174,15 +184,6 @@ def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
             "separate file."
         )
     return found.pop() if len(found) == 1 else ""
-
-
-def _incomplete_hint(kind: Kind, shapes: Shapes) -> str:
-    if kind.name == TRANSFORMER and all(name.startswith(kind.part.blocks) for name in shapes):
-        return (
-            "It holds only blocks, like LightX2V's files of single blocks, which are not supported. Use the model's "
-            "fp8_scaled, fp16 or bf16 form in one file, or in a folder with all its shards."
-        )
-    return "Download it again."
 
 
 def _first(shapes: Shapes) -> str:

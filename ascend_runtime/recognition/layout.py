@@ -3,6 +3,7 @@ single files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from ..checkpoints.faults import shown
 from ..checkpoints.msmodelslim import WEIGHTS_PATTERN, description_in, read_description
 from ..checkpoints.paths import DEFAULTS, existing, file_of
 from ..checkpoints.states import states
+from ..checkpoints.tokenizers.bpe import VOCABULARY
+from ..checkpoints.tokenizers.steps import JSON
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
 from .component import Component
-from .folders import TRANSFORMER_FOLDERS, is_original, listed_names, loose_shards, shards_of
-from .kinds import Kind, is_part, kinds, own_name, part_of, recognise, renumbered
+from .folders import folder_of, listed_names, loose_files, loose_shards, original_family, original_file, shards_of
+from .kinds import Kind, is_kind, is_part, kinds, own_name, part_of, recognise, renumbered
 from .mindspeed import latest_shards
 
 DECIDING = ("model_index.json", "vae/config.json", "vae/latent_rgb.json")  # for all components of a diffusers folder
@@ -36,13 +39,6 @@ def find_transformer(path: str, name: str = TRANSFORMER) -> Component:
     return found if own is None else replace(found, defaults=own, decides=(*found.decides, own))
 
 
-def find_text_encoders(path: str) -> list[Component]:
-    """A model's text encoders and their tokenizers, the main encoder first: a file, or those in a folder of diffusers
-    or of the model's authors."""
-    first = find_part(path, TEXT_ENCODER)
-    return [first, *(find_part(path, part) for part in first.family.text_parts[1:])]
-
-
 def find_vae(path: str) -> Component:
     """A VAE: a file, or the VAE in a folder of diffusers or of the model's authors."""
     return find_part(path, VAE)
@@ -56,7 +52,7 @@ def vae_form(path: str) -> VaeForm:
 
 def find_part(path: str, part: str) -> Component:
     """A part of a model other than a transformer. Raises ValueError like `find_component`."""
-    found = _find_file(path, part) or find_component(path, part)
+    found = _find_file(path, part) or _find_original(path, part) or find_component(path, part)
     found.part.check(found.config, found.config_file)
     return found
 
@@ -67,7 +63,7 @@ def find_component(path: str, name: str) -> Component:
     Raises ValueError, which says what is missing and what was expected.
     """
     root = existing(path)
-    folder = root / name if (root / name).is_dir() else root
+    folder = folder_of(root, name) or root
     if not (folder / "config.json").is_file():
         if loose := sorted(root.glob("*.safetensors")):
             which = f"its file {loose[0].name}" if len(loose) == 1 else f"one of its files, such as {loose[0].name}"
@@ -84,30 +80,44 @@ def find_component(path: str, name: str) -> Component:
 def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = None) -> Component:
     """The component that the config.json in `folder` describes. shards: None for those in `folder`."""
     config = read_json(folder / "config.json")
-    kind = _kind_in(config, name, folder)
+    shards = shards or shards_of(folder)
+    kind = _kind_in(config, name, folder, shards)
     check_counts(config, folder / "config.json")
     pipeline = folder.parent
     decides = (folder / "config.json", *(pipeline / deciding for deciding in DECIDING))
     is_text = name.startswith(TEXT_ENCODER)
-    tokenizer = pipeline / name.replace(TEXT_ENCODER, "tokenizer") if is_text else None
-    return Component(kind, config, shards or shards_of(folder), folder, tokenizer=tokenizer, decides=decides)
+    tokenizer = _tokenizer_of(folder, name) if is_text else None
+    own = Component(kind, kind.part.config_in(config) or config, shards, folder,
+                    tokenizer=tokenizer, decides=decides)  # fmt: skip
+    if kind.part.inner_config is None:
+        return own
+    return replace(own, rename=_found(kind.name, own.shards).rename)
 
 
-def _kind_in(config: dict, name: str, folder: Path) -> Kind:
-    """The kind of network that a config names, by diffusers' or transformers' key. Raises ValueError for an unknown
-    one."""
+def _tokenizer_of(folder: Path, name: str) -> Path:
+    """The tokenizer's folder next to a text encoder's, as diffusers writes it, or that folder itself, as the original
+    has it."""
+    neighbour = folder.parent / name.replace(TEXT_ENCODER, "tokenizer")
+    is_inside = any((folder / one).is_file() for one in (JSON, VOCABULARY))
+    return folder if is_inside and not neighbour.is_dir() else neighbour
+
+
+def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> Kind:
+    """The kind of network that a config names, by diffusers' or transformers' key; without one, the kind that the first
+    of the shards holds that can be recognised. Raises ValueError for an unknown one."""
     candidates = kinds(part_of(name))
     if not candidates:
         raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
-        key, wanted = kind.part.class_name
-        if config.get(key) == wanted:
+        if kind.part.config_in(config) is not None:
             return kind
-    key, _ = candidates[0].part.class_name
-    if key not in config:
-        return candidates[0]
+    named = next((config[key] for key, _ in (kind.part.class_name for kind in candidates) if key in config), None)
+    if named is None:
+        return next((kind for kind in candidates for file in shards if is_kind(kind, file)), candidates[0])
     wanted = " or ".join(f"a {kind.part.class_name[1]}" for kind in candidates)
-    raise ValueError(f"{folder} holds a {shown(config[key])}; it must hold {wanted}.")
+    what = next((text for kind in candidates for name, text in kind.part.other_classes.items() if name == named), "")
+    what = f" That is {what}, which is not supported." if what else ""
+    raise ValueError(f"{folder} holds a {shown(named)}; it must hold {wanted}.{what}")
 
 
 def _find_transformer(root: Path, name: str) -> Component:
@@ -117,14 +127,15 @@ def _find_transformer(root: Path, name: str) -> Component:
             return _quantized(root.parent, (root,), description)
         _check_hidden(root)
         return _found(TRANSFORMER, (root,))
-    inner = [root / folder for folder in TRANSFORMER_FOLDERS[name] if (root / folder).is_dir()]
-    folder = inner[0] if inner else root
+    folder = folder_of(root, name) or root
     if shards := latest_shards(folder):
         return _found(TRANSFORMER, shards)
     if description := description_in(folder):
         named = any(folder.glob(WEIGHTS_PATTERN))
         return _quantized(folder, shards_of(folder, WEIGHTS_PATTERN) if named else shards_of(folder), description)
-    if not is_original(folder):
+    if file := original_file(folder, name):
+        return _found(TRANSFORMER, (file,))
+    if original_family(folder) is None:
         loose = loose_shards(folder)
         return _found(TRANSFORMER, loose) if loose else find_component(str(folder), name)
     return _original(folder, _found(TRANSFORMER, shards_of(folder)))
@@ -132,20 +143,35 @@ def _find_transformer(root: Path, name: str) -> Component:
 
 def _check_hidden(file: Path) -> None:
     """Raises ValueError for a single file of a diffusers folder if its config has a setting that the shapes do not
-    show, with another value than in all published files."""
+    show, with another value than a single file is read with."""
     try:
         config = read_json(file.parent / "config.json")
     except ValueError:  # a single file needs no config
         return
     for kind in kinds(TRANSFORMER):
         key, wanted = kind.part.class_name
-        hidden = {name: value for name, value in kind.part.hidden.items() if config.get(name, value) != value}
-        if config.get(key) == wanted and hidden and is_part(TRANSFORMER, file):
-            name, value = next(iter(hidden.items()))
-            raise ValueError(
-                f"The config.json next to {file} sets {name} to {shown(config[name])}, but a single file is read "
-                f"without its config, with {value}. Give its folder: {file.parent}."
-            )
+        if config.get(key) != wanted or not is_kind(kind, file):
+            continue
+        own = _config_of(file)
+        for name, default in kind.part.hidden.items():
+            value = own.get(name, default)
+            if _as_list(config.get(name, value)) != _as_list(value):
+                raise ValueError(
+                    f"The config.json next to {file} sets {name} to {shown(config[name])}, but a single file is read "
+                    f"without its config, with {value}. Give its folder: {file.parent}."
+                )
+
+
+def _config_of(file: Path) -> dict:
+    """The config of a transformer's file, read off its shapes; empty if they do not fit each other."""
+    try:
+        return _found(TRANSFORMER, (file,)).config
+    except ValueError:
+        return {}
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _original(folder: Path, found: Component) -> Component:
@@ -159,11 +185,12 @@ def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
     """A transformer that msModelSlim wrote, with any system's names. Its config is diffusers', or read off the
     shapes."""
     description = read_description(file).with_steps(shards)
-    if (folder / "config.json").is_file() and not is_original(folder):
+    original = original_family(folder) is not None
+    if (folder / "config.json").is_file() and not original:
         found = _of_diffusers(folder, TRANSFORMER, shards)
     else:
         found = _found(TRANSFORMER, shards)
-        found = _original(folder, found) if is_original(folder) else found
+        found = _original(folder, found) if original else found
 
     def rename(name: str, _: Path) -> str | None:
         return found.part.rename(name)
@@ -172,16 +199,17 @@ def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
 
 
 def _find_file(path: str, part: str) -> Component | None:
-    """The component in the file `path`, or in a torch.save file in the folder `path`, by its tensors."""
+    """The component in the file `path`, or in a loose file in the folder `path`, by its tensors."""
     root = existing(path)
     if root.is_file():
         return _found(part, (root,))
-    if (root / part).is_dir():
+    if folder_of(root, part) is not None:
         return None
     if shards := loose_shards(root):
         return _found(part, shards)
-    files = sorted(root.glob("*.pth"))
-    what = " or ".join(kind.what for kind in kinds(part))
+    files, family = loose_files(root), original_family(root)
+    wanted = [kind for kind in kinds(part) if family is None or kind.family == family.name]
+    what = " or ".join(kind.what for kind in wanted)
     if len(files) > MAX_TORCH_FILES:
         raise ValueError(f"{root} holds {len(files)} torch.save files. Give the file of the {what}.")
     unreadable = []
@@ -191,14 +219,21 @@ def _find_file(path: str, part: str) -> Component | None:
                 return _found(part, (file,))
         except ValueError as error:  # the file may be the wanted one, or an unrelated one
             unreadable.append(str(error))
-    if unreadable or is_original(root):
+    if unreadable or family is not None:
         more = f"{len(unreadable) - MAX_FAULTS} more files are unreadable." if len(unreadable) > MAX_FAULTS else ""
-        published = " or ".join(kind.part.published for kind in kinds(part))
+        published = " or ".join(kind.part.published for kind in wanted)
         raise ValueError(
-            f"{root} holds no {what}. Download {published} into it. "
-            + " ".join((*unreadable[:MAX_FAULTS], more)).strip()
+            " ".join((f"{root} holds no {what}. Download {published} into it.", *unreadable[:MAX_FAULTS], more)).strip()
         )
     return None
+
+
+def _find_original(path: str, part: str) -> Component | None:
+    """The component in a folder of its authors, whose config may say less than the shapes."""
+    root = existing(path)
+    folder = folder_of(root, part) or root
+    file = original_file(folder, part)
+    return _found(part, (file,)) if file else None
 
 
 def _found(part: str, shards: tuple[Path, ...]) -> Component:

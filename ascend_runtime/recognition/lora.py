@@ -23,7 +23,7 @@ from torch import Tensor
 from ..checkpoints.faults import list_faults
 from ..checkpoints.formats.parts import Slices, full_slices, in_ranges
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.fused import Rows, row_count, row_faults, targets_of
+from ..checkpoints.fused import Rows, Target, row_faults, targets_of
 from ..checkpoints.states import states
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
@@ -40,14 +40,16 @@ MAX_SCALE = 10_000  # alpha / rank; at most 16 in published LoRAs
 
 @dataclass(frozen=True)
 class LowRank:
-    """up: the key of B [out, rank]; down: the key of A [rank, in]; those of a convolution have more dims. rows: the
-    rows of B that belong to the parameter, if the file's layer holds several parameters; None: all."""
+    """up: the key of B [out, rank]; down: the key of A [rank, in]; those of a convolution have more dims. rows,
+    columns: the rows of B and the columns of A that belong to the parameter, if the file's layer holds several
+    parameters; None: all."""
 
     up: str
     down: str
     scale: float
     rank: int
     rows: Rows | None = None
+    columns: slice | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -60,30 +62,34 @@ class LowRank:
     def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: tuple[int, ...], strength: float):
         """Adds the change to `weight` in place: in fp32, the slices `part` of a parameter of the shape `whole`."""
         up = _read(file, self.up, part[:1], self.rows).flatten(1).to(weight)
-        down = file.read(self.down).view(-1, *whole[1:])[(slice(None), *part[1:])].flatten(1).to(weight)
+        down = _read(file, self.down, (), None, self.columns).view(-1, *whole[1:])
+        down = down[(slice(None), *part[1:])].flatten(1).to(weight)
         weight += ((strength * self.scale) * (up @ down)).view_as(weight)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A full difference of a parameter. rows: see LowRank."""
+    """A full difference of a parameter. rows, columns: of it that belong to the parameter; None: all."""
 
     key: str
     scale: float = 1.0
     rows: Rows | None = None
+    columns: slice | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
         return (self.key,)
 
     def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: tuple[int, ...], strength: float):
-        weight += (strength * self.scale) * _read(file, self.key, part, self.rows).to(weight)
+        weight += (strength * self.scale) * _read(file, self.key, part, self.rows, self.columns).to(weight)
 
 
-def _read(file: TensorFile, key: str, part: Slices, rows: Rows | None) -> Tensor:
-    """The slices `part` of the tensor that these rows make. part: of the first dims; the others are whole."""
-    part = (*part, *full_slices(file.shapes[key])[len(part) :])
-    pieces = [file.read(key, lies) for _, lies in in_ranges(part, rows)]
+def _read(file: TensorFile, key: str, part: Slices, rows: Rows | None, columns: slice | None = None) -> Tensor:
+    """The slices `part` of the tensor that these rows and columns make. part: of the first dims; the others are
+    whole."""
+    shape = Target(key, rows, columns).shape_in(file.shapes[key])
+    part = (*part, *full_slices(shape)[len(part) :])
+    pieces = [file.read(key, lies) for _, lies in in_ranges(part, rows, columns)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -126,7 +132,7 @@ def read_lora(path: str | Path, shapes: Shapes, names: LoraNames, expert: str | 
     """
     state, path = fingerprint(str(path)), Path(path)
     with open_tensors(path) as file:
-        known = shapes | dict.fromkeys(names.fused, ())
+        known = shapes | dict.fromkeys(names.fused(shapes), ())
         found = parse_keys(file.shapes, known, names, expert)
         _check_formats(path, found.other_formats)
         for key in file.shapes:
@@ -176,7 +182,7 @@ def _changes(file: TensorFile, found: ParsedKeys, shapes: Shapes) -> Changes:
 
 
 def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys) -> Changes:
-    """The changes by the network's parameters, each with its rows of the layer in the file."""
+    """The changes by the network's parameters, each with its rows and columns of the layer in the file."""
     split: Changes = {}
     for name, change in changes.items():
         shape = _shape_of(change, on_disk)
@@ -186,7 +192,7 @@ def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys) ->
         for one in targets:
             if one.name in split:
                 faults[TWICE].append(f"{split[one.name].keys[0]} and {change.keys[0]} (of {one.name})")
-            split[one.name] = replace(change, rows=one.rows)
+            split[one.name] = replace(change, rows=one.rows, columns=one.columns)
     return split
 
 
@@ -235,14 +241,15 @@ def _fitting(
 def _shape_of(change: LowRank | Difference, on_disk: Shapes) -> tuple[int, ...]:
     """The shape of a parameter that the change fits."""
     first = on_disk[change.keys[0]]
-    rows = first[:1] if change.rows is None else (row_count(change.rows),)
-    return (*rows, *(first if isinstance(change, Difference) else on_disk[change.down])[1:])
+    shape = (*first[:1], *(first if isinstance(change, Difference) else on_disk[change.down])[1:])
+    return Target("", change.rows, change.columns).shape_in(shape)
 
 
 def _multiplies_to(change: LowRank, on_disk: Shapes, whole: tuple[int, ...]) -> bool:
     up, down = on_disk[change.up], on_disk[change.down]
     matrices = min(len(up), len(down), len(whole)) > 1 and down[0] <= MAX_RANK
-    return matrices and (_shape_of(change, on_disk)[0], math.prod(down[1:])) == (whole[0], math.prod(whole[1:]))
+    rows, *columns = _shape_of(change, on_disk)
+    return matrices and (rows, math.prod(columns)) == (whole[0], math.prod(whole[1:]))
 
 
 def _warning(path: Path, found: ParsedKeys, reason: str, changes: Changes) -> str:

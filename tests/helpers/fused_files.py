@@ -1,16 +1,18 @@
-"""A small network, and files in which tensors hold several of its parameters, or one in another order of rows."""
+"""A small network, and files in which tensors hold several of its parameters, by rows or by columns, or one in another
+order of rows."""
 
 import json
 
 import torch
 import torch.distributed.checkpoint
-from ascend_runtime.checkpoints.fused import halves_exchanged, in_proportion
+from ascend_runtime.checkpoints.fused import halves_exchanged, layers_of_joined_inputs, layers_of_one_input
 from ascend_runtime.ops import PlainOperators
 from safetensors.torch import save_file
 from torch import nn
 
 WIDTH = 10  # with four ranks, FSDP's shares are of 3, 3, 3 and 1 rows; two slices have 5 rows each
 FUSED = {"to_q": 1, "to_k": 1, "to_v": 1, "mlp": 4}
+FUSED_LAYERS = ("linear1", "out", "scale_shift")
 FP8 = torch.float8_e4m3fn
 KINDS = ("safetensors", "torch", "distributed")
 
@@ -22,14 +24,14 @@ class Block(nn.Module):
         super().__init__()
         for name, number in FUSED.items():
             setattr(self, name, nn.Linear(WIDTH, number * WIDTH))
-        self.out = nn.Linear(5 * WIDTH, WIDTH)
+        self.out_mixed, self.out_mlp = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH)
         self.mod = nn.Linear(WIDTH, 2 * WIDTH)
 
     def forward(self, x):
         shift, scale = self.mod(x).chunk(2, -1)
         y = x * (1 + scale) + shift
         mixed = torch.softmax(self.to_q(y) @ self.to_k(y).mT, -1) @ self.to_v(y)
-        return x + self.out(torch.cat([mixed, torch.relu(self.mlp(y))], -1))
+        return x + self.out_mixed(mixed) + self.out_mlp(torch.relu(self.mlp(y)))
 
 
 class Network(nn.Module):
@@ -54,7 +56,9 @@ def split(name, shape):
     layer, _, leaf = name.rpartition(".")
     block, _, kind = layer.rpartition(".")
     if kind == "linear1":
-        return in_proportion({f"{block}.{own}.{leaf}": number for own, number in FUSED.items()}, shape)
+        return layers_of_one_input({f"{block}.{own}": number for own, number in FUSED.items()}, leaf, shape)
+    if kind == "out":
+        return layers_of_joined_inputs({f"{block}.out_mixed": 1, f"{block}.out_mlp": 4}, leaf, shape)
     return halves_exchanged(f"{block}.mod.{leaf}", shape) if kind == "scale_shift" else None
 
 
@@ -88,6 +92,11 @@ def parameters(held):
         if layer == "linear1":
             parts = tensor.split([WIDTH, WIDTH, WIDTH, 4 * WIDTH])
             made |= {f"{prefix}.{own}.{leaf}": part for own, part in zip(FUSED, parts)}
+        elif layer == "out" and leaf == "bias":
+            made[f"{prefix}.out_mlp.bias"] = tensor
+        elif layer == "out":
+            parts = tensor.split([WIDTH, 4 * WIDTH], 1) if leaf == "weight" else (tensor, tensor)
+            made |= {f"{prefix}.{own}.{leaf}": part for own, part in zip(("out_mixed", "out_mlp"), parts)}
         elif layer == "scale_shift":
             made[f"{prefix}.mod.{leaf}"] = torch.cat([tensor[WIDTH:], tensor[:WIDTH]])
         else:

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 CPU = torch.device("cpu")
 NAMES = replace(
     lora_names.LORA_NAMES,
-    fused=frozenset(f"blocks.{block}.{layer}.{leaf}" for block in range(2) for layer in ("linear1", "scale_shift")
-              for leaf in ("weight", "bias")),
+    fused=lambda shapes: [f"blocks.{block}.{layer}.{leaf}" for block in range(2) for layer in fused_files.FUSED_LAYERS
+                          for leaf in ("weight", "bias")],
     split=fused_files.split,
 )  # fmt: skip
 read, lock = [0], Lock()

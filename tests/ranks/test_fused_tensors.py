@@ -28,6 +28,7 @@ from torch.testing import assert_close
 RANKS = 4
 STRENGTH = 0.5
 CPU = torch.device("cpu")
+OUT = "net.blocks.0.out.weight"
 LINEAR1, SHIFTED = "net.blocks.0.linear1.weight", "net.blocks.0.scale_shift.weight"
 
 
@@ -168,20 +169,27 @@ def test_layers_that_lie_there_as_integers(tmp_path):
     assert_same(dict(network.named_parameters()), expected)
 
 
+JOINED = ("blocks.{}.out_mixed.weight", "blocks.{}.out_mlp.weight")
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("scales", [None, False, True], ids=["as is", "fp8", "fp8, a scale a row"])
-def test_a_conversion_writes_each_parameter(tmp_path, small_pieces, scales):
+def test_a_conversion_writes_each_parameter(tmp_path, small_pieces, scales, joined):
     held, worth = (tensors(), tensors()) if scales is None else fused_files.in_8_bits(tensors(), scales)
     file = save("safetensors", tmp_path / "file", held)
     places = check_weights(Network(), (file,), rename, split=split)
     moves = {
-        name: transfer.Move(name, file, place.key, place.scale,
-                            torch.empty(place.shape, dtype=torch.bfloat16, device="meta"), place.rows)
+        name: transfer.Move(name, (place,), torch.empty(place.shape, dtype=torch.bfloat16, device="meta"))
         for name, place in places.items()
     }  # fmt: skip
+    expected = {name: x.bfloat16() for name, x in parameters(worth).items()}
+    for both in [[name.format(block) for name in JOINED] for block in range(2 * joined)]:
+        name, made = both[0].replace("out_mixed", "out"), [moves.pop(one) for one in both]
+        moves[name] = transfer.Move(name, tuple(places[one] for one in both), torch.cat([x.made for x in made], 1))
+        expected[name] = torch.cat([expected.pop(one) for one in both], 1)
     with unfinished(tmp_path / "made", {"of": "a test"}) as work:
         transfer.fill(transfer.laid_out({Path("out.safetensors"): moves}, work), work, lambda count: None)
         work.finish()
-    expected = {name: x.bfloat16() for name, x in parameters(worth).items()}
     assert_same(load_file(tmp_path / "made" / "out.safetensors"), expected)
 
 
@@ -235,8 +243,8 @@ def share_of(case, name, shape, rank):
     """A rank's part of a parameter, reckoned apart from the code: slices of tp are neighbours, FSDP's the others."""
     part, tp = [slice(0, size) for size in shape], CASES[case]["tp"]
     layer, leaf = name.split(".")[-2:]
-    dim = 1 if layer == "out" else 0
-    if tp > 1 and layer != "head" and not (layer == "out" and leaf != "weight"):
+    dim = 1 if layer.startswith("out") else 0
+    if tp > 1 and layer != "head" and not (layer.startswith("out") and leaf != "weight"):
         width = shape[dim] // tp
         part[dim] = slice(rank % tp * width, (rank % tp + 1) * width)
     if CASES[case]["fsdp"]:
@@ -445,6 +453,58 @@ def test_each_row_belongs_to_one_parameter(tmp_path, rows):
     with pytest.raises(ValueError) as error:
         check_weights(Network(), (save("safetensors", tmp_path / "file", tensors()),), rename, split=wrong)
     assert says in str(error.value), error.value
+
+
+COLUMNS = {
+    "two take a column": ((slice(0, 11), slice(10, 50)),
+                          "belong to two parameters: {}, row 0 to {}.out_mixed.weight and {}.out_mlp.weight"),
+    "none takes a column": ((slice(0, 10), slice(12, 50)), "columns that belong to no parameter: {}, columns 10 to 11"),
+    "none takes the last": ((slice(0, 10), slice(10, 49)), "columns that belong to no parameter: {}, columns 49 to 49"),
+    "beyond": ((slice(0, 10), slice(10, 53)),
+               "with fewer columns than their parameters have: {}, column 52 of {}.out_mlp.weight"),
+    "all take all": ((None, None), "belong to two parameters: {}, row 0 to {}.out_mixed.weight and {}.out_mlp.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_each_column_belongs_to_one_parameter(tmp_path, columns):
+    cut, says = COLUMNS[columns]
+    says = says.format(f"{OUT} [10, 50]", *["blocks.0"] * 2)
+
+    def wrong(name, shape):
+        targets = split(name, shape)
+        if f"net.{name}" != OUT:
+            return targets
+        return tuple(Target(one.name, columns=own) for one, own in zip(targets, cut))
+
+    with pytest.raises(ValueError) as error:
+        check_weights(Network(), (save("safetensors", tmp_path / "file", tensors()),), rename, split=wrong)
+    assert says in str(error.value), error.value
+
+
+@pytest.mark.parametrize("shape", [(), (10,), (10, 52), (10, 50, 1), (9, 50)], ids=str)
+def test_a_layer_of_joined_inputs_of_another_shape(tmp_path, shape):
+    with pytest.raises(ValueError, match="no parameter: net.blocks.0.out.weight|blocks.0.out_m.* is .*, not"):
+        read(save("safetensors", tmp_path / "file", changed(out__weight=torch.ones(shape))))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_matrix_may_lie_there_as_a_convolution_of_size_1(tmp_path, small_pieces, device, dtype):
+    network = torch.nn.Linear(6, 4, device="meta")
+    weight = torch.randn(4, 6)
+    save_file({"weight": weight.view(4, 6, 1, 1, 1), "bias": torch.zeros(4)}, tmp_path / "file")
+
+    def flat(name, _):
+        return (Target(name, flat=True),)
+
+    places = check_weights(network, (tmp_path / "file",), split=flat)
+    load_weights(network, places, dtype_of=lambda name: dtype, device=torch.device(device))
+    assert network.weight.shape == (4, 6)
+    assert device == "meta" or torch.equal(network.weight, weight.to(dtype))
+    save_file({"weight": torch.ones(4, 6, 1, 1, 3), "bias": torch.zeros(4)}, tmp_path / "file")
+    with pytest.raises(ValueError, match=r"weight is \[4, 6, 1, 1, 3\], not \[4, 6\]"):
+        check_weights(torch.nn.Linear(6, 4, device="meta"), (tmp_path / "file",), split=flat)
 
 
 def test_two_shards_that_hold_the_same(tmp_path):

@@ -299,8 +299,9 @@ def test_a_model_is_run_with_its_familys_own_values(toy):
 @pytest.mark.parametrize("module, says", [
     ("no_such_module", "a module with a FAMILY .ModuleNotFoundError: No module named"),
     ("plain_toy", "no attribute 'FAMILY'"), ("raises", "ZeroDivisionError"), ("..", "TypeError"),
-    ("toy_family", "family 'toy' with the schedule 'toy'; wan, toy are taken"),
-    ("second_wan", "family 'wan' .* wan, toy are taken"), ("second_own", "schedule 'own'; .* own, simple, toy, wan as"),
+    ("toy_family", "family 'toy' with the schedule 'toy'; wan, hunyuan_video, toy are taken"),
+    ("second_wan", "family 'wan' .* wan, hunyuan_video, toy are taken"),
+    ("second_own", "schedule 'own'; .* hunyuan_video, own, simple, toy, wan as"),
 ])  # fmt: skip
 def test_a_module_that_has_no_family_of_its_own_is_refused(known, monkeypatch, tmp_path, module, says):
     named = "from toy_family import Toy\nclass Second(Toy):\n    name, schedule = {!r}, {!r}\nFAMILY = Second()"

@@ -68,11 +68,12 @@ def by_rows(part: Slices, itemsize: int, nbytes: int) -> Iterator[Slices]:
         yield slice(start, min(start + count, rows.stop)), *rest
 
 
-def in_ranges(part: Slices, rows: Rows | None) -> list[tuple[Slices, Slices]]:
-    """Splits a part of the tensor that these rows of a larger tensor make, so that each piece lies in one range of
-    rows: (the piece, its slices of the larger tensor). At least one piece. rows: None for all, in order."""
+def in_ranges(part: Slices, rows: Rows | None, columns: slice | None = None) -> list[tuple[Slices, Slices]]:
+    """Splits a part of the tensor that these rows and columns of a larger tensor make, so that each piece lies in one
+    range of rows: (the piece, its slices of the larger tensor). At least one piece. rows, columns: None for all, in
+    order."""
     if rows is None:
-        return [(part, part)]
+        return [(part, in_columns(part, columns))]
     (wanted, *rest), pieces, before = part, [], 0
     for own in rows:
         start, stop = max(wanted.start, before), min(wanted.stop, before + own.stop - own.start)
@@ -80,7 +81,21 @@ def in_ranges(part: Slices, rows: Rows | None) -> list[tuple[Slices, Slices]]:
             shift = own.start - before
             pieces.append(((slice(start, stop), *rest), (slice(start + shift, stop + shift), *rest)))
         before += own.stop - own.start
-    return pieces or [(part, (slice(0, 0), *rest))]
+    pieces = pieces or [(part, (slice(0, 0), *rest))]
+    return [(piece, in_columns(lies, columns)) for piece, lies in pieces]
+
+
+def with_ones(part: Slices, dims: int) -> Slices:
+    """The slices of a tensor of so many dims, of which those that `part` lacks are the last and have the size 1."""
+    return (*part, *(slice(0, 1) for _ in range(dims - len(part))))
+
+
+def in_columns(part: Slices, columns: slice | None) -> Slices:
+    """The slices of a larger tensor, given those of its columns (dim 1). columns: None for all."""
+    if columns is None:
+        return part
+    rows, own, *rest = part
+    return rows, slice(own.start + columns.start, own.stop + columns.start), *rest
 
 
 def _fill(file: BinaryIO, memory: memoryview, offset: int) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ..formats.parts import Rows, Slices, in_ranges
+from ..formats.parts import Slices, full_slices, in_ranges, with_ones
 from ..formats.tensor_files import TensorFile, open_tensors
 from ..pieces import read_as
+from ..reader import Place
 from .unfinished import Unfinished, sync
 from .writers import lay_out, pieces, starts, write_at
 
@@ -23,18 +24,12 @@ SYNC = 2**28  # bytes that are written between two syncs to disk
 
 @dataclass(frozen=True)
 class Move:
-    """A tensor to copy. name: diffusers' or transformers' name. shard, key, scale: where it lies. made: the result, on
-    the meta device.
-
-    rows: its ranges of the stored tensor's rows; None: all.
-    """
+    """A tensor to copy. name: diffusers' or transformers' name. places: where it lies; several are concatenated along
+    its columns (dim 1). made: the result, on the meta device."""
 
     name: str
-    shard: Path
-    key: str
-    scale: str | None
+    places: tuple[Place, ...]
     made: torch.Tensor
-    rows: Rows | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ def fill(steps: Sequence[PieceCopy], work: Unfinished, on_bytes: Callable[[int],
     """
     left = steps[work.done :]
     with ExitStack() as stack:
-        shards = {step.move.shard for step in left}
+        shards = {place.shard for step in left for place in step.move.places}
         files = {shard: stack.enter_context(open_tensors(shard)) for shard in shards}
         for path, own in groupby(left, key=lambda step: step.file):
             _fill_file(path, own, files, work, on_bytes)
@@ -90,7 +85,7 @@ def _fill_file(
     with path.open("r+b", buffering=0) as file:
         done, pending = work.done, 0
         for step in steps:
-            write_at(file.fileno(), _made(files[step.move.shard], step), step.offset)
+            write_at(file.fileno(), _made(files, step), step.offset)
             on_bytes(step.nbytes)
             done, pending = done + 1, pending + step.nbytes
             if pending >= SYNC:
@@ -101,10 +96,17 @@ def _fill_file(
         work.record(done)
 
 
-def _made(file: TensorFile, step: PieceCopy) -> torch.Tensor:
-    move = step.move
+def _made(files: dict[Path, TensorFile], step: PieceCopy) -> torch.Tensor:
+    """A piece, which has whole rows."""
+    columns = [_read(files[place.shard], place, step) for place in step.move.places]
+    return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+
+
+def _read(file: TensorFile, place: Place, step: PieceCopy) -> torch.Tensor:
+    """The piece's rows of what lies in one place."""
+    part, dims = (*step.part[:1], *full_slices(place.shape)[1:]), len(file.shapes[place.key])
     made = [
-        read_as(file, move.key, lies, move.made.dtype, scale=move.scale, name=move.name)
-        for _, lies in in_ranges(step.part, move.rows)
+        read_as(file, place.key, with_ones(lies, dims), step.move.made.dtype, scale=place.scale, name=step.move.name)
+        for _, lies in in_ranges(part, place.rows, place.columns)
     ]
     return made[0] if len(made) == 1 else torch.cat(made)

@@ -1,23 +1,25 @@
 """The blocks of the HunyuanVideo transformer: double ones, then single ones.
 
 One tensor of tokens [video | text] goes through all blocks. A double block has weights of its own for video and text,
-a single block one set for all tokens. A rank's chunk begins with its `Tokens.video` tokens of the video; the rest is
-text, and padding that no attention reads. Parameters have diffusers' names, except for a single block's `proj_out`,
-which is two matrices here: what reads the attention, and what reads the feed-forward.
+a single block one set for all tokens. A rank's chunk begins with its tokens of the video; the rest is text, and padding
+that no attention reads. Parameters have diffusers' names, except for a single block's `proj_out`, which is two matrices
+here: what reads the attention, and what reads the feed-forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
+from ...ops import PlainOperators
 from ...ops.plain import RotaryTable
 from ...ops.precision import MODULATION
+from ...parallel.sequence import SequenceLayout
 from ...parallel.tensor import TensorParallel, WholeWeights
 from ..shared.block_stack import Attend
 
@@ -25,42 +27,83 @@ EPS = 1e-6
 SelfAttention = Callable[[Callable[[Attend | None], Tensor]], Tensor]  # see block_stack.Pass.attention
 
 
-class Tokens(NamedTuple):
-    """A rank's chunk of tokens. video: the number of the video's, which come first. clean: how many of these belong to
-    a first frame that is known and clean, and is modulated by a vector of its own."""
+class Chunk(NamedTuple):
+    """The tokens of this rank. video: the number of the video's, which come first. clean: how many of these belong to a
+    first frame that is known, and is modulated by a vector of its own."""
 
     video: int
     clean: int = 0
 
-    @property
-    def spans(self) -> tuple[slice, slice]:
-        """The video's clean tokens, and its others."""
-        return slice(0, self.clean), slice(self.clean, self.video)
+
+def joined(parts: Iterable[Tensor]) -> Tensor:
+    """Parts of a sequence [B, some, ...], one after the other; not copied if there is one."""
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-class Vectors(NamedTuple):
-    """What modulates tokens, each [B, D]. noisy: those of the video and the text; clean: a clean first frame's."""
+@dataclass(frozen=True, eq=False)
+class Modulated:
+    """Shifts, scales and gates of a stream's tokens.
 
-    noisy: Tensor
-    clean: Tensor | None = None
+    rows [B, vectors, number, D] in fp32: of the noisy tokens, then those of the first `clean` tokens.
+    """
+
+    ops: PlainOperators
+    rows: Tensor
+    clean: int
+
+    def normed(self, x: Tensor, number: int) -> Tensor:
+        """The layer norm of the stream's tokens x [B, S, D] with shift `number` and the scale behind it."""
+        return self._by_vector(
+            lambda row, x: self.ops.modulated_layer_norm(x, row(number), row(number + 1), EPS), x
+        )  # fmt: skip
+
+    def gated(self, x: Tensor, update: Tensor, number: int) -> Tensor:
+        """x plus update times gate `number`; both [B, S, D]."""
+        return self._by_vector(lambda row, x, update: self.ops.gated_add(x, update, row(number)), x, update)
+
+    def _by_vector(self, compute: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """`compute` of tokens and of what modulates them. The clean tokens are few: what the noisy ones' vector makes
+        of them is overwritten, which costs less than to join two parts."""
+        if self.clean == tensors[0].shape[1]:
+            return compute(self._row(1), *tensors)
+        made = compute(self._row(0), *tensors)
+        if self.clean:
+            made[:, : self.clean] = compute(self._row(1), *(x[:, : self.clean] for x in tensors))
+        return made
+
+    def _row(self, vector: int) -> Callable[[int], Tensor]:
+        return lambda number: self.rows[:, vector, number].unsqueeze(1)
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates: a linear layer of a vector's SiLU."""
+    """Shifts, scales and gates: a linear layer of a vector's SiLU, which is computed once for all blocks."""
 
     def __init__(self, dim: int, number: int):
         super().__init__()
         self.linear = nn.Linear(dim, number * dim)
 
-    def forward(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """Tensors [B, 1, D] in fp32, of a vector [B, D]."""
-        made = self.linear(F.silu(vector)).to(MODULATION.dtype)
-        return made.unsqueeze(1).unflatten(-1, (-1, vector.shape[1])).unbind(2)
+    def forward(self, vectors: Tensor) -> Tensor:
+        """[B, V, number, D] in fp32, of the SiLU of vectors [B, V, D]."""
+        return as_rows(self.linear(vectors), vectors)
 
 
-class Attention(nn.Module):
+def as_rows(made: Tensor, vectors: Tensor) -> Tensor:
+    """What modulation layers made [B, V, number * D] of vectors [B, V, D], as [B, V, number, D] in fp32."""
+    return made.to(MODULATION.dtype).unflatten(-1, (-1, vectors.shape[-1]))
+
+
+class Operated(nn.Module):
+    """A module that computes with exchangeable operators, which the network sets."""
+
+    ops: PlainOperators
+
+
+class JointAttention(Operated):
     """The projections of an attention, and the norms of each head's query and key. joint: with further ones for the
-    text. out: whether there are output projections."""
+    text, and with output projections."""
+
+    sequence: SequenceLayout
 
     def __init__(self, dim: int, head_dim: int, *, joint: bool):
         super().__init__()
@@ -73,35 +116,46 @@ class Attention(nn.Module):
             self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head_dim, eps=EPS) for _ in range(2))
             self.to_add_out = nn.Linear(dim, dim)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, x: Tensor) -> list[Tensor]:
         """Query, key and value [B, S, heads, head_dim] of x [B, S, D]."""
         return self._heads(x, (self.to_q, self.norm_q), (self.to_k, self.norm_k), (self.to_v, None))
 
-    def text_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def text_heads(self, x: Tensor) -> list[Tensor]:
+        """The same by the text's layers."""
         return self._heads(
             x, (self.add_q_proj, self.norm_added_q), (self.add_k_proj, self.norm_added_k), (self.add_v_proj, None)
         )
 
-    def _heads(self, x: Tensor, *layers: tuple[nn.Module, nn.RMSNorm | None]) -> tuple[Tensor, ...]:
-        split = [(layer(x).unflatten(2, (-1, self.head_dim)), norm) for layer, norm in layers]
-        return tuple(x if norm is None else self.ops.rms_norm(x, norm.weight, EPS) for x, norm in split)
+    def _heads(self, x: Tensor, *layers: tuple[nn.Module, nn.RMSNorm | None]) -> list[Tensor]:
+        split = ((layer(x).unflatten(2, (-1, self.head_dim)), norm) for layer, norm in layers)
+        return [x if norm is None else self.ops.rms_norm(x, norm.weight, EPS) for x, norm in split]
 
-    def attended(
-        self, query: Tensor, key: Tensor, value: Tensor, rotary: RotaryTable, attend: Attend | None
-    ) -> Tensor:
-        """[B, S, D]; the rotary table turns no token of the text."""
+    def attended(self, heads: list[Tensor], rotary: RotaryTable, attend: Attend | None) -> Tensor:
+        """[B, S, D]. heads: query, key and value, taken out of the list to free them here. rotary: a table that turns
+        no token of the text."""
+        value, key, query = heads.pop(), heads.pop(), heads.pop()
         query, key = self.ops.rotary(query, rotary), self.ops.rotary(key, rotary)
         return self.sequence.attention(query, key, value, attend).flatten(2)
 
 
-class DoubleBlock(nn.Module):
+class Stream(NamedTuple):
+    """The tokens of a double block's stream, video or text, with their layers. place: of them in the chunk."""
+
+    place: slice
+    modulated: Modulated
+    heads: Callable[[Tensor], list[Tensor]]
+    out: nn.Module
+    ff: FeedForward
+
+
+class DoubleBlock(Operated):
     """Joint attention of video and text, and a feed-forward for each."""
 
     def __init__(self, dim: int, head_dim: int, ffn_dim: int, tp: WholeWeights | TensorParallel):
         super().__init__()
         self.tp = tp
         self.norm1, self.norm1_context = Modulation(dim, 6), Modulation(dim, 6)
-        self.attn = Attention(dim, head_dim, joint=True)
+        self.attn = JointAttention(dim, head_dim, joint=True)
         self.ff, self.ff_context = (
             FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate") for _ in range(2)
         )
@@ -109,85 +163,87 @@ class DoubleBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        tokens: Tokens,
-        vectors: Vectors,
+        chunk: Chunk,
+        vectors: Tensor,
         rotary: RotaryTable | None = None,
         self_attention: SelfAttention | None = None,
     ) -> Tensor:
-        """x [B, S, D] -> as x; without a self_attention: what the video's attention reads [B, tokens.video, D], which
-        is asked for through the block itself, as FSDP gathers its weights for a call of it."""
-        spans = self._spans(tokens, vectors, video_only=self_attention is None)
+        """x [B, S, D] -> as x; without a self_attention: what the video's attention reads [B, chunk.video, D], which is
+        asked for through the block itself, as FSDP gathers its weights for a call of it. vectors [B, 1 or 2, D]: the
+        SiLU of what modulates noisy tokens, and clean ones."""
         if self_attention is None:
-            return self._normed(x, spans, 0)
+            return self._indicator(x[:, : chunk.video], chunk, vectors)
+        streams = self._streams(chunk, vectors, x.shape[1])
+        parts = self._attention(x, streams, rotary, self_attention)
+        return joined(self._fed(part, stream) for part, stream in zip(parts, streams))
+
+    def _indicator(self, video: Tensor, chunk: Chunk, vectors: Tensor) -> Tensor:
+        if not chunk.video:
+            return video
+        (rows,) = self.tp.gathered(vectors, self.norm1.linear)
+        return Modulated(self.ops, as_rows(rows, vectors), chunk.clean).normed(video, 0)
+
+    def _streams(self, chunk: Chunk, vectors: Tensor, tokens: int) -> list[Stream]:
+        """Without an empty one, as NPU operators may refuse tensors without rows."""
+        attn, streams = self.attn, []
+        if chunk.video:
+            streams.append((self.norm1, slice(0, chunk.video), chunk.clean, attn.heads, attn.to_out[0], self.ff))
+        if chunk.video < tokens:
+            text = slice(chunk.video, tokens)
+            streams.append((self.norm1_context, text, 0, attn.text_heads, attn.to_add_out, self.ff_context))
+        made = self.tp.gathered(vectors, *(norm.linear for norm, *_ in streams))
+        return [
+            Stream(place, Modulated(self.ops, as_rows(rows, vectors), clean), heads, out, ff)
+            for rows, (_, place, clean, heads, out, ff) in zip(made, streams)
+        ]
+
+    def _attention(
+        self, x: Tensor, streams: list[Stream], rotary: RotaryTable, self_attention: SelfAttention
+    ) -> list[Tensor]:
+        """Each stream's tokens after the attention."""
 
         def attended(attend: Attend | None) -> Tensor:
-            parts = self._streams(self._normed(x, spans, 0), tokens)
-            heads = [self.attn.text_heads(part) if text else self.attn.heads(part) for part, text in parts]
-            made = self.attn.attended(*(torch.cat(each, 1) for each in zip(*heads)), rotary, attend)
-            out = [self._out(part, text) for part, text in self._streams(made, tokens)]
-            return torch.cat(out, 1)
+            heads = (stream.heads(stream.modulated.normed(x[:, stream.place], 0)) for stream in streams)
+            made = self.attn.attended([joined(each) for each in zip(*heads)], rotary, attend)
+            return joined(self.tp.row_linear(self.ops, stream.out, made[:, stream.place]) for stream in streams)
 
-        x = self._gated(x, self_attention(attended), spans, 2)
-        fed = [self._fed(part, text) for part, text in self._streams(self._normed(x, spans, 3), tokens)]
-        return self._gated(x, torch.cat(fed, 1), spans, 5)
+        made = self_attention(attended)
+        return [stream.modulated.gated(x[:, stream.place], made[:, stream.place], 2) for stream in streams]
 
-    def _spans(self, tokens: Tokens, vectors: Vectors, video_only: bool) -> list[tuple[slice, tuple[Tensor, ...]]]:
-        """(tokens, their shifts, scales and gates)"""
-        clean, noisy = tokens.spans
-        spans = [(clean, self.norm1, vectors.clean), (noisy, self.norm1, vectors.noisy)]
-        if not video_only:
-            spans.append((slice(tokens.video, None), self.norm1_context, vectors.noisy))
-        return [(span, norm(vector)) for span, norm, vector in spans if span.stop is None or span.stop > span.start]
+    def _fed(self, x: Tensor, stream: Stream) -> Tensor:
+        """As much as the gate needs is in memory when it adds: the inner activations are not."""
+        widen, _, narrow = stream.ff.net
 
-    def _normed(self, x: Tensor, spans, first: int) -> Tensor:
-        return torch.cat(
-            [self.ops.modulated_layer_norm(x[:, span], mod[first], mod[first + 1], EPS) for span, mod in spans
-             if x[:, span].shape[1]], 1
-        )  # fmt: skip
+        def update() -> Tensor:
+            inner = self.ops.gelu(widen.proj(stream.modulated.normed(x, 3)))
+            return self.tp.row_linear(self.ops, narrow, inner)
 
-    def _gated(self, x: Tensor, update: Tensor, spans, gate: int) -> Tensor:
-        return torch.cat(
-            [self.ops.gated_add(x[:, span], update[:, span], mod[gate]) for span, mod in spans
-             if x[:, span].shape[1]], 1
-        )  # fmt: skip
-
-    def _streams(self, x: Tensor, tokens: Tokens) -> list[tuple[Tensor, bool]]:
-        """(x's tokens of a stream, whether it is the text), without empty ones, which some NPU operators refuse."""
-        parts = ((x[:, : tokens.video], False), (x[:, tokens.video :], True))
-        return [(part, text) for part, text in parts if part.shape[1]]
-
-    def _out(self, x: Tensor, text: bool) -> Tensor:
-        return self.tp.row_linear(self.ops, self.attn.to_add_out if text else self.attn.to_out[0], x)
-
-    def _fed(self, x: Tensor, text: bool) -> Tensor:
-        widen, _, narrow = (self.ff_context if text else self.ff).net
-        return self.tp.row_linear(self.ops, narrow, self.ops.gelu(widen.proj(x)))
+        return stream.modulated.gated(x, update(), 5)
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(Operated):
     """Attention and feed-forward in parallel, with one set of weights for all tokens."""
 
     def __init__(self, dim: int, head_dim: int, ffn_dim: int, tp: WholeWeights | TensorParallel):
         super().__init__()
         self.tp = tp
         self.norm = Modulation(dim, 3)
-        self.attn = Attention(dim, head_dim, joint=False)
+        self.attn = JointAttention(dim, head_dim, joint=False)
         self.proj_mlp = nn.Linear(dim, ffn_dim)
         self.proj_out_attn, self.proj_out_mlp = nn.Linear(dim, dim, bias=False), nn.Linear(ffn_dim, dim)
 
     def forward(
-        self, x: Tensor, tokens: Tokens, vectors: Vectors, rotary: RotaryTable, self_attention: SelfAttention
+        self, x: Tensor, chunk: Chunk, vectors: Tensor, rotary: RotaryTable, self_attention: SelfAttention
     ) -> Tensor:
-        """x [B, S, D]"""
-        clean, _ = tokens.spans
-        spans = [(clean, self.norm(vectors.clean))] if tokens.clean else []
-        spans.append((slice(tokens.clean, None), self.norm(vectors.noisy)))
-        spans = [(span, mod) for span, mod in spans if x[:, span].shape[1]]
-        normed = torch.cat([self.ops.modulated_layer_norm(x[:, span], *mod[:2], EPS) for span, mod in spans], 1)
+        """x [B, S, D] -> as x; see DoubleBlock."""
+        (rows,) = self.tp.gathered(vectors, self.norm.linear)
+        modulated = Modulated(self.ops, as_rows(rows, vectors), chunk.clean)
+        return modulated.gated(x, self._update(modulated.normed(x, 0), rotary, self_attention), 2)
 
+    def _update(self, normed: Tensor, rotary: RotaryTable, self_attention: SelfAttention) -> Tensor:
         def attended(attend: Attend | None) -> Tensor:
-            return self.attn.attended(*self.attn.heads(normed), rotary, attend)
+            return self.attn.attended(self.attn.heads(normed), rotary, attend)
 
-        made = self.tp.row_linear(self.ops, self.proj_out_attn, self_attention(attended))
-        made = made + self.tp.row_linear(self.ops, self.proj_out_mlp, self.ops.gelu(self.proj_mlp(normed)))
-        return torch.cat([self.ops.gated_add(x[:, span], made[:, span], mod[2]) for span, mod in spans], 1)
+        attention = self_attention(attended)
+        fed = self.ops.gelu(self.proj_mlp(normed))
+        return self.tp.row_linears(self.ops, (self.proj_out_mlp, fed), (self.proj_out_attn, attention))

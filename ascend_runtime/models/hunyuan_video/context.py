@@ -12,10 +12,13 @@ class Context:
     """The context of all passes of one guidance branch.
 
     text [B, L, text_embed_dim]: without padding, for image-to-video models behind the image's tokens. pooled [B,
-    pooled_projection_dim]: of the whole prompt. guidance [B]: the embedded guidance scale times 1000, as `embedded`
-    rounds it; None for a model without guidance_embeds, or for a pass without one.
+    pooled_projection_dim]: of the whole prompt. guidance [B]: the embedded guidance scale times 1000, rounded as in the
+    blocks' dtype; None for a model without guidance_embeds, or for a pass without one.
+    clean: whether the latent's first frame has no noise, and is modulated so (token replace); None: as the model's
+    config says.
     """
 
     text: Tensor
     pooled: Tensor
     guidance: Tensor | None = None
+    clean: bool | None = None

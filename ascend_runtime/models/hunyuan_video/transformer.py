@@ -1,8 +1,9 @@
-"""The HunyuanVideo diffusion transformer: our blocks and block stack, diffusers' embedders and head.
+"""The HunyuanVideo diffusion transformer: our blocks, block stack and embedders.
 
 Parameters have diffusers' names (see `blocks` for the one exception). Written for one device: the operators
 (`PlainOperators`) and the `SequenceLayout` are exchangeable. The text is the tail of the video's sequence, so that
-every way to spread a sequence over ranks works for both.
+every way to spread a sequence over ranks works for both. It equals diffusers' HunyuanVideoTransformer3DModel
+(tests/ranks/test_hunyuan_blocks.py).
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from ...hardware import devices
 from ...ops import PlainOperators
 from ...ops.plain import RotaryTable
 from ...parallel.sequence import SequenceLayout, WholeSequence
-from ...parallel.tensor import TensorParallel, WholeWeights
+from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, BlockStack, Pass
 from ..shared.quantized import QuantizedLinear
-from .blocks import EPS, Attention, DoubleBlock, SingleBlock, Tokens, Vectors
+from .blocks import EPS, Chunk, DoubleBlock, JointAttention, Operated, SingleBlock, joined
 from .context import Context
-from .files.configs import TRANSFORMER_DEFAULTS
+from .embedders import TextRefiner, TimeTextEmbedding
+from .files.configs import REPLACE, TRANSFORMER_DEFAULTS
 
-TOKEN_REPLACE = "token_replace"  # the image_condition_type of models that read a clean first frame
+# diffusers' network without what is ours; it does not know the image_condition_type OPEN, and nothing of it is used.
+SHELL = {"num_layers": 0, "num_single_layers": 0, "num_refiner_layers": 0, "image_condition_type": None}
 
 
 class HunyuanVideoTransformer(nn.Module):
@@ -34,29 +37,33 @@ class HunyuanVideoTransformer(nn.Module):
 
     config: fields of diffusers' HunyuanVideoTransformer3DModel. Built on the meta device, except for rotary tables.
     tp: how the blocks' weights are cut; they are built whole, and `load_weights` reads this rank's slices (`cut_dim`).
+    Raises ValueError if the degree does not divide the model.
     """
 
     def __init__(self, config: dict, tp: WholeWeights | TensorParallel = WholeWeights()):
         super().__init__()
         with torch.device("meta"):
-            shell = HunyuanVideoTransformer3DModel.from_config({**config, "num_layers": 0, "num_single_layers": 0})
-        layers = {name: config.get(name, TRANSFORMER_DEFAULTS[name]) for name in ("num_layers", "num_single_layers")}
-        self.config = FrozenDict({**shell.config, **layers})
-        head_dim = self.config.attention_head_dim
-        dim = self.config.num_attention_heads * head_dim
-        ffn_dim = int(dim * self.config.mlp_ratio)
-        self.x_embedder, self.context_embedder = shell.x_embedder, shell.context_embedder
-        self.time_text_embed, self.norm_out, self.proj_out = shell.time_text_embed, shell.norm_out, shell.proj_out
-        self.rope = shell.rope
+            shell = HunyuanVideoTransformer3DModel.from_config(config | SHELL)
+        own = {name: config.get(name, TRANSFORMER_DEFAULTS[name]) for name in SHELL}
+        self.config = FrozenDict({**shell.config, **own})
+        self.x_embedder, self.rope = shell.x_embedder, shell.rope
+        self.norm_out, self.proj_out = shell.norm_out, shell.proj_out
         with torch.device("meta"):
-            self.transformer_blocks = nn.ModuleList(
-                DoubleBlock(dim, head_dim, ffn_dim, tp) for _ in range(self.config.num_layers)
-            )
-            self.single_transformer_blocks = nn.ModuleList(
-                SingleBlock(dim, head_dim, ffn_dim, tp) for _ in range(self.config.num_single_layers)
-            )
-        self._rotary: tuple[tuple, RotaryTable] | None = None
+            self._add_layers(tp)
+        self._rotary: dict[tuple, RotaryTable] = {}
         self.arrange(PlainOperators())
+
+    def _add_layers(self, tp: WholeWeights | TensorParallel) -> None:
+        config, head_dim = self.config, self.config.attention_head_dim
+        dim = config.num_attention_heads * head_dim
+        ffn_dim = int(dim * config.mlp_ratio)
+        check_degree(config.num_attention_heads, ffn_dim, tp.degree)
+        self.time_text_embed = TimeTextEmbedding(dim, config.pooled_projection_dim, guided=config.guidance_embeds)
+        self.context_embedder = TextRefiner(config.text_embed_dim, dim, head_dim, config.num_refiner_layers)
+        self.transformer_blocks, self.single_transformer_blocks = (
+            nn.ModuleList(kind(dim, head_dim, ffn_dim, tp) for _ in range(number))
+            for kind, number in ((DoubleBlock, config.num_layers), (SingleBlock, config.num_single_layers))
+        )
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -73,39 +80,63 @@ class HunyuanVideoTransformer(nn.Module):
         self.ops = operators
         self.sequence = sequence or WholeSequence(operators.attention)
         for module in self.modules():
-            if isinstance(module, (DoubleBlock, SingleBlock, Attention, QuantizedLinear)):
-                module.ops, module.sequence = self.ops, self.sequence
+            if isinstance(module, (Operated, QuantizedLinear)):
+                module.ops = operators
+            if isinstance(module, JointAttention):
+                module.sequence = self.sequence
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Context, passing: Pass = EVERYTHING) -> Tensor:
         """The velocity [B, C_out, T, H, W].
 
-        latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000; passing: decides which blocks are computed.
+        latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000, in fp32; passing: decides which blocks are
+        computed.
         """
-        video = self.x_embedder(latent)
+        clean = self.config.image_condition_type == REPLACE if context.clean is None else context.clean
+        vectors = F.silu(self.time_text_embed(timestep, context.pooled, context.guidance, clean))
         text = self.context_embedder(context.text, timestep)
-        length, behind = video.shape[1], text.shape[1]
-        noisy, clean = self.time_text_embed(timestep, context.pooled, context.guidance)
-        vectors = Vectors(noisy, clean)
+        patches = self._patches(latent)
+        video, behind = patches.shape[1], text.shape[1]
         rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent, behind))
-        tokens = self.sequence.split(torch.cat([video, text], 1)).contiguous()
-        first = 0 if clean is None else length // (latent.shape[2] // self.config.patch_size_t)
-        own = Tokens(
-            self.sequence.own(length, behind), self.sequence.own(first, length - first + behind) if first else 0
-        )
+        tokens = self._tokens(patches, text)
+        frame = video // (latent.shape[2] // self.config.patch_size_t) if clean else 0
+        own = self.sequence.own
+        chunk = Chunk(own(video, behind), own(frame, video + behind - frame))
 
         def run(number: int, tokens: Tensor) -> Tensor:
-            return self.blocks[number](tokens, own, vectors, rotary, partial(passing.attention, number))
+            return self.blocks[number](tokens, chunk, vectors, rotary, partial(passing.attention, number))
 
         def indicator(tokens: Tensor, _: int) -> Tensor:
-            return self.blocks[0](tokens, own, vectors)
+            return self.blocks[0](tokens, chunk, vectors)
 
         tokens = passing.blocks(BlockStack(run, len(self.blocks), indicator), tokens)
-        tokens = self.sequence.gather(self._head(tokens, noisy), length + behind)[:, :length]
+        tokens = self.sequence.gather(self._head(tokens, vectors[:, 0]), video + behind)[:, :video]
         return self._unpatchify(tokens, latent.shape)
 
+    def _tokens(self, patches: Tensor, text: Tensor) -> Tensor:
+        """This rank's chunk of the tokens [video | text | padding], of patches [B, S, C * prod(patch)] and text
+        [B, L, D]. Only its own patches are embedded."""
+        video, length = patches.shape[1], patches.shape[1] + text.shape[1]
+        place = self.sequence.place(length)
+        parts = []
+        if place.start < min(place.stop, video):
+            layer = self.x_embedder.proj
+            own = patches[:, place.start : min(place.stop, video)]
+            parts.append(F.linear(own, layer.weight.flatten(1), layer.bias))  # a convolution of separate patches
+        if max(place.start, video) < place.stop:
+            parts.append(text[:, max(place.start - video, 0) : place.stop - video])
+        if padding := self.sequence.chunk_of(length) - (place.stop - place.start):
+            parts.append(text.new_zeros(text.shape[0], padding, text.shape[2]))
+        return joined(parts).contiguous()
+
+    def _patches(self, latent: Tensor) -> Tensor:
+        """[B, C, T, H, W] -> [B, S, C*pt*ph*pw]."""
+        pt, p = self.config.patch_size_t, self.config.patch_size
+        grid = latent.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, pt))
+        return grid.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, T/pt, H/p, W/p, C, pt, p, p] before
+
     def _head(self, tokens: Tensor, vector: Tensor) -> Tensor:
-        """tokens [B, S, D] -> patches [B, S, C_out * prod(patch)]."""
-        scale, shift = self.norm_out.linear(F.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        """tokens [B, S, D], the SiLU of a vector [B, D] -> patches [B, S, C_out*pt*ph*pw]."""
+        scale, shift = self.norm_out.linear(vector).float().unsqueeze(1).chunk(2, dim=-1)
         return self.proj_out(self.ops.modulated_layer_norm(tokens, shift, scale, EPS))
 
     def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:
@@ -118,15 +149,15 @@ class HunyuanVideoTransformer(nn.Module):
 
     def _rotary_table(self, latent: Tensor, behind: int) -> RotaryTable:
         """The rotary table for a latent of this size and `behind` tokens of text, which are not turned; cached until
-        the size changes or `forget` is called."""
+        `forget` is called, as guidance takes turns with two texts."""
         key = latent.shape, behind
-        if self._rotary is None or self._rotary[0] != key:
+        if key not in self._rotary:
             cos, sin = self.rope(latent.new_empty(latent.shape, device="cpu"))
             cos, sin = F.pad(cos, (0, 0, 0, behind), value=1.0), F.pad(sin, (0, 0, 0, behind))
             table = self.ops.rotary_table(cos[None, :, None], sin[None, :, None])
-            self._rotary = key, tuple(devices.sent(part, latent.device) for part in table)
-        return self._rotary[1]
+            self._rotary[key] = tuple(devices.sent(part, latent.device) for part in table)
+        return self._rotary[key]
 
     def forget(self) -> None:
         """Frees what is cached between the steps of one generation."""
-        self._rotary = None
+        self._rotary = {}

@@ -1,22 +1,25 @@
-"""How the HunyuanVideo transformer's parameters are kept: dtype, tensor-parallel dim, quantization."""
+"""How the HunyuanVideo transformer's parameters are kept: dtype, tensor-parallel dim, quantization. No parameter needs
+fp32, as in diffusers: what is computed in fp32 is upcast."""
 
 from __future__ import annotations
 
 from ..family import WeightRules
+from ..shared.cuts import cut_of
 from .files.configs import DOUBLE, SINGLE
 
 # How tensor parallelism cuts a block's layers: column-parallel ones (whole heads, or a part of the feed-forward's
 # width) with their biases; row-parallel ones, whose bias is replicated. Norms of query and key are per head.
-CUT_BY_COLUMNS = (
+HEADS_AND_WIDTHS = (
     "to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "ff.net.0.proj", "ff_context.net.0.proj",
     "proj_mlp",
 )  # fmt: skip
+# Modulation is 27 % of the blocks' weights (6.8 GB in bfloat16) and almost no work: its outputs are gathered.
+OF_MODULATION = ("norm1.linear", "norm1_context.linear", ".norm.linear")
+CUT_BY_COLUMNS = (*HEADS_AND_WIDTHS, *OF_MODULATION)
 CUT_BY_ROWS = ("to_out.0", "to_add_out", "ff.net.2", "ff_context.net.2", "proj_out_attn", "proj_out_mlp")
-# Of a quantized layer: what is not cut, and what has the outputs last, as each step may have its own.
-UNCUT, OUTPUTS_LAST = ("input_scale", "input_offset"), ("deq_scale", "quant_bias")
-# The layers of a block that are quantized on the fly: all but those that read a feed-forward's inner activations, which
-# have large outliers, as for Wan.
-IN_8_BITS = (*CUT_BY_COLUMNS, "to_out.0", "to_add_out", "proj_out_attn")
+# The layers of a block that are quantized on the fly: all but modulation, and those that read a feed-forward's inner
+# activations, which have large outliers, as for Wan.
+IN_8_BITS = (*HEADS_AND_WIDTHS, "to_out.0", "to_add_out", "proj_out_attn")
 
 
 def in_blocks(name: str) -> bool:
@@ -25,12 +28,7 @@ def in_blocks(name: str) -> bool:
 
 def cut_dim(name: str) -> int | None:
     """The dim along which tensor parallelism cuts a parameter; None: it is replicated."""
-    layer, _, kind = name.rpartition(".")
-    if not in_blocks(name):
-        return None
-    if layer.endswith(CUT_BY_COLUMNS):
-        return None if kind in (*UNCUT, "mul_scale") else -1 if kind in OUTPUTS_LAST else 0
-    return {"weight": 1, "weight_scale": 1, "mul_scale": 0}.get(kind) if layer.endswith(CUT_BY_ROWS) else None
+    return cut_of(name, CUT_BY_COLUMNS, CUT_BY_ROWS) if in_blocks(name) else None
 
 
 def kept_in_8_bits(layer: str) -> bool:

@@ -59,6 +59,14 @@ class QuantizedLinear(nn.Module):
         """The row-parallel layer, all-reduced; x [B, S, in / ranks]."""
         return self.ops.quantized_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
 
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        """This rank's summand in `all_reduced`, whose sum is short of `added`."""
+        return self.ops.quantized_linear_part(self._smoothed(x), *self._weights(), tp.group)
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the sum of the ranks' parts: the bias [out]."""
+        return None if self.bias is None else self.bias.to(dtype)
+
     def _weights(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.weight_scale.flatten()
 
@@ -79,6 +87,9 @@ class Int4Linear(QuantizedLinear):
 
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
         return self.ops.int4_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
+
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.int4_linear_part(self._smoothed(x), *self._weights(), tp.group)
 
 
 class MxLinear(QuantizedLinear):
@@ -105,6 +116,9 @@ class MxLinear(QuantizedLinear):
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
         return self.ops.mx_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
 
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.mx_linear(self._smoothed(x), *self._weights(), None)
+
     def _weights(self) -> tuple[Tensor, Tensor]:
         return self.weight.view(mxfp8.E4M3), self.weight_scale
 
@@ -112,19 +126,26 @@ class MxLinear(QuantizedLinear):
 class StaticLinear(QuantizedLinear):
     """A quantized linear layer with static activation quantization, calibrated when the model was quantized.
 
-    Parameters: weight; input_scale [1], input_offset [1]; deq_scale [out], quant_bias [out] in int32 (see Static).
+    Parameters: weight; input_scale [1], input_offset [1]; deq_scale [out], quant_bias [out] in int32 (see Static). A
+    layer without a bias has no quant_bias.
     """
 
     def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
         self.input_scale, self.input_offset = (_parameter(1, dtype=torch.float32) for _ in range(2))
         self.deq_scale = _parameter(like.out_features, dtype=torch.float32)
-        self.quant_bias = _parameter(like.out_features, dtype=torch.int32)
+        self.quant_bias = None if like.bias is None else _parameter(like.out_features, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.static_linear(self._smoothed(x), self.weight, self._static())
 
     def all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
         return self.ops.static_linear_all_reduce(self._smoothed(x), self.weight, self._static(), tp.group)
+
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        return self.ops.static_linear_part(self._smoothed(x), self.weight, self._static())
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        return self._static().added(dtype)
 
     def _static(self) -> Static:
         return Static(self.input_scale, self.input_offset, self.deq_scale, self.quant_bias)
@@ -144,7 +165,7 @@ class TimestepLinear(QuantizedLinear):
         super()._add_scales(like, layer)
         self.input_scale, self.input_offset = (_parameter(layer.steps, 1, dtype=torch.float32) for _ in range(2))
         self.deq_scale = _parameter(layer.steps, like.out_features, dtype=torch.float32)
-        self.quant_bias = _parameter(layer.steps, like.out_features, dtype=torch.int32)
+        self.quant_bias = None if like.bias is None else _parameter(layer.steps, like.out_features, dtype=torch.int32)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.step is None:
@@ -156,8 +177,17 @@ class TimestepLinear(QuantizedLinear):
             return super().all_reduced(x, tp)
         return self.ops.static_linear_all_reduce(self._smoothed(x), self.weight, self._static(self.step), tp.group)
 
+    def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
+        if self.step is None:
+            return super().part(x, tp)
+        return self.ops.static_linear_part(self._smoothed(x), self.weight, self._static(self.step))
+
+    def added(self, dtype: torch.dtype) -> Tensor | None:
+        return super().added(dtype) if self.step is None else self._static(self.step).added(dtype)
+
     def _static(self, step: int) -> Static:
-        return Static(self.input_scale[step], self.input_offset[step], self.deq_scale[step], self.quant_bias[step])
+        bias = None if self.quant_bias is None else self.quant_bias[step]
+        return Static(self.input_scale[step], self.input_offset[step], self.deq_scale[step], bias)
 
 
 KINDS = {

@@ -10,14 +10,15 @@ from ...checkpoints.faults import shown
 from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline, Family, Part
+from ..family import TEXT_ENCODER, TRANSFORMER, TRANSFORMER_2, VAE, DiffusersPipeline, Family, OriginalLayout, Part
 from ..hubs import HUBS
+from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import defaults_of
 from .files import configs, lora_names, names
 from .files.pipeline import pipeline_of
-from .files.variants import variant
+from .files.variants import only_blocks, variant
 from .latents import CHANNELS, CHANNELS_22, latent_format
 
 VAES = {CHANNELS: "the Wan 2.1 VAE, which Wan2.2-A14B uses too", CHANNELS_22: "the Wan 2.2 VAE of TI2V-5B"}
@@ -31,6 +32,7 @@ PARTS = {
         rename=names.to_diffusers_name,
         config=configs.transformer_config,
         other=variant,
+        incomplete=only_blocks,
         hidden={"attention_head_dim": configs.HEAD_DIM},
     ),
     TEXT_ENCODER: Part(
@@ -63,10 +65,15 @@ class Wan(Family):
     parts = PARTS
     repository = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     schedule = "wan"
-    original_class = "WanModel"
+    layout = OriginalLayout(
+        folders={TRANSFORMER: ("high_noise_model",), TRANSFORMER_2: ("low_noise_model",)},
+        loose="*.pth",
+        classes={TRANSFORMER: "WanModel"},
+    )
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)
+    mask_channels = frozenset({1, configs.MASK_CHANNELS})
 
     # Properties of a model, from the configs of its transformers
 
@@ -105,8 +112,11 @@ class Wan(Family):
         config = configs.filled(config)
         return config["in_channels"] == config["out_channels"]
 
-    def known_in_latent(self, form: VaeForm) -> bool:
-        return form.channels == CHANNELS_22
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        if form.channels == CHANNELS_22:
+            return {"": ImageForm(in_latent=True, models="Models with this VAE, such as Wan2.2-TI2V-5B,")}
+        extra = ImageForm(takes_end=True, takes_clip_vision=True)
+        return {"": extra}
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels, expert)

@@ -8,7 +8,6 @@ per-token modulation. Our block computes the same (tests/ranks/test_wan_blocks.p
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Callable
 
@@ -22,7 +21,7 @@ from ...hardware import devices
 from ...ops import PlainOperators
 from ...ops.plain import RotaryTable
 from ...parallel.sequence import SequenceLayout, WholeSequence
-from ...parallel.tensor import TensorParallel, WholeWeights
+from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, Attend, BlockStack, Pass
 from ..shared.quantized import QuantizedLinear
 from .context import Context
@@ -35,16 +34,6 @@ def _indicator(timestep: Tensor, tokens: Tensor, own: int) -> Tensor:
     """TeaCache's indicator for Wan: the timestep projection [B, 6, D], or a sample of the per-token projections
     [B, S, 6, D], without the padding after `own` tokens."""
     return timestep if timestep.ndim == 3 else timestep[:, :own, :, ::SAMPLED]
-
-
-def _check_tensor_parallel(heads: int, ffn_dim: int, degree: int) -> None:
-    most = math.gcd(heads, ffn_dim)
-    if most % degree:
-        legal = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
-        raise ValueError(
-            f"tp_degree is {degree}; it must divide this model's {heads} heads and its feed-forward width {ffn_dim}. "
-            f"Set it to one of {legal}; use the other ranks for ulysses_degree or ring_degree."
-        )
 
 
 class WanAttention(nn.Module):
@@ -188,7 +177,7 @@ class WanTransformer(nn.Module):
             shell = WanTransformer3DModel.from_config({**config, "num_layers": 0})
         num_layers = config.get("num_layers", TRANSFORMER_DEFAULTS["num_layers"])
         self.config = FrozenDict({**shell.config, "num_layers": num_layers})
-        _check_tensor_parallel(self.config.num_attention_heads, self.config.ffn_dim, tp.degree)
+        check_degree(self.config.num_attention_heads, self.config.ffn_dim, tp.degree)
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         self.patch_embedding = shell.patch_embedding
         self.condition_embedder = shell.condition_embedder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..family import WeightRules
+from ..shared.cuts import cut_of
 
 # Kept in fp32 whatever the dtype of the blocks, like in diffusers: they are small, and every step depends on them.
 FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -13,8 +14,6 @@ CUT_BY_COLUMNS = (
     "to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "norm_q", "norm_k", "norm_added_k"
 )  # fmt: skip
 CUT_BY_ROWS = ("to_out.0", "ffn.net.2")
-# Of a quantized layer: what is not cut, and what has the outputs last, as each step may have its own.
-UNCUT, OUTPUTS_LAST = ("input_scale", "input_offset"), ("deq_scale", "quant_bias")
 # The layers of a block that are quantized on the fly: all but ffn.net.2, whose inputs have large outliers, and which
 # msModelSlim's recipes for Wan leave out as well.
 IN_8_BITS = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "to_out.0", "ffn.net.0.proj")
@@ -33,12 +32,7 @@ def replicated(name: str) -> bool:
 
 def cut_dim(name: str) -> int | None:
     """The dim along which tensor parallelism cuts a parameter; None: it is replicated."""
-    layer, _, kind = name.rpartition(".")
-    if not name.startswith("blocks."):
-        return None
-    if layer.endswith(CUT_BY_COLUMNS):
-        return None if kind in (*UNCUT, "mul_scale") else -1 if kind in OUTPUTS_LAST else 0
-    return {"weight": 1, "weight_scale": 1, "mul_scale": 0}.get(kind) if layer.endswith(CUT_BY_ROWS) else None
+    return cut_of(name, CUT_BY_COLUMNS, CUT_BY_ROWS) if name.startswith("blocks.") else None
 
 
 def kept_in_8_bits(layer: str) -> bool:

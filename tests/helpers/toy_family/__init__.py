@@ -132,12 +132,11 @@ def cut_dim(name):
     return 1 if owner.endswith((".to_out", ".narrow")) and kind == "weight" else None
 
 
-FUSED_IN_LORAS = frozenset(
-    f"{layer}.{kind}"
-    for number in range(8)
-    for layer in (f"{DOUBLE}{number}.video.qkv", f"{DOUBLE}{number}.text.qkv", f"{SINGLE}{number}.linear1")
-    for kind in ("weight", "bias")
-)
+def fused_in_loras(shapes):
+    """Layers of the file form that hold several of the network's."""
+    owners = {name.rpartition(".to_q.")[0] for name in shapes if ".to_q." in name}
+    layers = {owner: "linear1" if owner.startswith(SINGLE) else "qkv" for owner in owners}
+    return [f"{owner}.{layer}.{kind}" for owner, layer in layers.items() for kind in ("weight", "bias")]
 
 
 def spellings(known):
@@ -155,7 +154,7 @@ class Toy(Family):
     repository = "a folder that tests/helpers/toy_family writes"
     schedule = "toy"
     weights = WeightRules(cut_dim=cut_dim, in_8_bits=lambda layer: layer.endswith(("widen", "to_out")))
-    loras = LoraNames(spellings, fused=FUSED_IN_LORAS, split=split)
+    loras = LoraNames(spellings, fused=fused_in_loras, split=split)
 
     def form(self, config):
         return VaeForm(config["out_channels"], SPATIAL, TEMPORAL, family=self.name)

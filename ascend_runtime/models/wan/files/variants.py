@@ -33,3 +33,13 @@ def variant(names: Iterable[str]) -> str:
                 "text-to-video or an image-to-video model, such as Wan2.2-T2V-A14B or Wan2.2-I2V-A14B."
             )
     return ""
+
+
+def only_blocks(names: Iterable[str]) -> str:
+    """A sentence about a file that holds only blocks, of which the network has more parts; else empty."""
+    if not all(name.startswith("blocks.") for name in names):
+        return ""
+    return (
+        "It holds only blocks, like LightX2V's files of single blocks, which are not supported. Use the model's "
+        "fp8_scaled, fp16 or bf16 form in one file, or in a folder with all its shards."
+    )
