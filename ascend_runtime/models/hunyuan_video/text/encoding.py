@@ -55,6 +55,9 @@ class HunyuanText(TextEncoding):
         (_check_llama if part == TEXT_ENCODER else _check_clip)(made, found)
         return made
 
+    def check_folder(self, part: str, folder: Path) -> None:
+        check_class(folder, None, TOKENIZER_SOURCES[part])
+
     def advice(self, part: str) -> str:
         return TOKENIZER_SOURCES[part]
 
