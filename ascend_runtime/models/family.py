@@ -225,6 +225,11 @@ class Family(ABC):
         """Whether a model can generate from text only."""
         return True
 
+    def left_open(self, config: Mapping[str, Any]) -> str:
+        """What the config of a transformer, read off its shapes, does not decide about the model, and what does; empty
+        if it decides all."""
+        return ""
+
     def known_in_latent(self, form: VaeForm) -> bool:
         """Whether models whose VAE has this form take known frames in the latent itself; else they take them as extra
         channels."""

@@ -9,12 +9,23 @@ from typing import Any
 from ...specs import VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, OriginalLayout, Part
+from ..family import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    VAE,
+    VISION,
+    DiffusersPipeline,
+    Family,
+    OriginalLayout,
+    Part,
+)
 from ..hubs import HUBS
 from ..latent_format import LatentFormat
 from . import cost, weights
 from .defaults import defaults_of
 from .files import configs, lora_names, names
+from .files.pipeline import pipeline_of
 from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
@@ -99,6 +110,12 @@ PARTS = {
 }
 
 
+LEFT_OPEN = (
+    "text to video, or image to video by token replacement (v2): the two have equal shapes, and no config says which. "
+    "A job's conditioning decides: with a first frame (HunyuanImageToVideo, v2) it replaces tokens"
+)
+
+
 class HunyuanVideo(Family):
     name = "hunyuan_video"
     title = "HunyuanVideo"
@@ -141,6 +158,9 @@ class HunyuanVideo(Family):
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
         return configs.filled(config)["image_condition_type"] is None
+
+    def left_open(self, config: Mapping[str, Any]) -> str:
+        return LEFT_OPEN if configs.is_open(config) else ""
 
     # Cost of a pass
 
@@ -195,6 +215,9 @@ class HunyuanVideo(Family):
 
         reads = Reads(self.form(config), self.text_width(config), self.pooled_width(config))
         return HunyuanConditioner(config, latents, reads)
+
+    def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
+        return pipeline_of(configurations)
 
 
 FAMILY = HunyuanVideo()

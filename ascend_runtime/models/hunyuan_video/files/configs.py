@@ -52,8 +52,9 @@ def width_of(config: Mapping[str, Any]) -> int:
 def transformer_config(shapes: Shapes) -> dict:
     """The config of diffusers' HunyuanVideoTransformer3DModel.
 
-    A model that reads 16 channels has image_condition_type None, whether it makes videos from text only, or from images
-    by replacing tokens: the two have equal shapes. Raises ValueError if the shapes do not fit each other.
+    It has no image_condition_type for a model that reads as many channels as it makes: those that make videos from
+    text only, and those that make them from images by replacing tokens, have equal shapes. Raises ValueError if the
+    shapes do not fit each other.
     """
     dim, in_channels, frames, height, width = shapes["x_embedder.proj.weight"]
     (head_dim,) = shapes[f"{DOUBLE}0.attn.norm_q.weight"]
@@ -62,6 +63,7 @@ def transformer_config(shapes: Shapes) -> dict:
     if height != width:
         raise ValueError(f"x_embedder.proj.weight reads patches of {height} x {width}; they must be square")
     out_channels = shapes["proj_out.weight"][0] // (frames * height * width)
+    concat = {"image_condition_type": LATENT_CONCAT} if in_channels == 2 * out_channels + 1 else {}
     return {
         "in_channels": in_channels,
         "out_channels": out_channels,
@@ -76,8 +78,14 @@ def transformer_config(shapes: Shapes) -> dict:
         "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
         "rope_axes_dim": rope_axes(head_dim),
-        "image_condition_type": LATENT_CONCAT if in_channels == 2 * out_channels + 1 else None,
+        **concat,
     }
+
+
+def is_open(config: Mapping[str, Any]) -> bool:
+    """Whether a config leaves open if a model makes videos from text only, or from images too: one that was read off
+    shapes, which do not show it."""
+    return "image_condition_type" not in config
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
