@@ -414,7 +414,7 @@ def test_a_config_of_another_llama_is_refused_by_its_field(tmp_path, folder, fie
 
 
 def test_a_folder_or_file_without_a_vision_tower_is_refused(tmp_path, folder, image_folder):
-    with pytest.raises(ValueError, match="has no LLaVA vision tower. Give vision_path: llava_llama3_vision"):
+    with pytest.raises(ValueError, match="has no LLaVA vision tower, such as llava_llama3_vision.* as vision_path"):
         vision(folder)
     held = encoders.vision_tensors(image_folder)
     save_file({name: x for name, x in held.items() if "linear_2" not in name}, tmp_path / "cut.safetensors")
@@ -455,8 +455,9 @@ def test_a_converted_llama_is_whole_for_transformers(tmp_path, folder):
 
 
 def test_a_converted_folder_makes_the_same_text(tmp_path, folder, image_folder, expected, loaded_with_images):
-    assert not converted(folder, tmp_path / "made")
-    assert_same(encoded(load(tmp_path / "made")), expected)
+    for name, source in (("diffusers", folder), ("original", encoders.save_original(tmp_path / "source", folder))):
+        converted(source, tmp_path / name)
+        assert_same(encoded(load(tmp_path / name)), expected)
     told = converted(image_folder, tmp_path / "images")
     assert told[0] == "text_encoder: copied unchanged, as it has a vision tower too"
     assert_same(encoded(load(tmp_path / "images")), encoded(loaded_with_images[0]), atol=0)
