@@ -166,10 +166,9 @@ class ClipText(nn.Module):
         self.encoder = ClipEncoder(sizes.stack, sizes.stack.layers, causal=True)
         self.final_layer_norm = nn.LayerNorm(sizes.stack.width, eps=sizes.stack.eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [1, S], of which the last is the end token -> [1, D], at the first end token."""
-        first = int((ids[0] == ids[0, -1]).int().argmax())
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))[:, first]
+    def forward(self, ids: Tensor, at: int) -> Tensor:
+        """ids [1, S] -> [1, D], at the place of the end token."""
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))[:, at]
 
 
 class VisionEmbeddings(nn.Module):
