@@ -667,6 +667,47 @@ def calibration_of_zeros(folder):
     return folder
 
 
+# HunyuanVideo, whose layers are fused in files
+
+
+HUNYUAN = {
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": [64], "txt_in.input_embedder.weight": [64, 8],
+    "double_blocks.0.img_attn_qkv.weight": [192, 64], "double_blocks.0.img_attn_q_norm.weight": [16],
+    "single_blocks.0.linear1.weight": [448, 64], "single_blocks.0.linear2.weight": [64, 320],
+    "img_in.proj.weight": [64, 16, 1, 2, 2], "final_layer.linear.weight": [64, 64],
+    "vector_in.in_layer.weight": [64, 12],
+}  # fmt: skip
+cases(inspected, "hunyuan", lambda folder, changes: sparse({**HUNYUAN, **now(changes)})(folder),
+      few={}, large={"vector_in.in_layer.weight": [64, 10**8]}, odd={"single_blocks.0.linear1.weight": [449, 64]},
+      one_head={"double_blocks.0.img_attn_q_norm.weight": [10**9]}, no_dims={"single_blocks.0.linear2.weight": []},
+      many_dims={"single_blocks.0.linear2.weight": [1] * 8}, no_head={"double_blocks.0.img_attn_q_norm.weight": [0]},
+      many_blocks=lambda: {f"single_blocks.{n}.q_norm.weight": [16] for n in range(15_000)},
+      dots=lambda: {f"{'img_attn_qkv.' * 19}{n}": [1] for n in range(15_000)},
+      no_width={"single_blocks.0.linear2.weight": [2**60, 0]})  # fmt: skip
+
+
+def original_hunyuan(folder, scales):
+    """The pair of files in 8 bits. scales: makes the one with the scales, at the path given."""
+    tensors = {name: torch.zeros(shape) for name, shape in HUNYUAN.items()}
+    torch.save({"module": tensors}, folder / "mp_rank_00_model_states_fp8.pt")
+    scales(folder / "mp_rank_00_model_states_fp8_map.pt")
+    return folder
+
+
+cases(inspected, "scale_map", original_hunyuan, zeros=lambda path: path.symlink_to("/dev/zero"), pipe=os.mkfifo,
+      runs=lambda path: torch.save({"single_blocks.0.linear1": Runs()}, path),
+      laughs=lambda path: torch.save(nested(2, 40), path), folder=lambda path: path.mkdir(),
+      many=lambda path: torch.save({f"{n}": torch.ones(()) for n in range(30_000)}, path),
+      large=lambda path: torch.save({"single_blocks.0.linear1": torch.zeros(1).expand(10**9)}, path))  # fmt: skip
+
+
+@case(inspected)
+def many_models_in_a_folder(folder):
+    for number in range(5000):
+        (folder / f"hunyuan-video-{number}" / "transformers").mkdir(parents=True)
+    return folder
+
+
 # What looks odd and is right, so that nobody is refused what he has: read, and converted.
 
 
