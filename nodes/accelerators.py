@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
+from ..ascend_runtime.models.registry import families
 from ..ascend_runtime.specs import AccelerationSpec
 from ..ascend_runtime.specs.acceleration import MAX_STEPS, RAINFUSIONS, STEP_CACHES
 from ..ascend_runtime.specs.base import Spec
-from ..ascend_runtime.specs.presets import PRESETS, chosen, describe_presets
+from ..ascend_runtime.specs.presets import PRESETS, chosen, describe_family, describe_presets
 from . import types
 from .validation import refusal
 
@@ -79,7 +80,7 @@ class Accelerator:
             options=[*PRESETS, CUSTOM],
             default=DEFAULT_PRESET,
             tooltip="How much work to save: quality changes the video least, fast saves the most. custom: uses "
-            f"the values of the widgets below.\n{describe_presets(self.kind)}",
+            f"the values of the widgets below.\n{self._presets()}",
         )
         chain = types.Acceleration.Input(
             "acceleration",
@@ -88,6 +89,12 @@ class Accelerator:
             "combined.",
         )
         return [preset, *(widget.input() for widget in self.widgets), chain]
+
+    def _presets(self) -> str:
+        own = [one for one in families().values() if one.presets and self.kind == "step_cache"]
+        return "\n".join(
+            [describe_presets(self.kind), *(f"{one.title} models: {describe_family(one.presets)}." for one in own)]
+        )
 
 
 def _count(name: str, default: int, tooltip: str, least: int = 0, most: int = MAX_STEPS, automatic=None) -> Widget:
@@ -147,7 +154,8 @@ ACCELERATORS = (
             _method("method", STEP_CACHES, "fbcache", "How to decide which steps to skip. Used with every preset.\n"
                     "fbcache: compares what the first block adds with what it added in the last computed step. Works "
                     "with any model.\n"
-                    "teacache: estimates the change from the timestep, by a polynomial that was fitted to the model.\n"
+                    "teacache: estimates the change from the timestep or the first block's input, by a polynomial that "
+                    "was fitted to the model.\n"
                     "magcache: uses how much each step is known to change with this model.\n"
                     "taylorseer: skips steps at a fixed interval and predicts them by a Taylor expansion. Works with "
                     "any model."),

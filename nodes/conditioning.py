@@ -21,7 +21,22 @@ class TextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="The prompt, or what the video should not show. If the text is longer than the model reads "
-                    "(512 tokens for Wan), it is cut; this node and the log then show where.",
+                    "(512 tokens for Wan, 256 for HunyuanVideo), it is cut; this node and the log then show where.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The first frame, for HunyuanVideo's image-to-video models: the text encoder sees it in "
+                    "front of the text. Connect the same image to Ascend Image To Video.",
+                ),
+                io.Int.Input(
+                    "image_interleave",
+                    default=2,
+                    min=1,
+                    max=512,
+                    optional=True,
+                    tooltip="Only with an image: one of how many of its tokens is kept. 2 for HunyuanVideo's v1, 4 for "
+                    "v2. A larger number gives the text more influence.",
                 ),
             ],
             outputs=[
@@ -32,9 +47,10 @@ class TextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, text_encoder, text) -> io.NodeOutput:
+    def execute(cls, text_encoder, text, image=None, image_interleave=2) -> io.NodeOutput:
+        seen = {} if image is None else {"image": image[0, ..., :3], "image_interleave": image_interleave}
         result = comfy_bridge.run_job(
-            text_encoder.ranks, lambda runtime, hooks: runtime.encode(text_encoder.spec, text, **hooks)
+            text_encoder.ranks, lambda runtime, hooks: runtime.encode(text_encoder.spec, text, **seen, **hooks)
         )
         warnings = "\n".join(result.info.get("warnings", ()))
         extras = {"pooled_output": result.conditioning.pooled}

@@ -7,10 +7,12 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..ascend_runtime.models.registry import mask_channels
 from ..ascend_runtime.specs import VaeForm
 from ..ascend_runtime.wire.messages import Conditioning
 
-_READ = {"pooled_output", "concat_latent_image", "concat_mask", "clip_vision_output"}
+# The entries of a CONDITIONING with a field of their own in `Conditioning`; others go along by name.
+_FIELDS = {"pooled_output", "concat_latent_image", "concat_mask", "clip_vision_output"}
 
 
 def samples_of(latent: dict) -> Tensor:
@@ -29,7 +31,8 @@ def noise_mask_of(latent: dict) -> Tensor | None:
 def conditioning_of(conditioning: list, name: str, samples: Tensor) -> Conditioning:
     """A CONDITIONING of one part, its image resized to `samples` [B,C,T,H,W] as core's models do.
 
-    Raises ValueError for several parts, and for entries that Ascend Sampler does not support.
+    Further tensors and numbers go along by name: the model reads them, or refuses them by name. Raises ValueError for
+    several parts, and for entries of other kinds, such as areas, hooks and ControlNets.
     """
     if len(conditioning) != 1:
         raise ValueError(
@@ -37,8 +40,10 @@ def conditioning_of(conditioning: list, name: str, samples: Tensor) -> Condition
             "Put the prompts into one text instead of combining conditionings."
         )
     text, extras = conditioning[0]
-    extras = {key: value for key, value in extras.items() if value is not None}
-    unknown = sorted(extras.keys() - _READ)
+    further = {key: value for key, value in extras.items() if key not in _FIELDS}
+    tensors = {key: value for key, value in further.items() if isinstance(value, Tensor)}
+    numbers = {key: value for key, value in further.items() if _is_number(value)}
+    unknown = sorted(map(str, further.keys() - tensors.keys() - numbers.keys()))
     if unknown:
         raise ValueError(
             f"The {name} conditioning carries {', '.join(unknown)}, which Ascend Sampler does not support. "
@@ -51,12 +56,20 @@ def conditioning_of(conditioning: list, name: str, samples: Tensor) -> Condition
         concat_latent=None if image is None else _resized(image, samples),
         concat_mask=None if mask is None else _mask(mask, samples),
         clip_vision=None if clip is None else clip.penultimate_hidden_states,
+        tensors=tensors,
+        numbers=numbers,
     )
 
 
+def _is_number(value) -> bool:
+    """Whether an entry is a number, or None, which some models read as "without"."""
+    return value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _mask(mask: Tensor, samples: Tensor) -> Tensor:
-    """The mask with 1 or 4 channels, resized to `samples`. Frames that it does not cover count as unknown (1)."""
-    mask = mask if mask.shape[1] == 4 else mask.mean(dim=1, keepdim=True)
+    """The mask, resized to `samples`, with as many channels as some model reads, else with 1. Frames that it does not
+    cover count as unknown (1)."""
+    mask = mask if mask.shape[1] in mask_channels() else mask.mean(dim=1, keepdim=True)
     mask = _resized(mask, samples)
     missing = max(0, samples.shape[2] - mask.shape[2]) if mask.ndim == 5 else 0
     return torch.nn.functional.pad(mask, (0, 0, 0, 0, 0, missing), value=1.0)

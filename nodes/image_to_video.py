@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import node_helpers
 import torch
+from comfy.clip_vision import Output
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..ascend_runtime.models.image_forms import ImageForm
 from ..ascend_runtime.models.registry import family
 from ..ascend_runtime.specs import VaeForm, VideoSize
 from ..ascend_runtime.specs.base import require_side
@@ -14,6 +18,7 @@ from . import comfy_bridge, core_types, types
 from .validation import refusal
 
 SIDE = "The {} of the video in pixels: a multiple of 16, or of 32 for Wan2.2-TI2V-5B."
+GUIDANCE_TYPES = ("v1 (concat)", "v2 (replace)")  # as core's HunyuanImageToVideo names them
 
 
 class ImageToVideo(io.ComfyNode):
@@ -53,7 +58,7 @@ class ImageToVideo(io.ComfyNode):
                 io.Image.Input(
                     "end_image",
                     optional=True,
-                    tooltip="The last frame, or the last few frames. Not for Wan2.2-TI2V-5B.",
+                    tooltip="The last frame, or the last few frames. Not for Wan2.2-TI2V-5B and HunyuanVideo.",
                 ),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
@@ -65,6 +70,15 @@ class ImageToVideo(io.ComfyNode):
                     optional=True,
                     tooltip="From core's CLIP Vision Encode, for end_image. Only Wan 2.1 FLF2V needs it, the "
                     "model for a first and a last frame.",
+                ),
+                io.Combo.Input(
+                    "guidance_type",
+                    options=list(GUIDANCE_TYPES),
+                    default=GUIDANCE_TYPES[0],
+                    optional=True,
+                    tooltip="Only for HunyuanVideo: how its two image-to-video models take the image.\n"
+                    "v1 (concat): next to the noise, for the model with 33 channels.\n"
+                    "v2 (replace): as the first frame of the latent, which stays as it is.",
                 ),
             ],
             outputs=[
@@ -97,6 +111,7 @@ class ImageToVideo(io.ComfyNode):
         end_image=None,
         clip_vision_output=None,
         clip_vision_end_output=None,
+        guidance_type=GUIDANCE_TYPES[0],
     ) -> io.NodeOutput:
         form = comfy_bridge.vae_form(vae)
         size = _size(width, height, length, form)
@@ -104,18 +119,36 @@ class ImageToVideo(io.ComfyNode):
         start, end = (image if image is None else core_types.pixels_of(image, name, width, height)
                       for name, image in images.items())  # fmt: skip
         clip = core_types.joined(clip_vision_output, clip_vision_end_output)
-        if family(form.family).known_in_latent(form):
-            if end is not None or clip is not None:
-                raise ValueError(
-                    "Models with this VAE, such as Wan2.2-TI2V-5B, take only a start_image. Disconnect end_image, "
-                    "clip_vision_output and clip_vision_end_output, or use another model and its VAE."
-                )
-            return io.NodeOutput(positive, negative, _latent_with_start(vae, form, size, batch_size, start))
+        way = _chosen(family(form.family).image_forms(form), guidance_type)
+        _check(way, end, clip)
         values = {} if clip is None else {"clip_vision_output": clip}
+        latent = {"samples": torch.zeros(batch_size, *form.latent_shape(size)[1:])}
         if start is not None or end is not None:
-            values |= _known_video(vae, form, size, start, end)
+            values |= way.numbers
+            if way.in_latent:
+                latent = _latent_with_start(vae, form, size, batch_size, start)
+            else:
+                values |= (_known_video if way.whole else _known_start)(vae, form, size, start, end)
         positive, negative = (one and node_helpers.conditioning_set_values(one, values) for one in (positive, negative))
-        return io.NodeOutput(positive, negative, {"samples": torch.zeros(batch_size, *form.latent_shape(size)[1:])})
+        return io.NodeOutput(positive, negative, latent)
+
+
+def _chosen(forms: Mapping[str, ImageForm], guidance_type: str) -> ImageForm:
+    """The way to condition on images; models with only one way have no use for `guidance_type`."""
+    if len(forms) == 1:
+        return next(iter(forms.values()))
+    if guidance_type not in forms:
+        raise ValueError(f"guidance_type is {guidance_type!r}; with this VAE it can be one of {', '.join(forms)}.")
+    return forms[guidance_type]
+
+
+def _check(way: ImageForm, end: Tensor | None, clip: Output | None) -> None:
+    """Raises ValueError for images that the models do not take."""
+    if (end is not None and not way.takes_end) or (clip is not None and not way.takes_clip_vision):
+        raise ValueError(
+            f"{way.models} take only a start_image. Disconnect end_image, clip_vision_output and "
+            "clip_vision_end_output, or use another model and its VAE."
+        )
 
 
 def _size(width: int, height: int, length: int, form: VaeForm) -> VideoSize:
@@ -129,17 +162,22 @@ def _video_size(width: int, height: int, length: int) -> VideoSize:
     return VideoSize(width=width, height=height, num_frames=length)
 
 
-def _latent_with_start(vae, form: VaeForm, size: VideoSize, batch: int, start: Tensor | None) -> dict:
-    """A LATENT with the start image, marked in its noise_mask; as core's Wan22ImageToVideoLatent makes it."""
-    shape = form.latent_shape(size)
-    if start is None:
-        return {"samples": torch.zeros(batch, *shape[1:])}
-    count = (min(len(start), size.num_frames) - 1) // form.temporal * form.temporal + 1  # whole latent frames
-    known = _encoded(vae, start[:count])
+def _latent_with_start(vae, form: VaeForm, size: VideoSize, batch: int, start: Tensor) -> dict:
+    """A LATENT with the start image, marked in its noise_mask; as core's Wan22ImageToVideoLatent and
+    HunyuanImageToVideo make it."""
+    shape, known = form.latent_shape(size), _encoded_start(vae, form, size, start)
     samples, mask = family(form.family).empty_latent(shape), torch.ones(1, 1, *shape[2:])
     samples[:, :, : known.shape[2]] = known
     mask[:, :, : known.shape[2]] = 0
     return {"samples": samples.repeat(batch, 1, 1, 1, 1), "noise_mask": mask.repeat(batch, 1, 1, 1, 1)}
+
+
+def _known_start(vae, form: VaeForm, size: VideoSize, start: Tensor, _: None) -> dict:
+    """The first latent frames, which the model reads next to the noise; as core's HunyuanImageToVideo makes them."""
+    _, _, *sizes = form.latent_shape(size)
+    known, mask = _encoded_start(vae, form, size, start), torch.ones(1, 1, *sizes)
+    mask[:, :, : known.shape[2]] = 0
+    return {"concat_latent_image": known, "concat_mask": mask}
 
 
 def _known_video(vae, form: VaeForm, size: VideoSize, start: Tensor | None, end: Tensor | None) -> dict:
@@ -147,17 +185,25 @@ def _known_video(vae, form: VaeForm, size: VideoSize, start: Tensor | None, end:
     WanFirstLastFrameToVideo does."""
     _, _, frames, height, width = form.latent_shape(size)
     video = torch.full((size.num_frames, size.height, size.width, 3), 0.5)
-    mask = torch.ones(1, 1, frames * 4, height, width)  # 4 for each latent frame, also for the first
+    each = form.temporal  # frames of a latent frame; as many for the first in a mask
+    mask = torch.ones(1, 1, frames * each, height, width)
     if start is not None:
         start = start[: size.num_frames]
         video[: len(start)] = start
         # Without an end, core marks only whole latent frames.
-        mask[:, :, : len(start) + 3 if end is not None else (len(start) - 1) // 4 * 4 + 4] = 0
+        mask[:, :, : len(start) + each - 1 if end is not None else (len(start) - 1) // each * each + each] = 0
     if end is not None:
         end = end[-size.num_frames :]
         video[-len(end) :] = end
         mask[:, :, -len(end) :] = 0
-    return {"concat_latent_image": _encoded(vae, video), "concat_mask": mask.unflatten(2, (-1, 4))[:, 0].movedim(2, 1)}
+    mask = mask.unflatten(2, (-1, each))[:, 0].movedim(2, 1)
+    return {"concat_latent_image": _encoded(vae, video), "concat_mask": mask}
+
+
+def _encoded_start(vae, form: VaeForm, size: VideoSize, start: Tensor) -> Tensor:
+    """The latent of the first frames, as many as make whole latent frames."""
+    count = (min(len(start), size.num_frames) - 1) // form.temporal * form.temporal + 1
+    return _encoded(vae, start[:count])
 
 
 def _encoded(vae, frames: Tensor) -> Tensor:

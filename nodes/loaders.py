@@ -15,6 +15,7 @@ from ..ascend_runtime.specs.models import (
     PLACEMENTS,
     QUANTIZATIONS,
     VAE_DTYPES,
+    VAE_TILES,
 )
 from . import model_files, types
 from .types import Handle, ModelHandle, RanksHandle
@@ -40,7 +41,8 @@ class LoadDiffusionModel(io.ComfyNode):
             node_id="AscendLoadDiffusionModel",
             display_name="Ascend Load Diffusion Model",
             category="Ascend",
-            description="Selects the diffusion model, such as a Wan transformer. Ascend Sampler runs it on all ranks.",
+            description="Selects the diffusion model, a transformer of Wan or HunyuanVideo. Ascend Sampler runs it on "
+            "all ranks.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -48,7 +50,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     tooltip="A folder in models/diffusers, or a file in models/diffusion_models.\n"
                     "Folders: as diffusers, the model's authors, MindSpeed-MM or msModelSlim write them; one folder "
                     "may hold both experts of Wan 2.2.\n"
-                    "Files: ComfyUI's .safetensors, also in fp8, or a .pth.\n"
+                    "Files: ComfyUI's .safetensors, also in fp8, or the authors' .pth or .pt.\n"
                     "The content decides the format, not the name. embedded/tiny_wan comes with the pack and runs on "
                     "any machine.",
                 ),
@@ -143,19 +145,20 @@ def _transformers(model_name: str, low_noise_model_name: str) -> tuple[str, str 
 class LoadTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        names = model_files.names(model_files.TEXT_ENCODER)
         return io.Schema(
             node_id="AscendLoadTextEncoder",
             display_name="Ascend Load Text Encoder",
             category="Ascend",
-            description="Selects the text encoder of the model (UMT5 for Wan). It runs on the CPU of one rank, or on "
-            "the devices of all ranks.",
+            description="Selects the text encoder of the model: UMT5 for Wan, Llama and CLIP-L for HunyuanVideo. It "
+            "runs on the CPU of one rank, or on the devices of all ranks.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_files.names(model_files.TEXT_ENCODER),
+                    options=names,
                     tooltip="A folder in models/diffusers, as diffusers or the model's authors write it, or a file in "
-                    "models/text_encoders. ComfyUI's files include the tokenizer. A .pth file of Wan's authors needs "
-                    "their folder google/umt5-xxl next to it.",
+                    "models/text_encoders. ComfyUI's file for Wan includes the tokenizer; for HunyuanVideo's files it "
+                    "comes with ComfyUI. A .pth file of Wan's authors needs their folder google/umt5-xxl next to it.",
                 ),
                 dtype_input(
                     "bfloat16. On a CPU without bfloat16 instructions (such as Kunpeng 920), float32 if memory "
@@ -172,19 +175,49 @@ class LoadTextEncoder(io.ComfyNode):
                     "cpu: on the CPU of one rank. Uses no device memory.\n"
                     "ranks: on the devices of all ranks. Each holds a share of the weights.",
                 ),
+                io.Combo.Input(
+                    "model_name_2",
+                    options=[NO_MODEL, *names],
+                    default=NO_MODEL,
+                    optional=True,
+                    tooltip="The second text encoder, if the model has two and each is a file: HunyuanVideo's "
+                    "llava_llama3 and clip_l, in either order. none: model_name is a folder with both, or the model "
+                    "has only one.",
+                ),
+                io.Combo.Input(
+                    "vision_model_name",
+                    options=[NO_MODEL, *model_files.names(model_files.VISION)],
+                    default=NO_MODEL,
+                    optional=True,
+                    tooltip="What sees the image of Ascend Text Encode, for HunyuanVideo's image-to-video models: a "
+                    "file in models/clip_vision (llava_llama3_vision), or a folder in models/diffusers. none: the "
+                    "folder of model_name has it, or no image is used.",
+                ),
             ],
             outputs=[types.TextEncoder.Output(display_name="text_encoder", tooltip="For Ascend Text Encode.")],
         )
 
     @classmethod
-    def validate_inputs(cls, model_name) -> bool | str:
-        return model_files.check(model_name, model_files.TEXT_ENCODER)
+    def validate_inputs(cls, model_name, model_name_2=NO_MODEL, vision_model_name=NO_MODEL) -> bool | str:
+        return refusal(_text_encoders, model_name, model_name_2, vision_model_name)
 
     @classmethod
-    def execute(cls, model_name, dtype, parallel=None, placement="auto") -> io.NodeOutput:
-        path = model_files.path_of(model_name, model_files.TEXT_ENCODER)
-        spec = TextEncoderSpec(path=path, dtype=dtype, placement=placement)
+    def execute(
+        cls, model_name, dtype, parallel=None, placement="auto", model_name_2=NO_MODEL, vision_model_name=NO_MODEL
+    ) -> io.NodeOutput:
+        path, second, vision = _text_encoders(model_name, model_name_2, vision_model_name)
+        tokenizers = {} if second is None else model_files.core_tokenizers()  # ComfyUI's two files have none
+        spec = TextEncoderSpec(
+            path=path, path_2=second, vision_path=vision, dtype=dtype, placement=placement, **tokenizers
+        )
         return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
+
+
+def _text_encoders(model_name: str, model_name_2: str, vision_model_name: str) -> tuple[str, str | None, str | None]:
+    """The paths of a text encoder, of the second one, and of what sees images; None for what is not chosen."""
+    further = ((model_name_2, model_files.TEXT_ENCODER), (vision_model_name, model_files.VISION))
+    second, vision = (None if name == NO_MODEL else model_files.path_of(name, kind) for name, kind in further)
+    return model_files.path_of(model_name, model_files.TEXT_ENCODER), second, vision
 
 
 class LoadVAE(io.ComfyNode):
@@ -200,7 +233,7 @@ class LoadVAE(io.ComfyNode):
                     "model_name",
                     options=model_files.names(model_files.VAE),
                     tooltip="A folder in models/diffusers, as diffusers or the model's authors write it, or a file in "
-                    "models/vae, such as the VAE of Wan 2.1 or of Wan2.2-TI2V-5B.",
+                    "models/vae, such as the VAE of Wan 2.1, of Wan2.2-TI2V-5B or of HunyuanVideo.",
                 ),
                 dtype_input(
                     "bfloat16 on an NPU, float32 on a CPU or GPU.\n"
@@ -210,6 +243,17 @@ class LoadVAE(io.ComfyNode):
                     VAE_DTYPES,
                 ),
                 types.parallel_input(),
+                io.Combo.Input(
+                    "tiles",
+                    options=list(VAE_TILES),
+                    default="auto",
+                    optional=True,
+                    tooltip="How a video is decoded and encoded.\n"
+                    "auto: whole if it fits in memory, else published.\n"
+                    "whole: as one, each rank a part of the plane, without seams.\n"
+                    "published: in overlapping tiles that are blended. For HunyuanVideo these are its authors' own, on "
+                    "any number of ranks: they need less memory, and up to 2.5 times the work. Wan: only on one rank.",
+                ),
             ],
             outputs=[
                 types.Vae.Output(
@@ -223,8 +267,8 @@ class LoadVAE(io.ComfyNode):
         return model_files.check(model_name, model_files.VAE)
 
     @classmethod
-    def execute(cls, model_name, dtype, parallel=None) -> io.NodeOutput:
-        spec = VaeSpec(path=model_files.path_of(model_name, model_files.VAE), dtype=dtype)
+    def execute(cls, model_name, dtype, parallel=None, tiles="auto") -> io.NodeOutput:
+        spec = VaeSpec(path=model_files.path_of(model_name, model_files.VAE), dtype=dtype, tiles=tiles)
         return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
 
 

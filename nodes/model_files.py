@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import comfy
 import folder_paths
 
 from ..ascend_runtime.checkpoints.msmodelslim import DESCRIPTION_PATTERN
@@ -15,10 +16,11 @@ from .validation import refusal
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
-# A folder with one of these is a model: of diffusers, of the model's authors (both experts, or one), of MindSpeed-MM,
-# of msModelSlim.
+# A folder with one of these is a model: of diffusers, of the model's authors (both experts, or one; or all parts of a
+# model, and its transformer), of MindSpeed-MM, of msModelSlim.
 MARKS = (
-    "model_index.json", "high_noise_model", "config.json", "latest_checkpointed_iteration.txt", DESCRIPTION_PATTERN
+    "model_index.json", "high_noise_model", "config.json", "*/transformers/mp_rank_00_model_states*.pt",
+    "transformers/mp_rank_00_model_states*.pt", "latest_checkpointed_iteration.txt", DESCRIPTION_PATTERN,
 )  # fmt: skip
 
 
@@ -32,18 +34,30 @@ class Kind:
     folders: bool = True
 
 
-REPACKAGED = "Comfy-Org/Wan_2.1_ComfyUI_repackaged and Comfy-Org/Wan_2.2_ComfyUI_Repackaged"
-FOLDER = f"a folder (such as Wan-AI/Wan2.2-T2V-A14B-Diffusers or Wan-AI/Wan2.2-T2V-A14B, {HUBS}) into models/diffusers"
-TRANSFORMER = Kind("diffusion_models", f"a file (of {REPACKAGED}, {HUBS}) into models/diffusion_models, or {FOLDER}")
+FOLDER = (
+    "a folder (such as Wan-AI/Wan2.2-T2V-A14B-Diffusers, Wan-AI/Wan2.2-T2V-A14B, hunyuanvideo-community/HunyuanVideo "
+    f"or tencent/HunyuanVideo, {HUBS}) into models/diffusers"
+)
+TRANSFORMER = Kind(
+    "diffusion_models",
+    "a file (of Comfy-Org/Wan_2.1_ComfyUI_repackaged, Comfy-Org/Wan_2.2_ComfyUI_Repackaged or "
+    f"Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/diffusion_models, or {FOLDER}",
+)
 TEXT_ENCODER = Kind(
     "text_encoders",
-    "a file (umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged, "
+    "a file (umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged for Wan; both "
+    "llava_llama3_fp8_scaled.safetensors and clip_l.safetensors of Comfy-Org/HunyuanVideo_repackaged for HunyuanVideo; "
     f"{HUBS}) into models/text_encoders, or {FOLDER}",
+)
+VISION = Kind(
+    "clip_vision",
+    f"a file (llava_llama3_vision.safetensors of Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/clip_vision, "
+    f"or a folder (hunyuanvideo-community/HunyuanVideo-I2V, {HUBS}) into models/diffusers",
 )
 VAE = Kind(
     "vae",
-    "a file (wan_2.1_vae.safetensors or wan2.2_vae.safetensors of Comfy-Org/Wan_2.2_ComfyUI_Repackaged, "
-    f"{HUBS}) into models/vae, or {FOLDER}",
+    "a file (wan_2.1_vae.safetensors or wan2.2_vae.safetensors of Comfy-Org/Wan_2.2_ComfyUI_Repackaged, or "
+    f"hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/vae, or {FOLDER}",
 )
 LORA = Kind(
     "loras",
@@ -88,6 +102,16 @@ def path_of(name: str, kind: Kind) -> str:
 def _places(kind: Kind) -> list[str]:
     in_common = folder_paths.get_folder_paths("diffusers") if kind.folders else []
     return [*in_common, *folder_paths.get_folder_paths(kind.category)]
+
+
+def core_tokenizers() -> dict[str, str]:
+    """The folders of the tokenizers of Llama 3 and CLIP-L that come with ComfyUI, as fields of TextEncoderSpec."""
+    core = Path(next(iter(comfy.__path__)))
+    places = {
+        "tokenizer_path": core / "text_encoders" / "llama_tokenizer",
+        "tokenizer_path_2": core / "sd1_tokenizer",
+    }
+    return {field: str(folder) for field, folder in places.items() if folder.is_dir()}
 
 
 def check(name: str | None, kind: Kind) -> bool | str:

@@ -56,21 +56,22 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How strongly the video follows the prompt. 1: the negative prompt is not used, and a "
-                    "step takes half the work. 0: the model's default, which may differ between two experts.",
+                    "step takes half the work. 0: the model's default, which may differ between two experts, and is 1 "
+                    "for HunyuanVideo.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=list(SOLVERS),
                     default="unipc",
                     tooltip="The solver of the denoising steps. unipc, dpm++: the solvers of Wan's own code. euler: "
-                    "the one that most core workflows use.",
+                    "the one of HunyuanVideo's own code and of most core workflows.",
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=[*schedules(), SIMPLE],
                     default=schedules()[0],
-                    tooltip="How the noise levels (sigmas) of the steps are spaced. wan: the model's own schedule, "
-                    "also for models other than Wan. simple: as core's scheduler of that name.",
+                    tooltip="How the noise levels (sigmas) of the steps are spaced. wan, hunyuan_video: the model's "
+                    "own schedule; each name works with each model. simple: as core's scheduler of that name.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -79,8 +80,8 @@ class Sampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Moves the steps towards high noise. 0: the model's default, such as 5 for Wan 2.1 and 12 "
-                    "for Wan2.2-T2V-A14B.",
+                    tooltip="Moves the steps towards high noise. 0: the model's default, such as 5 for Wan 2.1, 12 "
+                    "for Wan2.2-T2V-A14B and 7 for HunyuanVideo.",
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What the video should not show. Not needed if cfg is 1."
@@ -113,6 +114,18 @@ class Sampler(io.ComfyNode):
                     tooltip="From Ascend AttentionCache, Block Cache, Step Cache or RainFusion: skips a part of the "
                     "work. This node and the log show what it saved.",
                 ),
+                io.Float.Input(
+                    "embedded_guidance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
+                    tooltip="How strongly the video follows the prompt, for models that read this number as an input: "
+                    "HunyuanVideo, except its image-to-video model v1. It costs no time. A number that core's "
+                    "FluxGuidance puts into the conditioning counts instead. 0: the model's default (6).",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],
         )
@@ -134,6 +147,7 @@ class Sampler(io.ComfyNode):
         sigmas=None,
         profile=None,
         acceleration=None,
+        embedded_guidance=0.0,
     ) -> io.NodeOutput:
         spec = SampleSpec(
             seed=seed,
@@ -143,6 +157,7 @@ class Sampler(io.ComfyNode):
             solver=sampler_name,
             schedule=scheduler,
             shift=shift or None,
+            embedded_guidance=embedded_guidance or None,
             sigmas=None if sigmas is None else tuple(sigmas.tolist()),
         )
         samples = core_types.samples_of(latent_image)

@@ -23,6 +23,14 @@ FOLDERS = {  # of ComfyUI's models, by the type of the node that loads from it
     "AscendLoadDiffusionModel": "diffusion_models", "AscendLoadTextEncoder": "text_encoders", "AscendLoadVAE": "vae",
     "AscendLoadLora": "loras", "CLIPVisionLoader": "clip_vision",
 }  # fmt: skip
+VISION = "llava_llama3_vision.safetensors"  # in clip_vision, though Ascend Load Text Encoder loads it
+REPOSITORIES = {  # of Comfy-Org, by how the names of their files begin; all other files are in OLDEST
+    "wan2.2": "Wan_2.2_ComfyUI_Repackaged",
+    "hunyuan_video": "HunyuanVideo_repackaged",
+    "llava_llama3": "HunyuanVideo_repackaged",
+    "clip_l.": "HunyuanVideo_repackaged",
+}
+OLDEST = "Wan_2.1_ComfyUI_repackaged"
 
 # For notes of models with two experts: why fsdp is on, and when the text encoder is better off on the ranks.
 MEMORY = {
@@ -37,7 +45,56 @@ Ascend Load Text Encoder to `ranks`: it then takes 1.4 GB on each of eight cards
 可将“昇腾加载文本编码器”的“位置”设为 `ranks`，8 卡时每卡占用 1.4 GB。""",
 }
 
+# For notes of HunyuanVideo: its files and its memory.
+SIZES = {
+    "{sizes}": """\
+Sizes are multiples of 16: 1280 x 720, 960 x 544, 832 x 624, 720 x 720; length 4n+1, up to 129. One card of 64 GB has \
+room for the model in bfloat16 (26 GB) and a video of 960 x 544; with less, or to be faster, use several cards, `fsdp` \
+in Ascend Parallel Config, or `quantization` in the loader. The text encoders run on the host's CPU (16 GB there).""",
+    "{尺寸}": """\
+尺寸为 16 的倍数：1280 x 720、960 x 544、832 x 624、720 x 720；帧数为 4n+1，最多 129。一张 64 GB 的卡可放下 bfloat16 模型\
+（26 GB）并生成 960 x 544 的视频；显存不足或希望更快时，请用多张卡、并行配置中的“FSDP 权重分片”，或加载器的“量化”。\
+文本编码器在主机 CPU 上运行（占内存 16 GB）。""",
+}
+
 NOTES = {
+    "hunyuan_video_text_to_video": """\
+## HunyuanVideo, from text
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. 0 in Ascend \
+Sampler is the original's setting: 50 steps, shift 7, embedded guidance 6, and cfg 1, so there is no negative prompt. \
+{sizes}
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。并行配置全部为 0 时使用所有可见的卡。采样器中的 0 为官方设置：50 步、\
+shift 7、嵌入式引导 6、cfg 1（因此没有反向提示词）。{尺寸}
+""",
+    "hunyuan_video_v1_image_to_video": """\
+## HunyuanVideo, from an image (v1, 33 channels)
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image goes \
+to two nodes: the text encoder sees it (`image_interleave` 2), and the model reads it as the first frame. As in the \
+original, the first four frames are dropped after decoding: ImageFromBatch keeps 125 of 129. Delete that node to keep \
+all. {sizes}
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器会看到它（`image_interleave` 为 2），模型把它当作首帧。\
+与官方代码一致，解码后丢弃前四帧：ImageFromBatch 保留 129 帧中的 125 帧；删除该节点即可保留全部帧。{尺寸}
+""",
+    "hunyuan_video_v2_image_to_video": """\
+## HunyuanVideo, from an image (v2, first frame replaced)
+
+{files}
+
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image goes \
+to two nodes: the text encoder sees it (`image_interleave` 4), and it stays in the latent as the first frame, so the \
+video begins with exactly this picture. For larger movements set `shift` to 17 in Ascend Sampler; 0 is 7. {sizes}
+
+下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器会看到它（`image_interleave` 为 4），同时它作为首帧保留在 \
+Latent 中，因此视频从这张图像开始。希望动作更大时，可将采样器的 shift 设为 17（0 表示 7）。{尺寸}
+""",
     "tiny_wan_text_to_video": """\
 ## A first video, without a download
 
@@ -212,25 +269,30 @@ def published(node):
     """The files that a node of a UI-format graph loads, in the form of ComfyUI's page: name, folder, URL."""
     values = node.get("widgets_values") or []
     names = [value for value in values if isinstance(value, str) and value.endswith(".safetensors")]
-    folder = FOLDERS.get(node["type"])
+    files = [(name, folder_of(node["type"], name)) for name in names if node["type"] in FOLDERS]
     return [{"name": name, "url": HUGGING_FACE.format(repository(name), folder, name), "directory": folder}
-            for name in names if folder]
+            for name, folder in files]
+
+
+def folder_of(node_type, name):
+    """The folder of ComfyUI's models from which a node of this type loads a file."""
+    return "clip_vision" if name == VISION else FOLDERS[node_type]
 
 
 def repository(name):
     """Where Comfy-Org publishes a file."""
-    return "Wan_2.2_ComfyUI_Repackaged" if name.startswith("wan2.2") else "Wan_2.1_ComfyUI_repackaged"
+    return next((place for begin, place in REPOSITORIES.items() if name.startswith(begin)), OLDEST)
 
 
 def with_note(graph, text):
     """Adds a note to the graph: the text, with {files} replaced by a table of the files that the graph loads, and the
-    texts of MEMORY."""
+    texts of MEMORY and SIZES."""
     rows = ["| download | | into `ComfyUI/models` |", "|---|---|---|"]
     for file in (file for node in graph["nodes"] for file in published(node)):
         name, folder = file["name"], file["directory"]
         other = MODELSCOPE.format(repository(name), folder, name)
         rows.append(f"| {name} | [Hugging Face]({file['url']}), [ModelScope]({other}) | {folder} |")
-    for mark, words in {"{files}": "\n".join(rows), **MEMORY}.items():
+    for mark, words in {"{files}": "\n".join(rows), **MEMORY, **SIZES}.items():
         text = text.replace(mark, words)
     number = max(node["id"] for node in graph["nodes"]) + 1
     graph["nodes"].append({"id": number, "type": NOTE, "pos": [0, 0], "size": [0, 0], "flags": {}, "mode": 0,

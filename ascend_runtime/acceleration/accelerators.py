@@ -21,7 +21,7 @@ from .step_rules import Always, FirstBlock, MagCache, TeaCache
 from .tally import Tally
 
 StackCache = BlockCache | StepCache | Measuring
-IDENTITY = (1.0, 0.0)  # TeaCache's polynomial without a calibration: does not rescale the timestep embedding's changes
+IDENTITY = (1.0, 0.0)  # TeaCache's polynomial without a calibration: does not rescale the indicator's changes
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ def _rule(spec: StepCacheSpec, outline: Outline, expert: str) -> SkipRule:
     if not known.ratios:
         raise ValueError(
             "MagCache needs magnitude ratios, and this model has no calibration. "
-            "Run `python -m ascend_runtime calibrate MODEL` once, or use fbcache or taylorseer."
+            "Run `python -m ascend_runtime calibrate MODEL` once, if it makes videos from text; or use fbcache or "
+            "taylorseer."
         )
     steps = outline.steps_of(expert)
     return MagCache(spec.limit, dict(zip(steps, known.ratios_of(len(steps)))))

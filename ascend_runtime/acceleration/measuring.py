@@ -24,10 +24,11 @@ class Measuring:
         """The tokens [B, S, D] after the whole stack."""
         out = stack.through(tokens, range(stack.count))
         if self._step != at.step:  # the first pass of a step: cond, or the only branch of this rank
+            indicator = stack.indicator(tokens, self._own)  # on all ranks: it may gather a block's weights
             seen = None, None, None
             if at.branch == "cond":
                 added = (out - tokens)[:, : self._own].float()
-                seen = stack.indicator(tokens, self._own), out[:, : self._own], added.norm(dim=-1)
+                seen = indicator, out[:, : self._own], added.norm(dim=-1)
             if self._step is not None:
                 self._tally.changed(Change(at.expert, at.step, *self._changes(*seen)))
             self._timestep.keep(seen[0])

@@ -23,7 +23,8 @@ class SkipRule(Protocol):
     leading: int
 
     def sees(self, stack: BlockStack, tokens: Tensor, led: Tensor) -> Tensor | None:
-        """The tensor to decide by, from the cond branch. tokens, led [B, S, D]: before and after the leading blocks."""
+        """The tensor to decide by. Called once per step, on all ranks; only the cond branch's result is used. tokens,
+        led [B, S, D]: before and after the leading blocks."""
 
     def reuses(self, step: int, seen: Tensor | None, forced: bool) -> bool:
         """Whether to skip a step. Called once per step, on all ranks; `seen` is None on ranks of the uncond branch.
@@ -49,8 +50,8 @@ class StepCache:
         """The tokens [B, S, D] after the whole stack."""
         led = stack.through(tokens, range(self._rule.leading))
         if self._decided[0] != at.step:
-            seen = self._rule.sees(stack, tokens, led) if at.branch == "cond" else None
-            self._decided = at.step, self._decide(at.step, seen)
+            seen = self._rule.sees(stack, tokens, led)  # on all ranks: it may gather a block's weights
+            self._decided = at.step, self._decide(at.step, seen if at.branch == "cond" else None)
         if self._decided[1]:
             self._tally.skipped_blocks(at, range(self._rule.leading, stack.count))
             return self._kept[at.branch].added_to(led, at.step)

@@ -56,9 +56,9 @@ class FirstBlock:
 
 class TeaCache:
     """TeaCache (arXiv 2411.19108): skips while the blocks' output is estimated to have changed little since the last
-    computed step. The estimate adds up changes of the timestep embedding.
+    computed step. The estimate adds up changes of the family's indicator (see `BlockStack`).
 
-    coefficients: of the polynomial from the embedding's relative change to the output's, highest power first.
+    coefficients: of the polynomial from the indicator's relative change to the output's, highest power first.
     """
 
     leading = 0

@@ -14,7 +14,7 @@ from ..models.shared.block_stack import At
 class Change(NamedTuple):
     """The difference between a step of the cond branch and the step before it, of the same expert.
 
-    timestep, output: relative L1 changes of the timestep projection and of the tokens after all blocks.
+    timestep, output: relative L1 changes of TeaCache's indicator (`BlockStack`), and of the tokens after all blocks.
     ratio: of the norms of the blocks' residual, averaged over all tokens.
     """
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from msgspec.structs import asdict
 from torch import Tensor
 
-from ..wire.messages import Conditioning
+from ..wire.messages import MAX_ENTRIES, MAX_ENTRY_NAME, Conditioning
 
-LATENT_AXES, FRAMES_AXES = "[B,C,T,H,W]", "[T,H,W,3]"  # ranks check what depends on the model
-MAX_PROMPT_CHARACTERS = 50_000  # far more than the 512 tokens that are used; tokenizing them takes a second
+LATENT_AXES, FRAMES_AXES, IMAGE_AXES = "[B,C,T,H,W]", "[T,H,W,3]", "[H,W,3]"  # ranks check what depends on the model
+MAX_PROMPT_CHARACTERS = 50_000  # far more than the 512 tokens that any model reads; tokenizing them takes a second
+MAX_INTERLEAVE = 512  # core ComfyUI's limit
 
 
 def check_kind(name: str, value: Any, *kinds: type, optional: bool = False) -> None:
@@ -29,8 +31,8 @@ def check_prompt(text: Any) -> None:
     check_whole("The prompt", text)
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(
-            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are accepted, and only the "
-            "first 512 tokens are used. Shorten it."
+            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are accepted, of which "
+            "models read a few hundred tokens. Shorten it."
         )
 
 
@@ -46,14 +48,17 @@ def check_whole(name: str, text: str) -> None:
         ) from None
 
 
-def check_tensor(name: str, tensor: Any, axes: str | None = None, optional: bool = False) -> None:
-    """`tensor` must be a dense floating-point tensor with these axes, such as "[T,H,W,3]", and no empty axis."""
+def check_tensor(
+    name: str, tensor: Any, axes: str | None = None, optional: bool = False, floats: bool = True
+) -> None:
+    """`tensor` must be a dense tensor, of floating-point numbers if `floats`, with these axes, such as "[T,H,W,3]", and
+    no empty axis."""
     check_kind(name, tensor, Tensor, optional=optional)
     if tensor is None:
         return
     if axes is not None and (tensor.ndim != axes.count(",") + 1 or not tensor.numel()):
         raise ValueError(f"The {name} has the shape {list(tensor.shape)}; it must be {axes}, each axis at least 1.")
-    if not tensor.is_floating_point():
+    if floats and not tensor.is_floating_point():
         raise ValueError(f"{name} has the dtype {tensor.dtype}; it must be a float, such as torch.float32.")
     if tensor.layout != torch.strided or tensor.is_meta or type(tensor).__name__ == "FakeTensor":
         raise ValueError(f"{name} is sparse, or has no data (device {tensor.device}); give a dense tensor.")
@@ -68,13 +73,50 @@ def check_frames(frames: Any) -> None:
         raise ValueError(f"The video has the shape {list(frames.shape)}; it must be {FRAMES_AXES}, channels last.")
 
 
+def check_image(image: Any, interleave: Any) -> Tensor | None:
+    """The one image [H,W,3] of a prompt, of floats in 0..1, if there is one."""
+    if type(interleave) is not int or not 1 <= interleave <= MAX_INTERLEAVE:
+        raise ValueError(f"image_interleave is {_shown(interleave)}; it must be an int from 1 to {MAX_INTERLEAVE}.")
+    if image is None:
+        return None
+    if isinstance(image, Tensor) and image.dtype == torch.uint8:
+        raise ValueError("image is torch.uint8; it must be of floats in 0..1. Give image.float() / 255.")
+    if isinstance(image, Tensor) and image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    check_tensor("image", image, IMAGE_AXES)
+    if image.shape[-1] < 3:
+        raise ValueError(f"The image has the shape {list(image.shape)}; it must be {IMAGE_AXES}, channels last.")
+    return image[..., :3]
+
+
 def check_conditioning(name: str, given: Any, optional: bool = False) -> None:
     """`given` must be a text embedding, or a `Conditioning`."""
     check_kind(name, given, Tensor, Conditioning, optional=optional)
     parts = asdict(given) if isinstance(given, Conditioning) else {"text": given}
+    _check_entries(name, parts.pop("tensors", {}), parts.pop("numbers", {}))
     for part, tensor in parts.items():
         shown = name if part == "text" else f"{name}'s {part}"
         check_tensor(shown, tensor, optional=part != "text" or given is None)
+
+
+def _check_entries(name: str, tensors: Any, numbers: Any) -> None:
+    """Checks a conditioning's further entries."""
+    for kind, entries in (("tensors", tensors), ("numbers", numbers)):
+        check_kind(f"{name}'s {kind}", entries, dict)
+        named = all(isinstance(entry, str) and 0 < len(entry) <= MAX_ENTRY_NAME for entry in entries)
+        if len(entries) > MAX_ENTRIES or not named:
+            raise ValueError(
+                f"{name}'s {kind} have {len(entries)} entries; there can be {MAX_ENTRIES}, each named by a str of 1 to "
+                f"{MAX_ENTRY_NAME} characters."
+            )
+    for entry, tensor in tensors.items():
+        check_whole(f"An entry of {name}'s tensors", entry)
+        check_tensor(f"{name}'s {entry}", tensor, floats=False)
+    for entry, number in numbers.items():
+        check_whole(f"An entry of {name}'s numbers", entry)
+        check_kind(f"{name}'s {entry}", number, int, float, optional=True)
+        if number is not None and not math.isfinite(number):
+            raise ValueError(f"{name}'s {entry} is {number}; give a finite number, or None.")
 
 
 def _shown(value: Any) -> str:

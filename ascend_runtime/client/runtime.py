@@ -40,7 +40,15 @@ from ..specs.acceleration import CALIBRATED
 from ..wire.messages import Conditioning, Decode, Describe, Encode, EncodeVideo, Free, Load, Message, Ping, Sample
 from ..wire.shared_memory import lend
 from . import submission
-from .arguments import LATENT_AXES, check_conditioning, check_frames, check_kind, check_prompt, check_tensor
+from .arguments import (
+    LATENT_AXES,
+    check_conditioning,
+    check_frames,
+    check_image,
+    check_kind,
+    check_prompt,
+    check_tensor,
+)
 from .group import RankDied, RankGroup
 from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
 
@@ -227,14 +235,24 @@ class Runtime:
             lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), sharded, **hooks
         )
 
-    def encode(self, encoder: TextEncoderSpec, text: str, **hooks) -> Result:
-        """Encodes a prompt: the embedding [1, tokens, D], fp32, padded with zeros to the model's length.
+    def encode(
+        self, encoder: TextEncoderSpec, text: str, image: Tensor | None = None, image_interleave: int = 2, **hooks
+    ) -> Result:
+        """Encodes a prompt: the embedding [1, tokens, D], fp32, padded with zeros if the model's training did.
 
         Further outputs of the model's text encoders are in `tensors`, such as "pooled" [1, D].
+
+        image [H,W,3] or [1,H,W,3]: in 0..1, which the prompt is about, for models whose text encoder sees images; their
+            tokens come first in the embedding. image_interleave: one image token in so many is kept.
         """
         check_kind("encoder", encoder, TextEncoderSpec)
         check_prompt(text)
-        return self._do(lambda job: Encode(job=job, encoder=encoder, text=text), self._on_ranks(encoder), **hooks)
+        image = check_image(image, image_interleave)
+
+        def make(job: int) -> Encode:
+            return Encode(job=job, encoder=encoder, text=text, image=image, image_interleave=image_interleave)
+
+        return self._do(make, self._on_ranks(encoder), **hooks)
 
     def sample(
         self,

@@ -14,8 +14,8 @@ from ..checkpoints.reader import BytesRead
 from ..hardware import devices
 from ..parallel.fsdp import Sharding
 from ..recognition.component import Component
-from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
-from . import diffusion_model, text_encoder, vae
+from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec, VisionSpec
+from . import diffusion_model, text_encoder, vae, vision
 from .diffusion_model import DiffusionModel
 from .loras import use_loras
 from .pinned import kept_by_torch, require_room_for_originals
@@ -23,7 +23,7 @@ from .room import HostMemory, Room
 
 logger = logging.getLogger(__name__)
 
-LOADERS = {DiffusionModelSpec: diffusion_model, TextEncoderSpec: text_encoder, VaeSpec: vae}
+LOADERS = {DiffusionModelSpec: diffusion_model, TextEncoderSpec: text_encoder, VisionSpec: vision, VaeSpec: vae}
 
 
 class Components:
@@ -64,8 +64,7 @@ class Components:
     def _held(self, spec, progress: BytesRead, room: Room) -> Any:
         kind = LOADERS[type(spec)]
         found = kind.files(spec)
-        base = replace(spec, loras=()) if isinstance(spec, DiffusionModelSpec) else spec
-        key = (base, room.sharding, _state(found))
+        key = (_loaded(spec), room.sharding, _state(found))
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
             self.drop(type(spec))  # before loading, so that two are never held at once
@@ -118,6 +117,15 @@ def _check_originals(model: DiffusionModel, is_new: bool, room: Room, nbytes: in
     counted with experts in turns that were loaded in the same job."""
     if not (is_new and model.swap):
         require_room_for_originals(nbytes, room.host_memory.for_others if is_new else room.host_memory.free)
+
+
+def _loaded(spec) -> Any:
+    """The spec without what does not change the weights."""
+    if isinstance(spec, DiffusionModelSpec):
+        return replace(spec, loras=())
+    if isinstance(spec, TextEncoderSpec):
+        return replace(spec, vision_path=None)
+    return replace(spec, tiles="auto") if isinstance(spec, VaeSpec) else spec
 
 
 def _state(found: list[Component]) -> Hashable:

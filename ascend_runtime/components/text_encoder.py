@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..checkpoints.reader import BytesRead, load_weights, nbytes
-from ..checkpoints.tokenizers import TOKENIZER_ADVICE
+from ..checkpoints.reader import BytesRead, Places, load_weights, nbytes
 from ..hardware import cores, devices, memory
 from ..models.shared.text import Encoder, Encoders, TextEncoding
 from ..models.shared.tokenizers import Tokenizer
 from ..parallel.fsdp import ShardedWeights
 from ..recognition.component import Component
-from ..recognition.layout import find_text_encoders
-from ..specs import TextEncoderSpec
+from ..recognition.text_encoders import find_text_encoders
+from ..specs import TextEncoderSpec, VisionSpec
 from .networks import dtype_named, empty_network
 from .room import Room
 
@@ -32,12 +31,12 @@ class TextEncoders:
 
 
 def files(spec: TextEncoderSpec) -> list[Component]:
-    return find_text_encoders(spec.path)
+    return find_text_encoders(spec)
 
 
 def load(spec: TextEncoderSpec, found: list[Component], room: Room, progress: BytesRead) -> TextEncoders:
     """With placement "ranks": on this rank's device, whole or sharded. Else: whole, on the CPU."""
-    device = room.device if spec.placement == "ranks" else torch.device("cpu")
+    device = device_of(spec, room)
     encoding = found[0].family.text()
     tokenizers = [find_tokenizer(one) for one in found]  # first, to report a missing one before weights are read
     networks = [empty_network(one) for one in found]
@@ -47,21 +46,41 @@ def load(spec: TextEncoderSpec, found: list[Component], room: Room, progress: By
     progress.expect(sum(map(nbytes, places)))
     warnings = []
     for component, network, held in zip(found, networks, places):
-        automatic, slow = _text_dtype(device, component.nbytes, network)
-        dtype = dtype_named(spec.dtype, automatic)
-        warnings += [slow] if slow and spec.dtype == "auto" else []
         units = encoding.units(component.kind.name, network)
-        load_weights(
-            network,
-            held,
-            dtype_of=lambda name, dtype=dtype: dtype,
-            device=device,
-            share=ShardedWeights(room.sharding, lambda name: None, lambda name: False, units),
-            on_bytes=progress.add,
-        )
+        warnings += load_encoder(network, held, spec, Held(device, room, units), progress)
     encoders = {one.kind.name: Encoder(network.eval(), tokenizer)
                 for one, network, tokenizer in zip(found, networks, tokenizers)}  # fmt: skip
     return TextEncoders(encoding, encoders, warnings)
+
+
+def device_of(spec: TextEncoderSpec | VisionSpec, room: Room) -> torch.device:
+    return room.device if spec.placement == "ranks" else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Where a network's weights are kept. units: see `parallel.fsdp.ShardedWeights`."""
+
+    device: torch.device
+    room: Room
+    units: list[nn.Module]
+
+
+def load_encoder(
+    network: nn.Module, places: Places, spec: TextEncoderSpec | VisionSpec, held: Held, progress: BytesRead
+) -> list[str]:
+    """Loads an encoder's weights. Returns warnings about its speed."""
+    automatic, slow = _text_dtype(held.device, nbytes(places), network)
+    dtype = dtype_named(spec.dtype, automatic)
+    load_weights(
+        network,
+        places,
+        dtype_of=lambda name: dtype,
+        device=held.device,
+        share=ShardedWeights(held.room.sharding, lambda name: None, lambda name: False, held.units),
+        on_bytes=progress.add,
+    )
+    return [slow] if slow and spec.dtype == "auto" else []
 
 
 def find_tokenizer(component: Component) -> Tokenizer:
@@ -71,11 +90,12 @@ def find_tokenizer(component: Component) -> Tokenizer:
 
 def check_size(tokenizer: Tokenizer, network: nn.Module, component: Component) -> None:
     """Raises ValueError for a tokenizer with more tokens than the text encoder has embeddings."""
-    known = component.family.text().embeddings_in(component.kind.name, network)
+    encoding = component.family.text()
+    known = encoding.embeddings_in(component.kind.name, network)
     if tokenizer.size > known:
         raise ValueError(
             f"{component.tokenizer} has {tokenizer.size} tokens, but the text encoder {component.shards[0]} has "
-            f"embeddings for {known}: the tokenizer belongs to another model. {TOKENIZER_ADVICE}"
+            f"embeddings for {known}: the tokenizer belongs to another model. {encoding.advice(component.kind.name)}"
         )
 
 

@@ -23,7 +23,7 @@ def denoised(generation: Generation, model: DiffusionModel, request: Request, st
         latent = denoise(
             Guided(generation, model, request),
             make_scheduler(request.spec, model.family),
-            noisy(start, request.spec),
+            noisy(start, request.spec, _image(request, model)),
             _known(request, start, model),
             steps,
         )
@@ -81,6 +81,11 @@ def _start(latent: Tensor, model: DiffusionModel) -> Tensor:
     """The start latent, normalised. An empty one (all zeros) is not changed."""
     start = latent.float()
     return model.latents.normalised(start) if start.any() else start
+
+
+def _image(request: Request, model: DiffusionModel) -> Tensor | None:
+    """What is mixed into the noise of all frames, if the job asks for it."""
+    return model.conditioner.first_frame(request.given) if request.spec.image_start else None
 
 
 def _known(request: Request, start: Tensor, model: DiffusionModel) -> Known | None:

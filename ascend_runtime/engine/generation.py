@@ -29,6 +29,7 @@ from ..parallel import cfg
 from ..parallel.mesh import mesh_of
 from ..parallel.sequence import SequenceLayout, spread
 from ..specs import AccelerationSpec, Calibration, OperatorSpec, ParallelSpec, Plan, SampleSpec
+from ..specs.presets import for_family
 from .sampling import SolverStep, schedule_of
 
 BRANCHES = {"cond": "positive", "uncond": "negative"}  # guidance branch -> its prompt
@@ -99,7 +100,8 @@ class Generation:
         """Prepares conditioning and accelerators, without running the network. Raises ValueError for a request that
         this model or these ranks do not support, possibly on some ranks only."""
         outline = _outline(model, request, ranks)
-        acceleration = Acceleration(request.acceleration, outline, ranks.operators)
+        spec = for_family(request.acceleration, model.family.presets)
+        acceleration = Acceleration(spec, outline, ranks.operators)
         return cls(model, ranks, acceleration, _contexts(model, request.given))
 
     def velocity(self, calls: Sequence[NetworkCall], step: SolverStep) -> list[Tensor]:
@@ -148,6 +150,11 @@ def check_request(model: DiffusionModel, request: Request) -> None:
         raise ValueError(
             f"guidance_scale is {spec.guidance_scale}, which needs a negative prompt; "
             "connect one (an empty text will do) or set guidance_scale to 1."
+        )
+    if spec.image_start and model.conditioner.first_frame(request.given) is None:
+        raise ValueError(
+            "image_start needs a video that begins with an image, and one of HunyuanVideo's image-to-video models. "
+            "Leave it at False, or give the image."
         )
 
 

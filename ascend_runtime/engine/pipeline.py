@@ -10,25 +10,27 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from msgspec.structs import astuple, replace
+from msgspec.structs import asdict, replace
 
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
 from ..hardware import devices
 from ..hardware.environment import original, placed
+from ..models.family import Family
 from ..models.shared.conditioning import Given
-from ..models.shared.text import TEXT
+from ..models.shared.text import TEXT, Picture
 from ..ops.precision import check_finite, strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_reduce_max, all_reduce_sum, communicators
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
-from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec
-from ..wire.messages import Done, Sample
+from ..recognition.text_encoders import require_vision
+from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
+from ..wire.messages import Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .profiling import Recorder
-from .prompts import Encoded, KnownPrompts
+from .prompts import Encoded, KnownPrompts, image_key
 from .video import decode_video, encode_video
 
 
@@ -76,8 +78,9 @@ class RankPipeline:
         key = None
         with job.together():
             if self.rank == 0:
-                encoding = self.components.found(spec)[0].family.text()
-                key = spec, self.components.state(spec), encoding.clean(job.message.text)
+                family = self.components.found(spec)[0].family
+                encoding = family.text()
+                key = spec, self.components.state(spec), encoding.clean(job.message.text), self._seen(job, spec, family)
         encoded = self.prompts.get(key)
         known = not all_reduce_max(self.rank == 0 and encoded is None)
         if not known:
@@ -89,14 +92,26 @@ class RankPipeline:
         results = encoding.embeddings(encoded.results)
         return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
 
+    def _seen(self, job, spec: TextEncoderSpec, family: Family) -> Hashable:
+        """What determines the image tokens of a prompt; None without an image. Raises ValueError for an image that
+        cannot be read."""
+        image = job.message.image
+        if image is None:
+            return None
+        require_vision(family)
+        check_finite(image, "The image")
+        return self.components.state(spec.vision), image_key(image), job.message.image_interleave
+
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
         """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
         on_ranks = spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
             loaded = self._text_encoders(spec, job, sharding)
+            picture = None if loaded is None else self._picture(spec, job, sharding)
         if loaded is None:
             return None
-        text = loaded.encoding.clean(job.message.text)
+        encoding = loaded.encoding if picture is None else loaded.encoding.about(picture)
+        text = encoding.clean(job.message.text)
 
         def on_block(index: int, total: int) -> None:
             if on_ranks:
@@ -106,8 +121,15 @@ class RankPipeline:
             job.progress("encode", index + 1, total)
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
-            results = loaded.encoding.encode(loaded.encoders, text, on_block)
-        return Encoded(results, [*loaded.warnings, *loaded.encoding.cut(loaded.encoders, text)])
+            results = encoding.encode(loaded.encoders, text, on_block)
+        return Encoded(results, [*loaded.warnings, *encoding.cut(loaded.encoders, text)])
+
+    def _picture(self, spec: TextEncoderSpec, job, sharding: Sharding) -> Picture | None:
+        """The image that the job's prompt is about, with the vision tower that reads it; None without an image."""
+        message = job.message
+        if message.image is None:
+            return None
+        return Picture(self._component(spec.vision, job, sharding).model, message.image, message.image_interleave)
 
     def sample(self, job) -> Done:
         message = job.message
@@ -121,6 +143,7 @@ class RankPipeline:
         _require_agreement(spec, model)
         request = _request(message, spec)
         check_request(model, request)
+        request = dataclasses.replace(request, given=model.conditioner.read(request.given))
         plan = plan if model.guided(spec) else plan.unguided()
         ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._variables)
         with job.together():
@@ -132,7 +155,9 @@ class RankPipeline:
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
         info = plan.info | _settings(spec, model) | recorder.info | generation.acceleration.facts()
-        info |= _communicators(self.device) | _device_memory(self.device) | _warnings(model.warnings)
+        info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
+            [*model.warnings, *model.conditioner.notes(request.given)]
+        )
         return _done(job, tensor=latent if self.rank == 0 else None, info=info)
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
@@ -152,7 +177,7 @@ class RankPipeline:
         with borrowed(message.frames) as frames:
             vae = self._vae(job)
             with job.stage("decode"), self._precision(message.vae):
-                facts = decode_video(vae, message.latent, frames, _each_frame(job, "decode"))
+                facts = decode_video(vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles)
         return _done(job, info=facts | _communicators(self.device))
 
     def encode_video(self, job) -> Done:
@@ -160,7 +185,7 @@ class RankPipeline:
         with borrowed(message.latent) as latent:
             vae = self._vae(job)
             with job.stage("encode"), self._precision(message.vae):
-                facts = encode_video(vae, message.frames, latent, _each_frame(job, "encode"))
+                facts = encode_video(vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles)
         return _done(job, info=facts | _communicators(self.device))
 
     def describe(self, job) -> Done:
@@ -199,6 +224,7 @@ class RankPipeline:
         if spec.placement == "ranks" or self.rank == 0:
             return self._component(spec, job, sharding)
         self.components.drop(TextEncoderSpec)
+        self.components.drop(VisionSpec)
         return None
 
     def _vae(self, job):
@@ -220,24 +246,34 @@ class RankPipeline:
 def _request(message: Sample, spec: SampleSpec) -> Request:
     """The request of a sampling job. spec: with the model's own values filled in."""
     prompts = {"positive": message.positive, "negative": message.negative}
-    given = Given(message.latent, message.noise_mask, {name: one for name, one in prompts.items() if one is not None})
+    prompts = {name: one for name, one in prompts.items() if one is not None}
+    given = Given(message.latent, message.noise_mask, prompts, spec.embedded_guidance)
     return Request(given, spec, message.acceleration, message.calibration)
 
 
 def _kind_of_job(message: Sample, spec: SampleSpec, ranks: Ranks) -> Hashable:
     """A key that is equal for jobs with the same operators on the same shapes."""
     rainfusion = message.acceleration.rainfusion and replace(message.acceleration.rainfusion, start=1)
-    given = [tensor for one in (message.positive, message.negative) if one is not None for tensor in astuple(one)]
-    shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask, *given))
+    shapes = tuple(t is not None and t.shape for t in (message.latent, message.noise_mask))
+    shapes += tuple(_shapes(one) for one in (message.positive, message.negative) if one is not None)
     branches = (spec.guidance_scale != 1.0, spec.low_noise_guidance != 1.0)
     return ranks.plan, message.parallel, message.operators, rainfusion, shapes, branches
+
+
+def _shapes(given: Conditioning) -> Hashable:
+    """The shapes of a conditioning's tensors by name, and the names of its numbers."""
+    fields = asdict(given)
+    tensors = fields.pop("tensors") | fields
+    numbers = frozenset(tensors.pop("numbers"))
+    return numbers, frozenset((name, tensor.shape) for name, tensor in tensors.items() if tensor is not None)
 
 
 def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
     """The settings that the job used, both given ones and the model's own."""
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
-    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | shift
+    embedded = {} if spec.embedded_guidance is None else {"embedded guidance": spec.embedded_guidance}
+    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift
 
 
 def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
@@ -266,14 +302,14 @@ def _communicators(device: torch.device) -> dict[str, str]:
     return {"communicators": f"{number} a rank, {taken / 1e9:.1f} GB"} if taken else {}
 
 
-def _each_frame(job, stage: str):
-    """The VAE's callback before each latent frame: checks for a cancel and reports progress."""
+def _each_step(job, stage: str):
+    """The VAE's callback before each step: checks for a cancel and reports progress."""
 
-    def on_frame(frame: int, total: int) -> None:
+    def on_step(step: int, total: int) -> None:
         job.check_together()
-        job.progress(stage, frame, total)
+        job.progress(stage, step, total)
 
-    return on_frame
+    return on_step
 
 
 def _done(job, **answer) -> Done:

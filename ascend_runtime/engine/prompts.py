@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -17,6 +18,12 @@ class Encoded:
 
     results: dict[str, Tensor]
     warnings: list[str]
+
+
+def image_key(image: Tensor) -> Hashable:
+    """A key that is equal for equal images [H,W,3]."""
+    values = image.float().cpu().contiguous()
+    return tuple(values.shape), hashlib.sha256(values.numpy()).digest()
 
 
 class KnownPrompts:

@@ -19,6 +19,7 @@ from ..specs import SampleSpec
 from ..specs.jobs import SIMPLE
 
 TRAIN_TIMESTEPS = 1000
+IMAGE_SHARE = 0.001  # of the image in the noise (hyvideo/diffusion/pipelines of HunyuanVideo-I2V; diffusers)
 _NEARLY_ONE = 1 - 1e-6  # the multistep solvers compute log(1 - sigma)
 
 
@@ -135,7 +136,11 @@ def denoise(
     return x / (1 - float(sigmas[-1]))  # for a partial schedule: the scale that core ComfyUI's next sampler expects
 
 
-def noisy(latent: Tensor, spec: SampleSpec) -> Tensor:
-    """The noisy latent [B,C,T,H,W] of the first step. latent: normalised, or zeros for a new video."""
+def noisy(latent: Tensor, spec: SampleSpec, image: Tensor | None = None) -> Tensor:
+    """The noisy latent [B,C,T,H,W] of the first step. latent: normalised, or zeros for a new video. image [B or
+    1,C,1,H,W]: a little of it is in the noise of every frame; None: the noise is pure."""
     start = spec.sigmas[0] if spec.sigmas else 1.0  # schedules begin at pure noise
-    return start * noise_of(latent.shape, spec.seed) + (1 - start) * latent
+    noise = noise_of(latent.shape, spec.seed)
+    if image is not None:
+        noise = (1 - IMAGE_SHARE) * noise + IMAGE_SHARE * image
+    return start * noise + (1 - start) * latent

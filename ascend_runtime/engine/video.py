@@ -9,53 +9,65 @@ from torch import Tensor
 
 from ..hardware import devices
 from ..models.registry import vae_for
-from ..models.shared.tiling import tiling_for
+from ..models.shared.tiling import Piece, tiling_for
 from ..models.shared.vae import VideoVae
 from ..ops.precision import WIDER, Finite, check_finite, not_finite
 from ..parallel.mesh import all_reduce_max
 
-OnFrame = Callable[[int, int], None]  # (latent frame counted from 1, total); called on all ranks, may raise on all
+OnStep = Callable[[int, int], None]  # (step counted from 1, total); called on all ranks, may raise on all
 Facts = dict[str, str]  # descriptions of the tiling, for `Done.info`
 
 
-def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_frame: OnFrame) -> Facts:
+def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: OnStep, tiles: str = "auto") -> Facts:
     """Encodes frames [T,H,W,3] in 0..1 into `latent` [1,C,T',H',W'], fp32, on the CPU, not normalised. Each rank writes
-    its own tile.
+    its own tiles.
 
-    The latent is the mean of the VAE's distribution, as in the original and in ComfyUI. on_frame: called before each
-    chunk of frames. Raises ValueError, on all ranks alike, if the free memory is not sufficient.
+    The latent is the mean of the VAE's distribution, as in the original and in ComfyUI. on_step: called before each
+    step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all ranks alike, if the free memory
+    is not sufficient.
     """
-    tiling, given, finite = tiling_for(vae, "encode", *latent.shape[2:]), Finite(), Finite()
-    if (own := tiling.own(frames)) is not None:
+    tiling, given, finite = tiling_for(vae, "encode", *latent.shape[2:], tiles), Finite(), Finite()
+    if (own := tiling.own(frames)) is not None and own.numel():
         given.see(own)
     _check_agreed(given, "The video to encode", "Check the node that made its frames.")
-    on_chunk = _counted(on_frame, len(vae.chunks(latent.shape[2])) * tiling.in_turn)
-    for where, made in tiling.encoded(frames, on_chunk):
-        if made is not None:
-            finite.see(made)
-            latent[0][(slice(None), *where)] = made
+    out = latent[0].movedim(0, -1)
+    tiling.begin(out)
+    for piece in tiling.encoded(frames, _counted(on_step, tiling.steps("encode", latent.shape[2]))):
+        _write(out, piece, finite)
     _check_agreed(finite, "The encoded video")
     return tiling.facts
 
 
-def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_frame: OnFrame) -> Facts:
-    """Decodes latent [B,C,T,H,W], not normalised, into `frames` [B*T',H',W',3] in 0..1. Each rank writes its own tile.
+def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: OnStep, tiles: str = "auto") -> Facts:
+    """Decodes latent [B,C,T,H,W], not normalised, into `frames` [B*T',H',W',3] in 0..1. Each rank writes its own tiles.
 
-    on_frame: called before each chunk of frames. Raises ValueError, on all ranks alike, if the free memory is not
-    sufficient, or the latent is not valid for this VAE.
+    on_step: called before each step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all
+    ranks alike, if the free memory is not sufficient, or the latent is not valid for this VAE.
     """
     _check_latent(latent, vae.form.channels)
     _check_host_holds(frames)
     batch, _, length, *size = latent.shape
-    tiling, finite = tiling_for(vae, "decode", length, *size), Finite()
-    on_chunk = _counted(on_frame, batch * len(vae.chunks(length)) * tiling.in_turn)
+    tiling, finite = tiling_for(vae, "decode", length, *size, tiles), Finite()
+    count_step = _counted(on_step, batch * tiling.steps("decode", length))
     for video, out in zip(latent, frames.unflatten(0, (batch, -1))):
-        for where, made in tiling.decoded(video, on_chunk):
-            if made is not None:
-                finite.see(made)
-                out[where].copy_(made.movedim(0, -1)).mul_(0.5).add_(0.5)
+        tiling.begin(out)
+        for piece in tiling.decoded(video, count_step):
+            written = _write(out, piece, finite)
+            if not piece.added:
+                written.mul_(0.5).add_(0.5)
+        tiling.sums(out).mul_(0.5).add_(0.5).clamp_(0, 1)
     _check_agreed(finite, "The decoded video")
     return tiling.facts
+
+
+def _write(out: Tensor, piece: Piece, finite: Finite) -> Tensor:
+    """Writes a piece to out [T,H,W,C], or adds it. Returns where."""
+    place = out[piece.where]
+    if piece.content is None:
+        return place[:0]
+    finite.see(piece.content)
+    content = piece.content.movedim(0, -1)
+    return place.add_(content) if piece.added else place.copy_(content)
 
 
 def _check_latent(latent: Tensor, channels: int) -> None:
@@ -81,9 +93,9 @@ def _check_host_holds(frames: Tensor) -> None:
         )
 
 
-def _counted(on_frame: OnFrame, total: int) -> Callable[[], None]:
+def _counted(on_step: OnStep, total: int) -> Callable[[], None]:
     numbers = count(1)
-    return lambda: on_frame(next(numbers), total)
+    return lambda: on_step(next(numbers), total)
 
 
 def _check_agreed(finite: Finite, what: str, cure: str = WIDER) -> None:

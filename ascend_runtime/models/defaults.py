@@ -14,7 +14,8 @@ SMALL_PICTURE = 832 * 480  # pixels of a frame up to which Wan2.1 image-to-video
 
 @dataclass(frozen=True)
 class Defaults:
-    """The default settings of a model. name: of the published model. steps, shift, guidance_scale: as in SampleSpec.
+    """The default settings of a model. name: of the published model. steps, shift, guidance_scale, embedded_guidance,
+    solver: as in SampleSpec; embedded_guidance is None for a model that reads none.
 
     low_noise_guidance, boundary: for models with two experts. small_shift: the shift for frames of up to SMALL_PICTURE
     pixels, if it differs. width, height, num_frames, fps: of the videos that it was trained for. static_steps: (first,
@@ -26,6 +27,8 @@ class Defaults:
     steps: int = 50
     shift: float = 5.0
     guidance_scale: float = 5.0
+    embedded_guidance: float | None = None
+    solver: str = "unipc"
     low_noise_guidance: float | None = None
     boundary: float | None = None
     small_shift: float | None = None
@@ -51,7 +54,8 @@ class Defaults:
         If `spec` has one guidance scale, it is used for both experts.
         """
         shift = self.small_shift if self.small_shift and pixels <= SMALL_PICTURE else self.shift
-        own = {"steps": self.steps, "shift": shift, "guidance_scale": self.guidance_scale}
+        own = {"steps": self.steps, "shift": shift, "guidance_scale": self.guidance_scale, "solver": self.solver,
+               "embedded_guidance": self.embedded_guidance}  # fmt: skip
         if spec.guidance_scale is None:
             own["guidance_scale_low_noise"] = self.low_noise_guidance
         return replace(spec, **{name: value for name, value in own.items() if getattr(spec, name) is None})

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..specs import Calibration, VaeForm
+from ..specs.presets import FamilyPresets
 from .cost import PassSize, Work
 from .defaults import Defaults
+from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .shared.vae import VideoVae
 
 TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # the parts of every family
+TEXT_ENCODER_2 = "text_encoder_2"  # of a family with two
+VISION = "vision_tower"  # of a family whose text encoder reads images too
 TRANSFORMER_2 = "transformer_2"  # the second expert of a model that has two
 
 
@@ -49,6 +53,9 @@ class Part:
     check: raises ValueError, which names the file, for an unsupported config.
     hidden: config fields that the shapes do not show, with the values that are used without a config.
     tokenizer_folder: the folder of a text encoder's tokenizer, relative to the published file's.
+    inner_config: maps the config.json of a folder to this network's config, for networks that are published as parts
+        of larger ones, with longer names of tensors. None: a folder holds this network only.
+    left_out: whether a tensor of this name is not read, with a network of this config: files have more than is used.
     split: the parameters in a tensor on disk that holds several (see checkpoints.fused); None: each tensor is one.
     published_name: the name, as diffusers or transformers write it, of the tensor that holds a parameter. Several with
     one name are its columns, in the network's order.
@@ -68,8 +75,16 @@ class Part:
     check: Callable[[dict, Path], None] = lambda config, file: None
     hidden: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: str | None = None
+    inner_config: Callable[[Mapping[str, Any]], dict] | None = None
+    left_out: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
     split: Split | None = None
     published_name: Callable[[str], str] = lambda name: name
+
+    def config_in(self, config: Mapping[str, Any]) -> dict | None:
+        """This network's config in the content of a config.json; None if that describes another network."""
+        own = dict(config) if self.inner_config is None else self.inner_config(config)
+        key, wanted = self.class_name
+        return own if own.get(key) == wanted else None
 
 
 @dataclass(frozen=True)
@@ -149,12 +164,14 @@ class Family(ABC):
     """A family of video models.
 
     name: of its folder. title: its name in sentences.
-    parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, and further text encoders ("text_encoder_2").
+    parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, further text encoders ("text_encoder_2"), and VISION.
     layout: see OriginalLayout.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
+    presets: its own values of step caches' presets.
     weights, loras: see WeightRules, LoraNames. to_mindspeed: maps a transformer's parameter name to MindSpeed-MM's;
-    None: MindSpeed-MM does not support the family.
+        None: MindSpeed-MM does not support the family.
+    mask_channels: the numbers of channels that a conditioning's `concat_mask` can have.
 
     Transformer configs are those that diffusers writes.
     """
@@ -165,9 +182,11 @@ class Family(ABC):
     repository: str
     schedule: str
     layout: OriginalLayout = OriginalLayout()
+    presets: FamilyPresets = {}
     weights: WeightRules = WeightRules()
     loras: LoraNames
     to_mindspeed: Callable[[str], str] | None = None
+    mask_channels: frozenset[int] = frozenset({1})
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -208,15 +227,15 @@ class Family(ABC):
         """Whether a model can generate from text only."""
         return True
 
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        """The ways in which images condition models whose VAE has this form, by their names in workflows; the first is
+        the default."""
+        return {"": ImageForm()}
+
     def left_open(self, config: Mapping[str, Any]) -> str:
         """What the config of a transformer, read off its shapes, does not decide about the model, and what does; empty
         if it decides all."""
         return ""
-
-    def known_in_latent(self, form: VaeForm) -> bool:
-        """Whether models whose VAE has this form take known frames in the latent itself; else they take them as extra
-        channels."""
-        return False
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         """The published calibration of step caches for an expert of this model and frames of this number of pixels."""

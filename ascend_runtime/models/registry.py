@@ -57,6 +57,11 @@ def require_schedule(name: str) -> None:
         raise ValueError(f"schedule is {name!r}; it can be one of {', '.join(known)}.")
 
 
+def mask_channels() -> frozenset[int]:
+    """The numbers of channels of masks of known frames that some family reads."""
+    return frozenset().union(*(one.mask_channels for one in families().values()))
+
+
 def vae_for(channels: int) -> str:
     """The name of a VAE whose latents have this number of channels; empty if none is known."""
     return next(filter(None, (one.vae_for(channels) for one in families().values())), "")

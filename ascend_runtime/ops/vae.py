@@ -46,6 +46,42 @@ def channel_norm(x: Tensor, gain: Tensor) -> Tensor:
     return torch.div(x, length, out=torch.empty_like(x)).mul_(gain)
 
 
+def group_moments(x: Tensor, groups: int) -> Tensor:
+    """The mean and variance of x [B, C, ...] in each group of channels, in fp32: [2, B, groups].
+
+    On a CPU in two passes, by means: var_mean takes 17 times as long with channels last, and the statistics of torch's
+    batch norm lose 4 digits, as it sums a million pixels one by one.
+    """
+    given, x = x, x.to(NORMS.dtype)
+    if x.device.type != "cpu" or way_of(x.device) == "npu":
+        parts = x.unflatten(1, (groups, -1))
+        variance, mean = torch.var_mean(parts, dim=tuple(range(2, parts.ndim)), correction=0)
+        return torch.stack((mean, variance))
+    pixels = tuple(range(2, x.ndim))
+    mean = x.mean(pixels, keepdim=True)
+    deviation = x - mean if x is given else x.sub_(mean)
+    variance = deviation.square_().mean(pixels).unflatten(1, (groups, -1))
+    mean = mean.view_as(variance)
+    whole = mean.mean(2, keepdim=True)
+    return torch.stack((whole.squeeze(2), (variance + (mean - whole).square()).mean(2)))
+
+
+def channel_parameters(moments: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """What `normed_by` reads, [C] each, in fp32: gain, bias, and the mean and variance of each channel's group. moments:
+    [2, 1, groups]."""
+    mean, variance = moments.transpose(1, 2).expand(-1, -1, len(gain) // moments.shape[2]).flatten(1)
+    return gain.to(NORMS.dtype), bias.to(NORMS.dtype), mean, variance
+
+
+def normed_by(x: Tensor, parameters: tuple[Tensor, ...], eps: float) -> Tensor:
+    """GroupNorm of x [1, C, ...] by given statistics.
+
+    Reads x once, in its own dtype: it is a batch norm of an inference, whose mean and variance are each channel's
+    group's. Its operators take a 16-bit x and parameters in fp32 (hicann/ops-nn, norm/batch_norm_v3/README.md).
+    """
+    return torch.native_batch_norm(x, *parameters, False, 0.0, eps)[0]
+
+
 def attend_pixels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of the pixels of a tile, query [frames, h*w, C], to those of the plane, key and value [frames, H*W, C].
 
@@ -53,10 +89,15 @@ def attend_pixels(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     training and not for all cards (Ascend/op-plugin, op_plugin/ops/opapi/ScaledDotProductAttentionKernelNpuOpApi.cpp).
     The operator for inference takes at most 512 channels, and these are up to 1024. One layer attends, at the latent's
     resolution: 0.3 TFLOP for a latent frame of 1280 x 720 pixels.
+
+    On the meta device, memory is taken as on an NPU, which takes the most.
     """
-    if way_of(query.device) != "npu":
+    if not query.is_meta and way_of(query.device) != "npu":
         return F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)).squeeze(1)
     rows = max(1, PIXEL_SCORES // (key.shape[0] * key.shape[1]))
     key, value = key.float().transpose(1, 2) * query.shape[-1] ** -0.5, value.float()
-    attended = [(part.float() @ key).softmax(-1) @ value for part in query.split(rows, dim=1)]
+    parts = query.split(rows, dim=1)
+    if query.is_meta:
+        return ((parts[0].float() @ key).softmax(-1) @ value).new_empty(query.shape, dtype=query.dtype)
+    attended = [(part.float() @ key).softmax(-1) @ value for part in parts]
     return torch.cat(attended, dim=1).type_as(query)

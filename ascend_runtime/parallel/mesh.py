@@ -130,6 +130,16 @@ class Member:
         return dist.get_rank(self.group)
 
 
+def world_size() -> int:
+    """The number of ranks."""
+    return dist.get_world_size()
+
+
+def this_rank() -> int:
+    """The number of this rank."""
+    return dist.get_rank()
+
+
 def all_reduce_max(value: int) -> int:
     """The maximum of `value` over all ranks, by an all-reduce over the CPU backend (Gloo). All ranks must call it."""
     if dist.get_world_size() == 1:

@@ -105,14 +105,14 @@ class TensorParallel(Member):
 
 
 def _sum(compute: Callable[[nn.Module, Tensor], Tensor], *pairs: tuple[nn.Module, Tensor]) -> Tensor:
-    """The sum of what `compute` makes of each layer and its input, in the memory of the first."""
+    """The sum of what `compute` makes of each layer and its input."""
     (layer, x), *others = pairs
     made = compute(layer, x)
     for layer, x in others:
         if isinstance(layer, nn.Linear) and layer.bias is None:  # a product that adds costs no pass of its own
-            made.flatten(0, -2).addmm_(x.flatten(0, -2), layer.weight.t())
+            made = torch.addmm(made.flatten(0, -2), x.flatten(0, -2), layer.weight.t()).view_as(made)
         else:
-            made.add_(compute(layer, x))
+            made = made.add_(compute(layer, x))
     return made
 
 

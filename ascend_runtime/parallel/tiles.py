@@ -35,6 +35,11 @@ class TileGrid:
         return len(self.heights) * len(self.widths)
 
     @property
+    def sizes(self) -> list[int]:
+        """The pixels of each tile."""
+        return [height * width for height in self.heights for width in self.widths]
+
+    @property
     def largest(self) -> int:
         """The pixels of the largest tile, for which all ranks wait."""
         return max(self.heights) * max(self.widths)
@@ -169,14 +174,6 @@ class Tile:
 
         return arrive
 
-    def summed(self, values: Tensor) -> Tensor:
-        """The sums of `values` over all tiles, in fp64 on the CPU, for a norm over the whole plane. Collective
-        over all tiles of the grid, by the control backend (Gloo)."""
-        values = values.cpu().to(torch.float64, copy=True)
-        if self.grid.tiles > 1:
-            dist.all_reduce(values, group=self.group)
-        return values
-
     def gather(self, tokens: Tensor) -> Tensor:
         """All-gathers the tokens [B, h*w, C] of all tiles to [B, H*W, C], in the order of the tiles, not of the plane.
 
@@ -185,7 +182,7 @@ class Tile:
         grid = self.grid
         if grid.tiles == 1:
             return tokens
-        sizes = [height * width for height in grid.heights for width in grid.widths]
+        sizes = grid.sizes
         scale = tokens.shape[1] // sizes[self.index]
         padded = pad_end(tokens, 1, scale * grid.largest)
         gathered = all_gather(padded, self.group)  # [tiles, B, largest, C]

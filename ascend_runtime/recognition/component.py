@@ -73,12 +73,18 @@ class Component:
 
     def parameters(self, key: str) -> list[str]:
         """The network's names of the parameters that a tensor of the first shard holds."""
-        return [one.name for one in targets_of(self.part.split, self.rename(key, self.shards[0]), ())]
+        name = self.own_name(key, self.shards[0])
+        return [] if name is None else [one.name for one in targets_of(self.part.split, name, ())]
+
+    def own_name(self, key: str, shard: Path) -> str | None:
+        """The network's name of the parameter that a tensor holds; None: it is not read."""
+        name = self.rename(key, shard)
+        return None if name is None or self.part.left_out(name, self.config) else name
 
     def places_in(self, network) -> Places:
         """Where each parameter of `network` lies. Raises ValueError if the files do not fit (see `check_weights`)."""
         identify = partial(_identify, self.part)
-        return check_weights(network, self.shards, self.rename, self.quantized, self.part.split, identify)
+        return check_weights(network, self.shards, self.own_name, self.quantized, self.part.split, identify)
 
 
 def _identify(part: Part, names: Iterable[str]) -> str:

@@ -31,11 +31,12 @@ class DefaultsFile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shift: float | None = None
     guidance_scale: float | None = None
     guidance_scale_low_noise: float | None = None
+    embedded_guidance: float | None = None
     static_steps: tuple[int, int] | None = None
 
     def __post_init__(self):
         VideoSize(**self._given("width", "height", "num_frames"))
-        SampleSpec(**self._given("steps", "shift", "guidance_scale", "guidance_scale_low_noise"))
+        SampleSpec(**self._given("steps", "shift", "guidance_scale", "guidance_scale_low_noise", "embedded_guidance"))
         if self.fps is not None and not 1 <= self.fps <= MAX_FPS:
             raise ValueError(f"fps is {self.fps}; it must lie between 1 and {MAX_FPS}.")
         first, end = self.static_steps or (0, 1)

@@ -13,6 +13,8 @@ from ..checkpoints.faults import shown
 from ..checkpoints.msmodelslim import WEIGHTS_PATTERN, description_in, read_description
 from ..checkpoints.paths import DEFAULTS, existing, file_of
 from ..checkpoints.states import states
+from ..checkpoints.tokenizers.bpe import VOCABULARY
+from ..checkpoints.tokenizers.steps import JSON
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
@@ -35,13 +37,6 @@ def find_transformer(path: str, name: str = TRANSFORMER) -> Component:
     places = [file_of(path, DEFAULTS), *([found.root / DEFAULTS] if found.root else [])]
     own = next((file for file in places if file.exists()), None)
     return found if own is None else replace(found, defaults=own, decides=(*found.decides, own))
-
-
-def find_text_encoders(path: str) -> list[Component]:
-    """A model's text encoders and their tokenizers, the main encoder first: a file, or those in a folder of diffusers
-    or of the model's authors."""
-    first = find_part(path, TEXT_ENCODER)
-    return [first, *(find_part(path, part) for part in first.family.text_parts[1:])]
 
 
 def find_vae(path: str) -> Component:
@@ -91,8 +86,20 @@ def _of_diffusers(folder: Path, name: str, shards: tuple[Path, ...] | None = Non
     pipeline = folder.parent
     decides = (folder / "config.json", *(pipeline / deciding for deciding in DECIDING))
     is_text = name.startswith(TEXT_ENCODER)
-    tokenizer = pipeline / name.replace(TEXT_ENCODER, "tokenizer") if is_text else None
-    return Component(kind, config, shards, folder, tokenizer=tokenizer, decides=decides)
+    tokenizer = _tokenizer_of(folder, name) if is_text else None
+    own = Component(kind, kind.part.config_in(config) or config, shards, folder,
+                    tokenizer=tokenizer, decides=decides)  # fmt: skip
+    if kind.part.inner_config is None:
+        return own
+    return replace(own, rename=_found(kind.name, own.shards).rename)
+
+
+def _tokenizer_of(folder: Path, name: str) -> Path:
+    """The tokenizer's folder next to a text encoder's, as diffusers writes it, or that folder itself, as the original
+    has it."""
+    neighbour = folder.parent / name.replace(TEXT_ENCODER, "tokenizer")
+    is_inside = any((folder / one).is_file() for one in (JSON, VOCABULARY))
+    return folder if is_inside and not neighbour.is_dir() else neighbour
 
 
 def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> Kind:
@@ -102,8 +109,7 @@ def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> K
     if not candidates:
         raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
-        key, wanted = kind.part.class_name
-        if config.get(key) == wanted:
+        if kind.part.config_in(config) is not None:
             return kind
     named = next((config[key] for key, _ in (kind.part.class_name for kind in candidates) if key in config), None)
     if named is None:

@@ -11,7 +11,7 @@ from .acceleration import (
 )
 from .base import Spec
 from .jobs import OperatorSpec, ProfileSpec, SampleSpec, VideoSize
-from .models import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec
+from .models import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from .parallel import ParallelSpec
 from .plans import Plan
 from .vae_form import VaeForm
@@ -35,5 +35,6 @@ __all__ = [
     "VaeForm",
     "VaeSpec",
     "VideoSize",
+    "VisionSpec",
     "Window",
 ]

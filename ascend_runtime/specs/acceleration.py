@@ -139,20 +139,29 @@ class BlockCacheSpec(Window, frozen=True, kw_only=True):
     """Reuses the residual that a range of blocks adds to the tokens (MindIE SD's DiTBlockCache)."""
 
 
+class Preset(Spec, frozen=True, kw_only=True):
+    """The preset that a spec's values come from. given: the fields whose values replace the preset's. A family's own
+    values of a preset replace the others (see `presets.for_family`)."""
+
+    name: str
+    given: tuple[str, ...] = ()
+
+
 class StepCacheSpec(Spec, frozen=True, kw_only=True):
     """Skips steps: reuses the residual that all blocks add to the tokens while it is expected to change little.
 
     method:
         fbcache: first-block cache. Skips while the relative change of the first block's residual, since the last
             computed step, is below `threshold`.
-        teacache: skips until the accumulated relative changes of the timestep embedding, rescaled by a polynomial,
-            reach `threshold`.
+        teacache: skips until the accumulated relative changes of the family's indicator (`block_stack.BlockStack`),
+            rescaled by a polynomial, reach `threshold`.
         magcache: skips until the accumulated error, predicted from calibrated magnitude ratios, reaches `threshold`.
         taylorseer: computes every `interval`-th step, and predicts the others by a Taylor expansion of `order`.
     threshold: None is the method's default (THRESHOLDS). 0 skips nothing.
     first_steps: each expert's first steps, which are always computed (None: 1; a fifth of its steps for MagCache; 3 for
         TaylorSeer, to fit its expansion). last_steps: the job's last steps, which are always computed.
     most: the maximum number of consecutive skipped steps (None: no limit; 2 for MagCache).
+    preset: set by `presets.chosen`.
     """
 
     method: str = "fbcache"
@@ -162,6 +171,7 @@ class StepCacheSpec(Spec, frozen=True, kw_only=True):
     most: int | None = None
     interval: int = 4
     order: int = 1
+    preset: Preset | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -201,8 +211,8 @@ class StepCacheSpec(Spec, frozen=True, kw_only=True):
 class Calibration(Spec, frozen=True, kw_only=True):
     """Values that step caches need for one expert of a model (see `python -m ascend_runtime calibrate`).
 
-    coefficients: TeaCache's polynomial, highest power first. It maps the relative change of the timestep embedding to
-        the relative change of the blocks' output.
+    coefficients: TeaCache's polynomial, highest power first. It maps the relative change of the family's indicator
+        (`block_stack.BlockStack`) to the relative change of the blocks' output.
     ratios: MagCache's magnitude ratios: for each step, the norm of the blocks' residual divided by that of the step
         before. The first is 1.
     source: where the values come from, as text.

@@ -24,7 +24,11 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
 
     guidance_scale: the scale s of classifier-free guidance, u + s(c - u); 1 computes only the cond branch.
     guidance_scale_low_noise: the low-noise expert's scale (None: guidance_scale, if that is given).
+    embedded_guidance: the scale that a network reads as an input, for models that were distilled so (HunyuanVideo).
+        A conditioning's own "guidance" takes its place.
     solver: unipc, euler or dpm++, in their flow-matching forms.
+    image_start: whether a video that begins with an image starts from 99.9 % noise and 0.1 % of that image in all of
+        its frames: "i2v_stability" of HunyuanVideo-I2V's authors, which diffusers always does and core ComfyUI never.
     schedule: "own" is the published model's for the solver, "simple" is core ComfyUI's; both use `shift`.
         The older names in models.registry.schedules are accepted for "own".
     sigmas: noise levels that replace steps, schedule and shift: decreasing, from at most 1 down to at least 0.
@@ -34,17 +38,20 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_scale_low_noise: float | None = None
-    solver: str = "unipc"
+    embedded_guidance: float | None = None
+    solver: str | None = None
     schedule: str = OWN
     shift: float | None = None
     sigmas: tuple[float, ...] | None = None
+    image_start: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        require_choice("solver", self.solver, SOLVERS)
+        if self.solver is not None:
+            require_choice("solver", self.solver, SOLVERS)
         require_range("seed", self.seed, 0, MAX_SEED)
         ranges = {"steps": (1, 1000), "shift": (0.01, 1000.0), "guidance_scale": (0.0, 1000.0),
-                  "guidance_scale_low_noise": (0.0, 1000.0)}  # fmt: skip
+                  "guidance_scale_low_noise": (0.0, 1000.0), "embedded_guidance": (0.0, 1000.0)}  # fmt: skip
         for name, bounds in ranges.items():
             if getattr(self, name) is not None:
                 require_range(name, getattr(self, name), *bounds)

@@ -14,6 +14,7 @@ from .base import Spec, make_absolute, require_choice, require_range
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 VAE_DTYPES = (*COMPUTE_DTYPES, "float32_strict")
+VAE_TILES = ("auto", "whole", "published")
 EXPERT_MODES = ("auto", "resident", "swap")
 QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
@@ -90,10 +91,16 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
 
 
 class TextEncoderSpec(Spec, frozen=True, kw_only=True):
-    """A text encoder and its tokenizer.
+    """The text encoders of a model and their tokenizers.
 
     path: a folder or a file; its format is detected: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
-        next to `google/umt5-xxl/`), or one file that contains its tokenizer, as ComfyUI's do, also in 8 bits.
+        next to `google/umt5-xxl/`, or folders that contain their tokenizers), or ComfyUI's file, which may contain its
+        tokenizer, also in 8 bits.
+    path_2: the second encoder's folder or file, for a model with two that are not both in `path`. Their content shows
+        which is which, so their order does not matter.
+    vision_path: the folder or file of the vision tower, for prompts with an image (None: it is in `path`).
+    tokenizer_path, tokenizer_path_2: folders with the tokenizers of the main encoder and of the second one. They are
+        used if there is no tokenizer in the encoder's files or next to them.
     dtype: "auto" is bfloat16. On a CPU it is float32 if the encoder takes less than 1 GiB on disk, or the CPU has no
         instructions for bfloat16; if memory does not suffice for that, bfloat16 with a warning.
     placement: "cpu" runs on rank 0's CPU with all its cores; "ranks" on all ranks' devices, sharded by FSDP2.
@@ -101,14 +108,31 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
     """
 
     path: str
+    path_2: str | None = None
+    vision_path: str | None = None
+    tokenizer_path: str | None = None
+    tokenizer_path_2: str | None = None
     dtype: str = "auto"
     placement: str = "auto"
 
     def __post_init__(self):
         super().__post_init__()
-        make_absolute(self, "path")
+        make_absolute(self, "path", "path_2", "vision_path", "tokenizer_path", "tokenizer_path_2")
         require_choice("dtype", self.dtype, COMPUTE_DTYPES)
         require_choice("placement", self.placement, PLACEMENTS)
+
+    @property
+    def vision(self) -> VisionSpec:
+        """The vision tower that reads the images of prompts."""
+        return VisionSpec(path=self.vision_path or self.path, dtype=self.dtype, placement=self.placement)
+
+
+class VisionSpec(Spec, frozen=True, kw_only=True):
+    """The vision tower that reads the images of prompts; see TextEncoderSpec."""
+
+    path: str
+    dtype: str = "auto"
+    placement: str = "auto"
 
 
 class VaeSpec(Spec, frozen=True, kw_only=True):
@@ -119,15 +143,20 @@ class VaeSpec(Spec, frozen=True, kw_only=True):
     dtype: "auto" is bfloat16 on NPUs, float32 on other devices. In "float32", an NPU's convolutions round their inputs
         to HF32 and CUDA's to TF32, both with 10 of float32's 23 bits of mantissa, as torch_npu and torch do by default.
         "float32_strict" rounds nothing; A2 and A3 cards have no such convolution. On a CPU the two are the same.
+    tiles: "whole" computes the frames as one plane, without seams, each rank a part of it. "published" computes tiles
+        that overlap and are blended, as the model's authors do (HunyuanVideo, on any number of ranks), or as diffusers
+        does (Wan, on one rank). "auto" is "whole" if it fits in memory. A loaded VAE serves all of them.
     """
 
     path: str
     dtype: str = "auto"
+    tiles: str = "auto"
 
     def __post_init__(self):
         super().__post_init__()
         make_absolute(self, "path")
         require_choice("dtype", self.dtype, VAE_DTYPES)
+        require_choice("tiles", self.tiles, VAE_TILES)
 
     @property
     def strict(self) -> bool:

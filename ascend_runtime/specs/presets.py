@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from collections.abc import Mapping
 
-from .acceleration import METHOD_FIELDS, RAINFUSIONS, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from .acceleration import (
+    METHOD_FIELDS, RAINFUSIONS, AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, Preset, RainFusionSpec,
+    StepCacheSpec,
+)  # fmt: skip
 
 SPECS = {
     "attention_cache": AttentionCacheSpec,
@@ -12,7 +18,12 @@ SPECS = {
     "step_cache": StepCacheSpec,
     "rainfusion": RainFusionSpec,
 }
+# The fields of each that a user sets.
+FIELDS = {kind: tuple(name for name in spec.__struct_fields__ if name != "preset") for kind, spec in SPECS.items()}
 PRESETS = ("quality", "balanced", "fast")
+Values = Mapping[str, float]  # of fields, by name
+# Step cache -> preset -> the values that a family has in place of those in TABLE.
+FamilyPresets = Mapping[str, Mapping[str, Values]]
 # Accelerator -> method -> the fields that each preset sets; other fields keep the spec's defaults. First and last steps
 # of reuse and of sparse attention are such defaults, fractions of a job's steps, so a preset fits any number of steps.
 TABLE = {
@@ -49,17 +60,37 @@ def chosen(kind: str, preset: str | None = None, **values) -> Struct:
     """
     if kind not in SPECS:
         raise ValueError(f"There is no accelerator {kind!r}; it can be one of {', '.join(SPECS)}.")
-    unknown = [name for name in values if name not in SPECS[kind].__struct_fields__]
+    unknown = [name for name in values if name not in FIELDS[kind]]
     if unknown:
-        fields = ", ".join(SPECS[kind].__struct_fields__)
-        raise ValueError(f"{kind} has no field {unknown[0]}; it has {fields}.")
+        raise ValueError(f"{kind} has no field {unknown[0]}; it has {', '.join(FIELDS[kind])}.")
     spec = SPECS[kind](**values)
     if preset is None:
         return spec
     if preset not in PRESETS:
         raise ValueError(f"preset of {kind} is {preset!r}; it can be one of {', '.join(PRESETS)}.")
     method = getattr(spec, METHOD_FIELDS[kind]) if kind in METHOD_FIELDS else ""
-    return SPECS[kind](**{**TABLE[kind][method][PRESETS.index(preset)], **values})
+    own = {"preset": Preset(name=preset, given=tuple(values))} if kind == "step_cache" else {}
+    return SPECS[kind](**{**TABLE[kind][method][PRESETS.index(preset)], **values, **own})
+
+
+def for_family(spec: AccelerationSpec, presets: FamilyPresets) -> AccelerationSpec:
+    """`spec` with a family's own values of the step cache's preset, where the user gave none."""
+    cache = spec.step_cache
+    if cache is None or cache.preset is None:
+        return spec
+    own = presets.get(cache.method, {}).get(cache.preset.name, {})
+    return replace(
+        spec,
+        step_cache=replace(cache, **{name: value for name, value in own.items() if name not in cache.preset.given}),
+    )
+
+
+def describe_family(presets: FamilyPresets) -> str:
+    """A family's own values of presets, as text."""
+    return "; ".join(
+        f"{method}: " + ", ".join(f"{preset} ({_values(values)})" for preset, values in rows.items())
+        for method, rows in presets.items()
+    )
 
 
 def describe_presets(kind: str) -> str:
@@ -74,5 +105,5 @@ def describe_presets(kind: str) -> str:
     )
 
 
-def _values(values: dict) -> str:
+def _values(values: Values) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in values.items())

@@ -10,11 +10,11 @@ import math
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
-from msgspec import Struct
+from msgspec import Meta, Struct
 from torch import Tensor
 
 from ..specs import (
@@ -31,6 +31,7 @@ from ..specs import (
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype requires
 MAX_TENSOR_DIMS, MAX_TENSOR_BYTES = 16, 2**48  # of one tensor
+MAX_ENTRIES, MAX_ENTRY_NAME = 16, 64  # of a conditioning's further entries of a kind; characters of a name
 UNREAD = 0  # the job of a `Failed` that replies to an unreadable message; jobs are numbered from 1
 WIRE_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -66,6 +67,9 @@ class SharedTensor:
         self.close()
 
 
+EntryName = Annotated[str, Meta(min_length=1, max_length=MAX_ENTRY_NAME)]
+
+
 class Conditioning(Struct, kw_only=True):
     """The inputs of one guidance branch besides the noisy latent.
 
@@ -74,6 +78,9 @@ class Conditioning(Struct, kw_only=True):
     concat_mask [B or 1, 1 or 4, T, H, W]: 0 where it is known; with 4 channels, one for each frame of a latent frame.
     clip_vision [B or 1, I, image_dim]: CLIP's penultimate hidden states of one image, or of two concatenated.
     pooled [B or 1, D]: the pooled text embedding, for models that use one.
+    tensors, numbers: further entries by name, as core ComfyUI's CONDITIONING names them, such as "attention_mask" and
+        "guidance". A model's conditioner reads or refuses them by name (models.shared.conditioning.Conditioner.reads).
+        The number None means "without", where the entry's absence means the model's own value.
     """
 
     text: Tensor
@@ -81,6 +88,8 @@ class Conditioning(Struct, kw_only=True):
     concat_latent: Tensor | None = None
     concat_mask: Tensor | None = None
     clip_vision: Tensor | None = None
+    tensors: Annotated[dict[EntryName, Tensor], Meta(max_length=MAX_ENTRIES)] = {}
+    numbers: Annotated[dict[EntryName, float | None], Meta(max_length=MAX_ENTRIES)] = {}
 
 
 class Message(Struct, tag=True, kw_only=True):
@@ -107,11 +116,14 @@ class Load(Message):
 
 
 class Encode(Message):
-    """Encodes a prompt."""
+    """Encodes a prompt. image [H,W,3]: in 0..1, which the prompt is about. image_interleave: of its tokens, one in so
+    many is part of the result."""
 
     job: int
     encoder: TextEncoderSpec
     text: str
+    image: Tensor | None = None
+    image_interleave: int = 2
 
 
 class Sample(Message):

@@ -89,6 +89,11 @@ class Bench:
     small: Size
     quick: bool
 
+    @property
+    def _only_tried(self) -> bool:
+        """Whether times say nothing: on a CPU, of everything tiny."""
+        return self.quick and self.device.type == "cpu"
+
     def rows(self, case: Case, ways: dict[str, PlainOperators], notes: Notes) -> Iterator[Row]:
         """Two rows for each implementation, by name."""
         inputs = case.inputs(self._drawer(torch.Generator().manual_seed(0)), self.small)
@@ -129,7 +134,7 @@ class Bench:
 
     def _time(self, name: str, operators: PlainOperators, call: Bound, rival: Bound, against: str) -> Row:
         """Measures both in turns, and takes each one's best, so that other load on the machine affects both."""
-        turns = [(self._seconds(call), self._seconds(rival)) for _ in range(TURNS)]
+        turns = [(self._seconds(call), self._seconds(rival)) for _ in range(1 if self._only_tried else TURNS)]
         best, best_rival = map(min, zip(*turns))
         context = self._context(
             operators, self.size, measure=f"time divided by that of {against}",
@@ -152,6 +157,8 @@ class Bench:
             return time.perf_counter()
 
         timer = benchmark.Timer("call()", globals={"call": call}, timer=now, num_threads=torch.get_num_threads())
+        if self._only_tried:
+            return timer.timeit(1).median
         return timer.blocked_autorange(min_run_time=0.01 if self.quick else 0.3).median
 
 

@@ -61,6 +61,7 @@ class CardChecks(TorchDispatchMode):
         self.checked[primitive] += 1
 
     def _check_torchs(self, name, tensors):
+        name = name.removesuffix("_")  # in place
         strict = name == "convolution" and not torch.npu.conv.allow_hf32
         name = "convolution_without_hf32" if strict else name
         if name in card_rules.TORCH:

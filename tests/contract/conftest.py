@@ -65,7 +65,7 @@ def zygote():
 @pytest.fixture(scope="session")
 def python_on(zygote):
     """`python_on(soc, code, devices=1)`: what `code` prints, in a process of its own on such (fake) devices, which has
-    torch and torch_npu imported.
+    torch, torch_npu and the package imported.
 
     With `variables`, which torch_npu may read as early as that, one that imports them first.
     """

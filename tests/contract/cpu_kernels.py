@@ -23,11 +23,11 @@ KERNELS = {}  # name with namespace -> function, whose parameters are those of t
 _LIBRARIES = []  # registrations end with these objects
 
 
-def register(note=None, card=None):
+def register(note=None, card=lambda: None):
     """Has the operators of `KERNELS` compute on CPU tensors in this process; mindiesd's only where it is loaded.
 
-    note: called with an operator's name each time that it is asked to compute. card: the one that the process plays,
-    whose rules hold; None: an unknown one.
+    note: called with an operator's name each time that it is asked to compute. card: returns the one that the process
+    plays, whose rules hold; None: an unknown one.
     """
     _LIBRARIES.clear()  # torch 2.7 takes one kernel of an operator
     for namespace in ("npu", "mindiesd"):
@@ -59,7 +59,7 @@ def _strict(full_name, kernel, note, card):
         for parameter in parameters:
             left_out = parameter.name not in computed and values[parameter.name] != parameter.default_value
             assert not left_out, f"the stand-in for {full_name} does not compute {parameter.name}"
-        operator_rules.check(name, values, card)
+        operator_rules.check(name, values, card())
         if note:
             note(full_name)
         return kernel(**{parameter: values[parameter] for parameter in computed})

@@ -23,9 +23,9 @@ from ascend_runtime.parallel.tensor import TensorParallel
 from ascend_runtime.parallel.ulysses import Ulysses
 from ascend_runtime.specs import OperatorSpec
 from card_checks import CardChecks
+from fake_stacks import MODELS, stack_of
 from mindiesd.layers import adalayernorm
 from mindiesd.utils.get_platform import NPUDevice
-from test_stacks import MODELS, Stack
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import UMT5Config, UMT5EncoderModel
@@ -109,7 +109,7 @@ def test_every_row_names_a_document_for_each_card():
 @pytest.mark.parametrize("card", CARDS)
 def test_a_block_calls_what_its_card_has(play, card, model):
     with FakeTensorMode(allow_non_fake_inputs=True), play(card) as checks:
-        Stack(model, depth=1).run()
+        stack_of(model, depth=1).run()
     print(card, dict(checks.checked))
     assert checks.checked["npu_fused_infer_attention_score"] >= 2 and not checks.checked["npu_fusion_attention"]
     assert {"npu_rms_norm", "npu_rotary_mul", "npu_gelu", "native_layer_norm", "addmm"} <= checks.checked.keys()

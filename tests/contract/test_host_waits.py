@@ -14,6 +14,7 @@ from unittest.mock import patch
 import cpu_kernels
 import mindiesd  # noqa: F401 - its operators get stand-ins too
 import pytest
+import random_hunyuan
 import torch
 import torch.distributed as dist
 from ascend_runtime.components import Components
@@ -32,8 +33,9 @@ from ascend_runtime.specs import (
     SampleSpec, StepCacheSpec,
 )  # fmt: skip
 from ascend_runtime.wire.messages import Conditioning
+from msgspec.structs import replace
 from pretend_card import CPU, NPU, Card
-from tiny_models import TEXT_DIM, wan_transformer
+from tiny_models import wan_transformer
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
 SHAPE = (1, 16, 3, 16, 20)  # 240 tokens, 2 mask blocks
@@ -61,14 +63,21 @@ def first_of_ranks(plan):
 
 @pytest.fixture(scope="module")
 def specs(tmp_path_factory):
-    """Of a model with one expert, and of one with two, which stay on the card or take turns on it."""
+    """Of a Wan model with one expert, and of one with two, which stay on the card or take turns on it; and of
+    HunyuanVideo's models."""
     folder = tmp_path_factory.mktemp("models")
     for seed in range(2):
         wan_transformer(seed).save_pretrained(folder / f"expert {seed}")
     one, two = (str(folder / f"expert {seed}") for seed in range(2))
     both = {"low_noise_path": two, "boundary": 0.8}
     given = {"one": {}, "two": {**both, "experts": "resident"}, "in turns": {**both, "experts": "swap"}}
-    return {name: DiffusionModelSpec(path=one, dtype="bfloat16", **fields) for name, fields in given.items()}
+    made = {name: DiffusionModelSpec(path=one, dtype="bfloat16", **fields) for name, fields in given.items()}
+    for kind in random_hunyuan.KINDS:
+        (folder / kind).mkdir()
+        path = str(random_hunyuan.folder(folder / kind, kind))
+        made[kind] = DiffusionModelSpec(path=path, dtype="bfloat16")
+    made["in 8 bits"] = replace(made["t2v"], quantization="w8a8_dynamic")
+    return made
 
 
 class Client:
@@ -100,14 +109,15 @@ class Run:
     """A job on the pretended card, or on the CPU. waits: those of its steps."""
 
     def __init__(
-        self, specs, device=NPU, experts="one", plan=Plan(), acceleration=AccelerationSpec(), preview=False, known=False
-    ):
+        self, specs, device=NPU, model="one", plan=Plan(), acceleration=AccelerationSpec(), preview=False, known=False,
+        guidance=4.0,
+    ):  # fmt: skip
         self.card, self.client = Card(), Client()
         with first_of_ranks(plan), self.card, patch.object(torch.npu, "synchronize", self.card.synchronise):
-            model = Components(device).get(specs[experts], lambda *_: None)
+            model = Components(device).get(specs[model], lambda *_: None)
             for expert in {id(expert): expert for expert in model.experts}.values():
                 self.card.watch(expert)
-            request = _request(model, acceleration, known)
+            request = _request(model, acceleration, known, guidance)
             generation = Generation.prepare(model, request, _ranks(plan, model))
             job = Job(SimpleNamespace(job=1, preview=preview), self.client, device)
             steps = StepsOfJob(job, model, generation, Numbered(self.card))
@@ -124,11 +134,17 @@ class Run:
         return sorted({wait.place.rpartition(":")[0] for wait in self.waits})
 
 
-def _request(model, acceleration, known):
+def _request(model, acceleration, known, guidance):
     generator = torch.Generator().manual_seed(SEED)
-    prompts = {name: Conditioning(text=torch.randn(1, 12, TEXT_DIM, generator=generator))
-               for name in ("positive", "negative")}  # fmt: skip
-    spec = SampleSpec(seed=SEED, steps=STEPS, guidance_scale=4.0, shift=3.0, solver="unipc")
+    family, config = model.family, model.high_noise.config
+    text, pooled = family.text_width(config), family.pooled_width(config)
+
+    def prompt():
+        vector = {"pooled": torch.randn(1, pooled, generator=generator)} if pooled else {}
+        return Conditioning(text=torch.randn(1, 12, text, generator=generator), **vector)
+
+    prompts = {name: prompt() for name in ("positive", "negative")[: 1 if guidance == 1 else 2]}
+    spec = SampleSpec(seed=SEED, steps=STEPS, guidance_scale=guidance, shift=3.0, solver="unipc")
     spec = model.defaults.fill(spec, model.pixels_of(SHAPE))
     mask = (torch.arange(SHAPE[2]).view(1, 1, -1, 1, 1) > 0).float().expand(1, 1, *SHAPE[2:]) if known else None
     return Request(Given(torch.zeros(SHAPE), mask, prompts), spec, acceleration)
@@ -155,8 +171,8 @@ def sparse(version):
 
 CASES = {
     "one rank": {},
-    "two experts": {"experts": "two"},
-    "two experts that take turns": {"experts": "in turns"},
+    "two experts": {"model": "two"},
+    "two experts that take turns": {"model": "in turns"},
     "previews": {"preview": True},
     "known frames": {"known": True},
     "guidance on two ranks, Ulysses": {"plan": Plan(cfg=2, ulysses=2)},
@@ -169,10 +185,30 @@ CASES = {
     "RainFusion v3": sparse("v3"),
     "taylorseer": cached("taylorseer", interval=2, first_steps=1, last_steps=1),
 }
+T2V = {"model": "t2v", "guidance": 1.0}  # HunyuanVideo's default: embedded guidance, and one branch
+CASES |= {f"HunyuanVideo, {name}": {**T2V, **job} for name, job in {
+    "one rank": {},
+    "true guidance": {"guidance": 4.0},
+    "true guidance on two ranks, Ulysses": {"guidance": 4.0, "plan": Plan(cfg=2, ulysses=2)},
+    "Ulysses": {"plan": Plan(ulysses=4)},
+    "a ring": {"plan": Plan(ring=2)},
+    "slices": {"plan": Plan(tp=2)},
+    "slices and Ulysses": {"plan": Plan(ulysses=2, tp=2)},
+    "in 8 bits": {"model": "in 8 bits"},
+    "33 channels": {"model": "i2v concat", "known": True},
+    "a first frame that is replaced": {"model": "i2v replace", "known": True},
+    "a first frame that is replaced, Ulysses": {"model": "i2v replace", "known": True, "plan": Plan(ulysses=2)},
+    "attention cache": CASES["attention cache"],
+    "block cache": CASES["block cache"],
+    "RainFusion v1": sparse("v1"),
+    "RainFusion v2": sparse("v2"),
+    "taylorseer": CASES["taylorseer"],
+}.items()}  # fmt: skip
 MEASURING = {
     "fbcache": cached("fbcache", threshold=0.1, first_steps=1, last_steps=1),
     "teacache": cached("teacache", threshold=0.1, first_steps=1, last_steps=1),
 }
+MEASURING |= {f"HunyuanVideo, {name}": {**T2V, **job} for name, job in MEASURING.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -194,14 +230,16 @@ def test_a_step_cache_that_measures_adds_one_wait(specs, case):
     assert run.counted() == [1, *[2] * (STEPS - 2), 1] and run.places() == [VELOCITY, MEASURE]
 
 
-def test_the_pretended_card_computes_what_the_cpu_does(specs):
-    made, expected = (Run(specs, device=device).latent for device in (NPU, CPU))
+@pytest.mark.parametrize("job", [{}, T2V], ids=["Wan", "HunyuanVideo"])
+def test_the_pretended_card_computes_what_the_cpu_does(specs, job):
+    made, expected = (Run(specs, device=device, **job).latent for device in (NPU, CPU))
     error = (made - expected).square().mean().sqrt() / expected.std()
     print(f"\n{error:.1e} off in bfloat16, seed {SEED}")
     assert expected.std() > 0.5 and error < 2e-2
 
 
-def test_this_test_sees_what_waits_in_a_block(specs, monkeypatch):
+@pytest.mark.parametrize("job", [{}, T2V], ids=["Wan", "HunyuanVideo"])
+def test_this_test_sees_what_waits_in_a_block(specs, monkeypatch, job):
     planted = {
         "_local_scalar_dense": lambda x: float(x[0, 0, 0]),
         "is_nonzero": lambda x: bool((x > 0).any()),
@@ -215,7 +253,7 @@ def test_this_test_sees_what_waits_in_a_block(specs, monkeypatch):
     }
     gelu, waits = AscendOperators.gelu, planted.values()
     monkeypatch.setattr(AscendOperators, "gelu", lambda self, x: (gelu(self, x), *(do(x) for do in waits))[0])
-    run = Run(specs)
+    run = Run(specs, **job)
     whys = " ".join(wait.why for wait in run.waits if wait.in_block and wait.step == 2)
     assert [words for words in planted if words not in whys and words != "is_nonzero"] == []
     assert not [wait for wait in run.waits if wait.in_block and wait.place == "outside of the package"]

@@ -8,11 +8,13 @@ ASCEND_RUNTIME_OPERATORS the NPU's operators. Every call of an operator is count
 
 import os
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
+import random_hunyuan
 import torch
-from ascend_runtime import OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime import Conditioning, OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
 from ascend_runtime.specs import AccelerationSpec, RainFusionSpec
 from ascend_runtime.specs import DiffusionModelSpec
 from tiny_models import wan_vae
@@ -24,6 +26,7 @@ LONG = VideoSize(width=256, height=256, num_frames=29)  # 2048 tokens, from whic
 LAYERS, STEPS, BRANCHES = 2, 2, 2
 FORWARDS = STEPS * BRANCHES
 SEED = 7
+RAINFUSION = AccelerationSpec(rainfusion=RainFusionSpec(sparsity=0.6, start=1))
 # In fp32 the largest difference, of normalised latents and of frames in 0..1. In bf16, where the two ways round
 # differently and guidance amplifies it, the RMS of the difference, of latents in standard deviations; and the NPU's
 # way may be further from fp32 than the CPU's bf16 is by this factor.
@@ -36,13 +39,20 @@ TP = ParallelSpec(ranks=2, cfg_degree=1, tp_degree=2)
 
 
 class Group:
-    """Ranks whose NPU operators compute on the CPU, and the calls that they made since they were asked last."""
+    """Ranks whose NPU operators compute on the CPU, and the calls that they made since they were asked last. folder:
+    for the notes of these calls, and for the card that they play."""
 
-    def __init__(self, ranks, file, **variables):
+    def __init__(self, ranks, folder, **variables):
+        self._file, self._card, self._read = folder / "calls.txt", folder / "card", 0
         environment = {**RANKS, "PYTHONPATH": os.pathsep.join([str(HERE / "site"), os.environ["PYTHONPATH"]]),
-                       "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(file), **variables}  # fmt: skip
+                       "ASCEND_RUNTIME_OPERATORS": "npu", "CONTRACT_CALLS": str(self._file),
+                       "CONTRACT_CARD": str(self._card), **variables}  # fmt: skip
         self.runtime = Runtime(ParallelSpec(ranks=ranks), device="cpu", environment=environment)
-        self._file, self._read = file, 0
+
+    def playing(self, card):
+        """The same, for jobs on such cards."""
+        self._card.write_text(card)
+        return self
 
     def calls(self):
         """[how often rank r called each operator, for r in ranks]"""
@@ -59,10 +69,10 @@ def groups(tmp_path_factory):
     made = {}
 
     def group(ranks, without=None, card="a2"):
-        if (ranks, without, card) not in made:
-            variables = {"CONTRACT_CARD": card, **({"CONTRACT_WITHOUT": without} if without else {})}
-            made[ranks, without, card] = Group(ranks, tmp_path_factory.mktemp("calls") / "calls.txt", **variables)
-        return made[ranks, without, card]
+        if (ranks, without) not in made:
+            variables = {"CONTRACT_WITHOUT": without} if without else {}
+            made[ranks, without] = Group(ranks, tmp_path_factory.mktemp("ranks"), **variables)
+        return made[ranks, without].playing(card)
 
     yield group
     for one in made.values():
@@ -210,6 +220,102 @@ def test_laser_attention(groups, specs, expected, ranks):
     assert_equal(made, expected, dtype="bfloat16", size=LONG)
 
 
+# HunyuanVideo: two blocks of each kind, and two of the text's refiner. A rank without text has one stream less.
+CHUNKS = {1: [(60, 7)], 2: [(34, 0), (26, 8)]}  # tokens of video and text, with padding, of each rank of a sequence
+DOUBLE, SINGLE, REFINER = 2, 2, 2
+
+
+@pytest.fixture(scope="module")
+def hunyuan(tmp_path_factory):
+    return str(random_hunyuan.folder(tmp_path_factory.mktemp("hunyuan"), "t2v"))
+
+
+def hunyuan_latent(
+    runtime, path, *, dtype, attention="auto", plan=None, quantization="none", fused_all_reduce=False, size=SIZE,
+    acceleration=AccelerationSpec(),
+):  # fmt: skip
+    """Normalised, of a job with embedded guidance only."""
+    generator = torch.Generator().manual_seed(SEED)
+    given = Conditioning(text=torch.randn(1, 7, random_hunyuan.TEXT_DIM, generator=generator),
+                         pooled=torch.randn(1, random_hunyuan.POOLED_DIM, generator=generator))  # fmt: skip
+    model = DiffusionModelSpec(path=path, dtype=dtype, quantization=quantization)
+    made = runtime.sample(model, SampleSpec(seed=SEED, steps=STEPS), torch.zeros(size.latent_shape()), given,
+                          parallel=plan, acceleration=acceleration,
+                          operators=OperatorSpec(attention=attention, fused_all_reduce=fused_all_reduce))  # fmt: skip
+    return made.tensor * random_hunyuan.vae().config.scaling_factor
+
+
+def hunyuan_calls(attention, tokens):
+    """What a rank calls with so many tokens of video and text."""
+    streams = sum(length > 0 for length in tokens)
+    counts = {"npu::npu_rms_norm": 2 * (DOUBLE * streams + SINGLE), "npu::npu_rotary_mul": 2 * (DOUBLE + SINGLE),
+              "npu::npu_gelu": DOUBLE * streams + SINGLE}  # fmt: skip
+    counts |= {ATTENTION[attention]: DOUBLE + SINGLE + REFINER} if attention else {}
+    return {name: STEPS * count for name, count in counts.items()}
+
+
+@pytest.fixture(scope="module")
+def hunyuan_expected(plain, hunyuan):
+    """The CPU's latent of a job."""
+    return cache(lambda **job: hunyuan_latent(plain, hunyuan, **job))
+
+
+def assert_hunyuan(made, expected, dtype, quantization="none", **job):
+    other, truth = expected(dtype=dtype, quantization=quantization, **job), expected(dtype="float32", **job)
+    error = (made - other).abs().max() if dtype == "float32" else rms(made - other) / other.std()
+    print(f"{error:.1e} off in {dtype}, {quantization}, seed {SEED}")
+    assert other.std() > 0.5
+    assert error <= (FP32 if dtype == "float32" else BF16 if quantization == "none" else W8A8)
+    assert dtype == "float32" or rms(made - truth) <= FURTHER * rms(other - truth)
+
+
+@pytest.mark.parametrize("dtype, attention, card, called", [
+    ("float32", "fused", "a2", "fused"), ("bfloat16", "fused", "a2", "fused"), ("bfloat16", "auto", "a2", "infer"),
+    ("float32", "auto", "a3", None), ("bfloat16", "fused", "a3", "infer"),
+])  # fmt: skip
+def test_hunyuan_video_on_one_rank(groups, hunyuan, hunyuan_expected, dtype, attention, card, called):
+    group = groups(1, card=card)
+    made = hunyuan_latent(group.runtime, hunyuan, dtype=dtype, attention=attention)
+    assert group.calls() == [hunyuan_calls(called, CHUNKS[1][0])]
+    assert_hunyuan(made, hunyuan_expected, dtype)
+
+
+@pytest.mark.parametrize("dtype, card", [("float32", "a2"), ("bfloat16", "a3")])
+def test_hunyuan_video_on_two_ranks(groups, hunyuan, hunyuan_expected, dtype, card):
+    """Text is the tail of the sequence: one rank has none."""
+    group = groups(2, card=card)
+    made = hunyuan_latent(group.runtime, hunyuan, dtype=dtype, plan=ULYSSES)
+    called = "fused" if dtype == "float32" else "infer"
+    assert group.calls() == [hunyuan_calls(called, tokens) for tokens in CHUNKS[2]]
+    assert_hunyuan(made, hunyuan_expected, dtype)
+
+
+@pytest.mark.parametrize("quantization", ["none", "w8a8_dynamic"])
+def test_hunyuan_video_in_slices(groups, hunyuan, hunyuan_expected, quantization):
+    """Four linears of a double block are summed over slices, by the operator that also multiplies where they are not
+    quantized; of a single block two, whose sum is summed once."""
+    group = groups(2)
+    made = hunyuan_latent(group.runtime, hunyuan, dtype="bfloat16", plan=TP, quantization=quantization,
+                          fused_all_reduce=True)  # fmt: skip
+    for calls in group.calls():
+        fused = DOUBLE * (4 if quantization == "none" else 2)  # a feed-forward's second layer stays as it is
+        assert calls["npu::npu_mm_all_reduce_base"] == STEPS * fused
+        in_8_bits = DOUBLE * 2 * 5 + SINGLE * 5  # query, key, value, output, and the feed-forward's first layer
+        assert calls.get("npu::npu_quant_matmul", 0) == (0 if quantization == "none" else STEPS * in_8_bits)
+    assert_hunyuan(made, hunyuan_expected, "bfloat16", quantization)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_hunyuan_video_with_rainfusion(groups, hunyuan, hunyuan_expected, ranks):
+    """The second step is sparse, and text is attended in it too; the refiner's attention stays dense."""
+    group, job = groups(ranks), {"size": LONG, "acceleration": RAINFUSION}
+    made = hunyuan_latent(group.runtime, hunyuan, dtype="bfloat16", plan=ULYSSES if ranks == 2 else None, **job)
+    for calls in group.calls():
+        assert calls["mindiesd::rainfusionattention"] == DOUBLE + SINGLE
+        assert calls[ATTENTION["infer"]] == DOUBLE + SINGLE + STEPS * REFINER
+    assert_hunyuan(made, hunyuan_expected, "bfloat16", **job)
+
+
 @pytest.mark.parametrize("without", [None, "mindiesd"])
 def test_two_videos(groups, specs, expected, without):
     """Each has a modulation of its own, which MindIE SD's norm takes; torch_npu's alone does not."""
@@ -219,9 +325,6 @@ def test_two_videos(groups, specs, expected, without):
     modulated = (LAYERS * 2 + 1) * FORWARDS
     assert calls.get("mindiesd::adaln", 0) == (0 if without else modulated)
     assert_equal(made, expected, batch=2)
-
-
-RAINFUSION = AccelerationSpec(rainfusion=RainFusionSpec(sparsity=0.6, start=1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -1,4 +1,4 @@
-"""A process that has torch and torch_npu imported, and forks itself for each piece of code that it is to run.
+"""A process that has torch, torch_npu and the package imported, and forks itself for each piece of code that it runs.
 
 Importing them takes seconds; a fork none. The SoC is asked for when the first card is taken, so that each fork may have
 another. Standard input brings a line of JSON a piece (code, environment), standard output one back (code, out, err).
@@ -28,7 +28,8 @@ def run(code, environment, out, err):
 
 
 def main():
-    import torch  # noqa: F401, PLC0415 - brings torch_npu
+    # Brings torch, and with it torch_npu; not diffusers, which counts the cards when it is imported.
+    import ascend_runtime.components  # noqa: F401, PLC0415
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:

@@ -23,6 +23,10 @@ TO_RANKS = [
     messages.Load(job=2, model=MODEL),
     Sample(job=4, model=MODEL, parallel=specs.ParallelSpec(), spec=specs.SampleSpec(sigmas=(1.0, 0.5, 0.0)),
            latent=torch.ones(1, 16, 1, 2, 2), positive=Conditioning(text=torch.ones(1, 4, 2))),
+    Sample(job=5, model=MODEL, parallel=specs.ParallelSpec(), spec=specs.SampleSpec(),
+           latent=torch.ones(1, 16, 1, 2, 2), positive=Conditioning(
+               text=torch.ones(1, 4, 2), tensors={"attention_mask": torch.ones(1, 4)},
+               numbers={"guidance": 6.0, "guiding_frame_index": 0.0, "none": None})),
 ]  # fmt: skip
 TO_CLIENT = [
     Done(job=1, seconds={"load": 0.5}, info={"spatial": [8, {"a": None}]}, tensor=torch.ones(2, 3)),

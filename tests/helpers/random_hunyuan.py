@@ -4,6 +4,7 @@ Every weight is random, norms and biases too, so that two that change places are
 """
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from ascend_runtime.models.hunyuan_video.context import Context
 from ascend_runtime.models.hunyuan_video.transformer import HunyuanVideoTransformer
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 TEXT_DIM, POOLED_DIM = 24, 12
 KINDS = {  # by name: what is in the transformer's config
@@ -52,6 +53,11 @@ def ours(theirs: HunyuanVideoTransformer3DModel) -> HunyuanVideoTransformer:
     network = HunyuanVideoTransformer(dict(theirs.config))
     network.load_state_dict(parameters_of(theirs.state_dict()), assign=True)
     return network.eval()
+
+
+def in_dtype(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a network in another dtype."""
+    return nn.Module.to(deepcopy(network), dtype)  # diffusers' own `to` prints warnings that do not apply
 
 
 def parameters_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = [
+    "hunyuan_video_text_to_video",
+    "hunyuan_video_v1_image_to_video",
+    "hunyuan_video_v2_image_to_video",
     "tiny_wan_fast_text_to_video",
     "tiny_wan_text_to_video",
     "wan2.1_flf2v_14b_first_last_frame_to_video",

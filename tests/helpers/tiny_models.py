@@ -12,7 +12,7 @@ import torch
 from ascend_runtime.engine.sampling import make_scheduler
 from ascend_runtime.models.registry import family
 from ascend_runtime.models.wan.context import Context
-from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from torch import nn
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config
@@ -150,10 +150,19 @@ def denormalised(latent, vae):
     return latent * std + mean
 
 
+def hunyuan_vae(seed: int = 0) -> AutoencoderKLHunyuanVideo:
+    """A VAE of the published form (16 channels, 8 x 8 x 4), with an eighth of the channels, and one layer a level.
+    diffusers makes whole frames of it, of all at once."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(32, 32, 64, 64), layers_per_block=1).eval()
+    vae.use_framewise_decoding = vae.use_framewise_encoding = False
+    return vae
+
+
 def on_ranks(vae):
-    """A Wan VAE (diffusers') as the ranks use it."""
-    wan = family("wan")
-    return wan.vae(vae, wan.vae_form(vae.config))
+    """A VAE (diffusers') as the ranks use it."""
+    known = family("hunyuan_video" if isinstance(vae, AutoencoderKLHunyuanVideo) else "wan")
+    return known.vae(vae, known.vae_form(vae.config))
 
 
 def scheduler(spec):

@@ -34,6 +34,10 @@ def ranks(one_rank, specs):
     assert one_rank.pids == pids
 
 
+def further(**entries):
+    return Conditioning(text=torch.zeros(1, 4, 8), **entries)
+
+
 CALLS = [
     (lambda r, s: r.encode(s.encoder, None), "The prompt is None; it must be one str"),
     (lambda r, s: r.encode(s.encoder, ["a cat", "a dog"]), "must be one str. Encode several prompts in separate calls"),
@@ -62,6 +66,16 @@ CALLS = [
     (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, s.text(1), 5), "negative is 5"),
     (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, Conditioning(text=None)), "positive is None"),
     (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, Conditioning(text=LATENT, clip_vision=1)), "'s clip_vision"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(tensors={"mask": 1})), "positive's mask is 1"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(tensors=5)), "positive's tensors is 5; it must"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(tensors={"m": LATENT.to("meta")})), "has no data"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(numbers={"guidance": "6"})), "guidance is '6'"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(numbers={"guidance": math.nan})), "is nan; give"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(numbers={5: 1.0})), "named by a str of 1 to 64"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(numbers={HALF: 1.0})), "contains half a character"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(numbers={"a" * 65: 1.0})), "1 to 64 characters"),
+    (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, further(numbers=dict.fromkeys(map(str, range(17))))),
+     "numbers have 17 entries; there can be 16"),
     (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, s.text(1), noise_mask=True), "noise_mask is True"),
     (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, s.text(1), acceleration="fast"), "acceleration is 'fast'"),
     (lambda r, s: r.sample(s.model, SampleSpec(), LATENT, s.text(1), operators=None), "operators is None"),

@@ -238,6 +238,25 @@ def test_conditioning_that_does_not_fit(cases, two_ranks, name, part, value, say
     assert two_ranks.pids == pids
 
 
+@pytest.mark.parametrize("entries, says", [
+    ({"numbers": {"guidance": 6.0}}, "carries guidance, which this model does not use"),
+    ({"tensors": {"ref_latent": torch.zeros(1)}, "numbers": {"a": 1.0, "b": None}}, "carries a, ref_latent, which"),
+])  # fmt: skip
+def test_a_further_entry_that_the_model_does_not_use(two_ranks, specs, entries, says):
+    text, pids = specs.text(1), two_ranks.pids
+    with pytest.raises(ValueError, match=f"The negative conditioning {says}.* Connect the output of a text encode"):
+        two_ranks.sample(specs.model, SampleSpec(steps=1), torch.zeros(1, 16, 1, 4, 4), text,
+                         Conditioning(text=text, **entries))  # fmt: skip
+    assert two_ranks.pids == pids
+
+
+def test_a_further_entry_that_is_none_asks_for_nothing(one_rank, specs):
+    text, spec = specs.text(1), SampleSpec(steps=1, guidance_scale=1.0)
+    given = Conditioning(text=text, numbers={"guidance": None})
+    made = [one_rank.sample(specs.model, spec, torch.zeros(1, 16, 1, 4, 4), one).tensor for one in (text, given)]
+    assert torch.equal(*made)
+
+
 def test_a_noise_mask_of_another_size(two_ranks, specs):
     latent, mask = torch.zeros(1, 16, 1, 4, 4), torch.ones(1, 1, 1, 32, 32)
     with pytest.raises(ValueError, match=r"noise_mask has the shape \[1, 1, 1, 32, 32\].*\[1, 1, 1, 4, 4\]"):

@@ -5,9 +5,10 @@ import math
 import random
 
 import pytest
+import random_hunyuan
 import torch
 import torch.nn.functional as F
-from ascend_runtime import ParallelSpec, SampleSpec
+from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec
 from ascend_runtime.acceleration import masks
 from ascend_runtime.acceleration.bricks import bricks, by_frames, by_places, tiles
 from ascend_runtime.models.shared.block_stack import At
@@ -101,16 +102,17 @@ def spelt_out_best(query, key, sparsity, protected):
     return mask, sure
 
 
-def inputs(grid, heads=3, head_dim=16, batch=1, seed=0):
+def inputs(grid, heads=3, head_dim=16, batch=1, seed=0, text=0):
     generator = torch.Generator().manual_seed(SEED + seed)
-    return torch.randn(3, batch, math.prod(grid), heads, head_dim, generator=generator).unbind()
+    return torch.randn(3, batch, math.prod(grid) + text, heads, head_dim, generator=generator).unbind()
 
 
 @pytest.mark.parametrize("name", ["bricks", "tiles"])
 def test_the_best_blocks_are_those_of_plain_loops(name):
     for number, grid in enumerate(some_grids(8)):
-        order = ORDERS[name](grid)
-        query, key, _ = (order.apply(x) for x in inputs(grid, batch=2, seed=number))
+        text = (0, 1, 140)[number % 3]
+        order = ORDERS[name](grid, behind=text)
+        query, key, _ = (order.apply(x) for x in inputs(grid, batch=2, seed=number, text=text))
         sparsity = (0.3, 0.64, 0.9)[number % 3]
         mask = masks.best(query, key, sparsity, order.protected)
         expected, sure = spelt_out_best(query, key, sparsity, order.protected)
@@ -193,17 +195,21 @@ class Spelt(PlainOperators):
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-def test_a_version_equals_dense_attention_under_its_mask(version):
-    for number, grid in enumerate(some_grids(4)):
+@pytest.mark.parametrize("text", [0, 1, 140])
+def test_a_version_equals_dense_attention_under_its_mask(version, text):
+    """Also with a text behind the video, which attends to all and is attended to by all."""
+    for number, grid in enumerate(some_grids(4)[text > 0 :: 4 if text else 1]):
         spec = RainFusionSpec(version=version, sparsity=0.8)
-        qkv = inputs(grid, batch=2, seed=number)
+        qkv, length = inputs(grid, batch=2, seed=number, text=text), math.prod(grid) + text
         spelt = Spelt()
         expected = version_of(spec, grid, spelt)(*qkv, None)
         found = version_of(spec, grid, PlainOperators())(*qkv, None)
         assert_close(found.out, expected.out, atol=1e-5, rtol=0)
         again = version_of(spec, grid, PlainOperators())(*qkv, found.plan)
         assert torch.equal(again.out, found.out) and again.plan is found.plan
-        shares = torch.cat([full(mask, math.prod(grid)).float().mean((0, 2, 3)) for mask in spelt.masks])
+        kept = [full(mask, length) for mask in spelt.masks]
+        assert all(mask[..., -text:].all() and mask[..., -text:, :].all() for mask in kept if text)
+        shares = torch.cat([mask.float().mean((0, 2, 3)) for mask in kept])
         assert_close(found.plan.density.sort().values, shares.sort().values, atol=1e-6, rtol=0)
         dense = version_of(RainFusionSpec(version=version, sparsity=0), grid, PlainOperators())(*qkv, None)
         assert_close(dense.out, PlainOperators().attention(*qkv), atol=1e-5, rtol=0)
@@ -214,13 +220,30 @@ def test_a_version_equals_dense_attention_under_its_mask(version):
 
 SHAPE = (1, 16, 5, 18, 50)  # grid 5 x 9 x 25: 1125 tokens, 9 mask blocks, of which 2 or 3 are protected
 STEPS = 4
+FAMILIES = ("wan", "hunyuan")
 
 
-def sample(runtime, specs, rainfusion, parallel=None, shape=SHAPE, warm_up=False, **accelerators):
+@pytest.fixture(scope="module")
+def models(specs, tmp_path_factory):
+    """By family: a model, and two prompts for it."""
+    folder = random_hunyuan.folder(tmp_path_factory.mktemp("hunyuan"), num_layers=1, num_single_layers=1)
+    draw = torch.Generator().manual_seed(2)
+    texts = (torch.randn(1, tokens, random_hunyuan.TEXT_DIM, generator=draw) for tokens in (140, 7))
+    prompts = [Conditioning(text=text, pooled=torch.randn(1, random_hunyuan.POOLED_DIM, generator=draw))
+               for text in texts]  # fmt: skip
+    return {
+        "wan": (specs.model, specs.text(1), specs.text(2)),
+        "hunyuan": (DiffusionModelSpec(path=str(folder)), *prompts),
+    }
+
+
+def sample(runtime, given, rainfusion, parallel=None, shape=SHAPE, warm_up=False, **accelerators):
+    """given: of `models`."""
     spec = SampleSpec(seed=11, steps=STEPS, guidance_scale=4.0)
     acceleration = AccelerationSpec(rainfusion=rainfusion, **accelerators)
-    return runtime.sample(specs.model, spec, torch.zeros(shape), specs.text(1), specs.text(2), parallel=parallel,
-                          acceleration=acceleration, warm_up=warm_up)  # fmt: skip
+    model, *prompts = given
+    return runtime.sample(model, spec, torch.zeros(shape), *prompts, parallel=parallel, acceleration=acceleration,
+                          warm_up=warm_up)  # fmt: skip
 
 
 SPECS = {
@@ -231,18 +254,23 @@ SPECS = {
 
 
 @pytest.fixture(scope="module")
-def expected(one_rank, specs):
-    """What one rank makes, dense (None) and by each version."""
-    return {name: sample(one_rank, specs, SPECS.get(name)) for name in (None, *SPECS)}
+def expected(one_rank, models):
+    """By family: what one rank makes, dense (None) and by each version."""
+    return {
+        family: {name: sample(one_rank, given, SPECS.get(name)) for name in (None, *SPECS)}
+        for family, given in models.items()
+    }
 
 
 @pytest.mark.parametrize("version", SPECS)
-def test_a_job_of_one_rank_is_sparse_from_its_start_on(expected, version):
-    facts = expected[version].info["acceleration"]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_job_of_one_rank_is_sparse_from_its_start_on(expected, family, version):
+    made, dense = expected[family][version], expected[family][None]
+    facts = made.info["acceleration"]
     assert 0.4 < facts["mean_density"] < 0.95 and facts["flops_saved"] > 0.01
     assert facts["predicted_speed_up"] == pytest.approx(1 / (1 - facts["flops_saved"]))
-    assert (expected[version].tensor - expected[None].tensor).abs().max() > 1e-3
-    assert "acceleration" not in expected[None].info
+    assert (made.tensor - dense.tensor).abs().max() > 1e-3
+    assert "acceleration" not in dense.info
 
 
 PLANS = {
@@ -251,21 +279,28 @@ PLANS = {
     "slices": {"tp_degree": 2},
     "guidance": {"cfg_degree": 2, "fsdp": True},
 }
+HUNYUAN_SAMPLE = {("v1", "overlapped"), ("v2", "ulysses"), ("v2", "slices"), ("v3", "guidance")}
 
 
 @pytest.mark.parametrize("version", SPECS)
 @pytest.mark.parametrize("plan", PLANS)
-def test_two_ranks_make_what_one_makes(two_ranks, specs, expected, version, plan):
-    done = sample(two_ranks, specs, SPECS[version], ParallelSpec(ranks=2, **PLANS[plan]))
-    assert_close(done.tensor, expected[version].tensor, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_make_what_one_makes(two_ranks, models, expected, family, version, plan, pytestconfig):
+    if family == "hunyuan" and (version, plan) not in HUNYUAN_SAMPLE:
+        if not pytestconfig.getoption("--all-accelerators"):
+            pytest.skip("one of those that --all-accelerators runs")
+    one = expected[family][version]
+    done = sample(two_ranks, models[family], SPECS[version], ParallelSpec(ranks=2, **PLANS[plan]))
+    assert_close(done.tensor, one.tensor, atol=1e-4, rtol=0)
     if plan == "guidance":
-        density = expected[version].info["acceleration"]["mean_density"]
+        density = one.info["acceleration"]["mean_density"]
         assert done.info["acceleration"]["mean_density"] == pytest.approx(density, rel=0.1)
 
 
-def test_a_ring_is_refused_and_the_ranks_live_on(two_ranks, specs, expected):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_ring_is_refused_and_the_ranks_live_on(two_ranks, models, family):
     with pytest.raises(ValueError, match="ring_degree is 2.*ulysses_degree"):
-        sample(two_ranks, specs, SPECS["v2"], ParallelSpec(ranks=2, ring_degree=2))
+        sample(two_ranks, models[family], SPECS["v2"], ParallelSpec(ranks=2, ring_degree=2))
     assert two_ranks.ping() is not None
 
 
@@ -274,16 +309,33 @@ def test_a_ring_is_refused_and_the_ranks_live_on(two_ranks, specs, expected):
     RainFusionSpec(sparsity=0.8, start=STEPS),
     RainFusionSpec(sparsity=0.8, start=0, first_blocks=1, last_blocks=1),
 ], ids=["sparsity 0", "start after the last step", "no block between the dense ones"])  # fmt: skip
-def test_what_leaves_nothing_out_is_dense(one_rank, specs, expected, rainfusion):
-    done = sample(one_rank, specs, rainfusion)
-    assert_close(done.tensor, expected[None].tensor, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_leaves_nothing_out_is_dense(one_rank, models, expected, family, rainfusion):
+    done = sample(one_rank, models[family], rainfusion)
+    assert torch.equal(done.tensor, expected[family][None].tensor)
     assert done.info["acceleration"]["mean_density"] == 1.0 and done.info["acceleration"]["flops_saved"] == 0
 
 
-def test_attention_that_is_reused_is_not_computed(one_rank, specs, expected):
+def test_what_is_saved_counts_the_text(expected):
+    """Of products over [video | text]; a step of HunyuanVideo has no other attention."""
+    tokens, texts, width = 1125, (140, 7), 64
+    for version in SPECS:
+        facts = expected["hunyuan"][version].info["acceleration"]
+        # Both branches count as the positive one, by the work of a pass of it.
+        length, text = tokens + texts[0], texts[0]
+        blocks = 2 * (4 * length**2 * width) + (24 + 24) * length * width**2
+        patches = 2 * tokens * width * 4 * (16 + 16)
+        refiner = 2 * (4 * text**2 * width + 24 * text * width**2) + 2 * text * width * random_hunyuan.TEXT_DIM
+        share = 2 * (4 * length**2 * width) / (blocks + patches + refiner)
+        sparse = (STEPS - 1) / STEPS
+        expected_share = sparse * (1 - facts["mean_density"]) * share
+        assert facts["flops_saved"] == pytest.approx(expected_share, rel=1e-3)
+
+
+def test_attention_that_is_reused_is_not_computed(one_rank, models, expected):
     cache = AttentionCacheSpec(start=1, end=3, interval=3)  # steps 2 and 3 reuse
-    done = sample(one_rank, specs, SPECS["v2"], attention_cache=cache).info["acceleration"]
-    alone = expected["v2"].info["acceleration"]
+    done = sample(one_rank, models["wan"], SPECS["v2"], attention_cache=cache).info["acceleration"]
+    alone = expected["wan"]["v2"].info["acceleration"]
     assert done["attentions_reused"] == 2 * 2 * 2 and done["steps_reusing"] == [2, 3]
     assert done["flops_saved"] > alone["flops_saved"]
 
@@ -316,7 +368,7 @@ def test_a_text_behind_the_video_attends_to_all(version):
     assert (made - dense)[:, :-text].abs().max() > 0.01
 
 
-def test_a_warm_up_changes_nothing(one_rank, specs, expected):
-    done = sample(one_rank, specs, SPECS["v3"], warm_up=True)
-    assert torch.equal(done.tensor, expected["v3"].tensor)
-    assert done.info["acceleration"]["mean_density"] == expected["v3"].info["acceleration"]["mean_density"]
+def test_a_warm_up_changes_nothing(one_rank, models, expected):
+    done, plain = sample(one_rank, models["wan"], SPECS["v3"], warm_up=True), expected["wan"]["v3"]
+    assert torch.equal(done.tensor, plain.tensor)
+    assert done.info["acceleration"]["mean_density"] == plain.info["acceleration"]["mean_density"]

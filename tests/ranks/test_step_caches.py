@@ -1,89 +1,84 @@
 """Step caches against diffusers' own, where it has them, and against what they are to do."""
 
+import dataclasses
 import math
 import random
 import shutil
 from functools import partial
 from types import SimpleNamespace
 
+import cached_models
 import pytest
-import tiny_models
+import random_hunyuan
 import torch
 import torch.distributed as dist
-from ascend_runtime import DiffusionModelSpec, SampleSpec, VideoSize
-from ascend_runtime.models.shared.block_stack import At, BlockStack
+from ascend_runtime import SampleSpec
+from ascend_runtime.models.shared.block_stack import At, BlockStack, Pass
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import BlockWork, Work
 from ascend_runtime.acceleration.step_cache import Expansion, StepCache
 from ascend_runtime.acceleration.step_rules import Always, FirstBlock, MagCache, Reference, TeaCache, polynomial
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
-from ascend_runtime.recognition.calibration_file import calibration_file, write_calibration
+from ascend_runtime.recognition.calibration_file import calibration_file
 from ascend_runtime.engine import generation
 from ascend_runtime.engine.generation import Request
 from ascend_runtime.models.shared.conditioning import Given
+from ascend_runtime.models.hunyuan_video.defaults import IMAGE_CONCAT, IMAGE_REPLACE
+from ascend_runtime.models.hunyuan_video.defaults import TEXT as HUNYUAN_TEXT
 from ascend_runtime.models.registry import family
 from ascend_runtime.models.wan.calibrations import COEFFICIENTS, RATIOS, published
 from ascend_runtime.models.wan.transformer import _indicator
 from ascend_runtime.models.wan.defaults import WAN21_IMAGE, WAN21_TEXT, WAN22_TEXT
+from cached_models import RATIOS_OF_STEPS, STEPS, CachedModel
 from diffusers.hooks import FirstBlockCacheConfig, MagCacheConfig
 from diffusers.hooks.mag_cache import nearest_interp
 from diffusers.hooks.taylorseer_cache import TaylorSeerState
 from torch.testing import assert_close
 
-SIZE = VideoSize(width=80, height=64, num_frames=9)
-STEPS, LAYERS = 12, 3
-RATIOS_OF_STEPS = (1.0, *(1 - 0.004 * (step % 5) - 0.03 * (step > 9) for step in range(1, STEPS)))
+FAMILIES = ("wan", "hunyuan")
 
 
 @pytest.fixture(scope="module")
-def model(checkpoints, tmp_path_factory):
-    """A model with a calibration beside it."""
-    folder = shutil.copytree(checkpoints(layers=LAYERS), tmp_path_factory.mktemp("step caches") / "model")
-    known = Calibration(coefficients=(0.1, 0.0), ratios=RATIOS_OF_STEPS, source="a test")
-    write_calibration(calibration_file(str(folder)), {"high_noise": known})
-    return DiffusionModelSpec(path=str(folder))
+def wan_model(checkpoints, specs, tmp_path_factory) -> CachedModel:
+    folder = shutil.copytree(checkpoints(layers=3), tmp_path_factory.mktemp("step caches") / "model")
+    return cached_models.wan(folder, (specs.text(1), specs.text(2)))
 
 
-def theirs(config, text):
-    """diffusers' latent, not normalised, and the steps whose last block it left out: without guidance, as its two
-    branches decide each for itself."""
-    pipeline = tiny_models.wan_pipeline(layers=LAYERS)
-    pipeline.transformer.enable_cache(config)
-    calls, computed = [0], []
-    pipeline.transformer.blocks[-1].attn1.register_forward_hook(lambda *_: computed.append(calls[0]))
-    pipeline.transformer.proj_out.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-    latent = pipeline(
-        height=SIZE.height, width=SIZE.width, num_frames=SIZE.num_frames, num_inference_steps=STEPS,
-        output_type="latent", generator=torch.Generator().manual_seed(5), guidance_scale=1.0, prompt_embeds=text,
-    ).frames  # fmt: skip
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in
-                 (pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std))  # fmt: skip
-    assert calls == [STEPS]
-    return latent * std + mean, sorted(set(range(STEPS)) - set(computed))
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, wan_model, tmp_path_factory) -> CachedModel:
+    """A model of a family, with a calibration next to it."""
+    return wan_model if request.param == "wan" else cached_models.hunyuan(tmp_path_factory.mktemp("hunyuan"))
 
 
-def ours(runtime, model, text, negative=None, guidance=1.0, **spec):
-    spec = AccelerationSpec(step_cache=StepCacheSpec(**spec) if spec else None)
-    settings = SampleSpec(seed=5, steps=STEPS, shift=5.0, guidance_scale=guidance)
-    return runtime.sample(model, settings, torch.zeros(SIZE.latent_shape()), text, negative, acceleration=spec)
+def ours(runtime, model, guidance=1.0, **spec):
+    cache = AccelerationSpec(step_cache=StepCacheSpec(**spec) if spec else None)
+    return model.sample(runtime, guidance, acceleration=cache)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.75])
-def test_the_first_block_cache_is_diffusers(one_rank, specs, model, threshold):
-    expected, left_out = theirs(FirstBlockCacheConfig(threshold=threshold), specs.text(1))
-    made = ours(one_rank, model, specs.text(1), method="fbcache", threshold=threshold, last_steps=0)
+def test_the_first_block_cache_is_diffusers(one_rank, model, threshold):
+    expected, left_out = model.theirs(FirstBlockCacheConfig(threshold=threshold))
+    made = ours(one_rank, model, method="fbcache", threshold=threshold, last_steps=0)
     facts = made.info["acceleration"]
     assert facts["steps_reusing"] == left_out and (left_out or threshold < 0.5)
-    assert facts["blocks_skipped"] == len(left_out) * (LAYERS - 1), "the first block is computed"
+    assert facts["blocks_skipped"] == len(left_out) * (model.blocks - 1), "the first block is computed"
+    assert_close(made.tensor, expected, atol=1e-4, rtol=0.0)
+
+
+def test_the_first_block_cache_looks_at_a_known_frame_as_diffusers_does(one_rank, tmp_path):
+    model = cached_models.hunyuan(tmp_path, "i2v replace")
+    expected, left_out = model.theirs(FirstBlockCacheConfig(threshold=0.5))
+    made = ours(one_rank, model, method="fbcache", threshold=0.5, last_steps=0)
+    assert made.info["acceleration"]["steps_reusing"] == left_out != []
     assert_close(made.tensor, expected, atol=1e-4, rtol=0.0)
 
 
 @pytest.mark.parametrize("threshold, most", [(0.04, 2), (0.08, 3)])
-def test_magcache_is_diffusers(one_rank, specs, model, threshold, most):
+def test_magcache_is_diffusers(one_rank, model, threshold, most):
     config = MagCacheConfig(threshold=threshold, max_skip_steps=most, retention_ratio=0.2, num_inference_steps=STEPS,
                             mag_ratios=list(RATIOS_OF_STEPS))  # fmt: skip
-    expected, left_out = theirs(config, specs.text(1))
-    made = ours(one_rank, model, specs.text(1), method="magcache", threshold=threshold, most=most, last_steps=0)
+    expected, left_out = model.theirs(config)
+    made = ours(one_rank, model, method="magcache", threshold=threshold, most=most, last_steps=0)
     assert made.info["acceleration"]["steps_reusing"] == left_out != []
     assert made.info["acceleration"]["calibration"] == {"high_noise": "a test"}
     assert_close(made.tensor, expected, atol=1e-4, rtol=0.0)
@@ -126,10 +121,14 @@ def test_an_expansion_of_order_n_foretells_polynomials_of_degree_1():
     assert_close(expansion.added_to(torch.zeros(1, 4, 2), 14), start + 14 * slope, atol=1e-4, rtol=0.0)
 
 
+@pytest.fixture(scope="module")
+def dense(one_rank, model):
+    return ours(one_rank, model, guidance=3.0)
+
+
 @pytest.mark.parametrize("method", ["fbcache", "teacache", "magcache", "taylorseer"])
-def test_threshold_0_leaves_nothing_out(one_rank, specs, model, method):
-    dense = ours(one_rank, model, specs.text(1), specs.text(2), guidance=3.0)
-    made = ours(one_rank, model, specs.text(1), specs.text(2), guidance=3.0, method=method, threshold=0.0)
+def test_threshold_0_leaves_nothing_out(one_rank, model, dense, method):
+    made = ours(one_rank, model, guidance=3.0, method=method, threshold=0.0)
     assert "acceleration" not in dense.info and made.info["acceleration"]["steps_reusing"] == []
     assert torch.equal(made.tensor, dense.tensor)
 
@@ -138,15 +137,15 @@ def test_threshold_0_leaves_nothing_out(one_rank, specs, model, method):
     ("taylorseer", [3, 4, 5, 7, 8, 9]),
     ("magcache", None), ("teacache", None), ("fbcache", None),
 ])  # fmt: skip
-def test_first_and_last_steps_and_those_in_a_row(one_rank, specs, model, method, expected):
+def test_first_and_last_steps_and_those_in_a_row(one_rank, model, method, expected):
     """With a threshold that lets all pass, nothing but these is computed; both branches in the same steps."""
-    made = ours(one_rank, model, specs.text(1), specs.text(2), guidance=3.0, method=method, threshold=100.0)
+    made = ours(one_rank, model, guidance=3.0, method=method, threshold=100.0)
     default = {"magcache": [step for step in range(2, 11) if step % 3 != 1]}.get(method, list(range(1, 11)))
     facts = made.info["acceleration"]
     assert facts["steps_reusing"] == (expected or default)
-    assert facts["blocks_skipped"] == 2 * len(facts["steps_reusing"]) * (LAYERS - (method == "fbcache"))
-    made = ours(one_rank, model, specs.text(1), specs.text(2), guidance=3.0, method=method, threshold=100.0,
-                first_steps=3, last_steps=2, most=2, interval=9)  # fmt: skip
+    assert facts["blocks_skipped"] == 2 * len(facts["steps_reusing"]) * (model.blocks - (method == "fbcache"))
+    made = ours(one_rank, model, guidance=3.0, method=method, threshold=100.0, first_steps=3, last_steps=2, most=2,
+                interval=9)  # fmt: skip
     assert made.info["acceleration"]["steps_reusing"] == [3, 4, 6, 7, 9]
     assert made.tensor.isfinite().all()
 
@@ -257,7 +256,63 @@ def test_a_step_that_is_left_out_runs_no_block(alone):
     assert ran == [0, 1, 2, 3, 4, 0]
 
 
+def test_no_text_is_read_after_the_last_block():
+    """So it does not matter whether the kept residual of a chunk includes that of its text."""
+
+    class Scrambling(Pass):
+        def blocks(self, stack, tokens):
+            out = super().blocks(stack, tokens)
+            return torch.cat([out[:, :45], torch.randn_like(out[:, 45:])], 1)
+
+    theirs = random_hunyuan.transformer()
+    network, given = random_hunyuan.ours(theirs), random_hunyuan.inputs(theirs.config, text=7)
+    with torch.no_grad():
+        assert torch.equal(*(random_hunyuan.velocity(network, given, passing) for passing in (Scrambling(), Pass())))
+
+
+@pytest.mark.parametrize("kind, clean", [("t2v", 0), ("i2v replace", 15)])
+def test_hunyuans_indicator_is_the_video_as_the_first_block_modulates_it(kind, clean):
+    """As TeaCache takes it from the original's first block: diffusers' norm1, of the tokens that diffusers embeds."""
+
+    class Looking(Pass):
+        def blocks(self, stack, tokens):
+            self.seen = stack.indicator(tokens, 45)
+            return tokens
+
+    theirs = random_hunyuan.transformer(kind)
+    given = random_hunyuan.inputs(theirs.config)
+    looking, seen = Looking(), {}
+    norm = theirs.transformer_blocks[0].norm1
+    norm.register_forward_hook(lambda _, given, out: seen.update(video=out[0]))
+    with torch.no_grad():
+        random_hunyuan.velocity(random_hunyuan.ours(theirs), given, looking)
+        random_hunyuan.diffusers_velocity(theirs, given)
+    assert seen["video"].shape == (1, 45, 64)
+    assert_close(looking.seen, seen["video"], atol=1e-5, rtol=0.0)
+
+
 # What is known of models
+
+
+@pytest.mark.parametrize("threshold, most", [(0.1, 1), (0.15, 2)])
+def test_hunyuans_polynomial_lets_few_steps_pass(alone, threshold, most):
+    """Its least value is 0.052: with TeaCache's threshold 0.1 no two steps in a row are skipped, with 0.15 no three."""
+    coefficients = family("hunyuan_video").calibration({}, HUNYUAN_TEXT, 1, "high_noise").coefficients
+    assert min(polynomial(coefficients, x / 1e4) for x in range(10_000)) == pytest.approx(0.0521, abs=1e-4)
+    left_out = run(TeaCache(threshold, coefficients, 3), [0] + [0.03] * 30)
+    assert left_out == [step for step in range(1, 31) if step % (most + 1)]
+
+
+def test_published_figures_of_hunyuan_are_those_of_text_to_video():
+    hunyuan = family("hunyuan_video")
+    for pixels, size, ratio in ((960 * 544, "540P", 1.06971), (1280 * 720, "720P", 1.0754)):
+        found = hunyuan.calibration({}, HUNYUAN_TEXT, pixels, "high_noise")
+        assert found.source == f"published, of HunyuanVideo at {size}" and len(found.coefficients) == 5
+        assert len(found.ratios) == 50 and found.ratios[:2] == (1.0, ratio) and min(found.ratios) > 0.75
+    for image in (IMAGE_CONCAT, IMAGE_REPLACE):
+        found = hunyuan.calibration({}, image, 1280 * 720, "high_noise")
+        assert found.coefficients and not found.ratios, "MagCache published none for images"
+    assert hunyuan.calibration(random_hunyuan.config(), HUNYUAN_TEXT, 1, "high_noise") == Calibration()
 
 
 def test_published_figures_are_found_by_the_model():
@@ -284,19 +339,25 @@ def test_a_models_own_calibration_comes_first_and_must_be_of_its_experts():
         generation._known(model, request)
 
 
-def test_a_model_of_which_nothing_is_known(one_rank, specs):
-    told = ours(one_rank, specs.model, specs.text(1), method="teacache").info["acceleration"]
+def copied(model, folder) -> CachedModel:
+    return dataclasses.replace(model, folder=shutil.copytree(model.folder, folder))
+
+
+def test_a_model_of_which_nothing_is_known(one_rank, model, tmp_path):
+    unknown = copied(model, tmp_path / "model")
+    calibration_file(str(unknown.folder)).unlink()
+    told = ours(one_rank, unknown, method="teacache").info["acceleration"]
     assert told["calibration"] == {"high_noise": "nothing is known"}
     halves = Calibration(ratios=(1.0, 0.9), source="published")
     assert [halves.source_for(method) for method in ("magcache", "teacache")] == ["published", "nothing is known"]
     with pytest.raises(ValueError, match="this model has no calibration. Run `python -m ascend_runtime calibrate"):
-        ours(one_rank, specs.model, specs.text(1), method="magcache")
+        ours(one_rank, unknown, method="magcache")
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{", b'{"high_noise": {"ratios": ["a"]}}',
                                      b'{"high_noise": {"coefficients": [1e999]}}'])  # fmt: skip
-def test_a_file_that_is_no_calibration(one_rank, specs, model, tmp_path, content):
-    folder = shutil.copytree(model.path, tmp_path / "model")
-    calibration_file(str(folder)).write_bytes(content)
+def test_a_file_that_is_no_calibration(one_rank, wan_model, tmp_path, content):
+    broken = copied(wan_model, tmp_path / "model")
+    calibration_file(str(broken.folder)).write_bytes(content)
     with pytest.raises(ValueError, match="is not a calibration .* Remove it, or calibrate the model again"):
-        ours(one_rank, DiffusionModelSpec(path=str(folder)), specs.text(1), method="magcache")
+        ours(one_rank, broken, method="magcache")

@@ -32,7 +32,12 @@ MESSAGES = [
         parallel=specs.ParallelSpec(ranks=4, cfg_degree=2),
         spec=specs.SampleSpec(seed=MAX_SEED, sigmas=(1.0, 0.5, 0.0), guidance_scale_low_noise=3.0),
         latent=LATENT,
-        positive=Conditioning(text=torch.ones(1, 4, 2, dtype=torch.bfloat16), concat_latent=LATENT),
+        positive=Conditioning(
+            text=torch.ones(1, 4, 2, dtype=torch.bfloat16),
+            concat_latent=LATENT,
+            tensors={"attention_mask": torch.ones(1, 4, dtype=torch.int64), "ref_latent": LATENT},
+            numbers={"guidance": 6.5, "without": None},
+        ),
         noise_mask=torch.zeros(1, 1, 3, 1, 5),
         operators=specs.OperatorSpec(attention="laser", heads_per_call=2),
         warm_up=True,
@@ -79,6 +84,8 @@ def assert_same(sent, received):
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs), name
         elif isinstance(ours, Conditioning):
             assert_same(ours, theirs)
+        elif name == "tensors":
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         else:
             assert ours == theirs and type(ours) is type(theirs), name
 
@@ -220,6 +227,18 @@ def test_only_known_messages_are_read():
             messages.decode(body, None, [])
     with pytest.raises(ValueError, match="object cannot be sent"):
         messages.encode(Done(job=1, info={"thing": object()}))
+
+
+@pytest.mark.parametrize("entries", [
+    {"numbers": {"guidance": "6"}}, {"numbers": {"": 1.0}}, {"numbers": {"a" * 65: 1.0}},
+    {"numbers": {str(number): 1.0 for number in range(17)}}, {"numbers": [1.0]}, {"tensors": {"mask": 5}},
+    {"tensors": {"mask": None}}, {"tensors": {str(number): [0, "float32", [1]] for number in range(17)}},
+])  # fmt: skip
+def test_further_entries_of_a_conditioning_are_bounded_and_typed(entries):
+    sample = msgspec.msgpack.decode(messages.encode(MESSAGES[3]).body)
+    sample["positive"] |= entries
+    with pytest.raises(messages.Undecodable):
+        messages.decode(msgspec.msgpack.encode(sample), bytearray(4096), [])
 
 
 def test_no_pickle_on_the_wire():

@@ -1,8 +1,19 @@
 """What is told of a sampling job, in a line; and the presets that it may have been done with."""
 
 import pytest
+from ascend_runtime.models.registry import families
+from ascend_runtime.specs import AccelerationSpec
 from ascend_runtime.specs.acceleration import METHOD_FIELDS
-from ascend_runtime.specs.presets import PRESETS, SPECS, TABLE, chosen, describe_presets
+from ascend_runtime.specs.presets import (
+    FIELDS,
+    PRESETS,
+    SPECS,
+    TABLE,
+    chosen,
+    describe_family,
+    describe_presets,
+    for_family,
+)
 from ascend_runtime.acceleration.report import words_of
 
 FACTS = {
@@ -39,6 +50,29 @@ def test_every_preset_is_legal_and_listed(kind, method):
 def test_values_replace_those_of_a_preset():
     assert chosen("attention_cache", "fast", interval=9).interval == 9
     assert chosen("attention_cache", "fast", start=3).interval == chosen("attention_cache", "fast").interval
+
+
+def in_family(name, *choice, **values):
+    spec = AccelerationSpec(step_cache=chosen("step_cache", *choice, **values))
+    return for_family(spec, families()[name].presets).step_cache
+
+
+def test_a_family_has_its_own_values_of_presets_and_users_have_the_last_word():
+    assert in_family("hunyuan_video", "fast", method="teacache").threshold == 0.15
+    assert in_family("wan", "fast", method="teacache").threshold == 0.2
+    assert in_family("hunyuan_video", "fast", method="teacache", threshold=0.2).threshold == 0.2
+    assert in_family("hunyuan_video", method="teacache").limit == 0.15, "no preset"
+    fast = in_family("hunyuan_video", "fast", method="magcache", threshold=0.2)
+    assert (fast.threshold, fast.most) == (0.2, 6)
+    for family in families().values():
+        for method, rows in family.presets.items():
+            for preset, own in rows.items():
+                assert set(own) < set(FIELDS["step_cache"])
+                spec = in_family(family.name, preset, method=method)
+                assert {name: getattr(spec, name) for name in own} == own
+    assert "teacache: fast (threshold 0.15)" in describe_family(
+        families()["hunyuan_video"].presets
+    )
 
 
 @pytest.mark.parametrize("kind, preset, values, says", [

@@ -264,12 +264,6 @@ def test_this_test_sees_a_family():
 SAME_IN_SEVERAL = {"logger", "main", "run", "files", "load"}
 
 
-def of_family(module):
-    """The family whose folder a module is in; families answer the same questions, by the same names."""
-    found = re.fullmatch(rf"{RUNTIME}\.models\.(?!shared\b)(\w+)\..+", module)
-    return found and found[1]
-
-
 def test_a_name_means_one_thing():
     homes = defaultdict(list)
     for name, path in modules().items():
@@ -278,9 +272,25 @@ def test_a_name_means_one_thing():
             for defined in (getattr(target, "id", getattr(target, "name", "_")) for target in targets):
                 if isinstance(defined, str) and not defined.startswith("_") and inside(name, RUNTIME):
                     homes[defined].append(name)
-    families = set(map(of_family, modules()))
-    twice = {
-        name: where for name, where in homes.items() if name not in SAME_IN_SEVERAL
-        and any(len([one for one in where if of_family(one) in (None, family)]) > 1 for family in families)
-    }  # fmt: skip
+    twice = {name: where for name, where in homes.items() if clash(where) and name not in SAME_IN_SEVERAL}
     assert len(homes) > 500 and not twice
+
+
+def clash(modules):
+    """Whether a name that all these define has two meanings for one reader. Two families may have the same names, as
+    neither knows of the other."""
+    families = {family_room(module) for module in modules}
+    return len(modules) > len(families) or len(modules) > 1 and None in families
+
+
+def family_room(module):
+    """The family whose folder a module is in; None for what families share, and for all else."""
+    _, *room = module.split(".")
+    return room[1] if room[:1] == ["models"] and len(room) > 2 and room[1] != "shared" else None
+
+
+def test_this_test_sees_two_meanings_of_a_name():
+    wan, hunyuan, shared, ops = (f"{RUNTIME}.{room}" for room in (
+        "models.wan.files.names", "models.hunyuan_video.cost", "models.shared.text", "ops.plain"))  # fmt: skip
+    assert clash([wan, ops]) and clash([wan, hunyuan, shared]) and clash([wan, f"{RUNTIME}.models.wan.cost"])
+    assert clash([ops, f"{RUNTIME}.models.family"]) and not clash([wan, hunyuan]) and not clash([ops])

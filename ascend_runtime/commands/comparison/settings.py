@@ -43,7 +43,7 @@ def settings_of(text: str) -> list[Setting]:
 
 def value_of(owner: type, name: str, text: str) -> Any:
     """Parses the value of a field. Raises ValueError."""
-    types = {field.name: field.type for field in fields(owner)}
+    types = {field.name: field.type for field in fields(owner) if field.name != "preset"}  # which has its own place
     if name not in types:
         raise ValueError(f"There is no field {name}; the fields are {', '.join(types)}.")
     try:

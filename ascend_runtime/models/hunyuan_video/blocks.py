@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
@@ -78,15 +77,15 @@ class Modulated:
 
 
 class Modulation(nn.Module):
-    """Shifts, scales and gates: a linear layer of a vector's SiLU."""
+    """Shifts, scales and gates: a linear layer of a vector's SiLU, which is computed once for all blocks."""
 
     def __init__(self, dim: int, number: int):
         super().__init__()
         self.linear = nn.Linear(dim, number * dim)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        """[B, V, number, D] in fp32, of vectors [B, V, D]."""
-        return as_rows(self.linear(F.silu(vectors)), vectors)
+        """[B, V, number, D] in fp32, of the SiLU of vectors [B, V, D]."""
+        return as_rows(self.linear(vectors), vectors)
 
 
 def as_rows(made: Tensor, vectors: Tensor) -> Tensor:
@@ -117,24 +116,24 @@ class JointAttention(Operated):
             self.norm_added_q, self.norm_added_k = (nn.RMSNorm(head_dim, eps=EPS) for _ in range(2))
             self.to_add_out = nn.Linear(dim, dim)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def heads(self, x: Tensor) -> list[Tensor]:
         """Query, key and value [B, S, heads, head_dim] of x [B, S, D]."""
         return self._heads(x, (self.to_q, self.norm_q), (self.to_k, self.norm_k), (self.to_v, None))
 
-    def text_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+    def text_heads(self, x: Tensor) -> list[Tensor]:
         """The same by the text's layers."""
         return self._heads(
             x, (self.add_q_proj, self.norm_added_q), (self.add_k_proj, self.norm_added_k), (self.add_v_proj, None)
         )
 
-    def _heads(self, x: Tensor, *layers: tuple[nn.Module, nn.RMSNorm | None]) -> tuple[Tensor, ...]:
+    def _heads(self, x: Tensor, *layers: tuple[nn.Module, nn.RMSNorm | None]) -> list[Tensor]:
         split = ((layer(x).unflatten(2, (-1, self.head_dim)), norm) for layer, norm in layers)
-        return tuple(x if norm is None else self.ops.rms_norm(x, norm.weight, EPS) for x, norm in split)
+        return [x if norm is None else self.ops.rms_norm(x, norm.weight, EPS) for x, norm in split]
 
-    def attended(
-        self, query: Tensor, key: Tensor, value: Tensor, rotary: RotaryTable, attend: Attend | None
-    ) -> Tensor:
-        """[B, S, D]; the rotary table turns no token of the text."""
+    def attended(self, heads: list[Tensor], rotary: RotaryTable, attend: Attend | None) -> Tensor:
+        """[B, S, D]. heads: query, key and value, taken out of the list to free them here. rotary: a table that turns
+        no token of the text."""
+        value, key, query = heads.pop(), heads.pop(), heads.pop()
         query, key = self.ops.rotary(query, rotary), self.ops.rotary(key, rotary)
         return self.sequence.attention(query, key, value, attend).flatten(2)
 
@@ -144,7 +143,7 @@ class Stream(NamedTuple):
 
     place: slice
     modulated: Modulated
-    heads: Callable[[Tensor], tuple[Tensor, ...]]
+    heads: Callable[[Tensor], list[Tensor]]
     out: nn.Module
     ff: FeedForward
 
@@ -170,8 +169,8 @@ class DoubleBlock(Operated):
         self_attention: SelfAttention | None = None,
     ) -> Tensor:
         """x [B, S, D] -> as x; without a self_attention: what the video's attention reads [B, chunk.video, D], which is
-        asked for through the block itself, as FSDP gathers its weights for a call of it. vectors [B, 1 or 2, D]: what
-        modulates noisy tokens, and clean ones."""
+        asked for through the block itself, as FSDP gathers its weights for a call of it. vectors [B, 1 or 2, D]: the
+        SiLU of what modulates noisy tokens, and clean ones."""
         if self_attention is None:
             return self._indicator(x[:, : chunk.video], chunk, vectors)
         streams = self._streams(chunk, vectors, x.shape[1])
@@ -181,7 +180,7 @@ class DoubleBlock(Operated):
     def _indicator(self, video: Tensor, chunk: Chunk, vectors: Tensor) -> Tensor:
         if not chunk.video:
             return video
-        (rows,) = self.tp.gathered(F.silu(vectors), self.norm1.linear)
+        (rows,) = self.tp.gathered(vectors, self.norm1.linear)
         return Modulated(self.ops, as_rows(rows, vectors), chunk.clean).normed(video, 0)
 
     def _streams(self, chunk: Chunk, vectors: Tensor, tokens: int) -> list[Stream]:
@@ -192,7 +191,7 @@ class DoubleBlock(Operated):
         if chunk.video < tokens:
             text = slice(chunk.video, tokens)
             streams.append((self.norm1_context, text, 0, attn.text_heads, attn.to_add_out, self.ff_context))
-        made = self.tp.gathered(F.silu(vectors), *(norm.linear for norm, *_ in streams))
+        made = self.tp.gathered(vectors, *(norm.linear for norm, *_ in streams))
         return [
             Stream(place, Modulated(self.ops, as_rows(rows, vectors), clean), heads, out, ff)
             for rows, (_, place, clean, heads, out, ff) in zip(made, streams)
@@ -205,16 +204,21 @@ class DoubleBlock(Operated):
 
         def attended(attend: Attend | None) -> Tensor:
             heads = (stream.heads(stream.modulated.normed(x[:, stream.place], 0)) for stream in streams)
-            made = self.attn.attended(*map(joined, zip(*heads)), rotary, attend)
+            made = self.attn.attended([joined(each) for each in zip(*heads)], rotary, attend)
             return joined(self.tp.row_linear(self.ops, stream.out, made[:, stream.place]) for stream in streams)
 
         made = self_attention(attended)
         return [stream.modulated.gated(x[:, stream.place], made[:, stream.place], 2) for stream in streams]
 
     def _fed(self, x: Tensor, stream: Stream) -> Tensor:
+        """As much as the gate needs is in memory when it adds: the inner activations are not."""
         widen, _, narrow = stream.ff.net
-        inner = self.ops.gelu(widen.proj(stream.modulated.normed(x, 3)))
-        return stream.modulated.gated(x, self.tp.row_linear(self.ops, narrow, inner), 5)
+
+        def update() -> Tensor:
+            inner = self.ops.gelu(widen.proj(stream.modulated.normed(x, 3)))
+            return self.tp.row_linear(self.ops, narrow, inner)
+
+        return stream.modulated.gated(x, update(), 5)
 
 
 class SingleBlock(Operated):
@@ -232,14 +236,14 @@ class SingleBlock(Operated):
         self, x: Tensor, chunk: Chunk, vectors: Tensor, rotary: RotaryTable, self_attention: SelfAttention
     ) -> Tensor:
         """x [B, S, D] -> as x; see DoubleBlock."""
-        (rows,) = self.tp.gathered(F.silu(vectors), self.norm.linear)
+        (rows,) = self.tp.gathered(vectors, self.norm.linear)
         modulated = Modulated(self.ops, as_rows(rows, vectors), chunk.clean)
-        normed = modulated.normed(x, 0)
+        return modulated.gated(x, self._update(modulated.normed(x, 0), rotary, self_attention), 2)
 
+    def _update(self, normed: Tensor, rotary: RotaryTable, self_attention: SelfAttention) -> Tensor:
         def attended(attend: Attend | None) -> Tensor:
-            return self.attn.attended(*self.attn.heads(normed), rotary, attend)
+            return self.attn.attended(self.attn.heads(normed), rotary, attend)
 
         attention = self_attention(attended)
         fed = self.ops.gelu(self.proj_mlp(normed))
-        update = self.tp.row_linears(self.ops, (self.proj_out_mlp, fed), (self.proj_out_attn, attention))
-        return modulated.gated(x, update, 2)
+        return self.tp.row_linears(self.ops, (self.proj_out_mlp, fed), (self.proj_out_attn, attention))

@@ -8,31 +8,63 @@ from typing import Any
 from ..cost import BlockWork, PassSize, Work
 from .files.configs import filled, width_of
 
+FREQUENCIES = 256  # of a sinusoid
+REFINER_RATIO = 4  # of its feed-forward's width to the tokens'
+
 
 def work_of(config: Mapping[str, Any], size: PassSize) -> Work:
     """FLOPs of a pass, counting only the matrix products.
 
-    With S tokens of video and text, and width D: a block's attention 8 S D^2 + 4 S^2 D (in a single block 6 S D^2, as
-    its output projection is a part of proj_out), the whole block 16 S D^2 more in a double block, 18 S D^2 in a single
-    one, for mlp_ratio 4. The rest is patches, head, and the text's refiner, whose blocks cost the same per token.
+    With N tokens of video and text, width D and a feed-forward of width R D: attention is 8 N D^2 + 4 N^2 D in a double
+    block, 6 N D^2 + 4 N^2 D in a single one, whose output projection is a part of proj_out. Either block is
+    (8 + 4 R) N D^2 + 4 N^2 D, and modulation: 24 D^2 or 6 D^2, twice with a clean first frame. On many ranks each
+    computes its own modulation and all that is in `_rest` but the patches, which is not counted.
     """
-    config, width, ratio = filled(config), width_of(config), filled(config)["mlp_ratio"]
-    tokens = size.tokens + size.text_tokens
-    products, square = 4 * tokens**2 * width, tokens * width**2
-    whole = products + (8 + 4 * ratio) * square
+    config, width = filled(config), width_of(config)
+    tokens, square = size.tokens + size.text_tokens, width**2
+    products = 4 * tokens**2 * width
+    whole = products + (8 + 4 * config["mlp_ratio"]) * tokens * square
     double, single = (
-        BlockWork(*(float(size.batch * flops) for flops in (products, attention, whole)))
-        for attention in (products + 8 * square, products + 6 * square)
+        BlockWork(*(float(size.batch * flops) for flops in (products, attention, whole + modulation)))
+        for attention, modulation in (
+            (products + 8 * tokens * square, 24 * _vectors(config) * square),
+            (products + 6 * tokens * square, 6 * _vectors(config) * square),
+        )
     )
-    patch = config["patch_size"] ** 2 * config["patch_size_t"]
-    rest = 2 * size.tokens * width * patch * (config["in_channels"] + config["out_channels"])
-    refined = 4 * size.text_tokens**2 * width + 24 * size.text_tokens * width**2
-    rest += config["num_refiner_layers"] * refined + 2 * size.text_tokens * width * config["text_embed_dim"]
     blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
-    return Work(blocks, float(size.batch * rest))
+    return Work(blocks, float(size.batch * _rest(config, size)))
+
+
+def _vectors(config: Mapping[str, Any]) -> int:
+    """The number of vectors that modulate: a clean first frame has its own."""
+    return 2 if config["image_condition_type"] == "token_replace" else 1
+
+
+def _rest(config: Mapping[str, Any], size: PassSize) -> float:
+    """FLOPs outside of blocks for one video: patches and head, the text's refiner, and the vectors."""
+    width, text, tokens = width_of(config), config["text_embed_dim"], size.text_tokens
+    patch = config["patch_size"] ** 2 * config["patch_size_t"]
+    head = 2 * width * patch * (size.tokens * config["in_channels"] + (size.tokens + tokens) * config["out_channels"])
+
+    def embedder(inputs: int) -> int:
+        return 2 * width * (inputs + width)
+
+    block = 4 * tokens**2 * width + (8 + 4 * REFINER_RATIO) * tokens * width**2 + 4 * width**2
+    refiner = config["num_refiner_layers"] * block + 2 * tokens * text * width + embedder(FREQUENCIES) + embedder(text)
+    sinusoids = _vectors(config) + bool(config["guidance_embeds"])
+    return head + 4 * width**2 + refiner + sinusoids * embedder(FREQUENCIES) + embedder(config["pooled_projection_dim"])
 
 
 def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
-    """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype."""
-    config = filled(config)
-    return int(size.batch * size.on_rank * (10.5 + 2 * config["mlp_ratio"]) * width_of(config) * itemsize)
+    """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype.
+
+    A single block's peak is its input, what it normed, its attention, and the feed-forward's inner activations before
+    and after GELU; or its input and ten times as much while a query is turned in fp32. The first block's input is kept
+    along. The rotary table and the patches are those of all tokens.
+    """
+    config, width = filled(config), width_of(config)
+    tokens = max(size.on_rank, size.text_tokens)
+    block = tokens * (2 + max(10, 2 + 2 * config["mlp_ratio"])) * width * itemsize
+    patches = size.tokens * config["in_channels"] * config["patch_size"] ** 2 * config["patch_size_t"] * itemsize
+    rotary = (size.tokens + size.text_tokens) * config["attention_head_dim"] * 4
+    return int(1.01 * size.batch * (block + patches) + rotary)

@@ -6,14 +6,14 @@ The modules compute as diffusers' do and have its parameter names, but attention
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from ...ops.precision import NORMS
 from .blocks import EPS, Modulation, Operated
-
-FREQUENCIES = 256  # of a sinusoid
+from .cost import FREQUENCIES, REFINER_RATIO
 
 
 class TimeTextEmbedding(nn.Module):
@@ -58,11 +58,11 @@ class RefinerBlock(Operated):
         self.head_dim = head_dim
         self.norm1, self.norm2 = (nn.LayerNorm(dim, EPS) for _ in range(2))
         self.attn = RefinerAttention(dim)
-        self.ff = FeedForward(dim, mult=4, activation_fn="linear-silu")
+        self.ff = FeedForward(dim, mult=REFINER_RATIO, activation_fn="linear-silu")
         self.norm_out = Modulation(dim, 2)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        """x [B, L, D] -> as x; vector [B, 1, D]."""
+        """x [B, L, D] -> as x; vector [B, 1, D]: its SiLU."""
         attention_gate, ff_gate = self.norm_out(vector).unbind(2)
         x = self.ops.gated_add(x, self._attention(self._normed(self.norm1, x)), attention_gate)
         return self.ops.gated_add(x, self.ff(self._normed(self.norm2, x)), ff_gate)
@@ -89,7 +89,7 @@ class TextRefiner(nn.Module):
 
     def forward(self, text: Tensor, timestep: Tensor) -> Tensor:
         """[B, L, D] of text [B, L, text_dim] without padding, timestep [B]."""
-        vector = self.time_text_embed(timestep, text.mean(1, dtype=NORMS.dtype).type_as(text))
+        vector = F.silu(self.time_text_embed(timestep, text.mean(1, dtype=NORMS.dtype).type_as(text)))
         x = self.proj_in(text)
         for block in self.token_refiner["refiner_blocks"]:
             x = block(x, vector)

@@ -6,20 +6,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...specs import VaeForm
+from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline, Family, OriginalLayout, Part
+from ..family import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    VAE,
+    VISION,
+    DiffusersPipeline,
+    Family,
+    OriginalLayout,
+    Part,
+)
 from ..hubs import HUBS
+from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
-from . import cost, weights
-from .defaults import defaults_of
+from . import calibrations, cost, weights
+from .defaults import defaults_of, sigmas
 from .files import configs, lora_names, names
+from .files.configs import GUIDING_FRAME
 from .files.pipeline import pipeline_of
 from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
+from .text import files as text
+from .text import sizes
 
-TEXT_ENCODER_2 = "text_encoder_2"
 PUBLISHED = f"Comfy-Org/HunyuanVideo_repackaged {HUBS}"
 PARTS = {
     TRANSFORMER: Part(
@@ -42,19 +55,41 @@ PARTS = {
         what="HunyuanVideo Llama text encoder",
         published=f"llava_llama3_fp8_scaled.safetensors of {PUBLISHED}",
         class_name=("model_type", "llama"),
-        signature=configs.TEXT_ENCODER_SIGNATURE,
-        begins=("embed_tokens.weight",),
+        signature=text.LLAMA_SIGNATURE,
+        begins=("layers.0.mlp.gate_proj.weight",),
         rename=names.same,
-        config=configs.text_encoder_config,
+        config=sizes.llama_config_of,
+        other=text.other_llama,
+        check=text.check_llama,
+        tokenizer_folder="tokenizer",
+        inner_config=text.llama_in,
+        left_out=text.llama_left_out,
     ),
     TEXT_ENCODER_2: Part(
         what="CLIP-L text encoder",
         published=f"clip_l.safetensors of {PUBLISHED}",
         class_name=("model_type", "clip_text_model"),
-        signature=configs.TEXT_ENCODER_2_SIGNATURE,
-        begins=("text_model.embeddings.token_embedding.weight",),
+        signature=text.CLIP_TEXT_SIGNATURE,
+        begins=("embeddings.token_embedding.weight",),
         rename=names.same,
-        config=configs.text_encoder_2_config,
+        config=sizes.clip_text_config_of,
+        other=text.other_clip,
+        check=text.check_clip_text,
+        tokenizer_folder="tokenizer_2",
+        inner_config=text.clip_text_in,
+        left_out=text.clip_left_out,
+    ),
+    VISION: Part(
+        what="LLaVA vision tower",
+        published=f"llava_llama3_vision.safetensors of {PUBLISHED}",
+        class_name=("model_type", "clip_vision_model"),
+        signature=text.VISION_SIGNATURE,
+        begins=text.VISION_BEGINS,
+        rename=text.vision_name,
+        config=sizes.vision_config_of,
+        check=text.check_vision,
+        inner_config=text.vision_in,
+        left_out=text.vision_left_out,
     ),
     VAE: Part(
         what="HunyuanVideo VAE",
@@ -71,6 +106,13 @@ PARTS = {
     ),
 }
 
+# As core ComfyUI's HunyuanImageToVideo names and makes them.
+IMAGE_MODELS = "HunyuanVideo's image-to-video models"
+IMAGE_FORMS = {
+    "v1 (concat)": ImageForm(whole=False, models=IMAGE_MODELS),
+    "v2 (replace)": ImageForm(in_latent=True, numbers={GUIDING_FRAME: 0}, models=IMAGE_MODELS),
+}
+
 
 LEFT_OPEN = (
     "text to video, or image to video by token replacement (v2): the two have equal shapes, and no config says which. "
@@ -84,9 +126,11 @@ class HunyuanVideo(Family):
     parts = PARTS
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
+    presets = calibrations.STEP_CACHE_PRESETS
     layout = OriginalLayout(
         models="hunyuan-video-*",
-        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",)},
+        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),
+                 VISION: (TEXT_ENCODER, "text_encoder_i2v")},
         files={
             TRANSFORMER: ("mp_rank_00_model_states.pt", "mp_rank_00_model_states_fp8.pt", "pytorch_model_module.pt"),
             VAE: ("pytorch_model.pt",),
@@ -118,7 +162,13 @@ class HunyuanVideo(Family):
         return "the HunyuanVideo VAE" if channels == CHANNELS else ""
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
-        return configs.filled(config)["image_condition_type"] is None
+        return configs.filled(config)["image_condition_type"] in (None, configs.OPEN)
+
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        return IMAGE_FORMS
+
+    def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
+        return calibrations.published(own, self.width(config), pixels)
 
     def left_open(self, config: Mapping[str, Any]) -> str:
         return LEFT_OPEN if configs.is_open(config) else ""
@@ -149,6 +199,9 @@ class HunyuanVideo(Family):
         return cost.taken_by(config, size, itemsize)
 
     # Networks and what they need
+
+    def sigmas(self, steps: int, shift: float, solver: str) -> tuple[float, ...]:
+        return sigmas(steps, shift)
 
     def network(self, part, config, tp=None):
         from . import networks

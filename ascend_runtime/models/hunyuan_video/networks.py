@@ -11,8 +11,13 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from torch import nn
 
 from ...parallel.tensor import TensorParallel, WholeWeights
-from ..family import TRANSFORMER, VAE
+from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION
+from .text.networks import ClipText, LlamaText, LlavaVision
+from .text.sizes import ClipTextSizes, LlamaSizes, VisionSizes
 from .transformer import HunyuanVideoTransformer
+
+TEXT_NETWORKS = {TEXT_ENCODER: (LlamaText, LlamaSizes), TEXT_ENCODER_2: (ClipText, ClipTextSizes),
+                 VISION: (LlavaVision, VisionSizes)}  # fmt: skip
 
 
 def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn.Module:
@@ -21,7 +26,9 @@ def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn
     if part == VAE:
         with torch.device("meta"):
             return AutoencoderKLHunyuanVideo.from_config(_accepted(config, AutoencoderKLHunyuanVideo))
-    raise NotImplementedError(part)
+    kind, sizes = TEXT_NETWORKS[part]
+    with torch.device("meta"):
+        return kind(sizes.of(config))
 
 
 def _accepted(config: Mapping[str, Any], network: type) -> dict[str, Any]:

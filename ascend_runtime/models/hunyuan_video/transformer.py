@@ -26,9 +26,10 @@ from ..shared.quantized import QuantizedLinear
 from .blocks import EPS, Chunk, DoubleBlock, JointAttention, Operated, SingleBlock, joined
 from .context import Context
 from .embedders import TextRefiner, TimeTextEmbedding
-from .files.configs import TRANSFORMER_DEFAULTS
+from .files.configs import REPLACE, TRANSFORMER_DEFAULTS
 
-TOKEN_REPLACE = "token_replace"  # the image_condition_type of models that read a clean first frame
+# diffusers' network without what is ours; it does not know the image_condition_type OPEN, and nothing of it is used.
+SHELL = {"num_layers": 0, "num_single_layers": 0, "num_refiner_layers": 0, "image_condition_type": None}
 
 
 class HunyuanVideoTransformer(nn.Module):
@@ -42,13 +43,9 @@ class HunyuanVideoTransformer(nn.Module):
     def __init__(self, config: dict, tp: WholeWeights | TensorParallel = WholeWeights()):
         super().__init__()
         with torch.device("meta"):
-            shell = HunyuanVideoTransformer3DModel.from_config(
-                {**config, "num_layers": 0, "num_single_layers": 0, "num_refiner_layers": 0}
-            )
-        numbers = ("num_layers", "num_single_layers", "num_refiner_layers")
-        self.config = FrozenDict(
-            {**shell.config, **{name: config.get(name, TRANSFORMER_DEFAULTS[name]) for name in numbers}}
-        )
+            shell = HunyuanVideoTransformer3DModel.from_config(config | SHELL)
+        own = {name: config.get(name, TRANSFORMER_DEFAULTS[name]) for name in SHELL}
+        self.config = FrozenDict({**shell.config, **own})
         self.x_embedder, self.rope = shell.x_embedder, shell.rope
         self.norm_out, self.proj_out = shell.norm_out, shell.proj_out
         with torch.device("meta"):
@@ -94,8 +91,8 @@ class HunyuanVideoTransformer(nn.Module):
         latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000, in fp32; passing: decides which blocks are
         computed.
         """
-        clean = self.config.image_condition_type == TOKEN_REPLACE if context.clean is None else context.clean
-        vectors = self.time_text_embed(timestep, context.pooled, context.guidance, clean)
+        clean = self.config.image_condition_type == REPLACE if context.clean is None else context.clean
+        vectors = F.silu(self.time_text_embed(timestep, context.pooled, context.guidance, clean))
         text = self.context_embedder(context.text, timestep)
         patches = self._patches(latent)
         video, behind = patches.shape[1], text.shape[1]
@@ -138,8 +135,8 @@ class HunyuanVideoTransformer(nn.Module):
         return grid.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, T/pt, H/p, W/p, C, pt, p, p] before
 
     def _head(self, tokens: Tensor, vector: Tensor) -> Tensor:
-        """tokens [B, S, D] -> patches [B, S, C_out*pt*ph*pw]."""
-        scale, shift = self.norm_out.linear(F.silu(vector)).float().unsqueeze(1).chunk(2, dim=-1)
+        """tokens [B, S, D], the SiLU of a vector [B, D] -> patches [B, S, C_out*pt*ph*pw]."""
+        scale, shift = self.norm_out.linear(vector).float().unsqueeze(1).chunk(2, dim=-1)
         return self.proj_out(self.ops.modulated_layer_norm(tokens, shift, scale, EPS))
 
     def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:

@@ -16,6 +16,10 @@ from ...specs.base import require_side
 from .latents import Latents
 
 
+# What to do about a further entry of a conditioning that a model does not use.
+CURE = "Connect the output of a text encode node directly, or that of an image-to-video node for this model."
+
+
 class Prompt(Protocol):
     """The conditioning of one guidance branch (wire.messages.Conditioning)."""
 
@@ -24,6 +28,8 @@ class Prompt(Protocol):
     concat_latent: Tensor | None
     concat_mask: Tensor | None
     clip_vision: Tensor | None
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ class Given:
     and is kept; None: nothing is known.
 
     prompts: of the guidance branches, by name: "positive" and, if there is one, "negative".
+    embedded_guidance: the scale for prompts without one of their own; None for a model that reads none.
     """
 
     latent: Tensor
     noise_mask: Tensor | None
     prompts: Mapping[str, Prompt]
+    embedded_guidance: float | None = None
 
     @property
     def batch(self) -> int:
@@ -72,9 +80,16 @@ class Conditioner(ABC):
     """A family's rules: which conditioning a transformer of this config takes, and how.
 
     empty_latent: a sentence that says which node makes an empty latent for it.
+    tensors_read, numbers_read: which further entries of a conditioning it reads (`Prompt.tensors`, `Prompt.numbers`).
+    cures: for further entries that it refuses: a sentence about what to do.
+    embeds_guidance: whether the network reads a guidance scale as an input.
     """
 
     empty_latent: str
+    tensors_read: frozenset[str] = frozenset()
+    numbers_read: frozenset[str] = frozenset()
+    cures: Mapping[str, str] = {}
+    embeds_guidance: bool = False
 
     def __init__(self, config: Mapping[str, Any], latents: Latents, reads: Reads):
         self.config, self.latents = config, latents
@@ -83,17 +98,36 @@ class Conditioner(ABC):
     def check(self, given: Given) -> None:
         """Raises ValueError, before any communication, for inputs that the network does not support."""
         self._check_latent(given.latent)
+        if given.embedded_guidance is not None and not self.embeds_guidance:
+            raise ValueError(
+                f"embedded_guidance is {given.embedded_guidance:g}, but this model reads no guidance scale. Leave it "
+                "at its default; guidance_scale (cfg) is that of two prompts."
+            )
         if given.noise_mask is not None:
             check_shape("noise_mask", given.noise_mask, given.latent, channels=(1,))
         for name, prompt in given.prompts.items():
             self._check_text(name, prompt.text, given.batch)
             if self.pooled_width:
                 self._check_pooled(name, prompt.pooled, given.batch)
+            self._check_further(name, prompt)
             self.check_prompt(name, prompt, given)
 
     def check_prompt(self, name: str, prompt: Prompt, given: Given) -> None:
         """Raises ValueError for a branch's inputs, other than its text and pooled vector, that the network does not
         support."""
+
+    def read(self, given: Given) -> Given:
+        """`given`, after `check`, with what the network reads of it."""
+        return given
+
+    def notes(self, given: Given) -> list[str]:
+        """Warnings to the user about inputs that have no effect, each a sentence."""
+        return []
+
+    def first_frame(self, given: Given) -> Tensor | None:
+        """The normalised latent [B or 1,C,1,H,W] of the image that the videos begin with, for
+        `SampleSpec.image_start`; None: there is none, or the model has no such start."""
+        return None
 
     @abstractmethod
     def branch(self, prompt: Prompt, given: Given, device: torch.device, dtype: torch.dtype) -> Branch:
@@ -132,6 +166,19 @@ class Conditioner(ABC):
                 "encoder that belongs to the model."
             )
         check_finite(text, f"The {name} conditioning")
+
+    def _check_further(self, name: str, prompt: Prompt) -> None:
+        """A number that is None asks for nothing, so only a model that reads it needs to know it."""
+        numbers = {entry for entry, number in prompt.numbers.items() if number is not None}
+        unknown = sorted((prompt.tensors.keys() - self.tensors_read) | (numbers - self.numbers_read))
+        if unknown:
+            carried, cures = ", ".join(unknown), [self.cures[entry] for entry in unknown if entry in self.cures]
+            raise ValueError(
+                f"The {name} conditioning carries {carried}, which this model does not use. "
+                + (cures[0] if cures else CURE)
+            )
+        for entry, tensor in prompt.tensors.items():
+            check_finite(tensor, f"The {name} conditioning's {entry}")
 
     def _check_pooled(self, name: str, pooled: Tensor | None, batch: int) -> None:
         width = self.pooled_width

@@ -144,7 +144,7 @@ class StaticLinear(QuantizedLinear):
     def part(self, x: Tensor, tp: TensorParallel) -> Tensor:
         return self.ops.static_linear_part(self._smoothed(x), self.weight, self._static())
 
-    def added(self, dtype: torch.dtype) -> Tensor:
+    def added(self, dtype: torch.dtype) -> Tensor | None:
         return self._static().added(dtype)
 
     def _static(self) -> Static:

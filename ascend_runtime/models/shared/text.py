@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from .tokenizers import Tokenizer
 
+Computed = TypeVar("Computed")
 OnBlock = Callable[[int, int], None]  # called before each block with (its number from 0, the number of blocks)
 
 
@@ -22,7 +24,18 @@ class Encoder:
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image that a prompt is about. model: the vision tower that reads it. image: [H,W,3] in 0..1. interleave: one
+    of its tokens in so many is part of the result."""
+
+    model: nn.Module
+    image: Tensor
+    interleave: int
+
+
 Encoders = dict[str, Encoder]  # by part, the main one first
+SHOWN_TOKENS = 12  # the last tokens before the cut that a warning shows
 TEXT, POOLED = "text", "pooled"  # results: embeddings [1, tokens, D] of the tokens, and one vector [1, D] of the prompt
 
 
@@ -39,6 +52,15 @@ class TextEncoding(ABC):
 
         Raises ValueError, which says where to get it, if there is none or it cannot be used.
         """
+
+    def advice(self, part: str) -> str:
+        """A sentence that says which tokenizer to use for a text encoder."""
+        return ""
+
+    def about(self, picture: Picture) -> TextEncoding:
+        """How prompts about an image are encoded. Only for a family with a vision tower (`models.family.VISION`), whose
+        prompts may have images."""
+        raise NotImplementedError
 
     @abstractmethod
     def embeddings_in(self, part: str, model: nn.Module) -> int:
@@ -61,7 +83,7 @@ class TextEncoding(ABC):
         """Warnings about a cleaned prompt that is truncated."""
 
 
-def run_with_blocks(blocks: list[nn.Module], on_block: OnBlock, compute: Callable[[], Tensor]) -> Tensor:
+def run_with_blocks(blocks: list[nn.Module], on_block: OnBlock, compute: Callable[[], Computed]) -> Computed:
     """The result of `compute`, which calls `on_block` before each of these blocks."""
     hooks = [
         block.register_forward_pre_hook(lambda *_, index=index: on_block(index, len(blocks)))

@@ -1,116 +1,326 @@
-"""Runs a VAE in tiles: one tile on each rank, or one tile after the other on a device with little memory."""
+"""Runs a VAE in tiles: one tile on each rank; or tiles that overlap, dealt to the ranks or one after the other on a
+device."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ...hardware import devices
-from ...parallel.mesh import all_reduce_max
-from ...parallel.tiles import Area, Tile, grid_here, tile_of
+from ...parallel.mesh import all_reduce_max, this_rank, world_size
+from ...parallel.tiles import Area, Tile, grid_here, single_tile, tile_of
+from . import overlapping
+from .overlapping import LatentTile, additions
 from .vae import BlendedTiles, VideoVae
 
 logger = logging.getLogger(__name__)
 
-OutputPieces = Iterator[tuple[tuple[slice, slice, slice], Tensor | None]]  # ((frames, rows, columns), their content)
+
+class Piece(NamedTuple):
+    """A part of a video's output. where: its frames, rows and columns. content: None if this rank has none.
+    added: it is one term of a sum, else all of the output there."""
+
+    where: tuple[slice, slice, slice]
+    content: Tensor | None
+    added: bool = False
+
+
+Pieces = Iterator[Piece]
 KERNEL_MARGIN = 1.2  # a factor for what kernels allocate internally
 # A further factor on a CPU, for heap fragmentation (hardware.environment.HEAP). Measured: 2.1 with new ranks, 2.5 after
 # other jobs.
 CPU_HEAP_MARGIN = 2.7
 
 
-class TilePerRank:
-    """One tile on each rank, chunk by chunk. A rank without a tile takes part too, as all ranks agree after each chunk
-    whether to continue."""
+OnStep = Callable[[], None]  # called before each step; may raise on all ranks
 
-    in_turn = 1  # the number of tiles that a device processes one after the other
+
+class Tiling(Protocol):
+    """How a VAE works on videos of one size. All ranks call the same methods in the same order."""
+
+    facts: dict[str, str]  # descriptions, for `Done.info`
+
+    def steps(self, work: str, length: int) -> int:
+        """The number of calls of `on_step` for a latent of `length` frames."""
+
+    def own(self, frames: Tensor) -> Tensor | None:
+        """The part of a video's frames that this rank reads."""
+
+    def begin(self, output: Tensor) -> None:
+        """Prepares the output that all ranks share, which has frames in dim 0."""
+
+    def decoded(self, latent: Tensor, on_step: OnStep) -> Pieces:
+        """Decodes a latent [C,T,H,W] to pieces of frames [3,t,h,w]: in -1..1, or terms of their sum."""
+
+    def encoded(self, frames: Tensor, on_step: OnStep) -> Pieces:
+        """Encodes frames [T,H,W,3] in 0..1 to pieces of a latent [C,t,h,w]."""
+
+    def sums(self, output: Tensor) -> Tensor:
+        """The part of the output that was added up, and that this rank is to finish."""
+
+
+class TilePerRank:
+    """One tile on each rank, step by step. A rank without a tile takes part too, as all ranks agree after each step
+    whether to continue."""
 
     def __init__(self, vae: VideoVae, tile: Tile | None, facts: dict[str, str]):
         self._vae, self._tile, self.facts = vae, tile, facts
 
+    def steps(self, work: str, length: int) -> int:
+        return len(self._vae.steps(work, length))
+
     def own(self, frames: Tensor) -> Tensor | None:
-        """The part of a video's frames that this rank reads."""
         return None if self._tile is None else _crop(frames, self._tile.place(self._vae.form.spatial))
 
-    def decoded(self, latent: Tensor, on_chunk: Callable[[], None]) -> OutputPieces:
-        """Decodes a latent [C,T,H,W] to pieces of frames [3,t,h,w] in -1..1."""
+    def begin(self, output: Tensor) -> None:
+        """Each rank writes its own tile."""
+
+    def sums(self, output: Tensor) -> Tensor:
+        return output[:0]
+
+    def decoded(self, latent: Tensor, on_step: OnStep) -> Pieces:
         vae, tile = self._vae, self._tile
         made = iter(()) if tile is None else vae.decoded(_latent_chunks(vae, latent, tile.place()), tile)
         area = (slice(0), slice(0)) if tile is None else tile.place(vae.form.spatial)
-        for chunk in vae.chunks(latent.shape[1]):
-            on_chunk()
-            yield (_frames_of(vae, chunk), *area), next(made, None)
+        for chunk in vae.steps("decode", latent.shape[1]):
+            on_step()
+            content = next(made, None)
+            if chunk is not None:
+                yield Piece((_frames_of(vae, chunk), *area), content)
 
-    def encoded(self, frames: Tensor, on_chunk: Callable[[], None]) -> OutputPieces:
-        """Encodes frames [T,H,W,3] in 0..1 to pieces of a latent [C,t,h,w]."""
+    def encoded(self, frames: Tensor, on_step: OnStep) -> Pieces:
         vae, tile = self._vae, self._tile
         made = iter(()) if tile is None else vae.encoded(_frame_chunks(vae, self.own(frames)), tile)
         area = (slice(0), slice(0)) if tile is None else tile.place()
-        for chunk in vae.chunks(_latent_length(vae, frames)):
-            on_chunk()
-            yield (chunk, *area), next(made, None)
+        for chunk in vae.steps("encode", _latent_length(vae, frames)):
+            on_step()
+            content = next(made, None)
+            if chunk is not None:
+                yield Piece((chunk, *area), content)
 
 
 class TilesInTurn:
     """One tile after the other on one device, each with all its frames."""
 
     def __init__(self, vae: VideoVae, blended: BlendedTiles, tiles: int, facts: dict[str, str]):
-        self._vae, self._blended, self.in_turn, self.facts = vae, blended, tiles, facts
+        self._vae, self._blended, self._tiles, self.facts = vae, blended, tiles, facts
+
+    def steps(self, work: str, length: int) -> int:
+        return self._tiles * len(self._vae.chunks(length))
 
     def own(self, frames: Tensor) -> Tensor:
         return frames[..., :3]
 
-    def decoded(self, latent: Tensor, on_chunk: Callable[[], None]) -> OutputPieces:
+    def begin(self, output: Tensor) -> None:
+        """The one rank writes all of it."""
+
+    def sums(self, output: Tensor) -> Tensor:
+        return output[:0]
+
+    def decoded(self, latent: Tensor, on_step: OnStep) -> Pieces:
         def crop(area: Area) -> Iterator[Tensor]:
-            return (on_chunk() or chunk for chunk in _latent_chunks(self._vae, latent, area))
+            return (on_step() or chunk for chunk in _latent_chunks(self._vae, latent, area))
 
         for area, made in self._blended.decoded(*latent.shape[2:], crop):
-            yield (slice(None), *area), made
+            yield Piece((slice(None), *area), made)
 
-    def encoded(self, frames: Tensor, on_chunk: Callable[[], None]) -> OutputPieces:
+    def encoded(self, frames: Tensor, on_step: OnStep) -> Pieces:
         def crop(area: Area) -> Iterator[Tensor]:
-            return (on_chunk() or chunk for chunk in _frame_chunks(self._vae, _crop(frames, area)))
+            return (on_step() or chunk for chunk in _frame_chunks(self._vae, _crop(frames, area)))
 
         for area, made in self._blended.encoded(*frames.shape[1:3], crop):
-            yield (slice(None), *area), made
+            yield Piece((slice(None), *area), made)
 
 
-def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int) -> TilePerRank | TilesInTurn:
+class DealtTiles:
+    """Tiles that overlap in frames, rows and columns: each rank computes whole tiles, and adds them to the output.
+
+    The result has the same bits on any number of ranks (see overlapping.py).
+    """
+
+    def __init__(self, vae: VideoVae, rounds: list[Sequence[LatentTile]], facts: dict[str, str]):
+        self._vae, self._rounds, self.facts = vae, rounds, facts
+        self._ranks, self._rank = world_size(), this_rank()
+
+    def steps(self, work: str, length: int) -> int:
+        return len(self._rounds) * self._steps_of_tile(work)
+
+    def own(self, frames: Tensor) -> Tensor:
+        """A rank's share of what all ranks read."""
+        return frames.tensor_split(self._ranks)[self._rank][..., :3]
+
+    def begin(self, output: Tensor) -> None:
+        self.sums(output).zero_()
+        all_reduce_max(0)  # no rank adds before all are zero
+
+    def sums(self, output: Tensor) -> Tensor:
+        return output.tensor_split(self._ranks)[self._rank]
+
+    def decoded(self, latent: Tensor, on_step: OnStep) -> Pieces:
+        vae, (temporal, spatial) = self._vae, (self._vae.form.temporal, self._vae.form.spatial)
+
+        def made(tile: LatentTile) -> Iterator[Tensor | None]:
+            frames, *area = tile.reads
+            return vae.unclipped(_latent_chunks(vae, latent[:, frames], tuple(area)), single_tile(*tile.size[1:]))
+
+        for tile, content in self._computed("decode", made, on_step):
+            frames, *area = tile.makes
+            rows, columns = (slice(spatial * side.start, spatial * side.stop) for side in area)
+            yield Piece((_frames_of(vae, frames), rows, columns), _weighted(content, tile, temporal, spatial), True)
+
+    def encoded(self, frames: Tensor, on_step: OnStep) -> Pieces:
+        vae, (temporal, spatial) = self._vae, (self._vae.form.temporal, self._vae.form.spatial)
+
+        def made(tile: LatentTile) -> Iterator[Tensor | None]:
+            read, *area = tile.reads
+            part = frames[temporal * read.start : temporal * (read.stop - 1) + 1]
+            rows, columns = (slice(spatial * side.start, spatial * side.stop) for side in area)
+            return vae.encoded(_frame_chunks(vae, _crop(part, (rows, columns))), single_tile(*tile.size[1:]))
+
+        for tile, content in self._computed("encode", made, on_step):
+            yield Piece(tile.makes, _weighted(content, tile, 1, 1), True)
+
+    def _computed(
+        self, work: str, made: Callable[[LatentTile], Iterator[Tensor | None]], on_step: OnStep
+    ) -> Iterator[tuple[LatentTile, Tensor]]:
+        """This rank's tiles and what `made` yields of each, joined, when it is their turn to be added."""
+        held: dict[LatentTile, Tensor] = {}
+        for computed, sets in zip(self._rounds, additions(self._rounds)):
+            tile = next(iter(computed[self._rank : self._rank + 1]), None)
+            parts = iter(()) if tile is None else made(tile)
+            for _ in range(self._steps_of_tile(work) - 1):
+                on_step()
+                next(parts, None)
+            on_step()
+            if tile is not None:
+                dropped = tile.stretches[0].begin - tile.stretches[0].start
+                held[tile] = torch.cat([part.cpu() for part in parts][dropped:], dim=1)
+            for ready in sets:
+                yield from ((one, held.pop(one)) for one in [*held] if one in ready)
+                all_reduce_max(0)  # no rank adds the next set before all have added this one
+
+    def _steps_of_tile(self, work: str) -> int:
+        """Those that yield nothing, and one for all that yield frames."""
+        return len(self._vae.steps(work, 1))
+
+
+def _weighted(content: Tensor, tile: LatentTile, temporal: int, spatial: int) -> Tensor:
+    """The content [C,t,h,w] of a tile as a term of the output's sum, in fp32."""
+    frames, plane = tile.weights(temporal, spatial)
+    return content.float() * (frames[:, None, None] * plane)
+
+
+# Which of them
+
+
+class _Size(NamedTuple):
+    """What is to be done, on which ranks."""
+
+    vae: VideoVae
+    work: str
+    frames: int
+    height: int
+    width: int
+    free: int
+
+    @property
+    def task(self) -> str:
+        pixels = self.vae.form.spatial
+        return f"To {self.work} {pixels * self.width} x {pixels * self.height} pixels"
+
+    def needed(self, frames: int, height: int, width: int, tiles: int = 1) -> float:
+        return margin(self.vae.device) * self.vae.bytes_needed(self.work, frames, height, width, tiles)
+
+
+def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int, tiles: str = "auto") -> Tiling:
     """How to "decode" or "encode" a latent of this size in free memory. Collective: all ranks must call it.
 
-    Raises ValueError if no way fits.
+    tiles: "whole": as one plane; "published": in the tiles of the VAE's authors; "auto": as one plane if it fits.
+    Raises ValueError if it does not fit, or the VAE has no such tiles.
     """
-    tile = tile_of(vae.device.type, height, width)  # its group's communicator takes memory, too
-    grid, pixels, spare = grid_here(height, width), vae.form.spatial, margin(vae.device)
-    needed = spare * vae.bytes_needed(work, frames, max(grid.heights), max(grid.widths))
-    free = -all_reduce_max(-devices.room(vae.device))
-    if needed <= free:
+    tile = None if tiles == "published" else tile_of(vae.device.type, height, width)  # its communicator takes memory
+    size = _Size(vae, work, frames, height, width, -all_reduce_max(-devices.room(vae.device)))
+    grid = grid_here(height, width)
+    needed = size.needed(frames, max(grid.heights), max(grid.widths), grid.tiles)
+    if tiles != "published" and needed <= size.free:
         facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{needed / 1e9:.1f} GB a rank"}
         return TilePerRank(vae, tile, facts)
-    task = f"To {work} {pixels * width} x {pixels * height} pixels takes {needed / 1e9:.1f} GB"
+    if tiles == "whole":
+        raise _too_large(size, needed, grid.tiles)
+    if vae.cuts(frames, height, width) is not None:
+        return _dealt(size, needed)
     if grid.tiles > 1 or (blended := vae.blend()) is None:
-        free = max(free, 1)
-        sides = (max(1, int(math.sqrt(free / needed) * side)) * pixels for side in (width, height))
-        on_cards = "" if vae.device.type == "cpu" else f", or {math.ceil(grid.tiles * needed / free)} ranks"
-        on_each = f" on each of {grid.tiles} ranks" if grid.tiles > 1 else ""
-        raise ValueError(
-            f"{task}{on_each}, but {free / 1e9:.1f} GB are free. Use about {' x '.join(map(str, sides))} "
-            f"pixels{on_cards}. Ascend Free Memory frees other models' weights."
-        )
-    tiles, size = blended.tiles_of(work, height, width)
-    least = spare * vae.bytes_needed(work, frames, *size)
-    if least > free:
-        half = "; the VAE in dtype bfloat16 takes half" if vae.dtype == torch.float32 else ""
-        raise ValueError(
-            f"{task}, in small tiles {least / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free. Ascend Free Memory frees "
-            f"other models' weights{half}."
-        )
-    logger.warning("%s, but %.1f GB are free: small tiles are used, and blended.", task, free / 1e9)
-    return TilesInTurn(vae, blended, tiles, {"tiles": f"{tiles} in turn", "memory": f"{least / 1e9:.1f} GB"})
+        raise _too_large(size, needed, grid.tiles) if tiles == "auto" else _no_published(vae, grid.tiles)
+    return _in_turn(size, blended, needed)
+
+
+def _too_large(size: _Size, needed: float, ranks: int) -> ValueError:
+    free, vae = max(size.free, 1), size.vae
+    sides = (max(1, int(math.sqrt(free / needed) * side)) * vae.form.spatial for side in (size.width, size.height))
+    on_cards = "" if vae.device.type == "cpu" else f", or {math.ceil(ranks * needed / free)} ranks"
+    on_each = f" on each of {ranks} ranks" if ranks > 1 else ""
+    return ValueError(
+        f"{size.task} takes {needed / 1e9:.1f} GB{on_each}, but {free / 1e9:.1f} GB are free. Use about "
+        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights."
+    )
+
+
+def _no_published(vae: VideoVae, ranks: int) -> ValueError:
+    why = f"runs on one rank in tiles that overlap, and there are {ranks}" if vae.blend() else "has no published tiles"
+    return ValueError(f"tiles is 'published', but this VAE {why}. Set it to 'auto' or 'whole'.")
+
+
+def _in_turn(size: _Size, blended: BlendedTiles, needed: float) -> TilesInTurn:
+    tiles, tile = blended.tiles_of(size.work, size.height, size.width)
+    least = size.needed(size.frames, *tile)
+    if least > size.free:
+        raise _too_small(size, needed, least, "small tiles")
+    if needed > size.free:
+        logger.warning(
+            "%s takes %.1f GB, but %.1f GB are free: small tiles are used, and blended.",
+            size.task, needed / 1e9, size.free / 1e9,
+        )  # fmt: skip
+    return TilesInTurn(size.vae, blended, tiles, {"tiles": f"{tiles} in turn", "memory": f"{least / 1e9:.1f} GB"})
+
+
+def _dealt(size: _Size, needed: float) -> DealtTiles:
+    vae, ranks = size.vae, world_size()
+    tiles = overlapping.tiles_of(vae.cuts(*size[2:5]), size[2:5])
+    largest = max(tiles, key=lambda tile: tile.work).size
+    rounds = overlapping.dealt(tiles, ranks)
+    least = size.needed(*largest)
+    if vae.device.type == "cpu":
+        least += max(overlapping.most_held(rounds, rank) for rank in range(ranks)) * _output_bytes(vae, size.work)
+    if least > size.free:
+        raise _too_small(size, needed, least, f"tiles of {_pixels(vae, largest)}")
+    logger.info("%s takes %.1f GB at once: %d tiles are used, and blended.", size.task, needed / 1e9, len(tiles))
+    facts = {"tiles": f"{len(tiles)} of {_pixels(vae, largest)}, blended", "memory": f"{least / 1e9:.1f} GB a rank"}
+    return DealtTiles(vae, rounds, facts)
+
+
+def _pixels(vae: VideoVae, size: tuple[int, int, int]) -> str:
+    frames, height, width = size
+    spatial = vae.form.spatial
+    return f"{spatial * width} x {spatial * height} pixels and {vae.form.temporal * (frames - 1) + 1} frames"
+
+
+def _output_bytes(vae: VideoVae, work: str) -> int:
+    """Bytes of the output for one element of the latent's frames, rows and columns."""
+    form, itemsize = vae.form, vae.dtype.itemsize
+    return itemsize * (form.channels if work == "encode" else 3 * form.temporal * form.spatial**2)
+
+
+def _too_small(size: _Size, needed: float, least: float, tiles: str) -> ValueError:
+    half = "; the VAE in dtype bfloat16 takes half" if size.vae.dtype == torch.float32 else ""
+    return ValueError(
+        f"{size.task} takes {needed / 1e9:.1f} GB, in {tiles} {least / 1e9:.1f} GB, but {size.free / 1e9:.1f} GB are "
+        f"free. Ascend Free Memory frees other models' weights{half}."
+    )
 
 
 def margin(device: torch.device) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...parallel.tiles import Area, Tile
 from ...specs import VaeForm
+from .overlapping import Cut
 
 Crop = Callable[[Area], Iterable[Tensor]]  # an area of a plane -> its content, chunk by chunk
 
@@ -18,7 +19,7 @@ class VideoVae(ABC):
     """network: with diffusers' parameter names, on this rank's device.
 
     A latent is processed in chunks of frames, in order. A chunk may depend on earlier ones (a causal VAE caches what it
-    needs of them). A chunk is one frame if the VAE streams, else the whole latent.
+    needs of them). A chunk is one frame if frames enter the VAE one by one, else the whole latent.
     """
 
     def __init__(self, network: nn.Module, form: VaeForm):
@@ -40,25 +41,41 @@ class VideoVae(ABC):
     def chunks(self, length: int) -> list[slice]:
         """The chunks of a latent of `length` frames."""
 
+    def steps(self, work: str, length: int) -> list[slice | None]:
+        """The steps in which a latent of `length` frames is "decode"d or "encode"d: the chunk that each yields; None
+        for a step that yields nothing yet. Between two steps a job can be cancelled."""
+        return list(self.chunks(length))
+
     @abstractmethod
-    def decoded(self, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
-        """Decodes each chunk [C,t,h,w] of a latent's tile, not normalised, to frames [3,t',h',w'] in -1..1.
+    def decoded(self, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor | None]:
+        """Decodes each chunk [C,t,h,w] of a latent's tile, not normalised, to frames [3,t',h',w'] in -1..1; one item a
+        step.
 
         Collective over the ranks with a tile of its grid, which exchange halos.
         """
 
     @abstractmethod
-    def encoded(self, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
+    def encoded(self, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor | None]:
         """Encodes the frames [3,t',h',w'] in -1..1 of each chunk to the tile's latent [C,t,h,w], not normalised: the
-        mean of the VAE's distribution. Collective like `decoded`."""
+        mean of the VAE's distribution. One item a step, and collective, like `decoded`."""
 
     @abstractmethod
-    def bytes_needed(self, work: str, frames: int, height: int, width: int) -> int:
+    def bytes_needed(self, work: str, frames: int, height: int, width: int, tiles: int = 1) -> int:
         """The bytes needed to "decode" or "encode" a tile of a latent of this size, without the weights and what
-        kernels allocate internally."""
+        kernels allocate internally. tiles: how many of them make the plane."""
+
+    def cuts(self, frames: int, height: int, width: int) -> tuple[Cut, Cut, Cut] | None:
+        """How its authors cut a latent of this size into tiles that overlap in frames, rows and columns; None: they do
+        not. Such tiles enter the VAE frame by frame."""
+        return None
+
+    def unclipped(self, latent: Iterable[Tensor], tile: Tile) -> Iterator[Tensor | None]:
+        """`decoded` before values beyond -1..1 are clipped, for tiles that `cuts` cuts."""
+        return self.decoded(latent, tile)
 
     def blend(self) -> BlendedTiles | None:
-        """The VAE in overlapping tiles, for a device with too little memory; None: not supported."""
+        """The VAE in tiles that overlap in rows and columns, for a device with too little memory; None: not
+        supported."""
         return None
 
 

@@ -12,6 +12,7 @@ from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import TEXT_ENCODER, TRANSFORMER, TRANSFORMER_2, VAE, DiffusersPipeline, Family, OriginalLayout, Part
 from ..hubs import HUBS
+from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import defaults_of
@@ -72,6 +73,7 @@ class Wan(Family):
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)
+    mask_channels = frozenset({1, configs.MASK_CHANNELS})
 
     # Properties of a model, from the configs of its transformers
 
@@ -110,8 +112,11 @@ class Wan(Family):
         config = configs.filled(config)
         return config["in_channels"] == config["out_channels"]
 
-    def known_in_latent(self, form: VaeForm) -> bool:
-        return form.channels == CHANNELS_22
+    def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
+        if form.channels == CHANNELS_22:
+            return {"": ImageForm(in_latent=True, models="Models with this VAE, such as Wan2.2-TI2V-5B,")}
+        extra = ImageForm(takes_end=True, takes_clip_vision=True)
+        return {"": extra}
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels, expert)

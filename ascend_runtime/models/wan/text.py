@@ -16,17 +16,17 @@ from ...checkpoints.tokenizers import (
     JSON,
     MAX_SPIECE_BYTES,
     SPIECE,
+    TOKENIZER_ADVICE,
     check_class,
     check_spiece,
     tokenizer_json,
     tokenizer_model,
 )
 from ..family import TEXT_ENCODER
-from ..shared.text import TEXT, Encoders, OnBlock, TextEncoding, run_with_blocks
+from ..shared.text import SHOWN_TOKENS, TEXT, Encoders, OnBlock, TextEncoding, run_with_blocks
 from ..shared.tokenizers import JsonTokenizer, SentencePiece, Tokenizer
 
 MAX_TOKENS = 512  # of a prompt in Wan's training
-SHOWN_TOKENS = 12  # the last tokens before the cut that a warning shows
 
 
 class WanText(TextEncoding):
@@ -36,6 +36,9 @@ class WanText(TextEncoding):
 
     def tokenizer(self, part: str, found: Path | None, shard: Path) -> Tokenizer:
         return load_tokenizer(found, shard)
+
+    def advice(self, part: str) -> str:
+        return TOKENIZER_ADVICE
 
     def embeddings_in(self, part: str, model: nn.Module) -> int:
         return model.shared.num_embeddings

@@ -1,6 +1,7 @@
-"""Nodes for tests, in the real ComfyUI: random images and what CLIP saw, a core VAE, files of what comes out, and what
-keeps an IMAGE beyond its prompt; a CLIP of two layers, as core has none but large ones; Cancel at a wanted moment
-(cancelling.py); and which jobs a graph asks the ranks for (recording.py)."""
+"""Nodes for tests, in the real ComfyUI: random images, texts and what CLIP saw, a core VAE, files of what comes out, and
+what keeps an IMAGE beyond its prompt; a core model that is corrected in one place; a CLIP of two layers, as core has
+none but large ones; Cancel at a wanted moment (cancelling.py); and which jobs a graph asks the ranks for
+(recording.py)."""
 
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from comfy.clip_model import CLIPVisionModelProjection
 from comfy.clip_vision import Output
 from comfy_api.latest import ComfyExtension, io
-from diffusers import AutoencoderKLWan
+from diffusers import AutoModel
 from safetensors.torch import save_file
 
 from . import cancelling, recording  # noqa: F401 (their routes)
@@ -48,6 +49,21 @@ class RandomClipVision(io.ComfyNode):
         return io.NodeOutput(output)
 
 
+class RandomText(io.ComfyNode):
+    """A CONDITIONING as a text encoder with a pooled vector could have made it."""
+
+    @classmethod
+    def define_schema(cls):
+        names = ("seed", "tokens", "width", "pooled")
+        return io.Schema("TestRandomText", category=CATEGORY, inputs=[io.Int.Input(name) for name in names],
+                         outputs=[io.Conditioning.Output()])  # fmt: skip
+
+    @classmethod
+    def execute(cls, seed, tokens, width, pooled):
+        text, vector = random(seed, 1, tokens, width) - 0.5, random(seed + 1, 1, pooled) - 0.5
+        return io.NodeOutput([[4 * text, {"pooled_output": 4 * vector}]])
+
+
 class FewLayers(CLIPVisionModelProjection):
     """Takes the first two layers of a file, for which core would build as many as the published network has."""
 
@@ -59,16 +75,18 @@ comfy.clip_vision.IMAGE_ENCODERS["clip_vision_model"] = FewLayers
 
 
 class CoreVae:
-    """A VAE of any size with what core's nodes ask of theirs, whose own Wan VAEs are large."""
+    """A VAE of any size with what core's nodes ask of theirs, whose own are large."""
 
     crop_input, output_channels = True, 3
 
     def __init__(self, folder: str):
-        self.vae = AutoencoderKLWan.from_pretrained(folder).eval()
-        self.latent_channels = self.vae.config.z_dim
+        self.vae = AutoModel.from_pretrained(folder).eval()
+        config = self.vae.config
+        self.latent_channels = config.get("z_dim") or config.latent_channels
+        self.spatial = config.get("scale_factor_spatial") or config.spatial_compression_ratio
 
     def spacial_compression_encode(self) -> int:
-        return self.vae.config.scale_factor_spatial
+        return self.spatial
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -85,6 +103,33 @@ class LoadCoreVae(io.ComfyNode):
     @classmethod
     def execute(cls, folder):
         return io.NodeOutput(CoreVae(folder))
+
+
+class GuidanceOfLaterFrames(torch.nn.Module):
+    """HunyuanVideo's embedder of the guidance scale, for models that read a clean first frame: zeros for that frame."""
+
+    def __init__(self, embedder: torch.nn.Module):
+        super().__init__()
+        self.embedder = embedder
+
+    def forward(self, sinusoid: torch.Tensor) -> torch.Tensor:
+        embedded = self.embedder(sinusoid)
+        return torch.stack([torch.zeros_like(embedded), embedded], dim=1)
+
+
+class NoGuidanceOfFirstFrame(io.ComfyNode):
+    """Core adds the embedded guidance to what modulates a clean first frame too; the original and diffusers do not."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestNoGuidanceOfFirstFrame", category=CATEGORY, inputs=[io.Model.Input("model")],
+                         outputs=[io.Model.Output()])  # fmt: skip
+
+    @classmethod
+    def execute(cls, model):
+        name, model = "diffusion_model.guidance_in", model.clone()
+        model.add_object_patch(name, GuidanceOfLaterFrames(model.get_model_object(name)))
+        return io.NodeOutput(model)
 
 
 class Save(io.ComfyNode):
@@ -105,6 +150,7 @@ class Save(io.ComfyNode):
             held |= {"text": text, **extras}
         if held.get("clip_vision_output") is not None:
             held["clip_vision_output"] = held["clip_vision_output"].penultimate_hidden_states
+        held = {name: torch.tensor(float(x)) if isinstance(x, (int, float)) else x for name, x in held.items()}
         tensors = {name: value.contiguous() for name, value in held.items() if isinstance(value, torch.Tensor)}
         return _saved(tensors)
 
@@ -146,7 +192,7 @@ class LetGo(io.ComfyNode):
 
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
-        return [RandomImage, RandomClipVision, LoadCoreVae, Save, Hold, LetGo]
+        return [RandomImage, RandomClipVision, RandomText, LoadCoreVae, NoGuidanceOfFirstFrame, Save, Hold, LetGo]
 
 
 async def comfy_entrypoint():

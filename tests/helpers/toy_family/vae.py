@@ -87,7 +87,7 @@ class ToyVae(VideoVae):
         for frames in video:
             yield self.network.encoder(frames[None], tile)[0, : self.form.channels]
 
-    def bytes_needed(self, work, frames, height, width):
+    def bytes_needed(self, work, frames, height, width, tiles=1):
         """By the longest video's own pass, on the meta device."""
         vae = ToyVae(AutoencoderToy(self.network.config).to(self.dtype), self.form)
         shape = (self.form.channels, frames, height, width)

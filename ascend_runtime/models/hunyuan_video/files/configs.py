@@ -18,9 +18,13 @@ TRANSFORMER_DEFAULTS = {
     "qk_norm": "rms_norm", "guidance_embeds": True, "text_embed_dim": 4096, "pooled_projection_dim": 768,
     "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56), "image_condition_type": None,
 }  # fmt: skip
+CONCAT, REPLACE = "latent_concat", "token_replace"  # image_condition_type in diffusers' configs; None: text to video
+# The image_condition_type of weights without a config whose shapes are those of a text-to-video model and of one that
+# replaces the first frame (REPLACE). A job decides: the conditioning of an image-to-video one has a guiding frame.
+OPEN = "open"
+GUIDING_FRAME = "guiding_frame_index"  # of a conditioning: the frame that is known and replaced, always 0
 HEAD_DIM = 128  # of every published HunyuanVideo transformer
-LATENT_CONCAT, TOKEN_REPLACE = "latent_concat", "token_replace"  # the image_condition_type of image-to-video models
-CONDITION_TYPES = (None, TOKEN_REPLACE, LATENT_CONCAT)
+CONDITION_TYPES = (None, REPLACE, CONCAT)
 DOUBLE, SINGLE, REFINER = (
     "transformer_blocks.", "single_transformer_blocks.", "context_embedder.token_refiner.refiner_blocks."
 )  # fmt: skip
@@ -52,8 +56,7 @@ def width_of(config: Mapping[str, Any]) -> int:
 def transformer_config(shapes: Shapes) -> dict:
     """The config of diffusers' HunyuanVideoTransformer3DModel.
 
-    It has no image_condition_type for a model that reads as many channels as it makes: those that make videos from
-    text only, and those that make them from images by replacing tokens, have equal shapes. Raises ValueError if the
+    Its image_condition_type is OPEN for a model that reads as many channels as it makes. Raises ValueError if the
     shapes do not fit each other.
     """
     dim, in_channels, frames, height, width = shapes["x_embedder.proj.weight"]
@@ -63,7 +66,6 @@ def transformer_config(shapes: Shapes) -> dict:
     if height != width:
         raise ValueError(f"x_embedder.proj.weight reads patches of {height} x {width}; they must be square")
     out_channels = shapes["proj_out.weight"][0] // (frames * height * width)
-    concat = {"image_condition_type": LATENT_CONCAT} if in_channels == 2 * out_channels + 1 else {}
     return {
         "in_channels": in_channels,
         "out_channels": out_channels,
@@ -78,14 +80,14 @@ def transformer_config(shapes: Shapes) -> dict:
         "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
         "rope_axes_dim": rope_axes(head_dim),
-        **concat,
+        "image_condition_type": CONCAT if in_channels == 2 * out_channels + 1 else OPEN,
     }
 
 
 def is_open(config: Mapping[str, Any]) -> bool:
     """Whether a config leaves open if a model makes videos from text only, or from images too: one that was read off
     shapes, which do not show it."""
-    return "image_condition_type" not in config
+    return config.get("image_condition_type") == OPEN
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
@@ -103,10 +105,10 @@ def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Pat
     if wrong := of_channels(config["in_channels"]):
         raise ValueError(f"{file} cannot be used. {wrong}")
     kind, reads, makes = (config[name] for name in ("image_condition_type", "in_channels", "out_channels"))
-    if kind not in CONDITION_TYPES:
+    if kind not in (*CONDITION_TYPES, OPEN):
         known = ", ".join(map(str, CONDITION_TYPES))
         raise ValueError(f"{file} says image_condition_type {shown(repr(kind))}; it can be one of {known}.")
-    expected = 2 * makes + 1 if kind == LATENT_CONCAT else makes
+    expected = 2 * makes + 1 if kind == CONCAT else makes
     if reads != expected:
         raise ValueError(
             f"{file} reads {reads} channels and makes {makes}; with image_condition_type {kind} it must read "
@@ -122,23 +124,6 @@ def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Pat
             f"{file} says rope_axes_dim {shown(repr(axes))}; it must be 3 even numbers whose sum is {head_dim}, the "
             "channels of a head. Download it again."
         )
-
-
-TEXT_ENCODER_SIGNATURE = {"embed_tokens.weight": 2, "layers.0.self_attn.q_proj.weight": 2}
-
-
-def text_encoder_config(shapes: Shapes) -> dict:
-    raise NotImplementedError
-
-
-TEXT_ENCODER_2_SIGNATURE = {
-    "text_model.embeddings.token_embedding.weight": 2,
-    "text_model.encoder.layers.0.self_attn.q_proj.weight": 2,
-}
-
-
-def text_encoder_2_config(shapes: Shapes) -> dict:
-    raise NotImplementedError
 
 
 VAE_SIGNATURE = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline
 from ..defaults import defaults_of
-from .configs import TOKEN_REPLACE, filled, is_open
+from .configs import REPLACE, filled, is_open
 
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 TEXT_PARTS = {
@@ -26,7 +26,7 @@ PIPELINE_PARTS = {
 }
 OPEN = (
     f"image_condition_type: the source does not say whether the model makes videos from text only, or from images too, "
-    f"so its config says from text. If it is HunyuanVideo-I2V (v2), set it to {TOKEN_REPLACE} in "
+    f"so its config says from text. If it is HunyuanVideo-I2V (v2), set it to {REPLACE} in "
     "transformer/config.json, and _class_name to HunyuanVideoImageToVideoPipeline in model_index.json"
 )
 

@@ -30,8 +30,8 @@ class WanVae(VideoVae):
     def encoded(self, video: Iterable[Tensor], tile: Tile) -> Iterator[Tensor]:
         return (frame.unsqueeze(1) for frame in streamed.encoded(self.network, video, tile))
 
-    def bytes_needed(self, work: str, frames: int, height: int, width: int) -> int:
-        """Does not depend on `frames`."""
+    def bytes_needed(self, work: str, frames: int, height: int, width: int, tiles: int = 1) -> int:
+        """Does not depend on `frames`, nor much on `tiles`: keys and values are of one latent frame."""
         return streamed.bytes_needed(self.network, work, height, width)
 
     def blend(self) -> BlendedTiles:

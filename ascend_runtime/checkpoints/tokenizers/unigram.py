@@ -1,8 +1,4 @@
-"""Reads the files of a text encoder's tokenizer, and checks their content.
-
-A tokenizer's folder may contain its own Python class, which transformers would run after asking. Only tokenizer.json or
-the sentencepiece model is read here, and libraries build UMT5's tokenizer from it without running code of the folder.
-"""
+"""Reads and checks the tokenizer of a UMT5: a tokenizer.json with a Unigram model, or a sentencepiece model."""
 
 from __future__ import annotations
 
@@ -15,50 +11,35 @@ from typing import Any
 
 import torch
 
-from .bounded import parse_json, read_bounded, read_json
-from .faults import as_value_error, shown
-from .formats.tensor_files import open_tensors
-from .renaming import is_tokenizer
+from ..bounded import parse_json, read_bounded
+from ..faults import as_value_error, shown
+from ..formats.tensor_files import open_tensors
+from ..renaming import is_tokenizer
+from .steps import (
+    MAX_PIECE_LENGTH,
+    MAX_PIECES,
+    MAX_TOKENIZER_JSON_BYTES,
+    MAX_VOCABULARY_LENGTH,
+    check_added,
+    check_template,
+    steps_in,
+)
 
-JSON, SPIECE = "tokenizer.json", "spiece.model"
-SETTINGS = ("tokenizer_config.json", "config.json")  # may name a class
-# transformers' classes for these files, in all its versions.
-T5_TOKENIZERS = ("T5Tokenizer", "T5TokenizerFast", "MT5Tokenizer", "MT5TokenizerFast", "PreTrainedTokenizerFast",
-           "TokenizersBackend")  # fmt: skip
-TOKENIZER_ADVICE = "Use the tokenizer of Wan-AI/Wan2.1-T2V-1.3B, google/umt5-xxl, instead."
-MAX_TOKENIZER_JSON_BYTES = 32 * 2**20  # google/umt5-xxl's has 17 MB
+SPIECE = "spiece.model"
 MAX_SPIECE_BYTES = 16 * 2**20  # google/umt5-xxl's has 4.5 MB
-MAX_PIECES = 400_000  # google/umt5-xxl has 256,300
-MAX_PIECE_LENGTH = 256  # characters
-MAX_VOCABULARY_LENGTH = 8 * 2**20  # characters of all pieces; each may take a node of a trie
-MAX_ADDED_TOKENS = 1000  # google/umt5-xxl has 300
-# The allowed steps, those of T5's tokenizers as transformers writes them and similar ones: for each part of the file,
-# the key of a Sequence's steps, and the step types. Others, or more of these, could make a prompt very long or take
-# very long.
+# The allowed steps of each part of the file: those of T5's tokenizers as transformers writes them, and similar ones.
+# Others, or more of these, could make a prompt very long or take very long.
 TOKENIZER_STEPS = {
-    "normalizer": ("normalizers", ("Precompiled", "Replace", "Prepend", "Strip", "StripAccents", "Lowercase", "Nmt",
-                                   "NFC", "NFD", "NFKC", "NFKD")),
-    "pre_tokenizer": ("pretokenizers", ("WhitespaceSplit", "Whitespace", "Metaspace", "Punctuation", "Digits")),
-    "post_processor": ("processors", ("TemplateProcessing",)),
-    "decoder": ("decoders", ("Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")),
+    "normalizer": ("Precompiled", "Replace", "Prepend", "Strip", "StripAccents", "Lowercase", "Nmt", "NFC", "NFD",
+                   "NFKC", "NFKD"),
+    "pre_tokenizer": ("WhitespaceSplit", "Whitespace", "Metaspace", "Punctuation", "Digits"),
+    "post_processor": ("TemplateProcessing",),
+    "decoder": ("Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"),
 }  # fmt: skip
-MAX_TOKENIZER_STEPS = 16  # in a part, including Sequences
 MAX_STEP_LENGTH = 8  # characters that a step matches or inserts; also the factor by which a part may lengthen a text
 MAX_CHARACTER_BYTES = 64  # that the character map makes from one character; in Unicode's NFKC, 33
 LINEAR_REGEX = re.compile(r"( |\u2581|\\s)([+]|\{\d,\d?\})?")  # regular expressions that run in linear time
-MAX_TEMPLATE_TOKENS = 8
 FIXED = {1: 8, 5: 4}  # bytes of protobuf's fixed-length wire types
-
-
-def check_class(folder: Path) -> None:
-    """Raises ValueError for a tokenizer whose settings name code in the folder, or a class other than UMT5's."""
-    for file in (folder / name for name in SETTINGS):
-        settings = read_json(file) if file.is_file() else {}
-        if settings.get("auto_map"):
-            raise ValueError(f"{file} names code in its folder (auto_map), which is never run. {TOKENIZER_ADVICE}")
-        named = settings.get("tokenizer_class")
-        if named is not None and named not in T5_TOKENIZERS:
-            raise ValueError(f"{file} names the class {shown(repr(named))}, which is not UMT5's. {TOKENIZER_ADVICE}")
 
 
 def tokenizer_json(file: Path) -> bytes:
@@ -68,35 +49,10 @@ def tokenizer_json(file: Path) -> bytes:
         parts = parse_json(content)
         if not isinstance(parts, dict) or not _is_model(parts.get("model")):
             raise ValueError("it does not hold a UMT5 vocabulary")
-        _check_added(parts.get("added_tokens") or [])
-        for part in TOKENIZER_STEPS:
-            _check_steps(part, list(_steps(part, parts.get(part))))
+        check_added(parts.get("added_tokens") or [])
+        for part, allowed in TOKENIZER_STEPS.items():
+            _check_steps(part, list(steps_in(part, parts.get(part), allowed, "T5")))
     return content
-
-
-def _check_added(tokens: Any) -> None:
-    if not isinstance(tokens, list) or len(tokens) > MAX_ADDED_TOKENS:
-        raise ValueError(f"its added_tokens must be a list of at most {MAX_ADDED_TOKENS}")
-    words = [token.get("content") if isinstance(token, dict) else None for token in tokens]
-    if not all(isinstance(word, str) and 0 < len(word) <= MAX_PIECE_LENGTH for word in words):
-        raise ValueError(f"one of its added_tokens is not a text of at most {MAX_PIECE_LENGTH} characters")
-
-
-def _steps(part: str, given: Any) -> Iterator[dict]:
-    """The steps of a part, with Sequences flattened. Raises ValueError for steps that no T5 has, or too many."""
-    inner, types = TOKENIZER_STEPS[part]
-    left, count = [] if given is None else [given], 0
-    while left:
-        step, count = left.pop(), count + 1
-        named = step.get("type") if isinstance(step, dict) else None
-        if count > MAX_TOKENIZER_STEPS:
-            raise ValueError(f"its {part} has more than {MAX_TOKENIZER_STEPS} steps")
-        if named == "Sequence" and isinstance(step.get(inner), list):
-            left += step[inner][: MAX_TOKENIZER_STEPS + 1]
-        elif named in types:
-            yield step
-        else:
-            raise ValueError(f"its {part} has the step {shown(repr(named))}, which no T5 tokenizer has")
 
 
 def _check_steps(part: str, steps: list[dict]) -> None:
@@ -132,16 +88,6 @@ def _check_ends(step: dict) -> None:
         raise ValueError(f"one of its steps removes more than {MAX_STEP_LENGTH} characters")
 
 
-def _check_template(step: dict) -> None:
-    """Checks the tokens that a template adds to each prompt."""
-    tokens = step.get("special_tokens")
-    tokens = list(tokens.values()) if isinstance(tokens, dict) else [None]
-    pieces = [step.get("single"), step.get("pair"), tokens]
-    pieces += [token.get(key) if isinstance(token, dict) else None for token in tokens for key in ("ids", "tokens")]
-    if not all(isinstance(one, list) and len(one) <= MAX_TEMPLATE_TOKENS for one in pieces):
-        raise ValueError(f"its template must have lists of at most {MAX_TEMPLATE_TOKENS} tokens")
-
-
 def _check_characters(step: dict) -> None:
     check_table(base64.b64decode(step.get("precompiled_charsmap") or "", validate=True))
 
@@ -164,7 +110,7 @@ CHECKS = {
     "Replace": _check_replacement,
     "Prepend": lambda step: _check_words(step.get("prepend")),
     "Strip": _check_ends,
-    "TemplateProcessing": _check_template,
+    "TemplateProcessing": check_template,
 }
 
 
