@@ -50,11 +50,11 @@ SIZES = {
     "{sizes}": """\
 Sizes are multiples of 16: 1280 x 720, 960 x 544, 832 x 624, 720 x 720; length 4n+1, up to 129. One card of 64 GB has \
 room for the model in bfloat16 (26 GB) and a video of 960 x 544; with less, or to be faster, use several cards, `fsdp` \
-in Ascend Parallel Config, or `quantization` in the loader. The text encoders run on the host's CPU (16 GB there).""",
+in Ascend Parallel Config, or `quantization` in the loader. The text encoders run on the host's CPU (14 GB there).""",
     "{尺寸}": """\
 尺寸为 16 的倍数：1280 x 720、960 x 544、832 x 624、720 x 720；帧数为 4n+1，最多 129。一张 64 GB 的卡可放下 bfloat16 模型\
 （26 GB）并生成 960 x 544 的视频；显存不足或希望更快时，请用多张卡、并行配置中的“FSDP 权重分片”，或加载器的“量化”。\
-文本编码器在主机 CPU 上运行（占内存 16 GB）。""",
+文本编码器在主机 CPU 上运行（占内存 14 GB）。""",
 }
 
 NOTES = {

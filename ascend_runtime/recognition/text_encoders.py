@@ -33,8 +33,8 @@ def find_vision(spec: VisionSpec) -> Component:
     """The vision tower in a folder or file. Raises ValueError if there is none."""
     root = existing(spec.path)
     if not any(_is_held(kind, root) for kind in kinds(VISION)):
-        wanted = " or ".join(f"{kind.what}. Give vision_path: {kind.part.published}" for kind in kinds(VISION))
-        raise ValueError(f"{root} has no {wanted}.")
+        wanted = " or ".join(f"{kind.what}, such as {kind.part.published}" for kind in kinds(VISION))
+        raise ValueError(f"{root} has no {wanted}. Give one as vision_path (vision_model_name in ComfyUI).")
     return find_part(spec.path, VISION)
 
 
