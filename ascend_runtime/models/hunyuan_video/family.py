@@ -9,13 +9,13 @@ from typing import Any
 from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, LoraNames, Part
+from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, OriginalLayout, Part
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
-from .files import configs, names
+from .files import configs, lora_names, names
 from .files.configs import GUIDING_FRAME
 from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
@@ -51,7 +51,6 @@ PARTS = {
         other=text.other_llama,
         check=text.check_llama,
         tokenizer_folder="tokenizer",
-        folders=("text_encoder_i2v",),
         inner_config=text.llama_in,
         left_out=text.llama_left_out,
     ),
@@ -78,7 +77,6 @@ PARTS = {
         rename=text.vision_name,
         config=sizes.vision_config_of,
         check=text.check_vision,
-        folders=("text_encoder", "text_encoder_i2v"),
         inner_config=text.vision_in,
         left_out=text.vision_left_out,
     ),
@@ -112,8 +110,18 @@ class HunyuanVideo(Family):
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
     presets = calibrations.STEP_CACHE_PRESETS
+    layout = OriginalLayout(
+        models="hunyuan-video-*",
+        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),
+                 VISION: (TEXT_ENCODER, "text_encoder_i2v")},
+        files={
+            TRANSFORMER: ("mp_rank_00_model_states.pt", "mp_rank_00_model_states_fp8.pt", "pytorch_model_module.pt"),
+            VAE: ("pytorch_model.pt",),
+        },
+        classes={VAE: "AutoencoderKLCausal3D"},
+    )
     weights = weights.RULES
-    loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
+    loras = lora_names.LORA_NAMES
 
     # Properties of a model, from the configs of its transformers
 
