@@ -200,11 +200,13 @@ def _describe_defaults(transformer: Component, experts: int) -> Iterator[str]:
 
 def _settings(own: Defaults) -> str:
     low_noise = "" if own.low_noise_guidance is None else f" and {own.low_noise_guidance:g} (low noise)"
+    embedded = "" if own.embedded_guidance is None else f", embedded guidance {own.embedded_guidance:g}"
     boundary = "" if own.boundary is None else f", boundary {own.boundary:g}"
     first, end = own.static_steps or (0, 0)
     static = f", static scales in steps {first} to {end - 1}" * (own.static_steps is not None)
     small = "" if own.small_shift is None else f" ({own.small_shift:g} up to 832 x 480)"
     return (
-        f"{own.steps} steps, shift {own.shift:g}{small}, guidance {own.guidance_scale:g}{low_noise}{boundary}, "
+        f"{own.steps} steps, shift {own.shift:g}{small}, guidance {own.guidance_scale:g}{low_noise}{embedded}"
+        f"{boundary}, "
         f"{own.width} x {own.height}, {own.num_frames} frames at {own.fps} fps{static}"
     )

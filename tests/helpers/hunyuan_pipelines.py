@@ -33,18 +33,19 @@ class Case:
 
     @torch.no_grad()
     def expected(self, *, cfg=1.0, dtype=torch.float32, batch=1, shift=SHIFT, **arguments) -> Tensor:
-        """diffusers' latent, not normalised."""
+        """diffusers' latent, not normalised; or its frames [T, H, W, 3], for output_type="pt"."""
         key = str((cfg, dtype, batch, shift, arguments))
         if key not in self.made:
             pipeline = self._pipeline(dtype, shift)
             if self.kind != "t2v":
                 arguments["image"] = self.image
-            latent = pipeline(
+            made = pipeline(
                 height=SIZE.height, width=SIZE.width, num_frames=SIZE.num_frames, true_cfg_scale=cfg,
-                generator=torch.Generator().manual_seed(SEED), output_type="latent", **self._prompts(cfg, dtype, batch),
-                **{"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, **arguments},
+                generator=torch.Generator().manual_seed(SEED), **self._prompts(cfg, dtype, batch),
+                **{"guidance_scale": GUIDANCE, "num_inference_steps": STEPS, "output_type": "latent", **arguments},
             ).frames  # fmt: skip
-            self.made[key] = latent.float() / self.scaling
+            frames = "output_type" in arguments
+            self.made[key] = made[0].movedim(1, -1) if frames else made.float() / self.scaling
         return self.made[key]
 
     @property

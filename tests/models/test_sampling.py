@@ -6,12 +6,15 @@ noise n ends at m + s n.
 
 import math
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
 from ascend_runtime import SampleSpec
-from ascend_runtime.engine.sampling import Watch, denoise, noise_of, noisy, simple_sigmas
+from ascend_runtime.engine.sampling import Watch, denoise, make_scheduler, noise_of, noisy, simple_sigmas
+from ascend_runtime.models.registry import family
 from ascend_runtime.specs.jobs import OWN, SIMPLE, SOLVERS
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
 SHAPE = (1, 16, 2, 4, 4)
@@ -42,6 +45,25 @@ def test_solvers_reach_the_known_end(solver, schedule):
     latent = denoised(spec)
     expected = MEAN + DEVIATION * noise_of(SHAPE, 5)
     assert_close(latent, expected, atol=0.15 if solver == "euler" else 0.03, rtol=0.0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_solvers_reach_the_known_end_with_hunyuan_videos_schedule(solver):
+    spec = SampleSpec(seed=5, steps=60, solver=solver, shift=7.0)
+    latent = denoise(velocity, make_scheduler(spec, family("hunyuan_video")), noisy(torch.zeros(SHAPE), spec))
+    expected = MEAN + DEVIATION * noise_of(SHAPE, 5)
+    assert_close(latent, expected, atol=0.15 if solver == "euler" else 0.03, rtol=0.0)
+
+
+@pytest.mark.parametrize("steps, shift", [(50, 7.0), (20, 17.0), (7, 2.0), (1, 7.0)])
+def test_hunyuan_videos_schedule_is_that_of_diffusers_pipeline(steps, shift):
+    """To the bit. Core's schedule "simple" takes the same sigmas where the steps divide 1000."""
+    own, theirs = family("hunyuan_video"), FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=np.linspace(1.0, 0.0, steps + 1)[:-1])
+    ours = make_scheduler(SampleSpec(steps=steps, shift=shift, solver="euler"), own)
+    assert torch.equal(ours.sigmas, theirs.sigmas) and torch.equal(ours.timesteps, theirs.timesteps)
+    within = 1e-6 if 1000 % steps == 0 else 3e-3
+    assert_close(torch.tensor(simple_sigmas(steps, shift)), ours.sigmas, atol=within, rtol=0.0)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -5,14 +5,14 @@ import copy
 import pytest
 import random_hunyuan
 import torch
-from ascend_runtime import Conditioning, DiffusionModelSpec, SampleSpec
+from ascend_runtime import Conditioning, DiffusionModelSpec, SampleSpec, VaeSpec
 from ascend_runtime.engine.sampling import noise_of
 from diffusers import HunyuanVideoTransformer3DModel
 from hunyuan_pipelines import GUIDANCE, PADDED, SEED, SIZE, STEPS, TEXT, Case
 from msgspec.structs import replace
 from safetensors.torch import save_file
 
-NEAR = 1e-4  # of the latents' standard deviation
+NEAR = 1e-4
 CFG = 3.0
 SHAPE = SIZE.latent_shape()
 PLANS = {
@@ -24,6 +24,7 @@ PLANS = {
 }
 SOME_PLANS = {("t2v", "cfg 2"), ("i2v concat", "ulysses 2"), ("i2v replace", "ring 2"), ("i2v replace", "slices 2")}
 REPLACE = {"guiding_frame_index": 0.0}
+WIDE = {"num_attention_heads": 1, "attention_head_dim": 128}  # the heads that weights without a config have
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def cases(tmp_path_factory):
 def near(latent, expected, within=NEAR):
     error, deviation = (latent - expected).abs().max().item(), expected.std().item()
     print(f"at most {error:.1e} apart, their standard deviation is {deviation:.2f}")
-    assert deviation > 0.1 and error < within * deviation
+    assert deviation > 0.1 and error < within
 
 
 def shown(case, latent):
@@ -65,9 +66,19 @@ def test_one_rank_equals_diffusers(cases, one_rank, kind, cfg):
     near(shown(case, case.sample(one_rank, guidance_scale=cfg)), case.expected(cfg=cfg))
 
 
+def test_frames_equal_diffusers(cases, one_rank):
+    """Which drops the first four of a model of 33 channels."""
+    case = cases("i2v concat")
+    expected = case.expected(output_type="pt")
+    frames = one_rank.decode(VaeSpec(path=str(case.folder)), case.sample(one_rank)).tensor
+    assert len(frames) == SIZE.num_frames
+    near(frames[4:], expected)
+
+
 @pytest.mark.parametrize("kind", ["t2v", "i2v replace"])
 def test_bfloat16_is_as_near_to_float32_as_diffusers_own(cases, one_rank, kind):
-    """At guidance 8, which bfloat16 has exactly times 1000; 6 becomes 6016, on both sides."""
+    """At guidance 8, which bfloat16 has exactly times 1000; 6 becomes 6016, on both sides. diffusers' text to video is
+    farther away, as it rounds the timestep too."""
     case = cases(kind)
     model = DiffusionModelSpec(path=str(case.folder), dtype="bfloat16")
     exact = case.expected(guidance_scale=8.0)
@@ -87,12 +98,12 @@ def test_a_job_may_start_without_the_image_in_its_noise(cases, one_rank):
     expected = case.expected(latents=(noise_of(SHAPE, SEED) - 0.001 * image) / 0.999)
     plain = case.sample(one_rank, image_start=False)
     near(plain, expected)
-    assert (plain - case.expected()).abs().max() > 10 * NEAR * expected.std()
+    assert (plain - case.expected()).abs().max() > 100 * NEAR
 
 
 def test_a_given_first_frame_stays(cases, one_rank):
     case = cases("i2v replace")
-    near(case.sample(one_rank)[:, :, :1], case.first_frame(), 1e-5)
+    near(case.sample(one_rank)[:, :, :1], case.first_frame(), 1e-6)
 
 
 # Guidance
@@ -108,7 +119,7 @@ def test_the_embedded_guidance_is_the_conditionings_then_the_jobs_then_the_model
     assert job.info["embedded guidance"] == 8.0
     assert case.result(one_rank).info["embedded guidance"] == GUIDANCE
     apart = (case.expected(guidance_scale=8.0) - case.expected()).abs().max()
-    assert apart > 10 * NEAR * case.expected().std(), "the guidance does not show"
+    assert apart > 100 * NEAR, "the guidance does not show"
 
 
 def test_a_guidance_of_none_is_a_pass_without_one(cases, one_rank):
@@ -205,16 +216,6 @@ def test_a_known_part_is_clean_in_each_pass(cases, one_rank):
     near(made[..., :4], latent[..., :4], 1e-5)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
-def test_other_solvers_reach_the_same_video(cases, one_rank, solver):
-    case = cases("t2v")
-    few, more = (case.sample(one_rank, steps=steps, solver=solver, shift=2.0) for steps in (4, 12))
-    fine = case.sample(one_rank, steps=20, solver="unipc" if solver == "dpm++" else "dpm++", shift=2.0)
-    errors = [((one - fine).norm() / fine.norm()).item() for one in (few, more)]
-    print("away from another solver's 20 steps: 4 steps {:.3f}, 12 steps {:.3f}".format(*errors))
-    assert errors[1] < 0.5 * errors[0]
-
-
 # The first frame as further channels
 
 
@@ -240,14 +241,14 @@ def test_without_an_image_the_start_latent_is_the_known_video(cases, one_rank):
 @pytest.fixture(scope="module")
 def single_file(cases, tmp_path_factory):
     """The weights of both models of 16 channels, which are the same, in a file."""
-    case = cases("t2v", **random_hunyuan.AS_CORE)
+    case = cases("t2v", **WIDE)
     file = tmp_path_factory.mktemp("file") / "transformer.safetensors"
     save_file(case.transformer.state_dict(), file)
     return DiffusionModelSpec(path=str(file))
 
 
 def test_a_guiding_frame_decides_what_weights_without_a_config_are(cases, one_rank, single_file):
-    text, image = (cases(kind, **random_hunyuan.AS_CORE) for kind in ("t2v", "i2v replace"))
+    text, image = (cases(kind, **WIDE) for kind in ("t2v", "i2v replace"))
     near(text.sample(one_rank, model=single_file), text.expected())
     near(image.sample(one_rank, model=single_file, **given(image, numbers=REPLACE)), image.expected())
     near(image.sample(one_rank, **given(image, numbers=REPLACE)), image.expected())
