@@ -8,8 +8,7 @@ from ascend_runtime.models.hunyuan_video.transformer import HunyuanVideoTransfor
 from random_hunyuan import KINDS, diffusers_velocity, inputs, velocity
 from torch.testing import assert_close
 
-SIZES = {"odd": (3, 6, 10), "a frame": (1, 2, 2), "more of each": (5, 10, 14)}
-TEXTS = (1, 7, 256)
+SIZES = {"odd": (3, 6, 10), "a frame": (1, 2, 2), "more of each": (5, 8, 14)}
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 
 
@@ -38,9 +37,9 @@ def relative(one, other):
     return ((one.float() - other.float()).norm() / other.float().norm()).item()
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("text, size, batch", [
+    (1, "odd", 1), (1, "a frame", 2), (7, "more of each", 1), (7, "a frame", 1), (7, "odd", 2), (256, "odd", 1),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_network_equals_diffusers(both, kind, size, text, batch):
     ours, theirs = both(kind)
@@ -100,7 +99,7 @@ def test_each_input_changes_the_velocity(both):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_as_close_to_float32_as_diffusers(both, kind):
     """Both round the embedded guidance of 6 to 6016, in float32 too here; the rest are roundings."""
-    ours, theirs = both(kind, num_layers=4, num_single_layers=8)
+    ours, theirs = both(kind, num_single_layers=4)
     given = inputs(theirs.config, text=20).to(torch.bfloat16)
     assert given.guidance is None or given.guidance.tolist() == [6016.0]
     exact = diffusers_velocity(theirs, given._replace(**{name: getattr(given, name).float() for name in (

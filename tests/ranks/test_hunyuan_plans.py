@@ -8,6 +8,7 @@ combinations on 2, 3, 4 and 8.
 import itertools
 import json
 import math
+import random
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 RANKS = (2, 3, 4, 8)
 MOST = 1e-4  # the largest difference of any number of the latent
-SOME_OF_FOUR = 4
+SOME_OF_FOUR = 3
 # [B, C, T, H, W]: 25 tokens in a batch of 2; 3 tokens, fewer than ranks, or all on the first of them.
 SHAPES = ((2, 16, 5, 2, 10), (1, 16, 3, 2, 2))
 TEXTS = (1, 7, 256)
@@ -81,15 +82,11 @@ def in_8_bits(rng):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hunyuan_video")
+def made(request, tmp_path_factory):
+    """(the cases by number of ranks, the folder with what these made)"""
+    seed, every = random.randrange(2**32), request.config.getoption("--all-plans")
+    rng, folder = random.Random(seed), tmp_path_factory.mktemp(f"seed_{seed}_")
     hunyuan_ranks.write(folder)
-    return folder
-
-
-@pytest.mark.timeout(3600)  # with --all-plans
-def test_a_plan_makes_what_one_rank_makes(request, rng, capsys, folder):
-    every = request.config.getoption("--all-plans")
     by_ranks = {ranks: cases(ranks, rng, every) for ranks in (RANKS if every else RANKS[:3])}
     by_ranks[2] += in_8_bits(rng)
     arranged = {ranks: sorted(some, key=lambda case: (case.model, case.plan.tp, case.fsdp, case.quantization))
@@ -97,32 +94,51 @@ def test_a_plan_makes_what_one_rank_makes(request, rng, capsys, folder):
     arguments = {ranks: [case.arguments for case in some] for ranks, some in arranged.items()}
     (folder / "cases.json").write_text(json.dumps(arguments))
     gloo_ranks.run("hunyuan_ranks.py", folder, *arranged, timeout=3000)
+    return arranged, folder
+
+
+@pytest.mark.timeout(3600)  # with --all-plans
+def test_a_plan_makes_what_one_rank_makes(request, capsys, made):
+    arranged, folder = made
     expected = expected_of({case.of_one_rank for some in arranged.values() for case in some}, folder)
     errors = {}
     for ranks, some in arranged.items():
         latents = load_file(folder / f"{ranks}.safetensors")
         for number, case in enumerate(some):
-            errors[case] = (latents[str(number)] - expected[case.of_one_rank]).abs().max().item()
+            latent, looked = expected[case.of_one_rank]
+            errors[case] = (latents[f"{number}"] - latent).abs().max().item()
+            torch.testing.assert_close(latents[f"{number} looked"], looked, rtol=1e-4, atol=0)
     rows = [f"{error:.1e}   {case}" for case, error in errors.items()]
-    table = "\n".join([f"largest error, {' x '.join(AXES)}", *rows,
+    table = "\n".join([f"{folder.name}: largest error, {' x '.join(AXES)}", *rows,
                        f"{max(errors.values()):.1e} of all {len(errors)}"])  # fmt: skip
-    with capsys.disabled() if every else nullcontext():
+    with capsys.disabled() if request.config.getoption("--all-plans") else nullcontext():
         print(table)
     assert max(errors.values()) <= MOST, table
 
 
 def expected_of(cases, folder):
-    """The latents of one rank. They are of the size of what the network makes: an error of them is one."""
-    latents = {}
+    """The latents of one rank, and the sizes of the indicators of step caches."""
+    made = {}
     for model, quantization in sorted({case[:2] for case in cases}):
         network = hunyuan_ranks.load(folder, model, quantization=quantization)
         assert bool(hunyuan_ranks.quantized_layers(network)) == (quantization != "none")
         for case in cases:
             if case[:2] == (model, quantization):
                 shape, text, scale = case[2:]
-                latents[case] = hunyuan_ranks.denoised(network, None, shape=shape, text=text, guidance_scale=scale)
-                assert latents[case].std() > 0.5
-    return latents
+                looking = hunyuan_ranks.Looking(None)
+                latent = hunyuan_ranks.denoised(network, None, looking, shape=shape, text=text, guidance_scale=scale)
+                assert latent.std() > 0.5
+                made[case] = latent, looking.size
+    return made
+
+
+@pytest.mark.parametrize("form", hunyuan_ranks.FORMATS)
+def test_two_layers_in_slices_make_their_sum(made, form):
+    """A single block's proj_out in every format, by one all-reduce."""
+    expected = hunyuan_ranks.joined(form)
+    assert expected.std() > 0.1
+    _, folder = made
+    torch.testing.assert_close(load_file(folder / "2.safetensors")[form], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_all_plans_are_those_of_the_ranks():

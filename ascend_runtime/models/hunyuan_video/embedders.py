@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ...ops.precision import NORMS
 from .blocks import EPS, Modulation, Operated
-
-FREQUENCIES = 256  # of a sinusoid
+from .cost import FREQUENCIES, REFINER_RATIO
 
 
 class TimeTextEmbedding(nn.Module):
@@ -59,7 +58,7 @@ class RefinerBlock(Operated):
         self.head_dim = head_dim
         self.norm1, self.norm2 = (nn.LayerNorm(dim, EPS) for _ in range(2))
         self.attn = RefinerAttention(dim)
-        self.ff = FeedForward(dim, mult=4, activation_fn="linear-silu")
+        self.ff = FeedForward(dim, mult=REFINER_RATIO, activation_fn="linear-silu")
         self.norm_out = Modulation(dim, 2)
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
