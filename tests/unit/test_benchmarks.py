@@ -29,6 +29,7 @@ PEERS = ["socket", "ray"]
 OPERATORS = ["attention_plain", "cross_attention_plain", *cases.OTHERS,
              *(name for name, _ in cases.QUANTIZED.values())]  # fmt: skip
 MODES = ["cfg2", "ulysses2", "ulysses2_overlap", "ulysses2_fsdp", "ring2", "ring2_gather", "tp2"]
+HUNYUAN_DENSITIES = ("0.59", "0.66", "0.74")
 NAMES = {
     "transport": {*TRANSPORT, *(f"{name}_vs_{peer}" for name in TRANSPORT for peer in PEERS)},
     "warm": {"warm.cold_start_s", "warm.late_over_early", "warm.rss_slope_mb", "warm.weight_opens"},
@@ -46,6 +47,9 @@ NAMES = {
                    *(f"accelerate.rainfusion.of_bound.{density}" for density in ("0.43", "0.49", "0.61")),
                    *(f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")),
                    *(f"accelerate.attention_cache.quality.{what}" for what in ("psnr", "ssim", "prompt_following"))},
+    "accelerate --family hunyuan_video": {
+        *(f"accelerate.hunyuan_video.{name}.of_ideal" for name in caches.CACHES),
+        *(f"accelerate.hunyuan_video.rainfusion.of_bound.{density}" for density in HUNYUAN_DENSITIES)},
 }  # fmt: skip
 SAMPLE = ("warm",)
 MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
@@ -56,7 +60,7 @@ def test_writes_its_figures(request, name, tmp_path):
     if name not in SAMPLE and not request.config.getoption("--all-benchmarks"):
         pytest.skip("one of those that --all-benchmarks runs")
     file = tmp_path / "figures.jsonl"
-    command = [sys.executable, "-m", "benchmarks", name, "--quick", "--json", str(file)]
+    command = [sys.executable, "-m", "benchmarks", *name.split(), "--quick", "--json", str(file)]
     if name == "ascend":
         command += ["--report", str(tmp_path / "report.md")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
