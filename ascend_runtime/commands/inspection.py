@@ -185,9 +185,11 @@ def _format(component: Component) -> str:
 
 
 def _describe_defaults(transformer: Component, experts: int) -> Iterator[str]:
-    """Describes the model's default settings in a line; nothing if its file is unusable, which is reported as the
-    transformer's fault."""
+    """Describes the model's default settings in a line, after what its files leave open; nothing about settings if
+    their file is unusable, which is reported as the transformer's fault."""
     published = transformer.family.defaults(transformer.config, experts)
+    if transformer.folder is None and (text := transformer.family.left_open(transformer.config)):
+        yield f"left open: {text}"
     if transformer.defaults is None:
         yield f"recognised as {published.name}; its default settings: {_settings(published)}"
         return

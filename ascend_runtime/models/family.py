@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from .shared.vae import VideoVae
 
 TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # the parts of every family
-TRANSFORMER_2 = "transformer_2"  # the second expert of a model that has two
 TEXT_ENCODER_2 = "text_encoder_2"  # of a family with two
 VISION = "vision_tower"  # of a family whose text encoder reads images too
+TRANSFORMER_2 = "transformer_2"  # the second expert of a model that has two
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,11 @@ class Family(ABC):
         """The ways in which images condition models whose VAE has this form, by their names in workflows; the first is
         the default."""
         return {"": ImageForm()}
+
+    def left_open(self, config: Mapping[str, Any]) -> str:
+        """What the config of a transformer, read off its shapes, does not decide about the model, and what does; empty
+        if it decides all."""
+        return ""
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         """The published calibration of step caches for an expert of this model and frames of this number of pixels."""

@@ -8,17 +8,14 @@ from functools import partial
 
 import hunyuan_formats as formats
 import hunyuan_lora
-import original_formats
 import pytest
 import random_hunyuan
-import random_wan
 import torch
-from ascend_runtime import DiffusionModelSpec, LoraSpec, VaeSpec
+from ascend_runtime import LoraSpec
 from ascend_runtime.checkpoints.reader import load_weights
-from ascend_runtime.commands import conversion, inspection
-from ascend_runtime.components import Components
 from ascend_runtime.components.networks import empty_network
 from ascend_runtime.recognition.layout import find_transformer, find_vae
+from hunyuan_formats import assert_equals_diffusers, assert_same, load, parameters
 from safetensors.torch import load_file, save_file
 from scripts.lib.comfy_server import COMFYUI
 
@@ -41,29 +38,6 @@ def network(networks):
 def tensors(network):
     """By the original's names."""
     return formats.original_transformer(network.state_dict())
-
-
-def load(path, **spec):
-    spec = {"dtype": "float32", **spec}
-    return Components(torch.device("cpu")).get(DiffusionModelSpec(path=str(path), **spec), lambda *_: None).high_noise
-
-
-@torch.no_grad()
-def assert_equals_diffusers(made, theirs, tolerance=1e-5):
-    inputs = random_hunyuan.inputs(theirs.config)
-    expected = random_hunyuan.diffusers_velocity(theirs, inputs)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(random_hunyuan.velocity(made, inputs), expected, atol=tolerance, rtol=tolerance)
-
-
-def parameters(made):
-    """By diffusers' names."""
-    return random_hunyuan.diffusers_state(made.state_dict())
-
-
-def assert_same(made, expected):
-    assert made.keys() == expected.keys()
-    assert not [name for name, x in made.items() if not torch.equal(x, expected[name])]
 
 
 # Forms

@@ -9,7 +9,17 @@ from typing import Any
 from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, OriginalLayout, Part
+from ..family import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    VAE,
+    VISION,
+    DiffusersPipeline,
+    Family,
+    OriginalLayout,
+    Part,
+)
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
@@ -17,6 +27,7 @@ from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
 from .files import configs, lora_names, names
 from .files.configs import GUIDING_FRAME
+from .files.pipeline import pipeline_of
 from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
@@ -103,6 +114,12 @@ IMAGE_FORMS = {
 }
 
 
+LEFT_OPEN = (
+    "text to video, or image to video by token replacement (v2): the two have equal shapes, and no config says which. "
+    "A job's conditioning decides: with a first frame (HunyuanImageToVideo, v2) it replaces tokens"
+)
+
+
 class HunyuanVideo(Family):
     name = "hunyuan_video"
     title = "HunyuanVideo"
@@ -152,6 +169,9 @@ class HunyuanVideo(Family):
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels)
+
+    def left_open(self, config: Mapping[str, Any]) -> str:
+        return LEFT_OPEN if configs.is_open(config) else ""
 
     # Cost of a pass
 
@@ -204,6 +224,9 @@ class HunyuanVideo(Family):
 
         reads = Reads(self.form(config), self.text_width(config), self.pooled_width(config))
         return HunyuanConditioner(config, latents, reads)
+
+    def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
+        return pipeline_of(configurations)
 
 
 FAMILY = HunyuanVideo()

@@ -23,12 +23,12 @@ IN_DOUBLE = [f"{stream}_{layer}" for stream in ("img", "txt")
              for layer in ("mod.linear", "mod.lin", "attn_qkv", "attn.qkv", "attn_proj", "attn.proj", "attn_q_norm",
                            "attn_k_norm", "mlp.fc1", "mlp.0", "mlp.fc2", "mlp.2")]  # fmt: skip
 IN_SINGLE = ["linear1", "linear2", "modulation.linear", "modulation.lin", "q_norm", "k_norm"]
-BLOCKS = {  # the network's prefix: the files', and the layers in it
+LAYERS_IN_BLOCKS = {  # the network's prefix: the files', and the layers in it
     REFINER: ("txt_in.individual_token_refiner.blocks.", IN_REFINER),
     DOUBLE: ("double_blocks.", IN_DOUBLE),
     SINGLE: ("single_blocks.", IN_SINGLE),
 }
-GUIDANCE = "time_text_embed.guidance_embedder."
+GUIDANCE_EMBEDDER = "time_text_embed.guidance_embedder."
 FOR_GUIDANCE = "of the guidance embedder, which this model lacks"
 FOR_A_BLOCK = "of blocks that this model lacks"
 OF_NO_LAYER = "of no layer of this model"
@@ -52,13 +52,13 @@ def _fused(shapes: Shapes) -> Iterator[str]:
 
 def _guidance_parameters(shapes: Shapes) -> Iterator[str]:
     """The additional parameters of a network that has a guidance embedder."""
-    yield from (f"{GUIDANCE}{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias"))
+    yield from (f"{GUIDANCE_EMBEDDER}{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias"))
 
 
 def _spellings(known: set[str]) -> dict[str, str]:
     """The network's or a fused layer's name, by all names that it has in files."""
     own = {published_name(name).removesuffix(".weight").removesuffix(".bias") for name in known}
-    given = [*OUTSIDE, *(f"{theirs}{number}.{layer}" for prefix, (theirs, layers) in BLOCKS.items()
+    given = [*OUTSIDE, *(f"{theirs}{number}.{layer}" for prefix, (theirs, layers) in LAYERS_IN_BLOCKS.items()
                          for number in _numbers(known, prefix) for layer in layers)]  # fmt: skip
     spelled = {name: name for name in own}
     for theirs in given:
