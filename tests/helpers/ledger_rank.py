@@ -49,7 +49,7 @@ def main():
 
 class RankWithLedger:
     def __init__(self, folder):
-        self.pipeline, (self._channel, self._other) = RankPipeline(torch.device("cpu")), channel_pair()
+        self.pipeline = RankPipeline(torch.device("cpu"))
         self._path, self._hunyuan = str(folder / "model"), str(folder / "hunyuan")
 
     def does(self, work, **given):
@@ -92,4 +92,7 @@ class RankWithLedger:
 
     def _job(self, kind, **given):
         work = {messages.Sample: self.pipeline.sample, messages.Encode: self.pipeline.encode}[kind]
-        work(Job(kind(job=1, **given), self._channel, self.pipeline.device))
+        channel, other = channel_pair()  # of each job, as nobody reads its messages, which would fill one channel
+        work(Job(kind(job=1, **given), channel, self.pipeline.device))
+        channel.close()
+        other.close()

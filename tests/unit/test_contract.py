@@ -10,8 +10,8 @@ from scripts.lib import contract
 import pytest
 
 FOLDER = "tests/contract"
-STARTING = [f"{FOLDER}/test_{name}.py" for name in ("benchmark", "cann", "components", "launcher", "pipeline")]
-HALVES = {"which start processes": STARTING, "of one process": [FOLDER, *(f"--ignore={file}" for file in STARTING)]}
+FIRST = [f"{FOLDER}/test_{name}.py" for name in ("benchmark", "launcher", "pipeline")]
+HALVES = {"first half": FIRST, "second half": [FOLDER, *(f"--ignore={file}" for file in FIRST)]}
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -24,7 +24,7 @@ def test_calls_fit_the_real_torch_npu_and_mindiesd(capfd, half):
     *lines, summary = done.stdout.strip().splitlines()
     with capfd.disabled():
         skipped = (line for line in lines if line.startswith("SKIPPED"))
-        print("", *skipped, f"contract, tests {half}: {summary.strip(' =')} ", sep="\n")
+        print("", *skipped, f"contract, {half}: {summary.strip(' =')} ", sep="\n")
     if done.returncode or not re.search(r"[1-9]\d* passed", summary):
         pytest.fail(done.stdout, pytrace=False)
 
@@ -49,7 +49,7 @@ def test_another_torch_npu_is_taken_whole():
 def test_each_contract_test_is_in_one_half():
     """The second half is all but the first, so that a new file is in it."""
     everything = {str(file.relative_to(contract.REPOSITORY)) for file in contract.RUN.parent.glob("test_*.py")}
-    assert set(STARTING) < everything and len(everything) > 10
+    assert set(FIRST) < everything and len(everything) > 10
 
 
 def test_why_not_says_what_is_missing(monkeypatch, tmp_path):
