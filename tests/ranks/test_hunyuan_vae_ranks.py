@@ -15,7 +15,7 @@ from ascend_runtime import VaeSpec
 from safetensors.torch import save_file
 
 RANKS, SAMPLE = [1, 2, 3, 4, 5, 6, 7, 8], [1, 3]
-PLANES = [(1, 5, 7), (2, 3, 11), (3, 9, 13), (5, 2, 3), (1, 1, 1)]  # of a latent; the last ones are smaller than 8 ranks
+PLANES = [(1, 5, 7), (2, 3, 11), (3, 9, 13), (5, 2, 3), (1, 1, 1)]  # of a latent; the last have fewer pixels than 8
 TILED = [(5, 9, 15), (8, 7, 3), (1, 15, 9), (7, 13, 20)]  # larger than a small tile
 WORKS = ("decode", "encode")
 
