@@ -141,8 +141,8 @@ def _rounding(quick: bool) -> Iterator[Row]:
     base_dim = QUICK_BASE_DIM if quick else FULL_BASE_DIM
     yield from _rounded("vae.", "wan", AutoencoderKLWan(base_dim=base_dim), context_of(quick, base_dim=base_dim))
     channels = QUICK_HUNYUAN_CHANNELS if quick else HUNYUAN_CHANNELS
-    network, context = AutoencoderKLHunyuanVideo(block_out_channels=channels), context_of(quick, channels=list(channels))
-    yield from _rounded("vae.hunyuan_video_", "hunyuan_video", network, context)
+    network = AutoencoderKLHunyuanVideo(block_out_channels=channels)
+    yield from _rounded("vae.hunyuan_video_", "hunyuan_video", network, context_of(quick, channels=list(channels)))
 
 
 def _rounded(prefix: str, name: str, network: nn.Module, context: dict) -> Iterator[Row]:
