@@ -1,4 +1,4 @@
-"""HunyuanVideo's prompts on ranks: text and a pooled vector, on one rank's CPU or on all ranks, once for each prompt."""
+"""HunyuanVideo's prompts on ranks: text and a pooled vector, on one rank's CPU or on all ranks, once per prompt."""
 
 import re
 
