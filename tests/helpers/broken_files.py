@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from ascend_runtime.models.registry import family
 from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.mindspeed import STAGE_FILE
 from ascend_runtime.components import Components
 from ascend_runtime.specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from safetensors import safe_open
@@ -136,7 +137,7 @@ def broken(sound, target, draw):
     shutil.copytree(sound, target) if sound.is_dir() else shutil.copyfile(sound, target)
     files = [path for path in sorted(target.rglob("*")) if path.is_file()] if target.is_dir() else [target]
     file = draw.choice(files)
-    if file.suffix in WHOLE and draw.random() < 0.6:
+    if file.suffix in WHOLE and file.name != STAGE_FILE and draw.random() < 0.6:
         WHOLE[file.suffix](file, draw)
         return file, WHOLE[file.suffix].__name__
     way = draw.choice(BYTES)
