@@ -21,7 +21,7 @@ TRANSFORMER_DEFAULTS = {
 CONCAT, REPLACE = "latent_concat", "token_replace"  # image_condition_type in diffusers' configs; None: text to video
 # What a network says for a config without the field: its shapes are those of a text-to-video model and of one that
 # replaces the first frame. A job decides: the conditioning of an image-to-video one has a guiding frame.
-OPEN = "open"
+EITHER = "either"
 GUIDING_FRAME = "guiding_frame_index"  # of a conditioning: the frame that is known and replaced, always 0
 HEAD_DIM = 128  # of every published HunyuanVideo transformer
 CONDITION_TYPES = (None, REPLACE, CONCAT)
