@@ -38,6 +38,11 @@ def find_vision(spec: VisionSpec) -> Component:
     return find_part(spec.path, VISION)
 
 
+def sees_images(folder: Path) -> bool:
+    """Whether this folder holds a text encoder with a vision tower."""
+    return any(_is_held(kind, folder) for kind in kinds(VISION))
+
+
 def require_vision(family: Family) -> None:
     """Raises ValueError for a family whose prompts have no images."""
     if VISION not in family.parts:
