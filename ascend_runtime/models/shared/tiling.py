@@ -250,28 +250,29 @@ def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int, t
     if tiles != "published" and needed <= size.free:
         facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{needed / 1e9:.1f} GB a rank"}
         return TilePerRank(vae, tile, facts)
+    cuts = vae.cuts(frames, height, width)
     if tiles == "whole":
-        raise _too_large(size, needed, grid.tiles)
-    if vae.cuts(frames, height, width) is not None:
-        return _dealt(size, needed)
-    if grid.tiles > 1 or (blended := vae.blend()) is None:
-        raise _too_large(size, needed, grid.tiles) if tiles == "auto" else _no_published(vae, grid.tiles)
+        raise _too_large(size, needed, grid.tiles, "" if cuts is None else " Or set tiles to 'published'.")
+    if cuts is not None:
+        return _dealt(size, needed, overlapping.tiles_of(cuts, (frames, height, width)))
+    if world_size() > 1 or (blended := vae.blend()) is None:
+        raise _too_large(size, needed, grid.tiles) if tiles == "auto" else _no_published(vae)
     return _in_turn(size, blended, needed)
 
 
-def _too_large(size: _Size, needed: float, ranks: int) -> ValueError:
+def _too_large(size: _Size, needed: float, ranks: int, cure: str = "") -> ValueError:
     free, vae = max(size.free, 1), size.vae
     sides = (max(1, int(math.sqrt(free / needed) * side)) * vae.form.spatial for side in (size.width, size.height))
     on_cards = "" if vae.device.type == "cpu" else f", or {math.ceil(ranks * needed / free)} ranks"
     on_each = f" on each of {ranks} ranks" if ranks > 1 else ""
     return ValueError(
         f"{size.task} takes {needed / 1e9:.1f} GB{on_each}, but {free / 1e9:.1f} GB are free. Use about "
-        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights."
+        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights.{cure}"
     )
 
 
-def _no_published(vae: VideoVae, ranks: int) -> ValueError:
-    why = f"runs on one rank in tiles that overlap, and there are {ranks}" if vae.blend() else "has no published tiles"
+def _no_published(vae: VideoVae) -> ValueError:
+    why = f"makes tiles that overlap on one rank, and there are {world_size()}" if vae.blend() else "has no such tiles"
     return ValueError(f"tiles is 'published', but this VAE {why}. Set it to 'auto' or 'whole'.")
 
 
@@ -288,9 +289,8 @@ def _in_turn(size: _Size, blended: BlendedTiles, needed: float) -> TilesInTurn:
     return TilesInTurn(size.vae, blended, tiles, {"tiles": f"{tiles} in turn", "memory": f"{least / 1e9:.1f} GB"})
 
 
-def _dealt(size: _Size, needed: float) -> DealtTiles:
+def _dealt(size: _Size, needed: float, tiles: list[LatentTile]) -> DealtTiles:
     vae, ranks = size.vae, world_size()
-    tiles = overlapping.tiles_of(vae.cuts(*size[2:5]), size[2:5])
     largest = max(tiles, key=lambda tile: tile.work).size
     rounds = overlapping.dealt(tiles, ranks)
     least = size.needed(*largest)
