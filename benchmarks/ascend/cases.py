@@ -190,5 +190,10 @@ OTHERS = {
 OF_RANKS = "it needs several ranks"
 LEFT_OUT = {
     "linear_all_reduce": f"{OF_RANKS}; the parallel modes tp2, tp4, tp8 measure it",
+    "summed": f"{OF_RANKS}: it is their all-reduce",
     **{f"{name}_all_reduce": f"{OF_RANKS}, and no parallel mode is quantized" for name, _ in QUANTIZED.values()},
+    **{
+        f"{name}_part": "it is a rank's product in the operator with all_reduce in its name"
+        for name, _ in QUANTIZED.values() if name != "mx_linear"  # whose product depends on no other rank
+    },
 }
