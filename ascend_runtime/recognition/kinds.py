@@ -131,11 +131,8 @@ def is_kind(kind: Kind, file: Path) -> bool:
     """Whether a file holds a network of this kind. Raises ValueError if it cannot be read, or holds several of them.
     The result, an error included, is cached until the file changes, whichever link leads to it."""
     cached = _cached_kinds(tuple(map(content_state, files_of((file,)))))
-    if kind not in cached:
-        try:
-            cached[kind] = _fits(kind, file), "", str(file)
-        except ValueError as error:
-            cached[kind] = False, str(error), str(file)
+    if not cached:
+        cached |= _kinds_in(file)
     fits, fault, first = cached[kind]
     if fault:
         raise ValueError(fault.replace(first, str(file)))
@@ -148,8 +145,19 @@ def _cached_kinds(state: tuple) -> dict[Kind, tuple[bool, str, str]]:
     return {}
 
 
-def _fits(kind: Kind, file: Path) -> bool:
-    return _is_signed(kind, file, _names(file))
+def _kinds_in(file: Path) -> dict[Kind, tuple[bool, str, str]]:
+    """See `_cached_kinds`."""
+    try:
+        held = _names(file)
+    except ValueError as error:
+        return dict.fromkeys(kinds(), (False, str(error), str(file)))
+    found = {}
+    for kind in kinds():
+        try:
+            found[kind] = _is_signed(kind, file, held), "", str(file)
+        except ValueError as error:
+            found[kind] = False, str(error), str(file)
+    return found
 
 
 def _is_signed(kind: Kind, file: Path, held: Iterable[str]) -> bool:

@@ -162,7 +162,7 @@ class HunyuanVideo(Family):
         return "the HunyuanVideo VAE" if channels == CHANNELS else ""
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
-        return configs.filled(config)["image_condition_type"] in (None, configs.OPEN)
+        return configs.filled(config)["image_condition_type"] is None
 
     def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
         return IMAGE_FORMS
