@@ -20,6 +20,8 @@ from ..models.shapes import Shapes, count
 
 # The prefixes of the networks in a file of a whole model, as ComfyUI saves it.
 NETWORKS = re.compile(r"^(model\.diffusion_model|vae|first_stage_model|text_encoders|cond_stage_model|clip_vision)\.")
+# Prefixes in CLIP's vision models, whose patch embeddings are named like a transformer's.
+IMAGE_ENCODERS = re.compile(r"(^|\.)(vision_model|vision_tower)\.")
 MAX_PREFIXES = 4  # listed in an error
 EXPERT = "_2"  # the suffix of a second expert's folder
 
@@ -185,6 +187,8 @@ def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
     """The prefix of a network's tensor names. Raises ValueError if the file holds several such networks."""
     found = {name.removesuffix(begin) for name in names for begin in kind.part.begins if name.endswith(begin)}
     found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
+    if kind.name == TRANSFORMER:
+        found = {prefix for prefix in found if not IMAGE_ENCODERS.search(prefix)}
     if len(found) > 1 and "" not in found:
         first = ", ".join(map(shown, sorted(found)[:MAX_PREFIXES])) + ", ..." * (len(found) > MAX_PREFIXES)
         raise ValueError(
