@@ -317,19 +317,18 @@ def test_what_leaves_nothing_out_is_dense(one_rank, models, expected, family, ra
 
 
 def test_what_is_saved_counts_the_text(expected):
-    """Of products over [video | text]; a step of HunyuanVideo has no other attention."""
-    tokens, texts, width = 1125, (140, 7), 64
+    """Of products over [video | text]. Layers of single vectors, a thousandth of the work, are left out here."""
+    tokens, text, width = 1125, 140, 64  # the text of both branches counts as the positive one
+    length = tokens + text
+    products = 2 * 4 * length**2 * width
+    blocks = products + 2 * 24 * length * width**2
+    patches = 2 * tokens * width * 4 * (16 + 16)
+    refiner = 2 * (4 * text**2 * width + 24 * text * width**2) + 2 * text * width * random_hunyuan.TEXT_DIM
+    share = products / (blocks + patches + refiner)
     for version in SPECS:
         facts = expected["hunyuan"][version].info["acceleration"]
-        # Both branches count as the positive one, by the work of a pass of it.
-        length, text = tokens + texts[0], texts[0]
-        blocks = 2 * (4 * length**2 * width) + (24 + 24) * length * width**2
-        patches = 2 * tokens * width * 4 * (16 + 16)
-        refiner = 2 * (4 * text**2 * width + 24 * text * width**2) + 2 * text * width * random_hunyuan.TEXT_DIM
-        share = 2 * (4 * length**2 * width) / (blocks + patches + refiner)
-        sparse = (STEPS - 1) / STEPS
-        expected_share = sparse * (1 - facts["mean_density"]) * share
-        assert facts["flops_saved"] == pytest.approx(expected_share, rel=1e-3)
+        left_out = (STEPS - 1) / STEPS * (1 - facts["mean_density"])
+        assert facts["flops_saved"] == pytest.approx(left_out * share, rel=5e-3)
 
 
 def test_attention_that_is_reused_is_not_computed(one_rank, models, expected):
