@@ -31,9 +31,9 @@ RATIOS = {
     ),
 }  # fmt: skip
 # Values of presets that others have published for HunyuanVideo; a preset's other values are those of every family.
-# TeaCache: 0.15; balanced has the other published threshold, 0.1 (see COEFFICIENTS). MagCache: 0.12 with 4 and 0.24 with
-# 6 steps in a row (see RATIOS); quality is half of the first. FBCache: 0.06 (github.com/chengzeyi/ParaAttention) and
-# 0.1; TaylorSeer: order 3, one step in four (both github.com/hicann/cann-recipes-infer at 06656b0,
+# TeaCache: 0.15; balanced has the other published threshold, 0.1 (see COEFFICIENTS). MagCache: 0.12 with 4 and 0.24
+# with 6 steps in a row (see RATIOS); quality is half of the first. FBCache: 0.06 (github.com/chengzeyi/ParaAttention)
+# and 0.1; TaylorSeer: order 3, one step in four (both github.com/hicann/cann-recipes-infer at 06656b0,
 # models/hunyuan-video).
 STEP_CACHE_PRESETS = {
     "fbcache": {"balanced": {"threshold": 0.06}, "fast": {"threshold": 0.1}},

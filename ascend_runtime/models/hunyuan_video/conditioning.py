@@ -19,7 +19,7 @@ from torch import Tensor
 from ...ops.precision import check_finite
 from ..shared.conditioning import Branch, Conditioner, Given, Prompt, ready
 from .context import Context
-from .files.configs import CONCAT, GUIDING_FRAME, EITHER, REPLACE, filled
+from .files.configs import CONCAT, EITHER, GUIDING_FRAME, REPLACE, filled
 
 OWN_GUIDANCE, TEXT_MASK = "guidance", "attention_mask"  # further entries of a conditioning, as core ComfyUI names them
 GUIDANCE_UNIT = 1000  # of the embedded guidance scale, as a timestep's
