@@ -15,6 +15,8 @@ from .report import Row, print_table, to_json
 
 # Modules of this package, each with `run(quick: bool) -> Iterator[Row]`.
 BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelerate")
+OPTIONS = {"ascend": ("models", "only", "report"), "accelerate": ("family",)}  # those that only one of them has
+FAMILIES = ("wan", "hunyuan_video")
 
 
 def main() -> None:
@@ -22,6 +24,8 @@ def main() -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures, one JSON object per line")
     parser.add_argument("--quick", action="store_true", help="few runs and small sizes, to show that it works")
+    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0],
+                        help="accelerate: the models' family (default: %(default)s)")  # fmt: skip
     ascend = parser.add_argument_group("ascend")
     ascend.add_argument("--models", type=Path, metavar="DIR", help="the folder that holds the published models")
     ascend.add_argument("--only", metavar="TEXT", help="of the published workloads, those whose name contains TEXT")
@@ -29,6 +33,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if "ascend" not in arguments.names and (arguments.models or arguments.only or arguments.report):
         parser.error("only ascend has --models, --only and --report")
+    if "accelerate" not in arguments.names and arguments.family != FAMILIES[0]:
+        parser.error("only accelerate has --family")
     rows = []
     try:
         with arguments.json.open("w") if arguments.json else nullcontext() as file:
@@ -42,7 +48,7 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in arguments.names:
-        options = {key: getattr(arguments, key) for key in ("models", "only", "report")} if name == "ascend" else {}
+        options = {key: getattr(arguments, key) for key in OPTIONS.get(name, ())}
         yield from import_module(f".{name}", __package__).run(arguments.quick, **options)
 
 

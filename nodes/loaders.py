@@ -15,6 +15,7 @@ from ..ascend_runtime.specs.models import (
     PLACEMENTS,
     QUANTIZATIONS,
     VAE_DTYPES,
+    VAE_TILES,
 )
 from . import model_files, types
 from .types import Handle, ModelHandle, RanksHandle
@@ -242,6 +243,17 @@ class LoadVAE(io.ComfyNode):
                     VAE_DTYPES,
                 ),
                 types.parallel_input(),
+                io.Combo.Input(
+                    "tiles",
+                    options=list(VAE_TILES),
+                    default="auto",
+                    optional=True,
+                    tooltip="How a video is decoded and encoded.\n"
+                    "auto: whole if it fits in memory, else published.\n"
+                    "whole: as one, each rank a part of the plane, without seams.\n"
+                    "published: in overlapping tiles that are blended. For HunyuanVideo these are its authors' own, on "
+                    "any number of ranks: they need less memory, and up to 2.5 times the work. Wan: only on one rank.",
+                ),
             ],
             outputs=[
                 types.Vae.Output(
@@ -255,8 +267,8 @@ class LoadVAE(io.ComfyNode):
         return model_files.check(model_name, model_files.VAE)
 
     @classmethod
-    def execute(cls, model_name, dtype, parallel=None) -> io.NodeOutput:
-        spec = VaeSpec(path=model_files.path_of(model_name, model_files.VAE), dtype=dtype)
+    def execute(cls, model_name, dtype, parallel=None, tiles="auto") -> io.NodeOutput:
+        spec = VaeSpec(path=model_files.path_of(model_name, model_files.VAE), dtype=dtype, tiles=tiles)
         return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
 
 

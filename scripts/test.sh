@@ -7,7 +7,7 @@
 #   --torch-npu VERSION      run the contract tests with this torch_npu, such as 2.9.0.post6, and its torch, in
 #                            .venv-contract-VERSION on top of .venv: a download of several GB on x86_64
 #   PYTHON=...       the Python 3.10 - 3.12 to make .venv from
-# Other arguments go to pytest. The contract tests count as one test; `test.sh tests/contract ...` runs only them.
+# Other arguments go to pytest. The contract tests count as two tests; `test.sh tests/contract ...` runs only them.
 set -euo pipefail
 arguments=()
 while [ $# -gt 0 ]; do

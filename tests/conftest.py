@@ -40,14 +40,18 @@ def pytest_addoption(parser):
 
 
 LANES = ("ranks", "comfyui")  # folders of tests
+APART = ("test_contract.py",)  # files of tests
 
 
 class Lanes(LoadScopeScheduling):
-    """A worker takes all files of such a folder, one after the other, as their tests start many processes, keep what
-    they started for the next ones, and some measure time. Other files are taken by whoever is free."""
+    """A worker takes all files of a folder of LANES, one after the other, as their tests start many processes, keep
+    what they started for the next ones, and some measure time. Other files are taken by whoever is free, and so is each
+    test of APART, which takes minutes."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
+        if Path(file).name in APART:
+            return nodeid
         folder = Path(file).parent.name
         return folder if folder in LANES else file
 

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -27,7 +28,6 @@ from ..ops.packing import EXPONENTS, FP8_BITS, PAIRS, Packing
 from .bounded import MAX_NAME_LENGTH, check_count, read_json
 from .faults import list_faults, shown
 from .formats.tensor_files import TensorFile, open_tensors
-from .renaming import MODELSLIM, renamed
 
 DESCRIPTION_PATTERN, WEIGHTS_PATTERN = "quant_model_description*.json", "quant_model_weight*.safetensors"
 FLOAT = "FLOAT"
@@ -91,10 +91,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Description:
-    """The content of a description. layers: by their names in the files."""
+    """The content of a description. layers: by their names in the files, without what moved outliers insert."""
 
     file: Path
     layers: dict[str, Layer]
+
+    @cached_property
+    def _smoothed(self) -> set[str]:
+        """The names of the layers whose outliers were moved."""
+        return {name for name, layer in self.layers.items() if layer.smoothed}
 
     @property
     def algorithms(self) -> list[str]:
@@ -132,13 +137,13 @@ class Description:
             with open_tensors(shard) as file:
                 for key, shape in file.shapes.items():
                     if self._part(key) == (TIMESTEP, "input_scale") and shape:
-                        name = plain_name(key).rpartition(".")[0]
+                        name = plain_name(key, self._smoothed).rpartition(".")[0]
                         layers[name] = replace(layers[name], steps=shape[0])
         return replace(self, layers=layers)
 
     def _part(self, key: str) -> tuple[str, str] | None:
         """(the algorithm of a tensor's layer, the tensor's name in it); None if the layer is not quantized."""
-        layer, _, leaf = plain_name(key).rpartition(".")
+        layer, _, leaf = plain_name(key, self._smoothed).rpartition(".")
         return (self.layers[layer].algorithm, leaf) if layer in self.layers else None
 
 
@@ -167,9 +172,11 @@ def read_description(file: Path) -> Description:
     check_count(file, content)
     if any(len(name) > MAX_NAME_LENGTH for name in content):
         raise ValueError(f"{file} has a name of more than {MAX_NAME_LENGTH} characters. Quantize the model again.")
-    algorithms = {plain_name(name): value.upper() for name, value in content.items() if isinstance(value, str)}
+    smoothed = {name.removesuffix(".mul_scale").removesuffix(".div") for name in content if name.endswith(".mul_scale")}
+    algorithms = {
+        plain_name(name, smoothed): value.upper() for name, value in content.items() if isinstance(value, str)
+    }
     _check(file, algorithms)
-    smoothed = {name.removesuffix(".mul_scale") for name in algorithms if name.endswith(".mul_scale")}
     quantized = {name.removesuffix(".weight"): algorithm for name, algorithm in algorithms.items()
                  if name.endswith(".weight") and algorithm != FLOAT}  # fmt: skip
     layers = {name: Layer(algorithm, name in smoothed) for name, algorithm in quantized.items()}
@@ -198,9 +205,11 @@ def _check(file: Path, algorithms: dict[str, str]) -> None:
     )
 
 
-def plain_name(key: str) -> str:
-    """A tensor's name without what msModelSlim inserts for moved outliers."""
-    return renamed(key, MODELSLIM)
+def plain_name(key: str, smoothed: Collection[str]) -> str:
+    """A tensor's name without what msModelSlim inserts for moved outliers. smoothed: the layers with such."""
+    layer, _, leaf = key.rpartition(".")
+    outer, _, inserted = layer.rpartition(".")
+    return f"{outer}.{leaf}" if inserted in ("linear", "div") and outer in smoothed else key
 
 
 def _check_parts(description: Path, file: TensorFile, parts: dict[str, tuple[str, str]]) -> None:

@@ -6,9 +6,28 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+# Of a file of fp8 weights, and of the file with their scales (formats/scale_maps.py).
+FP8_ENDING, MAP_ENDING = "_fp8.pt", "_fp8_map.pt"
+
+
+def has_scale_map(file: Path) -> bool:
+    """Whether a file's weights have scales in another file, by its name."""
+    return file.name.endswith(FP8_ENDING)
+
+
+def scale_map_of(file: Path) -> Path:
+    """The file with the scales of such a file's weights."""
+    return file.with_name(file.name.removesuffix(FP8_ENDING) + MAP_ENDING)
+
+
 def files_of(shards: Iterable[Path]) -> list[Path]:
-    """The files of all shards, which may be folders."""
-    return [file for shard in shards for file in (sorted(shard.iterdir()) if shard.is_dir() else (shard,))]
+    """The files of all shards, which may be folders, and of their scales."""
+    return [file for shard in shards for file in (sorted(shard.iterdir()) if shard.is_dir() else _with_scales(shard))]
+
+
+def _with_scales(file: Path) -> tuple[Path, ...]:
+    scales = scale_map_of(file) if has_scale_map(file) else None
+    return (file,) if scales is None or not scales.is_file() else (file, scales)
 
 
 def states(shards: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..wire.messages import MAX_ENTRIES, MAX_ENTRY_NAME, Conditioning
 
 LATENT_AXES, FRAMES_AXES, IMAGE_AXES = "[B,C,T,H,W]", "[T,H,W,3]", "[H,W,3]"  # ranks check what depends on the model
-MAX_PROMPT_CHARACTERS = 50_000  # far more than the 512 tokens that are used; tokenizing them takes a second
+MAX_PROMPT_CHARACTERS = 50_000  # far more than the 512 tokens that any model reads; tokenizing them takes a second
 MAX_INTERLEAVE = 512  # core ComfyUI's limit
 
 
@@ -31,8 +31,8 @@ def check_prompt(text: Any) -> None:
     check_whole("The prompt", text)
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(
-            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are accepted, and only the "
-            "first 512 tokens are used. Shorten it."
+            f"The prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are accepted, of which "
+            "models read a few hundred tokens. Shorten it."
         )
 
 

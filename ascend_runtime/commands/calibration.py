@@ -20,7 +20,7 @@ from ..recognition.component import Component
 from ..recognition.defaults import model_defaults
 from ..recognition.folders import has_low_noise
 from ..recognition.layout import find_transformer
-from ..specs import AccelerationSpec, Calibration, ParallelSpec, SampleSpec, TextEncoderSpec, VaeForm, VideoSize
+from ..specs import AccelerationSpec, Calibration, ParallelSpec, SampleSpec, VaeForm, VideoSize
 from ..wire.messages import Conditioning
 from . import video_options
 from .progress import ProgressDisplay
@@ -120,7 +120,7 @@ def _prompts(
             generator = torch.Generator().manual_seed(seed)
             yield _random_prompts(transformer, generator)
         return
-    encoder = TextEncoderSpec(path=arguments.text_encoder or arguments.model)
+    encoder = video_options.encoder_of(arguments)
     for prompt in arguments.prompt or PROMPTS:
         positive, negative = (
             runtime.encode(encoder, text, on_progress=progress.on_progress).conditioning for text in (prompt, "")

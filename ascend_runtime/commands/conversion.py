@@ -29,7 +29,7 @@ from ..checkpoints.writing.writers import WRITE_BYTES
 from ..components.networks import empty_network
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..recognition.component import Component
-from ..recognition.folders import STANDARD_NAMES, TRANSFORMER_FOLDERS, has_folder
+from ..recognition.folders import STANDARD_NAMES, TRANSFORMERS, has_folder
 from ..recognition.mindspeed import RELEASE, STAGE_FILE, TRACKER
 from ..specs.models import WEIGHT_DTYPES
 from .inspection import inspect
@@ -143,7 +143,8 @@ def planned(
     plan.sources += parts.values()
     if to == "mindspeed":
         for part, component in parts.items():
-            _plan_release(plan, Path(TRANSFORMER_FOLDERS[part][1] if len(parts) > 1 else ""), part, component)
+            folder = component.family.layout.folders[part][0] if len(parts) > 1 else ""
+            _plan_release(plan, Path(folder), part, component)
         _plan_own_files(plan, parts)
         return plan
     _plan_tokenizer(plan, parts)
@@ -162,7 +163,7 @@ def _parts(source: Path, to: str, omitted: list[str], on_part: Callable[[str], N
     for found in inspect(str(source), on_part):
         if found.component is None and found.fault is None:
             continue
-        if to == "mindspeed" and found.part not in TRANSFORMER_FOLDERS:
+        if to == "mindspeed" and found.part not in TRANSFORMERS:
             if found.component:
                 omitted.append(f"{found.part}: MindSpeed-MM's layout has only transformers; use --to diffusers")
         elif found.component:  # `_moves` checks its weights; other faults, as a missing tokenizer, are accepted
@@ -213,13 +214,13 @@ def _dtype(component: Component, name: str, held: torch.dtype, target: torch.dty
 
 def _plan_release(plan: ConversionPlan, folder: Path, part: str, component: Component) -> None:
     """Plans a transformer in the layout of MindSpeed-MM's converter, with one pipeline stage."""
+    to_mindspeed = component.family.to_mindspeed
+    if to_mindspeed is None:
+        raise ValueError(f"MindSpeed-MM's layout does not support a {component.kind.what}. Use --to diffusers.")
     for name, value in component.part.hidden.items():
         if component.config.get(name, value) != value:
             raise ValueError(f"{component.shards[0]} has {name} {component.config[name]}, but MindSpeed-MM's layout "
                              f"has no config, and only supports {value}. Use --to diffusers.")  # fmt: skip
-    to_mindspeed = component.family.to_mindspeed
-    if to_mindspeed is None:
-        raise ValueError(f"MindSpeed-MM's layout does not support a {component.kind.what}. Use --to diffusers.")
     moves = {to_mindspeed(move.name): move for move in _moves(part, component, plan.dtype)}
     plan.moves[folder / RELEASE / "mp_rank_00" / STAGE_FILE] = moves
     plan.texts[folder / TRACKER] = f"{RELEASE}\n".encode()

@@ -20,7 +20,16 @@ from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from ..recognition.folders import TRANSFORMER_FOLDERS, has_folder, has_low_noise, is_in_index, is_original
+from ..recognition.folders import (
+    TRANSFORMERS,
+    has_folder,
+    has_low_noise,
+    is_in_index,
+    is_transformers_folder,
+    loose_files,
+    original_family,
+    original_file,
+)
 from ..recognition.kinds import describe_other, is_kind, kinds
 from ..recognition.layout import find_part, find_transformer
 from .progress import ProgressDisplay
@@ -95,15 +104,15 @@ def _is_required(part: str, root: Path) -> bool:
         return True
     if (root / "model_index.json").is_file():
         return is_in_index(root, part)
-    is_expert = any(root.name in names[1:] for names in TRANSFORMER_FOLDERS.values())
-    return not is_expert and (is_original(root) or any(root.glob("*.pth")))
+    return not is_transformers_folder(root) and bool(original_family(root) or loose_files(root))
 
 
 def _component(root: Path) -> list[str]:
     """The part that the folder itself is, by its config.json; empty if it is a model's folder."""
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    named = (kind for kind in kinds() if config.get(kind.part.class_name[0]) == kind.part.class_name[1])
-    return list(dict.fromkeys(kind.name for kind in named))
+    named = [kind.name for kind in kinds() if config.get(kind.part.class_name[0]) == kind.part.class_name[1]]
+    named += [kind.name for kind in kinds() if kind.name != TRANSFORMER and original_file(root, kind.name)]
+    return list(dict.fromkeys(named))
 
 
 def _parts_of_a_model(path: str, root: Path) -> list[str]:
@@ -129,7 +138,7 @@ def _inspect_part(part: str, path: str, experts: list[Component]) -> Found:
         return Found(part, None, str(error))
     try:
         check_component(component)
-        if part in TRANSFORMER_FOLDERS:
+        if part in TRANSFORMERS:
             check_experts([*experts, component])
             experts.append(component)
     except ValueError as error:
@@ -172,13 +181,15 @@ def _format(component: Component) -> str:
         return "diffusers"
     if first.is_dir() or first.parent.name.startswith("mp_rank_"):
         return "MindSpeed-MM"
-    return "original" if is_original(first.parent) or first.suffix in (".pth", ".pt") else "single file"
+    return "original" if original_family(first.parent) or first.suffix in (".pth", ".pt") else "single file"
 
 
 def _describe_defaults(transformer: Component, experts: int) -> Iterator[str]:
-    """Describes the model's default settings in a line; nothing if its file is unusable, which is reported as the
-    transformer's fault."""
+    """Describes the model's default settings in a line, after what its files leave open; nothing about settings if
+    their file is unusable, which is reported as the transformer's fault."""
     published = transformer.family.defaults(transformer.config, experts)
+    if transformer.folder is None and (text := transformer.family.left_open(transformer.config)):
+        yield f"left open: {text}"
     if transformer.defaults is None:
         yield f"recognised as {published.name}; its default settings: {_settings(published)}"
         return

@@ -66,7 +66,9 @@ class Held:
     units: list[nn.Module]
 
 
-def load_encoder(network: nn.Module, places: Places, spec: TextEncoderSpec | VisionSpec, held: Held, progress: BytesRead):
+def load_encoder(
+    network: nn.Module, places: Places, spec: TextEncoderSpec | VisionSpec, held: Held, progress: BytesRead
+) -> list[str]:
     """Loads an encoder's weights. Returns warnings about its speed."""
     automatic, slow = _text_dtype(held.device, nbytes(places), network)
     dtype = dtype_named(spec.dtype, automatic)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 TRANSFORMER, TEXT_ENCODER, VAE = "transformer", "text_encoder", "vae"  # the parts of every family
 TEXT_ENCODER_2 = "text_encoder_2"  # of a family with two
 VISION = "vision_tower"  # of a family whose text encoder reads images too
+TRANSFORMER_2 = "transformer_2"  # the second expert of a model that has two
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Part:
     check: raises ValueError, which names the file, for an unsupported config.
     hidden: config fields that the shapes do not show, with the values that are used without a config.
     tokenizer_folder: the folder of a text encoder's tokenizer, relative to the published file's.
-    folders: further names of its folder in a model's folder.
     inner_config: maps the config.json of a folder to this network's config, for networks that are published as parts
         of larger ones, with longer names of tensors. None: a folder holds this network only.
     left_out: whether a tensor of this name is not read, with a network of this config: files have more than is used.
@@ -75,7 +75,6 @@ class Part:
     check: Callable[[dict, Path], None] = lambda config, file: None
     hidden: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: str | None = None
-    folders: tuple[str, ...] = ()
     inner_config: Callable[[Mapping[str, Any]], dict] | None = None
     left_out: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
     split: Split | None = None
@@ -127,6 +126,25 @@ class WeightRules:
 
 
 @dataclass(frozen=True)
+class OriginalLayout:
+    """How a family's authors lay out a model's folder.
+
+    models: a pattern of the models' folders in a download, next to which their text encoders may lie; empty: there are
+    none.
+    folders: the names of the folders of each part in a model's folder, besides diffusers'.
+    files: the weights in the folder of a part, the first that exists; loose: a pattern of weights in a model's folder
+    itself, whose part their content shows.
+    classes: the "_class_name" in the config.json of parts, or of a model's folder that is the part itself.
+    """
+
+    models: str = ""
+    folders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loose: str = ""
+    classes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DiffusersPipeline:
     """diffusers' pipeline of a model.
 
@@ -147,7 +165,7 @@ class Family(ABC):
 
     name: of its folder. title: its name in sentences.
     parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, further text encoders ("text_encoder_2"), and VISION.
-    original_class: the "_class_name" in the config.json of its authors' transformer; None: there is none.
+    layout: see OriginalLayout.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
     presets: its own values of step caches' presets.
@@ -163,7 +181,7 @@ class Family(ABC):
     parts: Mapping[str, Part]
     repository: str
     schedule: str
-    original_class: str | None = None
+    layout: OriginalLayout = OriginalLayout()
     presets: FamilyPresets = {}
     weights: WeightRules = WeightRules()
     loras: LoraNames
@@ -213,6 +231,11 @@ class Family(ABC):
         """The ways in which images condition models whose VAE has this form, by their names in workflows; the first is
         the default."""
         return {"": ImageForm()}
+
+    def left_open(self, config: Mapping[str, Any]) -> str:
+        """What the config of a transformer, read off its shapes, does not decide about the model, and what does; empty
+        if it decides all."""
+        return ""
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         """The published calibration of step caches for an expert of this model and frames of this number of pixels."""

@@ -143,6 +143,9 @@ TORCH: dict[str, Rule] = {
     "mm": _nn("matmul/mat_mul_v3/docs/aclnnMm", **_LINEAR),
     "bmm": _nn("matmul/batch_mat_mul_v3/docs/aclnnBatchMatMul", **_LINEAR),
     "native_layer_norm": _LAYER_NORM,
+    # As an inference's, with parameters in float32 also for 16-bit frames (norm/batch_norm_v3/README.md).
+    "native_batch_norm": _nn("norm/batch_norm_v3/docs/aclnnBatchNorm", a2=FLOATS, a3=FLOATS, a5=FLOATS),
+    "var_mean": _says("hicann/ops-math, math/reduce_var/docs/aclnnVarMean.md", a2=FLOATS, a3=FLOATS, a5=FLOATS),
 }
 
 OPERATORS = {**TORCH_NPU, **MINDIE_SD, **TORCH}

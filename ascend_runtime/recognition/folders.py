@@ -8,26 +8,77 @@ from pathlib import Path, PurePath
 from ..checkpoints.bounded import plain_file_name, read_json
 from ..checkpoints.faults import MAX_NAMES, as_value_error, shown
 from ..checkpoints.shards import all_shards
+from ..models.family import TRANSFORMER, TRANSFORMER_2, Family, OriginalLayout
 from ..models.registry import families
-from .kinds import kinds
 
-TRANSFORMER_FOLDERS = {  # a transformer's folder in a model's folder: diffusers', the original's
-    "transformer": ("transformer", "high_noise_model"),
-    "transformer_2": ("transformer_2", "low_noise_model"),
-}
+TRANSFORMERS = (TRANSFORMER, TRANSFORMER_2)
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
+
+
+def folder_of(root: Path, part: str) -> Path | None:
+    """The folder of a part in a model's folder, whichever system wrote it; None if there is none.
+
+    Raises ValueError for a download of several models that have such a part.
+    """
+    if (root / part).is_dir():
+        return root / part
+    for layout in _layouts():
+        names = (part, *layout.folders.get(part, ()))
+        for bases in ([root], _models_in(root, layout), [root.parent] if _is_model(root, layout) else []):
+            found = [next(path for path in paths if path.is_dir()) for paths in
+                     ([base / name for name in names] for base in bases) if any(map(Path.is_dir, paths))]  # fmt: skip
+            if len(found) > 1:
+                models = listed_names(path.parent.name for path in found)
+                raise ValueError(f"{root} holds several models: {models}. Give the folder of one.")
+            if found:
+                return found[0]
+    return None
+
+
+def _layouts() -> list[OriginalLayout]:
+    return [one.layout for one in families().values()]
+
+
+def _models_in(root: Path, layout: OriginalLayout) -> list[Path]:
+    return sorted(root.glob(layout.models)) if layout.models else []
+
+
+def _is_model(root: Path, layout: OriginalLayout) -> bool:
+    """Whether a folder is that of a model in a download of this layout, by its name."""
+    return bool(layout.models) and root.resolve().match(layout.models)
 
 
 def has_folder(root: Path, part: str) -> bool:
     """Whether a model's folder contains a folder for this part, whichever system wrote it."""
-    return folder_of(root, part) is not None
+    try:
+        return folder_of(root, part) is not None
+    except ValueError:
+        return True
 
 
-def folder_of(root: Path, part: str) -> Path | None:
-    """The folder of a part in a model's folder, whichever system wrote it."""
-    further = [name for kind in kinds(part) for name in kind.part.folders]
-    names = TRANSFORMER_FOLDERS.get(part, (part, *further))
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def is_transformers_folder(root: Path) -> bool:
+    """Whether a folder is that of a transformer in its authors' layout, by its name."""
+    return any(root.name in layout.folders.get(part, ()) for layout in _layouts() for part in TRANSFORMERS)
+
+
+def original_file(folder: Path, part: str) -> Path | None:
+    """The file with the weights of a part in this folder, in its authors' own layout; None if there is none."""
+    for layout in _layouts():
+        if (folder / "config.json").is_file() and _class_in(folder) != layout.classes.get(part):
+            continue
+        if found := next((file for file in _files_of(layout, folder, part) if file.is_file()), None):
+            return found
+    return None
+
+
+def _files_of(layout: OriginalLayout, folder: Path, part: str) -> list[Path]:
+    return [folder / name for name in layout.files.get(part, ())]
+
+
+def _class_in(folder: Path) -> object:
+    """The class that a folder's config names; None if there is none."""
+    file = folder / "config.json"
+    return read_json(file).get("_class_name") if file.is_file() else None
 
 
 def is_in_index(root: Path, part: str) -> bool:
@@ -40,24 +91,38 @@ def is_in_index(root: Path, part: str) -> bool:
 def has_low_noise(path: str) -> bool:
     """Whether the folder `path` holds a low-noise expert. Raises ValueError if one is expected but missing."""
     root = Path(path).expanduser()
-    found = has_folder(root, "transformer_2")
-    if not found and (root / "high_noise_model").is_dir():
-        raise ValueError(f"{root} has a high_noise_model, but no low_noise_model next to it. Download that too.")
-    if is_in_index(root, "transformer_2") and not found:
+    found = has_folder(root, TRANSFORMER_2)
+    if found:
+        return True
+    for layout in _layouts():
+        there = next((name for name in layout.folders.get(TRANSFORMER, ()) if (root / name).is_dir()), None)
+        if there and TRANSFORMER_2 in layout.folders:
+            other = layout.folders[TRANSFORMER_2][0]
+            raise ValueError(f"{root} has a {there}, but no {other} next to it. Download that too.")
+    if is_in_index(root, TRANSFORMER_2):
         raise ValueError(f"{root / 'model_index.json'} lists a transformer_2, which is missing. Download that too.")
-    return found
+    return False
 
 
-def is_original(folder: Path) -> bool:
-    """Whether this folder holds a transformer in its authors' own layout, or its subfolders hold two of them."""
-    return bool(originals_in(folder))
+def original_family(folder: Path) -> Family | None:
+    """The family whose authors' own layout a folder has: it holds a part, or its subfolders hold a model's; else
+    None."""
+    for one in families().values():
+        layout = one.layout
+        named = layout.classes.get(TRANSFORMER)
+        second = [folder / name for name in layout.folders.get(TRANSFORMER_2, ())]
+        if named and any(_class_in(place) == named for place in (folder, *second)):
+            return one
+        places = [folder, *(base / name for base in (folder, *_models_in(folder, layout))
+                            for name in layout.folders.get(TRANSFORMER, ()))]  # fmt: skip
+        if any(file.is_file() for place in places for file in _files_of(layout, place, TRANSFORMER)):
+            return one
+    return None
 
 
-def originals_in(folder: Path) -> list[str]:
-    """The names of the families whose transformers this folder, or its subfolders, hold in their authors' layout."""
-    files = [folder / "config.json", folder / TRANSFORMER_FOLDERS["transformer"][1] / "config.json"]
-    classes = [read_json(file).get("_class_name") for file in files if file.is_file()]
-    return [one.name for one in families().values() if one.original_class and one.original_class in classes]
+def loose_files(folder: Path) -> list[Path]:
+    """The weights in a model's folder itself, as authors lay them out: any of them may hold any part."""
+    return sorted({file for layout in _layouts() if layout.loose for file in folder.glob(layout.loose)})
 
 
 def shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:

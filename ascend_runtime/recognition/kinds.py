@@ -13,7 +13,7 @@ from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.fused import targets_of
 from ..checkpoints.renaming import is_tokenizer
 from ..checkpoints.shards import one_of_several
-from ..checkpoints.states import content_state
+from ..checkpoints.states import content_state, files_of
 from ..models.family import TRANSFORMER, Part
 from ..models.registry import families, family
 from ..models.shapes import Shapes, count
@@ -130,7 +130,7 @@ def is_part(part: str, file: Path) -> bool:
 def is_kind(kind: Kind, file: Path) -> bool:
     """Whether a file holds a network of this kind. Raises ValueError if it cannot be read, or holds several of them.
     The result, an error included, is cached until the file changes, whichever link leads to it."""
-    cached = _cached_kinds(content_state(file))
+    cached = _cached_kinds(tuple(map(content_state, files_of((file,)))))
     if kind not in cached:
         try:
             cached[kind] = _fits(kind, file), "", str(file)

@@ -19,7 +19,7 @@ from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
 from .component import Component
-from .folders import TRANSFORMER_FOLDERS, folder_of, is_original, listed_names, loose_shards, originals_in, shards_of
+from .folders import folder_of, listed_names, loose_files, loose_shards, original_family, original_file, shards_of
 from .kinds import Kind, is_kind, is_part, kinds, own_name, part_of, recognise, renumbered
 from .mindspeed import latest_shards
 
@@ -52,7 +52,7 @@ def vae_form(path: str) -> VaeForm:
 
 def find_part(path: str, part: str) -> Component:
     """A part of a model other than a transformer. Raises ValueError like `find_component`."""
-    found = _find_file(path, part) or find_component(path, part)
+    found = _find_file(path, part) or _find_original(path, part) or find_component(path, part)
     found.part.check(found.config, found.config_file)
     return found
 
@@ -98,7 +98,8 @@ def _tokenizer_of(folder: Path, name: str) -> Path:
     """The tokenizer's folder next to a text encoder's, as diffusers writes it, or that folder itself, as the original
     has it."""
     neighbour = folder.parent / name.replace(TEXT_ENCODER, "tokenizer")
-    return folder if not neighbour.is_dir() and any((folder / one).is_file() for one in (JSON, VOCABULARY)) else neighbour
+    is_inside = any((folder / one).is_file() for one in (JSON, VOCABULARY))
+    return folder if is_inside and not neighbour.is_dir() else neighbour
 
 
 def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> Kind:
@@ -126,14 +127,15 @@ def _find_transformer(root: Path, name: str) -> Component:
             return _quantized(root.parent, (root,), description)
         _check_hidden(root)
         return _found(TRANSFORMER, (root,))
-    inner = [root / folder for folder in TRANSFORMER_FOLDERS[name] if (root / folder).is_dir()]
-    folder = inner[0] if inner else root
+    folder = folder_of(root, name) or root
     if shards := latest_shards(folder):
         return _found(TRANSFORMER, shards)
     if description := description_in(folder):
         named = any(folder.glob(WEIGHTS_PATTERN))
         return _quantized(folder, shards_of(folder, WEIGHTS_PATTERN) if named else shards_of(folder), description)
-    if not is_original(folder):
+    if file := original_file(folder, name):
+        return _found(TRANSFORMER, (file,))
+    if original_family(folder) is None:
         loose = loose_shards(folder)
         return _found(TRANSFORMER, loose) if loose else find_component(str(folder), name)
     return _original(folder, _found(TRANSFORMER, shards_of(folder)))
@@ -183,11 +185,12 @@ def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
     """A transformer that msModelSlim wrote, with any system's names. Its config is diffusers', or read off the
     shapes."""
     description = read_description(file).with_steps(shards)
-    if (folder / "config.json").is_file() and not is_original(folder):
+    original = original_family(folder) is not None
+    if (folder / "config.json").is_file() and not original:
         found = _of_diffusers(folder, TRANSFORMER, shards)
     else:
         found = _found(TRANSFORMER, shards)
-        found = _original(folder, found) if is_original(folder) else found
+        found = _original(folder, found) if original else found
 
     def rename(name: str, _: Path) -> str | None:
         return found.part.rename(name)
@@ -196,7 +199,7 @@ def _quantized(folder: Path, shards: tuple[Path, ...], file: Path) -> Component:
 
 
 def _find_file(path: str, part: str) -> Component | None:
-    """The component in the file `path`, or in a torch.save file in the folder `path`, by its tensors."""
+    """The component in the file `path`, or in a loose file in the folder `path`, by its tensors."""
     root = existing(path)
     if root.is_file():
         return _found(part, (root,))
@@ -204,8 +207,8 @@ def _find_file(path: str, part: str) -> Component | None:
         return None
     if shards := loose_shards(root):
         return _found(part, shards)
-    files = sorted(root.glob("*.pth"))
-    wanted = [kind for kind in kinds(part) if kind.family in (originals_in(root) or families())]
+    files, family = loose_files(root), original_family(root)
+    wanted = [kind for kind in kinds(part) if family is None or kind.family == family.name]
     what = " or ".join(kind.what for kind in wanted)
     if len(files) > MAX_TORCH_FILES:
         raise ValueError(f"{root} holds {len(files)} torch.save files. Give the file of the {what}.")
@@ -216,14 +219,21 @@ def _find_file(path: str, part: str) -> Component | None:
                 return _found(part, (file,))
         except ValueError as error:  # the file may be the wanted one, or an unrelated one
             unreadable.append(str(error))
-    if unreadable or originals_in(root):
+    if unreadable or family is not None:
         more = f"{len(unreadable) - MAX_FAULTS} more files are unreadable." if len(unreadable) > MAX_FAULTS else ""
         published = " or ".join(kind.part.published for kind in wanted)
         raise ValueError(
-            f"{root} holds no {what}. Download {published} into it. "
-            + " ".join((*unreadable[:MAX_FAULTS], more)).strip()
+            " ".join((f"{root} holds no {what}. Download {published} into it.", *unreadable[:MAX_FAULTS], more)).strip()
         )
     return None
+
+
+def _find_original(path: str, part: str) -> Component | None:
+    """The component in a folder of its authors, whose config may say less than the shapes."""
+    root = existing(path)
+    folder = folder_of(root, part) or root
+    file = original_file(folder, part)
+    return _found(part, (file,)) if file else None
 
 
 def _found(part: str, shards: tuple[Path, ...]) -> Component:

@@ -3,6 +3,7 @@
     diffusers, PEFT      transformer.blocks.0.attn1.to_q.lora_A.weight     .lora_B.weight .lora_B.bias
     the original's names diffusion_model.blocks.0.self_attn.q.lora_down.weight     .lora_up.weight .alpha .diff .diff_b
     kohya, OneTrainer    lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight .alpha
+    HunyuanVideo-I2V     Hunyuan_video_I2V_lora_double_blocks_0_img_attn_qkv.lora_down.weight   .alpha
     older diffusers      transformer.blocks.0.attn1.to_q.lora.down.weight  .lora.up.weight
     LightX2V             diffusion_model.blocks.0.diff_m                   a difference of that block's modulation
 
@@ -25,8 +26,8 @@ Keys = dict[str, list[str]]  # by what an error or a warning says about them
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 PREFIX = re.compile(
-    r"^(lora_unet__?|lora_transformer_|lycoris_|(base_model\.model\.)?((model\.)?diffusion_model\.|transformer(_2)?\."
-    r"|pipe\.dit2?\.)?)"
+    r"^(lora_unet__?|lora_transformer_|lycoris_|Hunyuan_video_I2V_lora_"
+    r"|(base_model\.model\.)?((model\.)?diffusion_model\.|transformer(_2)?\.|pipe\.dit2?\.)?)"
 )
 OF_EXPERTS = {LOW_NOISE: re.compile(r"(^|\.)(transformer_2|pipe\.dit2)\.$"),
               HIGH_NOISE: re.compile(r"(^|\.)(transformer|pipe\.dit)\.$")}  # fmt: skip

@@ -94,7 +94,8 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
     """The text encoders of a model and their tokenizers.
 
     path: a folder or a file; its format is detected: diffusers' (`text_encoder/`, `tokenizer/`), the original's (a .pth
-        next to `google/umt5-xxl/`), or one file that contains its tokenizer, as ComfyUI's do, also in 8 bits.
+        next to `google/umt5-xxl/`, or folders that contain their tokenizers), or ComfyUI's file, which may contain its
+        tokenizer, also in 8 bits.
     path_2: the second encoder's folder or file, for a model with two that are not both in `path`. Their content shows
         which is which, so their order does not matter.
     vision_path: the folder or file of the vision tower, for prompts with an image (None: it is in `path`).

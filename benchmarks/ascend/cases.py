@@ -169,6 +169,9 @@ OTHERS = {
     ),
     "sparse_attention": Case(_sparse_inputs, _sparse, _dense, "full attention"),
     "rms_norm": Case(lambda d, s: (_tokens(d, s), d(s.dim)), lambda ops, *args: partial(ops.rms_norm, *args, EPS)),
+    "rms_norm_per_head": Case(  # as in HunyuanVideo
+        lambda d, s: (*_heads(d, s, s.tokens), d(s.head_dim)), lambda ops, *args: partial(ops.rms_norm, *args, EPS)
+    ),
     "layer_norm": Case(
         lambda d, s: (_tokens(d, s), *(row.flatten() for row in _rows(d, s, 2))),
         lambda ops, *args: partial(ops.layer_norm, *args, EPS),
@@ -189,11 +192,8 @@ OTHERS = {
 
 OF_RANKS = "it needs several ranks"
 LEFT_OUT = {
-    "linear_all_reduce": f"{OF_RANKS}; the parallel modes tp2, tp4, tp8 measure it",
-    "summed": f"{OF_RANKS}: it is their all-reduce",
+    **dict.fromkeys(("linear_all_reduce", "summed"), f"{OF_RANKS}; the parallel modes tp2, tp4, tp8 measure it"),
     **{f"{name}_all_reduce": f"{OF_RANKS}, and no parallel mode is quantized" for name, _ in QUANTIZED.values()},
-    **{
-        f"{name}_part": "it is a rank's product in the operator with all_reduce in its name"
-        for name, _ in QUANTIZED.values() if name != "mx_linear"  # whose product depends on no other rank
-    },
+    **{f"{name}_part": f"{OF_RANKS}, and no parallel mode is quantized"
+       for name in ("quantized_linear", "int4_linear", "static_linear")},
 }

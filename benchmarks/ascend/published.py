@@ -21,7 +21,7 @@ class Workload:
     card: an NPU's product line, or a part of a CUDA device's name.
     differs: what the publisher did otherwise, or does not say, so that the seconds cannot be compared.
     speed_up: published, over one card with the same optimisations.
-    not_yet: why this pack cannot make it.
+    denoising: whether the seconds are of the denoising only.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Workload:
     source: str
     differs: str = ""
     speed_up: float | None = None
-    not_yet: str = ""
+    denoising: bool = False
 
     @property
     def parallel(self) -> ParallelSpec:
@@ -61,7 +61,7 @@ T2V_A14B = SampleSpec(steps=40, guidance_scale=4.0, guidance_scale_low_noise=3.0
 I2V_A14B = SampleSpec(steps=40, guidance_scale=3.5, shift=5.0)
 I2V_FOUR_STEPS = SampleSpec(steps=4, guidance_scale=3.5, shift=5.0)
 TI2V_5B = SampleSpec(steps=50, guidance_scale=5.0, shift=5.0)
-HUNYUAN = SampleSpec(steps=50, guidance_scale=6.0, shift=7.0)
+HUNYUAN = SampleSpec(steps=50, guidance_scale=1.0, embedded_guidance=6.0, shift=7.0)
 
 # MindIE. Its video of the single card names the fast attention, ALGO=1. Its table for several cards of Wan 2.1 marks
 # operators, cache and sparse attention as on, and its speed-ups are over 560.8 s on one card, not over the 860.2 s that
@@ -140,11 +140,19 @@ CUDA = (
              source="Wan's own code with FlashAttention 3: Morphic, morphicfilms/wan2.2_optimizations"),
 )  # fmt: skip
 
+# cann-recipes' optimised operators and VAE; the dense attention is FIA, which is "infer" here. Its 904 s on four cards
+# and its ring's 949 s are of the denoising only.
+RECIPE = "cann-recipes-infer, docs/models/hunyuan-video/hunyuan_video_optimization.md"
 _hunyuan = partial(
-    Workload, folder="HunyuanVideo", task="t2v", size=_size(1280, 720, 129), sample=HUNYUAN, plan=(1, 1, 1), card="a3",
-    source="cann-recipes-infer, docs/models/hunyuan-video/hunyuan_video_optimization.md",
-    not_yet="the pack has no HunyuanVideo yet",
+    Workload, folder="HunyuanVideo", task="t2v", size=_size(1280, 720, 129), sample=HUNYUAN, plan=(1, 1, 1),
+    attention="infer", card="a3", source=RECIPE,
 )  # fmt: skip
+_hunyuan_950 = partial(_hunyuan, card="a5")
+# Ulysses on all cards, by HunyuanVideo's own code with xDiT; what the seconds include is not said. HunyuanVideo's own
+# README has the same figures of H100, but for two cards, where its 934.09 s are what xDiT publishes for 960 x 960.
+XDIT = "xDiT, docs/performance/hunyuanvideo.md"
+HUNYUAN_CUDA = {"H100": {1: 1904.08, 2: 925.04, 4: 514.08, 8: 337.58}, "H20": {1: 6639.17, 2: 3400.55, 4: 1762.86,
+                8: 940.97}}  # fmt: skip
 HUNYUAN_VIDEO = (
     _hunyuan(name="hunyuan_video_720p_1_a3", seconds=3612.3),
     _hunyuan(name="hunyuan_video_720p_fbcache_1_a3", seconds=1778.28,
@@ -153,10 +161,18 @@ HUNYUAN_VIDEO = (
              acceleration=AccelerationSpec(step_cache=StepCacheSpec(method="teacache", threshold=0.15))),
     _hunyuan(name="hunyuan_video_720p_taylorseer_1_a3", seconds=1500.17,
              acceleration=AccelerationSpec(step_cache=StepCacheSpec(method="taylorseer", interval=4, order=3))),
+    _hunyuan(name="hunyuan_video_720p_ulysses4_denoising_a3", plan=(1, 4, 1), seconds=904.0, denoising=True),
     _hunyuan(name="hunyuan_video_720p_ulysses5_a3", plan=(1, 5, 1), seconds=811.38),
     _hunyuan(name="hunyuan_video_720p_ulysses8_a3", plan=(1, 8, 1), seconds=487.68),
-    _hunyuan(name="hunyuan_video_720p_1_a5", card="a5", seconds=2580.87),
-    _hunyuan(name="hunyuan_video_720p_ulysses8_a5", plan=(1, 8, 1), card="a5", seconds=256.92),
+    _hunyuan_950(name="hunyuan_video_720p_1_a5", seconds=2580.87),
+    _hunyuan_950(name="hunyuan_video_720p_ulysses8_a5", plan=(1, 8, 1), seconds=256.92),
+    _hunyuan_950(name="hunyuan_video_720p_fp8_1_a5", attention="fp8", seconds=1638.55),
+    _hunyuan_950(name="hunyuan_video_720p_fp8_ulysses8_a5", attention="fp8", plan=(1, 8, 1), seconds=193.96),
+    *(
+        _hunyuan(name=f"hunyuan_video_720p_{ranks}_{card.lower()}", plan=(1, ranks, 1), card=card, attention="auto",
+                 seconds=seconds, source=XDIT)
+        for card, published in HUNYUAN_CUDA.items() for ranks, seconds in published.items()
+    ),
 )  # fmt: skip
 
 PUBLISHED = (*MINDIE_21, *MINDIE_22, *CANN_RECIPES, *VLLM_OMNI, *CUDA, *HUNYUAN_VIDEO)
@@ -164,6 +180,8 @@ PUBLISHED = (*MINDIE_21, *MINDIE_22, *CANN_RECIPES, *VLLM_OMNI, *CUDA, *HUNYUAN_
 # What cannot be a workload -> why.
 UNKNOWN_WINDOW = "MindIE publishes a ratio, and not the steps at which AttentionCache starts, stores and ends"
 NO_SETTINGS = "the number of cards and of dense steps is not known"
+IN_MXFP8 = "linear layers are quantized to MXFP8 at loading; this pack reads MXFP8 weights from msModelSlim's folders"
+OTHER_MASKS = "its mask blocks are chosen by other rules than RainFusion's"
 LEFT_OUT = {
     "t2v_14b_480p, 2 cards that share only the VAE (548.8 s)": "ranks of this pack always share the denoising too",
     "t2v_14b_480p, AttentionCache 1.6 (631.7 s)": UNKNOWN_WINDOW,
@@ -175,5 +193,12 @@ LEFT_OUT = {
     "t2v_a14b_720p, RainFusion v2: dense (532 s)": NO_SETTINGS,
     "t2v_a14b_720p, RainFusion v2: 80 % sparse (339 s)": NO_SETTINGS,
     "t2v_a14b_720p, RainFusion v2: 90 % sparse (295 s)": NO_SETTINGS,
-    "hunyuan_video_1.5_480p, 1 H200 (259.4 s)": "the pack has no HunyuanVideo yet",
+    "hunyuan_video_720p, 730 x 1300, 8 A3 (525.75 s)": "sides must be multiples of 16",
+    "hunyuan_video_720p, MXFP8, 1 950PR (2424.52 s)": IN_MXFP8,
+    "hunyuan_video_720p, MXFP8, 8 950PR (244.47 s)": IN_MXFP8,
+    "hunyuan_video_720p, MXFP8 and fp8 attention, 1 950PR (1571.24 s)": IN_MXFP8,
+    "hunyuan_video_720p, MXFP8 and fp8 attention, 8 950PR (185.54 s)": IN_MXFP8,
+    "hunyuan_video_720p, TopK, 1 A3 (1963.52 s)": OTHER_MASKS,
+    "hunyuan_video_720p, SVG, 1 A3 (2167.55 s)": OTHER_MASKS,
+    "hunyuan_video_1.5_480p, 1 H200 (259.4 s)": "the pack has no HunyuanVideo 1.5",
 }

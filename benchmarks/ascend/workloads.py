@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable, Iterator
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from ascend_runtime import (
@@ -54,8 +56,6 @@ def measure(
 
 
 def _why_not(workload: Workload, cards: Cards, models: Path | None, quick: bool) -> str | None:
-    if workload.not_yet:
-        return workload.not_yet
     if cards.kind == "cpu":
         return "it needs accelerators, and this is a CPU"
     if workload.kind != cards.kind:
@@ -88,14 +88,14 @@ def run(workload: Workload, cards: Cards, models: Path) -> Row:
         **({"not_compared": why} if (why := _not_comparable(workload, cards)) else {}),
     )  # fmt: skip
     return Row(
-        name=f"ascend.{workload.name}_s", value=sum(seconds.values()), unit="s", better="lower",
-        baseline=workload.seconds, context=context,
+        name=f"ascend.{workload.name}_s", value=seconds["denoise"] if workload.denoising else sum(seconds.values()),
+        unit="s", better="lower", baseline=workload.seconds, context=context,
     )  # fmt: skip
 
 
 def _not_comparable(workload: Workload, cards: Cards) -> str:
     """Why the published seconds are of something else; empty if they are not."""
-    same = workload.card == cards.line or workload.card in cards.name
+    same = workload.card == cards.line or re.search(rf"\b{workload.card}\b", cards.name)  # an H200 is no H20
     other = "" if same else f"published for {workload.card.upper()}, measured on {cards.name or 'unknown cards'}"
     return "; ".join(filter(None, (workload.differs, other)))
 
@@ -104,7 +104,7 @@ def _not_comparable(workload: Workload, cards: Cards) -> str:
 class Maker:
     """The steps of one video on a group of ranks, and what each took. path: of the model.
 
-    The text encoder is shared by all ranks, on their cards, as in the published runs.
+    The text encoders are shared by all ranks, on their cards, as in the published runs.
     """
 
     runtime: Runtime
@@ -129,34 +129,34 @@ class Maker:
 
     def make(self) -> dict[str, float]:
         """The seconds of each stage."""
-        texts = [self._timed("text", self.runtime.encode(self.encoder, text)) for text in (PROMPT, "")]
-        latent, conditionings, mask = self._inputs(texts)
+        texts = (PROMPT, "") if self.workload.sample.guidance_scale != 1 else (PROMPT,)
+        prompts = [self._timed("text", self.runtime.encode(self.encoder, text)).conditioning for text in texts]
+        latent, conditionings, mask = self._inputs(prompts)
         sampled = self.runtime.sample(
             self.model, self.workload.sample, latent, *conditionings, noise_mask=mask, warm_up=True,
             operators=OperatorSpec(attention=self.workload.attention), acceleration=self.workload.acceleration,
         )  # fmt: skip
         self.device_memory = sampled.info.get("device memory", "")
-        self._timed("decode", self.runtime.decode(self.vae, self._timed("denoise", sampled)))
+        self._timed("decode", self.runtime.decode(self.vae, self._timed("denoise", sampled).tensor))
         return self.seconds
 
-    def _timed(self, stage: str, result: Result) -> Tensor:
+    def _timed(self, stage: str, result: Result) -> Result:
         took = sum(result.seconds[name] for name in result.seconds.keys() & {"encode", "denoise", "decode"})
         self.seconds[stage] = self.seconds.get(stage, 0.0) + took
-        return result.tensor
+        return result
 
-    def _inputs(self, texts: list[Tensor]) -> tuple[Tensor, list[Conditioning], Tensor | None]:
-        """(start latent, conditioning of both branches, noise mask), as Ascend Image To Video makes them."""
+    def _inputs(self, prompts: list[Conditioning]) -> tuple[Tensor, list[Conditioning], Tensor | None]:
+        """(start latent, conditioning of the branches, noise mask), as Ascend Image To Video makes them."""
         if self.workload.task == "t2v":
-            return torch.zeros(self.shape), [Conditioning(text=text) for text in texts], None
-        known = self._timed("image", self.runtime.encode_video(self.vae, self._known_frames()))
+            return torch.zeros(self.shape), prompts, None
+        known = self._timed("image", self.runtime.encode_video(self.vae, self._known_frames())).tensor
         if self.workload.task == "ti2v":
             latent, mask = family(self.form.family).empty_latent(self.shape), torch.ones(1, 1, *self.shape[2:])
             latent[:, :, :1], mask[:, :, :1] = known, 0
-            return latent, [Conditioning(text=text) for text in texts], mask
+            return latent, prompts, mask
         mask = torch.ones(1, 4, *self.shape[2:])  # 4 for each latent frame
         mask[:, :, 0] = 0
-        conditionings = [Conditioning(text=text, concat_latent=known, concat_mask=mask) for text in texts]
-        return torch.zeros(self.shape), conditionings, None
+        return torch.zeros(self.shape), [replace(one, concat_latent=known, concat_mask=mask) for one in prompts], None
 
     def _known_frames(self) -> Tensor:
         """The frames [T, H, W, 3] that the VAE encodes: the image, for i2v as the first of a grey video."""

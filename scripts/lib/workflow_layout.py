@@ -18,7 +18,7 @@ SIZES = {  # width, height
     "AscendParallelConfig": (310, 250),
     "AscendLoadDiffusionModel": (540, 202),
     "AscendLoadTextEncoder": (540, 154),
-    "AscendLoadVAE": (540, 82),
+    "AscendLoadVAE": (540, 106),
     "CLIPVisionLoader": (540, 58),
     "LoRA of the high-noise expert": (530, 106),
     "LoRA of the low-noise expert": (530, 106),

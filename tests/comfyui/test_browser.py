@@ -5,14 +5,24 @@ import json
 import shutil
 from pathlib import Path
 
+import published_hunyuan
 import pytest
+from PIL import Image
 from scripts.lib.comfy_browser import ComfyBrowser
 from comfy_graphs import SAMPLER, saved
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCREENSHOTS = REPOSITORY / ".cache" / "artefacts"
-UI_FORMAT = REPOSITORY / "workflows" / "tiny_wan_text_to_video.json"
-API_FORMAT = REPOSITORY / "workflows" / "api" / "tiny_wan_text_to_video.json"
+WORKFLOWS = REPOSITORY / "workflows"
+UI_FORMAT = WORKFLOWS / "tiny_wan_text_to_video.json"
+API_FORMAT = WORKFLOWS / "api" / "tiny_wan_text_to_video.json"
+OF_AN_IMAGE = WORKFLOWS / "hunyuan_video_v1_image_to_video.json"
+SMALL = {"AscendImageToVideo": {"width": 96, "height": 64, "length": 9}}
+DROPPED = {  # file, values of widgets by node, and the video's width, height and seconds
+    "ui": (UI_FORMAT, {"AscendSampler": {"steps": 2}}, (64, 64, 17 / 16)),
+    "api": (API_FORMAT, {"AscendSampler": {"steps": 3}}, (64, 64, 17 / 16)),
+    "image": (OF_AN_IMAGE, {"AscendSampler": {"steps": 2}, **SMALL}, (96, 64, 5 / 24)),
+}
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") or shutil.which("chromium-browser")),
@@ -29,8 +39,10 @@ DROP = """([name, text]) => {
 }"""
 
 
-SET_STEPS = """steps => {
-    app.graph.nodes.find(n => n.type === 'AscendSampler').widgets.find(w => w.name === 'steps').value = steps
+SET = """values => {
+    for (const [type, widgets] of Object.entries(values))
+        for (const [name, value] of Object.entries(widgets))
+            app.graph.nodes.find(n => n.type === type).widgets.find(w => w.name === name).value = value
 }"""
 FIT = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"
@@ -40,9 +52,14 @@ VIDEO = """() => {
 }"""
 
 
-@pytest.mark.parametrize("file, steps", [(UI_FORMAT, 2), (API_FORMAT, 3)], ids=["ui", "api"])
-def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, steps):
-    wanted = sorted(node["class_type"] for node in json.loads(API_FORMAT.read_text()).values())
+@pytest.mark.parametrize("file, values, video", DROPPED.values(), ids=DROPPED)
+def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, values, video):
+    if file == OF_AN_IMAGE:
+        published_hunyuan.write_all(comfyui.base / "models")
+        Image.new("RGB", (80, 80), "orange").save(comfyui.base / "input" / "example.png")
+    steps = values["AscendSampler"]["steps"]
+    api = WORKFLOWS / "api" / file.name
+    wanted = sorted(node["class_type"] for node in json.loads(api.read_text()).values())
     before = set(comfyui.get("/history"))
     with ComfyBrowser(comfyui) as browser:
         page, errors = browser.page, []
@@ -51,7 +68,7 @@ def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, steps):
         page.evaluate(DROP, [file.name, file.read_text()])
         page.wait_for_function(f"app.graph.nodes.length >= {len(wanted)}")
         assert sorted(node["class_type"] for node in browser.prompt().values()) == wanted
-        page.evaluate(SET_STEPS, steps)  # few, and another number each time: ComfyUI runs nothing twice
+        page.evaluate(SET, values)  # few steps, and another number each time: ComfyUI runs nothing twice
         assert page.evaluate(VIDEO) is None
         page.evaluate(FIT)  # a video outside the page is not drawn
         page.keyboard.press("Control+Enter")
@@ -59,7 +76,7 @@ def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, steps):
         width, height, duration, source = page.evaluate(VIDEO)
         (prompt_id,) = set(comfyui.get("/history")) - before
         assert comfyui.wait(prompt_id)["status"]["status_str"] == "success"
-        assert (width, height) == (64, 64) and abs(duration - 17 / 16) < 0.1
+        assert (width, height) == video[:2] and abs(duration - video[2]) < 0.1
         assert saved(comfyui, prompt_id).name in source
         (report,) = comfyui.wait(prompt_id)["outputs"][SAMPLER]["text"]
         page.wait_for_timeout(500)  # in which a page may remove what belongs to the job
@@ -67,5 +84,5 @@ def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, steps):
         (sampler,) = [node for node in browser.graph()["nodes"] if node["type"] == "AscendSampler"]
         assert report not in sampler["widgets_values"]
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SCREENSHOTS / f"graph_{file.parent.name}.png")
+        page.screenshot(path=SCREENSHOTS / f"graph_{file.parent.name}_{file.stem}.png")
         assert errors == []

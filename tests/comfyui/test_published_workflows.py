@@ -3,6 +3,7 @@
 import av
 import comfy_graphs as graphs
 import numpy as np
+import published_hunyuan
 import published_models
 import pytest
 from make_workflows import folder_of, repository
@@ -19,6 +20,7 @@ WIDGETS = ("model_name", "low_noise_model_name", "model_name_2", "vision_model_n
 def published(comfyui):
     """The `comfyui` with the published models, and the image that comes with any ComfyUI."""
     published_models.write_all(comfyui.base / "models")
+    published_hunyuan.write_all(comfyui.base / "models")
     pixels = np.random.default_rng(0).integers(0, 255, (80, 80, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(comfyui.base / "input" / "example.png")
     return comfyui

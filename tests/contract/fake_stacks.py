@@ -100,8 +100,8 @@ class Kind:
 class Stack:
     """A fake network and inputs for it, inside the current FakeTensorMode.
 
-    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU, and gates_around: how often
-    it adds a gated update. tokens: of the video. length: of the sequence of the blocks.
+    kinds: of its blocks. around: how often the rest of a pass calls each operator of an NPU, and gates_around: how
+    often it adds a gated update. tokens: of the video. length: of the sequence of the blocks.
     """
 
     network: torch.nn.Module

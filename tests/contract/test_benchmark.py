@@ -12,8 +12,8 @@ LINEARS = {"a2": {"quantized_linear", "static_linear", "int4_linear"},
            "a3": {"quantized_linear", "static_linear", "int4_linear"},
            "a5": {"quantized_linear", "static_linear", "mx_linear"}}  # fmt: skip
 SOCS = {"a2": "Ascend910B4", "a3": "Ascend910_9391", "a5": "Ascend950PR"}
-OTHERS = {"attention_with_lse", "sparse_attention", "rms_norm", "layer_norm", "modulated_layer_norm",
-          "modulated_layer_norm_per_token", "gated_add", "rotary", "gelu"}  # fmt: skip
+OTHERS = {"attention_with_lse", "sparse_attention", "rms_norm", "rms_norm_per_head", "layer_norm",
+          "modulated_layer_norm", "modulated_layer_norm_per_token", "gated_add", "rotary", "gelu"}  # fmt: skip
 
 
 @pytest.mark.parametrize("card", WAYS)

@@ -220,7 +220,7 @@ def test_laser_attention(groups, specs, expected, ranks):
     assert_equal(made, expected, dtype="bfloat16", size=LONG)
 
 
-# HunyuanVideo: two blocks of each kind, and two of the text's refiner. A rank whose chunk has no text has a stream less.
+# HunyuanVideo: two blocks of each kind, and two of the text's refiner. A rank without text has one stream less.
 CHUNKS = {1: [(60, 7)], 2: [(34, 0), (26, 8)]}  # tokens of video and text, with padding, of each rank of a sequence
 DOUBLE, SINGLE, REFINER = 2, 2, 2
 

@@ -9,12 +9,13 @@ from collections import Counter
 import pytest
 import torch
 from ascend_runtime.hardware import devices
+from ascend_runtime.models.hunyuan_video.vae import layers
 from ascend_runtime.models.wan.vae import streamed
 from ascend_runtime.ops import card_rules
 from ascend_runtime.ops.precision import Finite, check_strict, strict_float32
 from ascend_runtime.parallel.tiles import single_tile
 from card_checks import CAST, CardChecks
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,11 +63,15 @@ def play(monkeypatch):
 def vae_of(name, dtype):
     """One of fake weights on "npu", which streams."""
     vae = streamed.streamed(AutoencoderKLWan(**VAES[name][0]).eval())
+    with_fake_weights(vae, dtype)
+    return vae
+
+
+def with_fake_weights(vae, dtype):
     for path, parameter in list(vae.named_parameters()):
         owner, _, last = path.rpartition(".")
         made = torch.empty(parameter.shape, dtype=dtype, device=NPU)
         vae.get_submodule(owner)._parameters[last] = torch.nn.Parameter(made, requires_grad=False)
-    return vae
 
 
 def run(name, work, dtype):
@@ -119,6 +124,40 @@ def test_a_norm_takes_three_operators_and_no_conversion(play):
     whole = {name: count for name, count in calls.made.items() if name not in small}
     assert whole == {"linalg_vector_norm": 1, "div": 1, "mul": 1, "mul_": 1, "silu": 1}  # mul: gamma, of C values
     assert sum(calls.made[name] for name in conversions) == 1, "the lengths, of one value a pixel"
+
+
+# HunyuanVideo's
+
+
+def hunyuan_run(work, dtype):
+    """Decodes or encodes frames with the full-width VAE of fake weights on "npu"."""
+    network, (height, width) = AutoencoderKLHunyuanVideo().eval(), SIZE
+    with_fake_weights(network, dtype)
+    shapes = [(16, 1, height, width)] * FRAMES
+    if work == "encode":
+        shapes = [(3, length, 8 * height, 8 * width) for length in [1] + [4] * (FRAMES - 1)]
+    given = [torch.empty(shape, dtype=dtype, device=NPU) for shape in shapes]
+    finite = Finite()
+    for frames in (layers.decoded if work == "decode" else layers.encoded)(network, given, single_tile(height, width)):
+        if frames is not None:
+            assert frames.dtype == dtype and frames.device == NPU
+            finite.see(frames)
+
+
+@pytest.mark.parametrize("card, work, dtype", [
+    *((card, work, BF16) for card in CARDS for work in WORKS), ("a3", "decode", torch.float16), ("a2", "decode", FP32),
+])  # fmt: skip
+def test_hunyuans_vae_calls_what_its_card_has(play, card, work, dtype):
+    """Each norm reads its statistics chunk by chunk, in float32, and is one operator after that."""
+    norms = 30 if work == "decode" else 22
+    with play(card) as checks, Calls() as calls:
+        hunyuan_run(work, dtype)
+    print(card, work, dtype, dict(checks.checked))
+    assert checks.checked["convolution"] > 20 * FRAMES
+    assert checks.checked["var_mean"] == checks.checked["native_batch_norm"] == norms * FRAMES
+    assert not {"npu_fusion_attention", "npu_fusion_attention_v3", "native_group_norm"} & calls.made.keys()
+    assert not calls.to_host and not [name for name in WAITING if calls.made[name]], calls.made
+    assert not calls.made["replication_pad3d"] and not calls.made["constant_pad_nd"], "borders are written, not padded"
 
 
 # Strict float32

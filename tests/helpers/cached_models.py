@@ -24,13 +24,15 @@ SIGMAS = tuple(SHIFT * time / (1 + (SHIFT - 1) * time) for time in TIMES)
 @dataclass(frozen=True)
 class CachedModel:
     """blocks: their number. prompts: positive and negative. theirs: a step cache of diffusers -> the latent without
-    guidance, not normalised, and the steps whose last block it left out. settings: of SampleSpec."""
+    guidance, not normalised, and the steps whose last block it left out. settings: of SampleSpec. image: the known
+    first frame [1,C,1,H,W], not normalised."""
 
     folder: Path
     blocks: int
     prompts: tuple[Any, Any]
     theirs: Callable[[object], tuple[Tensor, list[int]]]
     settings: dict[str, Any] = field(default_factory=dict)
+    image: Tensor | None = None
 
     @property
     def spec(self) -> DiffusionModelSpec:
@@ -39,7 +41,11 @@ class CachedModel:
     def sample(self, runtime, guidance: float = 1.0, **options):
         sample = SampleSpec(seed=SEED, steps=STEPS, shift=SHIFT, guidance_scale=guidance, **self.settings)
         negative = None if guidance == 1 else self.prompts[1]
-        return runtime.sample(self.spec, sample, torch.zeros(SIZE.latent_shape()), self.prompts[0], negative, **options)
+        latent = torch.zeros(SIZE.latent_shape())
+        if self.image is not None:
+            latent[:, :, :1], options["noise_mask"] = self.image, torch.ones(1, 1, *latent.shape[2:])
+            options["noise_mask"][:, :, 0] = 0
+        return runtime.sample(self.spec, sample, latent, self.prompts[0], negative, **options)
 
 
 def calibrated(folder: Path) -> Path:
@@ -75,22 +81,27 @@ def wan(folder: Path, texts: tuple[Tensor, Tensor], layers: int = 3) -> CachedMo
     return CachedModel(calibrated(folder), layers, texts, theirs)
 
 
-def hunyuan(folder: Path) -> CachedModel:
-    """A HunyuanVideo model of text-to-video, written to `folder`."""
-    network = random_hunyuan.transformer()
+def hunyuan(folder: Path, kind: str = "t2v") -> CachedModel:
+    """A HunyuanVideo model of text-to-video, or of "i2v replace", written to `folder`."""
+    network = random_hunyuan.transformer(kind)
     inputs = [random_hunyuan.inputs(network.config, text=text, seed=text) for text in (7, 5)]
     prompts = tuple(Conditioning(text=one.text, pooled=one.pooled) for one in inputs)
+    image = torch.randn(SIZE.latent_shape(), generator=torch.Generator().manual_seed(1))[:, :, :1]
+    known = image if kind == "i2v replace" else image[:, :, :0]
 
     def theirs(config):
-        network = random_hunyuan.transformer()
+        network = random_hunyuan.transformer(kind)
         network.enable_cache(config)
         left_out = watched(network, "single_transformer_blocks.1.attn")
         x = torch.randn(SIZE.latent_shape(), generator=torch.Generator().manual_seed(SEED))
         with torch.no_grad(), network.cache_context("cond"):
             for sigma, following in zip(SIGMAS, SIGMAS[1:]):
+                x[:, :, : known.shape[2]] = known * SCALING
                 given = inputs[0]._replace(latent=x, timestep=torch.tensor([1000 * sigma]))
                 x = x + (following - sigma) * random_hunyuan.diffusers_velocity(network, given)
+        x[:, :, : known.shape[2]] = known * SCALING
         return x / SCALING, left_out()
 
-    random_hunyuan.folder(folder)
-    return CachedModel(calibrated(folder), 4, prompts, theirs, {"solver": "euler", "sigmas": SIGMAS})
+    random_hunyuan.folder(folder, kind)
+    return CachedModel(calibrated(folder), 4, prompts, theirs, {"solver": "euler", "sigmas": SIGMAS},
+                       image if kind == "i2v replace" else None)  # fmt: skip

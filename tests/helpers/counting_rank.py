@@ -1,19 +1,22 @@
 """A rank that counts what it sends in a step, for a test: `counting_rank.py FOLDER`.
 
-RANK and WORLD_SIZE say which of how many. FOLDER holds config.json of a transformer, the latent's shape and plans
-(cases.json); the rank writes what each plan's guided steps sent, a list of [operation, bytes] a step, by number, to
-sent-RANK.json. The steps have one prompt.
+RANK and WORLD_SIZE say which of how many. FOLDER holds a folder for each family, with config.json of a transformer, the
+latent's shape and plans (cases.json); the rank writes what each plan's guided steps sent, a list of [operation, bytes]
+a step, by number, to sent-RANKS-RANK.json in it. The steps have one prompt.
 The ranks meet in a file of the folder, at no port.
 """
 
 import json
 
+import ascend_runtime.models.hunyuan_video.networks  # with the next, what each rank would import
+import ascend_runtime.models.wan.networks
 import gloo_ranks
 import torch
 import torch.distributed as dist
-from ascend_runtime.models.wan.context import Context
-from ascend_runtime.models.wan.transformer import WanTransformer
-from ascend_runtime.models.wan.weights import cut_dim, replicated
+from ascend_runtime.models.family import TRANSFORMER
+from ascend_runtime.models.hunyuan_video import context as hunyuan_video
+from ascend_runtime.models.registry import family
+from ascend_runtime.models.wan import context as wan
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import computed, guided
 from ascend_runtime.parallel.fsdp import ShardedWeights, sharding_of
@@ -62,24 +65,36 @@ def _bytes_sent(name, tensors, ranks):
 def main():
     torch.set_grad_enabled(False)
     folder, rank, ranks = gloo_ranks.join()
-    config, cases = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "cases"))
-    sent = [steps(config, **case) for case in cases]
-    (folder / f"sent-{rank}.json").write_text(json.dumps(sent))
+    for name in CONTEXTS:
+        config, cases = (json.loads((folder / name / f"{part}.json").read_text()) for part in ("config", "cases"))
+        sent = [steps(family(name), config, **case) for case in cases[str(ranks)]]
+        (folder / name / f"sent-{ranks}-{rank}.json").write_text(json.dumps(sent))
     dist.destroy_process_group()
 
 
-def steps(config, *, plan, options, latent):
-    """What two guided steps send."""
+def _of_hunyuan_video(text, config):
+    pooled = torch.zeros(len(text), config.pooled_projection_dim)
+    return hunyuan_video.Context(text, pooled, torch.zeros(len(text)))
+
+
+CONTEXTS = {"wan": lambda text, _: wan.Context(text), "hunyuan_video": _of_hunyuan_video}
+
+
+def steps(of, config, *, plan, options, latent):
+    """What two guided steps of a family's transformer send."""
     mesh, operators = mesh_of("cpu", Plan(**plan)), PlainOperators()
     sharding = sharding_of("cpu", dist.get_world_size(), mesh.plan.tp, fsdp=False)
-    model = WanTransformer(config, sharding.tp)
-    ShardedWeights(sharding, cut_dim, replicated, model.units).prepare(model)
+    model = of.network(TRANSFORMER, config, sharding.tp)
+    ShardedWeights(sharding, of.weights.cut_dim, of.weights.replicated, model.units).prepare(model)
     model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.zero_()
     model.arrange(operators, spread(mesh, operators, **options))
-    text = torch.zeros(latent[0], 8, model.config.text_dim)
+    text = torch.zeros(latent[0], 8, of.text_width(config))
     latent, timestep = torch.zeros(latent), torch.zeros(latent[0])
     cfg_group = mesh.group("cfg") if mesh.plan.cfg > 1 else None
-    contexts, sent = {"cond": Context(text), "uncond": Context(text)}, [Sent(), Sent()]
+    contexts = {branch: CONTEXTS[of.name](text, model.config) for branch in ("cond", "uncond")}
+    sent = [Sent(), Sent()]
     for step in sent:
         with step:
             guided(*computed(("cond", "uncond"), lambda name: model(latent, timestep, contexts[name]), cfg_group), 5.0)

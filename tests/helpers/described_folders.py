@@ -13,7 +13,7 @@ LEFT_ALONE = ("ffn.2", "ffn.net.2")  # by the recipes for Wan
 def quantized_layers(tensors):
     """The names of the layers that the recipes quantize, in the file's own words."""
     names = [name.removesuffix(".weight") for name, x in tensors.items()
-             if name.startswith("blocks.") and name.endswith(".weight") and x.ndim == 2]
+             if "blocks." in name and "refiner" not in name and name.endswith(".weight") and x.ndim == 2]
     return [name for name in names if not name.endswith(LEFT_ALONE)]
 
 

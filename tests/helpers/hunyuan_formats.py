@@ -9,7 +9,10 @@ import json
 import re
 
 import original_formats
+import random_hunyuan
 import torch
+from ascend_runtime import DiffusionModelSpec
+from ascend_runtime.components import Components
 from safetensors.torch import save_file
 
 MASTER = "mp_rank_00_model_states"
@@ -193,3 +196,30 @@ WRITERS = {
     "a .pt": lambda file, tensors: torch.save(tensors, file),
 }
 IN_8_BITS = original_formats.IN_8_BITS
+
+
+# Loaded by ours
+
+
+def load(path, **spec):
+    """Our network of the transformer at a path."""
+    spec = {"dtype": "float32", **spec}
+    return Components(torch.device("cpu")).get(DiffusionModelSpec(path=str(path), **spec), lambda *_: None).high_noise
+
+
+@torch.no_grad()
+def assert_equals_diffusers(made, theirs, tolerance=1e-5):
+    inputs = random_hunyuan.inputs(theirs.config)
+    expected = random_hunyuan.diffusers_velocity(theirs, inputs)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(random_hunyuan.velocity(made, inputs), expected, atol=tolerance, rtol=tolerance)
+
+
+def parameters(made):
+    """Those of our network, by diffusers' names."""
+    return random_hunyuan.diffusers_state(made.state_dict())
+
+
+def assert_same(made, expected):
+    assert made.keys() == expected.keys()
+    assert not [name for name, x in made.items() if not torch.equal(x, expected[name])]

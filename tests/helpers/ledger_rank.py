@@ -1,17 +1,20 @@
 """A rank that keeps a ledger of its jobs, for a test: `main()` by gloo_ranks, in FOLDER.
 
-FOLDER holds a checkpoint ("model") and cases.json: the jobs of a group by its number of ranks. The rank writes what it
-exchanged in each job, and how many communicators it then counted, to ledger-RANKS-RANK.json. FSDP gathers as it does on
-devices.
+FOLDER holds a checkpoint of Wan ("model"), one of HunyuanVideo ("hunyuan") and cases.json: the jobs of a group by its
+number of ranks. The rank writes what it exchanged in each job, and how many communicators it then counted, to
+ledger-RANKS-RANK.json. FSDP gathers as it does on devices.
 """
 
 import json
 import os
 
-import ascend_runtime.models.wan.conditioning  # with the next two, what the first job would import on each rank
+import ascend_runtime.models.hunyuan_video.conditioning  # with the next four, what the first job would import
+import ascend_runtime.models.hunyuan_video.networks
+import ascend_runtime.models.wan.conditioning
 import ascend_runtime.models.wan.networks
 import ascend_runtime.models.wan.vae.video_vae
 import gloo_ranks
+import random_hunyuan
 import torch
 import torch.distributed as dist
 from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
@@ -47,7 +50,7 @@ def main():
 class RankWithLedger:
     def __init__(self, folder):
         self.pipeline, (self._channel, self._other) = RankPipeline(torch.device("cpu")), channel_pair()
-        self._path = str(folder / "model")
+        self._path, self._hunyuan = str(folder / "model"), str(folder / "hunyuan")
 
     def does(self, work, **given):
         """unnamed: leaves out the group of each send and receive."""
@@ -62,8 +65,17 @@ class RankWithLedger:
         generator = torch.Generator().manual_seed(4)
         prompts = {name: Conditioning(text=torch.randn(1, 12, 32, generator=generator))
                    for name in ("positive", "negative")[: 1 if guidance_scale == 1 else 2]}  # fmt: skip
+        self._sample(self._path, guidance_scale, generator, plan, prompts)
+
+    def sample_hunyuan(self, **plan):
+        generator = torch.Generator().manual_seed(4)
+        text, pooled = (torch.randn(1, *size, generator=generator)
+                        for size in ((7, random_hunyuan.TEXT_DIM), (random_hunyuan.POOLED_DIM,)))  # fmt: skip
+        self._sample(self._hunyuan, 1.0, generator, plan, {"positive": Conditioning(text=text, pooled=pooled)})
+
+    def _sample(self, path, guidance_scale, generator, plan, prompts):
         spec = SampleSpec(seed=3, steps=2, shift=5.0, guidance_scale=guidance_scale, solver="euler")
-        self._job(messages.Sample, model=DiffusionModelSpec(path=self._path), parallel=ParallelSpec(**plan), spec=spec,
+        self._job(messages.Sample, model=DiffusionModelSpec(path=path), parallel=ParallelSpec(**plan), spec=spec,
                   latent=torch.randn(SHAPE, generator=generator), **prompts)  # fmt: skip
 
     def encode(self):

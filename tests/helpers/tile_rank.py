@@ -3,12 +3,15 @@
 FOLDER holds the VAEs (diffusers folders), cases.json with what each is to do, and what that works on
 (inputs.safetensors, by number). The rank writes its part of the results, which lie in memory that all ranks map
 (result-NUMBER), and what it sent in each case, a list of [operation, bytes], to sent-RANK.json. Where a case names the
-bytes that are free on each rank, it is to be refused, and the rank writes the words to refused-RANK.json.
+bytes that are free on each rank, it is to be refused, and the rank writes the words to refused-RANK.json. A case may
+name how the VAE works ("tiles"), and "small" tiles of HunyuanVideo's.
 """
 
 import json
 
+import diffusers
 import gloo_ranks
+import small_tiles
 import tiny_models
 import torch
 import torch.distributed as dist
@@ -16,7 +19,6 @@ from ascend_runtime.hardware import devices
 from ascend_runtime.parallel import tiles
 from ascend_runtime.engine.video import decode_video, encode_video
 from counting_rank import Sent
-from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
 
 
@@ -28,15 +30,19 @@ def main():
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
         name = case["vae"]
         if name not in vaes:
-            vaes[name] = tiny_models.on_ranks(AutoencoderKLWan.from_pretrained(folder / name).eval())
+            kind = json.loads((folder / name / "config.json").read_text())["_class_name"]
+            vaes[name] = tiny_models.on_ranks(getattr(diffusers, kind).from_pretrained(folder / name).eval())
         if case["grid"]:
             tiles.grid_of = lambda *_, grid=case["grid"]: tiles.TileGrid(*map(tuple, grid))
         work = {"decode": decode_video, "encode": encode_video}[case["work"]]
         if "room" in case:
             devices.room = lambda _, free=case["room"][rank]: free
+        if case.get("small"):
+            small_tiles.use()
+        result, options = shared(folder, number, case["shape"]), {key: case[key] for key in case.keys() & {"tiles"}}
         with Sent() as counted:
             try:
-                work(vaes[name], inputs[str(number)], shared(folder, number, case["shape"]), lambda *_: None)
+                work(vaes[name], inputs[str(number)], result, lambda *_: None, **options)
             except ValueError as error:
                 if "room" not in case:
                     raise

@@ -124,9 +124,10 @@ def llama(seed: int = 0, **changes) -> LlamaModel:
 
 def clip_text(seed: int = 0, **changes) -> CLIPTextModel:
     """transformers' CLIP of two layers. changes: of its config."""
-    sizes = {"vocab_size": len(clip_vocabulary()[0]), "hidden_size": POOLED_DIM, "intermediate_size": 20,
+    numbers, _ = clip_vocabulary()
+    sizes = {"vocab_size": len(numbers), "hidden_size": POOLED_DIM, "intermediate_size": 20,
              "num_hidden_layers": 2, "num_attention_heads": 1, "hidden_act": "quick_gelu",
-             **{field: clip_vocabulary()[0][token] for field, token in zip(("bos_token_id", "eos_token_id"), CLIP_SPECIAL)}}
+             "bos_token_id": numbers[CLIP_SPECIAL[0]], "eos_token_id": numbers[CLIP_SPECIAL[1]]}  # fmt: skip
     torch.manual_seed(seed)
     return tiny_models.randomise(CLIPTextModel(CLIPTextConfig(**{**sizes, **changes})), seed).eval()
 
@@ -164,7 +165,8 @@ def save(root: Path, images: bool = False, seed: int = 0) -> Path:
     index = root / "model_index.json"
     held = json.loads(index.read_text()) if index.is_file() else {"_class_name": "HunyuanVideoPipeline"}
     held |= {"text_encoder": ["transformers", type(encoder).__name__],
-             "text_encoder_2": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+             "text_encoder_2": ["transformers", "CLIPTextModel"],
+             "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
              "tokenizer_2": ["transformers", "CLIPTokenizer"]}  # fmt: skip
     held |= {"image_processor": ["transformers", "CLIPImageProcessor"]} if images else {}
     index.write_text(json.dumps(held))

@@ -76,6 +76,30 @@ def test_the_embedded_vae_in_bfloat16_shows_what_it_shows_in_float32(monkeypatch
     assert psnr(decoded(embedded(), again), exact) >= LEAST_PSNR - 5, "a latent that bfloat16 encoded"
 
 
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_hunyuans_vae_in_16_bits_shows_what_it_shows_in_float32(monkeypatch, way):
+    """Against diffusers' in float32, with random weights: no worse than diffusers' in the same dtype."""
+    monkeypatch.setenv(OPERATORS_VARIABLE, way)
+    latent = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(4))
+    exact = shown(random_hunyuan(), latent)
+    full = psnr(decoded(random_hunyuan(), latent), exact)
+    for dtype in (torch.bfloat16, torch.float16):
+        half, theirs = (psnr(make(random_hunyuan(dtype), latent), exact) for make in (decoded, shown))
+        print(f"{way}: float32 {full:.1f} dB; {dtype} {half:.1f} dB, diffusers' {theirs:.1f} dB")
+        assert half > max(theirs - 1, 35)
+    assert full > 90
+
+
+def random_hunyuan(dtype=torch.float32):
+    return torch.nn.Module.to(tiny_models.randomise(tiny_models.hunyuan_vae(), 3), dtype)
+
+
+def shown(vae, latent):
+    """Frames by diffusers."""
+    return (vae.decode(latent.to(vae.dtype)).sample[0].float().movedim(0, -1) / 2 + 0.5).clamp(0, 1)
+
+
 def test_an_npus_way_equals_torchs_in_float32(monkeypatch, clip):
     """Attention is spelt out on an NPU."""
     made = []
@@ -101,12 +125,13 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("work", ["decode", "encode"])
-def test_no_value_is_read_from_the_device_for_a_latent_frame(work):
+@pytest.mark.parametrize("make", [tiny_models.wan_vae, tiny_models.hunyuan_vae])
+def test_no_value_is_read_from_the_device_for_a_latent_frame(make, work):
     """Only for a video: what is given, and what was made, may hold NaN."""
     reads = []
     for frames in (2, 5):
         with Waits() as waits:
-            vae = tiny_models.wan_vae()
+            vae = make()
             if work == "decode":
                 decoded(vae, torch.zeros(1, 16, frames, 2, 2))
             else:

@@ -15,6 +15,7 @@ from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCach
 from ascend_runtime.specs.acceleration import STEP_CACHES
 from ascend_runtime.recognition.calibration_file import calibration_file, read_calibration, write_calibration
 from ascend_runtime.wire.messages import Sample
+from msgspec import structs
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -35,22 +36,34 @@ PLANS = {
     4: [{"cfg_degree": 2, "ulysses_degree": 2}, {"ring_degree": 2, "ulysses_degree": 2},
         {"cfg_degree": 2, "tp_degree": 2}, {"cfg_degree": 2, "ulysses_degree": 2, "fsdp": True}],
 }  # fmt: skip
-HUNYUAN = {"guidance_scale": 1.0, "shift": 7.0}  # its guidance is embedded; with a scale above 1, there are two passes
-WAN, KINDS = ("one expert", "two experts", "taking turns"), ("t2v", "t2v, guided", "t2v, little")
+WAN = ("one expert", "two experts", "taking turns")
+HUNYUAN = ("t2v", "t2v, guided", "t2v, little", "i2v concat", "i2v replace")
+SAMPLE = {  # of HunyuanVideo: (a plan's number in PLANS, cache, model)
+    2: [(4, "teacache", "t2v, guided"), (1, "teacache", "t2v, little"), (2, "fbcache", "i2v replace"),
+        (3, "attention", "i2v concat")],
+    4: [(3, "teacache", "t2v, guided"), (1, "fbcache", "t2v, little"), (1, "blocks", "i2v concat")],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Model:
-    """settings: of SampleSpec. shape: of the latent."""
+    """settings: of SampleSpec. latent: the start. known: whether its first frame is known."""
 
     spec: DiffusionModelSpec
     prompts: tuple[Conditioning, Conditioning]
     settings: dict[str, float]
-    shape: tuple[int, ...] = SHAPE
+    latent: torch.Tensor
+    known: bool = False
 
     @property
     def sample(self) -> SampleSpec:
         return SampleSpec(**{"seed": 3, "steps": STEPS, "shift": 5.0, "solver": "euler"} | self.settings)
+
+    @property
+    def noise_mask(self) -> torch.Tensor | None:
+        mask = torch.ones(1, 1, *self.latent.shape[2:])
+        mask[:, :, 0] = 0
+        return mask if self.known else None
 
 
 def wan_model(name, checkpoints, specs, folder):
@@ -59,45 +72,52 @@ def wan_model(name, checkpoints, specs, folder):
     spec = DiffusionModelSpec(path=str(folder), experts="swap" if name == "taking turns" else "resident")
     own = {"guidance_scale_low_noise": 1.0} if name == "two experts" else {}
     prompts = tuple(Conditioning(text=specs.text(seed)) for seed in (1, 2))
-    return Model(spec, prompts, {"guidance_scale": 3.0, **own})
+    return Model(spec, prompts, {"guidance_scale": 3.0, **own}, torch.zeros(SHAPE))
 
 
 def hunyuan_model(name, folder):
-    """Of "little", which has two tokens of video, most ranks have only text."""
+    """Guidance is embedded in each; "guided" has two passes as well. Of "little", which has two tokens of video, most
+    ranks have only text."""
     kind, _, form = name.partition(", ")
     random_hunyuan.folder(folder, kind)
     draw = torch.Generator().manual_seed(7)
     sizes = (random_hunyuan.TEXT_DIM, random_hunyuan.POOLED_DIM)
     prompts = tuple(Conditioning(text=torch.randn(1, tokens, sizes[0], generator=draw),
                                  pooled=torch.randn(1, sizes[1], generator=draw)) for tokens in (7, 4))  # fmt: skip
-    settings = HUNYUAN | ({"guidance_scale": 3.0} if form == "guided" else {})
-    shape = (1, 16, 1, 2, 4) if form == "little" else SHAPE
-    return Model(DiffusionModelSpec(path=str(folder)), prompts, settings, shape)
+    latent, image = torch.zeros((1, 16, 1, 2, 4) if form == "little" else SHAPE), torch.randn(1, 16, 1, 6, 10)
+    if kind == "i2v concat":
+        prompts = tuple(structs.replace(one, concat_latent=image) for one in prompts)
+    elif kind == "i2v replace":
+        latent[:, :, :1] = image
+    settings = {"guidance_scale": 3.0 if form == "guided" else 1.0, "shift": 7.0}
+    return Model(DiffusionModelSpec(path=str(folder)), prompts, settings, latent, known=kind == "i2v replace")
 
 
 @pytest.fixture(scope="module")
 def models(checkpoints, specs, tmp_path_factory):
     """By name: a model with a calibration next to it."""
     made = {}
-    for name in (*WAN, *KINDS):
+    for name in (*WAN, *HUNYUAN):
         folder = tmp_path_factory.mktemp("models") / "model"
         made[name] = wan_model(name, checkpoints, specs, folder) if name in WAN else hunyuan_model(name, folder)
         known = Calibration(coefficients=(0.1, 0.0), ratios=(1.0, 0.98, 0.99, 0.97, 0.98))
-        experts = ["high_noise"] if name in ("one expert", *KINDS) else ["high_noise", "low_noise"]
+        experts = ["high_noise"] if name in ("one expert", *HUNYUAN) else ["high_noise", "low_noise"]
         write_calibration(calibration_file(str(folder)), dict.fromkeys(experts, known))
     return made
 
 
 def cases(ranks, every):
-    """(plan, cache, model): each plan with all caches where that is asked for, else with one or two of each family."""
+    """(plan, cache, model): each plan with all caches where that is asked for, else with one or two, and SAMPLE."""
     for number, plan in enumerate(PLANS[ranks]):
         for place, cache in enumerate(CACHES):
-            for models in (WAN, KINDS):
-                plain = [name for name in models if name not in ("taking turns", "t2v")] if plan.get("fsdp") else models
-                if plan.get("cfg_degree") == 2:
-                    plain = [name for name in plain if models is WAN or "guided" in name]
-                if every or (place + number) % (3 if plan.get("fsdp") else 6) == 0:
-                    yield ParallelSpec(ranks=ranks, **plan), cache, plain[(number + place // 3) % len(plain)]
+            if every or (place + number) % (3 if plan.get("fsdp") else 6) == 0:
+                model = WAN[(number + place // 3) % (2 if plan.get("fsdp") else 3)]
+                yield ParallelSpec(ranks=ranks, **plan), cache, model
+            if every:
+                models = ["t2v, guided"] if plan.get("cfg_degree") == 2 else HUNYUAN
+                yield ParallelSpec(ranks=ranks, **plan), cache, models[(number + place) % len(models)]
+    for number, cache, model in [] if every else SAMPLE[ranks]:
+        yield ParallelSpec(ranks=ranks, **PLANS[ranks][number]), cache, model
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +128,8 @@ def on_one_rank(one_rank, models):
     def sample(cache, name):
         if (cache, name) not in done:
             model = models[name]
-            result = one_rank.sample(model.spec, model.sample, torch.zeros(model.shape), *model.prompts,
+            result = one_rank.sample(model.spec, model.sample, model.latent, *model.prompts,
+                                     noise_mask=model.noise_mask,
                                      acceleration=AccelerationSpec(**CACHES[cache]))  # fmt: skip
             done[cache, name] = result.tensor, result.info["acceleration"]
         return done[cache, name]
@@ -120,9 +141,9 @@ def on_one_rank(one_rank, models):
 def test_all_ranks_decide_alike_and_make_one_video(ranks, pytestconfig, models, on_one_rank, tmp_path):
     asked = list(cases(ranks, pytestconfig.getoption("--all-accelerators")))
     accelerated_rank.save_jobs(tmp_path, [
-        Sample(job=number, model=model.spec, parallel=plan, spec=model.sample, latent=torch.zeros(model.shape),
-               positive=model.prompts[0], negative=model.prompts[1], acceleration=AccelerationSpec(**CACHES[cache]),
-               calibration=read_calibration(model.spec.path))
+        Sample(job=number, model=model.spec, parallel=plan, spec=model.sample, latent=model.latent,
+               noise_mask=model.noise_mask, positive=model.prompts[0], negative=model.prompts[1],
+               acceleration=AccelerationSpec(**CACHES[cache]), calibration=read_calibration(model.spec.path))
         for number, (plan, cache, model) in enumerate((plan, cache, models[name]) for plan, cache, name in asked)
     ])  # fmt: skip
     seed = random.randrange(10**6)

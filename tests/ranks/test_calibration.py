@@ -1,14 +1,18 @@
 """`python -m ascend_runtime calibrate`: what it measures, what it fits, where it writes, and that jobs read it."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import random_hunyuan
+import tiny_llava
 import tiny_models
 import torch
-from ascend_runtime import ParallelSpec, SampleSpec, __main__ as command_line
+from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec
+from ascend_runtime import __main__ as command_line
 from ascend_runtime.commands import calibration
 from ascend_runtime.acceleration.step_rules import polynomial
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
@@ -119,6 +123,24 @@ def test_it_encodes_prompts_and_writes_where_it_is_told(monkeypatch, tmp_path, n
     file = tmp_path / "found.json"
     assert run(monkeypatch, ASSET, *OPTIONS, "--prompt", "a red circle", "--shift", 3, "--output", file) == 0
     assert len(file.read_bytes()) > 100 and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_hunyuan_model_is_calibrated_with_its_own_settings(monkeypatch, tmp_path, one_rank, capsys, no_new_ranks):
+    """With prompts through both text encoders; jobs read the result for each method that needs one."""
+    model = tiny_llava.save(random_hunyuan.folder(tmp_path))
+    own = {"width": 64, "height": 48, "num_frames": 9, "steps": 8}
+    (model / "ascend_defaults.json").write_text(json.dumps(own))
+    assert run(monkeypatch, model, "--prompt", "a red circle", "--prompt", "a cat") == 0
+    said = capsys.readouterr().err
+    assert "2 videos of 64x48, 9 frames, 8 steps, shift 7, guidance 1, embedded guidance 6" in said
+    (found,) = read_calibration(str(model)).values()
+    assert len(found.ratios) == 8 and found.ratios[0] == 1.0 and len(found.coefficients) == 5
+    prompt = one_rank.encode(TextEncoderSpec(path=str(model)), "a cat").conditioning
+    for method in ("teacache", "magcache"):
+        cache = AccelerationSpec(step_cache=StepCacheSpec(method=method, threshold=50.0))
+        told = one_rank.sample(DiffusionModelSpec(path=str(model)), SampleSpec(), torch.zeros(SHAPE), prompt,
+                               acceleration=cache).info["acceleration"]  # fmt: skip
+        assert told["steps_reusing"] and told["calibration"] == {"high_noise": found.source}
 
 
 @pytest.mark.parametrize("arguments, status, error", [

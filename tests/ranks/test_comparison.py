@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import random_hunyuan
+import tiny_llava
 import torch
 from ascend_runtime import __main__
 from ascend_runtime.commands import command_line
@@ -118,17 +120,24 @@ def test_the_table_says_what_was_refused():
 
 
 @pytest.fixture
-def compare(monkeypatch, one_rank, tmp_path):
-    """`compare(options)`: the command's exit status, on a rank that is there already; its files go to the folder."""
+def compare_only(monkeypatch, one_rank, tmp_path):
+    """`compare_only(model, options)`: the command's exit status, on a rank that is there already; its files go to the
+    folder."""
     monkeypatch.setattr(command, "Runtime", lambda *_: nullcontext(one_rank))
 
-    def run(*options: str) -> int:
-        given = ["compare", str(MODEL), "--prompt", "a red circle moving right", "--size", "64x64",
-                 "--frames", "5", "--steps", "6", "--shift", "3", "--output", str(tmp_path), *options]  # fmt: skip
+    def run(model: str, *options: str) -> int:
+        given = ["compare", model, "--prompt", "a red circle moving right", "--output", str(tmp_path), *options]
         monkeypatch.setattr(sys, "argv", ["ascend_runtime", *given])
         return __main__.main()
 
     return run
+
+
+@pytest.fixture
+def compare(compare_only):
+    """The same of the embedded model, and a small video."""
+    video = ("--size", "64x64", "--frames", "5", "--steps", "6", "--shift", "3")
+    return lambda *options: compare_only(str(MODEL), *video, *options)
 
 
 def test_a_comparison(compare, tmp_path, capsys):
@@ -154,6 +163,23 @@ def test_a_comparison(compare, tmp_path, capsys):
     quarters = [frames[2][50:370, :320], frames[2][50:370, 328:], frames[2][420:, :320], frames[2][420:, 328:]]
     differ = [np.abs(quarter.astype(float) - quarters[0]).mean() for quarter in quarters]
     assert differ[3] < 2 and differ[2] > differ[3], "the last is the plain one again"
+
+
+def test_a_comparison_of_hunyuan_takes_the_models_own_settings(compare_only, tmp_path):
+    """A prompt goes through both text encoders; guidance is embedded."""
+    model = tiny_llava.save(random_hunyuan.folder(tmp_path / "model"))
+    own = {"width": 64, "height": 48, "num_frames": 5, "fps": 12, "steps": 6}
+    (model / "ascend_defaults.json").write_text(json.dumps(own))
+    settings = "step_cache=fast:method=taylorseer", "rainfusion:sparsity=0"
+    assert compare_only(str(model), "--setting", settings[0], "--setting", settings[1]) == 0
+    written = json.loads((tmp_path / "comparison.json").read_text())
+    expected = {"size": "64x48", "frames": 5, "fps": 12, "steps": 6, "guidance": 1.0, "embedded_guidance": 6.0}
+    assert {name: written["given"][name] for name in expected} == expected
+    plain, taylor, dense = written["rows"]
+    assert plain["equal"] and dense["equal"] and not taylor["equal"] and taylor["saved"] > 0.2
+    given = ("--setting", settings[1], "--embedded-guidance", "1", "--output", str(tmp_path / "other"))
+    assert compare_only(str(model), *given) == 0
+    assert json.loads((tmp_path / "other" / "comparison.json").read_text())["given"]["embedded_guidance"] == 1
 
 
 def test_the_plot_names_each_point_and_no_name_covers_another(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from collections import Counter
 
 import gloo_ranks
 import pytest
+import random_hunyuan
 from ascend_runtime.ops.card_rules import SERIES
 from ledger import BATCH, faults, forbidden
 
@@ -12,18 +13,20 @@ SMALL = {"height": 2, "width": 2}  # a latent's: two of three ranks have a tile
 JOBS = {
     2: [{"work": "sample", "cfg_degree": 2}, {"work": "sample", "cfg_degree": 1, "ulysses_degree": 2, "overlap": True},
         {"work": "sample", "cfg_degree": 1, "ring_degree": 2, "ring_exchange": "gather", "fsdp": True},
-        {"work": "sample", "cfg_degree": 1, "tp_degree": 2}, {"work": "encode"}],
+        {"work": "sample", "cfg_degree": 1, "tp_degree": 2}, {"work": "encode"},
+        {"work": "sample_hunyuan", "tp_degree": 2}],
     3: [{"work": "decode", **SMALL}, {"work": "sample", "cfg_degree": 1, "ring_degree": 3},
         {"work": "encode_video", **SMALL}, {"work": "decode", "height": 3, "width": 5}],
     4: [{"work": "sample", "cfg_degree": 2, "ulysses_degree": 2, "fsdp": True},
         {"work": "sample", "guidance_scale": 1.0, "cfg_degree": 2, "ulysses_degree": 2, "fsdp": True},
         {"work": "decode", "height": 2, "width": 2},
         {"work": "sample", "cfg_degree": 1, "ring_degree": 2, "ulysses_degree": 2},
-        {"work": "sample", "cfg_degree": 1, "ring_degree": 2, "tp_degree": 2, "fsdp": True}],
+        {"work": "sample", "cfg_degree": 1, "ring_degree": 2, "tp_degree": 2, "fsdp": True},
+        {"work": "sample_hunyuan", "ring_degree": 2, "ulysses_degree": 2, "fsdp": True}],
     5: [{"work": "decode", "height": 8, "width": 8}],
 }  # fmt: skip
-# After each of these jobs: for cfg, Ulysses and FSDP; for all ranks; no more, twice; for FSDP over two ranks.
-COMMUNICATORS = {4: [3, 4, 4, 4, 5]}
+# After each of these jobs: for cfg, Ulysses and FSDP; for all ranks; no more, twice; for FSDP over two ranks; no more.
+COMMUNICATORS = {4: [3, 4, 4, 4, 5, 5]}
 PLANTED = {"work": "decode", **SMALL, "unnamed": True}
 
 
@@ -32,6 +35,8 @@ def ledgers(checkpoint, tmp_path_factory):
     """Ranks -> rank -> job -> its entries, and the communicators after it. The last job of three ranks is planted."""
     folder = tmp_path_factory.mktemp("ledgers")
     (folder / "model").symlink_to(checkpoint)
+    (folder / "hunyuan").mkdir()
+    random_hunyuan.folder(folder / "hunyuan")
     (folder / "cases.json").write_text(json.dumps(JOBS | {3: [*JOBS[3], PLANTED]}))
     gloo_ranks.run("ledger_rank.py", folder, *JOBS, timeout=300)
     return {ranks: [json.loads((folder / f"ledger-{ranks}-{rank}.json").read_text()) for rank in range(ranks)]

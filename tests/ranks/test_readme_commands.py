@@ -5,6 +5,7 @@ In CI one of them, whose end counts in processor time, as the machine does other
 ranks that are there; --all-commands runs each in a process of its own, by the clock.
 """
 
+import json
 import re
 import resource
 import shlex
@@ -17,7 +18,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import random_hunyuan
 import random_wan
+import tiny_llava
 from ascend_runtime.client import runtime as client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +30,11 @@ PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIRST_WORD, GAP, END = 3.0, 10.0, 60.0  # seconds
 LATE = 5.0  # seconds that a line may be late where the machine is busy
 SAMPLE = ("compare",)  # test_inspection.py runs `inspect` in CI as well
-# What the documents name and nobody has here: copies of the embedded model, and a file of the original's form.
+# What the documents name and nobody has here: copies of the embedded model, a random model, and a file of the
+# original's form.
 FOLDERS = ("models/diffusers/Wan2.2-T2V-A14B",)
+HUNYUAN = "models/diffusers/HunyuanVideo"
+SMALL = {"width": 64, "height": 48, "num_frames": 9, "steps": 8}  # the random model's own settings
 FILES = ("wan2.1_t2v_14B_fp8_scaled.safetensors",)
 
 
@@ -43,7 +49,7 @@ def name_of(command: str) -> str:
 
 def test_the_documents_show_every_command():
     assert {name_of(command) for command in commands()} == {"inspect", "convert", "calibrate", "compare", "queue"}
-    assert {name for name in ("assets/tiny_wan", *FOLDERS, *FILES) if name not in "\n".join(commands())} == set()
+    assert {name for name in ("assets/tiny_wan", HUNYUAN, *FOLDERS, *FILES) if name not in "\n".join(commands())} == set()
 
 
 @pytest.fixture
@@ -53,6 +59,8 @@ def clone(tmp_path):
         shutil.copytree(ROOT / "assets" / "tiny_wan", tmp_path / folder)
     for file in FILES:
         random_wan.original_transformer(tmp_path / file)
+    hunyuan = tiny_llava.save(random_hunyuan.folder(tmp_path / HUNYUAN))
+    (hunyuan / "ascend_defaults.json").write_text(json.dumps(SMALL))
     return tmp_path
 
 
@@ -87,7 +95,8 @@ def test_a_command_speaks_at_once_and_goes_on_doing_so(command, clone, request):
     name = name_of(command)
     if name == "queue":
         pytest.skip("tests/unit/test_queue.py runs it, on a real ComfyUI")
-    if name not in SAMPLE and not request.config.getoption("--all-commands"):
+    sampled = name in SAMPLE and "assets/tiny_wan" in command
+    if not sampled and not request.config.getoption("--all-commands"):
         pytest.skip("--all-commands runs it")
     before = processor_seconds()
     status, printed, times = run(shlex.split(command, comments=True)[1:], clone)

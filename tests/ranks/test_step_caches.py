@@ -65,6 +65,14 @@ def test_the_first_block_cache_is_diffusers(one_rank, model, threshold):
     assert_close(made.tensor, expected, atol=1e-4, rtol=0.0)
 
 
+def test_the_first_block_cache_looks_at_a_known_frame_as_diffusers_does(one_rank, tmp_path):
+    model = cached_models.hunyuan(tmp_path, "i2v replace")
+    expected, left_out = model.theirs(FirstBlockCacheConfig(threshold=0.5))
+    made = ours(one_rank, model, method="fbcache", threshold=0.5, last_steps=0)
+    assert made.info["acceleration"]["steps_reusing"] == left_out != []
+    assert_close(made.tensor, expected, atol=1e-4, rtol=0.0)
+
+
 @pytest.mark.parametrize("threshold, most", [(0.04, 2), (0.08, 3)])
 def test_magcache_is_diffusers(one_rank, model, threshold, most):
     config = MagCacheConfig(threshold=threshold, max_skip_steps=most, retention_ratio=0.2, num_inference_steps=STEPS,

@@ -10,6 +10,8 @@ from ascend_runtime.models.wan.vae import streamed as wan_vae
 from ascend_runtime.ops.memory import most_allocated
 from ascend_runtime.parallel.tiles import single_tile
 from ascend_runtime.models.shared.tiling import KERNEL_MARGIN, margin
+from diffusers import AutoencoderKLHunyuanVideo
+from msgspec.structs import replace
 from benchmarks.memory import GIVES_BACK, highest_rss, rss
 
 VAES = {"2.1": (tiny_models.wan_vae, 16, 8), "2.2": (tiny_models.wan22_vae, 48, 16)}  # maker, channels, pixels
@@ -22,6 +24,14 @@ def vae(tmp_path_factory):
     """The description of one of Wan 2.1's form."""
     folder = tmp_path_factory.mktemp("vae")
     tiny_models.randomise(tiny_models.wan_vae(), 3).save_pretrained(folder / "vae")
+    return VaeSpec(path=str(folder))
+
+
+@pytest.fixture(scope="module")
+def hunyuan(tmp_path_factory):
+    """The description of one of HunyuanVideo's form."""
+    folder = tmp_path_factory.mktemp("hunyuan")
+    tiny_models.randomise(tiny_models.hunyuan_vae(), 3).save_pretrained(folder / "vae")
     return VaeSpec(path=str(folder))
 
 
@@ -127,3 +137,51 @@ def test_129_frames_take_no_more_than_17(thrifty, vae, work):
     tile = (129 - 17) * 8 * height * 8 * width * 12 / 2  # bytes of what more frames a rank has
     print(f"{work}: " + ", ".join(f"{(b - a) / 1e6:+.2f} MB" for a, b in zip(few, many)) + f" of {tile / 1e6:.1f}")
     assert all(b - a < tile / 4 for a, b in zip(few, many))
+
+
+# HunyuanVideo's, in which all frames pass a layer before the next one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("work", WORKS)
+@torch.no_grad()
+def test_hunyuans_prediction_is_what_tensors_take(work, dtype):
+    """To 1 %, by a real run; two tensors of all frames, in the widest layer, and chunks of four frames."""
+    vae = tiny_models.on_ranks(torch.nn.Module.to(tiny_models.hunyuan_vae(), dtype))
+    frames, height, width = 7, 4, 6
+    predicted = vae.bytes_needed(work, frames, height, width)
+    shapes = [(16, 1, height, width)] * frames
+    if work == "encode":
+        shapes = [(3, 1 if index == 0 else 4, 8 * height, 8 * width) for index in range(frames)]
+    given = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    passes = (vae.decoded if work == "decode" else vae.encoded)(given, single_tile(height, width))
+    taken = most_allocated(lambda: deque(passes, maxlen=1))
+    widest = 32 * (4 * frames - 3) * 64 * height * width * dtype.itemsize
+    print(f"{work} in {dtype}: predicted {predicted} bytes, taken {taken}; {predicted / widest:.2f} tensors of all frames")
+    assert taken <= predicted <= 1.01 * taken and predicted < 3 * widest
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_a_full_width_video_takes_two_tensors_of_all_frames(work):
+    """1280 x 720 x 129 in bfloat16 on 8 ranks: of 128 channels, 3.8 GB each."""
+    with torch.device("meta"):
+        network = torch.nn.Module.to(AutoencoderKLHunyuanVideo(), torch.bfloat16)
+    vae, tensor = tiny_models.on_ranks(network), 128 * 129 * 360 * 320 * 2
+    predicted = vae.bytes_needed(work, 33, 45, 40, tiles=8)
+    print(f"{work}: {predicted / 1e9:.2f} GB, {predicted / tensor:.2f} tensors of {tensor / 1e9:.2f} GB")
+    assert 2 * tensor < predicted < 2.25 * tensor
+
+
+@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("tiles, size", [("whole", (5, 16, 24)), ("published", (5, 40, 8))])
+def test_hunyuans_prediction_is_what_ranks_take(thrifty, hunyuan, work, tiles, size):
+    """And it needs more for more frames."""
+    spec, (frames, height, width) = replace(hunyuan, tiles=tiles), size
+    done(thrifty, spec, work, 2, SMALL)
+    idle = own(thrifty)
+    vae = tiny_models.on_ranks(tiny_models.hunyuan_vae())
+    tile = (frames, height, width // 2) if tiles == "whole" else (frames, 32, width)
+    predicted = vae.bytes_needed(work, *tile, tiles=2)
+    taken = [peak - before for peak, before in zip(own_peaks(thrifty, spec, work, frames, (height, width)), idle)]
+    print(f"{work} {tiles}: {predicted / 1e6:.1f} MB, taken " + ", ".join(f"{each / 1e6:.1f}" for each in taken))
+    assert max(taken) < KERNEL_MARGIN * predicted and max(taken) > predicted / KERNEL_MARGIN

@@ -70,7 +70,7 @@ def test_a_family_has_its_own_values_of_presets_and_users_have_the_last_word():
                 assert set(own) < set(FIELDS["step_cache"])
                 spec = in_family(family.name, preset, method=method)
                 assert {name: getattr(spec, name) for name in own} == own
-    assert "teacache: balanced (threshold 0.1), fast (threshold 0.15)" in describe_family(
+    assert "teacache: fast (threshold 0.15)" in describe_family(
         families()["hunyuan_video"].presets
     )
 

@@ -10,9 +10,11 @@ from typing import Protocol
 import torch
 
 from ..bounded import check_tensors
+from ..states import has_scale_map
 from .dcp import METADATA, DistributedCheckpoint
 from .parts import Slices
 from .safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
+from .scale_maps import ScaledTorchFile
 from .torch_file import TorchFile
 
 # The first bytes of torch.save and GGUF files. A .safetensors file starts with its header's length.
@@ -86,7 +88,7 @@ def _kind(path: Path) -> type[TensorFile]:
     if other is not None:
         raise ValueError(f"{path} is {other}.")
     if start.startswith(ZIP):
-        return TorchFile
+        return ScaledTorchFile if has_scale_map(path) else TorchFile
     if int.from_bytes(start[:8], "little") > MAX_HEADER_BYTES:
         raise ValueError(
             f"{path} is neither a .safetensors nor a torch.save file, or its beginning is damaged. Give the file "

@@ -21,7 +21,8 @@ from ..states import states
 from .parts import Slices, Stored, read_stored
 from .pickles import MAX_PICKLE_BYTES, Name, OtherPickle, PickledObject, read_pickle
 
-WRAPPERS = ("model", "state_dict")  # keys under which training systems keep the weights, next to other entries
+# Keys under which training systems (the last one: DeepSpeed) keep the weights, next to other entries.
+WRAPPERS = ("model", "state_dict", "module")
 STORAGES = {  # the dtype of each of torch's storage classes; a tensor in an UntypedStorage has its own
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -203,7 +204,7 @@ PLAIN_TENSORS = (Name("torch.Tensor"), Name("torch.nn.parameter.Parameter"))
 
 
 class TorchFile:
-    """See tensor_files.TensorFile. If the file has a dict "model" or "state_dict", its entries are the tensors."""
+    """See tensor_files.TensorFile. If the file has a dict of a name in WRAPPERS, its entries are the tensors."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -50,7 +50,7 @@ class Video:
         size = video_options.size_of(arguments, own.size, form.multiple)
         return cls(
             model=video_options.model_of(arguments),
-            encoder=TextEncoderSpec(path=arguments.text_encoder or arguments.model),
+            encoder=video_options.encoder_of(arguments),
             vae=vae,
             form=form,
             size=size,
@@ -144,6 +144,7 @@ def _given(arguments: Namespace, video: Video, runtime: Runtime) -> dict[str, An
     return given | {
         "size": f"{video.size.width}x{video.size.height}", "frames": video.size.num_frames, "fps": video.fps,
         "steps": video.spec.steps, "shift": video.spec.shift, "guidance": video.spec.guidance_scale,
+        "embedded_guidance": video.spec.embedded_guidance,
         "ranks": runtime.world_size, "device": runtime.device, "parallel": arguments.parallel or "auto",
     }  # fmt: skip
 

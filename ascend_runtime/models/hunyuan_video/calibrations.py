@@ -31,12 +31,13 @@ RATIOS = {
     ),
 }  # fmt: skip
 # Values of presets that others have published for HunyuanVideo; a preset's other values are those of every family.
-# TeaCache: 0.1 and 0.15 (see COEFFICIENTS). MagCache: 0.12 with 4 and 0.24 with 6 steps in a row (see RATIOS); quality
-# is half of the first. FBCache: 0.06 (github.com/chengzeyi/ParaAttention) and 0.1; TaylorSeer: order 3, one step in
-# four (both github.com/hicann/cann-recipes-infer at 06656b0, models/hunyuan-video).
+# TeaCache: 0.15; balanced has the other published threshold, 0.1 (see COEFFICIENTS). MagCache: 0.12 with 4 and 0.24 with
+# 6 steps in a row (see RATIOS); quality is half of the first. FBCache: 0.06 (github.com/chengzeyi/ParaAttention) and
+# 0.1; TaylorSeer: order 3, one step in four (both github.com/hicann/cann-recipes-infer at 06656b0,
+# models/hunyuan-video).
 STEP_CACHE_PRESETS = {
     "fbcache": {"balanced": {"threshold": 0.06}, "fast": {"threshold": 0.1}},
-    "teacache": {"balanced": {"threshold": 0.1}, "fast": {"threshold": 0.15}},
+    "teacache": {"fast": {"threshold": 0.15}},
     "magcache": {
         "quality": {"threshold": 0.06, "most": 2},
         "balanced": {"threshold": 0.12, "most": 4},

@@ -9,14 +9,25 @@ from typing import Any
 from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION, Family, LoraNames, Part
+from ..family import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    VAE,
+    VISION,
+    DiffusersPipeline,
+    Family,
+    OriginalLayout,
+    Part,
+)
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
-from .files import configs, names
+from .files import configs, lora_names, names
 from .files.configs import GUIDING_FRAME
+from .files.pipeline import pipeline_of
 from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
@@ -51,7 +62,6 @@ PARTS = {
         other=text.other_llama,
         check=text.check_llama,
         tokenizer_folder="tokenizer",
-        folders=("text_encoder_i2v",),
         inner_config=text.llama_in,
         left_out=text.llama_left_out,
     ),
@@ -78,7 +88,6 @@ PARTS = {
         rename=text.vision_name,
         config=sizes.vision_config_of,
         check=text.check_vision,
-        folders=("text_encoder", "text_encoder_i2v"),
         inner_config=text.vision_in,
         left_out=text.vision_left_out,
     ),
@@ -105,6 +114,12 @@ IMAGE_FORMS = {
 }
 
 
+LEFT_OPEN = (
+    "text to video, or image to video by token replacement (v2): the two have equal shapes, and no config says which. "
+    "A job's conditioning decides: with a first frame (HunyuanImageToVideo, v2) it replaces tokens"
+)
+
+
 class HunyuanVideo(Family):
     name = "hunyuan_video"
     title = "HunyuanVideo"
@@ -112,8 +127,18 @@ class HunyuanVideo(Family):
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
     presets = calibrations.STEP_CACHE_PRESETS
+    layout = OriginalLayout(
+        models="hunyuan-video-*",
+        folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),
+                 VISION: (TEXT_ENCODER, "text_encoder_i2v")},
+        files={
+            TRANSFORMER: ("mp_rank_00_model_states.pt", "mp_rank_00_model_states_fp8.pt", "pytorch_model_module.pt"),
+            VAE: ("pytorch_model.pt",),
+        },
+        classes={VAE: "AutoencoderKLCausal3D"},
+    )
     weights = weights.RULES
-    loras = LoraNames(lambda known: {name.rpartition(".")[0]: name.rpartition(".")[0] for name in known})
+    loras = lora_names.LORA_NAMES
 
     # Properties of a model, from the configs of its transformers
 
@@ -144,6 +169,9 @@ class HunyuanVideo(Family):
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels)
+
+    def left_open(self, config: Mapping[str, Any]) -> str:
+        return LEFT_OPEN if configs.is_open(config) else ""
 
     # Cost of a pass
 
@@ -196,6 +224,9 @@ class HunyuanVideo(Family):
 
         reads = Reads(self.form(config), self.text_width(config), self.pooled_width(config))
         return HunyuanConditioner(config, latents, reads)
+
+    def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
+        return pipeline_of(configurations)
 
 
 FAMILY = HunyuanVideo()

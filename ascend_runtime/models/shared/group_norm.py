@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from ...ops.vae import group_moments, normed_by
+from ...ops.vae import channel_parameters, group_moments, normed_by
 from ...parallel.mesh import all_gather
 from ...parallel.tiles import Tile
 
@@ -21,8 +21,8 @@ class TiledGroupNorm(nn.GroupNorm):
         if tile.grid.tiles == 1:
             return super().forward(x)
         moments = over_plane(group_moments(x, self.num_groups), tile)
-        each = zip(x.split(1), moments.split(1, dim=1))
-        return torch.cat([normed_by(one, own, self.weight, self.bias, self.eps) for one, own in each])
+        each = [channel_parameters(own, self.weight, self.bias) for own in moments.split(1, dim=1)]
+        return torch.cat([normed_by(one, parameters, self.eps) for one, parameters in zip(x.split(1), each)])
 
 
 def normed_over(norm: nn.GroupNorm, chunks: Iterable[Tensor], tile: Tile) -> Callable[[Tensor], Tensor]:
@@ -35,7 +35,8 @@ def normed_over(norm: nn.GroupNorm, chunks: Iterable[Tensor], tile: Tile) -> Cal
         parts.append(group_moments(chunk, norm.num_groups))
         counts.append(chunk[0, 0].numel())
     moments = over_plane(merged(torch.stack(parts), counts), tile)
-    return lambda x: normed_by(x, moments, norm.weight, norm.bias, norm.eps)
+    parameters = channel_parameters(moments, norm.weight, norm.bias)
+    return lambda x: normed_by(x, parameters, norm.eps)
 
 
 def over_plane(moments: Tensor, tile: Tile) -> Tensor:

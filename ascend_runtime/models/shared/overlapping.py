@@ -1,12 +1,13 @@
 """Overlapping tiles of a latent in frames, rows and columns, dealt to ranks, and blended where they are written.
 
-The output is a weighted sum: the weights of two neighbours are linear where they overlap, and the sum of all is 1. A pixel is in up to 8 tiles, one of each colour (the parities of a tile's number along each axis). Ranks add their
-tiles to memory that they share, colour by colour, so that sums have one order and the same bits on any number of ranks.
+The output is a weighted sum: the weights of two neighbours are linear where they overlap, and the sum of all is 1. A
+pixel is in up to 8 tiles, one of each colour (the parities of a tile's number along each axis). Ranks add their tiles
+to memory that they share, colour by colour, so that sums have one order and the same bits on any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 

@@ -10,7 +10,7 @@ from ...checkpoints.faults import shown
 from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline, Family, Part
+from ..family import TEXT_ENCODER, TRANSFORMER, TRANSFORMER_2, VAE, DiffusersPipeline, Family, OriginalLayout, Part
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
@@ -65,7 +65,11 @@ class Wan(Family):
     parts = PARTS
     repository = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
     schedule = "wan"
-    original_class = "WanModel"
+    layout = OriginalLayout(
+        folders={TRANSFORMER: ("high_noise_model",), TRANSFORMER_2: ("low_noise_model",)},
+        loose="*.pth",
+        classes={TRANSFORMER: "WanModel"},
+    )
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)

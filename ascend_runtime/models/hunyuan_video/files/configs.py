@@ -56,8 +56,8 @@ def width_of(config: Mapping[str, Any]) -> int:
 def transformer_config(shapes: Shapes) -> dict:
     """The config of diffusers' HunyuanVideoTransformer3DModel.
 
-    A model that reads 16 channels has image_condition_type None, whether it makes videos from text only, or from images
-    by replacing tokens: the two have equal shapes. Raises ValueError if the shapes do not fit each other.
+    Its image_condition_type is OPEN for a model that reads as many channels as it makes. Raises ValueError if the
+    shapes do not fit each other.
     """
     dim, in_channels, frames, height, width = shapes["x_embedder.proj.weight"]
     (head_dim,) = shapes[f"{DOUBLE}0.attn.norm_q.weight"]
@@ -82,6 +82,12 @@ def transformer_config(shapes: Shapes) -> dict:
         "rope_axes_dim": rope_axes(head_dim),
         "image_condition_type": CONCAT if in_channels == 2 * out_channels + 1 else OPEN,
     }
+
+
+def is_open(config: Mapping[str, Any]) -> bool:
+    """Whether a config leaves open if a model makes videos from text only, or from images too: one that was read off
+    shapes, which do not show it."""
+    return config.get("image_condition_type") == OPEN
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:

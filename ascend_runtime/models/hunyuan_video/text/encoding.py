@@ -12,7 +12,17 @@ from ....checkpoints.tokenizers import JSON, bpe_json, check_class, clip_json
 from ....checkpoints.tokenizers.bpe import CLIP_END, CLIP_START, MERGES, VOCABULARY
 from ...family import TEXT_ENCODER, TEXT_ENCODER_2
 from ...hubs import HUBS
-from ...shared.text import POOLED, TEXT, Encoders, OnBlock, Picture, TextEncoding, run_with_blocks
+from ...shared.text import (
+    POOLED,
+    SHOWN_TOKENS,
+    TEXT,
+    Encoder,
+    Encoders,
+    OnBlock,
+    Picture,
+    TextEncoding,
+    run_with_blocks,
+)
 from ...shared.tokenizers import JsonTokenizer, Tokenizer
 from .images import pixels_of
 from .networks import LlamaText, LlavaVision

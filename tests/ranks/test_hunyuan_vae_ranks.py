@@ -1,0 +1,110 @@
+"""The HunyuanVideo VAE on several ranks: as one plane it makes what diffusers makes of the whole, and in the published
+tiles the same bits as one rank."""
+
+import json
+import random
+from itertools import product
+
+import gloo_ranks
+import pytest
+import small_tiles
+import tile_rank
+import tiny_models
+import torch
+from safetensors.torch import save_file
+
+RANKS, SAMPLE = [1, 2, 3, 4, 5, 6, 7, 8], [1, 3]
+PLANES = [(1, 5, 7), (2, 3, 11), (3, 9, 13), (5, 2, 3), (1, 1, 1)]  # of a latent; the last ones are smaller than 8 ranks
+TILED = [(5, 9, 15), (8, 7, 3), (1, 15, 9), (7, 13, 20)]  # larger than a small tile
+WORKS = ("decode", "encode")
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_models.randomise(tiny_models.hunyuan_vae(), 3)
+
+
+@pytest.fixture(scope="module")
+def folder(vae, tmp_path_factory):
+    vae.save_pretrained(folder := tmp_path_factory.mktemp("vae") / "hunyuan")
+    return folder
+
+
+def pytest_generate_tests(metafunc):
+    if "ranks" in metafunc.fixturenames:
+        metafunc.parametrize("ranks", RANKS if metafunc.config.getoption("--all-tiles") else SAMPLE)
+
+
+def case(work, size, tiles):
+    """What a rank is to do, and the input: a latent or a video."""
+    frames, height, width = size
+    latent, video = (1, 16, *size), (4 * frames - 3, 8 * height, 8 * width, 3)
+    generator = torch.Generator().manual_seed(frames)
+    given = torch.randn(latent, generator=generator) if work == "decode" else torch.rand(video, generator=generator)
+    shape = video if work == "decode" else latent
+    return {"vae": "vae", "work": work, "shape": shape, "grid": None, "tiles": tiles, "small": True}, given
+
+
+def on_ranks(vae, folder, ranks, cases):
+    """The results of (case, input) pairs."""
+    folder.mkdir()
+    (folder / "vae").symlink_to(vae)
+    (folder / "cases.json").write_text(json.dumps([described for described, _ in cases]))
+    save_file({str(number): given for number, (_, given) in enumerate(cases)}, folder / "inputs.safetensors")
+    results = [tile_rank.shared(folder, number, described["shape"]) for number, (described, _) in enumerate(cases)]
+    for result in results:
+        result.fill_(torch.nan)
+    gloo_ranks.run("tile_rank.py", folder, ranks, timeout=600)
+    return results
+
+
+@torch.no_grad()
+def by_diffusers(vae, work, given):
+    if work == "decode":
+        return (vae.decode(given).sample[0].movedim(0, -1) / 2 + 0.5).clamp(0, 1)
+    return vae.encode(given.movedim(-1, 0)[None] * 2 - 1).latent_dist.mode()
+
+
+@pytest.fixture(scope="module")
+def expected(vae):
+    """`expected(work, given)`: diffusers' result, computed once."""
+    kept = {}
+
+    def result(work, given):
+        key = work, given.shape
+        if key not in kept:
+            kept[key] = by_diffusers(vae, work, given)
+        return kept[key]
+
+    return result
+
+
+def test_a_plane_over_ranks_equals_diffusers(request, folder, tmp_path, expected, ranks):
+    """In fp32, to 1e-4: odd sizes, one frame, more ranks than pixels."""
+    sizes = PLANES if request.config.getoption("--all-tiles") else [PLANES[1], PLANES[-1]]
+    cases = [case(*one, "whole") for one in product(WORKS, sizes)]
+    results = on_ranks(folder, tmp_path / "ranks", ranks, cases)
+    for (described, given), result in zip(cases, results):
+        wanted = expected(described["work"], given)
+        error = (result - wanted).abs().max().item()
+        print(f"{ranks} ranks, {described['work']} of {list(given.shape)}: {error:.1e}")
+        assert error < 1e-4, described
+
+
+@pytest.fixture(scope="module")
+def on_one(request, folder, tmp_path_factory):
+    """The tiled cases, and what one rank makes of them."""
+    every, seed = request.config.getoption("--all-tiles"), random.randrange(2**32)
+    print(f"seed {seed}")
+    sizes = TILED if every else random.Random(seed).sample(TILED[:3], 1)
+    cases = [case(*one, "published") for one in product(WORKS, sizes)]
+    return cases, on_ranks(folder, tmp_path_factory.mktemp("one") / "ranks", 1, cases)
+
+
+@pytest.mark.parametrize("several", [2, 3, 4, 5, 6, 7, 8])
+def test_published_tiles_have_the_same_bits_on_any_number_of_ranks(request, folder, tmp_path, on_one, several):
+    if several != 3 and not request.config.getoption("--all-tiles"):
+        pytest.skip("with --all-tiles")
+    cases, wanted = on_one
+    for (described, _), one, other in zip(cases, on_ranks(folder, tmp_path / "ranks", several, cases), wanted):
+        assert torch.equal(one, other) and other.isfinite().all(), described
