@@ -330,8 +330,8 @@ def _output_bytes(vae: VideoVae, work: str) -> int:
 def _too_small(size: _Size, least: float, tiles: str) -> ValueError:
     half = "; the VAE in dtype bfloat16 takes half" if size.vae.dtype == torch.float32 else ""
     return ValueError(
-        f"{size.task} takes {size.whole / 1e9:.1f} GB, in {tiles} {least / 1e9:.1f} GB, but {size.free / 1e9:.1f} GB are "
-        f"free. Ascend Free Memory frees other models' weights{half}."
+        f"{size.task} takes {size.whole / 1e9:.1f} GB, in {tiles} {least / 1e9:.1f} GB, but {size.free / 1e9:.1f} GB "
+        f"are free. Ascend Free Memory frees other models' weights{half}."
     )
 
 
