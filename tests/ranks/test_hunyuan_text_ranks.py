@@ -130,8 +130,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("placement", ["cpu", "ranks"])
+@pytest.mark.parametrize("case, placement", [*((case, "ranks") for case in WRONG), ("NaN", "cpu"), ("narrow", "cpu")])
 def test_what_cannot_be_encoded_is_refused_by_name(two_ranks, folder, case, placement):
     given, says = WRONG[case]
     pids = two_ranks.pids
