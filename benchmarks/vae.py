@@ -4,8 +4,8 @@ A VAE of Wan 2.1's architecture with reduced width decodes and encodes a video o
 60 x 104 x 5) on one rank and on two in turns, with one thread each. Two cores share resources such as memory bandwidth:
 two ranks that each decode their own video, at the same time and one by one, show how much that costs.
 
-And what bfloat16, an NPU's default, costs in PSNR: the VAE of Wan 2.1 in full width with random weights, with torch's
-operators and in an NPU's way (computed here, not on a device). A trained VAE differs less.
+And what bfloat16, an NPU's default, costs in PSNR: the VAEs of Wan 2.1 and of HunyuanVideo in full width with random
+weights, with torch's operators and in an NPU's way (computed here, not on a device). A trained VAE differs less.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from statistics import median
 from typing import Iterator
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
+from torch import nn
 from tqdm import tqdm
 
 from ascend_runtime import ParallelSpec, Runtime, VaeSpec
-from ascend_runtime.models.wan.vae import streamed
+from ascend_runtime.models.registry import family
+from ascend_runtime.models.shared.vae import VideoVae
 from ascend_runtime.ops import OPERATORS_VARIABLE
 from ascend_runtime.parallel.tiles import single_tile
 
@@ -37,7 +39,8 @@ SIZE, QUICK_SIZE = (5, 60, 104), (2, 8, 12)  # latent frames, height, width
 BASE_DIM, QUICK_BASE_DIM = 8, 4
 ROUNDS, QUICK_ROUNDS = 3, 1
 FULL_BASE_DIM, ROUNDED_SIZE = 96, (2, 6, 6)  # for PSNR
-WAYS = {"torch": "vae.bf16_psnr", "npu": "vae.bf16_psnr_npu"}  # whose operators: the row's name
+HUNYUAN_CHANNELS, QUICK_HUNYUAN_CHANNELS = (128, 256, 512, 512), (32, 32, 64, 64)
+WAYS = {"torch": "bf16_psnr", "npu": "bf16_psnr_npu"}  # whose operators: the end of the row's name
 
 
 def run(quick: bool) -> Iterator[Row]:
@@ -134,23 +137,32 @@ def _figures(seconds: dict[str, list[float]], peaks: list[int], quick: bool, siz
 
 
 def _rounding(quick: bool) -> Iterator[Row]:
-    base_dim = QUICK_BASE_DIM if quick else FULL_BASE_DIM
     torch.manual_seed(0)
-    vae, latent = _with_variance(AutoencoderKLWan(base_dim=base_dim).eval()), torch.randn(CHANNELS, *ROUNDED_SIZE)
-    streamed.streamed(vae)
+    base_dim = QUICK_BASE_DIM if quick else FULL_BASE_DIM
+    yield from _rounded("vae.", "wan", AutoencoderKLWan(base_dim=base_dim), context_of(quick, base_dim=base_dim))
+    channels = QUICK_HUNYUAN_CHANNELS if quick else HUNYUAN_CHANNELS
+    network = AutoencoderKLHunyuanVideo(block_out_channels=channels)
+    yield from _rounded("vae.hunyuan_video_", "hunyuan_video", network, context_of(quick, channels=list(channels)))
+
+
+def _rounded(prefix: str, name: str, network: nn.Module, context: dict) -> Iterator[Row]:
+    """The rows of a VAE of family `name`, which are named with this prefix."""
+    vae = family(name).vae(_with_variance(network.eval()), family(name).vae_form(network.config))
+    latent = torch.randn(CHANNELS, *ROUNDED_SIZE)
     exact = _frames(vae, latent)
-    vae.bfloat16()
-    context = context_of(quick, latent=list(ROUNDED_SIZE), base_dim=base_dim, weights="random",
-                         reference="float32", std=round(float(exact.std()), 3))  # fmt: skip
-    for way, name in WAYS.items():
+    nn.Module.to(network, torch.bfloat16)
+    context |= {"latent": list(ROUNDED_SIZE), "weights": "random", "reference": "float32",
+                "std": round(float(exact.std()), 3)}  # fmt: skip
+    for way, end in WAYS.items():
         before = os.environ.get(OPERATORS_VARIABLE, "")
         os.environ[OPERATORS_VARIABLE] = way
         error = (_frames(vae, latent) - exact).double().square().mean()
         os.environ[OPERATORS_VARIABLE] = before
-        yield Row(name=name, value=-10 * math.log10(error), unit="dB", better="higher", baseline=45, context=context)
+        yield Row(name=f"{prefix}{end}", value=-10 * math.log10(error), unit="dB", better="higher", baseline=45,
+                  context=context)  # fmt: skip
 
 
-def _with_variance(vae: AutoencoderKLWan) -> AutoencoderKLWan:
+def _with_variance(vae: nn.Module) -> nn.Module:
     """Fills convolutions with random weights that keep the variance, so that the frames are not nearly gray."""
     with torch.no_grad():
         for parameter in vae.parameters():
@@ -160,8 +172,8 @@ def _with_variance(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 
 
 @torch.no_grad()
-def _frames(vae: AutoencoderKLWan, latent: torch.Tensor) -> torch.Tensor:
+def _frames(vae: VideoVae, latent: torch.Tensor) -> torch.Tensor:
     """Frames [3,T,H,W] in 0..1 of a latent [C,T,H,W]."""
-    tile = single_tile(*latent.shape[2:])
-    made = streamed.decoded(vae, latent.to(vae.dtype).unbind(1), tile)
-    return torch.cat([frames.float() for frames in made], dim=1) / 2 + 0.5
+    chunks = (latent.to(vae.dtype)[:, chunk] for chunk in vae.chunks(latent.shape[1]))
+    made = vae.decoded(chunks, single_tile(*latent.shape[2:]))
+    return torch.cat([frames.float() for frames in made if frames is not None], dim=1) / 2 + 0.5

@@ -50,11 +50,11 @@ SIZES = {
     "{sizes}": """\
 Sizes are multiples of 16: 1280 x 720, 960 x 544, 832 x 624, 720 x 720; length 4n+1, up to 129. One card of 64 GB has \
 room for the model in bfloat16 (26 GB) and a video of 960 x 544; with less, or to be faster, use several cards, `fsdp` \
-in Ascend Parallel Config, or `quantization` in the loader. The text encoders run on the host's CPU (16 GB there).""",
+in Ascend Parallel Config, or `quantization` in the loader. The text encoders run on the host's CPU (14 GB there).""",
     "{尺寸}": """\
 尺寸为 16 的倍数：1280 x 720、960 x 544、832 x 624、720 x 720；帧数为 4n+1，最多 129。一张 64 GB 的卡可放下 bfloat16 模型\
 （26 GB）并生成 960 x 544 的视频；显存不足或希望更快时，请用多张卡、并行配置中的“FSDP 权重分片”，或加载器的“量化”。\
-文本编码器在主机 CPU 上运行（占内存 16 GB）。""",
+文本编码器在主机 CPU 上运行（占内存 14 GB）。""",
 }
 
 NOTES = {
@@ -75,10 +75,10 @@ shift 7、嵌入式引导 6、cfg 1（因此没有反向提示词）。{尺寸}
 
 {files}
 
-Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image goes \
-to two nodes: the text encoder sees it (`image_interleave` 2), and the model reads it as the first frame. As in the \
-original, the first four frames are dropped after decoding: ImageFromBatch keeps 125 of 129. Delete that node to keep \
-all. {sizes}
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image \
+goes to two nodes: the text encoder sees it (`image_interleave` 2), and the model reads it as the first frame. As in \
+the original, the first four frames are dropped after decoding: ImageFromBatch keeps 125 of 129. Delete that node to \
+keep all. {sizes}
 
 下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器会看到它（`image_interleave` 为 2），模型把它当作首帧。\
 与官方代码一致，解码后丢弃前四帧：ImageFromBatch 保留 129 帧中的 125 帧；删除该节点即可保留全部帧。{尺寸}
@@ -88,9 +88,9 @@ all. {sizes}
 
 {files}
 
-Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image goes \
-to two nodes: the text encoder sees it (`image_interleave` 4), and it stays in the latent as the first frame, so the \
-video begins with exactly this picture. For larger movements set `shift` to 17 in Ascend Sampler; 0 is 7. {sizes}
+Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image \
+goes to two nodes: the text encoder sees it (`image_interleave` 4), and it stays in the latent as the first frame, so \
+the video begins with exactly this picture. For larger movements set `shift` to 17 in Ascend Sampler; 0 is 7. {sizes}
 
 下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器会看到它（`image_interleave` 为 4），同时它作为首帧保留在 \
 Latent 中，因此视频从这张图像开始。希望动作更大时，可将采样器的 shift 设为 17（0 表示 7）。{尺寸}

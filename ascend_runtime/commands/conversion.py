@@ -21,16 +21,17 @@ from ..checkpoints.faults import printable, shown
 from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.paths import CALIBRATION, DEFAULTS, file_of
 from ..checkpoints.states import states
-from ..checkpoints.tokenizers import SPIECE, check_class, tokenizer_model
+from ..checkpoints.tokenizers import SPIECE, tokenizer_model
 from ..checkpoints.writing.links import own_file, own_files, resolved
 from ..checkpoints.writing.transfer import Move, fill, laid_out
 from ..checkpoints.writing.unfinished import partial_folder, sync, unfinished
 from ..checkpoints.writing.writers import WRITE_BYTES
-from ..components.networks import empty_network
-from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
+from ..components.networks import whole_network
+from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE, VISION
 from ..recognition.component import Component
 from ..recognition.folders import STANDARD_NAMES, TRANSFORMERS, has_folder
 from ..recognition.mindspeed import RELEASE, STAGE_FILE, TRACKER
+from ..recognition.text_encoders import sees_images
 from ..specs.models import WEIGHT_DTYPES
 from .inspection import inspect
 from .progress import ProgressDisplay
@@ -150,7 +151,12 @@ def planned(
     _plan_tokenizer(plan, parts)
     single = len(parts) == 1 and not (plan.copies or plan.texts)
     for part, component in parts.items():
-        _plan_component(plan, Path("" if single else part), part, component)
+        folder = Path("" if single else part)
+        if component.folder and sees_images(component.folder):
+            plan.copy(component.folder, folder)
+            plan.omitted.append(f"{part}: copied unchanged, as it has a vision tower too")
+        else:
+            _plan_component(plan, folder, part, component)
     if not single:
         _plan_pipeline(plan, parts)
     _plan_own_files(plan, parts)
@@ -166,6 +172,8 @@ def _parts(source: Path, to: str, omitted: list[str], on_part: Callable[[str], N
         if to == "mindspeed" and found.part not in TRANSFORMERS:
             if found.component:
                 omitted.append(f"{found.part}: MindSpeed-MM's layout has only transformers; use --to diffusers")
+        elif found.part == VISION:
+            omitted.append(f"{VISION}: diffusers has it only as a part of a whole text_encoder")
         elif found.component:  # `_moves` checks its weights; other faults, as a missing tokenizer, are accepted
             parts[found.part] = found.component
         elif found.part == "transformer_2" or has_folder(source, found.part):
@@ -185,8 +193,8 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
             f"{component.quantized.file} says that the {part} is quantized, which other formats do not support. "
             "Convert the model's bf16 or fp16 version."
         )
-    network = empty_network(component)
-    places = component.places_in(network)
+    network = whole_network(component)
+    places = component.places_in(network, whole=True)
     held = {}
     for shard in component.shards:
         with open_tensors(shard) as file:
@@ -256,14 +264,15 @@ def _plan_tokenizer(plan: ConversionPlan, parts: dict[str, Component]) -> None:
     """Plans the tokenizers next to the text encoders, where transformers finds them."""
     for part, component in parts.items():
         if part.startswith(TEXT_ENCODER):
-            _plan_one_tokenizer(plan, component.tokenizer, Path(part.replace(TEXT_ENCODER, "tokenizer")))
+            _plan_one_tokenizer(plan, component, Path(part.replace(TEXT_ENCODER, "tokenizer")))
 
 
-def _plan_one_tokenizer(plan: ConversionPlan, found: Path | None, to: Path) -> None:
+def _plan_one_tokenizer(plan: ConversionPlan, component: Component, to: Path) -> None:
+    found = component.tokenizer
     if found is None or not found.exists():
-        plan.omitted.append("tokenizer: there is none in the text encoder's file or next to it")
+        plan.omitted.append(f"{to}: there is none in the text encoder's file or next to it")
     elif found.is_dir():
-        check_class(found)
+        component.family.text().check_folder(component.kind.name, found)
         plan.copy(found, to)
     else:
         tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}

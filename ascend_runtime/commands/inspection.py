@@ -110,7 +110,7 @@ def _is_required(part: str, root: Path) -> bool:
 def _component(root: Path) -> list[str]:
     """The part that the folder itself is, by its config.json; empty if it is a model's folder."""
     config = read_json(root / "config.json") if (root / "config.json").is_file() else {}
-    named = [kind.name for kind in kinds() if config.get(kind.part.class_name[0]) == kind.part.class_name[1]]
+    named = [kind.name for kind in kinds() if kind.part.config_in(config) is not None]
     named += [kind.name for kind in kinds() if kind.name != TRANSFORMER and original_file(root, kind.name)]
     return list(dict.fromkeys(named))
 

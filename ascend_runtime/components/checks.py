@@ -14,7 +14,7 @@ from .text_encoder import check_size, find_tokenizer
 def check_component(component: Component) -> None:
     """Raises ValueError for a component that cannot be loaded, whatever lies next to it. Reads no weights."""
     network = empty_network(component)
-    if component.kind.name.startswith(TEXT_ENCODER):
+    if component.kind.name.startswith(TEXT_ENCODER) and (component.tokenizer or component.part.brings_tokenizer):
         check_size(find_tokenizer(component), network, component)
     if component.kind.name == TRANSFORMER:
         stored_boundary(component)

@@ -26,5 +26,12 @@ def empty_network(component: Component, tp: WholeWeights | TensorParallel = Whol
     return network
 
 
+def whole_network(component: Component) -> nn.Module:
+    """As `empty_network`, with the parameters that are not used too."""
+    check_counts(component.config, component.config_file)
+    with as_value_error(component.config_file, f"its {component.kind.name} config"):
+        return component.family.whole_network(component.kind.name, component.config)
+
+
 def dtype_named(name: str, automatic: torch.dtype) -> torch.dtype:
     return automatic if name == "auto" else getattr(torch, name)

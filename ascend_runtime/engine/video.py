@@ -14,11 +14,11 @@ from ..models.shared.vae import VideoVae
 from ..ops.precision import WIDER, Finite, check_finite, not_finite
 from ..parallel.mesh import all_reduce_max
 
-OnStep = Callable[[int, int], None]  # (step counted from 1, total); called on all ranks, may raise on all
+StepReport = Callable[[int, int], None]  # (step counted from 1, total); called on all ranks, may raise on all
 Facts = dict[str, str]  # descriptions of the tiling, for `Done.info`
 
 
-def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: OnStep, tiles: str = "auto") -> Facts:
+def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepReport, tiles: str = "auto") -> Facts:
     """Encodes frames [T,H,W,3] in 0..1 into `latent` [1,C,T',H',W'], fp32, on the CPU, not normalised. Each rank writes
     its own tiles.
 
@@ -38,7 +38,7 @@ def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: OnStep,
     return tiling.facts
 
 
-def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: OnStep, tiles: str = "auto") -> Facts:
+def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: StepReport, tiles: str = "auto") -> Facts:
     """Decodes latent [B,C,T,H,W], not normalised, into `frames` [B*T',H',W',3] in 0..1. Each rank writes its own tiles.
 
     on_step: called before each step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all
@@ -93,7 +93,7 @@ def _check_host_holds(frames: Tensor) -> None:
         )
 
 
-def _counted(on_step: OnStep, total: int) -> Callable[[], None]:
+def _counted(on_step: StepReport, total: int) -> Callable[[], None]:
     numbers = count(1)
     return lambda: on_step(next(numbers), total)
 

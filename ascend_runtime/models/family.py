@@ -55,7 +55,9 @@ class Part:
     tokenizer_folder: the folder of a text encoder's tokenizer, relative to the published file's.
     inner_config: maps the config.json of a folder to this network's config, for networks that are published as parts
         of larger ones, with longer names of tensors. None: a folder holds this network only.
-    left_out: whether a tensor of this name is not read, with a network of this config: files have more than is used.
+    brings_tokenizer: whether published files of a text encoder have a tokenizer in them or next to them.
+    foreign: whether a tensor of this name belongs to the larger network. unread: whether it belongs to this one, of
+        this config, but is not used and therefore not read.
     split: the parameters in a tensor on disk that holds several (see checkpoints.fused); None: each tensor is one.
     published_name: the name, as diffusers or transformers write it, of the tensor that holds a parameter. Several with
     one name are its columns, in the network's order.
@@ -76,7 +78,9 @@ class Part:
     hidden: Mapping[str, Any] = field(default_factory=dict)
     tokenizer_folder: str | None = None
     inner_config: Callable[[Mapping[str, Any]], dict] | None = None
-    left_out: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
+    brings_tokenizer: bool = True
+    foreign: Callable[[str], bool] = lambda name: False
+    unread: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
     split: Split | None = None
     published_name: Callable[[str], str] = lambda name: name
 
@@ -285,6 +289,10 @@ class Family(ABC):
 
         A transformer implements `models.shared.transformer.VideoTransformer`.
         """
+
+    def whole_network(self, part: str, config: Mapping[str, Any]) -> nn.Module:
+        """As `network`, with the parameters that are not used too: for conversions."""
+        return self.network(part, config)
 
     @abstractmethod
     def vae(self, network: nn.Module, form: VaeForm) -> VideoVae:

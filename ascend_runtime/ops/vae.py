@@ -67,8 +67,8 @@ def group_moments(x: Tensor, groups: int) -> Tensor:
 
 
 def channel_parameters(moments: Tensor, gain: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """What `normed_by` reads, [C] each, in fp32: gain, bias, and the mean and variance of each channel's group. moments:
-    [2, 1, groups]."""
+    """What `normed_by` reads, [C] each, in fp32: gain, bias, and the mean and variance of each channel's group.
+    moments: [2, 1, groups]."""
     mean, variance = moments.transpose(1, 2).expand(-1, -1, len(gain) // moments.shape[2]).flatten(1)
     return gain.to(NORMS.dtype), bias.to(NORMS.dtype), mean, variance
 

@@ -76,15 +76,19 @@ class Component:
         name = self.own_name(key, self.shards[0])
         return [] if name is None else [one.name for one in targets_of(self.part.split, name, ())]
 
-    def own_name(self, key: str, shard: Path) -> str | None:
-        """The network's name of the parameter that a tensor holds; None: it is not read."""
+    def own_name(self, key: str, shard: Path, whole: bool = False) -> str | None:
+        """The network's name of the parameter that a tensor holds; None: it is not read. whole: of all parameters,
+        whether they are used or not."""
         name = self.rename(key, shard)
-        return None if name is None or self.part.left_out(name, self.config) else name
+        if name is None or self.part.foreign(name) or not whole and self.part.unread(name, self.config):
+            return None
+        return name
 
-    def places_in(self, network) -> Places:
-        """Where each parameter of `network` lies. Raises ValueError if the files do not fit (see `check_weights`)."""
-        identify = partial(_identify, self.part)
-        return check_weights(network, self.shards, self.own_name, self.quantized, self.part.split, identify)
+    def places_in(self, network, whole: bool = False) -> Places:
+        """Where each parameter of `network` lies. Raises ValueError if the files do not fit (see `check_weights`).
+        whole: see `own_name`."""
+        identify, rename = partial(_identify, self.part), partial(self.own_name, whole=whole)
+        return check_weights(network, self.shards, rename, self.quantized, self.part.split, identify)
 
 
 def _identify(part: Part, names: Iterable[str]) -> str:

@@ -20,6 +20,8 @@ from ..models.shapes import Shapes, count
 
 # The prefixes of the networks in a file of a whole model, as ComfyUI saves it.
 NETWORKS = re.compile(r"^(model\.diffusion_model|vae|first_stage_model|text_encoders|cond_stage_model|clip_vision)\.")
+# Prefixes in CLIP's vision models, whose patch embeddings are named like a transformer's.
+IMAGE_ENCODERS = re.compile(r"(^|\.)(vision_model|vision_tower)\.")
 MAX_PREFIXES = 4  # listed in an error
 EXPERT = "_2"  # the suffix of a second expert's folder
 
@@ -131,11 +133,8 @@ def is_kind(kind: Kind, file: Path) -> bool:
     """Whether a file holds a network of this kind. Raises ValueError if it cannot be read, or holds several of them.
     The result, an error included, is cached until the file changes, whichever link leads to it."""
     cached = _cached_kinds(tuple(map(content_state, files_of((file,)))))
-    if kind not in cached:
-        try:
-            cached[kind] = _fits(kind, file), "", str(file)
-        except ValueError as error:
-            cached[kind] = False, str(error), str(file)
+    if not cached:
+        cached |= _kinds_in(file)
     fits, fault, first = cached[kind]
     if fault:
         raise ValueError(fault.replace(first, str(file)))
@@ -148,8 +147,19 @@ def _cached_kinds(state: tuple) -> dict[Kind, tuple[bool, str, str]]:
     return {}
 
 
-def _fits(kind: Kind, file: Path) -> bool:
-    return _is_signed(kind, file, _names(file))
+def _kinds_in(file: Path) -> dict[Kind, tuple[bool, str, str]]:
+    """See `_cached_kinds`."""
+    try:
+        held = _names(file)
+    except ValueError as error:
+        return dict.fromkeys(kinds(), (False, str(error), str(file)))
+    found = {}
+    for kind in kinds():
+        try:
+            found[kind] = _is_signed(kind, file, held), "", str(file)
+        except ValueError as error:
+            found[kind] = False, str(error), str(file)
+    return found
 
 
 def _is_signed(kind: Kind, file: Path, held: Iterable[str]) -> bool:
@@ -177,6 +187,8 @@ def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
     """The prefix of a network's tensor names. Raises ValueError if the file holds several such networks."""
     found = {name.removesuffix(begin) for name in names for begin in kind.part.begins if name.endswith(begin)}
     found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
+    if kind.name == TRANSFORMER:
+        found = {prefix for prefix in found if not IMAGE_ENCODERS.search(prefix)}
     if len(found) > 1 and "" not in found:
         first = ", ".join(map(shown, sorted(found)[:MAX_PREFIXES])) + ", ..." * (len(found) > MAX_PREFIXES)
         raise ValueError(

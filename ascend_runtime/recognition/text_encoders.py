@@ -33,9 +33,14 @@ def find_vision(spec: VisionSpec) -> Component:
     """The vision tower in a folder or file. Raises ValueError if there is none."""
     root = existing(spec.path)
     if not any(_is_held(kind, root) for kind in kinds(VISION)):
-        wanted = " or ".join(f"{kind.what}. Give vision_path: {kind.part.published}" for kind in kinds(VISION))
-        raise ValueError(f"{root} has no {wanted}.")
+        wanted = " or ".join(f"{kind.what}, such as {kind.part.published}" for kind in kinds(VISION))
+        raise ValueError(f"{root} has no {wanted}. Give one as vision_path (vision_model_name in ComfyUI).")
     return find_part(spec.path, VISION)
+
+
+def sees_images(folder: Path) -> bool:
+    """Whether this folder holds a text encoder with a vision tower."""
+    return any(_is_held(kind, folder) for kind in kinds(VISION))
 
 
 def require_vision(family: Family) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
+import diffusers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ascend_runtime import DiffusionModelSpec, OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime import Conditioning, DiffusionModelSpec, OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
 from ascend_runtime.hardware import host
-from ascend_runtime.models.wan.transformer import WanTransformer
 
 from ..report import Notes, Row, context_of
 
@@ -31,12 +31,30 @@ MEASURE = "largest |difference| from one rank's latent, divided by its largest |
 
 @dataclass(frozen=True)
 class Job:
-    """A transformer with random weights, and the video it makes. dtype: of its blocks, as in DiffusionModelSpec."""
+    """A transformer with random weights, and the video it makes. dtype: of its blocks, as in DiffusionModelSpec.
+
+    text: the number of a prompt's tokens, and the channels of each. pooled: those of a prompt's pooled vector, if the
+    transformer reads one. branches: of guidance. name: what the names of its figures begin with.
+    """
 
     config: dict
     size: VideoSize
     steps: int
     dtype: str
+    text: tuple[int, int]
+    pooled: int | None = None
+    branches: int = 2
+    name: str = ""
+
+    @property
+    def blocks(self) -> int:
+        return self.config["num_layers"] + self.config.get("num_single_layers", 0)
+
+    def prompts(self) -> list[Conditioning]:
+        generator = torch.Generator().manual_seed(1)
+        texts = [torch.randn(1, *self.text, generator=generator) for _ in range(self.branches)]
+        pooled = None if self.pooled is None else torch.randn(1, self.pooled, generator=generator)
+        return [Conditioning(text=text, pooled=pooled) for text in texts]
 
 
 WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
@@ -45,15 +63,39 @@ WAN_14B = {"num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 
            "_class_name": "WanTransformer3DModel"}  # fmt: skip
 TEXT_TOKENS = 512
 TINY = {"num_attention_heads": 4, "attention_head_dim": 32, "text_dim": 64, "freq_dim": 32, "ffn_dim": 256}
+HUNYUAN = {"num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16,
+           "num_layers": 2, "num_single_layers": 4, "num_refiner_layers": 2, "mlp_ratio": 4.0, "patch_size": 2,
+           "patch_size_t": 1, "guidance_embeds": True, "text_embed_dim": 4096, "pooled_projection_dim": 768,
+           "rope_theta": 256.0, "rope_axes_dim": [16, 56, 56],
+           "_class_name": "HunyuanVideoTransformer3DModel"}  # fmt: skip
+TINY_HUNYUAN = {"num_attention_heads": 4, "attention_head_dim": 32, "rope_axes_dim": [8, 12, 12], "text_embed_dim": 64,
+                "pooled_projection_dim": 32}  # fmt: skip
+HUNYUAN_TEXT = 256
 
 
 def job_for(kind: str, quick: bool) -> Job:
     if kind == "cpu":
-        side = 64 if quick else 128
-        size = VideoSize(width=side, height=side, num_frames=9)
-        return Job({**WAN_14B, **TINY}, size, steps=2 if quick else 8, dtype="float32")
+        size, steps = _small(quick)
+        return Job({**WAN_14B, **TINY}, size, steps, dtype="float32", text=(TEXT_TOKENS, TINY["text_dim"]))
     size = VideoSize(width=832, height=480, num_frames=17) if quick else VideoSize(width=1280, height=720)
-    return Job(WAN_14B, size, steps=2 if quick else 6, dtype="auto")
+    return Job(WAN_14B, size, steps=2 if quick else 6, dtype="auto", text=(TEXT_TOKENS, WAN_14B["text_dim"]))
+
+
+def hunyuan_job_for(kind: str, quick: bool) -> Job:
+    """HunyuanVideo's, whose text is a part of the sequence, with embedded guidance."""
+    config, dtype, steps = HUNYUAN, "auto", 2 if quick else 3
+    width, height, frames = (832, 480, 17) if quick else (1280, 720, 129)
+    size = VideoSize(width=width, height=height, num_frames=frames)
+    if kind == "cpu":
+        config, dtype, (size, steps) = {**HUNYUAN, **TINY_HUNYUAN}, "float32", _small(quick)
+    text, pooled = (HUNYUAN_TEXT, config["text_embed_dim"]), config["pooled_projection_dim"]
+    return Job(config, size, steps, dtype, text, pooled, branches=1, name="hunyuan_")
+
+
+def _small(quick: bool) -> tuple[VideoSize, int]:
+    """(a size, steps) for a CPU."""
+    side = 64 if quick else 128
+    return VideoSize(width=side, height=side, num_frames=9), 2 if quick else 8
 
 
 def plans(cards: int, fused: bool = False) -> dict[str, ParallelSpec]:
@@ -75,33 +117,39 @@ def plans(cards: int, fused: bool = False) -> dict[str, ParallelSpec]:
     return dict(sorted(((n, p) for n, p in found.items() if p.ranks <= cards), key=lambda item: item[1].ranks))
 
 
+def unguided(found: dict[str, ParallelSpec]) -> dict[str, ParallelSpec]:
+    """Of these plans, those for one branch of guidance, one of each kind."""
+    return {name: plan for name, plan in found.items() if "_" not in name and plan.cfg_degree == 1}
+
+
 def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, overlap: bool = False, **more) -> ParallelSpec:
     degrees = {"cfg_degree": cfg, "ring_degree": ring, "ulysses_degree": ulysses, "tp_degree": tp}
     return ParallelSpec(ranks=cfg * ring * ulysses * tp, **degrees, overlap=overlap, **more)
 
 
 def measure(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[Row]:
-    yield from _modes(kind, cards, quick, notes)
+    found = plans(cards, fused=kind == "npu" and host.npu_line() in ("a2", None))
+    if len(found) == 1:
+        notes.leave_out("parallel modes", f"there is only one {kind} device")
+    else:
+        yield from _modes(kind, quick, job_for(kind, quick), found, notes)
+        yield from _modes(kind, quick, hunyuan_job_for(kind, quick), unguided(found), notes)
     yield from memory_reuse(kind, cards, quick, notes)
 
 
-def _modes(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[Row]:
-    job, found = job_for(kind, quick), plans(cards, fused=kind == "npu" and host.npu_line() in ("a2", None))
-    if len(found) == 1:
-        notes.leave_out("parallel modes", f"there is only one {kind} device")
-        return
+def _modes(kind: str, quick: bool, job: Job, found: dict[str, ParallelSpec], notes: Notes) -> Iterator[Row]:
     one = None
     with tempfile.TemporaryDirectory() as folder:
         write_transformer(Path(folder), job)
         for ranks in sorted({plan.ranks for plan in found.values()}):
             with Runtime(ParallelSpec(ranks=ranks), device=kind) as runtime:
                 for name in [name for name, plan in found.items() if plan.ranks == ranks]:
-                    with notes.noted(f"parallel mode {name}"):
+                    with notes.noted(f"parallel mode {job.name}{name}"):
                         operators = OperatorSpec(fused_all_reduce=name.endswith(FUSED))
                         made = _sample(runtime, folder, job, found[name], operators)
                         one = one or made
                         if made is not one:
-                            yield from _rows(name, kind, quick, job, found[name], made, one)
+                            yield from _rows(f"{job.name}{name}", kind, quick, job, found[name], made, one)
             if one is None:  # there is no baseline
                 return
 
@@ -128,7 +176,7 @@ def memory_reuse(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[R
                 memory[value] = float(info["device memory"].split()[0])
     if len(memory) < len(VALUES):
         return
-    context = context_of(quick, kind, ranks=plan.ranks, blocks=job.config["num_layers"], step_s=steps, memory_gb=memory)
+    context = context_of(quick, kind, ranks=plan.ranks, blocks=job.blocks, step_s=steps, memory_gb=memory)
     for what, found in (("time", steps), ("memory", memory)):
         best = min(number for value, number in found.items() if value != "2")
         yield Row(name=f"ascend.fsdp_reuse2_{what}", value=found["2"] / best, unit="times", better="lower",
@@ -138,7 +186,9 @@ def memory_reuse(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[R
 def write_transformer(folder: Path, job: Job) -> None:
     """A diffusers folder of a fixed transformer that preserves its input's variance."""
     generator, dtype = torch.Generator().manual_seed(0), torch.float32 if job.dtype == "float32" else torch.bfloat16
-    shapes = {name: p.shape for name, p in WanTransformer(job.config).named_parameters()}
+    with torch.device("meta"):
+        network = getattr(diffusers, job.config["_class_name"]).from_config(job.config)
+    shapes = {name: p.shape for name, p in network.named_parameters()}
     tensors = {name: _random(name, shape, generator).to(dtype) for name, shape in shapes.items()}
     (folder / "transformer").mkdir()
     save_file(tensors, folder / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -156,11 +206,9 @@ def _sample(
     runtime: Runtime, folder: str, job: Job, plan: ParallelSpec, operators: OperatorSpec = OperatorSpec()
 ) -> tuple[Tensor, float, dict]:
     """(the latent, seconds per step after a warm-up, the job's `info`)"""
-    generator = torch.Generator().manual_seed(1)
-    texts = [torch.randn(1, TEXT_TOKENS, job.config["text_dim"], generator=generator) for _ in range(2)]
     result = runtime.sample(
         DiffusionModelSpec(path=folder, dtype=job.dtype), SampleSpec(steps=job.steps),
-        torch.zeros(job.size.latent_shape()), *texts, parallel=plan, warm_up=True, operators=operators,
+        torch.zeros(job.size.latent_shape()), *job.prompts(), parallel=plan, warm_up=True, operators=operators,
     )  # fmt: skip
     return result.tensor, result.seconds["denoise"] / job.steps, result.info
 
@@ -169,7 +217,7 @@ def _rows(name: str, kind: str, quick: bool, job: Job, plan: ParallelSpec, made,
     (latent, seconds, _), (one_latent, one_seconds, _) = made, one
     size = job.size
     context = context_of(
-        quick, kind, ranks=plan.ranks, dtype=job.dtype, steps=job.steps, blocks=job.config["num_layers"],
+        quick, kind, ranks=plan.ranks, dtype=job.dtype, steps=job.steps, blocks=job.blocks,
         heads=job.config["num_attention_heads"], job=f"{size.num_frames} frames of {size.width} x {size.height}",
         step_s=round(seconds, 4), one_step_s=round(one_seconds, 4),
     )  # fmt: skip

@@ -1,5 +1,5 @@
 """HunyuanVideo in the real ComfyUI: our nodes' conditioning is that of core's, and core's graph makes the same latent
-from the same file, conditioning and seed.
+from the same file, conditioning and seed. What workflows do not show: whole folders, and what is refused.
 
 Core's own text encoders have no part in this: transformers 5 makes other tokens of their prompts.
 """
@@ -8,6 +8,10 @@ import comfy_graphs as graphs
 import hunyuan_formats
 import pytest
 import random_hunyuan
+import random_wan
+import tiny_llava
+import torch
+from ascend_runtime.models.registry import family
 from scripts.lib.comfy_server import PromptFailed
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -15,6 +19,7 @@ from torch.testing import assert_close
 TOLERANCE = {"atol": 1e-3, "rtol": 0.0}
 SIZE = {"width": 96, "height": 64, "length": 9, "batch_size": 1}
 FOLDER = "random_hunyuan"
+WHOLE, ORIGINAL = "hunyuan_i2v", "hunyuan_original"  # folders: diffusers' of v2 with all parts; the authors'
 FILES = {"t2v": "original_hunyuan.safetensors", "i2v concat": "original_hunyuan_i2v.safetensors"}
 V1, V2 = "v1 (concat)", "v2 (replace)"
 TEXT = {"tokens": 7, "width": random_hunyuan.TEXT_DIM, "pooled": 768}
@@ -28,8 +33,11 @@ def models(comfyui):
         state = random_hunyuan.transformer(kind, **random_hunyuan.AS_CORE).state_dict()
         tensors = hunyuan_formats.comfyui_transformer(state)
         save_file(tensors, comfyui.base / "models" / "diffusion_models" / name)
-    folder = comfyui.base / "models" / "diffusers" / FOLDER
-    random_hunyuan.folder(folder)
+    folders = comfyui.base / "models" / "diffusers"
+    tiny_llava.save(random_hunyuan.folder(folders / FOLDER))
+    tiny_llava.save(random_hunyuan.folder(folders / WHOLE, "i2v replace"), images=True)
+    tensors = hunyuan_formats.original_transformer(random_hunyuan.transformer().state_dict())
+    hunyuan_formats.original_folder(folders / ORIGINAL, tensors)
     return comfyui
 
 
@@ -176,3 +184,65 @@ def test_what_a_model_does_not_take_is_refused_by_name(models, case):
     assert caught.value.details["node_type"] == "AscendSampler"
     for part in parts:
         assert part in caught.value.details["exception_message"]
+
+
+def test_loaders_list_whole_folders(models):
+    """Of diffusers, and of the model's authors, whose names of folders do not matter."""
+    node = models.get("/object_info/AscendLoadDiffusionModel")["AscendLoadDiffusionModel"]
+    listed, *options = node["input"]["required"]["model_name"]
+    assert {FOLDER, WHOLE, ORIGINAL} <= set(listed if isinstance(listed, list) else options[0]["options"])
+
+
+def seen(encoder: str, **vision) -> dict:
+    """A graph that encodes a prompt with an image, as far as the text; encoder: the text encoder's folder."""
+    loader = {"model_name": encoder, "dtype": "auto", "parallel": ["1", 0], **vision}
+    prompt = {"text_encoder": ["encoder", 0], "text": "a red ball", "image": ["image", 0], "image_interleave": 4}
+    return {
+        "1": graphs.video()[graphs.PARALLEL],
+        "image": {"class_type": "TestRandomImage", "inputs": {"seed": 2, "frames": 1, "width": 120, "height": 100}},
+        "encoder": {"class_type": "AscendLoadTextEncoder", "inputs": loader},
+        "prompt": {"class_type": "AscendTextEncode", "inputs": prompt},
+        "saved prompt": {"class_type": "TestSave", "inputs": {"conditioning": ["prompt", 0]}},
+    }
+
+
+def test_one_folder_has_all_parts(models):
+    """The prompt's image is seen by the vision tower next to the Llama, and the first frame stays the VAE's."""
+    loader = {"model_name": WHOLE, "dtype": "auto", "parallel": ["1", 0]}
+    image = {**SIZE, "positive": ["prompt", 0], "vae": ["vae", 0], "start_image": ["image", 0], "guidance_type": V2}
+    graph = seen(WHOLE) | {
+        "vae": {"class_type": "AscendLoadVAE", "inputs": loader},
+        "ours": {"class_type": "AscendImageToVideo", "inputs": image},
+        "start": graphs.save_latent(["ours", 2]),
+    }
+    graph = by_ours(graph, "made", WHOLE, ["ours", 0], ["ours", 2])
+    graph["made sampler"]["inputs"]["scheduler"] = "hunyuan_video"
+    prompt = models.queue(graph)
+    start, made = (graphs.saved_latent(models, prompt, name) for name in ("start", "made"))
+    text = load_file(graphs.saved(models, prompt, "saved prompt"))
+    assert text["text"].shape[1] > 144 and text["pooled_output"].shape == (1, random_hunyuan.POOLED_DIM)
+    assert_close(made[:, :, :1], start[:, :, :1])
+    assert (made[:, :, 1:] - start[:, :, 1:]).abs().max() > 0.1
+
+
+UNSEEN = {  # text encoder: parts of the error
+    FOLDER: ["has no LLaVA vision tower", "vision_model_name", "llava_llama3_vision.safetensors"],
+    "wide_text_encoder": ["reads no images"],
+}
+
+
+@pytest.mark.parametrize("encoder, parts", UNSEEN.items(), ids=UNSEEN)
+def test_an_image_that_nobody_sees_is_refused(models, encoder, parts):
+    with pytest.raises(PromptFailed) as caught:
+        models.wait(models.queue(seen(encoder)))
+    assert caught.value.details["node_type"] == "AscendTextEncode"
+    for part in parts:
+        assert part in caught.value.details["exception_message"]
+
+
+def test_latents_are_normalised_and_pictured_as_by_core():
+    core, ours = random_wan.core_latent_format("HunyuanVideo"), family("hunyuan_video").latent_format({}, {})
+    assert_close(torch.tensor(ours.std), torch.full((16,), 1 / core.scale_factor))
+    assert set(ours.mean) == {0.0}
+    assert_close(torch.tensor(ours.rgb), torch.tensor(core.latent_rgb_factors))
+    assert_close(torch.tensor(ours.rgb_bias), torch.tensor(core.latent_rgb_factors_bias))

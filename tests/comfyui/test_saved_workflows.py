@@ -33,6 +33,7 @@ SAMPLE = [  # without --all-saved-workflows: each kind of node, images, two expe
 SAMPLED_LATENTS = [*SAMPLE, "tiny_wan_text_to_video", "wan2.2_t2v_a14b_text_to_video"]
 SAMPLER, DECODE, VIDEO, SAVE = "8", "9", "10", "11"  # nodes that each of them has
 NOTES = ("MarkdownNote", "Note")  # of the page only: the API format has none
+SOURCES = {"preset"}  # later fields that say where the values of others come from; these are compared themselves
 LOADED = ("diffusion_models", "loras", "vae", "text_encoders", "clip_vision")  # folders of the models that they name
 MODELS = (*published_models.TRANSFORMERS, *published_models.LORAS, *published_models.VAES,
           published_models.TEXT_ENCODER, published_models.CLIP)  # fmt: skip
@@ -145,7 +146,7 @@ def differences(then, now, where: str) -> list[str]:
     """What differs between two answers of comfy_nodes/recording.py. Fields that came later must have their default."""
     if not isinstance(then, dict) or not isinstance(now, dict):
         return [] if alike(then, now) else [f"{where}: {then} has become {now}"]
-    later = now.get("fields", {}).keys() - then.get("fields", {}).keys() - set(now.get("defaults", ()))
+    later = now.get("fields", {}).keys() - then.get("fields", {}).keys() - set(now.get("defaults", ())) - SOURCES
     found = [f"{where}: {name} came later and is not its default" for name in later]
     for key in then.keys() - {"defaults"}:
         found += differences(then[key], now[key], f"{where}.{key}") if key in now else [f"{where}: {key} is gone"]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ascend_runtime.hardware import devices
+from ascend_runtime.models.registry import family
 from ascend_runtime.ops import card_rules, plain
 from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.parallel import cfg, tiles
@@ -125,6 +126,33 @@ def test_a_text_encoder_on_the_ranks_calls_what_its_card_has(play, card):
         tokens, mask = (torch.zeros(1, 512, dtype=torch.int64, device=NPU) for _ in range(2))
         assert encoder(tokens, mask).last_hidden_state.shape == (1, 512, 64)
     print(card, dict(checks.checked))
+    assert checks.checked and not [name for name in checks.checked if "attention" in name]
+
+
+ENCODERS = {  # small ones, and what they read
+    "text_encoder": ({"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+                      "num_attention_heads": 4, "num_key_value_heads": 2}, (1, 351)),
+    "text_encoder_2": ({"vocab_size": 32, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                        "num_attention_heads": 4}, (1, 77)),
+    "vision_tower": ({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+                      "text_width": 64}, (1, 3, 336, 336)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ENCODERS)
+@pytest.mark.parametrize("card", CARDS)
+def test_encoders_of_texts_and_images_call_what_their_card_has(play, card, part):
+    """Their attention is of plain operators."""
+    config, shape = ENCODERS[part]
+    network = family("hunyuan_video").network(part, config).to(BF16)
+    given = {"vision_tower": (), "text_encoder": (torch.empty(1, 576, 64, dtype=BF16, device=NPU), 5),
+             "text_encoder_2": (shape[1] - 1,)}[part]  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True), play(card) as checks:
+        network = network.to_empty(device=NPU).eval()
+        reads = torch.zeros(shape, dtype=BF16 if part == "vision_tower" else torch.int64, device=NPU)
+        made = network(reads, *given)
+    assert made.shape == {"text_encoder": (1, 926, 64), "text_encoder_2": (1, 64), "vision_tower": (1, 576, 64)}[part]
+    print(card, part, dict(checks.checked))
     assert checks.checked and not [name for name in checks.checked if "attention" in name]
 
 

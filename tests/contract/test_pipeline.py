@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import random_hunyuan
 import torch
-from ascend_runtime import Conditioning, OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
+from ascend_runtime import OperatorSpec, ParallelSpec, Runtime, SampleSpec, VideoSize
 from ascend_runtime.specs import AccelerationSpec, RainFusionSpec
 from ascend_runtime.specs import DiffusionModelSpec
 from tiny_models import wan_vae
@@ -235,9 +235,7 @@ def hunyuan_latent(
     acceleration=AccelerationSpec(),
 ):  # fmt: skip
     """Normalised, of a job with embedded guidance only."""
-    generator = torch.Generator().manual_seed(SEED)
-    given = Conditioning(text=torch.randn(1, 7, random_hunyuan.TEXT_DIM, generator=generator),
-                         pooled=torch.randn(1, random_hunyuan.POOLED_DIM, generator=generator))  # fmt: skip
+    given = random_hunyuan.conditioning(seed=SEED)
     model = DiffusionModelSpec(path=path, dtype=dtype, quantization=quantization)
     made = runtime.sample(model, SampleSpec(seed=SEED, steps=STEPS), torch.zeros(size.latent_shape()), given,
                           parallel=plan, acceleration=acceleration,

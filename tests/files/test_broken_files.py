@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import described_folders
+import hunyuan_formats
+import hunyuan_lora
 import original_formats as formats
 import pytest
+import random_hunyuan
 import random_wan
 import tiny_models
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -44,12 +48,34 @@ def sound(tmp_path_factory):
     low_rank = {"lora_down.weight": torch.randn(4, dim), "lora_up.weight": torch.randn(dim, 4)}
     lora = {f"lora_unet_blocks_0_self_attn_q.{name}": x for name, x in low_rank.items()}
     save_file(lora, folder / "lora.safetensors")
+    hunyuan_files(folder)
     return folder
+
+
+def hunyuan_files(folder):
+    network = random_hunyuan.transformer(num_layers=1, num_single_layers=1, num_refiner_layers=1)
+    state = network.state_dict()
+    tensors = hunyuan_formats.original_transformer(state)
+    save_file(tensors, folder / "transformer_hunyuan.safetensors")
+    save_file(hunyuan_formats.comfyui_transformer(state), folder / "transformer_hunyuan_core.safetensors")
+    torch.save({"module": tensors}, folder / "transformer_hunyuan.pt")
+    kept, scales = formats.in_8_bits(tensors)
+    formats.save_old_mark(folder / "transformer_hunyuan_fp8.safetensors", kept, scales)
+    formats.save_new_mark(folder / "transformer_hunyuan_fp8_new.safetensors", kept, scales)
+    (folder / "transformer_hunyuan_pair").mkdir()
+    hunyuan_formats.original_fp8(folder / "transformer_hunyuan_pair", tensors)
+    described_folders.write(folder / "transformer_hunyuan_int8", tensors)
+    network.save_pretrained(folder / "diffusers_hunyuan" / "transformer")
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    vae.save_pretrained(folder / "diffusers_hunyuan" / "vae")
+    save_file(hunyuan_formats.comfyui_vae(vae.state_dict()), folder / "vae_hunyuan.safetensors")
+    for layout in ("musubi-tuner", "diffusers"):
+        hunyuan_lora.save(folder / f"lora_hunyuan_{layout}.safetensors", layout, state)
 
 
 def test_broken_files(sound, request):
     seed = int.from_bytes(os.urandom(4), "little")
-    count = 500 if request.config.getoption("--all-broken-files") else 60
+    count = 800 if request.config.getoption("--all-broken-files") else 80
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "broken_files.py"), str(sound), str(seed), str(count)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -57,4 +83,7 @@ def test_broken_files(sound, request):
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-3000:]}"
     outcomes = json.loads(done.stdout)
     assert sum(outcomes.values()) == count
-    assert sum(n for outcome, n in outcomes.items() if outcome.endswith("refused")) > count / 4, "it breaks files"
+    for family in ("wan", "hunyuan_video"):
+        own = {outcome: n for outcome, n in outcomes.items() if outcome.startswith(family)}
+        refused = sum(n for outcome, n in own.items() if outcome.endswith("refused"))
+        assert refused > sum(own.values()) / 4, "it breaks files"

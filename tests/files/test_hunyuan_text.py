@@ -9,6 +9,7 @@ import pytest
 import tiny_llava
 import torch
 from ascend_runtime import TextEncoderSpec
+from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.models.family import TEXT_ENCODER, TEXT_ENCODER_2
 from ascend_runtime.models.hunyuan_video.text.encoding import HunyuanText
 from ascend_runtime.models.hunyuan_video.text.images import pixels_of
@@ -16,7 +17,7 @@ from ascend_runtime.recognition.text_encoders import find_text_encoders
 from hunyuan_encoders import PROMPT, Diffusers, encoded, image, load, picture, vision
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel
 
 # By core's tokenizer (Llama 3's), of the template and "A cat walks.": as diffusers' and the original's AutoTokenizer.
 TEMPLATE_IDS = [
@@ -362,7 +363,7 @@ REFUSED = {
     "Wan's and CLIP": (lambda *a: [umt5(*a), a[2]], "is a CLIP-L text encoder, which is not used: a Wan"),
     "Wan's and the llama": (lambda *a: [umt5(*a), a[1]], "they belong to different models"),
     "a Qwen": (qwen, "is not a plain HunyuanVideo Llama text encoder. It is a Qwen 2.5, as HunyuanVideo 1.5"),
-    "no encoder": (no_text, "strange.safetensors is not a UMT5 text encoder .* and not a HunyuanVideo Llama text encoder"),
+    "no encoder": (no_text, "strange.safetensors is not a UMT5 text .* and not a HunyuanVideo Llama text encoder"),
     "no layer": (without("layers.1.mlp.up_proj"), "1 missing: layers.1.mlp.up_proj.weight"),
     "a cut file": (without("model.norm"), "lacks norm.weight"),
     "a larger tokenizer": (larger_tokenizer, "tokenizer has 311 tokens, but .* embeddings for 300.*llama_tokenizer"),
@@ -413,7 +414,7 @@ def test_a_config_of_another_llama_is_refused_by_its_field(tmp_path, folder, fie
 
 
 def test_a_folder_or_file_without_a_vision_tower_is_refused(tmp_path, folder, image_folder):
-    with pytest.raises(ValueError, match="has no LLaVA vision tower. Give vision_path: llava_llama3_vision"):
+    with pytest.raises(ValueError, match="has no LLaVA vision tower, such as llava_llama3_vision.* as vision_path"):
         vision(folder)
     held = encoders.vision_tensors(image_folder)
     save_file({name: x for name, x in held.items() if "linear_2" not in name}, tmp_path / "cut.safetensors")
@@ -427,3 +428,49 @@ def test_the_order_of_two_files_does_not_matter(tmp_path, folder):
         found = find_text_encoders(TextEncoderSpec(path=str(path), path_2=str(path_2)))
         assert [one.kind.name for one in found] == [TEXT_ENCODER, TEXT_ENCODER_2]
         assert [one.shards[0] for one in found] == list(files)
+
+
+# Commands
+
+
+def converted(source, target):
+    plan = conversion.planned(source, "diffusers", None, "5GB")
+    conversion.convert(plan, target, {"source": str(source)})
+    return plan.omitted
+
+
+def test_a_converted_llama_is_whole_for_transformers(tmp_path, folder):
+    """Also its layers that are not read here, and without the head."""
+    llama, clip = encoders.save_files(tmp_path, folder)
+    for file, kind, name in ((llama, LlamaModel, "text_encoder"), (clip, CLIPTextModel, "text_encoder_2")):
+        omitted = converted(file, tmp_path / name)
+        assert omitted == [f"{name.replace('text_encoder', 'tokenizer')}: there is none in the text encoder's file or "
+                           "next to it"]  # fmt: skip
+        made, info = kind.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        expected = kind.from_pretrained(folder / name).state_dict()
+        state = made.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def test_a_converted_folder_makes_the_same_text(tmp_path, folder, image_folder, expected, loaded_with_images):
+    for name, source in (("diffusers", folder), ("original", encoders.save_original(tmp_path / "source", folder))):
+        converted(source, tmp_path / name)
+        assert_same(encoded(load(tmp_path / name)), expected)
+    told = converted(image_folder, tmp_path / "images")
+    assert told[0] == "text_encoder: copied unchanged, as it has a vision tower too"
+    assert_same(encoded(load(tmp_path / "images")), encoded(loaded_with_images[0]), atol=0)
+    assert vision(tmp_path / "images").sizes.tokens == 576
+
+
+def test_inspect_knows_the_files(tmp_path, folder, image_folder, capsys):
+    llama, clip = encoders.save_files(tmp_path, folder)
+    save_file(encoders.vision_tensors(image_folder), tmp_path / "vision.safetensors")
+    seeing = tmp_path / "vision.safetensors"
+    for file, part in ((llama, "text_encoder"), (clip, "text_encoder_2"), (seeing, "vision_tower")):
+        found = list(inspection.inspect(str(file)))
+        assert [(one.part, one.fault) for one in found] == [(part, None)]
+    assert inspection.run(type("Arguments", (), {"path": str(folder)})) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.endswith("complete")] == ["text_encoder", "text_encoder_2"]

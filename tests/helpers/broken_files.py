@@ -1,8 +1,9 @@
 """Breaks copies of sound files at random, and loads them, for a test: `broken_files.py FOLDER SEED COUNT`.
 
 FOLDER holds sound ones: transformer*, vae*, text_encoder*, lora*, files or folders of them, and diffusers*, whole
-models. Prints, as JSON, how many were refused by a ValueError that names what was broken, and how many loaded; ends
-with an error where some did neither, or half of one.
+models; those with "hunyuan" in their names are HunyuanVideo's, the others Wan's. Prints, as JSON, how many were refused
+by a ValueError that names what was broken, and how many loaded; ends with an error where some did neither, or half of
+one.
 """
 
 import json
@@ -15,8 +16,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
+from ascend_runtime.models.registry import family
 from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.mindspeed import STAGE_FILE
 from ascend_runtime.components import Components
 from ascend_runtime.specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from safetensors import safe_open
@@ -109,6 +111,7 @@ def break_tensors(file, draw):
         tensors = load_file(file)
     else:
         tensors = torch.load(file)
+        tensors = tensors.get("module", tensors)
     name, key = draw.choice(sorted(tensors)), "_quantization_metadata"
     way = draw.choice(("gone", "changed", "changed", "renamed", "mark"))
     if way == "mark" and key in (header or {}):
@@ -123,7 +126,8 @@ def break_tensors(file, draw):
     save_file(tensors, file, metadata=header) if file.suffix == ".safetensors" else torch.save(tensors, file)
 
 
-WHOLE = {".json": break_json, ".safetensors": break_tensors, ".pth": break_tensors}  # by the suffix of a file
+# By the suffix of a file.
+WHOLE = {".json": break_json, **dict.fromkeys((".safetensors", ".pth", ".pt"), break_tensors)}
 
 
 def broken(sound, target, draw):
@@ -133,7 +137,7 @@ def broken(sound, target, draw):
     shutil.copytree(sound, target) if sound.is_dir() else shutil.copyfile(sound, target)
     files = [path for path in sorted(target.rglob("*")) if path.is_file()] if target.is_dir() else [target]
     file = draw.choice(files)
-    if file.suffix in WHOLE and draw.random() < 0.6:
+    if file.suffix in WHOLE and file.name != STAGE_FILE and draw.random() < 0.6:
         WHOLE[file.suffix](file, draw)
         return file, WHOLE[file.suffix].__name__
     way = draw.choice(BYTES)
@@ -147,13 +151,18 @@ def broken(sound, target, draw):
 def kind_of(path, file):
     """What to load of a model or component at `path`, of which `file` is broken."""
     named = next((kind for kind in (*SPECS, "lora") if path.name.startswith(kind)), None)
-    inside = "text_encoder" if file.parent.name == "tokenizer" else file.parent.name
+    inside = "text_encoder" if file.parent.name.startswith(("tokenizer", "text_encoder")) else file.parent.name
     return named or (inside if inside in SPECS else "transformer")
+
+
+def family_of(path):
+    return "hunyuan_video" if "hunyuan" in path.name else "wan"
 
 
 def load(kind, path, shapes):
     if kind == "lora":
-        read_lora(path, shapes, LORA_NAMES)
+        name = family_of(path)
+        read_lora(path, shapes[name], family(name).loras)
         return
     loaded = Components(torch.device("cpu")).get(SPECS[kind](path=str(path)), lambda *_: None)
     network = {"transformer": lambda: loaded.high_noise, "vae": lambda: loaded.network,
@@ -167,9 +176,12 @@ def main():
     draw, outcomes = random.Random(seed), Counter()
     sound = sorted(path for path in folder.iterdir())
     sound += [path for path in sound if path.name.startswith("diffusers")] * 3  # three networks and a tokenizer
-    whole = next(path for path in sound if path.name.startswith("transformer"))
-    model = Components(torch.device("cpu")).get(DiffusionModelSpec(path=str(whole)), lambda *_: None)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.high_noise.named_parameters()}
+    shapes = {}
+    for whole in (path for path in sound if path.name.startswith("transformer")):
+        if family_of(whole) not in shapes:
+            model = Components(torch.device("cpu")).get(DiffusionModelSpec(path=str(whole)), lambda *_: None)
+            own = {name: tuple(parameter.shape) for name, parameter in model.high_noise.named_parameters()}
+            shapes[family_of(whole)] = own
     copies = folder.with_name("broken")
     copies.mkdir()
     for number in range(count):
@@ -178,10 +190,10 @@ def main():
         kind, where = kind_of(path, file), file if file.parent == copies else file.parent
         try:
             load(kind, copies / path.name, shapes)
-            outcomes[f"{kind} loaded"] += 1
+            outcomes[f"{family_of(path)} {kind} loaded"] += 1
         except Exception as error:
             told = isinstance(error, ValueError) and str(where) in str(error)
-            outcomes[f"{kind} refused" if told else "neither"] += 1
+            outcomes[f"{family_of(path)} {kind} refused" if told else "neither"] += 1
             if not told:
                 print(f"number {number}, {file}, {how}:\n{traceback.format_exc()}", file=sys.stderr)
     print(json.dumps(outcomes))

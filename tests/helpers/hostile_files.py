@@ -18,11 +18,13 @@ import tempfile
 import time
 import traceback
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.recognition.calibration_file import read_calibration
+from ascend_runtime.models.registry import BUILT_IN
 from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
 from ascend_runtime.recognition.lora import read_lora
 from ascend_runtime.components import Components
@@ -667,6 +669,47 @@ def calibration_of_zeros(folder):
     return folder
 
 
+# HunyuanVideo, whose layers are fused in files
+
+
+HUNYUAN = {
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": [64], "txt_in.input_embedder.weight": [64, 8],
+    "double_blocks.0.img_attn_qkv.weight": [192, 64], "double_blocks.0.img_attn_q_norm.weight": [16],
+    "single_blocks.0.linear1.weight": [448, 64], "single_blocks.0.linear2.weight": [64, 320],
+    "img_in.proj.weight": [64, 16, 1, 2, 2], "final_layer.linear.weight": [64, 64],
+    "vector_in.in_layer.weight": [64, 12],
+}  # fmt: skip
+cases(inspected, "hunyuan", lambda folder, changes: sparse({**HUNYUAN, **now(changes)})(folder),
+      few={}, large={"vector_in.in_layer.weight": [64, 10**8]}, odd={"single_blocks.0.linear1.weight": [449, 64]},
+      one_head={"double_blocks.0.img_attn_q_norm.weight": [10**9]}, no_dims={"single_blocks.0.linear2.weight": []},
+      many_dims={"single_blocks.0.linear2.weight": [1] * 8}, no_head={"double_blocks.0.img_attn_q_norm.weight": [0]},
+      many_blocks=lambda: {f"single_blocks.{n}.q_norm.weight": [16] for n in range(15_000)},
+      dots=lambda: {f"{'img_attn_qkv.' * 19}{n}": [1] for n in range(8_000)},
+      no_width={"single_blocks.0.linear2.weight": [2**60, 0]})  # fmt: skip
+
+
+def original_hunyuan(folder, scales):
+    """The pair of files in 8 bits. scales: makes the one with the scales, at the path given."""
+    tensors = {name: torch.zeros(shape) for name, shape in HUNYUAN.items()}
+    torch.save({"module": tensors}, folder / "mp_rank_00_model_states_fp8.pt")
+    scales(folder / "mp_rank_00_model_states_fp8_map.pt")
+    return folder
+
+
+cases(inspected, "scale_map", original_hunyuan, zeros=lambda path: path.symlink_to("/dev/zero"), pipe=os.mkfifo,
+      runs=lambda path: torch.save({"single_blocks.0.linear1": Runs()}, path),
+      laughs=lambda path: torch.save(nested(2, 40), path), folder=lambda path: path.mkdir(),
+      many=lambda path: torch.save({f"{n}": torch.ones(()) for n in range(30_000)}, path),
+      large=lambda path: torch.save({"single_blocks.0.linear1": torch.zeros(1).expand(10**9)}, path))  # fmt: skip
+
+
+@case(inspected)
+def many_models_in_a_folder(folder):
+    for number in range(2000):
+        (folder / f"hunyuan-video-{number}" / "transformers").mkdir(parents=True)
+    return folder
+
+
 # What looks odd and is right, so that nobody is refused what he has: read, and converted.
 
 
@@ -796,6 +839,8 @@ def read(name, folder):
 
 
 def main():
+    for name in BUILT_IN:  # what a process imports for a family's networks is none of a case's costs
+        import_module(f"ascend_runtime.models.{name}.networks")
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     names = [name for name in sys.argv[2:] if not name.startswith("--")] or [*CASES, *SOUND_CASES]

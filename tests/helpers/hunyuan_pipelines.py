@@ -18,11 +18,11 @@ TEXT, PADDED = 7, 12  # tokens of the prompt; with padding, as diffusers takes i
 class Case:
     """A model of random_hunyuan.KINDS on disk, random prompts and a random image."""
 
-    def __init__(self, kind: str, folder, **changes):
-        self.kind, self.config = kind, random_hunyuan.config(kind, **changes)
-        self.folder = random_hunyuan.folder(folder, kind, **changes)
+    def __init__(self, kind: str, folder):
+        self.kind, self.config = kind, random_hunyuan.config(kind)
+        self.folder = random_hunyuan.folder(folder, kind)
         self.model = DiffusionModelSpec(path=str(folder))
-        self.transformer, self.vae = random_hunyuan.transformer(kind, **changes), random_hunyuan.vae()
+        self.transformer, self.vae = random_hunyuan.transformer(kind), random_hunyuan.vae()
         generator = torch.Generator().manual_seed(21)
         pixels = torch.rand(SIZE.height, SIZE.width, 3, generator=generator).mul(255).round().byte()
         self.image = Image.fromarray(pixels.numpy())

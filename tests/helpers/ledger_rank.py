@@ -69,9 +69,7 @@ class RankWithLedger:
 
     def sample_hunyuan(self, **plan):
         generator = torch.Generator().manual_seed(4)
-        text, pooled = (torch.randn(1, *size, generator=generator)
-                        for size in ((7, random_hunyuan.TEXT_DIM), (random_hunyuan.POOLED_DIM,)))  # fmt: skip
-        self._sample(self._hunyuan, 1.0, generator, plan, {"positive": Conditioning(text=text, pooled=pooled)})
+        self._sample(self._hunyuan, 1.0, generator, plan, {"positive": random_hunyuan.conditioning()})
 
     def _sample(self, path, guidance_scale, generator, plan, prompts):
         spec = SampleSpec(seed=3, steps=2, shift=5.0, guidance_scale=guidance_scale, solver="euler")

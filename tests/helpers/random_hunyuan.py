@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import tiny_models
 import torch
+from ascend_runtime import Conditioning
 from ascend_runtime.models.hunyuan_video.context import Context
 from ascend_runtime.models.hunyuan_video.transformer import HunyuanVideoTransformer
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
@@ -116,6 +117,13 @@ def inputs(config: dict, shape=(3, 6, 10), text: int = 7, batch: int = 1, seed: 
     guidance = torch.full((batch,), 6000.0) if config["guidance_embeds"] else None
     text = draw(batch, text, config["text_embed_dim"])
     return Inputs(latent, timestep, text, draw(batch, config["pooled_projection_dim"]), guidance)
+
+
+def conditioning(text: int = 7, seed: int = 1) -> Conditioning:
+    """Of a random prompt with so many tokens, for models with these widths."""
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(1, POOLED_DIM, generator=generator)
+    return Conditioning(text=torch.randn(1, text, TEXT_DIM, generator=generator), pooled=pooled)
 
 
 def velocity(network: HunyuanVideoTransformer, inputs: Inputs, *passing) -> Tensor:

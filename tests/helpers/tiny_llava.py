@@ -12,6 +12,7 @@ import tiny_models
 import torch
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video as text_to_video
 from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video_image2video as image_to_video
+from random_hunyuan import POOLED_DIM, TEXT_DIM
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
@@ -31,7 +32,6 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-TEXT_DIM, POOLED_DIM = 24, 12  # random_hunyuan's
 LLAMA_HEAD_DIM = 128  # which no file shows
 IMAGE_SIDE, IMAGE_PATCH = 336, 14  # of the published vision tower: 24 x 24 = 576 tokens
 TEMPLATES = tuple(module.DEFAULT_PROMPT_TEMPLATE["template"] for module in (text_to_video, image_to_video))

@@ -1,11 +1,15 @@
 """The HunyuanVideo VAE on one device: as one plane, and in the published tiles."""
 
+import logging
+import math
+
 import pytest
 import small_tiles
 import tiny_models
 import torch
 from ascend_runtime.engine import video
 from ascend_runtime.models.hunyuan_video.vae import video_vae
+from ascend_runtime.models.shared import tiling
 from ascend_runtime.models.shared.overlapping import Cut
 
 WORKS = {"decode": video.decode_video, "encode": video.encode_video}
@@ -89,3 +93,82 @@ def tiles_equal_diffusers(vaes, work, size, tiles):
     print(f"{work} of {size}: {facts['tiles']}: {error:.1e}")
     assert wanted.std() > 0.05 and error < TOLERANCE
     assert reports == [(step, reports[-1][1]) for step in range(1, reports[-1][1] + 1)]
+
+
+# Which of the two
+
+
+class Left(Exception):
+    pass
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """`room(bytes)`: what is free from then on."""
+    return lambda free: monkeypatch.setattr(tiling.devices, "room", lambda device: free)
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_a_plane_if_it_fits_else_tiles(vaes, monkeypatch, room, caplog, work):
+    """By what is free; both are predicted and reported, and with less no work begins."""
+    small_tiles.use(monkeypatch.setattr)
+    theirs, ours = vaes
+    given = given_for(work, size := (2, 3, 20))
+    spare = tiling.margin(ours.device)
+    whole, tile = (math.ceil(spare * ours.bytes_needed(work, *one)) for one in (size, (2, 3, 8)))
+    held = 4 * 2 * 3 * 8 * (16 if work == "encode" else 3 * 4 * 64)  # one finished tile, on the host
+    room(whole)
+    with caplog.at_level(logging.INFO):
+        result, _, facts = done(ours, work, given)
+    assert (result - by_diffusers(theirs, work, given)).abs().max() < TOLERANCE
+    assert facts == {"tiles": "1 x 1", "memory": f"{whole / 1e9:.1f} GB a rank"} and not caplog.records
+    room(whole - 1)
+    with caplog.at_level(logging.INFO):
+        result, _, facts = done(ours, work, given)
+    wanted = by_diffusers(theirs, work, given, small_tiles.DIFFUSERS)
+    assert (result - wanted).abs().max() < TOLERANCE
+    assert facts["tiles"] == "4 of 64 x 24 pixels and 5 frames, blended"
+    assert "4 tiles are used, and blended" in caplog.records[0].getMessage()
+    room(tile + held)
+    done(ours, work, given)
+    room(tile + held - 1)
+    with pytest.raises(ValueError, match=rf"160 x 24 pixels takes .* in tiles of 64 x 24 pixels.*bfloat16"):
+        WORKS[work](ours, given, wanted, lambda *_: pytest.fail("it has begun"))
+
+
+def test_the_user_can_choose(vaes, monkeypatch, room):
+    """And is refused with the numbers."""
+    small_tiles.use(monkeypatch.setattr)
+    theirs, ours = vaes
+    given = given_for("decode", (1, 2, 10))
+    assert done(ours, "decode", given, "published")[2]["tiles"].startswith("2 of 64 x 16 pixels")
+    assert done(ours, "decode", given, "whole")[2]["tiles"] == "1 x 1"
+    needed = tiling.margin(ours.device) * ours.bytes_needed("decode", 1, 2, 10)
+    room(int(needed) - 1)
+    with pytest.raises(ValueError, match=f"80 x 16 pixels takes {needed / 1e9:.1f} GB, but .* Or set tiles to 'publ"):
+        done(ours, "decode", given, "whole")
+
+
+@pytest.mark.parametrize("tiles", ["whole", "published"])
+def test_a_job_that_was_left_does_not_touch_the_next(vaes, monkeypatch, tiles):
+    """At any step: between two passes over the frames, or between two tiles."""
+    small_tiles.use(monkeypatch.setattr)
+    theirs, ours = vaes
+    given, frames = given_for("decode", (2, 2, 9)), torch.empty(5, 16, 72, 3)
+
+    def leave(step, total):
+        if step == total // 2:
+            raise Left
+
+    with pytest.raises(Left), torch.no_grad():
+        video.decode_video(ours, torch.full_like(given, 3.0), frames, leave, tiles)
+    result, _, _ = done(ours, "decode", given, tiles)
+    tiled = small_tiles.DIFFUSERS if tiles == "published" else None
+    assert (result - by_diffusers(theirs, "decode", given, tiled)).abs().max() < TOLERANCE
+
+
+def test_a_value_that_is_not_finite_is_reported_also_of_tiles(vaes, monkeypatch):
+    small_tiles.use(monkeypatch.setattr)
+    monkeypatch.setattr(vaes[1].network.decoder.conv_out.conv, "bias", torch.nn.Parameter(torch.full((3,), math.inf)))
+    with pytest.raises(ValueError, match="The decoded video has NaN or infinite values"):
+        done(vaes[1], "decode", given_for("decode", (1, 1, 9)), "published")

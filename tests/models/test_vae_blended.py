@@ -150,3 +150,20 @@ def test_refused_where_small_tiles_do_not_fit_either(vaes, room, monkeypatch, na
             f"but {(small - 1) / 1e9:.1f} GB are free", "Ascend Free Memory", "bfloat16"]  # fmt: skip
     assert small > 1e9
     assert not [words for words in says if words not in str(error.value)], error.value
+
+
+@torch.no_grad()
+def test_chosen_by_the_user_also_where_the_whole_fits(vaes, small_tiles):
+    theirs, ours = vaes["2.1"]
+    given, frames = given_for("2.1", "decode", (16, 72), frames=1), torch.empty(1, 16, 72, 3)
+    facts = video.decode_video(ours, given, frames, lambda *_: None, "published")
+    assert facts["tiles"] == "2 in turn" and (frames - by_diffusers(theirs, "decode", given)).abs().max() < TOLERANCE
+    facts = video.decode_video(ours, given, frames, lambda *_: None, "whole")
+    assert facts["tiles"] == "1 x 1"
+
+
+def test_refused_where_there_are_no_such_tiles(vaes, monkeypatch):
+    _, ours = vaes["2.1"]
+    monkeypatch.setattr(ours, "blend", lambda: None)
+    with pytest.raises(ValueError, match="tiles is 'published', but this VAE has no such tiles. Set it to 'auto'"):
+        tiling.tiling_for(ours, "decode", 1, 2, 2, "published")

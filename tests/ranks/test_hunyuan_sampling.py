@@ -24,18 +24,16 @@ PLANS = {
 }
 SOME_PLANS = {("t2v", "cfg 2"), ("i2v concat", "ulysses 2"), ("i2v replace", "ring 2"), ("i2v replace", "slices 2")}
 REPLACE = {"guiding_frame_index": 0.0}
-WIDE = {"num_attention_heads": 1, "attention_head_dim": 128}  # the heads that weights without a config have
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     made = {}
 
-    def case(kind: str, **changes) -> Case:
-        key = str((kind, changes))
-        if key not in made:
-            made[key] = Case(kind, tmp_path_factory.mktemp("hunyuan"), **changes)
-        return made[key]
+    def case(kind: str) -> Case:
+        if kind not in made:
+            made[kind] = Case(kind, tmp_path_factory.mktemp("hunyuan"))
+        return made[kind]
 
     return case
 
@@ -98,7 +96,7 @@ def test_a_job_may_start_without_the_image_in_its_noise(cases, one_rank):
     expected = case.expected(latents=(noise_of(SHAPE, SEED) - 0.001 * image) / 0.999)
     plain = case.sample(one_rank, image_start=False)
     near(plain, expected)
-    assert (plain - case.expected()).abs().max() > 100 * NEAR
+    assert (plain - case.expected()).abs().max() > 50 * NEAR
 
 
 def test_a_given_first_frame_stays(cases, one_rank):
@@ -241,14 +239,14 @@ def test_without_an_image_the_start_latent_is_the_known_video(cases, one_rank):
 @pytest.fixture(scope="module")
 def single_file(cases, tmp_path_factory):
     """The weights of both models of 16 channels, which are the same, in a file."""
-    case = cases("t2v", **WIDE)
+    case = cases("t2v")
     file = tmp_path_factory.mktemp("file") / "transformer.safetensors"
     save_file(case.transformer.state_dict(), file)
     return DiffusionModelSpec(path=str(file))
 
 
 def test_a_guiding_frame_decides_what_weights_without_a_config_are(cases, one_rank, single_file):
-    text, image = (cases(kind, **WIDE) for kind in ("t2v", "i2v replace"))
+    text, image = (cases(kind) for kind in ("t2v", "i2v replace"))
     near(text.sample(one_rank, model=single_file), text.expected())
     near(image.sample(one_rank, model=single_file, **given(image, numbers=REPLACE)), image.expected())
     near(image.sample(one_rank, **given(image, numbers=REPLACE)), image.expected())

@@ -11,10 +11,11 @@ import small_tiles
 import tile_rank
 import tiny_models
 import torch
+from ascend_runtime import VaeSpec
 from safetensors.torch import save_file
 
 RANKS, SAMPLE = [1, 2, 3, 4, 5, 6, 7, 8], [1, 3]
-PLANES = [(1, 5, 7), (2, 3, 11), (3, 9, 13), (5, 2, 3), (1, 1, 1)]  # of a latent; the last ones are smaller than 8 ranks
+PLANES = [(1, 5, 7), (2, 3, 11), (3, 9, 13), (5, 2, 3), (1, 1, 1)]  # of a latent; the last have fewer pixels than 8
 TILED = [(5, 9, 15), (8, 7, 3), (1, 15, 9), (7, 13, 20)]  # larger than a small tile
 WORKS = ("decode", "encode")
 
@@ -108,3 +109,31 @@ def test_published_tiles_have_the_same_bits_on_any_number_of_ranks(request, fold
     cases, wanted = on_one
     for (described, _), one, other in zip(cases, on_ranks(folder, tmp_path / "ranks", several, cases), wanted):
         assert torch.equal(one, other) and other.isfinite().all(), described
+
+
+class Left(Exception):
+    pass
+
+
+@pytest.mark.parametrize("tiles", ["whole", "published"])
+def test_a_job_is_cancelled_within_a_step_and_the_next_is_as_if_it_had_not_been(two_ranks, vae, folder, tiles):
+    """Between two passes over all frames; on the same ranks, with the same weights."""
+    spec = VaeSpec(path=str(folder), tiles=tiles)
+    latent = torch.randn(1, 16, 2, 3, 4, generator=torch.Generator().manual_seed(2))
+    two_ranks.decode(spec, latent)
+    pids, seen = two_ranks.pids, []
+
+    def leave(stage, step, total):
+        seen.append((stage, step, total))
+        if len(seen) == 3:
+            raise Left
+
+    with pytest.raises(Left):
+        two_ranks.decode(spec, latent.repeat(4, 1, 1, 1, 1), on_progress=leave)
+    assert seen[:3] == [("decode", step, 4 * (27 if tiles == "whole" else 26)) for step in (1, 2, 3)], "no loading"
+    done = two_ranks.decode(spec, latent)
+    assert two_ranks.pids == pids and (done.tensor - by_diffusers(vae, "decode", latent)).abs().max() < 1e-4
+    assert done.info["tiles"] == {"whole": "1 x 2", "published": "1 of 32 x 24 pixels and 5 frames, blended"}[tiles]
+    stages = set()
+    two_ranks.decode(VaeSpec(path=str(folder)), latent, on_progress=lambda stage, *_: stages.add(stage))
+    assert stages == {"decode"}, "the weights are those that are loaded"

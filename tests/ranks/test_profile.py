@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import random_hunyuan
 import torch
-from ascend_runtime import JobCancelled, ProfileSpec, SampleSpec
+from ascend_runtime import DiffusionModelSpec, JobCancelled, ProfileSpec, SampleSpec
 from ascend_runtime.client import runtime as client
 from ascend_runtime.client.submission import Result
 
@@ -53,6 +54,18 @@ def test_it_holds_these_steps_of_this_rank(runtimes, specs, tmp_path, ranks, ran
     assert attentions == 2 * LAYERS * branches * len(wanted), "self and cross, and of no other step"
     if ranks > 1:
         assert trace["distributedInfo"]["rank"] == rank
+
+
+def test_steps_of_hunyuan_video_are_recorded(two_ranks, tmp_path):
+    """Also on a rank whose tokens are all of the text."""
+    model = DiffusionModelSpec(path=str(random_hunyuan.folder(tmp_path)))
+    profile = ProfileSpec(folder=str(tmp_path / "new"), first_step=2, last_step=3, rank=1)
+    result = two_ranks.sample(model, SampleSpec(seed=1, steps=3), torch.zeros(SHAPE),
+                              random_hunyuan.conditioning(text=17), profile=profile)  # fmt: skip
+    trace = trace_of(result.info["profile"])
+    assert steps_in(trace) == [2, 3] and trace["distributedInfo"]["rank"] == 1
+    blocks, refiner = 4, 2
+    assert names(trace).count("aten::scaled_dot_product_attention") == 2 * (blocks + refiner)
 
 
 def test_every_recording_has_a_folder_of_its_own(one_rank, specs, tmp_path):

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import gloo_ranks
+import hunyuan_encoders
 import pytest
+import tiny_llava
 import tiny_models
 import torch
 from ascend_runtime import JobCancelled, TextEncoderSpec
@@ -162,4 +164,19 @@ def test_a_rank_keeps_a_share_and_gathers_each_weight_once(tmp_path):
         assert told["share"] == everything / ranks
         assert told["gathers"] == layers + 2  # the embedding, and what is in no block: the last norm
         assert told["during"] >= told["share"] + block, "the test sees what is gathered"
+        assert told["after"] == told["broken off"] == told["share"]
+
+
+def test_a_rank_keeps_a_share_of_both_text_encoders(tmp_path):
+    """Of a model that has two. No layer that is not read is held, or gathered."""
+    ranks, folder = 2, tiny_llava.save(tmp_path / "model", seed=4)
+    gloo_ranks.run("encoder_rank.py", folder, ranks)
+    networks = [one.model for one in hunyuan_encoders.load(folder).encoders.values()]
+    everything = sum(p.nbytes for network in networks for p in network.parameters())
+    layer = sum(p.nbytes for p in networks[0].layers[0].parameters())
+    for rank in range(ranks):
+        told = json.loads((folder / f"told-{rank}.json").read_text())
+        assert abs(told["share"] - everything / ranks) < 0.05 * everything  # some rows are odd in number
+        assert told["gathers"] == (1 + 3) + (1 + 2 + 1)  # embeddings, layers, and CLIP's last norm
+        assert told["share"] + layer <= told["during"] < 0.9 * everything
         assert told["after"] == told["broken off"] == told["share"]

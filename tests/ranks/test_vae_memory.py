@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 from ascend_runtime import VaeSpec
+from ascend_runtime.models.hunyuan_video.vae import video_vae
 from ascend_runtime.models.wan.vae import streamed as wan_vae
 from ascend_runtime.ops.memory import most_allocated
 from ascend_runtime.parallel.tiles import single_tile
@@ -157,8 +158,18 @@ def test_hunyuans_prediction_is_what_tensors_take(work, dtype):
     passes = (vae.decoded if work == "decode" else vae.encoded)(given, single_tile(height, width))
     taken = most_allocated(lambda: deque(passes, maxlen=1))
     widest = 32 * (4 * frames - 3) * 64 * height * width * dtype.itemsize
-    print(f"{work} in {dtype}: predicted {predicted} bytes, taken {taken}; {predicted / widest:.2f} tensors of all frames")
+    print(f"{work} in {dtype}: {predicted} bytes, {predicted / widest:.2f} tensors of all frames; taken {taken}")
     assert taken <= predicted <= 1.01 * taken and predicted < 3 * widest
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_hunyuans_prediction_of_many_frames_is_a_dry_runs(work, monkeypatch):
+    """To the byte, in full width."""
+    with torch.device("meta"):
+        vae = tiny_models.on_ranks(AutoencoderKLHunyuanVideo())
+    quick = vae.bytes_needed(work, 9, 6, 10, tiles=8)
+    monkeypatch.setattr(video_vae, "FEW_FRAMES", 9)
+    assert quick == vae.bytes_needed(work, 9, 6, 10, tiles=8)
 
 
 @pytest.mark.parametrize("work", WORKS)

@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import pytest
+import random_hunyuan
 import torch
 import torch.distributed as dist
 from ascend_runtime import (
@@ -76,6 +77,25 @@ def test_what_is_warm_and_what_is_not(two_ranks, own):
         assert warms_up(two_ranks, own, **change), change
         assert not warms_up(two_ranks, own, **change), change
     assert not warms_up(two_ranks, own), "the first kind is still warm"
+
+
+def test_which_jobs_of_hunyuan_video_are_warm(two_ranks, tmp_path):
+    """The length of the text is a part of the shapes; the value of the embedded guidance is not."""
+    model = DiffusionModelSpec(path=str(random_hunyuan.folder(tmp_path)))
+
+    def made(text=7, negative=None, warm_up=True, **changes):
+        spec = SampleSpec(**{"seed": 1, "steps": 2, **changes})
+        prompts = [random_hunyuan.conditioning(text=n) for n in (text, negative) if n]
+        return two_ranks.sample(model, spec, torch.zeros(SHAPE), *prompts, warm_up=warm_up)
+
+    first = made()
+    assert "warm up" in first.seconds
+    for same in ({}, {"seed": 2, "embedded_guidance": 3.0}, {"steps": 3}):
+        assert "warm up" not in made(**same).seconds, same
+    for change in ({"text": 8}, {"guidance_scale": 3.0, "negative": 7}):
+        assert "warm up" in made(**change).seconds and "warm up" not in made(**change).seconds, change
+    two_ranks.free()
+    assert torch.equal(made(warm_up=False).tensor, first.tensor) and first.tensor.std() > 0.1
 
 
 def test_a_model_that_is_loaded_again_is_cold(two_ranks, own):

@@ -29,6 +29,7 @@ PEERS = ["socket", "ray"]
 OPERATORS = ["attention_plain", "cross_attention_plain", *cases.OTHERS,
              *(name for name, _ in cases.QUANTIZED.values())]  # fmt: skip
 MODES = ["cfg2", "ulysses2", "ulysses2_overlap", "ulysses2_fsdp", "ring2", "ring2_gather", "tp2"]
+OF_HUNYUAN = [f"hunyuan_{mode}" for mode in ("ulysses2", "ring2", "tp2")]
 HUNYUAN_DENSITIES = ("0.59", "0.66", "0.74")
 NAMES = {
     "transport": {*TRANSPORT, *(f"{name}_vs_{peer}" for name in TRANSPORT for peer in PEERS)},
@@ -36,13 +37,13 @@ NAMES = {
     "ascend": {*(f"ascend.{name}_{what}" for name in OPERATORS for what in ("error", "time")),
                *(f"ascend.vae_{dtype}_psnr" for dtype in vae_dtypes.LEAST_PSNR),
                *(f"ascend.vae_{dtype}_time" for dtype in ("bfloat16", "float32_strict")),
-               *(f"ascend.{mode}_{what}" for mode in MODES for what in ("speedup", "difference"))},
+               *(f"ascend.{mode}_{what}" for mode in MODES + OF_HUNYUAN for what in ("speedup", "difference"))},
     "scaling": {*(f"scaling.{mode}2" for mode in ("ulysses", "ulysses_overlap", "ring", "ring_gather", "cfg")),
                 "scaling.pipeline1_vs_diffusers", "scaling.pipeline2_vs_diffusers"},
     "load": {*(f"load.{what}.{ranks}" for what in ("read_share", "pss_ratio", "rank_weights") for ranks in (1, 2, 4)),
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
     "vae": {"vae.speedup2", "vae.of_machine2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1",
-            "vae.bf16_psnr", "vae.bf16_psnr_npu"},
+            "vae.bf16_psnr", "vae.bf16_psnr_npu", "vae.hunyuan_video_bf16_psnr", "vae.hunyuan_video_bf16_psnr_npu"},
     "accelerate": {*(f"accelerate.{name}.of_ideal" for name in caches.CACHES),
                    *(f"accelerate.rainfusion.of_bound.{density}" for density in ("0.43", "0.49", "0.61")),
                    *(f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")),
@@ -52,7 +53,8 @@ NAMES = {
         *(f"accelerate.hunyuan_video.rainfusion.of_bound.{density}" for density in HUNYUAN_DENSITIES)},
 }  # fmt: skip
 SAMPLE = ("warm",)
-MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", *(f"ascend.{mode}_difference" for mode in MODES))
+MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens",
+               *(f"ascend.{mode}_difference" for mode in MODES + OF_HUNYUAN))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,6 +93,7 @@ def test_plans_fit_the_cards():
     """No plan takes more cards than there are, and its name says its degrees."""
     assert list(modes.plans(1)) == ["one"]
     assert set(modes.plans(2)) == {"one", *MODES}
+    assert set(modes.unguided(modes.plans(2))) == {"one", "ulysses2", "ring2", "tp2"}
     four = {mode.replace("2", "4") for mode in MODES[1:]} | {"cfg2_ulysses2"}
     assert set(modes.plans(7)) == {"one", *MODES, *four}
     eight = {mode.replace("2", "8") for mode in MODES[1:]} | {"cfg2_ulysses4"}

@@ -2,8 +2,8 @@
 
 An image-to-video model of the first form (`CONCAT`, 33 channels) reads further channels: the latent of the known
 frames, and a mask. One of the second form (`REPLACE`, 16 channels) finds the first frame without noise in its latent,
-and modulates that frame's tokens by a vector of their own. Without a config, weights of the second form have the shapes
-of a text-to-video model's (`OPEN`); there the job's conditioning decides.
+and modulates that frame's tokens by a vector of their own. Where no config says so, weights of the second form look as
+a text-to-video model's (`EITHER`); there the job's conditioning decides.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from ...ops.precision import check_finite
 from ..shared.conditioning import Branch, Conditioner, Given, Prompt, ready
 from .context import Context
-from .files.configs import CONCAT, GUIDING_FRAME, OPEN, REPLACE, filled
+from .files.configs import CONCAT, EITHER, GUIDING_FRAME, REPLACE, filled
 
 OWN_GUIDANCE, TEXT_MASK = "guidance", "attention_mask"  # further entries of a conditioning, as core ComfyUI names them
 GUIDANCE_UNIT = 1000  # of the embedded guidance scale, as a timestep's
@@ -59,7 +59,7 @@ class HunyuanConditioner(Conditioner):
 
     @property
     def _image_type(self) -> str | None:
-        return filled(self.config)["image_condition_type"]
+        return self.config.get("image_condition_type", EITHER)
 
     @property
     def embeds_guidance(self) -> bool:
@@ -106,7 +106,7 @@ class HunyuanConditioner(Conditioner):
     def _replaces(self, prompts: Mapping[str, Prompt]) -> bool:
         """Whether the network takes the latent's first frame as clean."""
         guided = any(GUIDING_FRAME in prompt.numbers for prompt in prompts.values())
-        return self._image_type == REPLACE or (self._image_type == OPEN and guided)
+        return self._image_type == REPLACE or (self._image_type == EITHER and guided)
 
     def _concat(self, prompt: Prompt, given: Given) -> Tensor:
         """[B or 1, C + 1, T, H, W]: the known video, normalised, and a mask, 1 where it is known.

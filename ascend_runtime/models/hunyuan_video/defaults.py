@@ -32,7 +32,7 @@ def defaults_of(config: Mapping[str, Any]) -> Defaults:
 
 
 def sigmas(steps: int, shift: float) -> tuple[float, ...]:
-    """The authors' schedule: evenly spaced from 1 to 0, then shifted (scheduling_flow_match_discrete.py there). In fp32,
-    as theirs and diffusers': a network's sinusoid shows the last bit of 1000 times a sigma."""
+    """The authors' schedule: evenly spaced from 1 to 0, then shifted (scheduling_flow_match_discrete.py there). In
+    fp32, as theirs and diffusers': a network's sinusoid shows the last bit of 1000 times a sigma."""
     times = np.linspace(1, 0, steps + 1).astype(np.float32)
     return tuple(map(float, shift * times / (1 + (shift - 1) * times)))

@@ -62,8 +62,10 @@ PARTS = {
         other=text.other_llama,
         check=text.check_llama,
         tokenizer_folder="tokenizer",
+        brings_tokenizer=False,
         inner_config=text.llama_in,
-        left_out=text.llama_left_out,
+        foreign=text.is_foreign_to_llama,
+        unread=text.is_unread_in_llama,
     ),
     TEXT_ENCODER_2: Part(
         what="CLIP-L text encoder",
@@ -76,8 +78,10 @@ PARTS = {
         other=text.other_clip,
         check=text.check_clip_text,
         tokenizer_folder="tokenizer_2",
+        brings_tokenizer=False,
         inner_config=text.clip_text_in,
-        left_out=text.clip_left_out,
+        foreign=text.is_foreign_to_clip,
+        published_name="text_model.{}".format,
     ),
     VISION: Part(
         what="LLaVA vision tower",
@@ -89,7 +93,8 @@ PARTS = {
         config=sizes.vision_config_of,
         check=text.check_vision,
         inner_config=text.vision_in,
-        left_out=text.vision_left_out,
+        foreign=text.is_foreign_to_vision,
+        unread=text.is_unread_in_vision,
     ),
     VAE: Part(
         what="HunyuanVideo VAE",
@@ -162,7 +167,7 @@ class HunyuanVideo(Family):
         return "the HunyuanVideo VAE" if channels == CHANNELS else ""
 
     def makes_from_text(self, config: Mapping[str, Any]) -> bool:
-        return configs.filled(config)["image_condition_type"] in (None, configs.OPEN)
+        return configs.filled(config)["image_condition_type"] is None
 
     def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
         return IMAGE_FORMS
@@ -207,6 +212,11 @@ class HunyuanVideo(Family):
         from . import networks
 
         return networks.empty(part, config, tp)
+
+    def whole_network(self, part, config):
+        from . import networks
+
+        return networks.whole(part, config)
 
     def vae(self, network, form):
         from .vae.video_vae import HunyuanVae

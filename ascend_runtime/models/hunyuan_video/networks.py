@@ -12,7 +12,7 @@ from torch import nn
 
 from ...parallel.tensor import TensorParallel, WholeWeights
 from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION
-from .text.networks import ClipText, LlamaText, LlavaVision
+from .text.networks import ClipText, LlamaText, LlavaVision, RmsNorm
 from .text.sizes import ClipTextSizes, LlamaSizes, VisionSizes
 from .transformer import HunyuanVideoTransformer
 
@@ -29,6 +29,16 @@ def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn
     kind, sizes = TEXT_NETWORKS[part]
     with torch.device("meta"):
         return kind(sizes.of(config))
+
+
+def whole(part: str, config: Mapping[str, Any]) -> nn.Module:
+    """As `empty`, with the Llama's last layers and its norm."""
+    if part != TEXT_ENCODER:
+        return empty(part, config, None)
+    with torch.device("meta"):
+        llama = LlamaText(LlamaSizes.of(config), left_out=0)
+        llama.norm = RmsNorm(llama.sizes.width, llama.sizes.eps)
+        return llama
 
 
 def _accepted(config: Mapping[str, Any], network: type) -> dict[str, Any]:

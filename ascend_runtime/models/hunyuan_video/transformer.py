@@ -26,9 +26,9 @@ from ..shared.quantized import QuantizedLinear
 from .blocks import EPS, Chunk, DoubleBlock, JointAttention, Operated, SingleBlock, joined
 from .context import Context
 from .embedders import TextRefiner, TimeTextEmbedding
-from .files.configs import REPLACE, TRANSFORMER_DEFAULTS
+from .files.configs import EITHER, REPLACE, TRANSFORMER_DEFAULTS
 
-# diffusers' network without what is ours; it does not know the image_condition_type OPEN, and nothing of it is used.
+# diffusers' network without what is ours; it does not know the image_condition_type EITHER, and nothing of it is used.
 SHELL = {"num_layers": 0, "num_single_layers": 0, "num_refiner_layers": 0, "image_condition_type": None}
 
 
@@ -44,7 +44,7 @@ class HunyuanVideoTransformer(nn.Module):
         super().__init__()
         with torch.device("meta"):
             shell = HunyuanVideoTransformer3DModel.from_config(config | SHELL)
-        own = {name: config.get(name, TRANSFORMER_DEFAULTS[name]) for name in SHELL}
+        own = {name: config.get(name, {**TRANSFORMER_DEFAULTS, "image_condition_type": EITHER}[name]) for name in SHELL}
         self.config = FrozenDict({**shell.config, **own})
         self.x_embedder, self.rope = shell.x_embedder, shell.rope
         self.norm_out, self.proj_out = shell.norm_out, shell.proj_out

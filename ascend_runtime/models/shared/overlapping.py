@@ -109,7 +109,7 @@ class LatentTile:
         return frames.weights(temporal)[first:], down[:, None] * across
 
 
-def tiles_of(cuts: tuple[Cut, Cut, Cut], size: tuple[int, int, int]) -> list[LatentTile]:
+def cut_latent(cuts: tuple[Cut, Cut, Cut], size: tuple[int, int, int]) -> list[LatentTile]:
     """The tiles of a latent of this size [T, H, W], frames outermost."""
     axes = [list(enumerate(cut.stretches(length))) for cut, length in zip(cuts, size)]
     return [LatentTile(*zip(*parts)) for parts in product(*axes)]

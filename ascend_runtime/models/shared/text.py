@@ -53,6 +53,9 @@ class TextEncoding(ABC):
         Raises ValueError, which says where to get it, if there is none or it cannot be used.
         """
 
+    def check_folder(self, part: str, folder: Path) -> None:
+        """Raises ValueError for the folder of a tokenizer whose settings rule it out."""
+
     def advice(self, part: str) -> str:
         """A sentence that says which tokenizer to use for a text encoder."""
         return ""

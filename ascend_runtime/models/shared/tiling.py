@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...hardware import devices
 from ...parallel.mesh import all_reduce_max, this_rank, world_size
-from ...parallel.tiles import Area, Tile, grid_here, single_tile, tile_of
+from ...parallel.tiles import Area, Tile, TileGrid, grid_here, single_tile, tile_of
 from . import overlapping
 from .overlapping import LatentTile, additions
 from .vae import BlendedTiles, VideoVae
@@ -233,6 +233,15 @@ class _Size(NamedTuple):
         pixels = self.vae.form.spatial
         return f"To {self.work} {pixels * self.width} x {pixels * self.height} pixels"
 
+    @property
+    def grid(self) -> TileGrid:
+        return grid_here(self.height, self.width)
+
+    @property
+    def whole(self) -> float:
+        """The bytes that each rank needs for the largest tile of one plane."""
+        return self.needed(self.frames, max(self.grid.heights), max(self.grid.widths), self.grid.tiles)
+
     def needed(self, frames: int, height: int, width: int, tiles: int = 1) -> float:
         return margin(self.vae.device) * self.vae.bytes_needed(self.work, frames, height, width, tiles)
 
@@ -245,60 +254,63 @@ def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int, t
     """
     tile = None if tiles == "published" else tile_of(vae.device.type, height, width)  # its communicator takes memory
     size = _Size(vae, work, frames, height, width, -all_reduce_max(-devices.room(vae.device)))
-    grid = grid_here(height, width)
-    needed = size.needed(frames, max(grid.heights), max(grid.widths), grid.tiles)
-    if tiles != "published" and needed <= size.free:
-        facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{needed / 1e9:.1f} GB a rank"}
+    if tiles != "published" and size.whole <= size.free:
+        grid = grid_here(height, width)
+        facts = {"tiles": f"{len(grid.heights)} x {len(grid.widths)}", "memory": f"{size.whole / 1e9:.1f} GB a rank"}
         return TilePerRank(vae, tile, facts)
+    cuts = vae.cuts(frames, height, width)
     if tiles == "whole":
-        raise _too_large(size, needed, grid.tiles)
-    if vae.cuts(frames, height, width) is not None:
-        return _dealt(size, needed)
-    if grid.tiles > 1 or (blended := vae.blend()) is None:
-        raise _too_large(size, needed, grid.tiles) if tiles == "auto" else _no_published(vae, grid.tiles)
-    return _in_turn(size, blended, needed)
+        raise _too_large(size, "" if cuts is None else " Or set tiles to 'published'.")
+    if cuts is not None:
+        return _dealt(size, overlapping.cut_latent(cuts, (frames, height, width)), chosen=tiles == "published")
+    if world_size() > 1 or (blended := vae.blend()) is None:
+        raise _too_large(size) if tiles == "auto" else _no_published(vae)
+    return _in_turn(size, blended)
 
 
-def _too_large(size: _Size, needed: float, ranks: int) -> ValueError:
-    free, vae = max(size.free, 1), size.vae
+def _too_large(size: _Size, cure: str = "") -> ValueError:
+    free, vae, needed, ranks = max(size.free, 1), size.vae, size.whole, size.grid.tiles
     sides = (max(1, int(math.sqrt(free / needed) * side)) * vae.form.spatial for side in (size.width, size.height))
     on_cards = "" if vae.device.type == "cpu" else f", or {math.ceil(ranks * needed / free)} ranks"
     on_each = f" on each of {ranks} ranks" if ranks > 1 else ""
     return ValueError(
         f"{size.task} takes {needed / 1e9:.1f} GB{on_each}, but {free / 1e9:.1f} GB are free. Use about "
-        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights."
+        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights.{cure}"
     )
 
 
-def _no_published(vae: VideoVae, ranks: int) -> ValueError:
-    why = f"runs on one rank in tiles that overlap, and there are {ranks}" if vae.blend() else "has no published tiles"
+def _no_published(vae: VideoVae) -> ValueError:
+    why = f"makes tiles that overlap on one rank, and there are {world_size()}" if vae.blend() else "has no such tiles"
     return ValueError(f"tiles is 'published', but this VAE {why}. Set it to 'auto' or 'whole'.")
 
 
-def _in_turn(size: _Size, blended: BlendedTiles, needed: float) -> TilesInTurn:
+def _in_turn(size: _Size, blended: BlendedTiles) -> TilesInTurn:
     tiles, tile = blended.tiles_of(size.work, size.height, size.width)
     least = size.needed(size.frames, *tile)
     if least > size.free:
-        raise _too_small(size, needed, least, "small tiles")
-    if needed > size.free:
+        raise _too_small(size, least, "small tiles")
+    if size.whole > size.free:
         logger.warning(
             "%s takes %.1f GB, but %.1f GB are free: small tiles are used, and blended.",
-            size.task, needed / 1e9, size.free / 1e9,
+            size.task, size.whole / 1e9, size.free / 1e9,
         )  # fmt: skip
     return TilesInTurn(size.vae, blended, tiles, {"tiles": f"{tiles} in turn", "memory": f"{least / 1e9:.1f} GB"})
 
 
-def _dealt(size: _Size, needed: float) -> DealtTiles:
+def _dealt(size: _Size, tiles: list[LatentTile], chosen: bool) -> DealtTiles:
+    """chosen: by the user, so that what one plane would take is not predicted, which takes a second or two."""
     vae, ranks = size.vae, world_size()
-    tiles = overlapping.tiles_of(vae.cuts(*size[2:5]), size[2:5])
     largest = max(tiles, key=lambda tile: tile.work).size
     rounds = overlapping.dealt(tiles, ranks)
     least = size.needed(*largest)
     if vae.device.type == "cpu":
         least += max(overlapping.most_held(rounds, rank) for rank in range(ranks)) * _output_bytes(vae, size.work)
     if least > size.free:
-        raise _too_small(size, needed, least, f"tiles of {_pixels(vae, largest)}")
-    logger.info("%s takes %.1f GB at once: %d tiles are used, and blended.", size.task, needed / 1e9, len(tiles))
+        raise _too_small(size, least, f"tiles of {_pixels(vae, largest)}")
+    if not chosen:
+        taken, free = size.whole / 1e9, size.free / 1e9
+        words = "%s takes %.1f GB, but %.1f GB are free: %d tiles are used, and blended."
+        logger.info(words, size.task, taken, free, len(tiles))
     facts = {"tiles": f"{len(tiles)} of {_pixels(vae, largest)}, blended", "memory": f"{least / 1e9:.1f} GB a rank"}
     return DealtTiles(vae, rounds, facts)
 
@@ -315,11 +327,11 @@ def _output_bytes(vae: VideoVae, work: str) -> int:
     return itemsize * (form.channels if work == "encode" else 3 * form.temporal * form.spatial**2)
 
 
-def _too_small(size: _Size, needed: float, least: float, tiles: str) -> ValueError:
+def _too_small(size: _Size, least: float, tiles: str) -> ValueError:
     half = "; the VAE in dtype bfloat16 takes half" if size.vae.dtype == torch.float32 else ""
     return ValueError(
-        f"{size.task} takes {needed / 1e9:.1f} GB, in {tiles} {least / 1e9:.1f} GB, but {size.free / 1e9:.1f} GB are "
-        f"free. Ascend Free Memory frees other models' weights{half}."
+        f"{size.task} takes {size.whole / 1e9:.1f} GB, in {tiles} {least / 1e9:.1f} GB, but {size.free / 1e9:.1f} GB "
+        f"are free. Ascend Free Memory frees other models' weights{half}."
     )
 
 

@@ -37,6 +37,9 @@ class WanText(TextEncoding):
     def tokenizer(self, part: str, found: Path | None, shard: Path) -> Tokenizer:
         return load_tokenizer(found, shard)
 
+    def check_folder(self, part: str, folder: Path) -> None:
+        check_class(folder)
+
     def advice(self, part: str) -> str:
         return TOKENIZER_ADVICE
 

@@ -1,6 +1,6 @@
-"""Nodes for tests, in the real ComfyUI: random images, texts and what CLIP saw, a core VAE, files of what comes out, and
-what keeps an IMAGE beyond its prompt; a core model that is corrected in one place; a CLIP of two layers, as core has
-none but large ones; Cancel at a wanted moment (cancelling.py); and which jobs a graph asks the ranks for
+"""Nodes for tests, in the real ComfyUI: random images, texts and what CLIP saw, a core VAE, files of what comes out,
+and what keeps an IMAGE beyond its prompt; a core model that is corrected in one place; a CLIP of two layers, as core
+has none but large ones; Cancel at a wanted moment (cancelling.py); and which jobs a graph asks the ranks for
 (recording.py)."""
 
 from pathlib import Path

@@ -89,12 +89,16 @@ def plain(value):
     if isinstance(value, msgspec.Struct):
         fields = msgspec.structs.fields(value)
         values = {field.name: getattr(value, field.name) for field in fields}
-        return described(values, {field.name: field.default for field in fields})
+        return described(values, {field.name: _default(field) for field in fields})
     if isinstance(value, (list, tuple)):
         return [plain(one) for one in value]
     if isinstance(value, float):
         return float(f"{value:.6g}")
     return relative(value) if isinstance(value, str) else value
+
+
+def _default(field):
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
 
 
 def relative(text: str) -> str:

@@ -19,9 +19,9 @@ TRANSFORMER_DEFAULTS = {
     "rope_theta": 256.0, "rope_axes_dim": (16, 56, 56), "image_condition_type": None,
 }  # fmt: skip
 CONCAT, REPLACE = "latent_concat", "token_replace"  # image_condition_type in diffusers' configs; None: text to video
-# The image_condition_type of weights without a config whose shapes are those of a text-to-video model and of one that
-# replaces the first frame (REPLACE). A job decides: the conditioning of an image-to-video one has a guiding frame.
-OPEN = "open"
+# What a network says for a config without the field: its shapes are those of a text-to-video model and of one that
+# replaces the first frame. A job decides: the conditioning of an image-to-video one has a guiding frame.
+EITHER = "either"
 GUIDING_FRAME = "guiding_frame_index"  # of a conditioning: the frame that is known and replaced, always 0
 HEAD_DIM = 128  # of every published HunyuanVideo transformer
 CONDITION_TYPES = (None, REPLACE, CONCAT)
@@ -56,8 +56,8 @@ def width_of(config: Mapping[str, Any]) -> int:
 def transformer_config(shapes: Shapes) -> dict:
     """The config of diffusers' HunyuanVideoTransformer3DModel.
 
-    Its image_condition_type is OPEN for a model that reads as many channels as it makes. Raises ValueError if the
-    shapes do not fit each other.
+    A model that reads 16 channels has no image_condition_type: it makes videos from text only, or from images by
+    replacing tokens, and the two have equal shapes. Raises ValueError if the shapes do not fit each other.
     """
     dim, in_channels, frames, height, width = shapes["x_embedder.proj.weight"]
     (head_dim,) = shapes[f"{DOUBLE}0.attn.norm_q.weight"]
@@ -80,14 +80,14 @@ def transformer_config(shapes: Shapes) -> dict:
         "text_embed_dim": shapes["context_embedder.proj_in.weight"][1],
         "pooled_projection_dim": shapes["time_text_embed.text_embedder.linear_1.weight"][1],
         "rope_axes_dim": rope_axes(head_dim),
-        "image_condition_type": CONCAT if in_channels == 2 * out_channels + 1 else OPEN,
+        **({"image_condition_type": CONCAT} if in_channels == 2 * out_channels + 1 else {}),
     }
 
 
 def is_open(config: Mapping[str, Any]) -> bool:
     """Whether a config leaves open if a model makes videos from text only, or from images too: one that was read off
-    shapes, which do not show it."""
-    return config.get("image_condition_type") == OPEN
+    shapes, which do not show it, or that diffusers wrote before it knew the field."""
+    return "image_condition_type" not in config
 
 
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
@@ -105,7 +105,7 @@ def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Pat
     if wrong := of_channels(config["in_channels"]):
         raise ValueError(f"{file} cannot be used. {wrong}")
     kind, reads, makes = (config[name] for name in ("image_condition_type", "in_channels", "out_channels"))
-    if kind not in (*CONDITION_TYPES, OPEN):
+    if kind not in CONDITION_TYPES:
         known = ", ".join(map(str, CONDITION_TYPES))
         raise ValueError(f"{file} says image_condition_type {shown(repr(kind))}; it can be one of {known}.")
     expected = 2 * makes + 1 if kind == CONCAT else makes

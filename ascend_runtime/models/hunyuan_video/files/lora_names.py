@@ -52,7 +52,8 @@ def _fused(shapes: Shapes) -> Iterator[str]:
 
 def _guidance_parameters(shapes: Shapes) -> Iterator[str]:
     """The additional parameters of a network that has a guidance embedder."""
-    yield from (f"{GUIDANCE_EMBEDDER}{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias"))
+    layers = (f"{GUIDANCE_EMBEDDER}{layer}" for layer in ("linear_1", "linear_2"))
+    yield from (f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias"))
 
 
 def _spellings(known: set[str]) -> dict[str, str]:

@@ -14,66 +14,75 @@ import re
 from ....checkpoints.fused import Target, halves_exchanged, layers_of_joined_inputs, layers_of_one_input
 from ....checkpoints.renaming import PREFIXES, Rules, renamed
 
-# What msModelSlim inserts before the last part of a name if it moved outliers from activations into weights. The
-# layers of modulations and heads are called linear themselves.
-MODELSLIM_INSERTS: Rules = (
+# What msModelSlim inserts before the last part of a name if it moved outliers from activations into weights, and what
+# frameworks prefix. The layers of modulations and heads are called linear themselves.
+INSERTS: Rules = (
     (r"\.div(?=\.[^.]+$)", ""),
     (r"(?<!norm1)(?<!norm1_context)(?<!norm)(?<!norm_out)(?<!_mod)(?<!modulation)(?<!final_layer)"
      r"\.linear(?=\.[^.]+$)", ""),
+    *PREFIXES,
 )  # fmt: skip
 REFINER = r"^txt_in\.individual_token_refiner\.blocks\.(\d+)\."
 OWN_REFINER = r"context_embedder.token_refiner.refiner_blocks.\1."
-OWN_TIME = "context_embedder.time_text_embed"
-BLOCK, SINGLE_BLOCK = r"^(transformer_blocks\.\d+)\.", r"^(single_transformer_blocks\.\d+)\."
-NORM_RULES: Rules = tuple(
-    rule
-    for part, long in (("q", "query"), ("k", "key"))
-    for rule in (
-        (rf"{BLOCK}img_attn(_{part}_norm\.weight|\.norm\.{long}_norm\.scale)$", rf"\1.attn.norm_{part}.weight"),
-        (rf"{BLOCK}txt_attn(_{part}_norm\.weight|\.norm\.{long}_norm\.scale)$", rf"\1.attn.norm_added_{part}.weight"),
-        (rf"{SINGLE_BLOCK}({part}_norm\.weight|norm\.{long}_norm\.scale)$", rf"\1.attn.norm_{part}.weight"),
+DOUBLE_BLOCK, OWN_DOUBLE_BLOCK = r"^double_blocks\.(\d+)\.", r"transformer_blocks.\1."
+SINGLE_BLOCK, OWN_SINGLE_BLOCK = r"^single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."
+OWN_TIME, OWN_TEXT_TIME = "time_text_embed.", "context_embedder.time_text_embed."
+
+
+def _embedder(name: str, own: str) -> Rules:
+    """Of two layers, which the original calls mlp.0 and mlp.2, ComfyUI in_layer and out_layer."""
+    return ((rf"^{name}\.(mlp\.0|linear_1|in_layer)\.", f"{own}.linear_1."),
+            (rf"^{name}\.(mlp\.2|linear_2|out_layer)\.", f"{own}.linear_2."))  # fmt: skip
+
+
+def _stream(stream: str, norm: str, added: str, feed: str) -> Rules:
+    """Of a double block's stream, "img" or "txt"; what diffusers calls its modulation, norms and feed-forward."""
+    block, own = rf"{DOUBLE_BLOCK}{stream}_", OWN_DOUBLE_BLOCK
+    return (
+        (rf"{block}mod\.lin(ear)?\.", f"{own}{norm}.linear."),
+        (rf"{block}attn[._]qkv\.", f"{own}attn.{'add_qkv_proj' if added else 'to_qkv'}."),
+        (rf"{block}attn(_q_norm\.weight|\.norm\.query_norm\.scale)$", f"{own}attn.norm_{added}q.weight"),
+        (rf"{block}attn(_k_norm\.weight|\.norm\.key_norm\.scale)$", f"{own}attn.norm_{added}k.weight"),
+        (rf"{block}attn[._]proj\.", f"{own}attn.{'to_add_out' if added else 'to_out.0'}."),
+        (rf"{block}mlp\.(fc1|0)\.", f"{own}{feed}.net.0.proj."),
+        (rf"{block}mlp\.(fc2|2)\.", f"{own}{feed}.net.2."),
     )
-)
-# From the original's names, and ComfyUI's, to diffusers'. No pattern matches diffusers' own names.
-TRANSFORMER_RULES: Rules = (
-    *MODELSLIM_INSERTS,
-    *PREFIXES,
-    (r"^img_in\.proj\.", "x_embedder.proj."),
-    (r"^time_in\.(mlp\.0|in_layer)\.", "time_text_embed.timestep_embedder.linear_1."),
-    (r"^time_in\.(mlp\.2|out_layer)\.", "time_text_embed.timestep_embedder.linear_2."),
-    (r"^guidance_in\.(mlp\.0|in_layer)\.", "time_text_embed.guidance_embedder.linear_1."),
-    (r"^guidance_in\.(mlp\.2|out_layer)\.", "time_text_embed.guidance_embedder.linear_2."),
-    (r"^vector_in\.in_layer\.", "time_text_embed.text_embedder.linear_1."),
-    (r"^vector_in\.out_layer\.", "time_text_embed.text_embedder.linear_2."),
-    (r"^txt_in\.input_embedder\.", "context_embedder.proj_in."),
-    (r"^txt_in\.t_embedder\.(mlp\.0|in_layer)\.", f"{OWN_TIME}.timestep_embedder.linear_1."),
-    (r"^txt_in\.t_embedder\.(mlp\.2|out_layer)\.", f"{OWN_TIME}.timestep_embedder.linear_2."),
-    (r"^txt_in\.c_embedder\.(linear_1|in_layer)\.", f"{OWN_TIME}.text_embedder.linear_1."),
-    (r"^txt_in\.c_embedder\.(linear_2|out_layer)\.", f"{OWN_TIME}.text_embedder.linear_2."),
-    (rf"{REFINER}adaLN_modulation\.1\.", rf"{OWN_REFINER}norm_out.linear."),
-    (rf"{REFINER}self_attn[._]qkv\.", rf"{OWN_REFINER}attn.to_qkv."),
-    (rf"{REFINER}self_attn[._]proj\.", rf"{OWN_REFINER}attn.to_out.0."),
-    (rf"{REFINER}mlp\.(fc1|0)\.", rf"{OWN_REFINER}ff.net.0.proj."),
-    (rf"{REFINER}mlp\.(fc2|2)\.", rf"{OWN_REFINER}ff.net.2."),
-    (REFINER, OWN_REFINER),
-    (r"^final_layer\.linear\.", "proj_out."),
-    (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.shift_scale."),
-    (r"^double_blocks\.(\d+)\.", r"transformer_blocks.\1."),
-    (rf"{BLOCK}img_mod\.lin(ear)?\.", r"\1.norm1.linear."),
-    (rf"{BLOCK}txt_mod\.lin(ear)?\.", r"\1.norm1_context.linear."),
-    (rf"{BLOCK}img_attn[._]qkv\.", r"\1.attn.to_qkv."),
-    (rf"{BLOCK}txt_attn[._]qkv\.", r"\1.attn.add_qkv_proj."),
-    (rf"{BLOCK}img_attn[._]proj\.", r"\1.attn.to_out.0."),
-    (rf"{BLOCK}txt_attn[._]proj\.", r"\1.attn.to_add_out."),
-    (rf"{BLOCK}img_mlp\.(fc1|0)\.", r"\1.ff.net.0.proj."),
-    (rf"{BLOCK}img_mlp\.(fc2|2)\.", r"\1.ff.net.2."),
-    (rf"{BLOCK}txt_mlp\.(fc1|0)\.", r"\1.ff_context.net.0.proj."),
-    (rf"{BLOCK}txt_mlp\.(fc2|2)\.", r"\1.ff_context.net.2."),
-    (r"^single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."),
-    (rf"{SINGLE_BLOCK}linear2\.", r"\1.proj_out."),
-    (rf"{SINGLE_BLOCK}modulation\.lin(ear)?\.", r"\1.norm.linear."),
-    *NORM_RULES,
-)  # fmt: skip
+
+
+# From the original's names, and ComfyUI's, to diffusers', by the first part of a name.
+RULES: dict[str, Rules] = {
+    "img_in": ((r"^img_in\.proj\.", "x_embedder.proj."),),
+    "time_in": _embedder("time_in", f"{OWN_TIME}timestep_embedder"),
+    "guidance_in": _embedder("guidance_in", f"{OWN_TIME}guidance_embedder"),
+    "vector_in": _embedder("vector_in", f"{OWN_TIME}text_embedder"),
+    "txt_in": (
+        (r"^txt_in\.input_embedder\.", "context_embedder.proj_in."),
+        *_embedder(r"txt_in\.t_embedder", f"{OWN_TEXT_TIME}timestep_embedder"),
+        *_embedder(r"txt_in\.c_embedder", f"{OWN_TEXT_TIME}text_embedder"),
+        (rf"{REFINER}adaLN_modulation\.1\.", f"{OWN_REFINER}norm_out.linear."),
+        (rf"{REFINER}self_attn[._]qkv\.", f"{OWN_REFINER}attn.to_qkv."),
+        (rf"{REFINER}self_attn[._]proj\.", f"{OWN_REFINER}attn.to_out.0."),
+        (rf"{REFINER}mlp\.(fc1|0)\.", f"{OWN_REFINER}ff.net.0.proj."),
+        (rf"{REFINER}mlp\.(fc2|2)\.", f"{OWN_REFINER}ff.net.2."),
+        (REFINER, OWN_REFINER),
+    ),
+    "double_blocks": (
+        *_stream("img", "norm1", "", "ff"),
+        *_stream("txt", "norm1_context", "added_", "ff_context"),
+        (DOUBLE_BLOCK, OWN_DOUBLE_BLOCK),
+    ),
+    "single_blocks": (
+        (rf"{SINGLE_BLOCK}linear2\.", f"{OWN_SINGLE_BLOCK}proj_out."),
+        (rf"{SINGLE_BLOCK}modulation\.lin(ear)?\.", f"{OWN_SINGLE_BLOCK}norm.linear."),
+        (rf"{SINGLE_BLOCK}(q_norm\.weight|norm\.query_norm\.scale)$", f"{OWN_SINGLE_BLOCK}attn.norm_q.weight"),
+        (rf"{SINGLE_BLOCK}(k_norm\.weight|norm\.key_norm\.scale)$", f"{OWN_SINGLE_BLOCK}attn.norm_k.weight"),
+        (SINGLE_BLOCK, OWN_SINGLE_BLOCK),
+    ),
+    "final_layer": (
+        (r"^final_layer\.linear\.", "proj_out."),
+        (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.shift_scale."),
+    ),
+}
 
 # What fused tensors hold, with the ratios of their rows; and a single block's `proj_out`, with those of its columns.
 QKV = {"to_q": 1, "to_k": 1, "to_v": 1}
@@ -90,7 +99,8 @@ PART_OF_PROJ_OUT = re.compile(r"^(single_transformer_blocks\.\d+\.proj_out)_(att
 
 def to_diffusers_name(name: str) -> str:
     """diffusers' name of a transformer's parameter, from its name in any system; fused tensors have own names."""
-    return renamed(name, TRANSFORMER_RULES)
+    plain = renamed(name, INSERTS)
+    return renamed(plain, RULES.get(plain.partition(".")[0], ()))
 
 
 def split_transformer(name: str, shape: tuple[int, ...]) -> tuple[Target, ...] | None:

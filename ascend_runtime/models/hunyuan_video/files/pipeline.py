@@ -24,7 +24,7 @@ PIPELINE_PARTS = {
     TRANSFORMER: ("diffusers", "HunyuanVideoTransformer3DModel"),
     VAE: ("diffusers", "AutoencoderKLHunyuanVideo"),
 }
-OPEN = (
+OPEN_KIND = (
     f"image_condition_type: the source does not say whether the model makes videos from text only, or from images too, "
     f"so its config says from text. If it is HunyuanVideo-I2V (v2), set it to {REPLACE} in "
     "transformer/config.json, and _class_name to HunyuanVideoImageToVideoPipeline in model_index.json"
@@ -46,5 +46,5 @@ def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
             "shift": defaults_of(configs[TRANSFORMER]).shift,
             "use_dynamic_shifting": False,
         },
-        left_out=(OPEN,) if is_open(configs[TRANSFORMER]) else (),
+        left_out=(OPEN_KIND,) if is_open(configs[TRANSFORMER]) else (),
     )

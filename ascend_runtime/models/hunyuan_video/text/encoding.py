@@ -55,6 +55,9 @@ class HunyuanText(TextEncoding):
         (_check_llama if part == TEXT_ENCODER else _check_clip)(made, found)
         return made
 
+    def check_folder(self, part: str, folder: Path) -> None:
+        check_class(folder, None, TOKENIZER_SOURCES[part])
+
     def advice(self, part: str) -> str:
         return TOKENIZER_SOURCES[part]
 
@@ -170,4 +173,5 @@ def _pooled(clip: Encoder, text: str) -> Tensor:
     """[1, D]"""
     most = min(CLIP_TOKENS, clip.model.sizes.positions)
     ids = clip.tokenizer(text, truncation=True, max_length=most).input_ids
-    return clip.model(ids.to(clip.model.final_layer_norm.weight.device)).cpu()
+    first = ids[0].tolist().index(int(ids[0, -1]))  # a prompt may have end tokens itself
+    return clip.model(ids.to(clip.model.final_layer_norm.weight.device), first).cpu()

@@ -19,7 +19,7 @@ LLAMA_SIGNATURE = {
     "layers.0.self_attn.q_proj.weight": 2,
     "layers.0.self_attn.k_proj.weight": 2,
     "embed_tokens.weight": 2,
-    "norm.weight": 1,  # not read, but no whole file lacks it
+    "norm.weight": 1,  # not used, but no complete file lacks it
 }
 CLIP_TEXT_SIGNATURE = {
     "embeddings.token_embedding.weight": 2,
@@ -43,10 +43,10 @@ VISION_BEGINS = tuple(
 VISION_PREFIX = re.compile(r"^(model\.)?(vision_tower\.)?(vision_model\.)?")
 # Tensors of the larger networks, and of the same one, that are never read.
 BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|logit_scale|image_newline)$")
-BESIDES_LLAMA = re.compile(r"^(model\.)?(lm_head|language_model\.lm_head|vision_tower|multi_modal_projector|norm)\.")
+BESIDES_LLAMA = re.compile(r"^(model\.)?(lm_head|language_model\.lm_head|vision_tower|multi_modal_projector)\.")
 BESIDES_CLIP = re.compile(r"(^|\.)(text_projection|visual_projection|vision_model)(\.|$)")
 BESIDES_VISION = re.compile(
-    r"^(model\.)?(language_model|lm_head|visual_projection|text_projection|text_model|post_layernorm)\."
+    r"^(model\.)?(language_model|lm_head|visual_projection|text_projection|text_model)\."
 )
 QWEN, GEMMA = "layers.0.self_attn.q_proj.bias", "layers.0.self_attn.q_norm.weight"
 CLIP_G_WIDTH = 1280
@@ -57,19 +57,26 @@ def vision_name(name: str) -> str:
     return VISION_PREFIX.sub("", name)
 
 
-def llama_left_out(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor of this name is not read: it is of the last layers, of the head, or of a vision tower."""
-    named = BESIDES_LLAMA.match(name) or BUFFERS.search(name)
-    return bool(named) or _layer(name, "layers.") in _last(config, LEFT_OUT_LAYERS)
+def is_foreign_to_llama(name: str) -> bool:
+    """Whether a tensor is of the head, of a vision tower, or no parameter."""
+    return bool(BESIDES_LLAMA.match(name) or BUFFERS.search(name))
 
 
-def clip_left_out(name: str, config: Mapping[str, Any]) -> bool:
-    return bool(BESIDES_CLIP.match(name) or BUFFERS.search(name))
+def is_unread_in_llama(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a parameter is of the last layers, or of the norm after them."""
+    return name.startswith("norm.") or _layer(name, "layers.") in _last(config, LEFT_OUT_LAYERS)
 
 
-def vision_left_out(name: str, config: Mapping[str, Any]) -> bool:
-    named = BESIDES_VISION.match(name) or BUFFERS.search(name)
-    return bool(named) or _layer(name, "encoder.layers.") in _last(config, 1)
+def is_foreign_to_clip(name: str) -> bool:
+    return bool(BESIDES_CLIP.search(name) or BUFFERS.search(name))
+
+
+def is_foreign_to_vision(name: str) -> bool:
+    return bool(BESIDES_VISION.match(name) or BUFFERS.search(name))
+
+
+def is_unread_in_vision(name: str, config: Mapping[str, Any]) -> bool:
+    return name.startswith("post_layernorm.") or _layer(name, "encoder.layers.") in _last(config, 1)
 
 
 def _last(config: Mapping[str, Any], number: int) -> range:

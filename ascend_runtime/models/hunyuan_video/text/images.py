@@ -14,8 +14,9 @@ LONGEST_RATIO = 100  # of an image's sides: the longer one is resized with the s
 def pixels_of(image: Tensor, side: int) -> Tensor:
     """image [H, W, 3] in 0..1 -> [1, 3, side, side], normalised.
 
-    The shorter side becomes `side` (bicubic, antialiased, in 8 bits), and the middle of the longer one is kept. Core
-    ComfyUI resizes in floats and rounds afterwards: values differ by at most a few 255ths.
+    The shorter side becomes `side` (bicubic, antialiased, in 8 bits), the longer one is scaled likewise and rounded
+    down, and its middle is kept. Core ComfyUI's clip_preprocess rounds the longer side to the nearest number of pixels,
+    which may shift the picture by half a pixel, and resizes in floats before it rounds to 8 bits.
     """
     if max(image.shape[:2]) > LONGEST_RATIO * min(image.shape[:2]):
         height, width = image.shape[:2]

@@ -77,11 +77,11 @@ class LlamaText(nn.Module):
     stores the weights.
     """
 
-    def __init__(self, sizes: LlamaSizes):
+    def __init__(self, sizes: LlamaSizes, left_out: int = LEFT_OUT_LAYERS):
         super().__init__()
         self.sizes = sizes
         self.embed_tokens = nn.Embedding(sizes.vocabulary, sizes.width)
-        self.layers = nn.ModuleList(LlamaLayer(sizes) for _ in range(sizes.layers - LEFT_OUT_LAYERS))
+        self.layers = nn.ModuleList(LlamaLayer(sizes) for _ in range(sizes.layers - left_out))
 
     def forward(self, ids: Tensor, image: Tensor | None = None, at: int = 0) -> Tensor:
         """ids [1, S] -> [1, S, D], or [1, S - 1 + I, D] with the tokens of an image [1, I, D] in the place of the token
@@ -166,10 +166,9 @@ class ClipText(nn.Module):
         self.encoder = ClipEncoder(sizes.stack, sizes.stack.layers, causal=True)
         self.final_layer_norm = nn.LayerNorm(sizes.stack.width, eps=sizes.stack.eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [1, S], of which the last is the end token -> [1, D], at the first end token."""
-        first = int((ids[0] == ids[0, -1]).int().argmax())
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))[:, first]
+    def forward(self, ids: Tensor, at: int) -> Tensor:
+        """ids [1, S] -> [1, D], at the place of the end token."""
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))[:, at]
 
 
 class VisionEmbeddings(nn.Module):
@@ -223,8 +222,8 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor
     """Attention [1, heads, S, head_dim] -> [1, S, heads * head_dim], with plain operators, which every device has."""
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, -torch.inf)
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores.masked_fill(places > places[:, None], -torch.inf)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2).flatten(2)
 

@@ -31,9 +31,9 @@ from ....parallel.tiles import Tile
 from ...shared.group_norm import normed_over
 
 KERNEL = 3  # frames, rows and columns that a convolution reads
-Video = deque  # the chunks [1, C, t, h, w] of a tile's frames; the first has one frame
+Chunks = deque  # the chunks [1, C, t, h, w] of a tile's frames; the first has one frame
 Write = Callable[[Tensor, Tensor], object]  # (out, x): writes a pixel-wise function of x to out
-Passes = Generator[None, None, Video]  # yields after each pass over the frames
+Passes = Generator[None, None, Chunks]  # yields after each pass over the frames
 
 
 class Causal:
@@ -78,14 +78,14 @@ class Layers(NamedTuple):
 
     def convolved(self, layer: HunyuanVideoCausalConv3d, video: Iterable[Tensor]) -> Passes:
         causal = Causal(layer, self.tile)
-        made = Video(map(causal, video))
+        made = Chunks(map(causal, video))
         yield
         return made
 
-    def residual(self, block: HunyuanVideoResnetBlockCausal3D, video: Video) -> Passes:
+    def residual(self, block: HunyuanVideoResnetBlockCausal3D, video: Chunks) -> Passes:
         """Holds the input and the middle; a shortcut takes the input's place."""
         activated, causal = self._activated(block.norm1, video), Causal(block.conv1, self.tile)
-        middle, inputs = Video(), Video()
+        middle, inputs = Chunks(), Chunks()
         while video:
             x = video.popleft()
             middle.append(causal(x, activated))
@@ -93,13 +93,13 @@ class Layers(NamedTuple):
             del x
         yield
         activated, causal = self._activated(block.norm2, middle), Causal(block.conv2, self.tile)
-        made = Video()
+        made = Chunks()
         while middle:
             made.append(causal(middle.popleft(), activated).add_(inputs.popleft()))
         yield
         return made
 
-    def attended(self, block: Attention, video: Video) -> Passes:
+    def attended(self, block: Attention, video: Chunks) -> Passes:
         """Each pixel attends to those of all tiles in its own frame and the ones before. Equal to a mask over all
         pixels, which would take the square of their number."""
         normed, keys = normed_over(block.group_norm, video, self.tile), None
@@ -117,7 +117,7 @@ class Layers(NamedTuple):
         yield
         return video
 
-    def middle(self, block: HunyuanVideoMidBlock3D, video: Video) -> Passes:
+    def middle(self, block: HunyuanVideoMidBlock3D, video: Chunks) -> Passes:
         video = yield from self.residual(block.resnets[0], video)
         for attention, resnet in zip(block.attentions, block.resnets[1:]):
             if attention is not None:
@@ -125,10 +125,10 @@ class Layers(NamedTuple):
             video = yield from self.residual(resnet, video)
         return video
 
-    def enlarged(self, layer: nn.Module, video: Video) -> Passes:
+    def enlarged(self, layer: nn.Module, video: Chunks) -> Passes:
         """Doubles rows, columns and maybe frames by repeating them, of the first frame rows and columns only; then
         convolves."""
-        causal, made = Causal(layer.conv, self.tile), Video()
+        causal, made = Causal(layer.conv, self.tile), Chunks()
         factors = (1, *layer.upsample_factor[1:])
         while video:
             x = video.popleft()
@@ -138,13 +138,13 @@ class Layers(NamedTuple):
         yield
         return made
 
-    def head(self, norm: nn.GroupNorm, layer: HunyuanVideoCausalConv3d, video: Video) -> Iterator[Tensor]:
+    def head(self, norm: nn.GroupNorm, layer: HunyuanVideoCausalConv3d, video: Chunks) -> Iterator[Tensor]:
         """The network's output, chunk by chunk."""
         activated, causal = self._activated(norm, video), Causal(layer, self.tile)
         while video:
             yield causal(video.popleft(), activated)
 
-    def _activated(self, norm: nn.GroupNorm, video: Video) -> Write:
+    def _activated(self, norm: nn.GroupNorm, video: Chunks) -> Write:
         """Writes silu(norm(x)): once, as an NPU copies a part of a larger tensor for each operator."""
         normed = normed_over(norm, video, self.tile)
         return lambda out, x: torch.ops.aten.silu(normed(x), out=out)
@@ -188,7 +188,7 @@ def passes_of(network: nn.Module) -> int:
     return sum(module.conv.kernel_size[0] == KERNEL for module in convolutions) + attentions - 1
 
 
-def _convolved_in_turn(layers: Layers, layer: HunyuanVideoCausalConv3d, video: Video) -> Passes:
+def _convolved_in_turn(layers: Layers, layer: HunyuanVideoCausalConv3d, video: Chunks) -> Passes:
     """`Layers.convolved` that frees its input."""
     return layers.convolved(layer, (video.popleft() for _ in range(len(video))))
 
