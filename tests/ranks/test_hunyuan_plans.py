@@ -28,6 +28,7 @@ TEXTS = (1, 7, 256)
 SCALES = (4.0, 1.0)  # without guidance the ranks of the cfg axis join Ulysses
 EXCHANGES = (("rotate", False), ("gather", True))
 EIGHT_BITS = "w8a8_dynamic"
+MOST_IN_8_BITS = 0.05  # in slices, where the last digit of a sum may round an integer another way (as for Wan)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Case:
     def of_one_rank(self):
         """What a latent depends on, if not on the plan."""
         return self.model, self.quantization, self.shape, self.text, self.guidance_scale
+
+    @property
+    def most(self):
+        return MOST_IN_8_BITS if self.quantization != "none" and self.plan.tp > 1 else MOST
 
     @property
     def arguments(self):
@@ -113,7 +118,7 @@ def test_a_plan_makes_what_one_rank_makes(request, capsys, made):
                        f"{max(errors.values()):.1e} of all {len(errors)}"])  # fmt: skip
     with capsys.disabled() if request.config.getoption("--all-plans") else nullcontext():
         print(table)
-    assert max(errors.values()) <= MOST, table
+    assert all(error <= case.most for case, error in errors.items()), table
 
 
 def expected_of(cases, folder):
