@@ -41,6 +41,7 @@ def tensors(network):
 
 
 ALGORITHMS = ("W8A8_DYNAMIC", "W8A8", "W8A8_TIMESTEP", "W8A8_MXFP8", "W4A4_DYNAMIC")
+SMOOTHED = (("W8A8_DYNAMIC", True), ("W8A8_TIMESTEP", True))
 SHARES = ("proj_out_attn", "proj_out_mlp")
 
 
@@ -66,9 +67,8 @@ def assert_is_twin(layers, twins, bias, steps):
         torch.testing.assert_close(made.double(), sum(expected) + bias.double(), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("smoothed", [False, True], ids=["plain", "smoothed"])
 @pytest.mark.parametrize("names", ["original", "diffusers"])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(("algorithm", "smoothed"), [*((one, False) for one in ALGORITHMS), *SMOOTHED])
 def test_a_folder_of_msmodelslim_by_both_systems_names(tmp_path, network, tensors, algorithm, names, smoothed):
     """Each layer computes with what its bytes stand for, modulations too, whose layers are called linear themselves."""
     held = tensors if names == "original" else dict(network.state_dict())

@@ -18,8 +18,7 @@ LAYOUTS = {  # prefix, whose names, whether dots are underscores, down, up, whet
 }
 IN_BLOCKS, ATTENTIONS = ("transformer_blocks.", "refiner_blocks."), (".to_q", ".to_out.0", ".add_q_proj", ".to_add_out")
 # The layers of each layout that core ComfyUI knows, too: part of diffusers' name. It leaves out others.
-KNOWN_TO_CORE = {"diffusion-pipe": IN_BLOCKS, "the original's names": IN_BLOCKS, "musubi-tuner": ATTENTIONS,
-                 "ComfyUI": ("",)}  # fmt: skip
+KNOWN_TO_CORE = {"diffusion-pipe": IN_BLOCKS, "musubi-tuner": ATTENTIONS, "ComfyUI": ("",)}
 
 
 def save(file, layout, state, seed=0, keep=lambda layer: True):
