@@ -2,7 +2,7 @@
 
 FOLDER holds the VAEs (diffusers folders), cases.json with what each is to do, and what that works on
 (inputs.safetensors, by number). The rank writes its part of the results, which lie in memory that all ranks map
-(result-NUMBER), and what it sent in each case, a list of [operation, bytes], to sent-RANK.json. Where a case names the
+(result-NUMBER, in a folder named as the number of ranks if there is one), and what it sent in each case, a list of [operation, bytes], to sent-RANK.json. Where a case names the
 bytes that are free on each rank, it is to be refused, and the rank writes the words to refused-RANK.json. A case may
 name how the VAE works ("tiles"), and "small" tiles of HunyuanVideo's.
 """
@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 def main():
     torch.set_grad_enabled(False)
-    folder, rank, _ = gloo_ranks.join()
+    folder, rank, ranks = gloo_ranks.join()
+    results = folder / str(ranks) if (folder / str(ranks)).is_dir() else folder
     inputs = load_file(folder / "inputs.safetensors")
     vaes, sent, refused = {}, [], []
     for number, case in enumerate(json.loads((folder / "cases.json").read_text())):
@@ -39,7 +40,7 @@ def main():
             devices.room = lambda _, free=case["room"][rank]: free
         if case.get("small"):
             small_tiles.use()
-        result, options = shared(folder, number, case["shape"]), {key: case[key] for key in case.keys() & {"tiles"}}
+        result, options = shared(results, number, case["shape"]), {key: case[key] for key in case.keys() & {"tiles"}}
         with Sent() as counted:
             try:
                 work(vaes[name], inputs[str(number)], result, lambda *_: None, **options)

@@ -14,7 +14,7 @@ from ascend_runtime.models.shared.overlapping import Cut
 
 WORKS = {"decode": video.decode_video, "encode": video.encode_video}
 SIZES = [(1, 5, 7), (2, 3, 11), (5, 4, 6)]  # of a latent [T, H, W]
-TILED = [(5, 3, 2), (4, 2, 3), (7, 2, 2), (1, 9, 7), (2, 7, 13), (6, 2, 9)]  # cut in time, in space, in both
+TILED = [(4, 2, 3), (7, 1, 2), (1, 9, 7), (2, 7, 13), (5, 2, 9)]  # cut in nothing, in time, in space, in both
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.usefixtures("one_rank_group")
 
@@ -80,7 +80,7 @@ def test_tiles_equal_diffusers(vaes, monkeypatch, work, size):
 
 def test_published_tiles_equal_diffusers(vaes):
     """256 x 256 pixels and 65 frames, blended over 16 frames; in space the numbers are the same."""
-    tiles_equal_diffusers(vaes, "decode", (17, 2, 1), small_tiles.PUBLISHED)
+    tiles_equal_diffusers(vaes, "decode", (17, 1, 1), small_tiles.PUBLISHED)
     assert video_vae.SPACE == Cut(256 // 8, 192 // 8)
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 RANKS, SAMPLE = [1, 2, 3, 4, 5, 6, 7, 8], [1, 3]
 PLANES = [(1, 5, 7), (2, 3, 11), (3, 9, 13), (5, 2, 3), (1, 1, 1)]  # of a latent; the last have fewer pixels than 8
-TILED = [(5, 9, 15), (8, 7, 3), (1, 15, 9), (7, 13, 20)]  # larger than a small tile
+TILED = [(5, 9, 7), (8, 7, 3), (1, 15, 9), (7, 13, 20)]  # larger than a small tile
 WORKS = ("decode", "encode")
 
 
@@ -27,7 +27,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def folder(vae, tmp_path_factory):
-    vae.save_pretrained(folder := tmp_path_factory.mktemp("vae") / "hunyuan")
+    vae.save_pretrained(folder := tmp_path_factory.mktemp("hunyuan") / "vae")
     return folder
 
 
@@ -46,17 +46,25 @@ def case(work, size, tiles):
     return {"vae": "vae", "work": work, "shape": shape, "grid": None, "tiles": tiles, "small": True}, given
 
 
-def on_ranks(vae, folder, ranks, cases):
-    """The results of (case, input) pairs."""
-    folder.mkdir()
-    (folder / "vae").symlink_to(vae)
-    (folder / "cases.json").write_text(json.dumps([described for described, _ in cases]))
-    save_file({str(number): given for number, (_, given) in enumerate(cases)}, folder / "inputs.safetensors")
-    results = [tile_rank.shared(folder, number, described["shape"]) for number, (described, _) in enumerate(cases)]
-    for result in results:
-        result.fill_(torch.nan)
-    gloo_ranks.run("tile_rank.py", folder, ranks, timeout=600)
-    return results
+@pytest.fixture(scope="module")
+def runs(request, folder):
+    """(what was to be done, its input, the results by the number of ranks) of each case; imported once, as importing
+    takes longest."""
+    every, seed = request.config.getoption("--all-tiles"), random.randrange(2**32)
+    print(f"seed {seed}")
+    planes = PLANES if every else [PLANES[1], PLANES[-1]]
+    tiled = TILED if every else random.Random(seed).sample(TILED[:3], 1)
+    cases = [case(work, size, "whole") for work, size in product(WORKS, planes)]
+    cases += [case(work, size, "published") for work, size in product(WORKS, tiled)]
+    place, groups = folder.parent, RANKS if every else SAMPLE
+    (place / "cases.json").write_text(json.dumps([described for described, _ in cases]))
+    save_file({str(number): given for number, (_, given) in enumerate(cases)}, place / "inputs.safetensors")
+    for ranks in groups:
+        (place / str(ranks)).mkdir()
+    results = [{ranks: tile_rank.shared(place / str(ranks), number, described["shape"]).fill_(torch.nan)
+                for ranks in groups} for number, (described, _) in enumerate(cases)]  # fmt: skip
+    gloo_ranks.run("tile_rank.py", place, *groups, timeout=1800)
+    return [(*one, made) for one, made in zip(cases, results)]
 
 
 @torch.no_grad()
@@ -66,49 +74,20 @@ def by_diffusers(vae, work, given):
     return vae.encode(given.movedim(-1, 0)[None] * 2 - 1).latent_dist.mode()
 
 
-@pytest.fixture(scope="module")
-def expected(vae):
-    """`expected(work, given)`: diffusers' result, computed once."""
-    kept = {}
-
-    def result(work, given):
-        key = work, given.shape
-        if key not in kept:
-            kept[key] = by_diffusers(vae, work, given)
-        return kept[key]
-
-    return result
-
-
-def test_a_plane_over_ranks_equals_diffusers(request, folder, tmp_path, expected, ranks):
+def test_a_plane_over_ranks_equals_diffusers(vae, runs, ranks):
     """In fp32, to 1e-4: odd sizes, one frame, more ranks than pixels."""
-    sizes = PLANES if request.config.getoption("--all-tiles") else [PLANES[1], PLANES[-1]]
-    cases = [case(*one, "whole") for one in product(WORKS, sizes)]
-    results = on_ranks(folder, tmp_path / "ranks", ranks, cases)
-    for (described, given), result in zip(cases, results):
-        wanted = expected(described["work"], given)
-        error = (result - wanted).abs().max().item()
-        print(f"{ranks} ranks, {described['work']} of {list(given.shape)}: {error:.1e}")
-        assert error < 1e-4, described
+    for described, given, results in runs:
+        if described["tiles"] == "whole":
+            error = (results[ranks] - by_diffusers(vae, described["work"], given)).abs().max().item()
+            print(f"{ranks} ranks, {described['work']} of {list(given.shape)}: {error:.1e}")
+            assert error < 1e-4, described
 
 
-@pytest.fixture(scope="module")
-def on_one(request, folder, tmp_path_factory):
-    """The tiled cases, and what one rank makes of them."""
-    every, seed = request.config.getoption("--all-tiles"), random.randrange(2**32)
-    print(f"seed {seed}")
-    sizes = TILED if every else random.Random(seed).sample(TILED[:3], 1)
-    cases = [case(*one, "published") for one in product(WORKS, sizes)]
-    return cases, on_ranks(folder, tmp_path_factory.mktemp("one") / "ranks", 1, cases)
-
-
-@pytest.mark.parametrize("several", [2, 3, 4, 5, 6, 7, 8])
-def test_published_tiles_have_the_same_bits_on_any_number_of_ranks(request, folder, tmp_path, on_one, several):
-    if several != 3 and not request.config.getoption("--all-tiles"):
-        pytest.skip("with --all-tiles")
-    cases, wanted = on_one
-    for (described, _), one, other in zip(cases, on_ranks(folder, tmp_path / "ranks", several, cases), wanted):
-        assert torch.equal(one, other) and other.isfinite().all(), described
+def test_published_tiles_have_the_same_bits_on_any_number_of_ranks(runs, ranks):
+    """Those of one rank are diffusers' by a test in models/test_hunyuan_vae.py."""
+    for described, _, results in runs:
+        if described["tiles"] == "published":
+            assert torch.equal(results[ranks], results[1]) and results[1].std() > 0.05, described
 
 
 class Left(Exception):
