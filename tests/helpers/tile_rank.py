@@ -2,9 +2,10 @@
 
 FOLDER holds the VAEs (diffusers folders), cases.json with what each is to do, and what that works on
 (inputs.safetensors, by number). The rank writes its part of the results, which lie in memory that all ranks map
-(result-NUMBER, in a folder named as the number of ranks if there is one), and what it sent in each case, a list of [operation, bytes], to sent-RANK.json. Where a case names the
-bytes that are free on each rank, it is to be refused, and the rank writes the words to refused-RANK.json. A case may
-name how the VAE works ("tiles"), and "small" tiles of HunyuanVideo's.
+(result-NUMBER, in a folder named as the number of ranks if there is one), and what it sent in each case, a list of
+[operation, bytes], to sent-RANK.json. Where a case names the bytes that are free on each rank, it is to be refused, and
+the rank writes the words to refused-RANK.json. A case may name how the VAE works ("tiles"), and "small" tiles of
+HunyuanVideo's.
 """
 
 import json
