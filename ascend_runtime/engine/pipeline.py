@@ -104,14 +104,18 @@ class RankPipeline:
 
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
         """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
-        on_ranks = spec.placement == "ranks"
+        message, on_ranks = job.message, spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
             loaded = self._text_encoders(spec, job, sharding)
-            picture = None if loaded is None else self._picture(spec, job, sharding)
+            sees = loaded is not None and message.image is not None
+            tower = self._component(spec.vision, job, sharding) if sees else None
         if loaded is None:
             return None
-        encoding = loaded.encoding if picture is None else loaded.encoding.about(picture)
-        text = encoding.clean(job.message.text)
+        encoding, warnings = loaded.encoding, [*loaded.warnings]
+        if tower is not None:
+            encoding = encoding.about(Picture(tower.model, message.image, message.image_interleave))
+            warnings += tower.warnings
+        text = encoding.clean(message.text)
 
         def on_block(index: int, total: int) -> None:
             if on_ranks:
@@ -122,14 +126,7 @@ class RankPipeline:
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
             results = encoding.encode(loaded.encoders, text, on_block)
-        return Encoded(results, [*loaded.warnings, *encoding.cut(loaded.encoders, text)])
-
-    def _picture(self, spec: TextEncoderSpec, job, sharding: Sharding) -> Picture | None:
-        """The image that the job's prompt is about, with the vision tower that reads it; None without an image."""
-        message = job.message
-        if message.image is None:
-            return None
-        return Picture(self._component(spec.vision, job, sharding).model, message.image, message.image_interleave)
+        return Encoded(results, [*warnings, *encoding.cut(loaded.encoders, text)])
 
     def sample(self, job) -> Done:
         message = job.message
