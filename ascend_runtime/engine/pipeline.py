@@ -151,7 +151,7 @@ class RankPipeline:
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
-        info = plan.info | _settings(spec, model) | recorder.info | generation.acceleration.facts()
+        info = plan.info | _settings(request, model) | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
             [*model.warnings, *model.conditioner.notes(request.given)]
         )
@@ -265,11 +265,12 @@ def _shapes(given: Conditioning) -> Hashable:
     return numbers, frozenset((name, tensor.shape) for name, tensor in tensors.items() if tensor is not None)
 
 
-def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
+def _settings(request: Request, model: DiffusionModel) -> dict[str, float]:
     """The settings that the job used, both given ones and the model's own."""
+    spec, scale = request.spec, model.conditioner.embedded_guidance(request.given.prompts["positive"], request.given)
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
-    embedded = {} if spec.embedded_guidance is None else {"embedded guidance": spec.embedded_guidance}
+    embedded = {} if scale is None else {"embedded guidance": scale}
     return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift
 
 
