@@ -36,7 +36,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-messages", action="store_true", help="20,000 hostile messages each way instead of some")
     parser.addoption("--all-tiles", action="store_true", help="VAE tiles on 1 to 8 ranks, instead of some of these")
     parser.addoption("--msmodelslim", action="store_true", help="has msModelSlim write folders, and loads them")
-    parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2, 4 and 8 ranks, not one")
+    parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2 to 8 ranks, not one")
 
 
 LANES = ("ranks", "comfyui")  # folders of tests

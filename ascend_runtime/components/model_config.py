@@ -78,13 +78,13 @@ def _latent_format(component: Component) -> LatentFormat:
     config, rgb = (read_json(vae / name) if vae and (vae / name).is_file() else {}
                    for name in ("config.json", "latent_rgb.json"))  # fmt: skip
     file = vae or component.shards[0]
-    with as_value_error(file, "its latents_mean and latents_std"):
+    with as_value_error(file, "the normalisation of its latents"):
         latents = component.family.latent_format(component.config, config)
         mean, std = _numbers(latents.mean), _numbers(latents.std)
         if mean.ndim != 1 or mean.shape != std.shape:
-            raise ValueError(f"they have the shapes {list(mean.shape)} and {list(std.shape)}")
+            raise ValueError(f"means and deviations have the shapes {list(mean.shape)} and {list(std.shape)}")
         if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-            raise ValueError("they are not finite, or a latents_std is not above 0")
+            raise ValueError("its numbers are not finite, or a deviation is not above 0")
         latents = replace(latents, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     with as_value_error(file, "its RGB table"):
         return _coloured(latents, rgb)

@@ -104,14 +104,18 @@ class RankPipeline:
 
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
         """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
-        on_ranks = spec.placement == "ranks"
+        message, on_ranks = job.message, spec.placement == "ranks"
         with job.together() if on_ranks else nullcontext():
             loaded = self._text_encoders(spec, job, sharding)
-            picture = None if loaded is None else self._picture(spec, job, sharding)
+            sees = loaded is not None and message.image is not None
+            tower = self._component(spec.vision, job, sharding) if sees else None
         if loaded is None:
             return None
-        encoding = loaded.encoding if picture is None else loaded.encoding.about(picture)
-        text = encoding.clean(job.message.text)
+        encoding, warnings = loaded.encoding, [*loaded.warnings]
+        if tower is not None:
+            encoding = encoding.about(Picture(tower.model, message.image, message.image_interleave))
+            warnings += tower.warnings
+        text = encoding.clean(message.text)
 
         def on_block(index: int, total: int) -> None:
             if on_ranks:
@@ -122,14 +126,7 @@ class RankPipeline:
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
             results = encoding.encode(loaded.encoders, text, on_block)
-        return Encoded(results, [*loaded.warnings, *encoding.cut(loaded.encoders, text)])
-
-    def _picture(self, spec: TextEncoderSpec, job, sharding: Sharding) -> Picture | None:
-        """The image that the job's prompt is about, with the vision tower that reads it; None without an image."""
-        message = job.message
-        if message.image is None:
-            return None
-        return Picture(self._component(spec.vision, job, sharding).model, message.image, message.image_interleave)
+        return Encoded(results, [*warnings, *encoding.cut(loaded.encoders, text)])
 
     def sample(self, job) -> Done:
         message = job.message
@@ -154,7 +151,7 @@ class RankPipeline:
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
-        info = plan.info | _settings(spec, model) | recorder.info | generation.acceleration.facts()
+        info = plan.info | _settings(request, model) | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
             [*model.warnings, *model.conditioner.notes(request.given)]
         )
@@ -268,11 +265,12 @@ def _shapes(given: Conditioning) -> Hashable:
     return numbers, frozenset((name, tensor.shape) for name, tensor in tensors.items() if tensor is not None)
 
 
-def _settings(spec: SampleSpec, model: DiffusionModel) -> dict[str, float]:
+def _settings(request: Request, model: DiffusionModel) -> dict[str, float]:
     """The settings that the job used, both given ones and the model's own."""
+    spec, scale = request.spec, model.conditioner.embedded_guidance(request.given.prompts["positive"], request.given)
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
-    embedded = {} if spec.embedded_guidance is None else {"embedded guidance": spec.embedded_guidance}
+    embedded = {} if scale is None else {"embedded guidance": scale}
     return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift
 
 

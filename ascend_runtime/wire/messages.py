@@ -79,7 +79,7 @@ class Conditioning(Struct, kw_only=True):
     clip_vision [B or 1, I, image_dim]: CLIP's penultimate hidden states of one image, or of two concatenated.
     pooled [B or 1, D]: the pooled text embedding, for models that use one.
     tensors, numbers: further entries by name, as core ComfyUI's CONDITIONING names them, such as "attention_mask" and
-        "guidance". A model's conditioner reads or refuses them by name (models.shared.conditioning.Conditioner.reads).
+        "guidance". A model's conditioner reads or refuses them by name (models.shared.conditioning.Conditioner).
         The number None means "without", where the entry's absence means the model's own value.
     """
 

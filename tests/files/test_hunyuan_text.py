@@ -1,5 +1,6 @@
 """HunyuanVideo's prompts and images are encoded as diffusers and transformers do, from the files of every system."""
 
+import importlib
 import json
 import shutil
 
@@ -458,10 +459,20 @@ def test_a_converted_folder_makes_the_same_text(tmp_path, folder, image_folder, 
     for name, source in (("diffusers", folder), ("original", encoders.save_original(tmp_path / "source", folder))):
         converted(source, tmp_path / name)
         assert_same(encoded(load(tmp_path / name)), expected)
-    told = converted(image_folder, tmp_path / "images")
-    assert told[0] == "text_encoder: copied unchanged, as it has a vision tower too"
+    omitted = converted(image_folder, tmp_path / "images")
+    assert omitted[0] == "text_encoder: copied unchanged, as it has a vision tower too"
     assert_same(encoded(load(tmp_path / "images")), encoded(loaded_with_images[0]), atol=0)
     assert vision(tmp_path / "images").sizes.tokens == 576
+
+
+def test_a_converted_pipeline_names_a_tokenizer_that_keeps_spaces(tmp_path, folder):
+    """transformers' LlamaTokenizerFast, which published pipelines name, drops them in release 5."""
+    converted(encoders.save_original(tmp_path / "source", folder), tmp_path / "made")
+    library, name = json.loads((tmp_path / "made" / "model_index.json").read_text())["tokenizer"]
+    tokenizer = getattr(importlib.import_module(library), name).from_pretrained(tmp_path / "made" / "tokenizer")
+    wanted = tiny_llava.llama_tokenizer()
+    for template in tiny_llava.TEMPLATES:
+        assert tokenizer(template.format(PROMPT)).input_ids == wanted.encode(template.format(PROMPT)).ids
 
 
 def test_inspect_knows_the_files(tmp_path, folder, image_folder, capsys):

@@ -236,7 +236,7 @@ def test_diffusers_configs(checkpoint, tmp_path, kind, changes):
 def test_the_latents_format_beside_a_transformer(checkpoint, tmp_path, changes):
     folder = shutil.copytree(checkpoint, tmp_path / "wan")
     edit(folder / "vae" / "config.json", **changes)
-    assert f"{folder / 'vae'}: its latents_mean and latents_std cannot be used" in refused(folder)
+    assert f"{folder / 'vae'}: the normalisation of its latents cannot be used" in refused(folder)
 
 
 @pytest.mark.parametrize("name, content", [("tokenizer.json", "{}"), ("tokenizer.json", "{"), ("spiece.model", "x")])

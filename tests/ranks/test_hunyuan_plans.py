@@ -147,7 +147,7 @@ def test_two_layers_in_slices_make_their_sum(made, form):
 
 
 def test_all_plans_are_those_of_the_ranks():
-    """Each axis on each number of ranks, alone and in mixes."""
+    """Each axis on each number of ranks, by itself and in mixes."""
     counts = {ranks: len(legal_plans(ranks)) for ranks in RANKS}
     assert counts == {2: 4, 3: 3, 4: 9, 8: 16}
     assert all(math.prod(plan.degrees) == ranks for ranks in RANKS for plan in legal_plans(ranks))

@@ -29,7 +29,7 @@ def theirs(folder):
 
 
 class Stages:
-    """How often each stage was told of, from an `on_progress`."""
+    """The progress that each stage reported, from an `on_progress`."""
 
     def __init__(self):
         self.told = {}

@@ -28,7 +28,10 @@ class ScaledTorchFile:
         self.header: dict[str, str] = {}
         self._scales = scale_map_of(path)
         if not self._scales.is_file():
-            raise ValueError(f"{path} has fp8 weights, whose scales are in {self._scales.name}. Put it next to them.")
+            raise ValueError(
+                f"{path} is named as fp8 weights whose scales are in {self._scales.name}. Put it next to them; if they "
+                "need no scales, give the weights another name."
+            )
 
     def __enter__(self) -> ScaledTorchFile:
         with ExitStack() as stack:

@@ -95,11 +95,14 @@ class HunyuanConditioner(Conditioner):
             for name, scale in scales.items() if scale is not None and not self.embeds_guidance
         ]  # fmt: skip
 
+    def embedded_guidance(self, prompt: Prompt, given: Given) -> float | None:
+        return prompt.numbers.get(OWN_GUIDANCE, given.embedded_guidance) if self.embeds_guidance else None
+
     def _guidance(self, prompt: Prompt, given: Given, text: Tensor) -> Tensor | None:
         """[B], fp32: the scale times 1000, both in the dtype of the blocks. In bfloat16, 6 becomes 6016: the authors'
         code, diffusers and core ComfyUI embed that number, and another one changes the video."""
-        scale = prompt.numbers.get(OWN_GUIDANCE, given.embedded_guidance)
-        if scale is None or not self.embeds_guidance:
+        scale = self.embedded_guidance(prompt, given)
+        if scale is None:
             return None
         return (torch.full((given.batch,), scale, device=text.device, dtype=text.dtype) * GUIDANCE_UNIT).float()
 

@@ -124,6 +124,10 @@ class Conditioner(ABC):
         """Warnings to the user about inputs that have no effect, each a sentence."""
         return []
 
+    def embedded_guidance(self, prompt: Prompt, given: Given) -> float | None:
+        """The scale that the network reads for a prompt; None: none."""
+        return given.embedded_guidance
+
     def first_frame(self, given: Given) -> Tensor | None:
         """The normalised latent [B or 1,C,1,H,W] of the image that the videos begin with, for
         `SampleSpec.image_start`; None: there is none, or the model has no such start."""

@@ -2,7 +2,7 @@
 
 CONTRACT_WITHOUT   a package that this process is not to find, as if it were not installed
 CONTRACT_CALLS     a file that gets a line for each call of an operator
-CONTRACT_CARD      a file with the card that it plays, "a2", "a3" or "a5", in each job anew; else an unknown one
+CONTRACT_CARD      a file with the card that it plays, "a2", "a3" or "a5", read in each job; else an unknown one
 """
 
 import os

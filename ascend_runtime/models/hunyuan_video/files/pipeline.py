@@ -12,7 +12,8 @@ from .configs import REPLACE, filled, is_open
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 TEXT_PARTS = {
     TEXT_ENCODER: ("transformers", "LlamaModel"),
-    "tokenizer": ("transformers", "LlamaTokenizerFast"),
+    # Published pipelines name LlamaTokenizerFast, which in release 5 of transformers drops spaces.
+    "tokenizer": ("transformers", "PreTrainedTokenizerFast"),
     "text_encoder_2": ("transformers", "CLIPTextModel"),
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
 }
