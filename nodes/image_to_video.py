@@ -144,7 +144,7 @@ def _chosen(forms: Mapping[str, ImageForm], guidance_type: str) -> ImageForm:
 
 def _check(way: ImageForm, end: Tensor | None, clip: Output | None) -> None:
     """Raises ValueError for images that the models do not take."""
-    if (end is not None and not way.takes_end) or (clip is not None and not way.takes_clip_vision):
+    if not way.takes_more and (end is not None or clip is not None):
         raise ValueError(
             f"{way.models} take only a start_image. Disconnect end_image, clip_vision_output and "
             "clip_vision_end_output, or use another model and its VAE."

@@ -8,11 +8,13 @@ from pathlib import Path
 
 # Of a file of fp8 weights, and of the file with their scales (formats/scale_maps.py).
 FP8_ENDING, MAP_ENDING = "_fp8.pt", "_fp8_map.pt"
+PUBLISHED_FP8 = "mp_rank_00_model_states_fp8.pt"  # which is wrong without its scales
 
 
 def has_scale_map(file: Path) -> bool:
-    """Whether a file's weights have scales in another file, by its name."""
-    return file.name.endswith(FP8_ENDING)
+    """Whether a file's weights have scales in another file: one is next to it, or it has the published name. Any other
+    file whose name ends so may hold plain casts, which need no scales."""
+    return file.name == PUBLISHED_FP8 or (file.name.endswith(FP8_ENDING) and scale_map_of(file).is_file())
 
 
 def scale_map_of(file: Path) -> Path:

@@ -153,8 +153,8 @@ def check_request(model: DiffusionModel, request: Request) -> None:
         )
     if spec.image_start and model.conditioner.first_frame(request.given) is None:
         raise ValueError(
-            "image_start needs a video that begins with an image, and one of HunyuanVideo's image-to-video models. "
-            "Leave it at False, or give the image."
+            "image_start is True, but this job has no image that the video begins with, or the model has no such start "
+            "(models that replace or read a first frame have one). Leave it at False, or give the image."
         )
 
 

@@ -14,15 +14,13 @@ class ImageForm:
         conditioning, as `concat_latent_image` and `concat_mask`, which is 0 where the video is known.
     whole: whether `concat_latent_image` is the latent of a whole video, grey where it is unknown, and `concat_mask` has
         a channel for each frame of a latent frame. Else they hold the known latent frames, and one channel.
-    takes_end: whether the last frames can be known too. takes_clip_vision: whether some of the models read CLIP's
-        states of the images.
+    takes_more: whether the last frames can be known too, and some of the models read CLIP's states of the images.
     numbers: what else the conditioning has for them.
     models: their names in errors.
     """
 
     in_latent: bool = False
     whole: bool = True
-    takes_end: bool = False
-    takes_clip_vision: bool = False
+    takes_more: bool = False
     numbers: Mapping[str, float] = field(default_factory=dict)
     models: str = "this model"

@@ -103,8 +103,15 @@ def test_fp8_weights_and_their_scales_belong_together(tmp_path, tensors):
     with pytest.raises(ValueError, match=f"1 without a scale: {layer}.weight"):
         load(file)
     scales.unlink()
-    with pytest.raises(ValueError, match="whose scales are in mp_rank_00_model_states_fp8_map.pt. Put it next"):
+    with pytest.raises(ValueError, match="whose scales are in mp_rank_00_model_states_fp8_map.pt. Put it "):
         load(file)
+
+
+def test_other_files_may_end_like_the_published_pair_and_need_no_scales(tmp_path, network, tensors):
+    casts = {name: x.to(torch.float8_e4m3fn) if x.ndim == 2 and "blocks" in name else x for name, x in tensors.items()}
+    torch.save(casts, tmp_path / "hunyuan_fp8.pt")
+    twin = {name: x.float() for name, x in casts.items()}
+    assert_equals_diffusers(load(tmp_path / "hunyuan_fp8.pt"), formats.diffusers_transformer(network, twin))
 
 
 @pytest.mark.parametrize("form", formats.IN_8_BITS)

@@ -339,7 +339,7 @@ HALF_KNOWN = torch.zeros(1, 1, *SHAPE[2:]).index_fill(4, torch.arange(3), 1.0)
     ("i2v replace", {"noise_mask": None}, "does not hold one: its noise_mask must be 0 in the whole first frame"),
     ("i2v replace", {"noise_mask": HALF_KNOWN}, "Connect the latent of the image-to-video node, with v2"),
     ("i2v concat", {"embedded_guidance": 6.0}, "embedded_guidance is 6, but this model reads no guidance scale"),
-    ("t2v", {"image_start": True}, "image_start needs a video that begins with an image"),
+    ("t2v", {"image_start": True}, "this job has no image that the video begins with"),
     ("t2v", {"latent": torch.zeros(1, 16, 3, 5, 10)}, "height is 40, as the latent has 5 rows; .* multiple of 16"),
     ("t2v", {"latent": torch.zeros(1, 32, 3, 6, 10)}, r"needs \[B,16,T,H,W\]"),
     ("t2v", {"guidance_scale": 2.0, "negative": None}, "needs a negative prompt"),

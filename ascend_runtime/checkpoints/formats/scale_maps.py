@@ -29,8 +29,8 @@ class ScaledTorchFile:
         self._scales = scale_map_of(path)
         if not self._scales.is_file():
             raise ValueError(
-                f"{path} is named as fp8 weights whose scales are in {self._scales.name}. Put it next to them; if they "
-                "need no scales, give the weights another name."
+                f"{path} has the name of HunyuanVideo's fp8 weights, whose scales are in {self._scales.name}. Put it "
+                "next to them; if these are other weights, give them another name."
             )
 
     def __enter__(self) -> ScaledTorchFile:

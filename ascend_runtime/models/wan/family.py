@@ -115,7 +115,7 @@ class Wan(Family):
     def image_forms(self, form: VaeForm) -> Mapping[str, ImageForm]:
         if form.channels == CHANNELS_22:
             return {"": ImageForm(in_latent=True, models="Models with this VAE, such as Wan2.2-TI2V-5B,")}
-        extra = ImageForm(takes_end=True, takes_clip_vision=True)
+        extra = ImageForm(takes_more=True)
         return {"": extra}
 
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
