@@ -48,22 +48,14 @@ Ascend Load Text Encoder to `ranks`: it then takes 1.4 GB on each of eight cards
 # For notes of HunyuanVideo: its files and its memory.
 SIZES = {
     "{sizes}": """\
-Sizes are multiples of 16: 1280 x 720, 960 x 544, 832 x 624, 720 x 720; length 4n+1, up to 129.
-
-By its shapes, the model takes 26 GB in bfloat16, and a video of 1280 x 720 x 129 another 9 GB, so a card of 64 GB has \
-room for both. Several cards share the 9 GB and are faster; with `fsdp` in Ascend Parallel Config they share the 26 GB \
-too. On a smaller card set `quantization` of the loader to `w8a8_dynamic` (20 GB). The text encoders take 14 GB of the \
-host's memory.
-
-Tencent's licence of the weights excludes the European Union, the United Kingdom and South Korea.""",
+Sizes: 1280 x 720, 960 x 544, 720 x 720, or other multiples of 16; length 4n+1, up to 129. By its shapes, the model \
+takes 26 GB in bfloat16, and 1280 x 720 x 129 another 9 GB, which several cards share: a card of 64 GB has room. \
+With less, use `fsdp` in Ascend Parallel Config, or `quantization` in the loader. The text encoders take 14 GB of \
+the host's memory. Tencent's licence excludes the EU, the UK and South Korea.""",
     "{尺寸}": """\
-尺寸为 16 的倍数：1280 x 720、960 x 544、832 x 624、720 x 720；帧数为 4n+1，最多 129。
-
-按张量形状计算，bfloat16 模型占 26 GB，1280 x 720 x 129 的视频另需 9 GB，因此一张 64 GB 的卡足够。多张卡会分摊这 9 GB，速度也更快；\
-打开并行配置中的“FSDP 权重分片”后，26 GB 的权重也由各卡分摊。卡较小时，可将加载器的“量化”设为 `w8a8_dynamic`（20 GB）。\
-文本编码器占用主机内存 14 GB。
-
-腾讯的权重许可证不适用于欧盟、英国和韩国。""",
+尺寸：1280 x 720、960 x 544 或其他 16 的倍数；帧数为 4n+1，最多 129。按张量形状计算，模型占 26 GB，\
+1280 x 720 x 129 另需 9 GB（由多张卡分摊），一张 64 GB 的卡可放下；不足时请用并行配置中的“FSDP 权重分片”，或加载器的“量化”。\
+文本编码器占主机内存 14 GB。腾讯的许可证不适用于欧盟、英国和韩国。""",
 }
 
 NOTES = {
