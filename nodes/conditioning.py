@@ -26,8 +26,8 @@ class TextEncode(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The first frame, for HunyuanVideo's image-to-video models: the text encoder sees it in "
-                    "front of the text. Connect the same image to Ascend Image To Video.",
+                    tooltip="The first frame, for HunyuanVideo's image-to-video models: the text encoder reads it "
+                    "before the text. Connect the same image to Ascend Image To Video.",
                 ),
                 io.Int.Input(
                     "image_interleave",
@@ -35,8 +35,8 @@ class TextEncode(io.ComfyNode):
                     min=1,
                     max=512,
                     optional=True,
-                    tooltip="Only with an image: one of how many of its tokens is kept. 2 for HunyuanVideo's v1, 4 for "
-                    "v2. A larger number gives the text more influence.",
+                    tooltip="Only with an image, which is 576 tokens: 2 keeps every second one, for HunyuanVideo's v1, "
+                    "and 4 every fourth, for v2. A larger number gives the text more influence.",
                 ),
             ],
             outputs=[

@@ -58,7 +58,7 @@ class ImageToVideo(io.ComfyNode):
                 io.Image.Input(
                     "end_image",
                     optional=True,
-                    tooltip="The last frame, or the last few frames. Not for Wan2.2-TI2V-5B and HunyuanVideo.",
+                    tooltip="The last frame, or the last few frames. Not for Wan2.2-TI2V-5B or HunyuanVideo.",
                 ),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",

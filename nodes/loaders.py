@@ -189,9 +189,9 @@ class LoadTextEncoder(io.ComfyNode):
                     options=[NO_MODEL, *model_files.names(model_files.VISION)],
                     default=NO_MODEL,
                     optional=True,
-                    tooltip="What sees the image of Ascend Text Encode, for HunyuanVideo's image-to-video models: a "
-                    "file in models/clip_vision (llava_llama3_vision), or a folder in models/diffusers. none: the "
-                    "folder of model_name has it, or no image is used.",
+                    tooltip="The vision model that reads the image of Ascend Text Encode, for HunyuanVideo's "
+                    "image-to-video models: a file in models/clip_vision (llava_llama3_vision), or a folder in "
+                    "models/diffusers. none: the folder of model_name includes it, or no image is used.",
                 ),
             ],
             outputs=[types.TextEncoder.Output(display_name="text_encoder", tooltip="For Ascend Text Encode.")],
@@ -250,7 +250,7 @@ class LoadVAE(io.ComfyNode):
                     optional=True,
                     tooltip="How a video is decoded and encoded.\n"
                     "auto: whole if it fits in memory, else published.\n"
-                    "whole: as one, each rank a part of the plane, without seams.\n"
+                    "whole: in one piece, of which each rank computes a part. No seams.\n"
                     "published: in overlapping tiles that are blended. For HunyuanVideo these are its authors' own, on "
                     "any number of ranks: they need less memory, and up to 2.5 times the work. Wan: only on one rank.",
                 ),

@@ -71,7 +71,7 @@ class Sampler(io.ComfyNode):
                     options=[*schedules(), SIMPLE],
                     default=schedules()[0],
                     tooltip="How the noise levels (sigmas) of the steps are spaced. wan, hunyuan_video: the model's "
-                    "own schedule; each name works with each model. simple: as core's scheduler of that name.",
+                    "own schedule; either name works with any model. simple: as core's scheduler of that name.",
                 ),
                 io.Float.Input(
                     "shift",
@@ -123,8 +123,8 @@ class Sampler(io.ComfyNode):
                     round=0.01,
                     optional=True,
                     tooltip="How strongly the video follows the prompt, for models that read this number as an input: "
-                    "HunyuanVideo, except its image-to-video model v1. It costs no time. A number that core's "
-                    "FluxGuidance puts into the conditioning counts instead. 0: the model's default (6).",
+                    "HunyuanVideo, except its image-to-video model v1. It costs no time. If core's FluxGuidance "
+                    "sets the number in the conditioning, that one is used. 0: the model's default (6).",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],

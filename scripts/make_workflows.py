@@ -48,13 +48,14 @@ Ascend Load Text Encoder to `ranks`: it then takes 1.4 GB on each of eight cards
 # For notes of HunyuanVideo: its files and its memory.
 SIZES = {
     "{sizes}": """\
-Sizes are multiples of 16: 1280 x 720, 960 x 544, 832 x 624, 720 x 720; length 4n+1, up to 129. One card of 64 GB has \
-room for the model in bfloat16 (26 GB) and a video of 960 x 544; with less, or to be faster, use several cards, `fsdp` \
-in Ascend Parallel Config, or `quantization` in the loader. The text encoders run on the host's CPU (14 GB there).""",
+Sizes: 1280 x 720, 960 x 544, 720 x 720, or other multiples of 16; length 4n+1, up to 129. By its shapes, the model \
+takes 26 GB in bfloat16, and 1280 x 720 x 129 another 9 GB, which several cards share: a card of 64 GB has room. \
+With less, use `fsdp` in Ascend Parallel Config, or `quantization` in the loader. The text encoders take 14 GB of \
+the host's memory. Tencent's licence excludes the EU, the UK and South Korea.""",
     "{尺寸}": """\
-尺寸为 16 的倍数：1280 x 720、960 x 544、832 x 624、720 x 720；帧数为 4n+1，最多 129。一张 64 GB 的卡可放下 bfloat16 模型\
-（26 GB）并生成 960 x 544 的视频；显存不足或希望更快时，请用多张卡、并行配置中的“FSDP 权重分片”，或加载器的“量化”。\
-文本编码器在主机 CPU 上运行（占内存 14 GB）。""",
+尺寸：1280 x 720、960 x 544 或其他 16 的倍数；帧数为 4n+1，最多 129。按张量形状计算，模型占 26 GB，\
+1280 x 720 x 129 另需 9 GB（由多张卡分摊），一张 64 GB 的卡可放下；不足时请用并行配置中的“FSDP 权重分片”，或加载器的“量化”。\
+文本编码器占主机内存 14 GB。腾讯的许可证不适用于欧盟、英国和韩国。""",
 }
 
 NOTES = {
@@ -68,7 +69,7 @@ Sampler is the original's setting: 50 steps, shift 7, embedded guidance 6, and c
 {sizes}
 
 下载上表中的文件，按 **R** 刷新后点击**运行**。并行配置全部为 0 时使用所有可见的卡。采样器中的 0 为官方设置：50 步、\
-shift 7、嵌入式引导 6、cfg 1（因此没有反向提示词）。{尺寸}
+shift 7、嵌入式引导 6、cfg 1（因此没有负面提示词）。{尺寸}
 """,
     "hunyuan_video_v1_image_to_video": """\
 ## HunyuanVideo, from an image (v1, 33 channels)
@@ -76,11 +77,11 @@ shift 7、嵌入式引导 6、cfg 1（因此没有反向提示词）。{尺寸}
 {files}
 
 Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image \
-goes to two nodes: the text encoder sees it (`image_interleave` 2), and the model reads it as the first frame. As in \
+goes to two nodes: the text encoder reads it (`image_interleave` 2), and the model gets it as the first frame. As in \
 the original, the first four frames are dropped after decoding: ImageFromBatch keeps 125 of 129. Delete that node to \
 keep all. {sizes}
 
-下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器会看到它（`image_interleave` 为 2），模型把它当作首帧。\
+下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器读取它（`image_interleave` 为 2），模型把它当作首帧。\
 与官方代码一致，解码后丢弃前四帧：ImageFromBatch 保留 129 帧中的 125 帧；删除该节点即可保留全部帧。{尺寸}
 """,
     "hunyuan_video_v2_image_to_video": """\
@@ -89,10 +90,10 @@ keep all. {sizes}
 {files}
 
 Press **R** to refresh the lists, then **Run**. Zeros in Ascend Parallel Config take every visible card. The image \
-goes to two nodes: the text encoder sees it (`image_interleave` 4), and it stays in the latent as the first frame, so \
-the video begins with exactly this picture. For larger movements set `shift` to 17 in Ascend Sampler; 0 is 7. {sizes}
+goes to two nodes: the text encoder reads it (`image_interleave` 4), and it stays in the latent as the first frame, so \
+the video begins with it. For larger movements set `shift` to 17 in Ascend Sampler; 0 is 7. {sizes}
 
-下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器会看到它（`image_interleave` 为 4），同时它作为首帧保留在 \
+下载上表中的文件，按 **R** 刷新后点击**运行**。图像连到两个节点：文本编码器读取它（`image_interleave` 为 4），同时它作为首帧保留在 \
 Latent 中，因此视频从这张图像开始。希望动作更大时，可将采样器的 shift 设为 17（0 表示 7）。{尺寸}
 """,
     "tiny_wan_text_to_video": """\
@@ -219,7 +220,7 @@ Ascend Sampler as it is. With cfg 1 the negative prompt is not used.
 {memory}
 
 下载上表中的文件，按 **R** 刷新后点击**运行**。LightX2V 的两个 LoRA（每个专家一个）只需 4 步。\
-它们按 cfg 1、shift 5 训练，请保持采样器设置不变；cfg 为 1 时不使用反向提示词。
+它们按 cfg 1、shift 5 训练，请保持采样器设置不变；cfg 为 1 时不使用负面提示词。
 
 {内存}
 """,

@@ -163,8 +163,8 @@ class HunyuanConditioner(Conditioner):
         lengths = read.sum(1)
         if not lengths.all() or not torch.equal(read, torch.arange(mask.shape[1]) < lengths[:, None]):
             raise ValueError(
-                f"The {name} conditioning's {TEXT_MASK} excludes tokens in front of others, or all; HunyuanVideo reads "
-                f"the first tokens of a text up to a length. {cure}"
+                f"The {name} conditioning's {TEXT_MASK} excludes tokens before others, or all; HunyuanVideo reads "
+                f"all tokens up to the end of a text. {cure}"
             )
         if (lengths != lengths[0]).any():
             raise ValueError(
@@ -178,7 +178,7 @@ class HunyuanConditioner(Conditioner):
             return
         carried = f"The {name} conditioning carries {GUIDING_FRAME}, which replaces a frame (v2)"
         if self._image_type == CONCAT:
-            raise ValueError(f"{carried}, but this model has 33 in_channels. Choose v1 (concat) in that node.")
+            raise ValueError(f"{carried}, but this model reads 33 channels. Choose v1 (concat) as guidance_type.")
         if self._image_type is None:
             raise ValueError(
                 f"{carried}, but this model's config says that it is a text-to-video model. Use the image-to-video "
@@ -193,8 +193,8 @@ class HunyuanConditioner(Conditioner):
         if parts and self._image_type != CONCAT:
             raise ValueError(
                 f"The {name} conditioning carries an image ({' and '.join(parts)}), but this model has no input for "
-                "it. Use an image-to-video model with 33 in_channels, or v2 (replace) for one with 16, or connect the "
-                "prompt's conditioning directly."
+                "it. Use the image-to-video model that reads 33 channels, or choose v2 (replace) for the one that "
+                "reads 16, or connect the prompt's conditioning directly."
             )
         for part, tensor in parts.items():
             channels = 1 if part == "concat_mask" else latent.shape[1]

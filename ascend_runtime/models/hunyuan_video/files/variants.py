@@ -9,8 +9,9 @@ from ....checkpoints.shards import first
 from ...shapes import Shapes
 
 USE = (
-    "Use a model of HunyuanVideo 1.0: hunyuan_video_t2v_720p_bf16.safetensors or "
-    "hunyuan_video_v2_replace_image_to_video_720p_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged."
+    "Use a model of HunyuanVideo 1.0 of Comfy-Org/HunyuanVideo_repackaged: hunyuan_video_t2v_720p_bf16.safetensors, or "
+    "for images hunyuan_video_image_to_video_720p_bf16.safetensors (v1) or "
+    "hunyuan_video_v2_replace_image_to_video_720p_bf16.safetensors."
 )
 USE_VAE = "Use the VAE of HunyuanVideo 1.0: hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged."
 VIDEO_15, IMAGE, FRAMEPACK = "HunyuanVideo 1.5", "HunyuanImage", "FramePack"

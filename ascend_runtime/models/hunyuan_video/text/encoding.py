@@ -90,7 +90,7 @@ class HunyuanText(TextEncoding):
         return {name: tensor.float() for name, tensor in encoded.items()}
 
     def cut(self, encoders: Encoders, text: str) -> list[str]:
-        """CLIP's cut is not reported: with or without the rest of a long prompt, its vector is a summary."""
+        """CLIP's own cut, after 77 tokens, is not reported: its vector only summarises the prompt."""
         tokenizer, template = encoders[TEXT_ENCODER].tokenizer, self.template
         ids = _ids(tokenizer, template.around(text))[0].tolist()
         if len(ids) <= template.longest:
