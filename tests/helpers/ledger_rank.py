@@ -15,6 +15,7 @@ import ascend_runtime.models.wan.networks
 import ascend_runtime.models.wan.vae.video_vae
 import gloo_ranks
 import random_hunyuan
+import tiny_models
 import torch
 import torch.distributed as dist
 from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec
@@ -82,6 +83,12 @@ class RankWithLedger:
     def decode(self, height, width):
         video.decode_video(self._vae(), torch.randn(1, 16, 2, height, width),
                            torch.zeros(5, 8 * height, 8 * width, 3), lambda *_: None)  # fmt: skip
+
+    def decode_hunyuan(self, height, width):
+        """Also the statistics of norms."""
+        vae = tiny_models.on_ranks(tiny_models.hunyuan_vae())
+        video.decode_video(vae, torch.randn(1, 16, 2, height, width), torch.zeros(5, 8 * height, 8 * width, 3),
+                           lambda *_: None, "whole")  # fmt: skip
 
     def encode_video(self, height, width):
         video.encode_video(self._vae(), torch.rand(5, 8 * height, 8 * width, 3),
