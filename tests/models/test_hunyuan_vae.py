@@ -2,6 +2,7 @@
 
 import logging
 import math
+from itertools import product
 
 import pytest
 import small_tiles
@@ -13,8 +14,8 @@ from ascend_runtime.models.shared import tiling
 from ascend_runtime.models.shared.overlapping import Cut
 
 WORKS = {"decode": video.decode_video, "encode": video.encode_video}
-SIZES = [(1, 5, 7), (2, 3, 11), (5, 4, 6)]  # of a latent [T, H, W]
-TILED = [(4, 2, 3), (7, 1, 2), (1, 9, 7), (2, 7, 13), (5, 2, 9)]  # cut in nothing, in time, in space, in both
+SIZES = [(1, 5, 7), (2, 3, 11), (4, 2, 3)]  # of a latent [T, H, W]
+TILED = [(4, 1, 2), (7, 1, 2), (1, 9, 7), (1, 7, 13), (5, 1, 9)]  # cut in nothing, in time, in space, in both
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.usefixtures("one_rank_group")
 
@@ -56,8 +57,7 @@ def by_diffusers(vae, work, given, tiled=None):
     return vae.encode(given.movedim(-1, 0)[None] * 2 - 1).latent_dist.mode()
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("work, size", [*product(["decode"], SIZES), ("encode", SIZES[0]), ("encode", SIZES[2])])
 def test_a_plane_equals_diffusers(vaes, work, size):
     theirs, ours = vaes
     given = given_for(work, size)
@@ -70,8 +70,7 @@ def test_a_plane_equals_diffusers(vaes, work, size):
     assert reports == [(step, total) for step in range(1, total + 1)] and facts["tiles"] == "1 x 1"
 
 
-@pytest.mark.parametrize("size", TILED, ids=str)
-@pytest.mark.parametrize("work", WORKS)
+@pytest.mark.parametrize("work, size", [*product(["decode"], TILED), ("encode", TILED[1]), ("encode", TILED[4])])
 def test_tiles_equal_diffusers(vaes, monkeypatch, work, size):
     """A quarter as large as published."""
     small_tiles.use(monkeypatch.setattr)
@@ -108,32 +107,31 @@ def room(monkeypatch):
     return lambda free: monkeypatch.setattr(tiling.devices, "room", lambda device: free)
 
 
-@pytest.mark.parametrize("work", WORKS)
-def test_a_plane_if_it_fits_else_tiles(vaes, monkeypatch, room, caplog, work):
+def test_a_plane_if_it_fits_else_tiles(vaes, monkeypatch, room, caplog):
     """By what is free; both are predicted and reported, and with less no work begins."""
     small_tiles.use(monkeypatch.setattr)
     theirs, ours = vaes
-    given = given_for(work, size := (2, 3, 20))
+    given = given_for("decode", size := (2, 1, 20))
     spare = tiling.margin(ours.device)
-    whole, tile = (math.ceil(spare * ours.bytes_needed(work, *one)) for one in (size, (2, 3, 8)))
-    held = 4 * 2 * 3 * 8 * (16 if work == "encode" else 3 * 4 * 64)  # one finished tile, on the host
+    whole, tile = (math.ceil(spare * ours.bytes_needed("decode", *one)) for one in (size, (2, 1, 8)))
+    held = 4 * 2 * 8 * 3 * 4 * 64  # one finished tile, on the host
     room(whole)
     with caplog.at_level(logging.INFO):
-        result, _, facts = done(ours, work, given)
-    assert (result - by_diffusers(theirs, work, given)).abs().max() < TOLERANCE
+        result, _, facts = done(ours, "decode", given)
+    assert (result - by_diffusers(theirs, "decode", given)).abs().max() < TOLERANCE
     assert facts == {"tiles": "1 x 1", "memory": f"{whole / 1e9:.1f} GB a rank"} and not caplog.records
     room(whole - 1)
     with caplog.at_level(logging.INFO):
-        result, _, facts = done(ours, work, given)
-    wanted = by_diffusers(theirs, work, given, small_tiles.DIFFUSERS)
+        result, _, facts = done(ours, "decode", given)
+    wanted = by_diffusers(theirs, "decode", given, small_tiles.DIFFUSERS)
     assert (result - wanted).abs().max() < TOLERANCE
-    assert facts["tiles"] == "4 of 64 x 24 pixels and 5 frames, blended"
+    assert facts["tiles"] == "4 of 64 x 8 pixels and 5 frames, blended"
     assert "4 tiles are used, and blended" in caplog.records[0].getMessage()
     room(tile + held)
-    done(ours, work, given)
+    done(ours, "decode", given)
     room(tile + held - 1)
-    with pytest.raises(ValueError, match=rf"160 x 24 pixels takes .* in tiles of 64 x 24 pixels.*bfloat16"):
-        WORKS[work](ours, given, wanted, lambda *_: pytest.fail("it has begun"))
+    with pytest.raises(ValueError, match=rf"160 x 8 pixels takes .* in tiles of 64 x 8 pixels.*bfloat16"):
+        video.decode_video(ours, given, wanted, lambda *_: pytest.fail("it has begun"))
 
 
 def test_the_user_can_choose(vaes, monkeypatch, room):
