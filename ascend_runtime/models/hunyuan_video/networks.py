@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from ...parallel.tensor import TensorParallel, WholeWeights
 from ..family import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE, VISION
+from ..shared.networks import accepted
 from .text.networks import ClipText, LlamaText, LlavaVision, RmsNorm
 from .text.sizes import ClipTextSizes, LlamaSizes, VisionSizes
 from .transformer import HunyuanVideoTransformer
@@ -22,10 +22,10 @@ TEXT_NETWORKS = {TEXT_ENCODER: (LlamaText, LlamaSizes), TEXT_ENCODER_2: (ClipTex
 
 def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn.Module:
     if part == TRANSFORMER:
-        return HunyuanVideoTransformer(_accepted(config, HunyuanVideoTransformer3DModel), tp or WholeWeights())
+        return HunyuanVideoTransformer(accepted(config, HunyuanVideoTransformer3DModel), tp or WholeWeights())
     if part == VAE:
         with torch.device("meta"):
-            return AutoencoderKLHunyuanVideo.from_config(_accepted(config, AutoencoderKLHunyuanVideo))
+            return AutoencoderKLHunyuanVideo.from_config(accepted(config, AutoencoderKLHunyuanVideo))
     kind, sizes = TEXT_NETWORKS[part]
     with torch.device("meta"):
         return kind(sizes.of(config))
@@ -39,8 +39,3 @@ def whole(part: str, config: Mapping[str, Any]) -> nn.Module:
         llama = LlamaText(LlamaSizes.of(config), left_out=0)
         llama.norm = RmsNorm(llama.sizes.width, llama.sizes.eps)
         return llama
-
-
-def _accepted(config: Mapping[str, Any], network: type) -> dict[str, Any]:
-    """The config fields that are parameters of a network class: diffusers would print the others unescaped."""
-    return {key: value for key, value in config.items() if key in inspect.signature(network.__init__).parameters}

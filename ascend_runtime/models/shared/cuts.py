@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-# Of a quantized layer: what is not cut, and what has the outputs last, as each step may have its own.
-UNCUT, OUTPUTS_LAST = ("input_scale", "input_offset"), ("deq_scale", "quant_bias")
+from ...checkpoints.fused import OF_INPUTS, OUTPUTS_LAST
 
 
 def cut_of(name: str, by_columns: tuple[str, ...], by_rows: tuple[str, ...]) -> int | None:
@@ -14,5 +13,5 @@ def cut_of(name: str, by_columns: tuple[str, ...], by_rows: tuple[str, ...]) -> 
     """
     layer, _, kind = name.rpartition(".")
     if layer.endswith(by_columns):
-        return None if kind in (*UNCUT, "mul_scale") else -1 if kind in OUTPUTS_LAST else 0
+        return None if kind in OF_INPUTS else -1 if kind in OUTPUTS_LAST else 0
     return {"weight": 1, "weight_scale": 1, "mul_scale": 0}.get(kind) if layer.endswith(by_rows) else None

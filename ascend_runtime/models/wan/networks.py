@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from ...parallel.tensor import TensorParallel, WholeWeights
 from ..family import TEXT_ENCODER, TRANSFORMER
+from ..shared.networks import accepted
 from .transformer import WanTransformer
 
 # Only these fields of a text encoder's config are passed to transformers; with others it could download and run
@@ -24,15 +24,10 @@ ENCODER = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "
 
 def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn.Module:
     if part == TRANSFORMER:
-        return WanTransformer(_accepted(config, WanTransformer3DModel), tp or WholeWeights())
+        return WanTransformer(accepted(config, WanTransformer3DModel), tp or WholeWeights())
     with torch.device("meta"):
         if part != TEXT_ENCODER:
-            return AutoencoderKLWan.from_config(_accepted(config, AutoencoderKLWan))
+            return AutoencoderKLWan.from_config(accepted(config, AutoencoderKLWan))
         model = UMT5EncoderModel(UMT5Config.from_dict({key: config[key] for key in ENCODER if key in config}))
         model.set_input_embeddings(model.shared)  # one shared module: FSDP2 gathers each module's own parameters
         return model
-
-
-def _accepted(config: Mapping[str, Any], network: type) -> dict[str, Any]:
-    """The config fields that are parameters of a network class: diffusers would print the others unescaped."""
-    return {key: value for key, value in config.items() if key in inspect.signature(network.__init__).parameters}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from ...family import LoraNames
 from ...shapes import Shapes
+from ...spellings import spellings_of
 from .configs import DOUBLE, REFINER, SINGLE
 from .names import EXCHANGED, published_name, split_transformer, to_diffusers_name
 
@@ -61,12 +62,7 @@ def _spellings(known: set[str]) -> dict[str, str]:
     own = {published_name(name).removesuffix(".weight").removesuffix(".bias") for name in known}
     given = [*OUTSIDE, *(f"{theirs}{number}.{layer}" for prefix, (theirs, layers) in LAYERS_IN_BLOCKS.items()
                          for number in _numbers(known, prefix) for layer in layers)]  # fmt: skip
-    spelled = {name: name for name in own}
-    for theirs in given:
-        name = to_diffusers_name(f"{theirs}.weight").removesuffix(".weight")
-        if name in own:
-            spelled[theirs] = name
-    return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}
+    return spellings_of(own, given, to_diffusers_name)
 
 
 def _why_left_out(key: str, layer: str | None) -> str:

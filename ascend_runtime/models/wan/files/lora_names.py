@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ...family import LoraNames
 from ...shapes import Shapes
+from ...spellings import spellings_of
 from .names import to_diffusers_name
 
 # The original's names of layers, and of parameters outside of layers.
@@ -38,13 +39,8 @@ def _blocks(names: Iterable[str]) -> set[str]:
 def _spellings(known: set[str]) -> dict[str, str]:
     """diffusers' name of each layer, and of each parameter outside of layers, by all names that it has in files."""
     own = {name.removesuffix(".weight").removesuffix(".bias") for name in known}
-    blocks = _blocks(known)
-    spelled = {name: name for name in own}
-    for original in [*OUTSIDE, *(f"blocks.{block}.{layer}" for block in blocks for layer in IN_A_BLOCK)]:
-        for name in (to_diffusers_name(f"{original}.weight").removesuffix(".weight"), to_diffusers_name(original)):
-            if name in own:
-                spelled[original] = name
-    return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}
+    given = [*OUTSIDE, *(f"blocks.{block}.{layer}" for block in _blocks(known) for layer in IN_A_BLOCK)]
+    return spellings_of(own, given, to_diffusers_name)
 
 
 def _why_left_out(key: str, layer: str | None) -> str:
