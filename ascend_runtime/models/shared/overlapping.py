@@ -145,8 +145,8 @@ def additions(rounds: Sequence[Sequence[LatentTile]]) -> list[list[set[LatentTil
 def most_held(rounds: Sequence[Sequence[LatentTile]], rank: int) -> int:
     """The largest sum of `work` of a rank's tiles that wait to be added, with the one that it computes."""
     held, most = 0, 0
+    own = {tile for computed in rounds for tile in computed[rank : rank + 1]}
     for computed, sets in zip(rounds, additions(rounds)):
-        own = {tile for done in rounds for tile in done[rank : rank + 1]}
         held += sum(tile.work for tile in computed[rank : rank + 1])
         most = max(most, held)
         held -= sum(tile.work for ready in sets for tile in ready & own)
