@@ -32,10 +32,10 @@ class Stages:
     """The progress that each stage reported, from an `on_progress`."""
 
     def __init__(self):
-        self.told = {}
+        self.reports = {}
 
     def __call__(self, stage, step, total):
-        self.told.setdefault(stage, []).append((step, total))
+        self.reports.setdefault(stage, []).append((step, total))
 
 
 def encode(runtime, folder, text, placement="ranks", **given):
@@ -43,30 +43,30 @@ def encode(runtime, folder, text, placement="ranks", **given):
     result = runtime.encode(
         TextEncoderSpec(path=str(folder), placement=placement), text, on_progress=stages, **given
     )
-    return result, stages.told
+    return result, stages.reports
 
 
 @pytest.mark.parametrize("ranks, placement", [(1, "cpu"), (2, "ranks"), (4, "ranks"), (2, "cpu")])
 def test_a_prompt_about_an_image_equals_diffusers_on_any_ranks(runtimes, folder, theirs, ranks, placement):
     for (prompt, every), (text, pooled) in theirs.items():
-        result, told = encode(
+        result, reports = encode(
             runtimes(ranks), folder, prompt, placement, image=image()[None], image_interleave=every
         )
         assert_close(result.tensor, text, atol=2e-5, rtol=0)
         assert_close(result.tensors["pooled"], pooled, atol=1e-5, rtol=0)
         blocks = VISION + LLAMA + CLIP
-        assert told["encode"] == [(block, blocks) for block in range(1, blocks + 1)]
-        assert {(done, total) for done, total in told.get("load", ()) if done > total} == set()
+        assert reports["encode"] == [(block, blocks) for block in range(1, blocks + 1)]
+        assert {(done, total) for done, total in reports.get("load", ()) if done > total} == set()
 
 
 @pytest.mark.parametrize("ranks, placement", [(2, "ranks"), (4, "ranks"), (2, "cpu")])
 def test_a_prompt_equals_that_of_one_rank(runtimes, one_rank, folder, ranks, placement):
     for prompt in ("a red ball on a table", "", "x" * 300):
         expected, _ = encode(one_rank, folder, prompt, "cpu")
-        result, told = encode(runtimes(ranks), folder, prompt, placement)
+        result, reports = encode(runtimes(ranks), folder, prompt, placement)
         assert_close(result.tensor, expected.tensor, atol=2e-5, rtol=0)
         assert_close(result.tensors["pooled"], expected.tensors["pooled"], atol=1e-5, rtol=0)
-        assert told["encode"][-1] == (LLAMA + CLIP, LLAMA + CLIP)
+        assert reports["encode"][-1] == (LLAMA + CLIP, LLAMA + CLIP)
         assert result.info.get("warnings") == expected.info.get("warnings")
     assert re.match("The prompt has 300 tokens, but HunyuanVideo reads 256: .* is cut off", *expected.info["warnings"])
 
@@ -77,12 +77,12 @@ def test_a_prompt_is_encoded_once_for_each_image(two_ranks, folder, placement):
     given = {"none": {}, "one": {"image": image()}, "other": {"image": image(seed=4)},
              "every fourth": {"image": image(), "image_interleave": 4}}  # fmt: skip
     for name, one in given.items():
-        seen[name], told = encode(two_ranks, folder, prompt, placement, **one)
-        assert "encode" in told
+        seen[name], reports = encode(two_ranks, folder, prompt, placement, **one)
+        assert "encode" in reports
     assert len({(len(x.tensor[0]), float(x.tensor.double().sum())) for x in seen.values()}) == 4
     for name, one in given.items():
-        again, told = encode(two_ranks, folder, f" {prompt}\n", placement, **one)
-        assert told == {} and again.info["prompt"] == "known"
+        again, reports = encode(two_ranks, folder, f" {prompt}\n", placement, **one)
+        assert reports == {} and again.info["prompt"] == "known"
         assert torch.equal(again.tensor, seen[name].tensor)
         assert torch.equal(again.tensors["pooled"], seen[name].tensors["pooled"])
 
@@ -91,8 +91,8 @@ def test_a_first_image_reads_the_text_encoders_no_second_time(two_ranks, folder)
     two_ranks.free()
     sizes = []
     for given in ({}, {"image": image()}, {"image": image(seed=9)}, {}):
-        _, told = encode(two_ranks, folder, new_prompt(), **given)
-        sizes.append({total for _, total in told.get("load", ())})
+        _, reports = encode(two_ranks, folder, new_prompt(), **given)
+        sizes.append({total for _, total in reports.get("load", ())})
     text, vision, *later = sizes
     assert len(text) == len(vision) == 1 and text != vision and later == [set(), set()]
 
