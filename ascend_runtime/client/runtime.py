@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Callable
 
@@ -37,7 +37,19 @@ from ..specs import (
     VaeSpec,
 )
 from ..specs.acceleration import CALIBRATED
-from ..wire.messages import Conditioning, Decode, Describe, Encode, EncodeVideo, Free, Load, Message, Ping, Sample
+from ..wire.messages import (
+    Conditioning,
+    Decode,
+    Describe,
+    Encode,
+    EncodeVideo,
+    Free,
+    Load,
+    Message,
+    Ping,
+    Sample,
+    SamplerRun,
+)
 from ..wire.shared_memory import lend
 from . import submission
 from .arguments import (
@@ -50,6 +62,7 @@ from .arguments import (
     check_tensor,
 )
 from .group import RankDied, RankGroup
+from .model_calls import NetworkPass
 from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
 
 logger = logging.getLogger(__name__)
@@ -309,6 +322,31 @@ class Runtime:
             )
         _log_extras(result, profile)
         return result
+
+    def velocity(
+        self,
+        model: DiffusionModelSpec,
+        passes: Sequence[NetworkPass],
+        run: SamplerRun,
+        step: int,
+        *,
+        parallel: ParallelSpec | None = None,
+        operators: OperatorSpec = OperatorSpec(),
+        acceleration: AccelerationSpec = AccelerationSpec(),
+        **hooks,
+    ) -> Result:
+        """The velocities [passes * B, C, T, H, W] of passes through the network, in the dtype of its blocks, for a
+        sampler outside of the ranks.
+
+        run, step: which step of which run of the sampler this is. Within a run, inputs that are equal to earlier ones
+        are not sent again.
+        """
+        raise NotImplementedError
+
+    def network(self, model: DiffusionModelSpec, **hooks) -> dict:
+        """What a diffusion model is, without reading its weights: {"family": name, "shapes": {name: shape} of its
+        tensors as the authors' files have them, "channels": of its latents}."""
+        raise NotImplementedError
 
     def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
         """Decodes a latent [B,C,T,H,W] into frames [B*T',H',W',3] in 0..1. The ranks write them to shared memory."""

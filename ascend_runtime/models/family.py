@@ -306,6 +306,10 @@ class Family(ABC):
     def conditioner(self, config: Mapping[str, Any], latents: Latents) -> Conditioner:
         """How a transformer of this config is conditioned on text, images and known frames."""
 
+    def original_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of a transformer's tensors as its authors' files, and ComfyUI's, have them."""
+        raise NotImplementedError
+
     def empty_latent(self, shape: tuple[int, ...]) -> Any:
         """A latent [B,C,T,H,W], not normalised, that is zero after normalisation."""
         import torch

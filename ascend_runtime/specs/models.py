@@ -19,6 +19,7 @@ EXPERT_MODES = ("auto", "resident", "swap")
 QUANTIZATIONS = ("none", "w8a8_dynamic")
 PLACEMENTS = ("auto", "cpu", "ranks")
 LORA_EXPERTS = ("both", "high_noise", "low_noise")
+LORA_MISFITS = ("refuse", "skip")
 MODEL_FORMATS = ("diffusers", "mindspeed")  # output formats of a conversion
 WEIGHT_DTYPES = ("keep", "bf16", "fp16", "fp32")  # of converted weights; "keep" does not change a tensor's dtype
 MAX_STRENGTH = 10.0  # of a LoRA, positive or negative
@@ -33,17 +34,20 @@ class LoraSpec(Spec, frozen=True, kw_only=True):
 
     strength: the scale of the LoRA's update; 0 has no effect, and a negative value subtracts it.
     expert: the expert that gets it, if the model has two. For a model with one expert, use "both".
+    misfits: what to do about layers whose shapes do not fit: "refuse" the job, or "skip" them with a warning.
     """
 
     path: str
     strength: float = 1.0
     expert: str = "both"
+    misfits: str = "refuse"
 
     def __post_init__(self):
         super().__post_init__()
         make_absolute(self, "path")
         require_range("strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
         require_choice("expert", self.expert, LORA_EXPERTS)
+        require_choice("misfits", self.misfits, LORA_MISFITS)
 
 
 class DiffusionModelSpec(Spec, frozen=True, kw_only=True):

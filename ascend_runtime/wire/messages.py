@@ -152,6 +152,52 @@ class Sample(Message):
     preview: bool = False
 
 
+class ModelPass(Struct, kw_only=True):
+    """One pass through the network for a sampler outside of the ranks.
+
+    branch: of guidance, "cond" or "uncond". latent: which of the message's latents is its input.
+    timesteps [B], or [B, T] with one for each latent frame: in 0..1000.
+    inputs: what stays the same from call to call, by name (models.shared.conditioning.Inputs): numbers of tensors that
+        the ranks hold.
+    skipped: the blocks that are left out, in one numbering whatever their kinds.
+    """
+
+    branch: str
+    latent: int
+    timesteps: Tensor
+    inputs: Annotated[dict[EntryName, int], Meta(max_length=MAX_ENTRIES)]
+    skipped: tuple[int, ...] = ()
+
+
+class SamplerRun(Struct, frozen=True, kw_only=True):
+    """A run of a sampler outside of the ranks. number: tells it from other runs. sigmas: all of its noise levels,
+    decreasing, in 0..1; a step is one of them but the last."""
+
+    number: int
+    sigmas: tuple[float, ...]
+
+
+class Velocity(Message):
+    """Requests the velocity of each pass, for a sampler outside of the ranks. All have the same shape.
+
+    latents: each [B,C,T,H,W], normalised. step: of the run, from 0.
+    held: new tensors, by number; numbers are never used twice. drop: numbers that the ranks need no more.
+    """
+
+    job: int
+    model: DiffusionModelSpec
+    parallel: ParallelSpec
+    run: SamplerRun
+    step: int
+    latents: list[Tensor]
+    passes: list[ModelPass]
+    held: dict[int, Tensor] = {}
+    drop: tuple[int, ...] = ()
+    operators: OperatorSpec = OperatorSpec()
+    acceleration: AccelerationSpec = AccelerationSpec()
+    calibration: dict[str, Calibration] = {}
+
+
 class Decode(Message):
     """Decodes latent [B,C,T,H,W]. The ranks write the frames [B*T',H',W',3] into `frames`."""
 
@@ -171,11 +217,13 @@ class EncodeVideo(Message):
 
 
 class Describe(Message):
-    """Requests facts from model files: `Done.info` has the VAE's form, or the diffusion model's calibration."""
+    """Requests facts from model files: `Done.info` has the VAE's form, the diffusion model's calibration, or what a
+    network is (`client.runtime.Runtime.network`)."""
 
     job: int
     vae: VaeSpec | None = None
     model: DiffusionModelSpec | None = None
+    network: DiffusionModelSpec | None = None
 
 
 class Free(Message):
@@ -241,7 +289,7 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | Sample | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
+    Ping | Load | Encode | Sample | Velocity | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 

@@ -51,6 +51,18 @@ class Given:
         return self.latent.shape[0]
 
 
+class Inputs(NamedTuple):
+    """What a sampler outside of the ranks gives a network besides latent and timestep, as core ComfyUI's models make it.
+
+    shape: of the latent [B,C,T,H,W]. tensors: by name, each for B videos. Of all families: "text" [B,L,D], "concat"
+    [B,C',T,H,W], further channels, ready for the network. Others as core's networks name them, such as "clip_fea",
+    "time_dim_concat", "reference_latent", "y", "guidance", "attention_mask", "guiding_frame_index".
+    """
+
+    shape: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+
+
 class Branch(ABC):
     """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity."""
 
@@ -65,6 +77,14 @@ class Branch(ABC):
     @abstractmethod
     def timestep(self, timestep: float) -> Tensor:
         """The network's input for a timestep in 0..1000."""
+
+    def timesteps(self, timesteps: Tensor) -> Tensor:
+        """The network's input for the timesteps [B], or [B,T], of a sampler outside of the ranks."""
+        raise NotImplementedError
+
+    def output(self, velocity: Tensor) -> Tensor:
+        """The velocity of the latent, in what the network returned."""
+        return velocity
 
 
 class Reads(NamedTuple):
@@ -136,6 +156,14 @@ class Conditioner(ABC):
     @abstractmethod
     def branch(self, prompt: Prompt, given: Given, device: torch.device, dtype: torch.dtype) -> Branch:
         """The guidance branch of a prompt."""
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        """Raises ValueError, which names the input, for inputs of a model call that the network does not support."""
+        raise NotImplementedError
+
+    def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Branch:
+        """The branch of a pass for a sampler outside of the ranks. Raises ValueError for inputs that do not fit."""
+        raise NotImplementedError
 
     def per_token(self, given: Given) -> bool:
         """Whether each token has its own timestep."""

@@ -1,0 +1,1 @@
+"""Core ComfyUI's MODEL, CLIP and VAE, whose work the ranks do: for stock graphs."""
