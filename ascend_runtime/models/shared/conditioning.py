@@ -64,7 +64,12 @@ class Inputs(NamedTuple):
 
 
 class Branch(ABC):
-    """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity."""
+    """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity.
+
+    text [B, L, D]: that the network attends to.
+    """
+
+    text: Tensor
 
     @abstractmethod
     def context(self) -> Any:
@@ -164,6 +169,11 @@ class Conditioner(ABC):
     def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Branch:
         """The branch of a pass for a sampler outside of the ranks. Raises ValueError for inputs that do not fit."""
         raise NotImplementedError
+
+    def outer_size(self, inputs: Inputs) -> tuple[int, int, int]:
+        """The size [T,H,W] of all that the tokens of a pass come from: the latent, padded, and further frames."""
+        frames, height, width = inputs.shape[2:]
+        return frames, height, width
 
     def per_token(self, given: Given) -> bool:
         """Whether each token has its own timestep."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops.precision import check_finite
-from ..shared.conditioning import Branch, Conditioner, Given, Prompt, check_shape, ready
+from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, check_shape, ready
 from .context import Context
 from .files.configs import MASK_CHANNELS
 from .latents import CHANNELS_22, LATENTS_MEAN_22
@@ -21,12 +21,12 @@ from .latents import CHANNELS_22, LATENTS_MEAN_22
 @dataclass(frozen=True, eq=False)
 class WanBranch(Branch):
     """text [B, L, D]; image [B or 2B, I, image_dim], as diffusers' embedder takes it; concat [B, 4 + C, T, H, W]: the
-    extra channels; timesteps: factors of the timestep, ones [B], or [B, S] if known tokens have timestep 0."""
+    extra channels; times: factors of the timestep, ones [B], or [B, S] if known tokens have timestep 0."""
 
     text: Tensor
     image: Tensor | None
     concat: Tensor | None
-    timesteps: Tensor
+    times: Tensor
 
     def context(self) -> Context:
         return Context(self.text, self.image)
@@ -35,7 +35,10 @@ class WanBranch(Branch):
         return latent if self.concat is None else torch.cat([latent, self.concat], dim=1)
 
     def timestep(self, timestep: float) -> Tensor:
-        return timestep * self.timesteps
+        return timestep * self.times
+
+    def timesteps(self, timesteps: Tensor) -> Tensor:
+        return timesteps.to(self.times)
 
 
 class WanConditioner(Conditioner):
@@ -66,6 +69,14 @@ class WanConditioner(Conditioner):
             concat = ready(self._concat(prompt, given), given.batch, device, dtype)
         text = ready(prompt.text, given.batch, device, dtype)
         return WanBranch(text, image, concat, self._timesteps(given).to(device))
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        pass
+
+    def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> WanBranch:
+        batch = inputs.shape[0]
+        tensors = {name: ready(tensor, batch, device, dtype) for name, tensor in inputs.tensors.items()}
+        return WanBranch(tensors["text"], None, tensors.get("concat"), torch.ones(batch, device=device))
 
     def _timesteps(self, given: Given) -> Tensor:
         """The timestep of a partly known frame is scaled by its unknown fraction, as in core ComfyUI."""

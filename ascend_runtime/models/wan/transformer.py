@@ -24,6 +24,7 @@ from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, Attend, BlockStack, Pass
 from ..shared.quantized import QuantizedLinear
+from ..shared.transformer import KeptTables
 from .context import Context
 from .files.configs import TRANSFORMER_DEFAULTS
 
@@ -200,7 +201,8 @@ class WanTransformer(nn.Module):
                 )
                 for _ in range(self.config.num_layers)
             )
-        self._rotary: tuple[torch.Size, RotaryTable] | None = None
+        self._rotary = KeptTables()
+        self.ops: PlainOperators | None = None
         self.arrange(PlainOperators())
 
     @property
@@ -210,7 +212,8 @@ class WanTransformer(nn.Module):
 
     def arrange(self, operators: PlainOperators, sequence: SequenceLayout | None = None) -> None:
         """Sets the operators, and how the tokens are spread over ranks (None: all tokens are on this rank)."""
-        self.forget()
+        if operators is not self.ops:  # they decide the form of rotary tables
+            self.forget()
         self.ops = operators
         self.sequence = sequence or WholeSequence(operators.attention)
         for block in self.blocks:
@@ -272,12 +275,13 @@ class WanTransformer(nn.Module):
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _rotary_table(self, latent: Tensor) -> RotaryTable:
-        """The rotary table for a latent of this size, cached until the size changes or `forget` is called."""
-        if self._rotary is None or self._rotary[0] != latent.shape:
-            table = self.ops.rotary_table(*self.rope(latent))
-            self._rotary = latent.shape, tuple(devices.sent(part, latent.device) for part in table)
-        return self._rotary[1]
+        """The rotary table for a latent of this size, kept until `forget` is called."""
+
+        def made() -> RotaryTable:
+            return tuple(devices.sent(part, latent.device) for part in self.ops.rotary_table(*self.rope(latent)))
+
+        return self._rotary.get(latent.shape, made)
 
     def forget(self) -> None:
         """Frees what is cached between the steps of one generation."""
-        self._rotary = None
+        self._rotary.clear()
