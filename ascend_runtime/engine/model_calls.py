@@ -16,7 +16,6 @@ from ..components import DiffusionModel
 from ..hardware.environment import with_defaults
 from ..models.shared.conditioning import Branch, Inputs
 from ..ops import operators_for
-from ..ops.precision import WIDER, check_finite
 from ..specs import AccelerationSpec, Plan
 from ..wire.messages import ModelPass, Velocity
 from .generation import Course, Generation, NetworkCall, Ranks
@@ -24,6 +23,14 @@ from .sampling import TRAIN_TIMESTEPS, SolverStep
 
 MOST_BRANCHES = 64  # whose conditioning stays on the device
 SETTING = ("model", "parallel", "operators", "acceleration", "calibration", "run")  # what a run's calls share
+
+DECIDED_ON_COND = ("fbcache", "teacache")  # step caches that look at the cond branch
+ONCE = (
+    "An accelerator needs each step once, with one evaluation of each prompt. Choose a sampler that evaluates once, such "
+    "as euler, dpmpp_2m, uni_pc, res_multistep or lcm (heun, heunpp2, dpm_2, dpm_fast, dpm_adaptive, "
+    "dpmpp_2s_ancestral, dpmpp_sde, seeds_2 and restart evaluate several times), and take out areas, context windows and "
+    "guiders with more than two prompts; or take out the accelerator."
+)
 
 Load = Callable[[], DiffusionModel]
 Held = dict[int, Tensor]
@@ -96,11 +103,16 @@ class Run:
         self.setting = setting
         self.finished = False  # whether the last step has been computed
         self._model, self._plan, self._environ, self._held = model, plan, environ, held
-        self._parallel, operators, self._accelerated = setting[1], setting[2], setting[3] != AccelerationSpec()
+        _, self._parallel, operators, acceleration, *_ = setting
+        self._accelerated = None if acceleration == AccelerationSpec() else Accelerated(acceleration)
         self._operators = operators_for(model.device, with_defaults(operators, environ), model.dtype)
         self._ranks: dict[Plan, Ranks] = {}
         self._branches: dict[tuple, Branch] = {}  # the last used is last
         self._generation: Generation | None = None
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._model.warnings
 
     def end(self) -> None:
         if self._generation is not None:
@@ -116,6 +128,7 @@ class Run:
     def velocities(self, job) -> Tensor:
         """The velocities [passes * B,C,T,H,W] of the job's passes, on this rank's device in the blocks' dtype."""
         message = job.message
+        self._check(message)
         calls = self._calls(job)
         rounds = self._rounds(message.passes)
         generation = self._generation or self._begun(job, calls, rounds[0])
@@ -128,6 +141,19 @@ class Run:
             made |= zip(numbers, generation.velocity([calls[one] for one in numbers], step))
         self.finished = message.step >= len(message.run.sigmas) - 2
         return torch.cat([made[number] for number in range(len(calls))])
+
+    def facts(self, step: int, seconds: float) -> dict[str, object]:
+        """What accelerators have saved in the run so far: see `Acceleration.facts`. step, seconds: of the last call."""
+        self._generation.acceleration.tally.took(step, seconds)
+        return self._generation.acceleration.facts()
+
+    def _check(self, message: Velocity) -> None:
+        blocks = len(self._model.high_noise.blocks)
+        for number in {number for one in message.passes for number in one.skipped}:
+            if not 0 <= number < blocks:
+                raise ValueError(f"Block {number} is to be skipped; this model has the blocks 0 to {blocks - 1}.")
+        if self._accelerated is not None:
+            self._accelerated.check(message)
 
     def _step(self, message: Velocity, calls: list[NetworkCall], last: bool) -> SolverStep:
         """Another expert is expected after the last pass of the step."""
@@ -209,3 +235,40 @@ class Run:
             ranks.arrange(self._model)
             self._generation = Generation.along(self._model, course, ranks, {})
         return self._generation
+
+
+class Accelerated:
+    """Checks that the calls of a run are those that its accelerator needs: the same ones in each step, each branch
+    once."""
+
+    def __init__(self, spec: AccelerationSpec):
+        self._on_cond = spec.step_cache is not None and spec.step_cache.method in DECIDED_ON_COND
+        self._shape: tuple[int, ...] | None = None  # of the run's latents
+        self._first, self._step = -1, -1
+        self._branches: set[str] = set()  # of this step so far
+        self._calls: set[tuple[str, ...]] = set()  # the branches of each call of the first step
+
+    def check(self, message: Velocity) -> None:
+        """Raises ValueError for a call that the accelerator cannot reuse anything in, or reuses what does not fit."""
+        branches, shape = tuple(one.branch for one in message.passes), tuple(message.latents[0].shape)
+        if self._shape is None:
+            self._first, self._shape = message.step, shape
+        if message.step < self._step:
+            raise ValueError(f"Step {message.step} follows step {self._step}. {ONCE}")
+        if message.step > self._step:
+            self._step, self._branches = message.step, set()
+        if message.step == self._first:
+            self._calls.add(branches)
+        if shape != self._shape or self._branches.intersection(branches) or len(set(branches)) < len(branches):
+            raise ValueError(f"Step {message.step} evaluates a prompt several times. {ONCE}")
+        self._branches.update(branches)
+        if branches not in self._calls or self._on_cond and "cond" not in self._branches:
+            raise ValueError(
+                f"Step {message.step} evaluates {' and '.join(branches)}, which step {self._first} does otherwise. "
+                "An accelerator needs the same prompts in each step, the positive one first. Take it out, or what "
+                "changes the guidance on the way."
+            )
+        if any(one.skipped for one in message.passes):
+            raise ValueError(
+                "Skip layer guidance leaves blocks out, whose results an accelerator would reuse. Take one of them out."
+            )

@@ -179,10 +179,14 @@ class RankPipeline:
             run, new = self.calls.run_of(job, plan, lambda: self._model_of_calls(job, plan))
             with job.stage("denoise"):
                 velocities = run.velocities(job)
+                check_finite(velocities, "The network's output")
         except BaseException:
             self.calls.forget()
             raise
-        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None)
+        info = run.facts(job.message.step, job.seconds["denoise"]) | _device_memory(self.device)
+        if new:
+            info |= plan.info | _communicators(self.device) | _warnings(run.warnings)
+        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info)
 
     def _model_of_calls(self, job, plan: Plan) -> DiffusionModel:
         message = job.message
