@@ -52,7 +52,7 @@ class Given:
 
 
 class Inputs(NamedTuple):
-    """What a sampler outside of the ranks gives a network besides latent and timestep, as core ComfyUI's models make it.
+    """What a sampler outside of the ranks gives a network besides latent and timestep, as core ComfyUI makes it.
 
     shape: of the latent [B,C,T,H,W]. tensors: by name, each for B videos. Of all families: "text" [B,L,D], "concat"
     [B,C',T,H,W], further channels, ready for the network. Others as core's networks name them, such as "clip_fea",
@@ -167,7 +167,7 @@ class Conditioner(ABC):
         raise NotImplementedError
 
     def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Branch:
-        """The branch of a pass for a sampler outside of the ranks. Raises ValueError for inputs that do not fit."""
+        """The branch of a pass for a sampler outside of the ranks, whose inputs `check_inputs` accepted."""
         raise NotImplementedError
 
     def outer_size(self, inputs: Inputs) -> tuple[int, int, int]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...ops.precision import check_finite
-from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, check_shape, ready
+from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, Reads, check_shape, ready
+from . import outer
 from .context import Context
 from .files.configs import MASK_CHANNELS
 from .latents import CHANNELS_22, LATENTS_MEAN_22
@@ -21,12 +22,12 @@ from .latents import CHANNELS_22, LATENTS_MEAN_22
 @dataclass(frozen=True, eq=False)
 class WanBranch(Branch):
     """text [B, L, D]; image [B or 2B, I, image_dim], as diffusers' embedder takes it; concat [B, 4 + C, T, H, W]: the
-    extra channels; times: factors of the timestep, ones [B], or [B, S] if known tokens have timestep 0."""
+    extra channels; timesteps: factors of the timestep, ones [B], or [B, S] if known tokens have timestep 0."""
 
     text: Tensor
     image: Tensor | None
     concat: Tensor | None
-    times: Tensor
+    timesteps: Tensor
 
     def context(self) -> Context:
         return Context(self.text, self.image)
@@ -35,10 +36,7 @@ class WanBranch(Branch):
         return latent if self.concat is None else torch.cat([latent, self.concat], dim=1)
 
     def timestep(self, timestep: float) -> Tensor:
-        return timestep * self.times
-
-    def timesteps(self, timesteps: Tensor) -> Tensor:
-        return timesteps.to(self.times)
+        return timestep * self.timesteps
 
 
 class WanConditioner(Conditioner):
@@ -70,14 +68,6 @@ class WanConditioner(Conditioner):
         text = ready(prompt.text, given.batch, device, dtype)
         return WanBranch(text, image, concat, self._timesteps(given).to(device))
 
-    def check_inputs(self, inputs: Inputs) -> None:
-        pass
-
-    def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> WanBranch:
-        batch = inputs.shape[0]
-        tensors = {name: ready(tensor, batch, device, dtype) for name, tensor in inputs.tensors.items()}
-        return WanBranch(tensors["text"], None, tensors.get("concat"), torch.ones(batch, device=device))
-
     def _timesteps(self, given: Given) -> Tensor:
         """The timestep of a partly known frame is scaled by its unknown fraction, as in core ComfyUI."""
         batch, _, _, height, width = given.latent.shape
@@ -100,6 +90,17 @@ class WanConditioner(Conditioner):
         batch = max(video.shape[0], mask.shape[0])
         mask = mask.expand(batch, MASK_CHANNELS, -1, -1, -1)
         return torch.cat([mask, video.expand(batch, -1, -1, -1, -1)], dim=1)
+
+    # For samplers outside of the ranks
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        outer.check(self.config, Reads(self.form, self.text_width), inputs)
+
+    def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> outer.OuterWanBranch:
+        return outer.branch_of(self.config, inputs, device, dtype)
+
+    def outer_size(self, inputs: Inputs) -> tuple[int, int, int]:
+        return outer.size_read(inputs, self.config["patch_size"])
 
     # Checks
 
