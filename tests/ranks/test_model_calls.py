@@ -12,7 +12,7 @@ import random_hunyuan
 import tiny_models
 import torch
 from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec
-from ascend_runtime.client.model_calls import HeldTensors
+from ascend_runtime.client.model_calls import HeldByRanks
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.wire import channel, shared_memory
 from diffusers import WanTransformer3DModel
@@ -319,7 +319,7 @@ def test_a_run_goes_on_after(two_ranks, specs, counted, event, sends):
 
 def test_inputs_that_were_not_used_for_longest_are_dropped(one_rank, specs, monkeypatch, counted):
     """Two texts fit; the third takes the place of the first, which is sent again when it is needed."""
-    monkeypatch.setattr(one_rank, "_held", HeldTensors(most=TEXTS))
+    monkeypatch.setattr(one_rank, "_held", HeldByRanks(most=TEXTS))
     sent = []
     for text in (1, 2, 3, 2, 1):
         made = one_call(one_rank, specs.model, [a_pass(specs, text=text)])
