@@ -294,9 +294,11 @@ class WanTransformer(nn.Module):
         video = grid.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T/pt, pt, H/ph, ph, W/pw, pw]
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _rotary_table(self, latent: Tensor, frames: int) -> RotaryTable:
-        """The rotary table for so many frames of a latent's size, cached until these change or `forget` is called."""
-        covered = latent.new_empty(()).expand(*latent.shape[:2], frames, *latent.shape[3:])
+    def _rotary_table(self, latent: Tensor, frames: int | None = None) -> RotaryTable:
+        """The rotary table for so many frames of a latent's size (None: its own number), cached until these change or
+        `forget` is called."""
+        batch, channels, own, *plane = latent.shape
+        covered = latent.new_empty(()).expand(batch, channels, frames or own, *plane)
         if self._rotary is None or self._rotary[0] != covered.shape:
             table = self.ops.rotary_table(*self.rope(covered))
             self._rotary = covered.shape, tuple(devices.sent(part, latent.device) for part in table)
