@@ -16,10 +16,10 @@ from pathlib import Path
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE, Family
 from ..models.registry import families
 
-PREFIX = "Ascend"  # a loader of ours is named as core's is, with this in front
+OURS = "Ascend"  # a loader of ours is named as core's is, with this in front
 PARALLEL = "parallel"  # the input that only our loaders have
 PACK = {"cnr_id": "ascend-video", "ver": "0.1.0"}  # in a node's properties: which pack a page installs for it
-IDENTITY = ("cnr_id", "aux_id", "ver")  # the properties that name a node's pack
+PACK_PROPERTIES = ("cnr_id", "aux_id", "ver")  # the properties that name a node's pack
 KEPT = "ascend_core"  # the property that keeps what a swap changes besides the type
 FOLDERS = {  # of ComfyUI's models, by the part that they hold
     TRANSFORMER: ("diffusion_models", "unet"), TEXT_ENCODER: ("text_encoders", "clip"), VAE: ("vae",),
@@ -41,32 +41,31 @@ class StockLoader:
 
     @property
     def ours(self) -> str:
-        return PREFIX + self.core
+        return OURS + self.core
 
 
-LOADERS = (
+STOCK_LOADERS = (
     StockLoader("UNETLoader", TRANSFORMER, ("unet_name", "weight_dtype"), ("unet_name",)),
     StockLoader("CLIPLoader", TEXT_ENCODER, ("clip_name", "type", "device"), ("clip_name",)),
     StockLoader("DualCLIPLoader", TEXT_ENCODER, ("clip_name1", "clip_name2", "type", "device"),
                 ("clip_name1", "clip_name2")),  # fmt: skip
     StockLoader("VAELoader", VAE, ("vae_name",), ("vae_name",)),
 )
-BY_TYPE = {name: loader for loader in LOADERS for name in (loader.core, loader.ours)}
+BY_TYPE = {name: loader for loader in STOCK_LOADERS for name in (loader.core, loader.ours)}
 
 SEPARATE = (
     "Load the model, the text encoder and the VAE from separate files, by Load Diffusion Model, Load CLIP and Load VAE"
 )
-OTHER_LOADERS = {  # why loaders of these types (patterns) are left
-    r".*GGUF.*": "GGUF files are not read. Take the model's fp8_scaled, fp16 or bf16 file in core's own loader",
-    r"(Image\w+|unCLIP)?CheckpointLoader.*": f"a checkpoint holds several networks in one file. {SEPARATE}",
-    r"DiffusersLoader": f"it loads a whole folder. {SEPARATE}, or use Ascend Load Diffusion Model",
-    r"(Triple|Quadruple)CLIPLoader.*": "its text encoders belong to models that the ranks do not run",
-    r"(Load)?WanVideo.*(Load|Select).*|WanVideo\w*Loader.*|LoadWanVideo.*": "WanVideoWrapper's nodes have types of "
-    "their own, which core's samplers do not take. Open a stock graph of this model instead",
-    r"(HyVideo|DownloadAndLoadHyVideo).*Load.*|DownloadAndLoadHyVideo.*": "HunyuanVideoWrapper's nodes have types of "
-    "their own, which core's samplers do not take. Open a stock graph of this model instead",
-    r"Nunchaku.*Loader.*": "its files are in a format that is not read. Take the model's fp8_scaled, fp16 or bf16 file",
-}  # fmt: skip
+OWN_TYPES = "nodes have types of their own, which core's samplers do not take. Open a stock graph of the model instead"
+OTHER_LOADERS = (  # patterns of the types of loaders that are left, and why
+    (r".*GGUF.*", "GGUF files are not read. Take the model's fp8_scaled, fp16 or bf16 file in core's own loader"),
+    (r"(Image\w+|unCLIP)?CheckpointLoader.*", f"a checkpoint holds several networks in one file. {SEPARATE}"),
+    (r"DiffusersLoader", f"it loads a whole folder. {SEPARATE}, or use Ascend Load Diffusion Model"),
+    (r"(Triple|Quadruple)CLIPLoader.*", "its text encoders belong to models that the ranks do not run"),
+    (r"(Load)?WanVideo.*Loader.*|LoadWanVideo.*", f"WanVideoWrapper's {OWN_TYPES}"),
+    (r"(HyVideo|DownloadAndLoadHyVideo).*Load.*", f"HunyuanVideoWrapper's {OWN_TYPES}"),
+    (r"Nunchaku.*Loader.*", "its files are in a format that is not read. Take the model's fp8_scaled, fp16 or bf16 file"),
+)
 LOADED = ("MODEL", "CLIP", "VAE")  # core's types that loaders put out
 NOT_REPLACED = (
     "the ranks do not replace this node. If it only reads a file, use core's Load Diffusion Model, Load CLIP or Load "
@@ -186,7 +185,7 @@ def give_back(graph: dict) -> Adoption:
 
 def other_loader(node_type: str) -> str:
     """Why a loader of this type is left; empty if the type is unknown."""
-    return next((why for pattern, why in OTHER_LOADERS.items() if re.fullmatch(pattern, node_type)), "")
+    return next((why for pattern, why in OTHER_LOADERS if re.fullmatch(pattern, node_type)), "")
 
 
 # What a loader loads
@@ -315,7 +314,7 @@ def _swap(entry: _Entry) -> None:
     kept = {}
     properties = node.get("properties")
     if isinstance(properties, dict):
-        kept |= {name: properties[name] for name in IDENTITY if name in properties}
+        kept |= {name: properties[name] for name in PACK_PROPERTIES if name in properties}
         for name in kept:
             properties[name] = PACK.get(name, "")
         properties[KEPT] = kept
@@ -332,7 +331,7 @@ def _swap_back(entry: _Entry) -> bool:
     properties = _dict(node.get("properties"))
     kept = properties.pop(KEPT, None)
     if isinstance(kept, dict):
-        for name in IDENTITY:
+        for name in PACK_PROPERTIES:
             if name in kept:
                 properties[name] = kept[name]
             else:
