@@ -56,7 +56,7 @@ BY_TYPE = {name: loader for loader in STOCK_LOADERS for name in (loader.core, lo
 SEPARATE = (
     "Load the model, the text encoder and the VAE from separate files, by Load Diffusion Model, Load CLIP and Load VAE"
 )
-OWN_TYPES = "nodes have types of their own, which core's samplers do not take. Open a stock graph of the model instead"
+OWN_TYPES = "nodes have types of their own, which core's samplers do not take. Open a stock graph of it instead"
 OTHER_LOADERS = (  # patterns of the types of loaders that are left, and why
     (r".*GGUF.*", "GGUF files are not read. Take the model's fp8_scaled, fp16 or bf16 file in core's own loader"),
     (r"(Image\w+|unCLIP)?CheckpointLoader.*", f"a checkpoint holds several networks in one file. {SEPARATE}"),
