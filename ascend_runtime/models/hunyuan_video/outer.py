@@ -42,6 +42,10 @@ class OuterHunyuanBranch(Branch):
     given: Context
     concat: Tensor | None
 
+    @property
+    def text(self) -> Tensor:
+        return self.given.text
+
     def context(self) -> Context:
         return self.given
 

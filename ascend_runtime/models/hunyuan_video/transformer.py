@@ -23,6 +23,7 @@ from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, BlockStack, Pass
 from ..shared.quantized import QuantizedLinear
+from ..shared.transformer import KeptTables
 from .blocks import EPS, Chunk, DoubleBlock, JointAttention, Operated, SingleBlock, joined
 from .context import Context
 from .embedders import TextRefiner, TimeTextEmbedding
@@ -50,7 +51,8 @@ class HunyuanVideoTransformer(nn.Module):
         self.norm_out, self.proj_out = shell.norm_out, shell.proj_out
         with torch.device("meta"):
             self._add_layers(tp)
-        self._rotary: dict[tuple, RotaryTable] = {}
+        self._rotary = KeptTables()
+        self.ops: PlainOperators | None = None
         self.arrange(PlainOperators())
 
     def _add_layers(self, tp: WholeWeights | TensorParallel) -> None:
@@ -76,7 +78,8 @@ class HunyuanVideoTransformer(nn.Module):
 
     def arrange(self, operators: PlainOperators, sequence: SequenceLayout | None = None) -> None:
         """Sets the operators, and how the tokens are spread over ranks (None: all tokens are on this rank)."""
-        self.forget()
+        if operators is not self.ops:  # they decide the form of rotary tables
+            self.forget()
         self.ops = operators
         self.sequence = sequence or WholeSequence(operators.attention)
         for module in self.modules():
@@ -155,16 +158,17 @@ class HunyuanVideoTransformer(nn.Module):
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _rotary_table(self, latent: Tensor, behind: int) -> RotaryTable:
-        """The rotary table for a latent of this size and `behind` tokens of text, which are not turned; cached until
+        """The rotary table for a latent of this size and `behind` tokens of text, which are not turned; kept until
         `forget` is called, as guidance takes turns with two texts."""
-        key = latent.shape, behind
-        if key not in self._rotary:
+
+        def made() -> RotaryTable:
             cos, sin = self.rope(latent.new_empty(latent.shape, device="cpu"))
             cos, sin = F.pad(cos, (0, 0, 0, behind), value=1.0), F.pad(sin, (0, 0, 0, behind))
             table = self.ops.rotary_table(cos[None, :, None], sin[None, :, None])
-            self._rotary[key] = tuple(devices.sent(part, latent.device) for part in table)
-        return self._rotary[key]
+            return tuple(devices.sent(part, latent.device) for part in table)
+
+        return self._rotary.get((latent.shape, behind), made)
 
     def forget(self) -> None:
         """Frees what is cached between the steps of one generation."""
-        self._rotary = {}
+        self._rotary.clear()

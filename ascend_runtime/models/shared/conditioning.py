@@ -64,7 +64,12 @@ class Inputs(NamedTuple):
 
 
 class Branch(ABC):
-    """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity."""
+    """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity.
+
+    text [B, L, D]: that the network attends to.
+    """
+
+    text: Tensor
 
     @abstractmethod
     def context(self) -> Any:

@@ -26,6 +26,7 @@ from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, Attend, BlockStack, Pass
 from ..shared.networks import accepted
 from ..shared.quantized import QuantizedLinear
+from ..shared.transformer import KeptTables
 from .context import Context
 from .files.configs import REFERENCE_CHANNELS, TRANSFORMER_DEFAULTS
 
@@ -205,7 +206,8 @@ class WanTransformer(nn.Module):
                 )
                 for _ in range(self.config.num_layers)
             )
-        self._rotary: tuple[torch.Size, RotaryTable] | None = None
+        self._rotary = KeptTables()
+        self.ops: PlainOperators | None = None
         self.arrange(PlainOperators())
 
     @property
@@ -215,7 +217,8 @@ class WanTransformer(nn.Module):
 
     def arrange(self, operators: PlainOperators, sequence: SequenceLayout | None = None) -> None:
         """Sets the operators, and how the tokens are spread over ranks (None: all tokens are on this rank)."""
-        self.forget()
+        if operators is not self.ops:  # they decide the form of rotary tables
+            self.forget()
         self.ops = operators
         self.sequence = sequence or WholeSequence(operators.attention)
         for block in self.blocks:
@@ -295,15 +298,16 @@ class WanTransformer(nn.Module):
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _rotary_table(self, latent: Tensor, frames: int | None = None) -> RotaryTable:
-        """The rotary table for so many frames of a latent's size (None: its own number), cached until these change or
-        `forget` is called."""
+        """The rotary table for so many frames of a latent's size (None: its own number), kept until `forget` is
+        called."""
         batch, channels, own, *plane = latent.shape
         covered = latent.new_empty(()).expand(batch, channels, frames or own, *plane)
-        if self._rotary is None or self._rotary[0] != covered.shape:
-            table = self.ops.rotary_table(*self.rope(covered))
-            self._rotary = covered.shape, tuple(devices.sent(part, latent.device) for part in table)
-        return self._rotary[1]
+
+        def made() -> RotaryTable:
+            return tuple(devices.sent(part, latent.device) for part in self.ops.rotary_table(*self.rope(covered)))
+
+        return self._rotary.get(covered.shape, made)
 
     def forget(self) -> None:
         """Frees what is cached between the steps of one generation."""
-        self._rotary = None
+        self._rotary.clear()
