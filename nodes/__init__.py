@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import accelerators
+from . import accelerators, stock
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
@@ -28,4 +28,5 @@ class AscendVideo(ComfyExtension):
             *accelerators.NODES,
             Profiler,
             FreeMemory,
+            *stock.NODES,
         ]
