@@ -15,7 +15,7 @@ from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoModel
 from safetensors.torch import save_file
 
-from . import cancelling, recording  # noqa: F401 (their routes)
+from . import cancelling, recording, small_core  # noqa: F401 (the routes of the first two)
 
 CATEGORY = "tests"
 
@@ -192,7 +192,8 @@ class LetGo(io.ComfyNode):
 
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
-        return [RandomImage, RandomClipVision, RandomText, LoadCoreVae, NoGuidanceOfFirstFrame, Save, Hold, LetGo]
+        return [RandomImage, RandomClipVision, RandomText, LoadCoreVae, NoGuidanceOfFirstFrame, Save, Hold, LetGo,
+                *small_core.NODES]  # fmt: skip
 
 
 async def comfy_entrypoint():
