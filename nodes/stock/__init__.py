@@ -2,5 +2,6 @@
 
 from .acceleration import ApplyAcceleration
 from .model import UNETLoader
+from .vae import VAELoader
 
-NODES = (UNETLoader, ApplyAcceleration)
+NODES = (UNETLoader, VAELoader, ApplyAcceleration)

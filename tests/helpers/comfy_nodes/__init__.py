@@ -16,7 +16,7 @@ from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoModel
 from safetensors.torch import save_file
 
-from . import attaching, cancelling, recording  # noqa: F401 (their routes)
+from . import attaching, cancelling, recording, small_core  # noqa: F401 (routes of two of them)
 
 CATEGORY = "tests"
 
@@ -194,7 +194,7 @@ class LetGo(io.ComfyNode):
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
         return [RandomImage, RandomClipVision, RandomText, LoadCoreVae, NoGuidanceOfFirstFrame, Save, Hold, LetGo,
-                *attaching.NODES]  # fmt: skip
+                *attaching.NODES, *small_core.NODES]  # fmt: skip
 
 
 async def comfy_entrypoint():
