@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,7 @@ class DiffusionModel:
     adapters: dict[str, Adapter]  # by expert
     swap: ExpertSwap | None = None  # set if the two experts take turns in one network on the device
     warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since the model was loaded
+    standing: Any = None  # what the engine keeps of a run between its calls; freed with the model
 
     @cached_property
     def conditioner(self) -> Conditioner:

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,12 @@ from ..parallel.mesh import all_reduce_max, all_reduce_sum, communicators
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
-from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
+from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from ..wire.messages import Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .model_calls import ModelCalls
 from .profiling import Recorder
 from .prompts import Encoded, KnownPrompts, image_key
 from .video import decode_video, encode_video
@@ -47,6 +49,7 @@ class RankPipeline:
         self.components = Components(device)
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
+        self.calls = ModelCalls(self._variables)
 
     def ping(self, job) -> Done:
         """Returns `reply` floats from rank 0; fills this rank's part of the frames, if the message has any."""
@@ -169,6 +172,30 @@ class RankPipeline:
             denoised(generation, model, request, StepsOfJob(job, model, generation, stage="warm up"))
         model.warmed.add(kind)
 
+    def velocity(self, job) -> Done:
+        """Passes through a network, for a sampler outside of the ranks."""
+        plan = self._plan(job.message.parallel)
+        try:
+            run, new = self.calls.run_of(job, plan, lambda: self._model_of_calls(job, plan))
+            with job.stage("denoise"):
+                velocities = run.velocities(job)
+                check_finite(velocities, "The network's output")
+        except BaseException:
+            self.calls.forget()
+            raise
+        info = run.facts(job.message.step, job.seconds["denoise"]) | _device_memory(self.device)
+        if new:
+            info |= plan.info | _communicators(self.device) | _warnings(run.warnings)
+        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info)
+
+    def _model_of_calls(self, job, plan: Plan) -> DiffusionModel:
+        message = job.message
+        sharding, host_memory = self._sharding(plan, message.parallel), self._host_memory()
+        with job.together():
+            model = self._component(message.model, job, sharding, host_memory)
+        _require_agreement(None, model)
+        return model
+
     def decode(self, job) -> Done:
         message = job.message
         with borrowed(message.frames) as frames:
@@ -193,9 +220,19 @@ class RankPipeline:
             info["vae"] = dataclasses.astuple(vae_form(message.vae.path))
         if self.rank == 0 and message.model is not None:
             info["calibration"] = read_calibration(message.model.path)
+        if self.rank == 0 and message.network is not None:
+            info["network"] = self._network(message.network)
         return _done(job, info=info)
 
+    def _network(self, spec: DiffusionModelSpec) -> dict[str, Any]:
+        """What `Runtime.network` returns."""
+        component = self.components.found(spec)[0]
+        family, config = component.family, component.config
+        shapes = family.original_shapes(config)
+        return {"family": family.name, "shapes": shapes, "channels": family.form(config).channels}
+
     def free(self, job) -> Done:
+        self.calls.forget()
         self.components.free()
         return _done(job)
 
@@ -274,7 +311,7 @@ def _settings(request: Request, model: DiffusionModel) -> dict[str, float]:
     return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift
 
 
-def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
+def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
     digest = zlib.crc32(repr((spec, model.boundary, model.defaults.static_steps)).encode())

@@ -28,6 +28,7 @@ from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
 from .files import configs, lora_names, names
 from .files.configs import GUIDING_FRAME
+from .files.original import original_shapes
 from .files.pipeline import pipeline_of
 from .files.variants import CLASSES, FRAMEPACK, SKYREELS, VAE_CLASSES, VIDEO_15, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
@@ -243,6 +244,10 @@ class HunyuanVideo(Family):
 
         reads = Reads(self.form(config), self.text_width(config), self.pooled_width(config))
         return HunyuanConditioner(config, latents, reads)
+
+    def original_shapes(self, config):
+        parameters = self.network(TRANSFORMER, config).named_parameters()
+        return original_shapes({name: tuple(parameter.shape) for name, parameter in parameters})
 
     def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
         return pipeline_of(configurations)

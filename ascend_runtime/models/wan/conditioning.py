@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...ops.precision import check_finite
-from ..shared.conditioning import Branch, Conditioner, Given, Prompt, check_shape, ready
+from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, Reads, check_shape, ready
+from . import outer
 from .context import Context
 from .files.configs import MASK_CHANNELS
 from .latents import CHANNELS_22, LATENTS_MEAN_22
@@ -89,6 +90,17 @@ class WanConditioner(Conditioner):
         batch = max(video.shape[0], mask.shape[0])
         mask = mask.expand(batch, MASK_CHANNELS, -1, -1, -1)
         return torch.cat([mask, video.expand(batch, -1, -1, -1, -1)], dim=1)
+
+    # For samplers outside of the ranks
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        outer.check(self.config, Reads(self.form, self.text_width), inputs)
+
+    def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> outer.OuterWanBranch:
+        return outer.branch_of(self.config, inputs, device, dtype)
+
+    def outer_size(self, inputs: Inputs) -> tuple[int, int, int]:
+        return outer.size_read(inputs, self.config["patch_size"])
 
     # Checks
 

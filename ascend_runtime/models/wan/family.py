@@ -182,6 +182,10 @@ class Wan(Family):
 
         return WanConditioner(config, latents, Reads(self.form(config), self.text_width(config)))
 
+    def original_shapes(self, config):
+        parameters = self.network(TRANSFORMER, config).named_parameters()
+        return {names.to_original_name(name): tuple(parameter.shape) for name, parameter in parameters}
+
     def empty_latent(self, shape):
         from .conditioning import empty_latent
 

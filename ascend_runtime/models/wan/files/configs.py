@@ -20,6 +20,9 @@ TRANSFORMER_DEFAULTS = {
     "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "image_dim": None,
     "pos_embed_seq_len": None,
 }  # fmt: skip
+# Our field for the channels that a Fun Control model's layer for a reference image reads, named as in VideoX-Fun's
+# configs; None: the model has no such layer. diffusers does not know it.
+REFERENCE_CHANNELS = "in_dim_ref_conv"
 HEAD_DIM = 128  # of every published Wan transformer
 TRANSFORMER_SIGNATURE = {
     "patch_embedding.weight": 5,
@@ -37,6 +40,7 @@ def transformer_config(shapes: Shapes) -> dict:
         raise ValueError(f"patch_embedding.weight makes {dim} channels, which is not a multiple of {HEAD_DIM}")
     has_image = "condition_embedder.image_embedder.ff.net.0.proj.weight" in shapes
     positions = shapes.get("condition_embedder.image_embedder.pos_embed")
+    reference = shapes.get("ref_conv.weight")
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": dim // HEAD_DIM,
@@ -51,6 +55,7 @@ def transformer_config(shapes: Shapes) -> dict:
         "added_kv_proj_dim": dim if has_image else None,
         "image_dim": shapes["condition_embedder.image_embedder.norm1.weight"][0] if has_image else None,
         "pos_embed_seq_len": positions[1] if positions else None,
+        **({REFERENCE_CHANNELS: reference[1]} if reference else {}),
     }
 
 
