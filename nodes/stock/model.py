@@ -21,6 +21,7 @@ from ...ascend_runtime.wire.messages import SamplerRun
 from .. import comfy_bridge, model_files, types
 from ..types import ModelHandle, RanksHandle
 from . import refusals
+from .loras import loras_of
 from .network import RanksNetwork
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ def _check_then_prepare(executor, model: RanksPatcher, noise_shape, conds: dict,
     """Around core's loading of models for a sampler: refuses before anything is loaded."""
     refusals.of_patcher(model)
     refusals.of_conditioning(conds)
+    loras_of(model)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 
@@ -202,7 +204,7 @@ def _spec_of(patcher: RanksPatcher, spec: DiffusionModelSpec) -> DiffusionModelS
     dtype = patcher.object_patches.get("manual_cast_dtype")
     if dtype is not None:
         spec = replace(spec, dtype=DTYPES[dtype])
-    return spec
+    return replace(spec, loras=loras_of(patcher))
 
 
 def _no_weights(verb: str) -> str:
