@@ -2,17 +2,21 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import accelerators
+from . import accelerators, stock
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
 from .sampler import Sampler
+from .stock import adoption
 from .vae import VAEDecode, VAEEncode
 
 
 class AscendVideo(ComfyExtension):
+    def __init__(self):
+        adoption.serve()
+
     async def get_node_list(self):
         return [
             ParallelConfig,
@@ -28,4 +32,5 @@ class AscendVideo(ComfyExtension):
             *accelerators.NODES,
             Profiler,
             FreeMemory,
+            *stock.NODES,
         ]

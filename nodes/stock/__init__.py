@@ -1,1 +1,7 @@
 """Core ComfyUI's MODEL, CLIP and VAE, whose work the ranks do: for stock graphs."""
+
+from .acceleration import ApplyAcceleration
+from .model import UNETLoader
+from .vae import VAELoader
+
+NODES = (UNETLoader, VAELoader, ApplyAcceleration)

@@ -2,13 +2,12 @@
 
 import os
 import signal
-from pathlib import Path
 
 import comfy_graphs as graphs
 import torch
 from benchmarks.memory import highest_rss, rss
 from diffusers import AutoencoderKLWan
-from rank_processes import holders, ranks_of, seconds_until, shared_memory
+from rank_processes import holders, mapped_at, ranks_of, seconds_until, shared_memory
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -41,16 +40,6 @@ def there_and_back(seed: int, size: int) -> dict:
         graphs.DECODE: {"class_type": "AscendVAEDecode", "inputs": {"samples": ["encode", 0], "vae": vae}},
         graphs.SAVE: {"class_type": "TestSave", "inputs": {"images": [graphs.DECODE, 0]}},
     }
-
-
-def mapped_at(pid: int, address: int) -> tuple[str, int]:
-    """What a process has mapped at an address: the name, and the inode."""
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        span, _, _, _, inode, *name = line.split(maxsplit=5)
-        begin, end = (int(bound, 16) for bound in span.split("-"))
-        if begin <= address < end:
-            return "".join(name), int(inode)
-    raise AssertionError("nothing is mapped there")
 
 
 def test_an_image_is_the_ranks_memory_until_nobody_looks(comfyui, checkpoint):

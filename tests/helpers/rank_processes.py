@@ -71,3 +71,13 @@ def _memory_files(process: Path) -> set[int]:
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         pass  # it ended meanwhile, or is not ours
     return found
+
+
+def mapped_at(pid: int, address: int) -> tuple[str, int]:
+    """What a process has mapped at an address: the name, and the inode."""
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        span, _, _, _, inode, *name = line.split(maxsplit=5)
+        begin, end = (int(bound, 16) for bound in span.split("-"))
+        if begin <= address < end:
+            return "".join(name), int(inode)
+    raise AssertionError("nothing is mapped there")

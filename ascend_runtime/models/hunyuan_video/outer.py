@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ...ops.precision import NORMS
 from ..shared.conditioning import Branch, Inputs, Reads, ready
-from ..shared.outer import (
+from ..outer import (
     CONCAT,
     TEXT,
     check_concat,
     check_finite_inputs,
     check_latent,
     check_names,
-    check_shape,
+    check_input_shape,
     check_text,
 )
 from .context import GUIDANCE_UNIT, Context
@@ -30,7 +30,7 @@ from .files.configs import GUIDING_FRAME
 
 POOLED, GUIDANCE, MASK = "y", "guidance", "attention_mask"
 READ = frozenset({TEXT, CONCAT, POOLED, GUIDANCE, MASK, GUIDING_FRAME})
-CURES = {
+OWN_CURES = {
     "clip_fea": "HunyuanVideo reads an image through its text encoder: use TextEncodeHunyuanVideo_ImageToVideo.",
 }
 
@@ -53,11 +53,10 @@ class OuterHunyuanBranch(Branch):
         return latent if self.concat is None else torch.cat([latent, self.concat], dim=1)
 
     def timestep(self, timestep: float) -> Tensor:
-        return self.timesteps(torch.full((len(self.given.text),), timestep))
+        return self.timesteps(torch.full((len(self.text),), timestep))
 
     def timesteps(self, timesteps: Tensor) -> Tensor:
-        text = self.given.text
-        return timesteps.to(torch.float32).expand(len(text)).to(text.device)
+        return timesteps.to(torch.float32).expand(len(self.text)).to(self.text.device)
 
 
 def branch_of(
@@ -84,13 +83,13 @@ def branch_of(
 
 def check(config: Mapping[str, Any], reads: Reads, inputs: Inputs) -> None:
     """See `Conditioner.check_inputs`."""
-    check_names(inputs, READ, CURES)
+    check_names(inputs, READ, OWN_CURES)
     check_latent(inputs, reads.form.channels, config["patch_size"])
     check_text(inputs, reads)
     check_concat(inputs, config["in_channels"] - config["out_channels"])
     for name in (GUIDANCE, GUIDING_FRAME):
         if name in inputs.tensors:
-            check_shape(inputs, name, ())
+            check_input_shape(inputs, name, ())
     _check_pooled(inputs, reads.pooled_width)
     _check_mask(inputs)
     _check_guiding_frame(inputs)
@@ -112,7 +111,7 @@ def _check_mask(inputs: Inputs) -> None:
     mask = inputs.tensors.get(MASK)
     if mask is None:
         return
-    check_shape(inputs, MASK, (inputs.tensors[TEXT].shape[1],))
+    check_input_shape(inputs, MASK, (inputs.tensors[TEXT].shape[1],))
     read = mask != 0
     if mask.is_floating_point() or not read.any() or (read != read[:1]).any():
         raise ValueError(

@@ -10,7 +10,17 @@ from ...checkpoints.faults import shown
 from ...specs import Calibration, VaeForm
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, TRANSFORMER_2, VAE, DiffusersPipeline, Family, OriginalLayout, Part
+from ..family import (
+    TEXT_ENCODER,
+    TRANSFORMER,
+    TRANSFORMER_2,
+    VAE,
+    DiffusersPipeline,
+    Family,
+    OriginalLayout,
+    Part,
+    StockNames,
+)
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
@@ -70,6 +80,16 @@ class Wan(Family):
         loose="*.pth",
         classes={TRANSFORMER: "WanModel"},
     )
+    stock = StockNames(
+        clip_types=("wan",),
+        names={TRANSFORMER: r"wan(?![a-z])|wan_?video", VAE: r"wan.*vae|vae.*wan"},
+        others={
+            "Wan VACE": r"vace", "Wan Fun Control with a camera": r"fun.*camera", "Wan Animate": r"animate",
+            "Wan S2V (sound to video)": r"s2v", "an audio-driven model": r"humo|infinitetalk|multitalk|fantasytalk",
+            "SkyReels diffusion forcing": r"skyreels.*df", "ReCamMaster": r"recammaster", "SCAIL": r"scail",
+            "a tiny VAE": r"^(light)?tae",
+        },
+    )  # fmt: skip
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)

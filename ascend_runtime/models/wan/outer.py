@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shared.conditioning import Branch, Inputs, Reads, ready
-from ..shared.outer import (
+from ..outer import (
     CONCAT,
     TEXT,
     check_concat,
     check_finite_inputs,
     check_latent,
     check_names,
-    check_shape,
+    check_input_shape,
     check_text,
 )
 from .context import Context
@@ -151,11 +151,11 @@ def _check_image(config: Mapping[str, Any], inputs: Inputs) -> None:
             f"The conditioning has the input {IMAGE}, of a CLIP vision model, which this model does not read, like "
             "all Wan 2.2 models and text-to-video models. Disconnect clip_vision_output from the image-to-video node."
         )
-    check_shape(inputs, IMAGE, (None, config["image_dim"]))
+    check_input_shape(inputs, IMAGE, (None, config["image_dim"]))
 
 
 def _check_further(config: Mapping[str, Any], inputs: Inputs) -> None:
-    check_shape(inputs, FURTHER_FRAMES, (config["in_channels"], None, *inputs.shape[3:]))
+    check_input_shape(inputs, FURTHER_FRAMES, (config["in_channels"], None, *inputs.shape[3:]))
 
 
 def _check_reference(config: Mapping[str, Any], inputs: Inputs) -> None:
@@ -170,4 +170,4 @@ def _check_reference(config: Mapping[str, Any], inputs: Inputs) -> None:
             f"With a reference image, rows and columns of the latent must be even; they are {height} x {width}. Choose "
             "another width or height."
         )
-    check_shape(inputs, REFERENCE, (channels, height, width))
+    check_input_shape(inputs, REFERENCE, (channels, height, width))

@@ -297,9 +297,11 @@ class WanTransformer(nn.Module):
         video = grid.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T/pt, pt, H/ph, ph, W/pw, pw]
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _rotary_table(self, latent: Tensor, frames: int) -> RotaryTable:
-        """The rotary table for so many frames of a latent's size, kept until `forget` is called."""
-        covered = latent.new_empty(()).expand(*latent.shape[:2], frames, *latent.shape[3:])
+    def _rotary_table(self, latent: Tensor, frames: int | None = None) -> RotaryTable:
+        """The rotary table for so many frames of a latent's size (None: its own number), kept until `forget` is
+        called."""
+        batch, channels, own, *plane = latent.shape
+        covered = latent.new_empty(()).expand(batch, channels, frames or own, *plane)
 
         def made() -> RotaryTable:
             return tuple(devices.sent(part, latent.device) for part in self.ops.rotary_table(*self.rope(covered)))

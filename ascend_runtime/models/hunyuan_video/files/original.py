@@ -10,8 +10,8 @@ import re
 from ....checkpoints.renaming import Rules, renamed
 from ...shapes import Shapes
 
-OWN_REFINER = r"^context_embedder\.token_refiner\.refiner_blocks\.(\d+)\."
-REFINER = r"txt_in.individual_token_refiner.blocks.\1."
+REFINER_BLOCK = r"^context_embedder\.token_refiner\.refiner_blocks\.(\d+)\."
+COMFYUI_REFINER = r"txt_in.individual_token_refiner.blocks.\1."
 TIME, TEXT_TIME = r"time_text_embed\.", r"^context_embedder\.time_text_embed\."
 
 
@@ -41,12 +41,12 @@ RULES: Rules = (
     (r"^((?:time|guidance|vector|txt)_in\.(?:[tc]_embedder\.)?)linear_2\.", r"\1out_layer."),
     (r"^x_embedder\.proj\.", "img_in.proj."),
     (r"^context_embedder\.proj_in\.", "txt_in.input_embedder."),
-    (rf"{OWN_REFINER}norm_out\.linear\.", rf"{REFINER}adaLN_modulation.1."),
-    (rf"{OWN_REFINER}attn\.to_[qkv]\.", rf"{REFINER}self_attn.qkv."),
-    (rf"{OWN_REFINER}attn\.to_out\.0\.", rf"{REFINER}self_attn.proj."),
-    (rf"{OWN_REFINER}ff\.net\.0\.proj\.", rf"{REFINER}mlp.0."),
-    (rf"{OWN_REFINER}ff\.net\.2\.", rf"{REFINER}mlp.2."),
-    (OWN_REFINER, REFINER),
+    (rf"{REFINER_BLOCK}norm_out\.linear\.", rf"{COMFYUI_REFINER}adaLN_modulation.1."),
+    (rf"{REFINER_BLOCK}attn\.to_[qkv]\.", rf"{COMFYUI_REFINER}self_attn.qkv."),
+    (rf"{REFINER_BLOCK}attn\.to_out\.0\.", rf"{COMFYUI_REFINER}self_attn.proj."),
+    (rf"{REFINER_BLOCK}ff\.net\.0\.proj\.", rf"{COMFYUI_REFINER}mlp.0."),
+    (rf"{REFINER_BLOCK}ff\.net\.2\.", rf"{COMFYUI_REFINER}mlp.2."),
+    (REFINER_BLOCK, COMFYUI_REFINER),
     *_stream("img", "norm1", "", "ff"),
     *_stream("txt", "norm1_context", "added_", "ff_context"),
     (rf"{OWN_SINGLE}(attn\.to_[qkv]|proj_mlp)\.", rf"{SINGLE}linear1."),
@@ -57,7 +57,7 @@ RULES: Rules = (
     (r"^proj_out\.", "final_layer.linear."),
     (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
 )
-JOINED_INPUTS = re.compile(r"^single_blocks\.\d+\.linear2\.weight$")  # its columns are concatenated; others' rows are
+JOINED_COLUMNS = re.compile(r"^single_blocks\.\d+\.linear2\.weight$")  # its columns are concatenated; others' rows are
 
 
 def original_shapes(shapes: Shapes) -> Shapes:
@@ -68,7 +68,7 @@ def original_shapes(shapes: Shapes) -> Shapes:
         before = found.get(name)
         if before is None:
             found[name] = shape
-        elif JOINED_INPUTS.match(name):
+        elif JOINED_COLUMNS.match(name):
             found[name] = (shape[0], before[1] + shape[1])
         else:
             found[name] = (before[0] + shape[0], *shape[1:])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...ops.precision import check_finite
-from .conditioning import Inputs, Reads
+from ..ops.precision import check_finite
+from .shared.conditioning import Inputs, Reads
 
 TEXT, CONCAT = "text", "concat"  # the names of a prompt's tokens and of further channels
 # Inputs of core ComfyUI's models that no network here reads, and what to do.
-CURES = {
+INPUT_CURES = {
     "vace_context": "It is of a VACE model, which is not supported. Load a text-to-video or image-to-video model.",
     "camera_conditions": "It moves the camera of a Fun Camera model, which is not supported. Remove its node.",
     "audio_embed": "It is of a model that reads sound, which is not supported. Remove its node.",
@@ -18,13 +18,13 @@ CURES = {
     "txt_byt5": "It is of HunyuanVideo 1.5, which is another model. Encode the prompt with the text encoders of "
     "HunyuanVideo (llava_llama3 and clip_l).",
 }
-CURE = "Remove the node that adds it to the conditioning."
+OTHER_CURE = "Remove the node that adds it to the conditioning."
 
 
 def check_names(inputs: Inputs, known: frozenset[str], cures: Mapping[str, str] = {}) -> None:
     """Raises ValueError for an input that the network does not read."""
     for name in sorted(inputs.tensors.keys() - known):
-        cure = {**CURES, **cures}.get(name, CURE)
+        cure = {**INPUT_CURES, **cures}.get(name, OTHER_CURE)
         raise ValueError(f"The conditioning has the input {name}, which this model does not read. {cure}")
 
 
@@ -81,7 +81,7 @@ def check_concat(inputs: Inputs, channels: int) -> None:
     )
 
 
-def check_shape(inputs: Inputs, name: str, shape: tuple[int | None, ...]) -> None:
+def check_input_shape(inputs: Inputs, name: str, shape: tuple[int | None, ...]) -> None:
     """Raises ValueError for an input that is not [B or 1, *shape]; None: any size above 0."""
     own, batch = list(inputs.tensors[name].shape), inputs.shape[0]
     fits = len(own) == 1 + len(shape) and all(size in (None, length) for size, length in zip(shape, own[1:]))
