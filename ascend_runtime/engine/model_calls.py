@@ -16,13 +16,13 @@ from ..components import DiffusionModel
 from ..hardware.environment import with_defaults
 from ..models.shared.conditioning import Branch, Inputs
 from ..ops import operators_for
+from ..parallel.mesh import all_reduce_max
 from ..specs import AccelerationSpec, Plan
 from ..wire.messages import CallSetting, ModelPass, Velocity
 from .generation import Course, Generation, NetworkCall, Ranks
 from .sampling import TRAIN_TIMESTEPS, SolverStep
 
 MOST_BRANCHES = 64  # whose conditioning stays on the device
-
 DECIDED_ON_COND = ("fbcache", "teacache")  # step caches that look at the cond branch
 ONCE = (
     "An accelerator needs each step once, with one evaluation of each prompt. Choose a sampler that evaluates once, such "
@@ -76,7 +76,8 @@ class ModelCalls:
             run.end()  # before another model needs the memory
             self._runs.discard(run)
         model, plan = load(setting)
-        run, new = model.standing, model.standing is None or model.standing.setting != setting
+        run = model.standing
+        new = bool(all_reduce_max(run is None or run.setting != setting))  # a rank may have read the model again
         if new:
             if run is not None:
                 run.end()
