@@ -324,7 +324,7 @@ class Family(ABC):
     def original_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """The names and shapes of a transformer's tensors as its authors' files, and ComfyUI's, have them. Raises
         ValueError if samplers outside of the ranks are not supported."""
-        raise ValueError(f"Models of the family {self.title} cannot be a MODEL of ComfyUI. Use Ascend Sampler for them.")
+        raise ValueError(f"Models of the family {self.title} cannot be a core MODEL. Use Ascend Sampler for them.")
 
     def empty_latent(self, shape: tuple[int, ...]) -> Any:
         """A latent [B,C,T,H,W], not normalised, that is zero after normalisation."""
