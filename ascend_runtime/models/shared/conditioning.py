@@ -164,7 +164,7 @@ class Conditioner(ABC):
 
     def check_inputs(self, inputs: Inputs) -> None:
         """Raises ValueError, which names the input, for inputs of a model call that the network does not support."""
-        raise NotImplementedError
+        raise ValueError("Models of this family support no model calls. Use Runtime.sample for them.")
 
     def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Branch:
         """The branch of a pass for a sampler outside of the ranks, whose inputs `check_inputs` accepted."""
