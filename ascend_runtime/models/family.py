@@ -322,9 +322,12 @@ class Family(ABC):
         """How a transformer of this config is conditioned on text, images and known frames."""
 
     def original_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of a transformer's tensors as its authors' files, and ComfyUI's, have them. Raises
-        ValueError if samplers outside of the ranks are not supported."""
-        raise ValueError(f"Models of the family {self.title} cannot be a MODEL of ComfyUI. Use Ascend Sampler for them.")
+        """The names and shapes of a transformer's tensors as core ComfyUI's network has them. Raises ValueError if core
+        ComfyUI has no such network, so that its samplers cannot be used."""
+        raise ValueError(
+            f"Core ComfyUI does not know {self.title} models. Load them with Ascend Load Diffusion Model, and sample "
+            "with Ascend Sampler."
+        )
 
     def empty_latent(self, shape: tuple[int, ...]) -> Any:
         """A latent [B,C,T,H,W], not normalised, that is zero after normalisation."""
