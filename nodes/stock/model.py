@@ -21,6 +21,7 @@ from ...ascend_runtime.wire.messages import SamplerRun
 from .. import comfy_bridge, model_files, types
 from ..types import ModelHandle, RanksHandle
 from . import refusals
+from .loras import loras_of
 from .network import RanksNetwork
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,13 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL whose weights are in the ranks. What would read or change weights in this process is refused."""
 
     def get_key_patches(self, *args, **kwargs):
-        raise ValueError(_no_weights("merged with another model, or extracted"))
+        raise ValueError(_no_weights("merged with another one"))
+
+    def model_state_dict(self, filter_prefix=None):
+        """Names and shapes of the network's tensors. Core asks for those under a prefix to read the weights."""
+        if filter_prefix is not None:
+            raise ValueError(_no_weights("extracted"))
+        return super().model_state_dict()
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise ValueError(_no_weights("saved"))
@@ -180,6 +187,7 @@ def _check_then_prepare(executor, model: RanksPatcher, noise_shape, conds: dict,
     """Around core's loading of models for a sampler: refuses before anything is loaded."""
     refusals.of_patcher(model)
     refusals.of_conditioning(conds)
+    loras_of(model)
     return executor(model, noise_shape, conds, *args, **kwargs)
 
 
@@ -202,7 +210,7 @@ def _spec_of(patcher: RanksPatcher, spec: DiffusionModelSpec) -> DiffusionModelS
     dtype = patcher.object_patches.get("manual_cast_dtype")
     if dtype is not None:
         spec = replace(spec, dtype=DTYPES[dtype])
-    return spec
+    return replace(spec, loras=loras_of(patcher))
 
 
 def _no_weights(verb: str) -> str:
