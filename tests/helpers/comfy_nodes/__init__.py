@@ -16,6 +16,7 @@ from diffusers import AutoModel
 from safetensors.torch import save_file
 
 from . import cancelling, recording, small_core  # noqa: F401 (the routes of the first two)
+from .weight_patches import PatchWeights
 
 CATEGORY = "tests"
 
@@ -193,7 +194,7 @@ class LetGo(io.ComfyNode):
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
         return [RandomImage, RandomClipVision, RandomText, LoadCoreVae, NoGuidanceOfFirstFrame, Save, Hold, LetGo,
-                *small_core.NODES]  # fmt: skip
+                *small_core.NODES, PatchWeights]  # fmt: skip
 
 
 async def comfy_entrypoint():
