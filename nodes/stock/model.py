@@ -80,7 +80,13 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL whose weights are in the ranks. What would read or change weights in this process is refused."""
 
     def get_key_patches(self, *args, **kwargs):
-        raise ValueError(_no_weights("merged with another model, or extracted"))
+        raise ValueError(_no_weights("merged with another one"))
+
+    def model_state_dict(self, filter_prefix=None):
+        """Names and shapes of the network's tensors. Core asks for those under a prefix to read the weights."""
+        if filter_prefix is not None:
+            raise ValueError(_no_weights("extracted"))
+        return super().model_state_dict()
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise ValueError(_no_weights("saved"))
