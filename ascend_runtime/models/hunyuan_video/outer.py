@@ -53,11 +53,10 @@ class OuterHunyuanBranch(Branch):
         return latent if self.concat is None else torch.cat([latent, self.concat], dim=1)
 
     def timestep(self, timestep: float) -> Tensor:
-        return self.timesteps(torch.full((len(self.given.text),), timestep))
+        return self.timesteps(torch.full((len(self.text),), timestep))
 
     def timesteps(self, timesteps: Tensor) -> Tensor:
-        text = self.given.text
-        return timesteps.to(torch.float32).expand(len(text)).to(text.device)
+        return timesteps.to(torch.float32).expand(len(self.text)).to(self.text.device)
 
 
 def branch_of(

@@ -15,7 +15,7 @@ from ...ops.precision import check_finite
 from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, Reads, check_shape, ready
 from . import outer
 from .context import Context
-from .files.configs import MASK_CHANNELS
+from .files.configs import MASK_CHANNELS, reads_control
 from .latents import CHANNELS_22, LATENTS_MEAN_22
 
 
@@ -103,6 +103,15 @@ class WanConditioner(Conditioner):
         return outer.size_read(inputs, self.config["patch_size"])
 
     # Checks
+
+    def check(self, given: Given) -> None:
+        if reads_control(self.config):
+            raise ValueError(
+                f"This is a Fun Control model, which reads {self._extra_channels} further channels, those of a control "
+                "video among them; Ascend Sampler cannot give them. Load it with Ascend Load Diffusion Model (Core), "
+                "and sample with KSampler."
+            )
+        super().check(given)
 
     def check_prompt(self, name: str, prompt: Prompt, given: Given) -> None:
         self._check_concat(name, prompt, given.latent)

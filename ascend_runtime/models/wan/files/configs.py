@@ -179,23 +179,29 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**TRANSFORMER_DEFAULTS, **config}
 
 
+def reads_control(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer reads a control video, as Fun Control models do: its latent, and that of an image, follow
+    the noisy one, with or without a mask between them."""
+    config = filled(config)
+    return config["in_channels"] >= 3 * config["out_channels"]
+
+
 def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
-    """Raises ValueError unless these are the transformers of one text-to-video or image-to-video model."""
+    """Raises ValueError unless these are the transformers of one model of a supported kind."""
     first = filled(configs[0])
     for config, file in zip(map(filled, configs), files):
         inputs, outputs = config["in_channels"], config["out_channels"]
-        image_to_video = 2 * outputs + MASK_CHANNELS
-        if inputs not in (outputs, image_to_video):
+        image, control = 2 * outputs + MASK_CHANNELS, 3 * outputs
+        if inputs not in (outputs, image, control, control + MASK_CHANNELS):
             raise ValueError(
                 f"{file} reads {inputs} channels and makes {outputs}. It must read {outputs}, as a text-to-video "
-                f"model, or {image_to_video}, as an image-to-video model; other kinds (control, camera, VACE) are not "
-                "supported."
+                f"model, {image}, as an image-to-video model, or {control} or {control + MASK_CHANNELS}, as a Fun "
+                "Control model; other kinds (camera, VACE) are not supported."
             )
-        for key in ("text_dim", "in_channels", "image_dim"):
-            if config[key] != first[key]:
-                raise ValueError(
-                    f"{file} has {key} {config[key]}, but {files[0]} {first[key]}. Use two experts of one model."
-                )
+        for key in ("text_dim", "in_channels", "image_dim", REFERENCE_CHANNELS):
+            if config.get(key) != first.get(key):
+                has, other = config.get(key), first.get(key)
+                raise ValueError(f"{file} has {key} {has}, but {files[0]} {other}. Use two experts of one model.")
 
 
 def check_vae_config(config: Mapping[str, Any], file: Path) -> None:
