@@ -19,11 +19,15 @@ from torch import Tensor
 
 from ..ascend_runtime.acceleration.report import words_of
 from ..ascend_runtime.client.group import RankDied
+from ..ascend_runtime.client.model_calls import NetworkPass
 from ..ascend_runtime.client.runtime import Runtime
 from ..ascend_runtime.client.submission import JobCancelled, RankError, Result
 from ..ascend_runtime.hardware.devices import resolve_kind, resolve_ranks
 from ..ascend_runtime.specs import ParallelSpec, VaeForm
-from .types import Handle, RanksHandle
+from .types import Handle, ModelHandle, RanksHandle
+
+__all__ = ["NetworkPass", "Result", "call_model", "count_memory", "log_run", "network", "output_folder", "release",
+           "run_job", "vae_form"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,28 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     result = _run(runtime, job, hooks)
     _log(result, runtime)
     return result
+
+
+def call_model(ranks: RanksHandle, call: Callable[[Runtime, dict], Result]) -> Result:
+    """Runs `call(runtime, hooks)`, one model call of a sampler in this process. Only the reading of weights shows
+    progress, as the sampler shows its steps, and nothing is logged."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    _memory.count()
+    return _run(_runtime_for(ranks), call, {"on_progress": _show_loading})
+
+
+def log_run(runtime_info: dict, seconds: dict[str, float]) -> None:
+    """Logs what the model calls of a sampler took, and what accelerators saved."""
+
+
+def count_memory() -> None:
+    """Adds the ranks' weights to the models that ComfyUI counts as loaded."""
+    _memory.count()
+
+
+def network(model: ModelHandle) -> dict:
+    """What a diffusion model is (see `Runtime.network`). The ranks look it up, because the disk may be slow."""
+    return _run(_runtime_for(model.ranks), lambda runtime, hooks: runtime.network(model.spec, **hooks), {})
 
 
 def vae_form(vae: Handle) -> VaeForm:
@@ -73,6 +99,11 @@ def _notice(text: str) -> None:
     server = PromptServer.instance
     if server.client_id is not None and server.last_node_id is not None:
         server.send_progress_text(text, server.last_node_id, sid=server.client_id)
+
+
+def _show_loading(stage: str, step: int, total: int) -> None:
+    if stage == "load":
+        comfy.utils.ProgressBar(1).update_absolute(*_shown(stage, step, total))
 
 
 def _shown(stage: str, step: int, total: int) -> tuple[int, int]:

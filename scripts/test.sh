@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environments (.venv, .venv-contract, a ComfyUI in .cache/comfyui) and runs all tests.
+# Makes the environments (.venv, .venv-contract, a ComfyUI and some of its templates in .cache) and runs all tests.
 #   --comfyui DIR    test with this ComfyUI instead, which is only read; same as COMFYUI_DIR=DIR. Its requirements are
 #                    installed into .venv; the next run without the option restores those of the pinned ComfyUI
 #   --transformers VERSION   run the tests that depend on transformers with this version, such as 4.57, in
@@ -35,6 +35,7 @@ set -- ${arguments[@]+"${arguments[@]}"} # an empty array counts as unset in old
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/lib/python.sh
 "$PYTHON" scripts/lib comfyui
+"$PYTHON" scripts/lib templates
 [ -z "${transformers:-}" ] || exec "$PYTHON" scripts/lib transformers_env "$transformers" "$@"
 [ -z "${torch_npu:-}" ] || exec "$PYTHON" scripts/lib contract "$torch_npu" "$@"
 "$PYTHON" scripts/lib contract

@@ -69,7 +69,7 @@ class Acceleration:
     def passing(self, at: At) -> Pass:
         """Begins a pass. When the expert changes, the previous one's caches are freed: it is not used again."""
         if self._expert not in (None, at.expert):
-            self._caches.pop(self._expert)
+            self._caches.pop(self._expert, None)
             self._rainfusion = self._make_rainfusion()
         self._expert = at.expert
         self.tally.began(at)

@@ -35,7 +35,7 @@ class Tally:
         self._blocks: dict[int, int] = defaultdict(int)
         self._densities: list[float] = []
         self._changes: list[Change] = []
-        self._seconds: list[float] = []
+        self._seconds: dict[int, float] = {}  # by step
         self._clock = 0.0
 
     def began(self, at: At) -> None:
@@ -65,8 +65,12 @@ class Tally:
     def stepped(self) -> None:
         """Records a step's seconds. Its result is on the CPU, so the device has finished it."""
         now = time.perf_counter()
-        self._seconds.append(now - self._clock)
+        self.took(len(self._seconds), now - self._clock)
         self._clock = now
+
+    def took(self, step: int, seconds: float) -> None:
+        """Adds to a step's seconds, which several calls may share."""
+        self._seconds[step] = self._seconds.get(step, 0.0) + seconds
 
     def facts(self) -> dict[str, object]:
         """The report: steps that reused attention or blocks (counted from 0), the numbers of reused attentions and
@@ -80,7 +84,7 @@ class Tally:
             "blocks_skipped": sum(self._blocks.values()),
             "mean_density": float(sum(self._densities)) / len(self._densities) if self._densities else 1.0,
             "flops_saved": saved / whole,
-            "seconds_a_step": [round(seconds, 4) for seconds in self._seconds],
+            "seconds_a_step": [round(seconds, 4) for seconds in self._seconds.values()],
             "predicted_speed_up": whole / (whole - saved),
             "seen_speed_up": self._measured_speed_up(),
         }
@@ -90,5 +94,5 @@ class Tally:
         """Uses the median time of a pass in full steps, as one expert may take one pass per step and another two."""
         passes = Counter(at.step for at in self._passes)
         reduced = {at.step for at, saved in self._passes.items() if saved}
-        full = [seconds / passes[step] for step, seconds in enumerate(self._seconds) if step not in reduced]
-        return median(full) * len(self._passes) / sum(self._seconds) if full else None
+        full = [seconds / passes[step] for step, seconds in self._seconds.items() if step not in reduced]
+        return median(full) * len(self._passes) / sum(self._seconds.values()) if full else None

@@ -11,7 +11,7 @@ from .faults import shown
 COUNTS = ("num_layers", "num_single_layers", "num_refiner_layers", "num_attention_heads", "attention_head_dim",
           "in_channels", "out_channels", "text_dim", "text_embed_dim", "pooled_projection_dim", "ffn_dim", "z_dim",
           "latent_channels", "scale_factor_spatial", "scale_factor_temporal", "rope_max_seq_len", "patch_size_t",
-          "layers_per_block", "spatial_compression_ratio", "temporal_compression_ratio")  # fmt: skip
+          "layers_per_block", "in_dim_ref_conv", "spatial_compression_ratio", "temporal_compression_ratio")  # fmt: skip
 EPSILONS = ("eps", "layer_norm_epsilon")  # added to the divisor of a norm
 # A network is built before its shapes are compared with those on disk, so the fields that determine the number of its
 # modules and the size of tables without weights are bounded. Published configs have at most a fifth of these values.

@@ -50,6 +50,7 @@ from ..wire.messages import (
     Ping,
     Sample,
     SamplerRun,
+    Velocity,
 )
 from ..wire.shared_memory import lend
 from . import submission
@@ -64,7 +65,7 @@ from .arguments import (
     check_tokens,
 )
 from .group import RankDied, RankGroup
-from .model_calls import NetworkPass
+from .model_calls import HeldTensors, NetworkPass, check_call, packed
 from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ class Runtime:
         self._one_stop = threading.Lock()
         self._stop_wanted = threading.Event()  # waiting jobs must not begin
         self._free_wanted = False
+        self._held = HeldTensors()  # used by the holder of _one_job only
+        self._calibrated: tuple[tuple, dict[str, Calibration]] | None = None  # of the last run with an accelerator
         self._logged: deque[str] = deque(maxlen=100)  # warnings of jobs that are in the log already
 
     def __enter__(self) -> Runtime:
@@ -204,6 +207,7 @@ class Runtime:
         elif self._group is not None:
             self._group.kill()
         devices.warn_if_crowded(self.world_size, self.device)
+        self._held.forget()
         self._group = RankGroup(self.world_size, self.device, self._environment, sharded)
         if self._finalizer is not None:
             self._finalizer.detach()
@@ -377,12 +381,42 @@ class Runtime:
         run, step: which step of which run of the sampler this is. Within a run, inputs that are equal to earlier ones
         are not sent again.
         """
-        raise NotImplementedError
+        check_kind("model", model, DiffusionModelSpec)
+        check_call(passes, run, step)
+        _check_options(parallel, operators, None, acceleration)
+        with self._jobs((parallel or self.parallel).fsdp, **hooks) as submit:
+            calibration = self._calibration_of(run, model, acceleration, submit)
+            with self._held.sent():
+                sent = packed(passes, self._held)
+                return submit(
+                    lambda job: Velocity(
+                        job=job,
+                        model=model,
+                        parallel=parallel or self.parallel,
+                        run=run,
+                        step=step,
+                        **vars(sent),
+                        operators=operators,
+                        acceleration=acceleration,
+                        calibration=calibration,
+                    )
+                )
+
+    def _calibration_of(
+        self, run: SamplerRun, model: DiffusionModelSpec, acceleration: AccelerationSpec, submit: Submit
+    ) -> dict[str, Calibration]:
+        """As `_calibration`; read once in a run."""
+        key = run.number, model, acceleration
+        if self._calibrated is None or self._calibrated[0] != key:
+            self._calibrated = key, _calibration(submit, model, acceleration)
+        return self._calibrated[1]
 
     def network(self, model: DiffusionModelSpec, **hooks) -> dict:
         """What a diffusion model is, without reading its weights: {"family": name, "shapes": {name: shape} of its
         tensors as the authors' files have them, "channels": of its latents}."""
-        raise NotImplementedError
+        check_kind("model", model, DiffusionModelSpec)
+        found = self._do(lambda job: Describe(job=job, network=model), **hooks).info["network"]
+        return found | {"shapes": {name: tuple(shape) for name, shape in found["shapes"].items()}}
 
     def decode(self, vae: VaeSpec, latent: Tensor, **hooks) -> Result:
         """Decodes a latent [B,C,T,H,W] into frames [B*T',H',W',3] in 0..1. The ranks write them to shared memory."""
@@ -473,9 +507,12 @@ class Runtime:
 
     def _submit(self, message: Message, hooks: Hooks, deadline: float | None = None) -> Result:
         submitted = Submission(message, self._group, self._cancel_requested, hooks, deadline)
+        if isinstance(message, Free):
+            self._held.forget()
         try:
             result = submitted.run()
         except BaseException:
+            self._held.forget()  # ranks may have lost them, each for itself
             if submitted.unanswered:  # these ranks still work on the job, and nobody would read their answers
                 self._group.kill()
             raise

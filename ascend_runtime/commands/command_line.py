@@ -140,11 +140,40 @@ def _compare_begins(arguments: Namespace) -> str:
     return f"comparing the plain video of {arguments.model} with {videos}{times}"
 
 
+def _declare_adopt(parser: ArgumentParser) -> None:
+    parser.description = (
+        "Swaps the loaders of a stock ComfyUI workflow for those whose work all ranks do, and writes a new file.\n\n"
+        "Prints what was swapped, and which loaders stay as they are and why. Both formats of workflows are read."
+    )
+    add = parser.add_argument
+    add("workflow", type=Path, metavar="WORKFLOW", help="workflow JSON, in UI or API format")
+    add("--back", action="store_true", help="swap our loaders for core's: the workflow as it was")
+    add("--models", type=Path, metavar="FOLDER",
+        help="ComfyUI's models folder, where files are looked up; their content decides whether the ranks can run them "
+        "(default: their names decide)")  # fmt: skip
+    add("--output", type=Path, metavar="FILE",
+        help="output file, which must not exist (default: WORKFLOW with _ascend or _core in its name)")  # fmt: skip
+
+
+def _check_adopt(arguments: Namespace) -> None:
+    existing(arguments.workflow)
+    if arguments.models is not None and not arguments.models.is_dir():
+        raise ValueError(f"--models is {arguments.models}, which is not a folder. Give ComfyUI's folder of models.")
+
+
+def _adopt_begins(arguments: Namespace) -> str:
+    return f"swapping the loaders of {arguments.workflow} for {'those of core' if arguments.back else 'ours'}"
+
+
 def _calibrate_begins(arguments: Namespace) -> str:
     return f"calibrating {arguments.model}"
 
 
 COMMANDS = {
+    "adopt": Command(
+        "swap the loaders of a stock workflow, so that all ranks run it", ".commands.adopt", _declare_adopt,
+        _check_adopt, _adopt_begins,
+    ),
     "inspect": Command(
         "show what a model's folder or file contains", ".commands.inspection", _declare_inspect,
         lambda arguments: existing(arguments.path) and None, lambda arguments: f"inspecting {arguments.path}",

@@ -20,7 +20,8 @@ from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
 from ..checkpoints.reader import BytesRead, Places, nbytes
 from ..models.family import LoraNames
 from ..parallel.fsdp import ShardedWeights, own_part
-from ..recognition.lora import Difference, LoraFile, LowRank, fingerprint, read_lora
+from ..recognition.lora import LoraFile, fingerprint, read_lora
+from ..recognition.lora_changes import Change
 from ..specs import LoraSpec
 
 LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order in which they are added
@@ -115,7 +116,7 @@ class Adapter:
     def _in_use(self, loras: LorasInUse) -> bool:
         return self._merged and loras == self._loras
 
-    def _merge(self, name: str, changes: list[tuple[LowRank | Difference, TensorFile, float]]) -> None:
+    def _merge(self, name: str, changes: list[tuple[Change, TensorFile, float]]) -> None:
         if name not in self._originals:
             self._keep(name)
         shape = self.places[name].shape
@@ -177,11 +178,13 @@ def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list
 def read_loras(specs: list[LoraSpec], target: LoraTarget, known: Iterable[LoraFile] = ()) -> LorasInUse:
     """LoRAs for a network; `known` files are not read again. Raises ValueError for a file that does not fit."""
     shapes = {name: place.shape for name, place in target.places.items()}
-    files = {file.fingerprint: file for file in known}
+    files = {(file.fingerprint, file.misfits): file for file in known}
     loras = []
     for spec in specs:
-        file = files.get(fingerprint(spec.path)) or read_lora(spec.path, shapes, target.names, target.expert)
-        if not file.changes and spec.expert != "both":
+        file = files.get((fingerprint(spec.path), spec.misfits)) or read_lora(
+            spec.path, shapes, target.names, target.expert, spec.misfits
+        )
+        if not file.changes and spec.expert != "both" and spec.misfits == "refuse":
             raise ValueError(
                 f"The LoRA {spec.path} is set for the expert {spec.expert}, but all its layers are for the other one. "
                 "Set expert to 'both', which gives each expert its own layers."

@@ -21,7 +21,7 @@ from ..hardware import devices
 from ..hardware.environment import overlaps, with_defaults
 from ..models.cost import PassSize
 from ..models.registry import require_schedule
-from ..models.shared.block_stack import At
+from ..models.shared.block_stack import At, Skipping
 from ..models.shared.conditioning import Branch, Given
 from ..models.shared.quantized import use_step
 from ..ops import PlainOperators, operators_for
@@ -33,6 +33,7 @@ from ..specs.presets import for_family
 from .sampling import SolverStep, schedule_of
 
 BRANCHES = {"cond": "positive", "uncond": "negative"}  # guidance branch -> its prompt
+MOST_CONTEXTS = 8  # embedded ones that are kept, each with keys and values of all blocks
 
 
 @dataclass(frozen=True)
@@ -61,30 +62,64 @@ class Ranks:
         cls, plan: Plan, parallel: ParallelSpec, wanted: OperatorSpec, model: DiffusionModel, environ: Mapping[str, str]
     ) -> Ranks:
         """Sets the model up for the plan and operators. environ: the original systems' environment variables."""
-        device = model.device
-        computing = operators_for(device, with_defaults(wanted, environ), model.dtype)
-        mesh = mesh_of(device.type, plan)
+        computing = operators_for(model.device, with_defaults(wanted, environ), model.dtype)
+        ranks = cls.spread(plan, parallel, computing, model, environ)
+        ranks.arrange(model)
+        return ranks
+
+    @classmethod
+    def spread(
+        cls, plan: Plan, parallel: ParallelSpec, computing: PlainOperators, model: DiffusionModel,
+        environ: Mapping[str, str],
+    ) -> Ranks:  # fmt: skip
+        """The ranks of a plan. Collective the first time, and sets nothing up."""
+        mesh = mesh_of(model.device.type, plan)
         sequence = spread(mesh, computing, parallel.ring_exchange, overlaps(parallel, environ))
-        for expert in model.experts:
-            expert.arrange(computing, sequence)
         return cls(plan, computing, sequence, mesh.group("cfg"))
+
+    def arrange(self, model: DiffusionModel) -> None:
+        """Sets the model up for this plan and these operators."""
+        for expert in model.experts:
+            expert.arrange(self.operators, self.sequence)
 
 
 class NetworkCall(NamedTuple):
     """The inputs of one pass through the network.
 
-    branch: "cond" or "uncond", part of the caches' keys. latent [B,C,T,H,W]: normalised, fp32, on the CPU.
+    branch: "cond" or "uncond", part of the caches' keys. latent [B,C,T,H,W]: normalised, on the CPU.
     timestep: in 0..1000. context: the conditioning besides the latent.
+    timesteps [B] or [B,T]: if videos or frames have timesteps of their own; `timestep` is the highest then.
+    skipped: the blocks that are left out.
     """
 
     branch: str
     latent: Tensor
     timestep: float
     context: Branch
+    timesteps: Tensor | None = None
+    skipped: tuple[int, ...] = ()
+
+
+class Course(NamedTuple):
+    """What is known of all passes of a generation before the first one.
+
+    shape: of the latent [B,C,T,H,W]. size: [T,H,W] of all that the tokens of a video come from.
+    texts: the number of a text's tokens, of each branch. per_token: whether each token has its own timestep.
+    timesteps: of each step, in 0..1000. calibration: of each expert, from the model's calibration file.
+    """
+
+    shape: tuple[int, ...]
+    size: tuple[int, int, int]
+    texts: Mapping[str, int]
+    per_token: bool
+    timesteps: Sequence[float]
+    acceleration: AccelerationSpec
+    calibration: Mapping[str, Calibration]
 
 
 class Generation:
-    """One generation; made by `prepare`. contexts: branch -> the conditioning of its prompt."""
+    """One generation; made by `prepare` or `along`. contexts: branch -> the conditioning of its prompt, if each branch
+    has one only."""
 
     def __init__(
         self, model: DiffusionModel, ranks: Ranks, acceleration: Acceleration, contexts: Mapping[str, Branch]
@@ -92,17 +127,26 @@ class Generation:
         self.acceleration = acceleration
         self.contexts = contexts
         self._model, self._ranks = model, ranks
-        self._kept: dict[Branch, object] = {}  # each context as embedded by the current expert
+        self._kept: dict[Branch, object] = {}  # each context as embedded by the current expert; the last used is last
         self._low_noise: bool | None = None  # whether the current expert is the low-noise one
 
     @classmethod
     def prepare(cls, model: DiffusionModel, request: Request, ranks: Ranks) -> Generation:
         """Prepares conditioning and accelerators, without running the network. Raises ValueError for a request that
         this model or these ranks do not support, possibly on some ranks only."""
-        outline = _outline(model, request, ranks)
-        spec = for_family(request.acceleration, model.family.presets)
-        acceleration = Acceleration(spec, outline, ranks.operators)
-        return cls(model, ranks, acceleration, _contexts(model, request.given))
+        return cls.along(model, _course(model, request), ranks, _contexts(model, request.given))
+
+    @classmethod
+    def along(cls, model: DiffusionModel, course: Course, ranks: Ranks, contexts: Mapping[str, Branch]) -> Generation:
+        """Prepares accelerators for passes whose conditioning comes with each call."""
+        spec = for_family(course.acceleration, model.family.presets)
+        return cls(model, ranks, Acceleration(spec, _outline(model, course, ranks), ranks.operators), contexts)
+
+    def on(self, ranks: Ranks) -> None:
+        """Goes on with another plan. Not possible while an accelerator keeps tensors."""
+        if ranks is not self._ranks:
+            self._ranks = ranks
+            ranks.arrange(self._model)
 
     def velocity(self, calls: Sequence[NetworkCall], step: SolverStep) -> list[Tensor]:
         """The velocity [B,C,T,H,W] of each call, before guidance, on this rank's device in the blocks' dtype.
@@ -131,14 +175,23 @@ class Generation:
         low_noise = model.is_low_noise(call.timestep)
         if low_noise != self._low_noise:  # each expert embeds prompts with its own weights
             self._kept, self._low_noise = {}, low_noise
-        if call.context not in self._kept:
-            self._kept[call.context] = call.context.context()
+        context = self._embedded(call.context)
         expert = model.expert_at(call.timestep)
         if model.defaults.static_steps:
             use_step(expert, model.defaults.static_step(step.number))
         passing = self.acceleration.passing(At(model.name_at(call.timestep), call.branch, step.number))
-        timestep = call.context.timestep(call.timestep)
-        return expert(call.context.input(latent), timestep, self._kept[call.context], passing)
+        if call.skipped:
+            passing = Skipping(passing, call.skipped)
+        own = call.context
+        timestep = own.timestep(call.timestep) if call.timesteps is None else own.timesteps(call.timesteps)
+        return own.output(expert(own.input(latent), timestep, context, passing))
+
+    def _embedded(self, branch: Branch) -> object:
+        """The context of a branch. Those that were not used for longest are made again if there are many."""
+        self._kept[branch] = context = self._kept.pop(branch, None) or branch.context()
+        while len(self._kept) > MOST_CONTEXTS:
+            del self._kept[next(iter(self._kept))]
+        return context
 
 
 def check_request(model: DiffusionModel, request: Request) -> None:
@@ -179,29 +232,43 @@ def _contexts(model: DiffusionModel, given: Given) -> dict[str, Branch]:
     }
 
 
-def _outline(model: DiffusionModel, request: Request, ranks: Ranks) -> Outline:
-    """The properties of the job that its accelerators need."""
-    family, config, given = model.family, model.high_noise.config, request.given
-    grid = family.grid(config, tuple(given.latent.shape[2:]))
+def _course(model: DiffusionModel, request: Request) -> Course:
+    given, spec = request.given, request.spec
+    texts = {branch: given.prompts[name].text.shape[1] for branch, name in BRANCHES.items() if name in given.prompts}
+    guided = model.guided(spec)
+    return Course(
+        shape=tuple(given.latent.shape),
+        size=tuple(given.latent.shape[2:]),
+        texts={branch: tokens for branch, tokens in texts.items() if guided or branch == "cond"},
+        per_token=model.conditioner.per_token(given),
+        timesteps=schedule_of(spec, model.family),
+        acceleration=request.acceleration,
+        calibration=request.calibration,
+    )
+
+
+def _outline(model: DiffusionModel, course: Course, ranks: Ranks) -> Outline:
+    """The properties of the generation that its accelerators need."""
+    family, config = model.family, model.high_noise.config
+    grid = family.grid(config, course.size)
     tokens = math.prod(grid)
-    texts = {name: prompt.text.shape[1] for name, prompt in given.prompts.items()}
-    behind = {name: family.text_in_sequence(config, length) for name, length in texts.items()}
+    behind = {branch: family.text_in_sequence(config, length) for branch, length in course.texts.items()}
+    first = "cond" if "cond" in course.texts else next(iter(course.texts))
     size = PassSize(
-        batch=given.batch,
+        batch=course.shape[0],
         tokens=tokens,
         on_rank=ranks.sequence.chunk_of(tokens + max(behind.values())),
-        text_tokens=texts["positive"],
-        per_token=model.conditioner.per_token(given),
+        text_tokens=course.texts[first],
+        per_token=course.per_token,
     )
     itemsize = model.dtype.itemsize
     taken = family.bytes_taken(config, size, itemsize)
-    guided = model.guided(request.spec)
     return Outline(
-        experts=tuple(map(model.name_at, schedule_of(request.spec, family))),
-        known=_known(model, request),
+        experts=tuple(map(model.name_at, course.timesteps)),
+        known=_known(model, course),
         grid=grid,
-        own=ranks.sequence.own(tokens, behind["positive"]),  # step caches look at the cond branch only
-        branches=2 if guided and ranks.plan.cfg == 1 else 1,
+        own=ranks.sequence.own(tokens, behind[first]),  # step caches look at the cond branch only
+        branches=len(course.texts) if ranks.plan.cfg == 1 else 1,
         output=size.batch * size.on_rank * family.width(config) * itemsize,
         room=max(0, devices.room(model.device) - taken),
         ring=ranks.plan.ring,
@@ -209,18 +276,18 @@ def _outline(model: DiffusionModel, request: Request, ranks: Ranks) -> Outline:
     )
 
 
-def _known(model: DiffusionModel, request: Request) -> dict[str, Calibration]:
+def _known(model: DiffusionModel, course: Course) -> dict[str, Calibration]:
     """The calibration of each expert: the model's file, else published values.
 
     Raises ValueError if the file does not match the model's experts.
     """
-    found, experts = request.calibration, tuple(model.adapters)
+    found, experts = course.calibration, tuple(model.adapters)
     if found and set(found) != set(experts):
         raise ValueError(
             f"The calibration next to the model is for {', '.join(found)}, but the model has {', '.join(experts)}. "
             "Calibrate it again: python -m ascend_runtime calibrate MODEL"
         )
-    pixels = model.pixels_of(request.given.latent.shape)
+    pixels = model.pixels_of(course.shape)
     config = model.high_noise.config
     return dict(found) or {
         expert: model.family.calibration(config, model.defaults, pixels, expert) for expert in experts

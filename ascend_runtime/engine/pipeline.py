@@ -7,6 +7,10 @@ import os
 import zlib
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+<<<<<<< HEAD
+=======
+from typing import Any
+>>>>>>> l-int
 
 import torch
 import torch.distributed as dist
@@ -24,11 +28,12 @@ from ..parallel.mesh import all_reduce_max, all_reduce_sum, communicators
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
-from ..specs import ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
+from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from ..wire.messages import Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .model_calls import ModelCalls
 from .profiling import Recorder
 from .prompts import Encoded, KnownPrompts, image_key
 from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, padded, tokens_key
@@ -48,6 +53,7 @@ class RankPipeline:
         self.components = Components(device)
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
+        self.calls = ModelCalls(self._variables)
 
     def ping(self, job) -> Done:
         """Returns `reply` floats from rank 0; fills this rank's part of the frames, if the message has any."""
@@ -63,14 +69,14 @@ class RankPipeline:
         encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
-            host_memory = self._host_memory()
-        with job.together():  # one rank may read for minutes after another has failed
+        with self._loading(job) as host_memory:
             if message.model is not None:
                 warnings += self._component(message.model, job, sharding, host_memory).warnings
-            if encoder is not None and (loaded := self._text_encoders(encoder, job, text_sharding)) is not None:
-                warnings += loaded.warnings
+            if encoder is not None:
+                loaded = self._text_encoders(encoder, job, text_sharding, host_memory)
+                warnings += [] if loaded is None else loaded.warnings
             if message.vae is not None:
-                self._component(message.vae, job)
+                self._component(message.vae, job, host_memory=host_memory)
         return _done(job, info=_warnings(warnings))
 
     def encode(self, job) -> Done:
@@ -106,10 +112,10 @@ class RankPipeline:
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
         """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
         message, on_ranks = job.message, spec.placement == "ranks"
-        with job.together() if on_ranks else nullcontext():
-            loaded = self._text_encoders(spec, job, sharding)
+        with self._loading(job) if on_ranks else nullcontext() as host_memory:
+            loaded = self._text_encoders(spec, job, sharding, host_memory)
             sees = loaded is not None and message.image is not None
-            tower = self._component(spec.vision, job, sharding) if sees else None
+            tower = self._component(spec.vision, job, sharding, host_memory) if sees else None
         if loaded is None:
             return None
         encoding, warnings = loaded.encoding, [*loaded.warnings]
@@ -169,8 +175,8 @@ class RankPipeline:
     def sample(self, job) -> Done:
         message = job.message
         plan = self._plan(message.parallel)
-        sharding, host_memory = self._sharding(plan, message.parallel), self._host_memory()
-        with job.together():
+        sharding = self._sharding(plan, message.parallel)
+        with self._loading(job) as host_memory:
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job, sharding, host_memory)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
@@ -207,6 +213,30 @@ class RankPipeline:
             denoised(generation, model, request, StepsOfJob(job, model, generation, stage="warm up"))
         model.warmed.add(kind)
 
+    def velocity(self, job) -> Done:
+        """Passes through a network, for a sampler outside of the ranks."""
+        plan = self._plan(job.message.parallel)
+        try:
+            run, new = self.calls.run_of(job, plan, lambda: self._model_of_calls(job, plan))
+            with job.stage("denoise"):
+                velocities = run.velocities(job)
+                check_finite(velocities, "The network's output")
+        except BaseException:
+            self.calls.forget()
+            raise
+        info = run.facts(job.message.step, job.seconds["denoise"]) | _device_memory(self.device)
+        if new:
+            info |= plan.info | _communicators(self.device) | _warnings(run.warnings)
+        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info)
+
+    def _model_of_calls(self, job, plan: Plan) -> DiffusionModel:
+        message = job.message
+        sharding = self._sharding(plan, message.parallel)
+        with self._loading(job) as host_memory:
+            model = self._component(message.model, job, sharding, host_memory)
+        _require_agreement(None, model)
+        return model
+
     def decode(self, job) -> Done:
         message = job.message
         with borrowed(message.frames) as frames:
@@ -231,12 +261,25 @@ class RankPipeline:
             info["vae"] = dataclasses.astuple(vae_form(message.vae.path))
         if self.rank == 0 and message.model is not None:
             info["calibration"] = read_calibration(message.model.path)
+<<<<<<< HEAD
         if self.rank == 0 and message.encoder is not None:
             info["encoders"], tokenizer = described_encoders(self.components.found(message.encoder))
             return _done(job, info=info, tensor=tokenizer)
+=======
+        if self.rank == 0 and message.network is not None:
+            info["network"] = self._network(message.network)
+>>>>>>> l-int
         return _done(job, info=info)
 
+    def _network(self, spec: DiffusionModelSpec) -> dict[str, Any]:
+        """What `Runtime.network` returns."""
+        component = self.components.found(spec)[0]
+        family, config = component.family, component.config
+        shapes = family.original_shapes(config)
+        return {"family": family.name, "shapes": shapes, "channels": family.form(config).channels}
+
     def free(self, job) -> Done:
+        self.calls.forget()
         self.components.free()
         return _done(job)
 
@@ -247,27 +290,42 @@ class RankPipeline:
         """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
         return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
 
+    @contextmanager
+    def _loading(self, job) -> Iterator[HostMemory]:
+        """Work in which ranks load components independently, with the host's memory that all of them may use: one may
+        read for minutes after another has failed. Afterwards a diffusion model waits on all ranks or on none.
+        Collective."""
+        host_memory = self._host_memory()
+        with job.together():
+            yield host_memory
+        waiting = self.components.models.waiting
+        digest = 0 if waiting is None else zlib.crc32(repr(waiting.key.spec).encode())
+        if all_reduce_max(digest) != -all_reduce_max(-digest):
+            self.components.models.drop_waiting(host_memory)
+
     def _host_memory(self) -> HostMemory:
         """The same on all ranks. All ranks must call it, before one of them loads."""
-        (pinned,) = all_reduce_sum(torch.tensor([self.components.pinned]))
-        return HostMemory(-all_reduce_max(-devices.host_memory()), int(pinned))
+        held = all_reduce_sum(torch.tensor(self.components.models.on_host))
+        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held))
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""
         spec = placed(spec, self._variables)
         return spec, sharding_of(self.device.type, dist.get_world_size(), tp=1, fsdp=spec.placement == "ranks")
 
-    def _text_encoders(self, spec: TextEncoderSpec, job, sharding: Sharding) -> TextEncoders | None:
+    def _text_encoders(
+        self, spec: TextEncoderSpec, job, sharding: Sharding, host_memory: HostMemory | None
+    ) -> TextEncoders | None:
         """The text encoders, or None if only rank 0 has them; then this rank's shard of earlier ones is freed."""
         if spec.placement == "ranks" or self.rank == 0:
-            return self._component(spec, job, sharding)
+            return self._component(spec, job, sharding, host_memory)
         self.components.drop(TextEncoderSpec)
         self.components.drop(VisionSpec)
         return None
 
     def _vae(self, job):
-        with job.together():
-            return self._component(job.message.vae, job)
+        with self._loading(job) as host_memory:
+            return self._component(job.message.vae, job, host_memory=host_memory)
 
     def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
         return strict_float32(self.device) if spec.strict else nullcontext()
@@ -315,7 +373,7 @@ def _settings(request: Request, model: DiffusionModel) -> dict[str, float]:
     return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift
 
 
-def _require_agreement(spec: SampleSpec, model: DiffusionModel) -> None:
+def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
     digest = zlib.crc32(repr((spec, model.boundary, model.defaults.static_steps)).encode())

@@ -28,6 +28,7 @@ from ..wire.messages import (
     Sample,
     Shutdown,
     Undecodable,
+    Velocity,
 )
 from .job import Cancelled, Job, PeerFailed
 from .pipeline import RankPipeline
@@ -91,6 +92,8 @@ def _answer(job: Job, pipeline: RankPipeline) -> Message:
     """Runs the job. Every error becomes a reply, so that a user's mistake never ends the rank."""
     number = job.message.job
     try:
+        if type(job.message) not in _WITHIN_RUNS:
+            pipeline.calls.end()
         return _WORK[type(job.message)](pipeline, job)
     except Cancelled:
         return Failed(job=number, kind="cancelled", error="The job was cancelled.")
@@ -109,8 +112,10 @@ _WORK = {
     Encode: RankPipeline.encode,
     EncodeTokens: RankPipeline.encode_tokens,
     Sample: RankPipeline.sample,
+    Velocity: RankPipeline.velocity,
     Decode: RankPipeline.decode,
     EncodeVideo: RankPipeline.encode_video,
     Describe: RankPipeline.describe,
     Free: RankPipeline.free,
 }
+_WITHIN_RUNS = (Ping, Describe, Velocity)  # jobs that change nothing that the calls of a run share

@@ -150,6 +150,20 @@ class OriginalLayout:
 
 
 @dataclass(frozen=True)
+class StockNames:
+    """What stock ComfyUI graphs call the files of a family.
+
+    clip_types: values of `type` in core's loaders of text encoders.
+    names: patterns of the names of files, in small letters, by part. others: patterns of those among them that are of
+    similar, unsupported networks, by what these are.
+    """
+
+    clip_types: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DiffusersPipeline:
     """diffusers' pipeline of a model.
 
@@ -170,7 +184,7 @@ class Family(ABC):
 
     name: of its folder. title: its name in sentences.
     parts: its networks on disk: TRANSFORMER, VAE, TEXT_ENCODER, further text encoders ("text_encoder_2"), and VISION.
-    layout: see OriginalLayout.
+    layout, stock: see OriginalLayout, StockNames.
     repository: the published model that errors recommend.
     schedule: the name of its own schedule in jobs and workflows.
     presets: its own values of step caches' presets.
@@ -188,6 +202,7 @@ class Family(ABC):
     repository: str
     schedule: str
     layout: OriginalLayout = OriginalLayout()
+    stock: StockNames = StockNames()
     presets: FamilyPresets = {}
     weights: WeightRules = WeightRules()
     loras: LoraNames

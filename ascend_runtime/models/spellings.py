@@ -13,7 +13,7 @@ def spellings_of(own: set[str], given: Iterable[str], rename: Callable[[str], st
     """
     spelled = {name: name for name in own}
     for theirs in given:
-        for name in ((rename(f"{theirs}.weight") or "").removesuffix(".weight"), rename(theirs)):
-            if name in own:
+        for name in (rename(f"{theirs}.weight") or "", rename(theirs) or ""):
+            if (name := name.removesuffix(".weight")) in own:
                 spelled[theirs] = name
     return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}

@@ -1,9 +1,8 @@
 """Reads LoRA files: which parameter each of their tensors changes, and how.
 
-A low-rank pair changes a weight W to W + strength * alpha / rank * B @ A (Hu et al., arXiv 2106.09685), a full
-difference D changes it to W + strength * D. The bias of B changes the layer's bias, with the scale of the product.
-alpha is in the file, or in the metadata that diffusers and PEFT write with it (lora_scale.py); without it alpha / rank
-is 1, as in core ComfyUI.
+A change of a weight W makes it W + strength * alpha / rank * (its product; see lora_changes.py). The bias of B changes
+the layer's bias, with the scale of the product. alpha is in the file, or in the metadata that diffusers and PEFT write
+with it (lora_scale.py); without it alpha / rank is 1, as in core ComfyUI.
 
 Layers that this model lacks, or that have another size here, are left out with a warning, as in core ComfyUI. A file
 that does not fit at all is rejected, and so is a file with tensors that may change the result in an unknown way.
@@ -18,94 +17,38 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..checkpoints.faults import list_faults
-from ..checkpoints.formats.parts import Slices, full_slices, in_ranges
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.fused import Rows, Target, row_faults, targets_of
+from ..checkpoints.fused import row_faults, targets_of
 from ..checkpoints.states import states
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
 from ..ops.precision import is_finite
+from .lora_changes import Change, Difference, change_of
 from .lora_keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
 from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 
 MISSHAPEN = "of the wrong shape"
 INCOMPLETE = "that make no complete change"
 NOT_FINITE = "with NaN or infinite values"
-MAX_RANK = 16_384  # above the width of any published model, which bounds the rank of a change
 MAX_SCALE = 10_000  # alpha / rank; at most 16 in published LoRAs
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """up: the key of B [out, rank]; down: the key of A [rank, in]; those of a convolution have more dims. rows,
-    columns: the rows of B and the columns of A that belong to the parameter, if the file's layer holds several
-    parameters; None: all."""
-
-    up: str
-    down: str
-    scale: float
-    rank: int
-    rows: Rows | None = None
-    columns: slice | None = None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return self.up, self.down
-
-    @property
-    def changes_nothing(self) -> bool:
-        return self.scale == 0 or self.rank == 0
-
-    def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: tuple[int, ...], strength: float):
-        """Adds the change to `weight` in place: in fp32, the slices `part` of a parameter of the shape `whole`."""
-        up = _read(file, self.up, part[:1], self.rows).flatten(1).to(weight)
-        down = _read(file, self.down, (), None, self.columns).view(-1, *whole[1:])
-        down = down[(slice(None), *part[1:])].flatten(1).to(weight)
-        weight += ((strength * self.scale) * (up @ down)).view_as(weight)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A full difference of a parameter. rows, columns: of it that belong to the parameter; None: all."""
-
-    key: str
-    scale: float = 1.0
-    rows: Rows | None = None
-    columns: slice | None = None
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return (self.key,)
-
-    def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: tuple[int, ...], strength: float):
-        weight += (strength * self.scale) * _read(file, self.key, part, self.rows, self.columns).to(weight)
-
-
-def _read(file: TensorFile, key: str, part: Slices, rows: Rows | None, columns: slice | None = None) -> Tensor:
-    """The slices `part` of the tensor that these rows and columns make. part: of the first dims; the others are
-    whole."""
-    shape = Target(key, rows, columns).shape_in(file.shapes[key])
-    part = (*part, *full_slices(shape)[len(part) :])
-    pieces = [file.read(key, lies) for _, lies in in_ranges(part, rows, columns)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-Changes = dict[str, LowRank | Difference]  # by diffusers' names of the parameters
+Changes = dict[str, Change]  # by diffusers' names of the parameters
 
 
 @dataclass(frozen=True)
 class LoraFile:
     """The changes that a file makes to a network; none if it is for the other expert. Equal if the file is unchanged.
 
-    warning: what is left out and why, or what is unknown; may be empty.
+    warning: what is left out and why, or what is unknown; may be empty. misfits: as `read_lora` was asked.
     """
 
     fingerprint: tuple
     changes: Changes = field(compare=False)
     warning: str = field(default="", compare=False)
+    misfits: str = "refuse"
 
     @property
     def path(self) -> Path:
@@ -122,10 +65,14 @@ def fingerprint(path: str) -> tuple:
     return path, state.st_size, state.st_mtime_ns, config and states((config,))
 
 
-def read_lora(path: str | Path, shapes: Shapes, names: LoraNames, expert: str | None = None) -> LoraFile:
+def read_lora(
+    path: str | Path, shapes: Shapes, names: LoraNames, expert: str | None = None, misfits: str = "refuse"
+) -> LoraFile:
     """The changes that the file makes to a network whose parameters have these full shapes.
 
     names: the family's names. expert: which of two experts it is, "high_noise" or "low_noise"; None: there is only one.
+    misfits: what to do about a file of which nothing fits, and about tensors whose shapes contradict each other:
+        "refuse", or "skip", which leaves them out with a warning.
 
     Raises ValueError, which lists the tensors, if no layer of the file fits, or if tensors have an unsupported format
     or an unknown name, are incomplete, not finite, or not floating-point.
@@ -138,40 +85,43 @@ def read_lora(path: str | Path, shapes: Shapes, names: LoraNames, expert: str | 
         for key in file.shapes:
             if not (file.dtype(key).is_floating_point or key.endswith(".alpha")):
                 found.faults["that are not floating-point"].append(f"{key} as {file.dtype(key)}")
-        changes = _split(_changes(file, found, known), file.shapes, names, found.faults)
-        changes, misfits = _fitting(changes, file.shapes, shapes, found.left_out)
+        unfit = found.left_out if misfits == "skip" else found.faults
+        changes = _split(_changes(file, found, known, unfit), file.shapes, names, found.faults, unfit)
+        changes, others = _fitting(changes, file.shapes, shapes, found.left_out)
         if not found.faults:
             used = dict.fromkeys(key for change in changes.values() for key in change.keys)
             found.faults[NOT_FINITE] += [key for key in used if not is_finite(file.read(key).float())]
         _check_faults(path, found.faults, bool(file.shapes))
-        reason = names.made_for(misfits, shapes, found.left_out)
-        if not changes and (found.layers or not found.other_expert):
+        reason = names.made_for(others, shapes, found.left_out)
+        if not changes and misfits == "refuse" and (found.layers or not found.other_expert):
             raise ValueError(
                 f"{path} is not a LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
                 f"Tensors {list_faults(found.left_out)}. Nothing was changed. Use a LoRA made for this model."
             )
-        return LoraFile(state, changes, _warning(path, found, reason, changes))
+        return LoraFile(state, changes, _warning(path, found, reason, changes), misfits)
 
 
-def _changes(file: TensorFile, found: ParsedKeys, shapes: Shapes) -> Changes:
-    """The changes that the keys describe, whether they fit or not."""
+def _changes(file: TensorFile, found: ParsedKeys, shapes: Shapes, unfit: Keys) -> Changes:
+    """The changes that the keys describe, whether they fit the model or not. unfit: gets tensors of a change that do
+    not fit together."""
     changes: Changes = {}
     config_of = cache(lambda section: adapter_config(file, section))
     for layer, keys in found.layers.items():
         weight = f"{layer}.weight" if f"{layer}.weight" in shapes else layer
-        of_weight = keys.keys() - {"diff_b"}
-        scale = 1.0
-        if {"up", "down"} <= of_weight <= {"up", "down", "alpha", "up_bias"}:
-            scale = _scale(file, layer, keys, config_of, found.faults)
+        of_weight = {role: key for role, key in keys.items() if role != "diff_b"}
+        scale, change = 1.0, change_of(of_weight)
+        if change is not None and change.layer(file.shapes) is None:
+            unfit[INCOMPLETE].append(" and ".join(f"{key} {list(file.shapes[key])}" for key in change.keys))
+        elif change is not None:
+            if change.rank_key is not None:
+                rank = file.shapes[change.rank_key][0]
+                scale = _scale(file, layer, keys, rank, config_of, found.faults) if rank else 0.0
             if math.isfinite(scale) and abs(scale) > MAX_SCALE:
-                which = f"{keys.get('alpha', keys['up'])} by {scale:g}"
+                which = f"{keys.get('alpha', change.keys[0])} by {scale:g}"
                 found.faults[f"that scale their product by more than {MAX_SCALE:,}"].append(which)
-            changes[weight] = LowRank(keys["up"], keys["down"], scale, rank=(*file.shapes[keys["down"]], 0)[0])
-        elif of_weight == {"diff"}:
-            changes[weight] = Difference(keys["diff"])
+            changes[weight] = replace(change, scale=scale)
         elif of_weight:
-            given = " and ".join(keys[role] for role in keys if role in of_weight)
-            found.faults[INCOMPLETE].append(f"{given} (of {weight})")
+            found.faults[INCOMPLETE].append(f"{' and '.join(of_weight.values())} (of {weight})")
         if "up_bias" in keys:
             changes[f"{layer}.bias"] = Difference(keys["up_bias"], scale)
         if "diff_b" in keys and "up_bias" in keys:
@@ -181,15 +131,17 @@ def _changes(file: TensorFile, found: ParsedKeys, shapes: Shapes) -> Changes:
     return changes
 
 
-def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys) -> Changes:
-    """The changes by the network's parameters, each with its rows and columns of the layer in the file."""
+def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys, unfit: Keys) -> Changes:
+    """The changes by the network's parameters, each with its rows and columns of the layer in the file. unfit: gets
+    layers with rows or columns of no parameter, which are left out."""
     split: Changes = {}
     for name, change in changes.items():
-        shape = _shape_of(change, on_disk)
+        shape = change.shape(on_disk)
         targets = targets_of(names.split, name, shape)
-        for fault, which in row_faults(targets, shape):
-            faults[fault].append(f"{change.keys[0]} {list(on_disk[change.keys[0]])}, {which}")
-        for one in targets:
+        misfits = [*row_faults(targets, shape)]
+        for fault, which in misfits:
+            unfit[fault].append(f"{change.keys[0]} {list(on_disk[change.keys[0]])}, {which}")
+        for one in () if misfits else targets:
             if one.name in split:
                 faults[TWICE].append(f"{split[one.name].keys[0]} and {change.keys[0]} (of {one.name})")
             split[one.name] = replace(change, rows=one.rows, columns=one.columns)
@@ -197,17 +149,18 @@ def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys) ->
 
 
 def _scale(
-    file: TensorFile, layer: str, keys: dict[str, str], config_of: Callable[[str], AdapterConfig | None], faults: Keys
+    file: TensorFile,
+    layer: str,
+    keys: dict[str, str],
+    rank: int,
+    config_of: Callable[[str], AdapterConfig | None],
+    faults: Keys,
 ) -> float:
-    """alpha / rank of a pair."""
-    up, down = file.shapes[keys["up"]], file.shapes[keys["down"]]
-    if not up or not down or math.prod(up[1:]) != down[0]:
-        faults[INCOMPLETE].append(f"{keys['up']} {list(up)} and {keys['down']} {list(down)}")
-        return 1.0
-    rank = max(1, down[0])
+    """alpha / rank of a product."""
     if "alpha" not in keys:
-        config = config_of(section(keys["up"]))
-        return 1.0 if config is None else config.scale((module_name(keys["up"]), layer), rank)
+        first = [*keys.values()][0]
+        config = config_of(section(first))
+        return 1.0 if config is None else config.scale((module_name(first), layer), rank)
     shape, dtype = file.shapes[keys["alpha"]], file.dtype(keys["alpha"])
     if math.prod(shape) != 1:
         faults[MISSHAPEN].append(f"{keys['alpha']} is {list(shape)}, not one number")
@@ -227,9 +180,8 @@ def _fitting(
     """(the changes that fit, the shapes that the others would change). Adds the keys of the others to `left_out`."""
     fitting, misfits = {}, {}
     for name, change in changes.items():
-        whole, own = shapes.get(name), _shape_of(change, on_disk)
-        fits = _multiplies_to(change, on_disk, whole) if whole and isinstance(change, LowRank) else own == whole
-        if fits:
+        whole, own = shapes.get(name), change.shape(on_disk)
+        if whole is not None and change.fits(on_disk, whole):
             fitting[name] = change
             continue
         given = " and ".join(f"{key} {list(on_disk[key])}" for key in change.keys)
@@ -238,32 +190,19 @@ def _fitting(
     return fitting, misfits
 
 
-def _shape_of(change: LowRank | Difference, on_disk: Shapes) -> tuple[int, ...]:
-    """The shape of a parameter that the change fits."""
-    first = on_disk[change.keys[0]]
-    shape = (*first[:1], *(first if isinstance(change, Difference) else on_disk[change.down])[1:])
-    return Target("", change.rows, change.columns).shape_in(shape)
-
-
-def _multiplies_to(change: LowRank, on_disk: Shapes, whole: tuple[int, ...]) -> bool:
-    up, down = on_disk[change.up], on_disk[change.down]
-    matrices = min(len(up), len(down), len(whole)) > 1 and down[0] <= MAX_RANK
-    rows, *columns = _shape_of(change, on_disk)
-    return matrices and (rows, math.prod(columns)) == (whole[0], math.prod(whole[1:]))
-
-
 def _warning(path: Path, found: ParsedKeys, reason: str, changes: Changes) -> str:
     texts = []
     if found.left_out:
         faults = list_faults(found.left_out)
-        texts.append(f"The LoRA {path} is used without some of its tensors: {faults}. {reason}".strip())
-    idle = [name for name, change in changes.items() if isinstance(change, LowRank) and change.changes_nothing]
+        without = "is used without some of its tensors" if changes else "changes nothing, as none of its tensors fits"
+        texts.append(f"The LoRA {path} {without}: {faults}. {reason}".strip())
+    idle = [name for name, change in changes.items() if change.changes_nothing]
     if idle:
         which = list_faults({"weights, because alpha or the rank is 0": idle})
         texts.append(
             f"The LoRA {path} does not change {which}. Did its training finish? Use the file as its trainer wrote it."
         )
-    without = _pairs_without_alpha(found)
+    without = _products_without_alpha(found)
     of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in without)
     if of_peft and changes and without and config_file(path) is None:
         texts.append(
@@ -274,8 +213,9 @@ def _warning(path: Path, found: ParsedKeys, reason: str, changes: Changes) -> st
     return " ".join(texts)
 
 
-def _pairs_without_alpha(found: ParsedKeys) -> list[str]:
-    return [keys["up"] for keys in found.layers.values() if "up" in keys and "alpha" not in keys]
+def _products_without_alpha(found: ParsedKeys) -> list[str]:
+    firsts = [keys.get("up") or keys.get("hada_w1_a") for keys in found.layers.values() if "alpha" not in keys]
+    return [key for key in firsts if key is not None]
 
 
 def _check_formats(path: Path, formats: Keys) -> None:
@@ -284,7 +224,7 @@ def _check_formats(path: Path, formats: Keys) -> None:
         listed = list_faults({f"of {name}": keys for name, keys in formats.items()})
         raise ValueError(
             f"{path} has an unsupported format. Tensors {listed}. Nothing was changed. Use a LoRA of low-rank pairs, "
-            "or merge it into a model with the software that made it."
+            "LoHa or LoKr, or merge it into a model with the software that made it."
         )
 
 
@@ -294,6 +234,6 @@ def _check_faults(path: Path, faults: Keys, has_tensors: bool) -> None:
     if listed or not has_tensors:
         raise ValueError(
             f"{path} is not a LoRA for this model. {f'Tensors {listed}' if listed else 'It holds no tensors'}. Nothing "
-            "was changed. Use a LoRA of this model in the layout of diffusers, kohya or ComfyUI (low-rank pairs with "
-            "or without alpha, full differences)."
+            "was changed. Use a LoRA of this model in the layout of diffusers, kohya or ComfyUI (low-rank pairs, "
+            "LoHa or LoKr with or without alpha, full differences)."
         )

@@ -6,6 +6,7 @@
     HunyuanVideo-I2V     Hunyuan_video_I2V_lora_double_blocks_0_img_attn_qkv.lora_down.weight   .alpha
     older diffusers      transformer.blocks.0.attn1.to_q.lora.down.weight  .lora.up.weight
     LightX2V             diffusion_model.blocks.0.diff_m                   a difference of that block's modulation
+    LyCORIS              lycoris_blocks_0_attn1_to_q.hada_w1_a             .lokr_w1 .lora_mid.weight .w_norm .b_norm
 
 A key has the same meaning in all of these layouts, or occurs in only one, so each key is parsed separately, with any
 prefix or none. If some keys begin with `transformer_2.`, these are for the low-noise expert, and keys with
@@ -18,6 +19,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
@@ -31,21 +33,25 @@ PREFIX = re.compile(
 )
 OF_EXPERTS = {LOW_NOISE: re.compile(r"(^|\.)(transformer_2|pipe\.dit2)\.$"),
               HIGH_NOISE: re.compile(r"(^|\.)(transformer|pipe\.dit)\.$")}  # fmt: skip
+# LyCORIS's names of the factors of LoHa and LoKr.
+HADA, HADA_CORES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
+LOKR = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))  # whole, or a product
+LOKR_CORE = "lokr_t2"
 ROLES = {
     "lora_A.weight": "down", "lora_A.default.weight": "down", "lora_down.weight": "down", "lora.down.weight": "down",
     "lora_B.weight": "up", "lora_B.default.weight": "up", "lora_up.weight": "up", "lora.up.weight": "up",
     "lora_B.bias": "up_bias", "lora_B.default.bias": "up_bias",
-    "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m",
-}  # fmt: skip
+    "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m", "w_norm": "diff", "b_norm": "diff_b",
+    "lora_mid.weight": "mid",
+} | {role: role for role in (*HADA, *HADA_CORES, *chain(*LOKR[0], *LOKR[1]), LOKR_CORE)}  # fmt: skip
 # Formats that change weights by other formulas, or with an alpha that is not in the file.
 OTHER_FORMATS = {
     "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$"),
-    "LoKr (LyCORIS)": re.compile(r"\.lokr_\w+$"),
-    "LoHa (LyCORIS)": re.compile(r"\.hada_\w+$"),
     "OFT": re.compile(r"\.(oft_\w+|boft_\w+)(\.\w+)*$"),
     "GLoRA (LyCORIS)": re.compile(r"\.(a1|a2|b1|b2)\.weight$"),
-    "LoCon with a third matrix (LyCORIS)": re.compile(r"\.lora_mid\.weight$"),
     "LyCORIS with a trained scalar": re.compile(r"\.scalar$"),
+    "whole weights, which replace the model's": re.compile(r"\.set_weight$"),
+    "a change of a weight's shape": re.compile(r"\.reshape_weight$"),
     "Stand-In": re.compile(r"_loras\.(down|up)\.weight$"),
     "MindSpeed-MM, whose alpha is not in the file": re.compile(r"_attn\.proj_(q|k|v|out)\.lora_[AB]\."),
 }

@@ -22,7 +22,7 @@ LORA_EXPERTS = ("both", "high_noise", "low_noise")
 LORA_MISFITS = ("refuse", "skip")
 MODEL_FORMATS = ("diffusers", "mindspeed")  # output formats of a conversion
 WEIGHT_DTYPES = ("keep", "bf16", "fp16", "fp32")  # of converted weights; "keep" does not change a tensor's dtype
-MAX_STRENGTH = 10.0  # of a LoRA, positive or negative
+MAX_STRENGTH = 100.0  # of a LoRA, positive or negative; core ComfyUI's loaders have the same limit
 _HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")  # a word boundary in camel case
 _NOISE = re.compile(r"(?<![a-z])(high|low)[-_ ]?noise")
 # "high" or "low" without "noise" counts at the end of a name, or before a size, dtype or version (not in high_res).

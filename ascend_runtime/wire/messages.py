@@ -197,6 +197,7 @@ class Velocity(Message):
     """Requests the velocity of each pass, for a sampler outside of the ranks. All have the same shape.
 
     latents: each [B,C,T,H,W], normalised. step: of the run, from 0.
+    fresh: the ranks first forget all numbers, and what earlier calls have prepared.
     held: new tensors, by number; numbers are never used twice. drop: numbers that the ranks need no more.
     """
 
@@ -207,6 +208,7 @@ class Velocity(Message):
     step: int
     latents: list[Tensor]
     passes: list[ModelPass]
+    fresh: bool = False
     held: dict[int, Tensor] = {}
     drop: tuple[int, ...] = ()
     operators: OperatorSpec = OperatorSpec()

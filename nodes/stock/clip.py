@@ -141,7 +141,7 @@ DEVICE = partial(
     "cpu: on the CPU of one rank.",
 )
 CLIP_OUTPUT = partial(
-    io.Clip.Output, display_name="clip", tooltip="For core's CLIP Text Encode, and all other nodes that take a CLIP."
+    io.Clip.Output, display_name="CLIP", tooltip="For core's CLIP Text Encode, and all other nodes that take a CLIP."
 )
 
 

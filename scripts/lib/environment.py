@@ -147,6 +147,19 @@ class Environment:
         """
         self._once(name, requirements, lambda: self._install_lines(name, requirements, *options))
 
+    def download(self, requirement, sha256, folder):
+        """Downloads a pinned wheel from PyPI into `folder`, without what it requires; pip checks its hash.
+
+        Returns its path. Raises SetupError if pip cannot fetch it.
+        """
+        pinned = Path(folder) / "pinned.txt"
+        pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [str(self.python), "-m", "pip", "download", "-qq", "--no-deps", "--require-hashes",
+                   "--disable-pip-version-check", "-d", str(folder), "-r", str(pinned)]
+        if subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+            raise SetupError(f"pip could not fetch {requirement}; its messages are above")
+        return next(Path(folder).glob("*.whl"))
+
     def install_torch_companions(self):
         """Installs torchvision and torchaudio for ComfyUI if they are missing, so that they can be imported with any
         torch."""

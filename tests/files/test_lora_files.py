@@ -9,7 +9,8 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec
 from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
-from ascend_runtime.recognition.lora import Difference, read_lora
+from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora_changes import Difference
 from ascend_runtime.components import Components
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -254,10 +255,11 @@ def test_a_file_of_which_nothing_fits_is_refused(tmp_path, says):
 FORMATS = {
     "DoRA": {f"transformer.{Q}.dora_scale": torch.ones(DIM, 1)},
     "DoRA ": {f"base_model.model.{Q}.lora_magnitude_vector.weight": torch.ones(DIM)},
-    "LoKr (LyCORIS)": {"lora_unet_blocks_0_self_attn_q.lokr_w1": torch.ones(4, 4)},
-    "LoHa (LyCORIS)": {"lora_unet_blocks_0_self_attn_q.hada_w1_a": torch.ones(DIM, 4)},
+    "GLoRA (LyCORIS)": {"lora_unet_blocks_0_self_attn_q.a1.weight": torch.ones(DIM, 4)},
+    "LyCORIS with a trained scalar": {"lora_unet_blocks_0_self_attn_q.scalar": torch.ones(1)},
     "OFT": {"lora_unet_blocks_0_self_attn_q.oft_blocks": torch.ones(4, 4)},
-    "LoCon with a third matrix": {f"lycoris_{Q.replace('.', '_')}.lora_mid.weight": torch.ones(4, 4)},
+    "whole weights, which replace the model's": {"diffusion_model.blocks.0.self_attn.q.set_weight": torch.ones(4, 4)},
+    "a change of a weight's shape": {"diffusion_model.patch_embedding.reshape_weight": torch.tensor([96, 36])},
     "Stand-In": {"diffusion_model.blocks.0.self_attn.q_loras.up.weight": torch.ones(DIM, 4)},
     "MindSpeed-MM, whose alpha is not in the file": pair(
         "blocks.0.self_attn.proj_q", down="lora_A.default", up="lora_B.default"),

@@ -127,7 +127,6 @@ def test_a_vae_of_no_colours(tmp_path):
 MORE = {  # what variants of a Wan transformer have more, by what they are
     "Wan VACE": "vace_blocks.0.after_proj.weight",
     "Wan Fun Control with a camera": "control_adapter.conv.weight",
-    "Wan Fun Control": "ref_conv.weight",
     "Wan Animate": "face_adapter.fuser_blocks.0.linear1_q.weight",
     "Wan S2V (sound to video)": "casual_audio_encoder.weights",
     "an audio-driven model, such as HuMo": "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight",

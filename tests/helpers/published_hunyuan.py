@@ -36,15 +36,15 @@ def write_all(models: Path) -> None:
         _save(place("diffusion_models", name), hunyuan_formats.comfyui_transformer(state))
     _save(place("vae", "hunyuan_video_vae_bf16"), hunyuan_formats.comfyui_vae(random_hunyuan.vae().state_dict()))
     llava = tiny_llava.llava(vocab_size=LLAMA_PIECES).state_dict()
-    llama = _part(llava, "language_model.", "model.")
+    llama = part(llava, "language_model.", "model.")
     formats.save_old_mark(place("text_encoders", "llava_llama3_fp8_scaled"), *formats.in_8_bits(llama))
     clip = tiny_llava.clip_text(vocab_size=CLIP_PIECES, bos_token_id=CLIP_PIECES - 2, eos_token_id=CLIP_PIECES - 1)
-    _save(place("text_encoders", "clip_l"), _part(clip.state_dict(), "", "text_model."))
-    vision = _part(llava, "vision_tower.", "vision_model.") | _part(llava, "multi_modal_projector.", "", keeps=True)
+    _save(place("text_encoders", "clip_l"), part(clip.state_dict(), "", "text_model."))
+    vision = part(llava, "vision_tower.", "vision_model.") | part(llava, "multi_modal_projector.", "", keeps=True)
     _save(place("clip_vision", VISION), vision)
 
 
-def _part(state: dict, begin: str, prefix: str, keeps: bool = False) -> dict:
+def part(state: dict, begin: str, prefix: str, keeps: bool = False) -> dict:
     """The tensors of a part of a network, by any version of transformers, with names of their own behind a prefix."""
     found = {}
     for name, tensor in state.items():

@@ -56,7 +56,7 @@ def write_all(models: Path) -> None:
         vae = tiny_models.randomise(AutoencoderKLWan(**form), seed)
         save_file(formats.original_vae(vae), place("vae", name))
     _text_encoder(place("text_encoders", TEXT_ENCODER))
-    _clip_vision(place("clip_vision", CLIP))
+    clip_vision(place("clip_vision", CLIP))
 
 
 def _transformer(file: Path, **form) -> None:
@@ -76,7 +76,7 @@ def _text_encoder(file: Path) -> None:
     formats.save_old_mark(file, *formats.in_8_bits(formats.comfyui_umt5(encoder, formats.sentencepiece_model())))
 
 
-def _clip_vision(file: Path) -> None:
+def clip_vision(file: Path) -> None:
     """CLIP ViT-H in fp16, of which the tests' ComfyUI takes two layers: the others are a hole in a sparse file."""
     with torch.device("meta"):
         network = CLIPVisionModel(CLIPVisionConfig(

@@ -1,8 +1,10 @@
 """Random LoRAs for small Wan transformers, in each layout, and what each must make of a weight, by its own formula."""
 
+import itertools
 import math
 from pathlib import Path
 
+import random_lycoris
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +45,7 @@ LAYOUTS = {  # prefix, whose names, down, up, whether there is an alpha
     "kohya": ("lora_unet_", "flat", "lora_down.weight", "lora_up.weight", True),
     "wan fun": ("lora_unet__", "flat", "lora_down.weight", "lora_up.weight", True),
     "lightx2v": ("diffusion_model.", "original", "lora_down.weight", "lora_up.weight", True),
+    "lycoris": ("lycoris_", "flat", None, None, True),
 }
 
 
@@ -54,9 +57,16 @@ def save(file: Path, layout: str, parameters: dict[str, torch.Tensor], *, seed: 
     prefix, names, down_key, up_key, has_alpha = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(seed)
     tensors, added = {}, {}
+    forms = itertools.cycle(random_lycoris.MATRICES)
     for original, diffusers in _layers(parameters).items():
         name = {"diffusers": diffusers, "original": original, "flat": original.replace(".", "_")}[names]
         weight = parameters[f"{diffusers}.weight"]
+        if layout == "lycoris":
+            form = "loha tucker" if weight.ndim > 2 else next(forms)
+            made, adds = random_lycoris.tensors(form, tuple(weight.shape), generator, alpha=2.0 if alpha else None)
+            tensors |= {f"{prefix}{name}.{end}": tensor.to(dtype) for end, tensor in made.items()}
+            added[f"{diffusers}.weight"] = adds
+            continue
         down = torch.randn(RANK, *weight.shape[1:], generator=generator).mul(0.2).to(dtype)
         up = torch.randn(weight.shape[0], RANK, *(1 for _ in weight.shape[2:]), generator=generator)
         up = up.mul(2 / math.sqrt(weight[0].numel())).to(dtype)

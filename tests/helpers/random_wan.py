@@ -23,16 +23,29 @@ DIM, FFN = 2 * HEAD_DIM, 512
 
 
 def original_transformer(
-    file: Path, *, seed: int = 0, layers: int = 2, channels: int = 16, out_channels: int = 16, image: bool = False
+    file: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    channels: int = 16,
+    out_channels: int = 16,
+    image: bool = False,
+    places: int = 0,
+    reference: bool = False,
 ) -> Path:
     """A transformer in one .safetensors file with the original's parameter names, fp32.
 
-    channels: that it reads; out_channels: that it makes. image: it looks at one through CLIP, as models of Wan 2.1 do.
+    channels: that it reads; out_channels: that it makes. image: it looks at one through CLIP, as models of Wan 2.1 do;
+    places: for tokens of two images. reference: it has a layer for a reference image, as Fun Control models do.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = _original_shapes(DIM, layers, channels, out_channels)
     if image:
         shapes |= _image_shapes(DIM, layers)
+    if places:
+        shapes |= {"img_emb.emb_pos": (1, places, IMAGE_DIM)}
+    if reference:
+        shapes |= {"ref_conv.weight": (DIM, out_channels, 2, 2), "ref_conv.bias": (DIM,)}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: _random(name, shape, generator) for name, shape in shapes.items()}, file)
     return file

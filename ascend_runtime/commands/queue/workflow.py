@@ -47,7 +47,7 @@ SEED = WidgetSearch("seed", int, ("seed", "noise_seed", "value"), ("seed", "nois
 def read(path: Path, address: Address) -> dict:
     """Reads the graph of a workflow file, {node id: {"class_type", "inputs"}}. UI format is converted by comfy-cli,
     which requests the nodes' inputs from the ComfyUI at `address`. Raises QueueError."""
-    graph = _read_json(path)
+    graph = read_graph(path)
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         graph = _from_ui_format(path, address)
     if not graph or not isinstance(graph, dict) or not all(_is_node(node) for node in graph.values()):
@@ -56,7 +56,8 @@ def read(path: Path, address: Address) -> dict:
     return graph
 
 
-def _read_json(path: Path):
+def read_graph(path: Path):
+    """What a workflow file holds, before checks of its form. Raises QueueError if it is not plain JSON."""
     text = read_text(path, f"the workflow {path}", MAX_WORKFLOW_BYTES)
     try:
         graph = json.loads(text, parse_constant=_refuse_constant)

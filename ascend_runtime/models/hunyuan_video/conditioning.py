@@ -17,12 +17,12 @@ from msgspec import structs
 from torch import Tensor
 
 from ...ops.precision import check_finite
-from ..shared.conditioning import Branch, Conditioner, Given, Prompt, ready
-from .context import Context
+from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, Reads, ready
+from . import outer
+from .context import GUIDANCE_UNIT, Context
 from .files.configs import CONCAT, EITHER, GUIDING_FRAME, REPLACE, filled
 
 OWN_GUIDANCE, TEXT_MASK = "guidance", "attention_mask"  # further entries of a conditioning, as core ComfyUI names them
-GUIDANCE_UNIT = 1000  # of the embedded guidance scale, as a timestep's
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +126,14 @@ class HunyuanConditioner(Conditioner):
         mask = 1 - _filled_up(unknown.float().round(), frames, 1.0)
         batch = max(video.shape[0], mask.shape[0])
         return torch.cat([part.expand(batch, -1, -1, -1, -1) for part in (video, mask)], dim=1)
+
+    # For samplers outside of the ranks
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        outer.check(filled(self.config), Reads(self.form, self.text_width, self.pooled_width), inputs)
+
+    def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> outer.OuterHunyuanBranch:
+        return outer.branch_of(filled(self.config), inputs, device, dtype)
 
     # Checks
 

@@ -26,17 +26,22 @@ class TimeTextEmbedding(nn.Module):
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="silu")
         self.guidance_embedder = TimestepEmbedding(FREQUENCIES, dim) if guided else None
 
-    def forward(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None = None, clean: bool = False) -> Tensor:
+    def forward(
+        self,
+        timestep: Tensor,
+        pooled: Tensor,
+        guidance: Tensor | None = None,
+        clean: bool = False,
+        guided_clean: bool = False,
+    ) -> Tensor:
         """[B, 1 or 2, D], of timestep [B] in fp32, pooled [B, text_dim], guidance [B]. clean: with a second vector for
-        tokens without noise: of timestep 0, and without guidance."""
-        made = self._embedded(self.timestep_embedder, timestep, pooled)
-        if guidance is not None:
-            made = made + self._embedded(self.guidance_embedder, guidance, pooled)
-        made, text = made.unsqueeze(1), self.text_embedder(pooled).unsqueeze(1)
-        if clean:
-            zero = self._embedded(self.timestep_embedder, torch.zeros_like(timestep), pooled)
-            made = torch.cat([made, zero.unsqueeze(1)], 1)
-        return made + text
+        tokens without noise: of timestep 0, and without guidance unless guided_clean."""
+        guide = 0 if guidance is None else self._embedded(self.guidance_embedder, guidance, pooled)
+        made, text = self._embedded(self.timestep_embedder, timestep, pooled) + guide, self.text_embedder(pooled)
+        if not clean:
+            return (made + text).unsqueeze(1)
+        zero = self._embedded(self.timestep_embedder, torch.zeros_like(timestep), pooled)
+        return torch.stack([made, zero + guide if guided_clean else zero], 1) + text.unsqueeze(1)
 
     def _embedded(self, embedder: TimestepEmbedding, values: Tensor, like: Tensor) -> Tensor:
         """The sinusoid is computed in fp32 (precision.SINUSOID)."""
@@ -87,9 +92,11 @@ class TextRefiner(nn.Module):
         blocks = nn.ModuleList(RefinerBlock(dim, head_dim) for _ in range(layers))
         self.token_refiner = nn.ModuleDict({"refiner_blocks": blocks})
 
-    def forward(self, text: Tensor, timestep: Tensor) -> Tensor:
-        """[B, L, D] of text [B, L, text_dim] without padding, timestep [B]."""
-        vector = F.silu(self.time_text_embed(timestep, text.mean(1, dtype=NORMS.dtype).type_as(text)))
+    def forward(self, text: Tensor, timestep: Tensor, mean: Tensor | None = None) -> Tensor:
+        """[B, L, D] of text [B, L, text_dim] without padding, timestep [B]. mean [B, text_dim]: of the text; None: that
+        of these tokens."""
+        mean = text.mean(1, dtype=NORMS.dtype).type_as(text) if mean is None else mean
+        vector = F.silu(self.time_text_embed(timestep, mean))
         x = self.proj_in(text)
         for block in self.token_refiner["refiner_blocks"]:
             x = block(x, vector)

@@ -20,6 +20,7 @@ from ..family import (
     Family,
     OriginalLayout,
     Part,
+    StockNames,
 )
 from ..hubs import HUBS
 from ..image_forms import ImageForm
@@ -28,8 +29,9 @@ from . import calibrations, cost, weights
 from .defaults import defaults_of, sigmas
 from .files import configs, lora_names, names
 from .files.configs import GUIDING_FRAME
+from .files.original import original_shapes
 from .files.pipeline import pipeline_of
-from .files.variants import CLASSES, VAE_CLASSES, other_vae, variant
+from .files.variants import CLASSES, FRAMEPACK, SKYREELS, VAE_CLASSES, VIDEO_15, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
 from .text import sizes
@@ -168,6 +170,14 @@ class HunyuanVideo(Family):
         },
         classes={VAE: "AutoencoderKLCausal3D"},
     )
+    stock = StockNames(
+        clip_types=("hunyuan_video",),
+        names={TRANSFORMER: r"hunyuan_?video|framepack", VAE: r"hunyuan_?video.*vae"},
+        others={
+            VIDEO_15: r"hunyuan_?video_?1[._]?5", FRAMEPACK: r"framepack", SKYREELS: r"skyreels.*i2v",
+            "HunyuanVideo-Avatar or HunyuanCustom": r"avatar|custom",
+        },
+    )  # fmt: skip
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
 
@@ -260,6 +270,10 @@ class HunyuanVideo(Family):
 
         reads = Reads(self.form(config), self.text_width(config), self.pooled_width(config))
         return HunyuanConditioner(config, latents, reads)
+
+    def original_shapes(self, config):
+        parameters = self.network(TRANSFORMER, config).named_parameters()
+        return original_shapes({name: tuple(parameter.shape) for name, parameter in parameters})
 
     def pipeline(self, configurations: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
         return pipeline_of(configurations)

@@ -23,6 +23,7 @@ from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, BlockStack, Pass
 from ..shared.quantized import QuantizedLinear
+from ..shared.transformer import KeptTables
 from .blocks import EPS, Chunk, DoubleBlock, JointAttention, Operated, SingleBlock, joined
 from .context import Context
 from .embedders import TextRefiner, TimeTextEmbedding
@@ -50,7 +51,8 @@ class HunyuanVideoTransformer(nn.Module):
         self.norm_out, self.proj_out = shell.norm_out, shell.proj_out
         with torch.device("meta"):
             self._add_layers(tp)
-        self._rotary: dict[tuple, RotaryTable] = {}
+        self._rotary = KeptTables()
+        self.ops: PlainOperators | None = None
         self.arrange(PlainOperators())
 
     def _add_layers(self, tp: WholeWeights | TensorParallel) -> None:
@@ -76,7 +78,8 @@ class HunyuanVideoTransformer(nn.Module):
 
     def arrange(self, operators: PlainOperators, sequence: SequenceLayout | None = None) -> None:
         """Sets the operators, and how the tokens are spread over ranks (None: all tokens are on this rank)."""
-        self.forget()
+        if operators is not self.ops:  # they decide the form of rotary tables
+            self.forget()
         self.ops = operators
         self.sequence = sequence or WholeSequence(operators.attention)
         for module in self.modules():
@@ -92,8 +95,9 @@ class HunyuanVideoTransformer(nn.Module):
         computed.
         """
         clean = self.config.image_condition_type == REPLACE if context.clean is None else context.clean
-        vectors = F.silu(self.time_text_embed(timestep, context.pooled, context.guidance, clean))
-        text = self.context_embedder(context.text, timestep)
+        whole = context.whole_vector
+        vectors = F.silu(self.time_text_embed(timestep, context.pooled, context.guidance, clean, whole))
+        text = self.context_embedder(context.text, timestep, context.mean)
         patches = self._patches(latent)
         video, behind = patches.shape[1], text.shape[1]
         rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent, behind))
@@ -109,8 +113,8 @@ class HunyuanVideoTransformer(nn.Module):
             return self.blocks[0](tokens, chunk, vectors)
 
         tokens = passing.blocks(BlockStack(run, len(self.blocks), indicator), tokens)
-        tokens = self.sequence.gather(self._head(tokens, vectors[:, 0]), video + behind)[:, :video]
-        return self._unpatchify(tokens, latent.shape)
+        patches = self._head(tokens, vectors, chunk.clean if whole else 0)
+        return self._unpatchify(self.sequence.gather(patches, video + behind)[:, :video], latent.shape)
 
     def _tokens(self, patches: Tensor, text: Tensor) -> Tensor:
         """This rank's chunk of the tokens [video | text | padding], of patches [B, S, C * prod(patch)] and text
@@ -134,9 +138,15 @@ class HunyuanVideoTransformer(nn.Module):
         grid = latent.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, pt))
         return grid.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # [B, T/pt, H/p, W/p, C, pt, p, p] before
 
-    def _head(self, tokens: Tensor, vector: Tensor) -> Tensor:
-        """tokens [B, S, D], the SiLU of a vector [B, D] -> patches [B, S, C_out*pt*ph*pw]."""
-        scale, shift = self.norm_out.linear(vector).float().unsqueeze(1).chunk(2, dim=-1)
+    def _head(self, tokens: Tensor, vectors: Tensor, clean: int) -> Tensor:
+        """tokens [B, S, D], of which so many are modulated as clean; the SiLU of vectors [B, 1 or 2, D] -> patches
+        [B, S, C_out*pt*ph*pw]."""
+        if clean:
+            parts = [self._head(tokens[:, :clean], vectors[:, 1:], 0)]
+            if clean < tokens.shape[1]:
+                parts.append(self._head(tokens[:, clean:], vectors[:, :1], 0))
+            return torch.cat(parts, dim=1)
+        scale, shift = self.norm_out.linear(vectors[:, :1]).float().chunk(2, dim=-1)
         return self.proj_out(self.ops.modulated_layer_norm(tokens, shift, scale, EPS))
 
     def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:
@@ -148,16 +158,17 @@ class HunyuanVideoTransformer(nn.Module):
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def _rotary_table(self, latent: Tensor, behind: int) -> RotaryTable:
-        """The rotary table for a latent of this size and `behind` tokens of text, which are not turned; cached until
+        """The rotary table for a latent of this size and `behind` tokens of text, which are not turned; kept until
         `forget` is called, as guidance takes turns with two texts."""
-        key = latent.shape, behind
-        if key not in self._rotary:
+
+        def made() -> RotaryTable:
             cos, sin = self.rope(latent.new_empty(latent.shape, device="cpu"))
             cos, sin = F.pad(cos, (0, 0, 0, behind), value=1.0), F.pad(sin, (0, 0, 0, behind))
             table = self.ops.rotary_table(cos[None, :, None], sin[None, :, None])
-            self._rotary[key] = tuple(devices.sent(part, latent.device) for part in table)
-        return self._rotary[key]
+            return tuple(devices.sent(part, latent.device) for part in table)
+
+        return self._rotary.get((latent.shape, behind), made)
 
     def forget(self) -> None:
         """Frees what is cached between the steps of one generation."""
-        self._rotary = {}
+        self._rotary.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Callable, NamedTuple
 
 from torch import Tensor
@@ -53,3 +54,19 @@ class Pass:
 
 
 EVERYTHING = Pass()
+
+
+class Skipping(Pass):
+    """A pass that leaves out some blocks: their output is their input. passing: decides about the others."""
+
+    def __init__(self, passing: Pass, skipped: Collection[int]):
+        self._passing, self._skipped = passing, frozenset(skipped)
+
+    def blocks(self, stack: BlockStack, tokens: Tensor) -> Tensor:
+        def run(number: int, tokens: Tensor) -> Tensor:
+            return tokens if number in self._skipped else stack.run(number, tokens)
+
+        return self._passing.blocks(stack._replace(run=run), tokens)
+
+    def attention(self, block: int, compute: Callable[[Attend | None], Tensor]) -> Tensor:
+        return self._passing.attention(block, compute)

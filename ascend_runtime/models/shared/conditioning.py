@@ -52,7 +52,7 @@ class Given:
 
 
 class Inputs(NamedTuple):
-    """What a sampler outside of the ranks gives a network besides latent and timestep, as core ComfyUI's models make it.
+    """What a sampler outside of the ranks gives a network besides latent and timestep, as core ComfyUI makes it.
 
     shape: of the latent [B,C,T,H,W]. tensors: by name, each for B videos. Of all families: "text" [B,L,D], "concat"
     [B,C',T,H,W], further channels, ready for the network. Others as core's networks name them, such as "clip_fea",
@@ -64,7 +64,12 @@ class Inputs(NamedTuple):
 
 
 class Branch(ABC):
-    """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity."""
+    """One guidance branch on this rank's device, in the dtype of the blocks. Compares by identity.
+
+    text [B, L, D]: that the network attends to.
+    """
+
+    text: Tensor
 
     @abstractmethod
     def context(self) -> Any:
@@ -162,8 +167,13 @@ class Conditioner(ABC):
         raise NotImplementedError
 
     def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Branch:
-        """The branch of a pass for a sampler outside of the ranks. Raises ValueError for inputs that do not fit."""
+        """The branch of a pass for a sampler outside of the ranks, whose inputs `check_inputs` accepted."""
         raise NotImplementedError
+
+    def outer_size(self, inputs: Inputs) -> tuple[int, int, int]:
+        """The size [T,H,W] of all that the tokens of a pass come from: the latent, padded, and further frames."""
+        frames, height, width = inputs.shape[2:]
+        return frames, height, width
 
     def per_token(self, given: Given) -> bool:
         """Whether each token has its own timestep."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ...ops import PlainOperators
+from ...ops.plain import RotaryTable
 from ...parallel.sequence import SequenceLayout
 from .block_stack import EVERYTHING, Pass
 
@@ -34,3 +35,23 @@ class VideoTransformer(Protocol):
 
     def forget(self) -> None:
         """Frees what is cached between the steps of one generation."""
+
+
+class KeptTables:
+    """The rotary tables of the latest sizes: a call for a part of the picture takes turns with one for the whole."""
+
+    MOST = 4
+
+    def __init__(self):
+        self._tables: dict[Hashable, RotaryTable] = {}
+
+    def get(self, key: Hashable, make: Callable[[], RotaryTable]) -> RotaryTable:
+        """The table of this key, made if it is not kept."""
+        table = self._tables.pop(key, None)
+        self._tables[key] = table = make() if table is None else table
+        if len(self._tables) > self.MOST:
+            del self._tables[next(iter(self._tables))]
+        return table
+
+    def clear(self) -> None:
+        self._tables.clear()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...ops.precision import check_finite
-from ..shared.conditioning import Branch, Conditioner, Given, Prompt, check_shape, ready
+from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, Reads, check_shape, ready
+from . import outer
 from .context import Context
-from .files.configs import MASK_CHANNELS
+from .files.configs import MASK_CHANNELS, reads_control
 from .latents import CHANNELS_22, LATENTS_MEAN_22
 
 
@@ -90,7 +91,27 @@ class WanConditioner(Conditioner):
         mask = mask.expand(batch, MASK_CHANNELS, -1, -1, -1)
         return torch.cat([mask, video.expand(batch, -1, -1, -1, -1)], dim=1)
 
+    # For samplers outside of the ranks
+
+    def check_inputs(self, inputs: Inputs) -> None:
+        outer.check(self.config, Reads(self.form, self.text_width), inputs)
+
+    def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> outer.OuterWanBranch:
+        return outer.branch_of(self.config, inputs, device, dtype)
+
+    def outer_size(self, inputs: Inputs) -> tuple[int, int, int]:
+        return outer.size_read(inputs, self.config["patch_size"])
+
     # Checks
+
+    def check(self, given: Given) -> None:
+        if reads_control(self.config):
+            raise ValueError(
+                f"This is a Fun Control model, which reads {self._extra_channels} further channels, those of a control "
+                "video among them; Ascend Sampler cannot give them. Load it with Ascend Load Diffusion Model (Core), "
+                "and sample with KSampler."
+            )
+        super().check(given)
 
     def check_prompt(self, name: str, prompt: Prompt, given: Given) -> None:
         self._check_concat(name, prompt, given.latent)

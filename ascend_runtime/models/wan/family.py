@@ -11,7 +11,17 @@ from ...specs import Calibration, VaeForm
 from ..core_text import CoreEncoder, CoreText, OwnTokenizer
 from ..cost import PassSize, Work
 from ..defaults import Defaults
-from ..family import TEXT_ENCODER, TRANSFORMER, TRANSFORMER_2, VAE, DiffusersPipeline, Family, OriginalLayout, Part
+from ..family import (
+    TEXT_ENCODER,
+    TRANSFORMER,
+    TRANSFORMER_2,
+    VAE,
+    DiffusersPipeline,
+    Family,
+    OriginalLayout,
+    Part,
+    StockNames,
+)
 from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
@@ -95,6 +105,16 @@ class Wan(Family):
         loose="*.pth",
         classes={TRANSFORMER: "WanModel"},
     )
+    stock = StockNames(
+        clip_types=("wan",),
+        names={TRANSFORMER: r"wan(?![a-z])|wan_?video", VAE: r"wan.*vae|vae.*wan"},
+        others={
+            "Wan VACE": r"vace", "Wan Fun Control with a camera": r"fun.*camera", "Wan Animate": r"animate",
+            "Wan S2V (sound to video)": r"s2v", "an audio-driven model": r"humo|infinitetalk|multitalk|fantasytalk",
+            "SkyReels diffusion forcing": r"skyreels.*df", "ReCamMaster": r"recammaster", "SCAIL": r"scail",
+            "a tiny VAE": r"^(light)?tae",
+        },
+    )  # fmt: skip
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)
@@ -187,6 +207,10 @@ class Wan(Family):
         from .conditioning import WanConditioner
 
         return WanConditioner(config, latents, Reads(self.form(config), self.text_width(config)))
+
+    def original_shapes(self, config):
+        parameters = self.network(TRANSFORMER, config).named_parameters()
+        return {names.to_original_name(name): tuple(parameter.shape) for name, parameter in parameters}
 
     def empty_latent(self, shape):
         from .conditioning import empty_latent

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan
 from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -24,7 +24,7 @@ ENCODER = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "
 
 def empty(part: str, config: Mapping[str, Any], tp: TensorParallel | None) -> nn.Module:
     if part == TRANSFORMER:
-        return WanTransformer(accepted(config, WanTransformer3DModel), tp or WholeWeights())
+        return WanTransformer(dict(config), tp or WholeWeights())
     with torch.device("meta"):
         if part != TEXT_ENCODER:
             return AutoencoderKLWan.from_config(accepted(config, AutoencoderKLWan))

@@ -8,6 +8,7 @@ per-token modulation. Our block computes the same (tests/ranks/test_wan_blocks.p
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Callable
 
@@ -23,9 +24,11 @@ from ...ops.plain import RotaryTable
 from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, Attend, BlockStack, Pass
+from ..shared.networks import accepted
 from ..shared.quantized import QuantizedLinear
+from ..shared.transformer import KeptTables
 from .context import Context
-from .files.configs import TRANSFORMER_DEFAULTS
+from .files.configs import REFERENCE_CHANNELS, TRANSFORMER_DEFAULTS
 
 SAMPLED = 64  # with per-token timesteps, every 64th channel is compared: all would take six times the tokens' memory
 
@@ -173,10 +176,11 @@ class WanTransformer(nn.Module):
 
     def __init__(self, config: dict, tp: WholeWeights | TensorParallel = WholeWeights()):
         super().__init__()
+        reference = config.get(REFERENCE_CHANNELS)
         with torch.device("meta"):
-            shell = WanTransformer3DModel.from_config({**config, "num_layers": 0})
+            shell = WanTransformer3DModel.from_config({**accepted(config, WanTransformer3DModel), "num_layers": 0})
         num_layers = config.get("num_layers", TRANSFORMER_DEFAULTS["num_layers"])
-        self.config = FrozenDict({**shell.config, "num_layers": num_layers})
+        self.config = FrozenDict({**shell.config, "num_layers": num_layers, REFERENCE_CHANNELS: reference})
         check_degree(self.config.num_attention_heads, self.config.ffn_dim, tp.degree)
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         self.patch_embedding = shell.patch_embedding
@@ -188,6 +192,8 @@ class WanTransformer(nn.Module):
             self.config.attention_head_dim, self.config.patch_size, self.config.rope_max_seq_len
         )
         with torch.device("meta"):
+            patch = self.config.patch_size[1:]
+            self.ref_conv = None if reference is None else nn.Conv2d(reference, dim, kernel_size=patch, stride=patch)
             self.blocks = nn.ModuleList(
                 WanBlock(
                     dim,
@@ -200,7 +206,8 @@ class WanTransformer(nn.Module):
                 )
                 for _ in range(self.config.num_layers)
             )
-        self._rotary: tuple[torch.Size, RotaryTable] | None = None
+        self._rotary = KeptTables()
+        self.ops: PlainOperators | None = None
         self.arrange(PlainOperators())
 
     @property
@@ -210,7 +217,8 @@ class WanTransformer(nn.Module):
 
     def arrange(self, operators: PlainOperators, sequence: SequenceLayout | None = None) -> None:
         """Sets the operators, and how the tokens are spread over ranks (None: all tokens are on this rank)."""
-        self.forget()
+        if operators is not self.ops:  # they decide the form of rotary tables
+            self.forget()
         self.ops = operators
         self.sequence = sequence or WholeSequence(operators.attention)
         for block in self.blocks:
@@ -226,8 +234,8 @@ class WanTransformer(nn.Module):
         latent [B, C, T, H, W], H and W even; timestep [B] in 0..1000, or [B, S] with one for each token; context: a new
         one, or that of earlier passes with the same prompt; passing: decides which blocks are computed.
         """
-        rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent))
-        tokens = self.patch_embedding(latent).flatten(2).transpose(1, 2)
+        tokens, frames = self._tokens(latent, context)
+        rotary = tuple(self.sequence.split(part) for part in self._rotary_table(latent, frames))
         length = tokens.shape[1]
         if timestep.ndim == 2:  # split before embedding, which makes six vectors for each token
             timestep = self.sequence.split(timestep)
@@ -239,8 +247,17 @@ class WanTransformer(nn.Module):
             return self.blocks[number](tokens, context, projected, rotary, self_attention)
 
         tokens = passing.blocks(BlockStack(run, len(self.blocks), partial(_indicator, projected)), tokens)
-        tokens = self.sequence.gather(self._head(tokens, embedded), length)
-        return self._unpatchify(tokens, latent.shape)
+        patches = self.sequence.gather(self._head(tokens, embedded), length)
+        return self._unpatchify(patches, latent.shape)
+
+    def _tokens(self, latent: Tensor, context: Context) -> tuple[Tensor, int]:
+        """(the tokens [B, S, D] of all ranks, the number of frames that they are of): a reference image's come first,
+        as a frame before the video's."""
+        tokens, frames = self.patch_embedding(latent).flatten(2).transpose(1, 2), latent.shape[2]
+        if context.reference is None:
+            return tokens, frames
+        reference = self.ref_conv(context.reference).flatten(2).transpose(1, 2)
+        return torch.cat([reference, tokens], dim=1), frames + self.config.patch_size[0]
 
     def _condition(self, timestep: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """(the timestep embedding [B, 1 or S, D], its projection [B, (S,) 6, D]); embeds the context if it is new."""
@@ -252,10 +269,17 @@ class WanTransformer(nn.Module):
             timestep.flatten(), text, image, timestep_seq_len=per_token
         )
         if new:
-            context.embedded = tuple(prompt)
+            context.embedded = self._embedded(*prompt, context)
         if per_token is None:
             embedded = embedded.unsqueeze(1)
         return embedded, projected.unflatten(-1, (6, -1))
+
+    def _embedded(self, text: Tensor, image: Tensor | None, context: Context) -> tuple[Tensor, Tensor | None]:
+        """What the blocks attend to. A model that looks at an image takes the text for one that is not given, as core
+        ComfyUI's does."""
+        if image is None and self.config.added_kv_proj_dim is not None:
+            return text, text
+        return text, image if image is None or context.image_tokens is None else image[:, : context.image_tokens]
 
     def _head(self, tokens: Tensor, embedded: Tensor) -> Tensor:
         """tokens [B, S, D] -> patches [B, S, prod(patch) * C_out]."""
@@ -264,20 +288,26 @@ class WanTransformer(nn.Module):
         return self.proj_out(self.ops.modulated_layer_norm(tokens, shift, scale, self.norm_out.eps))
 
     def _unpatchify(self, patches: Tensor, latent_shape: torch.Size) -> Tensor:
-        """[B, S, pt*ph*pw*C] -> [B, C, T, H, W]."""
+        """[B, S, pt*ph*pw*C], of which the last are the video's -> [B, C, T, H, W]."""
         pt, ph, pw = self.config.patch_size
         _, _, frames, height, width = latent_shape
-        grid = patches.unflatten(1, (frames // pt, height // ph, width // pw)).unflatten(-1, (pt, ph, pw, -1))
+        grid = frames // pt, height // ph, width // pw
+        patches = patches[:, patches.shape[1] - math.prod(grid) :]
+        grid = patches.unflatten(1, grid).unflatten(-1, (pt, ph, pw, -1))
         video = grid.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, T/pt, pt, H/ph, ph, W/pw, pw]
         return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def _rotary_table(self, latent: Tensor) -> RotaryTable:
-        """The rotary table for a latent of this size, cached until the size changes or `forget` is called."""
-        if self._rotary is None or self._rotary[0] != latent.shape:
-            table = self.ops.rotary_table(*self.rope(latent))
-            self._rotary = latent.shape, tuple(devices.sent(part, latent.device) for part in table)
-        return self._rotary[1]
+    def _rotary_table(self, latent: Tensor, frames: int | None = None) -> RotaryTable:
+        """The rotary table for so many frames of a latent's size (None: its own number), kept until `forget` is
+        called."""
+        batch, channels, own, *plane = latent.shape
+        covered = latent.new_empty(()).expand(batch, channels, frames or own, *plane)
+
+        def made() -> RotaryTable:
+            return tuple(devices.sent(part, latent.device) for part in self.ops.rotary_table(*self.rope(covered)))
+
+        return self._rotary.get(covered.shape, made)
 
     def forget(self) -> None:
         """Frees what is cached between the steps of one generation."""
-        self._rotary = None
+        self._rotary.clear()

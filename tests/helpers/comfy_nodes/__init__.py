@@ -1,6 +1,7 @@
 """Nodes for tests, in the real ComfyUI: random images, texts and what CLIP saw, a core VAE, files of what comes out,
-and what keeps an IMAGE beyond its prompt; a core model that is corrected in one place; a CLIP of two layers, as core
-has none but large ones; Cancel at a wanted moment (cancelling.py); and which jobs a graph asks the ranks for
+and what keeps an IMAGE beyond its prompt; what other packs attach to a MODEL (attaching.py); a core model that is
+corrected in one place; a CLIP of two layers, as core has none but large ones, and other networks as small as their
+files (small_loaders.py); Cancel at a wanted moment (cancelling.py); and which jobs a graph asks the ranks for
 (recording.py)."""
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoModel
 from safetensors.torch import save_file
 
-from . import cancelling, recording, small_core  # noqa: F401 (the routes of the first two)
+from . import attaching, cancelling, recording, small_core, small_loaders  # noqa: F401 (what they do on import)
 
 CATEGORY = "tests"
 
@@ -193,7 +194,7 @@ class LetGo(io.ComfyNode):
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
         return [RandomImage, RandomClipVision, RandomText, LoadCoreVae, NoGuidanceOfFirstFrame, Save, Hold, LetGo,
-                *small_core.NODES]  # fmt: skip
+                *attaching.NODES, *small_core.NODES]  # fmt: skip
 
 
 async def comfy_entrypoint():

@@ -20,6 +20,9 @@ TRANSFORMER_DEFAULTS = {
     "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "image_dim": None,
     "pos_embed_seq_len": None,
 }  # fmt: skip
+# Our field for the channels that a Fun Control model's layer for a reference image reads, named as in VideoX-Fun's
+# configs; None: the model has no such layer. diffusers does not know it.
+REFERENCE_CHANNELS = "in_dim_ref_conv"
 HEAD_DIM = 128  # of every published Wan transformer
 TRANSFORMER_SIGNATURE = {
     "patch_embedding.weight": 5,
@@ -37,6 +40,7 @@ def transformer_config(shapes: Shapes) -> dict:
         raise ValueError(f"patch_embedding.weight makes {dim} channels, which is not a multiple of {HEAD_DIM}")
     has_image = "condition_embedder.image_embedder.ff.net.0.proj.weight" in shapes
     positions = shapes.get("condition_embedder.image_embedder.pos_embed")
+    reference = shapes.get("ref_conv.weight")
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": dim // HEAD_DIM,
@@ -51,6 +55,7 @@ def transformer_config(shapes: Shapes) -> dict:
         "added_kv_proj_dim": dim if has_image else None,
         "image_dim": shapes["condition_embedder.image_embedder.norm1.weight"][0] if has_image else None,
         "pos_embed_seq_len": positions[1] if positions else None,
+        **({REFERENCE_CHANNELS: reference[1]} if reference else {}),
     }
 
 
@@ -174,23 +179,29 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**TRANSFORMER_DEFAULTS, **config}
 
 
+def reads_control(config: Mapping[str, Any]) -> bool:
+    """Whether a transformer reads a control video, as Fun Control models do: its latent, and that of an image, follow
+    the noisy one, with or without a mask between them."""
+    config = filled(config)
+    return config["in_channels"] >= 3 * config["out_channels"]
+
+
 def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
-    """Raises ValueError unless these are the transformers of one text-to-video or image-to-video model."""
+    """Raises ValueError unless these are the transformers of one model of a supported kind."""
     first = filled(configs[0])
     for config, file in zip(map(filled, configs), files):
         inputs, outputs = config["in_channels"], config["out_channels"]
-        image_to_video = 2 * outputs + MASK_CHANNELS
-        if inputs not in (outputs, image_to_video):
+        image, control = 2 * outputs + MASK_CHANNELS, 3 * outputs
+        if inputs not in (outputs, image, control, control + MASK_CHANNELS):
             raise ValueError(
                 f"{file} reads {inputs} channels and makes {outputs}. It must read {outputs}, as a text-to-video "
-                f"model, or {image_to_video}, as an image-to-video model; other kinds (control, camera, VACE) are not "
-                "supported."
+                f"model, {image}, as an image-to-video model, or {control} or {control + MASK_CHANNELS}, as a Fun "
+                "Control model; other kinds (camera, VACE) are not supported."
             )
-        for key in ("text_dim", "in_channels", "image_dim"):
-            if config[key] != first[key]:
-                raise ValueError(
-                    f"{file} has {key} {config[key]}, but {files[0]} {first[key]}. Use two experts of one model."
-                )
+        for key in ("text_dim", "in_channels", "image_dim", REFERENCE_CHANNELS):
+            if config.get(key) != first.get(key):
+                has, other = config.get(key), first.get(key)
+                raise ValueError(f"{file} has {key} {has}, but {files[0]} {other}. Use two experts of one model.")
 
 
 def check_vae_config(config: Mapping[str, Any], file: Path) -> None:

@@ -16,13 +16,16 @@ IMAGE_IN_A_BLOCK = [f"cross_attn.{layer}" for layer in ("k_img", "v_img", "norm_
 IN_A_BLOCK = [*ATTENTION_LAYERS, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
 IMAGE_LAYERS = [f"img_emb.proj.{number}" for number in (0, 1, 3, 4)]
 OUTSIDE = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
-           "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos", *IMAGE_LAYERS]  # fmt: skip
+           "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos", "ref_conv", *IMAGE_LAYERS]  # fmt: skip
 FOR_AN_IMAGE = "of layers for CLIP's image, which this model lacks"
 FOR_VACE = "of layers of Wan VACE, which this model lacks"
 OF_NO_LAYER = "of no layer of this model"
 MODELS_BY_WIDTH = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # of the published models
 # By the input channels of patch_embedding.
-MODELS_BY_CHANNELS = {16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B"}
+MODELS_BY_CHANNELS = {
+    16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B or a Fun Control model",
+    52: "a Fun Control model", 100: "Fun Inpaint of 5B", 148: "Fun Control of 5B",
+}  # fmt: skip
 
 
 def _image_parameters(shapes: Shapes) -> Iterator[str]:

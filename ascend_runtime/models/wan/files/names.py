@@ -113,4 +113,10 @@ def to_mindspeed_name(name: str) -> str:
     return renamed(name, TO_MINDSPEED_RULES)
 
 
+def to_original_name(name: str) -> str:
+    """The original's name of a transformer's parameter, which ComfyUI uses, from diffusers'."""
+    return renamed(name, TO_ORIGINAL_RULES)
+
+
+TO_ORIGINAL_RULES = inverted(ORIGINAL_RULES)
 TO_MINDSPEED_RULES = inverted((*MINDSPEED_RULES, *ORIGINAL_RULES))

@@ -8,7 +8,7 @@ from typing import Any
 from ...family import TEXT_ENCODER, TRANSFORMER, VAE, DiffusersPipeline
 from ..defaults import defaults_of
 from ..latents import CHANNELS_22
-from .configs import filled
+from .configs import REFERENCE_CHANNELS, filled, reads_control
 
 SCHEDULER_CLASS = "UniPCMultistepScheduler"
 PIPELINE_PARTS = {
@@ -19,6 +19,8 @@ PIPELINE_PARTS = {
     "transformer_2": ("diffusers", "WanTransformer3DModel"),
     VAE: ("diffusers", "AutoencoderKLWan"),
 }
+CLIP = "image_encoder: CLIP is not converted; add one to diffusers' pipeline"
+CONTROL = "pipeline: diffusers has none for Fun Control models; use the folder with this pack"
 
 
 def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
@@ -28,13 +30,14 @@ def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
     experts = sum(name.startswith(TRANSFORMER) for name in configs)
     config, own = filled(configs[TRANSFORMER]), defaults_of(configs[TRANSFORMER], experts)
     from_image = config["in_channels"] != config["out_channels"]
-    clip = "image_encoder: CLIP is not converted; add one to diffusers' pipeline"
+    left_out = [CLIP] if config["image_dim"] else []
+    left_out += [CONTROL] if reads_control(config) or config.get(REFERENCE_CHANNELS) else []
     return DiffusersPipeline(
         class_name="WanImageToVideoPipeline" if from_image else "WanPipeline",
         classes=PIPELINE_PARTS | (dict.fromkeys(("image_encoder", "image_processor")) if from_image else {}),
         settings={
             "boundary_ratio": own.boundary,
-            "expand_timesteps": config["out_channels"] == CHANNELS_22,
+            "expand_timesteps": config["out_channels"] == CHANNELS_22 and not from_image,
         },
         scheduler={
             "_class_name": SCHEDULER_CLASS,
@@ -43,5 +46,5 @@ def pipeline_of(configs: Mapping[str, Mapping[str, Any]]) -> DiffusersPipeline:
             "use_flow_sigmas": True,
             "flow_shift": own.shift,
         },
-        left_out=(clip,) if config["image_dim"] else (),
+        left_out=tuple(left_out),
     )

@@ -11,7 +11,6 @@ from ....checkpoints.shards import first
 VARIANTS = {
     "Wan VACE": r"(^|\.)vace_",
     "Wan Fun Control with a camera": r"(^|\.)control_adapter\.",
-    "Wan Fun Control": r"(^|\.)ref_conv\.",
     "Wan Animate": r"(^|\.)(pose_patch_embedding|face_adapter|face_encoder|motion_encoder)\.",
     "Wan S2V (sound to video)": r"(^|\.)(audio_injector|casual_audio_encoder|cond_encoder|frame_packer"
     r"|trainable_cond_mask)\.",

@@ -1,0 +1,225 @@
+"""Core's MODEL whose network runs on the ranks, in core's own samplers: as with core's UNETLoader on the same weights."""
+
+import random
+
+import pytest
+from stock_graphs import Graph, apart, loaded, sampled, twins
+from scripts.lib.comfy_server import PromptFailed
+
+TOLERANCE = 1e-5
+FAIR_SAMPLE = 4  # samplers
+
+
+def model_by(class_type, **inputs):
+    """A graph that samples with a MODEL that this node has changed."""
+    return lambda graph, model: sampled(graph, graph.add(class_type, model=model, **inputs), cfg=3.0)
+
+
+def prompts(graph: Graph, model, **changes):
+    return sampled(graph, model, **{name: make(graph) for name, make in changes.items()})
+
+
+def on_area(graph: Graph) -> list:
+    area = {"width": 0.5, "height": 1.0, "temporal": 0.7, "x": 0.5, "y": 0.0, "z": 0.3, "strength": 0.7}
+    part = graph.add("ConditioningSetAreaPercentageVideo", conditioning=graph.text(3, tokens=33), **area)
+    return graph.add("ConditioningCombine", conditioning_1=graph.text(1), conditioning_2=part)
+
+
+def on_mask(graph: Graph) -> list:
+    mask = graph.add("SolidMask", value=1.0, width=64, height=32)
+    mask = graph.add("MaskComposite", destination=graph.add("SolidMask", value=0.0, width=64, height=64), source=mask,
+                     x=0, y=16, operation="add")  # fmt: skip
+    part = graph.add("ConditioningSetMask", conditioning=graph.text(3), mask=mask, strength=0.8, set_cond_area="default")
+    return graph.add("ConditioningCombine", conditioning_1=graph.text(1), conditioning_2=part)
+
+
+def by_time(graph: Graph) -> list:
+    parts = [
+        graph.add("ConditioningSetTimestepRange", conditioning=graph.text(seed, tokens), start=start, end=end)
+        for seed, tokens, start, end in ((1, 20, 0.0, 0.5), (3, 33, 0.5, 1.0))
+    ]
+    return graph.add("ConditioningCombine", conditioning_1=parts[0], conditioning_2=parts[1])
+
+
+def with_further_frames(graph: Graph, seed: int) -> list:
+    return graph.add("TestAttachToConditioning", conditioning=graph.text(seed), what="further frames")
+
+
+def noise_mask(graph: Graph, model) -> list:
+    latent = graph.add("SetLatentNoiseMask", samples=sampled(graph, model, steps=1), mask=half_mask(graph))
+    return sampled(graph, model, latent_image=latent, denoise=0.6, seed=7)
+
+
+def half_mask(graph: Graph) -> list:
+    whole, half = (graph.add("SolidMask", value=value, width=64, height=height) for value, height in ((0.0, 64), (0.6, 32)))
+    return graph.add("MaskComposite", destination=whole, source=half, x=0, y=0, operation="add")
+
+
+def differential(graph: Graph, model) -> list:
+    return noise_mask(graph, graph.add("DifferentialDiffusion", model=model, strength=1.0))
+
+
+def leftover(graph: Graph, model) -> list:
+    """Two samplers share the steps, and the noise that is left goes from one to the other."""
+    common = {"model": model, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "simple", "noise_seed": 3,
+              "positive": graph.text(1), "negative": graph.text(2)}  # fmt: skip
+    first = graph.add("KSamplerAdvanced", **common, latent_image=graph.empty(), add_noise="enable", start_at_step=0,
+                      end_at_step=2, return_with_leftover_noise="enable")  # fmt: skip
+    return graph.add("KSamplerAdvanced", **common, latent_image=first, add_noise="disable", start_at_step=2,
+                     end_at_step=10000, return_with_leftover_noise="disable")  # fmt: skip
+
+
+def guided(class_type: str, **inputs):
+    """A graph with core's advanced sampler and one of its guiders; inputs that are numbers are seeds of texts."""
+
+    def made(graph: Graph, model) -> list:
+        own = {name: graph.text(value) if isinstance(value, int) else value for name, value in inputs.items()}
+        return graph.add(
+            "SamplerCustomAdvanced",
+            noise=graph.add("RandomNoise", noise_seed=3),
+            guider=graph.add(class_type, model=model, **own),
+            sampler=graph.add("KSamplerSelect", sampler_name="res_multistep"),
+            sigmas=graph.add("BasicScheduler", model=model, scheduler="simple", steps=3, denoise=1.0),
+            latent_image=graph.empty(),
+        )
+
+    return made
+
+
+CACHED = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 0.95, "verbose": False}
+WINDOWS = {"context_length": 9, "context_overlap": 5, "context_schedule": "standard_static", "context_stride": 1,
+           "closed_loop": False, "fuse_method": "pyramid"}  # fmt: skip
+SKIPPED = {"start_percent": 0.0, "end_percent": 1.0, "double_layers": "1, 7", "single_layers": "0"}
+FEATURES = {
+    "one pass a step": lambda graph, model: sampled(graph, model, cfg=1.0),
+    "a batch of an odd size": lambda graph, model: sampled(graph, model, latent_image=graph.empty(5, 56, 2, 72)),
+    "texts of unequal length": lambda graph, model: prompts(graph, model, positive=lambda graph: graph.text(1, 33)),
+    "an area": lambda graph, model: prompts(graph, model, positive=on_area),
+    "a mask of the conditioning": lambda graph, model: prompts(graph, model, positive=on_mask),
+    "time ranges": lambda graph, model: prompts(graph, model, positive=by_time),
+    "further frames": lambda graph, model: prompts(
+        graph, model, positive=lambda graph: with_further_frames(graph, 1), negative=lambda graph: with_further_frames(graph, 2)),
+    "a noise mask": noise_mask,
+    "DifferentialDiffusion": differential,
+    "leftover noise": leftover,
+    "BasicGuider": guided("BasicGuider", conditioning=1),
+    "CFGGuider": guided("CFGGuider", positive=1, negative=2, cfg=3.0),
+    "DualCFGGuider": guided("DualCFGGuider", cond1=1, cond2=3, negative=2, cfg_conds=3.0, cfg_cond2_negative=2.0, style="regular"),
+    "PerpNegGuider": guided("PerpNegGuider", positive=1, negative=2, empty_conditioning=3, cfg=3.0, neg_scale=0.7),
+    "ModelSamplingSD3": model_by("ModelSamplingSD3", shift=8.0),
+    "CFGZeroStar": model_by("CFGZeroStar"),
+    "CFGNorm": model_by("CFGNorm", strength=0.9),
+    "RescaleCFG": model_by("RescaleCFG", multiplier=0.7),
+    "EasyCache": lambda graph, model: sampled(graph, graph.add("EasyCache", model=model, **CACHED), steps=8),
+    "LazyCache": lambda graph, model: sampled(graph, graph.add("LazyCache", model=model, **CACHED), steps=8),
+    "context windows": lambda graph, model: sampled(
+        graph, graph.add("WanContextWindowsManual", model=model, **WINDOWS), latent_image=graph.empty(21), steps=2),
+    "SkipLayerGuidanceDiT": model_by("SkipLayerGuidanceDiT", **SKIPPED, scale=3.0, rescaling_scale=0.1),
+    "SkipLayerGuidanceDiTSimple": model_by("SkipLayerGuidanceDiTSimple", **SKIPPED),
+    "a function wrapper": model_by("TestAttachToModel", what="a function wrapper"),
+    "fp32 by ModelComputeDtype": model_by("ModelComputeDtype", dtype="fp32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stock_graph_gives_the_same_latent_with_our_loader(comfyui, ranks):
+    assert apart(comfyui, twins(sampled, ranks)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_core_can_do_with_a_model(comfyui, feature):
+    assert apart(comfyui, twins(FEATURES[feature])) <= TOLERANCE
+
+
+def test_samplers(comfyui, request, rng):
+    """All of core's, or a sample of those that other tests do not use."""
+    names = comfyui.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"][0]
+    assert len(names) >= 42
+    chosen = names if request.config.getoption("--all-stock") else rng.sample(names, FAIR_SAMPLE)
+    for name in chosen:
+        error = apart(comfyui, twins(lambda graph, model: sampled(graph, model, sampler_name=name)))
+        print(f"{name}: {error:.1e}")
+        assert error <= TOLERANCE, name
+
+
+def attached(what):
+    return model_by("TestAttachToModel", what=what)
+
+
+def conditioned(what):
+    return lambda graph, model: sampled(
+        graph, model, positive=graph.add("TestAttachToConditioning", conditioning=graph.text(1), what=what)
+    )
+
+
+def saved(graph: Graph, model) -> None:
+    graph.add("ModelSave", model=model, filename_prefix="saved")
+
+
+def extracted(graph: Graph, model) -> None:
+    graph.add("LoraSave", model_diff=model, filename_prefix="saved", rank=2, lora_type="standard", bias_diff=True)
+
+
+def merged(graph: Graph, model) -> list:
+    return sampled(graph, graph.add("ModelMergeSimple", model1=model, model2=model, ratio=0.5))
+
+
+def hooked(graph: Graph, model) -> list:
+    hooks = graph.add("CreateHookModelAsLoraModelOnly", ckpt_name="none", strength_model=1.0)
+    return sampled(graph, model, positive=graph.add("SetModelHooksOnCond", conditioning=graph.text(1), hooks=hooks))
+
+
+ROPE = {f"{kind}_{axis}": number for axis in "xyt" for kind, number in (("scale", 2.0), ("shift", 0.0))}
+REFUSED = {  # -> words of the error
+    "an injection": (attached("an injection"), ("injection 'other_pack'",)),
+    "a layer": (attached("a layer"), ("attaching.attends", "diffusion_model.blocks.0.cross_attn.forward")),
+    "a weight wrapper": (attached("a weight wrapper"), ("attaching.attends", "blocks.0.ffn.0.weight")),
+    "an attention patch": (attached("an attention patch"), ("attaching.attends", "attn2_patch")),
+    "an attention replacement": (attached("an attention replacement"), ("attaching.attends", "attn1")),
+    "a block": (attached("a block"), ("attaching.replaces_a_block", "double_block 1")),
+    "another attention": (attached("another attention"), ("attaching.attends", "attention")),
+    "ScaleROPE": (model_by("ScaleROPE", **ROPE), ("ScaleROPE",)),
+    "TomePatchModel": (model_by("TomePatchModel", ratio=0.3), ("nodes_tomesd", "attn1_patch")),
+    "a ControlNet": (conditioned("a ControlNet"), ("positive", "ControlNet")),
+    "gligen": (conditioned("gligen"), ("positive", "GLIGEN")),
+    "vace_frames": (conditioned("vace_frames"), ("VACE", "vace_frames")),
+    "camera_conditions": (conditioned("camera_conditions"), ("camera",)),
+    "audio_embed": (conditioned("audio_embed"), ("audio_embed",)),
+    "ModelMergeSimple": (merged, ("weights of this MODEL are in the ranks", "merged")),
+    "ModelSave": (saved, ("weights of this MODEL are in the ranks", "saved")),
+    "LoraSave": (extracted, ("weights of this MODEL are in the ranks", "extracted")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_cannot_reach_the_ranks_is_refused_by_name_and_the_graph_runs_without_it(comfyui, refused):
+    make, words = REFUSED[refused]
+    graph = Graph()
+    model = loaded(graph, ours=True)
+    latent = make(graph, model)
+    if latent:
+        graph.save("ours", latent)
+    with pytest.raises(PromptFailed) as caught:
+        comfyui.wait(comfyui.queue(graph))
+    error = caught.value.details["exception_message"]
+    print(error)
+    assert caught.value.details["exception_type"] == "ValueError"
+    assert all(word in error for word in words) and "Load Diffusion Model" in error
+    seed = random.randrange(2**32)
+    assert apart(comfyui, twins(lambda graph, model: sampled(graph, model, steps=1, seed=seed))) <= TOLERANCE
+
+
+HARMLESS = {what: ("TestAttachToModel", {"what": what}) for what in (
+    "a compiled layer", "a block as it is", "a block that the model lacks", "an unknown option",
+)} | {"TorchCompileModel": ("TorchCompileModel", {"backend": "inductor"})}  # fmt: skip
+
+
+@pytest.mark.parametrize("harmless", HARMLESS)
+def test_what_changes_nothing_is_not_refused(comfyui, harmless):
+    class_type, inputs = HARMLESS[harmless]
+    graph = Graph()
+    model = loaded(graph, ours=True)
+    changed = graph.add(class_type, model=model, **inputs)
+    graph.save("core", sampled(graph, model, seed=5))
+    graph.save("ours", sampled(graph, changed, seed=5))
+    assert apart(comfyui, graph) == 0
