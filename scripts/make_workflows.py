@@ -72,6 +72,15 @@ the same video, and knows the model's own settings.""",
 三个加载器输出 ComfyUI 的 MODEL、CLIP 和 VAE，由所有 rank 计算，因此可以接任何使用它们的节点：LoRA、引导器、其他采样器。\
 要替换您自己工作流中的加载器，请右键点击画布，选择**用所有 rank 运行此工作流**。同样的视频用“昇腾采样器”所需节点更少，\
 并自带模型的官方设置。""",
+    "{two models}": """\
+Two samplers share the 20 steps, one for each expert. `fsdp` gives each card a share of both experts' weights: of \
+57 GB, 7 on each of eight cards. Without it, the expert that rests waits in the host's memory where one card is too \
+small for both. The text encoder runs on the host's CPU; with T5_LOAD_CPU=0 in ComfyUI's environment it runs on the \
+NPUs instead, where it takes 1.4 GB of each of eight.""",
+    "{两个模型}": """\
+两个采样器分担 20 步，每个专家一个。“FSDP 权重分片”让每张卡只保存两个专家权重的一部分：共 57 GB，8 卡时每卡约 7 GB；\
+不开启时，若一张卡放不下两个专家，空闲的专家保存在主机内存中。文本编码器默认在主机 CPU 上运行；\
+在 ComfyUI 的环境变量中设置 T5_LOAD_CPU=0，则改在 NPU 上运行，8 卡时每卡占用 1.4 GB。""",
 }
 
 NOTES = {
@@ -89,26 +98,26 @@ NOTES = {
 
 {files}
 
-{stock} Two samplers share the 20 steps, one for each expert.
+{stock}
 
-{memory}
+{two models}
 
-{原生}两个采样器分担 20 步，每个专家一个。
+{原生}
 
-{内存}
+{两个模型}
 """,
     "stock_wan2.2_t2v_a14b_text_to_video": """\
 ## Wan2.2-T2V-A14B with core's nodes
 
 {files}
 
-{stock} Two samplers share the 20 steps, one for each expert.
+{stock}
 
-{memory}
+{two models}
 
-{原生}两个采样器分担 20 步，每个专家一个。
+{原生}
 
-{内存}
+{两个模型}
 """,
     "stock_wan2.2_ti2v_5b_text_to_video": """\
 ## Wan2.2-TI2V-5B with core's nodes
