@@ -153,12 +153,10 @@ class OriginalLayout:
 class StockNames:
     """What stock ComfyUI graphs call the files of a family.
 
-    clip_types: values of `type` in core's loaders of text encoders.
     names: patterns of the names of files, in small letters, by part. others: patterns of those among them that are of
     similar, unsupported networks, by what these are.
     """
 
-    clip_types: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
 
