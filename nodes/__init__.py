@@ -9,10 +9,14 @@ from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
 from .sampler import Sampler
+from .stock import adoption
 from .vae import VAEDecode, VAEEncode
 
 
 class AscendVideo(ComfyExtension):
+    def __init__(self):
+        adoption.serve()
+
     async def get_node_list(self):
         return [
             ParallelConfig,

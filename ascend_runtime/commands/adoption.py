@@ -66,6 +66,7 @@ OTHER_LOADERS = (  # patterns of the types of loaders that are left, and why
     (r"(HyVideo|DownloadAndLoadHyVideo).*Load.*", f"HunyuanVideoWrapper's {OWN_TYPES}"),
     (r"Nunchaku.*Loader.*", "its files are in a format that is not read. Take the model's fp8_scaled, fp16 or bf16 file"),
 )
+HOLDER = r"workflow[>/]|[0-9a-f]{8}-[0-9a-f-]{27}$"  # a type: the group node of a name, the subgraph of an id
 LOADED = ("MODEL", "CLIP", "VAE")  # core's types that loaders put out
 NOT_REPLACED = (
     "the ranks do not replace this node. If it only reads a file, use core's Load Diffusion Model, Load CLIP or Load "
@@ -138,6 +139,8 @@ class _Entry:
         """Whether it is a loader of another kind: by its type, or as it makes a MODEL, CLIP or VAE from none."""
         if other_loader(self.type):
             return True
+        if re.match(HOLDER, self.type):
+            return False
         made = {slot.get("type") for slot in _slots(self.node, "outputs")}
         taken = {slot.get("type") for slot in _slots(self.node, "inputs")}
         return self.graph is not None and bool(made & set(LOADED)) and not taken & set(LOADED) and bool(self._files())

@@ -130,6 +130,11 @@ class _Unread:
         scales = {f"{name}.weight": f"{name}.weight_scale" for name in layers}
         return cls(component, network, places, scales, LoraTarget(places, component.family.loras, expert))
 
+    def is_mapped(self, name: str, kept: Tensor) -> bool:
+        """Whether a CPU maps the parameter of this name from its file, as it is kept the way it is stored."""
+        place = self.places.get(name)
+        return place is not None and place.scale is None and (place.nbytes, place.shape) == (kept.nbytes, kept.shape)
+
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
     """The high-noise expert, and the low-noise expert if there is one."""
@@ -157,7 +162,51 @@ def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> No
         )
 
 
-def load(spec: DiffusionModelSpec, found: list[Component], room: Room, progress: BytesRead) -> DiffusionModel:
+@dataclass(frozen=True)
+class Opened:
+    """A diffusion model whose files fit it and its LoRAs, and whose weights are not read yet. can_swap: whether its
+    experts can take turns."""
+
+    spec: DiffusionModelSpec
+    unread: dict[str, _Unread]  # by expert
+    loras: dict[str, LorasInUse]
+    defaults: Defaults
+    boundary: float
+    latents: Latents
+    can_swap: bool
+    reader: _Reader
+
+    @property
+    def nbytes(self) -> int:
+        """What the experts take on this rank's device; on a CPU, without what is mapped from files."""
+        return sum(self.reader.nbytes(one) for one in self.unread.values())
+
+    def read(self) -> DiffusionModel:
+        unread, reader, progress = self.unread, self.reader, self.reader.progress
+        progress.expect(sum(nbytes(one.places) + nbytes(one.places, changed_by(self.loras[expert]))
+                            for expert, one in unread.items()))  # fmt: skip
+        turns = reader.in_turns(unread, self.loras, always=self.spec.experts == "swap") if self.can_swap else None
+        networks, swap = reader.experts(unread, turns)
+        return DiffusionModel(
+            adapters={
+                expert: reader.adapter(one, self.loras[expert], networks[expert], swap and swap.expert(expert))
+                for expert, one in unread.items()
+            },
+            high_noise=networks[HIGH_NOISE],
+            low_noise=networks.get(LOW_NOISE),
+            defaults=self.defaults,
+            boundary=self.boundary,
+            family=unread[HIGH_NOISE].component.family,
+            latents=self.latents,
+            device=reader.room.device,
+            dtype=reader.dtype,
+            swap=swap,
+        )
+
+
+def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progress: BytesRead) -> Opened:
+    """Checks the model's files and LoRAs by their headers; nothing is allocated. Raises ValueError if they do not
+    fit."""
     device, sharding = room.device, room.sharding
     dtype = dtype_named(spec.dtype, devices.default_dtype(device))
     formats = {name for component in found if component.quantized for name in component.quantized.algorithms}
@@ -177,27 +226,7 @@ def load(spec: DiffusionModelSpec, found: list[Component], room: Room, progress:
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     requested = by_expert(spec.loras, list(unread))
     loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}
-    progress.expect(
-        sum(nbytes(one.places) + nbytes(one.places, changed_by(loras[expert])) for expert, one in unread.items())
-    )
-    reader = _Reader(dtype, room, progress)
-    turns = reader.in_turns(unread, loras, always=spec.experts == "swap") if can_swap else None
-    networks, swap = reader.experts(unread, turns)
-    return DiffusionModel(
-        adapters={
-            expert: reader.adapter(one, loras[expert], networks[expert], swap and swap.expert(expert))
-            for expert, one in unread.items()
-        },
-        high_noise=networks[HIGH_NOISE],
-        low_noise=networks.get(LOW_NOISE),
-        defaults=defaults,
-        boundary=boundary,
-        family=found[0].family,
-        latents=latents,
-        device=device,
-        dtype=dtype,
-        swap=swap,
-    )
+    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress))
 
 
 @dataclass(frozen=True)
@@ -218,7 +247,7 @@ class _Reader:
             return None
         layout = Layout.of(weights)
         changed = [weights[expert][name].nbytes for expert in weights for name in changed_by(loras[expert])]
-        require_room(layout, sum(changed), self.room.host_memory.for_others)
+        require_room(layout, sum(changed), self.room.free_host(layout.nbytes + sum(changed), pinned=True))
         return layout
 
     def experts(
@@ -268,8 +297,13 @@ class _Reader:
         )
         return one.network.eval()
 
+    def nbytes(self, one: _Unread) -> int:
+        """What this rank keeps of an expert; on a CPU, without what is mapped from files."""
+        on_cpu = self.room.device.type == "cpu"
+        return sum(x.nbytes for name, x in self._kept(one).items() if not (on_cpu and one.is_mapped(name, x)))
+
     def _kept(self, one: _Unread) -> dict[str, Tensor]:
-        """What this rank keeps of an expert without FSDP, on the meta device."""
+        """What this rank keeps of an expert, on the meta device."""
         share, dtype_of = self._share(one, one.network), self._dtypes(one)
         kept = {}
         for name, whole in one.network.state_dict().items():

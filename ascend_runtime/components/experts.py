@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.reader import assign
 from ..hardware import devices
 from .pinned import Weights
 
@@ -21,9 +22,10 @@ HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 
 @dataclass
 class _Part:
-    """Tensors of the network that are copied together, and the expert whose weights they hold now."""
+    """Tensors of the network that are copied together (None: they left the device), and the expert whose weights they
+    hold now."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | None]
     holder: str | None
 
 
@@ -45,6 +47,7 @@ class ExpertSwap:
 
     def __init__(self, network: nn.Module, units: list[nn.Module], host: Weights, device: torch.device):
         tensors = {name: parameter.data for name, parameter in network.named_parameters()}
+        self._network = network
         self._host = host
         self._device = device
         self._copies = devices.SideStream(device)
@@ -80,6 +83,24 @@ class ExpertSwap:
     def expert(self, name: str) -> HostWeights:
         """The writable weights of an expert on the host."""
         return HostWeights(self._host[name].__getitem__, self._outdate)
+
+    def leave(self) -> None:
+        """Frees the device's tensors: until `come_back`, the network's parameters are those of an expert on the
+        host."""
+        self._outdate()
+        self._ahead = None
+        for part in self._parts.values():
+            for name in part.tensors:
+                assign(self._network, name, self._host[HIGH_NOISE][name])
+            part.tensors = dict.fromkeys(part.tensors)
+
+    def come_back(self) -> None:
+        """Makes the network one on the device again."""
+        for part in self._parts.values():
+            for name in part.tensors:
+                part.tensors[name] = self._host[HIGH_NOISE][name].to(self._device, copy=True)
+                assign(self._network, name, part.tensors[name])
+            part.holder = HIGH_NOISE
 
     def _outdate(self) -> None:
         """Marks all parts as outdated, so that the next use copies them again. Waits for copies from the host first."""

@@ -8,6 +8,7 @@ PYTORCH_NPU_ALLOC_CONF), earlier ones cannot. So tensors lie in slabs, whose siz
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,7 +22,26 @@ ALIGNED = 64  # bytes; each tensor starts at a multiple
 
 Weights = dict[str, dict[str, Tensor]]  # by expert and by name
 
-_allocated: list[int] = []  # the bytes of the slabs of each layout in this process, by `Layout.allocated`
+
+
+class _Slabs:
+    """The bytes of the slabs of this process: now, and at most."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def made(self, size: int, device: torch.device) -> Tensor:
+        slab = torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu")
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(slab.untyped_storage(), self._freed, size)
+        return slab
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+_slabs = _Slabs()
 
 
 @dataclass(frozen=True)
@@ -62,21 +82,27 @@ class Layout:
 
     def allocated(self, device: torch.device) -> Weights:
         """Uninitialised tensors on the host that `device` can read while it computes."""
-        _allocated.append(self.nbytes)
-        slabs = [torch.empty(size, dtype=torch.uint8, pin_memory=device.type != "cpu") for size in self.sizes]
-        return {
-            expert: {name: self._part(slabs, (expert, name), like) for name, like in tensors.items()}
-            for expert, tensors in self.weights.items()
-        }
+        made = {key: tensor for slab in self.slabs(device) for key, tensor in slab.items()}
+        return {expert: {name: made[expert, name] for name in tensors} for expert, tensors in self.weights.items()}
 
-    def _part(self, slabs: list[Tensor], key: tuple[str, str], like: Tensor) -> Tensor:
-        slab, first = self.places[key]
-        return slabs[slab][first : first + like.nbytes].view(like.dtype).view(like.shape)
+    def slabs(self, device: torch.device) -> Iterator[dict[tuple[str, str], Tensor]]:
+        """The same tensors, by expert and name, slab by slab; each is allocated when it is asked for."""
+        for number, size in enumerate(self.sizes):
+            slab = _slabs.made(size, device)
+            yield {
+                (expert, name): self._part(slab, first, self.weights[expert][name])
+                for (expert, name), (which, first) in self.places.items()
+                if which == number
+            }
+
+    @staticmethod
+    def _part(slab: Tensor, first: int, like: Tensor) -> Tensor:
+        return slab[first : first + like.nbytes].view(like.dtype).view(like.shape)
 
 
 def kept_by_torch(device: torch.device) -> int:
     """The bytes of pinned memory that this process's earlier layouts left with torch, and another can use."""
-    return max(_allocated, default=0) if devices.keeps_pinned(device) else 0
+    return _slabs.most - _slabs.now if devices.keeps_pinned(device) else 0
 
 
 def require_room(layout: Layout, originals: int, host_memory: int) -> None:

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..hardware import devices, memory
 from ..parallel.fsdp import Sharding
 
 
-@dataclass(frozen=True)
+@dataclass
 class HostMemory:
     """The bytes of host memory that all ranks of this host together may use. Ranks that load at the same time must
-    agree on them beforehand, since each would see what the others have already taken.
+    agree on them beforehand, since each would see what the others have already taken; then each keeps count.
 
-    free: available now. pinned: held by experts that take turns, and available to others in their place.
+    free: available now. in_use, waiting: held by the diffusion model in use, and by the one that waits; available when
+    they are dropped. pinned: kept by torch for later models.
     """
 
     free: int
+    in_use: int = 0
+    waiting: int = 0
     pinned: int = 0
 
-    @property
-    def for_others(self) -> int:
-        """For another diffusion model instead of the loaded one."""
-        return self.free + self.pinned
+    def has(self, nbytes: int, released: int = 0) -> bool:
+        """Whether each rank can take so many bytes. released: what all of them together give back meanwhile."""
+        return devices.local_ranks() * nbytes <= max(0, self.free + released - memory.ROOM)
 
 
 @dataclass(frozen=True)
 class Room:
-    """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder."""
+    """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder. drop_waiting:
+    drops the diffusion model that waits, and counts what that frees."""
 
     device: torch.device
     sharding: Sharding
     host_memory: HostMemory
+    drop_waiting: Callable[[HostMemory], None] = lambda host: None
+
+    def free_host(self, nbytes: int, pinned: bool = False) -> int:
+        """The bytes of the host's memory for all ranks, of which each needs so many. Where they are short, the model
+        that waits is dropped. pinned: whether they are to be pinned."""
+        host = self.host_memory
+        kept = host.pinned if pinned else 0
+        if host.waiting and not host.has(nbytes, kept):
+            self.drop_waiting(host)
+        return host.free + kept

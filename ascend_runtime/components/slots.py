@@ -1,4 +1,4 @@
-"""Keeps the networks that a rank holds, one slot for each kind of spec."""
+"""Keeps the networks that a rank holds, one slot for each kind of spec, and two for diffusion models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from . import diffusion_model, text_encoder, vae, vision
 from .diffusion_model import DiffusionModel
 from .loras import use_loras
-from .pinned import kept_by_torch, require_room_for_originals
+from .pinned import require_room_for_originals
 from .room import HostMemory, Room
+from .standby import DiffusionModels, HeldModel, ModelKey
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,12 @@ LOADERS = {DiffusionModelSpec: diffusion_model, TextEncoderSpec: text_encoder, V
 
 class Components:
     """A component is loaded at the first `get` of its spec. It is kept until another of its kind replaces it, its files
-    change on disk, or all are freed."""
+    change on disk, or all are freed. Of diffusion models two are kept: see `standby.py`."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._slots: dict[type, tuple[Any, Any]] = {}
+        self.models = DiffusionModels(device)
 
     def get(
         self, spec, on_bytes: Callable[[int, int], None], sharding: Sharding = Sharding(),
@@ -50,16 +52,32 @@ class Components:
         do not fit, or if a file changes meanwhile.
         """
         progress = BytesRead(on_bytes)
-        room = Room(self._device, sharding, host_memory or HostMemory(devices.host_memory()))
-        before = self._slots.get(type(spec))
-        component = self._held(spec, progress, room)
+        host_memory = host_memory or HostMemory(devices.host_memory(), *self.models.on_host)
+        room = Room(self._device, sharding, host_memory, self.models.drop_waiting)
         if isinstance(spec, DiffusionModelSpec):
-            is_new = self._slots[type(spec)] is not before
-            use_loras(component.adapters, spec.loras, progress, partial(_check_originals, component, is_new, room))
-            self._make_room()
+            return self._model(spec, progress, room)
+        if getattr(spec, "placement", "ranks") == "ranks":
+            self.models.leave_device(host_memory)
+        component = self._held(spec, progress, room)
         if isinstance(spec, VaeSpec):
             component.to(self._device)  # `_make_room` may have moved it to the host
         return component
+
+    def _model(self, spec: DiffusionModelSpec, progress: BytesRead, room: Room) -> DiffusionModel:
+        found = diffusion_model.files(spec)
+        key = ModelKey(_loaded(spec), room.sharding, _state(found))
+        self.models.drop_outdated(key, room.host_memory)
+        model = self.models.use(key, room.host_memory)
+        is_new = model is None
+        if model is None:
+            opened = diffusion_model.opened(spec, found, room, progress)
+            self.models.make_room(opened.nbytes, room.host_memory)
+            model = opened.read()
+            self._check_unchanged(spec, key.state)
+            self.models.in_use = HeldModel(key, model)
+        use_loras(model.adapters, spec.loras, progress, partial(_check_originals, model, is_new, room))
+        self._make_room()
+        return model
 
     def _held(self, spec, progress: BytesRead, room: Room) -> Any:
         kind = LOADERS[type(spec)]
@@ -68,11 +86,14 @@ class Components:
         held = self._slots.get(type(spec))
         if held is None or held[0] != key:
             self.drop(type(spec))  # before loading, so that two are never held at once
-            self._slots[type(spec)] = held = (key, kind.load(spec, found, room, progress))
-            if self.state(spec) != key[-1]:
-                self.drop(type(spec))
-                raise ValueError(f"{spec.path} changed while it was read. Run the job again.")
+            component = kind.load(spec, found, room, progress)
+            self._check_unchanged(spec, key[-1])
+            self._slots[type(spec)] = held = (key, component)
         return held[1]
+
+    def _check_unchanged(self, spec, state: Hashable) -> None:
+        if self.state(spec) != state:
+            raise ValueError(f"{spec.path} changed while it was read. Run the job again.")
 
     def _make_room(self) -> None:
         """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in. The next
@@ -85,14 +106,6 @@ class Components:
             self._slots[VaeSpec][1].to("cpu")
             devices.empty_cache(self._device)
 
-    @property
-    def pinned(self) -> int:
-        """The bytes of pinned host memory that another diffusion model can use in the place of this one: those that it
-        holds, or that torch has kept of earlier ones."""
-        held = self._slots.get(DiffusionModelSpec)
-        holds = 0 if held is None or held[1].swap is None else held[1].swap.host_bytes
-        return max(holds, kept_by_torch(self._device))
-
     def found(self, spec) -> list[Component]:
         """The networks on disk that `spec` describes. Loads nothing. Raises ValueError if they are missing."""
         return LOADERS[type(spec)].files(spec)
@@ -102,6 +115,7 @@ class Components:
         return _state(self.found(spec))
 
     def free(self) -> None:
+        self.models.drop()
         for kind in list(self._slots):
             self.drop(kind)
 
@@ -116,7 +130,7 @@ def _check_originals(model: DiffusionModel, is_new: bool, room: Room, nbytes: in
     """Raises ValueError if the host has too little memory for the originals of weights that LoRAs change. They were
     counted with experts in turns that were loaded in the same job."""
     if not (is_new and model.swap):
-        require_room_for_originals(nbytes, room.host_memory.for_others if is_new else room.host_memory.free)
+        require_room_for_originals(nbytes, room.free_host(nbytes))
 
 
 def _loaded(spec) -> Any:

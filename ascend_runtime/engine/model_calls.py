@@ -32,8 +32,8 @@ ONCE = (
     "guiders with more than two prompts; or take out the accelerator."
 )
 
-Load = Callable[[], DiffusionModel]
-Held = dict[int, Tensor]
+LoadModel = Callable[[], DiffusionModel]
+HeldByNumber = dict[int, Tensor]
 
 
 class ModelCalls:
@@ -44,7 +44,7 @@ class ModelCalls:
 
     def __init__(self, environ: Mapping[str, str]):
         self._environ = environ
-        self._held: Held = {}
+        self._held: HeldByNumber = {}
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # each belongs to its model, and is freed with it
         self._last: weakref.ref[Run] | None = None
 
@@ -60,7 +60,7 @@ class ModelCalls:
         self.end()
         self._held.clear()
 
-    def run_of(self, job, plan: Plan, load: Load) -> tuple[Run, bool]:
+    def run_of(self, job, plan: Plan, load: LoadModel) -> tuple[Run, bool]:
         """(the run that the job's call belongs to, whether it is new). Keeps and drops tensors as the call says.
 
         load: loads the model; called, on all ranks, unless the call before was of the same run.
@@ -98,7 +98,7 @@ class Run:
     """A run of a sampler on one model. held: the tensors that this rank holds."""
 
     def __init__(
-        self, setting: tuple, model: DiffusionModel, plan: Plan, environ: Mapping[str, str], held: Held
+        self, setting: tuple, model: DiffusionModel, plan: Plan, environ: Mapping[str, str], held: HeldByNumber
     ):
         self.setting = setting
         self.finished = False  # whether the last step has been computed

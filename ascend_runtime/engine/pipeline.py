@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,14 +65,14 @@ class RankPipeline:
         encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
-            host_memory = self._host_memory()
-        with job.together():  # one rank may read for minutes after another has failed
+        with self._loading(job) as host_memory:
             if message.model is not None:
                 warnings += self._component(message.model, job, sharding, host_memory).warnings
-            if encoder is not None and (loaded := self._text_encoders(encoder, job, text_sharding)) is not None:
-                warnings += loaded.warnings
+            if encoder is not None:
+                loaded = self._text_encoders(encoder, job, text_sharding, host_memory)
+                warnings += [] if loaded is None else loaded.warnings
             if message.vae is not None:
-                self._component(message.vae, job)
+                self._component(message.vae, job, host_memory=host_memory)
         return _done(job, info=_warnings(warnings))
 
     def encode(self, job) -> Done:
@@ -108,10 +108,10 @@ class RankPipeline:
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
         """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
         message, on_ranks = job.message, spec.placement == "ranks"
-        with job.together() if on_ranks else nullcontext():
-            loaded = self._text_encoders(spec, job, sharding)
+        with self._loading(job) if on_ranks else nullcontext() as host_memory:
+            loaded = self._text_encoders(spec, job, sharding, host_memory)
             sees = loaded is not None and message.image is not None
-            tower = self._component(spec.vision, job, sharding) if sees else None
+            tower = self._component(spec.vision, job, sharding, host_memory) if sees else None
         if loaded is None:
             return None
         encoding, warnings = loaded.encoding, [*loaded.warnings]
@@ -134,8 +134,8 @@ class RankPipeline:
     def sample(self, job) -> Done:
         message = job.message
         plan = self._plan(message.parallel)
-        sharding, host_memory = self._sharding(plan, message.parallel), self._host_memory()
-        with job.together():
+        sharding = self._sharding(plan, message.parallel)
+        with self._loading(job) as host_memory:
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job, sharding, host_memory)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
@@ -190,8 +190,8 @@ class RankPipeline:
 
     def _model_of_calls(self, job, plan: Plan) -> DiffusionModel:
         message = job.message
-        sharding, host_memory = self._sharding(plan, message.parallel), self._host_memory()
-        with job.together():
+        sharding = self._sharding(plan, message.parallel)
+        with self._loading(job) as host_memory:
             model = self._component(message.model, job, sharding, host_memory)
         _require_agreement(None, model)
         return model
@@ -243,27 +243,42 @@ class RankPipeline:
         """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
         return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
 
+    @contextmanager
+    def _loading(self, job) -> Iterator[HostMemory]:
+        """Work in which ranks load components independently, with the host's memory that all of them may use: one may
+        read for minutes after another has failed. Afterwards a diffusion model waits on all ranks or on none.
+        Collective."""
+        host_memory = self._host_memory()
+        with job.together():
+            yield host_memory
+        waiting = self.components.models.waiting
+        digest = 0 if waiting is None else zlib.crc32(repr(waiting.key.spec).encode())
+        if all_reduce_max(digest) != -all_reduce_max(-digest):
+            self.components.models.drop_waiting(host_memory)
+
     def _host_memory(self) -> HostMemory:
         """The same on all ranks. All ranks must call it, before one of them loads."""
-        (pinned,) = all_reduce_sum(torch.tensor([self.components.pinned]))
-        return HostMemory(-all_reduce_max(-devices.host_memory()), int(pinned))
+        held = all_reduce_sum(torch.tensor(self.components.models.on_host))
+        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held))
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""
         spec = placed(spec, self._variables)
         return spec, sharding_of(self.device.type, dist.get_world_size(), tp=1, fsdp=spec.placement == "ranks")
 
-    def _text_encoders(self, spec: TextEncoderSpec, job, sharding: Sharding) -> TextEncoders | None:
+    def _text_encoders(
+        self, spec: TextEncoderSpec, job, sharding: Sharding, host_memory: HostMemory | None
+    ) -> TextEncoders | None:
         """The text encoders, or None if only rank 0 has them; then this rank's shard of earlier ones is freed."""
         if spec.placement == "ranks" or self.rank == 0:
-            return self._component(spec, job, sharding)
+            return self._component(spec, job, sharding, host_memory)
         self.components.drop(TextEncoderSpec)
         self.components.drop(VisionSpec)
         return None
 
     def _vae(self, job):
-        with job.together():
-            return self._component(job.message.vae, job)
+        with self._loading(job) as host_memory:
+            return self._component(job.message.vae, job, host_memory=host_memory)
 
     def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
         return strict_float32(self.device) if spec.strict else nullcontext()

@@ -129,6 +129,11 @@ class ShardedWeights:
             ) from error
 
 
+def is_sharded(network: nn.Module) -> bool:
+    """Whether FSDP shards this network."""
+    return isinstance(network, FSDPModule)
+
+
 def own_part(parameter: Tensor) -> Tensor:
     """The part of a parameter that this rank holds between forwards, as a view that may be written to."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -110,7 +110,7 @@ class VAELoader(io.ComfyNode):
                 types.parallel_input(),
             ],
             outputs=[
-                io.Vae.Output(display_name="vae", tooltip="For core's VAE Decode, and all other nodes that take a VAE.")
+                io.Vae.Output(display_name="VAE", tooltip="For core's VAE Decode, and all other nodes that take a VAE.")
             ],
         )
 

@@ -5,6 +5,9 @@ import torch
 import torch_npu
 from safetensors.torch import save_file
 
+counted = pytest.mark.skipif(not hasattr(torch.npu, "host_memory_stats"), reason=f"torch_npu {torch_npu.__version__} "
+                             "neither counts pinned memory nor returns it")  # fmt: skip
+
 
 def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
     code = f"""
@@ -54,8 +57,7 @@ def test_a_vae_is_in_bfloat16_and_strict_float32_is_refused_by_name(python_on, s
     assert "'float32_strict', but convolutions on cards of the A2 series round float32 to HF32" in refused
 
 
-@pytest.mark.skipif(not hasattr(torch.npu, "host_memory_stats"), reason=f"torch_npu {torch_npu.__version__} neither "
-                    "counts pinned memory nor returns it")  # fmt: skip
+@counted
 def test_experts_in_turns_wait_in_pinned_memory_of_the_counted_size_which_is_returned(python_on, checkpoints):
     """The allocator that counts is torch_npu's own."""
     code = f"""
@@ -79,7 +81,7 @@ def test_experts_in_turns_wait_in_pinned_memory_of_the_counted_size_which_is_ret
             model = held.get(spec, lambda *_: None)
             assert (model.swap is not None) == turns
         assert model.low_noise is model.high_noise and all(p.is_npu for p in model.high_noise.parameters())
-        assert needed <= pinned() == model.swap.host_bytes == held.pinned < 2 * needed
+        assert needed <= pinned() == model.swap.host_bytes == sum(held.models.on_host) < 2 * needed
         for expert in (HIGH_NOISE, LOW_NOISE, HIGH_NOISE):
             model.swap.use(expert)
             for name, weight in experts[expert].named_parameters():
@@ -88,13 +90,13 @@ def test_experts_in_turns_wait_in_pinned_memory_of_the_counted_size_which_is_ret
                 assert torch.equal(model.high_noise.get_parameter(name).cpu(), weight.cpu()), name
         del model, host
         held.free()
-        assert pinned() == held.pinned == 0
+        assert pinned() == sum(held.models.on_host) == 0
         del torch.npu.host_empty_cache  # as older versions
         size = held.get(spec, lambda *_: None).swap.host_bytes
         held.free()
-        assert pinned() == held.pinned == size, "it stays with torch, and the next model can use it"
+        assert pinned() == sum(held.models.on_host) == size, "it stays with torch, and the next model can use it"
         held.get(spec, lambda *_: None)
-        assert pinned() == held.pinned == size
+        assert pinned() == sum(held.models.on_host) == size
         print("pinned and returned")
     """
     assert python_on("Ascend910B4", code) == "pinned and returned"
@@ -115,9 +117,80 @@ def test_loras_whose_originals_do_not_fit_on_the_host_are_refused_before_a_weigh
         before = weight.cpu()
         try:
             held.get(plain.with_lora(LoraSpec(path={str(tmp_path / "lora.safetensors")!r})), lambda *_: None,
-                     host_memory=HostMemory(free=memory.ROOM + 96 * 96 * 2 - 1, pinned=2**40))
+                     host_memory=HostMemory(free=memory.ROOM + 96 * 96 * 2 - 1, in_use=2**40, pinned=2**40))
         except ValueError as error:
             print(error, torch.equal(weight.cpu(), before))
     """
     said = python_on("Ascend910B4", code)
     assert said.startswith("The LoRAs change weights whose originals wait in host memory") and said.endswith("True")
+
+
+def test_models_change_places_between_a_card_and_the_host(python_on, specs, checkpoints):
+    """Models with one expert, with two that stay, and with two that take turns: weights come back to the bit, and no
+    file is read."""
+    code = f"""
+        import torch
+        from ascend_runtime import DiffusionModelSpec
+        from ascend_runtime.components import Components, HostMemory
+        from ascend_runtime.hardware import devices, memory
+        device = devices.take("npu", 0)
+        one, two = {str(specs.folder)!r}, {str(checkpoints(experts=2))!r}
+        specs = [
+            DiffusionModelSpec(path=one),
+            DiffusionModelSpec(path=two, experts="resident"), DiffusionModelSpec(path=two, experts="swap"),
+        ]
+        room, read = [0], []
+        devices.room = lambda device: room[0]
+        held = Components(device)
+        get = lambda spec: held.get(spec, lambda *_: read.append(spec), host_memory=HostMemory(memory.ROOM + 2**40))
+        weights = lambda model: [weight for network in model.experts for weight in network.parameters()]
+
+        def begin(model):
+            if model.swap is not None:
+                model.swap.use("high_noise")
+
+        for first in specs:
+            for second in specs:
+                if first == second:
+                    continue
+                held.free()
+                room[0] = 0
+                models, values = [], []
+                for spec in (first, second):
+                    models.append(get(spec))
+                    begin(models[-1])
+                    values.append([x.cpu() for x in weights(models[-1])])
+                read.clear()
+                for turn in (0, 1, 0):
+                    assert get((first, second)[turn]) is models[turn] and not read
+                    begin(models[turn])
+                    assert all(x.is_npu for x in weights(models[turn]))
+                    assert all(torch.equal(x.cpu(), y) for x, y in zip(weights(models[turn]), values[turn]))
+                    assert all(x.is_pinned() for x in weights(models[1 - turn])), "it waits on the host"
+                room[0] = 2**40
+                assert get(second) is models[1] and get(first) is models[0] and not read
+                assert all(x.is_npu for model in models for x in weights(model)), "both stay where both fit"
+        print("there and back")
+    """
+    assert python_on("Ascend910B4", code) == "there and back"
+
+
+@counted
+def test_the_host_holds_one_model_while_two_of_a_size_change_places(python_on, specs):
+    """And a slab or two of the other. The allocator that counts is torch_npu's own."""
+    code = f"""
+        import torch
+        from ascend_runtime import DiffusionModelSpec
+        from ascend_runtime.components import Components, HostMemory, pinned
+        from ascend_runtime.hardware import devices, memory
+        pinned.SLAB = 2**17
+        devices.room = lambda device: 0
+        held = Components(devices.take("npu", 0))
+        specs = [DiffusionModelSpec(path={str(specs.folder)!r}, boundary=boundary) for boundary in (0.0, 0.5)]
+        for spec in specs * 3:
+            held.get(spec, lambda *_: None, host_memory=HostMemory(memory.ROOM + 2**40))
+        waits, most = held.models.on_host[1], torch.npu.host_memory_stats()["allocated_bytes.peak"]
+        assert waits > 4 * pinned.SLAB and waits <= most <= waits + 2 * pinned.SLAB, (waits, most)
+        print("one")
+    """
+    assert python_on("Ascend910B4", code) == "one"

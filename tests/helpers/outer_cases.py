@@ -31,8 +31,8 @@ HUNYUAN = {  # file: its kind in random_hunyuan, and changes of its config
 
 
 class Case(NamedTuple):
-    """file: the transformer. size: of the latent [T,H,W]. timesteps: [B], or [B,T]. inputs: the shapes of the inputs, each
-    without B, or the inputs."""
+    """file: the transformer. size: of the latent [T,H,W]. timesteps: [B], or [B,T]. inputs: their shapes, each without
+    B, or the inputs."""
 
     file: str
     inputs: dict = {}

@@ -161,6 +161,11 @@ def test_nodes_that_take_a_model_are_not_listed():
     assert not adopt(ui(loaders() + [lora])).left
 
 
+@pytest.mark.parametrize("kind", ["workflow>Loaders", "workflow/Loaders", "cb63cc72-d82e-4c9b-988d-6807f538d6ab"])
+def test_nodes_that_hold_loaders_are_not_listed(kind):
+    assert not adopt(ui(loaders() + [node(7, kind, [VAE], "VAE")])).left
+
+
 def test_name_that_comes_from_another_node_is_not_known():
     done = swapped_and_back(api({"1": {"inputs": {"unet_name": ["8", 0]}, "class_type": "UNETLoader"}}))
     assert "comes from another node" in done.left[0][1] and len(done.left) == 3

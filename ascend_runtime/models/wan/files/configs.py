@@ -200,9 +200,8 @@ def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Pat
             )
         for key in ("text_dim", "in_channels", "image_dim", REFERENCE_CHANNELS):
             if config.get(key) != first.get(key):
-                raise ValueError(
-                    f"{file} has {key} {config.get(key)}, but {files[0]} {first.get(key)}. Use two experts of one model."
-                )
+                has, other = config.get(key), first.get(key)
+                raise ValueError(f"{file} has {key} {has}, but {files[0]} {other}. Use two experts of one model.")
 
 
 def check_vae_config(config: Mapping[str, Any], file: Path) -> None:

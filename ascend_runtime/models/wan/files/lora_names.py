@@ -22,8 +22,10 @@ FOR_VACE = "of layers of Wan VACE, which this model lacks"
 OF_NO_LAYER = "of no layer of this model"
 MODELS_BY_WIDTH = {1536: "1.3B", 3072: "5B", 5120: "14B"}  # of the published models
 # By the input channels of patch_embedding.
-MODELS_BY_CHANNELS = {16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B or a Fun Control model",
-                      52: "a Fun Control model", 100: "Fun Inpaint of 5B", 148: "Fun Control of 5B"}  # fmt: skip
+MODELS_BY_CHANNELS = {
+    16: "a text-to-video model", 36: "an image-to-video model", 48: "TI2V-5B or a Fun Control model",
+    52: "a Fun Control model", 100: "Fun Inpaint of 5B", 148: "Fun Control of 5B",
+}  # fmt: skip
 
 
 def _image_parameters(shapes: Shapes) -> Iterator[str]:

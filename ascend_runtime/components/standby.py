@@ -1,0 +1,249 @@
+"""The diffusion models that a rank holds: the one in use, and the one that was used before it, which waits.
+
+It waits on the device if there is room for both, else in the host's memory, if that has room for it on all ranks; else
+it is dropped. A model that comes back is moved, and no file is read. On a CPU nothing moves.
+
+Ranks need not agree on where a model waits: moving takes no communication.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..checkpoints.reader import assign
+from ..hardware import devices
+from ..models.shared.quantized import prefer_layouts
+from ..parallel.fsdp import Sharding, is_sharded, own_part
+from ..specs import DiffusionModelSpec
+from .diffusion_model import ROOM_TO_COMPUTE, DiffusionModel
+from .pinned import Layout, kept_by_torch
+from .room import HostMemory
+
+logger = logging.getLogger(__name__)
+
+ROOM_FOR_OTHERS = 32 * 2**30  # bytes of a device: a VAE takes larger tiles, or the whole frame, where it finds more
+
+
+class ModelKey(NamedTuple):
+    """Identifies the weights of a model. spec: without LoRAs. state: of its files."""
+
+    spec: DiffusionModelSpec
+    sharding: Sharding
+    state: Hashable
+
+    def outdated_by(self, other: ModelKey) -> bool:
+        return self.spec == other.spec and self.state != other.state
+
+
+@dataclass
+class HeldModel:
+    """away: whether the weights left the device for the host."""
+
+    key: ModelKey
+    model: DiffusionModel
+    away: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """On this rank's device, while the model is in use."""
+        return sum(own_part(weight).nbytes for network in _networks(self.model) for weight in network.parameters())
+
+    @property
+    def to_host(self) -> int:
+        """What the host takes when the model leaves the device. Experts in turns are there already."""
+        return 0 if self.model.swap else _waiting_in(self.model)
+
+    @property
+    def on_host(self) -> int:
+        """What the host holds."""
+        return self.model.swap.host_bytes if self.model.swap else self.to_host if self.away else 0
+
+
+class DiffusionModels:
+    """in_use, waiting: the two models, or None."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.in_use: HeldModel | None = None
+        self.waiting: HeldModel | None = None
+
+    @property
+    def on_host(self) -> tuple[int, int, int]:
+        """The bytes that the model in use holds on the host, and the one that waits, and those of pinned memory that
+        torch keeps for later models."""
+        in_use, waiting = (0 if held is None else held.on_host for held in (self.in_use, self.waiting))
+        return in_use, waiting, kept_by_torch(self._device)
+
+    def use(self, key: ModelKey, host: HostMemory) -> DiffusionModel | None:
+        """The model of this key, which is the one in use from now on; None if it is not held."""
+        if self.in_use is None or self.in_use.key != key:
+            if self.waiting is None or self.waiting.key != key:
+                return None
+            self._exchange(host)
+        return self.in_use.model
+
+    def drop_outdated(self, key: ModelKey, host: HostMemory) -> None:
+        """Frees a model of the same spec and of files that have changed since."""
+        if self.waiting is not None and self.waiting.key.outdated_by(key):
+            self.drop_waiting(host)
+        if self.in_use is not None and self.in_use.key.outdated_by(key):
+            self.in_use = None
+            self._collect()
+            host.free, host.in_use = host.free + host.in_use, 0
+
+    def make_room(self, nbytes: int, host: HostMemory) -> None:
+        """Before another model is loaded: the one in use waits, and the one that waited is dropped.
+
+        nbytes: what it takes on this rank's device; on a CPU, without what is mapped from files.
+        """
+        self.drop_waiting(host)
+        for _ in self._set_aside(nbytes, host):
+            pass
+
+    def leave_device(self, host: HostMemory) -> None:
+        """Moves the model that waits from the device to the host, or drops it, if other networks could need its
+        place."""
+        held = self.waiting
+        if held is None or held.away or self._device.type == "cpu" or devices.room(self._device) >= ROOM_FOR_OTHERS:
+            return
+        if not host.has(held.to_host):
+            self.drop_waiting(host)
+            return
+        for _ in self._leaving(held, host):
+            pass
+
+    def drop_waiting(self, host: HostMemory | None = None) -> None:
+        """Frees the model that waits."""
+        if self.waiting is None:
+            return
+        self.waiting = None
+        self._collect()
+        if host is not None:
+            host.free, host.waiting = host.free + host.waiting, 0
+
+    def drop(self) -> None:
+        """Frees both models."""
+        self.in_use = self.waiting = None
+        self._collect()
+
+    def _exchange(self, host: HostMemory) -> None:
+        """The two models change places: slab by slab where they are in slabs, so that the host never holds both."""
+        comes, self.waiting = self.waiting, None
+        on_host, released = host.waiting, 0 if comes.model.swap or not comes.away else host.waiting
+        host.waiting = 0
+        try:
+            leaving = self._set_aside(comes.nbytes if comes.away else 0, host, released)
+            returning = _to_device(comes.model) if comes.away else iter(())
+            in_slabs = not (comes.model.swap or is_sharded(comes.model.high_noise))
+            for _ in zip_longest(leaving, returning) if in_slabs else chain(leaving, returning):
+                pass
+        except BaseException:
+            self.drop()  # their weights are partly here and partly there
+            raise
+        host.free, host.in_use = host.free + released, on_host - released
+        comes.away, self.in_use = False, comes
+
+    def _set_aside(self, nbytes: int, host: HostMemory, released: int = 0) -> Iterator[None]:
+        """The model in use becomes the one that waits, or is dropped, so that the device has room for so many bytes.
+        The steps of its move; released: bytes that the host gets back meanwhile."""
+        held, self.in_use = self.in_use, None
+        if held is None:
+            return iter(())
+        in_use, host.in_use = host.in_use, 0
+        if self._fits(nbytes, host):
+            self.waiting, host.waiting = held, in_use
+            return iter(())
+        if self._device.type != "cpu" and host.has(held.to_host, released):
+            self.waiting, host.waiting = held, in_use
+            return self._leaving(held, host)
+        del held
+        host.free += in_use
+        logger.info("The host has too little memory for a second diffusion model: the one used before is dropped.")
+        self._collect()
+        return iter(())
+
+    def _fits(self, nbytes: int, host: HostMemory) -> bool:
+        if self._device.type == "cpu":
+            return host.has(nbytes)
+        return devices.room(self._device) >= nbytes + ROOM_TO_COMPUTE
+
+    def _leaving(self, held: HeldModel, host: HostMemory) -> Iterator[None]:
+        taken = devices.local_ranks() * held.to_host
+        host.free, host.waiting = host.free - taken, host.waiting + taken
+        held.away = True
+        return _to_host(held.model, self._device)
+
+    def _collect(self) -> None:
+        gc.collect()
+        devices.empty_cache(self._device)
+
+
+def _networks(model: DiffusionModel) -> list[nn.Module]:
+    """Two experts that take turns are one network."""
+    return list(dict.fromkeys(model.experts))
+
+
+def _layout(model: DiffusionModel) -> Layout:
+    return Layout.of({
+        str(number): {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                      for name, weight in network.named_parameters()}
+        for number, network in enumerate(_networks(model))
+    })  # fmt: skip
+
+
+def _waiting_in(model: DiffusionModel) -> int:
+    """The bytes of host memory in which the weights wait."""
+    if is_sharded(model.high_noise):
+        return sum(own_part(weight).nbytes for network in _networks(model) for weight in network.parameters())
+    return _layout(model).nbytes
+
+
+def _to_host(model: DiffusionModel, device: torch.device) -> Iterator[None]:
+    """Moves the weights to pinned host memory, slab by slab; shards, which FSDP refers to, by torch's own way."""
+    networks = _networks(model)
+    if model.swap is not None:
+        model.swap.leave()
+    elif is_sharded(model.high_noise):
+        for network in networks:
+            yield network.to("cpu")
+    else:
+        for slab in _layout(model).slabs(device):
+            for (number, name), place in slab.items():
+                network = networks[int(number)]
+                assign(network, name, place.copy_(network.get_parameter(name)))
+            yield
+
+
+def _to_device(model: DiffusionModel) -> Iterator[None]:
+    """Moves the weights back. A slab is free as soon as its weights have left."""
+    device = model.device
+    if model.swap is not None:
+        model.swap.come_back()
+        return
+    for network in _networks(model):
+        if is_sharded(network):
+            yield network.to(device)
+            continue
+        for names in _by_slab(network):
+            for name in names:
+                assign(network, name, network.get_parameter(name).to(device, non_blocking=True))
+            devices.synchronise(device)
+            yield
+        prefer_layouts(network)
+
+
+def _by_slab(network: nn.Module) -> list[list[str]]:
+    """The names of the parameters in each slab."""
+    slabs = defaultdict(list)
+    for name, weight in network.named_parameters():
+        slabs[weight.untyped_storage().data_ptr()].append(name)
+    return list(slabs.values())
