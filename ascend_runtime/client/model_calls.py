@@ -15,7 +15,7 @@ from torch import Tensor
 from ..wire.messages import MAX_ENTRIES, CallSetting, ModelPass, SamplerRun
 from .arguments import LATENT_AXES, check_kind, check_tensor
 
-BRANCHES = ("cond", "uncond")
+GUIDANCE_BRANCHES = ("cond", "uncond")
 MOST_HELD = 2 * 2**30  # bytes of inputs that the ranks hold; those of the running call are not limited
 
 
@@ -154,8 +154,8 @@ def check_call(passes: Any, run: Any, step: Any) -> None:
 
 
 def _check_pass(one: NetworkPass) -> None:
-    if one.branch not in BRANCHES:
-        raise ValueError(f"The branch of a pass is {one.branch!r}; it can be {' or '.join(BRANCHES)}.")
+    if one.branch not in GUIDANCE_BRANCHES:
+        raise ValueError(f"The branch of a pass is {one.branch!r}; it can be {' or '.join(GUIDANCE_BRANCHES)}.")
     check_tensor("latent", one.latent, LATENT_AXES)
     check_tensor("timesteps", one.timesteps)
     batch, _, frames, *_ = one.latent.shape

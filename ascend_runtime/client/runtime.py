@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Callable
 
@@ -43,6 +43,7 @@ from ..wire.messages import (
     Decode,
     Describe,
     Encode,
+    EncodeTokens,
     EncodeVideo,
     Free,
     Load,
@@ -62,6 +63,7 @@ from .arguments import (
     check_kind,
     check_prompt,
     check_tensor,
+    check_tokens,
 )
 from .group import RankDied, RankGroup
 from .model_calls import HeldByRanks, NetworkPass, check_call, packed
@@ -271,6 +273,40 @@ class Runtime:
             return Encode(job=job, encoder=encoder, text=text, image=image, image_interleave=image_interleave)
 
         return self._do(make, self._on_ranks(encoder), **hooks)
+
+    def encode_tokens(
+        self,
+        encoder: TextEncoderSpec,
+        part: str,
+        ids: Tensor,
+        length: int,
+        embeddings: Mapping[int, Tensor] | None = None,
+        **hooks,
+    ) -> Result:
+        """Encodes tokens as they are, without cleaning or truncation, with one of the text encoders: [1, tokens, D],
+        fp32, and further outputs in `tensors`, such as "pooled" [1, D].
+
+        part: of `text_encoders`. ids [S]: int64. length: the number of tokens up to the end of the text; those after it
+            are padding. embeddings: [n, D] each, instead of a token, by its place; such as the tokens of an image.
+        """
+        check_kind("encoder", encoder, TextEncoderSpec)
+        embeddings = embeddings or {}
+        check_tokens(part, ids, length, embeddings)
+
+        def make(job: int) -> EncodeTokens:
+            places, further = tuple(embeddings), list(embeddings.values())
+            return EncodeTokens(
+                job=job, encoder=encoder, part=part, ids=ids, length=length, places=places, embeddings=further
+            )
+
+        return self._do(make, self._on_ranks(encoder), **hooks)
+
+    def text_encoders(self, encoder: TextEncoderSpec, **hooks) -> Result:
+        """What text encoders are, without reading their weights: the result's info["encoders"] is {"family": its name,
+        "shapes": of all parameters, by part and name, "sentencepiece": whether the tokenizer is such a model, else it
+        is a tokenizer.json}. Its tensor is the tokenizer's file, uint8, if core ComfyUI takes it from the encoder."""
+        check_kind("encoder", encoder, TextEncoderSpec)
+        return self._do(lambda job: Describe(job=job, encoder=encoder), **hooks)
 
     def sample(
         self,

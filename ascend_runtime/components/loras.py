@@ -21,7 +21,7 @@ from ..checkpoints.reader import BytesRead, Places, nbytes
 from ..models.family import LoraNames
 from ..parallel.fsdp import ShardedWeights, own_part
 from ..recognition.lora import LoraFile, fingerprint, read_lora
-from ..recognition.lora_changes import Change
+from ..recognition.lora_changes import WeightChange
 from ..specs import LoraSpec
 
 LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order in which they are added
@@ -116,7 +116,7 @@ class Adapter:
     def _in_use(self, loras: LorasInUse) -> bool:
         return self._merged and loras == self._loras
 
-    def _merge(self, name: str, changes: list[tuple[Change, TensorFile, float]]) -> None:
+    def _merge(self, name: str, changes: list[tuple[WeightChange, TensorFile, float]]) -> None:
         if name not in self._originals:
             self._keep(name)
         shape = self.places[name].shape

@@ -31,8 +31,8 @@ ONCE = (
     "and guiders with more than two prompts; or take out the accelerator."
 )
 
-Load = Callable[[CallSetting], tuple[DiffusionModel, Plan]]
-Held = dict[int, Tensor]
+LoadModel = Callable[[CallSetting], tuple[DiffusionModel, Plan]]
+HeldByNumber = dict[int, Tensor]
 
 
 class ModelCalls:
@@ -43,7 +43,7 @@ class ModelCalls:
 
     def __init__(self, environ: Mapping[str, str]):
         self._environ = environ
-        self._held: Held = {}
+        self._held: HeldByNumber = {}
         self._setting: CallSetting | None = None  # of the last call
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # each belongs to its model, and is freed with it
         self._last: weakref.ref[Run] | None = None
@@ -61,7 +61,7 @@ class ModelCalls:
         self._held.clear()
         self._setting = None
 
-    def run_of(self, job, load: Load) -> tuple[Run, bool]:
+    def run_of(self, job, load: LoadModel) -> tuple[Run, bool]:
         """(the run that the job's call belongs to, whether it is new). Keeps and drops tensors as the call says.
 
         load: loads the model of a setting, and resolves its plan; called, on all ranks, unless the call before was of
@@ -104,7 +104,7 @@ class Run:
     """A run of a sampler on one model. held: the tensors that this rank holds."""
 
     def __init__(
-        self, setting: CallSetting, model: DiffusionModel, plan: Plan, environ: Mapping[str, str], held: Held
+        self, setting: CallSetting, model: DiffusionModel, plan: Plan, environ: Mapping[str, str], held: HeldByNumber
     ):
         self.setting = setting
         self.finished = False  # whether the last step has been computed

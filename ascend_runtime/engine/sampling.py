@@ -109,11 +109,11 @@ class Watch:
         """Called after each step. x0 [B,C,T,H,W]: this step's x0 prediction, normalised."""
 
 
-Velocity = Callable[[Tensor, float, SolverStep], Tensor]  # (latent, timestep in 0..1000, step) -> velocity; fp32, CPU
+VelocityAt = Callable[[Tensor, float, SolverStep], Tensor]  # (latent, timestep in 0..1000, step) -> velocity; fp32, CPU
 
 
 def denoise(
-    velocity: Velocity, scheduler, start: Tensor, known: Known | None = None, watch: Watch = Watch()
+    velocity: VelocityAt, scheduler, start: Tensor, known: Known | None = None, watch: Watch = Watch()
 ) -> Tensor:
     """Runs the denoise loop and returns the latent [B,C,T,H,W] in fp32, normalised, on the CPU.
 

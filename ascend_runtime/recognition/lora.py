@@ -25,7 +25,7 @@ from ..checkpoints.states import states
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
 from ..ops.precision import is_finite
-from .lora_changes import Change, Difference, change_of
+from .lora_changes import WeightChange, Difference, change_of
 from .lora_keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
 from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 
@@ -35,7 +35,7 @@ NOT_FINITE = "with NaN or infinite values"
 MAX_SCALE = 10_000  # alpha / rank; at most 16 in published LoRAs
 
 
-Changes = dict[str, Change]  # by diffusers' names of the parameters
+Changes = dict[str, WeightChange]  # by diffusers' names of the parameters
 
 
 @dataclass(frozen=True)

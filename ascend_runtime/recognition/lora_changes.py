@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 MAX_RANK = 16_384  # above the width of any published model, which bounds the rank of a change
 
 
-class Change(ABC):
+class WeightChange(ABC):
     """A change of one parameter.
 
     scale: alpha / rank. rows, columns: of the layer in the file that belong to the parameter, if that layer holds
@@ -75,7 +75,7 @@ class Change(ABC):
 
 
 @dataclass(frozen=True)
-class LowRank(Change):
+class LowRank(WeightChange):
     """up: the key of B [out, rank]; down: the key of A [rank, in]; those of a convolution have more dims. mid: the key
     of the core of a Tucker form."""
 
@@ -117,7 +117,7 @@ class LowRank(Change):
 
 
 @dataclass(frozen=True)
-class Difference(Change):
+class Difference(WeightChange):
     """A full difference of a parameter."""
 
     key: str
@@ -143,7 +143,7 @@ class Difference(Change):
         weight += (strength * self.scale) * _read(file, self.key, part, self.rows, self.columns).to(weight)
 
 
-class _Product(Change):
+class _Product(WeightChange):
     """A change that is computed for some rows of the layer in the file, in all columns."""
 
     @abstractmethod
@@ -227,7 +227,7 @@ class Kronecker(_Product):
         return made[rows.start - used.start * each : rows.stop - used.start * each]
 
 
-def change_of(keys: Mapping[str, str]) -> Change | None:
+def change_of(keys: Mapping[str, str]) -> WeightChange | None:
     """The change of a weight by tensors with these roles (see `lora_keys.ROLES`), with the scale 1; None if they make
     no complete change."""
     roles = keys.keys() - {"alpha", "up_bias"}

@@ -126,6 +126,22 @@ class Encode(Message):
     image_interleave: int = 2
 
 
+class EncodeTokens(Message):
+    """Encodes tokens as they are, with one of the text encoders.
+
+    part: which. ids [S]: int64. length: the number of those up to the end of the text; those after it are padding.
+    places, embeddings: [n, D] each, in the place of one token each, such as an image's.
+    """
+
+    job: int
+    encoder: TextEncoderSpec
+    part: str
+    ids: Tensor
+    length: int
+    places: tuple[int, ...] = ()
+    embeddings: list[Tensor] = []
+
+
 class Sample(Message):
     """Denoises latent [B,C,T,H,W]. preview: whether rank 0 sends an image after each step.
 
@@ -226,12 +242,13 @@ class EncodeVideo(Message):
 
 class Describe(Message):
     """Requests facts from model files: `Done.info` has the VAE's form, the diffusion model's calibration, or what a
-    network is (`client.runtime.Runtime.network`)."""
+    network is (`client.runtime.Runtime.network`). Of text encoders also `Done.tensor` (see `Runtime.text_encoders`)."""
 
     job: int
     vae: VaeSpec | None = None
     model: DiffusionModelSpec | None = None
     network: DiffusionModelSpec | None = None
+    encoder: TextEncoderSpec | None = None
 
 
 class Free(Message):
@@ -297,7 +314,7 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | Sample | Velocity | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
+    Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 
