@@ -86,6 +86,11 @@ def vae_form(vae: Handle) -> VaeForm:
     return _run(_runtime_for(vae.ranks), lambda runtime, hooks: runtime.vae_form(vae.spec, **hooks), {})
 
 
+def text_encoders(encoder: Handle) -> Result:
+    """What text encoders are; see `Runtime.text_encoders`."""
+    return _run(_runtime_for(encoder.ranks), lambda runtime, hooks: runtime.text_encoders(encoder.spec, **hooks), {})
+
+
 def _run(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
     """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions."""
     always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..wire.messages import MAX_ENTRIES, MAX_ENTRY_NAME, Conditioning
 LATENT_AXES, FRAMES_AXES, IMAGE_AXES = "[B,C,T,H,W]", "[T,H,W,3]", "[H,W,3]"  # ranks check what depends on the model
 MAX_PROMPT_CHARACTERS = 50_000  # far more than the 512 tokens that any model reads; tokenizing them takes a second
 MAX_INTERLEAVE = 512  # core ComfyUI's limit
+MAX_TEXT_TOKENS = 4096  # of one text; attention to more takes gigabytes
 
 
 def check_kind(name: str, value: Any, *kinds: type, optional: bool = False) -> None:
@@ -87,6 +89,26 @@ def check_image(image: Any, interleave: Any) -> Tensor | None:
     if image.shape[-1] < 3:
         raise ValueError(f"The image has the shape {list(image.shape)}; it must be {IMAGE_AXES}, channels last.")
     return image[..., :3]
+
+
+def check_tokens(part: Any, ids: Any, length: Any, embeddings: Any) -> None:
+    """The tokens of one text, for one text encoder."""
+    check_kind("part", part, str)
+    check_kind("ids", ids, Tensor)
+    check_kind("embeddings", embeddings, Mapping)
+    if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
+        raise ValueError(f"ids has the shape {list(ids.shape)} and the dtype {ids.dtype}; it must be [S], torch.int64.")
+    if len(ids) > MAX_TEXT_TOKENS:
+        raise ValueError(
+            f"The text has {len(ids):,} tokens; at most {MAX_TEXT_TOKENS:,} are accepted, of which models were trained "
+            "on a few hundred. Shorten it."
+        )
+    if type(length) is not int or not 0 < length <= len(ids):
+        raise ValueError(f"length is {_shown(length)}; it must be an int from 1 to the number of ids, {len(ids)}.")
+    for place, embedding in embeddings.items():
+        if type(place) is not int or not 0 <= place < len(ids):
+            raise ValueError(f"An embedding is in place {_shown(place)}; places are from 0 to {len(ids) - 1}.")
+        check_tensor("embedding", embedding, "[n,D]")
 
 
 def check_conditioning(name: str, given: Any, optional: bool = False) -> None:

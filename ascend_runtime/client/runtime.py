@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Callable
 
@@ -38,10 +38,12 @@ from ..specs import (
 )
 from ..specs.acceleration import CALIBRATED
 from ..wire.messages import (
+    CallSetting,
     Conditioning,
     Decode,
     Describe,
     Encode,
+    EncodeTokens,
     EncodeVideo,
     Free,
     Load,
@@ -61,9 +63,10 @@ from .arguments import (
     check_kind,
     check_prompt,
     check_tensor,
+    check_tokens,
 )
 from .group import RankDied, RankGroup
-from .model_calls import HeldTensors, NetworkPass, check_call, packed
+from .model_calls import HeldByRanks, NetworkPass, check_call, packed
 from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
 
 logger = logging.getLogger(__name__)
@@ -108,7 +111,7 @@ class Runtime:
         self._one_stop = threading.Lock()
         self._stop_wanted = threading.Event()  # waiting jobs must not begin
         self._free_wanted = False
-        self._held = HeldTensors()  # used by the holder of _one_job only
+        self._held = HeldByRanks()  # used by the holder of _one_job only
         self._calibrated: tuple[tuple, dict[str, Calibration]] | None = None  # of the last run with an accelerator
         self._logged: deque[str] = deque(maxlen=100)  # warnings of jobs that are in the log already
 
@@ -271,6 +274,40 @@ class Runtime:
 
         return self._do(make, self._on_ranks(encoder), **hooks)
 
+    def encode_tokens(
+        self,
+        encoder: TextEncoderSpec,
+        part: str,
+        ids: Tensor,
+        length: int,
+        embeddings: Mapping[int, Tensor] | None = None,
+        **hooks,
+    ) -> Result:
+        """Encodes tokens as they are, without cleaning or truncation, with one of the text encoders: [1, tokens, D],
+        fp32, and further outputs in `tensors`, such as "pooled" [1, D].
+
+        part: of `text_encoders`. ids [S]: int64. length: the number of tokens up to the end of the text; those after it
+            are padding. embeddings: [n, D] each, instead of a token, by its place; such as the tokens of an image.
+        """
+        check_kind("encoder", encoder, TextEncoderSpec)
+        embeddings = embeddings or {}
+        check_tokens(part, ids, length, embeddings)
+
+        def make(job: int) -> EncodeTokens:
+            places, further = tuple(embeddings), list(embeddings.values())
+            return EncodeTokens(
+                job=job, encoder=encoder, part=part, ids=ids, length=length, places=places, embeddings=further
+            )
+
+        return self._do(make, self._on_ranks(encoder), **hooks)
+
+    def text_encoders(self, encoder: TextEncoderSpec, **hooks) -> Result:
+        """What text encoders are, without reading their weights: the result's info["encoders"] is {"family": its name,
+        "shapes": of all parameters, by part and name, "sentencepiece": whether the tokenizer is such a model, else it
+        is a tokenizer.json}. Its tensor is the tokenizer's file, uint8, if core ComfyUI takes it from the encoder."""
+        check_kind("encoder", encoder, TextEncoderSpec)
+        return self._do(lambda job: Describe(job=job, encoder=encoder), **hooks)
+
     def sample(
         self,
         model: DiffusionModelSpec,
@@ -349,22 +386,17 @@ class Runtime:
         check_call(passes, run, step)
         _check_options(parallel, operators, None, acceleration)
         with self._jobs((parallel or self.parallel).fsdp, **hooks) as submit:
-            calibration = self._calibration_of(run, model, acceleration, submit)
+            setting = CallSetting(
+                model=model,
+                parallel=parallel or self.parallel,
+                run=run,
+                operators=operators,
+                acceleration=acceleration,
+                calibration=self._calibration_of(run, model, acceleration, submit),
+            )
             with self._held.sent():
-                sent = packed(passes, self._held)
-                return submit(
-                    lambda job: Velocity(
-                        job=job,
-                        model=model,
-                        parallel=parallel or self.parallel,
-                        run=run,
-                        step=step,
-                        **vars(sent),
-                        operators=operators,
-                        acceleration=acceleration,
-                        calibration=calibration,
-                    )
-                )
+                sent = packed(passes, setting, self._held)
+                return submit(lambda job: Velocity(job=job, step=step, **vars(sent)))
 
     def _calibration_of(
         self, run: SamplerRun, model: DiffusionModelSpec, acceleration: AccelerationSpec, submit: Submit

@@ -18,7 +18,7 @@ from ..hardware import devices
 from ..hardware.environment import original, placed
 from ..models.family import Family
 from ..models.shared.conditioning import Given
-from ..models.shared.text import TEXT, Picture
+from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
 from ..ops.precision import check_finite, strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_reduce_max, all_reduce_sum, communicators
@@ -26,13 +26,14 @@ from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
 from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
-from ..wire.messages import Conditioning, Done, Sample
+from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .model_calls import ModelCalls
 from .profiling import Recorder
 from .prompts import Encoded, KnownPrompts, image_key
+from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, padded, tokens_key
 from .video import decode_video, encode_video
 
 
@@ -119,6 +120,44 @@ class RankPipeline:
             encoding = encoding.about(Picture(tower.model, message.image, message.image_interleave))
             warnings += tower.warnings
         text = encoding.clean(message.text)
+        with self._encoding(job, on_ranks) as on_block:
+            results = encoding.encode(loaded.encoders, text, on_block)
+        return Encoded(results, [*warnings, *encoding.cut(loaded.encoders, text)])
+
+    def encode_tokens(self, job) -> Done:
+        """Encodes tokens as they are; like `encode`, once."""
+        message, key = job.message, None
+        spec, sharding = self._placed(message.encoder)
+        given = given_tokens(message)
+        with job.together():
+            if self.rank == 0:
+                key = spec, self.components.state(spec), tokens_key(message.part, given)
+        encoded = self.prompts.get(key)
+        known = not all_reduce_max(self.rank == 0 and encoded is None)
+        if not known:
+            encoded = self._encoded_tokens(job, spec, sharding, given)
+        if self.rank != 0:
+            return _done(job)
+        if len(given.ids) <= MAX_KNOWN:
+            self.prompts.keep(key, encoded)
+        info = _warnings(encoded.warnings) | _communicators(self.device) | ({"tokens": "known"} if known else {})
+        results = padded(encoded.results, given)
+        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
+
+    def _encoded_tokens(self, job, spec: TextEncoderSpec, sharding: Sharding, given: GivenTokens) -> Encoded | None:
+        """Runs one text encoder on the job's tokens; None on ranks that do not encode."""
+        part, on_ranks = job.message.part, spec.placement == "ranks"
+        with self._loading(job) if on_ranks else nullcontext() as host_memory:
+            loaded = self._text_encoders(spec, job, sharding, host_memory)
+        if loaded is None:
+            return None
+        with self._encoding(job, on_ranks) as on_block:
+            results = encoded_tokens(loaded.encoding, part, loaded.encoders.get(part), given, on_block)
+        return Encoded(results, loaded.warnings)
+
+    @contextmanager
+    def _encoding(self, job, on_ranks: bool) -> Iterator[OnBlock]:
+        """The stage in which text encoders run. Yields what to call before each block."""
 
         def on_block(index: int, total: int) -> None:
             if on_ranks:
@@ -128,8 +167,7 @@ class RankPipeline:
             job.progress("encode", index + 1, total)
 
         with job.stage("encode"), nullcontext() if on_ranks else devices.all_cores():
-            results = encoding.encode(loaded.encoders, text, on_block)
-        return Encoded(results, [*warnings, *encoding.cut(loaded.encoders, text)])
+            yield on_block
 
     def sample(self, job) -> Done:
         message = job.message
@@ -174,9 +212,8 @@ class RankPipeline:
 
     def velocity(self, job) -> Done:
         """Passes through a network, for a sampler outside of the ranks."""
-        plan = self._plan(job.message.parallel)
         try:
-            run, new = self.calls.run_of(job, plan, lambda: self._model_of_calls(job, plan))
+            run, new = self.calls.run_of(job, lambda setting: self._model_of_calls(job, setting))
             with job.stage("denoise"):
                 velocities = run.velocities(job)
                 check_finite(velocities, "The network's output")
@@ -185,16 +222,16 @@ class RankPipeline:
             raise
         info = run.facts(job.message.step, job.seconds["denoise"]) | _device_memory(self.device)
         if new:
-            info |= plan.info | _communicators(self.device) | _warnings(run.warnings)
+            info |= run.plan.info | _communicators(self.device) | _warnings(run.warnings)
         return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info)
 
-    def _model_of_calls(self, job, plan: Plan) -> DiffusionModel:
-        message = job.message
-        sharding = self._sharding(plan, message.parallel)
+    def _model_of_calls(self, job, setting: CallSetting) -> tuple[DiffusionModel, Plan]:
+        plan = self._plan(setting.parallel)
+        sharding = self._sharding(plan, setting.parallel)
         with self._loading(job) as host_memory:
-            model = self._component(message.model, job, sharding, host_memory)
+            model = self._component(setting.model, job, sharding, host_memory)
         _require_agreement(None, model)
-        return model
+        return model, plan
 
     def decode(self, job) -> Done:
         message = job.message
@@ -222,7 +259,10 @@ class RankPipeline:
             info["calibration"] = read_calibration(message.model.path)
         if self.rank == 0 and message.network is not None:
             info["network"] = self._network(message.network)
-        return _done(job, info=info)
+        tokenizer = None
+        if self.rank == 0 and message.encoder is not None:
+            info["encoders"], tokenizer = described_encoders(self.components.found(message.encoder))
+        return _done(job, info=info, tensor=tokenizer)
 
     def _network(self, spec: DiffusionModelSpec) -> dict[str, Any]:
         """What `Runtime.network` returns."""

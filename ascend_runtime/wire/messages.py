@@ -126,6 +126,22 @@ class Encode(Message):
     image_interleave: int = 2
 
 
+class EncodeTokens(Message):
+    """Encodes tokens as they are, with one of the text encoders.
+
+    part: which. ids [S]: int64. length: the number of those up to the end of the text; those after it are padding.
+    places, embeddings: [n, D] each, in the place of one token each, such as an image's.
+    """
+
+    job: int
+    encoder: TextEncoderSpec
+    part: str
+    ids: Tensor
+    length: int
+    places: tuple[int, ...] = ()
+    embeddings: list[Tensor] = []
+
+
 class Sample(Message):
     """Denoises latent [B,C,T,H,W]. preview: whether rank 0 sends an image after each step.
 
@@ -177,27 +193,33 @@ class SamplerRun(Struct, frozen=True, kw_only=True):
     sigmas: tuple[float, ...]
 
 
+class CallSetting(Struct, frozen=True, kw_only=True):
+    """What all calls of a run of a sampler outside of the ranks share. calibration: see `Sample`."""
+
+    model: DiffusionModelSpec
+    parallel: ParallelSpec
+    run: SamplerRun
+    operators: OperatorSpec = OperatorSpec()
+    acceleration: AccelerationSpec = AccelerationSpec()
+    calibration: dict[str, Calibration] = {}
+
+
 class Velocity(Message):
     """Requests the velocity of each pass, for a sampler outside of the ranks. All have the same shape.
 
-    latents: each [B,C,T,H,W], normalised. step: of the run, from 0.
+    setting: None: that of the call before. latents: each [B,C,T,H,W], normalised. step: of the run, from 0.
     fresh: the ranks first forget all numbers, and what earlier calls have prepared.
     held: new tensors, by number; numbers are never used twice. drop: numbers that the ranks need no more.
     """
 
     job: int
-    model: DiffusionModelSpec
-    parallel: ParallelSpec
-    run: SamplerRun
+    setting: CallSetting | None
     step: int
     latents: list[Tensor]
     passes: list[ModelPass]
     fresh: bool = False
     held: dict[int, Tensor] = {}
     drop: tuple[int, ...] = ()
-    operators: OperatorSpec = OperatorSpec()
-    acceleration: AccelerationSpec = AccelerationSpec()
-    calibration: dict[str, Calibration] = {}
 
 
 class Decode(Message):
@@ -220,12 +242,13 @@ class EncodeVideo(Message):
 
 class Describe(Message):
     """Requests facts from model files: `Done.info` has the VAE's form, the diffusion model's calibration, or what a
-    network is (`client.runtime.Runtime.network`)."""
+    network is (`client.runtime.Runtime.network`). Of text encoders also `Done.tensor` (see `Runtime.text_encoders`)."""
 
     job: int
     vae: VaeSpec | None = None
     model: DiffusionModelSpec | None = None
     network: DiffusionModelSpec | None = None
+    encoder: TextEncoderSpec | None = None
 
 
 class Free(Message):
@@ -291,7 +314,7 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | Sample | Velocity | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
+    Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Core ComfyUI's MODEL, CLIP and VAE, whose work the ranks do: for stock graphs."""
 
 from .acceleration import ApplyAcceleration
+from .clip import CLIPLoader, DualCLIPLoader
 from .model import UNETLoader
 from .vae import VAELoader
 
-NODES = (UNETLoader, VAELoader, ApplyAcceleration)
+NODES = (UNETLoader, CLIPLoader, DualCLIPLoader, VAELoader, ApplyAcceleration)

@@ -15,11 +15,14 @@ class RemoteWeights(torch.nn.Module):
     """
 
     def __init__(self, what: str):
-        super().__init__()
+        torch.nn.Module.__init__(self)  # not that of a class of core's, which would build a network
         self.what = what
 
     def __getattr__(self, name: str):
-        raise AttributeError(no_such(self.__dict__.get("what", "The network"), name))
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(no_such(self.__dict__.get("what", "The network"), name)) from None
 
 
 class RemotePatcher(ModelPatcher):

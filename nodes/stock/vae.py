@@ -6,20 +6,20 @@ import logging
 
 import comfy.model_management
 import comfy.sd
-import nodes as core  # ComfyUI's own module
 import torch
-from comfy.cli_args import args
 from comfy_api.latest import io
 from torch import Tensor
 
 from ...ascend_runtime.specs import VaeForm, VaeSpec
 from .. import comfy_bridge, core_types, model_files, types
 from ..types import Handle, RanksHandle
+from .core_options import dtype_for, options_of, with_further
 from .remote import RemotePatcher, RemoteWeights, in_ranks, no_such
 
 logger = logging.getLogger(__name__)
 
 WHAT = "The VAE of Ascend Load VAE (Core)"
+CORE = "VAELoader", "vae_name"
 
 
 class RanksVae(comfy.sd.VAE):
@@ -92,7 +92,7 @@ def _note_tiles(tiles: dict) -> None:
 class VAELoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        own, listed = _core_names(), model_files.names(model_files.VAE)
+        listed = with_further(model_files.names(model_files.VAE), options_of(*CORE))
         return io.Schema(
             node_id="AscendVAELoader",
             display_name="Ascend Load VAE (Core)",
@@ -102,7 +102,7 @@ class VAELoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "vae_name",
-                    options=[*listed, *(name for name in own if name not in listed)],
+                    options=listed,
                     tooltip="A file in models/vae, or a folder in models/diffusers, such as the VAE of Wan 2.1, of "
                     "Wan2.2-TI2V-5B or of HunyuanVideo. Others that core's Load VAE lists, such as taesd and "
                     "pixel_space, need core's node.",
@@ -116,23 +116,12 @@ class VAELoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae_name) -> bool | str:
-        if vae_name is not None and vae_name in _core_names() and vae_name not in model_files.names(model_files.VAE):
+        if vae_name in options_of(*CORE) and vae_name not in model_files.names(model_files.VAE):
             return f"{vae_name} is no VAE that the ranks can run. Use core's Load VAE for it."
         return model_files.check(vae_name, model_files.VAE)
 
     @classmethod
     def execute(cls, vae_name, parallel=None) -> io.NodeOutput:
-        spec = VaeSpec(path=model_files.path_of(vae_name, model_files.VAE), dtype=_dtype())
+        spec = VaeSpec(path=model_files.path_of(vae_name, model_files.VAE), dtype=dtype_for("vae"))
         handle = Handle(spec, parallel or RanksHandle())
         return io.NodeOutput(RanksVae(handle, comfy_bridge.vae_form(handle)))
-
-
-def _core_names() -> list[str]:
-    """What core's own loader lists."""
-    return core.VAELoader.INPUT_TYPES()["required"]["vae_name"][0]
-
-
-def _dtype() -> str:
-    """The dtype that ComfyUI was started with for VAEs."""
-    chosen = {"float32": args.fp32_vae, "bfloat16": args.bf16_vae, "float16": args.fp16_vae}
-    return next((dtype for dtype, wanted in chosen.items() if wanted), "auto")

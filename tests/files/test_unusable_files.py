@@ -131,6 +131,8 @@ MORE = {  # what variants of a Wan transformer have more, by what they are
     "Wan S2V (sound to video)": "casual_audio_encoder.weights",
     "an audio-driven model, such as HuMo": "blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q.weight",
     "SkyReels diffusion forcing": "fps_embedding.weight",
+    "Wan SCAIL": "patch_embedding_pose.weight",
+    "WanDancer": "patch_embedding_global.weight",
     "ReCamMaster": "blocks.0.cam_encoder.weight",
 }
 

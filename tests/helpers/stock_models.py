@@ -83,10 +83,11 @@ def _transformer(file: Path, seed: int, ref_conv: int = 0, **form) -> None:
     if "flf2v" in file.name:  # which numbers the tokens of both images
         shape = 1, 2 * published_models.IMAGE_TOKENS, random_wan.IMAGE_DIM
         tensors["img_emb.emb_pos"] = torch.randn(shape, generator=generator)
+    rounded = {name: x.to(formats.FP8) for name, x in tensors.items()}
     if IN_8_BITS in file.name and "fp8_scaled" in file.name:
-        formats.save_old_mark(file, *formats.in_8_bits(tensors))
-    elif "fp8_e4m3fn" in file.name:  # core would round all that is not in 8 bits yet
-        rounded = {name: x.to(formats.FP8) for name, x in tensors.items()}
+        biases = {name: x.float() for name, x in rounded.items() if name.endswith(".bias")}  # core 0.3.75 rounds them
+        formats.save_old_mark(file, *formats.in_8_bits({**tensors, **biases}))
+    elif "fp8_e4m3fn" in file.name:  # core rounds all tensors
         save_file({name: x if x.ndim == 2 else x.half() for name, x in rounded.items()}, file)
     else:
         save_file({name: x.half() for name, x in tensors.items()}, file)

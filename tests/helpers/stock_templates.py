@@ -23,6 +23,8 @@ NAMES = (
 SIZE = {"width": 96, "height": 64, "length": 9}
 STEPS = 4
 MODELS = ("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "lora_name")
+VIRTUAL = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}  # nodes of the page
+SAVED = "saved"  # the node that saves the latent of a prompt
 DECODES = ("VAEDecode", "VAEDecodeTiled", "AscendVAEDecode")
 
 
@@ -31,24 +33,31 @@ def workflow(name: str) -> dict:
     return json.loads(templates.file(name.removeprefix("+"), newest=name.startswith("+")).read_text())
 
 
+def subgraphs_of(shown: dict) -> list[dict]:
+    return shown.get("definitions", {}).get("subgraphs", [])
+
+
+def nodes_of(shown: dict) -> list[dict]:
+    """The nodes of a workflow and of its subgraphs."""
+    return [node for graph in (shown, *subgraphs_of(shown)) for node in graph["nodes"]]
+
+
 def missing(name: str, nodes: dict) -> set[str]:
     """The classes of a template's nodes that a server with these (`/object_info`) does not know."""
     shown = workflow(name)
-    subgraphs = shown.get("definitions", {}).get("subgraphs", [])
-    used = {node["type"] for graph in (shown, *subgraphs) for node in graph["nodes"]}
-    virtual = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}
-    return used - virtual - {graph["id"] for graph in subgraphs} - set(nodes)
+    used = {node["type"] for node in nodes_of(shown)} - {graph["id"] for graph in subgraphs_of(shown)}
+    return used - VIRTUAL - set(nodes)
 
 
 def prompt(shown: dict, nodes: dict) -> dict:
-    """A workflow in UI format as the page would queue it, made small, with the sampled latent saved as graphs.SAVE in
-    the place of a video. nodes: the server's `/object_info`."""
+    """A workflow in UI format as the page would queue it, made small, with the sampled latent saved in the place of a
+    video. nodes: the server's `/object_info`."""
     graph = convert_ui_to_api(shown, nodes)
     for node in graph.values():
         _make_small(node)
     (decoded,) = (node["inputs"]["samples"] for node in graph.values() if node["class_type"] in DECODES)
-    graph["saved"] = graphs.save_latent(decoded)
-    return {number: graph[number] for number in _needed(graph, "saved")}
+    graph[SAVED] = graphs.save_latent(decoded)
+    return {number: graph[number] for number in _needed(graph, SAVED)}
 
 
 def _make_small(node: dict) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...specs import Calibration, VaeForm
+from ..core_text import CoreEncoder, CoreText
 from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import (
@@ -127,6 +128,30 @@ LEFT_OPEN = (
 )
 
 
+# comfy/text_encoders/hunyuan_video.py and comfy/sd1_clip.py of ComfyUI 0.3.75.
+CORE_TEXT = CoreText(
+    type="hunyuan_video",
+    tokenizer="comfy.text_encoders.hunyuan_video:HunyuanVideoTokenizer",
+    model="comfy.text_encoders.hunyuan_video:HunyuanVideoClipModel",
+    encoders={
+        TEXT_ENCODER: CoreEncoder(
+            attribute="llama",
+            tokenizer="llama",
+            prefix="llama.transformer.model.",
+            special_tokens={"start": 128000, "pad": 128258},
+            reports_mask=True,
+            layer=-3,
+        ),
+        TEXT_ENCODER_2: CoreEncoder(
+            attribute="clip_l",
+            tokenizer="clip_l",
+            prefix="clip_l.transformer.text_model.",
+            special_tokens={"start": 49406, "end": 49407, "pad": 49407},
+        ),
+    },
+)
+
+
 class HunyuanVideo(Family):
     name = "hunyuan_video"
     title = "HunyuanVideo"
@@ -134,6 +159,7 @@ class HunyuanVideo(Family):
     repository = "hunyuanvideo-community/HunyuanVideo"
     schedule = "hunyuan_video"
     presets = calibrations.STEP_CACHE_PRESETS
+    core_text = CORE_TEXT
     layout = OriginalLayout(
         models="hunyuan-video-*",
         folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),
@@ -145,7 +171,6 @@ class HunyuanVideo(Family):
         classes={VAE: "AutoencoderKLCausal3D"},
     )
     stock = StockNames(
-        clip_types=("hunyuan_video",),
         names={TRANSFORMER: r"hunyuan_?video|framepack", VAE: r"hunyuan_?video.*vae"},
         others={
             VIDEO_15: r"hunyuan_?video_?1[._]?5", FRAMEPACK: r"framepack", SKYREELS: r"skyreels.*i2v",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -32,6 +32,24 @@ class Picture:
     model: nn.Module
     image: Tensor
     interleave: int
+
+
+@dataclass(frozen=True)
+class GivenTokens:
+    """Tokens that were made elsewhere. ids [S]. length: the number of those up to the end of the text; those after it
+    are padding. embeddings: [n, D] in the place of a token, by its place in `ids`."""
+
+    ids: Tensor
+    length: int
+    embeddings: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer as its file has it. sentencepiece: whether `content` is a sentencepiece model, or a tokenizer.json."""
+
+    sentencepiece: bool
+    content: bytes
 
 
 Encoders = dict[str, Encoder]  # by part, the main one first
@@ -77,6 +95,15 @@ class TextEncoding(ABC):
     def encode(self, encoders: Encoders, text: str, on_block: OnBlock) -> dict[str, Tensor]:
         """The encoders' outputs for a cleaned prompt, without padding, in their dtype, on the CPU."""
 
+    def encode_tokens(self, part: str, encoder: Encoder, given: GivenTokens, on_block: OnBlock) -> dict[str, Tensor]:
+        """An encoder's outputs for tokens as they are, in its dtype, on the CPU: TEXT [1, tokens, D], without those of
+        the padding if they are zeros, and others of `encode`. Raises ValueError for tokens that it does not read."""
+        raise ValueError("The text encoders of this family encode no tokens that were made elsewhere.")
+
+    def tokenizer_file(self, part: str, found: Path | None, shard: Path) -> TokenizerFile:
+        """A text encoder's tokenizer for use elsewhere; see `tokenizer`."""
+        raise NotImplementedError
+
     @abstractmethod
     def embeddings(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs as a transformer reads them, fp32: TEXT, padded as in training, and the others."""
@@ -97,3 +124,10 @@ def run_with_blocks(blocks: list[nn.Module], on_block: OnBlock, compute: Callabl
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def without_embeddings(given: GivenTokens) -> Tensor:
+    """The ids [1, S] of tokens for an encoder that reads nothing else. Raises ValueError if there are embeddings."""
+    if given.embeddings:
+        raise ValueError("This text encoder reads tokens only, and no embeddings in their place. Remove them.")
+    return given.ids[None]

@@ -26,9 +26,10 @@ class Tokens:
 
 
 class Tokenizer(Protocol):
-    """size: one more than the largest token id."""
+    """size: one more than the largest token id. content: of its file."""
 
     size: int
+    content: bytes
 
     def __call__(self, text: str, *, truncation: bool, max_length: int | None = None) -> Tokens:
         """The tokens of a prompt; with truncation, at most max_length, including the end tokens."""
@@ -40,6 +41,7 @@ class SentencePiece:
     """A tokenizer from a sentencepiece model, with the interface of transformers. Adds the end token to each prompt."""
 
     def __init__(self, model: bytes):
+        self.content = model
         try:
             self._processor = SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -67,17 +69,23 @@ class JsonTokenizer:
 
     def __init__(self, content: bytes, file: Path):
         """content: of `file`, which errors name. Raises ValueError for invalid content."""
-        self._file = file
+        self._file, self.content = file, content
         with as_value_error(file, "the tokenizer in it"):
             self._tokenizer = Rules.from_buffer(content)
             self._tokenizer.no_padding()
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The ids of all tokens."""
+        with as_value_error(self._file, "the tokenizer in it"):
+            return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
     def size(self) -> int:
         """One more than the largest token id, including the end tokens."""
         with as_value_error(self._file, "the tokenizer in it"):
             around = self._tokenizer.encode("").ids
-            return 1 + max([*self._tokenizer.get_vocab(with_added_tokens=True).values(), *around], default=-1)
+            return 1 + max([*self.vocabulary.values(), *around], default=-1)
 
     def __call__(
         self, text: str, *, truncation: bool, max_length: int | None = None

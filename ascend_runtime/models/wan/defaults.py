@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..defaults import Defaults
-from .files.configs import filled
+from .files.configs import filled, reads_control
 from .latents import CHANNELS_22
 
 # The values are from generate.py and wan/configs of github.com/Wan-Video/Wan2.1 and Wan2.2.
@@ -19,6 +19,12 @@ WAN22_TEXT = Defaults(
 )
 WAN22_IMAGE = Defaults("Wan2.2-I2V-A14B", steps=40, guidance_scale=3.5, low_noise_guidance=3.5, boundary=0.9)
 WAN22_BOTH = Defaults("Wan2.2-TI2V-5B", width=1280, height=704, num_frames=121, fps=24)
+# Trained further, by others, for more inputs; no calibration of step caches is published for them.
+FUN_CONTROL, FUN_CONTROL_5B, FUN_INPAINT_5B = (
+    dataclasses.replace(base, name=name)
+    for base, name in ((WAN22_IMAGE, "Wan Fun Control"), (WAN22_BOTH, "Wan2.2-Fun-5B-Control"),
+                       (WAN22_BOTH, "Wan2.2-Fun-5B-InP"))
+)  # fmt: skip
 
 
 def defaults_of(config: Mapping[str, Any], experts: int) -> Defaults:
@@ -33,8 +39,12 @@ def defaults_of(config: Mapping[str, Any], experts: int) -> Defaults:
 
 
 def _published(config: dict[str, Any], experts: int) -> Defaults:
+    control = reads_control(config)
     if config["out_channels"] == CHANNELS_22:
-        return WAN22_BOTH
+        inpaint = config["in_channels"] != config["out_channels"]
+        return FUN_CONTROL_5B if control else FUN_INPAINT_5B if inpaint else WAN22_BOTH
+    if control:
+        return FUN_CONTROL
     if config["in_channels"] == config["out_channels"]:
         return WAN22_TEXT if experts == 2 else WAN21_TEXT
     if config["image_dim"] is None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...checkpoints.faults import shown
 from ...specs import Calibration, VaeForm
+from ..core_text import CoreEncoder, CoreText, OwnTokenizer
 from ..cost import PassSize, Work
 from ..defaults import Defaults
 from ..family import (
@@ -67,6 +68,30 @@ PARTS = {
         check=configs.check_vae_config,
     ),
 }
+# comfy/text_encoders/wan.py of ComfyUI 0.3.75.
+CORE_TEXT = CoreText(
+    type="wan",
+    tokenizer="comfy.text_encoders.wan:WanT5Tokenizer",
+    model="comfy.text_encoders.wan:WanT5Model",
+    encoders={
+        TEXT_ENCODER: CoreEncoder(
+            attribute="umt5xxl",
+            tokenizer="clip_umt5xxl",
+            prefix="umt5xxl.transformer.",
+            special_tokens={"end": 1, "pad": 0},
+        )
+    },
+    attributes={"clip_name": "umt5xxl", "clip": "umt5xxl"},
+    own_tokenizer=OwnTokenizer(
+        part=TEXT_ENCODER,
+        data="spiece_model",
+        replaced="clip_umt5xxl_tokenizer_class",
+        settings={
+            "embedding_size": 4096, "embedding_key": "umt5xxl", "has_start_token": False, "pad_with_end": False,
+            "pad_to_max_length": False, "max_length": 99999999, "min_length": 512, "pad_token": 0,
+        },  # fmt: skip
+    ),
+)
 
 
 class Wan(Family):
@@ -81,7 +106,6 @@ class Wan(Family):
         classes={TRANSFORMER: "WanModel"},
     )
     stock = StockNames(
-        clip_types=("wan",),
         names={TRANSFORMER: r"wan(?![a-z])|wan_?video", VAE: r"wan.*vae|vae.*wan"},
         others={
             "Wan VACE": r"vace", "Wan Fun Control with a camera": r"fun.*camera", "Wan Animate": r"animate",
@@ -94,6 +118,7 @@ class Wan(Family):
     loras = lora_names.LORA_NAMES
     to_mindspeed = staticmethod(names.to_mindspeed_name)
     mask_channels = frozenset({1, configs.MASK_CHANNELS})
+    core_text = CORE_TEXT
 
     # Properties of a model, from the configs of its transformers
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import ftfy
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,8 +24,19 @@ from ...checkpoints.tokenizers import (
     tokenizer_model,
 )
 from ..family import TEXT_ENCODER
-from ..shared.text import SHOWN_TOKENS, TEXT, Encoders, OnBlock, TextEncoding, run_with_blocks
-from ..shared.tokenizers import JsonTokenizer, SentencePiece, Tokenizer
+from ..shared.text import (
+    SHOWN_TOKENS,
+    TEXT,
+    Encoder,
+    Encoders,
+    GivenTokens,
+    OnBlock,
+    TextEncoding,
+    TokenizerFile,
+    run_with_blocks,
+    without_embeddings,
+)
+from ..shared.tokenizers import JsonTokenizer, SentencePiece, Tokenizer, Tokens
 
 MAX_TOKENS = 512  # of a prompt in Wan's training
 
@@ -51,13 +63,19 @@ class WanText(TextEncoding):
 
     def encode(self, encoders: Encoders, text: str, on_block: OnBlock) -> dict[str, Tensor]:
         """TEXT [1, tokens, D], with at most 512 tokens."""
-        model, tokenizer = encoders[TEXT_ENCODER].model, encoders[TEXT_ENCODER].tokenizer
-        tokens = tokenizer(text, truncation=True, max_length=MAX_TOKENS).to(model.device)
+        tokens = encoders[TEXT_ENCODER].tokenizer(text, truncation=True, max_length=MAX_TOKENS)
+        return {TEXT: _hidden(encoders[TEXT_ENCODER].model, tokens, on_block)}
 
-        def compute() -> Tensor:
-            return model(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
+    def encode_tokens(self, part: str, encoder: Encoder, given: GivenTokens, on_block: OnBlock) -> dict[str, Tensor]:
+        """TEXT [1, length, D]: the model was trained with zeros after the end."""
+        ids = without_embeddings(given)[:, : given.length]
+        return {TEXT: _hidden(encoder.model, Tokens(ids, torch.ones_like(ids)), on_block)}
 
-        return {TEXT: run_with_blocks(list(model.encoder.block), on_block, compute)}
+    def tokenizer_file(self, part: str, found: Path | None, shard: Path) -> TokenizerFile:
+        """The sentencepiece model if there is one, as the authors and core ComfyUI use it."""
+        tokenizer = load_tokenizer(found, shard)  # raises if there is none, or it is damaged
+        pieces = _sentencepiece_in(found)
+        return TokenizerFile(pieces is not None, (pieces or tokenizer).content)
 
     def embeddings(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """TEXT [1, 512, D], with zeros after the prompt's end.
@@ -82,6 +100,16 @@ class WanText(TextEncoding):
         ]
 
 
+def _hidden(model: nn.Module, tokens: Tokens, on_block: OnBlock) -> Tensor:
+    """The encoder's output [1, tokens, D] on the CPU."""
+    tokens = tokens.to(model.device)
+
+    def compute() -> Tensor:
+        return model(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
+
+    return run_with_blocks(list(model.encoder.block), on_block, compute)
+
+
 def load_tokenizer(found: Path | None, shard: Path) -> Tokenizer:
     """The tokenizer in a folder, or in the text encoder's file."""
     if found is None:
@@ -90,22 +118,31 @@ def load_tokenizer(found: Path | None, shard: Path) -> Tokenizer:
             "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) next to the file, or use ComfyUI's "
             "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which contains one."
         )
+    if not found.is_file() and not found.is_dir():
+        raise ValueError(f"{found} does not exist. Put the tokenizer's folder next to the text encoder.")
+    if found.is_dir():
+        check_class(found)
+        if (found / JSON).is_file():
+            return JsonTokenizer(tokenizer_json(found / JSON), found)
+    pieces = _sentencepiece_in(found)
+    if pieces is not None:
+        return pieces
+    raise ValueError(
+        f"{found} has neither {JSON} nor {SPIECE}; a T5 tokenizer needs one of them. Download google/umt5-xxl of "
+        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
+    )
+
+
+def _sentencepiece_in(found: Path) -> SentencePiece | None:
+    """The sentencepiece model in the text encoder's file, or in a folder; None if a folder has none."""
     if found.is_file():
         model = tokenizer_model(found)
         with as_value_error(found, "its tokenizer"):
             check_spiece(model)
             return SentencePiece(model)
-    if not found.is_dir():
-        raise ValueError(f"{found} does not exist. Put the tokenizer's folder next to the text encoder.")
-    check_class(found)
-    if (found / JSON).is_file():
-        return JsonTokenizer(tokenizer_json(found / JSON), found)
-    if (found / SPIECE).is_file():
-        with as_value_error(found / SPIECE, "the tokenizer in it"):
-            model = read_bounded(found / SPIECE, MAX_SPIECE_BYTES)
-            check_spiece(model)
-            return SentencePiece(model)
-    raise ValueError(
-        f"{found} has neither {JSON} nor {SPIECE}; a T5 tokenizer needs one of them. Download google/umt5-xxl of "
-        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
-    )
+    if not (found / SPIECE).is_file():
+        return None
+    with as_value_error(found / SPIECE, "the tokenizer in it"):
+        model = read_bounded(found / SPIECE, MAX_SPIECE_BYTES)
+        check_spiece(model)
+        return SentencePiece(model)

@@ -17,6 +17,7 @@ from diffusers import AutoModel
 from safetensors.torch import save_file
 
 from . import attaching, cancelling, recording, small_core, small_loaders  # noqa: F401 (what they do on import)
+from .weight_patches import PatchWeights
 
 CATEGORY = "tests"
 
@@ -194,7 +195,7 @@ class LetGo(io.ComfyNode):
 class TestNodes(ComfyExtension):
     async def get_node_list(self):
         return [RandomImage, RandomClipVision, RandomText, LoadCoreVae, NoGuidanceOfFirstFrame, Save, Hold, LetGo,
-                *attaching.NODES, *small_core.NODES]  # fmt: skip
+                *attaching.NODES, *small_core.NODES, PatchWeights]  # fmt: skip
 
 
 async def comfy_entrypoint():

@@ -1,12 +1,17 @@
 """Core ComfyUI's own CLIP and VAE of small files: core's loaders expect the sizes of the published networks, which are
 replaced here by those of the file."""
 
+import json
+from types import SimpleNamespace
+
 import comfy.ldm.wan.vae2_2
 import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.clip_vision import Output
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock
+from comfy.text_encoders import hunyuan_video, wan
 from comfy_api.latest import io
 
 CATEGORY = "tests"
@@ -51,4 +56,88 @@ def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     return out.transpose(1, 2).reshape(batch, channels, frames, height, width)
 
 
-NODES = [LoadSmallCoreVae]
+TEXT_MODELS = {  # by core's type: classes of the model and of the tokenizer
+    "wan": (wan.te(), wan.WanT5Tokenizer),
+    "hunyuan_video": (hunyuan_video.hunyuan_video_clip(), hunyuan_video.HunyuanVideoTokenizer),
+}
+
+
+class LoadSmallCoreClip(io.ComfyNode):
+    """names: of files, one a line. sizes: JSON, the configs of core's networks by core's name of the encoder."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.String.Input("names"), io.String.Input("type"), io.String.Input("sizes")]
+        return io.Schema("TestLoadSmallCoreClip", category=CATEGORY, inputs=inputs, outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls, names, type, sizes):
+        files = [folder_paths.get_full_path_or_raise("text_encoders", name) for name in names.splitlines()]
+        states = [comfy.utils.load_torch_file(file, safe_load=True) for file in files]
+        model, tokenizer = TEXT_MODELS[type]
+        options = {f"{name}_model_config": config for name, config in json.loads(sizes).items()}
+        clip = comfy.sd.CLIP(
+            SimpleNamespace(params={}, clip=model, tokenizer=tokenizer),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            tokenizer_data={"spiece_model": states[0].get("spiece_model")},
+            model_options=options,
+        )
+        for state in states:
+            missing, _ = clip.load_sd(state)
+            assert not [name for name in missing if not name.endswith(("text_projection.weight", "logit_scale"))], missing
+        return io.NodeOutput(clip)
+
+
+class ImageTokens(io.ComfyNode):
+    """What core's CLIP Vision Encode makes of an image, as far as TextEncodeHunyuanVideo_ImageToVideo reads it."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Int.Input("tokens"), io.Int.Input("width")]
+        return io.Schema("TestImageTokens", category=CATEGORY, inputs=inputs, outputs=[io.ClipVisionOutput.Output()])
+
+    @classmethod
+    def execute(cls, tokens, width):
+        output = Output()
+        output.mm_projected = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(4))
+        return io.NodeOutput(output)
+
+
+class EncodeRaw(io.ComfyNode):
+    """As encode nodes of other packs: with word ids, each text model's encoder by its name, and pooled vectors."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Clip.Input("clip"), io.String.Input("text")]
+        return io.Schema("TestEncodeRaw", category=CATEGORY, inputs=inputs, outputs=[io.Conditioning.Output()])
+
+    @classmethod
+    def execute(cls, clip, text):
+        clip = clip.clone()
+        tokens = clip.tokenize(text, return_word_ids=True)
+        made = {}
+        for name, texts in tokens.items():
+            attribute = next(one for one in (f"clip_{name}", name) if hasattr(clip.cond_stage_model, one))
+            encoder = getattr(clip.cond_stage_model, attribute)
+            made[name] = encoder.encode_token_weights([[(token, weight) for token, weight, _ in one] for one in texts])
+        cond, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+        extras = {f"{name} text": one[0] for name, one in made.items()}
+        return io.NodeOutput([[cond, {"pooled_output": pooled, **extras}]])
+
+
+class ClipLora(io.ComfyNode):
+    """Load LoRA with a file that changes a layer of the text encoder, by core's functions."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Clip.Input("clip"), io.String.Input("layer"), io.Float.Input("strength")]
+        return io.Schema("TestClipLora", category=CATEGORY, inputs=inputs, outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls, clip, layer, strength):
+        name = f"text_encoders.umt5xxl.transformer.{layer}"
+        lora = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+        return io.NodeOutput(comfy.sd.load_lora_for_models(None, clip, lora, 1.0, strength)[1])
+
+
+NODES = [LoadSmallCoreVae, LoadSmallCoreClip, ImageTokens, EncodeRaw, ClipLora]

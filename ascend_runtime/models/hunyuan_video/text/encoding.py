@@ -18,10 +18,12 @@ from ...shared.text import (
     TEXT,
     Encoder,
     Encoders,
+    GivenTokens,
     OnBlock,
     Picture,
     TextEncoding,
     run_with_blocks,
+    without_embeddings,
 )
 from ...shared.tokenizers import JsonTokenizer, Tokenizer
 from .images import pixels_of
@@ -85,6 +87,23 @@ class HunyuanText(TextEncoding):
         made = run_with_blocks(blocks, on_block, lambda: (self._hidden(llama, text), _pooled(clip, text)))
         return dict(zip((TEXT, POOLED), made))
 
+    def encode_tokens(self, part: str, encoder: Encoder, given: GivenTokens, on_block: OnBlock) -> dict[str, Tensor]:
+        """Of the Llama TEXT [1, tokens, D], whose tokens do not attend to padding; images are embeddings. Of CLIP TEXT
+        too, normed, and POOLED [1, D], that of the first end token."""
+        model, ids = encoder.model, given.ids[None]
+        if part == TEXT_ENCODER:
+            device, width = model.embed_tokens.weight.device, model.sizes.width
+            images = {at: _image(one, width).to(device) for at, one in given.embeddings.items()}
+            padding = ids.shape[1] - given.length
+            made = run_with_blocks(list(model.layers), on_block, lambda: model(ids.to(device), images, padding).cpu())
+            return {TEXT: made}
+        ids, most = without_embeddings(given), model.sizes.positions
+        if ids.shape[1] > most:
+            raise ValueError(f"CLIP reads at most {most} tokens at once, and there are {ids.shape[1]}.")
+        ids = ids.to(model.final_layer_norm.weight.device)
+        hidden = run_with_blocks(list(model.encoder.layers), on_block, lambda: model(ids).cpu())
+        return {TEXT: hidden, POOLED: hidden[:, given.length - 1]}
+
     def embeddings(self, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
         """Not padded: the transformer attends to the prompt's tokens only."""
         return {name: tensor.float() for name, tensor in encoded.items()}
@@ -115,7 +134,7 @@ class HunyuanText(TextEncoding):
         image = slice(IMAGE_AT, IMAGE_AT + seen.shape[1], picture.interleave)
         further = seen.shape[1] - 1  # the image's tokens are in the place of one
         prompt = [slice(part.start + further, part.stop + further) for part in parts]
-        return _joined(model(ids, seen, IMAGE_AT).cpu(), [image, *prompt])
+        return _joined(model(ids, {IMAGE_AT: seen}).cpu(), [image, *prompt])
 
 
 def _loaded(part: str, found: Path | None, shard: Path) -> Tokenizer:
@@ -163,6 +182,16 @@ def _joined(hidden: Tensor, parts: list[slice]) -> Tensor:
     return torch.cat([hidden[:, part] for part in parts], 1)
 
 
+def _image(embeddings: Tensor, width: int) -> Tensor:
+    """Embeddings [n, D] as the tokens [1, n, D] of an image for a Llama of this width."""
+    if embeddings.ndim != 2 or embeddings.shape[1] != width:
+        raise ValueError(
+            f"The tokens of an image have the shape {list(embeddings.shape)}; this text encoder reads [n, {width}]. "
+            "Use the vision model that belongs to it, such as llava_llama3_vision.safetensors."
+        )
+    return embeddings[None]
+
+
 def _seen(picture: Picture) -> Tensor:
     """The image's tokens [1, tokens, D]."""
     weights = picture.model.embeddings.patch_embedding.weight
@@ -174,4 +203,4 @@ def _pooled(clip: Encoder, text: str) -> Tensor:
     most = min(CLIP_TOKENS, clip.model.sizes.positions)
     ids = clip.tokenizer(text, truncation=True, max_length=most).input_ids
     first = ids[0].tolist().index(int(ids[0, -1]))  # a prompt may have end tokens itself
-    return clip.model(ids.to(clip.model.final_layer_norm.weight.device), first).cpu()
+    return clip.model(ids.to(clip.model.final_layer_norm.weight.device))[:, first].cpu()

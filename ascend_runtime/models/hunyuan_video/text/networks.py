@@ -6,6 +6,8 @@ the vision tower's last layer and norm.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,11 +40,11 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(sizes.width, shared, bias=False)
         self.o_proj = nn.Linear(own, sizes.width, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], seen: int) -> Tensor:
         query, key, value = (_heads(layer(x), self.sizes.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
         query, key = _rotated(query, *rotary), _rotated(key, *rotary)
         repeats = self.sizes.heads // self.sizes.key_heads
-        key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+        key, value = (x[:, :, :seen].repeat_interleave(repeats, 1) for x in (key, value))
         return self.o_proj(_attended(query, key, value, causal=True))
 
 
@@ -65,8 +67,8 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RmsNorm(sizes.width, sizes.eps)
         self.mlp = LlamaFeedForward(sizes)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], seen: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, seen)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -83,15 +85,18 @@ class LlamaText(nn.Module):
         self.embed_tokens = nn.Embedding(sizes.vocabulary, sizes.width)
         self.layers = nn.ModuleList(LlamaLayer(sizes) for _ in range(sizes.layers - left_out))
 
-    def forward(self, ids: Tensor, image: Tensor | None = None, at: int = 0) -> Tensor:
-        """ids [1, S] -> [1, S, D], or [1, S - 1 + I, D] with the tokens of an image [1, I, D] in the place of the token
-        `at`."""
+    def forward(self, ids: Tensor, images: Mapping[int, Tensor] | None = None, padding: int = 0) -> Tensor:
+        """ids [1, S] -> [1, S, D].
+
+        images: tokens [1, I, D] of images in the place of one token each, by its place; the result has them all.
+        padding: the number of last tokens that no other token attends to.
+        """
         x = self.embed_tokens(ids)
-        if image is not None:
+        for at, image in sorted((images or {}).items(), reverse=True):
             x = torch.cat([x[:, :at], image.to(x), x[:, at + 1 :]], 1)
         rotary = self._rotary(x)
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = layer(x, rotary, x.shape[1] - padding)
         return x
 
     def _rotary(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +162,7 @@ class ClipTextEmbeddings(nn.Module):
 
 
 class ClipText(nn.Module):
-    """CLIP's text model (Radford et al., arXiv 2103.00020): the normed state at the end token, not projected."""
+    """CLIP's text model (Radford et al., arXiv 2103.00020): the normed states, not projected."""
 
     def __init__(self, sizes: ClipTextSizes):
         super().__init__()
@@ -166,9 +171,9 @@ class ClipText(nn.Module):
         self.encoder = ClipEncoder(sizes.stack, sizes.stack.layers, causal=True)
         self.final_layer_norm = nn.LayerNorm(sizes.stack.width, eps=sizes.stack.eps)
 
-    def forward(self, ids: Tensor, at: int) -> Tensor:
-        """ids [1, S] -> [1, D], at the place of the end token."""
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))[:, at]
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [1, S] -> [1, S, D]. That of the first end token is the prompt's vector."""
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
 
 class VisionEmbeddings(nn.Module):
@@ -219,11 +224,12 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """Attention [1, heads, S, head_dim] -> [1, S, heads * head_dim], with plain operators, which every device has."""
+    """Attention [1, heads, S, head_dim] -> [1, S, heads * head_dim], with plain operators, which every device has. Keys
+    and values may be those of fewer first tokens."""
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     if causal:
-        places = torch.arange(scores.shape[-1], device=scores.device)
-        scores = scores.masked_fill(places > places[:, None], -torch.inf)
+        rows, columns = (torch.arange(length, device=scores.device) for length in scores.shape[2:])
+        scores = scores.masked_fill(columns > rows[:, None], -torch.inf)
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
     return (weights @ value).transpose(1, 2).flatten(2)
 

@@ -15,8 +15,9 @@ ATTENTION_LAYERS = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for lay
 IMAGE_IN_A_BLOCK = [f"cross_attn.{layer}" for layer in ("k_img", "v_img", "norm_k_img")]
 IN_A_BLOCK = [*ATTENTION_LAYERS, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
 IMAGE_LAYERS = [f"img_emb.proj.{number}" for number in (0, 1, 3, 4)]
-OUTSIDE = ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2",
-           "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos", "ref_conv", *IMAGE_LAYERS]  # fmt: skip
+OUTSIDE = ["patch_embedding", "ref_conv", "text_embedding.0", "text_embedding.2", "time_embedding.0",
+           "time_embedding.2", "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos",
+           *IMAGE_LAYERS]  # fmt: skip
 FOR_AN_IMAGE = "of layers for CLIP's image, which this model lacks"
 FOR_VACE = "of layers of Wan VACE, which this model lacks"
 OF_NO_LAYER = "of no layer of this model"

@@ -17,6 +17,8 @@ VARIANTS = {
     "an audio-driven model, such as HuMo": r"(^|\.)(audio_proj|audio_cross_attn_wrapper|audio_cross_attn|norm_x)\.",
     "SkyReels diffusion forcing": r"(^|\.)fps_(embedding|projection)\.",
     "ReCamMaster": r"^blocks\.\d+\.(cam_encoder|projector)\.",
+    "Wan SCAIL": r"(^|\.)patch_embedding_(pose|mask)\.",
+    "WanDancer": r"(^|\.)patch_embedding_global\.",
     "UniAnimate": r"(^|\.)(dwpose_embedding|randomref_embedding_pose)\.",
 }
 
