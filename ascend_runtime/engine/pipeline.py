@@ -147,8 +147,8 @@ class RankPipeline:
     def _encoded_tokens(self, job, spec: TextEncoderSpec, sharding: Sharding, given: GivenTokens) -> Encoded | None:
         """Runs one text encoder on the job's tokens; None on ranks that do not encode."""
         part, on_ranks = job.message.part, spec.placement == "ranks"
-        with job.together() if on_ranks else nullcontext():
-            loaded = self._text_encoders(spec, job, sharding)
+        with self._loading(job) if on_ranks else nullcontext() as host_memory:
+            loaded = self._text_encoders(spec, job, sharding, host_memory)
         if loaded is None:
             return None
         with self._encoding(job, on_ranks) as on_block:
