@@ -21,7 +21,8 @@ HUGGING_FACE = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/
 MODELSCOPE = "https://modelscope.cn/models/Comfy-Org/{}/resolve/master/split_files/{}/{}"
 FOLDERS = {  # of ComfyUI's models, by the type of the node that loads from it
     "AscendLoadDiffusionModel": "diffusion_models", "AscendLoadTextEncoder": "text_encoders", "AscendLoadVAE": "vae",
-    "AscendLoadLora": "loras", "CLIPVisionLoader": "clip_vision",
+    "AscendLoadLora": "loras", "CLIPVisionLoader": "clip_vision", "AscendUNETLoader": "diffusion_models",
+    "AscendCLIPLoader": "text_encoders", "AscendDualCLIPLoader": "text_encoders", "AscendVAELoader": "vae",
 }  # fmt: skip
 VISION = "llava_llama3_vision.safetensors"  # in clip_vision, though Ascend Load Text Encoder loads it
 REPOSITORIES = {  # of Comfy-Org, by how the names of their files begin; all other files are in OLDEST
@@ -58,7 +59,75 @@ the host's memory. Tencent's licence excludes the EU, the UK and South Korea."""
 文本编码器占主机内存 14 GB。腾讯的许可证不适用于欧盟、英国和韩国。""",
 }
 
+# For notes of graphs of core's own nodes.
+STOCK = {
+    "{stock}": """\
+Press **R** to refresh the lists, then **Run**. All nodes but the loaders and Ascend Parallel Config are core \
+ComfyUI's, with the settings of its own template. The three loaders give core's MODEL, CLIP and VAE, whose work the \
+ranks do, so any node that takes these can be added: LoRA loaders, guiders, other samplers. To swap the loaders of \
+your own graph, right-click the canvas and take **Run this graph on all ranks**. Ascend Sampler needs fewer nodes for \
+the same video, and knows the model's own settings.""",
+    "{原生}": """\
+下载上表中的文件，按 **R** 刷新后点击**运行**。除加载器和并行配置外，全部是 ComfyUI 自带的节点，参数与其官方模板相同。\
+三个加载器输出 ComfyUI 的 MODEL、CLIP 和 VAE，由所有 rank 计算，因此可以接任何使用它们的节点：LoRA、引导器、其他采样器。\
+要替换您自己工作流中的加载器，请右键点击画布，选择**用所有 rank 运行此工作流**。同样的视频用“昇腾采样器”所需节点更少，\
+并自带模型的官方设置。""",
+    "{two models}": """\
+Two samplers share the 20 steps, one for each expert. `fsdp` gives each card a share of both experts' weights: of \
+57 GB, 7 on each of eight cards. Without it, the expert that rests waits in the host's memory where one card is too \
+small for both. The text encoder runs on the host's CPU; with T5_LOAD_CPU=0 in ComfyUI's environment it runs on the \
+NPUs instead, where it takes 1.4 GB of each of eight.""",
+    "{两个模型}": """\
+两个采样器分担 20 步，每个专家一个。“FSDP 权重分片”让每张卡只保存两个专家权重的一部分：共 57 GB，8 卡时每卡约 7 GB；\
+不开启时，若一张卡放不下两个专家，空闲的专家保存在主机内存中。文本编码器默认在主机 CPU 上运行；\
+在 ComfyUI 的环境变量中设置 T5_LOAD_CPU=0，则改在 NPU 上运行，8 卡时每卡占用 1.4 GB。""",
+}
+
 NOTES = {
+    "stock_hunyuan_video_text_to_video": """\
+## HunyuanVideo with core's nodes
+
+{files}
+
+{stock} {sizes}
+
+{原生}{尺寸}
+""",
+    "stock_wan2.2_i2v_a14b_image_to_video": """\
+## Wan2.2-I2V-A14B with core's nodes
+
+{files}
+
+{stock}
+
+{two models}
+
+{原生}
+
+{两个模型}
+""",
+    "stock_wan2.2_t2v_a14b_text_to_video": """\
+## Wan2.2-T2V-A14B with core's nodes
+
+{files}
+
+{stock}
+
+{two models}
+
+{原生}
+
+{两个模型}
+""",
+    "stock_wan2.2_ti2v_5b_text_to_video": """\
+## Wan2.2-TI2V-5B with core's nodes
+
+{files}
+
+{stock} Connect a Load Image to start_image of Wan22ImageToVideoLatent, and the video begins with it.
+
+{原生}将“加载图像”连到 Wan22ImageToVideoLatent 的 start_image 即为图生视频。
+""",
     "hunyuan_video_text_to_video": """\
 ## HunyuanVideo, from text
 
@@ -287,13 +356,13 @@ def repository(name):
 
 def with_note(graph, text):
     """Adds a note to the graph: the text, with {files} replaced by a table of the files that the graph loads, and the
-    texts of MEMORY and SIZES."""
+    texts of STOCK, MEMORY and SIZES."""
     rows = ["| download | | into `ComfyUI/models` |", "|---|---|---|"]
     for file in (file for node in graph["nodes"] for file in published(node)):
         name, folder = file["name"], file["directory"]
         other = MODELSCOPE.format(repository(name), folder, name)
         rows.append(f"| {name} | [Hugging Face]({file['url']}), [ModelScope]({other}) | {folder} |")
-    for mark, words in {"{files}": "\n".join(rows), **MEMORY, **SIZES}.items():
+    for mark, words in {"{files}": "\n".join(rows), **STOCK, **MEMORY, **SIZES}.items():
         text = text.replace(mark, words)
     number = max(node["id"] for node in graph["nodes"]) + 1
     graph["nodes"].append({"id": number, "type": NOTE, "pos": [0, 0], "size": [0, 0], "flags": {}, "mode": 0,

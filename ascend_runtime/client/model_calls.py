@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..wire.messages import MAX_ENTRIES, ModelPass, SamplerRun
+from ..wire.messages import MAX_ENTRIES, CallSetting, ModelPass, SamplerRun
 from .arguments import LATENT_AXES, check_kind, check_tensor
 
 GUIDANCE_BRANCHES = ("cond", "uncond")
@@ -36,21 +36,22 @@ class NetworkPass:
     skipped: tuple[int, ...] = ()
 
 
-class HeldTensors:
-    """The tensors that the ranks hold, by number. A tensor that equals one of them is not sent again.
+class HeldByRanks:
+    """What the ranks hold: tensors, by number, and the setting of the last call. What equals it is not sent again.
 
-    fresh: whether the ranks may hold others, and must forget them before they get the next.
+    fresh: whether the ranks may hold something else, and must forget it before they get the next.
     """
 
     def __init__(self, most: int = MOST_HELD):
         self.fresh = True
+        self._setting: CallSetting | None = None
         self._most = most
         self._numbers = itertools.count(1)  # never used twice, also after `forget`
         self._held: dict[int, Tensor] = {}  # the last used is last
 
     def forget(self) -> None:
         """All numbers become invalid, as ranks may have lost what they stand for."""
-        self.fresh = True
+        self.fresh, self._setting = True, None
         self._held.clear()
 
     @contextmanager
@@ -62,6 +63,13 @@ class HeldTensors:
             self.forget()
             raise
         self.fresh = False
+
+    def new_setting(self, setting: CallSetting) -> CallSetting | None:
+        """The setting, if it is not that of the last call."""
+        if setting == self._setting:
+            return None
+        self._setting = setting
+        return setting
 
     def number(self, tensor: Tensor, new: dict[int, Tensor]) -> int:
         """The number of a tensor; added to `new` if the ranks do not hold one that equals it."""
@@ -92,6 +100,7 @@ class HeldTensors:
 class Packed:
     """The passes of a call as a message has them: see `wire.messages.Velocity`."""
 
+    setting: CallSetting | None
     latents: list[Tensor] = field(default_factory=list)
     passes: list[ModelPass] = field(default_factory=list)
     held: dict[int, Tensor] = field(default_factory=dict)
@@ -99,9 +108,9 @@ class Packed:
     fresh: bool = False
 
 
-def packed(passes: Sequence[NetworkPass], held: HeldTensors) -> Packed:
+def packed(passes: Sequence[NetworkPass], setting: CallSetting, held: HeldByRanks) -> Packed:
     """Passes with numbers in the place of their inputs. Latents that are equal are sent once."""
-    made = Packed(fresh=held.fresh)
+    made = Packed(held.new_setting(setting), fresh=held.fresh)
     for one in passes:
         made.passes.append(
             ModelPass(

@@ -38,6 +38,7 @@ from ..specs import (
 )
 from ..specs.acceleration import CALIBRATED
 from ..wire.messages import (
+    CallSetting,
     Conditioning,
     Decode,
     Describe,
@@ -65,7 +66,7 @@ from .arguments import (
     check_tokens,
 )
 from .group import RankDied, RankGroup
-from .model_calls import HeldTensors, NetworkPass, check_call, packed
+from .model_calls import HeldByRanks, NetworkPass, check_call, packed
 from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class Runtime:
         self._one_stop = threading.Lock()
         self._stop_wanted = threading.Event()  # waiting jobs must not begin
         self._free_wanted = False
-        self._held = HeldTensors()  # used by the holder of _one_job only
+        self._held = HeldByRanks()  # used by the holder of _one_job only
         self._calibrated: tuple[tuple, dict[str, Calibration]] | None = None  # of the last run with an accelerator
         self._logged: deque[str] = deque(maxlen=100)  # warnings of jobs that are in the log already
 
@@ -385,22 +386,17 @@ class Runtime:
         check_call(passes, run, step)
         _check_options(parallel, operators, None, acceleration)
         with self._jobs((parallel or self.parallel).fsdp, **hooks) as submit:
-            calibration = self._calibration_of(run, model, acceleration, submit)
+            setting = CallSetting(
+                model=model,
+                parallel=parallel or self.parallel,
+                run=run,
+                operators=operators,
+                acceleration=acceleration,
+                calibration=self._calibration_of(run, model, acceleration, submit),
+            )
             with self._held.sent():
-                sent = packed(passes, self._held)
-                return submit(
-                    lambda job: Velocity(
-                        job=job,
-                        model=model,
-                        parallel=parallel or self.parallel,
-                        run=run,
-                        step=step,
-                        **vars(sent),
-                        operators=operators,
-                        acceleration=acceleration,
-                        calibration=calibration,
-                    )
-                )
+                sent = packed(passes, setting, self._held)
+                return submit(lambda job: Velocity(job=job, step=step, **vars(sent)))
 
     def _calibration_of(
         self, run: SamplerRun, model: DiffusionModelSpec, acceleration: AccelerationSpec, submit: Submit

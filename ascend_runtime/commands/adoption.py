@@ -219,7 +219,7 @@ def _family_of(entry: _Entry, find: Find) -> Family:
 
 def _family_of_type(value: str | None) -> Family:
     """The family whose text encoders core's loaders load with this `type`."""
-    known = {word: one for one in families().values() for word in one.stock.clip_types}
+    known = {one.core_text.type: one for one in families().values() if one.core_text is not None}
     if value not in known:
         raise ValueError(f"its type is {value}; the ranks run {' and '.join(sorted(known))}")
     return known[value]

@@ -101,11 +101,15 @@ class DiffusionModels:
             host.free, host.in_use = host.free + host.in_use, 0
 
     def make_room(self, nbytes: int, host: HostMemory) -> None:
-        """Before another model is loaded: the one in use waits, and the one that waited is dropped.
+        """Before another model is loaded: the one in use waits, in the place of the one that waited, which is dropped.
 
         nbytes: what it takes on this rank's device; on a CPU, without what is mapped from files.
         """
-        self.drop_waiting(host)
+        if self.in_use is not None:
+            self.drop_waiting(host)
+        elif self.waiting is not None and not self.waiting.away:
+            self.in_use, self.waiting = self.waiting, None
+            host.in_use, host.waiting = host.waiting, 0
         for _ in self._set_aside(nbytes, host):
             pass
 

@@ -16,14 +16,13 @@ from ..components import DiffusionModel
 from ..hardware.environment import with_defaults
 from ..models.shared.conditioning import Branch, Inputs
 from ..ops import operators_for
+from ..parallel.mesh import all_reduce_max
 from ..specs import AccelerationSpec, Plan
-from ..wire.messages import ModelPass, Velocity
+from ..wire.messages import CallSetting, ModelPass, Velocity
 from .generation import Course, Generation, NetworkCall, Ranks
 from .sampling import TRAIN_TIMESTEPS, SolverStep
 
 MOST_BRANCHES = 64  # whose conditioning stays on the device
-SETTING = ("model", "parallel", "operators", "acceleration", "calibration", "run")  # what a run's calls share
-
 DECIDED_ON_COND = ("fbcache", "teacache")  # step caches that look at the cond branch
 ONCE = (
     "An accelerator needs each step once, with one evaluation of each prompt. Choose a sampler that evaluates once, such "
@@ -32,7 +31,7 @@ ONCE = (
     "guiders with more than two prompts; or take out the accelerator."
 )
 
-LoadModel = Callable[[], DiffusionModel]
+LoadModel = Callable[[CallSetting], tuple[DiffusionModel, Plan]]
 HeldByNumber = dict[int, Tensor]
 
 
@@ -45,6 +44,7 @@ class ModelCalls:
     def __init__(self, environ: Mapping[str, str]):
         self._environ = environ
         self._held: HeldByNumber = {}
+        self._setting: CallSetting | None = None  # of the last call
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # each belongs to its model, and is freed with it
         self._last: weakref.ref[Run] | None = None
 
@@ -59,28 +59,32 @@ class ModelCalls:
         """Ends all runs, and frees the tensors."""
         self.end()
         self._held.clear()
+        self._setting = None
 
-    def run_of(self, job, plan: Plan, load: LoadModel) -> tuple[Run, bool]:
+    def run_of(self, job, load: LoadModel) -> tuple[Run, bool]:
         """(the run that the job's call belongs to, whether it is new). Keeps and drops tensors as the call says.
 
-        load: loads the model; called, on all ranks, unless the call before was of the same run.
+        load: loads the model of a setting, and resolves its plan; called, on all ranks, unless the call before was of
+        the same run.
         """
         self._take(job.message)
-        setting = tuple(getattr(job.message, name) for name in SETTING)
+        setting = self._setting
         last = self._last and self._last()
-        if last is not None and last.setting == setting:
+        if last is not None and last.setting is setting:
             return last, False
         for run in [run for run in self._runs if run.finished]:
             run.end()  # before another model needs the memory
             self._runs.discard(run)
-        model = load()
-        run, new = model.standing, model.standing is None or model.standing.setting != setting
+        model, plan = load(setting)
+        run = model.standing
+        new = bool(all_reduce_max(run is None or run.setting != setting))  # a rank may have read the model again
         if new:
             if run is not None:
                 run.end()
             with job.together():
                 run = model.standing = Run(setting, model, plan, self._environ, self._held)
             self._runs.add(run)
+        run.setting = setting  # an equal one
         self._last = weakref.ref(run)
         return run, new
 
@@ -92,20 +96,23 @@ class ModelCalls:
         for run in self._runs:
             run.drop(message.drop)
         self._held.update(message.held)
+        self._setting = message.setting or self._setting
+        assert self._setting is not None, "the first call has no setting"
 
 
 class Run:
     """A run of a sampler on one model. held: the tensors that this rank holds."""
 
     def __init__(
-        self, setting: tuple, model: DiffusionModel, plan: Plan, environ: Mapping[str, str], held: HeldByNumber
+        self, setting: CallSetting, model: DiffusionModel, plan: Plan, environ: Mapping[str, str], held: HeldByNumber
     ):
         self.setting = setting
         self.finished = False  # whether the last step has been computed
-        self._model, self._plan, self._environ, self._held = model, plan, environ, held
-        _, self._parallel, operators, acceleration, *_ = setting
-        self._accelerated = None if acceleration == AccelerationSpec() else Accelerated(acceleration)
-        self._operators = operators_for(model.device, with_defaults(operators, environ), model.dtype)
+        self.plan = plan  # of two passes at a time
+        self._model, self._environ, self._held = model, environ, held
+        self._sigmas = setting.run.sigmas
+        self._accelerated = None if setting.acceleration == AccelerationSpec() else Accelerated(setting.acceleration)
+        self._operators = operators_for(model.device, with_defaults(setting.operators, environ), model.dtype)
         self._ranks: dict[Plan, Ranks] = {}
         self._branches: dict[tuple, Branch] = {}  # the last used is last
         self._generation: Generation | None = None
@@ -139,7 +146,7 @@ class Run:
             generation.on(self._ranks_for(len(numbers)))
             step = self._step(message, calls, last=number + 1 == len(rounds))
             made |= zip(numbers, generation.velocity([calls[one] for one in numbers], step))
-        self.finished = message.step >= len(message.run.sigmas) - 2
+        self.finished = message.step >= len(self._sigmas) - 2
         return torch.cat([made[number] for number in range(len(calls))])
 
     def facts(self, step: int, seconds: float) -> dict[str, object]:
@@ -157,8 +164,8 @@ class Run:
 
     def _step(self, message: Velocity, calls: list[NetworkCall], last: bool) -> SolverStep:
         """Another expert is expected after the last pass of the step."""
-        following = message.run.sigmas[message.step + 1] * TRAIN_TIMESTEPS if last else calls[-1].timestep
-        ends = last and message.step + 2 >= len(message.run.sigmas)
+        following = self._sigmas[message.step + 1] * TRAIN_TIMESTEPS if last else calls[-1].timestep
+        ends = last and message.step + 2 >= len(self._sigmas)
         return SolverStep(message.step, None if ends else following)
 
     def _rounds(self, passes: Sequence[ModelPass]) -> list[list[int]]:
@@ -169,7 +176,7 @@ class Run:
         rounds: list[list[int]] = []
         for number in sorted(range(len(passes)), key=lambda number: passes[number].branch != "cond"):
             before = rounds[-1] if rounds else []
-            if len(before) == 1 and (self._plan.cfg == 1 or passes[before[0]].skipped == passes[number].skipped):
+            if len(before) == 1 and (self.plan.cfg == 1 or passes[before[0]].skipped == passes[number].skipped):
                 before.append(number)
             else:
                 rounds.append([number])
@@ -179,9 +186,9 @@ class Run:
         """How the ranks share one pass, or two. All ranks must call it."""
         if self._accelerated and self._ranks:  # what caches keep fits one plan only
             return next(iter(self._ranks.values()))
-        plan = self._plan if passes == 2 else self._plan.unguided()
+        plan = self.plan if passes == 2 else self.plan.unguided()
         if plan not in self._ranks:
-            self._ranks[plan] = Ranks.spread(plan, self._parallel, self._operators, self._model, self._environ)
+            self._ranks[plan] = Ranks.spread(plan, self.setting.parallel, self._operators, self._model, self._environ)
         return self._ranks[plan]
 
     def _calls(self, job) -> list[NetworkCall]:
@@ -226,9 +233,9 @@ class Run:
             size=self._model.conditioner.outer_size(inputs),
             texts={calls[number].branch: calls[number].context.text.shape[1] for number in reversed(first)},
             per_token=own.timesteps.ndim > 1,
-            timesteps=[sigma * TRAIN_TIMESTEPS for sigma in message.run.sigmas[:-1]],
-            acceleration=message.acceleration,
-            calibration=message.calibration,
+            timesteps=[sigma * TRAIN_TIMESTEPS for sigma in self._sigmas[:-1]],
+            acceleration=self.setting.acceleration,
+            calibration=self.setting.calibration,
         )
         ranks = self._ranks_for(len(first))
         with job.together():

@@ -26,7 +26,7 @@ from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
 from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
-from ..wire.messages import Conditioning, Done, Sample
+from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
@@ -212,9 +212,8 @@ class RankPipeline:
 
     def velocity(self, job) -> Done:
         """Passes through a network, for a sampler outside of the ranks."""
-        plan = self._plan(job.message.parallel)
         try:
-            run, new = self.calls.run_of(job, plan, lambda: self._model_of_calls(job, plan))
+            run, new = self.calls.run_of(job, lambda setting: self._model_of_calls(job, setting))
             with job.stage("denoise"):
                 velocities = run.velocities(job)
                 check_finite(velocities, "The network's output")
@@ -223,16 +222,16 @@ class RankPipeline:
             raise
         info = run.facts(job.message.step, job.seconds["denoise"]) | _device_memory(self.device)
         if new:
-            info |= plan.info | _communicators(self.device) | _warnings(run.warnings)
+            info |= run.plan.info | _communicators(self.device) | _warnings(run.warnings)
         return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info)
 
-    def _model_of_calls(self, job, plan: Plan) -> DiffusionModel:
-        message = job.message
-        sharding = self._sharding(plan, message.parallel)
+    def _model_of_calls(self, job, setting: CallSetting) -> tuple[DiffusionModel, Plan]:
+        plan = self._plan(setting.parallel)
+        sharding = self._sharding(plan, setting.parallel)
         with self._loading(job) as host_memory:
-            model = self._component(message.model, job, sharding, host_memory)
+            model = self._component(setting.model, job, sharding, host_memory)
         _require_agreement(None, model)
-        return model
+        return model, plan
 
     def decode(self, job) -> Done:
         message = job.message

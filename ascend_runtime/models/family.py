@@ -153,12 +153,10 @@ class OriginalLayout:
 class StockNames:
     """What stock ComfyUI graphs call the files of a family.
 
-    clip_types: values of `type` in core's loaders of text encoders.
     names: patterns of the names of files, in small letters, by part. others: patterns of those among them that are of
     similar, unsupported networks, by what these are.
     """
 
-    clip_types: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
 
@@ -325,8 +323,12 @@ class Family(ABC):
         """How a transformer of this config is conditioned on text, images and known frames."""
 
     def original_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of a transformer's tensors as its authors' files, and ComfyUI's, have them."""
-        raise NotImplementedError
+        """The names and shapes of a transformer's tensors as core ComfyUI's network has them. Raises ValueError if core
+        ComfyUI has no such network, so that its samplers cannot be used."""
+        raise ValueError(
+            f"Core ComfyUI does not know {self.title} models. Load them with Ascend Load Diffusion Model, and sample "
+            "with Ascend Sampler."
+        )
 
     def empty_latent(self, shape: tuple[int, ...]) -> Any:
         """A latent [B,C,T,H,W], not normalised, that is zero after normalisation."""

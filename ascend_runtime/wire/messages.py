@@ -193,27 +193,33 @@ class SamplerRun(Struct, frozen=True, kw_only=True):
     sigmas: tuple[float, ...]
 
 
+class CallSetting(Struct, frozen=True, kw_only=True):
+    """What all calls of a run of a sampler outside of the ranks share. calibration: see `Sample`."""
+
+    model: DiffusionModelSpec
+    parallel: ParallelSpec
+    run: SamplerRun
+    operators: OperatorSpec = OperatorSpec()
+    acceleration: AccelerationSpec = AccelerationSpec()
+    calibration: dict[str, Calibration] = {}
+
+
 class Velocity(Message):
     """Requests the velocity of each pass, for a sampler outside of the ranks. All have the same shape.
 
-    latents: each [B,C,T,H,W], normalised. step: of the run, from 0.
+    setting: None: that of the call before. latents: each [B,C,T,H,W], normalised. step: of the run, from 0.
     fresh: the ranks first forget all numbers, and what earlier calls have prepared.
     held: new tensors, by number; numbers are never used twice. drop: numbers that the ranks need no more.
     """
 
     job: int
-    model: DiffusionModelSpec
-    parallel: ParallelSpec
-    run: SamplerRun
+    setting: CallSetting | None
     step: int
     latents: list[Tensor]
     passes: list[ModelPass]
     fresh: bool = False
     held: dict[int, Tensor] = {}
     drop: tuple[int, ...] = ()
-    operators: OperatorSpec = OperatorSpec()
-    acceleration: AccelerationSpec = AccelerationSpec()
-    calibration: dict[str, Calibration] = {}
 
 
 class Decode(Message):

@@ -1,7 +1,7 @@
 """Shared memory between processes of one machine: for tensors of messages, and lent for results.
 
-It uses anonymous memory files (memfd), which the kernel frees with the last process that holds them. Large ones are
-reused when all receivers have released them, as allocating new pages costs more than copying into them.
+It uses anonymous memory files (memfd), which the kernel frees with the last process that holds them. They are reused
+when all receivers have released them, as allocating new pages costs more than copying into them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .messages import Parcel, SharedTensor
 
-_LARGE = 1 << 20  # minimum size in bytes of blocks that are kept for reuse
-_KEPT = 2  # large blocks kept per process: the last one, and one that a receiver may still hold
+_LARGE = 1 << 20  # bytes; smaller blocks do not take the place of larger ones
+_KEPT = 2  # blocks of either kind kept per process: the last one, and one that a receiver may still hold
 
 
 @contextmanager
@@ -100,7 +100,8 @@ class _Blocks:
     """The reusable blocks of this process."""
 
     def __init__(self):
-        self._kept: deque[_Block] = deque(maxlen=_KEPT)
+        self._large: deque[_Block] = deque(maxlen=_KEPT)
+        self._small: deque[_Block] = deque(maxlen=_KEPT)
         self._one_at_a_time = threading.Lock()
 
     def fill(self, parcel: Parcel) -> int:
@@ -117,12 +118,12 @@ class _Blocks:
         return descriptor
 
     def _find(self, size: int) -> _Block:
-        for block in self._kept:
+        kept = self._large if size >= _LARGE else self._small
+        for block in kept:
             if block.size == size and block.is_free():
                 return block
         block = _Block(size)
-        if size >= _LARGE:
-            self._kept.append(block)
+        kept.append(block)
         return block
 
 

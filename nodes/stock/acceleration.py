@@ -18,14 +18,14 @@ class ApplyAcceleration(io.ComfyNode):
             node_id="AscendApplyAcceleration",
             display_name="Ascend Apply Acceleration",
             category="Ascend",
-            description="Adds accelerators to a MODEL on the ranks, for core's and other packs' samplers. They leave out "
+            description="Adds accelerators to a MODEL on the ranks, for core's and other packs' samplers. They skip "
             "the same work as in Ascend Sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="From Ascend Load Diffusion Model (Core)."),
                 types.Acceleration.Input(
                     "acceleration",
-                    tooltip="From Ascend AttentionCache, Block Cache, Step Cache or RainFusion. Caches need a sampler that "
-                    "runs the model once a step, such as euler, dpmpp_2m, uni_pc, res_multistep or lcm.",
+                    tooltip="From Ascend AttentionCache, Block Cache, Step Cache or RainFusion. They need a sampler "
+                    "that runs the model once a step, such as euler, dpmpp_2m, uni_pc, res_multistep or lcm.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The MODEL with the accelerators.")],
@@ -36,8 +36,8 @@ class ApplyAcceleration(io.ComfyNode):
         attached = models.attached_to(model)
         if attached is None:
             raise ValueError(
-                "This MODEL does not run on the ranks of Ascend Video, so their accelerators cannot work on it. Load it "
-                "with Ascend Load Diffusion Model (Core), or take Ascend Apply Acceleration out of the graph."
+                "This MODEL does not run on the ranks of Ascend Video, so their accelerators have no effect on it. "
+                "Load it with Ascend Load Diffusion Model (Core), or take Ascend Apply Acceleration out of the graph."
             )
         both = combined(attached.acceleration, acceleration)
         accelerated = model.clone()

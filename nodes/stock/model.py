@@ -23,13 +23,14 @@ from ..types import ModelHandle, RanksHandle
 from . import refusals
 from .loras import loras_of
 from .network import RanksNetwork
+from .remote import CPU, RemotePatcher, in_ranks
 
 logger = logging.getLogger(__name__)
 
+WHAT = "This MODEL"
 KEY = "ascend_video"  # of what this pack attaches to a MODEL
 WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-CPU = torch.device("cpu")
 _run_numbers = itertools.count(1)
 
 
@@ -46,15 +47,15 @@ class UNETLoader(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=model_files.stock_names(model_files.TRANSFORMER),
-                    tooltip="A file in models/diffusion_models, or a folder in models/diffusers: a transformer of Wan or "
-                    "HunyuanVideo in any format that Ascend Load Diffusion Model reads.",
+                    tooltip="A file in models/diffusion_models, or a folder in models/diffusers: a transformer of Wan "
+                    "or HunyuanVideo in any format that Ascend Load Diffusion Model reads.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="default: weights as the file has them. The fp8 values are accepted for graphs made with "
-                    "core's node, and have no effect: a file in fp8 stays in fp8 anyway.",
+                    tooltip="The ranks keep weights in the dtype that they compute in: bfloat16, or float32 on a CPU. "
+                    "The fp8 values are accepted for graphs made with core's node, and have no effect.",
                 ),
                 types.parallel_input(),
             ],
@@ -69,39 +70,40 @@ class UNETLoader(io.ComfyNode):
     def execute(cls, unet_name, weight_dtype, parallel=None) -> io.NodeOutput:
         if weight_dtype != "default":
             logger.warning(
-                "Ascend: weight_dtype %s has no effect: the ranks keep the weights of %s as the file has them.",
+                "Ascend: weight_dtype %s has no effect: the ranks do not convert the weights of %s to fp8.",
                 weight_dtype, unet_name,
             )  # fmt: skip
         spec = DiffusionModelSpec(path=model_files.path_of(unet_name, model_files.TRANSFORMER))
         return io.NodeOutput(model_of(ModelHandle(spec, parallel or RanksHandle())))
 
 
-class RanksPatcher(comfy.model_patcher.ModelPatcher):
+class RanksPatcher(RemotePatcher):
     """A MODEL whose weights are in the ranks. What would read or change weights in this process is refused."""
 
-    def get_key_patches(self, *args, **kwargs):
-        raise ValueError(_no_weights("merged with another one"))
+    def get_key_patches(self, filter_prefix=None):
+        raise ValueError(in_ranks(WHAT, "merged"))
 
     def model_state_dict(self, filter_prefix=None):
         """Names and shapes of the network's tensors. Core asks for those under a prefix to read the weights."""
         if filter_prefix is not None:
-            raise ValueError(_no_weights("extracted"))
+            raise ValueError(in_ranks(WHAT, "compared with another one"))
         return super().model_state_dict()
 
     def state_dict_for_saving(self, *args, **kwargs):
-        raise ValueError(_no_weights("saved"))
+        _refuse_saving()
 
     def add_hook_patches(self, hook, *args, **kwargs):
         raise ValueError(
-            "Hooks that change weights (Create Hook LoRA, Create Hook Model as LoRA) cannot reach the ranks, which have "
-            f"the weights of this MODEL. Use a LoRA loader on the MODEL instead, or {refusals.CORE}."
+            "A hook changes weights of this MODEL for a part of the conditioning or of the steps (Create Hook LoRA, "
+            "Create Hook Model as LoRA). The ranks cannot do this. Use a LoRA loader on the MODEL instead, or "
+            f"{refusals.CORE}."
         )
 
     def deepclone_multigpu(self, *args, **kwargs):
         raise RuntimeError(  # core's nodes take this type of error for "not possible"
-            "This MODEL runs on the ranks of Ascend Video, which use all cards already, so core cannot put copies of it "
-            "on devices. Take MultiGPU CFG Split or Select Model Device out of the graph; Ascend Parallel Config sets "
-            "which cards do what."
+            "This MODEL runs on the ranks of Ascend Video, which use all cards already, so core cannot put copies of "
+            "it on devices. Take MultiGPU CFG Split or Select Model Device out of the graph; Ascend Parallel Config "
+            "sets which cards do what."
         )
 
 
@@ -119,8 +121,7 @@ def model_of(handle: ModelHandle) -> RanksPatcher:
     model.diffusion_model = RanksNetwork(model.diffusion_model, facts["channels"])
     model.memory_usage_factor = 0  # the ranks' memory is not this process's
     model.state_dict_for_saving = _refuse_saving
-    # On the CPU, as the latent goes to the ranks through shared memory, and guidance takes few operations.
-    patcher = RanksPatcher(model, load_device=CPU, offload_device=CPU, size=1)
+    patcher = RanksPatcher.of(model)
     patcher.set_attachments(KEY, Attached(handle))
     patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, _check_then_prepare)
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, _begin)
@@ -213,12 +214,5 @@ def _spec_of(patcher: RanksPatcher, spec: DiffusionModelSpec) -> DiffusionModelS
     return replace(spec, loras=loras_of(patcher))
 
 
-def _no_weights(verb: str) -> str:
-    return (
-        f"The weights of this MODEL are in the ranks of Ascend Video, so it cannot be {verb} here. Do this with a MODEL "
-        "of core's Load Diffusion Model, save the result, and load that with Ascend Load Diffusion Model (Core)."
-    )
-
-
 def _refuse_saving(*args, **kwargs):
-    raise ValueError(_no_weights("saved"))
+    raise ValueError(in_ranks(WHAT, "saved"))

@@ -22,17 +22,17 @@ KNOWN_OPTIONS = {
     "block_index", "prefetch_dynamic_vbars", "multigpu_thread_device", "img_slice", "block", "to_load_options",
 }  # fmt: skip
 # Entries of a CONDITIONING that only networks without ranks read, and what they are.
-CONDITIONING = {
-    "control": "a ControlNet",
-    "gligen": "GLIGEN",
-    "vace_frames": "frames for VACE",
-    "camera_conditions": "a camera's path",
-    "audio_embed": "sound",
-    "face_video_pixels": "a video of a face",
-    "pose_video_latent": "a video of poses",
-    "control_video": "a control video for sound to video",
-    "reference_motion": "a motion to continue",
-}
+CONDITIONING = (
+    ("control", "a ControlNet"),
+    ("gligen", "GLIGEN"),
+    ("vace_frames", "frames for VACE"),
+    ("camera_conditions", "a camera's path"),
+    ("audio_embed", "sound"),
+    ("face_video_pixels", "a video of a face"),
+    ("pose_video_latent", "a video of poses"),
+    ("control_video", "a control video for sound to video"),
+    ("reference_motion", "a motion to continue"),
+)
 _warned: set[str] = set()
 
 
@@ -51,11 +51,11 @@ def of_conditioning(conds: dict[str, list[dict]]) -> None:
     """Raises ValueError for what the network could not read. conds: core's, by the name of the input."""
     for name, parts in conds.items():
         for part in parts:
-            for entry, what in CONDITIONING.items():
+            for entry, what in CONDITIONING:
                 if part.get(entry) is not None:
                     raise ValueError(
-                        f"The {name} conditioning carries {what} ({entry!r}), which no network of the ranks reads. Take "
-                        f"the node that adds it out of the graph, or {CORE}."
+                        f"The {name} conditioning carries {what} ({entry!r}), which no network of the ranks reads. "
+                        f"Take the node that adds it out of the graph, or {CORE}."
                     )
 
 
@@ -79,8 +79,8 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"The conditioning makes the network's input {name!r} ({type(value).__name__}), which no network of the "
-                f"ranks reads. Take the node that adds it out of the graph, or {CORE}."
+                f"The conditioning makes the network's input {name!r} ({type(value).__name__}), which no network of "
+                f"the ranks reads. Take the node that adds it out of the graph, or {CORE}."
             )
     return dict(inputs)
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from scripts.lib.comfy_browser import ComfyBrowser
 from comfy_graphs import SAMPLER, saved
+from page_scripts import DROP, FIT, SET, VIDEO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCREENSHOTS = REPOSITORY / ".cache" / "artefacts"
@@ -29,27 +30,7 @@ pytestmark = pytest.mark.skipif(
     reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it",
 )
 
-DROP = """([name, text]) => {
-    const carried = new DataTransfer()
-    carried.items.add(new File([text], name, {type: 'application/json'}))
-    const canvas = document.querySelector('#graph-canvas')
-    const view = canvas.getBoundingClientRect()
-    const where = {clientX: view.x + view.width / 2, clientY: view.y + view.height / 2, bubbles: true, cancelable: true}
-    canvas.dispatchEvent(new DragEvent('drop', {...where, dataTransfer: carried}))
-}"""
-
-
-SET = """values => {
-    for (const [type, widgets] of Object.entries(values))
-        for (const [name, value] of Object.entries(widgets))
-            app.graph.nodes.find(n => n.type === type).widgets.find(w => w.name === name).value = value
-}"""
-FIT = "app.extensionManager.command.execute('Comfy.Canvas.FitView')"
 REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"
-VIDEO = """() => {
-    const shown = [...document.querySelectorAll('video')].filter(v => v.videoWidth && v.getClientRects().length)
-    return shown.length ? [shown[0].videoWidth, shown[0].videoHeight, shown[0].duration, shown[0].currentSrc] : null
-}"""
 
 
 @pytest.mark.parametrize("file, values, video", DROPPED.values(), ids=DROPPED)

@@ -11,9 +11,10 @@ from PIL import Image
 from shipped_workflows import NAMES, api
 
 SMALL = {"width": 96, "height": 64, "length": 9}
-SIZED = ("EmptyHunyuanLatentVideo", "AscendImageToVideo")
+SIZED = ("EmptyHunyuanLatentVideo", "AscendImageToVideo", "WanImageToVideo", "Wan22ImageToVideoLatent")
 CUT = "ImageFromBatch"  # drops the first frames
-WIDGETS = ("model_name", "low_noise_model_name", "model_name_2", "vision_model_name", "lora_name")
+WIDGETS = ("model_name", "low_noise_model_name", "model_name_2", "vision_model_name", "lora_name", "unet_name",
+           "clip_name", "clip_name1", "clip_name2", "vae_name")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,10 @@ def made_small(graph: dict) -> dict:
             inputs |= SMALL
         if node["class_type"] == "AscendSampler":
             inputs["steps"] = inputs["steps"] if 0 < inputs["steps"] < 5 else 2
+        if node["class_type"].startswith("KSampler"):
+            inputs["steps"] = 2
+        if node["class_type"] == "KSamplerAdvanced":
+            inputs |= {"end_at_step": 1} if inputs["start_at_step"] == 0 else {"start_at_step": 1}
     return graph
 
 

@@ -10,7 +10,7 @@ import torch
 from ascend_runtime.models.wan.files.names import to_diffusers_name
 from safetensors.torch import load_file, save_file
 from scripts.lib.comfy_server import PromptFailed
-from stock_graphs import MODEL, Graph, apart, difference, loaded, sampled, twins
+from stock_graphs import MODEL, Graph, apart, difference, loaded, parallel, sampled, twins
 
 TOLERANCE = 1e-4
 HUNYUAN = "stock_hunyuan.safetensors"
@@ -147,6 +147,19 @@ def test_diffusers_names_are_left_out_as_in_core_and_named_in_the_log(loras):
     core, made, base = (graphs.saved_latent(loras, prompt, name) for name in ("core", "ours", "base"))
     assert difference(core, made) <= TOLERANCE and torch.equal(made, base)
     assert "lora key not loaded: transformer.blocks.0.attn1.to_q.lora_A.weight" in loras.log
+
+
+def test_a_loader_for_model_and_clip_changes_the_model_only(loras):
+    """The file has no layers of text encoders, so the strength for CLIP has no effect, as in core."""
+    graph = Graph()
+    clip = graph.add("AscendCLIPLoader", clip_name="umt5.safetensors", type="wan", device="default",
+                     parallel=parallel(graph, 2))  # fmt: skip
+    for save, by_us in (("core", False), ("ours", True)):
+        both = graph.add("LoraLoader", model=loaded(graph, by_us), clip=clip, lora_name="stock kohya.safetensors",
+                         strength_model=0.7, strength_clip=0.9)  # fmt: skip
+        texts = {name: graph.add("CLIPTextEncode", clip=[both[0], 1], text=name) for name in ("positive", "negative")}
+        graph.save(save, few_steps(graph, both, **texts))
+    assert apart(loras, graph) <= TOLERANCE
 
 
 def patched(what, strength=0.5):

@@ -194,3 +194,70 @@ def test_the_host_holds_one_model_while_two_of_a_size_change_places(python_on, s
         print("one")
     """
     assert python_on("Ascend910B4", code) == "one"
+
+
+def test_a_model_that_waits_gives_way(python_on, specs, checkpoints):
+    """On a full host it is dropped, before a weight is read; later for what another model needs there. Where a card is
+    short for a VAE, it leaves the card; with room it stays."""
+    code = f"""
+        import torch
+        from ascend_runtime import DiffusionModelSpec, VaeSpec
+        from ascend_runtime.components import Components, HostMemory
+        from ascend_runtime.components.standby import ROOM_FOR_OTHERS
+        from ascend_runtime.hardware import devices, memory
+        one, other = (DiffusionModelSpec(path={str(specs.folder)!r}, boundary=boundary) for boundary in (0.0, 0.5))
+        turns = DiffusionModelSpec(path={str(checkpoints(experts=2))!r}, experts="swap")
+        vae, room, read = VaeSpec(path={str(specs.folder)!r}), [2**40], []
+        devices.room = lambda device: room[0]
+        held = Components(devices.take("npu", 0))
+        models = held.models
+
+        def get(spec, free):
+            read.clear()
+            in_use, waiting, kept = models.on_host
+            return held.get(spec, lambda *_: read.append(spec), host_memory=HostMemory(memory.ROOM + free, in_use, waiting))
+
+        def waits():
+            return None if models.waiting is None else models.waiting.key.spec.boundary
+
+        get(one, 0)
+        to_host = models.in_use.to_host
+        get(other, 0)
+        assert waits() == 0.0 and not models.waiting.away, "both fit on the card"
+        room[0] = 0
+        get(one, to_host - 1)
+        assert not read and waits() is None, "both were on the card; the host is too full for the one that leaves"
+        get(other, to_host - 1)
+        assert read and waits() is None
+        get(one, to_host)
+        assert waits() == 0.5 and models.waiting.away
+        get(other, 0)
+        assert not read and waits() == 0.0, "the one that comes back makes the place"
+
+        turning = get(turns, 2**40).swap
+        needs = turning.host_bytes
+        held.free()
+        get(one, 0)
+        get(turns, needs + to_host - 1)
+        assert waits() is None and models.in_use.model.swap, "experts in turns need it"
+        held.free()
+        get(one, 0)
+        get(turns, needs + to_host)
+        assert waits() is None or models.waiting.away
+        assert models.in_use.model.swap and waits() == 0.0
+
+        held.free()
+        room[0] = ROOM_FOR_OTHERS
+        for spec in (one, other):
+            get(spec, 0)
+        held.get(vae, lambda *_: None, host_memory=HostMemory(memory.ROOM + to_host))
+        assert not models.waiting.away
+        room[0] -= 1
+        held.get(vae, lambda *_: None, host_memory=HostMemory(memory.ROOM + to_host))
+        assert models.waiting.away
+        get(one, 2**40)
+        held.get(vae, lambda *_: None, host_memory=HostMemory(memory.ROOM + to_host - 1))
+        assert waits() is None and not read
+        print("gave way")
+    """
+    assert python_on("Ascend910B4", code) == "gave way"

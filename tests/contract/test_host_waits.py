@@ -29,11 +29,12 @@ from ascend_runtime.ops.ascend import AscendOperators
 from ascend_runtime.parallel import mesh
 from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.specs import (
-    AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, DiffusionModelSpec, OperatorSpec, Plan, RainFusionSpec,
-    SampleSpec, StepCacheSpec,
+    AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, DiffusionModelSpec, LoraSpec, OperatorSpec, Plan,
+    RainFusionSpec, SampleSpec, StepCacheSpec,
 )  # fmt: skip
 from ascend_runtime.wire.messages import Conditioning
 from msgspec.structs import replace
+from safetensors.torch import save_file
 from pretend_card import CPU, NPU, Card
 from tiny_models import wan_transformer
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
@@ -77,6 +78,10 @@ def specs(tmp_path_factory):
         path = str(random_hunyuan.folder(folder / kind, kind))
         made[kind] = DiffusionModelSpec(path=path, dtype="bfloat16")
     made["in 8 bits"] = replace(made["t2v"], quantization="w8a8_dynamic")
+    parts = {"lora_A": torch.ones(4, 96), "lora_B": torch.ones(96, 4)}
+    tensors = {f"transformer.blocks.0.attn1.to_q.{part}.weight": tensor for part, tensor in parts.items()}
+    save_file(tensors, folder / "lora.safetensors")
+    made["with a LoRA"] = made["one"].with_lora(LoraSpec(path=str(folder / "lora.safetensors")))
     return made
 
 
@@ -106,15 +111,16 @@ class Numbered:
 
 
 class Run:
-    """A job on the pretended card, or on the CPU. waits: those of its steps."""
+    """A job on the pretended card, or on the CPU. waits: those of its steps. earlier: models of jobs before, on a card
+    that has no room for two."""
 
     def __init__(
         self, specs, device=NPU, model="one", plan=Plan(), acceleration=AccelerationSpec(), preview=False, known=False,
-        guidance=4.0,
+        guidance=4.0, earlier=(),
     ):  # fmt: skip
         self.card, self.client = Card(), Client()
         with first_of_ranks(plan), self.card, patch.object(torch.npu, "synchronize", self.card.synchronise):
-            model = Components(device).get(specs[model], lambda *_: None)
+            model = _loaded(Components(device), [specs[name] for name in (*earlier, model)])
             for expert in {id(expert): expert for expert in model.experts}.values():
                 self.card.watch(expert)
             request = _request(model, acceleration, known, guidance)
@@ -132,6 +138,16 @@ class Run:
 
     def places(self):
         return sorted({wait.place.rpartition(":")[0] for wait in self.waits})
+
+
+def _loaded(held, specs):
+    """The last model, after those before it had its place."""
+    get, (*earlier, last) = lambda spec: held.get(spec, lambda *_: None), specs
+    with patch.object(devices, "room", lambda device: 0):
+        models = [get(spec) for spec in earlier]
+        model = get(last)
+    assert not models or model is models[0]
+    return model
 
 
 def _request(model, acceleration, known, guidance):
@@ -236,6 +252,18 @@ def test_the_pretended_card_computes_what_the_cpu_does(specs, job):
     error = (made - expected).square().mean().sqrt() / expected.std()
     print(f"\n{error:.1e} off in bfloat16, seed {SEED}")
     assert expected.std() > 0.5 and error < 2e-2
+
+
+@pytest.mark.parametrize("model, earlier", [
+    ("one", ("one", "in turns")), ("two", ("two", "one")), ("in turns", ("in turns", "t2v")),
+    ("in 8 bits", ("in 8 bits", "one")), ("t2v", ("t2v", "in 8 bits")),
+    ("with a LoRA", ("with a LoRA", "two")), ("one", ("with a LoRA", "two")),
+])  # fmt: skip
+def test_a_model_that_waited_on_the_host_computes_what_it_did(specs, model, earlier):
+    """To the bit; also with a LoRA that is taken out afterwards, from originals that stayed on the host."""
+    guidance = 1.0 if model in ("in 8 bits", "t2v") else 4.0
+    latents = [Run(specs, model=model, guidance=guidance, earlier=which).latent for which in ((), earlier)]
+    assert latents[0].std() > 0.5 and torch.equal(*latents)
 
 
 @pytest.mark.parametrize("job", [{}, T2V], ids=["Wan", "HunyuanVideo"])

@@ -23,6 +23,11 @@ TO_RANKS = [
     messages.Load(job=2, model=MODEL),
     Sample(job=4, model=MODEL, parallel=specs.ParallelSpec(), spec=specs.SampleSpec(sigmas=(1.0, 0.5, 0.0)),
            latent=torch.ones(1, 16, 1, 2, 2), positive=Conditioning(text=torch.ones(1, 4, 2))),
+    messages.Velocity(
+        job=6, step=0, latents=[torch.ones(1, 16, 1, 2, 2)], held={1: torch.ones(1, 4, 2)},
+        setting=messages.CallSetting(
+            model=MODEL, parallel=specs.ParallelSpec(), run=messages.SamplerRun(number=1, sigmas=(1.0, 0.0))),
+        passes=[messages.ModelPass(branch="cond", latent=0, timesteps=torch.ones(1), inputs={"text": 1})]),
     Sample(job=5, model=MODEL, parallel=specs.ParallelSpec(), spec=specs.SampleSpec(),
            latent=torch.ones(1, 16, 1, 2, 2), positive=Conditioning(
                text=torch.ones(1, 4, 2), tensors={"attention_mask": torch.ones(1, 4)},

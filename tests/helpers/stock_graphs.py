@@ -74,7 +74,7 @@ def swapped(graph: dict, ranks: int = 2) -> dict:
     """A graph with core's loaders replaced by ours, which have the same widgets."""
     ours = Graph()
     ours.update({key: dict(node) for key, node in graph.items()})
-    ours["parallel"] = {"class_type": "AscendParallelConfig", "inputs": graphs.video(ranks=ranks)[graphs.PARALLEL]["inputs"]}
+    ours["parallel"] = graphs.video(ranks=ranks)[graphs.PARALLEL]
     for node in ours.values():
         if node["class_type"] in OURS:
             node["class_type"] = OURS[node["class_type"]]

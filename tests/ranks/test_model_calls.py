@@ -12,7 +12,7 @@ import random_hunyuan
 import tiny_models
 import torch
 from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec
-from ascend_runtime.client.model_calls import HeldTensors
+from ascend_runtime.client.model_calls import HeldByRanks
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.wire import channel, shared_memory
 from diffusers import WanTransformer3DModel
@@ -177,6 +177,24 @@ def test_accelerators_leave_out_the_same_steps_as_in_a_sampling_job(runtimes, sp
     assert (plain - latent).abs().max() > 1e-3 or cache == "sparse"
 
 
+def test_two_models_that_take_turns_keep_what_their_accelerators_cached(two_ranks, specs, specs_of, checkpoints):
+    """Each leaves out the steps that it does when the other has no calls."""
+    models = [specs.model, specs_of(checkpoints(seed=1)).model]
+    options = {"acceleration": CACHES["taylorseer"]}
+    inputs, runs = inputs_of(texts_of(specs)), [outer_sampler.run_of(SIGMAS) for _ in models]
+    together = []
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        passes = outer_sampler.passes_of(torch.ones(SHAPE) * sigma, sigma, inputs)
+        together.append([two_ranks.velocity(model, passes, run, step, **options) for model, run in zip(models, runs)])
+    for number, model in enumerate(models):
+        run = outer_sampler.run_of(SIGMAS)
+        for step, sigma in enumerate(SIGMAS[:-1]):
+            passes = outer_sampler.passes_of(torch.ones(SHAPE) * sigma, sigma, inputs)
+            expected = two_ranks.velocity(model, passes, run, step, **options)
+            assert_close(together[step][number].tensor, expected.tensor, atol=1e-6, rtol=0)
+        assert expected.info["acceleration"]["steps_reusing"]
+
+
 REFUSED = {
     "a step twice": [(0, ("cond",)), (0, ("cond",))],
     "a step before": [(1, ("cond",)), (0, ("cond",))],
@@ -223,6 +241,16 @@ def test_arguments_that_do_not_fit_are_refused_by_name(one_rank, specs):
 
 
 # What the ranks hold
+
+
+def test_from_the_second_call_on_no_file_is_needed(one_rank, checkpoint, specs, specs_of, tmp_path):
+    model = specs_of(shutil.copytree(checkpoint, tmp_path / "model")).model
+    run, passes = outer_sampler.run_of(SHORT), [a_pass(specs)]
+    first = one_rank.velocity(model, passes, run, 0).tensor
+    shutil.rmtree(tmp_path / "model")
+    assert torch.equal(one_rank.velocity(model, passes, run, 1).tensor, first)
+    with pytest.raises(ValueError, match="model"):
+        one_rank.velocity(model, passes, outer_sampler.run_of(SHORT), 0)
 
 
 class Sent:
@@ -319,7 +347,7 @@ def test_a_run_goes_on_after(two_ranks, specs, counted, event, sends):
 
 def test_inputs_that_were_not_used_for_longest_are_dropped(one_rank, specs, monkeypatch, counted):
     """Two texts fit; the third takes the place of the first, which is sent again when it is needed."""
-    monkeypatch.setattr(one_rank, "_held", HeldTensors(most=TEXTS))
+    monkeypatch.setattr(one_rank, "_held", HeldByRanks(most=TEXTS))
     sent = []
     for text in (1, 2, 3, 2, 1):
         made = one_call(one_rank, specs.model, [a_pass(specs, text=text)])

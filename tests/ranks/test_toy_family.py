@@ -21,12 +21,13 @@ from ascend_runtime import (
     TextEncoderSpec,
     VaeSpec,
 )
+from ascend_runtime.client.model_calls import NetworkPass
 from ascend_runtime.commands import calibration, inspection
 from ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ascend_runtime.models.registry import FAMILIES_VARIABLE, families
 from ascend_runtime.recognition.kinds import Kind, renumbered
 from ascend_runtime.recognition.layout import find_component
-from ascend_runtime.wire.messages import Conditioning
+from ascend_runtime.wire.messages import Conditioning, SamplerRun
 from safetensors.torch import save_file
 from toy_family import files
 
@@ -312,6 +313,15 @@ def test_a_module_that_has_no_family_of_its_own_is_refused(known, monkeypatch, t
     monkeypatch.setenv(FAMILIES_VARIABLE, f"toy_family, {module}")
     with pytest.raises(ValueError, match=f"(?s){FAMILIES_VARIABLE} names '{module}', .*{says}"):
         families()
+
+
+def test_samplers_of_core_comfyui_are_refused_by_name_as_core_does_not_know_it(toy):
+    group = toy.ranks[1]
+    with pytest.raises(ValueError, match=f"Core ComfyUI does not know {toy_family.FAMILY.title} models. Load them with"):
+        group.network(toy.model)
+    prompt = NetworkPass("cond", torch.zeros(LATENT), torch.tensor([500.0]), {"text": toy.prompts["positive"].text})
+    with pytest.raises(ValueError, match="cannot be called by samplers outside of the ranks"):
+        group.velocity(toy.model, [prompt], SamplerRun(number=1, sigmas=(0.5, 0.0)), 0)
 
 
 def test_nothing_of_it_is_left_in_this_process():

@@ -44,6 +44,21 @@ MESSAGES = [
         profile=specs.ProfileSpec(folder="/profiles", last_step=3, rank=1),
         preview=True,
     ),
+    messages.Velocity(
+        job=5,
+        setting=messages.CallSetting(
+            model=MODEL, parallel=specs.ParallelSpec(ranks=2), run=messages.SamplerRun(number=3, sigmas=(1.0, 0.5, 0.0))
+        ),
+        step=1,
+        latents=[LATENT, LATENT + 1],
+        passes=[
+            messages.ModelPass(branch="cond", latent=1, timesteps=torch.full((1,), 500.0), inputs={"text": 7}),
+            messages.ModelPass(branch="uncond", latent=0, timesteps=torch.ones(1, 3), inputs={}, skipped=(1, 2)),
+        ],
+        fresh=True,
+        held={7: torch.ones(1, 4, 2, dtype=torch.bfloat16)},
+        drop=(3, 4),
+    ),
     messages.Describe(job=6, vae=VAE, model=MODEL),
     messages.Free(job=7),
     messages.Cancel(job=8),
@@ -82,9 +97,13 @@ def assert_same(sent, received):
         ours, theirs = getattr(sent, name), getattr(received, name)
         if isinstance(ours, Tensor):
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs), name
-        elif isinstance(ours, Conditioning):
+        elif isinstance(ours, msgspec.Struct):
             assert_same(ours, theirs)
-        elif name == "tensors":
+        elif name in ("latents", "passes"):
+            assert len(ours) == len(theirs)
+            for one, other in zip(ours, theirs):
+                assert torch.equal(one, other) if isinstance(one, Tensor) else not assert_same(one, other)
+        elif name in ("tensors", "held"):
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         else:
             assert ours == theirs and type(ours) is type(theirs), name

@@ -171,7 +171,6 @@ class HunyuanVideo(Family):
         classes={VAE: "AutoencoderKLCausal3D"},
     )
     stock = StockNames(
-        clip_types=("hunyuan_video",),
         names={TRANSFORMER: r"hunyuan_?video|framepack", VAE: r"hunyuan_?video.*vae"},
         others={
             VIDEO_15: r"hunyuan_?video_?1[._]?5", FRAMEPACK: r"framepack", SKYREELS: r"skyreels.*i2v",

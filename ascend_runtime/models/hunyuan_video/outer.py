@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...ops.precision import NORMS
 from ..shared.conditioning import Branch, Inputs, Reads, ready
-from ..outer import (
+from ..shared.outer import (
     CONCAT,
     TEXT,
     check_concat,

@@ -3,8 +3,8 @@ fp32, as in diffusers: what is computed in fp32 is upcast."""
 
 from __future__ import annotations
 
+from ..cuts import cut_of
 from ..family import WeightRules
-from ..shared.cuts import cut_of
 from .files.configs import DOUBLE, SINGLE
 
 # How tensor parallelism cuts a block's layers: column-parallel ones (whole heads, or a part of the feed-forward's

@@ -164,7 +164,10 @@ class Conditioner(ABC):
 
     def check_inputs(self, inputs: Inputs) -> None:
         """Raises ValueError, which names the input, for inputs of a model call that the network does not support."""
-        raise NotImplementedError
+        raise ValueError(
+            "A model of this family cannot be called by samplers outside of the ranks. Load it with Ascend Load "
+            "Diffusion Model, and sample with Ascend Sampler."
+        )
 
     def outer_branch(self, inputs: Inputs, device: torch.device, dtype: torch.dtype) -> Branch:
         """The branch of a pass for a sampler outside of the ranks, whose inputs `check_inputs` accepted."""

@@ -106,7 +106,6 @@ class Wan(Family):
         classes={TRANSFORMER: "WanModel"},
     )
     stock = StockNames(
-        clip_types=("wan",),
         names={TRANSFORMER: r"wan(?![a-z])|wan_?video", VAE: r"wan.*vae|vae.*wan"},
         others={
             "Wan VACE": r"vace", "Wan Fun Control with a camera": r"fun.*camera", "Wan Animate": r"animate",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..shared.conditioning import Branch, Inputs, Reads, ready
-from ..outer import (
+from ..shared.outer import (
     CONCAT,
     TEXT,
     check_concat,

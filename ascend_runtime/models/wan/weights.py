@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..cuts import cut_of
 from ..family import WeightRules
-from ..shared.cuts import cut_of
 
 # Kept in fp32 whatever the dtype of the blocks, like in diffusers: they are small, and every step depends on them.
 FP32_PARAMETERS = ("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..ops.precision import check_finite
-from .shared.conditioning import Inputs, Reads
+from ...ops.precision import check_finite
+from .conditioning import Inputs, Reads
 
 TEXT, CONCAT = "text", "concat"  # the names of a prompt's tokens and of further channels
 # Inputs of core ComfyUI's models that no network here reads, and what to do.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...checkpoints.fused import OF_INPUTS, OUTPUTS_LAST
+from ..checkpoints.fused import OF_INPUTS, OUTPUTS_LAST
 
 
 def cut_of(name: str, by_columns: tuple[str, ...], by_rows: tuple[str, ...]) -> int | None:

@@ -1,0 +1,113 @@
+"""ComfyUI's own template in a real browser: its loaders swapped from the canvas' menu, run, swapped back."""
+
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.error import HTTPError
+
+import published_models
+import pytest
+from page_scripts import DROP, FIT, SET, VIDEO
+from scripts.lib.comfy_browser import ComfyBrowser
+
+TEMPLATE = "text_to_video_wan"
+PACKAGE = find_spec("comfyui_workflow_templates_media_video")
+SMALL = {"EmptyHunyuanLatentVideo": {"width": 96, "height": 64, "length": 9},
+         "KSampler": {"steps": 2, "control_after_generate": "fixed"}}  # fmt: skip
+LOADERS = ["CLIPLoader", "UNETLoader", "VAELoader"]
+TO_RANKS, BACK = "Run this graph on all ranks (Ascend)", "Run this graph on ComfyUI's own device (Ascend)"
+TO_RANKS_ZH = "用所有 rank 运行此工作流（昇腾）"
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("chromium") and not shutil.which("chromium-browser"),
+                       reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it"),
+    pytest.mark.skipif(PACKAGE is None, reason="comfyui_workflow_templates_media_video is not installed"),
+]  # fmt: skip
+
+# A place of the canvas without a node, in pixels of the page.
+EMPTY = """() => {
+    const view = app.canvas.canvas.getBoundingClientRect()
+    for (let y = view.bottom - 150; y > view.top + 150; y -= 40)
+        for (let x = view.right - 150; x > view.left + 150; x -= 40) {
+            const [left, top] = app.canvas.convertEventToCanvasOffset({clientX: x, clientY: y})
+            const free = !app.graph.getNodeOnPos(left, top) && !app.graph.getGroupOnPos(left, top)
+            if (free && document.elementFromPoint(x, y) === app.canvas.canvas) return [x, y]
+        }
+}"""
+TOASTS = "[...document.querySelectorAll('.p-toast-message')].map(one => one.innerText)"
+TAB = """() => {
+    const {workflow} = app.extensionManager
+    return [workflow.openWorkflows.length, workflow.activeWorkflow.isModified]
+}"""
+
+
+def choose(page, entry):
+    """Takes an entry of the canvas' menu."""
+    x, y = page.evaluate(EMPTY)
+    page.mouse.click(x, y, button="right")
+    page.locator(".litemenu-entry", has_text=entry).click()
+
+
+def loaders(graph):
+    return sorted(node["type"] for node in graph["nodes"] if node["type"].endswith("Loader"))
+
+
+def wait_for_types(page, types):
+    page.wait_for_function("types => types.every(type => app.graph.nodes.some(node => node.type === type))", arg=types)
+
+
+def test_stock_template_runs_on_the_ranks_and_is_swapped_back(comfyui):
+    published_models.write_all(comfyui.base / "models")
+    file = Path(PACKAGE.submodule_search_locations[0]) / "templates" / f"{TEMPLATE}.json"
+    with ComfyBrowser(comfyui) as browser:
+        page, errors = browser.page, []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.evaluate("app.graph.clear()")
+        page.evaluate(DROP, [file.name, file.read_text()])
+        wait_for_types(page, LOADERS)
+        page.evaluate(SET, SMALL)
+        page.evaluate(FIT)
+        stock, (tabs, _) = browser.graph(), page.evaluate(TAB)
+        choose(page, TO_RANKS)
+        wait_for_types(page, [f"Ascend{name}" for name in LOADERS])
+        swapped = browser.graph()
+        assert loaders(swapped) == [f"Ascend{name}" for name in LOADERS]
+        assert "3 loaders swapped" in page.evaluate(TOASTS)
+        assert page.evaluate(TAB) == [tabs, True], "the swap is no change of the tab that was open"
+        classes = [node["class_type"] for node in browser.prompt().values()]
+        assert {f"Ascend{name}" for name in LOADERS} < set(classes) and not set(LOADERS) & set(classes)
+        before = set(comfyui.get("/history"))
+        page.evaluate(FIT)
+        page.keyboard.press("Control+Enter")
+        page.wait_for_function(f"({VIDEO})()", timeout=300_000)
+        (prompt_id,) = set(comfyui.get("/history")) - before
+        assert comfyui.wait(prompt_id)["status"]["status_str"] == "success"
+        assert page.evaluate(VIDEO)[:2] == [96, 64]
+        choose(page, BACK)
+        wait_for_types(page, LOADERS)
+        assert {**browser.graph(), "extra": stock["extra"]} == stock  # extra has what the canvas shows
+        page.keyboard.press("Control+z")
+        wait_for_types(page, [f"Ascend{name}" for name in LOADERS])
+        assert errors == []
+
+
+def test_menu_is_chinese_and_lists_what_is_left(comfyui):
+    graph = {"nodes": [{"id": 1, "type": "CheckpointLoaderSimple", "pos": [0, 0], "size": [300, 100], "flags": {},
+                        "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {},
+                        "widgets_values": ["all.safetensors"]}],
+             "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4}  # fmt: skip
+    with ComfyBrowser(comfyui, locale="zh") as browser:
+        browser.open(graph)
+        choose(browser.page, TO_RANKS_ZH)
+        browser.page.wait_for_function(f"{TOASTS}.some(text => text.includes('没有可替换的加载器'))")
+        said = "\n".join(browser.page.evaluate(TOASTS))
+        assert "保持不变：" in said and "CheckpointLoaderSimple" in said and "several networks in one file" in said
+        assert loaders(browser.graph()) == []
+        comfyui.post("/settings/Comfy.Locale", "en")
+
+
+def test_route_answers_errors_as_json(comfyui):
+    for body in ([], {"workflow": 3}, {"workflow": {"nodes": 3}}):
+        with pytest.raises(HTTPError) as caught:
+            comfyui.post("/ascend_video/adopt", body)
+        assert caught.value.code == 400 and "error" in caught.value.read().decode()
