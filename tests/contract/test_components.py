@@ -215,7 +215,8 @@ def test_a_model_that_waits_gives_way(python_on, specs, checkpoints):
         def get(spec, free):
             read.clear()
             in_use, waiting, kept = models.on_host
-            return held.get(spec, lambda *_: read.append(spec), host_memory=HostMemory(memory.ROOM + free, in_use, waiting))
+            host = HostMemory(memory.ROOM + free, in_use, waiting)
+            return held.get(spec, lambda *_: read.append(spec), host_memory=host)
 
         def waits():
             return None if models.waiting is None else models.waiting.key.spec.boundary
