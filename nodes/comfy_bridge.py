@@ -19,15 +19,12 @@ from torch import Tensor
 
 from ..ascend_runtime.acceleration.report import words_of
 from ..ascend_runtime.client.group import RankDied
-from ..ascend_runtime.client.model_calls import NetworkPass
+from ..ascend_runtime.client.model_calls import NetworkPass  # noqa: F401 (for nodes that do not know the client)
 from ..ascend_runtime.client.runtime import Runtime
 from ..ascend_runtime.client.submission import JobCancelled, RankError, Result
 from ..ascend_runtime.hardware.devices import resolve_kind, resolve_ranks
 from ..ascend_runtime.specs import ParallelSpec, VaeForm
 from .types import Handle, ModelHandle, RanksHandle
-
-__all__ = ["NetworkPass", "Result", "call_model", "count_memory", "log_run", "network", "output_folder", "release",
-           "run_job", "vae_form"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +49,31 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     return result
 
 
-def call_model(ranks: RanksHandle, call: Callable[[Runtime, dict], Result]) -> Result:
-    """Runs `call(runtime, hooks)`, one model call of a sampler in this process. Only the reading of weights shows
-    progress, as the sampler shows its steps, and nothing is logged."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    _memory.count()
-    return _run(_runtime_for(ranks), call, {"on_progress": _show_loading})
+class ModelCalls:
+    """The model calls of one run of a sampler in this process. Only the reading of weights shows progress, as the
+    sampler shows its steps; the log gets one line for the run."""
 
+    def __init__(self, ranks: RanksHandle):
+        self._runtime = _runtime_for(ranks)
+        self._calls, self._seconds, self._info = 0, 0.0, {}
+        _memory.count()
 
-def log_run(runtime_info: dict, seconds: dict[str, float]) -> None:
-    """Logs what the model calls of a sampler took, and what accelerators saved."""
+    def run(self, call: Callable[[Runtime, dict], Result]) -> Tensor:
+        """The tensor that `call(runtime, hooks)` results in. Between two calls, Cancel takes effect."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        _memory.count()  # ComfyUI may have freed the weights since the last call
+        result = _run(self._runtime, call, {"on_progress": _show_loading})
+        self._calls += 1
+        self._seconds += sum(result.seconds.values())
+        self._info = result.info
+        return result.tensor
 
-
-def count_memory() -> None:
-    """Adds the ranks' weights to the models that ComfyUI counts as loaded."""
-    _memory.count()
+    def log(self) -> None:
+        """Logs what the calls took on the ranks, and what accelerators saved."""
+        if self._calls:
+            logger.info("Ascend: %d model calls, %.2f s on the ranks.", self._calls, self._seconds)
+        if "acceleration" in self._info:
+            logger.info("Ascend: %s.", words_of(self._info, {}))
 
 
 def network(model: ModelHandle) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
 from dataclasses import dataclass
 
 import comfy.model_detection
@@ -146,16 +145,14 @@ class Run:
     """One run of a sampler: what its model calls have in common. Has no reference to the MODEL, which refers to it."""
 
     def __init__(self, attached: Attached, spec: DiffusionModelSpec):
+        self.calls = comfy_bridge.ModelCalls(attached.handle.ranks)
         self._attached, self._spec = attached, spec
         self._number = next(_run_numbers)
-        self.info: dict = {}
-        self.seconds: Counter[str] = Counter()
 
     def velocities(self, passes: list[comfy_bridge.NetworkPass], sigmas: tuple[float, ...], step: int) -> Tensor:
         """The velocities [passes * B, C, T, H, W] of passes in one step of the run."""
         handle = self._attached.handle
-        result = comfy_bridge.call_model(
-            handle.ranks,
+        return self.calls.run(
             lambda runtime, hooks: runtime.velocity(
                 self._spec,
                 passes,
@@ -165,11 +162,8 @@ class Run:
                 operators=handle.operators,
                 acceleration=self._attached.acceleration,
                 **hooks,
-            ),
+            )
         )
-        self.info = result.info
-        self.seconds.update(result.seconds)
-        return result.tensor
 
 
 def _core_model(shapes: dict[str, list[int]]) -> BaseModel | None:
@@ -195,15 +189,14 @@ def _check_then_prepare(executor, model: RanksPatcher, noise_shape, conds: dict,
 def _begin(patcher: RanksPatcher) -> None:
     """Makes the network ready for one run of a sampler."""
     attached = attached_to(patcher)
-    comfy_bridge.count_memory()
     patcher.model.diffusion_model.run = Run(attached, _spec_of(patcher, attached.handle.spec))
 
 
 def _end(patcher: RanksPatcher) -> None:
     network = patcher.model.diffusion_model
     if network.run is not None:
-        comfy_bridge.log_run(network.run.info, network.run.seconds)
-    network.run = None
+        network.run.calls.log()
+        network.run = None
 
 
 def _spec_of(patcher: RanksPatcher, spec: DiffusionModelSpec) -> DiffusionModelSpec:

@@ -83,10 +83,7 @@ class RanksNetwork(torch.nn.Module):
         sigmas, sigma = _noise_levels(options)
         skipped = refusals.skipped_blocks(options, vars(self)["described"])
         passes = _passes(options["cond_or_uncond"], x[:, : self.channels], timesteps, tensors, skipped)
-        order = sorted(range(len(passes)), key=lambda index: passes[index].branch != "cond")  # caches decide on cond
-        velocities = self.run.velocities([passes[index] for index in order], sigmas, step_of(sigmas, sigma))
-        parts = velocities.chunk(len(passes))
-        return torch.cat([parts[order.index(index)] for index in range(len(passes))]).to(x)
+        return self.run.velocities(passes, sigmas, step_of(sigmas, sigma)).to(x)
 
 
 def step_of(sigmas: tuple[float, ...], sigma: float) -> int:

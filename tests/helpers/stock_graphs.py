@@ -5,12 +5,9 @@ import uuid
 
 import comfy_graphs as graphs
 import torch
-from safetensors.torch import load_file
 
 MODEL = "original_wan.safetensors"
 TEXT_DIM = 4096
-OURS = {"UNETLoader": "AscendUNETLoader", "CLIPLoader": "AscendCLIPLoader", "DualCLIPLoader": "AscendDualCLIPLoader",
-        "VAELoader": "AscendVAELoader"}  # fmt: skip
 
 
 class Graph(dict):
@@ -26,9 +23,9 @@ class Graph(dict):
         self[number] = {"class_type": class_type, "inputs": inputs}
         return [number, output]
 
-    def text(self, seed: int, tokens: int = 20, **entries) -> list:
+    def text(self, seed: int, tokens: int = 20, width: int = TEXT_DIM, pooled: int = 8) -> list:
         """A random CONDITIONING."""
-        return self.add("TestRandomText", seed=seed, tokens=tokens, width=TEXT_DIM, pooled=entries.get("pooled", 8))
+        return self.add("TestRandomText", seed=seed, tokens=tokens, width=width, pooled=pooled)
 
     def empty(self, length: int = 9, size: int = 64, batch: int = 1, height: int | None = None) -> list:
         return self.add("EmptyHunyuanLatentVideo", width=size, height=height or size, length=length, batch_size=batch)
@@ -70,18 +67,6 @@ def twins(make, ranks: int = 2, name: str = MODEL) -> Graph:
     return graph
 
 
-def swapped(graph: dict, ranks: int = 2) -> dict:
-    """A graph with core's loaders replaced by ours, which have the same widgets."""
-    ours = Graph()
-    ours.update({key: dict(node) for key, node in graph.items()})
-    ours["parallel"] = graphs.video(ranks=ranks)[graphs.PARALLEL]
-    for node in ours.values():
-        if node["class_type"] in OURS:
-            node["class_type"] = OURS[node["class_type"]]
-            node["inputs"] = {**node["inputs"], "parallel": ["parallel", 0]}
-    return ours
-
-
 def apart(server, graph: dict, one: str = "core", other: str = "ours") -> float:
     """How far two saved latents of a graph are apart: the largest difference over the largest value."""
     prompt = server.queue(graph)
@@ -92,7 +77,3 @@ def apart(server, graph: dict, one: str = "core", other: str = "ours") -> float:
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).abs().max() / one.abs().max()).item()
-
-
-def latent_of(file) -> torch.Tensor:
-    return load_file(file)["latent_tensor"]

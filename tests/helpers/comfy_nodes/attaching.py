@@ -49,6 +49,7 @@ MODELS = {
     "a block as it is": lambda model: model.set_model_patch_replace(runs_a_block, "dit", "double_block", 1),
     "a block that the model lacks": lambda model: model.set_model_patch_replace(
         replaces_a_block, "dit", "double_block", 70),
+    "a copy on another device": lambda model: model.deepclone_multigpu(new_load_device=torch.device("cpu")),
     "another attention": _option("optimized_attention_override", attends),
     "an unknown option": _option("of_another_pack", True),
     "a function wrapper": lambda model: model.set_model_unet_function_wrapper(
@@ -89,4 +90,19 @@ class AttachToConditioning(io.ComfyNode):
         return io.NodeOutput(node_helpers.conditioning_set_values(conditioning, CONDITIONS[what]()))
 
 
-NODES = (AttachToModel, AttachToConditioning)
+class ModelFacts(io.ComfyNode):
+    """What a MODEL says to ComfyUI about its memory."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestModelFacts", category=CATEGORY, is_output_node=True, inputs=[io.Model.Input("model")])
+
+    @classmethod
+    def execute(cls, model):
+        facts = {"size": model.model_size(), "needed": model.memory_required([2, 16, 21, 90, 160]),
+                 "device": str(model.load_device), "parameters": len(list(model.model.diffusion_model.parameters())),
+                 "class": type(model.model).__name__, "layers": len(model.model.diffusion_model.blocks)}  # fmt: skip
+        return io.NodeOutput(ui={"facts": [facts]})
+
+
+NODES = (AttachToModel, AttachToConditioning, ModelFacts)
