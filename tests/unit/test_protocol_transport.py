@@ -44,6 +44,10 @@ MESSAGES = [
         profile=specs.ProfileSpec(folder="/profiles", last_step=3, rank=1),
         preview=True,
     ),
+    messages.EncodeTokens(
+        job=13, encoder=ENCODER, part="text_encoder", ids=torch.arange(4), length=3, places=(1, 2),
+        embeddings=[torch.ones(2, 3), torch.zeros(1, 3)],
+    ),
     messages.Velocity(
         job=5,
         setting=messages.CallSetting(
@@ -99,7 +103,7 @@ def assert_same(sent, received):
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs), name
         elif isinstance(ours, msgspec.Struct):
             assert_same(ours, theirs)
-        elif name in ("latents", "passes"):
+        elif name in ("latents", "passes", "embeddings"):
             assert len(ours) == len(theirs)
             for one, other in zip(ours, theirs):
                 assert torch.equal(one, other) if isinstance(one, Tensor) else not assert_same(one, other)
