@@ -40,6 +40,13 @@ def pytest_addoption(parser):
     parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2 to 8 ranks, not one")
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests of this run want to be read, although they passed: `record_property("shown", text)`."""
+    reports = terminalreporter.getreports("passed")
+    for text in sorted(value for report in reports for name, value in report.user_properties if name == "shown"):
+        terminalreporter.write_line(text)
+
+
 LANES = ("ranks", "comfyui")  # folders of tests
 APART = ("test_contract.py",)  # files of tests
 

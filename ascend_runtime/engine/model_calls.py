@@ -25,10 +25,10 @@ from .sampling import TRAIN_TIMESTEPS, SolverStep
 MOST_BRANCHES = 64  # whose conditioning stays on the device
 DECIDED_ON_COND = ("fbcache", "teacache")  # step caches that look at the cond branch
 ONCE = (
-    "An accelerator needs each step once, with one evaluation of each prompt. Choose a sampler that evaluates once, such "
-    "as euler, dpmpp_2m, uni_pc, res_multistep or lcm (heun, heunpp2, dpm_2, dpm_fast, dpm_adaptive, "
-    "dpmpp_2s_ancestral, dpmpp_sde, seeds_2 and restart evaluate several times), and take out areas, context windows and "
-    "guiders with more than two prompts; or take out the accelerator."
+    "An accelerator needs each step once, with one evaluation of each prompt. Choose a sampler that evaluates once, "
+    "such as euler, dpmpp_2m, uni_pc, res_multistep or lcm (heun, heunpp2, dpm_2, dpm_fast, dpm_adaptive, "
+    "dpmpp_2s_ancestral, dpmpp_sde, seeds_2 and restart evaluate several times), and take out areas, context windows "
+    "and guiders with more than two prompts; or take out the accelerator."
 )
 
 LoadModel = Callable[[CallSetting], tuple[DiffusionModel, Plan]]
@@ -108,7 +108,7 @@ class Run:
     ):
         self.setting = setting
         self.finished = False  # whether the last step has been computed
-        self.plan = plan  # of two passes at a time
+        self._plan = plan  # of two passes at a time
         self._model, self._environ, self._held = model, environ, held
         self._sigmas = setting.run.sigmas
         self._accelerated = None if setting.acceleration == AccelerationSpec() else Accelerated(setting.acceleration)
@@ -116,6 +116,11 @@ class Run:
         self._ranks: dict[Plan, Ranks] = {}
         self._branches: dict[tuple, Branch] = {}  # the last used is last
         self._generation: Generation | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """Of the first passes."""
+        return next(iter(self._ranks))
 
     @property
     def warnings(self) -> list[str]:
@@ -176,7 +181,7 @@ class Run:
         rounds: list[list[int]] = []
         for number in sorted(range(len(passes)), key=lambda number: passes[number].branch != "cond"):
             before = rounds[-1] if rounds else []
-            if len(before) == 1 and (self.plan.cfg == 1 or passes[before[0]].skipped == passes[number].skipped):
+            if len(before) == 1 and (self._plan.cfg == 1 or passes[before[0]].skipped == passes[number].skipped):
                 before.append(number)
             else:
                 rounds.append([number])
@@ -186,7 +191,7 @@ class Run:
         """How the ranks share one pass, or two. All ranks must call it."""
         if self._accelerated and self._ranks:  # what caches keep fits one plan only
             return next(iter(self._ranks.values()))
-        plan = self.plan if passes == 2 else self.plan.unguided()
+        plan = self._plan if passes == 2 else self._plan.unguided()
         if plan not in self._ranks:
             self._ranks[plan] = Ranks.spread(plan, self.setting.parallel, self._operators, self._model, self._environ)
         return self._ranks[plan]

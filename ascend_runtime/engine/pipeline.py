@@ -33,7 +33,7 @@ from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .model_calls import ModelCalls
 from .profiling import Recorder
 from .prompts import Encoded, KnownPrompts, image_key
-from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, padded, tokens_key
+from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, tokens_key, with_padding
 from .video import decode_video, encode_video
 
 
@@ -141,7 +141,7 @@ class RankPipeline:
         if len(given.ids) <= MAX_KNOWN:
             self.prompts.keep(key, encoded)
         info = _warnings(encoded.warnings) | _communicators(self.device) | ({"tokens": "known"} if known else {})
-        results = padded(encoded.results, given)
+        results = with_padding(encoded.results, given)
         return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
 
     def _encoded_tokens(self, job, spec: TextEncoderSpec, sharding: Sharding, given: GivenTokens) -> Encoded | None:

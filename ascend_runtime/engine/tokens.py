@@ -50,7 +50,7 @@ def encoded_tokens(
     return encoding.encode_tokens(part, encoder, given, on_block)
 
 
-def padded(results: dict[str, Tensor], given: GivenTokens) -> dict[str, Tensor]:
+def with_padding(results: dict[str, Tensor], given: GivenTokens) -> dict[str, Tensor]:
     """In fp32, with zeros for the padding that TEXT lacks."""
     made = {name: tensor.float() for name, tensor in results.items()}
     missing = len(given.ids) - made[TEXT].shape[1]

@@ -186,7 +186,7 @@ class ModelPass(Struct, kw_only=True):
 
 
 class SamplerRun(Struct, frozen=True, kw_only=True):
-    """A run of a sampler outside of the ranks. number: tells it from other runs. sigmas: all of its noise levels,
+    """A run of a sampler outside of the ranks. number: no other run has it. sigmas: all of its noise levels,
     decreasing, in 0..1; a step is one of them but the last."""
 
     number: int

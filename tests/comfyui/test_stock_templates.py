@@ -76,6 +76,7 @@ def test_the_latent_is_that_of_cores_loaders(server, nodes, find, by_core, recor
     core = by_core(name)
     ours = run(server, stock.on_ranks(stock.prompt(adopt(stock.workflow(name), find).graph, nodes), ranks))
     error = ((ours - core).abs().max() / core.abs().max()).item()
-    record_property("stock template", f"{name.removeprefix('+')}, {ranks} ranks: {error:.0e} of the largest value")
+    shown = f"{name.removeprefix('+')} ({'newest' if name.startswith('+') else 'of ComfyUI 0.3.75'})"
+    record_property("shown", f"template {shown}, {ranks} rank(s): {error:.0e} of the largest value of core's latent")
     assert core.isfinite().all() and core.std() > 0.1
     assert ours.shape == core.shape and error <= TOLERANCE

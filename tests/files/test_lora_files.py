@@ -291,3 +291,19 @@ def test_an_alpha_that_is_none(tmp_path, shapes, alpha, says):
     with pytest.raises(ValueError) as error:
         read_lora(file, shapes, LORA_NAMES)
     assert says in str(error.value) and str(file) in str(error.value)
+
+
+def test_a_file_that_was_skipped_is_refused_if_so_asked(checkpoint, tmp_path):
+    """Also in the same process, which knows the file."""
+    path = str(saved(tmp_path, OTHERS["2 of layers of Wan VACE, which this model lacks"]))
+    components = Components(torch.device("cpu"))
+
+    def get(misfits):
+        lora = LoraSpec(path=path, misfits=misfits)
+        return components.get(DiffusionModelSpec(path=str(checkpoint), loras=(lora,)), lambda *_: None)
+
+    for _ in range(2):
+        (warning,) = get("skip").warnings
+        assert "changes nothing, as none of its tensors fits: 2 of layers of Wan VACE" in warning
+        with pytest.raises(ValueError, match="none of its 2 tensors fits"):
+            get("refuse")

@@ -8,7 +8,7 @@ from ascend_runtime.hardware import devices
 from gloo_ranks import join
 
 AVAILABLE = (7_000_000_000_000, 5_000_000_000_003, 6_000_000_000_000)  # more than 32 bits hold
-ON_HOST = ((2_000_000_000_001, 5, 0), (0, 6, 3), (1_000_000_000_000, 7, 0))  # on one rank, both experts fit on its device
+ON_HOST = ((2_000_000_000_001, 5, 0), (0, 6, 3), (1_000_000_000_000, 7, 0))  # one rank's device holds both experts
 
 
 def main():

@@ -99,7 +99,7 @@ CASES = {
 def write(folder: Path) -> list[str]:
     """Writes all transformers, as FILE.safetensors, with the names of ComfyUI's tensors; returns the files."""
     for seed, (file, kind) in enumerate(WAN.items()):
-        random_wan.original_transformer(folder / f"{file}.safetensors", seed=seed, layers=1, **kind)
+        random_wan.original_transformer(folder / f"{file}.safetensors", seed=seed, **kind)
     for seed, (file, (kind, changes)) in enumerate(HUNYUAN.items()):
         network = random_hunyuan.transformer(kind, seed, **random_hunyuan.AS_CORE, **changes)
         save_file(hunyuan_formats.comfyui_transformer(network.state_dict()), folder / f"{file}.safetensors")

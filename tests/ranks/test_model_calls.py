@@ -11,7 +11,7 @@ import pytest
 import random_hunyuan
 import tiny_models
 import torch
-from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec
+from ascend_runtime import DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec
 from ascend_runtime.client.model_calls import HeldByRanks
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.wire import channel, shared_memory
@@ -90,13 +90,21 @@ def test_every_plan_makes_the_latent_of_one_rank(one_rank, two_ranks, specs, pla
     assert_close(latent, expected, **NEAR)
 
 
+def test_one_branch_goes_to_all_ranks(two_ranks, specs):
+    """Two go to one rank of the cfg axis each."""
+    passes = [a_pass(specs), a_pass(specs, "uncond", 2)]
+    for number, degrees in ((1, (1, 2)), (2, (2, 1))):
+        info = two_ranks.velocity(specs.model, passes[:number], outer_sampler.run_of(SHORT), 0).info
+        assert (info["cfg_degree"], info["ulysses_degree"]) == degrees
+
+
 def test_plans_of_four_ranks(request, runtimes, specs):
     if not request.config.getoption("--all-stock"):
         pytest.skip("takes --all-stock")
     expected = by_calls(runtimes(1), specs.model, inputs_of(texts_of(specs)))
     for plan in PLANS[4]:
-        parallel = ParallelSpec(ranks=4, **plan)
-        assert_close(by_calls(runtimes(4), specs.model, inputs_of(texts_of(specs)), parallel=parallel), expected, **NEAR)
+        options = {"parallel": ParallelSpec(ranks=4, **plan)}
+        assert_close(by_calls(runtimes(4), specs.model, inputs_of(texts_of(specs)), **options), expected, **NEAR)
 
 
 def test_two_experts_change_at_the_boundary(two_ranks, specs_of, checkpoints):
@@ -108,7 +116,8 @@ def test_two_experts_change_at_the_boundary(two_ranks, specs_of, checkpoints):
 def test_hunyuan_video(two_ranks, tmp_path):
     model = DiffusionModelSpec(path=str(random_hunyuan.folder(tmp_path)))
     given = {"cond": random_hunyuan.conditioning(9, seed=1), "uncond": random_hunyuan.conditioning(5, seed=2)}
-    given = {name: Conditioning(text=one.text, pooled=one.pooled, numbers={"guidance": 8.0}) for name, one in given.items()}
+    for one in given.values():
+        one.numbers = {"guidance": 8.0}
     spec = SampleSpec(seed=7, solver="euler", sigmas=SHORT, guidance_scale=4.0)
     expected = two_ranks.sample(model, spec, torch.zeros(SHAPE), *given.values()).tensor
     inputs = {name: {"text": one.text, "y": one.pooled, "guidance": torch.tensor([8.0])} for name, one in given.items()}

@@ -4,7 +4,7 @@ import outer_cases
 import outer_sampler
 import pytest
 import torch
-from ascend_runtime import DiffusionModelSpec, ParallelSpec
+from ascend_runtime import AccelerationSpec, DiffusionModelSpec, ParallelSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.client.model_calls import NetworkPass
 from ascend_runtime.models.shared.conditioning import Inputs
 from outer_cases import CASES
@@ -20,6 +20,7 @@ SHARED = {  # by name: cases with tokens before or behind the latent's, and how 
     "hunyuan, v2": ({}, {"ring_degree": 2}, {"tp_degree": 2}),
 }
 PLANS = [(name, plan) for name, plans in SHARED.items() for plan in plans]
+SOME_PLANS = [PLANS[number] for number in (0, 1, 3, 5, 7, 10)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,14 @@ def pass_of(latent, timesteps, inputs: Inputs, branch="cond") -> NetworkPass:
     return NetworkPass(branch, latent, timesteps, {name: x.contiguous() for name, x in inputs.tensors.items()})
 
 
-@pytest.mark.parametrize("name, plan", PLANS, ids=str)
+def pytest_generate_tests(metafunc):
+    every = metafunc.config.getoption("--all-stock")
+    if "plan" in metafunc.fixturenames:
+        metafunc.parametrize("name, plan", PLANS if every else SOME_PLANS, ids=str)
+    if "accelerator" in metafunc.fixturenames:
+        metafunc.parametrize("name, accelerator", ACCELERATED if every else ACCELERATED[::2])
+
+
 def test_two_ranks_make_what_one_makes(runtimes, models, name, plan):
     case = CASES[name]
     given = pass_of(*case.drawn(SEED))
@@ -65,3 +73,32 @@ def test_an_input_that_the_model_does_not_read_fails_the_call_by_name(two_ranks,
     with pytest.raises(ValueError, match="the input vace_context, which this model does not read. It is of a VACE"):
         called(two_ranks, models(case), pass_of(latent, timesteps, wrong))
     called(two_ranks, models(case), pass_of(latent, timesteps, inputs))
+
+
+ACCELERATORS = {
+    "RainFusion": AccelerationSpec(rainfusion=RainFusionSpec(sparsity=0.5, start=1)),
+    "first-block cache": AccelerationSpec(step_cache=StepCacheSpec(method="fbcache", threshold=2.0)),
+}
+ACCELERATED = [  # cases with the accelerator that is used
+    ("control, 2.1", "RainFusion"), ("further frames, odd", "RainFusion"), ("hunyuan, v2", "RainFusion"),
+    ("control, 2.1", "first-block cache"),
+]  # fmt: skip
+
+
+def test_accelerators_cover_tokens_that_are_not_the_latents(runtimes, models, name, accelerator):
+    case = CASES[name]._replace(size=(3, 23, 24) if "odd" in name else (3, 24, 24))
+    case = case._replace(inputs={entry: resized(given, case.size) for entry, given in case.inputs.items()})
+    _, _, inputs = case.drawn(SEED)
+    given = {"cond": {entry: x.contiguous() for entry, x in inputs.tensors.items()}}
+    plain, *made = (
+        outer_sampler.euler(runtimes(ranks), models(case), given, inputs.shape, (1.0, 0.9, 0.7, 0.4, 0.0), scale=1,
+                            acceleration=acceleration)
+        for ranks, acceleration in ((1, AccelerationSpec()), *((n, ACCELERATORS[accelerator]) for n in (1, 2)))
+    )  # fmt: skip
+    assert_close(made[1], made[0], atol=5e-5, rtol=0)
+    assert (plain - made[0]).abs().max() > 1e-3, "it has no effect"
+
+
+def resized(given, size):
+    """An input of a case for a latent of another size."""
+    return given if torch.is_tensor(given) or len(given) < 3 else (*given[:-2], *size[1:])

@@ -110,8 +110,8 @@ def test_a_command_speaks_at_once_and_goes_on_doing_so(command, clone, request):
     assert max(later - earlier for earlier, later in zip(times, times[1:])) < GAP + LATE
 
 
-def example() -> str:
-    (found,) = [block for block in PYTHON.findall(DOCUMENTS) if "with Runtime" in block]
+def example(part: str = "with Runtime") -> str:
+    (found,) = [block for block in PYTHON.findall(DOCUMENTS) if part in block]
     return found
 
 
@@ -122,8 +122,11 @@ def assert_made(printed: str) -> None:
 def test_the_python_example_makes_the_models_own_video(two_ranks, monkeypatch, capsys):
     monkeypatch.setattr(client, "Runtime", lambda *_: nullcontext(two_ranks))
     monkeypatch.chdir(ROOT)
-    exec(compile(example(), "docs/python.md", "exec"), {})
+    names = {}
+    exec(compile(example(), "docs/python.md", "exec"), names)
     assert_made(capsys.readouterr().out)
+    exec(compile(example("NetworkPass"), "docs/python.md", "exec"), names)
+    assert 0.5 < names["x"].std() < 2
 
 
 def test_the_python_example_in_a_process_of_its_own(clone, request):

@@ -44,6 +44,7 @@ NAMES = {
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
     "vae": {"vae.speedup2", "vae.of_machine2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1",
             "vae.bf16_psnr", "vae.bf16_psnr_npu", "vae.hunyuan_video_bf16_psnr", "vae.hunyuan_video_bf16_psnr_npu"},
+    "stock": {"stock.call_over_ping_ms", "stock.bytes_of_a_step", "stock.graph_over_ours"},
     "accelerate": {*(f"accelerate.{name}.of_ideal" for name in caches.CACHES),
                    *(f"accelerate.rainfusion.of_bound.{density}" for density in ("0.43", "0.49", "0.61")),
                    *(f"accelerate.w8a8.{what}" for what in ("relative_error", "linear_time", "linear_bytes")),

@@ -24,6 +24,7 @@ from ..shared.outer import (
     check_names,
     check_input_shape,
     check_text,
+    timesteps_on,
 )
 from .context import GUIDANCE_UNIT, Context
 from .files.configs import GUIDING_FRAME
@@ -56,7 +57,7 @@ class OuterHunyuanBranch(Branch):
         return self.timesteps(torch.full((len(self.text),), timestep))
 
     def timesteps(self, timesteps: Tensor) -> Tensor:
-        return timesteps.to(torch.float32).expand(len(self.text)).to(self.text.device)
+        return timesteps_on(self.text.device, timesteps, len(self.text))
 
 
 def branch_of(
@@ -71,7 +72,7 @@ def branch_of(
     text, guidance, mean = given(TEXT), given(GUIDANCE), None
     if MASK in tensors:
         mean = text.mean(1, dtype=NORMS.dtype).type_as(text)
-        text = text[:, tensors[MASK][0].to(device) != 0]
+        text = ready(tensors[TEXT][:, tensors[MASK][0] != 0], batch, device, dtype)
     if guidance is None or not config["guidance_embeds"]:
         guidance = None  # core gives a scale to models that read none, too
     else:

@@ -1,9 +1,14 @@
-"""Checks of the inputs that a sampler outside of the ranks gives a network (`shared.conditioning.Inputs`)."""
+"""The inputs that a sampler outside of the ranks gives a network (`shared.conditioning.Inputs`): checks of them, and
+timesteps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
+from ...hardware import devices
 from ...ops.precision import check_finite
 from .conditioning import Inputs, Reads
 
@@ -20,6 +25,16 @@ INPUT_CURES = {
     "HunyuanVideo (llava_llama3 and clip_l).",
 }
 OTHER_CURE = "Remove the node that adds it to the conditioning."
+
+
+def timesteps_on(device: torch.device, timesteps: Tensor, batch: int) -> Tensor:
+    """[B], or [B, T] if frames have timesteps of their own: in fp32 on this device, which nobody waits for."""
+    timesteps = timesteps.to(torch.float32)
+    if timesteps.ndim == 2 and (timesteps == timesteps[:, :1]).all():
+        timesteps = timesteps[:, 0]
+    if timesteps.ndim == 1 and (timesteps == timesteps[0]).all():
+        return torch.full((batch,), float(timesteps[0]), device=device)
+    return devices.sent(timesteps, device).expand(batch, *timesteps.shape[1:])
 
 
 def check_names(inputs: Inputs, known: frozenset[str], cures: Mapping[str, str] = {}) -> None:

@@ -25,6 +25,7 @@ from ..shared.outer import (
     check_names,
     check_input_shape,
     check_text,
+    timesteps_on,
 )
 from .context import Context
 from .files.configs import REFERENCE_CHANNELS
@@ -68,14 +69,12 @@ class OuterWanBranch(Branch):
         """[B], or [B, S] for frames with timesteps of their own. The tokens, in their order, are dealt out to the
         timesteps in equal parts, the last of which may be shorter, as by core ComfyUI: with a reference or further
         frames, these parts are not the latent's frames."""
-        batch, timesteps = len(self.text), timesteps.to(torch.float32)
-        if timesteps.ndim == 2 and (timesteps == timesteps[:, :1]).all():
-            timesteps = timesteps[:, 0]
-        if timesteps.ndim == 2:
-            tokens = math.prod(length // patch for length, patch in zip(self.size, self.patch))
-            part = -(-tokens // timesteps.shape[1])
-            timesteps = timesteps.repeat_interleave(part, dim=1)[:, :tokens]
-        return timesteps.expand(batch, *timesteps.shape[1:]).to(self.text.device)
+        timesteps = timesteps_on(self.text.device, timesteps, len(self.text))
+        if timesteps.ndim == 1:
+            return timesteps
+        tokens = math.prod(length // patch for length, patch in zip(self.size, self.patch))
+        part = -(-tokens // timesteps.shape[1])
+        return timesteps.repeat_interleave(part, dim=1)[:, :tokens]
 
     def output(self, velocity: Tensor) -> Tensor:
         frames, height, width = self.shape[2:]
