@@ -38,6 +38,15 @@ class RemotePatcher(ModelPatcher):
     def get_key_patches(self, filter_prefix=None):
         raise ValueError(in_ranks(self.model.what, "merged"))
 
+    def model_state_dict_for_saving(self, *args, **kwargs):
+        raise ValueError(in_ranks(self.model.what, "saved"))
+
+    def deepclone_multigpu(self, *args, **kwargs):
+        raise RuntimeError(  # core's nodes take this type of error for "not possible", and log it
+            f"{self.model.what} runs on the ranks, so core cannot move it to a device. Ascend Parallel Config chooses "
+            "the cards."
+        )
+
 
 def in_ranks(what: str, done: str) -> str:
     """The error for a node that needs the weights. done: what it does with them, such as "saved"."""

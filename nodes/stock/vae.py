@@ -42,6 +42,8 @@ class RanksVae(comfy.sd.VAE):
         self.process_output = lambda frames: ((frames + 1) / 2).clamp(0, 1)
         self.memory_used_encode = self.memory_used_decode = lambda shape, dtype: 1  # the ranks' memory, not ComfyUI's
         self.crop_input, self.not_video, self.disable_offload, self.extra_1d_channel = True, False, False, None
+        self.pad_channel_value = self.format_encoded = None  # these two and the next: of newer ComfyUIs
+        self.handles_tiling = False
 
     def __getattr__(self, name: str):
         raise AttributeError(no_such(WHAT, name))

@@ -1,5 +1,8 @@
 """Core's VAE type on the ranks: core's own nodes make of it what they make of core's VAE of the same file."""
 
+import os
+import signal
+
 import comfy_graphs as graphs
 import hunyuan_formats
 import original_formats
@@ -10,7 +13,7 @@ import torch
 from scripts.lib.comfy_server import PromptFailed
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
-from rank_processes import mapped_at
+from rank_processes import mapped_at, ranks_of, seconds_until
 from torch.testing import assert_close
 
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
@@ -82,12 +85,13 @@ def test_cores_nodes_encode_and_decode_as_with_cores_vae(files, kind, ranks, req
     if ranks == 1 and not request.config.getoption("--all-stock"):
         pytest.skip("other numbers of ranks: --all-stock")
     graph = loaded(kind, ranks)
-    graph["video"] = image(1, 7 if kind != "hunyuan" else 5, 76, 66, colours=4)
+    graph["video"] = image(1, 7 if kind == "wan 2.1" else 5, 76, 66, colours=4)
     whole = {"tile_size": 512, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
     with_both(graph, "encoded", "VAEEncode", 0, "latent", pixels=["video", 0])
     with_both(graph, "decoded", "VAEDecode", 0, "images", samples=["encoded core", 0])
-    with_both(graph, "tiled latent", "VAEEncodeTiled", 0, "latent", pixels=["video", 0], **whole)
-    with_both(graph, "tiled", "VAEDecodeTiled", 0, "images", samples=["encoded core", 0], **whole)
+    if kind == "wan 2.1":
+        with_both(graph, "tiled latent", "VAEEncodeTiled", 0, "latent", pixels=["video", 0], **whole)
+        with_both(graph, "tiled", "VAEDecodeTiled", 0, "images", samples=["encoded core", 0], **whole)
     assert_alike(files, graph)
 
 
@@ -161,3 +165,36 @@ def test_what_else_core_lists_is_refused_by_name(files):
     graph["empty"] = {"class_type": "EmptyHunyuanLatentVideo", "inputs": SIZE}
     graph["hold"] = {"class_type": "PreviewImage", "inputs": {"images": ["preview", 0]}}
     assert "pixel_space is no VAE that the ranks can run. Use core's Load VAE" in graphs.refusal(files, graph, "ours")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_what_nodes_read_of_a_vae_is_that_of_cores(files, kind):
+    """What is in the ranks is missing, with a text that says so."""
+    graph = loaded(kind)
+    for vae in ("core", "ours"):
+        graph[f"{vae} facts"] = {"class_type": "TestVaeFacts", "inputs": {"vae": [vae, 0]}}
+    outputs = files.wait(files.queue(graph))["outputs"]
+    (core,), (ours,), (missing,) = (outputs["core facts"]["facts"], outputs["ours facts"]["facts"],
+                                    outputs["ours facts"]["missing"])  # fmt: skip
+    assert ours == {name: fact for name, fact in core.items() if name not in missing}
+    assert "decoder" in core and "decoder" in missing
+
+
+def test_decoding_survives_freed_memory_and_a_killed_rank(files, request):
+    """The rank is killed with --all-stock."""
+    graph = ours("wan 2.1")
+    graph["video"] = image(4, 5, 64, 64)
+    graph["encoded"] = {"class_type": "VAEEncode", "inputs": {"pixels": ["video", 0], "vae": ["ours", 0]}}
+    graph["decoded"] = {"class_type": "VAEDecode", "inputs": {"samples": ["encoded", 0], "vae": ["ours", 0]}}
+    graph["save"] = {"class_type": "TestSave", "inputs": {"images": ["decoded", 0]}}
+    made = [load_file(graphs.saved(files, files.queue(graph), "save"))["images"]]
+    files.post("/free", {"unload_models": True, "free_memory": False})
+    graph["video"]["inputs"]["colours"] = 4  # other numbers, so that nothing is known
+    made.append(load_file(graphs.saved(files, files.queue(graph), "save"))["images"])
+    if request.config.getoption("--all-stock"):
+        os.kill(ranks_of(files.process.pid)[1], signal.SIGKILL)
+        seconds_until(lambda: not ranks_of(files.process.pid), timeout=10)
+    files.post("/free", {"unload_models": True, "free_memory": False})
+    graph["video"]["inputs"]["colours"] = 3
+    made.append(load_file(graphs.saved(files, files.queue(graph), "save"))["images"])
+    assert torch.equal(made[2], made[0]) and not torch.equal(made[1], made[0])

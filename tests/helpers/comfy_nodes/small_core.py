@@ -5,6 +5,7 @@ import json
 from types import SimpleNamespace
 
 import comfy.ldm.wan.vae2_2
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -140,4 +141,37 @@ class ClipLora(io.ComfyNode):
         return io.NodeOutput(comfy.sd.load_lora_for_models(None, clip, lora, 1.0, strength)[1])
 
 
-NODES = [LoadSmallCoreVae, LoadSmallCoreClip, ImageTokens, EncodeRaw, ClipLora]
+class Facts(io.ComfyNode):
+    """What nodes read of a VAE besides its work, and what they read that only a network here has."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestVaeFacts", category=CATEGORY, is_output_node=True, inputs=[io.Vae.Input("vae")])
+
+    @classmethod
+    def execute(cls, vae):
+        vae.throw_exception_if_invalid()
+        pixels = torch.rand(7, 75, 82, 3)
+        facts = {
+            "channels": [vae.latent_channels, vae.latent_dim, vae.output_channels],
+            "compression": [vae.spacial_compression_encode(), vae.spacial_compression_decode(),
+                            vae.temporal_compression_decode()],
+            "ratios": [*vae.downscale_ratio[1:], *vae.upscale_ratio[1:]],
+            "frames": [[vae.downscale_ratio[0](count), vae.upscale_ratio[0](count)] for count in range(12)],
+            "formulas": [vae.downscale_index_formula, vae.upscale_index_formula],
+            "cropped": list(vae.vae_encode_crop_pixels(pixels).shape),
+            "values": [vae.process_input(pixels[:1, :1, :1]).flatten().tolist() == (2 * pixels[0, 0, 0] - 1).tolist(),
+                       vae.process_output(torch.tensor([-2.0, 0.0, 1.0])).tolist()],
+            "kinds": [vae.not_video, vae.crop_input, vae.extra_1d_channel, isinstance(vae, comfy.sd.VAE)],
+        }  # fmt: skip
+        comfy.model_management.load_models_gpu([vae.patcher.clone()])
+        missing = {}
+        for name in ("decoder", "encoder.conv1"):
+            try:
+                facts[name] = bool(vae.first_stage_model.get_submodule(name))
+            except AttributeError as error:
+                missing[name] = str(error)
+        return io.NodeOutput(ui={"facts": [facts], "missing": [missing]})
+
+
+NODES = [LoadSmallCoreVae, LoadSmallCoreClip, ImageTokens, EncodeRaw, ClipLora, Facts]
