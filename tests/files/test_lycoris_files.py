@@ -1,6 +1,7 @@
 """LoRA files in LyCORIS's formats: they make what core ComfyUI makes of them; what core cannot read, by its formula."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,23 @@ def test_a_file_with_all_formats_makes_cores_weights(core, tmp_path, case):
     assert made.keys() == merged.keys()
     for name, weight in made.items():
         assert_close(weight.data, merged[name].data, atol=2e-6, rtol=1e-5, msg=lambda text, of=name: f"{of}: {text}")
+
+
+def test_norms_have_another_name_in_newer_cores(core, tmp_path):
+    """HunyuanVideo's, in files and in LoRAs."""
+    file = core[0] / "hunyuan_base.safetensors"
+    renamed = {re.sub(r"_norm\.scale$", "_norm.weight", name): x for name, x in load_file(file).items()}
+    norms = [name.removesuffix(".weight") for name in renamed if name.endswith("_norm.weight")]
+    assert len(norms) == 12
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    for end, name in (("", "newer"), (".scale", "older")):
+        tensors = {f"diffusion_model.{norm}{end}.diff": torch.ones(128) for norm in norms}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    loras = [LoraSpec(path=str(tmp_path / f"{name}.safetensors")) for name in ("newer", "older")]
+    base, changed = weights_of(file), weights_of(tmp_path / "renamed.safetensors", *loras)
+    assert base.keys() == changed.keys()
+    for name, weight in changed.items():
+        assert_close(weight.data, base[name].data + (2 if "attn.norm_" in name else 0))
 
 
 def change_in(path, shape):

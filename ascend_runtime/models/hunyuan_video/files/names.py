@@ -2,7 +2,8 @@
 
 The original (Tencent-Hunyuan/HunyuanVideo, hyvideo/modules/models.py) fuses query, key and value in rows of one layer,
 in single blocks with the feed-forward's first layer too (linear1); its head stores shift | scale, diffusers
-scale | shift. ComfyUI (comfy/ldm/hunyuan_video/model.py) has Flux's names for the same layers. Fused tensors keep names
+scale | shift. ComfyUI (comfy/ldm/hunyuan_video/model.py) has Flux's names for the same layers, of which norms end in
+`scale` or, in newer versions, in `weight`. Fused tensors keep names
 of their own here, and `split_transformer` gives diffusers' names to what they hold. A single block's `proj_out` is two
 parameters in the network: its columns for the attention, and those for the feed-forward.
 """
@@ -26,6 +27,7 @@ REFINER = r"^txt_in\.individual_token_refiner\.blocks\.(\d+)\."
 OWN_REFINER = r"context_embedder.token_refiner.refiner_blocks.\1."
 DOUBLE_BLOCK, OWN_DOUBLE_BLOCK = r"^double_blocks\.(\d+)\.", r"transformer_blocks.\1."
 SINGLE_BLOCK, OWN_SINGLE_BLOCK = r"^single_blocks\.(\d+)\.", r"single_transformer_blocks.\1."
+LEAF = "(?:scale|weight)"  # of a norm's name in ComfyUI
 OWN_TIME, OWN_TEXT_TIME = "time_text_embed.", "context_embedder.time_text_embed."
 
 
@@ -41,8 +43,8 @@ def _stream(stream: str, norm: str, added: str, feed: str) -> Rules:
     return (
         (rf"{block}mod\.lin(ear)?\.", f"{own}{norm}.linear."),
         (rf"{block}attn[._]qkv\.", f"{own}attn.{'add_qkv_proj' if added else 'to_qkv'}."),
-        (rf"{block}attn(_q_norm\.weight|\.norm\.query_norm\.scale)$", f"{own}attn.norm_{added}q.weight"),
-        (rf"{block}attn(_k_norm\.weight|\.norm\.key_norm\.scale)$", f"{own}attn.norm_{added}k.weight"),
+        (rf"{block}attn(_q_norm\.weight|\.norm\.query_norm\.{LEAF})$", f"{own}attn.norm_{added}q.weight"),
+        (rf"{block}attn(_k_norm\.weight|\.norm\.key_norm\.{LEAF})$", f"{own}attn.norm_{added}k.weight"),
         (rf"{block}attn[._]proj\.", f"{own}attn.{'to_add_out' if added else 'to_out.0'}."),
         (rf"{block}mlp\.(fc1|0)\.", f"{own}{feed}.net.0.proj."),
         (rf"{block}mlp\.(fc2|2)\.", f"{own}{feed}.net.2."),
@@ -74,8 +76,8 @@ RULES: dict[str, Rules] = {
     "single_blocks": (
         (rf"{SINGLE_BLOCK}linear2\.", f"{OWN_SINGLE_BLOCK}proj_out."),
         (rf"{SINGLE_BLOCK}modulation\.lin(ear)?\.", f"{OWN_SINGLE_BLOCK}norm.linear."),
-        (rf"{SINGLE_BLOCK}(q_norm\.weight|norm\.query_norm\.scale)$", f"{OWN_SINGLE_BLOCK}attn.norm_q.weight"),
-        (rf"{SINGLE_BLOCK}(k_norm\.weight|norm\.key_norm\.scale)$", f"{OWN_SINGLE_BLOCK}attn.norm_k.weight"),
+        (rf"{SINGLE_BLOCK}(q_norm\.weight|norm\.query_norm\.{LEAF})$", f"{OWN_SINGLE_BLOCK}attn.norm_q.weight"),
+        (rf"{SINGLE_BLOCK}(k_norm\.weight|norm\.key_norm\.{LEAF})$", f"{OWN_SINGLE_BLOCK}attn.norm_k.weight"),
         (SINGLE_BLOCK, OWN_SINGLE_BLOCK),
     ),
     "final_layer": (
