@@ -63,6 +63,10 @@ MESSAGES = [
         held={7: torch.ones(1, 4, 2, dtype=torch.bfloat16)},
         drop=(3, 4),
     ),
+    messages.EncodeTokens(
+        job=13, encoder=ENCODER, part="text_encoder", ids=torch.arange(5), length=4, places=(1,),
+        embeddings=[torch.ones(2, 3)],
+    ),  # fmt: skip
     messages.Describe(job=6, vae=VAE, model=MODEL),
     messages.Free(job=7),
     messages.Cancel(job=8),
