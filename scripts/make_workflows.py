@@ -89,9 +89,10 @@ NOTES = {
 
 {files}
 
-{stock} {sizes}
+{stock} The model takes 26 GB in bfloat16: with less memory, use `fsdp` in Ascend Parallel Config. Tencent's licence \
+excludes the EU, the UK and South Korea.
 
-{原生}{尺寸}
+{原生}模型以 bfloat16 占 26 GB，显存不足时请用并行配置中的“FSDP 权重分片”。腾讯的许可证不适用于欧盟、英国和韩国。
 """,
     "stock_wan2.2_i2v_a14b_image_to_video": """\
 ## Wan2.2-I2V-A14B with core's nodes

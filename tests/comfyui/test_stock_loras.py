@@ -85,7 +85,8 @@ def test_each_layout_changes_what_it_changes_in_core(loras, name):
 
 
 def test_a_stack_that_grows_changes_and_goes(loras):
-    """Each as in core; a new strength writes no file, and without LoRAs the model is what it was, bit by bit."""
+    """Each as in core; a new strength writes no file, files that were deleted are written again, and without LoRAs the
+    model is what it was, bit by bit."""
     base = ours(loras, few_steps)
     stack = [("kohya", 0.6)]
     assert apart(loras, twins(with_loras(*stack))) <= TOLERANCE
@@ -96,7 +97,10 @@ def test_a_stack_that_grows_changes_and_goes(loras):
     assert apart(loras, twins(with_loras(*stack))) <= TOLERANCE
     assert written(loras) == before and before
     del stack[0]
+    for file in loras.base.rglob("ascend_loras/*"):
+        file.unlink()
     assert apart(loras, twins(with_loras(*stack))) <= TOLERANCE
+    assert len(written(loras)) == 2
     assert torch.equal(ours(loras, few_steps), base)
 
 

@@ -1,16 +1,19 @@
-"""A rank that loads two models by turns, on a host whose memory is pretended (see tests/ranks/test_two_models.py).
+"""A rank that loads two models by turns, on a host whose memory is pretended, and moves what FSDP shards (see
+tests/ranks/test_two_models.py).
 
 The models, `model-0` and `model-1` of FOLDER, are in float32. What is kept in bfloat16 is not mapped from the files.
 """
 
 import gloo_ranks
+import tiny_models
 import torch
 import torch.distributed as dist
-from ascend_runtime import DiffusionModelSpec, ParallelSpec
+from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec
 from ascend_runtime.components.standby import DiffusionModels
 from ascend_runtime.engine.job import Job
 from ascend_runtime.engine.pipeline import RankPipeline
 from ascend_runtime.hardware import devices, memory
+from ascend_runtime.parallel.fsdp import own_part
 from ascend_runtime.wire import messages
 
 
@@ -25,9 +28,36 @@ class Client:
 
 
 def main():
+    torch.set_grad_enabled(False)
     folder, rank, ranks = gloo_ranks.join()
     pipeline = RankPipeline(torch.device("cpu"))
     specs = [DiffusionModelSpec(path=str(folder / f"model-{number}"), dtype="bfloat16") for number in range(2)]
+    move_shards(pipeline, specs[0], ranks)
+    load_by_turns(pipeline, specs, rank, ranks)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def move_shards(pipeline, spec, ranks):
+    """FSDP refers to its shards, and computes with those that came back."""
+    text = Conditioning(text=torch.randn(1, 12, tiny_models.TEXT_DIM, generator=torch.Generator().manual_seed(1)))
+    message = messages.Sample(
+        job=1, model=spec, parallel=ParallelSpec(ranks=ranks, fsdp=True), latent=torch.zeros(1, 16, 2, 4, 6),
+        spec=SampleSpec(seed=3, steps=2, shift=5.0, guidance_scale=1.0), positive=text,
+    )  # fmt: skip
+    made = []
+    for _ in range(2):
+        made.append(pipeline.sample(Job(message, Client(), pipeline.device)).tensor)
+        network = pipeline.components.models.in_use.model.high_noise
+        shards = [own_part(weight).detach() for weight in network.parameters()]
+        network._apply(torch.clone)  # as Module.to moves them
+        for shard in shards:
+            shard.view(torch.uint8).fill_(255)  # NaN
+    assert made[0] is made[1] is None or torch.equal(*made) and made[0].std() > 0.1
+    pipeline.components.free()
+
+
+def load_by_turns(pipeline, specs, rank, ranks):
     devices.local_ranks = lambda: ranks
 
     def load(number, free):
@@ -59,5 +89,3 @@ def main():
     if rank:
         DiffusionModels.drop_waiting(pipeline.components.models)
     assert load(1, plenty) == [1, None], "dropped by one rank: dropped by all"
-    dist.barrier()
-    dist.destroy_process_group()

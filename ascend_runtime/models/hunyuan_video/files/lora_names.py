@@ -18,14 +18,14 @@ OUTSIDE = ["img_in.proj", "vector_in.in_layer", "vector_in.out_layer", "txt_in.i
            *(f"{part}.{layer}" for part in ("time_in", "guidance_in", "txt_in.t_embedder")
              for layer in ("mlp.0", "mlp.2", "in_layer", "out_layer")),
            "txt_in.c_embedder.in_layer", "txt_in.c_embedder.out_layer"]  # fmt: skip
-NORMS = ["norm.query_norm.scale", "norm.key_norm.scale", "norm.query_norm", "norm.key_norm"]  # ComfyUI's
+QK_NORMS = ["norm.query_norm.scale", "norm.key_norm.scale", "norm.query_norm", "norm.key_norm"]  # ComfyUI's
 IN_REFINER = ["norm1", "norm2", "self_attn_qkv", "self_attn.qkv", "self_attn_proj", "self_attn.proj", "mlp.fc1",
               "mlp.0", "mlp.fc2", "mlp.2", "adaLN_modulation.1"]  # fmt: skip
 IN_DOUBLE = [f"{stream}_{layer}" for stream in ("img", "txt")
              for layer in ("mod.linear", "mod.lin", "attn_qkv", "attn.qkv", "attn_proj", "attn.proj", "attn_q_norm",
-                           "attn_k_norm", *(f"attn.{norm}" for norm in NORMS), "mlp.fc1", "mlp.0", "mlp.fc2",
+                           "attn_k_norm", *(f"attn.{norm}" for norm in QK_NORMS), "mlp.fc1", "mlp.0", "mlp.fc2",
                            "mlp.2")]  # fmt: skip
-IN_SINGLE = ["linear1", "linear2", "modulation.linear", "modulation.lin", "q_norm", "k_norm", *NORMS]
+IN_SINGLE = ["linear1", "linear2", "modulation.linear", "modulation.lin", "q_norm", "k_norm", *QK_NORMS]
 LAYERS_IN_BLOCKS = {  # the network's prefix: the files', and the layers in it
     REFINER: ("txt_in.individual_token_refiner.blocks.", IN_REFINER),
     DOUBLE: ("double_blocks.", IN_DOUBLE),
