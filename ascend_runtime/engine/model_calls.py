@@ -22,7 +22,7 @@ from ..wire.messages import CallSetting, ModelPass, Velocity
 from .generation import Course, Generation, NetworkCall, Ranks
 from .sampling import TRAIN_TIMESTEPS, SolverStep
 
-MOST_BRANCHES = 64  # whose conditioning stays on the device
+MOST_BRANCHES = 32  # whose conditioning stays on the device
 DECIDED_ON_COND = ("fbcache", "teacache")  # step caches that look at the cond branch
 ONCE = (
     "An accelerator needs each step once, with one evaluation of each prompt. Choose a sampler that evaluates once, "
@@ -47,6 +47,12 @@ class ModelCalls:
         self._setting: CallSetting | None = None  # of the last call
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # each belongs to its model, and is freed with it
         self._last: weakref.ref[Run] | None = None
+
+    @property
+    def going_on(self) -> bool:
+        """Whether the run of the last call has further steps."""
+        last = self._last and self._last()
+        return last is not None and not last.finished
 
     def end(self) -> None:
         """Ends all runs. The tensors stay valid."""
