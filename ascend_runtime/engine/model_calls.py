@@ -78,9 +78,8 @@ class ModelCalls:
         last = self._last and self._last()
         if last is not None and last.setting is setting:
             return last, False
-        for run in [run for run in self._runs if run.finished]:
-            run.end()  # before another model needs the memory
-            self._runs.discard(run)
+        del last  # it refers to a model that may have to leave
+        self._end_finished()  # before another model needs the memory
         model, plan = load(setting)
         run = model.standing
         new = bool(all_reduce_max(run is None or run.setting != setting))  # a rank may have read the model again
@@ -93,6 +92,11 @@ class ModelCalls:
         run.setting = setting  # an equal one
         self._last = weakref.ref(run)
         return run, new
+
+    def _end_finished(self) -> None:
+        for run in [run for run in self._runs if run.finished]:
+            run.end()
+            self._runs.discard(run)
 
     def _take(self, message: Velocity) -> None:
         if message.fresh:

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 import torch.distributed as dist
 from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec
-from ascend_runtime.components.standby import DiffusionModels
+from ascend_runtime.components import HostMemory
 from ascend_runtime.engine.job import Job
 from ascend_runtime.engine.pipeline import RankPipeline
 from ascend_runtime.hardware import devices, memory
@@ -87,5 +87,5 @@ def load_by_turns(pipeline, specs, rank, ranks):
 
     load(1, plenty)
     if rank:
-        DiffusionModels.drop_waiting(pipeline.components.models)
+        pipeline.components.models.drop_waiting(HostMemory(plenty))
     assert load(1, plenty) == [1, None], "dropped by one rank: dropped by all"
