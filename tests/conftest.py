@@ -186,5 +186,5 @@ def comfyui(tmp_path_factory, checkpoint):
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "test_nodes").symlink_to(Path(__file__).parent / "helpers" / "comfy_nodes")
     random_wan.single_files(base / "models")
-    with ComfyServer(base=base) as server:
+    with ComfyServer(base=base, env={"OMP_WAIT_POLICY": "PASSIVE"}) as server:  # as for the ranks
         yield server

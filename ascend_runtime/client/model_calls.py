@@ -40,10 +40,11 @@ class HeldByRanks:
     """What the ranks hold: tensors, by number, and the setting of the last call. What equals it is not sent again.
 
     fresh: whether the ranks may hold something else, and must forget it before they get the next.
+    pause: the longest one between reports of the run's calls, in seconds: a step that takes minutes is no silence.
     """
 
     def __init__(self, most: int = MOST_HELD):
-        self.fresh = True
+        self.fresh, self.pause = True, 0.0
         self._setting: CallSetting | None = None
         self._most = most
         self._numbers = itertools.count(1)  # never used twice, also after `forget`
@@ -68,7 +69,7 @@ class HeldByRanks:
         """The setting, if it is not that of the last call."""
         if setting == self._setting:
             return None
-        self._setting = setting
+        self._setting, self.pause = setting, 0.0
         return setting
 
     def number(self, tensor: Tensor, new: dict[int, Tensor]) -> int:

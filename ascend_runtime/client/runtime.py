@@ -502,7 +502,8 @@ class Runtime:
             raise JobCancelled("The job was cancelled while the ranks started.")
 
     def _submit(self, message: Message, hooks: Hooks, deadline: float | None = None) -> Result:
-        submitted = Submission(message, self._group, self._cancel_requested, hooks, deadline)
+        pause = self._held.pause if isinstance(message, Velocity) else 0.0
+        submitted = Submission(message, self._group, self._cancel_requested, hooks, deadline, pause)
         if isinstance(message, Free):
             self._held.forget()
         try:
@@ -512,6 +513,8 @@ class Runtime:
             if submitted.unanswered:  # these ranks still work on the job, and nobody would read their answers
                 self._group.kill()
             raise
+        if isinstance(message, Velocity):
+            self._held.pause = submitted.longest_pause
         self._log_warnings(result)
         return result
 

@@ -75,7 +75,8 @@ class Hooks:
 class Submission:
     """One job, from its submission to the last rank's answer.
 
-    deadline: seconds until all ranks must have answered; None for no limit.
+    deadline: seconds until all ranks must have answered; None for no limit. pause: the longest one between reports of
+    jobs like this one so far, in seconds.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Submission:
         cancel_requested: threading.Event,
         hooks: Hooks,
         deadline: float | None = None,
+        pause: float = 0.0,
     ):
         self.message = message
         self.group = group
@@ -95,7 +97,12 @@ class Submission:
         self._caller_error: BaseException | None = None
         self._cancel_sent = False
         self._give_up_at = None if deadline is None else time.monotonic() + deadline
-        self._silence = _Silence()
+        self._silence = _Silence(pause)
+
+    @property
+    def longest_pause(self) -> float:
+        """Of this job and those like it, in seconds."""
+        return self._silence.longest
 
     def run(self) -> Result:
         """Runs the job. Raises ValueError for an invalid request, JobCancelled, RankError, RankDied, or a callback's
@@ -264,8 +271,8 @@ class Submission:
 class _Silence:
     """Measures the time since any rank last reported. longest: the longest pause of the job so far, in seconds."""
 
-    def __init__(self):
-        self.longest = 0.0
+    def __init__(self, longest: float = 0.0):
+        self.longest = longest
         self._since = time.monotonic()
         self._noticed_at = 0.0  # length of the current pause at the last notice, in seconds
 

@@ -64,7 +64,7 @@ OTHER_LOADERS = (  # patterns of the types of loaders that are left, and why
     (r"(Triple|Quadruple)CLIPLoader.*", "its text encoders belong to models that the ranks do not run"),
     (r"(Load)?WanVideo.*Loader.*|LoadWanVideo.*", f"WanVideoWrapper's {OWN_TYPES}"),
     (r"(HyVideo|DownloadAndLoadHyVideo).*Load.*", f"HunyuanVideoWrapper's {OWN_TYPES}"),
-    (r"Nunchaku.*Loader.*", "its files are in a format that is not read. Take the model's fp8_scaled, fp16 or bf16 file"),
+    (r"Nunchaku.*Loader.*", "the ranks do not read its files. Take the model's fp8_scaled, fp16 or bf16 file"),
 )
 HOLDER = r"workflow[>/]|[0-9a-f]{8}-[0-9a-f-]{27}$"  # a type: the group node of a name, the subgraph of an id
 LOADED = ("MODEL", "CLIP", "VAE")  # core's types that loaders put out

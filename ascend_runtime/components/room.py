@@ -32,13 +32,13 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class Room:
-    """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder. drop_waiting:
+    """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder. give_way:
     drops the diffusion model that waits, and counts what that frees."""
 
     device: torch.device
     sharding: Sharding
     host_memory: HostMemory
-    drop_waiting: Callable[[HostMemory], None] = lambda host: None
+    give_way: Callable[[HostMemory], None] = lambda host: None
 
     def free_host(self, nbytes: int, pinned: bool = False) -> int:
         """The bytes of the host's memory for all ranks, of which each needs so many. Where they are short, the model
@@ -46,5 +46,5 @@ class Room:
         host = self.host_memory
         kept = host.pinned if pinned else 0
         if host.waiting and not host.has(nbytes, kept):
-            self.drop_waiting(host)
+            self.give_way(host)
         return host.free + kept

@@ -53,7 +53,7 @@ class Components:
         """
         progress = BytesRead(on_bytes)
         host_memory = host_memory or HostMemory(devices.host_memory(), *self.models.on_host)
-        room = Room(self._device, sharding, host_memory, self.models.drop_waiting)
+        room = Room(self._device, sharding, host_memory, self.models.give_way)
         if isinstance(spec, DiffusionModelSpec):
             return self._model(spec, progress, room)
         if getattr(spec, "placement", "ranks") == "ranks":

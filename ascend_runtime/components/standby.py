@@ -13,6 +13,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, zip_longest
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ from .room import HostMemory
 logger = logging.getLogger(__name__)
 
 ROOM_FOR_OTHERS = 32 * 2**30  # bytes of a device: a VAE takes larger tiles, or the whole frame, where it finds more
+
+DROPPED = "The host has too little memory for a second diffusion model: the one used before is dropped."
 
 
 class ModelKey(NamedTuple):
@@ -52,12 +55,12 @@ class HeldModel:
     model: DiffusionModel
     away: bool = False
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """On this rank's device, while the model is in use."""
         return sum(own_part(weight).nbytes for network in _networks(self.model) for weight in network.parameters())
 
-    @property
+    @cached_property
     def to_host(self) -> int:
         """What the host takes when the model leaves the device. Experts in turns are there already."""
         return 0 if self.model.swap else _waiting_in(self.model)
@@ -119,19 +122,23 @@ class DiffusionModels:
         held = self.waiting
         if held is None or held.away or self._device.type == "cpu" or devices.room(self._device) >= ROOM_FOR_OTHERS:
             return
-        if not host.has(held.to_host):
-            self.drop_waiting(host)
+        if not host.has(held.to_host, _pinned_for(held, host)):
+            self.give_way(host)
             return
         for _ in self._leaving(held, host):
             pass
 
-    def drop_waiting(self, host: HostMemory | None = None) -> None:
-        """Frees the model that waits."""
-        if self.waiting is None:
-            return
-        self.waiting = None
-        self._collect()
-        if host is not None:
+    def give_way(self, host: HostMemory) -> None:
+        """Drops the model that waits, if there is one, as its place is needed."""
+        if self.waiting is not None:
+            logger.info(DROPPED)
+        self.drop_waiting(host)
+
+    def drop_waiting(self, host: HostMemory) -> None:
+        """Frees the model that waits, if there is one."""
+        if self.waiting is not None:
+            self.waiting = None
+            self._collect()
             host.free, host.waiting = host.free + host.waiting, 0
 
     def drop(self) -> None:
@@ -166,12 +173,12 @@ class DiffusionModels:
         if self._fits(nbytes, host):
             self.waiting, host.waiting = held, in_use
             return iter(())
-        if self._device.type != "cpu" and host.has(held.to_host, released):
+        if self._device.type != "cpu" and host.has(held.to_host, released + _pinned_for(held, host)):
             self.waiting, host.waiting = held, in_use
             return self._leaving(held, host)
         del held
         host.free += in_use
-        logger.info("The host has too little memory for a second diffusion model: the one used before is dropped.")
+        logger.info(DROPPED)
         self._collect()
         return iter(())
 
@@ -229,25 +236,31 @@ def _to_host(model: DiffusionModel, device: torch.device) -> Iterator[None]:
 
 def _to_device(model: DiffusionModel) -> Iterator[None]:
     """Moves the weights back. A slab is free as soon as its weights have left."""
-    device = model.device
+    networks = _networks(model)
     if model.swap is not None:
         model.swap.come_back()
-        return
-    for network in _networks(model):
-        if is_sharded(network):
-            yield network.to(device)
-            continue
-        for names in _by_slab(network):
-            for name in names:
-                assign(network, name, network.get_parameter(name).to(device, non_blocking=True))
-            devices.synchronise(device)
+    elif is_sharded(model.high_noise):
+        for network in networks:
+            yield network.to(model.device)
+    else:
+        for slab in _by_slab(networks):
+            for network, name in slab:
+                assign(network, name, network.get_parameter(name).to(model.device, non_blocking=True))
+            devices.synchronise(model.device)
             yield
-        prefer_layouts(network)
+        for network in networks:
+            prefer_layouts(network)
 
 
-def _by_slab(network: nn.Module) -> list[list[str]]:
-    """The names of the parameters in each slab."""
+def _by_slab(networks: list[nn.Module]) -> list[list[tuple[nn.Module, str]]]:
+    """The parameters in each slab, by network and name."""
     slabs = defaultdict(list)
-    for name, weight in network.named_parameters():
-        slabs[weight.untyped_storage().data_ptr()].append(name)
+    for network in networks:
+        for name, weight in network.named_parameters():
+            slabs[weight.untyped_storage().data_ptr()].append((network, name))
     return list(slabs.values())
+
+
+def _pinned_for(held: HeldModel, host: HostMemory) -> int:
+    """The pinned memory kept by torch that this model can wait in."""
+    return 0 if is_sharded(held.model.high_noise) else host.pinned

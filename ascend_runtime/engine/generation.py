@@ -33,7 +33,7 @@ from ..specs.presets import for_family
 from .sampling import SolverStep, schedule_of
 
 BRANCHES = {"cond": "positive", "uncond": "negative"}  # guidance branch -> its prompt
-MOST_CONTEXTS = 8  # embedded ones that are kept, each with keys and values of all blocks
+MOST_CONTEXTS = 4  # embedded ones that are kept, each with keys and values of all blocks
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..wire.messages import CallSetting, ModelPass, Velocity
 from .generation import Course, Generation, NetworkCall, Ranks
 from .sampling import TRAIN_TIMESTEPS, SolverStep
 
-MOST_BRANCHES = 64  # whose conditioning stays on the device
+MOST_BRANCHES = 32  # whose conditioning stays on the device
 DECIDED_ON_COND = ("fbcache", "teacache")  # step caches that look at the cond branch
 ONCE = (
     "An accelerator needs each step once, with one evaluation of each prompt. Choose a sampler that evaluates once, "
@@ -48,6 +48,12 @@ class ModelCalls:
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()  # each belongs to its model, and is freed with it
         self._last: weakref.ref[Run] | None = None
 
+    @property
+    def going_on(self) -> bool:
+        """Whether the run of the last call has further steps."""
+        last = self._last and self._last()
+        return last is not None and not last.finished
+
     def end(self) -> None:
         """Ends all runs. The tensors stay valid."""
         for run in list(self._runs):
@@ -72,9 +78,8 @@ class ModelCalls:
         last = self._last and self._last()
         if last is not None and last.setting is setting:
             return last, False
-        for run in [run for run in self._runs if run.finished]:
-            run.end()  # before another model needs the memory
-            self._runs.discard(run)
+        del last  # it refers to a model that may have to leave
+        self._end_finished()  # before another model needs the memory
         model, plan = load(setting)
         run = model.standing
         new = bool(all_reduce_max(run is None or run.setting != setting))  # a rank may have read the model again
@@ -87,6 +92,11 @@ class ModelCalls:
         run.setting = setting  # an equal one
         self._last = weakref.ref(run)
         return run, new
+
+    def _end_finished(self) -> None:
+        for run in [run for run in self._runs if run.finished]:
+            run.end()
+            self._runs.discard(run)
 
     def _take(self, message: Velocity) -> None:
         if message.fresh:

@@ -294,7 +294,7 @@ class RankPipeline:
         waiting = self.components.models.waiting
         digest = 0 if waiting is None else zlib.crc32(repr(waiting.key.spec).encode())
         if all_reduce_max(digest) != -all_reduce_max(-digest):
-            self.components.models.drop_waiting(host_memory)
+            self.components.models.give_way(host_memory)
 
     def _host_memory(self) -> HostMemory:
         """The same on all ranks. All ranks must call it, before one of them loads."""

@@ -60,7 +60,7 @@ def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
         return True
     if type(message) in _WORK:
         _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
-        if pipeline.device.type == "cpu":
+        if pipeline.device.type == "cpu" and not pipeline.calls.going_on:
             devices.empty_cache(pipeline.device)  # after the reply, for other processes on the host
     elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may arrive after its job has finished
         _reply(channel, Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is not a job."))

@@ -8,7 +8,6 @@ content: a new strength writes nothing, and the ranks know it again.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -24,8 +23,6 @@ from ...ascend_runtime.checkpoints.faults import list_faults
 from ...ascend_runtime.checkpoints.writing.writers import lay_out, starts, write_at
 from ...ascend_runtime.specs import LoraSpec
 from . import refusals
-
-logger = logging.getLogger(__name__)
 
 NETWORK = "diffusion_model."  # before the names of the network's weights in a MODEL
 FOLDER = "ascend_loras"  # in ComfyUI's temporary folder

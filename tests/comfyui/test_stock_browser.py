@@ -66,53 +66,61 @@ def wait_for_types(page, types):
     page.wait_for_function("types => types.every(type => app.graph.nodes.some(node => node.type === type))", arg=types)
 
 
-def test_stock_template_runs_on_the_ranks_and_is_swapped_back(comfyui):
+@pytest.fixture(scope="module")
+def browser(comfyui):
     published_models.write_all(comfyui.base / "models")
-    file = Path(PACKAGE.submodule_search_locations[0]) / "templates" / f"{TEMPLATE}.json"
     with ComfyBrowser(comfyui) as browser:
-        page, errors = browser.page, []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.evaluate("app.graph.clear()")
-        page.evaluate(DROP, [file.name, file.read_text()])
-        wait_for_types(page, LOADERS)
-        page.evaluate(SET, SMALL)
-        page.evaluate(FIT)
-        stock, (tabs, _) = browser.graph(), page.evaluate(TAB)
-        choose(page, TO_RANKS)
-        wait_for_types(page, [f"Ascend{name}" for name in LOADERS])
-        swapped = browser.graph()
-        assert loaders(swapped) == [f"Ascend{name}" for name in LOADERS]
-        assert "3 loaders swapped" in page.evaluate(TOASTS)
-        assert page.evaluate(TAB) == [tabs, True], "the swap is no change of the tab that was open"
-        classes = [node["class_type"] for node in browser.prompt().values()]
-        assert {f"Ascend{name}" for name in LOADERS} < set(classes) and not set(LOADERS) & set(classes)
-        before = set(comfyui.get("/history"))
-        page.evaluate(FIT)
-        page.keyboard.press("Control+Enter")
-        assert comfyui.wait(new_prompt(comfyui, before))["status"]["status_str"] == "success"
-        page.wait_for_function(f"({VIDEO})()")
-        assert page.evaluate(VIDEO)[:2] == [96, 64]
-        choose(page, BACK)
-        wait_for_types(page, LOADERS)
-        assert {**browser.graph(), "extra": stock["extra"]} == stock  # extra has what the canvas shows
-        page.keyboard.press("Control+z")
-        wait_for_types(page, [f"Ascend{name}" for name in LOADERS])
-        assert errors == []
+        yield browser
 
 
-def test_menu_is_chinese_and_lists_what_is_left(comfyui):
+def test_stock_template_runs_on_the_ranks_and_is_swapped_back(comfyui, browser):
+    file = Path(PACKAGE.submodule_search_locations[0]) / "templates" / f"{TEMPLATE}.json"
+    page, errors = browser.page, []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.evaluate("app.graph.clear()")
+    page.evaluate(DROP, [file.name, file.read_text()])
+    wait_for_types(page, LOADERS)
+    page.evaluate(SET, SMALL)
+    page.evaluate(FIT)
+    stock, (tabs, _) = browser.graph(), page.evaluate(TAB)
+    choose(page, TO_RANKS)
+    wait_for_types(page, [f"Ascend{name}" for name in LOADERS])
+    swapped = browser.graph()
+    assert loaders(swapped) == [f"Ascend{name}" for name in LOADERS]
+    assert "3 loaders swapped" in page.evaluate(TOASTS)
+    assert page.evaluate(TAB) == [tabs, True], "the swap is no change of the tab that was open"
+    classes = [node["class_type"] for node in browser.prompt().values()]
+    assert {f"Ascend{name}" for name in LOADERS} < set(classes) and not set(LOADERS) & set(classes)
+    before = set(comfyui.get("/history"))
+    page.evaluate(FIT)
+    page.keyboard.press("Control+Enter")
+    assert comfyui.wait(new_prompt(comfyui, before))["status"]["status_str"] == "success"
+    page.wait_for_function(f"({VIDEO})()")
+    assert page.evaluate(VIDEO)[:2] == [96, 64]
+    choose(page, BACK)
+    wait_for_types(page, LOADERS)
+    assert {**browser.graph(), "extra": stock["extra"]} == stock  # extra has what the canvas shows
+    page.keyboard.press("Control+z")
+    wait_for_types(page, [f"Ascend{name}" for name in LOADERS])
+    assert errors == []
+
+
+def test_menu_is_chinese_and_lists_what_is_left(browser):
     graph = {"nodes": [{"id": 1, "type": "CheckpointLoaderSimple", "pos": [0, 0], "size": [300, 100], "flags": {},
                         "order": 0, "mode": 0, "inputs": [], "outputs": [], "properties": {},
                         "widgets_values": ["all.safetensors"]}],
              "links": [], "groups": [], "config": {}, "extra": {}, "version": 0.4}  # fmt: skip
-    with ComfyBrowser(comfyui, locale="zh") as browser:
+    page = browser.page
+    page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+    try:
         browser.open(graph)
-        choose(browser.page, TO_RANKS_ZH)
-        browser.page.wait_for_function(f"{TOASTS}.some(text => text.includes('没有可替换的加载器'))")
-        said = "\n".join(browser.page.evaluate(TOASTS))
+        choose(page, TO_RANKS_ZH)
+        page.wait_for_function(f"{TOASTS}.some(text => text.includes('没有可替换的加载器'))")
+        said = "\n".join(page.evaluate(TOASTS))
         assert "保持不变：" in said and "CheckpointLoaderSimple" in said and "several networks in one file" in said
         assert loaders(browser.graph()) == []
-        comfyui.post("/settings/Comfy.Locale", "en")
+    finally:
+        page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")
 
 
 def test_route_answers_errors_as_json(comfyui):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import random_hunyuan
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec
+from ascend_runtime.client import submission
 from ascend_runtime.client.model_calls import HeldByRanks
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.wire import channel, shared_memory
@@ -352,6 +354,27 @@ def test_a_run_goes_on_after(two_ranks, specs, counted, event, sends):
     expected = by_calls(two_ranks, specs.model, inputs)
     assert_close(by_calls(two_ranks, specs.model, inputs, after=disturb), expected, atol=1e-6, rtol=0)
     assert steps[2] == LATENT + TIMESTEPS + sends * TEXTS and steps[3] == LATENT + TIMESTEPS
+
+
+def test_ranks_whose_steps_take_long_may_take_as_long_to_answer_a_cancel(two_ranks, specs, monkeypatch):
+    """The longest pause of a run's calls counts: of each call for itself, the first minute would end the group."""
+    monkeypatch.setattr(submission, "CANCEL_DEADLINE", 0.05)
+    run, pids = outer_sampler.run_of(SHORT), two_ranks.pids
+    two_ranks.velocity(specs.model, [a_pass(specs)], run, 0)
+
+    def halted(step, **hooks):
+        os.kill(pids[1], signal.SIGSTOP)
+        resumed = threading.Timer(0.8, os.kill, (pids[1], signal.SIGCONT))
+        resumed.start()
+        try:
+            two_ranks.velocity(specs.model, [a_pass(specs)], run, step, **hooks)
+        finally:
+            resumed.join()
+
+    halted(1)
+    with pytest.raises(JobCancelled):
+        halted(2, should_cancel=lambda: True)
+    assert two_ranks.pids == pids
 
 
 def test_inputs_that_were_not_used_for_longest_are_dropped(one_rank, specs, monkeypatch, counted):

@@ -39,9 +39,10 @@ def timesteps_on(device: torch.device, timesteps: Tensor, batch: int) -> Tensor:
 
 def check_names(inputs: Inputs, known: frozenset[str], cures: Mapping[str, str] = {}) -> None:
     """Raises ValueError for an input that the network does not read."""
-    for name in sorted(inputs.tensors.keys() - known):
-        cure = {**INPUT_CURES, **cures}.get(name, OTHER_CURE)
-        raise ValueError(f"The conditioning has the input {name}, which this model does not read. {cure}")
+    unknown = sorted(inputs.tensors.keys() - known)
+    if unknown:
+        cure = {**INPUT_CURES, **cures}.get(unknown[0], OTHER_CURE)
+        raise ValueError(f"The conditioning has the input {unknown[0]}, which this model does not read. {cure}")
 
 
 def check_latent(inputs: Inputs, channels: int, multiple: int = 1) -> None:
