@@ -44,8 +44,8 @@ def encoded_tokens(
     known, largest = encoding.embeddings_in(part, encoder.model), int(given.ids.max())
     if largest >= known or int(given.ids.min()) < 0:
         raise ValueError(
-            f"The text has a token {largest}, but the text encoder has embeddings for {known}: the tokenizer belongs to "
-            f"another model. {encoding.advice(part)}"
+            f"The text has a token {largest}, but the text encoder has embeddings for {known}: the tokenizer belongs "
+            f"to another model. {encoding.advice(part)}"
         )
     return encoding.encode_tokens(part, encoder, given, on_block)
 

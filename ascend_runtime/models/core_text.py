@@ -46,8 +46,8 @@ class OwnTokenizer:
 @dataclass(frozen=True)
 class CoreText:
     """type: the family's name in core's loaders. tokenizer, model: core's classes, "module:class".
-    encoders: by the family's part. attributes: further ones of core's model. own_tokenizer: see OwnTokenizer; None: core
-    has the tokenizers itself.
+    encoders: by the family's part. attributes: further ones of core's model. own_tokenizer: see OwnTokenizer; None:
+    core has the tokenizers itself.
     """
 
     type: str

@@ -154,8 +154,8 @@ class CLIPLoader(io.ComfyNode):
             node_id="AscendCLIPLoader",
             display_name="Ascend Load CLIP (Core)",
             category="Ascend",
-            description="Loads the text encoder of Wan, or a folder with those of HunyuanVideo, as core's Load CLIP does, "
-            "for core's nodes and those of other packs.",
+            description="Loads the text encoder of Wan, or a folder with those of HunyuanVideo, as core's Load CLIP "
+            "does, for core's nodes and those of other packs.",
             inputs=[
                 io.Combo.Input(
                     "clip_name",
@@ -193,8 +193,8 @@ class DualCLIPLoader(io.ComfyNode):
             node_id="AscendDualCLIPLoader",
             display_name="Ascend Load Dual CLIP (Core)",
             category="Ascend",
-            description="Loads the two text encoders of HunyuanVideo as core's DualCLIPLoader does, for core's nodes and "
-            "those of other packs.",
+            description="Loads the two text encoders of HunyuanVideo as core's DualCLIPLoader does, for core's nodes "
+            "and those of other packs.",
             inputs=[
                 io.Combo.Input("clip_name1", options=listed, tooltip=name),
                 io.Combo.Input("clip_name2", options=listed, tooltip="The other one of the two."),

@@ -30,7 +30,7 @@ class Encoding:
 
 
 class RemoteEncoder(RemoteWeights, ClipTokenWeightEncoder):
-    """One text encoder, as core's classes use it: they split texts, weight tokens and pad; the ranks encode the tokens."""
+    """One text encoder, as core's classes use it: they split texts, weight tokens and pad; the ranks encode tokens."""
 
     def __init__(self, handle: Handle, part: str, core: CoreEncoder):
         super().__init__(WHAT)
@@ -43,8 +43,8 @@ class RemoteEncoder(RemoteWeights, ClipTokenWeightEncoder):
         pooled_only = "pad" in self.special_tokens and self.special_tokens["pad"] == self.special_tokens.get("end")
         if layer is not None and layer != (own or -1) and not pooled_only:
             raise ValueError(
-                f"CLIP Set Last Layer asks for layer {layer}, and the ranks compute the text encoder as the video model "
-                f"was trained with it, to layer {own or -1}. Remove CLIP Set Last Layer."
+                f"CLIP Set Last Layer asks for layer {layer}, and the ranks compute the text encoder as the video "
+                f"model was trained with it, to layer {own or -1}. Remove CLIP Set Last Layer."
             )
 
     def reset_clip_options(self) -> None:

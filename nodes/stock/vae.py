@@ -54,7 +54,8 @@ class RanksVae(comfy.sd.VAE):
     def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
         """Latents [B,C,T,H,W] -> frames [B,T',H',W',3] in 0..1, in the memory that the ranks wrote to."""
         if vae_options:
-            raise ValueError(f"{WHAT} has no options {', '.join(map(str, vae_options))}. Remove the node that sets them.")
+            names = ", ".join(map(str, vae_options))
+            raise ValueError(f"{WHAT} has no options {names}. Remove the node that sets them.")
         latent = samples_in.cpu()
         handle = self.handle
         result = comfy_bridge.run_job(handle.ranks, lambda runtime, hooks: runtime.decode(handle.spec, latent, **hooks))

@@ -261,6 +261,7 @@ def test_what_changes_nothing_is_not_refused(comfyui, harmless):
     graph.save("core", sampled(graph, model, seed=5))
     graph.save("ours", sampled(graph, changed, seed=5))
     assert apart(comfyui, graph) == 0
+    assert harmless != "an unknown option" or comfyui.log.count("set the option 'of_another_pack'") == 1
 
 
 def accelerated(node: str, sampler_name: str = "euler", **widgets) -> dict:
@@ -318,6 +319,22 @@ def test_comfyui_counts_no_memory_of_its_own_for_the_model(comfyui):
     assert facts == {"size": 1, "needed": 0, "device": "cpu", "parameters": 0, "class": "WAN21", "layers": 2}
 
 
+def test_the_loader_has_cores_widgets_and_all_that_core_lists(comfyui):
+    core, ours = (comfyui.get(f"/object_info/{name}")[name]["input"] for name in ("UNETLoader", "AscendUNETLoader"))
+    assert list(core["required"]) == list(ours["required"]) and list(ours["optional"]) == ["parallel"]
+    for name, (options, *_) in core["required"].items():
+        assert options and set(options) <= set(ours["required"][name][1]["options"])
+
+
+def test_fp8_is_accepted_with_a_warning(comfyui):
+    graph = Graph()
+    model = loaded(graph, ours=True)
+    graph[model[0]]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
+    graph.save("ours", sampled(graph, model, seed=13))
+    assert torch.equal(graphs.saved_latent(comfyui, comfyui.queue(graph), "ours"), ours(comfyui, seed=13))
+    assert "weight_dtype fp8_e4m3fn has no effect" in comfyui.log
+
+
 def kill_a_rank(comfyui) -> None:
     os.kill(ranks_of(comfyui.process.pid)[1], signal.SIGKILL)
     seconds_until(lambda: not ranks_of(comfyui.process.pid), timeout=5)
@@ -352,3 +369,15 @@ def test_cancel_ends_a_run_between_two_model_calls_and_the_ranks_stay(comfyui):
     assert ending.kind == "execution_interrupted" and ending.data["node_id"] == latent[0]
     assert ranks_of(comfyui.process.pid) == before
     assert ours(comfyui, seed=11).isfinite().all()
+
+
+def test_reading_of_weights_shows_progress_within_the_first_step_and_can_be_cancelled(comfyui):
+    comfyui.post("/free", {"unload_models": True})
+    graph = Graph()
+    latent = sampled(graph, loaded(graph, ours=True), seed=12)
+    graph.save("ours", latent)
+    comfyui.post("/tests/cancel", {"node": latent[0], "loading": True})
+    with pytest.raises(PromptFailed) as caught:
+        comfyui.wait(comfyui.queue(graph))
+    assert caught.value.kind == "execution_interrupted" and caught.value.details["node_id"] == latent[0]
+    assert ours(comfyui, seed=12).isfinite().all()

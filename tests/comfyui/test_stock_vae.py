@@ -17,7 +17,8 @@ from rank_processes import mapped_at, ranks_of, seconds_until
 from torch.testing import assert_close
 
 TOLERANCE = {"atol": 5e-5, "rtol": 1e-4}
-FILES = {"wan 2.1": "stock_vae.safetensors", "wan 2.2": "stock_vae_22.safetensors", "hunyuan": "stock_hunyuan.safetensors"}
+FILES = {"wan 2.1": "stock_vae.safetensors", "wan 2.2": "stock_vae_22.safetensors",
+         "hunyuan": "stock_hunyuan.safetensors"}  # fmt: skip
 RANKS = "ranks"
 SIZE = {"width": 96, "height": 64, "length": 9, "batch_size": 1}
 

@@ -20,6 +20,8 @@ MODEL = specs.DiffusionModelSpec(path="/models/wan")
 TO_RANKS = [
     Ping(job=1, tensor=torch.ones(3)),
     messages.Encode(job=3, encoder=specs.TextEncoderSpec(path="/nowhere"), text="a cat"),
+    messages.EncodeTokens(job=3, encoder=specs.TextEncoderSpec(path="/nowhere"), part="text_encoder",
+                          ids=torch.arange(5), length=4, places=(1,), embeddings=[torch.ones(2, 3)]),
     messages.Load(job=2, model=MODEL),
     Sample(job=4, model=MODEL, parallel=specs.ParallelSpec(), spec=specs.SampleSpec(sigmas=(1.0, 0.5, 0.0)),
            latent=torch.ones(1, 16, 1, 2, 2), positive=Conditioning(text=torch.ones(1, 4, 2))),

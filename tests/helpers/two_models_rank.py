@@ -4,12 +4,14 @@ tests/ranks/test_two_models.py).
 The models, `model-0` and `model-1` of FOLDER, are in float32. What is kept in bfloat16 is not mapped from the files.
 """
 
+import weakref
+
 import gloo_ranks
 import tiny_models
 import torch
 import torch.distributed as dist
 from ascend_runtime import Conditioning, DiffusionModelSpec, ParallelSpec, SampleSpec
-from ascend_runtime.components import HostMemory
+from ascend_runtime.components import HostMemory, diffusion_model
 from ascend_runtime.engine.job import Job
 from ascend_runtime.engine.pipeline import RankPipeline
 from ascend_runtime.hardware import devices, memory
@@ -33,6 +35,7 @@ def main():
     pipeline = RankPipeline(torch.device("cpu"))
     specs = [DiffusionModelSpec(path=str(folder / f"model-{number}"), dtype="bfloat16") for number in range(2)]
     move_shards(pipeline, specs[0], ranks)
+    call_models_by_turns(pipeline, specs, ranks)
     load_by_turns(pipeline, specs, rank, ranks)
     dist.barrier()
     dist.destroy_process_group()
@@ -55,6 +58,31 @@ def move_shards(pipeline, spec, ranks):
             shard.view(torch.uint8).fill_(255)  # NaN
     assert made[0] is made[1] is None or torch.equal(*made) and made[0].std() > 0.1
     pipeline.components.free()
+
+
+def call_models_by_turns(pipeline, specs, ranks):
+    """On a full host, the first model is freed before the second is read, though a run of calls had begun."""
+    devices.host_memory = lambda: 0
+    read, freed = diffusion_model.Opened.read, []
+
+    def watched(opened):
+        freed.append(before() is None)
+        return read(opened)
+
+    for number, spec in enumerate(specs):
+        setting = messages.CallSetting(model=spec, parallel=ParallelSpec(ranks=ranks),
+                                       run=messages.SamplerRun(number=number + 1, sigmas=(1.0, 0.5, 0.0)))  # fmt: skip
+        message = messages.Velocity(
+            job=1, setting=setting, step=0, latents=[torch.zeros(1, 16, 2, 4, 6)],
+            held={7: torch.zeros(1, 12, tiny_models.TEXT_DIM)},
+            passes=[messages.ModelPass(branch="cond", latent=0, timesteps=torch.tensor([1000.0]), inputs={"text": 7})],
+        )  # fmt: skip
+        pipeline.velocity(Job(message, Client(), pipeline.device))
+        before = weakref.ref(pipeline.components.models.in_use.model.high_noise)
+        diffusion_model.Opened.read = watched
+    assert freed == [True]
+    diffusion_model.Opened.read = read
+    pipeline.free(Job(messages.Free(job=1), Client(), pipeline.device))
 
 
 def load_by_turns(pipeline, specs, rank, ranks):

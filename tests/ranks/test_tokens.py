@@ -51,7 +51,8 @@ def test_tokens_of_two_encoders_equal_transformers(runtimes, hunyuan, rng, ranks
     image = torch.randn(5, llama.config.hidden_size, generator=torch.Generator().manual_seed(rng.randrange(2**32)))
     embedded = llama.embed_tokens(ids[None])
     runtime, encoder = runtimes(ranks), spec(hunyuan, placement)
-    for images, embedded in (({}, embedded), ({4: image}, torch.cat([embedded[:, :4], image[None], embedded[:, 5:]], 1))):
+    with_image = torch.cat([embedded[:, :4], image[None], embedded[:, 5:]], 1)
+    for images, embedded in (({}, embedded), ({4: image}, with_image)):
         made = runtime.encode_tokens(encoder, TEXT, ids, length, images).tensor
         mask = (torch.arange(embedded.shape[1]) < embedded.shape[1] - (12 - length)).long()[None]
         expected = llama(inputs_embeds=embedded, attention_mask=mask, output_hidden_states=True).hidden_states[-3]
@@ -79,10 +80,10 @@ def test_equal_tokens_are_encoded_once(two_ranks, checkpoint, rng, placement):
 
 IDS = torch.arange(3, 9)
 WRONG = {  # arguments: the error
-    "a token that the encoder does not know": (dict(ids=IDS + 4000), "token 4008, but the text encoder has embeddings for"),
+    "a token that the encoder does not know": (dict(ids=IDS + 4000), "token 4008, but the text encoder has embeddings"),
     "a negative token": (dict(ids=IDS - 5), "the tokenizer belongs to another model"),
     "another encoder": (dict(part=SECOND), "no text encoder 'text_encoder_2'"),
-    "floats": (dict(ids=IDS.float()), r"ids has the shape \[6\] and the dtype torch.float32; it must be \[S\], torch.int64"),
+    "floats": (dict(ids=IDS.float()), r"shape \[6\] and the dtype torch.float32; it must be \[S\], torch.int64"),
     "no tokens": (dict(ids=IDS[:0]), r"\[0\]"),
     "too many": (dict(ids=IDS.repeat(1000)), f"6,000 tokens; at most {MAX_TEXT_TOKENS:,} are accepted"),
     "an end after the last": (dict(length=7), "length is 7; it must be an int from 1 to the number of ids, 6"),

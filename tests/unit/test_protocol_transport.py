@@ -44,6 +44,10 @@ MESSAGES = [
         profile=specs.ProfileSpec(folder="/profiles", last_step=3, rank=1),
         preview=True,
     ),
+    messages.EncodeTokens(
+        job=13, encoder=ENCODER, part="text_encoder", ids=torch.arange(4), length=3, places=(1, 2),
+        embeddings=[torch.ones(2, 3), torch.zeros(1, 3)],
+    ),
     messages.Velocity(
         job=5,
         setting=messages.CallSetting(
@@ -59,6 +63,10 @@ MESSAGES = [
         held={7: torch.ones(1, 4, 2, dtype=torch.bfloat16)},
         drop=(3, 4),
     ),
+    messages.EncodeTokens(
+        job=13, encoder=ENCODER, part="text_encoder", ids=torch.arange(5), length=4, places=(1,),
+        embeddings=[torch.ones(2, 3)],
+    ),  # fmt: skip
     messages.Describe(job=6, vae=VAE, model=MODEL),
     messages.Free(job=7),
     messages.Cancel(job=8),
@@ -99,7 +107,7 @@ def assert_same(sent, received):
             assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs), name
         elif isinstance(ours, msgspec.Struct):
             assert_same(ours, theirs)
-        elif name in ("latents", "passes"):
+        elif name in ("latents", "passes", "embeddings"):
             assert len(ours) == len(theirs)
             for one, other in zip(ours, theirs):
                 assert torch.equal(one, other) if isinstance(one, Tensor) else not assert_same(one, other)

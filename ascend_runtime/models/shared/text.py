@@ -46,7 +46,7 @@ class GivenTokens:
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A tokenizer as its file has it. sentencepiece: whether `content` is a sentencepiece model, or a tokenizer.json."""
+    """A tokenizer as its file has it. sentencepiece: whether it is a sentencepiece model, else a tokenizer.json."""
 
     sentencepiece: bool
     content: bytes

@@ -85,7 +85,7 @@ class LoadSmallCoreClip(io.ComfyNode):
         )
         for state in states:
             missing, _ = clip.load_sd(state)
-            assert not [name for name in missing if not name.endswith(("text_projection.weight", "logit_scale"))], missing
+            assert all(name.endswith(("text_projection.weight", "logit_scale")) for name in missing), missing
         return io.NodeOutput(clip)
 
 
