@@ -9,11 +9,14 @@ import pytest
 import stock_models
 import stock_templates as stock
 import torch
-from ascend_runtime.commands.adoption import FOLDERS, adopt, give_back
+from ascend_runtime.commands.adoption.loaders import FOLDERS
+from ascend_runtime.commands.adoption.swapping import adopt, give_back
 
 TOLERANCE = 1e-4  # of the latent's largest value
 LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader"}
-ON_ONE_RANK = ("text_to_video_wan", "video_wan2_2_14B_i2v", "video_wan2_2_5B_fun_control", "hunyuan_video_text_to_video")
+ON_ONE_RANK = (
+    "text_to_video_wan", "video_wan2_2_14B_i2v", "video_wan2_2_5B_fun_control", "hunyuan_video_text_to_video",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
