@@ -9,7 +9,8 @@ import pytest
 import stock_models
 import stock_templates as stock
 import torch
-from ascend_runtime.commands.adoption import FOLDERS, adopt, give_back
+from ascend_runtime.commands.adoption.loaders import FOLDERS
+from ascend_runtime.commands.adoption.swapping import adopt, give_back
 
 TOLERANCE = 1e-4  # of the latent's largest value
 LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader"}
