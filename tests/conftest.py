@@ -34,7 +34,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-silences", action="store_true", help="ranks that hang in all kinds of work, not in some")
     parser.addoption("--soak", action="store_true", help="2,000 mixed jobs in a row instead of 100")
     parser.addoption("--all-messages", action="store_true", help="20,000 hostile messages each way instead of some")
-    parser.addoption("--all-stock", action="store_true", help="stock graphs on more plans, with each sampler and template")
+    parser.addoption("--all-stock", action="store_true", help="stock graphs on more plans, all samplers, templates")
     parser.addoption("--all-tiles", action="store_true", help="VAE tiles on 1 to 8 ranks, instead of some of these")
     parser.addoption("--msmodelslim", action="store_true", help="has msModelSlim write folders, and loads them")
     parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2 to 8 ranks, not one")

@@ -171,7 +171,7 @@ def _calibrate_begins(arguments: Namespace) -> str:
 
 COMMANDS = {
     "adopt": Command(
-        "swap the loaders of a stock workflow, so that all ranks run it", ".commands.adopt", _declare_adopt,
+        "swap the loaders of a stock workflow, so that all ranks run it", ".commands.adoption.command", _declare_adopt,
         _check_adopt, _adopt_begins,
     ),
     "inspect": Command(

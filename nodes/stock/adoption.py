@@ -10,7 +10,7 @@ import folder_paths
 from aiohttp import web
 from server import PromptServer
 
-from ...ascend_runtime.commands.adoption import Adoption, adopt, give_back
+from ...ascend_runtime.commands.adoption.swapping import Adoption, adopt, give_back
 from ...ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from .. import model_files
 

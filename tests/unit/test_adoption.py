@@ -13,7 +13,8 @@ import torch
 from random_wan import original_transformer
 from safetensors.torch import save_file
 
-from ascend_runtime.commands.adoption import KEPT, PACK, STOCK_LOADERS, adopt, give_back
+from ascend_runtime.commands.adoption.loaders import STOCK_LOADERS
+from ascend_runtime.commands.adoption.swapping import KEPT, PACK, adopt, give_back
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, CLIP, VAE = "wan2.2_t2v_high_noise_14B_fp16.safetensors", "umt5_xxl_fp16.safetensors", "wan_2.1_vae.safetensors"
@@ -77,7 +78,7 @@ def test_loaders_change_their_type_and_keep_all_else():
             {"name": old["widgets_values"][0]}
         ]
     assert done.graph["links"] == graph["links"]
-    assert [str(one) for one in done.swapped][0] == f"1 UNETLoader ({MODEL})"
+    assert [str(one) for one in done.swapped][0] == f"UNETLoader #1 ({MODEL})"
 
 
 def test_graph_of_the_api_is_swapped():
@@ -204,7 +205,7 @@ def test_connected_parallel_config_is_disconnected(as_dicts):
     back = give_back(done)
     assert back.graph["nodes"][-1]["outputs"][0]["links"] == []
     assert back.graph["nodes"][:-1] == graph["nodes"] and back.graph["links"] == graph["links"]
-    assert "1 AscendUNETLoader" in back.notes[0] and "parallel" in back.notes[0]
+    assert "AscendUNETLoader #1" in back.notes[0] and "parallel" in back.notes[0]
 
 
 def test_loader_of_ours_that_was_not_swapped_becomes_cores_too():
@@ -274,7 +275,7 @@ def test_command_writes_the_swapped_file_and_the_file_as_it_was(tmp_path, indent
     file = tmp_path / "graph.json"
     file.write_text(json.dumps(ui(loaders(), title="視频"), indent=indent, ensure_ascii=False) + end)
     there = command(file)
-    assert there.returncode == 0 and f"swapped: 1 UNETLoader ({MODEL})" in there.stdout
+    assert there.returncode == 0 and f"swapped: UNETLoader #1 ({MODEL})" in there.stdout
     swapped = tmp_path / "graph_ascend.json"
     again = command(file)
     assert again.returncode == 1 and "exists" in again.stderr
@@ -287,6 +288,6 @@ def test_command_lists_what_it_leaves_and_writes_nothing(tmp_path):
     file = tmp_path / "graph.json"
     file.write_text(json.dumps(ui(loaders("wan2.1_vace_14B.safetensors"))))
     done = command(file, "--models", tmp_path / "models")
-    assert done.returncode == 1 and "left: 1 UNETLoader" in done.stdout and "Wan VACE" in done.stdout
+    assert done.returncode == 1 and "left: UNETLoader #1" in done.stdout and "Wan VACE" in done.stdout
     assert [one.name for one in tmp_path.glob("*.json")] == ["graph.json"]
     assert command(tmp_path / "none.json").returncode == 2

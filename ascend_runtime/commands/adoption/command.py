@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from ..checkpoints.faults import printable
-from .adoption import FOLDERS, Adoption, adopt, give_back
-from .progress import ProgressDisplay
-from .queue.workflow import read_graph
+from ...checkpoints.faults import printable
+from ..progress import ProgressDisplay
+from ..queue.workflow import read_graph
+from .loaders import FOLDERS
+from .swapping import Adoption, adopt, give_back
 
 NOTHING_SWAPPED = 1
 
