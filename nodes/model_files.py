@@ -9,7 +9,7 @@ from pathlib import Path
 import comfy
 import folder_paths
 
-from ..ascend_runtime.checkpoints.msmodelslim import DESCRIPTION_PATTERN
+from ..ascend_runtime.checkpoints.paths import DESCRIPTION_PATTERN
 from ..ascend_runtime.models.hubs import HUBS
 from .validation import refusal
 

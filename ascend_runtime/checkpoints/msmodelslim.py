@@ -28,8 +28,9 @@ from ..ops.packing import EXPONENTS, FP8_BITS, PAIRS, Packing
 from .bounded import MAX_NAME_LENGTH, check_count, read_json
 from .faults import list_faults, shown
 from .formats.tensor_files import TensorFile, open_tensors
+from .paths import DESCRIPTION_PATTERN
 
-DESCRIPTION_PATTERN, WEIGHTS_PATTERN = "quant_model_description*.json", "quant_model_weight*.safetensors"
+WEIGHTS_PATTERN = "quant_model_weight*.safetensors"
 FLOAT = "FLOAT"
 DYNAMIC, STATIC, TIMESTEP = "W8A8_DYNAMIC", "W8A8", "W8A8_TIMESTEP"
 MXFP8, INT4 = "W8A8_MXFP8", "W4A4_DYNAMIC"

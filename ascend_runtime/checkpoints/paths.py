@@ -6,6 +6,7 @@ from pathlib import Path
 
 DEFAULTS = "ascend_defaults.json"  # a model's default settings (recognition/defaults.py)
 CALIBRATION = "ascend_calibration.json"  # a model's calibration (recognition/calibration_file.py)
+DESCRIPTION_PATTERN = "quant_model_description*.json"  # msModelSlim's description of a quantized model
 
 
 def existing(path: str) -> Path:

@@ -39,6 +39,9 @@ class NetworkPass:
 class HeldByRanks:
     """What the ranks hold: tensors, by number, and the setting of the last call. What equals it is not sent again.
 
+    Tensors stay for the run that uses them and the next one, as two runs in a row often have the same texts. A rank
+    keeps the whole message in which one came, with its latent, so old ones would take more than their own bytes.
+
     fresh: whether the ranks may hold something else, and must forget it before they get the next.
     pause: the longest one between reports of the run's calls, in seconds: a step that takes minutes is no silence.
     """
@@ -49,11 +52,15 @@ class HeldByRanks:
         self._most = most
         self._numbers = itertools.count(1)  # never used twice, also after `forget`
         self._held: dict[int, Tensor] = {}  # the last used is last
+        self._used: set[int] = set()  # in this run
+        self._used_before: set[int] = set()  # in the run before
 
     def forget(self) -> None:
         """All numbers become invalid, as ranks may have lost what they stand for."""
         self.fresh, self._setting = True, None
         self._held.clear()
+        self._used.clear()
+        self._used_before.clear()
 
     @contextmanager
     def sent(self) -> Iterator[None]:
@@ -70,26 +77,38 @@ class HeldByRanks:
         if setting == self._setting:
             return None
         self._setting, self.pause = setting, 0.0
+        self._used_before, self._used = self._used, set()
         return setting
 
     def number(self, tensor: Tensor, new: dict[int, Tensor]) -> int:
         """The number of a tensor; added to `new` if the ranks do not hold one that equals it."""
         tensor = tensor.detach().cpu()
-        for number, held in reversed(self._held.items()):
-            if held.shape == tensor.shape and held.dtype == tensor.dtype and torch.equal(held, tensor):
-                self._held[number] = self._held.pop(number)
-                return number
-        number = next(self._numbers)
-        self._held[number] = new[number] = tensor.clone()  # the caller may write to its own
+        number = self._number_of_equal(tensor)
+        if number is None:
+            number = next(self._numbers)
+            new[number] = held = tensor.clone()  # the caller may write to its own
+        else:
+            held = self._held.pop(number)
+        self._held[number] = held
+        self._used.add(number)
         return number
 
+    def _number_of_equal(self, tensor: Tensor) -> int | None:
+        for number, held in reversed(self._held.items()):
+            if held.shape == tensor.shape and held.dtype == tensor.dtype and torch.equal(held, tensor):
+                return number
+        return None
+
     def dropped(self, needed: set[int]) -> tuple[int, ...]:
-        """Numbers that the ranks may forget, as all take too much memory: those that were not used for longest."""
-        total, gone = sum(tensor.nbytes for tensor in self._held.values()), []
+        """Numbers that the ranks may forget: those that neither this run nor the one before has used, and, if the
+        others take too much memory, those that were not used for longest."""
+        used = self._used | self._used_before
+        gone = [number for number in self._held if number not in used]
+        total = sum(tensor.nbytes for number, tensor in self._held.items() if number not in gone)
         for number, tensor in self._held.items():
             if total <= self._most:
                 break
-            if number not in needed:
+            if number not in needed and number not in gone:
                 gone.append(number)
                 total -= tensor.nbytes
         for number in gone:

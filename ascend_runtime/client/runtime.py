@@ -6,22 +6,14 @@ starts a new group. Every job contains its specs, so a new group needs nothing e
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import threading
-import time
-import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Callable
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import torch
 from torch import Tensor
 
-from ..hardware import devices
 from ..hardware.environment import original, placed
 from ..models.registry import require_schedule
 from ..specs import (
@@ -45,16 +37,13 @@ from ..wire.messages import (
     Encode,
     EncodeTokens,
     EncodeVideo,
-    Free,
     Load,
-    Message,
     Ping,
     Sample,
     SamplerRun,
     Velocity,
 )
 from ..wire.shared_memory import lend
-from . import submission
 from .arguments import (
     LATENT_AXES,
     check_conditioning,
@@ -65,16 +54,14 @@ from .arguments import (
     check_tensor,
     check_tokens,
 )
-from .group import RankDied, RankGroup
-from .model_calls import HeldByRanks, NetworkPass, check_call, packed
-from .submission import Hooks, JobCancelled, OnPreview, RankError, RanksSilent, Result, Submission
+from .kept_ranks import KeptRanks, Submit
+from .model_calls import NetworkPass, check_call, packed
+from .submission import OnPreview, Result
 
 logger = logging.getLogger(__name__)
 
-Submit = Callable[[Callable[[int], Message]], Result]  # takes a function from the job's number to its message
 
-
-class Runtime:
+class Runtime(KeptRanks):
     """Ranks that load, encode, sample and decode. A context manager; thread-safe.
 
     The ranks belong to the process that created this object; a forked child cannot use it. They end with `stop`, or
@@ -85,143 +72,7 @@ class Runtime:
     environment: environment variables for the ranks only.
     """
 
-    def __init__(
-        self,
-        parallel: ParallelSpec = ParallelSpec(),
-        device: str = "auto",
-        environment: dict[str, str] | None = None,
-    ):
-        check_kind("parallel", parallel, ParallelSpec)
-        check_kind("environment", environment, dict, optional=True)
-        for name, value in (environment or {}).items():
-            check_kind("a name in environment", name, str)
-            check_kind(f"environment[{name!r}]", value, str)
-        self.parallel = parallel
-        self.device = devices.resolve_kind(device)
-        self.world_size = devices.resolve_ranks(parallel.ranks, self.device, {**os.environ, **(environment or {})})
-        self._environment = environment
-        self._group: RankGroup | None = None
-        self._finalizer: weakref.finalize | None = None  # ends the group with this object
-        self._pid = os.getpid()
-        self._numbers = itertools.count(1)
-        self._one_job = threading.Lock()
-        self._owner: int | None = None  # the thread that holds _one_job
-        self._running = False  # whether it runs a job
-        self._cancel_requested = threading.Event()
-        self._one_stop = threading.Lock()
-        self._stop_wanted = threading.Event()  # waiting jobs must not begin
-        self._free_wanted = False
-        self._held = HeldByRanks()  # used by the holder of _one_job only
-        self._calibrated: tuple[tuple, dict[str, Calibration]] | None = None  # of the last run with an accelerator
-        self._logged: deque[str] = deque(maxlen=100)  # warnings of jobs that are in the log already
-
-    def __enter__(self) -> Runtime:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.stop()
-
-    # Life
-
-    @property
-    def alive(self) -> bool:
-        """Whether a group of ranks is ready for jobs."""
-        return self._living is not None
-
-    @property
-    def _living(self) -> RankGroup | None:
-        group = self._group
-        return group if self._is_own and group is not None and group.alive else None
-
-    @property
-    def _is_own(self) -> bool:
-        """False in a forked child, as the ranks belong to its parent."""
-        return os.getpid() == self._pid
-
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the ranks, in order; empty if none are alive."""
-        group = self._living
-        return [] if group is None else [rank.process.pid for rank in group.ranks]
-
-    def start(self) -> None:
-        """Starts the ranks if none are alive. Jobs also do this."""
-        with self._jobs():
-            pass
-
-    def stop(self) -> None:
-        """Ends the ranks, after cancelling the running job and waiting ones."""
-        if not self._is_own:
-            return
-        with self._one_stop:
-            self._stop_wanted.set()
-            self.cancel()
-            try:
-                with self._exclusive():
-                    if self._group is not None:
-                        self._group.stop()
-                        self._group = None
-            finally:
-                self._stop_wanted.clear()
-
-    def cancel(self) -> None:
-        """Cancels the running job, from any thread. The call that runs it raises JobCancelled."""
-        if self._running:
-            self._cancel_requested.set()
-
-    @contextmanager
-    def _exclusive(self):
-        """Allows one caller at a time. Raises RuntimeError in a callback of a running job, which would deadlock, and in
-        a forked child."""
-        if not self._is_own:
-            raise RuntimeError(
-                f"This Runtime belongs to process {self._pid}, and this is a forked child. Create another Runtime here."
-            )
-        if self._owner == threading.get_ident():
-            raise RuntimeError("A callback of a running job cannot run another job. Return from the callback first.")
-        try:
-            with self._one_job:
-                self._owner = threading.get_ident()
-                try:
-                    yield
-                finally:
-                    self._owner = None
-        finally:
-            self._free_if_wanted()
-
-    def _free_if_wanted(self) -> None:
-        """Frees the weights if `free` was called during the job. Its errors must not fail the job."""
-        try:
-            if self._free_wanted:
-                self._free_if_idle()
-        except (RankDied, RankError) as error:
-            logger.warning("The ranks could not free their weights: %s", error)
-
-    def _start(self, check: Callable[[], None], sharded: bool) -> None:
-        """Starts the ranks unless they are alive and can run the job. sharded: whether it shards weights by FSDP2."""
-        sharded = (sharded or self.parallel.fsdp) and self.world_size > 1
-        if self.alive and (self._group.may_shard or not sharded):
-            return
-        if self.alive:
-            logger.info("The ranks start again, with the environment for FSDP2, and all weights are read again.")
-            self._group.stop()
-        elif self._group is not None:
-            self._group.kill()
-        devices.warn_if_crowded(self.world_size, self.device)
-        self._held.forget()
-        self._group = RankGroup(self.world_size, self.device, self._environment, sharded)
-        if self._finalizer is not None:
-            self._finalizer.detach()
-        self._finalizer = weakref.finalize(self, self._group.abandon)
-        began = time.monotonic()
-        try:
-            self._group.start(check)
-        except BaseException:
-            self._group = None
-            raise
-        logger.info("%d rank(s) on %s ready in %.1f s", self.world_size, self.device, time.monotonic() - began)
-
-    # Jobs
+    _calibrated: tuple[tuple, dict[str, Calibration]] | None = None  # of the last run of model calls
 
     def ping(self, tensor: Tensor | None = None, reply: int = 0, frames: tuple[int, ...] | None = None) -> Result:
         """Gets a reply from every rank, to measure the round trip.
@@ -440,83 +291,10 @@ class Runtime:
         with self._jobs(**hooks) as submit:
             return _form(submit, vae)
 
-    def free(self) -> None:
-        """Frees the weights on all ranks; the ranks stay alive. Does nothing if none are alive.
-
-        While a job runs, the weights are freed after it. Ranks that do not reply within submission.CANCEL_DEADLINE
-        seconds are ended, which frees their memory too.
-        """
-        if self._is_own:
-            self._free_wanted = True
-            self._free_if_idle()
-
-    def _free_if_idle(self) -> None:
-        if not self._one_job.acquire(blocking=False):
-            return  # the holder of the lock frees the weights when it is done
-        try:
-            wanted, self._free_wanted = self._free_wanted, False
-            if wanted and self.alive:
-                self._cancel_requested.clear()  # left over from the previous job
-                self._submit(Free(job=next(self._numbers)), Hooks(), submission.CANCEL_DEADLINE)
-        except RanksSilent:
-            pass  # already logged
-        finally:
-            self._one_job.release()
-
-    # One job
-
-    def _do(self, make: Callable[[int], Message], sharded: bool = False, **hooks) -> Result:
-        with self._jobs(sharded, **hooks) as submit:
-            return submit(make)
-
     def _on_ranks(self, encoder: TextEncoderSpec) -> bool:
         """Whether the text encoder's weights are sharded over all ranks."""
         variables = original(self.device, {**os.environ, **(self._environment or {})})
         return placed(encoder, variables).placement == "ranks"
-
-    @contextmanager
-    def _jobs(self, sharded: bool = False, **hooks) -> Iterator[Submit]:
-        """Yields `submit` for the jobs of one call. Starts ranks if none are alive. A cancel applies to the whole
-        call. sharded: whether the jobs shard weights by FSDP2."""
-        hooks = Hooks(**hooks)
-        with self._exclusive():
-            self._cancel_requested.clear()
-            self._running = True
-            try:
-                if self._stop_wanted.is_set():
-                    raise JobCancelled("The job was cancelled, as the runtime is being stopped.")
-                self._start(lambda: self._raise_if_cancelled(hooks), sharded)
-                yield lambda make: self._submit(make(next(self._numbers)), hooks)
-            finally:
-                self._running = False
-
-    def _log_warnings(self, result: Result) -> None:
-        """Logs each warning once, even if several jobs report it. Every job's result contains its warnings."""
-        for warning in result.info.get("warnings", ()):
-            if warning not in self._logged:
-                self._logged.append(warning)
-                logger.warning("%s", warning)
-
-    def _raise_if_cancelled(self, hooks: Hooks) -> None:
-        if self._cancel_requested.is_set() or hooks.should_cancel():
-            raise JobCancelled("The job was cancelled while the ranks started.")
-
-    def _submit(self, message: Message, hooks: Hooks, deadline: float | None = None) -> Result:
-        pause = self._held.pause if isinstance(message, Velocity) else 0.0
-        submitted = Submission(message, self._group, self._cancel_requested, hooks, deadline, pause)
-        if isinstance(message, Free):
-            self._held.forget()
-        try:
-            result = submitted.run()
-        except BaseException:
-            self._held.forget()  # ranks may have lost them, each for itself
-            if submitted.unanswered:  # these ranks still work on the job, and nobody would read their answers
-                self._group.kill()
-            raise
-        if isinstance(message, Velocity):
-            self._held.pause = submitted.longest_pause
-        self._log_warnings(result)
-        return result
 
 
 def _check_specs(model, spec) -> None:

@@ -33,18 +33,18 @@ class RanksNetwork(torch.nn.Module):
 
     def __init__(self, described: torch.nn.Module, channels: int):
         super().__init__()
-        vars(self)["described"] = described
         self.dtype = torch.float32  # of inputs: the ranks convert them to the dtype of the blocks
         self.channels = channels
         self.run: Run | None = None
         network = type(described)
         self._signature = inspect.signature(getattr(network, "_forward", network.forward).__get__(described))
+        vars(self)["described"] = described  # last: from here on, its attributes are also those of this module
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        described = vars(self).get("described")
+        if described is None or name in self._modules:
             return super().__getattr__(name)
-        except AttributeError:
-            return getattr(vars(self)["described"], name)
+        return getattr(described, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         described = vars(self).get("described")

@@ -102,7 +102,7 @@ def skipped_blocks(options: dict[str, Any], network: torch.nn.Module) -> tuple[i
 def origin(function: Any) -> str:
     """Where a function or object comes from, so that users find the node that attached it."""
     named = function if hasattr(function, "__qualname__") else type(function)
-    module = str(named.__module__).replace(".<locals>", "")
+    module = str(named.__module__).rpartition("/")[2]  # ComfyUI names a pack's module by its path
     return f"{module}.{named.__qualname__}"
 
 

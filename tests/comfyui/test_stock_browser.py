@@ -79,7 +79,7 @@ def test_stock_template_runs_on_the_ranks_and_is_swapped_back(comfyui, browser):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.evaluate("app.graph.clear()")
     page.evaluate(DROP, [file.name, file.read_text()])
-    wait_for_types(page, LOADERS)
+    wait_for_types(page, [*LOADERS, *SMALL])
     page.evaluate(SET, SMALL)
     page.evaluate(FIT)
     stock, (tabs, _) = browser.graph(), page.evaluate(TAB)

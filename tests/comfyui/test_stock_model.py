@@ -109,7 +109,8 @@ def guided(class_type: str, **inputs):
 
 CACHED = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 0.95, "verbose": False}
 WINDOWS = {"context_length": 9, "context_overlap": 5, "context_schedule": "standard_static", "context_stride": 1,
-           "closed_loop": False, "fuse_method": "pyramid"}  # fmt: skip
+           "closed_loop": False, "fuse_method": "pyramid", "split_conds_to_windows": False, "freenoise": False,
+           "retain_first_frame": False}  # fmt: skip (the last three: of newer cores)
 SKIPPED = {"start_percent": 0.0, "end_percent": 1.0, "double_layers": "1, 7", "single_layers": "0"}
 FEATURES = {
     "one pass a step": lambda graph, model: sampled(graph, model, cfg=1.0),

@@ -110,8 +110,8 @@ def draw_inputs(graph: dict, folder: Path) -> None:
 
 def _write_video(file: Path, frames: np.ndarray) -> None:
     with av.open(str(file), "w") as container:
-        height, width = frames.shape[1:3]
-        stream = container.add_stream("mpeg4", rate=16, width=width, height=height, pix_fmt="yuv420p")
+        stream = container.add_stream("mpeg4", rate=16, pix_fmt="yuv420p")
+        stream.height, stream.width = frames.shape[1:3]
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -18,6 +18,7 @@ from ascend_runtime.client.model_calls import HeldByRanks
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
 from ascend_runtime.wire import channel, shared_memory
 from diffusers import WanTransformer3DModel
+from rank_processes import shared_memory as shared_memory_of
 from torch.testing import assert_close
 
 SHAPE = (1, 16, 3, 6, 10)  # 45 tokens, of which no two ranks have as many
@@ -381,11 +382,22 @@ def test_inputs_that_were_not_used_for_longest_are_dropped(one_rank, specs, monk
     """Two texts fit; the third takes the place of the first, which is sent again when it is needed."""
     monkeypatch.setattr(one_rank, "_held", HeldByRanks(most=TEXTS))
     sent = []
+    run = outer_sampler.run_of(SHORT)
     for text in (1, 2, 3, 2, 1):
-        made = one_call(one_rank, specs.model, [a_pass(specs, text=text)])
+        one_rank.velocity(specs.model, [a_pass(specs, text=text)], run, 0)
         sent.append(counted.taken()[0] > LATENT + TIMESTEPS)
-        assert len(made) == 1
     assert sent == [True, True, True, False, True]
+
+
+def test_inputs_stay_for_the_next_run_only(one_rank, specs, counted):
+    """A rank keeps the message of each input, so that what old runs have sent must go."""
+    sent, kept = [], []
+    for text in (1, 2, 1, 3, 4, 1, 5, 6, 7, 8):
+        one_call(one_rank, specs.model, [a_pass(specs, text=text)])
+        sent.append(counted.taken()[0] > LATENT + TIMESTEPS)
+        kept.append(len(shared_memory_of(one_rank.pids)))
+    assert sent == [True, True, False, *[True] * 7]
+    assert kept[-1] <= max(kept[:4])
 
 
 def test_a_caller_may_write_to_its_inputs_afterwards(one_rank, specs):

@@ -384,7 +384,7 @@ def test_a_group_starts_again_for_the_first_job_that_shards_weights(first, own, 
         start = lambda self, check: None  # noqa: E731
         stop = lambda self: setattr(self, "_stopping", True)  # noqa: E731
 
-    monkeypatch.setattr("ascend_runtime.client.runtime.RankGroup", Group)
+    monkeypatch.setattr("ascend_runtime.client.kept_ranks.RankGroup", Group)
     monkeypatch.setattr(devices, "resolve_kind", lambda kind: kind)
     monkeypatch.setattr(devices, "resolve_ranks", lambda ranks, *_: ranks)
     monkeypatch.setattr(Runtime, "_submit", lambda *_: None)

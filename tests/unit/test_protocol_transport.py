@@ -44,6 +44,10 @@ MESSAGES = [
         profile=specs.ProfileSpec(folder="/profiles", last_step=3, rank=1),
         preview=True,
     ),
+    messages.EncodeTokens(
+        job=13, encoder=ENCODER, part="text_encoder", ids=torch.arange(4), length=3, places=(1, 2),
+        embeddings=[torch.ones(2, 3), torch.zeros(1, 3)],
+    ),
     messages.Velocity(
         job=5,
         setting=messages.CallSetting(
