@@ -26,6 +26,7 @@ from ..hardware import cores, host
 from ..hardware.environment import HEAP, rank_environment, start_deadline, suits_sharded
 from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
+from ..wire.shared_memory import blocks
 from . import restarts
 
 logger = logging.getLogger(__name__)
@@ -193,6 +194,7 @@ class RankGroup:
                 self._watcher.join(timeout=seconds)
         for rank in self.ranks:
             rank.channel.close()
+        blocks.forget()
 
     def _signal(self, sign: signal.Signals) -> None:
         for rank in self.ranks:

@@ -117,6 +117,12 @@ class _Blocks:
             raise
         return descriptor
 
+    def forget(self) -> None:
+        """Frees the blocks; those that a receiver holds are freed with it."""
+        with self._one_at_a_time:
+            self._large.clear()
+            self._small.clear()
+
     def _find(self, size: int) -> _Block:
         kept = self._large if size >= _LARGE else self._small
         for block in kept:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import comfy_graphs as graphs
 import torch
