@@ -63,18 +63,18 @@ the host's memory. Tencent's licence excludes the EU, the UK and South Korea."""
 STOCK = {
     "{stock}": """\
 Press **R** to refresh the lists, then **Run**. All nodes but the loaders and Ascend Parallel Config are core \
-ComfyUI's, with the settings of its own template. The three loaders give core's MODEL, CLIP and VAE, whose work the \
-ranks do, so any node that takes these can be added: LoRA loaders, guiders, other samplers. To swap the loaders of \
-your own graph, right-click the canvas and take **Run this graph on all ranks**. Ascend Sampler needs fewer nodes for \
+ComfyUI's, with the settings of its own template. The loaders give core's MODEL, CLIP and VAE, whose work the ranks \
+do, so any node that takes these can be added: LoRA loaders, guiders, other samplers. To swap the loaders of your own \
+graph, right-click the canvas and choose **Swap loaders to run on all ranks**. Ascend Sampler needs fewer nodes for \
 the same video, and knows the model's own settings.""",
     "{原生}": """\
 下载上表中的文件，按 **R** 刷新后点击**运行**。除加载器和并行配置外，全部是 ComfyUI 自带的节点，参数与其官方模板相同。\
-三个加载器输出 ComfyUI 的 MODEL、CLIP 和 VAE，由所有 rank 计算，因此可以接任何使用它们的节点：LoRA、引导器、其他采样器。\
-要替换您自己工作流中的加载器，请右键点击画布，选择**用所有 rank 运行此工作流**。同样的视频用“昇腾采样器”所需节点更少，\
+这些加载器输出 ComfyUI 核心的 MODEL、CLIP 和 VAE，计算由各 rank 完成，因此可以接任何使用它们的节点：LoRA、引导器、其他采样器。\
+要替换自己工作流中的加载器，请右键点击画布，选择**替换加载器，在所有 rank 上运行**。生成同样的视频，使用“昇腾采样器”所需的节点更少，\
 并自带模型的官方设置。""",
     "{two models}": """\
 Two samplers share the 20 steps, one for each expert. `fsdp` gives each card a share of both experts' weights: of \
-57 GB, 7 on each of eight cards. Without it, the expert that rests waits in the host's memory where one card is too \
+57 GB, 7 on each of eight cards. Without it, the expert that is not in use waits in the host's memory if a card is too \
 small for both. The text encoder runs on the host's CPU; with T5_LOAD_CPU=0 in ComfyUI's environment it runs on the \
 NPUs instead, where it takes 1.4 GB of each of eight.""",
     "{两个模型}": """\
@@ -125,9 +125,9 @@ excludes the EU, the UK and South Korea.
 
 {files}
 
-{stock} Connect a Load Image to start_image of Wan22ImageToVideoLatent, and the video begins with it.
+{stock} To begin the video with an image, connect Load Image to start_image of Wan22ImageToVideoLatent.
 
-{原生}将“加载图像”连到 Wan22ImageToVideoLatent 的 start_image 即为图生视频。
+{原生}将“加载图像”连到 Wan22ImageToVideoLatent 的 start_image，即可图生视频。
 """,
     "hunyuan_video_text_to_video": """\
 ## HunyuanVideo, from text

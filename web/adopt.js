@@ -1,23 +1,23 @@
-// Two entries in the menu of the canvas: they swap the graph's loaders for those whose work all ranks do, and back. The
-// server does it (nodes/stock/adoption.py), as it knows what is in the model files.
+// Two entries in the canvas' menu: they swap the graph's loaders for ours, whose work all ranks do, and back. The server
+// does it (nodes/stock/adoption.py), because it can read the model files.
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 
 const TEXTS = {
     en: {
-        adopt: "Run this graph on all ranks (Ascend)",
-        back: "Run this graph on ComfyUI's own device (Ascend)",
+        adopt: "Swap loaders to run on all ranks (Ascend)",
+        back: "Swap loaders back to core's (Ascend)",
         swapped: count => `${count} ${count === 1 ? "loader" : "loaders"} swapped`,
         nothing: "No loader was swapped",
-        left: "Left as they are:",
+        left: "Not swapped:",
         failed: "The loaders could not be swapped",
     },
     zh: {
-        adopt: "用所有 rank 运行此工作流（昇腾）",
-        back: "改回由 ComfyUI 自身的设备运行（昇腾）",
+        adopt: "替换加载器，在所有 rank 上运行（昇腾）",
+        back: "换回核心加载器（昇腾）",
         swapped: count => `已替换 ${count} 个加载器`,
         nothing: "没有可替换的加载器",
-        left: "保持不变：",
+        left: "未替换：",
         failed: "无法替换加载器",
     },
 }

@@ -142,12 +142,12 @@ def _compare_begins(arguments: Namespace) -> str:
 
 def _declare_adopt(parser: ArgumentParser) -> None:
     parser.description = (
-        "Swaps the loaders of a stock ComfyUI workflow for those whose work all ranks do, and writes a new file.\n\n"
+        "Swaps the loaders of a stock ComfyUI workflow for ours, whose work all ranks do, and writes a new file.\n\n"
         "Prints what was swapped, and which loaders stay as they are and why. Both formats of workflows are read."
     )
     add = parser.add_argument
     add("workflow", type=Path, metavar="WORKFLOW", help="workflow JSON, in UI or API format")
-    add("--back", action="store_true", help="swap our loaders for core's: the workflow as it was")
+    add("--back", action="store_true", help="swap our loaders for core's, which gives the workflow as it was")
     add("--models", type=Path, metavar="FOLDER",
         help="ComfyUI's models folder, where files are looked up; their content decides whether the ranks can run them "
         "(default: their names decide)")  # fmt: skip
@@ -162,7 +162,7 @@ def _check_adopt(arguments: Namespace) -> None:
 
 
 def _adopt_begins(arguments: Namespace) -> str:
-    return f"swapping the loaders of {arguments.workflow} for {'those of core' if arguments.back else 'ours'}"
+    return f"swapping the loaders of {arguments.workflow} for " + ("core's" if arguments.back else "ours")
 
 
 def _calibrate_begins(arguments: Namespace) -> str:
@@ -171,8 +171,8 @@ def _calibrate_begins(arguments: Namespace) -> str:
 
 COMMANDS = {
     "adopt": Command(
-        "swap the loaders of a stock workflow, so that all ranks run it", ".commands.adoption.command", _declare_adopt,
-        _check_adopt, _adopt_begins,
+        "swap the loaders of a stock workflow, so that it runs on all ranks", ".commands.adoption.command",
+        _declare_adopt, _check_adopt, _adopt_begins,
     ),
     "inspect": Command(
         "show what a model's folder or file contains", ".commands.inspection", _declare_inspect,

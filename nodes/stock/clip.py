@@ -166,7 +166,7 @@ class CLIPLoader(io.ComfyNode):
                 io.Combo.Input(
                     "type",
                     options=with_further(known, options_of("CLIPLoader", "type")),
-                    tooltip="The model that the text is for. Others that core's Load CLIP lists need core's node.",
+                    tooltip="Whose text encoder it is: wan or hunyuan_video. The other types need core's Load CLIP.",
                 ),
                 DEVICE(),
                 types.parallel_input(),
@@ -188,7 +188,7 @@ class DualCLIPLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         listed = with_further(model_files.names(model_files.TEXT_ENCODER), options_of("DualCLIPLoader", "clip_name1"))
         known = [one.core_text.type for one in families().values() if one.core_text and len(one.text_parts) > 1]
-        name = "A file in models/text_encoders: llava_llama3 or clip_l, in either order."
+        name = "A file in models/text_encoders: llava_llama3 or clip_l. Their order does not matter."
         return io.Schema(
             node_id="AscendDualCLIPLoader",
             display_name="Ascend Load Dual CLIP (Core)",
@@ -197,11 +197,11 @@ class DualCLIPLoader(io.ComfyNode):
             "and those of other packs.",
             inputs=[
                 io.Combo.Input("clip_name1", options=listed, tooltip=name),
-                io.Combo.Input("clip_name2", options=listed, tooltip="The other one of the two."),
+                io.Combo.Input("clip_name2", options=listed, tooltip="The other of the two."),
                 io.Combo.Input(
                     "type",
                     options=with_further(known, options_of("DualCLIPLoader", "type")),
-                    tooltip="The model that the text is for. Others that core's DualCLIPLoader lists need core's node.",
+                    tooltip="Whose text encoders they are: hunyuan_video. The other types need core's DualCLIPLoader.",
                 ),
                 DEVICE(),
                 types.parallel_input(),

@@ -54,7 +54,7 @@ def of_conditioning(conds: dict[str, list[dict]]) -> None:
             for entry, what in CONDITIONING:
                 if part.get(entry) is not None:
                     raise ValueError(
-                        f"The {name} conditioning carries {what} ({entry!r}), which no network of the ranks reads. "
+                        f"The {name} conditioning carries {what} ({entry!r}), which no network on the ranks reads. "
                         f"Take the node that adds it out of the graph, or {CORE}."
                     )
 
@@ -79,7 +79,7 @@ def tensors_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
     for name, value in inputs.items():
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"The conditioning makes the network's input {name!r} ({type(value).__name__}), which no network of "
+                f"The conditioning makes the network's input {name!r} ({type(value).__name__}), which no network on "
                 f"the ranks reads. Take the node that adds it out of the graph, or {CORE}."
             )
     return dict(inputs)

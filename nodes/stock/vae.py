@@ -107,8 +107,8 @@ class VAELoader(io.ComfyNode):
                     "vae_name",
                     options=listed,
                     tooltip="A file in models/vae, or a folder in models/diffusers, such as the VAE of Wan 2.1, of "
-                    "Wan2.2-TI2V-5B or of HunyuanVideo. Others that core's Load VAE lists, such as taesd and "
-                    "pixel_space, need core's node.",
+                    "Wan2.2-TI2V-5B or of HunyuanVideo. The others in the list, such as taesd and pixel_space, "
+                    "need core's Load VAE.",
                 ),
                 types.parallel_input(),
             ],
@@ -120,7 +120,7 @@ class VAELoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, vae_name) -> bool | str:
         if vae_name in options_of(*CORE) and vae_name not in model_files.names(model_files.VAE):
-            return f"{vae_name} is no VAE that the ranks can run. Use core's Load VAE for it."
+            return f"The ranks cannot run the VAE {vae_name}. Load it with core's Load VAE."
         return model_files.check(vae_name, model_files.VAE)
 
     @classmethod

@@ -16,8 +16,8 @@ PACKAGE = find_spec("comfyui_workflow_templates_media_video")
 SMALL = {"EmptyHunyuanLatentVideo": {"width": 96, "height": 64, "length": 9},
          "KSampler": {"steps": 2, "control_after_generate": "fixed"}}  # fmt: skip
 LOADERS = ["CLIPLoader", "UNETLoader", "VAELoader"]
-TO_RANKS, BACK = "Run this graph on all ranks (Ascend)", "Run this graph on ComfyUI's own device (Ascend)"
-TO_RANKS_ZH = "用所有 rank 运行此工作流（昇腾）"
+TO_RANKS, BACK = "Swap loaders to run on all ranks (Ascend)", "Swap loaders back to core's (Ascend)"
+TO_RANKS_ZH = "替换加载器，在所有 rank 上运行（昇腾）"
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("chromium") and not shutil.which("chromium-browser"),
@@ -117,7 +117,7 @@ def test_menu_is_chinese_and_lists_what_is_left(browser):
         choose(page, TO_RANKS_ZH)
         page.wait_for_function(f"{TOASTS}.some(text => text.includes('没有可替换的加载器'))")
         said = "\n".join(page.evaluate(TOASTS))
-        assert "保持不变：" in said and "CheckpointLoaderSimple" in said and "several networks in one file" in said
+        assert "未替换：" in said and "CheckpointLoaderSimple" in said and "several networks in one file" in said
         assert loaders(browser.graph()) == []
     finally:
         page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")

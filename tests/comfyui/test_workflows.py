@@ -164,7 +164,7 @@ def test_templates_are_served_with_thumbnails(comfyui):
 @needs_chromium
 def test_template_browser_shows_the_workflows(comfyui):
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
-    with ComfyBrowser(comfyui, size=(1600, 1800)) as browser:  # it loads the pictures that are in view
+    with ComfyBrowser(comfyui, size=(1600, 2400)) as browser:  # it loads the pictures that are in view
         page = browser.page
         page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         page.get_by_text("ascend-video", exact=True).first.click()

@@ -105,7 +105,7 @@ def conditioner(by_core):
 
 
 WRONG = {  # what the error says: the case, and what is wrong with its inputs
-    "the input vace_context, which this model does not read. It is of a VACE model": ("text", {
+    "the input vace_context, which this model does not read. It belongs to a VACE model": ("text", {
         "vace_context": torch.zeros(1)}),
     "the input camera_conditions": ("image, 2.2, odd", {"camera_conditions": torch.zeros(1)}),
     "the input audio_embed": ("text", {"audio_embed": torch.zeros(1)}),

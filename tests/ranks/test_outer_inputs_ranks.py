@@ -70,7 +70,7 @@ def test_an_input_that_the_model_does_not_read_fails_the_call_by_name(two_ranks,
     case = CASES["text"]
     latent, timesteps, inputs = case.drawn(SEED)
     wrong = Inputs(inputs.shape, {**inputs.tensors, "vace_context": torch.zeros(1, 8)})
-    with pytest.raises(ValueError, match="the input vace_context, which this model does not read. It is of a VACE"):
+    with pytest.raises(ValueError, match="the input vace_context, which this model does not read. It belongs to"):
         called(two_ranks, models(case), pass_of(latent, timesteps, wrong))
     called(two_ranks, models(case), pass_of(latent, timesteps, inputs))
 

@@ -144,9 +144,9 @@ def test_another_models_text_encoder_and_vae_stay():
 
 @pytest.mark.parametrize("kind, value, what", [
     ("CheckpointLoaderSimple", "wan.safetensors", "Load the model, the text encoder and the VAE from separate files"),
-    ("UnetLoaderGGUF", "wan2.2-Q4.gguf", "GGUF files are not read"),
+    ("UnetLoaderGGUF", "wan2.2-Q4.gguf", "read no GGUF files"),
     ("WanVideoModelLoader", "wan2.2.safetensors", "WanVideoWrapper"),
-    ("SomeVAELoader", "wan_vae.safetensors", "do not replace this node"),
+    ("SomeVAELoader", "wan_vae.safetensors", "no loader of ours"),
 ])  # fmt: skip
 def test_other_loaders_are_listed_with_a_reason(kind, value, what):
     output = "WANVIDEOMODEL" if kind.startswith("WanVideo") else "VAE"

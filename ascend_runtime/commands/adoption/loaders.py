@@ -37,21 +37,23 @@ STOCK_LOADERS = (
 BY_TYPE = {name: loader for loader in STOCK_LOADERS for name in (loader.core, loader.ours)}
 
 SEPARATE = (
-    "Load the model, the text encoder and the VAE from separate files, by Load Diffusion Model, Load CLIP and Load VAE"
+    "Load the model, the text encoder and the VAE from separate files, with Load Diffusion Model, Load CLIP and Load "
+    "VAE"
 )
-OWN_TYPES = "nodes have types of their own, which core's samplers do not take. Open a stock graph of it instead"
+AS_FILE = "Load the model's fp8_scaled, fp16 or bf16 file with core's loader instead"
+OWN_TYPES = "nodes have types of their own, which core's samplers do not take. Open a stock graph of the model instead"
 OTHER_LOADERS = (  # patterns of the types of loaders that are left, and why
-    (r".*GGUF.*", "GGUF files are not read. Take the model's fp8_scaled, fp16 or bf16 file in core's own loader"),
+    (r".*GGUF.*", f"the ranks read no GGUF files. {AS_FILE}"),
     (r"(Image\w+|unCLIP)?CheckpointLoader.*", f"a checkpoint holds several networks in one file. {SEPARATE}"),
     (r"DiffusersLoader", f"it loads a whole folder. {SEPARATE}, or use Ascend Load Diffusion Model"),
     (r"(Triple|Quadruple)CLIPLoader.*", "its text encoders belong to models that the ranks do not run"),
     (r"(Load)?WanVideo.*Loader.*|LoadWanVideo.*", f"WanVideoWrapper's {OWN_TYPES}"),
     (r"(HyVideo|DownloadAndLoadHyVideo).*Load.*", f"HunyuanVideoWrapper's {OWN_TYPES}"),
-    (r"Nunchaku.*Loader.*", "the ranks do not read its files. Take the model's fp8_scaled, fp16 or bf16 file"),
+    (r"Nunchaku.*Loader.*", f"the ranks do not read its files. {AS_FILE}"),
 )
 NOT_REPLACED = (
-    "the ranks do not replace this node. If it only reads a file, use core's Load Diffusion Model, Load CLIP or Load "
-    "VAE"
+    "no loader of ours can take its place. If it only reads a file, use core's Load Diffusion Model, Load CLIP or Load "
+    "VAE instead"
 )
 
 

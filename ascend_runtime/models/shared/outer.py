@@ -15,13 +15,13 @@ from .conditioning import Inputs, Reads
 TEXT, CONCAT = "text", "concat"  # the names of a prompt's tokens and of further channels
 # Inputs of core ComfyUI's models that no network here reads, and what to do.
 INPUT_CURES = {
-    "vace_context": "It is of a VACE model, which is not supported. Load a text-to-video or image-to-video model.",
+    "vace_context": "It belongs to a VACE model, which is not supported. Load a text-to-video or image-to-video model.",
     "camera_conditions": "It moves the camera of a Fun Camera model, which is not supported. Remove its node.",
-    "audio_embed": "It is of a model that reads sound, which is not supported. Remove its node.",
+    "audio_embed": "It belongs to a model that reads sound, which is not supported. Remove its node.",
     "context_latents": "It gives a Bernini model further videos, which is not supported. Remove its node.",
     "ref_latent": "It comes from HunyuanImageToVideo with the guidance_type custom, for other models. Choose v1 "
     "(concat) for an image-to-video model with 33 in_channels, else v2 (replace).",
-    "txt_byt5": "It is of HunyuanVideo 1.5, which is another model. Encode the prompt with the text encoders of "
+    "txt_byt5": "It belongs to HunyuanVideo 1.5, which is another model. Encode the prompt with the text encoders of "
     "HunyuanVideo (llava_llama3 and clip_l).",
 }
 OTHER_CURE = "Remove the node that adds it to the conditioning."
