@@ -91,7 +91,8 @@ def _lacking(held: Kind, paths: Sequence[str], part: str) -> str:
     family = family_named(held.family)
     are = f"{paths[0]} is a" if len(set(paths)) == 1 else f"{' and '.join(paths)} are both a"
     other = family.parts[part]
-    option = "" if len(set(paths)) > 1 else " as path_2 (in ComfyUI model_name_2)"
+    places = "in ComfyUI model_name_2, or the other name of Ascend Load Dual CLIP (Core)"
+    option = "" if len(set(paths)) > 1 else f" as path_2 ({places})"
     return (
         f"{are} {held.what}. A {family.title} model needs two text encoders; the {other.what} is missing: give "
         f"{other.published}{option}."

@@ -232,6 +232,7 @@ def test_what_is_not_a_graph_is_refused(graph):
     {"nodes": [], "extra": {"groupNodes": {"a": None, "b": {"nodes": [{"type": "VAELoader"}], "config": 3}}}},
     {"nodes": [{"type": "AscendUNETLoader", "properties": {KEPT: 7}, "inputs": [None, {"name": "parallel"}]}],
      "links": [None, [], {}]},
+    {"nodes": [{"type": "PrimitiveNode", "outputs": [{"type": ["euler", "heun"]}], "inputs": [{"type": {}}]}]},
     {"1": {"class_type": None, "inputs": 3}, "2": {"class_type": "VAELoader"}},
 ])  # fmt: skip
 def test_odd_graphs_are_not_an_error(odd):

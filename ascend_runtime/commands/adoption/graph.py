@@ -75,9 +75,11 @@ class GraphNode:
             return True
         if re.match(HOLDER, self.type):
             return False
-        made = {slot.get("type") for slot in slots(self.node, "outputs")}
-        taken = {slot.get("type") for slot in slots(self.node, "inputs")}
-        return self.graph is not None and bool(made & set(LOADED)) and not taken & set(LOADED) and bool(self._files())
+        made, taken = (
+            [slot.get("type") for slot in slots(self.node, side)] for side in ("outputs", "inputs")
+        )  # a text, or a list of options in graphs of older pages
+        makes, takes = (any(kind in types for kind in LOADED) for types in (made, taken))
+        return self.graph is not None and makes and not takes and bool(self._files())
 
 
 def entries_of(graph: dict) -> Iterator[GraphNode]:
