@@ -81,7 +81,7 @@ def _groups(patches: dict[str, list[Patch]]) -> list[tuple[float, Group]]:
                 used[strength] += 1
     if faults:
         raise ValueError(
-            "Nodes have attached changes to this MODEL that the ranks, which hold its weights, cannot make: changes of "
+            "Nodes have attached changes to this MODEL that the ranks, which hold its weights, cannot make: "
             f"{list_faults(faults)}. The ranks add LoRA, LoHa, LoKr and whole differences. {refusals.INSTEAD}"
         )
     return [(strength, group) for strength, listed in groups.items() for group in listed]

@@ -313,6 +313,14 @@ def test_an_accelerator_on_a_model_of_core_is_refused(comfyui):
     assert "Ascend Load Diffusion Model (Core)" in str(caught.value)
 
 
+def test_a_model_whose_heads_core_does_not_know_is_refused(comfyui):
+    graph = Graph()
+    graph.save("ours", sampled(graph, loaded(graph, ours=True, name=graphs.HEAVY)))
+    with pytest.raises(PromptFailed) as caught:
+        comfyui.wait(comfyui.queue(graph))
+    assert all(word in str(caught.value) for word in ("no MODEL", graphs.HEAVY, "Ascend Sampler"))
+
+
 def test_comfyui_counts_no_memory_of_its_own_for_the_model(comfyui):
     graph = Graph()
     [node, _] = graph.add("TestModelFacts", model=loaded(graph, ours=True))
