@@ -85,11 +85,6 @@ def names(kind: Kind) -> list[str]:
     return [*listed, *(name for name in files if Path(name).parts[0] not in listed)]
 
 
-def stock_names(kind: Kind) -> list[str]:
-    """What core's loader of this kind lists, and what ours can load besides."""
-    return list(dict.fromkeys([*folder_paths.get_filename_list(kind.category), *names(kind)]))
-
-
 def path_of(name: str, kind: Kind) -> str:
     """The path of a listed name. Raises ValueError, with the names and folders that there are, for any other."""
     folder = folders(kind).get(name) if isinstance(name, str) else None

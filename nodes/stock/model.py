@@ -20,6 +20,7 @@ from ...ascend_runtime.wire.messages import SamplerRun
 from .. import comfy_bridge, model_files, types
 from ..types import ModelHandle, RanksHandle
 from . import refusals
+from .core_options import options_of, with_further
 from .loras import loras_of
 from .network import RanksNetwork
 from .remote import CPU, RemotePatcher, in_ranks
@@ -36,6 +37,7 @@ _run_numbers = itertools.count(1)
 class UNETLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        listed = with_further(model_files.names(model_files.TRANSFORMER), options_of("UNETLoader", "unet_name"))
         return io.Schema(
             node_id="AscendUNETLoader",
             display_name="Ascend Load Diffusion Model (Core)",
@@ -45,7 +47,7 @@ class UNETLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=model_files.stock_names(model_files.TRANSFORMER),
+                    options=listed,
                     tooltip="A file in models/diffusion_models, or a folder in models/diffusers: a transformer of Wan "
                     "or HunyuanVideo in any format that Ascend Load Diffusion Model reads.",
                 ),
@@ -54,7 +56,7 @@ class UNETLoader(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="The ranks keep weights in the dtype that they compute in: bfloat16, or float32 on a CPU. "
-                    "The fp8 values are accepted for graphs made with core's node, and have no effect.",
+                    "The fp8 values have no effect; they are there for graphs made with core's node.",
                 ),
                 types.parallel_input(),
             ],

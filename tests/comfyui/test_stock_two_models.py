@@ -47,14 +47,14 @@ def failed(comfyui):
         comfyui.wait(comfyui.queue(video(3, width=24)))
 
 
-def test_a_second_video_opens_no_weight_file_and_each_is_right_after_a_mishap(comfyui):
+def test_a_second_video_opens_no_weight_file_and_both_are_the_same_after_free_a_killed_rank_and_a_failed_job(comfyui):
     first = made(comfyui, 1)
     folder = comfyui.base / "models" / "diffusion_models"
     with Opened(folder / name for name in MODELS) as watch:
         second = made(comfyui, 2)
     assert watch.files() == []
     assert (first - second).abs().max() > 0.1
-    for mishap in (freed, killed, failed):
-        mishap(comfyui)
-        assert torch.equal(made(comfyui, 1), first), mishap.__name__
-        assert torch.equal(made(comfyui, 2), second), mishap.__name__
+    for event in (freed, killed, failed):
+        event(comfyui)
+        assert torch.equal(made(comfyui, 1), first), event.__name__
+        assert torch.equal(made(comfyui, 2), second), event.__name__
