@@ -315,7 +315,7 @@ def test_other_refusals(two_ranks, specs, loras, expected, tmp_path):
     ]:
         with pytest.raises(ValueError, match=says):
             sample(two_ranks, with_loras(specs.folder, lora), specs.text(1), ParallelSpec(ranks=2, fsdp=True))
-    for wrong in ({"strength": 11.0}, {"strength": float("nan")}, {"expert": "both_of_them"}):
+    for wrong in ({"strength": 101.0}, {"strength": float("nan")}, {"expert": "both_of_them"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LoraSpec(path="x", **wrong)
     latent = sample(two_ranks, specs.model, specs.text(1), ParallelSpec(ranks=2, fsdp=True))
