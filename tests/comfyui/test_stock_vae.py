@@ -165,7 +165,8 @@ def test_what_else_core_lists_is_refused_by_name(files):
     graph["preview"] = {"class_type": "VAEDecode", "inputs": {"samples": ["empty", 0], "vae": ["ours", 0]}}
     graph["empty"] = {"class_type": "EmptyHunyuanLatentVideo", "inputs": SIZE}
     graph["hold"] = {"class_type": "PreviewImage", "inputs": {"images": ["preview", 0]}}
-    assert "The ranks cannot run the VAE pixel_space. Load it with core's Load VAE" in graphs.refusal(files, graph, "ours")
+    said = graphs.refusal(files, graph, "ours")
+    assert "The ranks cannot run the VAE pixel_space. Load it with core's Load VAE" in said
 
 
 @pytest.mark.parametrize("kind", FILES)

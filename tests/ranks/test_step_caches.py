@@ -12,7 +12,6 @@ import pytest
 import random_hunyuan
 import torch
 import torch.distributed as dist
-from ascend_runtime import SampleSpec
 from ascend_runtime.models.shared.block_stack import At, BlockStack, Pass
 from ascend_runtime.acceleration.tally import Tally
 from ascend_runtime.models.cost import BlockWork, Work
@@ -21,8 +20,6 @@ from ascend_runtime.acceleration.step_rules import Always, FirstBlock, MagCache,
 from ascend_runtime.specs import AccelerationSpec, Calibration, StepCacheSpec
 from ascend_runtime.recognition.calibration_file import calibration_file
 from ascend_runtime.engine import generation
-from ascend_runtime.engine.generation import Request
-from ascend_runtime.models.shared.conditioning import Given
 from ascend_runtime.models.hunyuan_video.defaults import IMAGE_CONCAT, IMAGE_REPLACE
 from ascend_runtime.models.hunyuan_video.defaults import TEXT as HUNYUAN_TEXT
 from ascend_runtime.models.registry import family
@@ -330,13 +327,13 @@ def test_published_figures_are_found_by_the_model():
 
 def test_a_models_own_calibration_comes_first_and_must_be_of_its_experts():
     own = {"high_noise": Calibration(coefficients=(1.0, 0.0))}
-    request = Request(Given(torch.zeros(1, 16, 1, 8, 8), None, {}), SampleSpec(), calibration=own)
+    course = generation.Course((1, 16, 1, 8, 8), (1, 8, 8), {}, False, (), AccelerationSpec(), own)
     model = SimpleNamespace(adapters={"high_noise": None}, high_noise=SimpleNamespace(config={}), family=family("wan"),
                             defaults=WAN21_TEXT, pixels_of=math.prod)  # fmt: skip
-    assert generation._known(model, request) == own
+    assert generation._known(model, course) == own
     model.adapters["low_noise"] = None
     with pytest.raises(ValueError, match="is for high_noise, but the model has high_noise, low_noise. Calibrate"):
-        generation._known(model, request)
+        generation._known(model, course)
 
 
 def copied(model, folder) -> CachedModel:

@@ -45,6 +45,9 @@ class KeptTables:
     def __init__(self):
         self._tables: dict[Hashable, RotaryTable] = {}
 
+    def __len__(self) -> int:
+        return len(self._tables)
+
     def get(self, key: Hashable, make: Callable[[], RotaryTable]) -> RotaryTable:
         """The table of this key, made if it is not kept."""
         table = self._tables.pop(key, None)
