@@ -59,6 +59,7 @@ class Acceleration:
 
     def __init__(self, spec: AccelerationSpec, outline: Outline, operators: PlainOperators = PlainOperators()):
         self.spec = spec
+        self._is_plain = spec == AccelerationSpec()
         self.tally = Tally(outline.work)
         self._caches = {expert: _caches(spec, outline, expert, self.tally) for expert in dict.fromkeys(outline.experts)}
         self._known = {expert: outline.known.get(expert, Calibration()) for expert in self._caches}
@@ -73,13 +74,13 @@ class Acceleration:
             self._rainfusion = self._make_rainfusion()
         self._expert = at.expert
         self.tally.began(at)
-        if self.spec == AccelerationSpec():
+        if self._is_plain:
             return EVERYTHING
         return _Pass(at, *self._caches[at.expert], self._rainfusion)
 
     def facts(self) -> dict[str, object]:
         """The job's `info["acceleration"]`: its accelerators and what they have skipped so far. Empty without any."""
-        if self.spec == AccelerationSpec():
+        if self._is_plain:
             return {}
         facts = {"accelerators": self.spec.kinds, **self.tally.facts()}
         method = self.spec.kinds.get("step_cache")
