@@ -10,10 +10,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -22,11 +20,11 @@ from tqdm import tqdm
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, VideoSize
 from ascend_runtime.client.model_calls import NetworkPass
 from ascend_runtime.client.submission import Result
-from ascend_runtime.wire import channel, shared_memory
 from ascend_runtime.wire.messages import SamplerRun
 from scripts.lib.comfy_server import ComfyServer
 
 from .report import Row, context_of
+from .shared_bytes import SharedBytes
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "tiny_wan"
 RANKS = 2
@@ -112,31 +110,13 @@ def _bytes_of_a_step(sampler: Sampler, quick: bool) -> Row:
     shape = VideoSize(width=64, height=64, num_frames=5).latent_shape() if quick else LATENT
     filled, steps = [], sampler.steps(shape, 3)
     for call in steps:
-        with _counted() as counted:
+        with SharedBytes() as counted:
             answer = call().tensor
-        filled.append(sum(counted))
+        filled.append(counted.sent + counted.received)
     needed = torch.zeros(shape).nbytes + answer.nbytes
     context = context_of(quick, ranks=RANKS, latent=list(shape), step_bytes=filled, needed_bytes=needed)
     return Row(name="stock.bytes_of_a_step", value=max(filled) / needed, unit="ratio", better="lower", baseline=1.001,
                context=context)  # fmt: skip
-
-
-@contextmanager
-def _counted() -> Iterator[list[int]]:
-    """The sizes of what this process fills for its ranks, and of what it gets from them."""
-    sizes: list[int] = []
-    fill, mapped = shared_memory.blocks.fill, channel._mapped
-
-    def filled(parcel):
-        sizes.append(sum(tensor.nbytes for _, tensor in parcel.tensors))
-        return fill(parcel)
-
-    def received(descriptor, size):
-        sizes.append(size)
-        return mapped(descriptor, size)
-
-    with patch.object(shared_memory.blocks, "fill", filled), patch.object(channel, "_mapped", received):
-        yield sizes
 
 
 def _timed(call: Callable[[], Result]) -> tuple[float, Result]:

@@ -16,7 +16,7 @@ from ascend_runtime import DiffusionModelSpec, JobCancelled, ParallelSpec, Sampl
 from ascend_runtime.client import submission
 from ascend_runtime.client.model_calls import HeldByRanks
 from ascend_runtime.specs import AccelerationSpec, AttentionCacheSpec, BlockCacheSpec, RainFusionSpec, StepCacheSpec
-from ascend_runtime.wire import channel, shared_memory
+from benchmarks.shared_bytes import SharedBytes
 from diffusers import WanTransformer3DModel
 from rank_processes import shared_memory as shared_memory_of
 from torch.testing import assert_close
@@ -265,33 +265,10 @@ def test_from_the_second_call_on_no_file_is_needed(one_rank, checkpoint, specs, 
         one_rank.velocity(model, passes, outer_sampler.run_of(SHORT), 0)
 
 
-class Sent:
-    """Counts the bytes of shared memory that this process and its ranks fill for each other."""
-
-    def __init__(self, monkeypatch):
-        self.sent = self.received = 0
-        fill, mapped = shared_memory.blocks.fill, channel._mapped
-
-        def filled(parcel):
-            self.sent += sum(tensor.nbytes for _, tensor in parcel.tensors)
-            return fill(parcel)
-
-        def received(descriptor, size):
-            self.received += size
-            return mapped(descriptor, size)
-
-        monkeypatch.setattr(shared_memory.blocks, "fill", filled)
-        monkeypatch.setattr(channel, "_mapped", received)
-
-    def taken(self):
-        """The bytes (sent, received) since the last time."""
-        taken, self.sent, self.received = (self.sent, self.received), 0, 0
-        return taken
-
-
 @pytest.fixture
-def counted(monkeypatch):
-    return Sent(monkeypatch)
+def counted():
+    with SharedBytes() as counting:
+        yield counting
 
 
 TIMESTEPS = 2 * 4  # bytes: one for each pass
