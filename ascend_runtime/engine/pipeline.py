@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import zlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
 from ..ops.precision import check_finite, strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import all_reduce_max, all_reduce_sum, communicators
+from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
@@ -85,16 +84,19 @@ class RankPipeline:
                 family = self.components.found(spec)[0].family
                 encoding = family.text()
                 key = spec, self.components.state(spec), encoding.clean(job.message.text), self._seen(job, spec, family)
-        encoded = self.prompts.get(key)
-        known = not all_reduce_max(self.rank == 0 and encoded is None)
-        if not known:
-            encoded = self._encoded(job, spec, sharding)
+        encoded, known = self._known_or(key, lambda: self._encoded(job, spec, sharding))
         if self.rank != 0:
             return _done(job)
         self.prompts.keep(key, encoded)
         info = _warnings(encoded.warnings) | _communicators(self.device) | ({"prompt": "known"} if known else {})
         results = encoding.embeddings(encoded.results)
         return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
+
+    def _known_or(self, key: Hashable, encode: Callable[[], Encoded | None]) -> tuple[Encoded | None, bool]:
+        """(what rank 0 has cached under a key, else what all ranks encode; whether it was cached). Collective."""
+        encoded = self.prompts.get(key)
+        known = not all_reduce_max(self.rank == 0 and encoded is None)
+        return (encoded if known else encode()), known
 
     def _seen(self, job, spec: TextEncoderSpec, family: Family) -> Hashable:
         """What determines the image tokens of a prompt; None without an image. Raises ValueError for an image that
@@ -132,10 +134,7 @@ class RankPipeline:
         with job.together():
             if self.rank == 0:
                 key = spec, self.components.state(spec), tokens_key(message.part, given)
-        encoded = self.prompts.get(key)
-        known = not all_reduce_max(self.rank == 0 and encoded is None)
-        if not known:
-            encoded = self._encoded_tokens(job, spec, sharding, given)
+        encoded, known = self._known_or(key, lambda: self._encoded_tokens(job, spec, sharding, given))
         if self.rank != 0:
             return _done(job)
         if len(given.ids) <= MAX_KNOWN:
@@ -292,8 +291,7 @@ class RankPipeline:
         with job.together():
             yield host_memory
         waiting = self.components.models.waiting
-        digest = 0 if waiting is None else zlib.crc32(repr(waiting.key.spec).encode())
-        if all_reduce_max(digest) != -all_reduce_max(-digest):
+        if not all_alike(waiting and waiting.key.spec):
             self.components.models.give_way(host_memory)
 
     def _host_memory(self) -> HostMemory:
@@ -369,8 +367,7 @@ def _settings(request: Request, model: DiffusionModel) -> dict[str, float]:
 def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
-    digest = zlib.crc32(repr((spec, model.boundary, model.defaults.static_steps)).encode())
-    if all_reduce_max(digest) != -all_reduce_max(-digest):
+    if not all_alike((spec, model.boundary, model.defaults.static_steps)):
         raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Try again.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import faulthandler
 import math
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,6 +148,12 @@ def all_reduce_max(value: int) -> int:
     verdict = torch.tensor(int(value))
     dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
     return int(verdict)
+
+
+def all_alike(value: object) -> bool:
+    """Whether `value` is written (repr) alike on all ranks. All ranks must call it."""
+    digest = zlib.crc32(repr(value).encode())
+    return all_reduce_max(digest) == -all_reduce_max(-digest)
 
 
 def all_reduce_sum(values: Tensor) -> list[float]:
