@@ -81,9 +81,6 @@ class UNETLoader(io.ComfyNode):
 class RanksPatcher(RemotePatcher):
     """A MODEL whose weights are in the ranks. What would read or change weights in this process is refused."""
 
-    def get_key_patches(self, filter_prefix=None):
-        raise ValueError(in_ranks(WHAT, "merged"))
-
     def model_state_dict(self, filter_prefix=None):
         """Names and shapes of the network's tensors. Core asks for those under a prefix to read the weights."""
         if filter_prefix is not None:
@@ -120,6 +117,7 @@ def model_of(handle: ModelHandle) -> RanksPatcher:
             f"This ComfyUI has no MODEL for {handle.spec.path}. Use Ascend Load Diffusion Model with Ascend Sampler."
         )
     model.diffusion_model = RanksNetwork(model.diffusion_model, facts["channels"])
+    model.what = WHAT  # for the patcher's errors
     model.memory_usage_factor = 0  # the ranks' memory is not this process's
     model.state_dict_for_saving = _refuse_saving
     patcher = RanksPatcher.of(model)

@@ -224,6 +224,7 @@ REFUSED = {  # -> words of the error
     "ModelSave": (saved, ("This MODEL", "saved", "in the ranks")),
     "LoraSave": (extracted, ("This MODEL", "compared", "in the ranks")),
     "a hook LoRA": (hooked, ("hook", "LoRA loader")),
+    "a save by newer cores": (attached("a save as newer cores do it"), ("This MODEL", "saved", "in the ranks")),
     "a copy on another device": (attached("a copy on another device"), ("MultiGPU CFG Split", "which cards")),
 }  # fmt: skip
 

@@ -50,6 +50,7 @@ MODELS = {
     "a block that the model lacks": lambda model: model.set_model_patch_replace(
         replaces_a_block, "dit", "double_block", 70),
     "a copy on another device": lambda model: model.deepclone_multigpu(new_load_device=torch.device("cpu")),
+    "a save as newer cores do it": lambda model: model.model_state_dict_for_saving(),
     "another attention": _option("optimized_attention_override", attends),
     "an unknown option": _option("of_another_pack", True),
     "a function wrapper": lambda model: model.set_model_unet_function_wrapper(
