@@ -9,6 +9,7 @@ LAYERS = [
     ("wire", ("ascend_runtime.wire",)),
     ("components", ("ascend_runtime.components",)),
     ("acceleration", ("ascend_runtime.acceleration",)),
+    ("planner", ("ascend_runtime.planner",)),
     ("recognition", ("ascend_runtime.recognition",)),
     ("models", ("ascend_runtime.models",)),
     ("parallel", ("ascend_runtime.parallel",)),
@@ -16,6 +17,7 @@ LAYERS = [
     ("ops", ("ascend_runtime.ops",)),
     ("hardware", ("ascend_runtime.hardware",)),
     ("specs", ("ascend_runtime.specs",)),
+    ("errors", ("ascend_runtime.errors",)),
 ]
 
 

@@ -1,0 +1,129 @@
+"""What a prediction is about: a model, a video, a machine, and how the ranks share the work. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..models.defaults import Defaults
+from ..models.family import Family
+from ..models.shapes import Shapes
+from ..specs import AccelerationSpec, Plan
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network without its weights.
+
+    part: of the family (models.family.TRANSFORMER, VAE, TEXT_ENCODER, ...). shapes: of all parameters, by their names
+    in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names
+    it; empty: not known.
+    quantized: the number of bytes of an element of each parameter that is kept in 8 bits, by name.
+    """
+
+    part: str
+    config: Mapping[str, Any]
+    shapes: Shapes
+    stored: int = 0
+    stored_types: Mapping[str, str] = field(default_factory=dict)
+    quantized: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """experts: one, or the high-noise and the low-noise one. dtype: of the blocks. encoders: those of the text, main
+    one first. vae_dtype, text_dtype: as `dtype`."""
+
+    family: Family
+    experts: tuple[Network, ...]
+    defaults: Defaults
+    dtype: str
+    encoders: tuple[Network, ...] = ()
+    text_dtype: str = "bfloat16"
+    vae: Network | None = None
+    vae_dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video to make.
+
+    shape: of the latent [B,C,T,H,W]. passes: for each step, (the number of its expert, the number of guidance
+    branches). text_tokens: of a prompt. per_token: whether each token has its own timestep.
+    """
+
+    shape: tuple[int, int, int, int, int]
+    passes: tuple[tuple[int, int], ...]
+    text_tokens: int = 512
+    per_token: bool = False
+    acceleration: AccelerationSpec = AccelerationSpec()
+
+    @property
+    def steps(self) -> int:
+        return len(self.passes)
+
+    @property
+    def guided(self) -> bool:
+        return any(branches > 1 for _, branches in self.passes)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How ranks share a job. fsdp: whether they shard the weights. experts: "resident" or "swap". encoder: where the
+    text encoder runs, "cpu" or "ranks". tiles: of the VAE, "whole" or "published". ring_exchange, overlap: as in
+    ParallelSpec."""
+
+    plan: Plan
+    fsdp: bool = False
+    experts: str = "resident"
+    encoder: str = "cpu"
+    tiles: str = "whole"
+    ring_exchange: str = "rotate"
+    overlap: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """kind: "npu", "cuda" or "cpu". card: a product line, such as "a2" or "h100"; "cpu".
+
+    ranks: on this host. device_memory: bytes that a rank may take of its device, for weights and all else; on a CPU, its
+    part of the host's. host_memory: bytes that all ranks together may take of the host. communicator: the bytes of a
+    device that each communicator takes outside of torch.
+    """
+
+    kind: str
+    card: str
+    ranks: int
+    device_memory: int
+    host_memory: int
+    communicator: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of each stage, by stage ("encode", "denoise", "decode") and by what takes them. device: of the
+    rank that takes the most. host: of all ranks together."""
+
+    device: Mapping[str, Mapping[str, int]]
+    host: Mapping[str, int]
+
+    @property
+    def device_peak(self) -> int:
+        return max(sum(parts.values()) for parts in self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """seconds: by stage: "load", "encode", "denoise", "decode". sent: bytes that a rank sends in a step, by mesh axis,
+    and "fsdp". read: bytes from disk, of all ranks."""
+
+    arrangement: Arrangement
+    seconds: Mapping[str, float]
+    memory: Memory
+    sent: Mapping[str, int]
+    read: int
