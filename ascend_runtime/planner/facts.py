@@ -87,9 +87,9 @@ class Arrangement:
 class Machine:
     """kind: "npu", "cuda" or "cpu". card: a product line, such as "a2" or "h100"; "cpu".
 
-    ranks: on this host. device_memory: bytes that a rank may take of its device, for weights and all else; on a CPU, its
-    part of the host's. host_memory: bytes that all ranks together may take of the host. communicator: the bytes of a
-    device that each communicator takes outside of torch.
+    ranks: on this host. device_memory: bytes that a rank may take of its device, for weights and all else; on a CPU,
+    its part of the host's. host_memory: bytes that all ranks together may take of the host. communicator: the bytes of
+    a device that each communicator takes outside of torch.
     """
 
     kind: str
