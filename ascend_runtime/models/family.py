@@ -18,6 +18,7 @@ from ..specs.presets import FamilyPresets
 from .core_text import CoreText
 from .cost import PassSize, Work
 from .defaults import Defaults
+from .hubs import PublishedModel
 from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
@@ -261,7 +262,21 @@ class Family(ABC):
         """The published calibration of step caches for an expert of this model and frames of this number of pixels."""
         return Calibration()
 
+    @property
+    def published(self) -> Mapping[str, PublishedModel]:
+        """The published models by name."""
+        return {}
+
     # Cost of a pass
+
+    @property
+    def text_tokens(self) -> int:
+        """The most tokens of a prompt that a transformer reads."""
+        return 512
+
+    def per_token(self, config: Mapping[str, Any]) -> bool:
+        """Whether each token has its own timestep if an image or frames of the video are known."""
+        return False
 
     @abstractmethod
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:

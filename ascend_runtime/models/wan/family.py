@@ -29,6 +29,7 @@ from . import calibrations, cost, weights
 from .defaults import defaults_of
 from .files import configs, lora_names, names
 from .files.pipeline import pipeline_of
+from .files.published import PUBLISHED_MODELS
 from .files.variants import only_blocks, variant
 from .latents import CHANNELS, CHANNELS_22, latent_format
 
@@ -166,7 +167,14 @@ class Wan(Family):
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels, expert)
 
+    @property
+    def published(self):
+        return PUBLISHED_MODELS
+
     # Cost of a pass
+
+    def per_token(self, config: Mapping[str, Any]) -> bool:
+        return configs.filled(config)["out_channels"] == CHANNELS_22
 
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
         frames, height, width = (length // patch for length, patch in zip(size, configs.filled(config)["patch_size"]))
