@@ -191,6 +191,7 @@ class Family(ABC):
         None: MindSpeed-MM does not support the family.
     mask_channels: the numbers of channels that a conditioning's `concat_mask` can have.
     core_text: how core ComfyUI encodes its prompts; None: core does not know the family.
+    deals_tiles: whether several ranks can share the published tiles of its VAE.
 
     Transformer configs are those that diffusers writes.
     """
@@ -208,6 +209,7 @@ class Family(ABC):
     to_mindspeed: Callable[[str], str] | None = None
     mask_channels: frozenset[int] = frozenset({1})
     core_text: CoreText | None = None
+    deals_tiles: bool = False
 
     @property
     def text_parts(self) -> tuple[str, ...]:

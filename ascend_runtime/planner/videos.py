@@ -25,14 +25,14 @@ def video_of(
     spec = model.defaults.fill(sample, size.width * size.height)
     return Video(
         shape=model.family.form(config).latent_shape(size),
-        passes=tuple(_passes(model, spec)),
+        passes=tuple(passes_of(model, spec)),
         text_tokens=model.family.text_tokens,
         per_token=from_image and model.family.per_token(config),
         acceleration=acceleration,
     )
 
 
-def _passes(model: Model, spec: SampleSpec) -> list[tuple[int, int]]:
+def passes_of(model: Model, spec: SampleSpec) -> list[tuple[int, int]]:
     """(the number of the expert, the number of guidance branches) of each step. spec: without None."""
     boundary = (model.defaults.boundary or 0.0) * TIMESTEPS if len(model.experts) == 2 else 0.0
     experts = [int(timestep < boundary) for timestep in timesteps_of(spec, model.family)]

@@ -181,6 +181,7 @@ class HunyuanVideo(Family):
     )  # fmt: skip
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
+    deals_tiles = True
 
     # Properties of a model, from the configs of its transformers
 
