@@ -82,9 +82,20 @@ CODES: dict[str, str] = {
 _FRONT = re.compile(r"\b(AV-\d{4}): ")
 
 
+def code_of(error: str | BaseException) -> str | None:
+    """The code in front of an error's text; None if it has none."""
+    front = _FRONT.match(str(error))
+    return front and front[1]
+
+
 def coded(code: str, text: str) -> str:
     """An error's text with its code in front. A text that quotes a coded error gets that error's code, as it is about
     the cause."""
     assert code in CODES, code
     quoted = _FRONT.search(text)
     return f"{quoted[1] if quoted else code}: {_FRONT.sub('', text)}"
+
+
+def coded_error(code: str, text: str) -> ValueError:
+    """The error of this text, with its code in front."""
+    return ValueError(coded(code, text))

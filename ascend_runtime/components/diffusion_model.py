@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.formats.parts import Slices
 from ..checkpoints.reader import BytesRead, LocalWeights, Places, assign, load_weights, nbytes
+from ..errors import coded_error
 from ..hardware import devices
 from ..models.defaults import Defaults
 from ..models.family import Family
@@ -145,7 +146,9 @@ def files(spec: DiffusionModelSpec) -> list[Component]:
     elif spec.low_noise_path is not None:
         found.append(find_transformer(low_noise))
     if len(found) == 2 and found[0].shards == found[1].shards:
-        raise ValueError(f"{found[0].shards[0]} is given as both experts. Give the low-noise expert's file, or none.")
+        raise coded_error(
+            "AV-1403", f"{found[0].shards[0]} is given as both experts. Give the low-noise expert's file, or none."
+        )
     for component in found:
         if component.quantized is not None:
             _check_quantized_files(spec, component)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checkpoints.bounded import read_json
 from ..checkpoints.faults import as_value_error, shown
+from ..errors import coded_error
 from ..models.defaults import Defaults
 from ..models.latent_format import LatentFormat
 from ..recognition.component import Component
@@ -29,14 +30,15 @@ def check_experts(found: list[Component]) -> LatentFormat:
     files = [component.shards[0] for component in found]
     if len({component.kind for component in found}) > 1:
         what = " and ".join(f"{file} is a {component.kind.what}" for file, component in zip(files, found))
-        raise ValueError(f"The experts belong to different families: {what}. Use two experts of one model.")
+        raise coded_error("AV-1403", f"The experts belong to different families: {what}. Use two experts of one model.")
     first.family.check_transformers([component.config for component in found], files)
     for component, file in zip(found, files):
         channels = first.family.form(component.config).channels
         if channels != latents.channels:
-            raise ValueError(
+            raise coded_error(
+                "AV-1413",
                 f"{file} makes latents of {channels} channels, but its latent format has {latents.channels}. Use the "
-                "model's whole diffusers folder, whose vae/config.json contains the format."
+                "model's whole diffusers folder, whose vae/config.json contains the format.",
             )
     if len(found) == 2:
         require_experts_in_order(*map(str, files))
@@ -52,10 +54,11 @@ def boundary_of(spec: DiffusionModelSpec, component: Component, defaults: Defaul
     boundary = stored_boundary(component) if spec.boundary is None else spec.boundary
     boundary = defaults.boundary if boundary is None else boundary
     if boundary is None and experts > 1:
-        raise ValueError(
+        raise coded_error(
+            "AV-1309",
             f"{component.shards[0]} and its low-noise expert have no boundary, and {component.family.title} has no "
             f"default. Set the boundary, such as {EXAMPLE_BOUNDARY}, or write it as boundary_ratio into "
-            "model_index.json."
+            "model_index.json.",
         )
     return boundary or 0.0
 
@@ -65,9 +68,10 @@ def stored_boundary(component: Component) -> float | None:
     index = component.root and component.root / "model_index.json"
     boundary = read_json(index).get("boundary_ratio") if index and index.is_file() else None
     if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
-        raise ValueError(
+        raise coded_error(
+            "AV-1309",
             f"{index} has the boundary_ratio {shown(repr(boundary))}; it must be a number from 0 to 1, such as "
-            f"{EXAMPLE_BOUNDARY}. Correct it, or download the file again."
+            f"{EXAMPLE_BOUNDARY}. Correct it, or download the file again.",
         )
     return boundary
 
