@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.bounded import read_json
-from ..checkpoints.faults import as_value_error, shown
+from ..checkpoints.faults import as_value_error
+from ..errors import coded_error
 from ..models.latent_format import LatentFormat
 from ..recognition.component import Component
 from ..specs.models import require_experts_in_order
@@ -25,14 +26,15 @@ def check_experts(found: list[Component]) -> LatentFormat:
     files = [component.shards[0] for component in found]
     if len({component.kind for component in found}) > 1:
         what = " and ".join(f"{file} is a {component.kind.what}" for file, component in zip(files, found))
-        raise ValueError(f"The experts belong to different families: {what}. Use two experts of one model.")
+        raise coded_error("AV-1403", f"The experts belong to different families: {what}. Use two experts of one model.")
     first.family.check_transformers([component.config for component in found], files)
     for component, file in zip(found, files):
         channels = first.family.form(component.config).channels
         if channels != latents.channels:
-            raise ValueError(
+            raise coded_error(
+                "AV-1413",
                 f"{file} makes latents of {channels} channels, but its latent format has {latents.channels}. Use the "
-                "model's whole diffusers folder, whose vae/config.json contains the format."
+                "model's whole diffusers folder, whose vae/config.json contains the format.",
             )
     if len(found) == 2:
         require_experts_in_order(*map(str, files))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ..errors import coded
+from ..errors import coded_error
 from ..specs import VideoSize
 from . import exchange, memory, seconds
 from .choosing import words
@@ -43,7 +43,7 @@ def choose(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fi
     fit. Raises ValueError, with the numbers and the nearest size that fits, if nothing fits."""
     choice = choice_of(model, video, machine, rates, fixed)
     if not choice.fitting:
-        raise ValueError(_refusal(model, video, machine, fixed, choice.others))
+        raise _refusal(model, video, machine, fixed, choice.others)
     return choice
 
 
@@ -108,8 +108,10 @@ def nearest_sizes(
     return by_frames(size, form, is_fitting), by_picture(size, form, is_fitting)
 
 
-def _refusal(model: Model, video: Video, machine: Machine, fixed: Fixed, others: tuple[Prediction, ...]) -> str:
+def _refusal(
+    model: Model, video: Video, machine: Machine, fixed: Fixed, others: tuple[Prediction, ...]
+) -> ValueError:
     least = min(others, key=lambda one: excess(one.memory, machine))
     size = size_of(video, model.family.form(model.experts[0].config))
     near = nearest_sizes(model, video, machine, fixed)
-    return coded("AV-1210", words.refusal(model.defaults.name, size, machine, least, near))
+    return coded_error("AV-1210", words.refusal(model.defaults.name, size, machine, least, near))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..checkpoints.bounded import read_json
 from ..checkpoints.faults import shown
+from ..errors import coded_error
 from ..models.defaults import Defaults
 from ..specs import DiffusionModelSpec
 from ..specs.models import require_no_loras
@@ -23,7 +24,9 @@ def find_experts(spec: DiffusionModelSpec) -> list[Component]:
     elif spec.low_noise_path is not None:
         found.append(find_transformer(low_noise))
     if len(found) == 2 and found[0].shards == found[1].shards:
-        raise ValueError(f"{found[0].shards[0]} is given as both experts. Give the low-noise expert's file, or none.")
+        raise coded_error(
+            "AV-1403", f"{found[0].shards[0]} is given as both experts. Give the low-noise expert's file, or none."
+        )
     for component in found:
         if component.quantized is not None:
             _check_quantized_files(spec, component)
@@ -49,10 +52,11 @@ def boundary_of(spec: DiffusionModelSpec, component: Component, defaults: Defaul
     boundary = stored_boundary(component) if spec.boundary is None else spec.boundary
     boundary = defaults.boundary if boundary is None else boundary
     if boundary is None and experts > 1:
-        raise ValueError(
+        raise coded_error(
+            "AV-1309",
             f"{component.shards[0]} and its low-noise expert have no boundary, and {component.family.title} has no "
             f"default. Set the boundary, such as {EXAMPLE_BOUNDARY}, or write it as boundary_ratio into "
-            "model_index.json."
+            "model_index.json.",
         )
     return boundary or 0.0
 
@@ -62,8 +66,9 @@ def stored_boundary(component: Component) -> float | None:
     index = component.root and component.root / "model_index.json"
     boundary = read_json(index).get("boundary_ratio") if index and index.is_file() else None
     if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
-        raise ValueError(
+        raise coded_error(
+            "AV-1309",
             f"{index} has the boundary_ratio {shown(repr(boundary))}; it must be a number from 0 to 1, such as "
-            f"{EXAMPLE_BOUNDARY}. Correct it, or download the file again."
+            f"{EXAMPLE_BOUNDARY}. Correct it, or download the file again.",
         )
     return boundary

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.faults import shown
+from ...errors import coded_error
 from ...specs import Calibration, VaeForm
 from ..core_text import CoreEncoder, CoreText, OwnTokenizer
 from ..cost import PassSize, SlicedSums, Work
@@ -145,9 +146,10 @@ class Wan(Family):
         heads, width = config["num_attention_heads"], config["attention_head_dim"]
         number = original.get("num_heads", heads)
         if type(number) is not int or number < 1 or heads * width % number:
-            raise ValueError(
+            raise coded_error(
+                "AV-1309",
                 f"{file} says num_heads {shown(repr(number))}, which does not divide the {heads * width} channels of "
-                "its weights. Download it again."
+                "its weights. Download it again.",
             )
         return config | {"num_attention_heads": number, "attention_head_dim": heads * width // number}
 

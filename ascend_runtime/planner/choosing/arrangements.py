@@ -69,7 +69,7 @@ def is_cut_by(tp: int, model: Model) -> bool:
 
 
 def heads(model: Model) -> int:
-    return model.experts[0].config["num_attention_heads"]
+    return model.family.heads(model.experts[0].config)
 
 
 def _fsdp(plan: Plan, given: bool | None) -> Iterator[bool]:
