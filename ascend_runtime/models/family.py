@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..specs import Calibration, VaeForm
 from ..specs.presets import FamilyPresets
 from .core_text import CoreText
-from .cost import PassSize, Work
+from .cost import PassSize, SlicedSums, Work
 from .defaults import Defaults
 from .image_forms import ImageForm
 from .latent_format import LatentFormat
@@ -271,6 +271,10 @@ class Family(ABC):
     def width(self, config: Mapping[str, Any]) -> int:
         """The number of channels of a token in the blocks."""
 
+    def heads(self, config: Mapping[str, Any]) -> int:
+        """The number of heads of the blocks' attention."""
+        return config["num_attention_heads"]
+
     @abstractmethod
     def text_width(self, config: Mapping[str, Any]) -> int:
         """The number of channels of the text tokens that a transformer reads."""
@@ -291,6 +295,13 @@ class Family(ABC):
     @abstractmethod
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype."""
+
+    @abstractmethod
+    def sliced_sums(
+        self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
+    ) -> SlicedSums:
+        """What ranks of tensor parallelism exchange in a pass. video: the tokens on the rank that are the video's and
+        no padding. itemsize: of the blocks' dtype. again: whether an earlier pass had the same text."""
 
     # Networks and what they need
 

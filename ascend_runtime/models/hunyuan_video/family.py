@@ -8,7 +8,7 @@ from typing import Any
 
 from ...specs import Calibration, VaeForm
 from ..core_text import CoreEncoder, CoreText
-from ..cost import PassSize, Work
+from ..cost import PassSize, SlicedSums, Work
 from ..defaults import Defaults
 from ..family import (
     TEXT_ENCODER,
@@ -237,6 +237,11 @@ class HunyuanVideo(Family):
 
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         return cost.taken_by(config, size, itemsize)
+
+    def sliced_sums(
+        self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
+    ) -> SlicedSums:
+        return cost.sums_of(config, size, video, itemsize)
 
     # Networks and what they need
 

@@ -9,7 +9,7 @@ from typing import Any
 from ...checkpoints.faults import shown
 from ...specs import Calibration, VaeForm
 from ..core_text import CoreEncoder, CoreText, OwnTokenizer
-from ..cost import PassSize, Work
+from ..cost import PassSize, SlicedSums, Work
 from ..defaults import Defaults
 from ..family import (
     TEXT_ENCODER,
@@ -175,6 +175,9 @@ class Wan(Family):
     def width(self, config: Mapping[str, Any]) -> int:
         return cost.width_of(config)
 
+    def heads(self, config: Mapping[str, Any]) -> int:
+        return configs.filled(config)["num_attention_heads"]
+
     def text_width(self, config: Mapping[str, Any]) -> int:
         return configs.filled(config)["text_dim"]
 
@@ -183,6 +186,11 @@ class Wan(Family):
 
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         return cost.taken_by(config, size, itemsize)
+
+    def sliced_sums(
+        self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
+    ) -> SlicedSums:
+        return cost.sums_of(config, size, itemsize, again)
 
     # Networks and what they need
 
