@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator, Mapping
 
+from ..errors import coded
+
 logger = logging.getLogger(__name__)
 
 DEVICE_FILES = Path("/dev")
@@ -216,49 +218,64 @@ _LESS_ON_A_CARD = (
     "To use less, reduce the frames or the size; use more ranks per video; shard the weights by fsdp; set quantization "
     "to w8a8_dynamic, or the text encoder's placement to cpu"
 )
+# (a pattern in what a rank reported or printed last, the code of the cause, what helps). EI0002, EI0006: HCCL's codes.
 _CURES = (
-    (r"libascend_hal\.so|libdrvdsmi_host\.so|libdcmi\.so",
+    (r"libascend_hal\.so|libdrvdsmi_host\.so|libdcmi\.so", "AV-1001",
      "The NPU driver's libraries are missing: install the driver; for a container, mount /usr/local/Ascend/driver and "
      "add /usr/local/Ascend/driver/lib64 and its folders driver and common to LD_LIBRARY_PATH."),
-    (r"lib(hccl|ascendcl|acl_op_compiler|ge_runner|graph|acl_tdt_channel)\.so.*cannot open", f"{SET_ENV}."),
-    (r"cannot import name|undefined symbol|Failed to find function",
+    (r"lib(hccl|ascendcl|acl_op_compiler|ge_runner|graph|acl_tdt_channel)\.so.*cannot open", "AV-1002", f"{SET_ENV}."),
+    (r"cannot import name|undefined symbol|Failed to find function", "AV-1003",
      "Versions of packages or CANN do not match. Installed are {versions}. torch_npu must have torch's release, and "
      "CANN the version that torch_npu's documentation requires."),
-    (r"Unsupported soc version",
+    (r"Unsupported soc version", "AV-1004",
      "This torch_npu does not know this card. Installed are {versions}. For the 950 series, 2.7.1.post8, 2.9.0.post6 "
      "and 2.13.0 do, each with the CANN that its documentation requires."),
-    (r"Unrecognized (CachingAllocator option|key)",
+    (r"Unrecognized (CachingAllocator option|key)", "AV-1005",
      "This torch_npu does not know a key of PYTORCH_NPU_ALLOC_CONF. Installed are {versions}. Leave the key out, or "
      "install a torch_npu that has it."),
-    (r"HcclGetRootInfo.*error code is (7|11)\b",
+    (r"HcclGetRootInfo.*error code is (7|11)\b", "AV-1101",
      "HCCL could not bind its ports (60000 to 60031 by default), or not reach a rank through them. Leave "
      "HCCL_IF_BASE_PORT unset and HCCL_HOST_SOCKET_PORT_RANGE at auto; if CANN does not support the latter, run "
      "`sysctl -w net.ipv4.ip_local_reserved_ports=60000-60031`. End other programs that use the same cards."),
-    (r"(?<!CUDA )(?<!CUDA error: )\bout of memory\b",
+    (r"(?<!CUDA )(?<!CUDA error: )\bout of memory\b", "AV-1201",
      f"The card's memory is full. Check with `npu-smi info` whether another program uses it. {_LESS_ON_A_CARD}; set "
      "heads_per_call, or the variable TASK_QUEUE_ENABLE=1, as level 2 needs more memory for its queue."),
-    (r"CUDA (error: )?out of memory",
+    (r"CUDA (error: )?out of memory", "AV-1201",
      f"The GPU's memory is full. Check with `nvidia-smi` whether another program uses it. {_LESS_ON_A_CARD}."),
-    (r"DefaultCPUAllocator|\bMemoryError\b|Cannot allocate memory|std::bad_alloc",
+    (r"DefaultCPUAllocator|\bMemoryError\b|Cannot allocate memory|std::bad_alloc", "AV-1202",
      "This machine's memory is full, or a limit is reached (`ulimit -v`, a container's). Check with `free -h` and "
      "`docker stats` what uses it. To use less, reduce the frames or the size; set dtype bfloat16, half the size of a "
      "CPU's default float32; use fewer ranks, or shard the weights by fsdp; set quantization w8a8_dynamic; or end "
      "other programs."),
-    (r"can't start new thread|Thread creation failed|Resource temporarily unavailable",
+    (r"can't start new thread|Thread creation failed|Resource temporarily unavailable", "AV-1102",
      "No more threads can be started: check `ulimit -u`, `ulimit -v`, a container's limit (`docker run --pids-limit`). "
      "Reduce OMP_NUM_THREADS or the number of ranks."),
-    (r"was killed by SIGKILL",
+    (r"No space left on device", "AV-1316",
+     "A disk is full, or the memory for shared files. Check with `df -h`, and /dev/shm with it; in a container, give "
+     "more by `docker run --shm-size`."),
+    (r"\[Errno 5\]|Input/output error|Stale file handle|Transport endpoint is not connected", "AV-1313",
+     "The disk or the network share with the model's files returned an error. Check `dmesg` and the share's server, or "
+     "copy the files to another disk."),
+    (r"EI0006|Getting socket times out|connectFullMesh failed", "AV-1509",
+     "Ranks did not connect to each other. Check that each rank has a healthy card of its own (`npu-smi info`), and "
+     "that no firewall is between them. If a rank is only late, set HCCL_CONNECT_TIMEOUT to more seconds."),
+    (r"EI0002|Watchdog caught collective operation timeout|Timed out waiting \d+ms for (recv|send)", "AV-1508",
+     "A rank waited in a collective for one that did not come. See the log of the other ranks for an earlier error, "
+     "and `npu-smi info` for a card that is not healthy. If a step takes longer than HCCL_EXEC_TIMEOUT, set it to more "
+     "seconds."),
+    (r"was killed by SIGKILL", "AV-1501",
      "If nobody killed the rank, the kernel may have, because memory was full: check `dmesg`, and in a container its "
      "limit (`docker stats`). Each rank has its own weights: use fewer ranks, fsdp, dtype bfloat16 on a CPU, fewer "
      "frames, a smaller size or model, or a machine with more memory."),
-    (r"was killed by SIGBUS",
+    (r"was killed by SIGBUS", "AV-1502",
      "A model's file was truncated, or its disk failed, while ranks used it: on a CPU, weights are mapped from disk. "
      "Write the file again under another name, and rename it (mv) when it is complete; the next job starts new ranks. "
      "In a container, also check that shared memory is not full: `df /dev/shm`."),
 )  # fmt: skip
 
 
-def advise(failure: str) -> str:
-    """A rank's failure, with advice if its cause is known."""
-    cures = [cure.replace("{versions}", _versions()) for pattern, cure in _CURES if re.search(pattern, failure)]
-    return "\n".join([failure, *(f"What helps: {cure}" for cure in cures)])
+def advise(failure: str, code: str) -> str:
+    """A rank's failure, with the code of its cause in front, and advice if the cause is known. code: if it is not."""
+    cures = [cure for cure in _CURES if re.search(cure[0], failure)]
+    helps = [f"What helps ({known}): {text.replace('{versions}', _versions())}" for _, known, text in cures]
+    return "\n".join([coded(cures[0][1] if cures else code, failure), *helps])
