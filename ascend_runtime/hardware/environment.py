@@ -17,6 +17,7 @@ from typing import Callable, Mapping
 
 from msgspec.structs import replace
 
+from ..errors import coded
 from ..specs import OperatorSpec, ParallelSpec, TextEncoderSpec
 from . import cores, host
 
@@ -375,11 +376,7 @@ def suits_sharded(kind: str, environment: Mapping[str, str]) -> bool:
 
 def _on_npus(given: dict[str, str], own: Mapping[str, str], line: str | None, sharded: bool) -> dict[str, str]:
     """The environment on NPUs of a product line: `given`, checked, with defaults added."""
-    wrong = _wrong((*NPU, *ORIGINAL_VARIABLES), given, own, line)
-    if {"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} <= given.keys():
-        wrong.append("PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF are both set, but torch_npu uses only one. "
-                     "Unset one of them.")  # fmt: skip
-    _raise(wrong)
+    _raise(npu_variable_faults(given, own, line))
     rows = [row for row in NPU if row.unless not in given]
     defaults = {row.name: (sharded and row.sharded) or row.default for row in rows}
     chosen = {**{name: value for name, value in defaults.items() if value is not None}, **given}
@@ -407,26 +404,41 @@ def start_deadline(environ: Mapping[str, str]) -> float:
     """
     seconds = environ.get(START_DEADLINE, "").strip() or "300"
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", seconds) or float(seconds) == 0:
-        raise ValueError(f"{START_DEADLINE} is {seconds!r}; it can be the number of seconds until all ranks must be "
-                         "ready, such as 600. Unset it for 300.")  # fmt: skip
+        raise ValueError(coded(
+            "AV-1103",
+            f"{START_DEADLINE} is {seconds!r}; it can be the number of seconds until all ranks must be ready, such as "
+            "600. Unset it for 300.",
+        ))  # fmt: skip
     return float(seconds)
+
+
+def npu_variable_faults(
+    given: Mapping[str, str], own: Mapping[str, str], line: str | None
+) -> list[host.HostFault]:
+    """What is wrong with the variables of ranks on NPUs of a product line. own: the variables that the runtime sets."""
+    wrong = _wrong((*NPU, *ORIGINAL_VARIABLES), given, own, line)
+    if {"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} <= given.keys():
+        both = "PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF are both set, but torch_npu uses only one."
+        wrong.append(host.HostFault("AV-1103", both, "Unset one of them."))
+    return wrong
 
 
 def _wrong(
     table: tuple[Variable, ...], given: Mapping[str, str], own: Mapping[str, str], line: str | None = None
-) -> list[str]:
-    """An error text for each variable of the table with an invalid value on this product line. own: the variables that
-    the runtime sets."""
+) -> list[host.HostFault]:
+    """What is wrong with each variable of the table whose value is invalid on this product line."""
     return [
-        f"{row.name} is {given[row.name]!r}; it can be {row.legal_on(line)} ({row.meaning}). " + (
+        host.HostFault(
+            "AV-1103",
+            f"{row.name} is {given[row.name]!r}; it can be {row.legal_on(line)} ({row.meaning}).",
             "Change it in the runtime's environment (`Runtime(environment=...)`)." if row.name in own else
-            f"In the shell that starts this process, `export {row.name}=VALUE` or `unset {row.name}`."
+            f"In the shell that starts this process, `export {row.name}=VALUE` or `unset {row.name}`.",
         )
         for row in table
         if given.get(row.name) and not row.legal_on(line).admits(given[row.name])
     ]  # fmt: skip
 
 
-def _raise(wrong: list[str]) -> None:
+def _raise(wrong: list[host.HostFault]) -> None:
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise ValueError("\n".join(map(str, wrong)))

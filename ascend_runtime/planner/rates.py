@@ -61,7 +61,7 @@ class Card:
 
 
 _NVLINK = "half of NVLink's published bidirectional bandwidth"
-CARDS = {
+CARD_FIGURES = {
     "a2": Card(
         "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 196e9, 28e9, 0.6,
         "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: 392 GB/s "
@@ -79,7 +79,7 @@ CARDS = {
     ),
     "h100": Card(
         "NVIDIA H100 SXM", "cuda", 989e12, 80 * 10**9, 3.35e12, 450e9, None, 0.33,
-        f"NVIDIA's data sheet of H100 SXM: 1979 TFLOPS in bf16 with sparsity, half without, 80 GB, 3.35 TB/s; "
+        "NVIDIA's data sheet of H100 SXM: 1979 TFLOPS in bf16 with sparsity, half without, 80 GB, 3.35 TB/s; "
         f"{_NVLINK} of 900 GB/s",
     ),
     "h200": Card(
@@ -133,9 +133,9 @@ class Rates:
 
 def of_card(card: str, efficiency: float | None = None) -> Rates:
     """Published figures of a card. efficiency: None is the card's own. Raises ValueError for an unknown card."""
-    if card not in CARDS:
-        raise ValueError(f"There are no figures of a card {card!r}; it can be one of {', '.join(CARDS)}.")
-    facts = CARDS[card]
+    if card not in CARD_FIGURES:
+        raise ValueError(f"There are no figures of a card {card!r}; it can be one of {', '.join(CARD_FIGURES)}.")
+    facts = CARD_FIGURES[card]
     if efficiency is not None:
         facts = replace(facts, efficiency=efficiency)
     flop, byte = 1 / (facts.peak * facts.efficiency), 1 / facts.link

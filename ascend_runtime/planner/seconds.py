@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ..specs.plans import AXES
-from . import work
+from .timing import work
 from .exchange import Exchange, Step, exchanges, step_of
 from .facts import Arrangement, Machine, Model, Video
 from .rates import Rates
@@ -60,14 +60,14 @@ def amounts(model: Model, video: Video, arrangement: Arrangement) -> Mapping[str
             "frames": batch * 4.0 * 3 * frames * height * width,
         }
     return {
-        "load": {"read": float(read(model)), "jobs": 1},
+        "load": {"read": float(bytes_read(model)), "jobs": 1},
         "encode": {**encode, "jobs": PROMPTS_OF_A_JOB},
         "denoise": {**denoise, "jobs": 1},
         "decode": {**decode, "jobs": 1},
     }
 
 
-def read(model: Model) -> int:
+def bytes_read(model: Model) -> int:
     """Bytes of all files of a job. Ranks on one host read each from disk once; the others find it in memory."""
     networks = [(network, model.dtype) for network in model.experts]
     networks += [(network, model.text_dtype) for network in model.encoders]

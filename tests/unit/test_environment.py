@@ -166,7 +166,7 @@ def test_an_empty_variable_counts_as_unset(row):
 def test_all_bad_values_come_in_one_error():
     environ = {"HCCL_CONNECT_TIMEOUT": "60", "ALGO": "2", "TASK_QUEUE_ENABLE": "2"}
     said = str(pytest.raises(ValueError, rank_environment, "npu", environ, {"NPU_ASD_ENABLE": "4"}).value)
-    assert [line.split()[0] for line in said.splitlines()] == ["HCCL_CONNECT_TIMEOUT", "NPU_ASD_ENABLE", "ALGO"]
+    assert [line.split()[1] for line in said.splitlines()] == ["HCCL_CONNECT_TIMEOUT", "NPU_ASD_ENABLE", "ALGO"]
 
 
 def test_both_names_of_the_allocator():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Mapping
 from functools import lru_cache
 
-from ..models.family import VAE, Family
-from ..models.registry import family as family_named
-from .exchange import ITEMSIZES, Step
-from .facts import Network
+from ...models.family import VAE, Family
+from ...models.registry import family as family_named
+from ..exchange import ITEMSIZES, Step
+from ..facts import Network
 
 SMALL_LATENT = 8  # rows and columns of the latent with which FLOPs for each of its elements are counted
 EMBEDDINGS = ("embed", "shared.weight", "lm_head")  # parameters that are looked up, not multiplied
@@ -38,7 +39,7 @@ def of_step(step: Step) -> Mapping[str, float]:
 
 def of_decoding(vae: Network, family: Family, shape: tuple[int, ...], ranks: int = 1) -> float:
     """FLOPs of the rank that decodes the largest tile of a latent [B,C,T,H,W], of a plane that `ranks` share."""
-    from ..parallel.tiles import grid_of
+    from ...parallel.tiles import grid_of
 
     batch, _, frames, height, width = shape
     first, next_one = _counted(family.name, json.dumps(dict(vae.config), default=list, sort_keys=True))
@@ -55,17 +56,17 @@ def _counted(name: str, config: str) -> tuple[float, float]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ..parallel.tiles import single_tile
+    from ...parallel.tiles import single_tile
 
     family, fields = family_named(name), json.loads(config)
     form, counts = family.vae_form(fields), []
     with torch.no_grad():
+        whole = single_tile(SMALL_LATENT, SMALL_LATENT)
         vae = family.vae(family.network(VAE, fields).eval(), form)
         for frames in (2, 3):
             latent = torch.zeros(form.channels, frames, SMALL_LATENT, SMALL_LATENT, device="meta")
             with FlopCounterMode(display=False) as counter:
-                for _ in vae.decoded((latent[:, chunk] for chunk in vae.chunks(frames)), single_tile(SMALL_LATENT, SMALL_LATENT)):
-                    pass
+                deque(vae.decoded((latent[:, chunk] for chunk in vae.chunks(frames)), whole), maxlen=0)
             counts.append(counter.get_total_flops() / SMALL_LATENT**2)
     return 2 * counts[0] - counts[1], counts[1] - counts[0]
 
