@@ -24,21 +24,24 @@ class Fixed:
     tiles: str = "auto"
 
 
-def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed) -> list[Arrangement]:
-    """Those that are possible, whether they fit or not; of equally fast ones the first is to be preferred.
-
-    Tiles that are blended change a video's values, and are the last: one is taken only if no whole plane fits.
-    """
+def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed, tiles: str) -> list[Arrangement]:
+    """Those that are possible, whether they fit or not; of equally fast ones the first is to be preferred."""
     parallel = fixed.parallel
     made = [
         Arrangement(plan, fsdp, experts, encoder, tiles, parallel.ring_exchange, bool(parallel.overlap))
-        for tiles in _tiles(model, machine, fixed.tiles)
         for plan in plans(model, video, machine, parallel)
         for fsdp, experts, encoder in product(
             _fsdp(plan, parallel.fsdp), _experts(model, fixed.experts), _encoders(model, fixed.encoder)
         )
     ]
     return [one for one in made if not (one.fsdp and one.experts == "swap")]  # shards do not wait on the host
+
+
+def tiles_of(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:
+    """The VAE's tiles in the order in which they are tried: blended ones change a video's values, so that they are
+    used only if no whole plane fits."""
+    dealt = machine.ranks == 1 or model.family.deals_tiles
+    return (fixed.tiles,) if fixed.tiles != "auto" else (WHOLE, PUBLISHED) if dealt else (WHOLE,)
 
 
 def plans(model: Model, video: Video, machine: Machine, parallel: ParallelSpec) -> list[Plan]:
@@ -86,8 +89,3 @@ def _experts(model: Model, given: str) -> tuple[str, ...]:
 
 def _encoders(model: Model, given: str) -> tuple[str, ...]:
     return ("ranks", "cpu") if given == "auto" and model.encoders else ("cpu",) if given == "auto" else (given,)
-
-
-def _tiles(model: Model, machine: Machine, given: str) -> tuple[str, ...]:
-    dealt = machine.ranks == 1 or model.family.deals_tiles
-    return (given,) if given != "auto" else (WHOLE, PUBLISHED) if dealt else (WHOLE,)
