@@ -31,10 +31,12 @@ from .files import configs, lora_names, names
 from .files.configs import GUIDING_FRAME
 from .files.original import original_shapes
 from .files.pipeline import pipeline_of
+from .files.published import PUBLISHED_MODELS
 from .files.variants import CLASSES, FRAMEPACK, SKYREELS, VAE_CLASSES, VIDEO_15, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
 from .text import sizes
+from .text.templates import MAX_PROMPT_TOKENS
 
 PUBLISHED = f"Comfy-Org/HunyuanVideo_repackaged {HUBS}"
 PARTS = {
@@ -179,6 +181,7 @@ class HunyuanVideo(Family):
     )  # fmt: skip
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
+    deals_tiles = True
 
     # Properties of a model, from the configs of its transformers
 
@@ -213,7 +216,15 @@ class HunyuanVideo(Family):
     def left_open(self, config: Mapping[str, Any]) -> str:
         return LEFT_OPEN if configs.is_open(config) else ""
 
+    @property
+    def published(self):
+        return PUBLISHED_MODELS
+
     # Cost of a pass
+
+    @property
+    def text_tokens(self) -> int:
+        return MAX_PROMPT_TOKENS
 
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
         frames, height, width = size
