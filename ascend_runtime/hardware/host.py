@@ -258,6 +258,19 @@ _CURES = (
 )  # fmt: skip
 
 
+# What torch, its backends and the group of ranks say when a device's memory or the host's did not suffice.
+BY_THE_KERNEL = "by the kernel, as the host's memory was full"
+_OUT_OF_MEMORY = (
+    r"\bout of memory\b|\bOutOfMemoryError\b|DefaultCPUAllocator|\bMemoryError\b|Cannot allocate memory|std::bad_alloc"
+    rf"|{BY_THE_KERNEL}"
+)
+
+
+def out_of_memory(failure: str) -> bool:
+    """Whether a rank failed because a device's memory, or the host's, did not suffice."""
+    return re.search(_OUT_OF_MEMORY, failure) is not None
+
+
 def advise(failure: str) -> str:
     """A rank's failure, with advice if its cause is known."""
     cures = [cure.replace("{versions}", _versions()) for pattern, cure in _CURES if re.search(pattern, failure)]
