@@ -12,6 +12,7 @@ from typing import Any, Callable
 
 from torch import Tensor
 
+from ..errors import coded
 from ..hardware import host, memory
 from ..wire.channel import ChannelClosed, SealedMessage
 from ..wire.messages import UNREAD, Cancel, Conditioning, Done, Failed, Message, Preview, Progress, Undecodable
@@ -157,7 +158,7 @@ class Submission:
         try:
             return rank.channel.take()
         except Undecodable as error:
-            raise RankError(f"Rank {rank.rank} sent an invalid answer. {error}") from None
+            raise RankError(coded("AV-1507", f"Rank {rank.rank} sent an invalid answer. {error}")) from None
 
     def _receive(self, descriptor: int, message: Message) -> None:
         if seconds := self._silence.end():
@@ -174,7 +175,9 @@ class Submission:
     def _take_answer(self, rank: Rank, message: Message) -> None:
         unread = isinstance(message, Failed) and message.job == UNREAD
         if not unread and not (isinstance(message, (Done, Failed)) and message.job == self.message.job):
-            raise RankError(f"Rank {rank.rank} sent {type(message).__name__}, which is not an answer to this job.")
+            raise RankError(
+                coded("AV-1507", f"Rank {rank.rank} sent {type(message).__name__}, which is not an answer to this job.")
+            )
         self._answers[rank.rank] = message
         if isinstance(message, Failed) and message.kind != "cancelled" and not self._cancel_sent:
             self._give_up_within(PEER_DEADLINE)
@@ -225,7 +228,7 @@ class Submission:
             self._result()  # raises the reported error
         if self._cancel_sent:
             raise JobCancelled(f"The job was cancelled. {text}")
-        raise RanksSilent(text)
+        raise RanksSilent(coded("AV-1506", text))
 
     def _notice_silence(self) -> None:
         """Notifies the user that ranks are silent. That is no warning if all are computing, as in a slow first step."""
@@ -265,7 +268,7 @@ class Submission:
                 raise ValueError(failure.error)
             if failure.kind == "cancelled":
                 raise JobCancelled(failure.error)
-            raise RankError(f"{host.advise(failure.error)}\n{failure.traceback}")
+            raise RankError(f"{host.advise(failure.error, 'AV-1510')}\n{failure.traceback}")
         stages = {stage for answer in answers for stage in answer.seconds}
         seconds = {stage: max(answer.seconds.get(stage, 0.0) for answer in answers) for stage in sorted(stages)}
         info = {name: fact for answer in reversed(answers) for name, fact in answer.info.items()}  # rank 0 wins

@@ -12,6 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from ..checkpoints.reader import BytesRead
+from ..errors import coded_error
 from ..hardware import devices
 from ..parallel.fsdp import Sharding
 from ..recognition.component import Component
@@ -102,7 +103,7 @@ class Components:
 
     def _check_unchanged(self, spec, state: Hashable) -> None:
         if self.state(spec) != state:
-            raise ValueError(f"{spec.path} changed while it was read. Run the job again.")
+            raise coded_error("AV-1315", f"{spec.path} changed while it was read. Run the job again.")
 
     def _make_room(self, computing: int) -> None:
         """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in. The next

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from msgspec.structs import asdict, replace
 
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
+from ..errors import coded_error
 from ..hardware import devices, memory
 from ..hardware.environment import original, placed
 from ..models.family import Family
@@ -398,7 +399,9 @@ def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
     if not all_alike((spec, model.boundary, model.defaults.static_steps)):
-        raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Try again.")
+        raise coded_error(
+            "AV-1315", "The model's own steps, guidance, shift or boundary changed while ranks read them. Try again."
+        )
 
 
 def _device_memory(device: torch.device) -> dict[str, str]:

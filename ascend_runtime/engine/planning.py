@@ -48,7 +48,7 @@ def chosen(planned: PlannedJob, machine: Machine, holds: Holds, below: int = 0) 
     """
     try:
         model = models.read(planned.model, planned.encoder, planned.vae, machine.kind)
-    except (ValueError, NotImplementedError) as error:  # loading says more, and fails for what cannot be loaded only
+    except ValueError as error:  # loading says more, and fails for what cannot be loaded only
         logger.info("No plan was chosen: %s", error)
         return None if below else _not_chosen(planned, f"no plan was chosen, as the model's files do not show all: {error}")
     video = _video(model, planned)
