@@ -13,9 +13,10 @@ from typing import Any, Callable
 from torch import Tensor
 
 from ..errors import coded
-from ..hardware import host
+from ..hardware import host, memory
 from ..wire.channel import ChannelClosed, SealedMessage
 from ..wire.messages import UNREAD, Cancel, Conditioning, Done, Failed, Message, Preview, Progress, Undecodable
+from ..wire.plans import Chosen
 from .group import COMPUTING, Rank, RankGroup
 
 logger = logging.getLogger(__name__)
@@ -64,12 +65,14 @@ class Result:
 class Hooks:
     """Callbacks of a running job.
 
-    on_notice: called if ranks do not report for much longer than before.
+    on_notice: called if ranks do not report for much longer than before, or a job begins again.
+    on_plan: called before a job with the plan that was chosen for it.
     """
 
     on_progress: OnProgress = lambda stage, step, total: None
     on_preview: OnPreview | None = None
     on_notice: OnNotice = lambda text: None
+    on_plan: Callable[[Chosen], None] = lambda plan: None
     should_cancel: ShouldCancel = lambda: False
 
 
@@ -108,6 +111,7 @@ class Submission:
     def run(self) -> Result:
         """Runs the job. Raises ValueError for an invalid request, JobCancelled, RankError, RankDied, or a callback's
         exception. If `unanswered` is not empty then, the group must be killed."""
+        self.group.kills_before = memory.kills()
         with SealedMessage(self.message) as sealed:  # raises before any rank gets the job
             self.unanswered = {rank.channel.fileno(): rank for rank in self.group.ranks}
             try:

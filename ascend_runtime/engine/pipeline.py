@@ -8,13 +8,14 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from msgspec.structs import asdict, replace
 
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
 from ..errors import coded_error
-from ..hardware import devices
+from ..hardware import devices, memory
 from ..hardware.environment import original, placed
 from ..models.family import Family
 from ..models.shared.conditioning import Given
@@ -22,12 +23,14 @@ from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
 from ..ops.precision import check_finite, strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
+from ..planner.facts import Machine
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
 from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
+from . import planning
 from .denoising import StepsOfJob, denoised
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .model_calls import ModelCalls
@@ -68,7 +71,8 @@ class RankPipeline:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
         with self._loading(job) as host_memory:
             if message.model is not None:
-                warnings += self._component(message.model, job, sharding, host_memory).warnings
+                model = self._component(message.model, job, sharding, host_memory, message.computing)
+                warnings += model.warnings
             if encoder is not None:
                 loaded = self._text_encoders(encoder, job, text_sharding, host_memory)
                 warnings += [] if loaded is None else loaded.warnings
@@ -175,7 +179,7 @@ class RankPipeline:
         sharding = self._sharding(plan, message.parallel)
         with self._loading(job) as host_memory:
             recorder = Recorder(message.profile, self.device, self.rank)
-            model = self._component(message.model, job, sharding, host_memory)
+            model = self._component(message.model, job, sharding, host_memory, message.computing)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
             recorder.end_with(spec.total_steps)
         _require_agreement(spec, model)
@@ -229,7 +233,7 @@ class RankPipeline:
         plan = self._plan(setting.parallel)
         sharding = self._sharding(plan, setting.parallel)
         with self._loading(job) as host_memory:
-            model = self._component(setting.model, job, sharding, host_memory)
+            model = self._component(setting.model, job, sharding, host_memory, setting.computing)
         _require_agreement(None, model)
         return model, plan
 
@@ -271,6 +275,29 @@ class RankPipeline:
         shapes = family.original_shapes(config)
         return {"family": family.name, "shapes": shapes, "channels": family.form(config).channels}
 
+    def choose(self, job) -> Done:
+        """Chooses a plan for a job; rank 0 does, from the memory that each rank has. Changes nothing."""
+        machine, info = self._machine(), {}
+        if self.rank == 0:
+            found = planning.chosen(job.message.planned, machine, self.components.models.holds, job.message.below)
+            info["plan"] = msgspec.to_builtins(found)
+        return _done(job, info=info)
+
+    def _machine(self) -> Machine:
+        """What a job can use, if what the ranks hold makes room for it. Collective."""
+        ranks, host = dist.get_world_size(), self._host_memory()
+        each = devices.communicator_bytes(self.device)
+        room = devices.room(self.device) + self.components.makes_room + communicators() * each
+        on_host = host.free + host.in_use + host.waiting + host.pinned
+        return Machine(
+            kind=self.device.type,
+            card=planning.card_of(self.device),
+            ranks=ranks,
+            device_memory=-all_reduce_max(-room),
+            host_memory=max(0, on_host - (0 if self.device.type == "cpu" else memory.ROOM)),
+            communicator=each,
+        )
+
     def free(self, job) -> Done:
         self.calls.forget()
         self.components.free()
@@ -281,7 +308,7 @@ class RankPipeline:
 
     def _sharding(self, plan: Plan, parallel: ParallelSpec) -> Sharding:
         """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
-        return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
+        return sharding_of(self.device.type, dist.get_world_size(), plan.tp, fsdp=bool(parallel.fsdp))
 
     @contextmanager
     def _loading(self, job) -> Iterator[HostMemory]:
@@ -322,13 +349,16 @@ class RankPipeline:
     def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
         return strict_float32(self.device) if spec.strict else nullcontext()
 
-    def _component(self, spec, job, sharding: Sharding = Sharding(), host_memory: HostMemory | None = None):
+    def _component(
+        self, spec, job, sharding: Sharding = Sharding(), host_memory: HostMemory | None = None,
+        computing: int | None = None,
+    ):  # fmt: skip
         def on_bytes(done: int, total: int) -> None:
             job.check()
             job.progress("load", done, total)
 
         with job.stage("load"):
-            return self.components.get(spec, on_bytes, sharding, host_memory)
+            return self.components.get(spec, on_bytes, sharding, host_memory, computing)
 
 
 def _request(message: Sample, spec: SampleSpec) -> Request:

@@ -113,6 +113,11 @@ def _line(device: torch.device) -> str | None:
     return next((line for line, versions in _LINES.items() if soc in versions), None)
 
 
+def name(device: torch.device) -> str:
+    """The name that a driver has for `device`."""
+    return "CPU" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """The default dtype of diffusion networks: float32 on a CPU, bfloat16 on other devices, as Wan's attention
     overflows in float16."""
