@@ -15,9 +15,32 @@ CODES: dict[str, str] = {
     "AV-1003": "Versions of packages do not match",
     "AV-1004": "torch_npu does not know this card",
     "AV-1005": "torch_npu does not know an allocator option",
+    "AV-1006": "torch_npu is not installed",
+    "AV-1007": "A container lacks device files",
+    "AV-1008": "A card cannot run these models",
+    "AV-1009": "A chosen card does not exist",
+    "AV-1010": "mindiesd does not fit torch",
+    "AV-1011": "A variable hides CANN's packages or libraries",
+    "AV-1012": "The driver does not answer",
+    "AV-1013": "A card is not healthy",
+    "AV-1014": "Python is not supported",
+    "AV-1015": "A package is missing, too old or too new",
+    "AV-1016": "A package cannot be imported",
+    "AV-1017": "torch cannot use the GPUs",
     # 11xx: ports, threads, variables, limits
     "AV-1101": "HCCL cannot use its ports",
     "AV-1102": "No more threads can be started",
+    "AV-1103": "A variable has an invalid value",
+    "AV-1104": "A network interface is missing or down",
+    "AV-1105": "Another program uses a card's memory",
+    "AV-1106": "The host has little free memory",
+    "AV-1107": "A container has little memory",
+    "AV-1108": "The CPU has no bfloat16 instructions",
+    "AV-1109": "There are fewer cores than ranks",
+    "AV-1110": "Few files may be open",
+    "AV-1111": "Ranks are left from before",
+    "AV-1112": "The disk is slow",
+    "AV-1113": "Ended processes are not removed",
     # 12xx: memory
     "AV-1201": "The card's memory is full",
     "AV-1202": "The host's memory is full",
@@ -28,6 +51,7 @@ CODES: dict[str, str] = {
     "AV-1207": "The decoded video does not fit into the host's memory",
     "AV-1208": "Shared memory cannot be allocated",
     "AV-1209": "A file cannot be mapped into memory",
+    "AV-1210": "No plan fits",
     # 13xx: files
     "AV-1301": "A file or folder does not exist",
     "AV-1302": "A file is not complete",
@@ -78,6 +102,11 @@ CODES: dict[str, str] = {
     "AV-1510": "A rank failed unexpectedly",
     # 16xx: numbers
     # 17xx: ComfyUI
+    "AV-1701": "ComfyUI is too old",
+    "AV-1702": "ComfyUI is not found",
+    "AV-1703": "extra_model_paths.yaml cannot be used",
+    "AV-1704": "A folder of models cannot be read",
+    "AV-1705": "No model files are found",
 }
 _FRONT = re.compile(r"\b(AV-\d{4}): ")
 

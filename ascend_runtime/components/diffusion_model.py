@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..checkpoints.formats.parts import Slices
 from ..checkpoints.reader import BytesRead, LocalWeights, Places, assign, load_weights, nbytes
-from ..errors import coded_error
 from ..hardware import devices
 from ..models.defaults import Defaults
 from ..models.family import Family
@@ -33,13 +32,11 @@ from ..ops import check_quantized
 from ..parallel.fsdp import ShardedWeights, Sharding
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from ..recognition.folders import has_low_noise
-from ..recognition.layout import find_transformer
+from ..recognition.experts import boundary_of, find_experts
 from ..specs import DiffusionModelSpec, SampleSpec
-from ..specs.models import require_no_loras
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
 from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
-from .model_config import boundary_of, check_experts
+from .model_config import check_experts
 from .networks import dtype_named, empty_network
 from .pinned import Layout, Weights, require_room
 from .room import Room
@@ -138,31 +135,7 @@ class _Unread:
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
-    """The high-noise expert, and the low-noise expert if there is one."""
-    found = [find_transformer(spec.path)]
-    low_noise = spec.low_noise_path or spec.path
-    if has_low_noise(low_noise):
-        found.append(find_transformer(low_noise, "transformer_2"))
-    elif spec.low_noise_path is not None:
-        found.append(find_transformer(low_noise))
-    if len(found) == 2 and found[0].shards == found[1].shards:
-        raise coded_error(
-            "AV-1403", f"{found[0].shards[0]} is given as both experts. Give the low-noise expert's file, or none."
-        )
-    for component in found:
-        if component.quantized is not None:
-            _check_quantized_files(spec, component)
-    return found
-
-
-def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> None:
-    file = component.quantized.file
-    require_no_loras(spec.loras, f"{file} says that the model is quantized")
-    if spec.quantization != "none":
-        raise ValueError(
-            f"quantization is {spec.quantization!r}, but {file} says that the model is quantized already. Set "
-            "quantization to 'none' to use the files as they are."
-        )
+    return find_experts(spec)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def resolve_kind(kind: str) -> str:
             host.warn_of_idle_npus()
         return found
     if not count_visible(kind):
-        reasons = " ".join(["", *host.problems()]) if kind == "npu" else ""
+        reasons = " ".join(["", *map(str, host.problems())]) if kind == "npu" else ""
         raise ValueError(
             f"device is {kind!r}, but no such device is visible. Set it to 'auto' to use an available one.{reasons}"
         )
@@ -88,7 +88,7 @@ def take(kind: str, local_rank: int) -> torch.device:
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     if (line := _line(device)) in host.UNFIT:
-        raise ValueError(host.unfit(line))
+        raise ValueError(str(host.unfit(line)))
     return device
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -43,6 +44,18 @@ SET_ENV = (
 DEVICE_OPTIONS = "/dev/davinci0 (one for each card), /dev/davinci_manager, /dev/devmm_svm and /dev/hisi_hdc"
 
 
+@dataclass(frozen=True)
+class HostFault:
+    """What is wrong with a host, and what cures it. code: of errors.CODES."""
+
+    code: str
+    found: str
+    cure: str
+
+    def __str__(self) -> str:
+        return coded(self.code, f"{self.found} {self.cure}")
+
+
 def cards() -> list[int]:
     """The NPUs of this machine or container, as the numbers of their device files."""
     return sorted(int(file.name[7:]) for file in DEVICE_FILES.glob("davinci[0-9]*") if file.name[7:].isdigit())
@@ -56,11 +69,12 @@ def npu_line() -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def unfit(line: str) -> str:
+def unfit(line: str) -> HostFault:
     """Why NPUs of a product line of UNFIT are refused."""
-    return (
-        f"This NPU is {UNFIT[line]}. Use cards of the A2, A3 or 950 series, such as those of an Atlas 800I A2 or A3; "
-        "or set device to 'cpu'."
+    return HostFault(
+        "AV-1008",
+        f"This NPU is {UNFIT[line]}.",
+        "Use cards of the A2, A3 or 950 series, such as those of an Atlas 800I A2 or A3; or set device to 'cpu'.",
     )
 
 
@@ -79,15 +93,15 @@ def visible_cards(environ: Mapping[str, str]) -> int:
     return len([card for card in chosen.split(",") if card.strip()]) if chosen else len(cards())
 
 
-def problems(environ: Mapping[str, str] = os.environ) -> list[str]:
+def problems(environ: Mapping[str, str] = os.environ) -> list[HostFault]:
     """The reasons why ranks with this environment cannot start on NPUs, each with its cure."""
-    return [*_packages(), *_driver(environ), *_cann(environ)]
+    return [*package_faults(), *driver_faults(environ), *cann_faults(environ)]
 
 
 def require_npu(environ: Mapping[str, str] = os.environ) -> None:
     """Raises ValueError with all `problems`, if there are any."""
     if found := problems(environ):
-        raise ValueError("Ranks cannot start on the NPUs of this host:\n- " + "\n- ".join(found))
+        raise ValueError("Ranks cannot start on the NPUs of this host:\n- " + "\n- ".join(map(str, found)))
     warn_of_mindiesd()
 
 
@@ -95,7 +109,8 @@ def require_npu(environ: Mapping[str, str] = os.environ) -> None:
 def warn_of_idle_npus() -> None:
     """Logs once why a host with torch_npu does not use NPUs."""
     if find_spec("torch_npu") is not None:
-        logger.warning("torch_npu is installed, but no NPU is used: %s", " ".join(problems() or ["none is visible."]))
+        logger.warning("torch_npu is installed, but no NPU is used: %s", 
+                       " ".join(map(str, problems())) or "none is visible.")  # fmt: skip
 
 
 @lru_cache(maxsize=None)
@@ -105,7 +120,7 @@ def warn_of_mindiesd() -> None:
         logger.warning("%s", fault)
 
 
-def mindiesd_fault() -> str | None:
+def mindiesd_fault() -> HostFault | None:
     """Why the installed MindIE SD cannot be used with this torch; None if it can be, or is not installed."""
     sd, torch = _version("mindiesd"), _version("torch")
     plugins = _mindiesd_plugins() if sd and torch else {}
@@ -114,17 +129,21 @@ def mindiesd_fault() -> str | None:
     own = plugins.get(_release(torch))
     if own is None:
         made_for = ", ".join(sorted(plugins, key=lambda release: int(release[2:])))
-        return (
+        return HostFault(
+            "AV-1010",
             f"mindiesd {sd} has plug-ins for torch {made_for}, but this is torch {torch}, so its operators are not "
-            "used. Install one of these versions of torch and torch_npu, or uninstall mindiesd."
+            "used.",
+            "Install one of these versions of torch and torch_npu, or uninstall mindiesd.",
         )
     # As in the wheel 3.1.0 for Python 3.11 on x86_64. torch 2.9 changed the layout of what a plug-in registers
     # (c10::KernelFunction), so that loading this one ends the process.
     if _release(torch) == "2.9" and own and own == plugins.get("2.7"):
-        return (
+        return HostFault(
+            "AV-1010",
             f"mindiesd {sd} contains its plug-in for torch 2.7 as the one for torch 2.9, which would end the process, "
-            "so its operators are not used. Use torch 2.7 or 2.10 - 2.13, or a Python whose mindiesd is complete, such "
-            "as 3.12; or uninstall mindiesd."
+            "so its operators are not used.",
+            "Use torch 2.7 or 2.10 - 2.13, or a Python whose mindiesd is complete, such as 3.12; or uninstall "
+            "mindiesd.",
         )
     return None
 
@@ -141,57 +160,73 @@ def _mindiesd_plugins() -> dict[str, str | None]:
 # Checks
 
 
-def _packages() -> Iterator[str]:
-    if find_spec("torch_npu") is None:
-        yield (
-            "torch_npu is not installed in this Python. Install the torch_npu of the same release as torch "
-            f"{_version('torch')}, and the CANN version that its documentation requires."
-        )
-        return
+def package_faults() -> Iterator[HostFault]:
+    """Whether torch_npu is installed, for this torch."""
     torch, npu = _version("torch"), _version("torch_npu")
-    if torch and npu and _release(torch) != _release(npu):
-        yield (
-            f"torch is {torch} and torch_npu is {npu}, but their releases must match. Install torch "
-            f"{_release(npu)}, or torch_npu {_release(torch)}."
+    if find_spec("torch_npu") is None:
+        yield HostFault(
+            "AV-1006",
+            "torch_npu is not installed in this Python.",
+            f"Install the torch_npu of the same release as torch {torch}, and the CANN version that its documentation "
+            "requires.",
+        )
+    elif torch and npu and _release(torch) != _release(npu):
+        yield HostFault(
+            "AV-1003",
+            f"torch is {torch} and torch_npu is {npu}, but their releases must match.",
+            f"Install torch {_release(npu)}, or torch_npu {_release(torch)}.",
         )
 
 
-def _driver(environ: Mapping[str, str]) -> Iterator[str]:
+def driver_faults(environ: Mapping[str, str]) -> Iterator[HostFault]:
+    """Whether the driver, its device files and the chosen cards are there, and the cards can run the models."""
     there = cards()
     if (line := npu_line()) in UNFIT:
         yield unfit(line)
     if not there and shutil.which("npu-smi", path=environ.get("PATH")) is None:
-        yield (
-            f"There is no {DEVICE_FILES}/davinci* and no npu-smi: the NPU driver is not installed. Install it and the "
-            f"firmware; for a container, add the devices {DEVICE_OPTIONS}, and mount /usr/local/Ascend/driver and "
-            "/usr/local/bin/npu-smi."
+        yield HostFault(
+            "AV-1001",
+            f"There is no {DEVICE_FILES}/davinci* and no npu-smi: the NPU driver is not installed.",
+            f"Install it and the firmware; for a container, add the devices {DEVICE_OPTIONS}, and mount "
+            "/usr/local/Ascend/driver and /usr/local/bin/npu-smi.",
         )
     elif not there or not (DEVICE_FILES / "davinci_manager").exists():
         missing = "davinci_manager" if there else "davinci*"
-        yield (
-            f"There is no {DEVICE_FILES}/{missing}, although this host has the driver. For a container, add the "
-            f"devices {DEVICE_OPTIONS} (docker's --device); on the host itself, check `npu-smi info`."
+        yield HostFault(
+            "AV-1007",
+            f"There is no {DEVICE_FILES}/{missing}, although this host has the driver.",
+            f"For a container, add the devices {DEVICE_OPTIONS} (docker's --device); on the host itself, check "
+            "`npu-smi info`.",
         )
     chosen = re.findall(r"\d+", environ.get("ASCEND_RT_VISIBLE_DEVICES", ""))
     absent = [card for card in chosen if there and int(card) >= len(there)]
     if absent:
-        yield (
+        yield HostFault(
+            "AV-1009",
             f"ASCEND_RT_VISIBLE_DEVICES contains {', '.join(absent)}, but the {len(there)} card(s) here are numbered 0 "
-            f"to {len(there) - 1}. Use these numbers, or unset it."
+            f"to {len(there) - 1}.",
+            "Use these numbers, or unset it.",
         )
 
 
-def _cann(environ: Mapping[str, str]) -> Iterator[str]:
+def cann_faults(environ: Mapping[str, str]) -> Iterator[HostFault]:
+    """Whether CANN is set up, and its libraries can be loaded."""
     home = environ.get("ASCEND_HOME_PATH")
     if not home:
-        yield f"CANN is not set up: ASCEND_HOME_PATH is not set. {SET_ENV}."
+        yield HostFault("AV-1002", "CANN is not set up: ASCEND_HOME_PATH is not set.", f"{SET_ENV}.")
     elif not Path(home).is_dir():
-        yield f"CANN is not set up: ASCEND_HOME_PATH is {home!r}, which is not a folder. {SET_ENV}."
+        yield HostFault(
+            "AV-1002", f"CANN is not set up: ASCEND_HOME_PATH is {home!r}, which is not a folder.", f"{SET_ENV}."
+        )
     for library in LIBRARIES if home else ():
         try:
             ctypes.CDLL(library)  # uses the same search path as torch_npu
         except OSError as error:
-            yield f"CANN's {library} cannot be loaded ({error}). {SET_ENV}, and check that the driver is installed."
+            yield HostFault(
+                "AV-1002",
+                f"CANN's {library} cannot be loaded ({error}).",
+                f"{SET_ENV}, and check that the driver is installed.",
+            )
 
 
 def _version(package: str) -> str | None:

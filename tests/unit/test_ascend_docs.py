@@ -8,7 +8,7 @@ import pytest
 import torch
 from ascend_runtime.hardware import host
 from ascend_runtime.ops import precision
-from ascend_runtime.hardware.environment import NPU, ORIGINAL_VARIABLES, Choice, WholeNumber
+from ascend_runtime.hardware.environment import NPU, ORIGINAL_VARIABLES, OneOf, WholeNumber
 from ascend_runtime.specs.jobs import ATTENTIONS
 from benchmarks.ascend import published
 
@@ -43,7 +43,7 @@ def test_every_variable_with_its_default_and_what_is_legal(document, row):
     cells = rows_by_name(DOCUMENTS[document])[row.name]
     if row in NPU:
         assert cells.pop(0) == (f"`{row.default}`" if row.default is not None else "-")
-    if isinstance(row.legal, Choice):
+    if isinstance(row.legal, OneOf):
         assert tuple(quoted(cells[0])) == row.legal.values
     elif isinstance(row.legal, WholeNumber):
         high = [] if row.legal.high == NO_LIMIT else [str(row.legal.high)]

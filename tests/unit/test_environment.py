@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ascend_runtime import Runtime
 from ascend_runtime.hardware import devices, environment, host
-from ascend_runtime.hardware.environment import HEAP, NPU, ORIGINAL_VARIABLES, Choice, Form, Seconds, WholeNumber
+from ascend_runtime.hardware.environment import HEAP, NPU, ORIGINAL_VARIABLES, Form, OneOf, Seconds, WholeNumber
 from ascend_runtime.hardware.environment import rank_environment, with_defaults
 from ascend_runtime.client.group import RankGroup
 from ascend_runtime.client.restarts import PIDS_VARIABLE
@@ -57,7 +57,7 @@ def bad_values(row):
             return [str(low - 1), str(high + 1), f"{low}.5", f" {low}", "many"]
         case Seconds(high):
             return ["-1", str(high + 1), "0.005", "1.", ".5", "1e3", "never", "inf", "١"]
-        case Choice(values):
+        case OneOf(values):
             return ["yes please", "-1", " " + values[0], *(str(n) for n in range(9) if str(n) not in values)]
         case Form():
             return BAD_FORMS[row.name]
@@ -69,7 +69,7 @@ def good_values(row):
             return [str(low), str(high)]
         case Seconds(high):
             return ["0", "0.05", "1", "60", "36000", str(high)]
-        case Choice(values):
+        case OneOf(values):
             return values
         case Form():
             return GOOD_FORMS[row.name]
@@ -166,7 +166,7 @@ def test_an_empty_variable_counts_as_unset(row):
 def test_all_bad_values_come_in_one_error():
     environ = {"HCCL_CONNECT_TIMEOUT": "60", "ALGO": "2", "TASK_QUEUE_ENABLE": "2"}
     said = str(pytest.raises(ValueError, rank_environment, "npu", environ, {"NPU_ASD_ENABLE": "4"}).value)
-    assert [line.split()[0] for line in said.splitlines()] == ["HCCL_CONNECT_TIMEOUT", "NPU_ASD_ENABLE", "ALGO"]
+    assert [line.split()[1] for line in said.splitlines()] == ["HCCL_CONNECT_TIMEOUT", "NPU_ASD_ENABLE", "ALGO"]
 
 
 def test_both_names_of_the_allocator():
