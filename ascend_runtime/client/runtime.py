@@ -327,7 +327,7 @@ class Runtime(KeptRanks):
             shape = _form(submit, vae).decoded_shape(latent.shape)
             with lend(shape, torch.float32) as (image, shared):
                 done = submit(lambda job: Decode(job=job, vae=vae, latent=latent, frames=shared))
-        return Result(image, seconds=done.seconds, info=done.info)
+        return Result(image, seconds=done.seconds, info=done.info, record=done.record)
 
     def encode_video(self, vae: VaeSpec, frames: Tensor, **hooks) -> Result:
         """Encodes frames [T,H,W,3] in 0..1, T = 4n+1, into a latent [1,C,T',H',W'], fp32 and not normalised."""
@@ -337,7 +337,7 @@ class Runtime(KeptRanks):
             shape = _form(submit, vae).encoded_shape(frames.shape)
             with lend(shape, torch.float32) as (latent, shared):
                 done = submit(lambda job: EncodeVideo(job=job, vae=vae, frames=frames, latent=shared))
-        return Result(latent, seconds=done.seconds, info=done.info)
+        return Result(latent, seconds=done.seconds, info=done.info, record=done.record)
 
     def vae_form(self, vae: VaeSpec, **hooks) -> VaeForm:
         """The VAE's latent channels and compression factors. Does not read weights."""

@@ -10,10 +10,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
+from msgspec.structs import replace
 from torch import Tensor
 
 from ..errors import coded
 from ..hardware import host, memory
+from ..specs.record import JobRecord
 from ..wire.channel import ChannelClosed, SealedMessage
 from ..wire.messages import UNREAD, Cancel, Conditioning, Done, Failed, Message, Preview, Progress, Undecodable
 from ..wire.plans import Chosen
@@ -48,12 +50,13 @@ class RanksSilent(RankError):
 @dataclass(frozen=True)
 class Result:
     """The result of a job. tensors: further results by name. seconds: synchronised wall time of each stage, on the
-    slowest rank."""
+    slowest rank. record: what a video's metadata say about the job, if it makes a part of one."""
 
     tensor: Tensor | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     info: dict[str, Any] = field(default_factory=dict)
+    record: JobRecord | None = None
 
     @property
     def conditioning(self) -> Conditioning:
@@ -272,7 +275,9 @@ class Submission:
         stages = {stage for answer in answers for stage in answer.seconds}
         seconds = {stage: max(answer.seconds.get(stage, 0.0) for answer in answers) for stage in sorted(stages)}
         info = {name: fact for answer in reversed(answers) for name, fact in answer.info.items()}  # rank 0 wins
-        return Result(answers[0].tensor, answers[0].tensors, seconds, info)
+        rounded = {stage: round(taken, 4) for stage, taken in seconds.items()}
+        record = answers[0].record and replace(answers[0].record, seconds=rounded)
+        return Result(answers[0].tensor, answers[0].tensors, seconds, info, record)
 
 
 class _Silence:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -28,16 +28,18 @@ from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
 from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
+from ..specs.record import DECODE, ENCODE_VIDEO, JobRecord
 from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from . import planning
 from .denoising import StepsOfJob, denoised
+from .explaining import Explainer, Generated
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .model_calls import ModelCalls
 from .profiling import Recorder
 from .prompts import Encoded, KnownPrompts, image_key
 from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, tokens_key, with_padding
-from .video import decode_video, encode_video
+from .video import Facts, decode_video, encode_video
 
 
 class RankPipeline:
@@ -54,6 +56,7 @@ class RankPipeline:
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
+        self.explainer = Explainer(device, self.components, self._variables)
 
     def ping(self, job) -> Done:
         """Returns `reply` floats from rank 0; fills this rank's part of the frames, if the message has any."""
@@ -95,7 +98,8 @@ class RankPipeline:
         self.prompts.keep(key, encoded)
         info = _warnings(encoded.warnings) | _communicators(self.device) | ({"prompt": "known"} if known else {})
         results = encoding.embeddings(encoded.results)
-        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
+        record = self._encoding_record(job, spec, {} if job.message.image is None else {"about": "image"})
+        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info, record=record)
 
     def _known_or(self, key: Hashable, encode: Callable[[], Encoded | None]) -> tuple[Encoded | None, bool]:
         """(what rank 0 has cached under a key, else what all ranks encode; whether it was cached). Collective."""
@@ -146,7 +150,12 @@ class RankPipeline:
             self.prompts.keep(key, encoded)
         info = _warnings(encoded.warnings) | _communicators(self.device) | ({"tokens": "known"} if known else {})
         results = with_padding(encoded.results, given)
-        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
+        record = self._encoding_record(job, spec, {"part": job.message.part})
+        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info, record=record)
+
+    def _encoding_record(self, job, spec: TextEncoderSpec, settings: dict[str, str]) -> JobRecord | None:
+        vision = [spec.vision] if "about" in settings else []
+        return self.explainer.encoding(spec, self.explainer.sources(spec, *vision), settings)
 
     def _encoded_tokens(self, job, spec: TextEncoderSpec, sharding: Sharding, given: GivenTokens) -> Encoded | None:
         """Runs one text encoder on the job's tokens; None on ranks that do not encode."""
@@ -182,6 +191,7 @@ class RankPipeline:
             model = self._component(message.model, job, sharding, host_memory, message.computing)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
             recorder.end_with(spec.total_steps)
+        sources = self.explainer.sources(message.model)
         _require_agreement(spec, model)
         request = _request(message, spec)
         check_request(model, request)
@@ -196,11 +206,14 @@ class RankPipeline:
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
         check_finite(latent, "The denoised latent")
-        info = plan.info | _settings(request, model) | recorder.info | generation.acceleration.facts()
+        settings = _settings(request, model)
+        info = plan.info | settings | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
             [*model.warnings, *model.conditioner.notes(request.given)]
         )
-        return _done(job, tensor=latent if self.rank == 0 else None, info=info)
+        generated = Generated(message.latent.shape, plan, generation.acceleration, settings)
+        record = self.explainer.sampling(message, sources, model, spec, generated)
+        return _done(job, tensor=latent if self.rank == 0 else None, info=info, record=record)
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
         """Runs two discarded steps, one per expert, unless this model has been warmed up for this kind of job."""
@@ -227,7 +240,9 @@ class RankPipeline:
         info = run.facts(job.message.step, job.seconds["denoise"]) | _device_memory(self.device)
         if new:
             info |= run.plan.info | _communicators(self.device) | _warnings(run.warnings)
-        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info)
+            run.sources = self.explainer.sources(run.setting.model)
+        record = self.explainer.calls(run.setting, run.sources, run.model, run.generated) if run.is_at_an_end else None
+        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info, record=record)
 
     def _model_of_calls(self, job, setting: CallSetting) -> tuple[DiffusionModel, Plan]:
         plan = self._plan(setting.parallel)
@@ -243,7 +258,8 @@ class RankPipeline:
             vae = self._vae(job)
             with job.stage("decode"), self._precision(message.vae):
                 facts = decode_video(vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles)
-        return _done(job, info=facts | _communicators(self.device))
+        record = self._vae_record(DECODE, message.vae, vae, message.frames.shape, facts)
+        return _done(job, info=facts | _communicators(self.device), record=record)
 
     def encode_video(self, job) -> Done:
         message = job.message
@@ -251,7 +267,11 @@ class RankPipeline:
             vae = self._vae(job)
             with job.stage("encode"), self._precision(message.vae):
                 facts = encode_video(vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles)
-        return _done(job, info=facts | _communicators(self.device))
+        record = self._vae_record(ENCODE_VIDEO, message.vae, vae, message.frames.shape, facts)
+        return _done(job, info=facts | _communicators(self.device), record=record)
+
+    def _vae_record(self, kind: str, spec: VaeSpec, vae, frames: Sequence[int], facts: Facts) -> JobRecord | None:
+        return self.explainer.vae(kind, spec, self.explainer.sources(spec), vae, frames, facts)
 
     def describe(self, job) -> Done:
         """Reads facts from files that a client needs before its next job. Rank 0 reads them, because a slow disk would

@@ -106,6 +106,14 @@ def card(device: torch.device) -> str | None:
     return None if line in host.UNFIT else line
 
 
+def model_name(device: torch.device) -> str:
+    """What decides how a device rounds: an NPU's product line, a GPU's name, the instructions that torch uses of a
+    CPU."""
+    if device.type == "cpu":
+        return torch.backends.cpu.get_cpu_capability()
+    return card(device) or "unknown" if device.type == "npu" else torch.cuda.get_device_name(device)
+
+
 def _line(device: torch.device) -> str | None:
     if device.type != "npu":
         return None

@@ -28,6 +28,7 @@ from ..specs import (
     TextEncoderSpec,
     VaeSpec,
 )
+from ..specs.record import JobRecord
 from .plans import PlannedJob
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype requires
@@ -311,11 +312,12 @@ class Preview(Message):
 
 class Done(Message):
     """A job has finished. seconds: synchronised wall time of each stage. info: facts by name. tensors: further results
-    by name."""
+    by name. record: of rank 0: what a video's metadata say about the job (specs/record.py)."""
 
     job: int
     seconds: dict[str, float] = {}
     info: dict[str, Any] = {}
+    record: JobRecord | None = None
     tensor: Tensor | None = None
     tensors: dict[str, Tensor] = {}
 
