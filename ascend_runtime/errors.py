@@ -128,3 +128,9 @@ def coded(code: str, text: str) -> str:
 def coded_error(code: str, text: str) -> ValueError:
     """The error of this text, with its code in front."""
     return ValueError(coded(code, text))
+
+
+def with_page(text: str) -> str:
+    """An error's text with a line that says where its code is explained; as it is if it has none."""
+    code = code_of(text)
+    return f"{text}\nAscend Video explains {code} in docs/errors.md (中文：docs/errors.zh.md)." if code else text
