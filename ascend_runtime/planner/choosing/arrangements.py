@@ -45,23 +45,25 @@ def tiles_of(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:
 
 
 def plans(model: Model, video: Video, machine: Machine, parallel: ParallelSpec) -> list[Plan]:
-    """The plans with the degrees that the user has fixed. If there is none, the one that a job takes instead."""
+    """The plans with the degrees that the user has fixed, without those that cannot be the best. If there is none, the
+    one that a job takes instead."""
     given = {axis: getattr(parallel, f"{axis}_degree") for axis in AXES}
     found = [
         plan for plan in legal_plans(machine.ranks)
-        if all(degree in (0, getattr(plan, axis)) for axis, degree in given.items()) and is_useful(plan, model, video, given)
+        if all(degree in (0, getattr(plan, axis)) for axis, degree in given.items())
+        and (plan.cfg == 1 or video.guided or given["cfg"])  # without guidance, its ranks join the ulysses axis
+        and (plan.tp == 1 or is_cut_by(plan.tp, model))
     ]  # fmt: skip
+    if not given["ring"]:
+        found = [plan for plan in found if plan.ring == 1 or plan == _least_ring(plan, found, heads(model))]
     return found or [parallel.resolve(machine.ranks, guided=video.guided)]
 
 
-def is_useful(plan: Plan, model: Model, video: Video, given: dict[str, int]) -> bool:
-    """Whether a plan can be the best one. given: the degrees that the user has fixed, by axis."""
-    if plan.cfg > 1 and not video.guided and not given["cfg"]:
-        return False  # its ranks join the ulysses axis
-    if plan.tp > 1 and not is_cut_by(plan.tp, model):
-        return False
-    # The ring sends more than Ulysses, which pads heads that it cannot divide.
-    return plan.ring == 1 or bool(given["ring"]) or heads(model) % (plan.ring * plan.ulysses * plan.tp) > 0
+def _least_ring(plan: Plan, plans: list[Plan], heads: int) -> Plan | None:
+    """Of plans that differ in how they chunk the sequence, the one with the shortest ring whose Ulysses needs no
+    padding for heads. A longer ring only sends more."""
+    alike = [one for one in plans if (one.cfg, one.tp) == (plan.cfg, plan.tp) and heads % (one.ulysses * one.tp) == 0]
+    return min(alike, key=lambda one: one.ring, default=None)
 
 
 def is_cut_by(tp: int, model: Model) -> bool:
