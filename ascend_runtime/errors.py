@@ -51,6 +51,7 @@ CODES: dict[str, str] = {
     "AV-1207": "The decoded video does not fit into the host's memory",
     "AV-1208": "Shared memory cannot be allocated",
     "AV-1209": "A file cannot be mapped into memory",
+    "AV-1210": "No plan fits",
     # 13xx: files
     "AV-1301": "A file or folder does not exist",
     "AV-1302": "A file is not complete",
@@ -110,9 +111,26 @@ CODES: dict[str, str] = {
 _FRONT = re.compile(r"\b(AV-\d{4}): ")
 
 
+def code_of(error: str | BaseException) -> str | None:
+    """The code in front of an error's text; None if it has none."""
+    front = _FRONT.match(str(error))
+    return front and front[1]
+
+
 def coded(code: str, text: str) -> str:
     """An error's text with its code in front. A text that quotes a coded error gets that error's code, as it is about
     the cause."""
     assert code in CODES, code
     quoted = _FRONT.search(text)
     return f"{quoted[1] if quoted else code}: {_FRONT.sub('', text)}"
+
+
+def coded_error(code: str, text: str) -> ValueError:
+    """The error of this text, with its code in front."""
+    return ValueError(coded(code, text))
+
+
+def with_page(text: str) -> str:
+    """An error's text with a line that says where its code is explained; as it is if it has none."""
+    code = code_of(text)
+    return f"{text}\nAscend Video explains {code} in docs/errors.md (中文：docs/errors.zh.md)." if code else text

@@ -7,6 +7,7 @@ from itertools import count
 
 from torch import Tensor
 
+from ..errors import coded_error
 from ..hardware import devices
 from ..models.registry import vae_for
 from ..models.shared.tiling import Piece, tiling_for
@@ -86,10 +87,11 @@ def _check_host_holds(frames: Tensor) -> None:
     free = -all_reduce_max(-devices.host_memory())
     if frames.nbytes > free:
         number, height, width, _ = frames.shape
-        raise ValueError(
+        raise coded_error(
+            "AV-1207",
             f"The decoded video, {number} frames of {width} x {height} pixels, needs {frames.nbytes / 1e9:.1f} GB of "
             f"the host's memory, but {free / 1e9:.1f} GB are free. Make at most {free * number // frames.nbytes} "
-            "frames of this size."
+            "frames of this size.",
         )
 
 

@@ -254,6 +254,7 @@ _LESS_ON_A_CARD = (
     "To use less, reduce the frames or the size; use more ranks per video; shard the weights by fsdp; set quantization "
     "to w8a8_dynamic, or the text encoder's placement to cpu"
 )
+# (a pattern in what a rank reported or printed last, the code of the cause, what helps). EI0002, EI0006: HCCL's codes.
 _CURES = (
     (r"libascend_hal\.so|libdrvdsmi_host\.so|libdcmi\.so", "AV-1001",
      "The NPU driver's libraries are missing: install the driver; for a container, mount /usr/local/Ascend/driver and "
@@ -285,6 +286,19 @@ _CURES = (
     (r"can't start new thread|Thread creation failed|Resource temporarily unavailable", "AV-1102",
      "No more threads can be started: check `ulimit -u`, `ulimit -v`, a container's limit (`docker run --pids-limit`). "
      "Reduce OMP_NUM_THREADS or the number of ranks."),
+    (r"No space left on device", "AV-1316",
+     "A disk is full, or the memory for shared files. Check with `df -h`, and /dev/shm with it; in a container, give "
+     "more by `docker run --shm-size`."),
+    (r"\[Errno 5\]|Input/output error|Stale file handle|Transport endpoint is not connected", "AV-1313",
+     "The disk or the network share with the model's files returned an error. Check `dmesg` and the share's server, or "
+     "copy the files to another disk."),
+    (r"EI0006|Getting socket times out|connectFullMesh failed", "AV-1509",
+     "Ranks did not connect to each other. Check that each rank has a healthy card of its own (`npu-smi info`), and "
+     "that no firewall is between them. If a rank is only late, set HCCL_CONNECT_TIMEOUT to more seconds."),
+    (r"EI0002|Watchdog caught collective operation timeout|Timed out waiting \d+ms for (recv|send)", "AV-1508",
+     "A rank waited in a collective for one that did not come. See the log of the other ranks for an earlier error, "
+     "and `npu-smi info` for a card that is not healthy. If a step takes longer than HCCL_EXEC_TIMEOUT, set it to more "
+     "seconds."),
     (r"was killed by SIGKILL", "AV-1501",
      "If nobody killed the rank, the kernel may have, because memory was full: check `dmesg`, and in a container its "
      "limit (`docker stats`). Each rank has its own weights: use fewer ranks, fsdp, dtype bfloat16 on a CPU, fewer "
@@ -296,8 +310,18 @@ _CURES = (
 )  # fmt: skip
 
 
-def advise(failure: str) -> str:
-    """A rank's failure, with advice if its cause is known."""
-    known = [(code, cure) for pattern, code, cure in _CURES if re.search(pattern, failure)]
-    cures = [coded(code, cure.replace("{versions}", _versions())) for code, cure in known]
-    return "\n".join([failure, *(f"What helps: {cure}" for cure in cures)])
+BY_THE_KERNEL = "by the kernel, as the host's memory was full"  # what the death of a rank says of itself
+_FULL = ("AV-1201", "AV-1202")  # a card's memory, and the host's
+
+
+def out_of_memory(failure: str) -> bool:
+    """Whether a rank failed because a device's memory, or the host's, did not suffice."""
+    found = any(code in _FULL and re.search(pattern, failure) for pattern, code, _ in _CURES)
+    return found or BY_THE_KERNEL in failure
+
+
+def advise(failure: str, code: str) -> str:
+    """A rank's failure, with the code of its cause in front, and advice if the cause is known. code: if it is not."""
+    cures = [cure for cure in _CURES if re.search(cure[0], failure)]
+    helps = [f"What helps ({known}): {text.replace('{versions}', _versions())}" for _, known, text in cures]
+    return "\n".join([coded(cures[0][1] if cures else code, failure), *helps])

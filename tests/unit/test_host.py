@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascend_runtime import ParallelSpec, RankDied, Runtime
+from ascend_runtime.errors import code_of
 from ascend_runtime.hardware import devices, host
 from ascend_runtime.ops import libraries
 
@@ -271,19 +272,27 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("Rank 0 of 2 was killed by SIGBUS. Its last output:", "A model's file was truncated"),
 ])  # fmt: skip
 def test_known_failures_come_with_what_cures_them(failure, words):
-    said = host.advise(failure)
-    assert said.startswith(failure + "\n") and said.count("What helps: ") == 1 and words in said
+    said = host.advise(failure, "AV-1510")
+    code = code_of(said)
+    assert said.startswith(f"{code}: {failure}\nWhat helps ({code}): ") and said.count("What helps") == 1 and words in said
 
 
 @pytest.mark.parametrize("failure", ["KeyError: 'x'", "HcclGetRootInfo(&hcclID), error code is 71", "out of memoryx"])
-def test_unknown_failures_stay_as_they_are(failure):
-    assert host.advise(failure) == failure
+def test_unknown_failures_get_the_code_of_what_happened(failure):
+    assert host.advise(failure, "AV-1510") == f"AV-1510: {failure}"
+
+
+def test_the_first_cause_is_in_front_and_each_advice_has_its_own():
+    failure = "Rank 1 of 2 was killed by SIGKILL. Its last output:\nRuntimeError: AV-1203: NPU out of memory"
+    said = host.advise(failure, "AV-1503").split("\n")
+    assert said[:2] == [f"AV-1203: {failure.splitlines()[0]}", "RuntimeError: NPU out of memory"]
+    assert [line[:20] for line in said[2:]] == ["What helps (AV-1201)", "What helps (AV-1501)"]
 
 
 def test_a_real_rank_that_cannot_start_is_advised(tmp_path):
     (tmp_path / "msgspec.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")  # a fake
     with Runtime(ParallelSpec(ranks=2), device="cpu", environment={"PYTHONPATH": str(tmp_path)}) as runtime:
-        with pytest.raises(RankDied, match="(?s)exit code 1.*ImportError: libhccl.so.*What helps: .*set_env.sh"):
+        with pytest.raises(RankDied, match="(?s)exit code 1.*ImportError: libhccl.so.*What helps .AV-1002.: .*set_env.sh"):
             runtime.ping()
 
 
