@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..errors import coded
-from ..hardware import cores, host
+from ..hardware import cores, host, memory
 from ..hardware.environment import HEAP, rank_environment, start_deadline, suits_sharded
 from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
@@ -116,6 +116,7 @@ class RankGroup:
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._death: str | None = None
+        self.kills_before = memory.kills()  # by the kernel, when the running job began
         self._ready = False
         self._stopping = False
         self._pid = os.getpid()  # to recognise a forked child, which does not own the ranks
@@ -340,6 +341,8 @@ class RankGroup:
         if self._stopping or self.lost:
             return
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGKILL and memory.kills() > self.kills_before:
+            how += f", {host.BY_THE_KERNEL}"
         lines = "\n".join(rank.last_lines) or "(nothing)"
         death = f"Rank {rank.rank} of {self.world_size} {how}. Its last output:\n{lines}"
         self._death = host.advise(death, "AV-1503" if code < 0 else "AV-1504")

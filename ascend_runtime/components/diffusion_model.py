@@ -43,7 +43,6 @@ from .room import Room
 
 logger = logging.getLogger(__name__)
 
-ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free next to two experts: a 14B block at 1280 x 720 x 81 on one card
 
 
 @dataclass
@@ -219,7 +218,7 @@ class _Reader:
         Raises ValueError if the host has too little memory.
         """
         weights = {expert: self._kept(one) for expert, one in unread.items()}
-        if not always and _fits(weights, self.room.device):
+        if not always and _fits(weights, self.room):
             return None
         layout = Layout.of(weights)
         changed = [weights[expert][name].nbytes for expert in weights for name in changed_by(loras[expert])]
@@ -331,14 +330,14 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], shardi
     return False
 
 
-def _fits(weights: Weights, device: torch.device) -> bool:
+def _fits(weights: Weights, room: Room) -> bool:
     """Whether the device has memory for all these weights and for computing; logs it if not. Each rank decides for its
     own device. On a CPU, weights are mapped from their files."""
     needed = sum(x.nbytes for tensors in weights.values() for x in tensors.values())
-    if device.type == "cpu" or (room := devices.room(device)) >= needed + ROOM_TO_COMPUTE:
+    if room.device.type == "cpu" or (free := devices.room(room.device)) >= needed + room.computing:
         return True
     logger.info(
         "The two experts need %.1f GB, and %.1f GB more to compute in, but the device has %.1f GB: they take turns.",
-        needed / 1e9, ROOM_TO_COMPUTE / 1e9, room / 1e9,
+        needed / 1e9, room.computing / 1e9, free / 1e9,
     )  # fmt: skip
     return False

@@ -15,6 +15,7 @@ from ..wire.channel import Channel, ChannelClosed
 from ..wire.messages import (
     UNREAD,
     Cancel,
+    Choose,
     Decode,
     Describe,
     Encode,
@@ -118,6 +119,7 @@ _WORK = {
     Decode: RankPipeline.decode,
     EncodeVideo: RankPipeline.encode_video,
     Describe: RankPipeline.describe,
+    Choose: RankPipeline.choose,
     Free: RankPipeline.free,
 }
-_WITHIN_RUNS = (Ping, Describe, Velocity)  # jobs that change nothing that the calls of a run share
+_WITHIN_RUNS = (Ping, Describe, Choose, Velocity)  # jobs that change nothing that the calls of a run share

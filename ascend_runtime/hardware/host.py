@@ -309,6 +309,16 @@ _CURES = (
 )  # fmt: skip
 
 
+BY_THE_KERNEL = "by the kernel, as the host's memory was full"  # what the death of a rank says of itself
+_FULL = ("AV-1201", "AV-1202")  # a card's memory, and the host's
+
+
+def out_of_memory(failure: str) -> bool:
+    """Whether a rank failed because a device's memory, or the host's, did not suffice."""
+    found = any(code in _FULL and re.search(pattern, failure) for pattern, code, _ in _CURES)
+    return found or BY_THE_KERNEL in failure
+
+
 def advise(failure: str, code: str) -> str:
     """A rank's failure, with the code of its cause in front, and advice if the cause is known. code: if it is not."""
     cures = [cure for cure in _CURES if re.search(cure[0], failure)]

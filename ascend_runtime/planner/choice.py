@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..errors import coded_error
 from ..specs import VideoSize
 from . import exchange, memory, seconds
 from .choosing import words
-from .choosing.arrangements import PUBLISHED, WHOLE, Fixed, arrangements
+from .choosing.arrangements import WHOLE, Fixed, arrangements
 from .choosing.sizes import by_frames, by_picture, size_of
-from .facts import Arrangement, Machine, Memory, Model, Prediction, Video
+from .facts import Machine, Memory, Model, Prediction, Video
 from .rates import Rates
 
 __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
@@ -21,7 +19,7 @@ __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
 @dataclass(frozen=True)
 class Choice:
     """fitting: the arrangements that fit, the fastest first, which is chosen. others: those that do not fit. rates:
-    where the figures of the predicted seconds come from."""
+    in a few words, where the predicted seconds come from."""
 
     fitting: tuple[Prediction, ...]
     others: tuple[Prediction, ...] = ()
@@ -63,7 +61,7 @@ def choice_of(model: Model, video: Video, machine: Machine, rates: Rates, fixed:
     whole = [one for one in fitting if one.arrangement.tiles == WHOLE] or fitting
     blended = [one for one in fitting if one not in whole]
     others = [one for one in found if one not in fitting]
-    return Choice((*sorted(whole, key=_speed), *sorted(blended, key=_speed)), tuple(others), machine, rates.source)
+    return Choice((*sorted(whole, key=_speed), *sorted(blended, key=_speed)), tuple(others), machine, words.source(rates))
 
 
 def _speed(one: Prediction) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ...specs import VideoSize
 from ...specs.plans import AXES
 from ..facts import Arrangement, Machine, Memory, Prediction
+from ..rates import Rates
 from .arrangements import PUBLISHED
 
 NAMES = {"cfg": "CFG", "ring": "ring", "ulysses": "Ulysses", "tp": "TP"}
@@ -28,6 +29,12 @@ def arrangement(one: Arrangement) -> str:
     parts += ["FSDP"] * one.fsdp + ["experts in turns"] * (one.experts == "swap")
     parts += [f"text encoder on the {'ranks' if one.encoder == 'ranks' else 'CPU'}"]
     return ", ".join(parts + ["VAE in blended tiles"] * (one.tiles == PUBLISHED))
+
+
+def source(rates: Rates) -> str:
+    """In a few words, where rates come from."""
+    what, _, _ = rates.source.partition(":")
+    return f"by {what if rates.measured else what + ', not measured here'}"
 
 
 def duration(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""What jobs compute, and how long a host takes for it: work, measured jobs, fitted costs, the profile that keeps them."""
+"""What jobs compute, how long a host takes for it, and the profile that keeps what was measured."""
