@@ -18,7 +18,8 @@ from ..hardware.environment import original, placed
 from ..models.family import Family
 from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
-from ..ops.precision import check_finite, strict_float32
+from ..ops.finite import check_finite
+from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
 from ..recognition.calibration_file import read_calibration
@@ -27,12 +28,22 @@ from ..recognition.text_encoders import require_vision
 from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
-from .denoising import StepsOfJob, denoised
+from .denoising import StepsOfJob, denoised, standing_still
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .guard import check_encoded
 from .model_calls import ModelCalls
 from .profiling import Recorder
-from .prompts import Encoded, KnownPrompts, image_key
-from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, tokens_key, with_padding
+from .prompts import (
+    MAX_KNOWN,
+    Encoded,
+    KnownPrompts,
+    described_encoders,
+    encoded_tokens,
+    given_tokens,
+    image_key,
+    tokens_key,
+    with_padding,
+)
 from .video import decode_video, encode_video
 
 
@@ -124,6 +135,7 @@ class RankPipeline:
         text = encoding.clean(message.text)
         with self._encoding(job, on_ranks) as on_block:
             results = encoding.encode(loaded.encoders, text, on_block)
+        check_encoded(results, loaded, spec)
         return Encoded(results, [*warnings, *encoding.cut(loaded.encoders, text)])
 
     def encode_tokens(self, job) -> Done:
@@ -152,6 +164,7 @@ class RankPipeline:
             return None
         with self._encoding(job, on_ranks) as on_block:
             results = encoded_tokens(loaded.encoding, part, loaded.encoders.get(part), given, on_block)
+        check_encoded(results, loaded, spec)
         return Encoded(results, loaded.warnings)
 
     @contextmanager
@@ -190,10 +203,9 @@ class RankPipeline:
         devices.forget_peak(self.device)
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
-        check_finite(latent, "The denoised latent")
         info = plan.info | _settings(request, model) | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
-            [*model.warnings, *model.conditioner.notes(request.given)]
+            [*model.warnings, *model.conditioner.notes(request.given), *standing_still(latent, request)]
         )
         return _done(job, tensor=latent if self.rank == 0 else None, info=info)
 
@@ -215,7 +227,6 @@ class RankPipeline:
             run, new = self.calls.run_of(job, lambda setting: self._model_of_calls(job, setting))
             with job.stage("denoise"):
                 velocities = run.velocities(job)
-                check_finite(velocities, "The network's output")
         except BaseException:
             self.calls.forget()
             raise
