@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import accelerators, stock
+from . import accelerators, metadata, stock
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
@@ -16,6 +16,7 @@ from .vae import VAEDecode, VAEEncode
 class AscendVideo(ComfyExtension):
     def __init__(self):
         adoption.serve()
+        metadata.serve()
 
     async def get_node_list(self):
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Callable
 
@@ -13,6 +14,7 @@ import folder_paths
 import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy_execution.utils import get_executing_context
+from msgspec.structs import replace
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
@@ -22,8 +24,10 @@ from ..ascend_runtime.client.group import RankDied
 from ..ascend_runtime.client.model_calls import NetworkPass  # noqa: F401 (for nodes that do not know the client)
 from ..ascend_runtime.client.runtime import Runtime
 from ..ascend_runtime.client.submission import JobCancelled, RankError, Result
+from ..ascend_runtime.errors import with_page
 from ..ascend_runtime.hardware.devices import resolve_kind, resolve_ranks
 from ..ascend_runtime.specs import ParallelSpec, VaeForm
+from .metadata import kept
 from .types import Handle, ModelHandle, RanksHandle
 
 logger = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     if preview:
         hooks["on_preview"] = lambda step, total, image: bar.update_absolute(step, total, _jpeg(image))
     result = _run(runtime, job, hooks)
+    kept.add(result.record)
     _log(result, runtime)
     return result
 
@@ -55,7 +60,7 @@ class ModelCalls:
 
     def __init__(self, ranks: RanksHandle):
         self._runtime = _runtime_for(ranks)
-        self._calls, self._seconds, self._info = 0, 0.0, {}
+        self._calls, self._seconds, self._info, self._record = 0, Counter(), {}, None
         _memory.count()
 
     def run(self, call: Callable[[Runtime, dict], Result]) -> Tensor:
@@ -64,14 +69,16 @@ class ModelCalls:
         _memory.count()  # ComfyUI may have freed the weights since the last call
         result = _run(self._runtime, call, {"on_progress": _show_loading})
         self._calls += 1
-        self._seconds += sum(result.seconds.values())
-        self._info = result.info
+        self._seconds.update(result.seconds)
+        self._info, self._record = result.info, result.record or self._record
         return result.tensor
 
     def log(self) -> None:
-        """Logs what the calls took on the ranks, and what accelerators saved."""
+        """Logs what the calls took on the ranks, and what accelerators saved; and keeps their record."""
         if self._calls:
-            logger.info("Ascend: %d model calls, %.2f s on the ranks.", self._calls, self._seconds)
+            logger.info("Ascend: %d model calls, %.2f s on the ranks.", self._calls, sum(self._seconds.values()))
+        if self._record is not None:
+            kept.add(replace(self._record, calls=self._calls, seconds=dict(self._seconds)))
         if "acceleration" in self._info:
             logger.info("Ascend: %s.", words_of(self._info, {}))
 
@@ -92,12 +99,16 @@ def text_encoders(encoder: Handle) -> Result:
 
 
 def _run(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
-    """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions."""
+    """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions. An error with a code says
+    where it is explained."""
     always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}
     try:
         return job(runtime, always | hooks)
     except JobCancelled:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        raise
+    except (ValueError, RuntimeError, TimeoutError) as error:
+        error.args = (with_page(str(error)),)
         raise
 
 

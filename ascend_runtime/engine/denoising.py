@@ -13,7 +13,7 @@ from ..models.shared.conditioning import Given
 from ..ops.finite import is_finite
 from ..parallel.cfg import guided
 from .generation import Generation, NetworkCall, Request
-from .guard import Diagnosis, Evaluation, cure_of
+from .guard.diagnosis import Diagnosis, Evaluation, cure_of
 from .profiling import Recorder
 from .sampling import Known, SolverStep, Watch, denoise, make_scheduler, noise_of, noisy
 
@@ -105,10 +105,8 @@ def standing_still(latent: Tensor, request: Request) -> list[str]:
     if any(bool((frame - first).abs().max() > limit) for frame in latent.flip(2).unbind(2)[:-1]):
         return []
     kinds = request.acceleration.kinds
-    return [coded("AV-1609", (
-        f"All {latent.shape[2]} frames of the latent are the same. "
-        + (cure_of(kinds) if kinds else "Check the model's files, the LoRAs' strength and the dtype.")
-    ))]  # fmt: skip
+    cure = cure_of(kinds) if kinds else "Check the model's files, the LoRAs' strength and the dtype."
+    return [coded("AV-1609", f"All {latent.shape[2]} frames of the latent are the same. {cure}")]
 
 
 def _start(latent: Tensor, model: DiffusionModel) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..acceleration.accelerators import Acceleration, Outline
 from ..components import DiffusionModel
+from ..errors import coded_error
 from ..hardware import devices
 from ..hardware.environment import overlaps, with_defaults
 from ..models.cost import PassSize
@@ -287,9 +288,10 @@ def _known(model: DiffusionModel, course: Course) -> dict[str, Calibration]:
     """
     found, experts = course.calibration, tuple(model.adapters)
     if found and set(found) != set(experts):
-        raise ValueError(
+        raise coded_error(
+            "AV-1416",
             f"The calibration next to the model is for {', '.join(found)}, but the model has {', '.join(experts)}. "
-            "Calibrate it again: python -m ascend_runtime calibrate MODEL"
+            "Calibrate it again: python -m ascend_runtime calibrate MODEL",
         )
     pixels = model.pixels_of(course.shape)
     config = model.high_noise.config

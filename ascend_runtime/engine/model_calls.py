@@ -20,8 +20,9 @@ from ..ops.finite import is_finite
 from ..parallel.mesh import all_reduce_max
 from ..specs import AccelerationSpec, Plan
 from ..wire.messages import CallSetting, ModelPass, Velocity
+from .explaining import Generated, Sources
 from .generation import Course, Generation, NetworkCall, Ranks
-from .guard import Diagnosis, Evaluation
+from .guard.diagnosis import Diagnosis, Evaluation
 from .sampling import TRAIN_TIMESTEPS, SolverStep
 
 MOST_BRANCHES = 32  # whose conditioning stays on the device
@@ -120,8 +121,11 @@ class Run:
     ):
         self.setting = setting
         self.finished = False  # whether the last step has been computed
+        self.sources = Sources()  # of its model
+        self._calls_made = 0
+        self._shape: tuple[int, ...] = ()  # of the first latent
         self._plan = plan  # of two passes at a time
-        self._model, self._environ, self._held = model, environ, held
+        self.model, self._environ, self._held = model, environ, held
         self._sigmas = setting.run.sigmas
         self._accelerated = None if setting.acceleration == AccelerationSpec() else Accelerated(setting.acceleration)
         self._operators = operators_for(model.device, with_defaults(setting.operators, environ), model.dtype)
@@ -136,12 +140,22 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        return self._model.warnings
+        return self.model.warnings
+
+    @property
+    def is_at_an_end(self) -> bool:
+        """Whether the last call was the first of the run, or of its last step."""
+        return self.finished or self._calls_made == 1
+
+    @property
+    def generated(self) -> Generated:
+        """What has been generated so far."""
+        return Generated(self._shape, self.plan, self._generation.acceleration)
 
     def end(self) -> None:
         if self._generation is not None:
             self._generation.finish()
-        self._model.standing = None
+        self.model.standing = None
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Frees what was made of tensors that are no longer held."""
@@ -165,6 +179,7 @@ class Run:
             step = self._step(message, calls, last=number + 1 == len(rounds))
             made |= zip(numbers, generation.velocity([calls[one] for one in numbers], step))
         self.finished = message.step >= len(self._sigmas) - 2
+        self._calls_made += 1
         velocities = torch.cat([made[number] for number in range(len(calls))])
         if not is_finite(velocities):
             evaluation = Evaluation(calls, step, [made[number] for number in range(len(calls))])
@@ -177,7 +192,7 @@ class Run:
         return self._generation.acceleration.facts()
 
     def _check(self, message: Velocity) -> None:
-        blocks = len(self._model.high_noise.blocks)
+        blocks = len(self.model.high_noise.blocks)
         for number in {number for one in message.passes for number in one.skipped}:
             if not 0 <= number < blocks:
                 raise ValueError(f"Block {number} is to be skipped; this model has the blocks 0 to {blocks - 1}.")
@@ -210,7 +225,7 @@ class Run:
             return next(iter(self._ranks.values()))
         plan = self._plan if passes == 2 else self._plan.unguided()
         if plan not in self._ranks:
-            self._ranks[plan] = Ranks.spread(plan, self.setting.parallel, self._operators, self._model, self._environ)
+            self._ranks[plan] = Ranks.spread(plan, self.setting.parallel, self._operators, self.model, self._environ)
         return self._ranks[plan]
 
     def _calls(self, job) -> list[NetworkCall]:
@@ -239,8 +254,8 @@ class Run:
 
     def _branch(self, one: ModelPass, latent: Tensor) -> Branch:
         inputs = self._inputs(one, latent)
-        self._model.conditioner.check_inputs(inputs)
-        return self._model.conditioner.outer_branch(inputs, self._model.device, self._model.dtype)
+        self.model.conditioner.check_inputs(inputs)
+        return self.model.conditioner.outer_branch(inputs, self.model.device, self.model.dtype)
 
     def _inputs(self, one: ModelPass, latent: Tensor) -> Inputs:
         missing = sorted(name for name, number in one.inputs.items() if number not in self._held)
@@ -249,10 +264,11 @@ class Run:
 
     def _begun(self, job, calls: list[NetworkCall], first: list[int]) -> Generation:
         message, own = job.message, calls[first[0]]
+        self._shape = tuple(own.latent.shape)
         inputs = self._inputs(message.passes[first[0]], own.latent)
         course = Course(
-            shape=tuple(own.latent.shape),
-            size=self._model.conditioner.outer_size(inputs),
+            shape=self._shape,
+            size=self.model.conditioner.outer_size(inputs),
             texts={calls[number].branch: calls[number].context.text.shape[1] for number in reversed(first)},
             per_token=own.timesteps.ndim > 1,
             timesteps=[sigma * TRAIN_TIMESTEPS for sigma in self._sigmas[:-1]],
@@ -261,8 +277,8 @@ class Run:
         )
         ranks = self._ranks_for(len(first))
         with job.together():
-            ranks.arrange(self._model)
-            self._generation = Generation.along(self._model, course, ranks, {})
+            ranks.arrange(self.model)
+            self._generation = Generation.along(self.model, course, ranks, {})
         return self._generation
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from msgspec.structs import asdict, replace
 
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
-from ..hardware import devices
+from ..errors import coded_error
+from ..hardware import devices, memory
 from ..hardware.environment import original, placed
 from ..models.family import Family
 from ..models.shared.conditioning import Given
@@ -22,15 +24,19 @@ from ..ops.finite import check_finite
 from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
+from ..planner.facts import Machine
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
 from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEncoderSpec, VaeSpec, VisionSpec
+from ..specs.record import DECODE, ENCODE_VIDEO, JobRecord
 from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
+from . import planning
 from .denoising import StepsOfJob, denoised, standing_still
+from .explaining import Explainer, Generated
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
-from .guard import check_encoded
+from .guard.diagnosis import check_encoded
 from .model_calls import ModelCalls
 from .profiling import Recorder
 from .prompts import (
@@ -44,7 +50,7 @@ from .prompts import (
     tokens_key,
     with_padding,
 )
-from .video import decode_video, encode_video
+from .video import Facts, decode_video, encode_video
 
 
 class RankPipeline:
@@ -61,6 +67,7 @@ class RankPipeline:
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
+        self.explainer = Explainer(device, self.components, self._variables)
 
     def ping(self, job) -> Done:
         """Returns `reply` floats from rank 0; fills this rank's part of the frames, if the message has any."""
@@ -78,7 +85,8 @@ class RankPipeline:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
         with self._loading(job) as host_memory:
             if message.model is not None:
-                warnings += self._component(message.model, job, sharding, host_memory).warnings
+                model = self._component(message.model, job, sharding, host_memory, message.computing)
+                warnings += model.warnings
             if encoder is not None:
                 loaded = self._text_encoders(encoder, job, text_sharding, host_memory)
                 warnings += [] if loaded is None else loaded.warnings
@@ -101,7 +109,8 @@ class RankPipeline:
         self.prompts.keep(key, encoded)
         info = _warnings(encoded.warnings) | _communicators(self.device) | ({"prompt": "known"} if known else {})
         results = encoding.embeddings(encoded.results)
-        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
+        record = self._encoding_record(job, spec, {} if job.message.image is None else {"about": "image"})
+        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info, record=record)
 
     def _known_or(self, key: Hashable, encode: Callable[[], Encoded | None]) -> tuple[Encoded | None, bool]:
         """(what rank 0 has cached under a key, else what all ranks encode; whether it was cached). Collective."""
@@ -153,7 +162,12 @@ class RankPipeline:
             self.prompts.keep(key, encoded)
         info = _warnings(encoded.warnings) | _communicators(self.device) | ({"tokens": "known"} if known else {})
         results = with_padding(encoded.results, given)
-        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info)
+        record = self._encoding_record(job, spec, {"part": job.message.part})
+        return _done(job, tensor=results.pop(TEXT), tensors=results, info=info, record=record)
+
+    def _encoding_record(self, job, spec: TextEncoderSpec, settings: dict[str, str]) -> JobRecord | None:
+        vision = [spec.vision] if "about" in settings else []
+        return self.explainer.encoding(spec, self.explainer.sources(spec, *vision), settings)
 
     def _encoded_tokens(self, job, spec: TextEncoderSpec, sharding: Sharding, given: GivenTokens) -> Encoded | None:
         """Runs one text encoder on the job's tokens; None on ranks that do not encode."""
@@ -187,9 +201,10 @@ class RankPipeline:
         sharding = self._sharding(plan, message.parallel)
         with self._loading(job) as host_memory:
             recorder = Recorder(message.profile, self.device, self.rank)
-            model = self._component(message.model, job, sharding, host_memory)
+            model = self._component(message.model, job, sharding, host_memory, message.computing)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
             recorder.end_with(spec.total_steps)
+        sources = self.explainer.sources(message.model)
         _require_agreement(spec, model)
         request = _request(message, spec)
         check_request(model, request)
@@ -203,11 +218,14 @@ class RankPipeline:
         devices.forget_peak(self.device)
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
-        info = plan.info | _settings(request, model) | recorder.info | generation.acceleration.facts()
+        settings = _settings(request, model)
+        info = plan.info | settings | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
             [*model.warnings, *model.conditioner.notes(request.given), *standing_still(latent, request)]
         )
-        return _done(job, tensor=latent if self.rank == 0 else None, info=info)
+        generated = Generated(message.latent.shape, plan, generation.acceleration, settings)
+        record = self.explainer.sampling(message, sources, model, spec, generated)
+        return _done(job, tensor=latent if self.rank == 0 else None, info=info, record=record)
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
         """Runs two discarded steps, one per expert, unless this model has been warmed up for this kind of job."""
@@ -233,13 +251,15 @@ class RankPipeline:
         info = run.facts(job.message.step, job.seconds["denoise"]) | _device_memory(self.device)
         if new:
             info |= run.plan.info | _communicators(self.device) | _warnings(run.warnings)
-        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info)
+            run.sources = self.explainer.sources(run.setting.model)
+        record = self.explainer.calls(run.setting, run.sources, run.model, run.generated) if run.is_at_an_end else None
+        return _done(job, tensor=velocities.cpu() if self.rank == 0 else None, info=info, record=record)
 
     def _model_of_calls(self, job, setting: CallSetting) -> tuple[DiffusionModel, Plan]:
         plan = self._plan(setting.parallel)
         sharding = self._sharding(plan, setting.parallel)
         with self._loading(job) as host_memory:
-            model = self._component(setting.model, job, sharding, host_memory)
+            model = self._component(setting.model, job, sharding, host_memory, setting.computing)
         _require_agreement(None, model)
         return model, plan
 
@@ -249,7 +269,8 @@ class RankPipeline:
             vae = self._vae(job)
             with job.stage("decode"), self._precision(message.vae):
                 facts = decode_video(vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles)
-        return _done(job, info=facts | _communicators(self.device))
+        record = self._vae_record(DECODE, message.vae, vae, message.frames.shape, facts)
+        return _done(job, info=facts | _communicators(self.device), record=record)
 
     def encode_video(self, job) -> Done:
         message = job.message
@@ -257,7 +278,11 @@ class RankPipeline:
             vae = self._vae(job)
             with job.stage("encode"), self._precision(message.vae):
                 facts = encode_video(vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles)
-        return _done(job, info=facts | _communicators(self.device))
+        record = self._vae_record(ENCODE_VIDEO, message.vae, vae, message.frames.shape, facts)
+        return _done(job, info=facts | _communicators(self.device), record=record)
+
+    def _vae_record(self, kind: str, spec: VaeSpec, vae, frames: Sequence[int], facts: Facts) -> JobRecord | None:
+        return self.explainer.vae(kind, spec, self.explainer.sources(spec), vae, frames, facts)
 
     def describe(self, job) -> Done:
         """Reads facts from files that a client needs before its next job. Rank 0 reads them, because a slow disk would
@@ -281,6 +306,29 @@ class RankPipeline:
         shapes = family.original_shapes(config)
         return {"family": family.name, "shapes": shapes, "channels": family.form(config).channels}
 
+    def choose(self, job) -> Done:
+        """Chooses a plan for a job; rank 0 does, from the memory that each rank has. Changes nothing."""
+        machine, info = self._machine(), {}
+        if self.rank == 0:
+            found = planning.chosen(job.message.planned, machine, self.components.models.holds, job.message.below)
+            info["plan"] = msgspec.to_builtins(found)
+        return _done(job, info=info)
+
+    def _machine(self) -> Machine:
+        """What a job can use, if what the ranks hold makes room for it. Collective."""
+        ranks, host = dist.get_world_size(), self._host_memory()
+        each = devices.communicator_bytes(self.device)
+        room = devices.room(self.device) + self.components.makes_room + communicators() * each
+        on_host = host.free + host.in_use + host.waiting + host.pinned
+        return Machine(
+            kind=self.device.type,
+            card=planning.card_of(self.device),
+            ranks=ranks,
+            device_memory=-all_reduce_max(-room),
+            host_memory=max(0, on_host - (0 if self.device.type == "cpu" else memory.ROOM)),
+            communicator=each,
+        )
+
     def free(self, job) -> Done:
         self.calls.forget()
         self.components.free()
@@ -291,7 +339,7 @@ class RankPipeline:
 
     def _sharding(self, plan: Plan, parallel: ParallelSpec) -> Sharding:
         """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
-        return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
+        return sharding_of(self.device.type, dist.get_world_size(), plan.tp, fsdp=bool(parallel.fsdp))
 
     @contextmanager
     def _loading(self, job) -> Iterator[HostMemory]:
@@ -332,13 +380,16 @@ class RankPipeline:
     def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
         return strict_float32(self.device) if spec.strict else nullcontext()
 
-    def _component(self, spec, job, sharding: Sharding = Sharding(), host_memory: HostMemory | None = None):
+    def _component(
+        self, spec, job, sharding: Sharding = Sharding(), host_memory: HostMemory | None = None,
+        computing: int | None = None,
+    ):  # fmt: skip
         def on_bytes(done: int, total: int) -> None:
             job.check()
             job.progress("load", done, total)
 
         with job.stage("load"):
-            return self.components.get(spec, on_bytes, sharding, host_memory)
+            return self.components.get(spec, on_bytes, sharding, host_memory, computing)
 
 
 def _request(message: Sample, spec: SampleSpec) -> Request:
@@ -379,7 +430,9 @@ def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
     if not all_alike((spec, model.boundary, model.defaults.static_steps)):
-        raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Try again.")
+        raise coded_error(
+            "AV-1315", "The model's own steps, guidance, shift or boundary changed while ranks read them. Try again."
+        )
 
 
 def _device_memory(device: torch.device) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..components.networks import empty_network
+from ..errors import coded_error
 from ..models.shared.text import TEXT, Encoder, GivenTokens, OnBlock, TextEncoding
 from ..ops.finite import check_finite
 from ..recognition.component import Component
@@ -80,9 +81,10 @@ def encoded_tokens(
         raise ValueError(f"The model has no text encoder {part!r}.")
     known, largest = encoding.embeddings_in(part, encoder.model), int(given.ids.max())
     if largest >= known or int(given.ids.min()) < 0:
-        raise ValueError(
+        raise coded_error(
+            "AV-1410",
             f"The text has a token {largest}, but the text encoder has embeddings for {known}: the tokenizer belongs "
-            f"to another model. {encoding.advice(part)}"
+            f"to another model. {encoding.advice(part)}",
         )
     return encoding.encode_tokens(part, encoder, given, on_block)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import coded
+from ..errors import coded_error
 
 MADE_BY = (
     "Check what made it: a text encoder or VAE in float16 can overflow (set its dtype to bfloat16), and a damaged file "
@@ -35,7 +35,7 @@ def are_finite(parts: Tensor) -> bool:
 def check_finite(tensor: Tensor, what: str, cure: str = MADE_BY) -> None:
     """Raises ValueError for an input with NaN or infinite values, with advice."""
     if not is_finite(tensor):
-        raise ValueError(coded("AV-1603", f"{what} has NaN or infinite values. {cure}"))
+        raise coded_error("AV-1603", f"{what} has NaN or infinite values. {cure}")
 
 
 Where = tuple[slice, slice, slice]  # the frames, rows and columns of a piece of a video

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import coded_error
 from ..hardware import devices
 from ..specs import OperatorSpec
 from . import card_rules, sparse
@@ -41,9 +42,10 @@ class PlainOperators:
 
     def _check(self, spec: OperatorSpec) -> None:
         if spec.attention == "fp8":
-            raise ValueError(
+            raise coded_error(
+                "AV-1417",
                 "attention is 'fp8', which only NPUs of the 950 series support. Set it to 'auto' for attention in the "
-                "dtype of the blocks."
+                "dtype of the blocks.",
             )
         if spec.attention not in ("auto", "plain", "fused"):
             log_once(f"attention {spec.attention!r} is only available on NPUs; torch's attention is used instead.")

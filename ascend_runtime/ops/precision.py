@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ..errors import coded_error
 from ..hardware import devices
 from .card_rules import SERIES, supports
 
@@ -104,8 +104,9 @@ def check_strict(device: torch.device) -> None:
     card = devices.card(device)
     if device.type != "npu" or supports(card, "convolution_without_hf32", torch.float32):
         return
-    raise ValueError(
+    raise coded_error(
+        "AV-1412",
         f"dtype is 'float32_strict', but convolutions on cards of {SERIES[card]} round float32 to HF32 (10 bits of "
         "mantissa): CANN's aclnnConvolution has no other way there. Set dtype to 'float32', which uses HF32, or to "
-        "'auto', which is bfloat16."
+        "'auto', which is bfloat16.",
     )

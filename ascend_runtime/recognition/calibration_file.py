@@ -10,6 +10,7 @@ import msgspec
 from ..checkpoints.bounded import MAX_NAME_LENGTH, read_bounded
 from ..checkpoints.faults import shown
 from ..checkpoints.paths import CALIBRATION, file_of
+from ..errors import coded_error
 from ..specs import Calibration
 
 MAX_CALIBRATION_BYTES = 2**20  # two experts with 50 steps each take 2 kB
@@ -33,7 +34,9 @@ def read_calibration(path: str) -> dict[str, Calibration]:
             raise ValueError(f"it has {len(found)} experts, with names such as '{shown(next(iter(found)))}'")
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         why = shown(error)
-        raise ValueError(f"{file} is not a calibration ({why}). Remove it, or calibrate the model again.") from None
+        raise coded_error(
+            "AV-1309", f"{file} is not a calibration ({why}). Remove it, or calibrate the model again."
+        ) from None
     return found
 
 

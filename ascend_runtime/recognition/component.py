@@ -62,10 +62,19 @@ class Component:
         return self.folder / "config.json" if self.folder else self.shards[0]
 
     @property
+    def files(self) -> list[Path]:
+        """All files: the weights, and those that determine their use."""
+        return [file for file in files_of(self._parts) if file.is_file()]
+
+    @property
     def fingerprint(self) -> tuple:
         """A value that changes when a file on disk changes: the weights, or a file that determines their use."""
+        return states(self._parts)
+
+    @property
+    def _parts(self) -> tuple[Path, ...]:
         decides = self.decides if self.tokenizer is None else (*self.decides, self.tokenizer)
-        return states((*filter(Path.exists, decides), *self.shards))
+        return (*filter(Path.exists, decides), *self.shards)
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...errors import coded_error
 from ...hardware import devices
 from ...parallel.mesh import all_reduce_max, this_rank, world_size
 from ...parallel.tiles import Area, Tile, TileGrid, grid_here, single_tile, tile_of
@@ -273,9 +274,10 @@ def _too_large(size: _Size, cure: str = "") -> ValueError:
     sides = (max(1, int(math.sqrt(free / needed) * side)) * vae.form.spatial for side in (size.width, size.height))
     on_cards = "" if vae.device.type == "cpu" else f", or {math.ceil(ranks * needed / free)} ranks"
     on_each = f" on each of {ranks} ranks" if ranks > 1 else ""
-    return ValueError(
+    return coded_error(
+        "AV-1206",
         f"{size.task} takes {needed / 1e9:.1f} GB{on_each}, but {free / 1e9:.1f} GB are free. Use about "
-        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights.{cure}"
+        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights.{cure}",
     )
 
 
@@ -329,9 +331,10 @@ def _output_bytes(vae: VideoVae, work: str) -> int:
 
 def _too_small(size: _Size, least: float, tiles: str) -> ValueError:
     half = "; the VAE in dtype bfloat16 takes half" if size.vae.dtype == torch.float32 else ""
-    return ValueError(
+    return coded_error(
+        "AV-1206",
         f"{size.task} takes {size.whole / 1e9:.1f} GB, in {tiles} {least / 1e9:.1f} GB, but {size.free / 1e9:.1f} GB "
-        f"are free. Ascend Free Memory frees other models' weights{half}."
+        f"are free. Ascend Free Memory frees other models' weights{half}.",
     )
 
 

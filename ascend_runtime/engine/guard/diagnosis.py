@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..components import DiffusionModel, TextEncoders
-from ..errors import coded
-from ..models.shared.block_stack import BlockStack, Pass
-from ..ops.finite import is_finite
-from ..parallel.fsdp import own_part
-from ..parallel.mesh import all_reduce_max, all_reduce_sum, world_size
-from ..specs import TextEncoderSpec
-from .generation import BRANCHES, Generation, NetworkCall
-from .sampling import SolverStep
+from ...components import DiffusionModel, TextEncoders
+from ...errors import coded_error
+from ...models.shared.block_stack import BlockStack, Pass
+from ...ops.finite import is_finite
+from ...parallel.fsdp import own_part
+from ...parallel.mesh import all_reduce_max, all_reduce_sum, world_size
+from ...specs import TextEncoderSpec
+from ..generation import BRANCHES, Generation, NetworkCall
+from ..sampling import SolverStep
 
 BAD = "NaN or infinite values"
 COMPARE = "start with ASCEND_RUNTIME_OPERATORS=torch to compare: if that is right, an operator of the card is wrong"
@@ -69,10 +69,8 @@ class Diagnosis:
         bad = [call for call, n in zip(calls, self._agreed(map(_not_finite, self._made.velocities))) if n]
         where = f"Step {number + 1} of {total}"
         if not bad:
-            return ValueError(coded("AV-1601", (
-                f"{where}: the solver's result has {BAD}, though the network's is finite. Its sigmas may lie too close "
-                "to each other: take another schedule or solver."
-            )))  # fmt: skip
+            text = f"the solver's result has {BAD}, though the network's is finite. Its sigmas may lie too close"
+            return coded_error("AV-1601", f"{where}: {text} to each other: take another schedule or solver.")
         prompts = " and ".join(dict.fromkeys(f"{BRANCHES.get(call.branch, call.branch)} prompt" for call in bad))
         expert = self._model.name_at(calls[0].timestep).replace("_", "-")
         where += f" ({prompts})" if self._model.low_noise is None else f" ({expert} expert, {prompts})"
@@ -85,10 +83,8 @@ class Diagnosis:
         if not any(self._agreed([len(bad)])):
             return None
         name, tensor = bad[0] if bad else ("latent", torch.zeros(0))
-        return ValueError(coded("AV-1603", (
-            f"{where}: the network's input {name!r} has {BAD} in {self._dtype}, {_count(tensor)} of "
-            f"{tensor.numel():,}. {self._wider()}"
-        )))  # fmt: skip
+        text = f"the network's input {name!r} has {BAD} in {self._dtype}, {_count(tensor)} of {tensor.numel():,}"
+        return coded_error("AV-1603", f"{where}: {text}. {self._wider()}")
 
     def _of_weights(self, where: str) -> ValueError | None:
         call = self._made.calls[0]
@@ -102,20 +98,20 @@ class Diagnosis:
             cure = "The LoRAs in use may exceed its dtype: set their strength lower, or the model's dtype to bfloat16."
         else:
             cure = again("its file" if place is None else str(place.shard))
-        return ValueError(coded("AV-1602", f"{where}: the network has {BAD} in {listed(bad)}. {cure}"))
+        return coded_error("AV-1602", f"{where}: the network has {BAD} in {listed(bad)}. {cure}")
 
     def _of_passes(self, where: str, bad: Sequence[NetworkCall]) -> ValueError:
         """Computes the passes again, without accelerators, if all ranks can."""
         made = f"{where}: the network computes {BAD} from finite inputs and weights"
         if not (self._together or world_size() == 1):
-            return ValueError(coded("AV-1601", f"{made}. {self._wider()}"))
+            return coded_error("AV-1601", f"{made}. {self._wider()}")
         watched = {call.branch: Watching() for call in self._made.calls}
         step = SolverStep(self._made.step.number, self._made.calls[-1].timestep)
         velocities = self._generation.velocity(self._made.calls, step, instead=watched)
         kinds = self._generation.acceleration.spec.kinds
         if kinds and not any(self._agreed(map(_not_finite, velocities))):
-            return ValueError(coded("AV-1604", f"{where}: {BAD}, and none without {_names(kinds)}. {cure_of(kinds)}"))
-        return ValueError(coded("AV-1601", f"{made}{_place(watched, bad)}. {self._wider()}"))
+            return coded_error("AV-1604", f"{where}: {BAD}, and none without {_names(kinds)}. {cure_of(kinds)}")
+        return coded_error("AV-1601", f"{made}{_place(watched, bad)}. {self._wider()}")
 
     def _agreed(self, numbers: Iterable[float]) -> list[float]:
         """The sums over all ranks, or this rank's numbers."""
@@ -147,11 +143,11 @@ def check_encoded(results: Mapping[str, Tensor], loaded: TextEncoders, spec: Tex
         return
     for part, encoder in loaded.encoders.items():
         if weights := bad_weights(encoder.model, together=False):
-            raise ValueError(coded("AV-1602", f"The {part} has {BAD} in {listed(weights)}. {again(spec.path)}"))
+            raise coded_error("AV-1602", f"The {part} has {BAD} in {listed(weights)}. {again(spec.path)}")
     cure = "Its dtype is float16, which ends at 65504: set dtype to bfloat16, or to auto."
     if spec.dtype != "float16":
         cure = f"Its dtype has float32's range: check the files at {spec.path}; compare with placement cpu."
-    raise ValueError(coded("AV-1605", f"The text encoder's result {bad!r} has {BAD}. {cure}"))
+    raise coded_error("AV-1605", f"The text encoder's result {bad!r} has {BAD}. {cure}")
 
 
 def bad_weights(network: nn.Module, together: bool = True) -> list[str]:

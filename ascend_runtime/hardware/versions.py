@@ -1,0 +1,33 @@
+"""The versions of what a video's numbers depend on: the pack and the packages that it uses. Imports none of them."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACK = "ascend-video"
+PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+PACKAGES = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """The versions by name; packages that are not installed are left out."""
+    found = {name: _version(name) for name in PACKAGES}
+    return {PACK: _own_version()} | {name: number for name, number in found.items() if number is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _own_version() -> str:
+    """From pyproject.toml, as the pack is a folder that is not installed (and tomllib is of Python 3.11)."""
+    found = re.search(r'^version = "([^"]+)"$', PROJECT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None, f"{PROJECT} has no version"
+    return found[1]
