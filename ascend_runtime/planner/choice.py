@@ -53,7 +53,7 @@ def choice_of(model: Model, video: Video, machine: Machine, rates: Rates, fixed:
             seconds=seconds.predicted(model, video, one, machine, rates),
             memory=memory.predicted(model, video, one, machine),
             sent=exchange.sent(model, video, one),
-            read=seconds.read(model),
+            read=seconds.bytes_read(model),
         )
         for one in arrangements(model, video, machine, fixed)
     ]

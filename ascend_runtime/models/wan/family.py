@@ -188,6 +188,11 @@ class Wan(Family):
     def heads(self, config: Mapping[str, Any]) -> int:
         return configs.filled(config)["num_attention_heads"]
 
+    def smaller(self, config: Mapping[str, Any], heads: int, blocks: int) -> dict[str, Any]:
+        config = configs.filled(config)
+        inner = config["ffn_dim"] * heads // config["num_attention_heads"]
+        return {**config, "num_attention_heads": heads, "ffn_dim": inner, "num_layers": blocks}
+
     def text_width(self, config: Mapping[str, Any]) -> int:
         return configs.filled(config)["text_dim"]
 
