@@ -294,7 +294,8 @@ class Family(ABC):
 
     @abstractmethod
     def smaller(self, config: Mapping[str, Any], heads: int, blocks: int) -> dict[str, Any]:
-        """The config of a similar network with this number of heads, as wide for each, and blocks, for measurements."""
+        """The config of a similar network that makes videos from text, with this number of heads, as wide for each, and
+        of blocks, for measurements."""
 
     @abstractmethod
     def text_width(self, config: Mapping[str, Any]) -> int:

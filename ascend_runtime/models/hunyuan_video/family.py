@@ -247,7 +247,8 @@ class HunyuanVideo(Family):
         """A third of the blocks are double, as in the published model."""
         double = max(1, blocks // 3)
         sizes = {"num_attention_heads": heads, "num_layers": double, "num_single_layers": max(1, blocks - double)}
-        return {**configs.filled(config), **sizes}
+        config = configs.filled(config)
+        return {**config, **sizes, "in_channels": config["out_channels"], "image_condition_type": None}
 
     def text_in_sequence(self, config: Mapping[str, Any], tokens: int) -> int:
         return tokens
