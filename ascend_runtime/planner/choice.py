@@ -41,7 +41,7 @@ def choose(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fi
     fit. Raises ValueError, with the numbers and the nearest size that fits, if nothing fits."""
     choice = choice_of(model, video, machine, rates, fixed)
     if not choice.fitting:
-        raise _refusal(model, video, machine, fixed, choice.others)
+        raise refusal(model, video, machine, fixed, choice.others)
     return choice
 
 
@@ -106,7 +106,7 @@ def nearest_sizes(
     return by_frames(size, form, is_fitting), by_picture(size, form, is_fitting)
 
 
-def _refusal(
+def refusal(
     model: Model, video: Video, machine: Machine, fixed: Fixed, others: tuple[Prediction, ...]
 ) -> ValueError:
     least = min(others, key=lambda one: excess(one.memory, machine))
