@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..models.family import TRANSFORMER, WeightRules
@@ -55,7 +56,8 @@ def rules_of(model: Model, network: Network) -> WeightRules:
     return model.family.weights if network.part == TRANSFORMER else NO_RULES
 
 
-def kept(network: Network, rules: WeightRules, dtype: str, share: Share = Share()) -> dict[str, OwnPart]:
+@lru_cache(maxsize=512)
+def kept(network: Network, rules: WeightRules, dtype: str, share: Share = Share()) -> Mapping[str, OwnPart]:
     """What a rank keeps of each parameter, by name. dtype: of what the rules do not keep otherwise."""
     return {name: _kept(network, name, shape, rules, ITEMSIZES[dtype], share) for name, shape in network.shapes.items()}
 
