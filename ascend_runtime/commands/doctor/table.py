@@ -30,7 +30,7 @@ def print_table(kind: str, groups: Groups, out: TextIO) -> None:
         for finding in findings:
             for line in _lines(finding, width, terminal):
                 print(line, file=out)
-    print(f"\n{summary_line(kind, groups)}", file=out)
+    print("", *_wrapped(summary_line(kind, groups), width), sep="\n", file=out)
 
 
 def _lines(finding: Finding, width: int, colours: bool) -> Iterator[str]:
