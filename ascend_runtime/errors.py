@@ -101,6 +101,15 @@ CODES: dict[str, str] = {
     "AV-1509": "Ranks cannot connect to each other",
     "AV-1510": "A rank failed unexpectedly",
     # 16xx: numbers
+    "AV-1601": "A step of denoising overflows",
+    "AV-1602": "A weight in memory is not finite",
+    "AV-1603": "An input is not finite",
+    "AV-1604": "An accelerator makes values that are not finite",
+    "AV-1605": "A text encoder overflows",
+    "AV-1606": "The decoded video is not finite",
+    "AV-1607": "The encoded video is not finite",
+    "AV-1608": "Frames have one colour",
+    "AV-1609": "All frames are the same",
     # 17xx: ComfyUI
     "AV-1701": "ComfyUI is too old",
     "AV-1702": "ComfyUI is not found",

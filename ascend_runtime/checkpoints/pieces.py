@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import coded_error
 from ..ops.packing import Packing
-from ..ops.precision import is_finite
+from ..ops.finite import is_finite
 from ..ops.quantization import quantized_rows
 from .formats.parts import Rows, Slices, by_rows, full_slices, in_columns, in_ranges, with_ones
 from .formats.tensor_files import TensorFile

@@ -73,6 +73,11 @@ class Adapter:
         return read_loras(specs, self._target, self._files)
 
     @property
+    def in_use(self) -> bool:
+        """Whether any LoRA changes the weights."""
+        return bool(self._loras)
+
+    @property
     def warnings(self) -> list[str]:
         """Warnings about the LoRAs in use: layers that are left out, an unknown strength."""
         return [file.warning for file, _ in self._loras if file.warning]

@@ -20,7 +20,8 @@ from ..hardware.environment import original, placed
 from ..models.family import Family
 from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
-from ..ops.precision import check_finite, strict_float32
+from ..ops.finite import check_finite
+from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
 from ..planner.facts import Machine
@@ -32,13 +33,23 @@ from ..specs.record import DECODE, ENCODE_VIDEO, JobRecord
 from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
 from . import planning
-from .denoising import StepsOfJob, denoised
+from .denoising import StepsOfJob, denoised, standing_still
 from .explaining import Explainer, Generated
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .guard.diagnosis import check_encoded
 from .model_calls import ModelCalls
 from .profiling import Recorder
-from .prompts import Encoded, KnownPrompts, image_key
-from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, tokens_key, with_padding
+from .prompts import (
+    MAX_KNOWN,
+    Encoded,
+    KnownPrompts,
+    described_encoders,
+    encoded_tokens,
+    given_tokens,
+    image_key,
+    tokens_key,
+    with_padding,
+)
 from .video import Facts, decode_video, encode_video
 
 
@@ -56,6 +67,7 @@ class RankPipeline:
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
+        self._facts = planning.Facts(self.components.state)  # used on rank 0
         self.explainer = Explainer(device, self.components, self._variables)
 
     def ping(self, job) -> Done:
@@ -133,6 +145,7 @@ class RankPipeline:
         text = encoding.clean(message.text)
         with self._encoding(job, on_ranks) as on_block:
             results = encoding.encode(loaded.encoders, text, on_block)
+        check_encoded(results, loaded, spec)
         return Encoded(results, [*warnings, *encoding.cut(loaded.encoders, text)])
 
     def encode_tokens(self, job) -> Done:
@@ -166,6 +179,7 @@ class RankPipeline:
             return None
         with self._encoding(job, on_ranks) as on_block:
             results = encoded_tokens(loaded.encoding, part, loaded.encoders.get(part), given, on_block)
+        check_encoded(results, loaded, spec)
         return Encoded(results, loaded.warnings)
 
     @contextmanager
@@ -205,11 +219,10 @@ class RankPipeline:
         devices.forget_peak(self.device)
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
-        check_finite(latent, "The denoised latent")
         settings = _settings(request, model)
         info = plan.info | settings | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
-            [*model.warnings, *model.conditioner.notes(request.given)]
+            [*model.warnings, *model.conditioner.notes(request.given), *standing_still(latent, request)]
         )
         generated = Generated(message.latent.shape, plan, generation.acceleration, settings)
         record = self.explainer.sampling(message, sources, model, spec, generated)
@@ -233,7 +246,6 @@ class RankPipeline:
             run, new = self.calls.run_of(job, lambda setting: self._model_of_calls(job, setting))
             with job.stage("denoise"):
                 velocities = run.velocities(job)
-                check_finite(velocities, "The network's output")
         except BaseException:
             self.calls.forget()
             raise
@@ -299,7 +311,8 @@ class RankPipeline:
         """Chooses a plan for a job; rank 0 does, from the memory that each rank has. Changes nothing."""
         machine, info = self._machine(), {}
         if self.rank == 0:
-            found = planning.chosen(job.message.planned, machine, self.components.models.holds, job.message.below)
+            message, holds = job.message, self.components.models.holds
+            found = planning.chosen(message.planned, machine, self._facts, holds, message.below)
             info["plan"] = msgspec.to_builtins(found)
         return _done(job, info=info)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import replace as replaced
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALLEST = VideoSize(width=256, height=256, num_frames=5)  # to load a model whose own size does not fit
-OPEN = {"cfg_degree": 0, "ring_degree": 0, "ulysses_degree": 0, "fsdp": None}  # of a ParallelSpec
+MOST_MODELS = 4  # whose facts are kept
 
 Holds = Callable[[DiffusionModelSpec, int, bool], bool]  # whether the ranks hold a model (spec, tp degree, FSDP)
 
@@ -40,20 +41,40 @@ def card_of(device: torch.device) -> str:
     return "cpu"
 
 
-def chosen(planned: PlannedJob, machine: Machine, holds: Holds, below: int = 0) -> Chosen | None:
+class Facts:
+    """The facts of the models that were asked about last, as long as their files stay as they were. state: a value that
+    changes when a file of a spec's component does."""
+
+    def __init__(self, state: Callable[[Any], Hashable]):
+        self._state = state
+        self._read: OrderedDict[tuple, Model] = OrderedDict()
+
+    def of(self, planned: PlannedJob, kind: str) -> Model:
+        """Raises ValueError for files that cannot be used."""
+        specs = replace(planned.model, loras=()), planned.encoder, planned.vae
+        key = specs, tuple(spec and self._state(spec) for spec in specs)
+        if key not in self._read:
+            self._read[key] = models.read(*specs, kind)
+        self._read.move_to_end(key)
+        while len(self._read) > MOST_MODELS:
+            self._read.popitem(last=False)
+        return self._read[key]
+
+
+def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, below: int = 0) -> Chosen | None:
     """The plan of a job; of those that take less than `below` bytes of a device, if that is given. None: there is none.
 
     A plan whose weights would have to be read counts the seconds of reading, where a slower one finds its weights on
     the ranks. Raises ValueError, with the numbers and the nearest size that fits, if no plan fits.
     """
     try:
-        model = models.read(planned.model, planned.encoder, planned.vae, machine.kind)
+        model = facts.of(planned, machine.kind)
     except ValueError as error:  # loading says more, and fails for what cannot be loaded only
         logger.info("No plan was chosen: %s", error)
-        return None if below else _not_chosen(planned, f"no plan was chosen, as the model's files do not show all: {error}")
+        return None if below else _not_chosen(planned, f"No plan was chosen: {error}")
     video = _video(model, planned)
     if video is None:
-        return None if below else _not_chosen(planned, "no plan was chosen, as the latent is not one of this model")
+        return None if below else _not_chosen(planned, "No plan was chosen, as the latent is not a video's.")
     found = _choice(model, video, planned, machine)
     picked = _picked(found, planned, holds, below)
     if picked is None:
@@ -65,16 +86,23 @@ def chosen(planned: PlannedJob, machine: Machine, holds: Holds, below: int = 0) 
 def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Choice:
     fixed = Fixed(
         planned.parallel, planned.model.experts,
-        planned.encoder.placement if planned.encoder else "auto", planned.vae.tiles if planned.vae else "auto",
+        planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
     )  # fmt: skip
     known = rates.of_card(machine.card)
     try:
-        return choice.choose(model, video, machine, known, fixed)
+        found = choice.choose(model, video, machine, known, fixed)
     except ValueError:
         if planned.shape is not None or planned.size is not None:
             raise
         smallest = _video(model, replace(planned, size=SMALLEST))  # weights are loaded, for a video to come
-        return choice.choose(model, smallest, machine, known, fixed)
+        found = choice.choose(model, smallest, machine, known, fixed)
+    return replaced(found, fitting=tuple(_of_stages(one, model) for one in found.fitting))
+
+
+def _of_stages(one: Prediction, model: Model) -> Prediction:
+    """The prediction without the stages of networks that are not asked about."""
+    absent = {stage for stage, part in (("encode", model.encoders), ("decode", model.vae)) if not part}
+    return replaced(one, seconds={stage: taken for stage, taken in one.seconds.items() if stage not in absent})
 
 
 def _picked(found: Choice, planned: PlannedJob, holds: Holds, below: int) -> Prediction | None:

@@ -324,4 +324,5 @@ def advise(failure: str, code: str) -> str:
     """A rank's failure, with the code of its cause in front, and advice if the cause is known. code: if it is not."""
     cures = [cure for cure in _CURES if re.search(cure[0], failure)]
     helps = [f"What helps ({known}): {text.replace('{versions}', _versions())}" for _, known, text in cures]
-    return "\n".join([coded(cures[0][1] if cures else code, failure), *helps])
+    cause = cures[0][1] if cures else code
+    return "\n".join([coded(cause, failure), *helps])

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..models.cost import PassSize
 from .facts import Arrangement, Machine, Memory, Model, Network, Video
-from .weights import ITEMSIZES, NO_RULES, Share, kept, on_device, rules_of
+from .passes import pass_bytes, question_of
+from .weights import NO_RULES, Share, kept, on_device, rules_of
 
 KERNELS = {"cpu": 1.05, "npu": 1.2, "cuda": 1.2}
 
@@ -17,7 +17,8 @@ def predicted(
     model: Model, video: Video, arrangement: Arrangement, machine: Machine, rank: int | None = None
 ) -> Memory:
     """What a job holds at the peak of each stage. rank: on this rank; None: on the one that takes the most."""
-    ranks = range(math.prod(arrangement.plan.degrees)) if rank is None else [rank]
+    last = math.prod(arrangement.plan.degrees) - 1
+    ranks = {0, last} if rank is None else [rank]  # the others hold as much as one of these, or less
     return max((_on_rank(model, video, arrangement, machine, one) for one in ranks), key=lambda one: one.device_peak)
 
 
@@ -29,7 +30,7 @@ def _on_rank(model: Model, video: Video, arrangement: Arrangement, machine: Mach
     on_device = {"text encoder": encoder if arrangement.encoder == "ranks" else 0}
     device = {
         "encode": {**standing, **on_device},
-        "denoise": {**standing, **on_device, "vae": decoder, **_denoise(model, video, arrangement, machine, share)},
+        "denoise": {**standing, **on_device, "vae": decoder, **_denoise(model, video, arrangement, machine, rank)},
         "decode": {**standing, **on_device, "vae": decoder, **_decode(model, video, arrangement, machine)},
     }
     return Memory(device, _host(model, video, arrangement, machine, encoder))
@@ -59,20 +60,14 @@ def _communicators(machine: Machine) -> int:
 
 
 def _denoise(
-    model: Model, video: Video, arrangement: Arrangement, machine: Machine, share: Share
+    model: Model, video: Video, arrangement: Arrangement, machine: Machine, rank: int
 ) -> Mapping[str, int]:
-    config, plan, family = model.experts[0].config, arrangement.plan, model.family
-    tokens = math.prod(family.grid(config, video.shape[2:]))
-    behind = family.text_in_sequence(config, video.text_tokens)
-    on_rank = -(-(tokens + behind) // (plan.ring * plan.ulysses))
-    size = PassSize(video.shape[0], tokens, on_rank, video.text_tokens, video.per_token)
-    itemsize = ITEMSIZES[model.dtype]
-    output = size.batch * on_rank * family.width(config) * itemsize
-    exchanged = 4 * output if plan.ulysses > 1 else 0
-    exchanged += 6 * output if plan.ring > 1 else 0
+    one = pass_bytes(question_of(model, video, arrangement, machine.kind, rank))
+    share = Share.of(arrangement, rank)
     return {
-        "pass": int(KERNELS[machine.kind] * family.bytes_taken(config, size, itemsize)),
-        "exchange": exchanged,
+        "pass": int(KERNELS[machine.kind] * one.blocks),
+        "exchange": one.exchange,
+        "context": one.context,
         "gathered": _gathered(model, share) if share.shards > 1 else 0,
     }
 

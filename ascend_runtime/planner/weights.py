@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from ..models.family import TRANSFORMER, WeightRules
@@ -37,7 +38,7 @@ class Share:
         return cls(plan.tp, slice, others, shard) if arrangement.fsdp else cls(plan.tp, slice)
 
 
-class Kept(NamedTuple):
+class OwnPart(NamedTuple):
     """What a rank keeps of a parameter. shape: of its part. whole: the bytes of its slice before FSDP shards it.
     mapped: whether a CPU maps it from its file, as it is stored the way it is kept."""
 
@@ -55,21 +56,22 @@ def rules_of(model: Model, network: Network) -> WeightRules:
     return model.family.weights if network.part == TRANSFORMER else NO_RULES
 
 
-def kept(network: Network, rules: WeightRules, dtype: str, share: Share = Share()) -> dict[str, Kept]:
+@lru_cache(maxsize=512)
+def kept(network: Network, rules: WeightRules, dtype: str, share: Share = Share()) -> Mapping[str, OwnPart]:
     """What a rank keeps of each parameter, by name. dtype: of what the rules do not keep otherwise."""
     return {name: _kept(network, name, shape, rules, ITEMSIZES[dtype], share) for name, shape in network.shapes.items()}
 
 
 def _kept(
     network: Network, name: str, shape: tuple[int, ...], rules: WeightRules, itemsize: int, share: Share
-) -> Kept:
+) -> OwnPart:
     itemsize = network.quantized.get(name) or (4 if rules.fp32(name) else itemsize)
     cut = own_slice(name, shape, rules, share.tp)
     part = cut
     if share.shards > 1 and not rules.replicated(name):
         part = (len(own_rows(cut[0], share)), *cut[1:])
     mapped = part == shape and ITEMSIZES.get(network.stored_types.get(name, "")) == itemsize
-    return Kept(part, math.prod(part) * itemsize, math.prod(cut) * itemsize, mapped)
+    return OwnPart(part, math.prod(part) * itemsize, math.prod(cut) * itemsize, mapped)
 
 
 def own_slice(name: str, shape: tuple[int, ...], rules: WeightRules, tp: int) -> tuple[int, ...]:
@@ -89,7 +91,7 @@ def own_rows(rows: int, share: Share) -> range:
     return range(start, min(start + size, rows))
 
 
-def on_device(parts: Mapping[str, Kept], kind: str) -> int:
+def on_device(parts: Mapping[str, OwnPart], kind: str) -> int:
     """Bytes that a rank takes of a device of this kind. A CPU maps what is stored as it is kept: the kernel can take
     these pages back at any time."""
     return sum(one.nbytes for one in parts.values() if not (kind == "cpu" and one.mapped))
@@ -109,3 +111,8 @@ def quantized_on_the_fly(shapes: Shapes, rules: WeightRules, itemsize: int = 1) 
 def _quantized_layers(shapes: Shapes, rules: WeightRules) -> Iterator[str]:
     names = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
     return (layer for layer in names if len(shapes[f"{layer}.weight"]) == 2 and rules.in_8_bits(layer))
+
+
+def quantized_layers_of(network: Network) -> frozenset[str]:
+    """The linear layers of a network whose weights are kept in 8 bits or less."""
+    return frozenset(name.removesuffix(".weight") for name in network.quantized if name.endswith(".weight"))

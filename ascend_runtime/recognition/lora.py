@@ -25,7 +25,7 @@ from ..checkpoints.states import states
 from ..errors import coded_error
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
-from ..ops.precision import is_finite
+from ..ops.finite import is_finite
 from .lora_changes import Difference, WeightChange, change_of
 from .lora_keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
 from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
