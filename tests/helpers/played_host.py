@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from ascend_runtime.commands.doctor import command
 from ascend_runtime.commands.doctor.findings import OK
-from ascend_runtime.commands.doctor.surroundings import PACK, Space, Surroundings
+from ascend_runtime.commands.doctor.surroundings import PACK_FOLDER, Space, Surroundings
 from ascend_runtime.hardware import host
 
 GB = 10**9
@@ -162,11 +162,12 @@ class PlayedHost:
                     f"| {chip:<5} {device.format(number):<20}| 0000:{number:02X}:00.0  | 0           0    / 0       "
                     f"   {held:<5}/ 65536         |",
                 ]  # fmt: skip
-        lines += [RULE, "| NPU     Chip              | Process id    | Process name             | Process memory(MB) |"]
+        lines += [RULE, "| NPU     Chip              | Process id    | Process name             | Memory(MB) |"]
         for card in range(8):
             own = [holder for holder in holders if holder[0] == card]
-            lines += [f"| {card:<7} {chip:<18}| {pid:<14}| python3                  | {held:<24}|"
-                      for _, chip, pid, held in own] or [f"| No running processes found in NPU {card}     |"]  # fmt: skip
+            rows = [f"| {card:<7} {chip:<18}| {pid:<14}| python3                  | {held:<24}|"
+                    for _, chip, pid, held in own]  # fmt: skip
+            lines += rows or [f"| No running processes found in NPU {card}      |"]
         self.prints("npu-smi", "\n".join([*lines, RULE, ""]))
 
     def nvidia_smi(self, ecc="0", used=4, apps=""):
@@ -180,7 +181,7 @@ class PlayedHost:
     def around(self, **changes) -> Surroundings:
         return replace(
             Surroundings(self.kind), environ=self.environ, root=self.root, python=str(self.bin / "python"),
-            version=self.version, pack=PACK, folder=self.root, size_of=lambda path: self.space,
+            version=self.version, pack=PACK_FOLDER, folder=self.root, size_of=lambda path: self.space,
             limit=lambda which: self.limits.get(which), clock=self.clock, **changes,
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ from ascend_runtime.commands.doctor import (
     processes,
     table,
 )
-from ascend_runtime.commands.doctor.findings import ERROR, LEVELS, OK, WARNING, Finding
+from ascend_runtime.commands.doctor.findings import ERROR, FINDING_LEVELS, OK, WARNING, Finding
 from ascend_runtime.commands.doctor.surroundings import MOST_OUTPUT, Space, Surroundings, kind_of
 from ascend_runtime.errors import CODES
 from ascend_runtime.hardware import environment, memory  # noqa: F401, the same
@@ -426,6 +426,11 @@ def an_empty_model(host):
 
 @fault("AV-1302", kind="cpu")
 def a_model_without_a_header(host):
+    host.model.write_bytes(b"{}" * 100)
+
+
+@fault("AV-1304", kind="cpu")
+def a_web_page_in_place_of_a_model(host):
     host.model.write_bytes(b"<!DOCTYPE html><html>Sign in</html>")
 
 
@@ -477,7 +482,7 @@ def a_slow_disk(host):
 
 def test_there_are_enough_faults():
     codes = {parameters.values[1] for parameters in FAULTS}
-    own = {code for code in CODES if code[3:5] in ("10", "11", "17")} - {"AV-1004", "AV-1005"}  # these only a card shows
+    own = {code for code in CODES if code[3:5] in ("10", "11", "17")} - {"AV-1004", "AV-1005"}  # of a job only
     assert len(FAULTS) >= 50 and own <= codes, own - codes
 
 
@@ -489,7 +494,8 @@ HOSTILE = "\x1b[2J\x1b]0;gone\x07 \u202ereversed\udc80 'quoted' \\ \"x\"\n| 0 | 
 
 def test_hostile_names_and_output_are_escaped(tmp_path, monkeypatch):
     host = PlayedHost(tmp_path, "npu")
-    host.script("npu-smi", f"printf '%s' '{HOSTILE.encode('utf-8', 'replace').decode().replace(chr(39), '')}' >&2; exit 1")
+    said = HOSTILE.encode(errors="replace").decode().replace("'", "")
+    host.script("npu-smi", f"printf '%s' '{said}' >&2; exit 1")
     host.write(os.fsdecode(os.fsencode("comfyui/models/vae/\x1b[31m\n\u202e")) + ".safetensors", "short")
     host.package("transformers", "4.1.0\x1b[2J")
     with host.played(monkeypatch):
@@ -502,7 +508,9 @@ def test_hostile_names_and_output_are_escaped(tmp_path, monkeypatch):
     assert table.as_json("npu", groups).isascii() and json.loads(table.as_json("npu", groups))["counts"][ERROR] == 3
 
 
-@pytest.mark.parametrize("text", ["", "|", "| 1 910B | OK |\n" * 3, "| 0 x | OK | 1 |\n| 0 | 0000:01:00.0 | 1 |", HOSTILE])
+@pytest.mark.parametrize("text", [
+    "", "|", "| 1 910B | OK |\n" * 3, "| 0 x | OK | 1 |\n| 0 | 0000:01:00.0 | 1 |", HOSTILE,
+])  # fmt: skip
 def test_output_of_npu_smi_that_is_not_understood_lists_no_card(text):
     assert cards.parsed(text) == []
 
@@ -515,7 +523,7 @@ def test_large_output_of_a_tool_is_cut(tmp_path):
 def test_folders_of_models_that_link_to_each_other_are_read_once(tmp_path):
     host = PlayedHost(tmp_path, "cpu")
     (host.model.parent / "up").symlink_to(host.comfyui / "models")
-    assert list(model_files.listed(host.around(), [host.model.parent, host.model.parent]).files) == [host.model]
+    assert list(model_files.model_files_in(host.around(), [host.model.parent, host.model.parent]).files) == [host.model]
 
 
 def test_a_search_of_models_ends_in_time(tmp_path):
@@ -523,7 +531,7 @@ def test_a_search_of_models_ends_in_time(tmp_path):
     host.seconds = 2.0
     for number in range(5):
         host.safetensors(host.model.with_name(f"{number}.safetensors"))
-    found = model_files.listed(host.around(), [host.model.parent])
+    found = model_files.model_files_in(host.around(), [host.model.parent])
     assert not found.complete and len(found.files) <= 2
 
 
@@ -540,7 +548,7 @@ def groups_of(*levels):
 def test_the_table_fits_the_terminal(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     out = io.StringIO()
-    table.print_table("cpu", groups_of(*LEVELS), out)
+    table.print_table("cpu", groups_of(*FINDING_LEVELS), out)
     assert max(len(line) for line in out.getvalue().splitlines()) <= max(width, table.NARROWEST)
     for words in ("AV-1001: several words", "-> several words", "1 error, 1 warning, 1 OK; docs/errors.md"):
         assert words in re.sub(r"\s+", " ", out.getvalue())
@@ -553,7 +561,7 @@ def test_colours_are_only_on_a_terminal():
 
     plain, coloured = io.StringIO(), Terminal()
     for out in (plain, coloured):
-        table.print_table("cpu", groups_of(*LEVELS), out)
+        table.print_table("cpu", groups_of(*FINDING_LEVELS), out)
     assert "\x1b" not in plain.getvalue() and "\x1b[31merror" in coloured.getvalue()
     assert re.sub(r"\x1b\[\d+m", "", coloured.getvalue()) == plain.getvalue()
 
@@ -644,14 +652,14 @@ if "ascend_runtime.engine.worker" in sys.orig_argv and os.fork() == 0:
 """
 
 
-def levels_of_real_ranks(pids):
-    """Level -> how many of these processes an error of the check of ranks names."""
+def left_among(pids):
+    """Those of these processes that an error of the check of ranks names, on this machine."""
     named = " ".join(finding.found for finding in processes._left_ranks(Surroundings("cpu")) if finding.level == ERROR)
     return {pid for pid in pids if f"Process {pid} " in named}
 
 
 def test_a_real_rank_is_in_use_until_its_client_is_killed(tmp_path, marked):
-    environ, ranks = marked
+    environ, _ = marked
     (tmp_path / "sitecustomize.py").write_text(FORKS)
     code = CLIENT.format(environment={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
     client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environ},
@@ -663,18 +671,18 @@ def test_a_real_rank_is_in_use_until_its_client_is_killed(tmp_path, marked):
         worker_pids = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")
                        if f"{variable}={value}" in processes._read(Surroundings("cpu"), int(folder.name), "environ")
                        and processes._is_rank(Surroundings("cpu"), int(folder.name))}  # fmt: skip
-        assert len(worker_pids) == 2 and levels_of_real_ranks(worker_pids) == set()
+        assert len(worker_pids) == 2 and left_among(worker_pids) == set()
         assert worker_pids <= processes.ranks_in_use(Surroundings("cpu"))
         client.kill()
         client.wait()
         deadline = time.monotonic() + 30
-        while len(levels_of_real_ranks(worker_pids)) != 1 and time.monotonic() < deadline:
+        while len(left_among(worker_pids)) != 1 and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(levels_of_real_ranks(worker_pids)) == 1  # the rank has died with its client, what it started has not
+        assert len(left_among(worker_pids)) == 1  # the rank has died with its client, what it started has not
     finally:
         client.kill()
         client.wait()
-        for pid in levels_of_real_ranks(worker_pids):
+        for pid in left_among(worker_pids):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -683,8 +691,8 @@ def test_folders_of_models_are_those_of_comfyui_and_its_extra_paths(tmp_path):
     for name in ("a/vae", "b/wan loras"):
         (tmp_path / name).mkdir(parents=True)
     host.write("comfyui/extra_model_paths.yaml",
-               f"one:\n  base_path: ../a\n  is_default: true\n  vae: vae\n\ntwo:\n  loras: |\n    {tmp_path}/b/wan loras\n"
-               "none:\n")  # fmt: skip
+               "one:\n  base_path: ../a\n  is_default: true\n  vae: vae\n\n"
+               f"two:\n  loras: |\n    {tmp_path}/b/wan loras\nnone:\n")  # fmt: skip
     folders, faults = comfyui.model_folders(host.around())
     named = [str(folder.resolve().relative_to(tmp_path)) for folder in folders]
     assert faults == [] and named == ["comfyui/models/vae", "a/vae", "b/wan loras"]
