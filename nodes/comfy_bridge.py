@@ -24,6 +24,7 @@ from ..ascend_runtime.client.group import RankDied
 from ..ascend_runtime.client.model_calls import NetworkPass  # noqa: F401 (for nodes that do not know the client)
 from ..ascend_runtime.client.runtime import Runtime
 from ..ascend_runtime.client.submission import JobCancelled, RankError, Result
+from ..ascend_runtime.errors import with_page
 from ..ascend_runtime.hardware.devices import resolve_kind, resolve_ranks
 from ..ascend_runtime.specs import ParallelSpec, VaeForm
 from .metadata import kept
@@ -98,12 +99,16 @@ def text_encoders(encoder: Handle) -> Result:
 
 
 def _run(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
-    """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions."""
+    """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions. An error with a code says
+    where it is explained."""
     always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}
     try:
         return job(runtime, always | hooks)
     except JobCancelled:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        raise
+    except (ValueError, RuntimeError, TimeoutError) as error:
+        error.args = (with_page(str(error)),)
         raise
 
 

@@ -10,6 +10,7 @@ import comfy
 import folder_paths
 
 from ..ascend_runtime.checkpoints.paths import DESCRIPTION_PATTERN
+from ..ascend_runtime.errors import coded_error
 from ..ascend_runtime.models.hubs import HUBS
 from .validation import refusal
 
@@ -92,9 +93,10 @@ def path_of(name: str, kind: Kind) -> str:
     if path is None and isinstance(name, str) and "\0" not in name:
         path = folder_paths.get_full_path(kind.category, name)
     if path is None:
-        raise ValueError(
+        raise coded_error(
+            "AV-1301",
             f"There is no model {name!r}. Models that were found: {', '.join(names(kind)) or 'none'}. To add one, put "
-            f"{kind.published}. Folders that were searched: {', '.join(_places(kind))}."
+            f"{kind.published}. Folders that were searched: {', '.join(_places(kind))}.",
         )
     return path
 

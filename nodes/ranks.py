@@ -135,7 +135,7 @@ def _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_
         ring_degree=ring_degree,
         ulysses_degree=ulysses_degree,
         tp_degree=tp_degree,
-        fsdp=fsdp,
+        fsdp=fsdp or None,  # off here: automatic
         ring_exchange=ring_exchange,
         overlap=overlap or None,  # off here: on NPUs the variable OVERLAP decides
     )

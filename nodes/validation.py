@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from ..ascend_runtime.errors import with_page
+
 
 def refusal(make: Callable[..., object], *values, **named) -> bool | str:
     """True, or why `make(*values, **named)` raises ValueError.
@@ -16,6 +18,7 @@ def refusal(make: Callable[..., object], *values, **named) -> bool | str:
     try:
         make(*values, **named)
     except ValueError as error:
+        error.args = (with_page(str(error)),)
         if named or len(values) > 1:
             raise
         return str(error)

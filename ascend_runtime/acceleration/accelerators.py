@@ -7,6 +7,7 @@ from typing import Callable
 
 from torch import Tensor
 
+from ..errors import coded_error
 from ..models.cost import Work
 from ..models.shared.block_stack import EVERYTHING, At, Attend, BlockStack, Pass
 from ..ops import PlainOperators
@@ -127,11 +128,11 @@ def _step_cache(spec: StepCacheSpec, outline: Outline, expert: str, tally: Tally
     order = spec.order if spec.method == "taylorseer" else 0
     needed = (outline.branches * (order + 1) + 2) * outline.output  # 2: the reference and a temporary
     if needed > outline.room:
-        raise ValueError(
+        raise coded_error(
+            "AV-1205",
             f"The step cache {spec.method} needs {needed / 1e9:.1f} GB per rank, but only {outline.room / 1e9:.1f} GB "
             "are free after the memory of a pass. Use more ranks per video (ulysses_degree, or cfg_degree 2), or a "
-            "smaller video"
-            + (", or a lower order." if order else ".")
+            "smaller video" + (", or a lower order." if order else "."),
         )
     return StepCache(_rule(spec, outline, expert), always, spec.in_a_row, order, tally)
 
@@ -145,10 +146,11 @@ def _rule(spec: StepCacheSpec, outline: Outline, expert: str) -> SkipRule:
     if spec.method == "taylorseer":
         return Always(spec.limit)
     if not known.ratios:
-        raise ValueError(
+        raise coded_error(
+            "AV-1416",
             "MagCache needs magnitude ratios, and this model has no calibration. "
             "Run `python -m ascend_runtime calibrate MODEL` once, if it makes videos from text; or use fbcache or "
-            "taylorseer."
+            "taylorseer.",
         )
     steps = outline.steps_of(expert)
     return MagCache(spec.limit, dict(zip(steps, known.ratios_of(len(steps)))))
@@ -162,12 +164,13 @@ def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
     needed = blocks * outline.output * outline.branches
     if window.reused(outline.steps) and needed > outline.room:
         fitting = outline.room // (outline.output * outline.branches)
-        raise ValueError(
+        raise coded_error(
+            "AV-1205",
             f"AttentionCache needs {needed / 1e9:.1f} GB per rank for the outputs of {blocks} blocks and "
             f"{outline.branches} guidance branch(es), but only {outline.room / 1e9:.1f} GB are free after the memory "
             "of a pass. Use more ranks per video (ulysses_degree, or cfg_degree 2), a smaller video, the block cache "
             "or a step cache, which need little memory"
-            + (f", or set last_block to first_block + {fitting - 1} at most." if fitting else ".")
+            + (f", or set last_block to first_block + {fitting - 1} at most." if fitting else "."),
         )
     return window
 

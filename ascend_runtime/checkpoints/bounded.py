@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .faults import shown
+from ..errors import coded_error
+from .faults import not_readable, shown
 
 MAX_JSON_BYTES = 8 * 2**20  # a 14B model's index and msModelSlim's description take less than 1 MB
 MAX_BRACKETS = 2_000_000  # opening brackets in JSON: an empty list or object takes 30 times the memory of its text
@@ -28,15 +29,17 @@ def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     try:
         state = path.stat()
         if not stat.S_ISREG(state.st_mode):
-            raise ValueError(f"{path} is not a regular file. Replace it with the file itself.")
+            raise coded_error("AV-1306", f"{path} is not a regular file. Replace it with the file itself.")
         if state.st_size == 0:
-            raise ValueError(f"{path} is empty (0 bytes). Download it again.")
+            raise coded_error("AV-1302", f"{path} is empty (0 bytes). Download it again.")
         if state.st_size > most:
-            raise ValueError(f"{path} has {state.st_size} bytes; such a file has at most {most}. Is it another file?")
+            raise coded_error(
+                "AV-1312", f"{path} has {state.st_size} bytes; such a file has at most {most}. Is it another file?"
+            )
         with path.open("rb") as file:
             return file.read(most + 1)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+        raise not_readable(path, error) from None
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -44,16 +47,16 @@ def parse_json(content: bytes | str) -> Any:
     a number that is not finite or has too many digits."""
     brackets = sum(content.count(one if isinstance(content, bytes) else one.decode()) for one in (b"[", b"{"))
     if brackets > MAX_BRACKETS:
-        raise ValueError(f"it has {brackets} lists and objects, more than {MAX_BRACKETS}")
+        raise coded_error("AV-1312", f"it has {brackets} lists and objects, more than {MAX_BRACKETS}")
     try:
         return json.loads(content, parse_int=_whole_number, parse_float=_number, parse_constant=_number)
     except RecursionError:
-        raise ValueError("its lists and objects nest too deeply") from None
+        raise coded_error("AV-1312", "its lists and objects nest too deeply") from None
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > MAX_DIGITS:  # int() takes time quadratic in the number of digits
-        raise ValueError(f"it has a number of {len(digits)} digits")
+        raise coded_error("AV-1312", f"it has a number of {len(digits)} digits")
     return int(digits)
 
 
@@ -70,9 +73,9 @@ def read_json(path: Path, advice: str = "Download it again.") -> dict:
     try:
         parsed = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({shown(error)}). {advice}") from None
+        raise coded_error("AV-1309", f"{path} is not JSON ({shown(error)}). {advice}") from None
     if not isinstance(parsed, dict):
-        raise ValueError(f"{path} does not hold a JSON object. {advice}")
+        raise coded_error("AV-1309", f"{path} does not hold a JSON object. {advice}")
     return parsed
 
 
@@ -89,13 +92,19 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     check_count(path, shapes)
     for name, shape in shapes.items():
         if len(name) > MAX_NAME_LENGTH or not name.isprintable():
-            raise ValueError(f"{path} holds a tensor with the invalid name '{shown(name)}'. Download it again.")
+            raise coded_error(
+                "AV-1312", f"{path} holds a tensor with the invalid name '{shown(name)}'. Download it again."
+            )
         if len(shape) > MAX_DIMS or not all(0 <= size < 2**63 for size in shape):
-            raise ValueError(f"{path} holds {name} with an invalid shape of {len(shape)} dims. Download it again.")
+            raise coded_error(
+                "AV-1312", f"{path} holds {name} with an invalid shape of {len(shape)} dims. Download it again."
+            )
 
 
 def check_count(path: Path, names: Iterable) -> None:
     """Raises ValueError for more tensors than the file of a model has."""
     count = sum(1 for _ in names)
     if count > MAX_TENSORS:
-        raise ValueError(f"{path} holds {count} tensors; a model's file has at most {MAX_TENSORS}. Is it another file?")
+        raise coded_error(
+            "AV-1312", f"{path} holds {count} tensors; a model's file has at most {MAX_TENSORS}. Is it another file?"
+        )

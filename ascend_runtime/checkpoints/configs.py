@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ..errors import coded_error
 from .faults import shown
 
 # The fields that our own code reads and computes with.
@@ -34,18 +35,24 @@ def check_counts(config: dict, file: Path) -> None:
     if not all(type(one) is int and one > 0 for one in (patch if isinstance(patch, (list, tuple)) else [patch or 1])):
         wrong.append(f"patch_size {shown(repr(patch))}")
     if wrong:
-        raise ValueError(f"{file} says {', '.join(wrong)}. These must be integers above 0. Download it again.")
+        raise coded_error(
+            "AV-1309", f"{file} says {', '.join(wrong)}. These must be integers above 0. Download it again."
+        )
     wrong = [f"{name} {shown(repr(config[name]))}" for name in EPSILONS
              if name in config and not (is_finite_number(config[name]) and config[name] > 0)]  # fmt: skip
     if wrong:
-        raise ValueError(f"{file} says {', '.join(wrong)}. These must be numbers above 0. Download it again.")
+        raise coded_error(
+            "AV-1309", f"{file} says {', '.join(wrong)}. These must be numbers above 0. Download it again."
+        )
     large = [f"{name} {shown(repr(value))} (at most {most})" for name, value in config.items() if _is_name(name)
              for most in [MAX_VALUES.get(name, MAX_VALUE)] if _largest(value) > most]  # fmt: skip
     long = [f"{name} with {len(value)} entries (at most {most})" for name, value in config.items()
             if _is_name(name) and isinstance(value, (list, tuple))
             for most in [MAX_LIST_LENGTHS.get(name, MAX_LIST_LENGTH)] if len(value) > most]  # fmt: skip
     if large or long:
-        raise ValueError(f"{file} says {', '.join((large + long)[:4])}, more than any network has. Download it again.")
+        raise coded_error(
+            "AV-1309", f"{file} says {', '.join((large + long)[:4])}, more than any network has. Download it again."
+        )
 
 
 def is_finite_number(number: object) -> bool:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..errors import coded_error
+
 MAX_NAMES = 8  # tensor names that an error lists
 MAX_QUOTED = 300  # characters that an error quotes from a file
 
@@ -38,10 +40,10 @@ def list_faults(faults: dict[str, list[str]]) -> str:
 
 
 @contextmanager
-def as_value_error(file: Path, what: str) -> Iterator[None]:
+def as_value_error(file: Path, what: str, code: str = "AV-1309") -> Iterator[None]:
     """Turns any exception of the code inside, such as a library that parses untrusted content, into a ValueError.
 
-    The error names the file and `what`, the part of it that cannot be used.
+    The error names the file and `what`, the part of it that cannot be used, and has this code.
     """
     try:
         yield
@@ -51,4 +53,13 @@ def as_value_error(file: Path, what: str) -> Iterator[None]:
             raise
         kind = "" if isinstance(error, ValueError) else type(error).__name__
         why = ": ".join(filter(None, (kind, *map(shown, str(error).splitlines()[:1]))))
-        raise ValueError(f"{file}: {what} cannot be used ({why}). Download it again.") from error
+        raise coded_error(code, f"{file}: {what} cannot be used ({why}). Download it again.") from error
+
+
+def not_readable(path: Path, error: OSError) -> ValueError:
+    """The error for a file that the system does not read."""
+    if isinstance(error, PermissionError):
+        return coded_error("AV-1314", f"{path} cannot be read ({error.strerror}). Check its permissions.")
+    if isinstance(error, FileNotFoundError):
+        return coded_error("AV-1301", f"{path} cannot be read ({error.strerror}). Was it moved or deleted?")
+    return coded_error("AV-1313", f"{path} cannot be read ({error.strerror}). Check the disk or share that it is on.")

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
+from ..errors import coded_error
 from .bounded import parse_json
 from .faults import as_value_error, list_faults, shown
 from .formats.parts import Slices, full_slices
@@ -39,7 +40,7 @@ def scales_of(file: TensorFile, own: list[str]) -> tuple[dict[str, str], set[str
     for layer, kept in formats.items():
         if kept not in FP8_FORMATS:
             held = f"{shown(layer)} as {shown(kept)}"
-            raise ValueError(f"{file.path} holds {held}. Use the model's fp8_scaled, fp16 or bf16 form.")
+            raise coded_error("AV-1305", f"{file.path} holds {held}. Use the model's fp8_scaled, fp16 or bf16 form.")
     kinds = (OLD_SCALES if old else {}) | (NEW_SCALES if formats else {})
     scales = {f"{name.removesuffix(leaf)}weight": name for name, leaf in leaves.items() if kinds.get(leaf)}
     marked = {f"{layer}.weight" for layer in formats}
@@ -57,9 +58,10 @@ def refuse_other_scales(file: TensorFile, own: list[str]) -> None:
     rows = [weight for weight in weights if file.dtype(weight).itemsize == 1]
     if rows:
         what = str(file.dtype(rows[0])).removeprefix("torch.")
-        raise ValueError(
+        raise coded_error(
+            "AV-1305",
             f"{file.path} holds {len(rows)} weights as {what} with one scale for each row, such as {rows[0]}: "
-            "LightX2V's format, which is not supported. Use the model's fp8_scaled, fp16 or bf16 form."
+            "LightX2V's format, which is not supported. Use the model's fp8_scaled, fp16 or bf16 form.",
         )
 
 
@@ -102,8 +104,9 @@ def _check(file: TensorFile, scales: dict[str, str], marked: set[str]) -> None:
         ],
     })  # fmt: skip
     if faults:
-        raise ValueError(
-            f"{file.path} is marked as fp8_scaled. Tensors {faults}. Download it again, or use its fp16 or bf16 form."
+        raise coded_error(
+            "AV-1408",
+            f"{file.path} is marked as fp8_scaled. Tensors {faults}. Download it again, or use its fp16 or bf16 form.",
         )
 
 
@@ -125,7 +128,9 @@ def scale_of(file: TensorFile, name: str, part: Slices) -> float | torch.Tensor:
     of_rows = math.prod(shape) != 1
     scales = file.read(name, (part[0], *full_slices(shape)[1:]) if of_rows else None).float()
     if wrong := [scale for scale in scales.flatten().tolist() if not 0 < scale < math.inf]:
-        raise ValueError(f"{file.path} has the scale {wrong[0]} in {name}; it must be above 0. Download it again.")
+        raise coded_error(
+            "AV-1408", f"{file.path} has the scale {wrong[0]} in {name}; it must be above 0. Download it again."
+        )
     return scales if of_rows else scales.item()
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import coded_error
 from ..ops.packing import EXPONENTS, FP8_BITS, PAIRS, Packing
 from .bounded import MAX_NAME_LENGTH, check_count, read_json
 from .faults import list_faults, shown
@@ -155,14 +156,16 @@ def description_in(folder: Path) -> Path | None:
         return found[0] if found else None
     names = ", ".join(file.name for file in found)
     if len({RANK_ENDING.sub("", file.name) for file in found}) == 1:
-        raise ValueError(
+        raise coded_error(
+            "AV-1305",
             f"{folder} has one description per rank: {names}. Weights that were cut for ranks when they were quantized "
             "are not supported. Quantize the model on one rank: its weights are cut when they are loaded, for any "
-            "number of ranks."
+            "number of ranks.",
         )
-    raise ValueError(
+    raise coded_error(
+        "AV-1310",
         f"{folder} has several descriptions of quantized models: {names}. Put each into a separate folder, with its "
-        "weights and the config.json."
+        "weights and the config.json.",
     )
 
 
@@ -172,7 +175,9 @@ def read_description(file: Path) -> Description:
     content = read_json(file, "Quantize the model again.")
     check_count(file, content)
     if any(len(name) > MAX_NAME_LENGTH for name in content):
-        raise ValueError(f"{file} has a name of more than {MAX_NAME_LENGTH} characters. Quantize the model again.")
+        raise coded_error(
+            "AV-1312", f"{file} has a name of more than {MAX_NAME_LENGTH} characters. Quantize the model again."
+        )
     smoothed = {name.removesuffix(".mul_scale").removesuffix(".div") for name in content if name.endswith(".mul_scale")}
     algorithms = {
         plain_name(name, smoothed): value.upper() for name, value in content.items() if isinstance(value, str)
@@ -182,7 +187,9 @@ def read_description(file: Path) -> Description:
                  if name.endswith(".weight") and algorithm != FLOAT}  # fmt: skip
     layers = {name: Layer(algorithm, name in smoothed) for name, algorithm in quantized.items()}
     if not layers:
-        raise ValueError(f"{file} names no quantized weight. Quantize the model again, or delete this file.")
+        raise coded_error(
+            "AV-1408", f"{file} names no quantized weight. Quantize the model again, or delete this file."
+        )
     return Description(file, layers)
 
 
@@ -201,8 +208,8 @@ def _check(file: Path, algorithms: dict[str, str]) -> None:
              for one in unsupported.values()}  # fmt: skip
     about |= {UNSUPPORTED_ATTENTION} if attentions else set()
     texts = dict.fromkeys(text for pair in sorted(about, key=lambda pair: pair[1]) for text in pair if text)
-    raise ValueError(
-        f"{file} quantizes layers in a way that is not supported: {list_faults(kinds)}. {' '.join(texts)}"
+    raise coded_error(
+        "AV-1305", f"{file} quantizes layers in a way that is not supported: {list_faults(kinds)}. {' '.join(texts)}"
     )
 
 
@@ -236,7 +243,7 @@ def _check_parts(description: Path, file: TensorFile, parts: dict[str, tuple[str
         "that must be above 0": scales,
     })  # fmt: skip
     if faults:
-        raise ValueError(f"{file.path} does not match {description.name}. Tensors {faults}. {OTHER_FORM}")
+        raise coded_error("AV-1408", f"{file.path} does not match {description.name}. Tensors {faults}. {OTHER_FORM}")
 
 
 def _is_scale(numbers: torch.Tensor) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import coded_error
+
 DEFAULTS = "ascend_defaults.json"  # a model's default settings (recognition/defaults.py)
 CALIBRATION = "ascend_calibration.json"  # a model's calibration (recognition/calibration_file.py)
 DESCRIPTION_PATTERN = "quant_model_description*.json"  # msModelSlim's description of a quantized model
@@ -12,15 +14,17 @@ DESCRIPTION_PATTERN = "quant_model_description*.json"  # msModelSlim's descripti
 def existing(path: str) -> Path:
     """`path`, if it is a folder or a file. Raises ValueError if it is neither, or empty, like an unset $MODEL."""
     if not str(path):
-        raise ValueError("The path is empty. Give the path of a model's folder or file.")
+        raise coded_error("AV-1301", "The path is empty. Give the path of a model's folder or file.")
     root = Path(path).expanduser()
     try:
         if root.is_file() or root.is_dir():
             return root
         why = "is neither a folder nor a file" if root.exists() else "does not exist"
     except (OSError, ValueError) as error:  # a name that is too long, or has a zero byte
-        raise ValueError(f"{path!r} cannot be a path ({error}). Give the path of a model's folder or file.") from None
-    raise ValueError(f"{root} {why}. Give the path of a model's folder or file.")
+        raise coded_error(
+            "AV-1301", f"{path!r} cannot be a path ({error}). Give the path of a model's folder or file."
+        ) from None
+    raise coded_error("AV-1301", f"{root} {why}. Give the path of a model's folder or file.")
 
 
 def file_of(path: str | Path, name: str) -> Path:

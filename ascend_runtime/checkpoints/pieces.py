@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import coded_error
 from ..ops.packing import Packing
-from ..ops.precision import is_finite
+from ..ops.finite import is_finite
 from ..ops.quantization import quantized_rows
 from .formats.parts import Rows, Slices, by_rows, full_slices, in_columns, in_ranges, with_ones
 from .formats.tensor_files import TensorFile
@@ -162,7 +163,7 @@ def _packed(file: TensorFile, piece: _Piece) -> Tensor:
     try:
         made = of.packing.packed(file.read(of.key, piece.part))
     except ValueError as error:
-        raise ValueError(f"{file.path} has {error} in {of.name}. Quantize the model again.") from None
+        raise coded_error("AV-1408", f"{file.path} has {error} in {of.name}. Quantize the model again.") from None
     return piece.rows[0].copy_(made) if of.device.type == "cpu" else made
 
 
@@ -205,8 +206,11 @@ def _checked(tensor: Tensor, dtype: torch.dtype, name: str, path: Path) -> Tenso
     if is_finite(tensor, dtype):
         return tensor
     if not is_finite(tensor):
-        raise ValueError(f"{path} has NaN or infinite values in {name}. The file is damaged: download it again.")
-    raise ValueError(
+        raise coded_error(
+            "AV-1317", f"{path} has NaN or infinite values in {name}. The file is damaged: download it again."
+        )
+    raise coded_error(
+        "AV-1412",
         f"{path} has values of up to {tensor.abs().max():.3g} in {name}, which exceed {dtype}. Use a dtype with a "
-        "larger range: bfloat16 or float32."
+        "larger range: bfloat16 or float32.",
     )

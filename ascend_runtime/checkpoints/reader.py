@@ -12,6 +12,7 @@ from typing import Callable, Iterable, Mapping, Protocol
 import torch
 from torch import nn
 
+from ..errors import coded_error
 from ..ops.packing import Packing
 from .faults import list_faults
 from .formats.parts import Slices
@@ -179,14 +180,16 @@ def _places(
                 for one in targets[key]:
                     if one.name in places:
                         other = places[one.name].shard
-                        raise ValueError(f"{shard} and {other} both hold {one.name}. Keep one of the two.")
+                        raise coded_error("AV-1310", f"{shard} and {other} both hold {one.name}. Keep one of the two.")
                     made = one.shape_in(tuple(shape))
                     size = math.prod(made) * dtype.itemsize
                     kept = packing.shape(made) if packing else made
                     places[one.name] = Place(shard, key, kept, size, scales.get(key), one.rows, one.columns, packing)
             _check_rows(file, targets)
         if faults := list_faults({"that are not floating-point": numbers}):
-            raise ValueError(f"{shard} holds tensors {faults}. Use the model's fp32, fp16, bf16 or fp8_scaled form.")
+            raise coded_error(
+                "AV-1305", f"{shard} holds tensors {faults}. Use the model's fp32, fp16, bf16 or fp8_scaled form."
+            )
     return places
 
 
@@ -198,7 +201,9 @@ def _check_rows(file: TensorFile, targets: Mapping[str, tuple[Target, ...]]) -> 
         for fault, which in row_faults(own, file.shapes[key]):
             faults[fault].append(f"{key} {list(file.shapes[key])}, {which}")
     if listed := list_faults(faults):
-        raise ValueError(f"{file.path} holds tensors {listed}. Is it another model's file? If not, download it again.")
+        raise coded_error(
+            "AV-1401", f"{file.path} holds tensors {listed}. Is it another model's file? If not, download it again."
+        )
 
 
 def _check_fit(module, shards, wanted, places, identify) -> None:
@@ -215,7 +220,9 @@ def _check_fit(module, shards, wanted, places, identify) -> None:
         hint = identify(unexpected) or (missing and len(shards) == 1 and one_of_several(shards[0]))
         by_config = ", or is the config.json next to it another model's" * (shards[0].parent / "config.json").is_file()
         question = f"Is it another model's file{by_config}?"
-        raise ValueError(f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. {hint or question}")
+        raise coded_error(
+            "AV-1401", f"{shards[0]} does not fit {type(module).__name__}. Tensors {faults}. {hint or question}"
+        )
 
 
 def assign(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..errors import coded_error
+
 SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(\.\w+)$")
 MAX_LISTED = 4  # in an error
 
@@ -32,11 +34,15 @@ def all_shards(files: tuple[Path, ...]) -> tuple[Path, ...]:
     networks = sorted({(match[1], match[3], match[4]) for match in named})
     if len(networks) > 1:
         shown = first([f"{name}-...-of-{count}{suffix}" for name, count, suffix in networks])
-        raise ValueError(f"{files[0].parent} holds shards of several networks: {shown}. Put each into its own folder.")
+        raise coded_error(
+            "AV-1310", f"{files[0].parent} holds shards of several networks: {shown}. Put each into its own folder."
+        )
     count, there = int(networks[0][1]), {int(match[2]) for match in named}
     if len(there) < count:
         missing = [number for number in range(1, min(count, 100_000) + 1) if number not in there]
-        raise ValueError(f"{files[0].parent} lacks shard {first(missing)} of {count}. Download the missing shards.")
+        raise coded_error(
+            "AV-1307", f"{files[0].parent} lacks shard {first(missing)} of {count}. Download the missing shards."
+        )
     return files
 
 

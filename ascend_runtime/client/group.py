@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-from ..hardware import cores, host
+from ..errors import coded
+from ..hardware import cores, host, memory
 from ..hardware.environment import HEAP, rank_environment, start_deadline, suits_sharded
 from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
@@ -115,6 +116,7 @@ class RankGroup:
         self._started = threading.Event()
         self._start_error: BaseException | None = None
         self._death: str | None = None
+        self.kills_before = memory.kills()  # by the kernel, when the running job began
         self._ready = False
         self._stopping = False
         self._pid = os.getpid()  # to recognise a forked child, which does not own the ranks
@@ -162,7 +164,7 @@ class RankGroup:
     def died(self, doing: str) -> RankDied:
         """The error for a job that lost a rank. Waits for the watcher to find out which one."""
         self._watcher.join(timeout=1.5)
-        death = self._death or "A rank closed its control connection."
+        death = self._death or coded("AV-1504", "A rank closed its control connection.")
         return RankDied(f"{death}\nThis happened during: {doing}. The next job starts a new group of ranks.")
 
     def stop(self) -> None:
@@ -206,16 +208,22 @@ class RankGroup:
                 rank.channel.poll(START_POLL)
                 check()
                 if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"Rank {rank.rank} of {self.world_size} was not ready within {self._start_deadline:.0f} s. Set "
-                        "ASCEND_RUNTIME_START_DEADLINE to wait longer. Its last output:\n" + "\n".join(rank.last_lines)
-                    )
+                    raise TimeoutError(self._late(rank))
         except ChannelClosed:
             raise self.died("the start of the ranks") from None
         except Undecodable as error:
-            raise RuntimeError(f"Rank {rank.rank} sent an invalid first message. {error}") from None
+            raise RuntimeError(coded("AV-1507", f"Rank {rank.rank} sent an invalid first message. {error}")) from None
         if not isinstance(message, Ready) or message.rank != rank.rank:
-            raise RuntimeError(f"Rank {rank.rank} sent {type(message).__name__} as its first message instead of Ready.")
+            name = type(message).__name__
+            raise RuntimeError(coded("AV-1507", f"Rank {rank.rank} sent {name} as its first message instead of Ready."))
+
+    def _late(self, rank: Rank) -> str:
+        lines = "\n".join(rank.last_lines)
+        return host.advise(
+            f"Rank {rank.rank} of {self.world_size} was not ready within {self._start_deadline:.0f} s. Set "
+            f"ASCEND_RUNTIME_START_DEADLINE to wait longer. Its last output:\n{lines}",
+            "AV-1505",
+        )
 
     # The watcher's thread
 
@@ -333,8 +341,11 @@ class RankGroup:
         if self._stopping or self.lost:
             return
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGKILL and memory.kills() > self.kills_before:
+            how += f", {host.BY_THE_KERNEL}"
         lines = "\n".join(rank.last_lines) or "(nothing)"
-        self._death = host.advise(f"Rank {rank.rank} of {self.world_size} {how}. Its last output:\n{lines}")
+        death = f"Rank {rank.rank} of {self.world_size} {how}. Its last output:\n{lines}"
+        self._death = host.advise(death, "AV-1503" if code < 0 else "AV-1504")
         logger.error("%s", self._death)
         self._signal(signal.SIGKILL)
 

@@ -16,8 +16,10 @@ from typing import TypeVar
 from ..hardware import devices
 from ..specs import ParallelSpec
 from ..wire.messages import Free, Message, Velocity
+from ..wire.plans import Chosen
 from . import submission
 from .arguments import check_kind
+from .choosing import Choices
 from .group import RankDied, RankGroup
 from .model_calls import HeldByRanks
 from .submission import Hooks, JobCancelled, RankError, RanksSilent, Result, Submission
@@ -25,7 +27,35 @@ from .submission import Hooks, JobCancelled, RankError, RanksSilent, Result, Sub
 logger = logging.getLogger(__name__)
 
 Kept = TypeVar("Kept", bound="KeptRanks")
-Submit = Callable[[Callable[[int], Message]], Result]  # takes a function from the job's number to its message
+MakeMessage = Callable[[int], Message]  # from the job's number
+
+
+class Jobs:
+    """Submits the jobs of one call of a `Runtime` method, which share its hooks. A cancel applies to all of them."""
+
+    def __init__(self, ranks: KeptRanks, hooks: Hooks):
+        self._ranks, self._hooks = ranks, hooks
+
+    def __call__(self, make: MakeMessage) -> Result:
+        return self._ranks._submit(make(next(self._ranks._numbers)), self._hooks)
+
+    def begin(self, sharded: bool = False) -> None:
+        """Starts the ranks if none are alive, or again if jobs shard weights by FSDP2 and these ranks cannot."""
+        self._ranks._start(lambda: self._ranks._raise_if_cancelled(self._hooks), sharded)
+
+    def free(self) -> None:
+        """Frees the weights on all ranks."""
+        self(lambda job: Free(job=job))
+
+    def show(self, plan: Chosen) -> None:
+        """Passes a job's plan to the caller, before the job."""
+        logger.info("%s", plan.line)
+        self._hooks.on_plan(plan)
+
+    def notice(self, text: str) -> None:
+        """Logs a warning, and passes it to the caller."""
+        logger.warning("%s", text)
+        self._hooks.on_notice(text)
 
 
 class KeptRanks:
@@ -57,7 +87,8 @@ class KeptRanks:
         self._one_stop = threading.Lock()
         self._stop_wanted = threading.Event()  # waiting jobs must not begin
         self._free_wanted = False
-        self._held = HeldByRanks()  # used by the holder of _one_job only
+        self._held = HeldByRanks()  # these two are used by the holder of _one_job only
+        self._choices = Choices()
         self._logged: deque[str] = deque(maxlen=100)  # warnings of jobs that are in the log already
 
     def __enter__(self: Kept) -> Kept:
@@ -144,7 +175,7 @@ class KeptRanks:
 
     def _start(self, check: Callable[[], None], sharded: bool) -> None:
         """Starts the ranks unless they are alive and can run the job. sharded: whether it shards weights by FSDP2."""
-        sharded = (sharded or self.parallel.fsdp) and self.world_size > 1
+        sharded = (sharded or bool(self.parallel.fsdp)) and self.world_size > 1
         if self.alive and (self._group.may_shard or not sharded):
             return
         if self.alive:
@@ -154,6 +185,7 @@ class KeptRanks:
             self._group.kill()
         devices.warn_if_crowded(self.world_size, self.device)
         self._held.forget()
+        self._choices.forget()
         self._group = RankGroup(self.world_size, self.device, self._environment, sharded)
         if self._finalizer is not None:
             self._finalizer.detach()
@@ -191,23 +223,23 @@ class KeptRanks:
 
     # One job
 
-    def _do(self, make: Callable[[int], Message], sharded: bool = False, **hooks) -> Result:
+    def _do(self, make: MakeMessage, sharded: bool = False, **hooks) -> Result:
         with self._jobs(sharded, **hooks) as submit:
             return submit(make)
 
     @contextmanager
-    def _jobs(self, sharded: bool = False, **hooks) -> Iterator[Submit]:
-        """Yields `submit` for the jobs of one call. Starts ranks if none are alive. A cancel applies to the whole
+    def _jobs(self, sharded: bool = False, **hooks) -> Iterator[Jobs]:
+        """Yields what submits the jobs of one call. Starts ranks if none are alive. A cancel applies to the whole
         call. sharded: whether the jobs shard weights by FSDP2."""
-        hooks = Hooks(**hooks)
+        jobs = Jobs(self, Hooks(**hooks))
         with self._exclusive():
             self._cancel_requested.clear()
             self._running = True
             try:
                 if self._stop_wanted.is_set():
                     raise JobCancelled("The job was cancelled, as the runtime is being stopped.")
-                self._start(lambda: self._raise_if_cancelled(hooks), sharded)
-                yield lambda make: self._submit(make(next(self._numbers)), hooks)
+                jobs.begin(sharded)
+                yield jobs
             finally:
                 self._running = False
 
@@ -227,6 +259,7 @@ class KeptRanks:
         submitted = Submission(message, self._group, self._cancel_requested, hooks, deadline, pause)
         if isinstance(message, Free):
             self._held.forget()
+            self._choices.forget()
         try:
             result = submitted.run()
         except BaseException:

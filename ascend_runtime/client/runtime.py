@@ -27,6 +27,7 @@ from ..specs import (
     TextEncoderSpec,
     VaeForm,
     VaeSpec,
+    VideoSize,
 )
 from ..specs.acceleration import CALIBRATED
 from ..wire.messages import (
@@ -43,6 +44,7 @@ from ..wire.messages import (
     SamplerRun,
     Velocity,
 )
+from ..wire.plans import TEXT_TOKENS, Chosen, PlannedJob
 from ..wire.shared_memory import lend
 from .arguments import (
     LATENT_AXES,
@@ -54,7 +56,8 @@ from .arguments import (
     check_tensor,
     check_tokens,
 )
-from .kept_ranks import KeptRanks, Submit
+from .choosing import asked, with_plan
+from .kept_ranks import Jobs, KeptRanks
 from .model_calls import NetworkPass, check_call, packed
 from .submission import OnPreview, Result
 
@@ -73,6 +76,7 @@ class Runtime(KeptRanks):
     """
 
     _calibrated: tuple[tuple, dict[str, Calibration]] | None = None  # of the last run of model calls
+    _plan_of_run: tuple[tuple, Chosen] | None = None  # of the same
 
     def ping(self, tensor: Tensor | None = None, reply: int = 0, frames: tuple[int, ...] | None = None) -> Result:
         """Gets a reply from every rank, to measure the round trip.
@@ -95,16 +99,23 @@ class Runtime(KeptRanks):
         parallel: ParallelSpec | None = None,
         **hooks,
     ) -> Result:
-        """Loads components before the jobs that use them. parallel: the plan of these jobs."""
+        """Loads components before the jobs that use them. parallel: the plan of these jobs; what it leaves open is
+        chosen for a video of the model's own size."""
         check_kind("model", model, DiffusionModelSpec, optional=True)
         check_kind("encoder", encoder, TextEncoderSpec, optional=True)
         check_kind("vae", vae, VaeSpec, optional=True)
         check_kind("parallel", parallel, ParallelSpec, optional=True)
         parallel = parallel or self.parallel
-        sharded = (model is not None and parallel.fsdp) or (encoder is not None and self._on_ranks(encoder))
-        return self._do(
-            lambda job: Load(job=job, parallel=parallel, model=model, encoder=encoder, vae=vae), sharded, **hooks
-        )
+        sharded = (model is not None and bool(parallel.fsdp)) or (encoder is not None and self._on_ranks(encoder))
+        with self._jobs(sharded, **hooks) as jobs:
+            if model is None:
+                return jobs(lambda job: Load(job=job, encoder=encoder, vae=vae))
+
+            def run(plan: Chosen) -> Result:
+                chosen = {"model": plan.arranged(model), "parallel": plan.parallel, "computing": plan.computing}
+                return jobs(lambda job: Load(job=job, encoder=encoder, vae=vae, **chosen))
+
+            return with_plan(jobs, self._choices, PlannedJob(model=model, parallel=parallel), run)
 
     def encode(
         self, encoder: TextEncoderSpec, text: str, image: Tensor | None = None, image_interleave: int = 2, **hooks
@@ -187,31 +198,30 @@ class Runtime(KeptRanks):
         profile: the steps to record; the result's `info["profile"]` is the folder of the recording.
         acceleration: the accelerators to use; the result's `info["acceleration"]` reports what they skipped and saved
             (see `acceleration.tally.Tally.facts`).
+
+        What `parallel` and the model's spec leave open is chosen: see `plan`. `info["plan"]` has the choice.
         """
         _check_specs(model, spec)
         _check_inputs(latent, positive, negative, noise_mask)
         _check_options(parallel, operators, profile, acceleration)
         profile = profile and _within(profile, spec.total_steps, self.world_size)
-        with self._jobs((parallel or self.parallel).fsdp, **hooks, on_preview=on_preview) as submit:
-            calibration = _calibration(submit, model, acceleration)
-            result = submit(
-                lambda job: Sample(
-                    job=job,
-                    model=model,
-                    parallel=parallel or self.parallel,
-                    spec=spec,
-                    latent=latent,
-                    positive=_conditioning(positive),
-                    negative=None if negative is None else _conditioning(negative),
-                    noise_mask=noise_mask,
-                    operators=operators,
-                    warm_up=warm_up,
-                    profile=profile,
-                    acceleration=acceleration,
-                    calibration=calibration,
-                    preview=on_preview is not None,
-                )
-            )
+        planned = PlannedJob(
+            model=model, parallel=parallel or self.parallel, shape=tuple(latent.shape), sample=spec,
+            text_tokens=_tokens(_conditioning(positive).text), per_token=noise_mask is not None,
+            acceleration=acceleration,
+        )  # fmt: skip
+        with self._jobs(bool(planned.parallel.fsdp), **hooks, on_preview=on_preview) as jobs:
+            calibration = _calibration(jobs, model, acceleration)
+            result = with_plan(
+                jobs, self._choices, planned,
+                lambda plan: jobs(lambda job: Sample(
+                    job=job, model=plan.arranged(model), parallel=plan.parallel, computing=plan.computing, spec=spec,
+                    latent=latent, positive=_conditioning(positive),
+                    negative=None if negative is None else _conditioning(negative), noise_mask=noise_mask,
+                    operators=operators, warm_up=warm_up, profile=profile, acceleration=acceleration,
+                    calibration=calibration, preview=on_preview is not None,
+                )),
+            )  # fmt: skip
         _log_extras(result, profile)
         return result
 
@@ -231,26 +241,70 @@ class Runtime(KeptRanks):
         sampler outside of the ranks.
 
         run, step: which step of which run of the sampler this is. Within a run, inputs that are equal to earlier ones
-        are not sent again.
+        are not sent again, and the plan that was chosen for the first call stays.
         """
         check_kind("model", model, DiffusionModelSpec)
         check_call(passes, run, step)
         _check_options(parallel, operators, None, acceleration)
-        with self._jobs((parallel or self.parallel).fsdp, **hooks) as submit:
-            setting = CallSetting(
-                model=model,
-                parallel=parallel or self.parallel,
-                run=run,
-                operators=operators,
-                acceleration=acceleration,
-                calibration=self._calibration_of(run, model, acceleration, submit),
-            )
-            with self._held.sent():
-                sent = packed(passes, setting, self._held)
-                return submit(lambda job: Velocity(job=job, step=step, **vars(sent)))
+        parallel = parallel or self.parallel
+        key = run.number, model, parallel, acceleration
+        with self._jobs(bool(parallel.fsdp), **hooks) as jobs:
+
+            def call(plan: Chosen) -> Result:
+                self._plan_of_run = key, plan
+                setting = CallSetting(
+                    model=plan.arranged(model),
+                    parallel=plan.parallel,
+                    run=run,
+                    operators=operators,
+                    acceleration=acceleration,
+                    calibration=self._calibration_of(run, model, acceleration, jobs),
+                    computing=plan.computing,
+                )
+                with self._held.sent():
+                    sent = packed(passes, setting, self._held)
+                    return jobs(lambda job: Velocity(job=job, step=step, **vars(sent)))
+
+            if self._plan_of_run is not None and self._plan_of_run[0] == key:
+                return call(self._plan_of_run[1])
+            return with_plan(jobs, self._choices, _planned_call(model, parallel, passes, run, acceleration), call)
+
+    def plan(
+        self,
+        model: DiffusionModelSpec,
+        spec: SampleSpec = SampleSpec(),
+        video: Tensor | VideoSize | None = None,
+        *,
+        encoder: TextEncoderSpec | None = None,
+        vae: VaeSpec | None = None,
+        parallel: ParallelSpec | None = None,
+        acceleration: AccelerationSpec = AccelerationSpec(),
+        text_tokens: int = TEXT_TOKENS,
+        **hooks,
+    ) -> Chosen:
+        """The plan that a sampling job would take, without running it: degrees, FSDP, experts, and the bytes and seconds
+        that it is predicted to take.
+
+        video: its size, or its latent [B,C,T,H,W]; None: of the model's own size. encoder, vae: if the whole job is asked
+        about. text_tokens: of the prompts. Raises ValueError, with the numbers and the nearest size that fits, if
+        nothing fits.
+        """
+        _check_specs(model, spec)
+        check_kind("video", video, Tensor, VideoSize, optional=True)
+        check_kind("encoder", encoder, TextEncoderSpec, optional=True)
+        check_kind("vae", vae, VaeSpec, optional=True)
+        _check_options(parallel, OperatorSpec(), None, acceleration)
+        planned = PlannedJob(
+            model=model, parallel=parallel or self.parallel, sample=spec, text_tokens=text_tokens, encoder=encoder,
+            vae=vae, acceleration=acceleration,
+            shape=tuple(video.shape) if isinstance(video, Tensor) else None,
+            size=video if isinstance(video, VideoSize) else None,
+        )  # fmt: skip
+        with self._jobs(**hooks) as jobs:
+            return asked(jobs, planned)
 
     def _calibration_of(
-        self, run: SamplerRun, model: DiffusionModelSpec, acceleration: AccelerationSpec, submit: Submit
+        self, run: SamplerRun, model: DiffusionModelSpec, acceleration: AccelerationSpec, submit: Jobs
     ) -> dict[str, Calibration]:
         """As `_calibration`; read once in a run."""
         key = run.number, model, acceleration
@@ -317,7 +371,7 @@ def _check_options(parallel, operators, profile, acceleration) -> None:
     check_kind("acceleration", acceleration, AccelerationSpec)
 
 
-def _calibration(submit: Submit, model: DiffusionModelSpec, acceleration: AccelerationSpec) -> dict[str, Calibration]:
+def _calibration(submit: Jobs, model: DiffusionModelSpec, acceleration: AccelerationSpec) -> dict[str, Calibration]:
     """The calibration of each expert if the step cache needs it. Read once, so that all ranks get the same."""
     cache = acceleration.step_cache
     if cache is None or cache.method not in CALIBRATED:
@@ -326,8 +380,26 @@ def _calibration(submit: Submit, model: DiffusionModelSpec, acceleration: Accele
     return msgspec.convert(found, dict[str, Calibration])
 
 
-def _form(submit: Submit, vae: VaeSpec) -> VaeForm:
+def _form(submit: Jobs, vae: VaeSpec) -> VaeForm:
     return VaeForm(*submit(lambda job: Describe(job=job, vae=vae)).info["vae"])
+
+
+def _planned_call(
+    model: DiffusionModelSpec, parallel: ParallelSpec, passes: Sequence[NetworkPass], run: SamplerRun,
+    acceleration: AccelerationSpec,
+) -> PlannedJob:  # fmt: skip
+    """All calls of a run, if they are like this one."""
+    first = passes[0]
+    return PlannedJob(
+        model=model, parallel=parallel, shape=tuple(first.latent.shape), branches=min(len(passes), 2),
+        sample=SampleSpec(steps=len(run.sigmas) - 1), per_token=first.timesteps.ndim > 1,
+        text_tokens=_tokens(first.inputs.get("text")), acceleration=acceleration,
+    )  # fmt: skip
+
+
+def _tokens(text: Tensor | None) -> int:
+    """Of an embedding [B, tokens, D]."""
+    return text.shape[1] if text is not None and text.ndim == 3 else TEXT_TOKENS
 
 
 def _conditioning(given: Tensor | Conditioning) -> Conditioning:

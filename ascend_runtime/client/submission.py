@@ -13,10 +13,12 @@ from typing import Any, Callable
 from msgspec.structs import replace
 from torch import Tensor
 
-from ..hardware import host
+from ..errors import coded
+from ..hardware import host, memory
 from ..specs.record import JobRecord
 from ..wire.channel import ChannelClosed, SealedMessage
 from ..wire.messages import UNREAD, Cancel, Conditioning, Done, Failed, Message, Preview, Progress, Undecodable
+from ..wire.plans import Chosen
 from .group import COMPUTING, Rank, RankGroup
 
 logger = logging.getLogger(__name__)
@@ -66,12 +68,14 @@ class Result:
 class Hooks:
     """Callbacks of a running job.
 
-    on_notice: called if ranks do not report for much longer than before.
+    on_notice: called if ranks do not report for much longer than before, or a job begins again.
+    on_plan: called before a job with the plan that was chosen for it.
     """
 
     on_progress: OnProgress = lambda stage, step, total: None
     on_preview: OnPreview | None = None
     on_notice: OnNotice = lambda text: None
+    on_plan: Callable[[Chosen], None] = lambda plan: None
     should_cancel: ShouldCancel = lambda: False
 
 
@@ -110,6 +114,7 @@ class Submission:
     def run(self) -> Result:
         """Runs the job. Raises ValueError for an invalid request, JobCancelled, RankError, RankDied, or a callback's
         exception. If `unanswered` is not empty then, the group must be killed."""
+        self.group.kills_before = memory.kills()
         with SealedMessage(self.message) as sealed:  # raises before any rank gets the job
             self.unanswered = {rank.channel.fileno(): rank for rank in self.group.ranks}
             try:
@@ -156,7 +161,7 @@ class Submission:
         try:
             return rank.channel.take()
         except Undecodable as error:
-            raise RankError(f"Rank {rank.rank} sent an invalid answer. {error}") from None
+            raise RankError(coded("AV-1507", f"Rank {rank.rank} sent an invalid answer. {error}")) from None
 
     def _receive(self, descriptor: int, message: Message) -> None:
         if seconds := self._silence.end():
@@ -173,7 +178,9 @@ class Submission:
     def _take_answer(self, rank: Rank, message: Message) -> None:
         unread = isinstance(message, Failed) and message.job == UNREAD
         if not unread and not (isinstance(message, (Done, Failed)) and message.job == self.message.job):
-            raise RankError(f"Rank {rank.rank} sent {type(message).__name__}, which is not an answer to this job.")
+            raise RankError(
+                coded("AV-1507", f"Rank {rank.rank} sent {type(message).__name__}, which is not an answer to this job.")
+            )
         self._answers[rank.rank] = message
         if isinstance(message, Failed) and message.kind != "cancelled" and not self._cancel_sent:
             self._give_up_within(PEER_DEADLINE)
@@ -224,7 +231,7 @@ class Submission:
             self._result()  # raises the reported error
         if self._cancel_sent:
             raise JobCancelled(f"The job was cancelled. {text}")
-        raise RanksSilent(text)
+        raise RanksSilent(coded("AV-1506", text))
 
     def _notice_silence(self) -> None:
         """Notifies the user that ranks are silent. That is no warning if all are computing, as in a slow first step."""
@@ -264,7 +271,7 @@ class Submission:
                 raise ValueError(failure.error)
             if failure.kind == "cancelled":
                 raise JobCancelled(failure.error)
-            raise RankError(f"{host.advise(failure.error)}\n{failure.traceback}")
+            raise RankError(f"{host.advise(failure.error, 'AV-1510')}\n{failure.traceback}")
         stages = {stage for answer in answers for stage in answer.seconds}
         seconds = {stage: max(answer.seconds.get(stage, 0.0) for answer in answers) for stage in sorted(stages)}
         info = {name: fact for answer in reversed(answers) for name, fact in answer.info.items()}  # rank 0 wins

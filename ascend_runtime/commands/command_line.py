@@ -17,6 +17,7 @@ from ..specs.models import MODEL_FORMATS, WEIGHT_DTYPES
 from ..specs.presets import PRESETS, SPECS
 from . import video_options
 from .comparison import settings
+from .plan import options as plan_options
 
 SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 COMPARISON = ("kornia", "matplotlib", "av")  # packages for compare that are not requirements of the pack
@@ -217,6 +218,10 @@ COMMANDS = {
         "convert a model to diffusers' or MindSpeed-MM's layout", ".commands.conversion", _declare_convert,
         _check_convert,
         lambda arguments: f"converting {arguments.source} to {arguments.target}, in the layout of {arguments.to}",
+    ),
+    "plan": Command(
+        "predict a job under each plan, and show which one is chosen", ".commands.plan.command", plan_options.declare,
+        plan_options.check, plan_options.begins,
     ),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ from ..checkpoints.writing.transfer import Move, fill, laid_out
 from ..checkpoints.writing.unfinished import partial_folder, sync, unfinished
 from ..checkpoints.writing.writers import WRITE_BYTES
 from ..components.networks import whole_network
+from ..errors import coded_error
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE, VISION
 from ..recognition.component import Component
 from ..recognition.folders import STANDARD_NAMES, TRANSFORMERS, has_folder
@@ -189,9 +190,10 @@ def _moves(part: str, component: Component, dtype: torch.dtype | None) -> list[M
     """The tensors to write, in the network's order. Raises ValueError if weights are missing, do not fit, or are
     quantized."""
     if component.quantized is not None:
-        raise ValueError(
+        raise coded_error(
+            "AV-1305",
             f"{component.quantized.file} says that the {part} is quantized, which other formats do not support. "
-            "Convert the model's bf16 or fp16 version."
+            "Convert the model's bf16 or fp16 version.",
         )
     network = whole_network(component)
     places = component.places_in(network, whole=True)
@@ -296,7 +298,9 @@ def _plan_pipeline(plan: ConversionPlan, parts: dict[str, Component]) -> None:
         plan.copies[Path(INDEX)] = own_file(source / INDEX, source)
         for name in read_json(source / INDEX):
             if not name.isidentifier():  # diffusers passes parts as keyword arguments
-                raise ValueError(f"{source / INDEX} names {shown(repr(name))}, which is not a valid name of a part.")
+                raise coded_error(
+                    "AV-1309", f"{source / INDEX} names {shown(repr(name))}, which is not a valid name of a part."
+                )
             if name not in parts and (source / name).is_dir():
                 plan.copy(source / name, Path(name))
         return
@@ -336,7 +340,9 @@ def convert(
         progress.begin("weights", total=plan.nbytes, done=before, unit="B")
         fill(steps, work, progress.advance)
         if plan.source() != held:
-            raise ValueError("SOURCE changed while it was read. Delete the partial result, and start again.")
+            raise coded_error(
+                "AV-1315", "SOURCE changed while it was read. Delete the partial result, and start again."
+            )
         for path in sorted((*plan.copies, *plan.texts), key=lambda path: path.name == INDEX):  # the index last
             made = work.place(path)
             if path in plan.copies:
@@ -360,7 +366,8 @@ def _check_space(plan: ConversionPlan, made: Path) -> None:
     needed = plan.nbytes + sum(file.stat().st_size for file in plan.copies.values()) - there
     free = shutil.disk_usage(made.parent).free
     if needed > free:
-        raise ValueError(
+        raise coded_error(
+            "AV-1316",
             f"{made.parent} needs {math.ceil(needed / 1e7) / 100:.2f} GB more, but "
-            f"{math.floor(free / 1e7) / 100:.2f} GB are free. Free some space, or give a target on another disk."
+            f"{math.floor(free / 1e7) / 100:.2f} GB are free. Free some space, or give a target on another disk.",
         )

@@ -15,6 +15,7 @@ from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.paths import existing
 from ..components.checks import check_component
 from ..components.model_config import check_experts
+from ..errors import coded_error
 from ..models.defaults import Defaults
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
@@ -81,7 +82,7 @@ def inspect(path: str, on_part: Callable[[str], None] = lambda part: None) -> It
         parts = list(dict.fromkeys(kind.name for kind in kinds() if is_kind(kind, root)))
         if not parts:
             known = ", ".join(kind.what for kind in kinds())
-            raise ValueError(f"{root} contains none of these: {known}. {describe_other(root)}".strip())
+            raise coded_error("AV-1308", f"{root} contains none of these: {known}. {describe_other(root)}".strip())
     else:
         parts = _component(root) or _parts_of_a_model(path, root)
     experts: list[Component] = []

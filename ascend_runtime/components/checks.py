@@ -6,7 +6,7 @@ from ..models.family import TEXT_ENCODER, TRANSFORMER
 from ..models.shared.quantized import check_static_steps
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from .model_config import stored_boundary
+from ..recognition.experts import stored_boundary
 from .networks import empty_network
 from .text_encoder import check_size, find_tokenizer
 

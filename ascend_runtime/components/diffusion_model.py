@@ -32,20 +32,17 @@ from ..ops import check_quantized
 from ..parallel.fsdp import ShardedWeights, Sharding
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
-from ..recognition.folders import has_low_noise
-from ..recognition.layout import find_transformer
+from ..recognition.experts import boundary_of, find_experts
 from ..specs import DiffusionModelSpec, SampleSpec
-from ..specs.models import require_no_loras
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
 from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
-from .model_config import boundary_of, check_experts
+from .model_config import check_experts
 from .networks import dtype_named, empty_network
 from .pinned import Layout, Weights, require_room
 from .room import Room
 
 logger = logging.getLogger(__name__)
 
-ROOM_TO_COMPUTE = 8 * 2**30  # bytes that must stay free next to two experts: a 14B block at 1280 x 720 x 81 on one card
 
 
 @dataclass
@@ -137,29 +134,7 @@ class _Unread:
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
-    """The high-noise expert, and the low-noise expert if there is one."""
-    found = [find_transformer(spec.path)]
-    low_noise = spec.low_noise_path or spec.path
-    if has_low_noise(low_noise):
-        found.append(find_transformer(low_noise, "transformer_2"))
-    elif spec.low_noise_path is not None:
-        found.append(find_transformer(low_noise))
-    if len(found) == 2 and found[0].shards == found[1].shards:
-        raise ValueError(f"{found[0].shards[0]} is given as both experts. Give the low-noise expert's file, or none.")
-    for component in found:
-        if component.quantized is not None:
-            _check_quantized_files(spec, component)
-    return found
-
-
-def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> None:
-    file = component.quantized.file
-    require_no_loras(spec.loras, f"{file} says that the model is quantized")
-    if spec.quantization != "none":
-        raise ValueError(
-            f"quantization is {spec.quantization!r}, but {file} says that the model is quantized already. Set "
-            "quantization to 'none' to use the files as they are."
-        )
+    return find_experts(spec)
 
 
 @dataclass(frozen=True)
@@ -243,7 +218,7 @@ class _Reader:
         Raises ValueError if the host has too little memory.
         """
         weights = {expert: self._kept(one) for expert, one in unread.items()}
-        if not always and _fits(weights, self.room.device):
+        if not always and _fits(weights, self.room):
             return None
         layout = Layout.of(weights)
         changed = [weights[expert][name].nbytes for expert in weights for name in changed_by(loras[expert])]
@@ -355,14 +330,14 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], shardi
     return False
 
 
-def _fits(weights: Weights, device: torch.device) -> bool:
+def _fits(weights: Weights, room: Room) -> bool:
     """Whether the device has memory for all these weights and for computing; logs it if not. Each rank decides for its
     own device. On a CPU, weights are mapped from their files."""
     needed = sum(x.nbytes for tensors in weights.values() for x in tensors.values())
-    if device.type == "cpu" or (room := devices.room(device)) >= needed + ROOM_TO_COMPUTE:
+    if room.device.type == "cpu" or (free := devices.room(room.device)) >= needed + room.computing:
         return True
     logger.info(
         "The two experts need %.1f GB, and %.1f GB more to compute in, but the device has %.1f GB: they take turns.",
-        needed / 1e9, ROOM_TO_COMPUTE / 1e9, room / 1e9,
+        needed / 1e9, room.computing / 1e9, free / 1e9,
     )  # fmt: skip
     return False

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoints.formats.parts import full_slices
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
 from ..checkpoints.reader import BytesRead, Places, nbytes
+from ..errors import coded_error
 from ..models.family import LoraNames
 from ..parallel.fsdp import ShardedWeights, own_part
 from ..recognition.lora import LoraFile, fingerprint, read_lora
@@ -72,6 +73,11 @@ class Adapter:
         return read_loras(specs, self._target, self._files)
 
     @property
+    def in_use(self) -> bool:
+        """Whether any LoRA changes the weights."""
+        return bool(self._loras)
+
+    @property
     def warnings(self) -> list[str]:
         """Warnings about the LoRAs in use: layers that are left out, an unknown strength."""
         return [file.warning for file, _ in self._loras if file.warning]
@@ -110,7 +116,7 @@ class Adapter:
                 on_bytes(self.places[name].nbytes)
         for file, _ in loras:
             if fingerprint(str(file.path)) != file.fingerprint:
-                raise ValueError(f"{file.path} changed while it was read. Run the job again.")
+                raise coded_error("AV-1315", f"{file.path} changed while it was read. Run the job again.")
         self._merged = True
 
     def _in_use(self, loras: LorasInUse) -> bool:
@@ -168,9 +174,10 @@ def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list
     """The LoRAs of each expert. Raises ValueError if one is for an expert that the model lacks."""
     for spec in specs:
         if spec.expert != "both" and len(experts) == 1:
-            raise ValueError(
+            raise coded_error(
+                "AV-1404",
                 f"The LoRA {spec.path} is for the expert {spec.expert}, but this model has only one expert. "
-                "Set expert to 'both'."
+                "Set expert to 'both'.",
             )
     return {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in experts}
 
@@ -185,9 +192,10 @@ def read_loras(specs: list[LoraSpec], target: LoraTarget, known: Iterable[LoraFi
             spec.path, shapes, target.names, target.expert, spec.misfits
         )
         if not file.changes and spec.expert != "both" and spec.misfits == "refuse":
-            raise ValueError(
+            raise coded_error(
+                "AV-1404",
                 f"The LoRA {spec.path} is set for the expert {spec.expert}, but all its layers are for the other one. "
-                "Set expert to 'both', which gives each expert its own layers."
+                "Set expert to 'both', which gives each expert its own layers.",
             )
         loras.append((file, spec.strength))
     return loras

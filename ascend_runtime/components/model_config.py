@@ -9,16 +9,13 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.bounded import read_json
-from ..checkpoints.faults import as_value_error, shown
-from ..models.defaults import Defaults
+from ..checkpoints.faults import as_value_error
+from ..errors import coded_error
 from ..models.latent_format import LatentFormat
 from ..recognition.component import Component
-from ..specs import DiffusionModelSpec
 from ..specs.models import require_experts_in_order
 
 logger = logging.getLogger(__name__)
-
-EXAMPLE_BOUNDARY = 0.875  # Wan2.2-T2V-A14B's, which an error shows as an example
 
 
 def check_experts(found: list[Component]) -> LatentFormat:
@@ -29,47 +26,19 @@ def check_experts(found: list[Component]) -> LatentFormat:
     files = [component.shards[0] for component in found]
     if len({component.kind for component in found}) > 1:
         what = " and ".join(f"{file} is a {component.kind.what}" for file, component in zip(files, found))
-        raise ValueError(f"The experts belong to different families: {what}. Use two experts of one model.")
+        raise coded_error("AV-1403", f"The experts belong to different families: {what}. Use two experts of one model.")
     first.family.check_transformers([component.config for component in found], files)
     for component, file in zip(found, files):
         channels = first.family.form(component.config).channels
         if channels != latents.channels:
-            raise ValueError(
+            raise coded_error(
+                "AV-1413",
                 f"{file} makes latents of {channels} channels, but its latent format has {latents.channels}. Use the "
-                "model's whole diffusers folder, whose vae/config.json contains the format."
+                "model's whole diffusers folder, whose vae/config.json contains the format.",
             )
     if len(found) == 2:
         require_experts_in_order(*map(str, files))
     return latents
-
-
-def boundary_of(spec: DiffusionModelSpec, component: Component, defaults: Defaults, experts: int = 1) -> float:
-    """The fraction of the timesteps above which the high-noise expert is used: the spec's, else the folder's, else the
-    published model's; 0 if none says one.
-
-    Raises ValueError for two experts without one: the low-noise expert would never be used.
-    """
-    boundary = stored_boundary(component) if spec.boundary is None else spec.boundary
-    boundary = defaults.boundary if boundary is None else boundary
-    if boundary is None and experts > 1:
-        raise ValueError(
-            f"{component.shards[0]} and its low-noise expert have no boundary, and {component.family.title} has no "
-            f"default. Set the boundary, such as {EXAMPLE_BOUNDARY}, or write it as boundary_ratio into "
-            "model_index.json."
-        )
-    return boundary or 0.0
-
-
-def stored_boundary(component: Component) -> float | None:
-    """The boundary in a model's folder, if any. Raises ValueError if it is not a number from 0 to 1."""
-    index = component.root and component.root / "model_index.json"
-    boundary = read_json(index).get("boundary_ratio") if index and index.is_file() else None
-    if boundary is not None and (type(boundary) not in (int, float) or not 0 <= boundary <= 1):
-        raise ValueError(
-            f"{index} has the boundary_ratio {shown(repr(boundary))}; it must be a number from 0 to 1, such as "
-            f"{EXAMPLE_BOUNDARY}. Correct it, or download the file again."
-        )
-    return boundary
 
 
 def _latent_format(component: Component) -> LatentFormat:

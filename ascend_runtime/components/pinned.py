@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import coded_error
 from ..hardware import devices, memory
 
 SLAB = 2**29  # bytes; of 2**28 to 2**32, this wastes the least for Wan2.2-A14B (2%)
@@ -114,12 +115,13 @@ def require_room(layout: Layout, originals: int, host_memory: int) -> None:
     if ranks * each <= free:
         return
     kept = f" and {originals / 1e9:.1f} GB for the original weights that LoRAs change" if originals else ""
-    raise ValueError(
+    raise coded_error(
+        "AV-1203",
         f"The two experts would take turns on the device, and wait in pinned host memory: {layout.exact / 1e9:.1f} GB "
         f"for each of {ranks} rank(s), {layout.nbytes / 1e9:.1f} GB as it is allocated{kept}, "
         f"{ranks * each / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
         f"{memory.ROOM / 1e9:.1f} GB must stay free. "
-        f"What helps: {'; '.join(_cures(layout, ranks, free // each, originals))}."
+        f"What helps: {'; '.join(_cures(layout, ranks, free // each, originals))}.",
     )
 
 
@@ -129,11 +131,12 @@ def require_room_for_originals(nbytes: int, host_memory: int) -> None:
     ranks = devices.local_ranks()
     if ranks * nbytes <= max(0, host_memory - memory.ROOM):
         return
-    raise ValueError(
+    raise coded_error(
+        "AV-1204",
         f"The LoRAs change weights whose originals wait in host memory: {nbytes / 1e9:.1f} GB for each of {ranks} "
         f"rank(s), {ranks * nbytes / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
         f"{memory.ROOM / 1e9:.1f} GB must stay free. What helps: turn fsdp on, so that each rank keeps its shard only; "
-        "use fewer ranks; or merge the LoRAs into the model's files, and load these."
+        "use fewer ranks; or merge the LoRAs into the model's files, and load these.",
     )
 
 

@@ -10,6 +10,8 @@ import torch
 from ..hardware import devices, memory
 from ..parallel.fsdp import Sharding
 
+ROOM_TO_COMPUTE = 8 * 2**30  # bytes for a job of which nothing is predicted: a 14B block at 1280 x 720 x 81 on one card
+
 
 @dataclass
 class HostMemory:
@@ -33,12 +35,14 @@ class HostMemory:
 @dataclass(frozen=True)
 class Room:
     """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder. give_way:
-    drops the diffusion model that waits, and counts what that frees."""
+    drops the diffusion model that waits, and counts what that frees. computing: the bytes of the device that a job takes
+    besides a diffusion model's weights."""
 
     device: torch.device
     sharding: Sharding
     host_memory: HostMemory
     give_way: Callable[[HostMemory], None] = lambda host: None
+    computing: int = ROOM_TO_COMPUTE
 
     def free_host(self, nbytes: int, pinned: bool = False) -> int:
         """The bytes of the host's memory for all ranks, of which each needs so many. Where they are short, the model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from ..checkpoints.reader import BytesRead
+from ..errors import coded_error
 from ..hardware import devices
 from ..parallel.fsdp import Sharding
 from ..recognition.component import Component
@@ -38,7 +40,7 @@ class Components:
 
     def get(
         self, spec, on_bytes: Callable[[int, int], None], sharding: Sharding = Sharding(),
-        host_memory: HostMemory | None = None,
+        host_memory: HostMemory | None = None, computing: int | None = None,
     ) -> Any:  # fmt: skip
         """The component that `spec` describes. LoRAs are merged into a loaded component, so that changing them does not
         load it again.
@@ -47,6 +49,7 @@ class Components:
             whole tensors on disk, of all networks. Not called if there is nothing to do.
         sharding: how the weights of a diffusion model or a text encoder are sharded over ranks; a VAE is replicated.
         host_memory: None: what is available now.
+        computing: the bytes of the device that the job takes besides a diffusion model's weights; None: not known.
 
         Names and shapes of all networks and LoRAs are checked before anything is allocated. Raises ValueError if they
         do not fit, or if a file changes meanwhile.
@@ -54,8 +57,10 @@ class Components:
         progress = BytesRead(on_bytes)
         host_memory = host_memory or HostMemory(devices.host_memory(), *self.models.on_host)
         room = Room(self._device, sharding, host_memory, self.models.give_way)
+        if computing is not None:
+            room = dataclasses.replace(room, computing=computing)
         if isinstance(spec, DiffusionModelSpec):
-            return self._model(spec, progress, room)
+            return self._model(spec, progress, room, computing)
         if getattr(spec, "placement", "ranks") == "ranks":
             self.models.leave_device(host_memory)
         component = self._held(spec, progress, room)
@@ -63,20 +68,25 @@ class Components:
             component.to(self._device)  # `_make_room` may have moved it to the host
         return component
 
-    def _model(self, spec: DiffusionModelSpec, progress: BytesRead, room: Room) -> DiffusionModel:
+    def _model(
+        self, spec: DiffusionModelSpec, progress: BytesRead, room: Room, computing: int | None
+    ) -> DiffusionModel:
         found = diffusion_model.files(spec)
         key = ModelKey(_loaded(spec), room.sharding, _state(found))
         self.models.drop_outdated(key, room.host_memory)
-        model = self.models.use(key, room.host_memory)
+        model = self.models.use(key, room.host_memory, room.computing)
         is_new = model is None
         if model is None:
             opened = diffusion_model.opened(spec, found, room, progress)
-            self.models.make_room(opened.nbytes, room.host_memory)
+            taken = opened.nbytes
+            self.models.make_room(taken, room.host_memory, room.computing)
             model = opened.read()
             self._check_unchanged(spec, key.state)
-            self.models.in_use = HeldModel(key, model)
+            self.models.in_use = HeldModel(key, model, taken)
         use_loras(model.adapters, spec.loras, progress, partial(_check_originals, model, is_new, room))
-        self._make_room()
+        if computing is not None:
+            self.models.clear_for(computing, room.host_memory)
+        self._make_room(room.computing)
         return model
 
     def _held(self, spec, progress: BytesRead, room: Room) -> Any:
@@ -93,18 +103,28 @@ class Components:
 
     def _check_unchanged(self, spec, state: Hashable) -> None:
         if self.state(spec) != state:
-            raise ValueError(f"{spec.path} changed while it was read. Run the job again.")
+            raise coded_error("AV-1315", f"{spec.path} changed while it was read. Run the job again.")
 
-    def _make_room(self) -> None:
+    def _make_room(self, computing: int) -> None:
         """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in. The next
         use of the VAE reads no file."""
         if VaeSpec not in self._slots or self._slots[VaeSpec][1].device.type == "cpu":
             return
         room = devices.room(self._device)
-        if room < diffusion_model.ROOM_TO_COMPUTE:
-            logger.info("%.1f GB are free for sampling: the VAE is moved to host memory.", room / 1e9)
+        if room < computing:
+            logger.info(
+                "%.1f GB are free for sampling, which takes %.1f GB: the VAE is moved to host memory.",
+                room / 1e9, computing / 1e9,
+            )  # fmt: skip
             self._slots[VaeSpec][1].to("cpu")
             devices.empty_cache(self._device)
+
+    @property
+    def makes_room(self) -> int:
+        """The bytes of this rank's device that components would give back to a job with another diffusion model."""
+        _, vae = self._slots.get(VaeSpec, (None, None))
+        moves = vae is not None and vae.device.type != "cpu"
+        return self.models.makes_room + (vae.nbytes if moves else 0)
 
     def found(self, spec) -> list[Component]:
         """The networks on disk that `spec` describes. Loads nothing. Raises ValueError if they are missing."""

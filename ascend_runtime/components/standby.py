@@ -25,9 +25,9 @@ from ..hardware import devices
 from ..models.shared.quantized import prefer_layouts
 from ..parallel.fsdp import Sharding, is_sharded, own_part
 from ..specs import DiffusionModelSpec
-from .diffusion_model import ROOM_TO_COMPUTE, DiffusionModel
+from .diffusion_model import DiffusionModel
 from .pinned import Layout, kept_by_torch
-from .room import HostMemory
+from .room import ROOM_TO_COMPUTE, HostMemory
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,21 @@ class ModelKey(NamedTuple):
         return self.spec == other.spec and self.state != other.state
 
 
+class Needs(NamedTuple):
+    """Bytes that a model takes of this rank's device: its weights, and its job besides them."""
+
+    weights: int
+    computing: int
+
+
 @dataclass
 class HeldModel:
-    """away: whether the weights left the device for the host."""
+    """taken: the bytes that it took of this rank's device when it was read; on a CPU, without what is mapped from files.
+    away: whether the weights left the device for the host."""
 
     key: ModelKey
     model: DiffusionModel
+    taken: int = 0
     away: bool = False
 
     @cached_property
@@ -86,12 +95,27 @@ class DiffusionModels:
         in_use, waiting = (0 if held is None else held.on_host for held in (self.in_use, self.waiting))
         return in_use, waiting, kept_by_torch(self._device)
 
-    def use(self, key: ModelKey, host: HostMemory) -> DiffusionModel | None:
-        """The model of this key, which is the one in use from now on; None if it is not held."""
+    @property
+    def makes_room(self) -> int:
+        """The bytes of this rank's device that the two models would give back."""
+        held = [one for one in (self.in_use, self.waiting) if one is not None and not one.away]
+        return sum(one.taken if self._device.type == "cpu" else one.nbytes for one in held)
+
+    def holds(self, spec: DiffusionModelSpec, tp_degree: int, sharded: bool) -> bool:
+        """Whether the weights of this model, without LoRAs, are here, whole or as slices and shards of these kinds."""
+        keys = [one.key for one in (self.in_use, self.waiting) if one is not None]
+        return any(
+            (key.spec, key.sharding.tp.degree, key.sharding.mesh is not None) == (spec, tp_degree, sharded)
+            for key in keys
+        )
+
+    def use(self, key: ModelKey, host: HostMemory, computing: int = ROOM_TO_COMPUTE) -> DiffusionModel | None:
+        """The model of this key, which is the one in use from now on; None if it is not held. computing: the bytes of
+        the device that its job takes besides its weights."""
         if self.in_use is None or self.in_use.key != key:
             if self.waiting is None or self.waiting.key != key:
                 return None
-            self._exchange(host)
+            self._exchange(host, computing)
         return self.in_use.model
 
     def drop_outdated(self, key: ModelKey, host: HostMemory) -> None:
@@ -103,24 +127,31 @@ class DiffusionModels:
             self._collect()
             host.free, host.in_use = host.free + host.in_use, 0
 
-    def make_room(self, nbytes: int, host: HostMemory) -> None:
+    def make_room(self, nbytes: int, host: HostMemory, computing: int = ROOM_TO_COMPUTE) -> None:
         """Before another model is loaded: the one in use waits, in the place of the one that waited, which is dropped.
 
-        nbytes: what it takes on this rank's device; on a CPU, without what is mapped from files.
+        nbytes: what it takes on this rank's device; on a CPU, without what is mapped from files. computing: see `use`.
         """
         if self.in_use is not None:
             self.drop_waiting(host)
         elif self.waiting is not None and not self.waiting.away:
             self.in_use, self.waiting = self.waiting, None
             host.in_use, host.waiting = host.waiting, 0
-        for _ in self._set_aside(nbytes, host):
+        for _ in self._set_aside(Needs(nbytes, computing), host):
             pass
 
-    def leave_device(self, host: HostMemory) -> None:
+    def clear_for(self, computing: int, host: HostMemory) -> None:
+        """Moves the model that waits from the device, or drops it, if the job of the one in use needs its place."""
+        if self._device.type != "cpu":
+            self.leave_device(host, computing)
+        elif devices.room(self._device) < computing:
+            self.give_way(host)
+
+    def leave_device(self, host: HostMemory, needed: int = ROOM_FOR_OTHERS) -> None:
         """Moves the model that waits from the device to the host, or drops it, if other networks could need its
-        place."""
+        place. needed: the bytes that they take."""
         held = self.waiting
-        if held is None or held.away or self._device.type == "cpu" or devices.room(self._device) >= ROOM_FOR_OTHERS:
+        if held is None or held.away or self._device.type == "cpu" or devices.room(self._device) >= needed:
             return
         if not host.has(held.to_host, _pinned_for(held, host)):
             self.give_way(host)
@@ -146,13 +177,13 @@ class DiffusionModels:
         self.in_use = self.waiting = None
         self._collect()
 
-    def _exchange(self, host: HostMemory) -> None:
+    def _exchange(self, host: HostMemory, computing: int) -> None:
         """The two models change places: slab by slab where they are in slabs, so that the host never holds both."""
         comes, self.waiting = self.waiting, None
         on_host, released = host.waiting, 0 if comes.model.swap or not comes.away else host.waiting
         host.waiting = 0
         try:
-            leaving = self._set_aside(comes.nbytes if comes.away else 0, host, released)
+            leaving = self._set_aside(Needs(comes.nbytes if comes.away else 0, computing), host, released)
             returning = _to_device(comes.model) if comes.away else iter(())
             in_slabs = not (comes.model.swap or is_sharded(comes.model.high_noise))
             for _ in zip_longest(leaving, returning) if in_slabs else chain(leaving, returning):
@@ -163,14 +194,14 @@ class DiffusionModels:
         host.free, host.in_use = host.free + released, on_host - released
         comes.away, self.in_use = False, comes
 
-    def _set_aside(self, nbytes: int, host: HostMemory, released: int = 0) -> Iterator[None]:
-        """The model in use becomes the one that waits, or is dropped, so that the device has room for so many bytes.
+    def _set_aside(self, needs: Needs, host: HostMemory, released: int = 0) -> Iterator[None]:
+        """The model in use becomes the one that waits, or is dropped, so that the device has room for another.
         The steps of its move; released: bytes that the host gets back meanwhile."""
         held, self.in_use = self.in_use, None
         if held is None:
             return iter(())
         in_use, host.in_use = host.in_use, 0
-        if self._fits(nbytes, host):
+        if self._fits(needs, host):
             self.waiting, host.waiting = held, in_use
             return iter(())
         if self._device.type != "cpu" and host.has(held.to_host, released + _pinned_for(held, host)):
@@ -182,10 +213,10 @@ class DiffusionModels:
         self._collect()
         return iter(())
 
-    def _fits(self, nbytes: int, host: HostMemory) -> bool:
+    def _fits(self, needs: Needs, host: HostMemory) -> bool:
         if self._device.type == "cpu":
-            return host.has(nbytes)
-        return devices.room(self._device) >= nbytes + ROOM_TO_COMPUTE
+            return host.has(needs.weights)
+        return devices.room(self._device) >= needs.weights + needs.computing
 
     def _leaving(self, held: HeldModel, host: HostMemory) -> Iterator[None]:
         taken = devices.local_ranks() * held.to_host

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.reader import BytesRead, Places, load_weights, nbytes
+from ..errors import coded_error
 from ..hardware import cores, devices, memory
 from ..models.shared.text import Encoder, Encoders, TextEncoding
 from ..models.shared.tokenizers import Tokenizer
@@ -93,9 +94,10 @@ def check_size(tokenizer: Tokenizer, network: nn.Module, component: Component) -
     encoding = component.family.text()
     known = encoding.embeddings_in(component.kind.name, network)
     if tokenizer.size > known:
-        raise ValueError(
+        raise coded_error(
+            "AV-1410",
             f"{component.tokenizer} has {tokenizer.size} tokens, but the text encoder {component.shards[0]} has "
-            f"embeddings for {known}: the tokenizer belongs to another model. {encoding.advice(component.kind.name)}"
+            f"embeddings for {known}: the tokenizer belongs to another model. {encoding.advice(component.kind.name)}",
         )
 
 

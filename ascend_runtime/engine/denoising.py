@@ -8,20 +8,26 @@ from typing import ContextManager
 from torch import Tensor
 
 from ..components import DiffusionModel
+from ..errors import coded
 from ..models.shared.conditioning import Given
+from ..ops.finite import is_finite
 from ..parallel.cfg import guided
 from .generation import Generation, NetworkCall, Request
+from .guard.diagnosis import Diagnosis, Evaluation, cure_of
 from .profiling import Recorder
 from .sampling import Known, SolverStep, Watch, denoise, make_scheduler, noise_of, noisy
+
+STILL = 1e-3  # of a latent's standard deviation: what its frames may differ by and be the same
 
 
 def denoised(generation: Generation, model: DiffusionModel, request: Request, steps: StepsOfJob) -> Tensor:
     """Runs the denoise loop and returns the latent [B,C,T,H,W], not normalised, on the CPU."""
     start = _start(request.given.latent, model)
     try:
-        steps.begin()
+        velocity = Guided(generation, model, request)
+        steps.begin(velocity)
         latent = denoise(
-            Guided(generation, model, request),
+            velocity,
             make_scheduler(request.spec, model.family),
             noisy(start, request.spec, _image(request, model)),
             _known(request, start, model),
@@ -32,13 +38,15 @@ def denoised(generation: Generation, model: DiffusionModel, request: Request, st
     return model.latents.restored(latent)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Guided:
-    """The velocity for the solver: the cond branch's, or with classifier-free guidance by both branches."""
+    """The velocity for the solver: the cond branch's, or with classifier-free guidance by both branches. last: the
+    passes of the last step."""
 
     generation: Generation
     model: DiffusionModel
     request: Request
+    last: Evaluation | None = None
 
     def __call__(self, latent: Tensor, timestep: float, step: SolverStep) -> Tensor:
         """latent and result are [B,C,T,H,W] in fp32 on the CPU."""
@@ -48,12 +56,20 @@ class Guided:
         branches = ("cond",) if scale == 1.0 else ("cond", "uncond")
         calls = [NetworkCall(branch, latent, timestep, contexts[branch]) for branch in branches]
         velocities = self.generation.velocity(calls, step)
+        self.last = Evaluation(calls, step, velocities)
         velocity = velocities[0] if scale == 1.0 else guided(*velocities, scale)
         return velocity.float().cpu()
 
+    def fault(self, total: int) -> ValueError:
+        """Why the last of `total` steps has led to values that are not finite. Collective."""
+        return Diagnosis(self.generation, self.model, self.last, together=True).error(total)
+
 
 class StepsOfJob(Watch):
-    """Reports progress and previews, checks for a cancel, and profiles steps."""
+    """Reports progress and previews, checks for a cancel and for values that are not finite, and profiles steps.
+
+    A warm-up's values are nobody's, and may be what no job meets.
+    """
 
     def __init__(
         self, job, model: DiffusionModel, generation: Generation, recorder: Recorder | None = None, stage="denoise"
@@ -62,19 +78,35 @@ class StepsOfJob(Watch):
         self._recorder, self._stage = recorder, stage
         self._previews = job.message.preview and stage == "denoise" and self._latents.has_picture
 
-    def begin(self) -> None:
+    def begin(self, velocity: Guided) -> None:
+        self._velocity = velocity
         self._job.check_together()
         self._tally.start()
 
     def around(self, step: int) -> ContextManager:
         return super().around(step) if self._recorder is None else self._recorder.step(step)
 
-    def stepped(self, step: int, total: int, x0: Tensor) -> None:
+    def stepped(self, step: int, total: int, latent: Tensor, x0: Tensor) -> None:
         self._tally.stepped()
         self._job.progress(self._stage, step, total)
         if self._previews:
             self._job.preview(step, total, self._latents.picture(x0))
-        self._job.check_together()
+        if self._job.check_together(self._stage == "denoise" and not is_finite(latent)):
+            raise self._velocity.fault(total)
+
+
+def standing_still(latent: Tensor, request: Request) -> list[str]:
+    """A warning if all frames of a made latent [B,C,T,H,W] are the same, though each began with noise of its own. What
+    is known of a video, and kept, may be so."""
+    mask = request.given.noise_mask
+    if latent.shape[2] == 1 or mask is not None and not mask.any():
+        return []
+    first, limit = latent[:, :, 0], STILL * latent.std()
+    if any(bool((frame - first).abs().max() > limit) for frame in latent.flip(2).unbind(2)[:-1]):
+        return []
+    kinds = request.acceleration.kinds
+    cure = cure_of(kinds) if kinds else "Check the model's files, the LoRAs' strength and the dtype."
+    return [coded("AV-1609", f"All {latent.shape[2]} frames of the latent are the same. {cure}")]
 
 
 def _start(latent: Tensor, model: DiffusionModel) -> Tensor:

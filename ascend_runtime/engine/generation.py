@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..acceleration.accelerators import Acceleration, Outline
 from ..components import DiffusionModel
+from ..errors import coded_error
 from ..hardware import devices
 from ..hardware.environment import overlaps, with_defaults
 from ..models.cost import PassSize
 from ..models.registry import require_schedule
-from ..models.shared.block_stack import At, Skipping
+from ..models.shared.block_stack import At, Pass, Skipping
 from ..models.shared.conditioning import Branch, Given
 from ..models.shared.quantized import use_step
 from ..ops import PlainOperators, operators_for
@@ -148,10 +149,13 @@ class Generation:
             self._ranks = ranks
             ranks.arrange(self._model)
 
-    def velocity(self, calls: Sequence[NetworkCall], step: SolverStep) -> list[Tensor]:
+    def velocity(
+        self, calls: Sequence[NetworkCall], step: SolverStep, instead: Mapping[str, Pass] = {}
+    ) -> list[Tensor]:
         """The velocity [B,C,T,H,W] of each call, before guidance, on this rank's device in the blocks' dtype.
 
         All ranks must pass the same calls. The two ranks of a cfg axis compute one of two calls each.
+        instead: branch -> a pass in the place of the accelerators'.
         """
         own = cfg.own_calls(calls, self._ranks.cfg_group)
         device, dtype = self._model.device, self._model.dtype
@@ -160,7 +164,7 @@ class Generation:
         def compute(call: NetworkCall) -> Tensor:
             if call is own[-1]:  # this rank's last call in the step
                 self._model.expect(step.following)
-            return self._pass(call, inputs[id(call.latent)], step)
+            return self._pass(call, inputs[id(call.latent)], step, instead.get(call.branch))
 
         return cfg.computed(calls, compute, self._ranks.cfg_group)
 
@@ -170,7 +174,7 @@ class Generation:
         for expert in self._model.experts:
             expert.forget()
 
-    def _pass(self, call: NetworkCall, latent: Tensor, step: SolverStep) -> Tensor:
+    def _pass(self, call: NetworkCall, latent: Tensor, step: SolverStep, passing: Pass | None) -> Tensor:
         model = self._model
         low_noise = model.is_low_noise(call.timestep)
         if low_noise != self._low_noise:  # each expert embeds prompts with its own weights
@@ -179,7 +183,8 @@ class Generation:
         expert = model.expert_at(call.timestep)
         if model.defaults.static_steps:
             use_step(expert, model.defaults.static_step(step.number))
-        passing = self.acceleration.passing(At(model.name_at(call.timestep), call.branch, step.number))
+        if passing is None:
+            passing = self.acceleration.passing(At(model.name_at(call.timestep), call.branch, step.number))
         if call.skipped:
             passing = Skipping(passing, call.skipped)
         own = call.context
@@ -283,9 +288,10 @@ def _known(model: DiffusionModel, course: Course) -> dict[str, Calibration]:
     """
     found, experts = course.calibration, tuple(model.adapters)
     if found and set(found) != set(experts):
-        raise ValueError(
+        raise coded_error(
+            "AV-1416",
             f"The calibration next to the model is for {', '.join(found)}, but the model has {', '.join(experts)}. "
-            "Calibrate it again: python -m ascend_runtime calibrate MODEL"
+            "Calibrate it again: python -m ascend_runtime calibrate MODEL",
         )
     pixels = model.pixels_of(course.shape)
     config = model.high_noise.config

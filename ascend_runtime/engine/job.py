@@ -56,10 +56,13 @@ class Job:
         if self._received_cancel():
             raise Cancelled
 
-    def check_together(self) -> None:
-        """Raises Cancelled on all ranks if any has received a cancel, so that no rank waits in a collective."""
-        if all_reduce_max(self._received_cancel()):
+    def check_together(self, fault: bool = False) -> bool:
+        """Raises Cancelled on all ranks if any has received a cancel, so that no rank waits in a collective. Returns
+        whether any rank has seen a fault; one exchange decides both."""
+        worst = all_reduce_max(2 if self._received_cancel() else int(fault))
+        if worst == 2:
             raise Cancelled
+        return bool(worst)
 
     @contextmanager
     def together(self):

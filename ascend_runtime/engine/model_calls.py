@@ -16,11 +16,13 @@ from ..components import DiffusionModel
 from ..hardware.environment import with_defaults
 from ..models.shared.conditioning import Branch, Inputs
 from ..ops import operators_for
+from ..ops.finite import is_finite
 from ..parallel.mesh import all_reduce_max
 from ..specs import AccelerationSpec, Plan
 from ..wire.messages import CallSetting, ModelPass, Velocity
 from .explaining import Generated, Sources
 from .generation import Course, Generation, NetworkCall, Ranks
+from .guard.diagnosis import Diagnosis, Evaluation
 from .sampling import TRAIN_TIMESTEPS, SolverStep
 
 MOST_BRANCHES = 32  # whose conditioning stays on the device
@@ -162,7 +164,8 @@ class Run:
             del self._branches[key]
 
     def velocities(self, job) -> Tensor:
-        """The velocities [passes * B,C,T,H,W] of the job's passes, on this rank's device in the blocks' dtype."""
+        """The velocities [passes * B,C,T,H,W] of the job's passes, on this rank's device in the blocks' dtype. Raises
+        ValueError, with the reason as far as this rank sees it, if they are not finite."""
         message = job.message
         self._check(message)
         calls = self._calls(job)
@@ -177,7 +180,11 @@ class Run:
             made |= zip(numbers, generation.velocity([calls[one] for one in numbers], step))
         self.finished = message.step >= len(self._sigmas) - 2
         self._calls_made += 1
-        return torch.cat([made[number] for number in range(len(calls))])
+        velocities = torch.cat([made[number] for number in range(len(calls))])
+        if not is_finite(velocities):
+            evaluation = Evaluation(calls, step, [made[number] for number in range(len(calls))])
+            raise Diagnosis(generation, self._model, evaluation, together=False).error(len(self._sigmas) - 1)
+        return velocities
 
     def facts(self, step: int, seconds: float) -> dict[str, object]:
         """What accelerators have saved in the run so far: see `Acceleration.facts`. step, seconds: of the last call."""

@@ -8,19 +8,23 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from msgspec.structs import asdict, replace
 
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
-from ..hardware import devices
+from ..errors import coded_error
+from ..hardware import devices, memory
 from ..hardware.environment import original, placed
 from ..models.family import Family
 from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
-from ..ops.precision import check_finite, strict_float32
+from ..ops.finite import check_finite
+from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
 from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
+from ..planner.facts import Machine
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
 from ..recognition.text_encoders import require_vision
@@ -28,13 +32,24 @@ from ..specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, TextEnco
 from ..specs.record import DECODE, ENCODE_VIDEO, JobRecord
 from ..wire.messages import CallSetting, Conditioning, Done, Sample
 from ..wire.shared_memory import borrowed
-from .denoising import StepsOfJob, denoised
+from . import planning
+from .denoising import StepsOfJob, denoised, standing_still
 from .explaining import Explainer, Generated
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .guard.diagnosis import check_encoded
 from .model_calls import ModelCalls
 from .profiling import Recorder
-from .prompts import Encoded, KnownPrompts, image_key
-from .tokens import MAX_KNOWN, described_encoders, encoded_tokens, given_tokens, tokens_key, with_padding
+from .prompts import (
+    MAX_KNOWN,
+    Encoded,
+    KnownPrompts,
+    described_encoders,
+    encoded_tokens,
+    given_tokens,
+    image_key,
+    tokens_key,
+    with_padding,
+)
 from .video import Facts, decode_video, encode_video
 
 
@@ -52,6 +67,7 @@ class RankPipeline:
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
+        self._facts = planning.Facts(self.components.state)  # used on rank 0
         self.explainer = Explainer(device, self.components, self._variables)
 
     def ping(self, job) -> Done:
@@ -70,7 +86,8 @@ class RankPipeline:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
         with self._loading(job) as host_memory:
             if message.model is not None:
-                warnings += self._component(message.model, job, sharding, host_memory).warnings
+                model = self._component(message.model, job, sharding, host_memory, message.computing)
+                warnings += model.warnings
             if encoder is not None:
                 loaded = self._text_encoders(encoder, job, text_sharding, host_memory)
                 warnings += [] if loaded is None else loaded.warnings
@@ -128,6 +145,7 @@ class RankPipeline:
         text = encoding.clean(message.text)
         with self._encoding(job, on_ranks) as on_block:
             results = encoding.encode(loaded.encoders, text, on_block)
+        check_encoded(results, loaded, spec)
         return Encoded(results, [*warnings, *encoding.cut(loaded.encoders, text)])
 
     def encode_tokens(self, job) -> Done:
@@ -161,6 +179,7 @@ class RankPipeline:
             return None
         with self._encoding(job, on_ranks) as on_block:
             results = encoded_tokens(loaded.encoding, part, loaded.encoders.get(part), given, on_block)
+        check_encoded(results, loaded, spec)
         return Encoded(results, loaded.warnings)
 
     @contextmanager
@@ -183,7 +202,7 @@ class RankPipeline:
         sharding = self._sharding(plan, message.parallel)
         with self._loading(job) as host_memory:
             recorder = Recorder(message.profile, self.device, self.rank)
-            model = self._component(message.model, job, sharding, host_memory)
+            model = self._component(message.model, job, sharding, host_memory, message.computing)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
             recorder.end_with(spec.total_steps)
         sources = self.explainer.sources(message.model)
@@ -200,11 +219,10 @@ class RankPipeline:
         devices.forget_peak(self.device)
         with job.stage("denoise"):
             latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
-        check_finite(latent, "The denoised latent")
         settings = _settings(request, model)
         info = plan.info | settings | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
-            [*model.warnings, *model.conditioner.notes(request.given)]
+            [*model.warnings, *model.conditioner.notes(request.given), *standing_still(latent, request)]
         )
         generated = Generated(message.latent.shape, plan, generation.acceleration, settings)
         record = self.explainer.sampling(message, sources, model, spec, generated)
@@ -228,7 +246,6 @@ class RankPipeline:
             run, new = self.calls.run_of(job, lambda setting: self._model_of_calls(job, setting))
             with job.stage("denoise"):
                 velocities = run.velocities(job)
-                check_finite(velocities, "The network's output")
         except BaseException:
             self.calls.forget()
             raise
@@ -243,7 +260,7 @@ class RankPipeline:
         plan = self._plan(setting.parallel)
         sharding = self._sharding(plan, setting.parallel)
         with self._loading(job) as host_memory:
-            model = self._component(setting.model, job, sharding, host_memory)
+            model = self._component(setting.model, job, sharding, host_memory, setting.computing)
         _require_agreement(None, model)
         return model, plan
 
@@ -290,6 +307,30 @@ class RankPipeline:
         shapes = family.original_shapes(config)
         return {"family": family.name, "shapes": shapes, "channels": family.form(config).channels}
 
+    def choose(self, job) -> Done:
+        """Chooses a plan for a job; rank 0 does, from the memory that each rank has. Changes nothing."""
+        machine, info = self._machine(), {}
+        if self.rank == 0:
+            message, holds = job.message, self.components.models.holds
+            found = planning.chosen(message.planned, machine, self._facts, holds, message.below)
+            info["plan"] = msgspec.to_builtins(found)
+        return _done(job, info=info)
+
+    def _machine(self) -> Machine:
+        """What a job can use, if what the ranks hold makes room for it. Collective."""
+        ranks, host = dist.get_world_size(), self._host_memory()
+        each = devices.communicator_bytes(self.device)
+        room = devices.room(self.device) + self.components.makes_room + communicators() * each
+        on_host = host.free + host.in_use + host.waiting + host.pinned
+        return Machine(
+            kind=self.device.type,
+            card=planning.card_of(self.device),
+            ranks=ranks,
+            device_memory=-all_reduce_max(-room),
+            host_memory=max(0, on_host - (0 if self.device.type == "cpu" else memory.ROOM)),
+            communicator=each,
+        )
+
     def free(self, job) -> Done:
         self.calls.forget()
         self.components.free()
@@ -300,7 +341,7 @@ class RankPipeline:
 
     def _sharding(self, plan: Plan, parallel: ParallelSpec) -> Sharding:
         """The sharding of a model's weights. All ranks must call it, before any work that may fail on one of them."""
-        return sharding_of(self.device.type, dist.get_world_size(), plan.tp, parallel.fsdp)
+        return sharding_of(self.device.type, dist.get_world_size(), plan.tp, fsdp=bool(parallel.fsdp))
 
     @contextmanager
     def _loading(self, job) -> Iterator[HostMemory]:
@@ -341,13 +382,16 @@ class RankPipeline:
     def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
         return strict_float32(self.device) if spec.strict else nullcontext()
 
-    def _component(self, spec, job, sharding: Sharding = Sharding(), host_memory: HostMemory | None = None):
+    def _component(
+        self, spec, job, sharding: Sharding = Sharding(), host_memory: HostMemory | None = None,
+        computing: int | None = None,
+    ):  # fmt: skip
         def on_bytes(done: int, total: int) -> None:
             job.check()
             job.progress("load", done, total)
 
         with job.stage("load"):
-            return self.components.get(spec, on_bytes, sharding, host_memory)
+            return self.components.get(spec, on_bytes, sharding, host_memory, computing)
 
 
 def _request(message: Sample, spec: SampleSpec) -> Request:
@@ -388,7 +432,9 @@ def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
     if not all_alike((spec, model.boundary, model.defaults.static_steps)):
-        raise ValueError("The model's own steps, guidance, shift or boundary changed while ranks read them. Try again.")
+        raise coded_error(
+            "AV-1315", "The model's own steps, guidance, shift or boundary changed while ranks read them. Try again."
+        )
 
 
 def _device_memory(device: torch.device) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from ..errors import coded_error
 from ..ops.libraries import torch_npu
 from ..specs import ProfileSpec
 
@@ -109,6 +110,10 @@ def _require_writable(folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be created for recordings: {error.strerror}. Give another folder.") from None
+        raise coded_error(
+            "AV-1314", f"{folder} cannot be created for recordings: {error.strerror}. Give another folder."
+        ) from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder} is not writable for recordings. Give another folder, or change its permissions.")
+        raise coded_error(
+            "AV-1314", f"{folder} is not writable for recordings. Give another folder, or change its permissions."
+        )

@@ -105,8 +105,9 @@ class Watch:
         """The context of a step, counted from 1, including its call of `stepped`."""
         return nullcontext()
 
-    def stepped(self, step: int, total: int, x0: Tensor) -> None:
-        """Called after each step. x0 [B,C,T,H,W]: this step's x0 prediction, normalised."""
+    def stepped(self, step: int, total: int, latent: Tensor, x0: Tensor) -> None:
+        """Called after each step. latent [B,C,T,H,W]: that of the next step. x0 [B,C,T,H,W]: this step's x0 prediction.
+        Both are normalised."""
 
 
 VelocityAt = Callable[[Tensor, float, SolverStep], Tensor]  # (latent, timestep in 0..1000, step) -> velocity; fp32, CPU
@@ -132,7 +133,7 @@ def denoise(
                 x0 = known.into(x0)
                 direction = (x - x0) / sigma
             x = scheduler.step(direction, timestep, x, return_dict=False)[0]
-            watch.stepped(step + 1, total, x0)
+            watch.stepped(step + 1, total, x, x0)
     return x / (1 - float(sigmas[-1]))  # for a partial schedule: the scale that core ComfyUI's next sampler expects
 
 

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import replace
 
+from ..errors import coded
 from ..hardware import devices
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.messages import (
     UNREAD,
     Cancel,
+    Choose,
     Decode,
     Describe,
     Encode,
@@ -56,14 +58,15 @@ def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
     try:
         message = channel.receive()
     except Undecodable as error:
-        _reply(channel, Failed(job=UNREAD, kind="internal", error=str(error)))
+        _reply(channel, Failed(job=UNREAD, kind="internal", error=coded("AV-1507", str(error))))
         return True
     if type(message) in _WORK:
         _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
         if pipeline.device.type == "cpu" and not pipeline.calls.going_on:
             devices.empty_cache(pipeline.device)  # after the reply, for other processes on the host
     elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may arrive after its job has finished
-        _reply(channel, Failed(job=UNREAD, kind="internal", error=f"A {type(message).__name__} is not a job."))
+        error = coded("AV-1507", f"A {type(message).__name__} is not a job.")
+        _reply(channel, Failed(job=UNREAD, kind="internal", error=error))
     return not isinstance(message, Shutdown)
 
 
@@ -116,6 +119,7 @@ _WORK = {
     Decode: RankPipeline.decode,
     EncodeVideo: RankPipeline.encode_video,
     Describe: RankPipeline.describe,
+    Choose: RankPipeline.choose,
     Free: RankPipeline.free,
 }
-_WITHIN_RUNS = (Ping, Describe, Velocity)  # jobs that change nothing that the calls of a run share
+_WITHIN_RUNS = (Ping, Describe, Choose, Velocity)  # jobs that change nothing that the calls of a run share

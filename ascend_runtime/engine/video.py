@@ -7,15 +7,16 @@ from itertools import count
 
 from torch import Tensor
 
+from ..errors import coded_error
 from ..hardware import devices
 from ..models.registry import vae_for
 from ..models.shared.tiling import Piece, tiling_for
 from ..models.shared.vae import VideoVae
-from ..ops.precision import WIDER, Finite, check_finite, not_finite
+from ..ops.finite import Extremes, are_finite, check_finite, is_finite
 from ..parallel.mesh import all_reduce_max
+from .guard.frames import Facts, agreed, not_decoded, not_encoded, numbered, with_warnings
 
 StepReport = Callable[[int, int], None]  # (step counted from 1, total); called on all ranks, may raise on all
-Facts = dict[str, str]  # descriptions of the tiling, for `Done.info`
 
 
 def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepReport, tiles: str = "auto") -> Facts:
@@ -24,17 +25,19 @@ def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepRep
 
     The latent is the mean of the VAE's distribution, as in the original and in ComfyUI. on_step: called before each
     step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all ranks alike, if the free memory
-    is not sufficient.
+    is not sufficient, or values are not finite.
     """
-    tiling, given, finite = tiling_for(vae, "encode", *latent.shape[2:], tiles), Finite(), Finite()
-    if (own := tiling.own(frames)) is not None and own.numel():
-        given.see(own)
-    _check_agreed(given, "The video to encode", "Check the node that made its frames.")
-    out = latent[0].movedim(0, -1)
+    tiling = tiling_for(vae, "encode", *latent.shape[2:], tiles)
+    own = tiling.own(frames)
+    if all_reduce_max(own is not None and not are_finite(own)):
+        bad = [number for number, frame in enumerate(frames) if not is_finite(frame[..., :3])]
+        what = f"The video to encode, in {numbered(bad, len(frames))},"
+        check_finite(frames[bad][..., :3], what, "Check the node that made its frames.")
+    out, seen = latent[0].movedim(0, -1), Extremes(*latent.shape[1:3])
     tiling.begin(out)
     for piece in tiling.encoded(frames, _counted(on_step, tiling.steps("encode", latent.shape[2]))):
-        _write(out, piece, finite)
-    _check_agreed(finite, "The encoded video")
+        _write(out, piece, seen)
+    agreed(seen, out, lambda where: not_encoded(vae, frames, where))
     return tiling.facts
 
 
@@ -42,32 +45,34 @@ def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: StepRep
     """Decodes latent [B,C,T,H,W], not normalised, into `frames` [B*T',H',W',3] in 0..1. Each rank writes its own tiles.
 
     on_step: called before each step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all
-    ranks alike, if the free memory is not sufficient, or the latent is not valid for this VAE.
+    ranks alike, if the free memory is not sufficient, the latent is not valid for this VAE, or frames are not finite.
     """
     _check_latent(latent, vae.form.channels)
     _check_host_holds(frames)
     batch, _, length, *size = latent.shape
-    tiling, finite = tiling_for(vae, "decode", length, *size, tiles), Finite()
+    tiling, seen = tiling_for(vae, "decode", length, *size, tiles), Extremes(3, len(frames))
     count_step = _counted(on_step, batch * tiling.steps("decode", length))
-    for video, out in zip(latent, frames.unflatten(0, (batch, -1))):
+    for number, (video, out) in enumerate(zip(latent, frames.unflatten(0, (batch, -1)))):
         tiling.begin(out)
         for piece in tiling.decoded(video, count_step):
-            written = _write(out, piece, finite)
-            if not piece.added:
+            written = _write(out, piece, seen, number * len(out))
+            if piece.weights is None:
                 written.mul_(0.5).add_(0.5)
         tiling.sums(out).mul_(0.5).add_(0.5).clamp_(0, 1)
-    _check_agreed(finite, "The decoded video")
-    return tiling.facts
+    spread = agreed(seen, frames, lambda where: not_decoded(vae, latent, where))
+    return with_warnings(tiling.facts, spread, frames.unflatten(0, (batch, -1)), latent)
 
 
-def _write(out: Tensor, piece: Piece, finite: Finite) -> Tensor:
-    """Writes a piece to out [T,H,W,C], or adds it. Returns where."""
+def _write(out: Tensor, piece: Piece, seen: Extremes, first: int = 0) -> Tensor:
+    """Writes a piece to out [T,H,W,C], or adds it. Returns where. first: the number of out's first frame among all."""
     place = out[piece.where]
     if piece.content is None:
         return place[:0]
-    finite.see(piece.content)
-    content = piece.content.movedim(0, -1)
-    return place.add_(content) if piece.added else place.copy_(content)
+    start, stop, _ = piece.where[0].indices(len(out))
+    seen.see(piece.content, (slice(first + start, first + stop), *piece.where[1:]))
+    if piece.weights is None:
+        return place.copy_(piece.content.movedim(0, -1))
+    return place.add_((piece.content.float() * piece.weights).movedim(0, -1))
 
 
 def _check_latent(latent: Tensor, channels: int) -> None:
@@ -86,19 +91,14 @@ def _check_host_holds(frames: Tensor) -> None:
     free = -all_reduce_max(-devices.host_memory())
     if frames.nbytes > free:
         number, height, width, _ = frames.shape
-        raise ValueError(
+        raise coded_error(
+            "AV-1207",
             f"The decoded video, {number} frames of {width} x {height} pixels, needs {frames.nbytes / 1e9:.1f} GB of "
             f"the host's memory, but {free / 1e9:.1f} GB are free. Make at most {free * number // frames.nbytes} "
-            "frames of this size."
+            "frames of this size.",
         )
 
 
 def _counted(on_step: StepReport, total: int) -> Callable[[], None]:
     numbers = count(1)
     return lambda: on_step(next(numbers), total)
-
-
-def _check_agreed(finite: Finite, what: str, cure: str = WIDER) -> None:
-    """Raises ValueError on all ranks if one has seen values that are not finite, so that none waits in a collective."""
-    if all_reduce_max(not finite):
-        raise not_finite(what, cure)

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Iterator, Mapping
 
+from ..errors import coded
 from . import cgroups
 from .cgroups import PROCESS
 
@@ -47,8 +48,11 @@ def thread_variables(ranks: int, environ: Mapping[str, str]) -> dict[str, str]:
         cores = usable_cores()
         return {THREADS_VARIABLE: str(max(1, cores // ranks)), ALL_THREADS: str(cores)}
     if not all(number.strip().isdecimal() and int(number) > 0 for number in given.split(",")):
-        raise ValueError(f"{THREADS_VARIABLE} is {given!r}; it can be the number of threads of each rank, such as 4. "
-                         "Unset it to share the cores evenly.")  # fmt: skip
+        raise ValueError(coded(
+            "AV-1103",
+            f"{THREADS_VARIABLE} is {given!r}; it can be the number of threads of each rank, such as 4. Unset it to "
+            "share the cores evenly.",
+        ))  # fmt: skip
     return {THREADS_VARIABLE: given}
 
 

@@ -31,7 +31,7 @@ def resolve_kind(kind: str) -> str:
             host.warn_of_idle_npus()
         return found
     if not count_visible(kind):
-        reasons = " ".join(["", *host.problems()]) if kind == "npu" else ""
+        reasons = " ".join(["", *map(str, host.problems())]) if kind == "npu" else ""
         raise ValueError(
             f"device is {kind!r}, but no such device is visible. Set it to 'auto' to use an available one.{reasons}"
         )
@@ -88,7 +88,7 @@ def take(kind: str, local_rank: int) -> torch.device:
     device = torch.device(kind, local_rank)
     getattr(torch, kind).set_device(device)
     if (line := _line(device)) in host.UNFIT:
-        raise ValueError(host.unfit(line))
+        raise ValueError(str(host.unfit(line)))
     return device
 
 
@@ -119,6 +119,11 @@ def _line(device: torch.device) -> str | None:
         return None
     soc = torch.npu.utils.get_soc_version()
     return next((line for line, versions in _LINES.items() if soc in versions), None)
+
+
+def name(device: torch.device) -> str:
+    """The name that a driver has for `device`."""
+    return "CPU" if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -17,6 +17,7 @@ from typing import Callable, Mapping
 
 from msgspec.structs import replace
 
+from ..errors import coded
 from ..specs import OperatorSpec, ParallelSpec, TextEncoderSpec
 from . import cores, host
 
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Choice:
+class OneOf:
     """One of several words."""
 
     values: tuple[str, ...]
@@ -77,8 +78,8 @@ class Form:
         return self.words
 
 
-Legal = Choice | WholeNumber | Seconds | Form
-FLAG = Choice(("0", "1"))
+Legal = OneOf | WholeNumber | Seconds | Form
+FLAG = OneOf(("0", "1"))
 LONGEST_WAIT = 2**31 - 1  # seconds
 
 _NATURAL, _FRACTION, _TRUTH = r"[0-9]+", r"0?\.[0-9]+|0|1(\.0+)?", "True|False"
@@ -209,7 +210,7 @@ NPU = (
     Variable("PYTORCH_NPU_ALLOC_CONF", ALLOCATOR, "the device memory allocator; expandable_segments fragment less",
              "torch_npu; MindIE", "expandable_segments:True", unless="PYTORCH_ALLOC_CONF"),
     Variable("PYTORCH_ALLOC_CONF", ALLOCATOR, "the same by torch's name; only one of both may be set", "torch_npu"),
-    Variable("TASK_QUEUE_ENABLE", Choice(("0", "1", "2")), "the level of the operator launch queue",
+    Variable("TASK_QUEUE_ENABLE", OneOf(("0", "1", "2")), "the level of the operator launch queue",
              "torch_npu; MindIE", "2"),
     Variable("CPU_AFFINITY_CONF", AFFINITY, "binding of a rank's threads to cores", "torch_npu; MindIE", "1"),
     Variable("TOKENIZERS_PARALLELISM", TRUTH, "whether tokenizers start threads", "tokenizers; MindIE", "false"),
@@ -229,19 +230,19 @@ NPU = (
              "default: 60000)", "CANN"),
     # What each word means, and which card has it: HCCL's page of this variable. On an A2 and A3, HCCL takes its default
     # for another card's word; a 950 refuses it.
-    Variable("HCCL_OP_EXPANSION_MODE", Choice(tuple(dict.fromkeys(sum(_EXPANSIONS.values(), ())))),
+    Variable("HCCL_OP_EXPANSION_MODE", OneOf(tuple(dict.fromkeys(sum(_EXPANSIONS.values(), ())))),
              "what unfolds a collective: the host (HOST, HOST_TS), a card's AI CPU (AI_CPU, AICPU_TS, without a cache "
              "AICPU_CacheDisable), its vector cores (AIV) or its communication unit (CCU_MS, CCU_SCHED)", "CANN",
              remarks={"AIV": "HCCL supports AIV for one communicator at a time, so for a plan with one axis, without "
                              "fsdp, and waits at most 1091 s in a collective"},
-             on={line: Choice(words) for line, words in _EXPANSIONS.items()}),
+             on={line: OneOf(words) for line, words in _EXPANSIONS.items()}),
     Variable("HCCL_BUFFSIZE", WholeNumber(1), "MB of each of the two buffers of a communicator (HCCL's default: 200)",
              "torch_npu; CANN"),
     Variable("P2P_HCCL_BUFFSIZE", WholeNumber(0), "the same for point-to-point communication", "torch_npu"),
     Variable("ASCEND_RT_VISIBLE_DEVICES", CARDS, "the visible cards", "torch_npu: others are dropped; CANN"),
     Variable("ASCEND_LAUNCH_BLOCKING", FLAG, "synchronous operator launches, for debugging", "torch_npu",
              remarks={"1": "operators are launched synchronously, which overrides TASK_QUEUE_ENABLE and is slow"}),
-    Variable("MINDIE_SD_FA_TYPE", Choice(("prompt_flash_attn", "fused_attn_score", "ascend_laser_attention")),
+    Variable("MINDIE_SD_FA_TYPE", OneOf(("prompt_flash_attn", "fused_attn_score", "ascend_laser_attention")),
              "MindIE SD's operator for attention laser", "mindiesd",
              remarks=dict.fromkeys(("prompt_flash_attn", "fused_attn_score"), "attention laser uses this operator")),
     Variable("ASCEND_SLOG_PRINT_TO_STDOUT", FLAG, "CANN's log on the screen", "CANN"),
@@ -253,9 +254,9 @@ NPU = (
     # wait() erases the mark; with 2, it holds references instead. vLLM-Omni's recipe of Wan2.2-I2V requires 2 for such
     # ranks on NPUs, as marks let memory grow there (pytorch/pytorch#147168). torch_npu's page of the variable does not
     # recommend 2, as it may keep tensors for longer, and has 1 as the default.
-    Variable("MULTI_STREAM_MEMORY_REUSE", Choice(("0", "1", "2", "3")), "memory shared by streams", "torch_npu",
+    Variable("MULTI_STREAM_MEMORY_REUSE", OneOf(("0", "1", "2", "3")), "memory shared by streams", "torch_npu",
              sharded="2"),
-    Variable("NPU_ASD_ENABLE", Choice(("0", "1", "2", "3")), "detection of suspicious values", "torch_npu"),
+    Variable("NPU_ASD_ENABLE", OneOf(("0", "1", "2", "3")), "detection of suspicious values", "torch_npu"),
     Variable("INF_NAN_MODE_ENABLE", FLAG, "1: overflow is inf, 0: the largest number (old cards)", "torch_npu"),
     Variable("INF_NAN_MODE_FORCE_DISABLE", FLAG, "1 forces INF_NAN_MODE_ENABLE=0 on newer cards", "torch_npu"),
 )  # fmt: skip
@@ -267,7 +268,7 @@ _BY_NODES = dict.fromkeys(
 # The original systems' variables. On NPUs, they set defaults of OperatorSpec, ParallelSpec and TextEncoderSpec, or have
 # no effect. Other software uses these common names too, so they are ignored on a CPU and CUDA.
 ORIGINAL_VARIABLES = (
-    Variable("ALGO", Choice(("0", "1", "3")), "attention: 0 fused, 1 laser, 3 infer", "MindIE"),
+    Variable("ALGO", OneOf(("0", "1", "3")), "attention: 0 fused, 1 laser, 3 infer", "MindIE"),
     Variable("FAST_LAYERNORM", FLAG, "layer norm: 0 upcast to fp32, 1 fused", "MindIE"),
     Variable("USE_SUB_HEAD", WholeNumber(0, 1024), "heads per attention call; 0: all", "MindIE"),
     Variable("PRECISION", FLAG, "1: noise drawn on the CPU", "MindIE",
@@ -375,11 +376,7 @@ def suits_sharded(kind: str, environment: Mapping[str, str]) -> bool:
 
 def _on_npus(given: dict[str, str], own: Mapping[str, str], line: str | None, sharded: bool) -> dict[str, str]:
     """The environment on NPUs of a product line: `given`, checked, with defaults added."""
-    wrong = _wrong((*NPU, *ORIGINAL_VARIABLES), given, own, line)
-    if {"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} <= given.keys():
-        wrong.append("PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF are both set, but torch_npu uses only one. "
-                     "Unset one of them.")  # fmt: skip
-    _raise(wrong)
+    _raise(npu_variable_faults(given, own, line))
     rows = [row for row in NPU if row.unless not in given]
     defaults = {row.name: (sharded and row.sharded) or row.default for row in rows}
     chosen = {**{name: value for name, value in defaults.items() if value is not None}, **given}
@@ -407,26 +404,41 @@ def start_deadline(environ: Mapping[str, str]) -> float:
     """
     seconds = environ.get(START_DEADLINE, "").strip() or "300"
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", seconds) or float(seconds) == 0:
-        raise ValueError(f"{START_DEADLINE} is {seconds!r}; it can be the number of seconds until all ranks must be "
-                         "ready, such as 600. Unset it for 300.")  # fmt: skip
+        raise ValueError(coded(
+            "AV-1103",
+            f"{START_DEADLINE} is {seconds!r}; it can be the number of seconds until all ranks must be ready, such as "
+            "600. Unset it for 300.",
+        ))  # fmt: skip
     return float(seconds)
+
+
+def npu_variable_faults(
+    given: Mapping[str, str], own: Mapping[str, str], line: str | None
+) -> list[host.HostFault]:
+    """What is wrong with the variables of ranks on NPUs of a product line. own: the variables that the runtime sets."""
+    wrong = _wrong((*NPU, *ORIGINAL_VARIABLES), given, own, line)
+    if {"PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} <= given.keys():
+        both = "PYTORCH_NPU_ALLOC_CONF and PYTORCH_ALLOC_CONF are both set, but torch_npu uses only one."
+        wrong.append(host.HostFault("AV-1103", both, "Unset one of them."))
+    return wrong
 
 
 def _wrong(
     table: tuple[Variable, ...], given: Mapping[str, str], own: Mapping[str, str], line: str | None = None
-) -> list[str]:
-    """An error text for each variable of the table with an invalid value on this product line. own: the variables that
-    the runtime sets."""
+) -> list[host.HostFault]:
+    """What is wrong with each variable of the table whose value is invalid on this product line."""
     return [
-        f"{row.name} is {given[row.name]!r}; it can be {row.legal_on(line)} ({row.meaning}). " + (
+        host.HostFault(
+            "AV-1103",
+            f"{row.name} is {given[row.name]!r}; it can be {row.legal_on(line)} ({row.meaning}).",
             "Change it in the runtime's environment (`Runtime(environment=...)`)." if row.name in own else
-            f"In the shell that starts this process, `export {row.name}=VALUE` or `unset {row.name}`."
+            f"In the shell that starts this process, `export {row.name}=VALUE` or `unset {row.name}`.",
         )
         for row in table
         if given.get(row.name) and not row.legal_on(line).admits(given[row.name])
     ]  # fmt: skip
 
 
-def _raise(wrong: list[str]) -> None:
+def _raise(wrong: list[host.HostFault]) -> None:
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise ValueError("\n".join(map(str, wrong)))

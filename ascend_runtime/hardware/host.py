@@ -10,11 +10,14 @@ import logging
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator, Mapping
+
+from ..errors import coded
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,18 @@ SET_ENV = (
 DEVICE_OPTIONS = "/dev/davinci0 (one for each card), /dev/davinci_manager, /dev/devmm_svm and /dev/hisi_hdc"
 
 
+@dataclass(frozen=True)
+class HostFault:
+    """What is wrong with a host, and what cures it. code: of errors.CODES."""
+
+    code: str
+    found: str
+    cure: str
+
+    def __str__(self) -> str:
+        return coded(self.code, f"{self.found} {self.cure}")
+
+
 def cards() -> list[int]:
     """The NPUs of this machine or container, as the numbers of their device files."""
     return sorted(int(file.name[7:]) for file in DEVICE_FILES.glob("davinci[0-9]*") if file.name[7:].isdigit())
@@ -54,11 +69,12 @@ def npu_line() -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def unfit(line: str) -> str:
+def unfit(line: str) -> HostFault:
     """Why NPUs of a product line of UNFIT are refused."""
-    return (
-        f"This NPU is {UNFIT[line]}. Use cards of the A2, A3 or 950 series, such as those of an Atlas 800I A2 or A3; "
-        "or set device to 'cpu'."
+    return HostFault(
+        "AV-1008",
+        f"This NPU is {UNFIT[line]}.",
+        "Use cards of the A2, A3 or 950 series, such as those of an Atlas 800I A2 or A3; or set device to 'cpu'.",
     )
 
 
@@ -77,15 +93,15 @@ def visible_cards(environ: Mapping[str, str]) -> int:
     return len([card for card in chosen.split(",") if card.strip()]) if chosen else len(cards())
 
 
-def problems(environ: Mapping[str, str] = os.environ) -> list[str]:
+def problems(environ: Mapping[str, str] = os.environ) -> list[HostFault]:
     """The reasons why ranks with this environment cannot start on NPUs, each with its cure."""
-    return [*_packages(), *_driver(environ), *_cann(environ)]
+    return [*package_faults(), *driver_faults(environ), *cann_faults(environ)]
 
 
 def require_npu(environ: Mapping[str, str] = os.environ) -> None:
     """Raises ValueError with all `problems`, if there are any."""
     if found := problems(environ):
-        raise ValueError("Ranks cannot start on the NPUs of this host:\n- " + "\n- ".join(found))
+        raise ValueError("Ranks cannot start on the NPUs of this host:\n- " + "\n- ".join(map(str, found)))
     warn_of_mindiesd()
 
 
@@ -93,7 +109,8 @@ def require_npu(environ: Mapping[str, str] = os.environ) -> None:
 def warn_of_idle_npus() -> None:
     """Logs once why a host with torch_npu does not use NPUs."""
     if find_spec("torch_npu") is not None:
-        logger.warning("torch_npu is installed, but no NPU is used: %s", " ".join(problems() or ["none is visible."]))
+        logger.warning("torch_npu is installed, but no NPU is used: %s", 
+                       " ".join(map(str, problems())) or "none is visible.")  # fmt: skip
 
 
 @lru_cache(maxsize=None)
@@ -103,26 +120,30 @@ def warn_of_mindiesd() -> None:
         logger.warning("%s", fault)
 
 
-def mindiesd_fault() -> str | None:
+def mindiesd_fault() -> HostFault | None:
     """Why the installed MindIE SD cannot be used with this torch; None if it can be, or is not installed."""
-    sd, torch = _version("mindiesd"), _version("torch")
+    sd, torch = installed("mindiesd"), installed("torch")
     plugins = _mindiesd_plugins() if sd and torch else {}
     if not plugins:
         return None
     own = plugins.get(_release(torch))
     if own is None:
         made_for = ", ".join(sorted(plugins, key=lambda release: int(release[2:])))
-        return (
+        return HostFault(
+            "AV-1010",
             f"mindiesd {sd} has plug-ins for torch {made_for}, but this is torch {torch}, so its operators are not "
-            "used. Install one of these versions of torch and torch_npu, or uninstall mindiesd."
+            "used.",
+            "Install one of these versions of torch and torch_npu, or uninstall mindiesd.",
         )
     # As in the wheel 3.1.0 for Python 3.11 on x86_64. torch 2.9 changed the layout of what a plug-in registers
     # (c10::KernelFunction), so that loading this one ends the process.
     if _release(torch) == "2.9" and own and own == plugins.get("2.7"):
-        return (
+        return HostFault(
+            "AV-1010",
             f"mindiesd {sd} contains its plug-in for torch 2.7 as the one for torch 2.9, which would end the process, "
-            "so its operators are not used. Use torch 2.7 or 2.10 - 2.13, or a Python whose mindiesd is complete, such "
-            "as 3.12; or uninstall mindiesd."
+            "so its operators are not used.",
+            "Use torch 2.7 or 2.10 - 2.13, or a Python whose mindiesd is complete, such as 3.12; or uninstall "
+            "mindiesd.",
         )
     return None
 
@@ -139,60 +160,77 @@ def _mindiesd_plugins() -> dict[str, str | None]:
 # Checks
 
 
-def _packages() -> Iterator[str]:
+def package_faults() -> Iterator[HostFault]:
+    """Whether torch_npu is installed, for this torch."""
+    torch, npu = installed("torch"), installed("torch_npu")
     if find_spec("torch_npu") is None:
-        yield (
-            "torch_npu is not installed in this Python. Install the torch_npu of the same release as torch "
-            f"{_version('torch')}, and the CANN version that its documentation requires."
+        yield HostFault(
+            "AV-1006",
+            "torch_npu is not installed in this Python.",
+            f"Install the torch_npu of the same release as torch {torch}, and the CANN version that its documentation "
+            "requires.",
         )
-        return
-    torch, npu = _version("torch"), _version("torch_npu")
-    if torch and npu and _release(torch) != _release(npu):
-        yield (
-            f"torch is {torch} and torch_npu is {npu}, but their releases must match. Install torch "
-            f"{_release(npu)}, or torch_npu {_release(torch)}."
+    elif torch and npu and _release(torch) != _release(npu):
+        yield HostFault(
+            "AV-1003",
+            f"torch is {torch} and torch_npu is {npu}, but their releases must match.",
+            f"Install torch {_release(npu)}, or torch_npu {_release(torch)}.",
         )
 
 
-def _driver(environ: Mapping[str, str]) -> Iterator[str]:
+def driver_faults(environ: Mapping[str, str]) -> Iterator[HostFault]:
+    """Whether the driver, its device files and the chosen cards are there, and the cards can run the models."""
     there = cards()
     if (line := npu_line()) in UNFIT:
         yield unfit(line)
     if not there and shutil.which("npu-smi", path=environ.get("PATH")) is None:
-        yield (
-            f"There is no {DEVICE_FILES}/davinci* and no npu-smi: the NPU driver is not installed. Install it and the "
-            f"firmware; for a container, add the devices {DEVICE_OPTIONS}, and mount /usr/local/Ascend/driver and "
-            "/usr/local/bin/npu-smi."
+        yield HostFault(
+            "AV-1001",
+            f"There is no {DEVICE_FILES}/davinci* and no npu-smi: the NPU driver is not installed.",
+            f"Install it and the firmware; for a container, add the devices {DEVICE_OPTIONS}, and mount "
+            "/usr/local/Ascend/driver and /usr/local/bin/npu-smi.",
         )
     elif not there or not (DEVICE_FILES / "davinci_manager").exists():
         missing = "davinci_manager" if there else "davinci*"
-        yield (
-            f"There is no {DEVICE_FILES}/{missing}, although this host has the driver. For a container, add the "
-            f"devices {DEVICE_OPTIONS} (docker's --device); on the host itself, check `npu-smi info`."
+        yield HostFault(
+            "AV-1007",
+            f"There is no {DEVICE_FILES}/{missing}, although this host has the driver.",
+            f"For a container, add the devices {DEVICE_OPTIONS} (docker's --device); on the host itself, check "
+            "`npu-smi info`.",
         )
     chosen = re.findall(r"\d+", environ.get("ASCEND_RT_VISIBLE_DEVICES", ""))
     absent = [card for card in chosen if there and int(card) >= len(there)]
     if absent:
-        yield (
+        yield HostFault(
+            "AV-1009",
             f"ASCEND_RT_VISIBLE_DEVICES contains {', '.join(absent)}, but the {len(there)} card(s) here are numbered 0 "
-            f"to {len(there) - 1}. Use these numbers, or unset it."
+            f"to {len(there) - 1}.",
+            "Use these numbers, or unset it.",
         )
 
 
-def _cann(environ: Mapping[str, str]) -> Iterator[str]:
+def cann_faults(environ: Mapping[str, str]) -> Iterator[HostFault]:
+    """Whether CANN is set up, and its libraries can be loaded."""
     home = environ.get("ASCEND_HOME_PATH")
     if not home:
-        yield f"CANN is not set up: ASCEND_HOME_PATH is not set. {SET_ENV}."
+        yield HostFault("AV-1002", "CANN is not set up: ASCEND_HOME_PATH is not set.", f"{SET_ENV}.")
     elif not Path(home).is_dir():
-        yield f"CANN is not set up: ASCEND_HOME_PATH is {home!r}, which is not a folder. {SET_ENV}."
+        yield HostFault(
+            "AV-1002", f"CANN is not set up: ASCEND_HOME_PATH is {home!r}, which is not a folder.", f"{SET_ENV}."
+        )
     for library in LIBRARIES if home else ():
         try:
             ctypes.CDLL(library)  # uses the same search path as torch_npu
         except OSError as error:
-            yield f"CANN's {library} cannot be loaded ({error}). {SET_ENV}, and check that the driver is installed."
+            yield HostFault(
+                "AV-1002",
+                f"CANN's {library} cannot be loaded ({error}).",
+                f"{SET_ENV}, and check that the driver is installed.",
+            )
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -209,56 +247,82 @@ def _release(version: str) -> str:
 
 def _versions() -> str:
     names = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
-    return ", ".join(f"{name} {_version(name)}" for name in names if _version(name))
+    return ", ".join(f"{name} {installed(name)}" for name in names if installed(name))
 
 
 _LESS_ON_A_CARD = (
     "To use less, reduce the frames or the size; use more ranks per video; shard the weights by fsdp; set quantization "
     "to w8a8_dynamic, or the text encoder's placement to cpu"
 )
+# (a pattern in what a rank reported or printed last, the code of the cause, what helps). EI0002, EI0006: HCCL's codes.
 _CURES = (
-    (r"libascend_hal\.so|libdrvdsmi_host\.so|libdcmi\.so",
+    (r"libascend_hal\.so|libdrvdsmi_host\.so|libdcmi\.so", "AV-1001",
      "The NPU driver's libraries are missing: install the driver; for a container, mount /usr/local/Ascend/driver and "
      "add /usr/local/Ascend/driver/lib64 and its folders driver and common to LD_LIBRARY_PATH."),
-    (r"lib(hccl|ascendcl|acl_op_compiler|ge_runner|graph|acl_tdt_channel)\.so.*cannot open", f"{SET_ENV}."),
-    (r"cannot import name|undefined symbol|Failed to find function",
+    (r"lib(hccl|ascendcl|acl_op_compiler|ge_runner|graph|acl_tdt_channel)\.so.*cannot open", "AV-1002", f"{SET_ENV}."),
+    (r"cannot import name|undefined symbol|Failed to find function", "AV-1003",
      "Versions of packages or CANN do not match. Installed are {versions}. torch_npu must have torch's release, and "
      "CANN the version that torch_npu's documentation requires."),
-    (r"Unsupported soc version",
+    (r"Unsupported soc version", "AV-1004",
      "This torch_npu does not know this card. Installed are {versions}. For the 950 series, 2.7.1.post8, 2.9.0.post6 "
      "and 2.13.0 do, each with the CANN that its documentation requires."),
-    (r"Unrecognized (CachingAllocator option|key)",
+    (r"Unrecognized (CachingAllocator option|key)", "AV-1005",
      "This torch_npu does not know a key of PYTORCH_NPU_ALLOC_CONF. Installed are {versions}. Leave the key out, or "
      "install a torch_npu that has it."),
-    (r"HcclGetRootInfo.*error code is (7|11)\b",
+    (r"HcclGetRootInfo.*error code is (7|11)\b", "AV-1101",
      "HCCL could not bind its ports (60000 to 60031 by default), or not reach a rank through them. Leave "
      "HCCL_IF_BASE_PORT unset and HCCL_HOST_SOCKET_PORT_RANGE at auto; if CANN does not support the latter, run "
      "`sysctl -w net.ipv4.ip_local_reserved_ports=60000-60031`. End other programs that use the same cards."),
-    (r"(?<!CUDA )(?<!CUDA error: )\bout of memory\b",
+    (r"(?<!CUDA )(?<!CUDA error: )\bout of memory\b", "AV-1201",
      f"The card's memory is full. Check with `npu-smi info` whether another program uses it. {_LESS_ON_A_CARD}; set "
      "heads_per_call, or the variable TASK_QUEUE_ENABLE=1, as level 2 needs more memory for its queue."),
-    (r"CUDA (error: )?out of memory",
+    (r"CUDA (error: )?out of memory", "AV-1201",
      f"The GPU's memory is full. Check with `nvidia-smi` whether another program uses it. {_LESS_ON_A_CARD}."),
-    (r"DefaultCPUAllocator|\bMemoryError\b|Cannot allocate memory|std::bad_alloc",
+    (r"DefaultCPUAllocator|\bMemoryError\b|Cannot allocate memory|std::bad_alloc", "AV-1202",
      "This machine's memory is full, or a limit is reached (`ulimit -v`, a container's). Check with `free -h` and "
      "`docker stats` what uses it. To use less, reduce the frames or the size; set dtype bfloat16, half the size of a "
      "CPU's default float32; use fewer ranks, or shard the weights by fsdp; set quantization w8a8_dynamic; or end "
      "other programs."),
-    (r"can't start new thread|Thread creation failed|Resource temporarily unavailable",
+    (r"can't start new thread|Thread creation failed|Resource temporarily unavailable", "AV-1102",
      "No more threads can be started: check `ulimit -u`, `ulimit -v`, a container's limit (`docker run --pids-limit`). "
      "Reduce OMP_NUM_THREADS or the number of ranks."),
-    (r"was killed by SIGKILL",
+    (r"No space left on device", "AV-1316",
+     "A disk is full, or the memory for shared files. Check with `df -h`, and /dev/shm with it; in a container, give "
+     "more by `docker run --shm-size`."),
+    (r"\[Errno 5\]|Input/output error|Stale file handle|Transport endpoint is not connected", "AV-1313",
+     "The disk or the network share with the model's files returned an error. Check `dmesg` and the share's server, or "
+     "copy the files to another disk."),
+    (r"EI0006|Getting socket times out|connectFullMesh failed", "AV-1509",
+     "Ranks did not connect to each other. Check that each rank has a healthy card of its own (`npu-smi info`), and "
+     "that no firewall is between them. If a rank is only late, set HCCL_CONNECT_TIMEOUT to more seconds."),
+    (r"EI0002|Watchdog caught collective operation timeout|Timed out waiting \d+ms for (recv|send)", "AV-1508",
+     "A rank waited in a collective for one that did not come. See the log of the other ranks for an earlier error, "
+     "and `npu-smi info` for a card that is not healthy. If a step takes longer than HCCL_EXEC_TIMEOUT, set it to more "
+     "seconds."),
+    (r"was killed by SIGKILL", "AV-1501",
      "If nobody killed the rank, the kernel may have, because memory was full: check `dmesg`, and in a container its "
      "limit (`docker stats`). Each rank has its own weights: use fewer ranks, fsdp, dtype bfloat16 on a CPU, fewer "
      "frames, a smaller size or model, or a machine with more memory."),
-    (r"was killed by SIGBUS",
+    (r"was killed by SIGBUS", "AV-1502",
      "A model's file was truncated, or its disk failed, while ranks used it: on a CPU, weights are mapped from disk. "
      "Write the file again under another name, and rename it (mv) when it is complete; the next job starts new ranks. "
      "In a container, also check that shared memory is not full: `df /dev/shm`."),
 )  # fmt: skip
 
 
-def advise(failure: str) -> str:
-    """A rank's failure, with advice if its cause is known."""
-    cures = [cure.replace("{versions}", _versions()) for pattern, cure in _CURES if re.search(pattern, failure)]
-    return "\n".join([failure, *(f"What helps: {cure}" for cure in cures)])
+BY_THE_KERNEL = "by the kernel, as the host's memory was full"  # what the death of a rank says of itself
+_FULL = ("AV-1201", "AV-1202")  # a card's memory, and the host's
+
+
+def out_of_memory(failure: str) -> bool:
+    """Whether a rank failed because a device's memory, or the host's, did not suffice."""
+    found = any(code in _FULL and re.search(pattern, failure) for pattern, code, _ in _CURES)
+    return found or BY_THE_KERNEL in failure
+
+
+def advise(failure: str, code: str) -> str:
+    """A rank's failure, with the code of its cause in front, and advice if the cause is known. code: if it is not."""
+    cures = [cure for cure in _CURES if re.search(cure[0], failure)]
+    helps = [f"What helps ({known}): {text.replace('{versions}', _versions())}" for _, known, text in cures]
+    cause = cures[0][1] if cures else code
+    return "\n".join([coded(cause, failure), *helps])

@@ -17,6 +17,16 @@ def available(process: Path = cgroups.PROCESS) -> int:
     return min([psutil.virtual_memory().available, *_left_by_groups(process)])
 
 
+def kills(vmstat: Path = Path("/proc/vmstat")) -> int:
+    """The number of processes that the kernel has killed since it started because memory was full: the host's, or that
+    of a control group. 0 for kernels before 4.13, which do not count them."""
+    try:
+        counts = dict(line.split() for line in vmstat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(counts.get("oom_kill", 0))
+
+
 def _left_by_groups(process: Path) -> list[int]:
     return [left for folder in cgroups.folders("memory", process) if (left := _left(folder)) is not None]
 

@@ -1,4 +1,4 @@
-"""The FLOPs of a pass through a network."""
+"""The FLOPs of a pass through a network, and what tensor parallelism exchanges in it."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ class Work:
     @property
     def whole(self) -> float:
         return sum(block.whole for block in self.blocks) + self.rest
+
+
+@dataclass(frozen=True)
+class SlicedSums:
+    """What ranks of tensor parallelism exchange in a pass.
+
+    reduced: bytes of a rank's tensors that are all-reduced. gathered: bytes of whole outputs, of each of which a rank
+    computes its slice and gathers the others. reductions, gathers: the number of such exchanges.
+    """
+
+    reduced: int
+    reductions: int
+    gathered: int = 0
+    gathers: int = 0

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ..specs import Calibration, VaeForm
 from ..specs.presets import FamilyPresets
 from .core_text import CoreText
-from .cost import PassSize, Work
+from .cost import PassSize, SlicedSums, Work
 from .defaults import Defaults
+from .hubs import PublishedModel
 from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
@@ -190,6 +191,7 @@ class Family(ABC):
         None: MindSpeed-MM does not support the family.
     mask_channels: the numbers of channels that a conditioning's `concat_mask` can have.
     core_text: how core ComfyUI encodes its prompts; None: core does not know the family.
+    deals_tiles: whether several ranks can share the published tiles of its VAE.
 
     Transformer configs are those that diffusers writes.
     """
@@ -207,6 +209,7 @@ class Family(ABC):
     to_mindspeed: Callable[[str], str] | None = None
     mask_channels: frozenset[int] = frozenset({1})
     core_text: CoreText | None = None
+    deals_tiles: bool = False
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -261,7 +264,21 @@ class Family(ABC):
         """The published calibration of step caches for an expert of this model and frames of this number of pixels."""
         return Calibration()
 
+    @property
+    def published(self) -> Mapping[str, PublishedModel]:
+        """The published models by name."""
+        return {}
+
     # Cost of a pass
+
+    @property
+    def text_tokens(self) -> int:
+        """The most tokens of a prompt that a transformer reads."""
+        return 512
+
+    def per_token(self, config: Mapping[str, Any]) -> bool:
+        """Whether each token has its own timestep if an image or frames of the video are known."""
+        return False
 
     @abstractmethod
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -270,6 +287,10 @@ class Family(ABC):
     @abstractmethod
     def width(self, config: Mapping[str, Any]) -> int:
         """The number of channels of a token in the blocks."""
+
+    def heads(self, config: Mapping[str, Any]) -> int:
+        """The number of heads of the blocks' attention."""
+        return config["num_attention_heads"]
 
     @abstractmethod
     def text_width(self, config: Mapping[str, Any]) -> int:
@@ -291,6 +312,13 @@ class Family(ABC):
     @abstractmethod
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype."""
+
+    @abstractmethod
+    def sliced_sums(
+        self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
+    ) -> SlicedSums:
+        """What ranks of tensor parallelism exchange in a pass. video: the tokens on the rank that are the video's and
+        no padding. itemsize: of the blocks' dtype. again: whether an earlier pass had the same text."""
 
     # Networks and what they need
 

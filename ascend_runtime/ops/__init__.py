@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..errors import coded_error
 from ..specs import OperatorSpec
 from .plain import PlainOperators
 
@@ -44,9 +45,10 @@ def check_quantized(device: torch.device, dtype: torch.dtype, formats: Iterable[
 
         ascend.check_card_quantized(device, dtype, formats)
     elif device.type == "npu":
-        raise ValueError(
+        raise coded_error(
+            "AV-1407",
             f"{OPERATORS_VARIABLE} is 'torch', which has no quantized linear layers on an NPU. Unset it, or do not "
-            "quantize."
+            "quantize.",
         )
 
 

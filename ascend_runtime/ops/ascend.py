@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import coded_error
 from ..hardware import devices
 from ..specs import OperatorSpec
 from . import ascend_attention, card_rules
@@ -54,14 +55,16 @@ class AscendOperators(PlainOperators):
 
     def _check(self, spec: OperatorSpec) -> None:
         if spec.attention in ("laser", "infer", "fastest", "fp8") and self._dtype not in HALVES:
-            raise ValueError(
+            raise coded_error(
+                "AV-1412",
                 f"attention is {spec.attention!r}, which supports bfloat16 and float16, but the model's dtype is "
-                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these, or attention to 'auto'."
+                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these, or attention to 'auto'.",
             )
         if spec.attention in ("laser", "fastest") and mindiesd() is None:
-            raise ValueError(
+            raise coded_error(
+                "AV-1417",
                 f"attention is {spec.attention!r}, which needs MindIE SD, but mindiesd cannot be imported. Install the "
-                "mindiesd that fits this torch, or set attention to 'auto'."
+                "mindiesd that fits this torch, or set attention to 'auto'.",
             )
         if spec.attention in ("laser", "infer", "fp8"):
             dtype = torch.float8_e4m3fn if spec.attention == "fp8" else self._dtype
@@ -122,15 +125,17 @@ class AscendOperators(PlainOperators):
 
     def check_sparse(self) -> None:
         if mindiesd() is None:
-            raise ValueError(
+            raise coded_error(
+                "AV-1417",
                 "RainFusion needs MindIE SD's operator, but mindiesd cannot be imported. Install the mindiesd that "
                 "fits this torch. Or turn RainFusion off; AttentionCache, the block cache and the step caches work "
-                "without it."
+                "without it.",
             )
         if self._dtype not in HALVES:
-            raise ValueError(
+            raise coded_error(
+                "AV-1412",
                 "RainFusion's operator supports bfloat16 and float16, but the model's dtype is "
-                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these."
+                f"{str(self._dtype).removeprefix('torch.')}. Set dtype to one of these.",
             )
 
     # Norms
@@ -271,9 +276,10 @@ def check_card_quantized(device: torch.device, dtype: torch.dtype, formats: Iter
     for name in formats:
         card_rules.require_format(devices.card(device), name)
     if dtype not in HALVES:
-        raise ValueError(
+        raise coded_error(
+            "AV-1412",
             f"An NPU's quantized linear layers return bfloat16 or float16, but the model's dtype is "
-            f"{str(dtype).removeprefix('torch.')}. Set dtype to 'auto', or to one of these."
+            f"{str(dtype).removeprefix('torch.')}. Set dtype to 'auto', or to one of these.",
         )
 
 

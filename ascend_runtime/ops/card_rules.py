@@ -17,6 +17,8 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import coded_error
+
 SERIES = {"a2": "the A2 series", "a3": "the A3 series", "a5": "the 950 series"}
 
 Dtypes = tuple[torch.dtype, ...]
@@ -237,10 +239,10 @@ def require_operator(card: str | None, operator: str, dtype: torch.dtype, advice
     where = f"on cards of {SERIES[card]}" if card else "on any card"
     taken = rule[card].dtypes if card else ()
     if taken:
-        raise ValueError(f"{operator} takes {_names(taken)} {where}, not {_name(dtype)}. {advice}")
+        raise coded_error("AV-1412", f"{operator} takes {_names(taken)} {where}, not {_name(dtype)}. {advice}")
     others = [SERIES[other] for other in SERIES if dtype in rule[other].dtypes]
     only = f" It is for cards of {' and '.join(others)}." if others else ""
-    raise ValueError(f"{operator} does not work in {_name(dtype)} {where}.{only} {advice}")
+    raise coded_error("AV-1412", f"{operator} does not work in {_name(dtype)} {where}.{only} {advice}")
 
 
 def require_format(card: str | None, name: str) -> None:
@@ -249,9 +251,10 @@ def require_format(card: str | None, name: str) -> None:
     if supports(card, "npu_quant_matmul", kept):
         return
     able = " and ".join(SERIES[other] for other in SERIES if supports(other, "npu_quant_matmul", kept))
-    raise ValueError(
+    raise coded_error(
+        "AV-1407",
         f"The model is quantized as {name}, which only cards of {able} compute; this card is of {SERIES[card]}. Load "
-        "the model's W8A8_DYNAMIC, bf16 or fp16 form."
+        "the model's W8A8_DYNAMIC, bf16 or fp16 form.",
     )
 
 
@@ -265,9 +268,10 @@ def check_attention(operator: str, query: Tensor, key: Tensor) -> None:
     if head_dim % limits.multiple:
         wrong.append(f"{head_dim} values per head (a multiple of {limits.multiple})")
     if wrong:
-        raise ValueError(
+        raise coded_error(
+            "AV-1417",
             f"{operator} does not take {', '.join(wrong)}. Set attention to 'plain', or make a smaller or shorter "
-            "video."
+            "video.",
         )
 
 
@@ -275,7 +279,9 @@ def check_head_dim(operator: str, head_dim: int, advice: str) -> None:
     """Raises ValueError with `advice` for heads of a size that the operator does not take."""
     if head_dim not in HEAD_DIMS[operator]:
         sizes = " or ".join(map(str, HEAD_DIMS[operator]))
-        raise ValueError(f"{operator} takes heads of {sizes} values, but this model's have {head_dim}. {advice}")
+        raise coded_error(
+            "AV-1417", f"{operator} takes heads of {sizes} values, but this model's have {head_dim}. {advice}"
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

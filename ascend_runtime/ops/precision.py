@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from ..errors import coded_error
 from ..hardware import devices
 from .card_rules import SERIES, supports
 
@@ -104,50 +104,9 @@ def check_strict(device: torch.device) -> None:
     card = devices.card(device)
     if device.type != "npu" or supports(card, "convolution_without_hf32", torch.float32):
         return
-    raise ValueError(
+    raise coded_error(
+        "AV-1412",
         f"dtype is 'float32_strict', but convolutions on cards of {SERIES[card]} round float32 to HF32 (10 bits of "
         "mantissa): CANN's aclnnConvolution has no other way there. Set dtype to 'float32', which uses HF32, or to "
-        "'auto', which is bfloat16."
+        "'auto', which is bfloat16.",
     )
-
-
-# Values that are not finite
-
-WIDER = (
-    "If the checkpoint is valid, the dtype's range is too small: try dtype bfloat16 instead of float16, or float32."
-)
-
-
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Raises ValueError for NaN or infinite values, with advice."""
-    if not is_finite(tensor):
-        raise not_finite(what)
-
-
-class Finite:
-    """Whether all values of the tensors that it has seen are finite. The answer stays on their device until it is
-    read, so that a check does not wait for the device."""
-
-    def __init__(self) -> None:
-        self._seen: Tensor | None = None
-
-    def see(self, x: Tensor) -> None:
-        """Checks x slice by slice, as torch would copy a tensor that is not contiguous."""
-        extremes = torch.stack([extreme for part in x for extreme in torch.aminmax(part)])
-        finite = torch.isfinite(extremes).all()
-        self._seen = finite if self._seen is None else self._seen & finite
-
-    def __bool__(self) -> bool:
-        return self._seen is None or bool(self._seen)
-
-
-def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether all values are finite, also in `dtype` if given. Checks only the minimum and the maximum, which are NaN
-    if any value is."""
-    if not (tensor.is_floating_point() and tensor.numel()):
-        return True
-    return all(torch.isfinite(extreme.to(dtype or tensor.dtype)) for extreme in torch.aminmax(tensor))
-
-
-def not_finite(what: str, cure: str = WIDER) -> ValueError:
-    return ValueError(f"{what} has NaN or infinite values. {cure}")

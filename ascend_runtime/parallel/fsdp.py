@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..checkpoints.reader import assign
+from ..errors import coded_error
 from .direct_gather import DirectGather
 from .mesh import group_along
 from .tensor import TensorParallel, WholeWeights, slice_of
@@ -123,9 +124,10 @@ class ShardedWeights:
         except RuntimeError as error:
             if "can require gradients" not in str(error):
                 raise
-            raise ValueError(
+            raise coded_error(
+                "AV-1415",
                 f"fsdp of torch {torch.__version__} cannot shard 8-bit weights. Use torch 2.13, or turn fsdp off, or "
-                "set quantization to 'none' with the model's floating-point files."
+                "set quantization to 'none' with the model's floating-point files.",
             ) from error
 
 

@@ -150,6 +150,13 @@ def all_reduce_max(value: int) -> int:
     return int(verdict)
 
 
+def all_reduce_max_of(values: Tensor) -> Tensor:
+    """The maxima over all ranks, elementwise, as `all_reduce_max`, of values [N] on the CPU, of which none is NaN."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def all_alike(value: object) -> bool:
     """Whether `value` is written (repr) alike on all ranks. All ranks must call it."""
     digest = zlib.crc32(repr(value).encode())

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..specs import ParallelSpec, VideoSize
-from .facts import Machine, Model, Prediction, Video
+from ..errors import coded_error
+from ..specs import VideoSize
+from . import exchange, memory, seconds
+from .choosing import words
+from .choosing.arrangements import Fixed, arrangements, tiles_of
+from .choosing.sizes import by_frames, by_picture, size_of
+from .facts import Arrangement, Machine, Memory, Model, Prediction, Video
 from .rates import Rates
 
-
-@dataclass(frozen=True)
-class Fixed:
-    """What the user has decided; "auto", None or 0 is left to the planner."""
-
-    parallel: ParallelSpec = ParallelSpec()
-    experts: str = "auto"
-    encoder: str = "auto"
-    tiles: str = "auto"
+__all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """fitting: the arrangements that fit, the fastest first, which is chosen. others: those that do not fit."""
+    """fitting: the arrangements that fit, the fastest first, which is chosen. others: those that do not fit. rates:
+    in a few words, where the predicted seconds come from."""
 
     fitting: tuple[Prediction, ...]
     others: tuple[Prediction, ...] = ()
+    machine: Machine | None = None
+    rates: str = ""
 
     @property
     def chosen(self) -> Prediction:
@@ -33,15 +33,89 @@ class Choice:
     @property
     def line(self) -> str:
         """What was chosen, why, and what it is predicted to take, in one line."""
-        raise NotImplementedError
+        return words.line(self.fitting, self.others, self.machine, self.rates)
 
 
 def choose(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed()) -> Choice:
-    """Nothing that changes a video's values is ever chosen. Raises ValueError, with the numbers and the nearest size
-    that fits, if nothing fits."""
-    raise NotImplementedError
+    """Nothing that changes a video's values is ever chosen, but blended tiles of the VAE if the whole plane does not
+    fit. Raises ValueError, with the numbers and the nearest size that fits, if nothing fits."""
+    choice = choice_of(model, video, machine, rates, fixed)
+    if not choice.fitting:
+        raise refusal(model, video, machine, fixed, choice.others)
+    return choice
+
+
+def choice_of(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed()) -> Choice:
+    """As `choose`, with nothing in `fitting` if nothing fits."""
+    found: list[Prediction] = []
+    for tiles in tiles_of(model, machine, fixed):
+        made = arrangements(model, video, machine, fixed, tiles)
+        found += [prediction(model, video, one, machine, rates) for one in made]
+        if any(fits(one.memory, machine) for one in found):
+            break
+    fitting = sorted((one for one in found if fits(one.memory, machine)), key=_speed)
+    others = (one for one in found if not fits(one.memory, machine))
+    return Choice(tuple(fitting), tuple(others), machine, words.source(rates))
+
+
+def prediction(model: Model, video: Video, one: Arrangement, machine: Machine, rates: Rates) -> Prediction:
+    return Prediction(
+        arrangement=one,
+        seconds=seconds.predicted(model, video, one, machine, rates),
+        memory=memory.predicted(model, video, one, machine),
+        sent=exchange.sent(model, video, one),
+        read=seconds.bytes_read(model),
+    )
+
+
+def _speed(one: Prediction) -> float:
+    """The seconds of a job whose weights are loaded, in 3 digits: what is equal in these is left in its order."""
+    running = sum(taken for stage, taken in one.seconds.items() if stage != "load")
+    return float(f"{running:.3g}")
+
+
+def fits(taken: Memory, machine: Machine) -> bool:
+    """Whether a job's memory fits. On a CPU the ranks' memory is the host's."""
+    return excess(taken, machine) <= 1
+
+
+def excess(taken: Memory, machine: Machine) -> float:
+    """What is needed of what there is; above 1 it does not fit."""
+    on_host = taken.host_total + (machine.ranks * taken.device_peak if machine.kind == "cpu" else 0)
+    return max(taken.device_peak / max(machine.device_memory, 1), on_host / max(machine.host_memory, 1))
 
 
 def nearest_size(model: Model, video: Video, machine: Machine, fixed: Fixed = Fixed()) -> VideoSize | None:
-    """The largest video of about the same proportions that fits; None: no video does."""
-    raise NotImplementedError
+    """The largest video of about the same proportions that fits, with fewer frames or smaller ones; None: no video
+    does."""
+    found = [one for one in nearest_sizes(model, video, machine, fixed) if one is not None]
+    return max(found, key=lambda one: one.width * one.height * one.num_frames, default=None)
+
+
+def nearest_sizes(
+    model: Model, video: Video, machine: Machine, fixed: Fixed = Fixed()
+) -> tuple[VideoSize | None, VideoSize | None]:
+    """(the same picture with the most frames that fit, the same number of frames with the largest picture that
+    fits)."""
+    form = model.family.form(model.experts[0].config)
+
+    def is_fitting(size: VideoSize) -> bool:
+        other = replace(video, shape=(video.shape[0], *form.latent_shape(size)[1:]))
+        return any(
+            fits(memory.predicted(model, other, one, machine), machine)
+            for tiles in tiles_of(model, machine, fixed)
+            for one in arrangements(model, other, machine, fixed, tiles)
+        )
+
+    size = size_of(video, form)
+    return by_frames(size, form, is_fitting), by_picture(size, form, is_fitting)
+
+
+def refusal(
+    model: Model, video: Video, machine: Machine, fixed: Fixed, others: tuple[Prediction, ...]
+) -> ValueError:
+    """The error for a video that fits in no way. others: all arrangements, none of which fits."""
+    least = min(others, key=lambda one: excess(one.memory, machine))
+    size = size_of(video, model.family.form(model.experts[0].config))
+    near = nearest_sizes(model, video, machine, fixed)
+    return coded_error("AV-1210", words.refusal(model.defaults.name, size, machine, least, near))

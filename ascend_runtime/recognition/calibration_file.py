@@ -12,6 +12,7 @@ from ..checkpoints.bounded import MAX_NAME_LENGTH, read_bounded
 from ..checkpoints.digest import DIGEST_BYTES
 from ..checkpoints.faults import shown
 from ..checkpoints.paths import CALIBRATION, file_of
+from ..errors import coded_error
 from ..specs import Calibration
 from ..specs.record import MAX_NAME
 
@@ -36,7 +37,9 @@ def read_calibration(path: str) -> dict[str, Calibration]:
             raise ValueError(f"it has {len(found)} experts, with names such as '{shown(next(iter(found)))}'")
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         why = shown(error)
-        raise ValueError(f"{file} is not a calibration ({why}). Remove it, or calibrate the model again.") from None
+        raise coded_error(
+            "AV-1309", f"{file} is not a calibration ({why}). Remove it, or calibrate the model again."
+        ) from None
     return found
 
 

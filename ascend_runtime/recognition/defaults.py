@@ -10,6 +10,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from ..checkpoints.bounded import read_json
+from ..errors import coded_error
 from ..models.defaults import Defaults
 from ..specs import SampleSpec, VideoSize
 from .component import Component
@@ -78,4 +79,4 @@ def _own(file: Path, published: str) -> DefaultsFile:
     try:
         return msgspec.convert(content, DefaultsFile)
     except ValueError as error:
-        raise ValueError(f"{file} cannot be used: {error} {advice}") from None
+        raise coded_error("AV-1309", f"{file} cannot be used: {error} {advice}") from None

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 from ..checkpoints.bounded import plain_file_name, read_json
 from ..checkpoints.faults import MAX_NAMES, as_value_error, shown
 from ..checkpoints.shards import all_shards
+from ..errors import coded_error
 from ..models.family import TRANSFORMER, TRANSFORMER_2, Family, OriginalLayout
 from ..models.registry import families
 
@@ -29,7 +30,7 @@ def folder_of(root: Path, part: str) -> Path | None:
                      ([base / name for name in names] for base in bases) if any(map(Path.is_dir, paths))]  # fmt: skip
             if len(found) > 1:
                 models = listed_names(path.parent.name for path in found)
-                raise ValueError(f"{root} holds several models: {models}. Give the folder of one.")
+                raise coded_error("AV-1310", f"{root} holds several models: {models}. Give the folder of one.")
             if found:
                 return found[0]
     return None
@@ -98,9 +99,11 @@ def has_low_noise(path: str) -> bool:
         there = next((name for name in layout.folders.get(TRANSFORMER, ()) if (root / name).is_dir()), None)
         if there and TRANSFORMER_2 in layout.folders:
             other = layout.folders[TRANSFORMER_2][0]
-            raise ValueError(f"{root} has a {there}, but no {other} next to it. Download that too.")
+            raise coded_error("AV-1307", f"{root} has a {there}, but no {other} next to it. Download that too.")
     if is_in_index(root, TRANSFORMER_2):
-        raise ValueError(f"{root / 'model_index.json'} lists a transformer_2, which is missing. Download that too.")
+        raise coded_error(
+            "AV-1307", f"{root / 'model_index.json'} lists a transformer_2, which is missing. Download that too."
+        )
     return False
 
 
@@ -135,11 +138,15 @@ def shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:
                 raise ValueError(f"it names {strange[0]!r}, which is not the name of a file next to it")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
-            raise ValueError(f"{folder} lacks {listed_names(missing) or 'weights'}, see {index.name}. Download them.")
+            raise coded_error(
+                "AV-1307", f"{folder} lacks {listed_names(missing) or 'weights'}, see {index.name}. Download them."
+            )
         return tuple(folder / name for name in names)
     shards = _preferred(folder, pattern, standard)
     if not shards:
-        raise ValueError(f"{folder} has no {pattern.lstrip('*')} file. Download the weights next to config.json.")
+        raise coded_error(
+            "AV-1307", f"{folder} has no {pattern.lstrip('*')} file. Download the weights next to config.json."
+        )
     return shards
 
 

@@ -14,6 +14,7 @@ from ..checkpoints.fused import targets_of
 from ..checkpoints.renaming import is_tokenizer
 from ..checkpoints.shards import one_of_several
 from ..checkpoints.states import content_state, files_of
+from ..errors import coded_error
 from ..models.family import TRANSFORMER, Part
 from ..models.registry import families, family
 from ..models.shapes import Shapes, count
@@ -82,7 +83,7 @@ def recognise(part: str, shards: tuple[Path, ...], _: tuple) -> Recognised:
             first_blocks.append(tuple(count(shapes, prefix) if stages else 0 for prefix in kind.part.blocks))
             shapes |= {renumbered(kind, name, first_blocks[-1]): shape for name, shape in held_by.items()}
     _require_whole(kind, shards, shapes)
-    with as_value_error(shards[0], f"the {kind.what} in it"):
+    with as_value_error(shards[0], f"the {kind.what} in it", "AV-1401"):
         return Recognised(kind, kind.part.config(shapes), tuple(first_blocks), has_tokenizer, prefix)
 
 
@@ -94,12 +95,32 @@ def _kind_of(part: str, shards: Sequence[Path], held: Shapes) -> Kind:
         return found[0]
     if found:
         what = " and ".join(f"a {kind.what}" for kind in found)
-        raise ValueError(f"{shards[0]} holds {what}. Save the one that you want into a separate file.")
-    hint = _hint_of_other(candidates, held) or (len(shards) == 1 and one_of_several(shards[0]))
+        raise coded_error("AV-1310", f"{shards[0]} holds {what}. Save the one that you want into a separate file.")
+    code, hint = _unlike(candidates, shards, held)
     wanted = " and not ".join(
         f"a {kind.what} (it has neither {' nor '.join([*kind.part.signature][:2])})" for kind in candidates
     )
-    raise ValueError(f"{shards[0]} is not {wanted}. {hint or f'Its first tensors are {_first(held)}.'}")
+    raise coded_error(code, f"{shards[0]} is not {wanted}. {hint}")
+
+
+def _unlike(candidates: Sequence[Kind], shards: Sequence[Path], held: Shapes) -> tuple[str, str]:
+    """(a code, a sentence about files that hold none of these kinds)"""
+    if hint := _hint_of_other(candidates, held):
+        return "AV-1311", hint
+    others = [kind for kind in kinds() if kind not in candidates and _holds(kind, shards[0], held)]
+    if others:
+        return "AV-1402", f"It is {' and '.join(f'a {kind.what}' for kind in others)}."
+    if len(shards) == 1 and (hint := one_of_several(shards[0])):
+        return "AV-1307", hint
+    return "AV-1308", f"Its first tensors are {_first(held)}."
+
+
+def _holds(kind: Kind, file: Path, held: Shapes) -> bool:
+    """Whether a file holds at least one network of this kind."""
+    try:
+        return _is_signed(kind, file, held)
+    except ValueError:  # several of them
+        return True
 
 
 def _hint_of_other(candidates: Iterable[Kind], held: Shapes) -> str:
@@ -113,15 +134,15 @@ def _require_whole(kind: Kind, shards: tuple[Path, ...], shapes: Shapes) -> None
     hint = kind.part.other(shapes) or (missing and len(shards) == 1 and one_of_several(shards[0]))
     if missing:
         hint = hint or kind.part.incomplete(shapes) or "Download it again."
-        raise ValueError(f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. {hint}")
+        raise coded_error("AV-1307", f"{shards[0]} lacks {', '.join(missing)} of a {kind.what}. {hint}")
     if hint:
-        raise ValueError(f"{shards[0]} is not a plain {kind.what}. {hint}")
+        raise coded_error("AV-1311", f"{shards[0]} is not a plain {kind.what}. {hint}")
     misshapen = [
         f"{name} is {list(shapes[name])}, and must have {dims} dims" for name, dims in signature.items()
         if len(shapes[name]) != dims or 0 in shapes[name]
     ]  # fmt: skip
     if faults := list_faults({"of the wrong shape": misshapen}):
-        raise ValueError(f"{shards[0]} is not a complete {kind.what}. Tensors {faults}. Download it again.")
+        raise coded_error("AV-1302", f"{shards[0]} is not a complete {kind.what}. Tensors {faults}. Download it again.")
 
 
 def is_part(part: str, file: Path) -> bool:
@@ -191,9 +212,10 @@ def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
         found = {prefix for prefix in found if not IMAGE_ENCODERS.search(prefix)}
     if len(found) > 1 and "" not in found:
         first = ", ".join(map(shown, sorted(found)[:MAX_PREFIXES])) + ", ..." * (len(found) > MAX_PREFIXES)
-        raise ValueError(
+        raise coded_error(
+            "AV-1310",
             f"{file} holds {len(found)} networks, each a {kind.what}: {first}. Save the one that you want into a "
-            "separate file."
+            "separate file.",
         )
     return found.pop() if len(found) == 1 else ""
 

@@ -15,6 +15,7 @@ from ..checkpoints.paths import DEFAULTS, existing, file_of
 from ..checkpoints.states import states
 from ..checkpoints.tokenizers.bpe import VOCABULARY
 from ..checkpoints.tokenizers.steps import JSON
+from ..errors import coded_error
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
@@ -67,12 +68,13 @@ def find_component(path: str, name: str) -> Component:
     if not (folder / "config.json").is_file():
         if loose := sorted(root.glob("*.safetensors")):
             which = f"its file {loose[0].name}" if len(loose) == 1 else f"one of its files, such as {loose[0].name}"
-            raise ValueError(f"{root} is not a model's folder: it has no {name}/config.json. Give {which}.")
+            raise coded_error("AV-1301", f"{root} is not a model's folder: it has no {name}/config.json. Give {which}.")
         held = listed_names(entry.name for entry in root.iterdir()) or "nothing"
         published = " or ".join(one.repository for one in families().values())
-        raise ValueError(
+        raise coded_error(
+            "AV-1301",
             f"{root} has no {name}/config.json; it holds {held}. Give a folder of diffusers or of the original model, "
-            f"such as a download of {published} from Hugging Face or ModelScope."
+            f"such as a download of {published} from Hugging Face or ModelScope.",
         )
     return _of_diffusers(folder, name)
 
@@ -107,7 +109,7 @@ def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> K
     of the shards holds that can be recognised. Raises ValueError for an unknown one."""
     candidates = kinds(part_of(name))
     if not candidates:
-        raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
+        raise coded_error("AV-1308", f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
         if kind.part.config_in(config) is not None:
             return kind
@@ -117,7 +119,9 @@ def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> K
     wanted = " or ".join(f"a {kind.part.class_name[1]}" for kind in candidates)
     what = next((text for kind in candidates for name, text in kind.part.other_classes.items() if name == named), "")
     what = f" That is {what}, which is not supported." if what else ""
-    raise ValueError(f"{folder} holds a {shown(named)}; it must hold {wanted}.{what}")
+    others = [kind.part.class_name[1] for kind in kinds()]
+    code = "AV-1311" if what else "AV-1402" if named in others else "AV-1308"
+    raise coded_error(code, f"{folder} holds a {shown(named)}; it must hold {wanted}.{what}")
 
 
 def _find_transformer(root: Path, name: str) -> Component:
@@ -156,9 +160,10 @@ def _check_hidden(file: Path) -> None:
         for name, default in kind.part.hidden.items():
             value = own.get(name, default)
             if _as_list(config.get(name, value)) != _as_list(value):
-                raise ValueError(
+                raise coded_error(
+                    "AV-1311",
                     f"The config.json next to {file} sets {name} to {shown(config[name])}, but a single file is read "
-                    f"without its config, with {value}. Give its folder: {file.parent}."
+                    f"without its config, with {value}. Give its folder: {file.parent}.",
                 )
 
 
@@ -211,7 +216,7 @@ def _find_file(path: str, part: str) -> Component | None:
     wanted = [kind for kind in kinds(part) if family is None or kind.family == family.name]
     what = " or ".join(kind.what for kind in wanted)
     if len(files) > MAX_TORCH_FILES:
-        raise ValueError(f"{root} holds {len(files)} torch.save files. Give the file of the {what}.")
+        raise coded_error("AV-1310", f"{root} holds {len(files)} torch.save files. Give the file of the {what}.")
     unreadable = []
     for file in files:
         try:
@@ -222,8 +227,11 @@ def _find_file(path: str, part: str) -> Component | None:
     if unreadable or family is not None:
         more = f"{len(unreadable) - MAX_FAULTS} more files are unreadable." if len(unreadable) > MAX_FAULTS else ""
         published = " or ".join(kind.part.published for kind in wanted)
-        raise ValueError(
-            " ".join((f"{root} holds no {what}. Download {published} into it.", *unreadable[:MAX_FAULTS], more)).strip()
+        raise coded_error(
+            "AV-1307",
+            " ".join(
+                (f"{root} holds no {what}. Download {published} into it.", *unreadable[:MAX_FAULTS], more)
+            ).strip(),
         )
     return None
 

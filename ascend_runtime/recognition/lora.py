@@ -22,10 +22,11 @@ from ..checkpoints.faults import list_faults
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
 from ..checkpoints.fused import row_faults, targets_of
 from ..checkpoints.states import states
+from ..errors import coded_error
 from ..models.family import LoraNames
 from ..models.shapes import Shapes
-from ..ops.precision import is_finite
-from .lora_changes import WeightChange, Difference, change_of
+from ..ops.finite import is_finite
+from .lora_changes import Difference, WeightChange, change_of
 from .lora_keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
 from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 
@@ -58,8 +59,9 @@ class LoraFile:
 def fingerprint(path: str) -> tuple:
     """A value that changes with the file, or PEFT's configuration next to it. Raises ValueError if there is no file."""
     if not Path(path).is_file():
-        raise ValueError(
-            f"There is no LoRA {path}. Give the path of a .safetensors file; ComfyUI's LoRAs belong in models/loras."
+        raise coded_error(
+            "AV-1301",
+            f"There is no LoRA {path}. Give the path of a .safetensors file; ComfyUI's LoRAs belong in models/loras.",
         )
     state, config = Path(path).stat(), config_file(Path(path))
     return path, state.st_size, state.st_mtime_ns, config and states((config,))
@@ -94,9 +96,10 @@ def read_lora(
         _check_faults(path, found.faults, bool(file.shapes))
         reason = names.made_for(others, shapes, found.left_out)
         if not changes and misfits == "refuse" and (found.layers or not found.other_expert):
-            raise ValueError(
+            raise coded_error(
+                "AV-1404",
                 f"{path} is not a LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
-                f"Tensors {list_faults(found.left_out)}. Nothing was changed. Use a LoRA made for this model."
+                f"Tensors {list_faults(found.left_out)}. Nothing was changed. Use a LoRA made for this model.",
             )
         return LoraFile(state, changes, _warning(path, found, reason, changes), misfits)
 
@@ -222,9 +225,10 @@ def _check_formats(path: Path, formats: Keys) -> None:
     """Raises ValueError if there are tensors of unsupported formats."""
     if formats:
         listed = list_faults({f"of {name}": keys for name, keys in formats.items()})
-        raise ValueError(
+        raise coded_error(
+            "AV-1405",
             f"{path} has an unsupported format. Tensors {listed}. Nothing was changed. Use a LoRA of low-rank pairs, "
-            "LoHa or LoKr, or merge it into a model with the software that made it."
+            "LoHa or LoKr, or merge it into a model with the software that made it.",
         )
 
 
@@ -232,8 +236,9 @@ def _check_faults(path: Path, faults: Keys, has_tensors: bool) -> None:
     """Raises ValueError if there are faults, or the file is empty."""
     listed = list_faults(faults)
     if listed or not has_tensors:
-        raise ValueError(
+        raise coded_error(
+            "AV-1404",
             f"{path} is not a LoRA for this model. {f'Tensors {listed}' if listed else 'It holds no tensors'}. Nothing "
             "was changed. Use a LoRA of this model in the layout of diffusers, kohya or ComfyUI (low-rank pairs, "
-            "LoHa or LoKr with or without alpha, full differences)."
+            "LoHa or LoKr with or without alpha, full differences).",
         )

@@ -17,6 +17,7 @@ from typing import Any
 from ..checkpoints.bounded import parse_json, read_bounded
 from ..checkpoints.faults import as_value_error
 from ..checkpoints.formats.tensor_files import TensorFile
+from ..errors import coded_error
 
 IN_THE_HEADER = "lora_adapter_metadata"  # diffusers/loaders/lora_base.py
 PEFTS_CONFIG, PEFTS_WEIGHTS = "adapter_config.json", "adapter_model"  # the second without its suffix
@@ -47,9 +48,10 @@ class AdapterConfig:
         """
         stated = _own(self.ranks, names, self.rank)
         if stated != rank:
-            raise ValueError(
+            raise coded_error(
+                "AV-1405",
                 f"{self.where} says that {names[0]} has the rank {stated:g}, but its matrices have the rank {rank}, so "
-                "its scale is unknown. Use the file as its trainer wrote it."
+                "its scale is unknown. Use the file as its trainer wrote it.",
             )
         return _own(self.alphas, names, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
@@ -68,11 +70,11 @@ def adapter_config(file: TensorFile, section: str) -> AdapterConfig | None:
     header, config = file.header.get(IN_THE_HEADER), config_file(file.path)
     if header is not None:
         where = f"{file.path}: the header's {IN_THE_HEADER}"
-        with as_value_error(file.path, f"the header's {IN_THE_HEADER}"):
+        with as_value_error(file.path, f"the header's {IN_THE_HEADER}", "AV-1405"):
             return _config(where, _section(_object(header), section))
     if config is None:
         return None
-    with as_value_error(config, "the PEFT configuration"):
+    with as_value_error(config, "the PEFT configuration", "AV-1405"):
         return _config(str(config), _object(read_bounded(config, MAX_BYTES)))
 
 

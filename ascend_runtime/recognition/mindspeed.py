@@ -14,6 +14,7 @@ from pathlib import Path
 from ..checkpoints.bounded import read_bounded
 from ..checkpoints.faults import as_value_error, shown
 from ..checkpoints.formats.dcp import METADATA
+from ..errors import coded_error
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MAX_TRACKER_BYTES = 64  # bytes
@@ -32,8 +33,11 @@ def latest_shards(folder: Path) -> tuple[Path, ...] | None:
             iteration = folder / _folder(read_bounded(folder / TRACKER, MAX_TRACKER_BYTES).decode().strip())
             there = iteration.is_dir()
         if not there:
-            raise ValueError(f"{folder / TRACKER} names {iteration.name}, which is missing. Copy it there, or write "
-                             "the number of another iteration into the file.")  # fmt: skip
+            raise coded_error(
+                "AV-1307",
+                f"{folder / TRACKER} names {iteration.name}, which is missing. Copy it there, or write the number of "
+                "another iteration into the file.",
+            )
         return _shards(iteration)
     return _shards(folder) if (folder / METADATA).is_file() or _stages(folder) else None
 
@@ -55,13 +59,14 @@ def _shards(iteration: Path) -> tuple[Path, ...]:
         return (iteration,)
     found = {folder: RANK.fullmatch(folder.name) for folder in _stages(iteration)}
     if any(rank is None or int(rank[1]) for rank in found.values()):
-        raise ValueError(
+        raise coded_error(
+            "AV-1305",
             f"{iteration} holds weights in slices ({shown(', '.join(folder.name for folder in found))}). Convert them "
-            "to tensor parallel size 1 with MindSpeed-MM's mm-convert WanConverter resplit."
+            "to tensor parallel size 1 with MindSpeed-MM's mm-convert WanConverter resplit.",
         )
     shards = tuple(folder / STAGE_FILE for folder in found)
     missing = [str(shard) for shard in shards if not shard.is_file()]
     if missing or not shards:
         files = ", ".join(missing) or iteration / "mp_rank_00" / STAGE_FILE
-        raise ValueError(f"{files} does not exist. Copy it there.")
+        raise coded_error("AV-1307", f"{files} does not exist. Copy it there.")
     return shards

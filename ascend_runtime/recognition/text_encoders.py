@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..checkpoints.bounded import read_json
 from ..checkpoints.paths import existing
+from ..errors import coded_error
 from ..models.family import TEXT_ENCODER, VISION, Family
 from ..models.registry import families
 from ..models.registry import family as family_named
@@ -34,7 +35,7 @@ def find_vision(spec: VisionSpec) -> Component:
     root = existing(spec.path)
     if not any(_is_held(kind, root) for kind in kinds(VISION)):
         wanted = " or ".join(f"{kind.what}, such as {kind.part.published}" for kind in kinds(VISION))
-        raise ValueError(f"{root} has no {wanted}. Give one as vision_path (vision_model_name in ComfyUI).")
+        raise coded_error("AV-1414", f"{root} has no {wanted}. Give one as vision_path (vision_model_name in ComfyUI).")
     return find_part(spec.path, VISION)
 
 
@@ -52,12 +53,12 @@ def require_vision(family: Family) -> None:
 def _in_one(path: str) -> list[Component]:
     held = _held_by(path)
     if held and TEXT_ENCODER not in {kind.name for kind in held}:
-        raise ValueError(_lacking(held[0], [path], TEXT_ENCODER))
+        raise coded_error("AV-1414", _lacking(held[0], [path], TEXT_ENCODER))
     first = find_part(path, TEXT_ENCODER)
     further = first.family.text_parts[1:]
     for part in further:
         if held and Kind(first.family.name, part) not in held:
-            raise ValueError(_lacking(first.kind, [path], part))
+            raise coded_error("AV-1414", _lacking(first.kind, [path], part))
     return [first, *(find_part(path, part) for part in further)]
 
 
@@ -66,22 +67,23 @@ def _in_two(*paths: str) -> list[Component]:
     held = {path: _held_by(path) or [find_part(path, TEXT_ENCODER).kind] for path in paths}
     mains = [(path, kind) for path in paths for kind in held[path] if kind.name == TEXT_ENCODER]
     if not mains:
-        raise ValueError(_lacking(held[paths[0]][0], paths, TEXT_ENCODER))
+        raise coded_error("AV-1414", _lacking(held[paths[0]][0], paths, TEXT_ENCODER))
     if len({kind.family for _, kind in mains}) > 1:
         both = " and ".join(f"{path} is a {kind.what}" for path, kind in mains)
-        raise ValueError(f"{both}: they belong to different models. Give the encoders of one model.")
+        raise coded_error("AV-1414", f"{both}: they belong to different models. Give the encoders of one model.")
     family = family_named(mains[0][1].family)
     found: dict[str, str] = {}
     for part in family.text_parts:
         holders = [path for path in paths if Kind(family.name, part) in held[path]]
         if not holders:
-            raise ValueError(_lacking(mains[0][1], paths, part))
+            raise coded_error("AV-1414", _lacking(mains[0][1], paths, part))
         found[part] = min(reversed(holders), key=lambda path: len(held[path]))
     for path in paths:
         if path not in found.values():
-            raise ValueError(
+            raise coded_error(
+                "AV-1414",
                 f"{path} is a {held[path][0].what}, which is not used: a {family.title} model reads "
-                f"{' and '.join(f'a {family.parts[part].what}' for part in found)}. Remove it."
+                f"{' and '.join(f'a {family.parts[part].what}' for part in found)}. Remove it.",
             )
     return [find_part(path, part) for part, path in found.items()]
 

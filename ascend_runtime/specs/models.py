@@ -10,6 +10,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from ..errors import coded_error
 from .base import Spec, make_absolute, require_choice, require_range
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -170,9 +171,10 @@ class VaeSpec(Spec, frozen=True, kw_only=True):
 def require_no_loras(loras: tuple[LoraSpec, ...], why: str) -> None:
     """Raises ValueError if there are LoRAs: merged into 8-bit integers, they would be rounded away."""
     if loras:
-        raise ValueError(
+        raise coded_error(
+            "AV-1406",
             f"{why}, and a LoRA ({loras[0].path}) cannot be merged into 8-bit weights. Set quantization to 'none' and "
-            "use the model's bf16, fp16 or fp8_scaled files, or remove the LoRA."
+            "use the model's bf16, fp16 or fp8_scaled files, or remove the LoRA.",
         )
 
 
@@ -182,9 +184,10 @@ def require_experts_in_order(high_noise: str, low_noise: str) -> None:
     paths = [Path(high_noise).parts, Path(low_noise).parts]
     apart = next((place for place, (one, other) in enumerate(zip(*paths)) if one != other), 0)
     if [_expert_named(parts[apart:]) for parts in paths] == ["low", "high"]:
-        raise ValueError(
+        raise coded_error(
+            "AV-1403",
             f"{high_noise} is given as the high-noise expert, and {low_noise} as the low-noise expert, but by their "
-            "names they are swapped. Exchange the two, or rename them if the names are wrong."
+            "names they are swapped. Exchange the two, or rename them if the names are wrong.",
         )
 
 

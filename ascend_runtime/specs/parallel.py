@@ -18,7 +18,8 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
     ulysses_degree: the number of smaller chunks of such a chunk, exchanged for heads around each attention.
     tp_degree: the number of slices of each layer's weights. Never automatic, as it communicates the most; 1 is none.
     fsdp: each rank keeps one shard of the weights (of its slice, with tensor parallelism), and gathers a block's
-        weights when it needs them. A rank without peers keeps all its weights.
+        weights when it needs them. A rank without peers keeps all its weights. None: automatic, if they fit no other
+        way, or if that is faster.
     ring_exchange: "rotate" or "gather" (see parallel/ring.py).
     overlap: Ulysses' exchange overlaps with attention (None: set by the environment variable OVERLAP on NPUs, else no).
     If ranks is given, the product of given degrees must match it. With automatic ranks, degrees are preferences: a
@@ -30,7 +31,7 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
     ring_degree: int = 0
     ulysses_degree: int = 0
     tp_degree: int = 1
-    fsdp: bool = False
+    fsdp: bool | None = None
     ring_exchange: str = "rotate"
     overlap: bool | None = None
 

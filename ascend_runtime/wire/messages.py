@@ -29,6 +29,7 @@ from ..specs import (
     VaeSpec,
 )
 from ..specs.record import JobRecord
+from .plans import PlannedJob
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype requires
 MAX_TENSOR_DIMS, MAX_TENSOR_BYTES = 16, 2**48  # of one tensor
@@ -107,13 +108,14 @@ class Ping(Message):
 
 
 class Load(Message):
-    """Loads components. parallel: the plan of the jobs that will use them."""
+    """Loads components. parallel: the plan of the jobs that will use them. computing: see `Sample`."""
 
     job: int
     parallel: ParallelSpec = ParallelSpec()
     model: DiffusionModelSpec | None = None
     encoder: TextEncoderSpec | None = None
     vae: VaeSpec | None = None
+    computing: int | None = None
 
 
 class Encode(Message):
@@ -151,6 +153,7 @@ class Sample(Message):
     profile: its steps and its rank must exist in this job.
     calibration: of each expert, from the file next to the model, if the step cache needs it. The client sends it, so
         that all ranks have the same.
+    computing: the bytes of a device that the job is predicted to take besides the model's weights; None: not known.
     """
 
     job: int
@@ -167,6 +170,7 @@ class Sample(Message):
     acceleration: AccelerationSpec = AccelerationSpec()
     calibration: dict[str, Calibration] = {}
     preview: bool = False
+    computing: int | None = None
 
 
 class ModelPass(Struct, kw_only=True):
@@ -195,7 +199,8 @@ class SamplerRun(Struct, frozen=True, kw_only=True):
 
 
 class CallSetting(Struct, frozen=True, kw_only=True):
-    """What all calls of a run of a sampler outside of the ranks share. calibration: see `Sample`."""
+    """What all calls of a run of a sampler outside of the ranks share. calibration, computing: see
+    `Sample`."""
 
     model: DiffusionModelSpec
     parallel: ParallelSpec
@@ -203,6 +208,7 @@ class CallSetting(Struct, frozen=True, kw_only=True):
     operators: OperatorSpec = OperatorSpec()
     acceleration: AccelerationSpec = AccelerationSpec()
     calibration: dict[str, Calibration] = {}
+    computing: int | None = None
 
 
 class Velocity(Message):
@@ -250,6 +256,18 @@ class Describe(Message):
     model: DiffusionModelSpec | None = None
     network: DiffusionModelSpec | None = None
     encoder: TextEncoderSpec | None = None
+
+
+class Choose(Message):
+    """Requests a plan for a job, from the headers of files and the ranks' free memory: `Done.info["plan"]` is a
+    `wire.plans.Chosen`, in builtin types; None if `below` rules all plans out.
+
+    below: bytes of a device; only plans that take less are asked for. 0: any plan that fits.
+    """
+
+    job: int
+    planned: PlannedJob
+    below: int = 0
 
 
 class Free(Message):
@@ -316,7 +334,7 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Free | Cancel | Shutdown
+    Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Choose | Free | Cancel | Shutdown
     | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 

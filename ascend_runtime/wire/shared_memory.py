@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..errors import coded_error
 from .messages import Parcel, SharedTensor
 
 _LARGE = 1 << 20  # bytes; smaller blocks do not take the place of larger ones
@@ -41,9 +42,10 @@ def _sized(shared: SharedTensor) -> Tensor:
         os.ftruncate(shared.fd, shared.nbytes)
         return map_shared(shared)
     except (OSError, OverflowError) as error:
-        raise ValueError(
+        raise coded_error(
+            "AV-1208",
             f"A result of shape {list(shared.shape)} needs {shared.nbytes / 1e9:.0f} GB, which cannot be allocated "
-            f"({error}). Make it smaller."
+            f"({error}). Make it smaller.",
         ) from None
 
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...ascend_runtime.checkpoints.faults import list_faults
 from ...ascend_runtime.checkpoints.writing.writers import lay_out, starts, write_at
+from ...ascend_runtime.errors import coded_error
 from ...ascend_runtime.specs import LoraSpec
 from . import refusals
 
@@ -132,9 +133,10 @@ def _file_with(group: Group) -> Path:
         try:
             _write(path, group)
         except OSError as error:
-            raise ValueError(
+            raise coded_error(
+                "AV-1316",
                 f"The LoRAs of this MODEL cannot be written to {path.parent} ({error.strerror}), where the ranks would "
-                "read them. Make room there, or start ComfyUI with another --temp-directory."
+                "read them. Make room there, or start ComfyUI with another --temp-directory.",
             ) from error
     _kept[path] = path.stat().st_size
     _kept.move_to_end(path)

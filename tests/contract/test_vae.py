@@ -12,7 +12,8 @@ from ascend_runtime.hardware import devices
 from ascend_runtime.models.hunyuan_video.vae import layers
 from ascend_runtime.models.wan.vae import streamed
 from ascend_runtime.ops import card_rules
-from ascend_runtime.ops.precision import Finite, check_strict, strict_float32
+from ascend_runtime.ops.finite import Extremes
+from ascend_runtime.ops.precision import check_strict, strict_float32
 from ascend_runtime.parallel.tiles import single_tile
 from card_checks import CAST, CardChecks
 from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NPU = torch.device("npu", 0)
+EVERYWHERE = (slice(None), slice(None), slice(None))
 BF16, FP32 = torch.bfloat16, torch.float32
 CARDS = list(card_rules.SERIES)
 WAN22 = dict(base_dim=160, decoder_base_dim=256, z_dim=48, in_channels=12, out_channels=12, patch_size=2,
@@ -77,7 +79,7 @@ def with_fake_weights(vae, dtype):
 def run(name, work, dtype):
     """Decodes or encodes a video, and notes whether it is finite."""
     (_, channels, pixels), (height, width) = VAES[name], SIZE
-    vae, finite, tile = vae_of(name, dtype), Finite(), single_tile(height, width)
+    vae, seen, tile = vae_of(name, dtype), Extremes(3, FRAMES), single_tile(height, width)
     if work == "decode":
         given = [torch.empty(channels, height, width, dtype=dtype, device=NPU) for _ in range(FRAMES)]
         made = streamed.decoded(vae, given, tile)
@@ -87,7 +89,7 @@ def run(name, work, dtype):
         made = streamed.encoded(vae, given, tile)
     for frames in made:
         assert frames.dtype == dtype and frames.device == NPU
-        finite.see(frames)
+        seen.see(frames, EVERYWHERE)
 
 
 @pytest.mark.parametrize("name, dtype", [("2.1", BF16), ("2.1", FP32), ("2.2", BF16)])
@@ -137,11 +139,11 @@ def hunyuan_run(work, dtype):
     if work == "encode":
         shapes = [(3, length, 8 * height, 8 * width) for length in [1] + [4] * (FRAMES - 1)]
     given = [torch.empty(shape, dtype=dtype, device=NPU) for shape in shapes]
-    finite = Finite()
+    seen = Extremes(3, FRAMES)
     for frames in (layers.decoded if work == "decode" else layers.encoded)(network, given, single_tile(height, width)):
         if frames is not None:
             assert frames.dtype == dtype and frames.device == NPU
-            finite.see(frames)
+            seen.see(frames, EVERYWHERE)
 
 
 @pytest.mark.parametrize("card, work, dtype", [

@@ -58,7 +58,7 @@ def test_a_file_of_settings_that_cannot_be_used_is_a_fault(told, checkpoints, tm
     assert status == 0 and "Wan2.1-T2V; its default settings: 50 steps, shift 5, guidance 5, 832 x 480" in text
     (folder / "ascend_defaults.json").write_text('{"steps": -1}')
     status, text = told(folder)
-    assert status == 1 and f"transformer: {folder}/ascend_defaults.json cannot be used: steps is -1" in text
+    assert status == 1 and f"transformer: AV-1309: {folder}/ascend_defaults.json cannot be used: steps is -1" in text
     assert "default settings" not in text
 
 
@@ -201,7 +201,7 @@ def test_a_dtype_that_torch_has_not_is_named(told, checkpoints, tmp_path):
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({**load_file(file), "stranger": torch.zeros(2, dtype=torch.float8_e8m0fnu)}, file)
     status, text = told(folder)
-    assert status == 1 and "incomplete" in text and f"transformer: {file} holds stranger as F8_E8M0" in text
+    assert status == 1 and "incomplete" in text and f"transformer: AV-1305: {file} holds stranger as F8_E8M0" in text
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read all files")

@@ -23,7 +23,7 @@ FUNCTIONS = {
     "allreduce_": "all_reduce",
 }
 # Exchanges of the host's tensors, which are Gloo's on all devices.
-CONTROL = {("mesh.py", "all_reduce_max"), ("mesh.py", "all_reduce_sum")}
+CONTROL = {("mesh.py", name) for name in ("all_reduce_max", "all_reduce_max_of", "all_reduce_sum")}
 
 
 class Ledger(TorchDispatchMode):

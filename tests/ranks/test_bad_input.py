@@ -307,8 +307,8 @@ def test_decode_requests(survivors, specs, latent, says):
 
 
 @pytest.mark.parametrize("value, says", [
-    (float("nan"), "The video to encode has NaN or infinite values. Check the node that made"),
-    (float("inf"), "The video to encode has NaN or infinite"),
+    (float("nan"), "The video to encode, in frame 9 of 9, has NaN or infinite values. Check the node that made"),
+    (float("inf"), "AV-1603: The video to encode, in frame 9 of 9"),
     (3e38, "The encoded video has NaN or infinite"),  # a number, of which the network makes none
 ])  # fmt: skip
 def test_videos_that_are_no_numbers(survivors, specs, value, says):

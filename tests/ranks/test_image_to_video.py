@@ -9,8 +9,8 @@ import pytest
 import tiny_models
 import torch
 from ascend_runtime import Conditioning, DiffusionModelSpec, JobCancelled, ParallelSpec, SampleSpec
+from ascend_runtime.recognition.experts import boundary_of
 from ascend_runtime.recognition.layout import find_transformer
-from ascend_runtime.components.model_config import boundary_of
 from ascend_runtime.models.wan.defaults import defaults_of
 from msgspec.structs import replace
 from PIL import Image

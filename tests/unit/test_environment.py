@@ -8,14 +8,17 @@ import sys
 import textwrap
 from pathlib import Path
 
+import msgspec
 import pytest
-from ascend_runtime import Runtime
+from ascend_runtime import Result, Runtime
 from ascend_runtime.hardware import devices, environment, host
-from ascend_runtime.hardware.environment import HEAP, NPU, ORIGINAL_VARIABLES, Choice, Form, Seconds, WholeNumber
+from ascend_runtime.hardware.environment import HEAP, NPU, ORIGINAL_VARIABLES, Form, OneOf, Seconds, WholeNumber
 from ascend_runtime.hardware.environment import rank_environment, with_defaults
 from ascend_runtime.client.group import RankGroup
 from ascend_runtime.client.restarts import PIDS_VARIABLE
 from ascend_runtime.specs import DiffusionModelSpec, OperatorSpec, ParallelSpec, TextEncoderSpec
+from ascend_runtime.wire.messages import Choose
+from ascend_runtime.wire.plans import Chosen
 from rank_processes import environment_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +60,7 @@ def bad_values(row):
             return [str(low - 1), str(high + 1), f"{low}.5", f" {low}", "many"]
         case Seconds(high):
             return ["-1", str(high + 1), "0.005", "1.", ".5", "1e3", "never", "inf", "١"]
-        case Choice(values):
+        case OneOf(values):
             return ["yes please", "-1", " " + values[0], *(str(n) for n in range(9) if str(n) not in values)]
         case Form():
             return BAD_FORMS[row.name]
@@ -69,7 +72,7 @@ def good_values(row):
             return [str(low), str(high)]
         case Seconds(high):
             return ["0", "0.05", "1", "60", "36000", str(high)]
-        case Choice(values):
+        case OneOf(values):
             return values
         case Form():
             return GOOD_FORMS[row.name]
@@ -166,7 +169,7 @@ def test_an_empty_variable_counts_as_unset(row):
 def test_all_bad_values_come_in_one_error():
     environ = {"HCCL_CONNECT_TIMEOUT": "60", "ALGO": "2", "TASK_QUEUE_ENABLE": "2"}
     said = str(pytest.raises(ValueError, rank_environment, "npu", environ, {"NPU_ASD_ENABLE": "4"}).value)
-    assert [line.split()[0] for line in said.splitlines()] == ["HCCL_CONNECT_TIMEOUT", "NPU_ASD_ENABLE", "ALGO"]
+    assert [line.split()[1] for line in said.splitlines()] == ["HCCL_CONNECT_TIMEOUT", "NPU_ASD_ENABLE", "ALGO"]
 
 
 def test_both_names_of_the_allocator():
@@ -367,6 +370,12 @@ def test_elsewhere_sharded_weights_need_no_variable(kind):
 SHARDED, WHOLE = ParallelSpec(ranks=2, fsdp=True), ParallelSpec(ranks=2)
 
 
+def answered(runtime, message, hooks):
+    """Fake ranks choose what was asked for, and whole weights where that is left open."""
+    plan = Chosen(parallel=message.planned.parallel) if isinstance(message, Choose) else None
+    return Result(info={"plan": plan and msgspec.to_builtins(plan)})
+
+
 @pytest.mark.parametrize("first, own, then, started", [
     (WHOLE, {}, WHOLE, [False]), (SHARDED, {}, SHARDED, [True]), (WHOLE, {}, SHARDED, [False, True]),
     (SHARDED, {}, WHOLE, [True]), (WHOLE, {REUSE: "1"}, SHARDED, [False]),
@@ -387,7 +396,7 @@ def test_a_group_starts_again_for_the_first_job_that_shards_weights(first, own, 
     monkeypatch.setattr("ascend_runtime.client.kept_ranks.RankGroup", Group)
     monkeypatch.setattr(devices, "resolve_kind", lambda kind: kind)
     monkeypatch.setattr(devices, "resolve_ranks", lambda ranks, *_: ranks)
-    monkeypatch.setattr(Runtime, "_submit", lambda *_: None)
+    monkeypatch.setattr(Runtime, "_submit", answered)
     monkeypatch.delenv(REUSE, raising=False)
     with Runtime(first, device="npu", environment=own) as runtime:
         for parallel in (first, then):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ascend_runtime import ParallelSpec, RankDied, Runtime
+from ascend_runtime.errors import code_of
 from ascend_runtime.hardware import devices, host
 from ascend_runtime.ops import libraries
 
@@ -66,7 +67,7 @@ def fake_host(tmp_path, monkeypatch):
 
 def said_of(part, environ=None):
     """The one problem that speaks of `part`."""
-    (found,) = [problem for problem in host.problems(os.environ if environ is None else environ) if part in problem]
+    (found,) = [said for said in map(str, host.problems(os.environ if environ is None else environ)) if part in said]
     return found
 
 
@@ -85,7 +86,7 @@ def test_torch_and_torch_npu_are_of_one_release(fake_host, torch_version, npu, f
     fake_host.torch(torch_version)
     fake_host.package("torch_npu", npu)
     if fits:
-        assert not [problem for problem in host.problems() if problem.startswith("torch")]
+        assert not [problem for problem in host.problems() if problem.code == "AV-1003"]
     else:
         said, release = said_of(f"torch is {torch_version} and torch_npu is {npu}"), npu.rpartition(".")[0]
         assert f"Install torch {release}, or torch_npu {'.'.join(torch_version.split('.')[:2])}." in said
@@ -142,7 +143,7 @@ def test_a_card_that_is_not_there(fake_host):
     fake_host.cards(2)
     said = said_of("ASCEND_RT_VISIBLE_DEVICES", {"ASCEND_RT_VISIBLE_DEVICES": "1,2,5"})
     assert "contains 2, 5, but the 2 card(s) here are numbered 0 to 1" in said
-    assert not [problem for problem in host.problems({"ASCEND_RT_VISIBLE_DEVICES": "0,1"}) if "VISIBLE" in problem]
+    assert not [problem for problem in host.problems({"ASCEND_RT_VISIBLE_DEVICES": "0,1"}) if problem.code == "AV-1009"]
 
 
 def test_an_empty_list_of_cards_is_none(fake_host):
@@ -271,19 +272,28 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
     ("Rank 0 of 2 was killed by SIGBUS. Its last output:", "A model's file was truncated"),
 ])  # fmt: skip
 def test_known_failures_come_with_what_cures_them(failure, words):
-    said = host.advise(failure)
-    assert said.startswith(failure + "\n") and said.count("What helps: ") == 1 and words in said
+    said = host.advise(failure, "AV-1510")
+    code = code_of(said)
+    assert said.startswith(f"{code}: {failure}\nWhat helps ({code}): ") and said.count("What helps") == 1
+    assert words in said
 
 
 @pytest.mark.parametrize("failure", ["KeyError: 'x'", "HcclGetRootInfo(&hcclID), error code is 71", "out of memoryx"])
-def test_unknown_failures_stay_as_they_are(failure):
-    assert host.advise(failure) == failure
+def test_unknown_failures_get_the_code_of_what_happened(failure):
+    assert host.advise(failure, "AV-1510") == f"AV-1510: {failure}"
+
+
+def test_the_first_cause_is_in_front_and_each_advice_has_its_own():
+    failure = "Rank 1 of 2 was killed by SIGKILL. Its last output:\nRuntimeError: AV-1203: NPU out of memory"
+    said = host.advise(failure, "AV-1503").split("\n")
+    assert said[:2] == [f"AV-1203: {failure.splitlines()[0]}", "RuntimeError: NPU out of memory"]
+    assert [line[:20] for line in said[2:]] == ["What helps (AV-1201)", "What helps (AV-1501)"]
 
 
 def test_a_real_rank_that_cannot_start_is_advised(tmp_path):
     (tmp_path / "msgspec.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")  # a fake
     with Runtime(ParallelSpec(ranks=2), device="cpu", environment={"PYTHONPATH": str(tmp_path)}) as runtime:
-        with pytest.raises(RankDied, match="(?s)exit code 1.*ImportError: libhccl.so.*What helps: .*set_env.sh"):
+        with pytest.raises(RankDied, match="(?s)exit code 1.*libhccl.so.*What helps .AV-1002.: .*set_env.sh"):
             runtime.ping()
 
 

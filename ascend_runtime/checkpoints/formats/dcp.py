@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import coded_error
 from ..bounded import MAX_DIMS, MAX_NAME_LENGTH, plain_file_name, read_bounded
 from ..faults import shown
 from ..states import states
@@ -98,8 +99,11 @@ class DistributedCheckpoint:
     def _described(self, file, chunk: _Chunk) -> Stored:
         found = stored_tensors(_View(file, chunk.start, chunk.length), chunk.file)
         if not isinstance(found, Stored) or found.shape != chunk.sizes:
-            raise ValueError(f"{chunk.file} holds no tensor {list(chunk.sizes)} at byte {chunk.start}, but "
-                             f"{self.path / METADATA} says so. Copy the whole folder again.")  # fmt: skip
+            raise coded_error(
+                "AV-1302",
+                f"{chunk.file} holds no tensor {list(chunk.sizes)} at byte {chunk.start}, but {self.path / METADATA} "
+                "says so. Copy the whole folder again.",
+            )
         return replace(found, start=chunk.start + found.start)
 
 
@@ -115,14 +119,14 @@ def _tensors(path: Path, _: tuple) -> tuple[tuple[str, _Spread], ...]:
         metadata = read_pickle(content, {"torch.Size": sizes})
         tensors = tuple(_described(path, _field(metadata, "state_dict_metadata"), _field(metadata, "storage_data")))
     except ValueError as error:
-        raise ValueError(
-            f"{path / METADATA} is not the metadata of a torch distributed checkpoint ({shown(error)})."
+        raise coded_error(
+            "AV-1309", f"{path / METADATA} is not the metadata of a torch distributed checkpoint ({shown(error)})."
         ) from None
     lengths = {file: file.stat().st_size if file.is_file() else -1 for file in
                {chunk.file for _, held in tensors for chunk in held.chunks}}  # fmt: skip
     for chunk in (chunk for _, held in tensors for chunk in held.chunks):
         if lengths[chunk.file] < chunk.start + chunk.length:
-            raise ValueError(f"{chunk.file} is missing or cut short. Copy the whole folder again.")
+            raise coded_error("AV-1302", f"{chunk.file} is missing or cut short. Copy the whole folder again.")
     return tensors
 
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ...errors import coded_error
 from ..fused import Rows
 
 Slices = tuple[slice, ...]  # a part of a tensor: one slice for each dim, none with a step
@@ -102,7 +103,7 @@ def _fill(file: BinaryIO, memory: memoryview, offset: int) -> None:
     while memory:
         count = os.preadv(file.fileno(), [memory], offset)
         if not count:
-            raise ValueError(f"{file.name} became shorter while it was read. Load it again.")
+            raise coded_error("AV-1315", f"{file.name} became shorter while it was read. Load it again.")
         memory, offset = memory[count:], offset + count
 
 

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...errors import coded_error
 from ..bounded import parse_json
 from ..faults import shown
 from .parts import Slices, Stored, read_stored
@@ -29,10 +30,14 @@ def check_header(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{path} has a header of {length} bytes; a model's file has at most {MAX_HEADER_BYTES}.")
+            raise coded_error(
+                "AV-1312", f"{path} has a header of {length} bytes; a model's file has at most {MAX_HEADER_BYTES}."
+            )
         objects = file.read(length).count(b"{")
     if objects > MAX_HEADER_OBJECTS:
-        raise ValueError(f"{path} has a header of {objects} entries; a model's file has at most {MAX_HEADER_OBJECTS}.")
+        raise coded_error(
+            "AV-1312", f"{path} has a header of {objects} entries; a model's file has at most {MAX_HEADER_OBJECTS}."
+        )
 
 
 class SafetensorsFile:
@@ -47,9 +52,13 @@ class SafetensorsFile:
             self._library = safe_open(self.path, framework="pt").__enter__()
         except SafetensorError as error:
             why = shown(error)
-            raise ValueError(f"{self.path} is not a complete .safetensors file ({why}). Download it again.") from None
+            raise coded_error(
+                "AV-1302", f"{self.path} is not a complete .safetensors file ({why}). Download it again."
+            ) from None
         except RuntimeError as error:  # from mmap
-            raise ValueError(f"{self.path} cannot be mapped ({shown(error)}). Is there enough address space?") from None
+            raise coded_error(
+                "AV-1209", f"{self.path} cannot be mapped ({shown(error)}). Is there enough address space?"
+            ) from None
         self._file = self.path.open("rb", buffering=0)
         length = int.from_bytes(self._file.read(8), "little")
         self._entries, self._data = parse_json(self._file.read(length)), 8 + length
@@ -64,7 +73,9 @@ class SafetensorsFile:
     def dtype(self, name: str) -> torch.dtype:
         held = self._entries[name]["dtype"]
         if held not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{self.path} holds {name} as {held}. Use the file's fp32, fp16, bf16 or fp8 form.")
+            raise coded_error(
+                "AV-1305", f"{self.path} holds {name} as {held}. Use the file's fp32, fp16, bf16 or fp8 form."
+            )
         return SAFETENSORS_DTYPES[held]
 
     def read(self, name: str, part: Slices | None = None, into: Tensor | None = None) -> Tensor:

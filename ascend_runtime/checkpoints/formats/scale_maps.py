@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...errors import coded_error
 from ..states import scale_map_of
 from .parts import Slices
 from .torch_file import TorchFile
@@ -28,9 +29,10 @@ class ScaledTorchFile:
         self.header: dict[str, str] = {}
         self._scales = scale_map_of(path)
         if not self._scales.is_file():
-            raise ValueError(
+            raise coded_error(
+                "AV-1307",
                 f"{path} has the name of HunyuanVideo's fp8 weights, whose scales are in {self._scales.name}. Put it "
-                "next to them; if these are other weights, give them another name."
+                "next to them; if these are other weights, give them another name.",
             )
 
     def __enter__(self) -> ScaledTorchFile:
@@ -38,7 +40,9 @@ class ScaledTorchFile:
             self._weights = stack.enter_context(TorchFile(self.path))
             scales = stack.enter_context(TorchFile(self._scales))
             if wrong := [name for name, shape in scales.shapes.items() if torch.Size(shape).numel() != 1]:
-                raise ValueError(f"{self._scales} holds {wrong[0]}, which is not one number. Download it again.")
+                raise coded_error(
+                    "AV-1408", f"{self._scales} holds {wrong[0]}, which is not one number. Download it again."
+                )
             self._layers = {f"{layer}{SCALE}": (scales, layer) for layer in scales.shapes}
             self.shapes = {
                 **self._weights.shapes, **{name: file.shapes[layer] for name, (file, layer) in self._layers.items()},

@@ -9,7 +9,9 @@ from typing import Protocol
 
 import torch
 
+from ...errors import coded_error
 from ..bounded import check_tensors
+from ..faults import not_readable
 from ..states import has_scale_map
 from .dcp import METADATA, DistributedCheckpoint
 from .parts import Slices
@@ -19,13 +21,16 @@ from .torch_file import TorchFile
 
 # The first bytes of torch.save and GGUF files. A .safetensors file starts with its header's length.
 ZIP, OLD_PICKLE, GGUF = b"PK\x03\x04", b"\x80\x02\x8a\x0a", b"GGUF"
-# The first bytes of files that are often mistaken for weights, and what they are.
-PAGE = "a web page, as a download without access rights returns. Log in where it is published, and download it again"
-OTHER_STARTS = {
-    b"version https://git-lfs": "a Git LFS pointer instead of the weights. Run `git lfs pull` in its folder, or "
-    "download the file itself",
-    b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE,
-}  # fmt: skip
+# The first bytes of files that are often mistaken for weights, and their errors.
+PAGE = (
+    "AV-1304",
+    "a web page, as a download without access rights returns. Log in where it is published, and download it again",
+)
+POINTER = (
+    "AV-1303",
+    "a Git LFS pointer instead of the weights. Run `git lfs pull` in its folder, or download the file itself",
+)
+OTHER_STARTS = {b"version https://git-lfs": POINTER, b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE}
 
 
 class TensorFile(Protocol):
@@ -60,7 +65,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         try:
             file = stack.enter_context(_kind(path)(path))
         except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from None
+            raise not_readable(path, error) from None
         check_tensors(path, file.shapes)
         yield file
 
@@ -68,30 +73,37 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 def _kind(path: Path) -> type[TensorFile]:
     if path.is_dir():
         if not (path / METADATA).is_file():
-            raise ValueError(f"{path} is a folder without {METADATA}, so not a torch distributed checkpoint.")
+            raise coded_error(
+                "AV-1306", f"{path} is a folder without {METADATA}, so not a torch distributed checkpoint."
+            )
         return DistributedCheckpoint
     if not path.is_file():
         why = "is not a regular file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {why}. Put the weights there.")
+        raise coded_error("AV-1301", f"{path} {why}. Put the weights there.")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty (0 bytes). Download it again.")
+        raise coded_error("AV-1302", f"{path} is empty (0 bytes). Download it again.")
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(GGUF):
-        raise ValueError(f"{path} is a GGUF file, which is not supported. Use the model's fp8_scaled or fp16 file.")
+        raise coded_error(
+            "AV-1305", f"{path} is a GGUF file, which is not supported. Use the model's fp8_scaled or fp16 file."
+        )
     if start.startswith(OLD_PICKLE):
-        raise ValueError(
+        raise coded_error(
+            "AV-1305",
             f"{path} was written by torch before 1.6. Save it again: "
-            "torch.save(torch.load(path, weights_only=True), path)."
+            "torch.save(torch.load(path, weights_only=True), path).",
         )
     other = next((what for begin, what in OTHER_STARTS.items() if start.lstrip().lower().startswith(begin)), None)
     if other is not None:
-        raise ValueError(f"{path} is {other}.")
+        code, what = other
+        raise coded_error(code, f"{path} is {what}.")
     if start.startswith(ZIP):
         return ScaledTorchFile if has_scale_map(path) else TorchFile
     if int.from_bytes(start[:8], "little") > MAX_HEADER_BYTES:
-        raise ValueError(
+        raise coded_error(
+            "AV-1306",
             f"{path} is neither a .safetensors nor a torch.save file, or its beginning is damaged. Give the file "
-            "that holds the weights, or its folder; if it is this file, download it again."
+            "that holds the weights, or its folder; if it is this file, download it again.",
         )
     return SafetensorsFile

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ...errors import coded_error
 from ..bounded import MAX_DIMS, MAX_NAME_LENGTH, check_count
 from ..faults import shown
 from ..states import states
@@ -57,10 +58,10 @@ def stored_tensors(file: BinaryIO, path: Path) -> Any:
         with zipfile.ZipFile(_Bounded(file)) as archive:
             return _read(file, archive)
     except OtherPickle as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise coded_error("AV-1305", f"{path} cannot be read: {error}") from None
     except BROKEN as error:
         why = shown((str(error).splitlines() or [type(error).__name__])[0])
-        raise ValueError(f"{path} is not a complete torch.save file ({why}). Download it again.") from None
+        raise coded_error("AV-1302", f"{path} is not a complete torch.save file ({why}). Download it again.") from None
 
 
 class _Bounded:
@@ -73,7 +74,7 @@ class _Bounded:
     def read(self, count: int = -1) -> bytes:
         content = _taken(self._file, MAX_DIRECTORY_BYTES + 1 if count < 0 else min(count, MAX_DIRECTORY_BYTES + 1))
         if len(content) > MAX_DIRECTORY_BYTES:
-            raise ValueError(f"its central directory has more than {MAX_DIRECTORY_BYTES} bytes")
+            raise coded_error("AV-1312", f"its central directory has more than {MAX_DIRECTORY_BYTES} bytes")
         return content
 
 
@@ -112,7 +113,9 @@ def _byte_order() -> bytes:
 def _content(file: BinaryIO, archive: zipfile.ZipFile, name: str) -> bytes:
     start, nbytes = _place(file, archive, name)
     if nbytes > MAX_PICKLE_BYTES:
-        raise ValueError(f"its {name.rpartition('/')[2]} has {nbytes} bytes; at most {MAX_PICKLE_BYTES} are allowed")
+        raise coded_error(
+            "AV-1312", f"its {name.rpartition('/')[2]} has {nbytes} bytes; at most {MAX_PICKLE_BYTES} are allowed"
+        )
     file.seek(start)
     return _taken(file, nbytes)
 
@@ -157,7 +160,7 @@ def _stored(storage: _Storage, dtype: torch.dtype, offset: Any, shape: Any, stri
     if needed > storage.nbytes:
         raise ValueError(f"a tensor {list(shape)} of {dtype} exceeds its storage of {storage.nbytes} bytes")
     if count * dtype.itemsize > max(storage.nbytes, MAX_EXPANDED_BYTES):
-        raise ValueError(f"a tensor {list(shape)} of {dtype} repeats a storage of {storage.nbytes} bytes")
+        raise coded_error("AV-1312", f"a tensor {list(shape)} of {dtype} repeats a storage of {storage.nbytes} bytes")
     in_rows = _row_by_row(shape, stride)
     return Stored(storage.start + offset * dtype.itemsize, shape, dtype, None if in_rows else stride)
 
@@ -246,14 +249,16 @@ def _tensors(path: Path, _: tuple) -> tuple[tuple[str, Stored], ...]:
     with path.open("rb", buffering=0) as file:
         content = stored_tensors(file, path)
     if not isinstance(content, Mapping):
-        raise ValueError(
+        raise coded_error(
+            "AV-1306",
             f"{path} holds {_what(content)} instead of a dict of tensors. Save the network's state_dict: "
-            "torch.save(network.state_dict(), path)."
+            "torch.save(network.state_dict(), path).",
         )
     if "model0" in content:
-        raise ValueError(
+        raise coded_error(
+            "AV-1305",
             f"{path} holds virtual pipeline stages (model0, model1 ...). Convert it to one stage with MindSpeed-MM's "
-            "mm-convert WanConverter resplit."
+            "mm-convert WanConverter resplit.",
         )
     weights = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     found = tuple(_named(path, weights))
@@ -277,7 +282,7 @@ def _named(path: Path, content: Mapping) -> Iterator[tuple[str, Stored]]:
         prefix, content, depth = inner.pop()
         met += len(content)
         if depth > MAX_DEPTH or met > MAX_ENTRIES or len(prefix) > MAX_NAME_LENGTH:
-            raise ValueError(f"{path} holds too many nested dicts. Save its weights as one dict.")
+            raise coded_error("AV-1312", f"{path} holds too many nested dicts. Save its weights as one dict.")
         for key, value in content.items():
             if isinstance(value, Stored) and isinstance(key, (str, int)):
                 yield f"{prefix}{key}", value

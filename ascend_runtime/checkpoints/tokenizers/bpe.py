@@ -40,7 +40,7 @@ WHITESPACE = r"\s+"  # CLIP replaces it by one space
 def bpe_json(file: Path) -> bytes:
     """The content of a tokenizer.json. Raises ValueError if it is not a byte-level BPE, or too large for one."""
     content = read_bounded(file, MAX_TOKENIZER_JSON_BYTES)
-    with as_value_error(file, "its tokenizer"):
+    with as_value_error(file, "its tokenizer", "AV-1411"):
         _check(parse_json(content))
     return content
 
@@ -51,14 +51,14 @@ def clip_json(folder: Path) -> bytes:
     Its steps are those of transformers' CLIPTokenizer.
     """
     contents = {name: read_bounded(folder / name, MAX_TOKENIZER_JSON_BYTES) for name in (VOCABULARY, MERGES)}
-    with as_value_error(folder / VOCABULARY, "its vocabulary"):
+    with as_value_error(folder / VOCABULARY, "its vocabulary", "AV-1411"):
         vocabulary = parse_json(contents[VOCABULARY])
         numbers = [vocabulary[token] for token in (CLIP_START, CLIP_END)]
-    with as_value_error(folder / MERGES, "the merges in it"):
+    with as_value_error(folder / MERGES, "the merges in it", "AV-1411"):
         lines = contents[MERGES].decode().splitlines()
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     parts = _clip_parts(vocabulary, merges, numbers)
-    with as_value_error(folder, "the tokenizer in it"):
+    with as_value_error(folder, "the tokenizer in it", "AV-1411"):
         _check(parts)
     return json.dumps(parts).encode()
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ...errors import coded_error
 from ..bounded import read_json
 from ..faults import shown
 
@@ -36,10 +37,10 @@ def check_class(folder: Path, classes: tuple[str, ...] | None = T5_TOKENIZERS, a
     for file in (folder / name for name in SETTINGS):
         settings = read_json(file) if file.is_file() else {}
         if settings.get("auto_map"):
-            raise ValueError(f"{file} names code in its folder (auto_map), which is never run. {advice}")
+            raise coded_error("AV-1312", f"{file} names code in its folder (auto_map), which is never run. {advice}")
         named = settings.get("tokenizer_class")
         if classes is not None and named is not None and named not in classes:
-            raise ValueError(f"{file} names the class {shown(repr(named))}, which is not UMT5's. {advice}")
+            raise coded_error("AV-1410", f"{file} names the class {shown(repr(named))}, which is not UMT5's. {advice}")
 
 
 def check_added(tokens: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...errors import coded_error
 from ..bounded import parse_json, read_bounded
 from ..faults import as_value_error, shown
 from ..formats.tensor_files import open_tensors
@@ -45,7 +46,7 @@ FIXED = {1: 8, 5: 4}  # bytes of protobuf's fixed-length wire types
 def tokenizer_json(file: Path) -> bytes:
     """The content of a tokenizer.json. Raises ValueError if it is not a UMT5 tokenizer, or too large for one."""
     content = read_bounded(file, MAX_TOKENIZER_JSON_BYTES)
-    with as_value_error(file, "its tokenizer"):
+    with as_value_error(file, "its tokenizer", "AV-1411"):
         parts = parse_json(content)
         if not isinstance(parts, dict) or not _is_model(parts.get("model")):
             raise ValueError("it does not hold a UMT5 vocabulary")
@@ -170,6 +171,6 @@ def tokenizer_model(file: Path) -> bytes:
         name = next(filter(is_tokenizer, tensors.shapes))
         count, dtype = math.prod(tensors.shapes[name]), tensors.dtype(name)
         if count > MAX_SPIECE_BYTES or dtype != torch.uint8:
-            raise ValueError(f"{file} holds {name} as {count} numbers of {dtype}; it must have at most "
+            raise coded_error("AV-1411", f"{file} holds {name} as {count} numbers of {dtype}; it must have at most "
                              f"{MAX_SPIECE_BYTES} bytes. Download it again.")  # fmt: skip
         return tensors.read(name).numpy().tobytes()

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ...errors import coded_error
+
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
 MAX_FILES, MAX_FOLDER_DEPTH = 10_000, 32  # of a copied folder; a model's folder has tens of files, in two levels
 
@@ -24,19 +26,22 @@ def resolved(path: Path) -> Path:
     try:
         return path.resolve()
     except (RuntimeError, OSError):  # RuntimeError before Python 3.13
-        raise ValueError(f"{path} is a link that leads to itself. Delete it.") from None
+        raise coded_error("AV-1318", f"{path} is a link that leads to itself. Delete it.") from None
 
 
 def own_file(path: Path, folder: Path) -> Path:
     """The file `path` of `folder`, with links resolved. Raises ValueError if it is not a file of that folder."""
     found = resolved(path)
     if not any(found.is_relative_to(root) for root in _roots(resolved(folder))):
-        raise ValueError(
+        raise coded_error(
+            "AV-1318",
             f"{path} is a link to {found}, outside of {folder}, and copying it could expose another file. Replace "
-            "the link with the file itself, or delete it."
+            "the link with the file itself, or delete it.",
         )
     if not found.is_file():
-        raise ValueError(f"{path} is {'not a regular file' if found.exists() else 'a broken link'}. Delete it.")
+        raise coded_error(
+            "AV-1318", f"{path} is {'not a regular file' if found.exists() else 'a broken link'}. Delete it."
+        )
     return found
 
 
@@ -58,13 +63,16 @@ def _files(folder: Path, pattern: str, deepest: int) -> Iterator[Path]:
         met += len(folders) + len(files)
         level = len(Path(inner).relative_to(folder).parts)
         if met > MAX_FILES or level > MAX_FOLDER_DEPTH:
-            raise ValueError(
+            raise coded_error(
+                "AV-1312",
                 f"{folder} has more than {MAX_FILES:,} files, or more than {MAX_FOLDER_DEPTH} levels of folders, and "
-                "all would be copied. Remove what does not belong to the model."
+                "all would be copied. Remove what does not belong to the model.",
             )
         for path in (Path(inner) / name for name in folders if fnmatch(name, pattern)):
             if path.is_symlink():
-                raise ValueError(f"{path} is a link to a folder. Replace it with the folder itself, or delete it.")
+                raise coded_error(
+                    "AV-1318", f"{path} is a link to a folder. Replace it with the folder itself, or delete it."
+                )
         yield from (Path(inner) / name for name in files if fnmatch(name, pattern))
         if level == deepest:
             folders.clear()
@@ -73,9 +81,10 @@ def _files(folder: Path, pattern: str, deepest: int) -> Iterator[Path]:
 def own_folder(path: Path, folder: Path) -> None:
     """Raises ValueError if a folder, with links resolved, does not lie in `folder`."""
     if not resolved(path).is_relative_to(resolved(folder)):
-        raise ValueError(
+        raise coded_error(
+            "AV-1318",
             f"{path} is a link to {resolved(path)}, outside of {folder}, and would be copied. Replace the link "
-            "with the folder itself."
+            "with the folder itself.",
         )
 
 

@@ -30,7 +30,7 @@ from .table import PLAIN_VIDEO, ResultRow, markdown
 
 
 @dataclass(frozen=True)
-class Video:
+class ComparedVideo:
     """The video to compare, made once plain and once with each setting. spec: with the model's own values filled in."""
 
     model: DiffusionModelSpec
@@ -42,7 +42,7 @@ class Video:
     fps: float
 
     @classmethod
-    def of(cls, arguments: Namespace) -> Video:
+    def of(cls, arguments: Namespace) -> ComparedVideo:
         """Raises ValueError if the model cannot be read, or does not support such a video."""
         own = model_defaults(arguments.model, arguments.low_noise)
         vae = VaeSpec(path=arguments.vae or arguments.model)
@@ -66,7 +66,7 @@ def run(arguments: Namespace, progress: ProgressDisplay | None = None) -> int:
     settings = [setting for text in arguments.setting for setting in settings_of(text)]
     with _folder(arguments.output):
         try:
-            video = Video.of(arguments)
+            video = ComparedVideo.of(arguments)
             with Runtime(parallel_of(arguments.parallel, arguments.ranks), arguments.device) as runtime:
                 rows, frames = compare(runtime, arguments, video, settings, progress)
                 given = _given(arguments, video, runtime)
@@ -95,7 +95,7 @@ def _folder(path: Path) -> Iterator[None]:
 
 
 def compare(
-    runtime: Runtime, arguments: Namespace, video: Video, settings: list[Setting], progress: ProgressDisplay
+    runtime: Runtime, arguments: Namespace, video: ComparedVideo, settings: list[Setting], progress: ProgressDisplay
 ) -> tuple[list[ResultRow], dict[str, np.ndarray]]:
     """The rows of the plain video and each setting, and by name the frames of those that ran, uint8 [T,H,W,3]."""
     from .similarity import mean_ssim, psnr  # needs kornia, which is not a requirement of the pack
@@ -137,7 +137,7 @@ def write_files(
             file.replace(output / file.name)
 
 
-def _given(arguments: Namespace, video: Video, runtime: Runtime) -> dict[str, Any]:
+def _given(arguments: Namespace, video: ComparedVideo, runtime: Runtime) -> dict[str, Any]:
     """The arguments, with values filled in for those that were not given: the model's own, and the ranks."""
     omitted = ("run", "command", "output", "setting")
     given = {name: value for name, value in vars(arguments).items() if name not in omitted}
@@ -150,7 +150,7 @@ def _given(arguments: Namespace, video: Video, runtime: Runtime) -> dict[str, An
 
 
 def _made(
-    runtime: Runtime, arguments: Namespace, video: Video, settings: list[Setting], progress: ProgressDisplay
+    runtime: Runtime, arguments: Namespace, video: ComparedVideo, settings: list[Setting], progress: ProgressDisplay
 ) -> Iterator[tuple[str, tuple[Result, Tensor] | ValueError]]:
     """Yields the name and (sampling result, frames [T,H,W,3]) of the plain video and of each setting, or the error of a
     setting that the ranks reject. Raises ValueError if they reject the plain video."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from msgspec import structs
 from torch import Tensor
 
-from ...ops.precision import check_finite
+from ...ops.finite import check_finite
 from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, Reads, ready
 from . import outer
 from .context import GUIDANCE_UNIT, Context

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..cost import BlockWork, PassSize, Work
+from ..cost import BlockWork, PassSize, SlicedSums, Work
 from .files.configs import filled, width_of
 
 FREQUENCIES = 256  # of a sinusoid
@@ -68,3 +68,16 @@ def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
     patches = size.tokens * config["in_channels"] * config["patch_size"] ** 2 * config["patch_size_t"] * itemsize
     rotary = (size.tokens + size.text_tokens) * config["attention_head_dim"] * 4
     return int(1.01 * size.batch * (block + patches) + rotary)
+
+
+def sums_of(config: Mapping[str, Any], size: PassSize, video: int, itemsize: int) -> SlicedSums:
+    """What ranks of tensor parallelism exchange in a pass.
+
+    A double block all-reduces the tokens twice, a single one once. A double block gathers six vectors of modulation for
+    each of the two streams that has tokens on the rank, a single block three; each twice with a clean first frame.
+    """
+    config, width = filled(config), width_of(config)
+    double, single, streams = config["num_layers"], config["num_single_layers"], (video > 0) + (video < size.on_rank)
+    reduced = (2 * double + single) * size.on_rank * width * size.batch * itemsize
+    gathered = (6 * streams * double + 3 * single) * _vectors(config) * width * size.batch * itemsize
+    return SlicedSums(reduced, 2 * streams * double + single, gathered, double + single)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...specs import Calibration, VaeForm
 from ..core_text import CoreEncoder, CoreText
-from ..cost import PassSize, Work
+from ..cost import PassSize, SlicedSums, Work
 from ..defaults import Defaults
 from ..family import (
     TEXT_ENCODER,
@@ -31,10 +31,12 @@ from .files import configs, lora_names, names
 from .files.configs import GUIDING_FRAME
 from .files.original import original_shapes
 from .files.pipeline import pipeline_of
+from .files.published import PUBLISHED_MODELS
 from .files.variants import CLASSES, FRAMEPACK, SKYREELS, VAE_CLASSES, VIDEO_15, other_vae, variant
 from .latents import CHANNELS, SPATIAL, TEMPORAL, latent_format
 from .text import files as text
 from .text import sizes
+from .text.templates import MAX_PROMPT_TOKENS
 
 PUBLISHED = f"Comfy-Org/HunyuanVideo_repackaged {HUBS}"
 PARTS = {
@@ -179,6 +181,7 @@ class HunyuanVideo(Family):
     )  # fmt: skip
     weights = weights.RULES
     loras = lora_names.LORA_NAMES
+    deals_tiles = True
 
     # Properties of a model, from the configs of its transformers
 
@@ -213,7 +216,15 @@ class HunyuanVideo(Family):
     def left_open(self, config: Mapping[str, Any]) -> str:
         return LEFT_OPEN if configs.is_open(config) else ""
 
+    @property
+    def published(self):
+        return PUBLISHED_MODELS
+
     # Cost of a pass
+
+    @property
+    def text_tokens(self) -> int:
+        return MAX_PROMPT_TOKENS
 
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
         frames, height, width = size
@@ -237,6 +248,11 @@ class HunyuanVideo(Family):
 
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         return cost.taken_by(config, size, itemsize)
+
+    def sliced_sums(
+        self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
+    ) -> SlicedSums:
+        return cost.sums_of(config, size, video, itemsize)
 
     # Networks and what they need
 

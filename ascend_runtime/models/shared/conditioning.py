@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...ops.precision import check_finite
+from ...ops.finite import check_finite
 from ...specs import VaeForm, VideoSize
 from ...specs.base import require_side
 from .latents import Latents

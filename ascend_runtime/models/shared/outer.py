@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...hardware import devices
-from ...ops.precision import check_finite
+from ...ops.finite import check_finite
 from .conditioning import Inputs, Reads
 
 TEXT, CONCAT = "text", "concat"  # the names of a prompt's tokens and of further channels

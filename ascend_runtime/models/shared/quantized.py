@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.faults import list_faults
 from ...checkpoints.msmodelslim import DYNAMIC, INT4, MXFP8, STATIC, TIMESTEP, Layer
+from ...errors import coded_error
 from ...ops import PlainOperators, in_preferred_layout, mxfp8, packing
 from ...ops.quantization import Static, smoothed
 from ...parallel.tensor import TensorParallel
@@ -204,9 +205,10 @@ def quantize(network: nn.Module, layers: Mapping[str, Layer], blocks: tuple[str,
     """
     strange = [name for name in layers if not (name.startswith(blocks) and _is_linear(network, name))]
     if strange:
-        raise ValueError(
+        raise coded_error(
+            "AV-1408",
             f"Only linear layers of blocks can be quantized; {list_faults({'are not': strange})}. Does the description "
-            "belong to another model, or were embedders or the head quantized too?"
+            "belong to another model, or were embedders or the head quantized too?",
         )
     for name, layer in layers.items():
         owner, _, leaf = name.rpartition(".")
@@ -252,15 +254,17 @@ def check_cuts(network: nn.Module, cut_dim: Callable[[str], int | None], degree:
         cuts = degree if cut_dim(f"{name}.weight") == 1 else 1
         width, multiple, kind = layer.in_features // cuts, layer.multiple, kinds[type(layer)]
         if layer.whole and layer.in_features % multiple:
-            raise ValueError(
+            raise coded_error(
+                "AV-1407",
                 f"{name} has {layer.in_features} inputs; {kind} needs a multiple of {multiple}. Use the model's "
-                "W8A8_DYNAMIC, bf16 or fp16 form."
+                "W8A8_DYNAMIC, bf16 or fp16 form.",
             )
         if cuts > 1 and width % multiple:
-            raise ValueError(
+            raise coded_error(
+                "AV-1415",
                 f"tp_degree is {degree}, which gives each rank {width} of the {layer.in_features} inputs of {name}, "
                 f"but its {kind} weights can only be cut in multiples of {multiple}. Set tp_degree to a smaller "
-                "number, and use the other ranks for ulysses_degree or ring_degree."
+                "number, and use the other ranks for ulysses_degree or ring_degree.",
             )
 
 
@@ -271,7 +275,7 @@ def check_static_steps(network: nn.Module, steps: tuple[int, int] | None, source
         return
     why = f"the model has scales for {min(numbers)} steps" if numbers else f"no layer of the model is in {TIMESTEP}"
     advice = "Correct it, or leave static_steps out to quantize activations dynamically in all steps."
-    raise ValueError(f"{source} sets static_steps to {list(steps)}, but {why}. {advice}")
+    raise coded_error("AV-1408", f"{source} sets static_steps to {list(steps)}, but {why}. {advice}")
 
 
 def use_step(network: nn.Module, step: int | None) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...errors import coded_error
 from ...hardware import devices
 from ...parallel.mesh import all_reduce_max, this_rank, world_size
 from ...parallel.tiles import Area, Tile, TileGrid, grid_here, single_tile, tile_of
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """A part of a video's output. where: its frames, rows and columns. content: None if this rank has none.
-    added: it is one term of a sum, else all of the output there."""
+    """A part of a video's output. where: its frames, rows and columns. content [C,t,h,w]: None if this rank has none.
+    weights [t,h,w]: factors that make the content one term of a sum; None: it is all of the output there."""
 
     where: tuple[slice, slice, slice]
     content: Tensor | None
-    added: bool = False
+    weights: Tensor | None = None
 
 
 Pieces = Iterator[Piece]
@@ -55,7 +56,7 @@ class Tiling(Protocol):
         """Prepares the output that all ranks share, which has frames in dim 0."""
 
     def decoded(self, latent: Tensor, on_step: OnStep) -> Pieces:
-        """Decodes a latent [C,T,H,W] to pieces of frames [3,t,h,w]: in -1..1, or terms of their sum."""
+        """Decodes a latent [C,T,H,W] to pieces of frames [3,t,h,w] in -1..1, or near there for terms of a sum."""
 
     def encoded(self, frames: Tensor, on_step: OnStep) -> Pieces:
         """Encodes frames [T,H,W,3] in 0..1 to pieces of a latent [C,t,h,w]."""
@@ -171,7 +172,7 @@ class DealtTiles:
         for tile, content in self._computed("decode", made, on_step):
             frames, *area = tile.makes
             rows, columns = (slice(spatial * side.start, spatial * side.stop) for side in area)
-            yield Piece((_frames_of(vae, frames), rows, columns), _weighted(content, tile, temporal, spatial), True)
+            yield Piece((_frames_of(vae, frames), rows, columns), content, _weights(tile, temporal, spatial))
 
     def encoded(self, frames: Tensor, on_step: OnStep) -> Pieces:
         vae, (temporal, spatial) = self._vae, (self._vae.form.temporal, self._vae.form.spatial)
@@ -183,7 +184,7 @@ class DealtTiles:
             return vae.encoded(_frame_chunks(vae, _crop(part, (rows, columns))), single_tile(*tile.size[1:]))
 
         for tile, content in self._computed("encode", made, on_step):
-            yield Piece(tile.makes, _weighted(content, tile, 1, 1), True)
+            yield Piece(tile.makes, content, _weights(tile, 1, 1))
 
     def _computed(
         self, work: str, made: Callable[[LatentTile], Iterator[Tensor | None]], on_step: OnStep
@@ -209,10 +210,10 @@ class DealtTiles:
         return len(self._vae.steps(work, 1))
 
 
-def _weighted(content: Tensor, tile: LatentTile, temporal: int, spatial: int) -> Tensor:
-    """The content [C,t,h,w] of a tile as a term of the output's sum, in fp32."""
+def _weights(tile: LatentTile, temporal: int, spatial: int) -> Tensor:
+    """The weights [t,h,w] of a tile's content in the output's sum, in fp32."""
     frames, plane = tile.weights(temporal, spatial)
-    return content.float() * (frames[:, None, None] * plane)
+    return frames[:, None, None] * plane
 
 
 # Which of them
@@ -273,9 +274,10 @@ def _too_large(size: _Size, cure: str = "") -> ValueError:
     sides = (max(1, int(math.sqrt(free / needed) * side)) * vae.form.spatial for side in (size.width, size.height))
     on_cards = "" if vae.device.type == "cpu" else f", or {math.ceil(ranks * needed / free)} ranks"
     on_each = f" on each of {ranks} ranks" if ranks > 1 else ""
-    return ValueError(
+    return coded_error(
+        "AV-1206",
         f"{size.task} takes {needed / 1e9:.1f} GB{on_each}, but {free / 1e9:.1f} GB are free. Use about "
-        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights.{cure}"
+        f"{' x '.join(map(str, sides))} pixels{on_cards}. Ascend Free Memory frees other models' weights.{cure}",
     )
 
 
@@ -329,9 +331,10 @@ def _output_bytes(vae: VideoVae, work: str) -> int:
 
 def _too_small(size: _Size, least: float, tiles: str) -> ValueError:
     half = "; the VAE in dtype bfloat16 takes half" if size.vae.dtype == torch.float32 else ""
-    return ValueError(
+    return coded_error(
+        "AV-1206",
         f"{size.task} takes {size.whole / 1e9:.1f} GB, in {tiles} {least / 1e9:.1f} GB, but {size.free / 1e9:.1f} GB "
-        f"are free. Ascend Free Memory frees other models' weights{half}."
+        f"are free. Ascend Free Memory frees other models' weights{half}.",
     )
 
 

@@ -70,27 +70,27 @@ class JsonTokenizer:
     def __init__(self, content: bytes, file: Path):
         """content: of `file`, which errors name. Raises ValueError for invalid content."""
         self._file, self.content = file, content
-        with as_value_error(file, "the tokenizer in it"):
+        with as_value_error(file, "the tokenizer in it", "AV-1411"):
             self._tokenizer = Rules.from_buffer(content)
             self._tokenizer.no_padding()
 
     @property
     def vocabulary(self) -> dict[str, int]:
         """The ids of all tokens."""
-        with as_value_error(self._file, "the tokenizer in it"):
+        with as_value_error(self._file, "the tokenizer in it", "AV-1411"):
             return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
     def size(self) -> int:
         """One more than the largest token id, including the end tokens."""
-        with as_value_error(self._file, "the tokenizer in it"):
+        with as_value_error(self._file, "the tokenizer in it", "AV-1411"):
             around = self._tokenizer.encode("").ids
             return 1 + max([*self.vocabulary.values(), *around], default=-1)
 
     def __call__(
         self, text: str, *, truncation: bool, max_length: int | None = None
     ) -> Tokens:
-        with as_value_error(self._file, "the tokenizer in it"):
+        with as_value_error(self._file, "the tokenizer in it", "AV-1411"):
             if truncation:
                 self._tokenizer.enable_truncation(max_length)
             else:
@@ -98,7 +98,7 @@ class JsonTokenizer:
             return _tokens(self._tokenizer.encode(text).ids)
 
     def decode(self, tokens: list[int]) -> str:
-        with as_value_error(self._file, "the tokenizer in it"):
+        with as_value_error(self._file, "the tokenizer in it", "AV-1411"):
             return self._tokenizer.decode(tokens)
 
 

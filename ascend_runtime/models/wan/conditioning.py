@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops.precision import check_finite
+from ...ops.finite import check_finite
 from ..shared.conditioning import Branch, Conditioner, Given, Inputs, Prompt, Reads, check_shape, ready
 from . import outer
 from .context import Context

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..cost import BlockWork, PassSize, Work
+from ..cost import BlockWork, PassSize, SlicedSums, Work
 from .files.configs import filled
 
 # Up to this ratio of video tokens to text tokens, keys and values of the text are cached. At a ratio of 8, computing
@@ -54,3 +54,16 @@ def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
 def worth_keeping(tokens: int, text_tokens: int) -> bool:
     """Whether a rank caches a block's keys and values of the text, for `tokens` video tokens on the rank."""
     return tokens <= MAX_TOKEN_RATIO * text_tokens
+
+
+def sums_of(config: Mapping[str, Any], size: PassSize, itemsize: int, again: bool) -> SlicedSums:
+    """What ranks of tensor parallelism exchange in a pass.
+
+    A block all-reduces the tokens three times, and with each attention the squares of queries and keys in fp32: of the
+    tokens three times, and of the text unless its keys are cached.
+    """
+    config, width = filled(config), width_of(config)
+    cached = again and worth_keeping(size.on_rank, size.text_tokens)
+    norms = 4 * (3 * size.on_rank + (0 if cached else size.text_tokens))
+    block = 3 * size.on_rank * width * itemsize + norms
+    return SlicedSums(config["num_layers"] * size.batch * block, 5 * config["num_layers"])

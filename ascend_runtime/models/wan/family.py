@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.faults import shown
+from ...errors import coded_error
 from ...specs import Calibration, VaeForm
 from ..core_text import CoreEncoder, CoreText, OwnTokenizer
-from ..cost import PassSize, Work
+from ..cost import PassSize, SlicedSums, Work
 from ..defaults import Defaults
 from ..family import (
     TEXT_ENCODER,
@@ -29,6 +30,7 @@ from . import calibrations, cost, weights
 from .defaults import defaults_of
 from .files import configs, lora_names, names
 from .files.pipeline import pipeline_of
+from .files.published import PUBLISHED_MODELS
 from .files.variants import only_blocks, variant
 from .latents import CHANNELS, CHANNELS_22, latent_format
 
@@ -144,9 +146,10 @@ class Wan(Family):
         heads, width = config["num_attention_heads"], config["attention_head_dim"]
         number = original.get("num_heads", heads)
         if type(number) is not int or number < 1 or heads * width % number:
-            raise ValueError(
+            raise coded_error(
+                "AV-1309",
                 f"{file} says num_heads {shown(repr(number))}, which does not divide the {heads * width} channels of "
-                "its weights. Download it again."
+                "its weights. Download it again.",
             )
         return config | {"num_attention_heads": number, "attention_head_dim": heads * width // number}
 
@@ -166,7 +169,14 @@ class Wan(Family):
     def calibration(self, config: Mapping[str, Any], own: Defaults, pixels: int, expert: str) -> Calibration:
         return calibrations.published(own, self.width(config), pixels, expert)
 
+    @property
+    def published(self):
+        return PUBLISHED_MODELS
+
     # Cost of a pass
+
+    def per_token(self, config: Mapping[str, Any]) -> bool:
+        return configs.filled(config)["out_channels"] == CHANNELS_22
 
     def grid(self, config: Mapping[str, Any], size: tuple[int, int, int]) -> tuple[int, int, int]:
         frames, height, width = (length // patch for length, patch in zip(size, configs.filled(config)["patch_size"]))
@@ -174,6 +184,9 @@ class Wan(Family):
 
     def width(self, config: Mapping[str, Any]) -> int:
         return cost.width_of(config)
+
+    def heads(self, config: Mapping[str, Any]) -> int:
+        return configs.filled(config)["num_attention_heads"]
 
     def text_width(self, config: Mapping[str, Any]) -> int:
         return configs.filled(config)["text_dim"]
@@ -183,6 +196,11 @@ class Wan(Family):
 
     def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
         return cost.taken_by(config, size, itemsize)
+
+    def sliced_sums(
+        self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
+    ) -> SlicedSums:
+        return cost.sums_of(config, size, itemsize, again)
 
     # Networks and what they need
 

@@ -23,6 +23,7 @@ from ...checkpoints.tokenizers import (
     tokenizer_json,
     tokenizer_model,
 )
+from ...errors import coded_error
 from ..family import TEXT_ENCODER
 from ..shared.text import (
     SHOWN_TOKENS,
@@ -113,13 +114,14 @@ def _hidden(model: nn.Module, tokens: Tokens, on_block: OnBlock) -> Tensor:
 def load_tokenizer(found: Path | None, shard: Path) -> Tokenizer:
     """The tokenizer in a folder, or in the text encoder's file."""
     if found is None:
-        raise ValueError(
+        raise coded_error(
+            "AV-1409",
             f"{shard} contains no tokenizer, and there is none next to it. Put the folder google/umt5-xxl of "
             "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) next to the file, or use ComfyUI's "
-            "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which contains one."
+            "umt5_xxl_fp8_e4m3fn_scaled.safetensors (Comfy-Org/Wan_2.1_ComfyUI_repackaged), which contains one.",
         )
     if not found.is_file() and not found.is_dir():
-        raise ValueError(f"{found} does not exist. Put the tokenizer's folder next to the text encoder.")
+        raise coded_error("AV-1409", f"{found} does not exist. Put the tokenizer's folder next to the text encoder.")
     if found.is_dir():
         check_class(found)
         if (found / JSON).is_file():
@@ -127,9 +129,10 @@ def load_tokenizer(found: Path | None, shard: Path) -> Tokenizer:
     pieces = _sentencepiece_in(found)
     if pieces is not None:
         return pieces
-    raise ValueError(
+    raise coded_error(
+        "AV-1409",
         f"{found} has neither {JSON} nor {SPIECE}; a T5 tokenizer needs one of them. Download google/umt5-xxl of "
-        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it."
+        "Wan-AI/Wan2.1-T2V-1.3B (Hugging Face or ModelScope) into it.",
     )
 
 
@@ -137,12 +140,12 @@ def _sentencepiece_in(found: Path) -> SentencePiece | None:
     """The sentencepiece model in the text encoder's file, or in a folder; None if a folder has none."""
     if found.is_file():
         model = tokenizer_model(found)
-        with as_value_error(found, "its tokenizer"):
+        with as_value_error(found, "its tokenizer", "AV-1411"):
             check_spiece(model)
             return SentencePiece(model)
     if not (found / SPIECE).is_file():
         return None
-    with as_value_error(found / SPIECE, "the tokenizer in it"):
+    with as_value_error(found / SPIECE, "the tokenizer in it", "AV-1411"):
         model = read_bounded(found / SPIECE, MAX_SPIECE_BYTES)
         check_spiece(model)
         return SentencePiece(model)

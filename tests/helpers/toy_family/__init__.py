@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from ascend_runtime.checkpoints.fused import Target, halves_exchanged, in_proportion
-from ascend_runtime.models.cost import BlockWork, Work
+from ascend_runtime.models.cost import BlockWork, SlicedSums, Work
 from ascend_runtime.models.defaults import Defaults
 from ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE, Family, LoraNames, Part, WeightRules
 from ascend_runtime.models.latent_format import LatentFormat
@@ -200,6 +200,14 @@ class Toy(Family):
 
     def bytes_taken(self, config, size, itemsize):
         return 16 * size.batch * size.on_rank * self.width(config) * itemsize
+
+    def heads(self, config):
+        return self.width(config) // HEAD_DIM
+
+    def sliced_sums(self, config, size, video, itemsize, again=True):
+        double, single = config["num_layers"], config["num_single_layers"]
+        sums = (2 * double + single) * size.batch * size.on_rank * self.width(config)
+        return SlicedSums(sums * itemsize, 4 * double + 2 * single)
 
     def sigmas(self, steps, shift, solver):
         """Shifted squares: as no other family spreads them."""

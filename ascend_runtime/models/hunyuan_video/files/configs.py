@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ....checkpoints.faults import shown
+from ....errors import coded_error
 from ...shapes import Shapes, count
 from ..latents import CHANNELS, SCALING, SPATIAL, TEMPORAL
 from .variants import USE, USE_VAE, of_channels
@@ -100,29 +101,35 @@ def rope_axes(head_dim: int) -> tuple[int, int, int]:
 def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Path]) -> None:
     """Raises ValueError if these are not the one transformer of a supported model."""
     if len(configs) > 1:
-        raise ValueError(f"{files[1]} is given as a second expert, but HunyuanVideo models have one. Give one file.")
+        raise coded_error(
+            "AV-1403", f"{files[1]} is given as a second expert, but HunyuanVideo models have one. Give one file."
+        )
     config, file = filled(configs[0]), files[0]
     if wrong := of_channels(config["in_channels"]):
-        raise ValueError(f"{file} cannot be used. {wrong}")
+        raise coded_error("AV-1311", f"{file} cannot be used. {wrong}")
     kind, reads, makes = (config[name] for name in ("image_condition_type", "in_channels", "out_channels"))
     if kind not in CONDITION_TYPES:
         known = ", ".join(map(str, CONDITION_TYPES))
-        raise ValueError(f"{file} says image_condition_type {shown(repr(kind))}; it can be one of {known}.")
+        raise coded_error("AV-1311", f"{file} says image_condition_type {shown(repr(kind))}; it can be one of {known}.")
     expected = 2 * makes + 1 if kind == CONCAT else makes
     if reads != expected:
-        raise ValueError(
+        raise coded_error(
+            "AV-1311",
             f"{file} reads {reads} channels and makes {makes}; with image_condition_type {kind} it must read "
-            f"{expected}. {USE}"
+            f"{expected}. {USE}",
         )
     for name, value in (("qk_norm", "rms_norm"), ("mlp_ratio", 4)):
         if config[name] != value:
-            raise ValueError(f"{file} says {name} {shown(repr(config[name]))}; only {value} is supported. {USE}")
+            raise coded_error(
+                "AV-1311", f"{file} says {name} {shown(repr(config[name]))}; only {value} is supported. {USE}"
+            )
     axes, head_dim = config["rope_axes_dim"], config["attention_head_dim"]
     whole = isinstance(axes, (list, tuple)) and all(type(one) is int and one > 0 and one % 2 == 0 for one in axes)
     if not (whole and len(axes) == 3 and sum(axes) == head_dim):
-        raise ValueError(
+        raise coded_error(
+            "AV-1309",
             f"{file} says rope_axes_dim {shown(repr(axes))}; it must be 3 even numbers whose sum is {head_dim}, the "
-            "channels of a head. Download it again."
+            "channels of a head. Download it again.",
         )
 
 
@@ -161,12 +168,18 @@ def check_vae_config(config: dict, file: Path) -> None:
     latents = config.get("latent_channels", CHANNELS)
     colours = config.get("in_channels", 3), config.get("out_channels", 3)
     if colours != (3, 3):
-        raise ValueError(f"{file} reads {colours[0]} channels and makes {colours[1]}; RGB has 3. {USE_VAE}")
+        raise coded_error("AV-1311", f"{file} reads {colours[0]} channels and makes {colours[1]}; RGB has 3. {USE_VAE}")
     for name, value in VAE_FIXED.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{file} says {name} {shown(repr(config[name]))}; only {value} is supported. {USE_VAE}")
+            raise coded_error(
+                "AV-1311", f"{file} says {name} {shown(repr(config[name]))}; only {value} is supported. {USE_VAE}"
+            )
     levels = config.get("block_out_channels", (128, 256, 512, 512))
     if not isinstance(levels, (list, tuple)) or len(levels) != VAE_LEVELS:
-        raise ValueError(f"{file} has block_out_channels {shown(repr(levels))}; it must have {VAE_LEVELS}. {USE_VAE}")
+        raise coded_error(
+            "AV-1311", f"{file} has block_out_channels {shown(repr(levels))}; it must have {VAE_LEVELS}. {USE_VAE}"
+        )
     if latents != CHANNELS:
-        raise ValueError(f"{file} makes latents of {shown(repr(latents))} channels, not {CHANNELS}. {USE_VAE}")
+        raise coded_error(
+            "AV-1311", f"{file} makes latents of {shown(repr(latents))} channels, not {CHANNELS}. {USE_VAE}"
+        )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ....checkpoints.tokenizers import JSON, bpe_json, check_class, clip_json
 from ....checkpoints.tokenizers.bpe import CLIP_END, CLIP_START, MERGES, VOCABULARY
+from ....errors import coded_error
 from ...family import TEXT_ENCODER, TEXT_ENCODER_2
 from ...hubs import HUBS
 from ...shared.text import (
@@ -141,9 +142,10 @@ def _loaded(part: str, found: Path | None, shard: Path) -> Tokenizer:
     """The tokenizer in a folder. Raises ValueError, which says where to get it, if there is none."""
     if found is None or not found.is_dir():
         where = "contains no tokenizer, and there is none next to it" if found in (None, shard) else f"needs {found}"
-        raise ValueError(
+        raise coded_error(
+            "AV-1409",
             f"{shard} {where}. Put the folder {TOKENIZER_FOLDERS[part]} of {TOKENIZERS} next to it, or give "
-            f"{TOKENIZER_OPTIONS[part]}, such as ComfyUI's {CORE_TOKENIZERS[part]}."
+            f"{TOKENIZER_OPTIONS[part]}, such as ComfyUI's {CORE_TOKENIZERS[part]}.",
         )
     check_class(found, None, TOKENIZER_SOURCES[part])
     if (found / JSON).is_file():
@@ -151,25 +153,29 @@ def _loaded(part: str, found: Path | None, shard: Path) -> Tokenizer:
     if part == TEXT_ENCODER_2 and (found / VOCABULARY).is_file() and (found / MERGES).is_file():
         return JsonTokenizer(clip_json(found), found)
     needs = JSON if part == TEXT_ENCODER else f"neither {JSON} nor {VOCABULARY} with {MERGES}"
-    raise ValueError(f"{found} has {'no ' if part == TEXT_ENCODER else ''}{needs}. {TOKENIZER_SOURCES[part]}")
+    raise coded_error(
+        "AV-1409", f"{found} has {'no ' if part == TEXT_ENCODER else ''}{needs}. {TOKENIZER_SOURCES[part]}"
+    )
 
 
 def _check_llama(tokenizer: Tokenizer, found: Path) -> None:
     for template in (TEXT_TO_VIDEO, IMAGE_TO_VIDEO):
         count, wanted = _ids(tokenizer, template.around("")).shape[1], template.crop + template.tail
         if count != wanted:
-            raise ValueError(
+            raise coded_error(
+                "AV-1410",
                 f"{found} is the tokenizer of another model: HunyuanVideo's template has {count} tokens in it, not "
-                f"{wanted}. {TOKENIZER_SOURCES[TEXT_ENCODER]}"
+                f"{wanted}. {TOKENIZER_SOURCES[TEXT_ENCODER]}",
             )
 
 
 def _check_clip(tokenizer: Tokenizer, found: Path) -> None:
     first, *inner, last = _ids(tokenizer, f"{CLIP_START}{CLIP_END}")[0].tolist()
     if inner != [first, last]:
-        raise ValueError(
+        raise coded_error(
+            "AV-1410",
             f"{found} is the tokenizer of another model: it does not put {CLIP_START} before a text and {CLIP_END} "
-            f"after it. {TOKENIZER_SOURCES[TEXT_ENCODER_2]}"
+            f"after it. {TOKENIZER_SOURCES[TEXT_ENCODER_2]}",
         )
 
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ....errors import coded_error
 from ...shapes import Shapes
 from .sizes import LEFT_OUT_LAYERS, ClipTextSizes, LlamaSizes, VisionSizes
 
@@ -126,7 +127,7 @@ def check_with(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[dict, Any]
         try:
             read(config)
         except ValueError as error:
-            raise ValueError(f"{file} describes a network that is not supported: {error}.") from None
+            raise coded_error("AV-1311", f"{file} describes a network that is not supported: {error}.") from None
 
     return check
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ....checkpoints.configs import is_finite_number
 from ....checkpoints.faults import shown
+from ....errors import coded_error
 from ...shapes import Shapes, count
 from ..latents import CHANNELS_22, LATENTS_MEAN_22, LATENTS_STD_22
 
@@ -145,10 +146,11 @@ def check_colours(config: dict, where: Path) -> None:
     reads, makes = config.get("in_channels", 3), config.get("out_channels", 3)
     if (reads, makes) != (colours, colours):
         upscales = " It is a VAE that upscales videos, which is not supported." if reads == colours < makes else ""
-        raise ValueError(
+        raise coded_error(
+            "AV-1311",
             f"{where} reads {reads} channels and makes {makes}; RGB in patches of {patch} x {patch} has {colours}."
             f"{upscales} Use Wan2.1_VAE.pth or wan_2.1_vae.safetensors; for Wan2.2-TI2V-5B use Wan2.2_VAE.pth or "
-            "wan2.2_vae.safetensors."
+            "wan2.2_vae.safetensors.",
         )
 
 
@@ -159,9 +161,10 @@ def check_vae(config: dict, where: Path) -> None:
     for name, given, least in (("latents_mean", mean, -math.inf), ("latents_std", std, 0)):
         listed = isinstance(given, (list, tuple))
         if given is not None and not (listed and all(is_finite_number(one) and one > least for one in given)):
-            raise ValueError(
+            raise coded_error(
+                "AV-1309",
                 f"{where} has {name} {shown(repr(given))}; it must be a list of numbers"
-                f"{' above 0' if least == 0 else ''}. Download it again."
+                f"{' above 0' if least == 0 else ''}. Download it again.",
             )
     steps, temporal = config.get("dim_mult", (1, 2, 4, 4)), config.get("temperal_downsample", (False, True, True))
     if not (isinstance(steps, (list, tuple)) and isinstance(temporal, (list, tuple)) and steps):
@@ -171,7 +174,7 @@ def check_vae(config: dict, where: Path) -> None:
     wrong = [f"{name} {config[name]}, but its layers result in {own}" for name, own in made.items()
              if config.get(name, own) != own]  # fmt: skip
     if wrong:
-        raise ValueError(f"{where} has {', and '.join(wrong)}. Download it again.")
+        raise coded_error("AV-1309", f"{where} has {', and '.join(wrong)}. Download it again.")
 
 
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,15 +196,18 @@ def check_transformers(configs: Sequence[Mapping[str, Any]], files: Sequence[Pat
         inputs, outputs = config["in_channels"], config["out_channels"]
         image, control = 2 * outputs + MASK_CHANNELS, 3 * outputs
         if inputs not in (outputs, image, control, control + MASK_CHANNELS):
-            raise ValueError(
+            raise coded_error(
+                "AV-1311",
                 f"{file} reads {inputs} channels and makes {outputs}. It must read {outputs}, as a text-to-video "
                 f"model, {image}, as an image-to-video model, or {control} or {control + MASK_CHANNELS}, as a Fun "
-                "Control model; other kinds (camera, VACE) are not supported."
+                "Control model; other kinds (camera, VACE) are not supported.",
             )
         for key in ("text_dim", "in_channels", "image_dim", REFERENCE_CHANNELS):
             if config.get(key) != first.get(key):
                 has, other = config.get(key), first.get(key)
-                raise ValueError(f"{file} has {key} {has}, but {files[0]} {other}. Use two experts of one model.")
+                raise coded_error(
+                    "AV-1403", f"{file} has {key} {has}, but {files[0]} {other}. Use two experts of one model."
+                )
 
 
 def check_vae_config(config: Mapping[str, Any], file: Path) -> None:

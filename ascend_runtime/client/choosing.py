@@ -1,0 +1,138 @@
+"""Which plans jobs take: the ranks choose one for each kind of job, and the client keeps it, so that a job like an
+earlier one asks nothing. After a rank ran out of memory, a job gets one more try, with a plan that takes less."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec.structs import replace
+
+from ..hardware import host
+from ..specs import DiffusionModelSpec
+from ..wire.messages import Choose
+from ..wire.plans import Chosen, PlannedJob
+from .group import RankDied
+from .submission import RankError, Result
+
+if TYPE_CHECKING:
+    from .kept_ranks import Jobs
+
+logger = logging.getLogger(__name__)
+
+MOST_KEPT = 64  # choices
+Weights = tuple  # what identifies how a model's weights lie on the ranks
+
+
+class Choices:
+    """The plans that were chosen since the ranks started."""
+
+    def __init__(self):
+        self._kept: OrderedDict[tuple, Chosen] = OrderedDict()
+        self._weights: Weights | None = None  # of the last model that ranks loaded
+
+    def forget(self) -> None:
+        """The ranks hold no weights, or their memory is another one."""
+        self._kept.clear()
+        self._weights = None
+
+    def of(self, jobs: Jobs, planned: PlannedJob) -> Chosen:
+        """The plan for a job. Ranks that cannot shard weights start again if the plan needs it.
+
+        Raises ValueError, with the numbers and the nearest size that fits, if no plan fits.
+        """
+        planned = _kind(planned)
+        chosen = self._kept.get((planned, self._weights)) or asked(jobs, planned)
+        self._keep(planned, chosen)
+        jobs.begin(bool(chosen.parallel.fsdp))
+        self._weights = _weights(planned.model, chosen)
+        self._keep(planned, chosen)  # for the next job, which finds these weights
+        return chosen
+
+    def smaller(self, jobs: Jobs, planned: PlannedJob, failed: Chosen) -> Chosen | None:
+        """The fastest plan that is predicted to take less of a device than the one that failed; None: there is none."""
+        chosen = asked(jobs, _kind(planned), below=failed.device)
+        if chosen is not None:
+            jobs.begin(bool(chosen.parallel.fsdp))
+            self._weights = _weights(planned.model, chosen)
+            self._keep(_kind(planned), chosen)
+        return chosen
+
+    def _keep(self, planned: PlannedJob, chosen: Chosen) -> None:
+        self._kept[planned, self._weights] = chosen
+        self._kept.move_to_end((planned, self._weights))
+        while len(self._kept) > MOST_KEPT:
+            self._kept.popitem(last=False)
+
+
+def _kind(planned: PlannedJob) -> PlannedJob:
+    """The job without what no plan depends on."""
+    return replace(planned, sample=replace(planned.sample, seed=0), model=replace(planned.model, loras=()))
+
+
+def _weights(model: DiffusionModelSpec, chosen: Chosen) -> Weights:
+    return replace(chosen.arranged(model), loras=()), chosen.parallel.tp_degree, chosen.parallel.fsdp
+
+
+def asked(jobs: Jobs, planned: PlannedJob, below: int = 0) -> Chosen | None:
+    """What the ranks choose for a job; see `wire.messages.Choose`."""
+    found = jobs(lambda job: Choose(job=job, planned=planned, below=below)).info["plan"]
+    return found and msgspec.convert(found, Chosen)
+
+
+def with_plan(jobs: Jobs, choices: Choices, planned: PlannedJob, run: Callable[[Chosen], Result]) -> Result:
+    """The result of a job with the plan that is chosen for it: `info["plan"]` has the plan, next to what it took.
+
+    If a rank runs out of memory, the job runs once more with the next plan that takes less, if the user has left one
+    open; the result's warnings say so.
+    """
+    chosen = choices.of(jobs, planned)
+    jobs.show(chosen)
+    try:
+        return _with_plan(run(chosen), chosen)
+    except (RankError, RankDied) as error:
+        smaller = _next(jobs, choices, planned, chosen, error)
+        if smaller is None:
+            raise
+    warning = _retried(chosen, smaller)
+    jobs.notice(warning)
+    jobs.show(smaller)
+    return _with_plan(run(smaller), smaller, [warning])
+
+
+def _next(
+    jobs: Jobs, choices: Choices, planned: PlannedJob, failed: Chosen, error: RankError | RankDied
+) -> Chosen | None:
+    """The plan to try after an error; None: the error is another one, or no plan is left."""
+    if not host.out_of_memory(str(error)):
+        return None
+    jobs.begin()
+    jobs.free()  # what the failed plan has left
+    choices.forget()
+    try:
+        return choices.smaller(jobs, planned, failed)
+    except ValueError as refusal:
+        logger.info("No other plan is tried: %s", refusal)
+        return None
+
+
+def _retried(failed: Chosen, smaller: Chosen) -> str:
+    return (
+        f"A rank ran out of memory, though {failed.device / 1e9:.1f} GB were predicted and "
+        f"{failed.device_free / 1e9:.1f} GB free. The job runs once more with a plan that takes less, "
+        f"{smaller.device / 1e9:.1f} GB: {smaller.line}"
+    )
+
+
+def _with_plan(result: Result, chosen: Chosen, warnings: Sequence[str] = ()) -> Result:
+    """The result with its plan in `info["plan"]`."""
+    took = {stage: seconds for stage, seconds in result.seconds.items() if stage in chosen.seconds}
+    plan = {"line": chosen.line, "predicted": dict(chosen.seconds), "took": took, "device": chosen.device,
+            "host": chosen.host}  # fmt: skip
+    result.info["plan"] = plan
+    if warnings:
+        result.info["warnings"] = [*result.info.get("warnings", ()), *warnings]
+    return result

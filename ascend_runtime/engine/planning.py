@@ -1,0 +1,180 @@
+"""Chooses the plan of a job that is about to run, from its files' headers and the memory that the ranks have free."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import replace as replaced
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from ..hardware import devices
+from ..planner import choice, models, rates, videos
+from ..planner.choice import Choice, Fixed
+from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
+from ..specs import DiffusionModelSpec, Plan, SampleSpec, VideoSize
+from ..specs.plans import AXES
+from ..wire.plans import Chosen, PlannedJob
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+SMALLEST = VideoSize(width=256, height=256, num_frames=5)  # to load a model whose own size does not fit
+MOST_MODELS = 4  # whose facts are kept
+
+Holds = Callable[[DiffusionModelSpec, int, bool], bool]  # whether the ranks hold a model (spec, tp degree, FSDP)
+
+
+def card_of(device: torch.device) -> str:
+    """The name of a card in planner.rates; of an unknown card, that of the most common one of its kind."""
+    if device.type == "npu":
+        line = devices.card(device)
+        return {"a5": "950", None: "a2"}.get(line, line)
+    if device.type == "cuda":
+        name = devices.name(device).lower()
+        return next((card for card in ("h200", "h100", "h20", "b200") if card in name), "h100")
+    return "cpu"
+
+
+class Facts:
+    """The facts of the models that were asked about last, as long as their files stay as they were. state: a value that
+    changes when a file of a spec's component does."""
+
+    def __init__(self, state: Callable[[Any], Hashable]):
+        self._state = state
+        self._read: OrderedDict[tuple, Model] = OrderedDict()
+
+    def of(self, planned: PlannedJob, kind: str) -> Model:
+        """Raises ValueError for files that cannot be used."""
+        specs = replace(planned.model, loras=()), planned.encoder, planned.vae
+        key = specs, tuple(spec and self._state(spec) for spec in specs)
+        if key not in self._read:
+            self._read[key] = models.read(*specs, kind)
+        self._read.move_to_end(key)
+        while len(self._read) > MOST_MODELS:
+            self._read.popitem(last=False)
+        return self._read[key]
+
+
+def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, below: int = 0) -> Chosen | None:
+    """The plan of a job; of those that take less than `below` bytes of a device, if that is given. None: there is none.
+
+    A plan whose weights would have to be read counts the seconds of reading, where a slower one finds its weights on
+    the ranks. Raises ValueError, with the numbers and the nearest size that fits, if no plan fits.
+    """
+    try:
+        model = facts.of(planned, machine.kind)
+    except ValueError as error:  # loading says more, and fails for what cannot be loaded only
+        logger.info("No plan was chosen: %s", error)
+        return None if below else _not_chosen(planned, f"No plan was chosen: {error}")
+    video = _video(model, planned)
+    if video is None:
+        return None if below else _not_chosen(planned, "No plan was chosen, as the latent is not a video's.")
+    found = _choice(model, video, planned, machine)
+    picked = _picked(found, planned, holds, below)
+    if picked is None:
+        return None
+    others = tuple(one for one in found.fitting if one is not picked)
+    return _answer(replaced(found, fitting=(picked, *others)), planned, machine, len(model.experts))
+
+
+def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Choice:
+    fixed = Fixed(
+        planned.parallel, planned.model.experts,
+        planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
+    )  # fmt: skip
+    known = rates.of_card(machine.card)
+    try:
+        found = choice.choose(model, video, machine, known, fixed)
+    except ValueError:
+        if planned.shape is not None or planned.size is not None:
+            raise
+        smallest = _video(model, replace(planned, size=SMALLEST))  # weights are loaded, for a video to come
+        found = choice.choose(model, smallest, machine, known, fixed)
+    return replaced(found, fitting=tuple(_of_stages(one, model) for one in found.fitting))
+
+
+def _of_stages(one: Prediction, model: Model) -> Prediction:
+    """The prediction without the stages of networks that are not asked about."""
+    absent = {stage for stage, part in (("encode", model.encoders), ("decode", model.vae)) if not part}
+    return replaced(one, seconds={stage: taken for stage, taken in one.seconds.items() if stage not in absent})
+
+
+def _picked(found: Choice, planned: PlannedJob, holds: Holds, below: int) -> Prediction | None:
+    """The first of the fitting ones, unless another one is sooner done as it finds its weights on the ranks."""
+    fitting = [one for one in found.fitting if not below or one.memory.device_peak < below]
+    if not fitting:
+        return None
+
+    def is_held(one: Prediction) -> bool:
+        arrangement = one.arrangement
+        return holds(_with_experts(planned.model, arrangement), arrangement.plan.tp, arrangement.fsdp)
+
+    first, held = fitting[0], next(filter(is_held, fitting), None)
+    if held is None or held is first:
+        return first
+    return held if _running(held) <= _running(first) + first.seconds.get("load", 0.0) else first
+
+
+def _running(one: Prediction) -> float:
+    """Seconds without reading weights."""
+    return sum(seconds for stage, seconds in one.seconds.items() if stage != "load")
+
+
+def _with_experts(model: DiffusionModelSpec, arrangement: Arrangement) -> DiffusionModelSpec:
+    return replace(model, experts=arrangement.experts, loras=())
+
+
+def _video(model: Model, planned: PlannedJob) -> Video | None:
+    """The video of a job; None if its latent has a shape that this model refuses."""
+    family, config = model.family, model.experts[0].config
+    form = family.form(config)
+    shape = planned.shape or form.latent_shape(planned.size or model.defaults.size)
+    if len(shape) != 5 or not all(shape):
+        return None
+    spec = model.defaults.fill(planned.sample, form.spatial**2 * math.prod(shape[3:]))
+    passes = videos.passes_of(model, spec)
+    if planned.branches:
+        passes = [(expert, planned.branches) for expert, _ in passes]
+    return Video(
+        shape=tuple(shape),
+        passes=tuple(passes),
+        text_tokens=planned.text_tokens,
+        per_token=planned.per_token and family.per_token(config),
+        acceleration=planned.acceleration,
+    )
+
+
+def _answer(found: Choice, planned: PlannedJob, machine: Machine, experts: int) -> Chosen:
+    one = found.chosen
+    arrangement, memory = one.arrangement, one.memory
+    denoise = memory.device.get("denoise", {})
+    return Chosen(
+        parallel=_parallel(planned, arrangement.plan, arrangement.fsdp),
+        experts=arrangement.experts if experts == 2 else planned.model.experts,
+        encoder=arrangement.encoder,
+        tiles=arrangement.tiles,
+        line=found.line,
+        seconds=dict(one.seconds),
+        sent=dict(one.sent),
+        device=memory.device_peak,
+        device_free=machine.device_memory,
+        host=memory.host_total,
+        host_free=machine.host_memory,
+        computing=sum(denoise.values()) - denoise.get("weights", 0),
+    )
+
+
+def _parallel(planned: PlannedJob, plan: Plan, fsdp: bool):
+    degrees = {f"{axis}_degree": getattr(plan, axis) for axis in AXES}
+    return replace(planned.parallel, fsdp=fsdp, **degrees)
+
+
+def _not_chosen(planned: PlannedJob, why: str) -> Chosen:
+    """The plan that is taken without a prediction: the job reports what is wrong with it."""
+    return Chosen(parallel=planned.parallel, experts=planned.model.experts, line=why, computing=None)

@@ -1,0 +1,127 @@
+"""The words for a choice, and for a video that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ...specs import VideoSize
+from ...specs.plans import AXES
+from ..facts import Arrangement, Machine, Memory, Prediction
+from ..rates import Rates
+from .arrangements import PUBLISHED
+
+NAMES = {"cfg": "CFG", "ring": "ring", "ulysses": "Ulysses", "tp": "TP"}
+
+
+def line(
+    fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str
+) -> str:  # fmt: skip
+    """fitting: at least one, the chosen one first."""
+    chosen = fitting[0]
+    reason = _reason(fitting, others, machine)
+    return f"{arrangement(chosen.arrangement, 'encode' in chosen.seconds)}: {reason}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
+
+
+def arrangement(one: Arrangement, encodes: bool = True) -> str:
+    """Such as "CFG 2 x Ulysses 4, FSDP, experts in turns, text encoder on the ranks". encodes: whether the job does."""
+    degrees = [f"{NAMES[axis]} {degree}" for axis, degree in zip(AXES, one.plan.degrees) if degree > 1]
+    parts = [" x ".join(degrees) or "one rank"]
+    parts += ["FSDP"] * one.fsdp + ["experts in turns"] * (one.experts == "swap")
+    parts += [f"text encoder on the {'ranks' if one.encoder == 'ranks' else 'CPU'}"] * encodes
+    return ", ".join(parts + ["VAE in blended tiles"] * (one.tiles == PUBLISHED))
+
+
+def source(rates: Rates) -> str:
+    """In a few words, where rates come from."""
+    what, _, _ = rates.source.partition(":")
+    return f"by {what if rates.measured else what + ', not measured here'}"
+
+
+def duration(seconds: float) -> str:
+    """Such as "2 h 5 min", "4 min 10 s", "12 s", "0.4 s"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def gigabytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB"
+
+
+def predicted_to_take(one: Prediction, machine: Machine | None) -> str:
+    running = sum(taken for stage, taken in one.seconds.items() if stage != "load")
+    load = one.seconds.get("load", 0.0)
+    of_card, of_host = ("", "") if machine is None else (
+        f" of {gigabytes(machine.device_memory)}", f" of {gigabytes(machine.host_memory)}"
+    )  # fmt: skip
+    where = "rank" if machine is None or machine.kind == "cpu" else "card"
+    return (
+        f"{duration(running)} ({duration(one.seconds.get('denoise', 0.0))} to denoise), {duration(load)} to load first; "
+        f"{gigabytes(one.memory.device_peak)}{of_card} a {where}, {gigabytes(one.memory.host_total)}{of_host} of the host"
+    )
+
+
+def _reason(fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None) -> str:
+    chosen, count = fitting[0], len(fitting) + len(others)
+    if count == 1:
+        return "the only arrangement that was left open, and it fits"
+    text = f"the fastest of {len(fitting)} that fit" if len(fitting) > 1 else f"the only one of {count} that fits"
+    if len(fitting) > 1 and not others:
+        text = f"the fastest of {count}, which all fit"
+    ways = _why_not(chosen, others)
+    return f"{text} ({ways})" if ways else text
+
+
+def _why_not(chosen: Prediction, others: Sequence[Prediction]) -> str:
+    """What the fastest arrangement that does not fit would take, if it is faster than the chosen one."""
+    faster = [one for one in others if _running(one) < _running(chosen)]
+    if not faster:
+        return ""
+    one = min(faster, key=_running)
+    return f"{arrangement(one.arrangement)} would need {gigabytes(one.memory.device_peak)} a card"
+
+
+def _running(one: Prediction) -> float:
+    return sum(taken for stage, taken in one.seconds.items() if stage != "load")
+
+
+def refusal(
+    name: str, size: VideoSize, machine: Machine, least: Prediction, near: tuple[VideoSize | None, VideoSize | None]
+) -> str:
+    """least: the arrangement that comes nearest to fitting. near: with fewer frames, with a smaller picture."""
+    frames, picture = near
+    options = [f"{one.width} x {one.height} with {one.num_frames} frames" for one in (frames, picture) if one]
+    cure = f"What fits: {' or '.join(dict.fromkeys(options))}." if options else (
+        "No size fits: the weights do not. Use more cards, cards or a host with more memory, quantization, or files in "
+        "8 bits."
+    )  # fmt: skip
+    cards = "the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card} with"
+    cards = f"{machine.ranks} rank(s) of the CPU with" if machine.kind == "cpu" else cards
+    return (
+        f"{name}, {size.width} x {size.height} with {size.num_frames} frames, fits in no way on {cards} "
+        f"{gigabytes(machine.device_memory)} each and {gigabytes(machine.host_memory)} of the host. "
+        f"{shortfall(least, machine)} {cure}"
+    )
+
+
+def shortfall(one: Prediction, machine: Machine) -> str:
+    """What an arrangement needs more than there is."""
+    stage = peak_stage(one.memory)
+    parts = [f"{arrangement(one.arrangement)} comes nearest: it needs {gigabytes(one.memory.device_peak)} a card to "
+             f"{stage} ({_listed(one.memory.device[stage])})"]  # fmt: skip
+    if one.memory.host_total > machine.host_memory or machine.kind == "cpu":
+        parts.append(f"{gigabytes(one.memory.host_total)} of the host ({_listed(one.memory.host)})")
+    return " and ".join(parts) + "."
+
+
+def peak_stage(memory: Memory) -> str:
+    return max(memory.device, key=lambda stage: sum(memory.device[stage].values()))
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    """The largest parts of a sum of bytes."""
+    largest = sorted(parts.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{what} {gigabytes(number)}" for what, number in largest if number)

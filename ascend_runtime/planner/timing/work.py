@@ -1,0 +1,92 @@
+"""The work of networks without their weights: FLOPs of a rank in a step, of the VAE, and of text encoders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping
+from functools import lru_cache
+
+from ...models.family import VAE, Family
+from ...models.registry import family as family_named
+from ..exchange import ITEMSIZES, Step
+from ..facts import Network
+
+SMALL_LATENT = 8  # rows and columns of the latent with which FLOPs for each of its elements are counted
+EMBEDDINGS = ("embed", "shared.weight", "lm_head")  # parameters that are looked up, not multiplied
+
+
+def of_step(step: Step) -> Mapping[str, float]:
+    """What a rank computes in a step: "products" and "linear" FLOPs (attention's products with each other, all other
+    matrix products), "traffic" (bytes of the tokens that a block passes on), "blocks" (their number).
+
+    A rank has as many tokens and heads as the one with the most, with padding.
+    """
+    config, plan = step.network.config, step.plan
+    work = step.family.work(config, step.size)
+    sequence = step.tokens + step.family.text_in_sequence(config, step.text_tokens)
+    tokens = step.own_branches * step.chunk / sequence / plan.tp
+    heads = step.heads * plan.ulysses * plan.tp / step.family.heads(config)
+    products = sum(block.products for block in work.blocks)
+    return {
+        "products": tokens * heads * products,
+        "linear": tokens * (work.whole - products),
+        "traffic": float(step.own_branches * step.blocks * step.chunk * step.heads * plan.ulysses * step.per_head),
+        "blocks": float(step.own_branches * step.blocks),
+    }
+
+
+def of_decoding(vae: Network, family: Family, shape: tuple[int, ...], ranks: int = 1) -> float:
+    """FLOPs of the rank that decodes the largest tile of a latent [B,C,T,H,W], of a plane that `ranks` share."""
+    from ...parallel.tiles import grid_of
+
+    batch, _, frames, height, width = shape
+    first, next_one = _counted(family.name, json.dumps(dict(vae.config), default=list, sort_keys=True))
+    return batch * (first + (frames - 1) * next_one) * grid_of(ranks, height, width).largest
+
+
+@lru_cache(maxsize=16)
+def _counted(name: str, config: str) -> tuple[float, float]:
+    """FLOPs to decode an element [H,W] of a latent's first frame, and of each frame after it.
+
+    Runs the network on the meta device, which computes nothing. Attention, which grows faster than a frame, is counted
+    for a small one.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ...parallel.tiles import single_tile
+
+    family, fields = family_named(name), json.loads(config)
+    form, counts = family.vae_form(fields), []
+    with torch.no_grad():
+        whole = single_tile(SMALL_LATENT, SMALL_LATENT)
+        vae = family.vae(family.network(VAE, fields).eval(), form)
+        for frames in (2, 3):
+            latent = torch.zeros(form.channels, frames, SMALL_LATENT, SMALL_LATENT, device="meta")
+            with FlopCounterMode(display=False) as counter:
+                deque(vae.decoded((latent[:, chunk] for chunk in vae.chunks(frames)), whole), maxlen=0)
+            counts.append(counter.get_total_flops() / SMALL_LATENT**2)
+    return 2 * counts[0] - counts[1], counts[1] - counts[0]
+
+
+def of_encoding(encoder: Network, tokens: int) -> float:
+    """FLOPs of a prompt of this many tokens: two for each weight that multiplies, and token."""
+    weights = (math.prod(shape) for name, shape in encoder.shapes.items() if not _looked_up(name))
+    return 2.0 * tokens * sum(weights)
+
+
+def _looked_up(name: str) -> bool:
+    return any(part in name for part in EMBEDDINGS)
+
+
+def stored_bytes(network: Network, dtype: str) -> int:
+    """Bytes of its files; of its weights in `dtype` if there are no files."""
+    return network.stored or kept_bytes(network, dtype)
+
+
+def kept_bytes(network: Network, dtype: str) -> int:
+    """Bytes of its weights as a rank keeps them, without tensor parallelism or FSDP."""
+    size = ITEMSIZES[dtype]
+    return sum(network.quantized.get(name, size) * math.prod(shape) for name, shape in network.shapes.items())
