@@ -16,8 +16,8 @@ from ..models.cost import PassSize
 from ..models.family import Family
 from ..specs import Plan
 from .facts import Arrangement, Model, Network, Video
+from .weights import ITEMSIZES
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
 
 
 class Exchange(NamedTuple):

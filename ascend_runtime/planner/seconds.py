@@ -11,7 +11,7 @@ from .exchange import Exchange, Step, exchanges, step_of
 from .facts import Arrangement, Machine, Model, Video
 from .rates import EXCHANGES, Rates
 from .timing import work
-from .timing.skipped import Kept, kept_in_steps
+from .timing.skipped import StepPart, kept_in_steps
 
 Amounts = Mapping[str, float]  # by unit, see rates.UNITS
 OVERLAPPED = 0.5  # the part of Ulysses' exchanges that runs while attention does, if they overlap
@@ -39,7 +39,7 @@ def predicted(
     if rates.hides or rates.pair:
         for step, kept, times in _kinds_of_steps(model, video, arrangement):
             seconds["denoise"] -= times * sum(
-                work.kept_of(exchange, kept) * _saved(exchange, step, rates, costs) for exchange in exchanges(step)
+                work.share_taken(exchange, kept) * _saved(exchange, step, rates, costs) for exchange in exchanges(step)
             )
     return seconds
 
@@ -70,7 +70,7 @@ def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amount
         for unit, amount in work.of_step(step, kept).items():
             found[unit] += times * amount
         for exchange in exchanges(step):
-            takes_place = times * work.kept_of(exchange, kept)
+            takes_place = times * work.share_taken(exchange, kept)
             found[exchange.axis] += takes_place * exchange.sent
             found[EXCHANGES[exchange.axis]] += takes_place * exchange.times
     if arrangement.experts == "swap":
@@ -86,7 +86,7 @@ def of_decoding(model: Model, video: Video, arrangement: Arrangement) -> Amounts
     sharing = math.prod(arrangement.plan.degrees) if arrangement.tiles == "whole" else 1
     return {
         "decode_job": 1,
-        "decode": work.of_decoding(model.vae, model.family, video.shape, sharing),
+        "decode": work.decoding_flops(model.vae, model.family, video.shape, sharing),
         "frames": 4.0 * math.prod(form.decoded_shape(video.shape)),  # in fp32
     }
 
@@ -100,7 +100,7 @@ def _load(model: Model, arrangement: Arrangement) -> Amounts:
 
 
 def _encode(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
-    flops = PROMPTS_OF_A_JOB * sum(work.of_encoding(encoder, video.text_tokens) for encoder in model.encoders)
+    flops = PROMPTS_OF_A_JOB * sum(work.encoding_flops(encoder, video.text_tokens) for encoder in model.encoders)
     if arrangement.encoder == "cpu":
         return {"encode_job": PROMPTS_OF_A_JOB, "encode": flops}
     return {"encode_job": PROMPTS_OF_A_JOB, "encode_ranks": flops / math.prod(arrangement.plan.degrees)}
@@ -113,7 +113,7 @@ def _networks(model: Model) -> list[tuple]:
     return found + ([(model.vae, model.vae_dtype)] if model.vae is not None else [])
 
 
-def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, Kept, int]]:
+def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, StepPart, int]]:
     """The kinds of steps, what accelerators keep of each, and the number of each."""
     config = model.experts[0].config
     size = step_of(model, video, arrangement).size
