@@ -14,7 +14,7 @@ from typing import Iterator
 from .report import Row, print_table, to_json
 
 # Modules of this package, each with `run(quick: bool) -> Iterator[Row]`.
-BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelerate", "stock")
+BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelerate", "stock", "plan")
 OPTIONS = {"ascend": ("models", "only", "report"), "accelerate": ("family",)}  # those that only one of them has
 FAMILIES = ("wan", "hunyuan_video")
 
