@@ -168,8 +168,8 @@ def _adopt_begins(arguments: Namespace) -> str:
 
 def _declare_explain(parser: ArgumentParser) -> None:
     parser.description = (
-        "Shows what made a video: models, settings, plan, accelerators, operators, versions and times, which nodes have\n"
-        "written into its metadata; and whether this host would make the same video."
+        "Shows what made a video: models, settings, plan, accelerators, operators, versions and times, which nodes\n"
+        "have written into its metadata; and whether this host would make the same video."
     )
     parser.epilog = """
 exit status: 0 the same video, at least within rounding; 1 another one, or that cannot be known; 2 no such metadata, or
