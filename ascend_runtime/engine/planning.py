@@ -14,8 +14,9 @@ from msgspec.structs import replace
 from ..hardware import devices
 from ..planner import choice, models, rates, videos
 from ..planner.choice import Choice, Fixed
+from ..planner.choosing import words
 from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
-from ..specs import DiffusionModelSpec, Plan, SampleSpec, VideoSize
+from ..specs import DiffusionModelSpec, ParallelSpec, Plan, VideoSize
 from ..specs.plans import AXES
 from ..wire.plans import Chosen, PlannedJob
 
@@ -76,11 +77,27 @@ def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, be
     if video is None:
         return None if below else _not_chosen(planned, "No plan was chosen, as the latent is not a video's.")
     found = _choice(model, video, planned, machine)
+    if not found.fitting:
+        return None if below else _as_set(found.others[0], model, planned, machine)
     picked = _picked(found, planned, holds, below)
     if picked is None:
         return None
     others = tuple(one for one in found.fitting if one is not picked)
-    return _answer(replaced(found, fitting=(picked, *others)), planned, machine, len(model.experts))
+    line = replaced(found, fitting=(picked, *others)).line
+    return _answer(picked, line, planned, machine, len(model.experts))
+
+
+def _is_set(parallel: ParallelSpec) -> bool:
+    """Whether the user has left nothing to choose."""
+    degrees = parallel.cfg_degree, parallel.ring_degree, parallel.ulysses_degree
+    return all(degrees) and parallel.fsdp is not None
+
+
+def _as_set(one: Prediction, model: Model, planned: PlannedJob, machine: Machine) -> Chosen:
+    """The plan that the user has set, which is predicted not to fit. It runs, as a prediction can be too high."""
+    said = words.arrangement(one.arrangement, encodes=bool(model.encoders))
+    line = f"{said}: as it was set, though it is predicted not to fit. {words.shortfall(one, machine)}"
+    return replace(_answer(one, line, planned, machine, len(model.experts)), short=True)
 
 
 def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Choice:
@@ -89,13 +106,12 @@ def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -
         planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
     )  # fmt: skip
     known = rates.of_card(machine.card)
-    try:
-        found = choice.choose(model, video, machine, known, fixed)
-    except ValueError:
-        if planned.shape is not None or planned.size is not None:
-            raise
-        smallest = _video(model, replace(planned, size=SMALLEST))  # weights are loaded, for a video to come
-        found = choice.choose(model, smallest, machine, known, fixed)
+    found = choice.choice_of(model, video, machine, known, fixed)
+    if not found.fitting and planned.shape is None and planned.size is None:  # weights are loaded, for a video to come
+        video = _video(model, replace(planned, size=SMALLEST))
+        found = choice.choice_of(model, video, machine, known, fixed)
+    if not found.fitting and not _is_set(planned.parallel):
+        raise choice.refusal(model, video, machine, fixed, found.others)
     return replaced(found, fitting=tuple(_of_stages(one, model) for one in found.fitting))
 
 
@@ -150,8 +166,7 @@ def _video(model: Model, planned: PlannedJob) -> Video | None:
     )
 
 
-def _answer(found: Choice, planned: PlannedJob, machine: Machine, experts: int) -> Chosen:
-    one = found.chosen
+def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, experts: int) -> Chosen:
     arrangement, memory = one.arrangement, one.memory
     denoise = memory.device.get("denoise", {})
     return Chosen(
@@ -159,7 +174,7 @@ def _answer(found: Choice, planned: PlannedJob, machine: Machine, experts: int) 
         experts=arrangement.experts if experts == 2 else planned.model.experts,
         encoder=arrangement.encoder,
         tiles=arrangement.tiles,
-        line=found.line,
+        line=line,
         seconds=dict(one.seconds),
         sent=dict(one.sent),
         device=memory.device_peak,

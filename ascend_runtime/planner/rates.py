@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 # What a prediction counts -> the unit. Costs are seconds for each.
 UNITS = {
     "products": "FLOP of attention's products with each other",
+    "merged": "FLOP of such products in a ring, whose parts are merged",
     "linear": "FLOP of other matrix products",
     "traffic": "byte of tokens between two blocks",
     "blocks": "pass through a block",
@@ -29,13 +30,19 @@ UNITS = {
     "decode": "FLOP of the VAE",
     "frames": "byte of frames written",
     "read": "byte read from disk",
-    "jobs": "job of a stage",
+    "copied": "byte of weights that a rank puts into their place",
+    "load_job": "loading",
+    "encode_job": "prompt",
+    "denoise_job": "denoise loop",
+    "decode_job": "decoded video",
 }
 LATENCY = 20e-6  # of an exchange: the order that HCCL's and NCCL's own tests show for small messages
 LAUNCHES = 60e-6  # of a block: about 20 operators, each a few microseconds on the host
 STEP = 5e-3  # of a step outside of blocks: the solver, and a preview
 FRAME_BANDWIDTH = 2e9  # bytes of frames a second that a host writes: one core's copy
 HOST_FLOPS, DISK = 1e12, 2e9  # an assumption for a server's CPU and its disk; `plan --measure` replaces it
+COPY = 5e9  # bytes of weights a second that a rank converts and sends to its device: an assumption
+JOB = 0.05  # of a stage, besides all that is counted: an assumption
 CONVOLUTIONS = 0.25  # an assumption: the efficiency of 3-D convolutions, relative to that of matrix products
 PCIE = 25e9  # bytes a second from a host's pinned memory over PCIe 4.0 x16, whose peak is 31.5e9 (PCI-SIG)
 
@@ -144,6 +151,7 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
         source=f"published figures of {facts.title}: {facts.sources}",
         costs={
             "products": flop,
+            "merged": flop,
             "linear": flop,
             "traffic": 20 / facts.bandwidth,  # norms, modulation, rotary embedding and residuals read and write
             "blocks": LAUNCHES,
@@ -156,7 +164,8 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
             "decode": flop / CONVOLUTIONS,
             "frames": 1 / FRAME_BANDWIDTH,
             "read": 1 / DISK,
-            "jobs": 0.05,
+            "copied": 1 / COPY,
+            **dict.fromkeys(("load_job", "encode_job", "denoise_job", "decode_job"), JOB),
         },
         hides=facts.kind != "cpu",
         pair=0.0 if facts.pair is None else 1 / facts.pair,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...hardware import cores, host
 
-PACK = Path(__file__).resolve().parents[3]
+PACK_FOLDER = Path(__file__).resolve().parents[3]
 TOOL_SECONDS = 15  # npu-smi asks each card, which takes about a second for all; a driver that hangs takes forever
 MOST_OUTPUT = 2**20  # bytes of a tool's output; npu-smi's for 16 cards has 10 KB
 MOST_CARDS = 64
@@ -53,7 +53,7 @@ class Surroundings:
     root: Path = Path("/")
     python: str = sys.executable
     version: tuple[int, int] = sys.version_info[:2]
-    pack: Path = PACK
+    pack: Path = PACK_FOLDER
     folder: Path = field(default_factory=Path.cwd)
     size_of: Callable[[Path], Space] = space_of
     limit: Callable[[int], int | None] = soft_limit

@@ -19,7 +19,8 @@ EMBEDDINGS = ("embed", "shared.weight", "lm_head")  # parameters that are looked
 
 def of_step(step: Step) -> Mapping[str, float]:
     """What a rank computes in a step: "products" and "linear" FLOPs (attention's products with each other, all other
-    matrix products), "traffic" (bytes of the tokens that a block passes on), "blocks" (their number).
+    matrix products), "traffic" (bytes of the tokens that a block passes on), "blocks" (their number). Products in a
+    ring, whose parts are merged by their sums of exponentials, are "merged".
 
     A rank has as many tokens and heads as the one with the most, with padding.
     """
@@ -30,7 +31,7 @@ def of_step(step: Step) -> Mapping[str, float]:
     heads = step.heads * plan.ulysses * plan.tp / step.family.heads(config)
     products = sum(block.products for block in work.blocks)
     return {
-        "products": tokens * heads * products,
+        "merged" if plan.ring > 1 else "products": tokens * heads * products,
         "linear": tokens * (work.whole - products),
         "traffic": float(step.own_branches * step.blocks * step.chunk * step.heads * plan.ulysses * step.per_head),
         "blocks": float(step.own_branches * step.blocks),
