@@ -166,6 +166,29 @@ def _adopt_begins(arguments: Namespace) -> str:
     return f"swapping the loaders of {arguments.workflow} for " + ("core's" if arguments.back else "ours")
 
 
+def _declare_explain(parser: ArgumentParser) -> None:
+    parser.description = (
+        "Shows what made a video: models, settings, plan, accelerators, operators, versions and times, which its nodes\n"
+        "have written into its metadata; and whether this host would make the same video."
+    )
+    parser.epilog = """
+exit status: 0 the same video, at least within rounding; 1 another one, or that cannot be known; 2 no such metadata, or
+an invalid argument"""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a video (MP4, WebM) or picture (PNG, WebP) that ComfyUI has saved")
+    add("--models", action="append", metavar="FOLDER",
+        help="a folder in which to look for the models; can be repeated (default: ComfyUI's)")  # fmt: skip
+    add("--json", action="store_true", help="print JSON")
+
+
+def _check_explain(arguments: Namespace) -> None:
+    if not existing(arguments.file).is_file():
+        raise ValueError(f"{arguments.file} is a folder. Give a file.")
+    for folder in arguments.models or ():
+        if not existing(folder).is_dir():
+            raise ValueError(f"--models is {folder}, which is not a folder. Give a folder of models.")
+
+
 def _calibrate_begins(arguments: Namespace) -> str:
     return f"calibrating {arguments.model}"
 
@@ -174,6 +197,10 @@ COMMANDS = {
     "adopt": Command(
         "swap the loaders of a stock workflow, so that it runs on all ranks", ".commands.adoption.command",
         _declare_adopt, _check_adopt, _adopt_begins,
+    ),
+    "explain": Command(
+        "show what made a video, and whether this host would make the same", ".commands.explanation.command",
+        _declare_explain, _check_explain, lambda arguments: f"explaining {arguments.file}",
     ),
     "inspect": Command(
         "show what a model's folder or file contains", ".commands.inspection", _declare_inspect,

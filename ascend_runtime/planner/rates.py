@@ -23,7 +23,11 @@ UNITS = {
     "cfg": "byte of a branch sent",
     "tp": "byte of slices sent",
     "fsdp": "byte of weights sent",
-    "exchanges": "exchange",
+    "exchanges": "exchange of velocities",
+    "ulysses_exchanges": "exchange of heads",
+    "ring_exchanges": "exchange of a ring",
+    "tp_exchanges": "exchange of slices",
+    "fsdp_exchanges": "gather of a block's weights",
     "swap": "byte of an expert copied from the host",
     "encode": "FLOP of a text encoder on the host",
     "encode_ranks": "FLOP of a text encoder on a rank",
@@ -35,6 +39,10 @@ UNITS = {
     "encode_job": "prompt",
     "denoise_job": "denoise loop",
     "decode_job": "decoded video",
+}
+# Axis -> the unit of its exchanges.
+EXCHANGES = {"cfg": "exchanges", "sequence": "exchanges"} | {
+    axis: f"{axis}_exchanges" for axis in ("ulysses", "ring", "tp", "fsdp")
 }
 LATENCY = 20e-6  # of an exchange: the order that HCCL's and NCCL's own tests show for small messages
 LAUNCHES = 60e-6  # of a block: about 20 operators, each a few microseconds on the host
@@ -157,7 +165,7 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
             "blocks": LAUNCHES,
             "steps": STEP,
             **dict.fromkeys(("ulysses", "ring", "sequence", "cfg", "tp", "fsdp"), byte),
-            "exchanges": LATENCY,
+            **dict.fromkeys(EXCHANGES.values(), LATENCY),
             "swap": 1 / PCIE,
             "encode": flop if facts.kind == "cpu" else host,
             "encode_ranks": flop,

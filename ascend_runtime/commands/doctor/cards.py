@@ -14,13 +14,13 @@ from .surroundings import Surroundings, gpus
 
 # Of npu-smi info, whose layout has been the same from 22.0 to 25.5: two lines a chip, then the processes. The columns
 # of the second line differ, but its last pair is the memory.
-CARD = re.compile(r"\|\s*(\d+)\s+([A-Za-z0-9_]+)\s*\|\s*([A-Za-z]+)\s*\|")
-CHIP = re.compile(r"\|\s*(\d+)(?:\s+\S+)?\s*\|\s*[0-9A-Fa-f]{4}:[0-9A-Fa-f:.]+\s*\|(.*)\|")
-PAIR = re.compile(r"(\d+)\s*/\s*(\d+)")
-PROCESS = re.compile(r"\|\s*(\d+)\s+(\d+)\s*\|\s*(\d+)\s*\|([^|]*)\|\s*(\d+)\s*\|")
-IDLE = 6000  # MB; a card of 32 or 64 GB without processes reports 2900 to 3500 MB in use
-SMALL = 1024  # MB of another program that are not worth a word: monitors, a second context of the same job
-GPU = "index,uuid,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
+_CARD = re.compile(r"\|\s*(\d+)\s+([A-Za-z0-9_]+)\s*\|\s*([A-Za-z]+)\s*\|")
+_CHIP = re.compile(r"\|\s*(\d+)(?:\s+\S+)?\s*\|\s*[0-9A-Fa-f]{4}:[0-9A-Fa-f:.]+\s*\|(.*)\|")
+_PAIR = re.compile(r"(\d+)\s*/\s*(\d+)")
+_PROCESS = re.compile(r"\|\s*(\d+)\s+(\d+)\s*\|\s*(\d+)\s*\|([^|]*)\|\s*(\d+)\s*\|")
+_IDLE = 6000  # MB; a card of 32 or 64 GB without processes reports 2900 to 3500 MB in use
+_SMALL = 1024  # MB of another program that are not worth a word: monitors, a second context of the same job
+_GPU = "index,uuid,name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class CardState:
 
 
 def npus(around: Surroundings) -> Iterator[Finding]:
+    if not host.cards():
+        return  # which the check of the driver reports
     if not (tool := around.tool("npu-smi")):
-        if host.cards():
-            yield fine("cards", "health and memory were not checked: there is no npu-smi in PATH")
+        yield fine("cards", "health and memory were not checked: there is no npu-smi in PATH")
         return
     try:
         states = parsed(around.output_of(tool, "info"))
@@ -55,12 +56,12 @@ def parsed(text: str) -> list[CardState]:
     """The chips that `npu-smi info` lists."""
     found, number, name, health = {}, None, "", ""
     for line in text.splitlines():
-        if process := PROCESS.match(line):
+        if process := _PROCESS.match(line):
             holders = found[process[1], process[2]].holders if (process[1], process[2]) in found else {}
             holders[int(process[3])] = (process[4].strip(), int(process[5]))
-        elif card := CARD.match(line):
+        elif card := _CARD.match(line):
             number, name, health = card.groups()
-        elif (chip := CHIP.match(line)) and number is not None and (pairs := PAIR.findall(chip[2])):
+        elif (chip := _CHIP.match(line)) and number is not None and (pairs := _PAIR.findall(chip[2])):
             used, total = map(int, pairs[-1])
             found[number, chip[1]] = CardState(f"NPU {number} chip {chip[1]} ({name})", health, used, total)
     return list(found.values())
@@ -94,7 +95,7 @@ def _gpu_states(around: Surroundings, tool: str) -> list[CardState]:
     holders: dict[str, dict[int, tuple[str, int]]] = {}
     for uuid, pid, used, *name in (row for row in apps if len(row) >= 3 and row[1].isdigit()):
         holders.setdefault(uuid, {})[int(pid)] = (", ".join(name), int(used) if used.isdigit() else 0)
-    rows = [line.split(", ") for line in around.output_of(tool, f"--query-gpu={GPU}", form).splitlines()]
+    rows = [line.split(", ") for line in around.output_of(tool, f"--query-gpu={_GPU}", form).splitlines()]
     return [
         CardState(f"GPU {number} ({name})", "OK" if faults in ("0", "[N/A]") else f"{faults} uncorrected ECC errors",
                   int(used), int(total), holders.get(uuid, {}))
@@ -104,16 +105,19 @@ def _gpu_states(around: Surroundings, tool: str) -> list[CardState]:
 
 
 def _states(word: str, states: list[CardState], around: Surroundings) -> Iterator[Finding]:
+    if not states:
+        yield fine("cards", "health and memory were not checked: the tool's output lists no card")
+        return
     ours, visible = processes.ranks_in_use(around), processes.pids(around)
     sick = [HostFault(
         "AV-1013", f"{state.name} reports its health as {state.health}.",
-        "See the driver's log (`dmesg`; for NPUs also `npu-smi info -t health -i CARD`). Restart the machine, or leave "
-        "the card out by ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES.",
+        "See the driver's log (`dmesg`; for NPUs also `npu-smi info -t health -i NUMBER`). Restart the machine, or "
+        "leave the card out by ASCEND_RT_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES.",
     ) for state in states if state.health != "OK"]  # fmt: skip
     yield from errors_or(f"{word} health", sick, f"{len(states)} chip(s) are OK")
     taken = [finding for state in states if (finding := _taken(word, state, ours, visible)) is not None]
     yield from taken
-    if states and not taken:
+    if not taken:
         free = min(state.total - state.used for state in states) / 1000
         by_ours = ", apart from ranks in use" if ours else ""
         yield fine(f"{word} memory", f"no other program uses a card{by_ours}; at least {free:.1f} GB are free on each")
@@ -124,8 +128,8 @@ def _taken(word: str, state: CardState, ours: set[int], visible: set[int]) -> Fi
     cannot be recognised."""
     others = {pid: held for pid, held in state.holders.items() if pid not in ours and not (ours and pid not in visible)}
     held = sum(used for _, used in others.values())
-    hidden = not state.holders and state.used > IDLE and word == "NPU"
-    if held < SMALL and not hidden:
+    hidden = not state.holders and state.used > _IDLE and word == "NPU"
+    if held < _SMALL and not hidden:
         return None
     who = "a program that cannot be seen from here" if hidden else ", ".join(
         f"process {pid} ({name or 'of an unknown name'})" for pid, (name, _) in others.items())  # fmt: skip

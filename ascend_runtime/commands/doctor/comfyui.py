@@ -11,18 +11,20 @@ from ...hardware.host import HostFault
 from .findings import Finding, error, errors_or, fine
 from .surroundings import Surroundings
 
-OLDEST = (0, 3, 48)  # as in pyproject.toml
-NAMED = "COMFYUI_DIR"
-VERSION = "comfyui_version.py"
-EXTRA = "extra_model_paths.yaml"
-MOST_BYTES = 2**20  # of a file of settings
+_OLDEST = (0, 3, 48)  # as in pyproject.toml
+_NAMED = "COMFYUI_DIR"
+_VERSION = "comfyui_version.py"
+_EXTRA = "extra_model_paths.yaml"
+_MOST_BYTES = 2**20  # of a file of settings
 # Kinds of models that the pack's loaders take, by ComfyUI's names.
-KINDS = ("diffusion_models", "unet", "text_encoders", "clip", "clip_vision", "vae", "loras", "checkpoints", "diffusers")
+MODEL_KINDS = (
+    "diffusion_models", "unet", "text_encoders", "clip", "clip_vision", "vae", "loras", "checkpoints", "diffusers",
+)  # fmt: skip
 
 
 def folder_of_comfyui(around: Surroundings) -> Path | None:
     """ComfyUI's folder: COMFYUI_DIR, else the one that the pack is in, else the current folder. None without one."""
-    named = around.environ.get(NAMED)
+    named = around.environ.get(_NAMED)
     places = [Path(named)] if named else [around.pack.parent.parent, around.folder]
     return next((place for place in places if (place / "main.py").is_file() and (place / "comfy").is_dir()), None)
 
@@ -30,18 +32,18 @@ def folder_of_comfyui(around: Surroundings) -> Path | None:
 def _version(around: Surroundings) -> Iterator[Finding]:
     place = folder_of_comfyui(around)
     if place is None:
-        named = around.environ.get(NAMED)
-        faults = [HostFault("AV-1702", f"{NAMED} is {named!r}, which is not a ComfyUI's folder.",
-                            f"Set {NAMED} to the folder with ComfyUI's main.py.")] if named else []  # fmt: skip
-        yield from errors_or("ComfyUI", faults, f"none around the pack; set {NAMED} to check one")
+        named = around.environ.get(_NAMED)
+        faults = [HostFault("AV-1702", f"{_NAMED} is {named!r}, which is not a ComfyUI's folder.",
+                            f"Set {_NAMED} to the folder with ComfyUI's main.py.")] if named else []  # fmt: skip
+        yield from errors_or("ComfyUI", faults, f"none around the pack; set {_NAMED} to check one")
         return
-    text = read_text(place / VERSION)
+    text = _start_of(place / _VERSION)
     found = re.search(r"""__version__\s*=\s*["'](\d+)\.(\d+)\.(\d+)""", text)
     number = tuple(map(int, found.groups())) if found else None
-    if number is None or number < OLDEST:
+    if number is None or number < _OLDEST:
         has = "has no version" if number is None else f"is {'.'.join(map(str, number))}"
         yield error("ComfyUI", HostFault(
-            "AV-1701", f"The ComfyUI in {place} {has}; the pack needs {'.'.join(map(str, OLDEST))} or newer.",
+            "AV-1701", f"The ComfyUI in {place} {has}; the pack needs {'.'.join(map(str, _OLDEST))} or newer.",
             "Update it (`git pull`, then `pip install -r requirements.txt`, or ComfyUI-Manager).",
         ))  # fmt: skip
     else:
@@ -56,8 +58,8 @@ def model_folders(around: Surroundings) -> tuple[list[Path], list[HostFault]]:
     place = folder_of_comfyui(around)
     if place is None:
         return [], []
-    own = [folder for kind in KINDS if (folder := place / "models" / kind).is_dir()]
-    extra, faults = _extra_folders(place / EXTRA)
+    own = [folder for kind in MODEL_KINDS if (folder := place / "models" / kind).is_dir()]
+    extra, faults = _extra_folders(place / _EXTRA)
     return own + extra, faults
 
 
@@ -68,11 +70,11 @@ def _extra_folders(file: Path) -> tuple[list[Path], list[HostFault]]:
     try:
         import yaml
 
-        groups = yaml.safe_load(read_text(file))
+        groups = yaml.safe_load(_start_of(file))
         folders = [one for group in groups.values() if group is not None for one in _folders_in(group, file.parent)]
     except ImportError:
         return [], []  # ComfyUI requires it, so this Python is not ComfyUI's
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as failure:
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as failure:
         why = " ".join(str(failure).split())[:200]
         return [], [HostFault("AV-1703", f"{file} cannot be used ({why}).", cure)]
     missing = [folder for folder in folders if not folder.is_dir()]
@@ -85,15 +87,15 @@ def _folders_in(group: dict, place: Path) -> Iterator[Path]:
     """The folders of a group of extra_model_paths.yaml, as ComfyUI reads them (its utils/extra_config.py)."""
     base = Path(os.path.expandvars(os.path.expanduser(group.get("base_path") or "")))
     for kind, text in group.items():
-        if kind in KINDS:
+        if kind in MODEL_KINDS:
             yield from (place / base / line.strip() for line in text.split("\n") if line.strip())
 
 
-def read_text(file: Path) -> str:
+def _start_of(file: Path) -> str:
     """The start of a small file; empty if it cannot be read."""
     try:
         with file.open(errors="replace") as opened:
-            return opened.read(MOST_BYTES)
+            return opened.read(_MOST_BYTES)
     except OSError:
         return ""
 

@@ -12,13 +12,13 @@ from . import cards, comfyui, disks, limits, model_files, network, npu, packages
 from .findings import ERROR, Finding, worst
 from .surroundings import Surroundings, kind_of
 
-KINDS = ("auto", "npu", "cuda", "cpu")
-EPILOG = """
+DEVICE_CHOICES = ("auto", "npu", "cuda", "cpu")
+_EPILOG = """
 exit status: 0 no error, maybe warnings; 1 an error; 2 an invalid argument; 130 interrupted"""
 
 Check = Callable[[Surroundings], Iterator[Finding]]
-ON_CARDS: dict[str, tuple[tuple[str, tuple[Check, ...]], ...]] = {
-    "npu": (("NPUs and CANN", npu.NPU_CHECKS), ("Cards", (cards.npus,)), ("Ports and interfaces", network.NETWORK_CHECKS)),
+_ON_CARDS: dict[str, tuple[tuple[str, tuple[Check, ...]], ...]] = {
+    "npu": (("NPUs and CANN", npu.NPU_CHECKS), ("Cards", (cards.npus,)), ("Network", network.NETWORK_CHECKS)),
     "cuda": (("GPUs", (cards.nvidia,)),),
     "cpu": (),
 }
@@ -27,11 +27,11 @@ ON_CARDS: dict[str, tuple[tuple[str, tuple[Check, ...]], ...]] = {
 def add_doctor_command(commands, summary: str) -> None:
     """Declares the command. commands: the result of argparse's add_subparsers. summary: a line of help."""
     parser = commands.add_parser(
-        "doctor", help=summary, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "doctor", help=summary, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Checks whether this host can run the pack: driver, cards, packages, limits, ComfyUI, models,\n"
                     "disks. Takes seconds, reads no weights, starts no rank, and ends no process.",
     )  # fmt: skip
-    parser.add_argument("--device", choices=KINDS, default="auto",
+    parser.add_argument("--device", choices=DEVICE_CHOICES, default="auto",
                         help="the devices that ranks will use (default: auto, the first kind that this host has)"
                         )  # fmt: skip
     parser.add_argument("--models", type=Path, nargs="+", default=(), metavar="FOLDER",
@@ -60,7 +60,7 @@ def examine(around: Surroundings) -> dict[str, list[Finding]]:
     """What all checks find, by group."""
     imports = packages.Imports(around)
     groups = (
-        *ON_CARDS[around.kind],
+        *_ON_CARDS[around.kind],
         ("Host", (*limits.LIMIT_CHECKS, *processes.PROCESS_CHECKS)),
         ("ComfyUI and models", (*comfyui.COMFYUI_CHECKS, *model_files.MODEL_CHECKS)),
         ("Disks", disks.DISK_CHECKS),

@@ -12,10 +12,10 @@ from . import comfyui, model_files
 from .findings import Finding, error, fine, warning
 from .surroundings import Surroundings
 
-FULL, LITTLE = 10**9, 5 * 10**9  # bytes; videos, logs and compiled operators take some GB
-SAMPLE, PART, MOST_SECONDS = 64 * 2**20, 2**20, 2.0  # bytes read of a file, at a time, and seconds at most
-SLOW = 200e6  # bytes a second: then 68 GB, as Wan 2.2 A14B with its text encoder, take six minutes
-SMALLEST_SAMPLE = 8 * 2**20  # bytes of a file; less says nothing about a disk
+_FULL, _LITTLE = 10**9, 5 * 10**9  # bytes; videos, logs and compiled operators take some GB
+_SAMPLE, _PART, _MOST_SECONDS = 64 * 2**20, 2**20, 2.0  # bytes read of a file, at a time, and seconds at most
+_SLOW = 200e6  # bytes a second: then 68 GB, as Wan 2.2 A14B with its text encoder, take six minutes
+_SMALLEST_SAMPLE = 8 * 2**20  # bytes of a file; less says nothing about a disk
 
 
 def _space(around: Surroundings) -> Iterator[Finding]:
@@ -36,29 +36,29 @@ def _space(around: Surroundings) -> Iterator[Finding]:
 
 
 def _space_of(place: Path, free: int) -> Finding:
-    if free >= LITTLE:
+    if free >= _LITTLE:
         return fine("disk space", f"{free / 1e9:.0f} GB are free in {place}")
     fault = HostFault(
         "AV-1316", f"{free / 1e9:.1f} GB are free on the disk of {place}.",
         "Remove what is not needed (`du -xh --max-depth 1 /`), or put the folder on another disk (ComfyUI's "
         "--output-directory, TMPDIR).",
     )  # fmt: skip
-    return (error if free < FULL else warning)("disk space", fault)
+    return (error if free < _FULL else warning)("disk space", fault)
 
 
 def _speed(around: Surroundings) -> Iterator[Finding]:
     """How fast the largest model file is read from its disk: a sample from its middle."""
     folders, _ = comfyui.model_folders(around)
-    found = model_files.listed(around, folders).files if folders else {}
+    found = model_files.model_files_in(around, folders).files if folders else {}
     path = max(found, key=found.__getitem__, default=None)
-    if path is None or found[path] < SMALLEST_SAMPLE:
+    if path is None or found[path] < _SMALLEST_SAMPLE:
         yield fine("disk speed", "not measured: there is no large model file")
         return
     try:
         rate = reading_rate(around, path, found[path])
     except OSError:
         return  # the check of model files reports it
-    if rate >= SLOW:
+    if rate >= _SLOW:
         yield fine("disk speed", f"{path.name} is read with {rate / 1e6:.0f} MB/s")
     else:
         yield warning("disk speed", HostFault(
@@ -71,14 +71,14 @@ def _speed(around: Surroundings) -> Iterator[Finding]:
 def reading_rate(around: Surroundings, path: Path, size: int) -> float:
     """Bytes a second. Asks the kernel first to forget what it has of the sample, which it may refuse for a file that is
     in use: then the rate is that of its memory. Raises OSError."""
-    start = max(0, (size - SAMPLE) // 2) // PART * PART
+    start = max(0, (size - _SAMPLE) // 2) // _PART * _PART
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), start, SAMPLE, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), start, _SAMPLE, os.POSIX_FADV_DONTNEED)
         file.seek(start)
         read, begun = 0, around.clock()
-        while read < SAMPLE and (part := file.read(PART)):
+        while read < _SAMPLE and (part := file.read(_PART)):
             read += len(part)
-            if around.clock() - begun > MOST_SECONDS:
+            if around.clock() - begun > _MOST_SECONDS:
                 break
         return read / max(1e-9, around.clock() - begun)
 

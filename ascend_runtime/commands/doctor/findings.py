@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ...hardware.host import HostFault
 
-OK, WARNING, ERROR = LEVELS = ("OK", "warning", "error")
+OK, WARNING, ERROR = FINDING_LEVELS = ("OK", "warning", "error")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """check: what was checked, a name that stays the same. level: of LEVELS. code, cure: None if all is well."""
+    """check: what was checked, a name that stays the same. level: of FINDING_LEVELS. code, cure: None if all is
+    well."""
 
     check: str
     level: str
@@ -44,4 +45,4 @@ def errors_or(check: str, faults: Iterable[HostFault], found: str) -> Iterator[F
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    return max((finding.level for finding in findings), key=LEVELS.index, default=OK)
+    return max((finding.level for finding in findings), key=FINDING_LEVELS.index, default=OK)

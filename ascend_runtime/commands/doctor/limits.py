@@ -13,12 +13,13 @@ from .findings import Finding, error, errors_or, fine, warning
 from .surroundings import Surroundings
 
 # Host bytes of Wan's text encoder on a CPU, 5.7 billion parameters, in bfloat16 and in float32.
-ENCODER = {True: 11.4e9, False: 22.7e9}
-# Host bytes that a rank pins for A14B's two experts of 14.3 billion parameters in bfloat16, if they take turns.
-EXPERTS = 2 * 28.6e9
-RANK_THREADS = 64  # threads of a rank besides those that compute: of the driver, HCCL or NCCL, Gloo, its connections
-RANK_FILES, OTHER_FILES = 64, 256  # open files of a rank, with its sockets and shared memory; of ComfyUI
-SMALL_SHM = 2**29  # bytes; NCCL's channels in /dev/shm take some MB for each pair of GPUs, and docker's default is 64 MB
+_ENCODER = {True: 11.4e9, False: 22.7e9}
+# Host bytes that a rank pins for A14B's two experts in bfloat16 if they take turns, as they are allocated: see
+# components/pinned.py.
+_EXPERTS = 58.5e9
+_RANK_THREADS = 64  # of a rank, besides those that compute: of the driver, HCCL or NCCL, Gloo, its connections
+_RANK_FILES, _OTHER_FILES = 64, 256  # open files of a rank, with its sockets and shared memory; of ComfyUI
+_SMALL_SHM = 2**29  # bytes; NCCL's channels take some MB for each pair of GPUs, and docker's default is 64 MB
 
 
 def _memory(around: Surroundings) -> Iterator[Finding]:
@@ -29,7 +30,7 @@ def _memory(around: Surroundings) -> Iterator[Finding]:
         yield fine("host memory", "not checked: psutil is missing")
         return
     free, whole = host_memory.available(around.process), _kernel_available(around)
-    encoder = ENCODER[cores.compute_bfloat16(around.proc / "cpuinfo")]
+    encoder = _ENCODER[cores.compute_bfloat16(around.proc / "cpuinfo")]
     if free >= encoder + host_memory.ROOM:
         yield fine("host memory", f"{free / 1e9:.0f} GB are free: {_fitting(around, free, encoder)}")
         return
@@ -49,7 +50,7 @@ def _fitting(around: Surroundings, free: float, encoder: float) -> str:
     text = f"Wan's text encoder fits on the CPU ({encoder / 1e9:.0f} GB)"
     if around.kind == "cpu":
         return text
-    pinned = around.ranks * EXPERTS
+    pinned = around.ranks * _EXPERTS
     ways = "can take turns" if encoder + pinned < free else "cannot take turns, but share cards by fsdp"
     return f"{text}; A14B's two experts, {pinned / 1e9:.0f} GB for {around.ranks} rank(s), {ways}"
 
@@ -88,7 +89,7 @@ def _core_count(around: Surroundings) -> Iterator[Finding]:
 
 def _threads(around: Surroundings) -> Iterator[Finding]:
     """Whether the limits of the user and of the container leave room for all ranks' threads."""
-    needed = around.ranks * RANK_THREADS + 2 * around.cores
+    needed = around.ranks * _RANK_THREADS + 2 * around.cores
     own = around.limit(resource.RLIMIT_NPROC)
     left = [own] if own is not None else []
     for folder in cgroups.folders("pids", around.process):
@@ -113,7 +114,7 @@ def _number(file: Path) -> int | None:
 
 
 def _open_files(around: Surroundings) -> Iterator[Finding]:
-    most, needed = around.limit(resource.RLIMIT_NOFILE), OTHER_FILES + around.ranks * RANK_FILES
+    most, needed = around.limit(resource.RLIMIT_NOFILE), _OTHER_FILES + around.ranks * _RANK_FILES
     if most is None or most >= needed:
         yield fine("open files", "no limit" if most is None else f"at most {most}")
         return
@@ -138,7 +139,7 @@ def _shared_memory(around: Surroundings) -> Iterator[Finding]:
         space = around.size_of(around.root / "dev/shm")
     except OSError:
         space = None
-    if around.kind == "cuda" and (space is None or space.total < SMALL_SHM):
+    if around.kind == "cuda" and (space is None or space.total < _SMALL_SHM):
         size = "There is no /dev/shm" if space is None else f"/dev/shm has only {space.total / 1e6:.0f} MB"
         yield warning("shared memory", HostFault(
             "AV-1208", f"{size}, through which NCCL sends between GPUs that are not linked.",

@@ -9,19 +9,19 @@ from ...hardware.host import HostFault
 from .findings import Finding, error, fine, warning
 from .surroundings import Surroundings
 
-FIRST_PORT, PORTS = 60000, 32  # HCCL's own, unless HCCL_IF_BASE_PORT or a range is set
-UP = 1  # IFF_UP of a network interface's flags (linux/if.h)
-DOWN = ("down", "lowerlayerdown", "notpresent", "dormant")  # of operstate (the kernel's operstates document)
-MOST_LINES = 200_000  # of /proc/net/tcp: one a connection
+_FIRST_PORT, _PORTS = 60000, 32  # HCCL's own, unless HCCL_IF_BASE_PORT or a range is set
+_UP = 1  # IFF_UP of a network interface's flags (linux/if.h)
+_DOWN = ("down", "lowerlayerdown", "notpresent", "dormant")  # of operstate (the kernel's operstates document)
+_MOST_LINES = 200_000  # of /proc/net/tcp: one a connection
 
 
 def _ports(around: Surroundings) -> Iterator[Finding]:
     """Whether other programs use HCCL's ports. With HCCL_HOST_SOCKET_PORT_RANGE=auto, the default here, a CANN that
     knows it takes free ones."""
     base = around.environ.get("HCCL_IF_BASE_PORT", "")
-    first = int(base) if base.isdigit() and len(base) <= 5 else FIRST_PORT
+    first = int(base) if base.isdigit() and len(base) <= 5 else _FIRST_PORT
     listed = around.environ.get("HCCL_HOST_SOCKET_PORT_RANGE", "auto")
-    wanted = _ports_of(listed) if not base and listed != "auto" else set(range(first, first + PORTS))
+    wanted = _ports_of(listed) if not base and listed != "auto" else set(range(first, first + _PORTS))
     busy = sorted(wanted & _used_ports(around))
     if not busy:
         yield fine("HCCL's ports", f"{min(wanted, default=first)} to {max(wanted, default=first)} are free")
@@ -30,7 +30,7 @@ def _ports(around: Surroundings) -> Iterator[Finding]:
     yield (error if fixed else warning)("HCCL's ports", HostFault(
         "AV-1101", f"Other programs use HCCL's port(s) {', '.join(map(str, busy[:8]))}.",
         "Leave HCCL_IF_BASE_PORT unset and HCCL_HOST_SOCKET_PORT_RANGE at auto. If CANN does not support the latter, "
-        f"run `sysctl -w net.ipv4.ip_local_reserved_ports={first}-{first + PORTS - 1}`, and end those programs.",
+        f"run `sysctl -w net.ipv4.ip_local_reserved_ports={first}-{first + _PORTS - 1}`, and end those programs.",
     ))  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def _used_ports(around: Surroundings) -> set[int]:
     for name in ("tcp", "tcp6"):
         try:
             with (around.proc / "net" / name).open() as file:
-                rows = [line.split(maxsplit=4)[:4] for _, line in zip(range(MOST_LINES), file)][1:]
+                rows = [line.split(maxsplit=4)[:4] for _, line in zip(range(_MOST_LINES), file)][1:]
         except OSError:
             continue
         found |= {int(row[1].rpartition(":")[2], 16) for row in rows if len(row) == 4 and row[3] != "06"}
@@ -85,8 +85,8 @@ def _matches(name: str, text: str) -> bool:
 
 def _is_up(folder: Path) -> bool:
     try:
-        return bool(int((folder / "flags").read_text(), 16) & UP) and (
-            (folder / "operstate").read_text().strip() not in DOWN
+        return bool(int((folder / "flags").read_text(), 16) & _UP) and (
+            (folder / "operstate").read_text().strip() not in _DOWN
         )
     except (OSError, ValueError):
         return False  # it is being removed, or is a file of the bonding driver

@@ -12,13 +12,13 @@ from .findings import Finding, errors_or, fine, warning
 from .surroundings import Surroundings
 
 # torch_npu -> the CANN that it is for, by torch_npu's table of versions (COMPATIBILITY.md of Ascend/pytorch).
-CANN_OF = {
+_CANN_OF = {
     "2.7.1.post8": (9, 1), "2.9.0.post6": (9, 1), "2.10.0.post4": (9, 1), "2.11.0": (9, 1), "2.12.0": (9, 1),
     "2.7.1.post2": (8, 5), "2.9.0": (8, 5),
 }  # fmt: skip
 # What CANN's operator compiler imports: its own packages, and those that its installation guide asks for.
-COMPILERS = ("te", "tbe", "tvm", "topi", "numpy", "decorator", "sympy", "scipy", "attr", "psutil")
-MOST_INFO = 65536  # characters of CANN's files about an installation, which have some hundred
+_COMPILERS = ("te", "tbe", "tvm", "topi", "numpy", "decorator", "sympy", "scipy", "attr", "psutil")
+_MOST_INFO = 65536  # characters of CANN's files about an installation, which have some hundred
 
 
 def _driver(around: Surroundings) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _cann_version(around: Surroundings) -> Iterator[Finding]:
     """Whether CANN's parts are of one version, and not older than what torch_npu is for."""
     toolkit, operators = _cann_versions(around)
     npu = host.installed("torch_npu")
-    needed = CANN_OF.get(npu or "")
+    needed = _CANN_OF.get(npu or "")
     if toolkit and operators and toolkit != operators:
         yield warning("CANN's version", HostFault(
             "AV-1003",
@@ -83,7 +83,7 @@ def _compiler(around: Surroundings) -> Iterator[Finding]:
 def _python_faults(paths: str, home: Path) -> Iterator[HostFault]:
     folders = [Path(path) for path in paths.split(":") if path]
     foreign = [folder for folder in folders if not _inside(folder, home)]
-    hidden = [f"{folder}/{name}" for folder in foreign for name in COMPILERS if _holds(folder, name)]
+    hidden = [f"{folder}/{name}" for folder in foreign for name in _COMPILERS if _holds(folder, name)]
     if hidden:
         yield HostFault(
             "AV-1011",
@@ -131,7 +131,7 @@ def _version_in(home: Path, part: str) -> str | None:
     for file in sorted(home.glob(f"*-linux/ascend_{part}_install.info")):
         try:
             with file.open(errors="replace") as lines:
-                found = re.search(r"^version=(\S{1,40})$", lines.read(MOST_INFO), re.MULTILINE)
+                found = re.search(r"^version=(\S{1,40})$", lines.read(_MOST_INFO), re.MULTILINE)
         except OSError:
             continue
         if found:

@@ -12,14 +12,14 @@ from ...hardware.host import HostFault
 from .findings import Finding, errors_or, warning
 from .surroundings import MOST_OUTPUT, Surroundings
 
-PYTHONS = ((3, 10), (3, 12))  # first and last, as in pyproject.toml
-TORCHES = ("2.7", "2.9", "2.10", "2.11", "2.12", "2.13")
-MODULES = {"pillow": "PIL", "websocket-client": "websocket"}  # where a package's module has another name
+_PYTHONS = ((3, 10), (3, 12))  # first and last, as in pyproject.toml
+_TORCHES = ("2.7", "2.9", "2.10", "2.11", "2.12", "2.13")
+_MODULES = {"pillow": "PIL", "websocket-client": "websocket"}  # where a package's module has another name
 # diffusers imports torch as well; both take seconds, so each group is imported by a process of its own, side by side.
-SLOW = ("torch", "diffusers")
-IMPORT_SECONDS = 20
-REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)((?:[<>=]=?[0-9.]+,?)*)")
-PROBE = """
+_SLOW = ("torch", "diffusers")
+_IMPORT_SECONDS = 20
+_REQUIREMENT = re.compile(r"([A-Za-z0-9_.-]+)((?:[<>=]=?[0-9.]+,?)*)")
+_PROBE = """
 import importlib, json, sys
 found = {}
 for name in sys.argv[1:]:
@@ -33,8 +33,8 @@ print(json.dumps(found))
 
 def _python(around: Surroundings) -> Iterator[Finding]:
     here = ".".join(map(str, around.version))
-    first, last = (".".join(map(str, version)) for version in PYTHONS)
-    faults = [] if PYTHONS[0] <= around.version <= PYTHONS[1] else [
+    first, last = (".".join(map(str, version)) for version in _PYTHONS)
+    faults = [] if _PYTHONS[0] <= around.version <= _PYTHONS[1] else [
         HostFault("AV-1014", f"This Python is {here}; the pack runs on {first} to {last}.",
                   f"Run ComfyUI with a Python from {first} to {last}.")]  # fmt: skip
     yield from errors_or("Python", faults, f"{here}, {around.python}")
@@ -47,8 +47,8 @@ def _requirements(around: Surroundings) -> Iterator[Finding]:
     if torch is None:
         faults.append(HostFault("AV-1015", "torch is not installed in this Python.",
                                 "Use the Python that runs ComfyUI, or install torch first."))  # fmt: skip
-    elif ".".join(torch.split(".")[:2]) not in TORCHES:
-        faults.append(HostFault("AV-1015", f"torch is {torch}; the pack supports {', '.join(TORCHES)}.",
+    elif ".".join(torch.split(".")[:2]) not in _TORCHES:
+        faults.append(HostFault("AV-1015", f"torch is {torch}; the pack supports {', '.join(_TORCHES)}.",
                                 "Install one of these, with what belongs to it (torchvision, torch_npu)."))  # fmt: skip
     if missing := [name for name, _ in required if host.installed(name) is None]:
         faults.append(HostFault("AV-1015", f"Not installed: {', '.join(missing)}.",
@@ -68,7 +68,7 @@ def _required(around: Surroundings) -> list[tuple[str, str]]:
         lines = (around.pack / "requirements.txt").read_text().splitlines()
     except OSError:
         return []
-    found = [REQUIREMENT.match(line.partition("#")[0].strip()) for line in lines]
+    found = [_REQUIREMENT.match(line.partition("#")[0].strip()) for line in lines]
     return [(one[1], one[2]) for one in found if one]
 
 
@@ -91,27 +91,26 @@ class Imports:
     def __init__(self, around: Surroundings):
         self._around = around
         names = [name for name, _ in [("torch", ""), *_required(around)] if host.installed(name)]
-        groups = ([name for name in names if name in SLOW], [name for name in names if name not in SLOW])
+        groups = ([name for name in names if name in _SLOW], [name for name in names if name not in _SLOW])
         self._running = [(group, self._start(group)) for group in groups if group]
 
     def _start(self, names: list[str]) -> subprocess.Popen:
-        command = [self._around.python, "-c", PROBE, *(MODULES.get(name, name) for name in names)]
+        command = [self._around.python, "-c", _PROBE, *(_MODULES.get(name, name) for name in names)]
         return subprocess.Popen(command, env=dict(self._around.environ), stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd="/")  # fmt: skip
 
     def findings(self, around: Surroundings) -> Iterator[Finding]:
-        deadline, late, faults = around.clock() + IMPORT_SECONDS, [], []
+        deadline, late, faults = around.clock() + _IMPORT_SECONDS, [], []
         for names, process in self._running:
             try:
                 output, _ = process.communicate(timeout=max(0.1, deadline - around.clock()))
                 faults += self._faults(names, output, process.returncode)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+                process.kill()  # and no wait for its end, as a process that a driver blocks does not end
                 late += names
         if late:
             yield warning("imports", HostFault(
-                "AV-1016", f"Importing {' and '.join(late)} takes more than {IMPORT_SECONDS} s, so it was not waited "
+                "AV-1016", f"Importing {' and '.join(late)} takes more than {_IMPORT_SECONDS} s, so it was not waited "
                 "for.", "Move this Python to a faster disk. The first import after a boot is slow, so try again.",
             ))  # fmt: skip
         if faults or not late:

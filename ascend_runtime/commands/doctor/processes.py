@@ -11,21 +11,20 @@ from .findings import Finding, error, fine, warning
 from .surroundings import Surroundings
 
 WORKER = "ascend_runtime.engine.worker"
-PARENT = "ASCEND_RUNTIME_PARENT"  # the process that started a rank; see client/group.py
-MOST_BYTES = 2**17  # of a file of a process; Linux allows more, a rank has less
-MANY_ENDED = 50
-STATES = {"Z": "ended", "D": "blocked in the kernel, as by a driver"}
+_PARENT = "ASCEND_RUNTIME_PARENT"  # the process that started a rank; see client/group.py
+_MOST_BYTES = 2**17  # of a file of a process; Linux allows more, a rank has less
+_MANY_ENDED = 50
+_STATES = {"Z": "ended", "D": "blocked in the kernel, as by a driver"}
 
 
 @dataclass(frozen=True)
 class RunningProcess:
-    """pid, parent: process ids. state: a letter, see proc_pid_stat(5). name: of the program. born: clock ticks since
-    the machine's start. resident: bytes of memory."""
+    """pid, parent: process ids. state: a letter, see proc_pid_stat(5). born: clock ticks since the machine's start.
+    resident: bytes of memory."""
 
     pid: int
     parent: int
     state: str
-    name: str
     born: int
     resident: int
 
@@ -39,7 +38,7 @@ def _left_ranks(around: Surroundings) -> Iterator[Finding]:
     ranks = [one for one in running.values() if _is_rank(around, one.pid) and one.state != "Z"]
     left = [one for one in ranks if not _in_use(around, one, running)]
     for one in left:
-        doing = f", is {STATES[one.state]}," if one.state in STATES else ""
+        doing = f", is {_STATES[one.state]}," if one.state in _STATES else ""
         yield error("ranks", HostFault(
             "AV-1111",
             f"Process {one.pid} is a rank whose ComfyUI has ended{doing} and holds {one.resident / 1e9:.1f} GB of host "
@@ -52,7 +51,7 @@ def _left_ranks(around: Surroundings) -> Iterator[Finding]:
 
 def _ended(around: Surroundings) -> Iterator[Finding]:
     count = sum(1 for pid in pids(around) if (one := _process(around, pid)) and one.state == "Z")
-    if count < MANY_ENDED:
+    if count < _MANY_ENDED:
         yield fine("ended processes", f"{count} wait to be removed by the process that started them")
     else:
         yield warning("ended processes", HostFault(
@@ -77,29 +76,37 @@ def _in_use(around: Surroundings, rank: RunningProcess, running: dict[int, Runni
     """Whether the process that started a rank is among its ancestors. If another user's variables cannot be read:
     whether an ancestor is a Python that is not a rank."""
     variables = dict(pair.partition("=")[::2] for pair in _read(around, rank.pid, "environ").split("\0"))
-    client = variables.get(PARENT, "")
+    client = variables.get(_PARENT, "")
     one = running.get(rank.parent)
     while one is not None and one.born <= rank.born:
-        if str(one.pid) == client or not client and "python" in one.name and not _is_rank(around, one.pid):
+        if client in _numbers_of(around, one.pid) if client else _is_client(around, one.pid):
             return True
         one = running.get(one.parent)
     return False
 
 
+def _is_client(around: Surroundings, pid: int) -> bool:
+    return "python" in _read(around, pid, "cmdline").partition("\0")[0] and not _is_rank(around, pid)
+
+
+def _numbers_of(around: Surroundings, pid: int) -> list[str]:
+    """The numbers of a process, here and in the container that it runs in (NSpid of proc_pid_status(5))."""
+    lines = _read(around, pid, "status").splitlines()
+    return next((line.split()[1:] for line in lines if line.startswith("NSpid:")), [str(pid)])
+
+
 def _process(around: Surroundings, pid: int) -> RunningProcess | None:
-    before, _, after = _read(around, pid, "stat").rpartition(")")
-    fields = after.split()
+    fields = _read(around, pid, "stat").rpartition(")")[2].split()
     if len(fields) < 22:
         return None  # it has ended meanwhile
     # Fields are counted from 1 in proc_pid_stat(5); the state is the third.
-    return RunningProcess(pid, int(fields[1]), fields[0], before.partition("(")[2], int(fields[19]),
-                          getpagesize() * int(fields[21]))  # fmt: skip
+    return RunningProcess(pid, int(fields[1]), fields[0], int(fields[19]), getpagesize() * int(fields[21]))
 
 
 def _read(around: Surroundings, pid: int, name: str) -> str:
     try:
         with (around.proc / str(pid) / name).open("rb") as file:
-            return file.read(MOST_BYTES).decode(errors="replace")
+            return file.read(_MOST_BYTES).decode(errors="replace")
     except OSError:
         return ""  # it has ended, or belongs to another user
 

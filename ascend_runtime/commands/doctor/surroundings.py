@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ...hardware import cores, host
 
-PACK = Path(__file__).resolve().parents[3]
+PACK_FOLDER = Path(__file__).resolve().parents[3]
 TOOL_SECONDS = 15  # npu-smi asks each card, which takes about a second for all; a driver that hangs takes forever
 MOST_OUTPUT = 2**20  # bytes of a tool's output; npu-smi's for 16 cards has 10 KB
 MOST_CARDS = 64
@@ -53,7 +53,7 @@ class Surroundings:
     root: Path = Path("/")
     python: str = sys.executable
     version: tuple[int, int] = sys.version_info[:2]
-    pack: Path = PACK
+    pack: Path = PACK_FOLDER
     folder: Path = field(default_factory=Path.cwd)
     size_of: Callable[[Path], Space] = space_of
     limit: Callable[[int], int | None] = soft_limit
@@ -84,15 +84,17 @@ class Surroundings:
 
     def output_of(self, *command: str) -> str:
         """What a program prints to stdout. Raises OSError if it cannot run, ends with an error, or takes too long."""
+        process = subprocess.Popen(command, env=dict(self.environ), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         try:
-            done = subprocess.run(command, env=dict(self.environ), stdin=subprocess.DEVNULL, capture_output=True,
-                                  timeout=TOOL_SECONDS, check=False)  # fmt: skip
+            output, errors = process.communicate(timeout=TOOL_SECONDS)
         except subprocess.TimeoutExpired:
+            process.kill()  # and no wait for its end, as a process that a driver blocks does not end
             raise OSError(f"it did not answer within {TOOL_SECONDS} s") from None
-        text = done.stdout[:MOST_OUTPUT].decode(errors="replace")
-        if done.returncode:
-            last = (done.stderr.decode(errors="replace") + text).strip().splitlines()
-            raise OSError(f"it ended with status {done.returncode}: {' '.join(last[-2:])[:300]}")
+        text = output[:MOST_OUTPUT].decode(errors="replace")
+        if process.returncode:
+            last = (errors[-MOST_OUTPUT:].decode(errors="replace") + text).strip().splitlines()
+            raise OSError(f"it ended with status {process.returncode}: {' '.join(last[-2:])[:300]}")
         return text
 
 

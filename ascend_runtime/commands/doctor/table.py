@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 from ...checkpoints.faults import printable
-from .findings import ERROR, LEVELS, OK, WARNING, Finding, worst
+from .findings import ERROR, FINDING_LEVELS, OK, WARNING, Finding, worst
 
-COLOURS = {OK: "32", WARNING: "33", ERROR: "31"}
-NARROWEST, WIDEST = 40, 120
-LEVEL_WIDTH, CHECK_WIDTH = 9, 22
-FORMAT = 1  # of the JSON; grows if a key changes its meaning
+_COLOURS = {OK: "32", WARNING: "33", ERROR: "31"}
+NARROWEST, _WIDEST = 40, 120
+_LEVEL_WIDTH, _CHECK_WIDTH = 9, 22
+_FORMAT = 1  # of the JSON; grows if a key changes its meaning
 
 Groups = Mapping[str, list[Finding]]
 
@@ -23,22 +23,22 @@ Groups = Mapping[str, list[Finding]]
 def print_table(kind: str, groups: Groups, out: TextIO) -> None:
     """Writes a table as wide as the terminal, in colours only on one."""
     terminal = out.isatty()
-    width = min(WIDEST, max(NARROWEST, shutil.get_terminal_size((100, 24)).columns))
+    width = min(_WIDEST, max(NARROWEST, shutil.get_terminal_size((100, 24)).columns))
     for name, findings in groups.items():
         if findings:
             print(f"\n{name}", file=out)
         for finding in findings:
             for line in _lines(finding, width, terminal):
                 print(line, file=out)
-    print(f"\n{summary_line(kind, groups)}", file=out)
+    print("", *_wrapped(summary_line(kind, groups), width), sep="\n", file=out)
 
 
 def _lines(finding: Finding, width: int, colours: bool) -> Iterator[str]:
-    indent = " " * (LEVEL_WIDTH + CHECK_WIDTH + 2) if width >= 80 else " " * 4
-    level = finding.level.ljust(LEVEL_WIDTH)
+    indent = " " * (_LEVEL_WIDTH + _CHECK_WIDTH + 2) if width >= 80 else " " * 4
+    level = finding.level.ljust(_LEVEL_WIDTH)
     if colours:
-        level = f"\x1b[{COLOURS[finding.level]}m{level}\x1b[0m"
-    lead = f"  {level}{printable(finding.check).ljust(CHECK_WIDTH)}"
+        level = f"\x1b[{_COLOURS[finding.level]}m{level}\x1b[0m"
+    lead = f"  {level}{printable(finding.check).ljust(_CHECK_WIDTH)}"
     text = f"{finding.code}: {finding.found}" if finding.code else finding.found
     lines = _wrapped(text, width - len(indent))
     if width >= 80:
@@ -73,7 +73,7 @@ def as_json(kind: str, groups: Groups) -> str:
         for name, group in groups.items() for one in group
     ]  # fmt: skip
     count = Counter(finding["level"] for finding in findings)
-    counts = {level: count[level] for level in LEVELS}
+    counts = {level: count[level] for level in FINDING_LEVELS}
     level = worst(one for group in groups.values() for one in group)
-    return json.dumps({"format": FORMAT, "device": kind, "level": level, "counts": counts, "findings": findings},
+    return json.dumps({"format": _FORMAT, "device": kind, "level": level, "counts": counts, "findings": findings},
                       indent=2)  # fmt: skip
