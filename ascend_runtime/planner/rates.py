@@ -78,9 +78,9 @@ class Card:
 _NVLINK = "half of NVLink's published bidirectional bandwidth"
 CARD_FIGURES = {
     "a2": Card(
-        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 196e9, 28e9, 0.6,
-        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: 392 GB/s "
-        "bidirectional of HCCS in a full mesh of 8 NPUs (the same)",
+        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 100e9, None, 0.5,
+        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: half of its "
+        "392 GB/s in both directions, of which MindIE's table of plans shows half, whatever the number of cards",
     ),
     "a3": Card(
         "Ascend 910_93, one die (Atlas 800 A3)", "npu", 376e12, 64 * 2**30, 1.6e12, 196e9, None, 0.44,
@@ -175,6 +175,6 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
             "copied": 1 / COPY,
             **dict.fromkeys(("load_job", "encode_job", "denoise_job", "decode_job"), JOB),
         },
-        hides=facts.kind != "cpu",
+        hides=facts.kind == "cuda",  # published times of 8 A2 with FSDP contain its gathers in full
         pair=0.0 if facts.pair is None else 1 / facts.pair,
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -114,10 +115,15 @@ def write_profile(file: Path, profile: Profile) -> None:
     os.replace(partial, file)
 
 
-def rates_for(path: str, kind: str, card: str, family: str) -> Rates:
-    """What was measured on this host next to the model at `path`, else the published figures of the card. Raises
-    ValueError for an invalid profile or an unknown card."""
-    return read_profile(profile_file(path)).rates(kind, card, family) or of_card(card)
+def rates_for(path: str, kind: str, card: str, family: str, ranks: int | None = None) -> Rates:
+    """What was measured on this host next to the model at `path`, else the published figures of the card; their source
+    says why. ranks: the number for which rates are needed; None: all that were measured. Raises ValueError for an
+    invalid profile or an unknown card."""
+    found, published = read_profile(profile_file(path)).rates(kind, card, family), of_card(card)
+    if found is None or ranks in (None, *found.measured):
+        return found or published
+    numbers = ", ".join(map(str, sorted(found.measured)))
+    return replace(published, source=f"{published.source}; this host was measured with {numbers} ranks, not {ranks}")
 
 
 def timed_with() -> dict[str, str]:
