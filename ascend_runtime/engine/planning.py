@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from ..hardware import devices
-from ..planner import choice, models, rates, videos
+from ..planner import choice, models, videos
 from ..planner.choice import Choice, Fixed
-from ..planner.choosing import words
+from ..planner.choosing import encoders, words
 from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
-from ..specs import DiffusionModelSpec, ParallelSpec, Plan, VaeForm, VideoSize
+from ..planner.rates import Rates, of_card
+from ..planner.timing.profile import rates_for
+from ..specs import DiffusionModelSpec, ParallelSpec, Plan, TextEncoderSpec, VaeForm, VideoSize
 from ..specs.plans import AXES
 from ..wire.plans import Chosen, PlannedJob
 
@@ -40,6 +42,26 @@ def card_of(device: torch.device) -> str:
         name = devices.name(device).lower()
         return next((card for card in ("h200", "h100", "h20", "b200") if card in name), "h100")
     return "cpu"
+
+
+def placement(spec: TextEncoderSpec, machine: Machine) -> str:
+    """Where text encoders run whose place is left open. machine: what is free next to all that is loaded."""
+    try:
+        family, found = models.text_encoders(spec)
+        return encoders.place(found, machine, _rates(spec.path, machine, family.name))
+    except ValueError as error:  # loading says what is wrong with the files
+        logger.info("The text encoder's place is not chosen: %s", error)
+        return encoders.CPU
+
+
+def _rates(path: str, machine: Machine, family: str) -> Rates:
+    """What was measured on this host next to the model at `path`, with this number of ranks; else published figures."""
+    try:
+        found = rates_for(path, machine.kind, machine.card, family)
+    except ValueError as error:  # a job does not depend on it
+        logger.warning("%s Published figures are used.", error)
+        return of_card(machine.card)
+    return found if not found.measured or machine.ranks in found.measured else of_card(machine.card)
 
 
 class Facts:
@@ -107,7 +129,7 @@ def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -
         planned.parallel, planned.model.experts,
         planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
     )  # fmt: skip
-    known = rates.of_card(machine.card)
+    known = _rates(planned.model.path, machine, model.family.name)
     found = choice.choice_of(model, video, machine, known, fixed)
     if not found.fitting and planned.shape is None and planned.size is None:  # weights are loaded, for a video to come
         video = _video(model, replace(planned, size=SMALLEST))
