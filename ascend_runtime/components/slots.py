@@ -106,7 +106,7 @@ class Components:
             raise coded_error("AV-1315", f"{spec.path} changed while it was read. Run the job again.")
 
     def _make_room(self, computing: int) -> None:
-        """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in, and drops
+        """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in; drops
         text encoders on the device if that does not suffice. The next use of the VAE reads no file."""
         words = "%.1f GB are free for sampling, which takes %.1f GB: %s."
         room = devices.room(self._device)
@@ -135,9 +135,10 @@ class Components:
 
     def place_of(self, spec: TextEncoderSpec) -> str | None:
         """Where the text encoders of this spec are, whatever placement it asks for; None: they are not here."""
-        held = self._slots.get(TextEncoderSpec)
-        of = held and held[0][0]
-        return of.placement if of and replace(of, placement="auto") == _loaded(replace(spec, placement="auto")) else None
+        if TextEncoderSpec not in self._slots:
+            return None
+        held, spec = self._slots[TextEncoderSpec][0][0], _loaded(spec)
+        return held.placement if replace(held, placement=spec.placement) == spec else None
 
     def found(self, spec) -> list[Component]:
         """The networks on disk that `spec` describes. Loads nothing. Raises ValueError if they are missing."""

@@ -56,7 +56,8 @@ class Needs(NamedTuple):
 
 @dataclass
 class HeldModel:
-    """taken: the bytes that it took of this rank's device when it was read; on a CPU, without what is mapped from files.
+    """taken: the bytes that it took of this rank's device when it was read; on a CPU, without what is mapped from
+    files.
     away: whether the weights left the device for the host."""
 
     key: ModelKey

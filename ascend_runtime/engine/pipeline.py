@@ -371,8 +371,8 @@ class RankPipeline:
 
     @property
     def _may_choose_place(self) -> bool:
-        """Whether text encoders may run on the ranks without being asked to: not on a CPU, not where a variable decides,
-        and not on NPUs whose environment does not suit sharded weights, as all ranks would have to start again."""
+        """Whether text encoders may run on the ranks without being asked to: not on a CPU, not where a variable
+        decides, and not on NPUs whose environment does not suit sharded weights, as they would have to start again."""
         suits = dist.get_world_size() == 1 or suits_sharded(self.device.type, os.environ)
         return self.device.type != "cpu" and "T5_LOAD_CPU" not in self._variables and suits
 

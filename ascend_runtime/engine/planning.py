@@ -103,7 +103,7 @@ def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, be
         return None if below else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
     if not found.fitting:
         return None if below else _as_set(found.others[0], model, planned, machine)
-    picked = _picked(found, planned, holds, below)
+    picked = _picked(found, planned, len(model.experts), holds, below)
     if picked is None:
         return None
     others = tuple(one for one in found.fitting if one is not picked)
@@ -145,7 +145,7 @@ def _of_stages(one: Prediction, model: Model) -> Prediction:
     return replaced(one, seconds={stage: taken for stage, taken in one.seconds.items() if stage not in absent})
 
 
-def _picked(found: Choice, planned: PlannedJob, holds: Holds, below: int) -> Prediction | None:
+def _picked(found: Choice, planned: PlannedJob, experts: int, holds: Holds, below: int) -> Prediction | None:
     """The first of the fitting ones, unless another one is sooner done as it finds its weights on the ranks."""
     fitting = [one for one in found.fitting if not below or one.memory.device_peak < below]
     if not fitting:
@@ -153,7 +153,8 @@ def _picked(found: Choice, planned: PlannedJob, holds: Holds, below: int) -> Pre
 
     def is_held(one: Prediction) -> bool:
         arrangement = one.arrangement
-        return holds(_with_experts(planned.model, arrangement), arrangement.plan.tp, arrangement.fsdp)
+        spec = replace(planned.model, experts=_experts(planned, arrangement, experts), loras=())
+        return holds(spec, arrangement.plan.tp, arrangement.fsdp)
 
     first, held = fitting[0], next(filter(is_held, fitting), None)
     if held is None or held is first:
@@ -166,8 +167,9 @@ def _running(one: Prediction) -> float:
     return sum(seconds for stage, seconds in one.seconds.items() if stage != "load")
 
 
-def _with_experts(model: DiffusionModelSpec, arrangement: Arrangement) -> DiffusionModelSpec:
-    return replace(model, experts=arrangement.experts, loras=())
+def _experts(planned: PlannedJob, arrangement: Arrangement, experts: int) -> str:
+    """How a model of so many experts keeps them."""
+    return arrangement.experts if experts == 2 else planned.model.experts
 
 
 def _video(model: Model, planned: PlannedJob) -> Video | None:
@@ -205,7 +207,7 @@ def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, e
     denoise = memory.device.get("denoise", {})
     return Chosen(
         parallel=_parallel(planned, arrangement.plan, arrangement.fsdp),
-        experts=arrangement.experts if experts == 2 else planned.model.experts,
+        experts=_experts(planned, arrangement, experts),
         encoder=arrangement.encoder,
         tiles=arrangement.tiles,
         line=line,

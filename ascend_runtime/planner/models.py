@@ -175,7 +175,8 @@ def _count(parameters: Iterable[Any]) -> int:
 
 
 def text_encoders(spec: TextEncoderSpec) -> tuple[Family, tuple[Network, ...]]:
-    """The family and the text encoders of a spec, the main one first. Raises ValueError for files that cannot be used."""
+    """The family and the text encoders of a spec, the main one first. Raises ValueError for files that cannot be
+    used."""
     found = _encoders(spec)
     return found[0].family, tuple(map(_of_files, found))
 

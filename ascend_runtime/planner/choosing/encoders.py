@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from ..facts import Machine, Network
 from ..rates import Rates
 from ..timing.work import of_encoding
-from ..weights import ITEMSIZES
+from ..holding.weights import ITEMSIZES
 
 CPU, RANKS = "cpu", "ranks"
 TOKENS = 512  # of a prompt

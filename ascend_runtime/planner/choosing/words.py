@@ -19,7 +19,8 @@ def line(
     """fitting: at least one, the chosen one first."""
     chosen = fitting[0]
     reason = _reason(fitting, others, machine)
-    return f"{arrangement(chosen.arrangement, 'encode' in chosen.seconds)}: {reason}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
+    what = arrangement(chosen.arrangement, "encode" in chosen.seconds)
+    return f"{what}: {reason}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
 
 
 def arrangement(one: Arrangement, encodes: bool = True) -> str:
