@@ -191,7 +191,8 @@ def _of_versions(made: Mapping[str, str], host: Host) -> Iterator[Reason]:
     here = versions() | ({} if host.comfyui is None else {"comfyui": host.comfyui})
     for name in sorted({*made, *here} - ({"comfyui"} if host.comfyui is None else set())):
         if made.get(name) != here.get(name):
-            yield Reason(Verdict.ROUNDING, f"{name}: {made.get(name, 'none')} made it, here is {here.get(name, 'none')}")
+            pair = f"{made.get(name, 'none')} made it, here is {here.get(name, 'none')}"
+            yield Reason(Verdict.ROUNDING, f"{name}: {pair}")
 
 
 def _of_devices(metadata: Metadata, host: Host) -> Iterator[Reason]:
