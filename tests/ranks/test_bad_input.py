@@ -254,14 +254,15 @@ def test_files_cut_short(survivors, component, damaged, size, says):
 def test_a_file_of_another_network(survivors, checkpoint):
     path = checkpoint / "vae" / WEIGHTS["vae"]
     error = pytest.raises(ValueError, load, survivors, "transformer", path)
-    assert_says(error, [str(path), "is not a Wan transformer", "Its first tensors are"])
+    assert_says(error, ["AV-1402: ", str(path), "is not a Wan transformer", "It is a Wan VAE."])
 
 
 def test_a_file_of_another_component(survivors, checkpoint):
-    for component, other, what in (("vae", "text_encoder", "Wan VAE"), ("text_encoder", "vae", "UMT5 text encoder")):
+    vae, encoder = "Wan VAE", "UMT5 text encoder"
+    for component, other, what, found in (("vae", "text_encoder", vae, encoder), ("text_encoder", "vae", encoder, vae)):
         path = checkpoint / other / WEIGHTS[other]
         error = pytest.raises(ValueError, load, survivors, component, path)
-        assert_says(error, [str(path), f"is not a {what}", "Its first tensors are"])
+        assert_says(error, [str(path), f"is not a {what}", f"It is a {found}."])
 
 
 def test_a_damaged_low_noise_expert_is_found_by_sampling_too(survivors, specs_of, checkpoints, tmp_path):
