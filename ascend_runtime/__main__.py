@@ -1,7 +1,11 @@
 """`python -m ascend_runtime COMMAND`: the commands of the pack.
 
+`doctor` also runs where the pack's requirements are not installed, so nothing here imports them before it.
+
 Arguments are parsed and checked first. Then the command prints what it does, and only then is torch imported.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -10,13 +14,16 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .checkpoints.faults import printable_lines
-from .commands.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from .commands.progress import ProgressDisplay
 
 INTERRUPTED = "interrupted; nothing was written"
 QUEUE = "run a workflow for many prompts on any ComfyUI"
+DOCTOR = "find what is wrong with this host, its packages, cards and models"
 
 
 def main() -> int:
@@ -31,7 +38,7 @@ def main() -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     _on_interrupt(signal.default_int_handler)
     try:
-        status = arguments.run(arguments) if arguments.command == "queue" else _run(arguments)
+        status = arguments.run(arguments) if arguments.command in ("queue", "doctor") else _run(arguments)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -62,14 +69,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .commands.command_line import COMMANDS, add_command
-
     parser = _Parser(prog="python -m ascend_runtime", description="Ascend Video's commands.")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    if "doctor" in sys.argv[1:2]:
+        import_module(".commands.doctor.command", __package__).add_doctor_command(commands, DOCTOR)
+        return parser
+    commands.add_parser("doctor", help=DOCTOR)
     if "queue" in sys.argv[1:2]:
         import_module(".commands.queue.command", __package__).add_queue_command(commands, QUEUE)
     else:
         commands.add_parser("queue", help=QUEUE)
+    from .commands.command_line import COMMANDS, add_command
+
     for name in COMMANDS:
         add_command(commands, name)
     return parser
@@ -77,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     from .commands.command_line import COMMANDS
+    from .commands.progress import ProgressDisplay
 
     command, progress = COMMANDS[arguments.command], ProgressDisplay()
     try:

@@ -32,7 +32,7 @@ from .types import Handle, ModelHandle, RanksHandle
 
 logger = logging.getLogger(__name__)
 
-LOGGED_SEPARATELY = ("acceleration", "warnings")  # entries of Result.info with their own lines in the log
+LOGGED_SEPARATELY = ("acceleration", "plan", "warnings")  # entries of Result.info with their own lines in the log
 PREVIEW_SCALE = 8  # pixels of the video per pixel of a latent
 PREVIEW_SIZE = 512  # pixels: the longest side of a preview that ComfyUI sends
 
@@ -101,7 +101,8 @@ def text_encoders(encoder: Handle) -> Result:
 def _run(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
     """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions. An error with a code says
     where it is explained."""
-    always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}
+    always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice,
+              "on_plan": lambda plan: _notice(plan.line)}  # fmt: skip
     try:
         return job(runtime, always | hooks)
     except JobCancelled:

@@ -22,7 +22,8 @@ class ParallelConfig(io.ComfyNode):
             node_id="AscendParallelConfig",
             display_name="Ascend Parallel Config",
             category="Ascend",
-            description="Sets how many ranks make a video, and how they share the work. The defaults fit any machine.",
+            description="Sets how many ranks make a video, and how they share the work. What is left automatic is chosen "
+            "before each job: the fastest plan that fits, which the sampler shows.",
             inputs=[
                 io.Int.Input(
                     "ranks",
@@ -78,8 +79,8 @@ class ParallelConfig(io.ComfyNode):
                     "fsdp",
                     default=False,
                     optional=True,
-                    tooltip="Each rank keeps a share of the transformer's weights and gathers a block's weights when "
-                    "they are needed. Use it if the weights do not fit on a card.",
+                    tooltip="On: each rank keeps a share of the transformer's weights and gathers a block's weights "
+                    "when they are needed. Off: automatic, where the weights do not fit on a card otherwise.",
                 ),
                 io.Combo.Input(
                     "ring_exchange",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..ascend_runtime.acceleration.report import words_of
+from ..ascend_runtime.acceleration.report import plan_words, words_of
 from ..ascend_runtime.models.registry import schedules
 from ..ascend_runtime.specs import AccelerationSpec, SampleSpec
 from ..ascend_runtime.specs.jobs import MAX_SEED, SIMPLE, SOLVERS
@@ -179,5 +179,6 @@ class Sampler(io.ComfyNode):
             ),
             preview=True,
         )
-        report = "\n".join([words_of(result.info, result.seconds), *result.info.get("warnings", ())])
+        lines = [words_of(result.info, result.seconds), *plan_words(result.info), *result.info.get("warnings", ())]
+        report = "\n".join(lines)
         return io.NodeOutput({**latent_image, "samples": result.tensor}, ui=ui.PreviewText(report))

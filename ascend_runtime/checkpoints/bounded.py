@@ -47,16 +47,16 @@ def parse_json(content: bytes | str) -> Any:
     a number that is not finite or has too many digits."""
     brackets = sum(content.count(one if isinstance(content, bytes) else one.decode()) for one in (b"[", b"{"))
     if brackets > MAX_BRACKETS:
-        raise ValueError(f"it has {brackets} lists and objects, more than {MAX_BRACKETS}")
+        raise coded_error("AV-1312", f"it has {brackets} lists and objects, more than {MAX_BRACKETS}")
     try:
         return json.loads(content, parse_int=_whole_number, parse_float=_number, parse_constant=_number)
     except RecursionError:
-        raise ValueError("its lists and objects nest too deeply") from None
+        raise coded_error("AV-1312", "its lists and objects nest too deeply") from None
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > MAX_DIGITS:  # int() takes time quadratic in the number of digits
-        raise ValueError(f"it has a number of {len(digits)} digits")
+        raise coded_error("AV-1312", f"it has a number of {len(digits)} digits")
     return int(digits)
 
 

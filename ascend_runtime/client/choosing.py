@@ -92,7 +92,7 @@ def with_plan(jobs: Jobs, choices: Choices, planned: PlannedJob, run: Callable[[
     chosen = choices.of(jobs, planned)
     jobs.show(chosen)
     try:
-        return _with_plan(run(chosen), chosen)
+        return _with_plan(run(chosen), chosen, [chosen.line] * chosen.short)
     except (RankError, RankDied) as error:
         smaller = _next(jobs, choices, planned, chosen, error)
         if smaller is None:

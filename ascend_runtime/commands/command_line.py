@@ -17,6 +17,7 @@ from ..specs.models import MODEL_FORMATS, WEIGHT_DTYPES
 from ..specs.presets import PRESETS, SPECS
 from . import video_options
 from .comparison import settings
+from .plan import options as plan_options
 
 SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 COMPARISON = ("kornia", "matplotlib", "av")  # packages for compare that are not requirements of the pack
@@ -165,6 +166,29 @@ def _adopt_begins(arguments: Namespace) -> str:
     return f"swapping the loaders of {arguments.workflow} for " + ("core's" if arguments.back else "ours")
 
 
+def _declare_explain(parser: ArgumentParser) -> None:
+    parser.description = (
+        "Shows what made a video: models, settings, plan, accelerators, operators, versions and times, which nodes\n"
+        "have written into its metadata; and whether this host would make the same video."
+    )
+    parser.epilog = """
+exit status: 0 the same video, at least within rounding; 1 another one, or that cannot be known; 2 no such metadata, or
+an invalid argument"""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a video (MP4, WebM) or picture (PNG, WebP) that ComfyUI has saved")
+    add("--models", action="append", metavar="FOLDER",
+        help="a folder in which to look for the models; can be repeated (default: ComfyUI's)")  # fmt: skip
+    add("--json", action="store_true", help="print JSON")
+
+
+def _check_explain(arguments: Namespace) -> None:
+    if not existing(arguments.file).is_file():
+        raise ValueError(f"{arguments.file} is a folder. Give a file.")
+    for folder in arguments.models or ():
+        if not existing(folder).is_dir():
+            raise ValueError(f"--models is {folder}, which is not a folder. Give a folder of models.")
+
+
 def _calibrate_begins(arguments: Namespace) -> str:
     return f"calibrating {arguments.model}"
 
@@ -173,6 +197,10 @@ COMMANDS = {
     "adopt": Command(
         "swap the loaders of a stock workflow, so that it runs on all ranks", ".commands.adoption.command",
         _declare_adopt, _check_adopt, _adopt_begins,
+    ),
+    "explain": Command(
+        "show what made a video, and whether this host would make the same", ".commands.explanation.command",
+        _declare_explain, _check_explain, lambda arguments: f"explaining {arguments.file}",
     ),
     "inspect": Command(
         "show what a model's folder or file contains", ".commands.inspection", _declare_inspect,
@@ -190,6 +218,10 @@ COMMANDS = {
         "convert a model to diffusers' or MindSpeed-MM's layout", ".commands.conversion", _declare_convert,
         _check_convert,
         lambda arguments: f"converting {arguments.source} to {arguments.target}, in the layout of {arguments.to}",
+    ),
+    "plan": Command(
+        "predict a job under each plan, and show which one is chosen", ".commands.plan.command", plan_options.declare,
+        plan_options.check, plan_options.begins,
     ),
 }  # fmt: skip
 

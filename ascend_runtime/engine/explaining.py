@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,18 +15,17 @@ import torch.distributed as dist
 from msgspec.structs import asdict
 
 from ..acceleration.accelerators import Acceleration
-from ..checkpoints.digest import DIGEST_BYTES, digests_of, file_digest, joint_digest
+from ..checkpoints.digest import digests_of, file_digest, joint_digest
 from ..components import Components, DiffusionModel
-from ..components.experts import HIGH_NOISE, LOW_NOISE
 from ..hardware import devices
 from ..hardware.environment import overlaps, with_defaults
 from ..models.family import TRANSFORMER
 from ..models.shared.vae import VideoVae
 from ..ops import way_of
+from ..recognition.calibration_file import calibration_digests
 from ..recognition.component import Component
 from ..specs import (
     AccelerationSpec,
-    Calibration,
     DiffusionModelSpec,
     LoraSpec,
     ParallelSpec,
@@ -55,7 +53,6 @@ from .video import Facts
 
 logger = logging.getLogger(__name__)
 
-EXPERTS = (HIGH_NOISE, LOW_NOISE)
 SAVED = ("flops_saved", "predicted_speed_up", "seen_speed_up", "mean_density", "attentions_reused", "blocks_skipped")
 
 
@@ -138,7 +135,7 @@ class Explainer:
             size=_video_size(model, generated.latent), plan=self._plan(generated.plan, asked.parallel),
             operators={"operators": way_of(self._device)} | asdict(with_defaults(asked.operators, self._environ)),
             accelerators=_accelerators(generated.acceleration.spec), saved=_saved(generated.acceleration.facts()),
-            calibration=_calibrations(calibration),
+            calibration=calibration_digests(calibration),
         )  # fmt: skip
 
     def _plan(self, plan: Plan, parallel: ParallelSpec) -> Settings:
@@ -178,13 +175,6 @@ def _saved(facts: Mapping[str, Any]) -> Settings:
     if own is None:
         return {}
     return _given({name: own[name] for name in SAVED}) | {"steps_reusing": len(own["steps_reusing"])}
-
-
-def _calibrations(known: Mapping[str, Calibration]) -> dict[str, str]:
-    """The digests of the values that a file next to the model has for each expert."""
-    values = {name: repr((known[name].coefficients, known[name].ratios)) for name in EXPERTS if name in known}
-    return {expert: hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).hexdigest()
-            for expert, text in values.items()}  # fmt: skip
 
 
 def _given(settings: Mapping[str, Any]) -> Settings:

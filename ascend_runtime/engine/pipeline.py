@@ -67,6 +67,7 @@ class RankPipeline:
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
+        self._facts = planning.Facts(self.components.state)  # used on rank 0
         self.explainer = Explainer(device, self.components, self._variables)
 
     def ping(self, job) -> Done:
@@ -310,7 +311,8 @@ class RankPipeline:
         """Chooses a plan for a job; rank 0 does, from the memory that each rank has. Changes nothing."""
         machine, info = self._machine(), {}
         if self.rank == 0:
-            found = planning.chosen(job.message.planned, machine, self.components.models.holds, job.message.below)
+            message, holds = job.message, self.components.models.holds
+            found = planning.chosen(message.planned, machine, self._facts, holds, message.below)
             info["plan"] = msgspec.to_builtins(found)
         return _done(job, info=info)
 

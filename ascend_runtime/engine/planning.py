@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import replace as replaced
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
 from ..hardware import devices
 from ..planner import choice, models, rates, videos
 from ..planner.choice import Choice, Fixed
+from ..planner.choosing import words
 from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
-from ..specs import DiffusionModelSpec, Plan, SampleSpec, VideoSize
+from ..specs import DiffusionModelSpec, ParallelSpec, Plan, VaeForm, VideoSize
 from ..specs.plans import AXES
 from ..wire.plans import Chosen, PlannedJob
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SMALLEST = VideoSize(width=256, height=256, num_frames=5)  # to load a model whose own size does not fit
-OPEN = {"cfg_degree": 0, "ring_degree": 0, "ulysses_degree": 0, "fsdp": None}  # of a ParallelSpec
+MOST_MODELS = 4  # whose facts are kept
 
 Holds = Callable[[DiffusionModelSpec, int, bool], bool]  # whether the ranks hold a model (spec, tp degree, FSDP)
 
@@ -40,41 +42,85 @@ def card_of(device: torch.device) -> str:
     return "cpu"
 
 
-def chosen(planned: PlannedJob, machine: Machine, holds: Holds, below: int = 0) -> Chosen | None:
+class Facts:
+    """The facts of the models that were asked about last, as long as their files stay as they were. state: a value that
+    changes when a file of a spec's component does."""
+
+    def __init__(self, state: Callable[[Any], Hashable]):
+        self._state = state
+        self._read: OrderedDict[tuple, Model] = OrderedDict()
+
+    def of(self, planned: PlannedJob, kind: str) -> Model:
+        """Raises ValueError for files that cannot be used."""
+        specs = replace(planned.model, loras=()), planned.encoder, planned.vae
+        key = specs, tuple(spec and self._state(spec) for spec in specs)
+        if key not in self._read:
+            self._read[key] = models.read(*specs, kind)
+        self._read.move_to_end(key)
+        while len(self._read) > MOST_MODELS:
+            self._read.popitem(last=False)
+        return self._read[key]
+
+
+def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, below: int = 0) -> Chosen | None:
     """The plan of a job; of those that take less than `below` bytes of a device, if that is given. None: there is none.
 
     A plan whose weights would have to be read counts the seconds of reading, where a slower one finds its weights on
     the ranks. Raises ValueError, with the numbers and the nearest size that fits, if no plan fits.
     """
     try:
-        model = models.read(planned.model, planned.encoder, planned.vae, machine.kind)
+        model = facts.of(planned, machine.kind)
     except ValueError as error:  # loading says more, and fails for what cannot be loaded only
         logger.info("No plan was chosen: %s", error)
-        return None if below else _not_chosen(planned, f"no plan was chosen, as the model's files do not show all: {error}")
+        return None if below else _not_chosen(planned, f"No plan was chosen: {error}")
     video = _video(model, planned)
     if video is None:
-        return None if below else _not_chosen(planned, "no plan was chosen, as the latent is not one of this model")
+        return None if below else _not_chosen(planned, "No plan was chosen, as the latent is not a video's.")
     found = _choice(model, video, planned, machine)
+    if not found.fitting and not found.others:
+        return None if below else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
+    if not found.fitting:
+        return None if below else _as_set(found.others[0], model, planned, machine)
     picked = _picked(found, planned, holds, below)
     if picked is None:
         return None
     others = tuple(one for one in found.fitting if one is not picked)
-    return _answer(replaced(found, fitting=(picked, *others)), planned, machine, len(model.experts))
+    line = replaced(found, fitting=(picked, *others)).line
+    return _answer(picked, line, planned, machine, len(model.experts))
+
+
+def _is_set(parallel: ParallelSpec) -> bool:
+    """Whether the user has left nothing to choose."""
+    degrees = parallel.cfg_degree, parallel.ring_degree, parallel.ulysses_degree
+    return all(degrees) and parallel.fsdp is not None
+
+
+def _as_set(one: Prediction, model: Model, planned: PlannedJob, machine: Machine) -> Chosen:
+    """The plan that the user has set, which is predicted not to fit. It runs, as a prediction can be too high."""
+    said = words.arrangement(one.arrangement, encodes=bool(model.encoders))
+    line = f"{said}: as it was set, though it is predicted not to fit. {words.shortfall(one, machine)}"
+    return replace(_answer(one, line, planned, machine, len(model.experts)), short=True)
 
 
 def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Choice:
     fixed = Fixed(
         planned.parallel, planned.model.experts,
-        planned.encoder.placement if planned.encoder else "auto", planned.vae.tiles if planned.vae else "auto",
+        planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
     )  # fmt: skip
     known = rates.of_card(machine.card)
-    try:
-        return choice.choose(model, video, machine, known, fixed)
-    except ValueError:
-        if planned.shape is not None or planned.size is not None:
-            raise
-        smallest = _video(model, replace(planned, size=SMALLEST))  # weights are loaded, for a video to come
-        return choice.choose(model, smallest, machine, known, fixed)
+    found = choice.choice_of(model, video, machine, known, fixed)
+    if not found.fitting and planned.shape is None and planned.size is None:  # weights are loaded, for a video to come
+        video = _video(model, replace(planned, size=SMALLEST))
+        found = choice.choice_of(model, video, machine, known, fixed)
+    if found.others and not found.fitting and not _is_set(planned.parallel):
+        raise choice.refusal(model, video, machine, fixed, found.others)
+    return replaced(found, fitting=tuple(_of_stages(one, model) for one in found.fitting))
+
+
+def _of_stages(one: Prediction, model: Model) -> Prediction:
+    """The prediction without the stages of networks that are not asked about."""
+    absent = {stage for stage, part in (("encode", model.encoders), ("decode", model.vae)) if not part}
+    return replaced(one, seconds={stage: taken for stage, taken in one.seconds.items() if stage not in absent})
 
 
 def _picked(found: Choice, planned: PlannedJob, holds: Holds, below: int) -> Prediction | None:
@@ -106,8 +152,9 @@ def _video(model: Model, planned: PlannedJob) -> Video | None:
     """The video of a job; None if its latent has a shape that this model refuses."""
     family, config = model.family, model.experts[0].config
     form = family.form(config)
-    shape = planned.shape or form.latent_shape(planned.size or model.defaults.size)
-    if len(shape) != 5 or not all(shape):
+    shape = _whole_tokens(planned, form) or form.latent_shape(planned.size or model.defaults.size)
+    is_video = len(shape) == 5 and all(shape) and shape[1] == form.channels
+    if not is_video or any(side * form.spatial % form.multiple for side in shape[3:]):
         return None
     spec = model.defaults.fill(planned.sample, form.spatial**2 * math.prod(shape[3:]))
     passes = videos.passes_of(model, spec)
@@ -116,14 +163,22 @@ def _video(model: Model, planned: PlannedJob) -> Video | None:
     return Video(
         shape=tuple(shape),
         passes=tuple(passes),
-        text_tokens=planned.text_tokens,
+        text_tokens=max(1, planned.text_tokens),
         per_token=planned.per_token and family.per_token(config),
         acceleration=planned.acceleration,
     )
 
 
-def _answer(found: Choice, planned: PlannedJob, machine: Machine, experts: int) -> Chosen:
-    one = found.chosen
+def _whole_tokens(planned: PlannedJob, form: VaeForm) -> tuple[int, ...] | None:
+    """The shape of the job's latent. Those of model calls are padded to whole tokens."""
+    if planned.shape is None or not planned.branches:
+        return planned.shape
+    token = form.multiple // form.spatial
+    *before, height, width = planned.shape
+    return (*before, -(-height // token) * token, -(-width // token) * token)
+
+
+def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, experts: int) -> Chosen:
     arrangement, memory = one.arrangement, one.memory
     denoise = memory.device.get("denoise", {})
     return Chosen(
@@ -131,7 +186,7 @@ def _answer(found: Choice, planned: PlannedJob, machine: Machine, experts: int) 
         experts=arrangement.experts if experts == 2 else planned.model.experts,
         encoder=arrangement.encoder,
         tiles=arrangement.tiles,
-        line=found.line,
+        line=line,
         seconds=dict(one.seconds),
         sent=dict(one.sent),
         device=memory.device_peak,

@@ -122,7 +122,7 @@ def warn_of_mindiesd() -> None:
 
 def mindiesd_fault() -> HostFault | None:
     """Why the installed MindIE SD cannot be used with this torch; None if it can be, or is not installed."""
-    sd, torch = _version("mindiesd"), _version("torch")
+    sd, torch = installed("mindiesd"), installed("torch")
     plugins = _mindiesd_plugins() if sd and torch else {}
     if not plugins:
         return None
@@ -162,7 +162,7 @@ def _mindiesd_plugins() -> dict[str, str | None]:
 
 def package_faults() -> Iterator[HostFault]:
     """Whether torch_npu is installed, for this torch."""
-    torch, npu = _version("torch"), _version("torch_npu")
+    torch, npu = installed("torch"), installed("torch_npu")
     if find_spec("torch_npu") is None:
         yield HostFault(
             "AV-1006",
@@ -229,7 +229,8 @@ def cann_faults(environ: Mapping[str, str]) -> Iterator[HostFault]:
             )
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -246,7 +247,7 @@ def _release(version: str) -> str:
 
 def _versions() -> str:
     names = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
-    return ", ".join(f"{name} {_version(name)}" for name in names if _version(name))
+    return ", ".join(f"{name} {installed(name)}" for name in names if installed(name))
 
 
 _LESS_ON_A_CARD = (
@@ -323,4 +324,5 @@ def advise(failure: str, code: str) -> str:
     """A rank's failure, with the code of its cause in front, and advice if the cause is known. code: if it is not."""
     cures = [cure for cure in _CURES if re.search(cure[0], failure)]
     helps = [f"What helps ({known}): {text.replace('{versions}', _versions())}" for _, known, text in cures]
-    return "\n".join([coded(cures[0][1] if cures else code, failure), *helps])
+    cause = cures[0][1] if cures else code
+    return "\n".join([coded(cause, failure), *helps])

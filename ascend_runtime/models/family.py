@@ -293,6 +293,11 @@ class Family(ABC):
         return config["num_attention_heads"]
 
     @abstractmethod
+    def smaller(self, config: Mapping[str, Any], heads: int, blocks: int) -> dict[str, Any]:
+        """The config of a similar network that makes videos from text, with this number of heads, as wide for each, and
+        of blocks, for measurements."""
+
+    @abstractmethod
     def text_width(self, config: Mapping[str, Any]) -> int:
         """The number of channels of the text tokens that a transformer reads."""
 

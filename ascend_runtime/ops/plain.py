@@ -183,7 +183,7 @@ class PlainOperators:
 
     def quantized_linear_part(self, x: Tensor, weight: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
         """This rank's summand in `quantized_linear_all_reduce`."""
-        rows = quantized_rows(x.flatten(0, -2), _largest_of_all(x, group))
+        rows = quantized_rows(x.flatten(0, -2), self._largest_of_all(x, group))
         return self._products(*rows, weight, scale, None, x.dtype).view(*x.shape[:-1], -1)
 
     def int4_linear(
@@ -202,7 +202,7 @@ class PlainOperators:
 
     def int4_linear_part(self, x: Tensor, weight: Tensor, scale: Tensor, group: dist.ProcessGroup) -> Tensor:
         """This rank's summand in `int4_linear_all_reduce`."""
-        rows = quantized_rows(x.flatten(0, -2), _largest_of_all(x, group), INT4_MAX)
+        rows = quantized_rows(x.flatten(0, -2), self._largest_of_all(x, group), INT4_MAX)
         return self._int4_products(*rows, weight, scale, x.dtype).view(*x.shape[:-1], -1)
 
     def mx_linear(self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None) -> Tensor:
@@ -232,6 +232,12 @@ class PlainOperators:
         rows = self._static_rows(x.flatten(0, -2), static)
         return self._products(rows, None, weight, static.scale, None, x.dtype).view(*x.shape[:-1], -1)
 
+    def _largest_of_all(self, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The largest magnitude of each whole token [tokens, 1] in fp32; x [..., K/ranks] is this rank's part."""
+        largest = row_largest(x)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+        return largest.flatten(0, -2)
+
     def _static_rows(self, tokens: Tensor, static: Static) -> Tensor:
         return statically_quantized(tokens, static.input_scale, static.input_offset)
 
@@ -250,13 +256,6 @@ class PlainOperators:
     def _mx_products(self, x: Tensor, weight: Tensor, exponents: Tensor, bias: Tensor | None) -> Tensor:
         """See `mxfp8.mx_products`."""
         return mx_products(x, weight, exponents, bias)
-
-
-def _largest_of_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The largest magnitude of each whole token [tokens, 1] in fp32, of which x [..., K/ranks] is this rank's part."""
-    largest = row_largest(x)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    return largest.flatten(0, -2)
 
 
 def _has_torchs_attention(query: Tensor) -> bool:

@@ -46,10 +46,13 @@ class Ring(Member):
                 key_value = exchange.arrived()
 
     def _gather(self, merged: _Merged, query: Tensor, key_value: list[Tensor], lengths: list[int]) -> None:
-        gathering = [start_all_gather(x, self.group) for x in key_value]  # [R, B, S/R, heads, head_dim] each
+        gathering = [self._start_gather(x) for x in key_value]  # [R, B, S/R, heads, head_dim] each
         self._attend(merged, query, key_value, lengths[self.rank])
         others = [self._others(*gathering.pop(0), lengths) for _ in key_value]
         self._attend(merged, query, others, others[0].shape[1])
+
+    def _start_gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        return start_all_gather(x, self.group)
 
     def _others(self, gathered: Tensor, work: dist.Work, lengths: list[int]) -> Tensor:
         """The other ranks' tokens without padding, concatenated: [B, S - own, heads, head_dim]."""

@@ -73,10 +73,13 @@ class ShardedSequence:
     def __init__(self, group: dist.ProcessGroup, dense: Attend, ulysses: Ulysses | None, ring: Ring | None):
         self.group = group
         self.ulysses, self.ring = ulysses, ring
-        self.degree = dist.get_world_size(group)
-        self.rank = dist.get_rank(group)
+        self.degree, self.rank = self._seat(group)
         self.length = 0  # tokens of the whole sequence, without padding
         self._dense = dense
+
+    def _seat(self, group: dist.ProcessGroup) -> tuple[int, int]:
+        """(the number of ranks of a group, this rank's number in it)"""
+        return dist.get_world_size(group), dist.get_rank(group)
 
     def chunk_of(self, length: int) -> int:
         """The tokens of a chunk, including padding, for a sequence of `length` tokens."""
@@ -98,8 +101,12 @@ class ShardedSequence:
 
         Communication per rank: sends (N-1) times the bytes of its chunk.
         """
-        chunks = all_gather(x, self.group)  # [N, B, S/N, D]
+        chunks = self._all_gather(x)  # [N, B, S/N, D]
         return chunks.transpose(0, 1).flatten(1, 2)[:, :length]
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        """[N, *x.shape]"""
+        return all_gather(x, self.group)
 
     def own(self, length: int, behind: int = 0) -> int:
         """The number of the first `length` tokens of a sequence that are in this rank's chunk, without padding. behind:

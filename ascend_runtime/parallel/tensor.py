@@ -73,7 +73,7 @@ class TensorParallel(Member):
         wide = [x.to(NORMS.dtype) for _, x in pairs]
         squares = [x.square().sum(-1, keepdim=True) for x in wide]
         total = torch.cat([part.flatten() for part in squares])
-        dist.all_reduce(total, group=self.group)
+        self._add_up(total)
         totals = total.split([part.numel() for part in squares])
         return [
             (x * torch.rsqrt(summed.view_as(part) / (x.shape[-1] * self.degree) + eps) * norm.weight).type_as(given)
@@ -100,8 +100,15 @@ class TensorParallel(Member):
     def gathered(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
         """As WholeWeights', by one all-gather; each layer makes this rank's part of its outputs."""
         made = [layer(x) for layer in layers]  # [..., N/T]
-        ranks = all_gather(torch.cat(made, -1), self.group)
+        ranks = self._all_gather(torch.cat(made, -1))
         return [part.movedim(0, -2).flatten(-2) for part in ranks.split([part.shape[-1] for part in made], -1)]
+
+    def _add_up(self, x: Tensor) -> None:
+        dist.all_reduce(x, group=self.group)
+
+    def _all_gather(self, x: Tensor) -> Tensor:
+        """[ranks, *x.shape]"""
+        return all_gather(x, self.group)
 
 
 def _sum(compute: Callable[[nn.Module, Tensor], Tensor], *pairs: tuple[nn.Module, Tensor]) -> Tensor:

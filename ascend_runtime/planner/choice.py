@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import coded_error
 from ..specs import VideoSize
 from . import exchange, memory, seconds
 from .choosing import words
-from .choosing.arrangements import WHOLE, Fixed, arrangements
+from .choosing.arrangements import Fixed, arrangements, tiles_of
 from .choosing.sizes import by_frames, by_picture, size_of
-from .facts import Machine, Memory, Model, Prediction, Video
+from .facts import Arrangement, Machine, Memory, Model, Prediction, Video
 from .rates import Rates
+from .videos import resized
 
 __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
 
@@ -41,27 +42,31 @@ def choose(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fi
     fit. Raises ValueError, with the numbers and the nearest size that fits, if nothing fits."""
     choice = choice_of(model, video, machine, rates, fixed)
     if not choice.fitting:
-        raise _refusal(model, video, machine, fixed, choice.others)
+        raise refusal(model, video, machine, fixed, choice.others)
     return choice
 
 
 def choice_of(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed()) -> Choice:
     """As `choose`, with nothing in `fitting` if nothing fits."""
-    found = [
-        Prediction(
-            arrangement=one,
-            seconds=seconds.predicted(model, video, one, machine, rates),
-            memory=memory.predicted(model, video, one, machine),
-            sent=exchange.sent(model, video, one),
-            read=seconds.read(model),
-        )
-        for one in arrangements(model, video, machine, fixed)
-    ]
-    fitting = [one for one in found if fits(one.memory, machine)]
-    whole = [one for one in fitting if one.arrangement.tiles == WHOLE] or fitting
-    blended = [one for one in fitting if one not in whole]
-    others = [one for one in found if one not in fitting]
-    return Choice((*sorted(whole, key=_speed), *sorted(blended, key=_speed)), tuple(others), machine, words.source(rates))
+    found: list[Prediction] = []
+    for tiles in tiles_of(model, machine, fixed):
+        made = arrangements(model, video, machine, fixed, tiles)
+        found += [prediction(model, video, one, machine, rates) for one in made]
+        if any(fits(one.memory, machine) for one in found):
+            break
+    fitting = sorted((one for one in found if fits(one.memory, machine)), key=_speed)
+    others = (one for one in found if not fits(one.memory, machine))
+    return Choice(tuple(fitting), tuple(others), machine, words.source(rates))
+
+
+def prediction(model: Model, video: Video, one: Arrangement, machine: Machine, rates: Rates) -> Prediction:
+    return Prediction(
+        arrangement=one,
+        seconds=seconds.predicted(model, video, one, machine, rates),
+        memory=memory.predicted(model, video, one, machine),
+        sent=exchange.sent(model, video, one),
+        read=seconds.bytes_read(model),
+    )
 
 
 def _speed(one: Prediction) -> float:
@@ -96,19 +101,21 @@ def nearest_sizes(
     form = model.family.form(model.experts[0].config)
 
     def is_fitting(size: VideoSize) -> bool:
-        other = replace(video, shape=(video.shape[0], *form.latent_shape(size)[1:]))
+        other = resized(model, video, size)
         return any(
             fits(memory.predicted(model, other, one, machine), machine)
-            for one in arrangements(model, other, machine, fixed)
+            for tiles in tiles_of(model, machine, fixed)
+            for one in arrangements(model, other, machine, fixed, tiles)
         )
 
     size = size_of(video, form)
     return by_frames(size, form, is_fitting), by_picture(size, form, is_fitting)
 
 
-def _refusal(
+def refusal(
     model: Model, video: Video, machine: Machine, fixed: Fixed, others: tuple[Prediction, ...]
 ) -> ValueError:
+    """The error for a video that fits in no way. others: all arrangements, none of which fits."""
     least = min(others, key=lambda one: excess(one.memory, machine))
     size = size_of(video, model.family.form(model.experts[0].config))
     near = nearest_sizes(model, video, machine, fixed)

@@ -12,9 +12,9 @@ from ..models.shapes import Shapes
 from ..specs import AccelerationSpec, Plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Network:
-    """A network without its weights.
+    """A network without its weights. Equal only to itself, so that what is known of one can be cached.
 
     part: of the family (models.family.TRANSFORMER, VAE, TEXT_ENCODER, ...). shapes: of all parameters, by their names
     in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names

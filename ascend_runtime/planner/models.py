@@ -69,6 +69,26 @@ def published(name: str, kind: str = "npu", quantization: str = "none", stored: 
     )
 
 
+def completed(model: Model, kind: str = "npu") -> tuple[Model, list[str]]:
+    """A model with the text encoders and the VAE of a published one with such latents where it has none, and a note
+    about each."""
+    form, notes = model.family.form(model.experts[0].config), []
+    if model.encoders and model.vae is not None:
+        return model, notes
+    for name in model.family.published:
+        like = published(name, kind)
+        if like.family.vae_form(like.vae.config) != form:
+            continue
+        if not model.encoders:
+            model = replace(model, encoders=like.encoders, text_dtype=like.text_dtype)
+            notes.append(f"text encoder: none is given; that of {name} is assumed")
+        if model.vae is None:
+            model = replace(model, vae=like.vae, vae_dtype=like.vae_dtype)
+            notes.append(f"VAE: none is given; that of {name} is assumed")
+        break
+    return model, notes
+
+
 def names() -> tuple[str, ...]:
     """The names of the published models."""
     return tuple(name for family in families().values() for name in family.published)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 # What a prediction counts -> the unit. Costs are seconds for each.
 UNITS = {
     "products": "FLOP of attention's products with each other",
+    "merged": "FLOP of such products in a ring, whose parts are merged",
     "linear": "FLOP of other matrix products",
     "traffic": "byte of tokens between two blocks",
     "blocks": "pass through a block",
@@ -22,20 +23,34 @@ UNITS = {
     "cfg": "byte of a branch sent",
     "tp": "byte of slices sent",
     "fsdp": "byte of weights sent",
-    "exchanges": "exchange",
+    "exchanges": "exchange of velocities",
+    "ulysses_exchanges": "exchange of heads",
+    "ring_exchanges": "exchange of a ring",
+    "tp_exchanges": "exchange of slices",
+    "fsdp_exchanges": "gather of a block's weights",
     "swap": "byte of an expert copied from the host",
     "encode": "FLOP of a text encoder on the host",
     "encode_ranks": "FLOP of a text encoder on a rank",
     "decode": "FLOP of the VAE",
     "frames": "byte of frames written",
     "read": "byte read from disk",
-    "jobs": "job of a stage",
+    "copied": "byte of weights that a rank puts into their place",
+    "load_job": "loading",
+    "encode_job": "prompt",
+    "denoise_job": "denoise loop",
+    "decode_job": "decoded video",
+}
+# Axis -> the unit of its exchanges.
+EXCHANGES = {"cfg": "exchanges", "sequence": "exchanges"} | {
+    axis: f"{axis}_exchanges" for axis in ("ulysses", "ring", "tp", "fsdp")
 }
 LATENCY = 20e-6  # of an exchange: the order that HCCL's and NCCL's own tests show for small messages
 LAUNCHES = 60e-6  # of a block: about 20 operators, each a few microseconds on the host
 STEP = 5e-3  # of a step outside of blocks: the solver, and a preview
 FRAME_BANDWIDTH = 2e9  # bytes of frames a second that a host writes: one core's copy
 HOST_FLOPS, DISK = 1e12, 2e9  # an assumption for a server's CPU and its disk; `plan --measure` replaces it
+COPY = 5e9  # bytes of weights a second that a rank converts and sends to its device: an assumption
+JOB = 0.05  # of a stage, besides all that is counted: an assumption
 CONVOLUTIONS = 0.25  # an assumption: the efficiency of 3-D convolutions, relative to that of matrix products
 PCIE = 25e9  # bytes a second from a host's pinned memory over PCIe 4.0 x16, whose peak is 31.5e9 (PCI-SIG)
 
@@ -63,9 +78,9 @@ class Card:
 _NVLINK = "half of NVLink's published bidirectional bandwidth"
 CARD_FIGURES = {
     "a2": Card(
-        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 196e9, 28e9, 0.6,
-        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: 392 GB/s "
-        "bidirectional of HCCS in a full mesh of 8 NPUs (the same)",
+        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 100e9, None, 0.5,
+        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: half of its "
+        "392 GB/s in both directions, of which MindIE's table of plans shows half, whatever the number of cards",
     ),
     "a3": Card(
         "Ascend 910_93, one die (Atlas 800 A3)", "npu", 376e12, 64 * 2**30, 1.6e12, 196e9, None, 0.44,
@@ -144,20 +159,22 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
         source=f"published figures of {facts.title}: {facts.sources}",
         costs={
             "products": flop,
+            "merged": flop,
             "linear": flop,
             "traffic": 20 / facts.bandwidth,  # norms, modulation, rotary embedding and residuals read and write
             "blocks": LAUNCHES,
             "steps": STEP,
             **dict.fromkeys(("ulysses", "ring", "sequence", "cfg", "tp", "fsdp"), byte),
-            "exchanges": LATENCY,
+            **dict.fromkeys(EXCHANGES.values(), LATENCY),
             "swap": 1 / PCIE,
             "encode": flop if facts.kind == "cpu" else host,
             "encode_ranks": flop,
             "decode": flop / CONVOLUTIONS,
             "frames": 1 / FRAME_BANDWIDTH,
             "read": 1 / DISK,
-            "jobs": 0.05,
+            "copied": 1 / COPY,
+            **dict.fromkeys(("load_job", "encode_job", "denoise_job", "decode_job"), JOB),
         },
-        hides=facts.kind != "cpu",
+        hides=facts.kind == "cuda",  # published times of 8 A2 with FSDP contain its gathers in full
         pair=0.0 if facts.pair is None else 1 / facts.pair,
     )

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from ..specs.plans import AXES
-from .timing import work
 from .exchange import Exchange, Step, exchanges, step_of
 from .facts import Arrangement, Machine, Model, Video
-from .rates import Rates
+from .rates import EXCHANGES, Rates
+from .timing import work
+from .timing.skipped import Kept, kept_in_steps
 
 Amounts = Mapping[str, float]  # by unit, see rates.UNITS
 OVERLAPPED = 0.5  # the part of Ulysses' exchanges that runs while attention does, if they overlap
@@ -22,106 +23,135 @@ def predicted(
 ) -> Mapping[str, float]:
     """By stage: "load" (all files, from disk), "encode" (both prompts), "denoise", "decode".
 
-    Each stage takes the sum of its amounts (see `amounts`), each times its cost (`rates.Rates`). A step of the denoise
-    loop, on the rank that has most to do, takes
-        products + linear + traffic + blocks + steps: FLOPs of attention's products, of the other matrix products, bytes
-            of tokens between blocks, and a constant for each block and step,
-        + the bytes sent along each axis, and a constant for each exchange,
-    and guidance in series takes both branches' passes. Where exchanges run while a rank computes (`Rates.hides`), a
-    ring's count only as far as they take longer than the attention meanwhile, gathers of weights as far as they take
-    longer than all computation, and half of Ulysses' if they overlap.
+    A stage takes the sum of its amounts, each times its cost (see `rates.UNITS`); of the rank that has most to do:
+        load: bytes of all files, and bytes that a rank puts into place;
+        encode: FLOPs of the text encoders on the host, or a rank's part of them;
+        denoise, for each step: FLOPs of attention's products and of the other matrix products, bytes of tokens between
+            blocks, a constant for each block, each exchange and the step, and bytes sent along each axis; for each
+            change of an expert that waits on the host, its bytes;
+        decode: FLOPs of the VAE for the largest tile, and bytes of frames;
+    and a constant for each stage. Guidance in series takes both branches' passes. Where exchanges run while a rank
+    computes (`Rates.hides`), only what they take longer counts (see `_exposed`).
     """
-    found = amounts(model, video, arrangement)
-    costs = rates.on(math.prod(arrangement.plan.degrees))
-    seconds = {stage: _total(found[stage], costs) for stage in found}
-    seconds["denoise"] += sum(_exchanged(*part, rates, costs) for part in _parts(model, video, arrangement))
+    ranks = math.prod(arrangement.plan.degrees)
+    costs = rates.on(ranks)
+    seconds = {stage: total(of, costs) for stage, of in amounts(model, video, arrangement).items()}
+    if rates.hides or rates.pair:
+        for step, kept, times in _kinds_of_steps(model, video, arrangement):
+            seconds["denoise"] -= times * sum(
+                work.kept_of(exchange, kept) * _saved(exchange, step, rates, costs) for exchange in exchanges(step)
+            )
     return seconds
 
 
+def total(amounts: Amounts, costs: Mapping[str, float]) -> float:
+    """The seconds of amounts with these costs."""
+    return sum(amount * costs[unit] for unit, amount in amounts.items())
+
+
 def amounts(model: Model, video: Video, arrangement: Arrangement) -> Mapping[str, Amounts]:
-    """What each stage takes, by unit, without exchanges."""
-    ranks = math.prod(arrangement.plan.degrees)
-    decoders = ranks if arrangement.tiles == "whole" else 1
-    denoise = Counter()
-    for step, times in _parts(model, video, arrangement):
-        for unit, amount in work.of_step(step).items():
-            denoise[unit] += times * amount
-    denoise["steps"] = video.steps
-    if arrangement.experts == "swap":
-        turns = sum(one != other for (one, _), (other, _) in zip(video.passes, video.passes[1:]))
-        denoise["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype)
-    flops = PROMPTS_OF_A_JOB * sum(work.of_encoding(encoder, video.text_tokens) for encoder in model.encoders)
-    encode = {"encode": flops} if arrangement.encoder == "cpu" else {"encode_ranks": flops / ranks}
-    decode = {}
-    if model.vae is not None:
-        batch, _, frames, height, width = model_frames(model, video)
-        decode = {
-            "decode": work.of_decoding(model.vae, model.family, video.shape, decoders),
-            "frames": batch * 4.0 * 3 * frames * height * width,
-        }
+    """What each stage takes, by unit."""
     return {
-        "load": {"read": float(bytes_read(model)), "jobs": 1},
-        "encode": {**encode, "jobs": PROMPTS_OF_A_JOB},
-        "denoise": {**denoise, "jobs": 1},
-        "decode": {**decode, "jobs": 1},
+        "load": _load(model, arrangement),
+        "encode": _encode(model, video, arrangement),
+        "denoise": of_denoising(model, video, arrangement),
+        "decode": of_decoding(model, video, arrangement),
     }
 
 
 def bytes_read(model: Model) -> int:
     """Bytes of all files of a job. Ranks on one host read each from disk once; the others find it in memory."""
-    networks = [(network, model.dtype) for network in model.experts]
-    networks += [(network, model.text_dtype) for network in model.encoders]
-    networks += [(model.vae, model.vae_dtype)] if model.vae is not None else []
-    return sum(work.stored_bytes(network, dtype) for network, dtype in networks)
+    return sum(work.stored_bytes(network, dtype) for network, dtype in _networks(model))
 
 
-def model_frames(model: Model, video: Video) -> tuple[int, int, int, int, int]:
-    """[B,3,T,H,W] of the frames."""
+def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
+    found = Counter({"denoise_job": 1, "steps": video.steps})
+    for step, kept, times in _kinds_of_steps(model, video, arrangement):
+        for unit, amount in work.of_step(step, kept).items():
+            found[unit] += times * amount
+        for exchange in exchanges(step):
+            takes_place = times * work.kept_of(exchange, kept)
+            found[exchange.axis] += takes_place * exchange.sent
+            found[EXCHANGES[exchange.axis]] += takes_place * exchange.times
+    if arrangement.experts == "swap":
+        turns = sum(one != other for (one, _), (other, _) in zip(video.passes, video.passes[1:]))
+        found["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype) / arrangement.plan.tp
+    return found
+
+
+def of_decoding(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
+    if model.vae is None:
+        return {}
     form = model.family.vae_form(model.vae.config)
-    batch, _, frames, height, width = video.shape
-    return batch, 3, (frames - 1) * form.temporal + 1, height * form.spatial, width * form.spatial
+    sharing = math.prod(arrangement.plan.degrees) if arrangement.tiles == "whole" else 1
+    return {
+        "decode_job": 1,
+        "decode": work.of_decoding(model.vae, model.family, video.shape, sharing),
+        "frames": 4.0 * math.prod(form.decoded_shape(video.shape)),  # in fp32
+    }
 
 
-def _parts(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, int]]:
-    """The kinds of steps, and the number of each."""
-    for (expert, branches), times in Counter(video.passes).items():
-        yield step_of(model, video, arrangement, expert, branches), times
+def _load(model: Model, arrangement: Arrangement) -> Amounts:
+    plan = arrangement.plan
+    parts = math.prod(plan.degrees) if arrangement.fsdp else plan.tp
+    copied = sum(work.kept_bytes(network, model.dtype) for network in model.experts) / parts
+    copied += sum(work.kept_bytes(network, dtype) for network, dtype in _networks(model)[len(model.experts) :])
+    return {"load_job": 1, "read": float(bytes_read(model)), "copied": copied}
 
 
-def _exchanged(step: Step, times: int, rates: Rates, costs: Mapping[str, float]) -> float:
-    """The seconds of exchanges in all steps of a kind, as far as they do not run while a rank computes."""
-    computing = work.of_step(step)
-    total = 0.0
-    for exchange in exchanges(step):
-        seconds = exchange.sent * max(costs[exchange.axis], rates.pair / _peers(exchange, step))
-        if rates.hides:
-            seconds = _exposed(seconds, exchange, step, computing, costs)
-        total += seconds + exchange.times * costs["exchanges"]
-    return times * total
+def _encode(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
+    flops = PROMPTS_OF_A_JOB * sum(work.of_encoding(encoder, video.text_tokens) for encoder in model.encoders)
+    if arrangement.encoder == "cpu":
+        return {"encode_job": PROMPTS_OF_A_JOB, "encode": flops}
+    return {"encode_job": PROMPTS_OF_A_JOB, "encode_ranks": flops / math.prod(arrangement.plan.degrees)}
+
+
+def _networks(model: Model) -> list[tuple]:
+    """(network, dtype) of the experts, the text encoders and the VAE."""
+    found = [(network, model.dtype) for network in model.experts]
+    found += [(network, model.text_dtype) for network in model.encoders]
+    return found + ([(model.vae, model.vae_dtype)] if model.vae is not None else [])
+
+
+def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, Kept, int]]:
+    """The kinds of steps, what accelerators keep of each, and the number of each."""
+    config = model.experts[0].config
+    size = step_of(model, video, arrangement).size
+    kinds = Counter(zip(video.passes, kept_in_steps(video, model.family.work(config, size))))
+    for ((expert, branches), kept), times in kinds.items():
+        yield step_of(model, video, arrangement, expert, branches), kept, times
+
+
+# Exchanges of cards
+
+
+def _saved(exchange: Exchange, step: Step, rates: Rates, costs: Mapping[str, float]) -> float:
+    """The seconds by which an exchange takes less than its bytes over a whole link; negative if it takes more."""
+    seconds = exchange.sent * max(costs[exchange.axis], rates.pair / _peers(exchange, step))
+    return exchange.sent * costs[exchange.axis] - (_exposed(seconds, exchange, step, costs) if rates.hides else seconds)
 
 
 def _peers(exchange: Exchange, step: Step) -> int:
     """The number of ranks to which a rank sends at once."""
     if exchange.axis == "ring" and exchange.operation == "send":
         return 1
-    ranks = math.prod(step.plan.degrees)
-    sizes = {"sequence": step.degree, "fsdp": ranks // step.plan.tp, **dict(zip(AXES, step.plan.degrees))}
+    degrees = dict(zip(AXES, step.plan.degrees))
+    sizes = {**degrees, "sequence": step.degree, "fsdp": math.prod(step.plan.degrees) // step.plan.tp}
     return sizes[exchange.axis] - 1
 
 
-def _exposed(
-    seconds: float, exchange: Exchange, step: Step, computing: Amounts, costs: Mapping[str, float]
-) -> float:
-    """The part of an exchange's seconds in which a rank waits."""
+def _exposed(seconds: float, exchange: Exchange, step: Step, costs: Mapping[str, float]) -> float:
+    """The part of an exchange's seconds in which a rank waits.
+
+    Half of Ulysses' if it overlaps; of a ring's, what takes longer than the attention meanwhile; of gathered weights,
+    the first unit, and what takes longer than all computation.
+    """
     if exchange.axis == "ulysses" and step.arrangement.overlap:
         return seconds * (1 - OVERLAPPED)
     if exchange.axis == "ring":
-        return max(0.0, seconds - computing["products"] * costs["products"] * (step.plan.ring - 1) / step.plan.ring)
-    if exchange.axis == "fsdp":  # the first unit is gathered before anything computes
-        units = step.blocks + 1
-        return seconds / units + max(0.0, seconds * (units - 1) / units - _total(computing, costs))
+        attention = work.of_step(step)["merged"] * costs["merged"]
+        return max(0.0, seconds - attention * (step.plan.ring - 1) / step.plan.ring)
+    if exchange.axis == "fsdp":
+        first = seconds / (step.blocks + 1)
+        return first + max(0.0, seconds - first - total(work.of_step(step), costs))
     return seconds
-
-
-def _total(amounts: Amounts, costs: Mapping[str, float]) -> float:
-    return sum(amount * costs[unit] for unit, amount in amounts.items())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import msgspec
 
 from ..checkpoints.bounded import MAX_NAME_LENGTH, read_bounded
+from ..checkpoints.digest import DIGEST_BYTES
 from ..checkpoints.faults import shown
 from ..checkpoints.paths import CALIBRATION, file_of
 from ..errors import coded_error
 from ..specs import Calibration
+from ..specs.record import MAX_NAME
 
 MAX_CALIBRATION_BYTES = 2**20  # two experts with 50 steps each take 2 kB
 MAX_EXPERTS = 2
@@ -38,6 +41,12 @@ def read_calibration(path: str) -> dict[str, Calibration]:
             "AV-1309", f"{file} is not a calibration ({why}). Remove it, or calibrate the model again."
         ) from None
     return found
+
+
+def calibration_digests(known: dict[str, Calibration]) -> dict[str, str]:
+    """A hash of the values of each expert."""
+    values = {expert[:MAX_NAME]: repr((one.coefficients, one.ratios)).encode() for expert, one in known.items()}
+    return {expert: hashlib.blake2b(text, digest_size=DIGEST_BYTES).hexdigest() for expert, text in values.items()}
 
 
 def write_calibration(file: Path, found: dict[str, Calibration]) -> None:

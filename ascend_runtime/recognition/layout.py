@@ -109,7 +109,7 @@ def _kind_in(config: dict, name: str, folder: Path, shards: Iterable[Path]) -> K
     of the shards holds that can be recognised. Raises ValueError for an unknown one."""
     candidates = kinds(part_of(name))
     if not candidates:
-        raise ValueError(f"{folder} is read as a {name}, but no supported model family has such a part.")
+        raise coded_error("AV-1308", f"{folder} is read as a {name}, but no supported model family has such a part.")
     for kind in candidates:
         if kind.part.config_in(config) is not None:
             return kind

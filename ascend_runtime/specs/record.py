@@ -14,12 +14,12 @@ FORMAT = 1
 MAX_FILES = 512  # of a component; a distributed checkpoint has one for each rank that wrote it
 MAX_JOBS = 256
 MAX_NUMBERS = 1001  # sigmas
-MAX_TEXT, MAX_LORAS = 200, 256
+MAX_NAME, MAX_TEXT, MAX_LORAS = 64, 200, 256
 DENOISE, ENCODE, DECODE, ENCODE_VIDEO = "denoise", "encode", "decode", "encode video"  # kinds of jobs
 
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Name = Annotated[str, Meta(max_length=64)]
+Name = Annotated[str, Meta(max_length=MAX_NAME)]
 Numbers = Annotated[list[float], Meta(max_length=MAX_NUMBERS)]
 Setting = bool | int | float | Text | Numbers | None
 Settings = Annotated[dict[Name, Setting], Meta(max_length=64)]

@@ -40,12 +40,13 @@ class RecordOfOutput(dict):
 
 def serve() -> None:
     """From now on, graphs with this pack's nodes have records in their metadata, unless ComfyUI writes none."""
-    if not args.disable_metadata:
-        PromptServer.instance.add_on_prompt_handler(_with_record)
+    PromptServer.instance.add_on_prompt_handler(_with_record)
 
 
 def _with_record(request: dict) -> dict:
     """A request to run a graph, as a page or a program has sent it."""
+    if args.disable_metadata:
+        return request
     graph, extra = request.get("prompt"), request.setdefault("extra_data", {})
     if isinstance(graph, dict) and isinstance(extra, dict) and any(map(_is_ours, graph.values())):
         written = extra.get("extra_pnginfo")

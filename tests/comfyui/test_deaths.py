@@ -26,7 +26,8 @@ def test_a_killed_rank_is_named_and_the_next_job_is_right(comfyui):
         ending = run.end()
         print(f"the error came {ending.at - killed:.2f} s after the kill")
         assert ending.kind == "execution_error" and ending.at - killed <= 2
-        assert "Rank 1 of 2 was killed by SIGKILL" in ending.data["exception_message"]
+        message = ending.data["exception_message"]
+        assert "AV-1501: Rank 1 of 2 was killed by SIGKILL" in message and message.count("docs/errors.md") == 1
         seconds_until(lambda: not ranks_of(comfyui.process.pid), timeout=3)
         again = listener.run(graph)
         assert graphs.SAMPLER not in again.cached()

@@ -16,7 +16,7 @@ def test_a_model_that_is_not_there(comfyui, widget):
     graph = graphs.video()
     graph[graphs.MODEL]["inputs"][widget] = "no_such_model"
     text = graphs.refusal(comfyui, graph, graphs.MODEL)
-    assert "There is no model 'no_such_model'" in text
+    assert "AV-1301: There is no model 'no_such_model'" in text and "docs/errors.md" in text
     assert "random_wan" in text and "embedded/tiny_wan" in text and "original_wan.safetensors" in text
     assert "models/diffusers" in text
 

@@ -291,7 +291,7 @@ def test_a_rank_is_missed_and_its_helper_ended_though_that_holds_its_output(new_
         killer = threading.Timer(0.5, os.kill, (runtime.pids[0], signal.SIGKILL))
         killer.start()
         began = time.monotonic()
-        with pytest.raises(RankDied, match="Rank 0 of 2 was killed by SIGKILL"):
+        with pytest.raises(RankDied, match="^AV-1501: Rank 0 of 2 was killed by SIGKILL"):
             while True:
                 sample(runtime, specs)
         assert time.monotonic() - began < 60  # the kill came within it, after 0.5 s
@@ -332,7 +332,8 @@ def test_a_cpu_whose_memory_is_full_says_what_takes_less(new_runtime, specs):
         limit = rank.memory_info().vms + 64 * 2**20
         rank.rlimit(psutil.RLIMIT_AS, (limit, limit))
         large = torch.zeros(VideoSize(width=832, height=832, num_frames=49).latent_shape())
-        with pytest.raises(RankError, match="(?s)allocate memory.*What helps: .*the frames.*dtype bfloat16.*fsdp"):
+        says = "(?s)^AV-1202: .*allocate memory.*What helps .AV-1202.: .*the frames.*dtype bfloat16.*fsdp"
+        with pytest.raises(RankError, match=says):
             runtime.sample(specs.model, SampleSpec(seed=1, steps=1, guidance_scale=1.0), large, specs.text(1))
         assert runtime.pids == [rank.pid], "the rank stays"
 
@@ -348,7 +349,7 @@ def test_a_file_that_is_cut_while_it_is_used_is_told_of(new_runtime, checkpoint,
             os.truncate(weights, 0)
 
     with new_runtime(1) as runtime:
-        with pytest.raises(RankDied, match="(?s)killed by SIGBUS.*What helps: A model's file was truncated"):
+        with pytest.raises(RankDied, match="(?s)^AV-1502: .*SIGBUS.*What helps .AV-1502.: A model's file"):
             runtime.sample(DiffusionModelSpec(path=str(folder)), spec, torch.zeros(SHAPE), text, on_progress=cut)
-        with pytest.raises(ValueError, match="is empty"):
+        with pytest.raises(ValueError, match="^AV-1302: .* is empty"):
             runtime.sample(DiffusionModelSpec(path=str(folder)), spec, torch.zeros(SHAPE), text)

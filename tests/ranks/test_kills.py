@@ -199,7 +199,7 @@ def assert_heard(runtime, checkpoint, kill, plan=None):
     """The job ends soon after the kill, and its error names the victim."""
     said = last_words(runtime, checkpoint, kill, plan)
     assert time.monotonic() - kill.at < HEARD, "the job heard too late of the death"
-    assert f"Rank {kill.victim} of {runtime.world_size} was killed by SIGKILL" in said
+    assert said.startswith(f"AV-1501: Rank {kill.victim} of {runtime.world_size} was killed by SIGKILL")
 
 
 def last_words(runtime, checkpoint, kill, plan):

@@ -37,6 +37,7 @@ def test_a_rank_that_dies_at_start_says_why(new_runtime, broken_msgspec, marked,
     runtime = new_runtime(3, **environment, **broken_msgspec(SAY_AND_FAIL))
     with caplog.at_level(logging.INFO), pytest.raises(RankDied) as error:
         runtime.ping()
+    assert str(error.value).startswith("AV-1002: Rank 1 of 3 ")
     for words in ("Rank 1 of 3 ended with exit code 1", "Traceback", "ImportError: libhccl.so: cannot open shared"):
         assert words in str(error.value)
     assert "rank 1 | on standard output" in caplog.text and "rank 1 | on standard error" in caplog.text
@@ -50,7 +51,7 @@ def test_a_start_that_takes_too_long(new_runtime, broken_msgspec, marked):
     deadline = {"ASCEND_RUNTIME_START_DEADLINE": "2"}
     runtime = new_runtime(2, **environment, **deadline, **broken_msgspec("import time; time.sleep(60)"))
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match="Rank 0 of 2 was not ready within 2 s.*ASCEND_RUNTIME_START_DEADLINE"):
+    with pytest.raises(TimeoutError, match="^AV-1505: Rank 0 .* not ready within 2 s.*_START_DEADLINE"):
         runtime.ping()
     assert time.monotonic() - began < 10
     seconds_until(lambda: not living(), 3.0)

@@ -182,7 +182,7 @@ def test_several_ranks_refuse_what_does_not_fit_on_one(vaes, tmp_path):
     said = [json.loads((tmp_path / f"refused-{rank}.json").read_text()) for rank in range(ranks)]
     assert said[0] == said[1] and len(said[0]) == len(cases)
     for text, needed, (told, _) in zip(said[0], needs, cases):
-        says = [f"To {told['work']} 1536 x 1024 pixels takes {needed / 1e9:.1f} GB on each of 2 ranks",
+        says = [f"AV-1206: To {told['work']} 1536 x 1024 pixels takes {needed / 1e9:.1f} GB on each of 2 ranks",
                 f"{needed / 4e9:.1f} GB are free", "about 768 x 512 pixels. Ascend Free Memory"]  # fmt: skip
         assert needed > 1e8 and not [words for words in says if words not in text], text
 

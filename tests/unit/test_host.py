@@ -274,7 +274,8 @@ def test_the_runtimes_own_list_of_cards_counts(fake_host):
 def test_known_failures_come_with_what_cures_them(failure, words):
     said = host.advise(failure, "AV-1510")
     code = code_of(said)
-    assert said.startswith(f"{code}: {failure}\nWhat helps ({code}): ") and said.count("What helps") == 1 and words in said
+    assert said.startswith(f"{code}: {failure}\nWhat helps ({code}): ") and said.count("What helps") == 1
+    assert words in said
 
 
 @pytest.mark.parametrize("failure", ["KeyError: 'x'", "HcclGetRootInfo(&hcclID), error code is 71", "out of memoryx"])
@@ -292,7 +293,7 @@ def test_the_first_cause_is_in_front_and_each_advice_has_its_own():
 def test_a_real_rank_that_cannot_start_is_advised(tmp_path):
     (tmp_path / "msgspec.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")  # a fake
     with Runtime(ParallelSpec(ranks=2), device="cpu", environment={"PYTHONPATH": str(tmp_path)}) as runtime:
-        with pytest.raises(RankDied, match="(?s)exit code 1.*ImportError: libhccl.so.*What helps .AV-1002.: .*set_env.sh"):
+        with pytest.raises(RankDied, match="(?s)exit code 1.*libhccl.so.*What helps .AV-1002.: .*set_env.sh"):
             runtime.ping()
 
 

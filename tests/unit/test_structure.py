@@ -20,7 +20,7 @@ RESERVED = {
     "torch_npu": ("ascend_runtime.ops.libraries",),
     "mindiesd": ("ascend_runtime.ops.libraries",),
     "socket": tuple(f"ascend_runtime.{name}" for name in ("wire", "client.group", "engine.worker", "commands.queue")),
-    "subprocess": ("ascend_runtime.client.group", "ascend_runtime.commands.queue"),
+    "subprocess": ("ascend_runtime.client.group", "ascend_runtime.commands.queue", "ascend_runtime.commands.doctor"),
     "safetensors": ("ascend_runtime.checkpoints",),
     "transformers": ("ascend_runtime.components", "ascend_runtime.models"),
     "torch.distributed": tuple(f"ascend_runtime.{name}" for name in ("ops", "parallel", "engine")),
@@ -118,6 +118,8 @@ def test_layers_name_modules_that_exist():
     ("ascend_runtime.models.wan.family", "diffusers"),
     ("ascend_runtime.commands.command_line", "torch"),
     ("ascend_runtime.commands.progress", "torch"),
+    *((f"ascend_runtime.commands.doctor.{part}", package)
+      for part, package in (("command", "torch"), ("command", "msgspec"), ("command", "psutil"), ("command", "tqdm"))),
     ("ascend_runtime.client.runtime", "diffusers"),
     ("ascend_runtime.client.runtime", "transformers"),
 ])  # fmt: skip

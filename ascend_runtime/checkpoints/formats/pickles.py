@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ...errors import coded_error
+
 # torch's pickle of a 14B model's tensors has 0.2 MB and takes 0.1 million steps; with the optimizer state of 16 ranks,
 # 10 MB and 5 million steps.
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -63,7 +65,7 @@ def read_pickle(content: bytes, makers: Makers, persistent: Callable[[Any], Any]
     object of a persistent id. Raises ValueError for an invalid pickle, or one that Python and torch do not write.
     """
     if len(content) > MAX_PICKLE_BYTES:
-        raise ValueError(f"its pickle has {len(content)} bytes; at most {MAX_PICKLE_BYTES} are allowed")
+        raise coded_error("AV-1312", f"its pickle has {len(content)} bytes; at most {MAX_PICKLE_BYTES} are allowed")
     if content[:1] != pickle.PROTO:  # the first opcode of protocol 2 and later
         raise OtherPickle("its pickle has protocol 0 or 1. Save it again with torch.save's default protocol.")
     reader = _Reader(content, makers, persistent)
@@ -106,9 +108,11 @@ class _Reader:
                 return self.stack.pop()
             step = steps.get(code)
             if step is None:
-                raise ValueError(f"its pickle has the opcode {code} at byte {self.at - 1}, which torch does not write")
+                raise coded_error(
+                    "AV-1312", f"its pickle has the opcode {code} at byte {self.at - 1}, which torch does not write"
+                )
             step(self)
-        raise ValueError(f"its pickle takes more than {MAX_PICKLE_STEPS} steps")
+        raise coded_error("AV-1312", f"its pickle takes more than {MAX_PICKLE_STEPS} steps")
 
     def take(self, count: int) -> bytes:
         start, self.at = self.at, self.at + count
@@ -132,15 +136,15 @@ class _Reader:
         """Pushes a new object, which takes `room` of the allowed objects."""
         self.room -= room
         if self.room < 0:
-            raise ValueError(f"its pickle holds more than {MAX_PICKLE_OBJECTS} objects")
+            raise coded_error("AV-1312", f"its pickle holds more than {MAX_PICKLE_OBJECTS} objects")
         self.stack.append(value)
 
     def name(self, path: str) -> None:
         """Pushes a name. Writers name a class once, and memoize it."""
         if path not in self.names and len(self.names) == MAX_PICKLE_NAMES:
-            raise ValueError(f"its pickle names more than {MAX_PICKLE_NAMES} classes")
+            raise coded_error("AV-1312", f"its pickle names more than {MAX_PICKLE_NAMES} classes")
         if path in CODE or path.partition(".")[0] in CODE:
-            raise ValueError(f"it names {path}, and code in a file is never run")
+            raise coded_error("AV-1312", f"it names {path}, and code in a file is never run")
         self.put(self.names.setdefault(path, Name(path)), room=20)
 
     def remember(self, index: int) -> None:

@@ -74,7 +74,7 @@ class _Bounded:
     def read(self, count: int = -1) -> bytes:
         content = _taken(self._file, MAX_DIRECTORY_BYTES + 1 if count < 0 else min(count, MAX_DIRECTORY_BYTES + 1))
         if len(content) > MAX_DIRECTORY_BYTES:
-            raise ValueError(f"its central directory has more than {MAX_DIRECTORY_BYTES} bytes")
+            raise coded_error("AV-1312", f"its central directory has more than {MAX_DIRECTORY_BYTES} bytes")
         return content
 
 
@@ -113,7 +113,9 @@ def _byte_order() -> bytes:
 def _content(file: BinaryIO, archive: zipfile.ZipFile, name: str) -> bytes:
     start, nbytes = _place(file, archive, name)
     if nbytes > MAX_PICKLE_BYTES:
-        raise ValueError(f"its {name.rpartition('/')[2]} has {nbytes} bytes; at most {MAX_PICKLE_BYTES} are allowed")
+        raise coded_error(
+            "AV-1312", f"its {name.rpartition('/')[2]} has {nbytes} bytes; at most {MAX_PICKLE_BYTES} are allowed"
+        )
     file.seek(start)
     return _taken(file, nbytes)
 
@@ -158,7 +160,7 @@ def _stored(storage: _Storage, dtype: torch.dtype, offset: Any, shape: Any, stri
     if needed > storage.nbytes:
         raise ValueError(f"a tensor {list(shape)} of {dtype} exceeds its storage of {storage.nbytes} bytes")
     if count * dtype.itemsize > max(storage.nbytes, MAX_EXPANDED_BYTES):
-        raise ValueError(f"a tensor {list(shape)} of {dtype} repeats a storage of {storage.nbytes} bytes")
+        raise coded_error("AV-1312", f"a tensor {list(shape)} of {dtype} repeats a storage of {storage.nbytes} bytes")
     in_rows = _row_by_row(shape, stride)
     return Stored(storage.start + offset * dtype.itemsize, shape, dtype, None if in_rows else stride)
 

@@ -240,6 +240,16 @@ class HunyuanVideo(Family):
     def pooled_width(self, config: Mapping[str, Any]) -> int:
         return configs.filled(config)["pooled_projection_dim"]
 
+    def heads(self, config: Mapping[str, Any]) -> int:
+        return configs.filled(config)["num_attention_heads"]
+
+    def smaller(self, config: Mapping[str, Any], heads: int, blocks: int) -> dict[str, Any]:
+        """A third of the blocks are double, as in the published model."""
+        double = max(1, blocks // 3)
+        sizes = {"num_attention_heads": heads, "num_layers": double, "num_single_layers": max(1, blocks - double)}
+        config = configs.filled(config)
+        return {**config, **sizes, "in_channels": config["out_channels"], "image_condition_type": None}
+
     def text_in_sequence(self, config: Mapping[str, Any], tokens: int) -> int:
         return tokens
 

@@ -162,7 +162,7 @@ class HunyuanVideoTransformer(nn.Module):
         `forget` is called, as guidance takes turns with two texts."""
 
         def made() -> RotaryTable:
-            cos, sin = self.rope(latent.new_empty(latent.shape, device="cpu"))
+            cos, sin = self.rope(latent.new_empty(latent.shape, device="meta" if latent.is_meta else "cpu"))
             cos, sin = F.pad(cos, (0, 0, 0, behind), value=1.0), F.pad(sin, (0, 0, 0, behind))
             table = self.ops.rotary_table(cos[None, :, None], sin[None, :, None])
             return tuple(devices.sent(part, latent.device) for part in table)

@@ -188,6 +188,13 @@ class Wan(Family):
     def heads(self, config: Mapping[str, Any]) -> int:
         return configs.filled(config)["num_attention_heads"]
 
+    def smaller(self, config: Mapping[str, Any], heads: int, blocks: int) -> dict[str, Any]:
+        config = configs.filled(config)
+        config.pop(configs.REFERENCE_CHANNELS, None)
+        inner = config["ffn_dim"] * heads // config["num_attention_heads"]
+        sizes = {"num_attention_heads": heads, "ffn_dim": inner, "num_layers": blocks}
+        return {**config, **sizes, **configs.FROM_TEXT, "in_channels": config["out_channels"]}
+
     def text_width(self, config: Mapping[str, Any]) -> int:
         return configs.filled(config)["text_dim"]
 

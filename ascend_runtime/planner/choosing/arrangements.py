@@ -24,15 +24,11 @@ class Fixed:
     tiles: str = "auto"
 
 
-def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed) -> list[Arrangement]:
-    """Those that are possible, whether they fit or not; of equally fast ones the first is to be preferred.
-
-    Tiles that are blended change a video's values, and are the last: one is taken only if no whole plane fits.
-    """
+def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed, tiles: str) -> list[Arrangement]:
+    """Those that are possible, whether they fit or not; of equally fast ones the first is to be preferred."""
     parallel = fixed.parallel
     made = [
         Arrangement(plan, fsdp, experts, encoder, tiles, parallel.ring_exchange, bool(parallel.overlap))
-        for tiles in _tiles(model, machine, fixed.tiles)
         for plan in plans(model, video, machine, parallel)
         for fsdp, experts, encoder in product(
             _fsdp(plan, parallel.fsdp), _experts(model, fixed.experts), _encoders(model, fixed.encoder)
@@ -41,24 +37,33 @@ def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed) -> 
     return [one for one in made if not (one.fsdp and one.experts == "swap")]  # shards do not wait on the host
 
 
+def tiles_of(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:
+    """The VAE's tiles in the order in which they are tried: blended ones change a video's values, so that they are
+    used only if no whole plane fits."""
+    dealt = machine.ranks == 1 or model.family.deals_tiles
+    return (fixed.tiles,) if fixed.tiles != "auto" else (WHOLE, PUBLISHED) if dealt else (WHOLE,)
+
+
 def plans(model: Model, video: Video, machine: Machine, parallel: ParallelSpec) -> list[Plan]:
-    """The plans with the degrees that the user has fixed. If there is none, the one that a job takes instead."""
+    """The plans with the degrees that the user has fixed, without those that cannot be the best. If there is none, the
+    one that a job takes instead."""
     given = {axis: getattr(parallel, f"{axis}_degree") for axis in AXES}
     found = [
         plan for plan in legal_plans(machine.ranks)
-        if all(degree in (0, getattr(plan, axis)) for axis, degree in given.items()) and is_useful(plan, model, video, given)
+        if all(degree in (0, getattr(plan, axis)) for axis, degree in given.items())
+        and (plan.cfg == 1 or video.guided or given["cfg"])  # without guidance, its ranks join the ulysses axis
+        and (plan.tp == 1 or is_cut_by(plan.tp, model))
     ]  # fmt: skip
+    if not given["ring"]:
+        found = [plan for plan in found if plan.ring == 1 or plan == _least_ring(plan, found, heads(model))]
     return found or [parallel.resolve(machine.ranks, guided=video.guided)]
 
 
-def is_useful(plan: Plan, model: Model, video: Video, given: dict[str, int]) -> bool:
-    """Whether a plan can be the best one. given: the degrees that the user has fixed, by axis."""
-    if plan.cfg > 1 and not video.guided and not given["cfg"]:
-        return False  # its ranks join the ulysses axis
-    if plan.tp > 1 and not is_cut_by(plan.tp, model):
-        return False
-    # The ring sends more than Ulysses, which pads heads that it cannot divide.
-    return plan.ring == 1 or bool(given["ring"]) or heads(model) % (plan.ring * plan.ulysses * plan.tp) > 0
+def _least_ring(plan: Plan, plans: list[Plan], heads: int) -> Plan | None:
+    """Of plans that differ in how they chunk the sequence, the one with the shortest ring whose Ulysses needs no
+    padding for heads. A longer ring only sends more."""
+    alike = [one for one in plans if (one.cfg, one.tp) == (plan.cfg, plan.tp) and heads % (one.ulysses * one.tp) == 0]
+    return min(alike, key=lambda one: one.ring, default=None)
 
 
 def is_cut_by(tp: int, model: Model) -> bool:
@@ -86,8 +91,3 @@ def _experts(model: Model, given: str) -> tuple[str, ...]:
 
 def _encoders(model: Model, given: str) -> tuple[str, ...]:
     return ("ranks", "cpu") if given == "auto" and model.encoders else ("cpu",) if given == "auto" else (given,)
-
-
-def _tiles(model: Model, machine: Machine, given: str) -> tuple[str, ...]:
-    dealt = machine.ranks == 1 or model.family.deals_tiles
-    return (given,) if given != "auto" else (WHOLE, PUBLISHED) if dealt else (WHOLE,)

@@ -19,15 +19,15 @@ def line(
     """fitting: at least one, the chosen one first."""
     chosen = fitting[0]
     reason = _reason(fitting, others, machine)
-    return f"{arrangement(chosen.arrangement)}: {reason}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
+    return f"{arrangement(chosen.arrangement, 'encode' in chosen.seconds)}: {reason}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
 
 
-def arrangement(one: Arrangement) -> str:
-    """Such as "CFG 2 x Ulysses 4, FSDP, experts in turns, text encoder on the ranks"."""
+def arrangement(one: Arrangement, encodes: bool = True) -> str:
+    """Such as "CFG 2 x Ulysses 4, FSDP, experts in turns, text encoder on the ranks". encodes: whether the job does."""
     degrees = [f"{NAMES[axis]} {degree}" for axis, degree in zip(AXES, one.plan.degrees) if degree > 1]
     parts = [" x ".join(degrees) or "one rank"]
     parts += ["FSDP"] * one.fsdp + ["experts in turns"] * (one.experts == "swap")
-    parts += [f"text encoder on the {'ranks' if one.encoder == 'ranks' else 'CPU'}"]
+    parts += [f"text encoder on the {'ranks' if one.encoder == 'ranks' else 'CPU'}"] * encodes
     return ", ".join(parts + ["VAE in blended tiles"] * (one.tiles == PUBLISHED))
 
 

@@ -1,8 +1,8 @@
 """Nodes for tests, in the real ComfyUI: random images, texts and what CLIP saw, a core VAE, files of what comes out,
 and what keeps an IMAGE beyond its prompt; what other packs attach to a MODEL (attaching.py); a core model that is
 corrected in one place; a CLIP of two layers, as core has none but large ones, and other networks as small as their
-files (small_loaders.py); Cancel at a wanted moment (cancelling.py); and which jobs a graph asks the ranks for
-(recording.py)."""
+files (small_loaders.py); Cancel at a wanted moment (cancelling.py); ComfyUI without metadata (metadata.py); and
+which jobs a graph asks the ranks for (recording.py)."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoModel
 from safetensors.torch import save_file
 
-from . import attaching, cancelling, recording, small_core, small_loaders  # noqa: F401 (what they do on import)
+from . import attaching, small_core
+from . import cancelling, metadata, recording, small_loaders  # noqa: F401 (what they do on import)
 from .weight_patches import PatchWeights
 
 CATEGORY = "tests"

@@ -204,6 +204,9 @@ class Toy(Family):
     def heads(self, config):
         return self.width(config) // HEAD_DIM
 
+    def smaller(self, config, heads, blocks):
+        return {**config, "width": heads * HEAD_DIM, "num_layers": 1, "num_single_layers": blocks}
+
     def sliced_sums(self, config, size, video, itemsize, again=True):
         double, single = config["num_layers"], config["num_single_layers"]
         sums = (2 * double + single) * size.batch * size.on_rank * self.width(config)

@@ -25,6 +25,8 @@ TRANSFORMER_DEFAULTS = {
 # configs; None: the model has no such layer. diffusers does not know it.
 REFERENCE_CHANNELS = "in_dim_ref_conv"
 HEAD_DIM = 128  # of every published Wan transformer
+# The fields of a model that makes videos from text only.
+FROM_TEXT = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
 TRANSFORMER_SIGNATURE = {
     "patch_embedding.weight": 5,
     "blocks.0.ffn.net.0.proj.weight": 2,

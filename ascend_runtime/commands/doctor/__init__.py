@@ -1,0 +1,1 @@
+"""`python -m ascend_runtime doctor`: finds what is wrong with this host before a job does. Imports no torch."""

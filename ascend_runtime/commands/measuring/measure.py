@@ -1,0 +1,210 @@
+"""Runs small jobs on this host, fits the planner's costs to their seconds, and keeps them in a profile.
+
+For each number of ranks: denoise loops of two networks of the model's family, one as wide as the model if its weights
+are not too large, and one half as wide, in several sizes and one plan for each axis of the mesh; decoded latents; loaded
+networks. Jobs run in turns, and the median of each counts.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+from ...client.runtime import Runtime
+from ...models.family import TRANSFORMER
+from ...planner import rates
+from ...planner.facts import Arrangement, Model, Network
+from ...planner.timing.fit import Sample, errors, fitted
+from ...planner.timing.profile import Entry, Profile, profile_file, read_profile, versions, write_profile
+from ...planner.timing.work import kept_bytes
+from ...specs import ParallelSpec, Plan, VaeSpec
+from . import host, networks
+from .trials import Decoding, Trial, arrangements, parallel_of, with_network
+
+SECONDS = 120.0  # for all jobs, without the start of ranks
+PART = 300  # of all seconds: the largest job with the fewest ranks
+SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of a latent of FRAMES frames
+FRAMES = 3
+DECODED = ((1, 8, 8), (2, 8, 8), (3, 12, 12), (3, 16, 24), (5, 32, 32), (5, 48, 64), (9, 64, 96))
+WIDE_BLOCKS, NARROW_BLOCKS = 3, 6
+MAX_WEIGHTS = 2**28  # bytes of a network
+DEEP_WEIGHTS, DEEPEST = 2**26, 24  # bytes, blocks of one that is only loaded
+ROUNDS = 5
+
+Report = Callable[[str], object]
+
+
+@dataclass
+class Measured:
+    """samples: by the number of ranks. costs: what was fitted to them."""
+
+    samples: dict[int, list[Sample]] = field(default_factory=dict)
+    costs: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def error(self, ranks: int) -> float:
+        """The median relative error of the fit."""
+        return median(map(abs, errors(self.samples[ranks], self.costs[ranks]).values()))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured. model: with its VAE, if `vae` is given. path: of the model's files, on the disk to measure."""
+
+    model: Model
+    path: str
+    vae: VaeSpec | None = None
+    device: str = "auto"
+
+
+def measure(
+    subject: Subject,
+    ranks: Sequence[int] = (1, 2),
+    card: str = "cpu",
+    seconds: float = SECONDS,
+    report: Report = print,
+) -> Profile:
+    """Measures with each number of ranks, and writes the profile next to the model. Returns the profile."""
+    file = profile_file(subject.path)
+    profile = read_profile(file)  # refuses an invalid one before anything runs
+    measured = measured_on(subject, ranks, seconds, report)
+    kind = rates.CARD_FIGURES[card].kind
+    entries = [
+        Entry(kind=kind, card=card, family=subject.model.family.name, ranks=number, versions=versions(), costs=costs,
+              jobs=len(measured.samples[number]), error=measured.error(number))
+        for number, costs in measured.costs.items()
+    ]  # fmt: skip
+    profile = profile.with_entries(entries)
+    write_profile(file, profile)
+    return profile
+
+
+def measured_on(subject: Subject, ranks: Sequence[int], seconds: float = SECONDS, report: Report = print) -> Measured:
+    """Runs the jobs with each number of ranks and fits their costs. seconds: for all jobs together."""
+    measured, of_host = Measured(), _host_costs(subject)
+    with tempfile.TemporaryDirectory(prefix="ascend_video_") as folder:
+        bench = Bench(subject, Path(folder), seconds / PART, report)
+        for number in sorted(ranks):
+            samples = bench.samples(number, seconds / len(ranks))
+            measured.samples[number] = samples
+            measured.costs[number] = {**fitted(samples), **of_host}
+            report(f"{number} rank(s): {len(samples)} jobs, median error of the fit {measured.error(number):.1%}")
+    return measured
+
+
+class Bench:
+    """The networks of a measurement, and how large its jobs are. target: seconds of the largest ones."""
+
+    def __init__(self, subject: Subject, folder: Path, target: float, report: Report):
+        self._subject, self._folder, self._target, self._report = subject, folder, target, report
+        model = subject.model
+        wide = _heads_within(model, MAX_WEIGHTS)
+        self._wide = self._network("wide", wide, WIDE_BLOCKS)
+        self._narrow = self._network("narrow", max(1, wide // 2), NARROW_BLOCKS)
+        self._deep = self._network("deep", wide, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // _bytes(model, wide, 1)))
+        self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large; found with the first ranks
+        self._decoded: tuple[tuple[int, int, int], ...] = ()
+
+    def samples(self, ranks: int, seconds: float) -> list[Sample]:
+        """The medians of all jobs with this number of ranks, which take this long together."""
+        with Runtime(ParallelSpec(ranks=ranks), device=self._subject.device) as runtime:
+            self._report(f"{ranks} rank(s) on {runtime.device}")
+            loaded = list(self._loaded(runtime, ranks))
+            self._find_sizes(runtime, ranks)
+            trials = [*self._trials(ranks), *self._decodings(ranks)]
+            return loaded + _medians(runtime, trials, seconds)
+
+    def _network(self, name: str, heads: int, blocks: int) -> tuple[Model, str]:
+        model, folder = self._subject.model, self._folder / name
+        network = networks.transformer(folder, model.family, model.experts[0], heads, blocks)
+        return with_network(model, network), str(folder)
+
+    def _find_sizes(self, runtime: Runtime, ranks: int) -> None:
+        """Chooses sizes whose largest jobs take about as long as intended."""
+        if self._sizes:
+            return
+        first = Arrangement(Plan(ulysses=ranks))
+        sizes = [(FRAMES, side, side) for side in SIDES]
+        self._sizes = _up_to(self._target, sizes, lambda size: Trial(*self._wide, size, 1, first).run(runtime))
+        if self._subject.vae is not None:
+            model, vae = self._subject.model, self._subject.vae
+            self._decoded = _up_to(self._target, DECODED, lambda size: Decoding(model, vae, size, first).run(runtime))
+
+    def _trials(self, ranks: int) -> Iterator[Trial]:
+        small, medium, large = self._sizes
+        heads = math.gcd(*(_heads(model) for model, _ in (self._wide, self._narrow)))
+        for number, arrangement in enumerate(arrangements(ranks, heads)):
+            yield Trial(*self._wide, large, 1, arrangement)
+            yield Trial(*self._narrow, medium, 2, arrangement)
+            yield Trial(*self._narrow, small, 2, arrangement)
+            if number == 0:
+                yield Trial(*self._narrow, large, 1, arrangement)
+                yield Trial(*self._wide, medium, 1, arrangement)
+                yield Trial(*self._wide, small, 6, arrangement)
+                yield Trial(*self._narrow, small, 10, arrangement)
+        yield Trial(*self._wide, medium, 2, Arrangement(Plan(ulysses=ranks)), branches=1)
+
+    def _decodings(self, ranks: int) -> Iterator[Decoding]:
+        for size in self._decoded:
+            yield Decoding(self._subject.model, self._subject.vae, size, Arrangement(Plan(ulysses=ranks)))
+
+    def _loaded(self, runtime: Runtime, ranks: int) -> Iterator[Sample]:
+        """Loads networks whose files are in memory. The first one, with which ranks import what they need, does not
+        count."""
+        for number, (model, path) in enumerate((self._narrow, self._wide, self._deep)):
+            trial = Trial(model, path, (1, 8, 8), 1, Arrangement(Plan(ulysses=ranks)))
+            took = runtime.load(trial.spec, parallel=parallel_of(trial.arrangement)).seconds["load"]
+            if number:
+                copied = float(kept_bytes(model.experts[0], model.dtype))
+                yield Sample(f"load {copied / 1e6:.0f} MB", {"load_job": 1, "copied": copied}, took)
+
+
+def _medians(runtime: Runtime, trials: Sequence[Trial | Decoding], seconds: float) -> list[Sample]:
+    """The jobs in turns, after a round that does not count; fewer rounds if they take more than `seconds`."""
+    took: list[list[float]] = [[] for _ in trials]
+    end, longest = time.monotonic() + seconds, 0.0
+    for number in range(ROUNDS + 1):
+        start = time.monotonic()
+        for found, trial in zip(took, trials):
+            found.append(trial.run(runtime))
+        longest = max(longest, time.monotonic() - start)
+        if number and time.monotonic() + longest > end:
+            break
+    return [trial.sample(median(found[1:])) for found, trial in zip(took, trials)]
+
+
+def _up_to(target: float, sizes: Sequence, seconds: Callable) -> tuple:
+    """Three of the sizes: the first that takes this long, and the two before it."""
+    for number, size in enumerate(sizes):
+        seconds(size)  # the first job of a size allocates
+        if number >= 2 and seconds(size) >= target:
+            break
+    return tuple(sizes[number - 2 : number + 1])
+
+
+def _heads_within(model: Model, most: int) -> int:
+    """The number of heads of the widest network that takes at most this many bytes; the model's own at most."""
+    heads = _heads(model)
+    while heads > 2 and _bytes(model, heads, WIDE_BLOCKS) > most:
+        heads //= 2
+    return heads
+
+
+def _bytes(model: Model, heads: int, blocks: int) -> int:
+    config = model.family.smaller(model.experts[0].config, heads, blocks)
+    parameters = model.family.network(TRANSFORMER, config).named_parameters()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
+    return kept_bytes(Network(TRANSFORMER, config, shapes), "float32")
+
+
+def _heads(model: Model) -> int:
+    return model.family.heads(model.experts[0].config)
+
+
+def _host_costs(subject: Subject) -> dict[str, float]:
+    found = {"encode": host.product_cost(subject.model.text_dtype), "read": host.disk_cost(subject.path)}
+    return {unit: cost for unit, cost in found.items() if cost is not None}

@@ -1,0 +1,67 @@
+"""The machine that a plan is for: the one that arguments describe, or this host."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ...hardware import devices, host, memory
+from ...planner.facts import Machine
+from ...planner.rates import CARD_FIGURES
+from ..video_options import counted
+
+USABLE = 0.95  # an assumption: the part of a card's memory that the driver and the framework leave
+HOST_MEMORY_PER_CARD = 128e9  # an assumption: servers of 8 cards are sold with 1 to 2 TB
+HCCL_BUFFERS = 2 * 200 * 2**20  # of each communicator, see hardware.devices.communicator_bytes
+SERVER = 8  # cards, if none is found and no number is given
+
+
+def machine_of(arguments: Namespace) -> tuple[Machine, list[str]]:
+    """The machine, and what is assumed about it."""
+    found = found_kind()
+    card, notes = arguments.card, []
+    if card is None:
+        card = found_card(found)
+        notes.append(f"cards: {counted(devices.count_visible(found), found)} of this host")
+    kind = CARD_FIGURES[card].kind
+    here = kind == found and (kind == "cpu" or found_card(found) == card)
+    ranks = arguments.ranks or (devices.count_visible(kind) if here else SERVER)
+    on_host = _host_memory(arguments, ranks, here, notes)
+    on_device = _device_memory(arguments, kind, card, ranks, on_host, notes)
+    return Machine(kind, card, ranks, on_device, on_host, HCCL_BUFFERS if kind == "npu" else 0), notes
+
+
+def found_kind() -> str:
+    """The kind of this host's devices, found without starting a driver of NPUs."""
+    return next(kind for kind in ("npu", "cuda", "cpu") if devices.count_visible(kind))
+
+
+def found_card(kind: str) -> str:
+    """The name of this host's cards among those with published figures; the most common of its kind if unknown."""
+    if kind == "npu":
+        line = host.npu_line()
+        return line if line in CARD_FIGURES else "a2"
+    if kind == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name(0).lower()
+        return next((card for card in CARD_FIGURES if card in name), "h100")
+    return "cpu"
+
+
+def _host_memory(arguments: Namespace, ranks: int, here: bool, notes: list[str]) -> int:
+    if arguments.host_memory is not None:
+        return int(arguments.host_memory * 1e9)
+    if here:
+        notes.append(f"host memory: what this host has available, without {memory.ROOM / 1e9:.0f} GB that stay free")
+        return max(0, memory.available() - memory.ROOM)
+    notes.append("host memory: 128 GB for each card is assumed (--host-memory)")
+    return int(ranks * HOST_MEMORY_PER_CARD)
+
+
+def _device_memory(arguments: Namespace, kind: str, card: str, ranks: int, on_host: int, notes: list[str]) -> int:
+    if arguments.device_memory is not None:
+        return int(arguments.device_memory * 1e9)
+    if kind == "cpu":
+        return on_host // ranks
+    notes.append(f"memory of a card: {USABLE:.0%} of the published {CARD_FIGURES[card].memory / 1e9:.0f} GB (--device-memory)")
+    return int(USABLE * CARD_FIGURES[card].memory)
