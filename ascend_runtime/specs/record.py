@@ -14,7 +14,7 @@ FORMAT = 1
 MAX_FILES = 512  # of a component; a distributed checkpoint has one for each rank that wrote it
 MAX_JOBS = 256
 MAX_NUMBERS = 1001  # sigmas
-MAX_NAME, MAX_TEXT, MAX_LORAS = 64, 200, 256
+MAX_NAME, MAX_TEXT, MAX_LINE, MAX_LORAS = 64, 200, 1000, 256
 DENOISE, ENCODE, DECODE, ENCODE_VIDEO = "denoise", "encode", "decode", "encode video"  # kinds of jobs
 
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -82,7 +82,7 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     accelerators: Annotated[dict[Name, Settings], Meta(max_length=8)] = {}
     saved: Settings = {}
     calibration: Annotated[dict[Name, Name], Meta(max_length=4)] = {}
-    predicted: Annotated[str, Meta(max_length=1000)] = ""
+    predicted: Annotated[str, Meta(max_length=MAX_LINE)] = ""
     calls: Count = 0
     seconds: Annotated[dict[Name, float], Meta(max_length=16)] = {}
 

@@ -104,6 +104,16 @@ def test_a_number_of_ranks_that_the_graph_sets_is_the_same_on_a_larger_host(eigh
     assert [text for text in verdict(made, graph)[1] if "4 made it" in text] == []
 
 
+def test_what_is_taken_for_granted_is_named():
+    graph = {**GRAPH, "3": {"class_type": "LoadImage", "inputs": {"image": "cat.png"}},
+             "4": {"class_type": "AscendParallelConfig", "inputs": {"cfg_degree": 2, "ulysses_degree": 0}}}  # fmt: skip
+    made = record(job(plan={"cfg_degree": 2, "ulysses_degree": 4}))
+    inputs, plan = host.notes(metadata.Metadata(made, graph))
+    assert inputs.endswith("reads them as inputs: cat.png") and plan.startswith("the graph leaves the plan open")
+    graph["4"]["inputs"]["ulysses_degree"] = 4
+    assert len(list(host.notes(metadata.Metadata(made, graph)))) == 1
+
+
 def test_a_file_without_metadata(tmp_path, capsys):
     assert explained(picture(tmp_path, prompt=GRAPH)) == 2
     assert explained(picture(tmp_path, **{KEY: {"format": FORMAT, "versions": {}, "jobs": []}})) == 2
@@ -185,11 +195,11 @@ def test_each_line_of_a_full_record_is_there():
         accelerators={"rainfusion": {"version": "v3"}}, saved={"flops_saved": 0.3}, predicted="20 s", calls=40,
         seconds={"denoise": 12.5},
     ))  # fmt: skip
-    text = "\n".join(words.lines(metadata.Metadata(full, GRAPH), [], Verdict.BITS, ["image.png"]))
+    text = "\n".join(words.lines(metadata.Metadata(full, GRAPH), [], Verdict.BITS, ["a \x1b note"]))
     for part in ("strength 0.5, expert low_noise, digest cd", "seed 3, 20 steps (40 model calls", "shift 5.0",
                  "= 2 x ? x 4 x ?, fsdp True", "rainfusion: version v3", "flops_saved 0.3", "predicted    20 s",
                  "bfloat16, quantization w8a8_dynamic", "attention infer", "denoise 12.50", "8 rank(s), npu a2",
-                 "prompt       a prompt", "graph's seed 5", "reads them as inputs: image.png"):  # fmt: skip
+                 "prompt       a prompt", "graph's seed 5", "a \\x1b note"):  # fmt: skip
         assert part in text, part
 
 
