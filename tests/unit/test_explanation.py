@@ -28,7 +28,6 @@ from PIL.PngImagePlugin import PngInfo
 
 FILE, LORA = FileDigest(size=10, digest="ab"), FileDigest(size=11, digest="cd")
 PART = PartRecord(part="transformer", name="a model", digest="0123456789", files=[FILE])
-UNREAD = PartRecord(part="vae", name="v", digest="", files=[])
 NPU, HALF = (HostRecord(device="npu", card="a2", ranks=ranks) for ranks in (8, 4))
 FBCACHE, TEACACHE = ({"step_cache": {"method": method}} for method in ("fbcache", "teacache"))
 GRAPH = {
@@ -87,7 +86,7 @@ def test_the_same_host_makes_the_same_bits(eight_cards):
     (record(job(accelerators=FBCACHE), torch="0"), {}, Verdict.ROUNDING, "fbcache compares"),
     (record(job()), {"seen": set()}, Verdict.ANOTHER, "01234567): there is no such file of 10 bytes"),
     (record(job()), {"seen": {FileDigest(size=10, digest="x")}}, Verdict.ANOTHER, "has other content"),
-    (record(job(parts=[UNREAD])), {}, Verdict.UNKNOWN, "could not be read"),
+    (record(job(parts=[])), {}, Verdict.UNKNOWN, "denoise: the model's files could not be read"),
     (record(job(loras=[lora(None)])), {}, Verdict.UNKNOWN, "a LoRA"),
     (record(job(loras=[lora(LORA)])), {"seen": {FILE}}, Verdict.ANOTHER, "LoRA cd: there is no such file of 11"),
     (record(), {}, Verdict.UNKNOWN, "no diffusion model"),

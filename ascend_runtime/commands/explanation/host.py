@@ -137,10 +137,10 @@ def _comfyui(models: Path) -> str | None:
 
 
 def _of_files(jobs: list[JobRecord], host: Host) -> Iterator[Reason]:
+    for kind in (job.kind for job in jobs if not job.parts):
+        yield Reason(Verdict.UNKNOWN, f"{kind}: the model's files could not be read any more when the video was made")
     for part in {part.digest: part for job in jobs for part in job.parts}.values():
-        if not part.digest:
-            yield Reason(Verdict.UNKNOWN, f"{_named(part)}: its files could not be read when the video was made")
-        elif missing := [file for file in part.files if file not in host.seen]:
+        if missing := [file for file in part.files if file not in host.seen]:
             yield Reason(Verdict.ANOTHER, f"{_named(part)}: {_missing(max(missing, key=lambda one: one.size), host)}")
     for lora in {lora.file: lora for job in jobs for lora in job.loras}.values():
         if lora.file is None:

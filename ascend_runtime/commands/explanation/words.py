@@ -56,7 +56,7 @@ def _facts(record: VideoRecord) -> Iterator[tuple[str, str]]:
     jobs = record.jobs
     parts = {part.digest: part for job in jobs for part in job.parts}.values()
     for part in parts:
-        yield part.part, f"{part.name}, digest {part.digest or 'unknown'}"
+        yield part.part, f"{part.name}, digest {part.digest}"
     for job in jobs:
         if job.kind == DENOISE:
             yield from _of_denoising(job)
