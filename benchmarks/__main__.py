@@ -14,7 +14,7 @@ from typing import Iterator
 from .report import Row, print_table, to_json
 
 # Modules of this package, each with `run(quick: bool) -> Iterator[Row]`.
-BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelerate", "stock")
+BENCHMARKS = ("transport", "warm", "ascend", "scaling", "load", "vae", "accelerate", "stock", "plan")
 OPTIONS = {"ascend": ("models", "only", "report"), "accelerate": ("family",)}  # those that only one of them has
 FAMILIES = ("wan", "hunyuan_video")
 
@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few runs and small sizes, to show that it works")
     parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0],
                         help="accelerate: the models' family (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--published", action="store_true",
+                        help="plan: predict published tables instead of jobs on this machine")  # fmt: skip
     ascend = parser.add_argument_group("ascend")
     ascend.add_argument("--models", type=Path, metavar="DIR", help="the folder that holds the published models")
     ascend.add_argument("--only", metavar="TEXT", help="of the published workloads, those whose name contains TEXT")
@@ -35,6 +37,8 @@ def main() -> None:
         parser.error("only ascend has --models, --only and --report")
     if "accelerate" not in arguments.names and arguments.family != FAMILIES[0]:
         parser.error("only accelerate has --family")
+    if "plan" not in arguments.names and arguments.published:
+        parser.error("only plan has --published")
     rows = []
     try:
         with arguments.json.open("w") if arguments.json else nullcontext() as file:
@@ -43,13 +47,15 @@ def main() -> None:
                 if file:
                     print(to_json(row), end="", file=file, flush=True)
     finally:
-        print_table(row for row in rows if not row.name.startswith("ascend."))  # these are in its report
+        own = ("ascend.", "plan.published.")  # those that print their own tables
+        print_table(row for row in rows if not row.name.startswith(own))
 
 
 def _measure(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in arguments.names:
         options = {key: getattr(arguments, key) for key in OPTIONS.get(name, ())}
-        yield from import_module(f".{name}", __package__).run(arguments.quick, **options)
+        module = "published_plans" if name == "plan" and arguments.published else name
+        yield from import_module(f".{module}", __package__).run(arguments.quick, **options)
 
 
 if __name__ == "__main__":

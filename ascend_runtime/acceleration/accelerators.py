@@ -11,6 +11,7 @@ from ..errors import coded_error
 from ..models.cost import Work
 from ..models.shared.block_stack import EVERYTHING, At, Attend, BlockStack, Pass
 from ..ops import PlainOperators
+from ..planner.holding.accelerators import attentions_kept, expansions_kept
 from ..specs import AccelerationSpec, AttentionCacheSpec, Calibration, StepCacheSpec, Window
 from ..specs.acceleration import CALIBRATED
 from .attention_cache import AttentionCache
@@ -126,7 +127,7 @@ def _step_cache(spec: StepCacheSpec, outline: Outline, expert: str, tally: Tally
     own = outline.steps_of(expert)
     always = {*own[: spec.beginning(len(own))], *range(outline.steps - spec.last_steps, outline.steps)}
     order = spec.order if spec.method == "taylorseer" else 0
-    needed = (outline.branches * (order + 1) + 2) * outline.output  # 2: the reference and a temporary
+    needed = expansions_kept(spec, outline.branches) * outline.output
     if needed > outline.room:
         raise coded_error(
             "AV-1205",
@@ -161,7 +162,7 @@ def _window(spec: AttentionCacheSpec, outline: Outline) -> Window:
     work, kept = outline.work, spec.blocks(len(outline.work.blocks))
     share, blocks = sum(work.blocks[block].attention for block in kept) / work.whole, len(kept)
     window = spec.windowed(outline.steps, share)
-    needed = blocks * outline.output * outline.branches
+    needed = attentions_kept(spec, len(outline.work.blocks), outline.branches) * outline.output
     if window.reused(outline.steps) and needed > outline.room:
         fitting = outline.room // (outline.output * outline.branches)
         raise coded_error(

@@ -1,10 +1,5 @@
-"""Pinned host memory for the weights of experts that take turns: laid out, counted and checked before it is allocated.
-
-Pinned allocators round each request up to a power of two: torch's for CUDA, and torch_npu's (Ascend/pytorch,
-torch_npu/csrc/core/npu/CachingHostAllocator.cpp, which is built on torch's). Two experts of Wan2.2-A14B would take 701
-GB instead of 458 on 8 ranks. torch_npu 2.13 can turn this off (pinned_max_round_threshold_mb of
-PYTORCH_NPU_ALLOC_CONF), earlier ones cannot. So tensors lie in slabs, whose sizes are powers of two: 468 GB.
-"""
+"""Pinned host memory for the weights of experts that take turns: laid out (see planner.holding.slabs), counted and checked before
+it is allocated."""
 
 from __future__ import annotations
 
@@ -17,12 +12,9 @@ from torch import Tensor
 
 from ..errors import coded_error
 from ..hardware import devices, memory
-
-SLAB = 2**29  # bytes; of 2**28 to 2**32, this wastes the least for Wan2.2-A14B (2%)
-ALIGNED = 64  # bytes; each tensor starts at a multiple
+from ..planner.holding.slabs import slabs_of
 
 Weights = dict[str, dict[str, Tensor]]  # by expert and by name
-
 
 
 class _Slabs:
@@ -56,16 +48,9 @@ class Layout:
 
     @classmethod
     def of(cls, weights: Weights) -> Layout:
-        """Places each tensor, the largest first, in the first slab that has room for it."""
+        """See planner.holding.slabs."""
         sizes = {(expert, name): x.nbytes for expert, tensors in weights.items() for name, x in tensors.items()}
-        used, places = [], {}
-        for key in sorted(sizes, key=sizes.get, reverse=True):
-            nbytes = -(-sizes[key] // ALIGNED) * ALIGNED
-            slab = next((number for number, taken in enumerate(used) if taken + nbytes <= SLAB), len(used))
-            used += [0] * (slab == len(used))
-            places[key] = slab, used[slab]
-            used[slab] += nbytes
-        return cls(weights, [_power_of_two(taken) for taken in used], places)
+        return cls(weights, *slabs_of(sizes))
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +134,3 @@ def _cures(layout: Layout, ranks: int, fitting: int, originals: int) -> Iterator
     if not (originals or layout.quantized):  # LoRAs cannot be merged into 8-bit weights
         yield "set quantization to 'w8a8_dynamic', which takes about half"
     yield "where both experts fit on a device, set experts of DiffusionModelSpec to 'resident' in Python"
-
-
-def _power_of_two(nbytes: int) -> int:
-    """The smallest power of two that is not below this number."""
-    return 1 << max(0, nbytes - 1).bit_length()

@@ -16,7 +16,7 @@ from ..planner import choice, models, rates, videos
 from ..planner.choice import Choice, Fixed
 from ..planner.choosing import words
 from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
-from ..specs import DiffusionModelSpec, ParallelSpec, Plan, VideoSize
+from ..specs import DiffusionModelSpec, ParallelSpec, Plan, VaeForm, VideoSize
 from ..specs.plans import AXES
 from ..wire.plans import Chosen, PlannedJob
 
@@ -77,6 +77,8 @@ def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, be
     if video is None:
         return None if below else _not_chosen(planned, "No plan was chosen, as the latent is not a video's.")
     found = _choice(model, video, planned, machine)
+    if not found.fitting and not found.others:
+        return None if below else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
     if not found.fitting:
         return None if below else _as_set(found.others[0], model, planned, machine)
     picked = _picked(found, planned, holds, below)
@@ -110,7 +112,7 @@ def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -
     if not found.fitting and planned.shape is None and planned.size is None:  # weights are loaded, for a video to come
         video = _video(model, replace(planned, size=SMALLEST))
         found = choice.choice_of(model, video, machine, known, fixed)
-    if not found.fitting and not _is_set(planned.parallel):
+    if found.others and not found.fitting and not _is_set(planned.parallel):
         raise choice.refusal(model, video, machine, fixed, found.others)
     return replaced(found, fitting=tuple(_of_stages(one, model) for one in found.fitting))
 
@@ -150,8 +152,9 @@ def _video(model: Model, planned: PlannedJob) -> Video | None:
     """The video of a job; None if its latent has a shape that this model refuses."""
     family, config = model.family, model.experts[0].config
     form = family.form(config)
-    shape = planned.shape or form.latent_shape(planned.size or model.defaults.size)
-    if len(shape) != 5 or not all(shape):
+    shape = _whole_tokens(planned, form) or form.latent_shape(planned.size or model.defaults.size)
+    is_video = len(shape) == 5 and all(shape) and shape[1] == form.channels
+    if not is_video or any(side * form.spatial % form.multiple for side in shape[3:]):
         return None
     spec = model.defaults.fill(planned.sample, form.spatial**2 * math.prod(shape[3:]))
     passes = videos.passes_of(model, spec)
@@ -160,10 +163,19 @@ def _video(model: Model, planned: PlannedJob) -> Video | None:
     return Video(
         shape=tuple(shape),
         passes=tuple(passes),
-        text_tokens=planned.text_tokens,
+        text_tokens=max(1, planned.text_tokens),
         per_token=planned.per_token and family.per_token(config),
         acceleration=planned.acceleration,
     )
+
+
+def _whole_tokens(planned: PlannedJob, form: VaeForm) -> tuple[int, ...] | None:
+    """The shape of the job's latent. Those of model calls are padded to whole tokens."""
+    if planned.shape is None or not planned.branches:
+        return planned.shape
+    token = form.multiple // form.spatial
+    *before, height, width = planned.shape
+    return (*before, -(-height // token) * token, -(-width // token) * token)
 
 
 def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, experts: int) -> Chosen:

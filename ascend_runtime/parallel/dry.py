@@ -3,6 +3,7 @@ exchanges that allocate what a rank allocates, and send nothing."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..ops import PlainOperators
 from ..ops.memory import labelled
 from ..specs import Plan
+from ..specs.plans import AXES
 from .ring import Ring, _Exchange
 from .sequence import SequenceLayout, ShardedSequence, WholeSequence
 from .tensor import TensorParallel, WholeWeights
@@ -18,17 +20,22 @@ from .ulysses import Ulysses
 
 
 class Seat(NamedTuple):
-    """Stands for a process group: this rank has number `rank` of `degree`."""
+    """Stands for a process group: this rank has number `rank` of `degree`. copies: whether an all-gather fills a buffer
+    of its own and copies it to its output, as Gloo's does."""
 
     degree: int
     rank: int
+    copies: bool = False
 
 
+@dataclass
 class _Done:
-    """Stands for the work of an exchange."""
+    """Stands for the work of an exchange. buffer: of the library, until the work is done."""
+
+    buffer: Tensor | None = None
 
     def wait(self) -> None:
-        pass
+        self.buffer = None
 
 
 class _Seated:
@@ -48,10 +55,11 @@ class _Seated:
 EXCHANGE = "exchange"  # the label of buffers, of what is sent and what is received
 
 
-def _gathered(x: Tensor, seat: Seat) -> Tensor:
+def _gathered(x: Tensor, seat: Seat) -> tuple[Tensor, _Done]:
     with labelled(EXCHANGE):
         x = x.contiguous()
-        return x.new_empty((seat.degree, *x.shape))
+        gathered = x.new_empty((seat.degree, *x.shape))
+        return gathered, _Done(torch.empty_like(gathered) if seat.copies else None)
 
 
 class DryUlysses(_Seated, Ulysses):
@@ -63,7 +71,7 @@ class DryUlysses(_Seated, Ulysses):
 
 class DryRing(_Seated, Ring):
     def _start_gather(self, x: Tensor):
-        return _gathered(x, self.group), _Done()
+        return _gathered(x, self.group)
 
     def _pass_on(self, tensors: list[Tensor]) -> _Exchange:
         with labelled(EXCHANGE):
@@ -73,10 +81,10 @@ class DryRing(_Seated, Ring):
 
 class DrySequence(ShardedSequence):
     def _seat(self, group: Seat) -> tuple[int, int]:
-        return group
+        return group.degree, group.rank
 
     def _all_gather(self, x: Tensor) -> Tensor:
-        return _gathered(x, self.group)
+        return _gathered(x, self.group)[0]
 
 
 class DryTensorParallel(_Seated, TensorParallel):
@@ -84,27 +92,26 @@ class DryTensorParallel(_Seated, TensorParallel):
         pass
 
     def _all_gather(self, x: Tensor) -> Tensor:
-        return _gathered(x, self.group)
+        return _gathered(x, self.group)[0]
 
 
-def seats(plan: Plan, rank: int) -> dict[str, Seat]:
+def seats(plan: Plan, rank: int, copies: bool = False) -> dict[str, Seat]:
     """This rank's place along each axis of the plan. The last axis varies fastest."""
     found = {}
-    for axis, degree in reversed(list(zip(("cfg", "ring", "ulysses", "tp"), plan.degrees))):
+    for axis, degree in reversed(list(zip(AXES, plan.degrees))):
         rank, number = divmod(rank, degree)
-        found[axis] = Seat(degree, number)
+        found[axis] = Seat(degree, number, copies)
     return found
 
 
 def dry_sequence(
-    plan: Plan, rank: int, operators: PlainOperators, ring_exchange: str, overlap: bool
+    own: dict[str, Seat], operators: PlainOperators, ring_exchange: str, overlap: bool
 ) -> SequenceLayout:
-    """As `sequence.spread`, for one rank of a plan."""
-    own = seats(plan, rank)
+    """As `sequence.spread`. own: the rank's seats."""
     ulysses, ring = own["ulysses"], own["ring"]
     if ring.degree * ulysses.degree == 1:
         return WholeSequence(operators.attention)
-    joint = Seat(ring.degree * ulysses.degree, ring.rank * ulysses.degree + ulysses.rank)
+    joint = Seat(ring.degree * ulysses.degree, ring.rank * ulysses.degree + ulysses.rank, ring.copies)
     return DrySequence(
         joint,
         operators.attention,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import coded_error
 from ..specs import VideoSize
@@ -12,6 +12,7 @@ from .choosing.arrangements import Fixed, arrangements, tiles_of
 from .choosing.sizes import by_frames, by_picture, size_of
 from .facts import Arrangement, Machine, Memory, Model, Prediction, Video
 from .rates import Rates
+from .videos import resized
 
 __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
 
@@ -100,7 +101,7 @@ def nearest_sizes(
     form = model.family.form(model.experts[0].config)
 
     def is_fitting(size: VideoSize) -> bool:
-        other = replace(video, shape=(video.shape[0], *form.latent_shape(size)[1:]))
+        other = resized(model, video, size)
         return any(
             fits(memory.predicted(model, other, one, machine), machine)
             for tiles in tiles_of(model, machine, fixed)

@@ -17,7 +17,11 @@ from ..models.family import Family
 from ..specs import Plan
 from .facts import Arrangement, Model, Network, Video
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "float8_e4m3fn": 1, "int8": 1}
+# Bytes of an element, by the names that torch gives dtypes.
+ITEMSIZES = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "int32": 4,
+    "int64": 8, "float8_e5m2": 1, "float8_e8m0fnu": 1,
+}  # fmt: skip
 
 
 class Exchange(NamedTuple):

@@ -3,105 +3,133 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
+from ..models.shapes import count
 from .facts import Arrangement, Machine, Memory, Model, Network, Video
-from .passes import pass_bytes, question_of
-from .weights import NO_RULES, Share, kept, on_device, rules_of
+from .holding.accelerators import outputs_kept
+from .holding.kernels import MARGINS
+from .holding.passes import gathered, network_of, own_branches, pass_bytes
+from .holding.slabs import slabs_of
+from .holding.vae_tiles import tile_bytes
+from .holding.weights import NO_RULES, OwnPart, Share, kept, on_device, rules_of
 
-KERNELS = {"cpu": 1.05, "npu": 1.2, "cuda": 1.2}
+# The latents in fp32 that UniPC, which holds the most, and the loop around it hold during the passes of the first step,
+# the second and later ones; besides the job's own.
+LATENTS_HELD = (1, 5, 7)
 
 
 def predicted(
     model: Model, video: Video, arrangement: Arrangement, machine: Machine, rank: int | None = None
 ) -> Memory:
-    """What a job holds at the peak of each stage. rank: on this rank; None: on the one that takes the most."""
+    """What a job holds at the peak of each stage, when all networks that it uses are loaded. rank: on this rank; None:
+    on the one that takes the most."""
     last = math.prod(arrangement.plan.degrees) - 1
     ranks = {0, last} if rank is None else [rank]  # the others hold as much as one of these, or less
-    return max((_on_rank(model, video, arrangement, machine, one) for one in ranks), key=lambda one: one.device_peak)
+    jobs = (_Rank(model, video, arrangement, machine, one) for one in ranks)
+    return max((Memory(one.device(), one.host()) for one in jobs), key=lambda one: one.device_peak)
 
 
-def _on_rank(model: Model, video: Video, arrangement: Arrangement, machine: Machine, rank: int) -> Memory:
-    share = Share.of(arrangement, rank)
-    standing = {"weights": _weights(model, arrangement, machine.kind, share), "communicators": _communicators(machine)}
-    encoder = _encoder(model, arrangement, machine, share)
-    decoder = _whole(model.vae, model.vae_dtype, machine.kind) if model.vae else 0
-    on_device = {"text encoder": encoder if arrangement.encoder == "ranks" else 0}
-    device = {
-        "encode": {**standing, **on_device},
-        "denoise": {**standing, **on_device, "vae": decoder, **_denoise(model, video, arrangement, machine, rank)},
-        "decode": {**standing, **on_device, "vae": decoder, **_decode(model, video, arrangement, machine)},
-    }
-    return Memory(device, _host(model, video, arrangement, machine, encoder))
+@dataclass(frozen=True)
+class _Rank:
+    """One rank's part of a job."""
+
+    model: Model
+    video: Video
+    arrangement: Arrangement
+    machine: Machine
+    rank: int
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.machine.kind == "cpu"
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.arrangement.plan.degrees)
+
+    def device(self) -> Mapping[str, Mapping[str, int]]:
+        standing = {"weights": self.weights(), "communicators": self._communicators()}
+        if self.arrangement.encoder == "ranks":
+            standing["text encoder"] = self._encoder(Share(shards=self.ranks, shard=self.rank))
+        if self.model.vae is not None:
+            standing["vae"] = on_device(kept(self.model.vae, NO_RULES, self.model.vae_dtype), self.machine.kind)
+        tiles = {"tiles": self._tiles("decode")} if self.model.vae is not None else {}
+        encoded = {}
+        return {"encode": standing | encoded, "denoise": standing | self.denoise(), "decode": standing | tiles}
+
+    def weights(self) -> int:
+        """Of the experts. Those in turns are copies of what waits on the host, also on a CPU."""
+        if self.arrangement.experts == "swap":
+            return max(sum(one.nbytes for one in parts.values()) for parts in self._experts())
+        return sum(on_device(parts, self.machine.kind) for parts in self._experts())
+
+    def denoise(self) -> dict[str, int]:
+        """What a step's passes take besides weights."""
+        model, video, arrangement = self.model, self.video, self.arrangement
+        one = pass_bytes(model, video, arrangement, self.machine.kind, self.rank)
+        outputs = outputs_kept(video.acceleration, _blocks(model), own_branches(video, arrangement))
+        shards = self._share.shards
+        return {
+            "pass": int(MARGINS[self.machine.kind].blocks * one.blocks),
+            "exchange": one.exchange,
+            "context": one.context,
+            "caches": outputs * one.output,
+            "gathered": gathered(network_of(model, arrangement.plan.tp), shards) if shards > 1 else 0,
+            "latents": _latents(video) if self.on_cpu else 0,
+        }
+
+    def host(self) -> Mapping[str, int]:
+        """Of all ranks together. On a CPU, without what is counted as a device's."""
+        batch, _, frames, height, width = self.video.shape
+        form, ranks = self.model.family.form(self.model.experts[0].config), self.machine.ranks
+        pixels = form.spatial**2 * height * width * (form.temporal * (frames - 1) + 1)
+        host = {"frames": 3 * 4 * batch * pixels}
+        if not self.on_cpu:
+            host["latents"] = ranks * _latents(self.video)
+        if self.arrangement.encoder == "cpu":
+            host["text encoder"] = self._encoder(Share())
+        if self.arrangement.experts == "swap":
+            host["experts"] = ranks * self._slabs()
+        return host
+
+    @property
+    def _share(self) -> Share:
+        return Share.of(self.arrangement, self.rank)
+
+    def _experts(self) -> Iterator[Mapping[str, OwnPart]]:
+        model = self.model
+        return (kept(one, rules_of(model, one), model.dtype, self._share) for one in model.experts)
+
+    def _encoder(self, share: Share) -> int:
+        model = self.model
+        return sum(on_device(kept(one, NO_RULES, model.text_dtype, share), self.machine.kind) for one in model.encoders)
+
+    def _communicators(self) -> int:
+        """The world's, and one for each axis that is neither trivial nor the world; FSDP has one of its own."""
+        degrees = [degree for degree in self.arrangement.plan.degrees if degree > 1]
+        axes = len(degrees) if len(degrees) > 1 else 0
+        number = 0 if self.ranks == 1 else 1 + axes + self.arrangement.fsdp
+        return number * self.machine.communicator
+
+    def _tiles(self, work: str) -> int:
+        largest = tile_bytes(self.model, self.video, self.ranks, self.arrangement.tiles, work)
+        return int(MARGINS[self.machine.kind].tiles * largest)
+
+    def _slabs(self) -> int:
+        """Of both experts on one rank. Pages of a CPU's slab that hold no tensor are never touched."""
+        sizes = {(number, name): one.nbytes
+                 for number, parts in enumerate(self._experts()) for name, one in parts.items()}  # fmt: skip
+        return sum(sizes.values()) if self.on_cpu else slabs_of(sizes).nbytes
 
 
-def _weights(model: Model, arrangement: Arrangement, kind: str, share: Share) -> int:
-    experts = model.experts[:1] if arrangement.experts == "swap" else model.experts
-    if arrangement.experts == "swap":
-        kind = "swap"  # a copy of what waits on the host, also on a CPU
-    return sum(on_device(kept(one, rules_of(model, one), model.dtype, share), kind) for one in experts)
+def _blocks(model: Model) -> int:
+    """The number of a network's blocks, of all kinds."""
+    network: Network = model.experts[0]
+    return sum(count(network.shapes, prefix) for prefix in model.family.parts[network.part].blocks)
 
 
-def _whole(network: Network, dtype: str, kind: str) -> int:
-    return on_device(kept(network, NO_RULES, dtype), kind)
-
-
-def _encoder(model: Model, arrangement: Arrangement, machine: Machine, share: Share) -> int:
-    if arrangement.encoder == "ranks" and arrangement.fsdp:
-        share = Share(shards=share.shards, shard=share.shard)
-    else:
-        share = Share()
-    return sum(on_device(kept(one, NO_RULES, model.text_dtype, share), machine.kind) for one in model.encoders)
-
-
-def _communicators(machine: Machine) -> int:
-    return machine.communicator if machine.ranks > 1 else 0
-
-
-def _denoise(
-    model: Model, video: Video, arrangement: Arrangement, machine: Machine, rank: int
-) -> Mapping[str, int]:
-    one = pass_bytes(question_of(model, video, arrangement, machine.kind, rank))
-    share = Share.of(arrangement, rank)
-    return {
-        "pass": int(KERNELS[machine.kind] * one.blocks),
-        "exchange": one.exchange,
-        "context": one.context,
-        "gathered": _gathered(model, share) if share.shards > 1 else 0,
-    }
-
-
-def _gathered(model: Model, share: Share) -> int:
-    network = model.experts[0]
-    parts = kept(network, rules_of(model, network), model.dtype, share)
-    blocks: dict[str, int] = {}
-    for name, one in parts.items():
-        if not rules_of(model, network).replicated(name):
-            prefix = next((p for p in model.family.parts[network.part].blocks if name.startswith(p)), "")
-            unit = prefix + name.removeprefix(prefix).split(".")[0] if prefix else ""
-            blocks[unit] = blocks.get(unit, 0) + one.whole
-    return blocks.pop("", 0) + 2 * max(blocks.values(), default=0)
-
-
-def _decode(model: Model, video: Video, arrangement: Arrangement, machine: Machine) -> Mapping[str, int]:
-    if model.vae is None:
-        return {}
-    from .vae_tiles import tile_bytes
-
-    return {"tiles": int(KERNELS[machine.kind] * tile_bytes(model, video, arrangement, machine, "decode"))}
-
-
-def _host(
-    model: Model, video: Video, arrangement: Arrangement, machine: Machine, encoder: int
-) -> Mapping[str, int]:
-    form, (batch, _, frames, height, width) = model.family.form(model.experts[0].config), video.shape
-    pixels = form.spatial**2 * height * width * (form.temporal * (frames - 1) + 1)
-    host = {"frames": 12 * batch * pixels, "latents": 4 * 6 * math.prod(video.shape)}
-    if arrangement.encoder == "cpu":
-        host["text encoder"] = encoder
-    if arrangement.experts == "swap":
-        parts = (kept(one, rules_of(model, one), model.dtype) for one in model.experts)
-        whole = sum(one.nbytes for expert in parts for one in expert.values())
-        host["experts"] = machine.ranks * -(-whole // 2**29) * 2**29
-    return host
+def _latents(video: Video) -> int:
+    """The bytes of latents on the host during a pass."""
+    return LATENTS_HELD[min(video.steps, len(LATENTS_HELD)) - 1] * 4 * math.prod(video.shape)

@@ -23,7 +23,11 @@ UNITS = {
     "cfg": "byte of a branch sent",
     "tp": "byte of slices sent",
     "fsdp": "byte of weights sent",
-    "exchanges": "exchange",
+    "exchanges": "exchange of velocities",
+    "ulysses_exchanges": "exchange of heads",
+    "ring_exchanges": "exchange of a ring",
+    "tp_exchanges": "exchange of slices",
+    "fsdp_exchanges": "gather of a block's weights",
     "swap": "byte of an expert copied from the host",
     "encode": "FLOP of a text encoder on the host",
     "encode_ranks": "FLOP of a text encoder on a rank",
@@ -35,6 +39,10 @@ UNITS = {
     "encode_job": "prompt",
     "denoise_job": "denoise loop",
     "decode_job": "decoded video",
+}
+# Axis -> the unit of its exchanges.
+EXCHANGES = {"cfg": "exchanges", "sequence": "exchanges"} | {
+    axis: f"{axis}_exchanges" for axis in ("ulysses", "ring", "tp", "fsdp")
 }
 LATENCY = 20e-6  # of an exchange: the order that HCCL's and NCCL's own tests show for small messages
 LAUNCHES = 60e-6  # of a block: about 20 operators, each a few microseconds on the host
@@ -70,9 +78,9 @@ class Card:
 _NVLINK = "half of NVLink's published bidirectional bandwidth"
 CARD_FIGURES = {
     "a2": Card(
-        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 196e9, 28e9, 0.6,
-        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: 392 GB/s "
-        "bidirectional of HCCS in a full mesh of 8 NPUs (the same)",
+        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 100e9, None, 0.5,
+        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: half of its "
+        "392 GB/s in both directions, of which MindIE's table of plans shows half, whatever the number of cards",
     ),
     "a3": Card(
         "Ascend 910_93, one die (Atlas 800 A3)", "npu", 376e12, 64 * 2**30, 1.6e12, 196e9, None, 0.44,
@@ -157,7 +165,7 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
             "blocks": LAUNCHES,
             "steps": STEP,
             **dict.fromkeys(("ulysses", "ring", "sequence", "cfg", "tp", "fsdp"), byte),
-            "exchanges": LATENCY,
+            **dict.fromkeys(EXCHANGES.values(), LATENCY),
             "swap": 1 / PCIE,
             "encode": flop if facts.kind == "cpu" else host,
             "encode_ranks": flop,
@@ -167,6 +175,6 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
             "copied": 1 / COPY,
             **dict.fromkeys(("load_job", "encode_job", "denoise_job", "decode_job"), JOB),
         },
-        hides=facts.kind != "cpu",
+        hides=facts.kind == "cuda",  # published times of 8 A2 with FSDP contain its gathers in full
         pair=0.0 if facts.pair is None else 1 / facts.pair,
     )

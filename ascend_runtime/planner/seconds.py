@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from ..specs.plans import AXES
 from .exchange import Exchange, Step, exchanges, step_of
 from .facts import Arrangement, Machine, Model, Video
-from .rates import Rates
+from .rates import EXCHANGES, Rates
 from .timing import work
+from .timing.skipped import Kept, kept_in_steps
 
 Amounts = Mapping[str, float]  # by unit, see rates.UNITS
 OVERLAPPED = 0.5  # the part of Ulysses' exchanges that runs while attention does, if they overlap
@@ -36,8 +37,10 @@ def predicted(
     costs = rates.on(ranks)
     seconds = {stage: total(of, costs) for stage, of in amounts(model, video, arrangement).items()}
     if rates.hides or rates.pair:
-        for step, times in _kinds_of_steps(model, video, arrangement):
-            seconds["denoise"] -= times * sum(_saved(exchange, step, rates, costs) for exchange in exchanges(step))
+        for step, kept, times in _kinds_of_steps(model, video, arrangement):
+            seconds["denoise"] -= times * sum(
+                work.kept_of(exchange, kept) * _saved(exchange, step, rates, costs) for exchange in exchanges(step)
+            )
     return seconds
 
 
@@ -63,12 +66,13 @@ def bytes_read(model: Model) -> int:
 
 def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
     found = Counter({"denoise_job": 1, "steps": video.steps})
-    for step, times in _kinds_of_steps(model, video, arrangement):
-        for unit, amount in work.of_step(step).items():
+    for step, kept, times in _kinds_of_steps(model, video, arrangement):
+        for unit, amount in work.of_step(step, kept).items():
             found[unit] += times * amount
         for exchange in exchanges(step):
-            found[exchange.axis] += times * exchange.sent
-            found["exchanges"] += times * exchange.times
+            takes_place = times * work.kept_of(exchange, kept)
+            found[exchange.axis] += takes_place * exchange.sent
+            found[EXCHANGES[exchange.axis]] += takes_place * exchange.times
     if arrangement.experts == "swap":
         turns = sum(one != other for (one, _), (other, _) in zip(video.passes, video.passes[1:]))
         found["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype) / arrangement.plan.tp
@@ -109,10 +113,13 @@ def _networks(model: Model) -> list[tuple]:
     return found + ([(model.vae, model.vae_dtype)] if model.vae is not None else [])
 
 
-def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, int]]:
-    """The kinds of steps, and the number of each."""
-    for (expert, branches), times in Counter(video.passes).items():
-        yield step_of(model, video, arrangement, expert, branches), times
+def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, Kept, int]]:
+    """The kinds of steps, what accelerators keep of each, and the number of each."""
+    config = model.experts[0].config
+    size = step_of(model, video, arrangement).size
+    kinds = Counter(zip(video.passes, kept_in_steps(video, model.family.work(config, size))))
+    for ((expert, branches), kept), times in kinds.items():
+        yield step_of(model, video, arrangement, expert, branches), kept, times
 
 
 # Exchanges of cards

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..models.family import Family
@@ -30,6 +32,12 @@ def video_of(
         per_token=from_image and model.family.per_token(config),
         acceleration=acceleration,
     )
+
+
+def resized(model: Model, video: Video, size: VideoSize) -> Video:
+    """The same video in another size."""
+    form = model.family.form(model.experts[0].config)
+    return replace(video, shape=(video.shape[0], *form.latent_shape(size)[1:]))
 
 
 def passes_of(model: Model, spec: SampleSpec) -> list[tuple[int, int]]:

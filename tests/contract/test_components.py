@@ -179,16 +179,17 @@ def test_the_host_holds_one_model_while_two_of_a_size_change_places(python_on, s
     code = f"""
         import torch
         from ascend_runtime import DiffusionModelSpec
-        from ascend_runtime.components import Components, HostMemory, pinned
+        from ascend_runtime.components import Components, HostMemory
         from ascend_runtime.hardware import devices, memory
-        pinned.SLAB = 2**17
+        from ascend_runtime.planner.holding import slabs
+        slabs.SLAB = 2**17
         devices.room = lambda device: 0
         held = Components(devices.take("npu", 0))
         specs = [DiffusionModelSpec(path={str(specs.folder)!r}, boundary=boundary) for boundary in (0.0, 0.5)]
         for spec in specs * 3:
             held.get(spec, lambda *_: None, host_memory=HostMemory(memory.ROOM + 2**40))
         waits, most = held.models.on_host[1], torch.npu.host_memory_stats()["allocated_bytes.peak"]
-        assert waits > 4 * pinned.SLAB and waits <= most <= waits + 2 * pinned.SLAB, (waits, most)
+        assert waits > 4 * slabs.SLAB and waits <= most <= waits + 2 * slabs.SLAB, (waits, most)
         print("one")
     """
     assert python_on("Ascend910B4", code) == "one"

@@ -50,6 +50,8 @@ ANSWERED = [  # arguments, exit status, what is said
     (["inspect"], 2, "required: PATH"),
     *(([name, "--help"], 0, "exit status: 0 success") for name in ("inspect", "convert", "calibrate", "compare")),
     (["queue", "--help"], 0, "exit status: 0 all jobs succeeded"),
+    (["doctor", "--help"], 0, "exit status: 0 no error"),
+    (["doctor", "--models", "/\x1b]0;pwn\x07"], 2, r"error: --models: /\x1b]0;pwn\x07 is not a folder"),
     (["inspect", "/nowhere"], 2, "error: /nowhere does not exist. Give the path of a model's folder or file.\n"),
     (["inspect", ""], 2, "error: The path is empty. Give the path of a model's folder or file.\n"),
     (["inspect", "/\x1b]0;pwn\x07"], 2, r"error: /\x1b]0;pwn\x07 does not exist."),

@@ -125,7 +125,7 @@ def test_a_changed_plan_reads_the_weights_again_where_it_must(two_ranks, one_ran
     for plan, read_again in plans:
         told = []
         with Opened(files) as opened:
-            latent = sample(two_ranks, own.model, own.text(1), ParallelSpec(ranks=2, **plan),
+            latent = sample(two_ranks, own.model, own.text(1), ParallelSpec(ranks=2, **{"fsdp": False} | plan),
                             on_progress=lambda stage, *_: told.append(stage))  # fmt: skip
         assert told.count("load") == (tensors if read_again else 0), plan
         assert bool(opened.files()) == read_again, plan

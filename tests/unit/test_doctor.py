@@ -24,6 +24,7 @@ from ascend_runtime.commands.doctor import (
     model_files,
     packages,
     processes,
+    surroundings,
     table,
 )
 from ascend_runtime.commands.doctor.findings import ERROR, FINDING_LEVELS, OK, WARNING, Finding
@@ -92,6 +93,13 @@ def no_driver(host):
 @fault("AV-1007")
 def a_container_without_the_manager(host):
     (host.dev / "davinci_manager").unlink()
+
+
+@fault("AV-1007")
+def a_container_without_cards(host):
+    for file in host.dev.glob("davinci[0-9]*"):
+        file.unlink()
+    host.script("npu-smi", "echo no device >&2; exit 1")
 
 
 @fault("AV-1008")
@@ -376,9 +384,12 @@ def test_ranks_in_use_are_left_in_peace(tmp_path, monkeypatch):
     host.process(700, 600, command=f"python -m {processes.WORKER}", variables="ASCEND_RUNTIME_PARENT=600\0")
     host.process(701, 600, command=f"python -m {processes.WORKER}")
     host.process(702, 700, command=f"python -m {processes.WORKER}", variables="ASCEND_RUNTIME_PARENT=600\0")
+    host.process(800, 1, command="python main.py")  # in a container, which numbers its processes from 1
+    host.write("proc/800/status", "Name:\tpython\nNSpid:\t800\t1\n")
+    host.process(801, 800, command=f"python -m {processes.WORKER}", variables="ASCEND_RUNTIME_PARENT=1\0")
     host.npu_smi(used={0: 50000, 1: 50000}, holders=[(0, 0, 700, 47000), (1, 0, 701, 47000), (1, 0, 999, 40)])
     assert host.examine(monkeypatch) == []
-    assert processes.ranks_in_use(host.around()) == {700, 701, 702}
+    assert processes.ranks_in_use(host.around()) == {700, 701, 702, 801}
 
 
 # ComfyUI and models
@@ -427,6 +438,16 @@ def an_empty_model(host):
 @fault("AV-1302", kind="cpu")
 def a_model_without_a_header(host):
     host.model.write_bytes(b"{}" * 100)
+
+
+@fault("AV-1306", kind="cpu")
+def a_pipe_in_place_of_a_model(host):
+    os.mkfifo(host.model.with_name("pipe.safetensors"))
+
+
+@fault("AV-1703", kind="cpu")
+def extra_paths_that_nest_deeply(host):
+    host.write("comfyui/extra_model_paths.yaml", "a: " + "[" * 3000)
 
 
 @fault("AV-1304", kind="cpu")
@@ -513,6 +534,14 @@ def test_hostile_names_and_output_are_escaped(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_output_of_npu_smi_that_is_not_understood_lists_no_card(text):
     assert cards.parsed(text) == []
+
+
+def test_a_tool_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(surroundings, "TOOL_SECONDS", 0.2)
+    host = PlayedHost(tmp_path, "npu")
+    host.script("npu-smi", "while :; do :; done")
+    (found,) = host.examine(monkeypatch)
+    assert found.code == "AV-1012" and "did not answer within 0.2 s" in found.found
 
 
 def test_large_output_of_a_tool_is_cut(tmp_path):

@@ -11,6 +11,7 @@ from ascend_runtime import DiffusionModelSpec
 from ascend_runtime.checkpoints import reader
 from ascend_runtime.components import Components, HostMemory, pinned, text_encoder
 from ascend_runtime.hardware import cores, devices, memory
+from ascend_runtime.planner.holding import slabs
 from diffusers import WanTransformer3DModel
 from gloo_ranks import run
 from msgspec.structs import replace
@@ -96,7 +97,7 @@ def random_weights(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_tensors_lie_side_by_side_in_slabs_of_powers_of_two(seed, monkeypatch):
     print(f"seed {seed}")
-    monkeypatch.setattr(pinned, "SLAB", 2**15)  # some tensors are larger
+    monkeypatch.setattr(slabs, "SLAB", 2**15)  # some tensors are larger
     weights = random_weights(seed)
     layout = pinned.Layout.of(weights)
     assert all(size & (size - 1) == 0 for size in layout.sizes)
@@ -105,13 +106,13 @@ def test_tensors_lie_side_by_side_in_slabs_of_powers_of_two(seed, monkeypatch):
     for expert, tensors in made.items():
         for name, tensor in tensors.items():
             assert (tensor.shape, tensor.dtype) == (weights[expert][name].shape, weights[expert][name].dtype)
-            assert tensor.is_contiguous() and (not tensor.numel() or tensor.data_ptr() % pinned.ALIGNED == 0)
+            assert tensor.is_contiguous() and (not tensor.numel() or tensor.data_ptr() % slabs.ALIGNED == 0)
             written[expert, name] = torch.randint(-99, 99, tensor.shape, generator=generator).to(tensor.dtype)
             tensor.copy_(written[expert, name])
     for (expert, name), value in written.items():
         assert torch.equal(made[expert][name], value), f"{expert} {name} was overwritten by another"
-    slabs = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for t in made.values() for x in t.values()}
-    assert sorted(slabs.values()) == sorted(layout.sizes) and sum(slabs.values()) == layout.nbytes
+    found = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for t in made.values() for x in t.values()}
+    assert sorted(found.values()) == sorted(layout.sizes) and sum(found.values()) == layout.nbytes
 
 
 # Wan2.2-A14B

@@ -35,9 +35,10 @@ class CardState:
 
 
 def npus(around: Surroundings) -> Iterator[Finding]:
+    if not host.cards():
+        return  # which the check of the driver reports
     if not (tool := around.tool("npu-smi")):
-        if host.cards():
-            yield fine("cards", "health and memory were not checked: there is no npu-smi in PATH")
+        yield fine("cards", "health and memory were not checked: there is no npu-smi in PATH")
         return
     try:
         states = parsed(around.output_of(tool, "info"))
@@ -104,6 +105,9 @@ def _gpu_states(around: Surroundings, tool: str) -> list[CardState]:
 
 
 def _states(word: str, states: list[CardState], around: Surroundings) -> Iterator[Finding]:
+    if not states:
+        yield fine("cards", "health and memory were not checked: the tool's output lists no card")
+        return
     ours, visible = processes.ranks_in_use(around), processes.pids(around)
     sick = [HostFault(
         "AV-1013", f"{state.name} reports its health as {state.health}.",
@@ -113,7 +117,7 @@ def _states(word: str, states: list[CardState], around: Surroundings) -> Iterato
     yield from errors_or(f"{word} health", sick, f"{len(states)} chip(s) are OK")
     taken = [finding for state in states if (finding := _taken(word, state, ours, visible)) is not None]
     yield from taken
-    if states and not taken:
+    if not taken:
         free = min(state.total - state.used for state in states) / 1000
         by_ours = ", apart from ranks in use" if ours else ""
         yield fine(f"{word} memory", f"no other program uses a card{by_ours}; at least {free:.1f} GB are free on each")

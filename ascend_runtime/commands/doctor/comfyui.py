@@ -74,7 +74,7 @@ def _extra_folders(file: Path) -> tuple[list[Path], list[HostFault]]:
         folders = [one for group in groups.values() if group is not None for one in _folders_in(group, file.parent)]
     except ImportError:
         return [], []  # ComfyUI requires it, so this Python is not ComfyUI's
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as failure:
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as failure:
         why = " ".join(str(failure).split())[:200]
         return [], [HostFault("AV-1703", f"{file} cannot be used ({why}).", cure)]
     missing = [folder for folder in folders if not folder.is_dir()]

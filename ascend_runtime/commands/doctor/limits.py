@@ -14,8 +14,9 @@ from .surroundings import Surroundings
 
 # Host bytes of Wan's text encoder on a CPU, 5.7 billion parameters, in bfloat16 and in float32.
 _ENCODER = {True: 11.4e9, False: 22.7e9}
-# Host bytes that a rank pins for A14B's two experts of 14.3 billion parameters in bfloat16, if they take turns.
-_EXPERTS = 2 * 28.6e9
+# Host bytes that a rank pins for A14B's two experts in bfloat16 if they take turns, as they are allocated: see
+# components/pinned.py.
+_EXPERTS = 58.5e9
 _RANK_THREADS = 64  # of a rank, besides those that compute: of the driver, HCCL or NCCL, Gloo, its connections
 _RANK_FILES, _OTHER_FILES = 64, 256  # open files of a rank, with its sockets and shared memory; of ComfyUI
 _SMALL_SHM = 2**29  # bytes; NCCL's channels take some MB for each pair of GPUs, and docker's default is 64 MB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class ModelFiles:
     files: dict[Path, int] = field(default_factory=dict)  # path -> bytes
     unfinished: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
+    special: list[Path] = field(default_factory=list)  # pipes and devices, whose reading may never end
     complete: bool = True
 
 
@@ -65,7 +67,11 @@ def _sort(entry: os.DirEntry, found: ModelFiles, waiting: list[Path]) -> None:
         elif entry.name.lower().endswith(_UNFINISHED):
             found.unfinished.append(path)
         elif entry.name.lower().endswith(_SUFFIXES):
-            found.files[path] = entry.stat().st_size  # of a link's target; raises if that is gone
+            state = entry.stat()  # of a link's target; raises if that is gone
+            if stat.S_ISREG(state.st_mode):
+                found.files[path] = state.st_size
+            else:
+                found.special.append(path)
     except OSError:
         found.unreadable.append(path)
 
@@ -96,6 +102,8 @@ def _all_faults(around: Surroundings, found: ModelFiles) -> Iterator[Finding]:
         yield error("model files", HostFault(
             "AV-1314", f"{path} cannot be read.", "Check its permissions, and where its links lead: `ls -lL`."
         ))  # fmt: skip
+    for path in found.special[:_MOST_NAMED]:
+        yield error("model files", HostFault("AV-1306", f"{path} is a pipe or a device.", "Replace it with the file."))
     for path in found.unfinished[:_MOST_NAMED]:
         yield warning("model files", HostFault(
             "AV-1302", f"{path} belongs to a download that is not finished.",

@@ -106,8 +106,7 @@ class Imports:
                 output, _ = process.communicate(timeout=max(0.1, deadline - around.clock()))
                 faults += self._faults(names, output, process.returncode)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+                process.kill()  # and no wait for its end, as a process that a driver blocks does not end
                 late += names
         if late:
             yield warning("imports", HostFault(

@@ -19,13 +19,12 @@ _STATES = {"Z": "ended", "D": "blocked in the kernel, as by a driver"}
 
 @dataclass(frozen=True)
 class RunningProcess:
-    """pid, parent: process ids. state: a letter, see proc_pid_stat(5). name: of the program. born: clock ticks since
-    the machine's start. resident: bytes of memory."""
+    """pid, parent: process ids. state: a letter, see proc_pid_stat(5). born: clock ticks since the machine's start.
+    resident: bytes of memory."""
 
     pid: int
     parent: int
     state: str
-    name: str
     born: int
     resident: int
 
@@ -80,20 +79,28 @@ def _in_use(around: Surroundings, rank: RunningProcess, running: dict[int, Runni
     client = variables.get(_PARENT, "")
     one = running.get(rank.parent)
     while one is not None and one.born <= rank.born:
-        if str(one.pid) == client or not client and "python" in one.name and not _is_rank(around, one.pid):
+        if client in _numbers_of(around, one.pid) if client else _is_client(around, one.pid):
             return True
         one = running.get(one.parent)
     return False
 
 
+def _is_client(around: Surroundings, pid: int) -> bool:
+    return "python" in _read(around, pid, "cmdline").partition("\0")[0] and not _is_rank(around, pid)
+
+
+def _numbers_of(around: Surroundings, pid: int) -> list[str]:
+    """The numbers of a process, here and in the container that it runs in (NSpid of proc_pid_status(5))."""
+    lines = _read(around, pid, "status").splitlines()
+    return next((line.split()[1:] for line in lines if line.startswith("NSpid:")), [str(pid)])
+
+
 def _process(around: Surroundings, pid: int) -> RunningProcess | None:
-    before, _, after = _read(around, pid, "stat").rpartition(")")
-    fields = after.split()
+    fields = _read(around, pid, "stat").rpartition(")")[2].split()
     if len(fields) < 22:
         return None  # it has ended meanwhile
     # Fields are counted from 1 in proc_pid_stat(5); the state is the third.
-    return RunningProcess(pid, int(fields[1]), fields[0], before.partition("(")[2], int(fields[19]),
-                          getpagesize() * int(fields[21]))  # fmt: skip
+    return RunningProcess(pid, int(fields[1]), fields[0], int(fields[19]), getpagesize() * int(fields[21]))
 
 
 def _read(around: Surroundings, pid: int, name: str) -> str:

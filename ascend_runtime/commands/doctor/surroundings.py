@@ -84,15 +84,17 @@ class Surroundings:
 
     def output_of(self, *command: str) -> str:
         """What a program prints to stdout. Raises OSError if it cannot run, ends with an error, or takes too long."""
+        process = subprocess.Popen(command, env=dict(self.environ), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         try:
-            done = subprocess.run(command, env=dict(self.environ), stdin=subprocess.DEVNULL, capture_output=True,
-                                  timeout=TOOL_SECONDS, check=False)  # fmt: skip
+            output, errors = process.communicate(timeout=TOOL_SECONDS)
         except subprocess.TimeoutExpired:
+            process.kill()  # and no wait for its end, as a process that a driver blocks does not end
             raise OSError(f"it did not answer within {TOOL_SECONDS} s") from None
-        text = done.stdout[:MOST_OUTPUT].decode(errors="replace")
-        if done.returncode:
-            last = (done.stderr.decode(errors="replace") + text).strip().splitlines()
-            raise OSError(f"it ended with status {done.returncode}: {' '.join(last[-2:])[:300]}")
+        text = output[:MOST_OUTPUT].decode(errors="replace")
+        if process.returncode:
+            last = (errors[-MOST_OUTPUT:].decode(errors="replace") + text).strip().splitlines()
+            raise OSError(f"it ended with status {process.returncode}: {' '.join(last[-2:])[:300]}")
         return text
 
 

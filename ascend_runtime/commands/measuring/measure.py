@@ -7,6 +7,7 @@ networks. Jobs run in turns, and the median of each counts.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from ...client.runtime import Runtime
+from ...models.family import TRANSFORMER
 from ...planner import rates
 from ...planner.facts import Arrangement, Model, Network
 from ...planner.timing.fit import Sample, errors, fitted
@@ -22,7 +24,7 @@ from ...planner.timing.profile import Entry, Profile, profile_file, read_profile
 from ...planner.timing.work import kept_bytes
 from ...specs import ParallelSpec, Plan, VaeSpec
 from . import host, networks
-from .trials import Decoding, Trial, arrangements, with_network
+from .trials import Decoding, Trial, arrangements, parallel_of, with_network
 
 SECONDS = 120.0  # for all jobs, without the start of ranks
 PART = 300  # of all seconds: the largest job with the fewest ranks
@@ -31,6 +33,7 @@ FRAMES = 3
 DECODED = ((1, 8, 8), (2, 8, 8), (3, 12, 12), (3, 16, 24), (5, 32, 32), (5, 48, 64), (9, 64, 96))
 WIDE_BLOCKS, NARROW_BLOCKS = 3, 6
 MAX_WEIGHTS = 2**28  # bytes of a network
+DEEP_WEIGHTS, DEEPEST = 2**26, 24  # bytes, blocks of one that is only loaded
 ROUNDS = 5
 
 Report = Callable[[str], object]
@@ -102,6 +105,7 @@ class Bench:
         wide = _heads_within(model, MAX_WEIGHTS)
         self._wide = self._network("wide", wide, WIDE_BLOCKS)
         self._narrow = self._network("narrow", max(1, wide // 2), NARROW_BLOCKS)
+        self._deep = self._network("deep", wide, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // _bytes(model, wide, 1)))
         self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large; found with the first ranks
         self._decoded: tuple[tuple[int, int, int], ...] = ()
 
@@ -132,16 +136,16 @@ class Bench:
 
     def _trials(self, ranks: int) -> Iterator[Trial]:
         small, medium, large = self._sizes
-        for number, (wide, narrow) in enumerate(zip(*(arrangements(ranks, _heads(model))
-                                                      for model, _ in (self._wide, self._narrow)))):  # fmt: skip
-            yield Trial(*self._wide, large, 1, wide)
-            yield Trial(*self._narrow, medium, 2, narrow)
-            yield Trial(*self._narrow, small, 2, narrow)
+        heads = math.gcd(*(_heads(model) for model, _ in (self._wide, self._narrow)))
+        for number, arrangement in enumerate(arrangements(ranks, heads)):
+            yield Trial(*self._wide, large, 1, arrangement)
+            yield Trial(*self._narrow, medium, 2, arrangement)
+            yield Trial(*self._narrow, small, 2, arrangement)
             if number == 0:
-                yield Trial(*self._narrow, large, 1, narrow)
-                yield Trial(*self._wide, medium, 1, wide)
-                yield Trial(*self._wide, small, 6, wide)
-                yield Trial(*self._narrow, small, 10, narrow)
+                yield Trial(*self._narrow, large, 1, arrangement)
+                yield Trial(*self._wide, medium, 1, arrangement)
+                yield Trial(*self._wide, small, 6, arrangement)
+                yield Trial(*self._narrow, small, 10, arrangement)
         yield Trial(*self._wide, medium, 2, Arrangement(Plan(ulysses=ranks)), branches=1)
 
     def _decodings(self, ranks: int) -> Iterator[Decoding]:
@@ -149,12 +153,14 @@ class Bench:
             yield Decoding(self._subject.model, self._subject.vae, size, Arrangement(Plan(ulysses=ranks)))
 
     def _loaded(self, runtime: Runtime, ranks: int) -> Iterator[Sample]:
-        """Loads both networks, whose files are in memory."""
-        for model, path in (self._wide, self._narrow):
+        """Loads networks whose files are in memory. The first one, with which ranks import what they need, does not
+        count."""
+        for number, (model, path) in enumerate((self._narrow, self._wide, self._deep)):
             trial = Trial(model, path, (1, 8, 8), 1, Arrangement(Plan(ulysses=ranks)))
-            took = runtime.load(trial.spec).seconds["load"]
-            copied = float(kept_bytes(model.experts[0], model.dtype))
-            yield Sample(f"load {Path(path).name}", {"load_job": 1, "copied": copied}, took)
+            took = runtime.load(trial.spec, parallel=parallel_of(trial.arrangement)).seconds["load"]
+            if number:
+                copied = float(kept_bytes(model.experts[0], model.dtype))
+                yield Sample(f"load {copied / 1e6:.0f} MB", {"load_job": 1, "copied": copied}, took)
 
 
 def _medians(runtime: Runtime, trials: Sequence[Trial | Decoding], seconds: float) -> list[Sample]:
@@ -182,17 +188,17 @@ def _up_to(target: float, sizes: Sequence, seconds: Callable) -> tuple:
 
 def _heads_within(model: Model, most: int) -> int:
     """The number of heads of the widest network that takes at most this many bytes; the model's own at most."""
-    family, config = model.family, model.experts[0].config
-    heads = family.heads(config)
-    while heads > 2 and _bytes(model, family.smaller(config, heads, WIDE_BLOCKS)) > most:
+    heads = _heads(model)
+    while heads > 2 and _bytes(model, heads, WIDE_BLOCKS) > most:
         heads //= 2
     return heads
 
 
-def _bytes(model: Model, config: dict) -> int:
-    parameters = model.family.network("transformer", config).named_parameters()
+def _bytes(model: Model, heads: int, blocks: int) -> int:
+    config = model.family.smaller(model.experts[0].config, heads, blocks)
+    parameters = model.family.network(TRANSFORMER, config).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
-    return kept_bytes(Network("transformer", config, shapes), "float32")
+    return kept_bytes(Network(TRANSFORMER, config, shapes), "float32")
 
 
 def _heads(model: Model) -> int:

@@ -11,7 +11,7 @@ from ...client.runtime import Runtime
 from ...planner import seconds
 from ...planner.facts import Arrangement, Model, Network, Video
 from ...planner.timing.fit import Sample
-from ...specs import DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, VaeSpec
+from ...specs import AccelerationSpec, DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, VaeSpec
 from ...wire.messages import Conditioning
 
 TEXT_TOKENS = 64
@@ -29,6 +29,7 @@ class Trial:
     steps: int
     arrangement: Arrangement
     branches: int = 2
+    acceleration: AccelerationSpec = AccelerationSpec()
 
     @property
     def name(self) -> str:
@@ -40,7 +41,8 @@ class Trial:
     @property
     def video(self) -> Video:
         channels = self.model.family.form(self.model.experts[0].config).channels
-        return Video((1, channels, *self.size), ((0, self.branches),) * self.steps, TEXT_TOKENS)
+        return Video((1, channels, *self.size), ((0, self.branches),) * self.steps, TEXT_TOKENS,
+                     acceleration=self.acceleration)  # fmt: skip
 
     @property
     def spec(self) -> DiffusionModelSpec:
@@ -52,7 +54,7 @@ class Trial:
         prompts = _prompts(self.model)
         result = runtime.sample(
             self.spec, SampleSpec(steps=self.steps, guidance_scale=guidance), torch.zeros(self.video.shape), *prompts,
-            parallel=parallel_of(self.arrangement),
+            parallel=parallel_of(self.arrangement), acceleration=self.acceleration,
         )  # fmt: skip
         return result.seconds["denoise"]
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ...checkpoints.faults import printable, printable_lines
 from ...planner import choice, models, rates, videos
-from ...planner.facts import Model
+from ...planner.facts import Machine, Model
+from ...planner.rates import Rates
+from ...planner.timing.profile import rates_for
 from ...specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from .. import video_options
 from ..progress import ProgressDisplay
@@ -26,9 +28,11 @@ def run(arguments: Namespace, progress: ProgressDisplay) -> int:
     size = video_options.size_of(arguments, own, model.family.form(model.experts[0].config).multiple)
     sample = video_options.sampling_of(arguments, seed=0)
     video = videos.video_of(model, size, sample, from_image=arguments.image)
+    if arguments.measure:
+        _measure(arguments, model, machine, progress)
     progress.begin("predicting")
     fixed = fixed_of(arguments)
-    made = choice.choice_of(model, video, machine, rates.of_card(machine.card), fixed)
+    made = choice.choice_of(model, video, machine, _rates(arguments, model, machine), fixed)
     refused, nearest = None, ()
     if not made.fitting:
         refused = str(choice.refusal(model, video, machine, fixed, made.others))
@@ -47,6 +51,23 @@ def run(arguments: Namespace, progress: ProgressDisplay) -> int:
     return 1
 
 
+def _rates(arguments: Namespace, model: Model, machine: Machine) -> Rates:
+    """Those that were measured next to the model, else the card's published ones."""
+    if models.is_published(arguments.model):
+        return rates.of_card(machine.card)
+    return rates_for(arguments.model, machine.kind, machine.card, model.family.name)
+
+
+def _measure(arguments: Namespace, model: Model, machine: Machine, progress: ProgressDisplay) -> None:
+    """Writes the profile of this host next to the model."""
+    from ..measuring.measure import Subject, measure
+
+    progress.end()
+    vae = _vae_path(arguments)
+    subject = Subject(model, arguments.model, None if vae is None else VaeSpec(path=vae), machine.kind)
+    measure(subject, sorted({1, machine.ranks}), machine.card, report=progress.say)
+
+
 def model_of(arguments: Namespace, kind: str) -> tuple[Model, list[str]]:
     """The model, and a note about parts that MODEL lacks, which are taken from the published model."""
     if models.is_published(arguments.model):
@@ -55,7 +76,7 @@ def model_of(arguments: Namespace, kind: str) -> tuple[Model, list[str]]:
                               quantization=arguments.quantization)  # fmt: skip
     is_folder = Path(arguments.model).is_dir()
     encoder = arguments.text_encoder or (arguments.model if is_folder else None)
-    vae = arguments.vae or (arguments.model if is_folder else None)
+    vae = _vae_path(arguments)
     read = models.read(
         spec,
         None if encoder is None else TextEncoderSpec(
@@ -66,3 +87,7 @@ def model_of(arguments: Namespace, kind: str) -> tuple[Model, list[str]]:
         kind,
     )  # fmt: skip
     return models.completed(read, kind)
+
+
+def _vae_path(arguments: Namespace) -> str | None:
+    return arguments.vae or (arguments.model if Path(arguments.model).is_dir() else None)

@@ -39,6 +39,8 @@ def declare(parser: ArgumentParser) -> None:
     add("--stored", choices=tuple(STORED), default="bf16",
         help="of a published model: the dtype of its files (default: %(default)s)")  # fmt: skip
     add("--parallel", metavar="NAME=VALUE,...", help="what is fixed of the plan, such as ulysses_degree=4,fsdp=true")
+    add("--measure", action="store_true",
+        help="run two minutes of small jobs first, and keep what they show of this host next to the model")  # fmt: skip
     add("--json", action="store_true", help="print the result as JSON")
 
 
@@ -48,6 +50,8 @@ def check(arguments: Namespace) -> None:
         existing_model(arguments.model)
         if arguments.stored != "bf16":
             raise ValueError("--stored is only for published models; a file shows its own dtype.")
+    if arguments.measure and (is_published(arguments.model) or arguments.card not in (None, "cpu")):
+        raise ValueError("--measure runs jobs of this host's devices. Give a model's folder or file, and no --card.")
     for name in ("low_noise", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"):
         if getattr(arguments, name) is not None:
             existing(getattr(arguments, name))

@@ -9,6 +9,7 @@ import numpy as np
 
 TURNS = 2000  # of the fit; coordinates that hardly change end it earlier
 STILL = 1e-9
+REWEIGHTED, LARGE = 5, 0.1  # turns; a relative error beyond which a job counts less (Huber's weights)
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,16 @@ class Sample:
 
 def fitted(samples: Sequence[Sample]) -> dict[str, float]:
     """Seconds for each unit that occurs in the samples: those with the least sum of squared relative errors, none of
-    them negative. Raises ValueError without samples."""
+    them negative; errors beyond LARGE count by their size only, so that a disturbed job does not bend all others.
+    Raises ValueError without samples."""
     if not samples:
         raise ValueError("there is nothing to fit: no job was measured")
     units = sorted({unit for sample in samples for unit, amount in sample.amounts.items() if amount})
-    relative = [[sample.amounts.get(unit, 0.0) / sample.seconds for unit in units] for sample in samples]
-    costs = nonnegative(np.array(relative), np.ones(len(samples)))
+    relative = np.array([[sample.amounts.get(unit, 0.0) / sample.seconds for unit in units] for sample in samples])
+    weights = np.ones(len(samples))
+    for _ in range(REWEIGHTED):
+        costs = nonnegative(relative * weights[:, None], weights)
+        weights = np.sqrt(LARGE / np.maximum(np.abs(relative @ costs - 1), LARGE))
     return dict(zip(units, map(float, costs)))
 
 

@@ -10,17 +10,18 @@ from functools import lru_cache
 
 from ...models.family import VAE, Family
 from ...models.registry import family as family_named
-from ..exchange import ITEMSIZES, Step
+from ..exchange import ITEMSIZES, Exchange, Step
 from ..facts import Network
+from .skipped import ALL, Kept
 
 SMALL_LATENT = 8  # rows and columns of the latent with which FLOPs for each of its elements are counted
 EMBEDDINGS = ("embed", "shared.weight", "lm_head")  # parameters that are looked up, not multiplied
 
 
-def of_step(step: Step) -> Mapping[str, float]:
+def of_step(step: Step, kept: Kept = ALL) -> Mapping[str, float]:
     """What a rank computes in a step: "products" and "linear" FLOPs (attention's products with each other, all other
     matrix products), "traffic" (bytes of the tokens that a block passes on), "blocks" (their number). Products in a
-    ring, whose parts are merged by their sums of exponentials, are "merged".
+    ring, whose parts are merged by their sums of exponentials, are "merged". kept: what accelerators do not leave out.
 
     A rank has as many tokens and heads as the one with the most, with padding.
     """
@@ -30,12 +31,21 @@ def of_step(step: Step) -> Mapping[str, float]:
     tokens = step.own_branches * step.chunk / sequence / plan.tp
     heads = step.heads * plan.ulysses * plan.tp / step.family.heads(config)
     products = sum(block.products for block in work.blocks)
+    projections = sum(block.attention for block in work.blocks) - products
+    others = work.whole - work.rest - products - projections
+    blocks = step.own_branches * step.blocks * kept.blocks
     return {
-        "merged" if plan.ring > 1 else "products": tokens * heads * products,
-        "linear": tokens * (work.whole - products),
-        "traffic": float(step.own_branches * step.blocks * step.chunk * step.heads * plan.ulysses * step.per_head),
-        "blocks": float(step.own_branches * step.blocks),
+        "merged" if plan.ring > 1 else "products": tokens * heads * products * math.prod(kept),
+        "linear": tokens * (work.rest + kept.blocks * (others + kept.attention * projections)),
+        "traffic": float(blocks * step.chunk * step.heads * plan.ulysses * step.per_head),
+        "blocks": float(blocks),
     }
+
+
+def kept_of(exchange: Exchange, kept: Kept) -> float:
+    """The part of a step's exchange that takes place: those of attention with it, those of blocks with these."""
+    of_blocks = kept.blocks if exchange.axis in ("ulysses", "ring", "tp", "fsdp") else 1.0
+    return of_blocks * (kept.attention if exchange.axis in ("ulysses", "ring") else 1.0)
 
 
 def of_decoding(vae: Network, family: Family, shape: tuple[int, ...], ranks: int = 1) -> float:

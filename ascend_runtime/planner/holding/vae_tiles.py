@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from functools import lru_cache
 
-from ..models.family import VAE, Family
-from .facts import Arrangement, Machine, Model, Video
+from ...models.family import VAE, Family
+from ..facts import Model, Video
+from .passes import as_json
 
 
-def tile_bytes(model: Model, video: Video, arrangement: Arrangement, machine: Machine, work: str) -> int:
-    """Of the largest tile, without the weights and what kernels allocate internally."""
-    _, _, frames, height, width = video.shape
-    config = json.dumps(dict(model.vae.config), default=list)
-    ranks = math.prod(arrangement.plan.degrees)
-    return _tile_bytes(model.family, config, model.vae_dtype, ranks, arrangement.tiles, work, (frames, height, width))
+def tile_bytes(model: Model, video: Video, ranks: int, tiles: str, work: str) -> int:
+    """Of the largest tile of a rank, without the weights and what kernels allocate internally. tiles: "whole" or
+    "published". work: "decode" or "encode"."""
+    return _tile_bytes(model.family, as_json(model.vae.config), model.vae_dtype, ranks, tiles, work, video.shape[2:])
 
 
 @lru_cache(maxsize=256)
@@ -24,16 +22,14 @@ def _tile_bytes(
 ) -> int:
     import torch
 
-    from ..parallel.tiles import grid_of
+    from ...models.shared.overlapping import cut_latent
+    from ...parallel.tiles import grid_of
 
     network = family.network(VAE, json.loads(config))
     vae = family.vae(torch.nn.Module.to(network, getattr(torch, dtype)), family.vae_form(json.loads(config)))
     frames, height, width = size
     if tiles == "published" and (cuts := vae.cuts(*size)) is not None:
-        from ..models.shared.overlapping import cut_latent
-
-        largest = max(cut_latent(cuts, size), key=lambda tile: tile.work).size
-        return vae.bytes_needed(work, *largest)
+        return vae.bytes_needed(work, *max(cut_latent(cuts, size), key=lambda tile: tile.work).size)
     if tiles == "published" and (blended := vae.blend()) is not None:
         _, tile = blended.tiles_of(work, height, width)
         return vae.bytes_needed(work, frames, *tile)

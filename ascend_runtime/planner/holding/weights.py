@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ..models.family import TRANSFORMER, WeightRules
-from ..models.shapes import Shapes
-from .facts import Arrangement, Model, Network
-
-# By the names that torch gives them.
-ITEMSIZES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8, "int8": 1, "uint8": 1,
-    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e8m0fnu": 1,
-}  # fmt: skip
-
+from ...models.family import TRANSFORMER, WeightRules
+from ..exchange import ITEMSIZES
+from ..facts import Arrangement, Model, Network
 
 @dataclass(frozen=True)
 class Share:
@@ -59,19 +52,21 @@ def rules_of(model: Model, network: Network) -> WeightRules:
 @lru_cache(maxsize=512)
 def kept(network: Network, rules: WeightRules, dtype: str, share: Share = Share()) -> Mapping[str, OwnPart]:
     """What a rank keeps of each parameter, by name. dtype: of what the rules do not keep otherwise."""
-    return {name: _kept(network, name, shape, rules, ITEMSIZES[dtype], share) for name, shape in network.shapes.items()}
+    return {name: _kept(network, name, shape, rules, dtype, share) for name, shape in network.shapes.items()}
 
 
 def _kept(
-    network: Network, name: str, shape: tuple[int, ...], rules: WeightRules, itemsize: int, share: Share
+    network: Network, name: str, shape: tuple[int, ...], rules: WeightRules, dtype: str, share: Share
 ) -> OwnPart:
-    itemsize = network.quantized.get(name) or (4 if rules.fp32(name) else itemsize)
+    fixed, stored = network.quantized.get(name), network.stored_types.get(name)
+    dtype = "float32" if rules.fp32(name) else dtype
+    itemsize = fixed or ITEMSIZES[dtype]
     cut = own_slice(name, shape, rules, share.tp)
     part = cut
     if share.shards > 1 and not rules.replicated(name):
         part = (len(own_rows(cut[0], share)), *cut[1:])
-    mapped = part == shape and ITEMSIZES.get(network.stored_types.get(name, "")) == itemsize
-    return OwnPart(part, math.prod(part) * itemsize, math.prod(cut) * itemsize, mapped)
+    as_stored = ITEMSIZES.get(stored) == fixed if fixed else stored == dtype
+    return OwnPart(part, math.prod(part) * itemsize, math.prod(cut) * itemsize, part == shape and as_stored)
 
 
 def own_slice(name: str, shape: tuple[int, ...], rules: WeightRules, tp: int) -> tuple[int, ...]:
@@ -95,22 +90,6 @@ def on_device(parts: Mapping[str, OwnPart], kind: str) -> int:
     """Bytes that a rank takes of a device of this kind. A CPU maps what is stored as it is kept: the kernel can take
     these pages back at any time."""
     return sum(one.nbytes for one in parts.values() if not (kind == "cpu" and one.mapped))
-
-
-def quantized_on_the_fly(shapes: Shapes, rules: WeightRules, itemsize: int = 1) -> tuple[Shapes, dict[str, int]]:
-    """(the shapes of a network whose linear layers are quantized when they are loaded, and the bytes of an element of
-    what is kept otherwise than the blocks' dtype): each layer gets a scale in fp32 for each row."""
-    made, kept = dict(shapes), {}
-    for layer in _quantized_layers(shapes, rules):
-        weight, scale = f"{layer}.weight", f"{layer}.weight_scale"
-        made[scale] = (shapes[weight][0], 1)
-        kept |= {weight: itemsize, scale: 4}
-    return made, kept
-
-
-def _quantized_layers(shapes: Shapes, rules: WeightRules) -> Iterator[str]:
-    names = (name.removesuffix(".weight") for name in shapes if name.endswith(".weight"))
-    return (layer for layer in names if len(shapes[f"{layer}.weight"]) == 2 and rules.in_8_bits(layer))
 
 
 def quantized_layers_of(network: Network) -> frozenset[str]:

@@ -1,0 +1,99 @@
+"""What a step's passes through a transformer take on a rank: asked here, answered by a dry run (see dry_pass.py)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from ...models.family import Family
+from ...specs import Plan
+from ..facts import Arrangement, Model, Network, Video
+from .weights import quantized_layers_of
+
+
+class PassBytes(NamedTuple):
+    """context: what embedders, keys and values of the text and rotary tables leave until the last pass, of all
+    branches. blocks: what a pass takes besides at its peak. exchange: the buffers of exchanges at that time. output:
+    of one block's output."""
+
+    context: int
+    blocks: int
+    exchange: int
+    output: int
+
+
+@dataclass(frozen=True)
+class DryNetwork:
+    """A transformer on one of `tp` ranks. config: in JSON. in_8_bits: the layers that are quantized."""
+
+    family: Family
+    config: str
+    dtype: str
+    in_8_bits: frozenset[str]
+    tp: int
+
+
+@dataclass(frozen=True)
+class DryVideo:
+    """size: of the latent [B,C,T,H,W]. branches: of guidance, that this rank computes in a step."""
+
+    size: tuple[int, ...]
+    text_tokens: int
+    per_token: bool
+    branches: int
+
+
+@dataclass(frozen=True)
+class DryRank:
+    """kind: of its device."""
+
+    kind: str
+    plan: Plan
+    number: int
+    ring_exchange: str
+    overlap: bool
+
+
+def network_of(model: Model, tp: int) -> DryNetwork:
+    """The first expert; the second one is as large."""
+    expert = model.experts[0]
+    return DryNetwork(model.family, as_json(expert.config), model.dtype, quantized_layers_of(expert), tp)
+
+
+def pass_bytes(model: Model, video: Video, arrangement: Arrangement, kind: str, rank: int) -> PassBytes:
+    """Of the rank with this number among all of a job."""
+    return _pass_bytes(
+        network_of(model, arrangement.plan.tp),
+        DryVideo(tuple(video.shape), video.text_tokens, video.per_token, own_branches(video, arrangement)),
+        DryRank(kind, arrangement.plan, rank, arrangement.ring_exchange, arrangement.overlap),
+    )
+
+
+def own_branches(video: Video, arrangement: Arrangement) -> int:
+    """The number of guidance branches that a rank computes in a step."""
+    return 2 if video.guided and arrangement.plan.cfg == 1 else 1
+
+
+def as_json(config: Mapping[str, Any]) -> str:
+    return json.dumps(dict(config), default=list)
+
+
+@lru_cache(maxsize=1024)
+def _pass_bytes(network: DryNetwork, video: DryVideo, rank: DryRank) -> PassBytes:
+    from .dry_pass import run
+
+    return run(network, video, rank)
+
+
+@lru_cache(maxsize=64)
+def gathered(network: DryNetwork, shards: int) -> int:
+    """The bytes that FSDP gathers at most at once, of weights in so many shards: what is outside of units, and two
+    units, of which one computes while the next one arrives."""
+    from .dry_pass import units_of
+
+    outside, units = units_of(network, shards)
+    pairs = (one + following for one, following in zip(units, units[1:]))
+    return outside + max(pairs, default=sum(units))
