@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from ..facts import Machine, Network
 from ..rates import Rates
-from ..timing.work import of_encoding
 from ..holding.weights import ITEMSIZES
+from ..timing.work import encoding_flops
 
 CPU, RANKS = "cpu", "ranks"
 TOKENS = 512  # of a prompt
@@ -28,7 +28,7 @@ def place(encoders: Sequence[Network], machine: Machine, rates: Rates) -> str:
         return CPU
     if sum(map(_bytes, encoders)) > machine.host_memory:
         return RANKS
-    flops, costs = sum(of_encoding(one, TOKENS) for one in encoders), rates.on(machine.ranks)
+    flops, costs = sum(encoding_flops(one, TOKENS) for one in encoders), rates.on(machine.ranks)
     return RANKS if flops * costs["encode_ranks"] / machine.ranks < flops * costs["encode"] else CPU
 
 
