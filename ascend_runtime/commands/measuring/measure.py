@@ -11,11 +11,14 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from ...client.group import RankDied
 from ...client.runtime import Runtime
+from ...client.submission import RankError
 from ...models.family import TRANSFORMER
 from ...planner import rates
 from ...planner.facts import Arrangement, Model, Network
@@ -27,7 +30,7 @@ from . import host, networks
 from .trials import Decoding, Trial, one_for_each_axis, request_of, with_network
 
 SECONDS = 120.0  # for all jobs, without the start of ranks
-LARGEST_PART = 300  # of all seconds: the largest job with the fewest ranks
+LARGEST_PART = 150  # of all seconds: the largest job with the fewest ranks
 SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of a latent of LATENT_FRAMES frames
 LATENT_FRAMES = 3
 DECODED = ((1, 8, 8), (2, 8, 8), (3, 12, 12), (3, 16, 24), (5, 32, 32), (5, 48, 64), (9, 64, 96))
@@ -53,12 +56,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured. model: with its VAE, if `vae` is given. path: of the model's files, on the disk to measure."""
+    """What is measured. model: with its VAE, if `vae` is given. path: of the model's files, on the disk to measure.
+    start: makes a number of ranks for the measurement; None: new ones on `device`."""
 
     model: Model
     path: str
     vae: VaeSpec | None = None
     device: str = "auto"
+    start: Callable[[int], AbstractContextManager[Runtime]] | None = None
+
+    def ranks(self, number: int) -> AbstractContextManager[Runtime]:
+        if self.start is not None:
+            return self.start(number)
+        return Runtime(ParallelSpec(ranks=number), device=self.device)
 
 
 def measure(
@@ -68,10 +78,17 @@ def measure(
     seconds: float = SECONDS,
     report: Report = print,
 ) -> Profile:
-    """Measures with each number of ranks, and writes the profile next to the model. Returns the profile."""
+    """Measures with each number of ranks, and writes the profile next to the model. Returns the profile.
+
+    card: the product line of the devices. seconds: for all jobs, besides the start of ranks. report: gets lines of text.
+    Raises ValueError if a profile that is there is invalid, or ranks fail; OSError if it cannot be written.
+    """
     file = profile_file(subject.path)
     profile = read_profile(file)  # refuses an invalid one before anything runs
-    measured = measured_on(subject, ranks, seconds, report)
+    try:
+        measured = measured_on(subject, ranks, seconds, report)
+    except (RankError, RankDied) as error:
+        raise ValueError(str(error)) from error
     kind = rates.CARD_FIGURES[card].kind
     entries = [
         ProfileEntry(
@@ -113,11 +130,11 @@ class Bench:
 
     def samples(self, ranks: int, seconds: float) -> list[TimedJob]:
         """The medians of all jobs with this number of ranks, which take this long together."""
-        with Runtime(ParallelSpec(ranks=ranks), device=self._subject.device) as runtime:
+        with self._subject.ranks(ranks) as runtime:
             self._report(f"{ranks} rank(s) on {runtime.device}")
             loaded = list(self._loaded(runtime, ranks))
             self._find_sizes(runtime, ranks)
-            trials = [*self._trials(ranks), *self._decodings(ranks)]
+            trials = sorted(self._trials(ranks), key=_placed) + list(self._decodings(ranks))
             return loaded + _medians(runtime, trials, seconds)
 
     def _network(self, name: str, heads: int, blocks: int) -> tuple[Model, str]:
@@ -163,6 +180,11 @@ class Bench:
             if number:
                 copied = float(kept_bytes(model.experts[0], model.dtype))
                 yield TimedJob(f"load {copied / 1e6:.0f} MB", {"load_job": 1, "copied": copied}, took)
+
+
+def _placed(trial: Trial) -> tuple:
+    """Jobs whose weights lie alike follow each other, so that ranks load them seldom."""
+    return trial.arrangement.fsdp, trial.arrangement.plan.tp, trial.path
 
 
 def _medians(runtime: Runtime, trials: Sequence[Trial | Decoding], seconds: float) -> list[TimedJob]:
