@@ -86,7 +86,7 @@ def measure(
     file = profile_file(subject.path)
     profile = read_profile(file)  # refuses an invalid one before anything runs
     try:
-        measured = measured_on(subject, ranks, seconds, report)
+        measured = measured_on(subject, ranks, card, seconds, report)
     except (RankError, RankDied) as error:
         raise ValueError(str(error)) from error
     kind = rates.CARD_FIGURES[card].kind
@@ -102,15 +102,18 @@ def measure(
     return profile
 
 
-def measured_on(subject: Subject, ranks: Sequence[int], seconds: float = SECONDS, report: Report = print) -> Measured:
+def measured_on(
+    subject: Subject, ranks: Sequence[int], card: str = "cpu", seconds: float = SECONDS, report: Report = print
+) -> Measured:
     """Runs the jobs with each number of ranks and fits their costs. seconds: for all jobs together."""
     measured, of_host = Measured(), _host_costs(subject)
+    least = _least_costs(subject, card)
     with tempfile.TemporaryDirectory(prefix="ascend_video_") as folder:
         bench = Bench(subject, Path(folder), seconds / LARGEST_PART, report)
         for number in sorted(ranks):
             samples = bench.samples(number, seconds / len(ranks))
             measured.samples[number] = samples
-            measured.costs[number] = {**fitted_costs(samples), **of_host}
+            measured.costs[number] = {**fitted_costs(samples, least), **of_host}
             report(f"{number} rank(s): {len(samples)} jobs, median error of the fit {measured.error(number):.1%}")
     return measured
 
@@ -125,7 +128,7 @@ class Bench:
         self._wide = self._network("wide", wide, WIDE_BLOCKS)
         self._narrow = self._network("narrow", max(1, wide // 2), NARROW_BLOCKS)
         self._deep = self._network("deep", wide, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // _bytes(model, wide, 1)))
-        self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large; found with the first ranks
+        self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large, long; found with the first ranks
         self._decoded: tuple[tuple[int, int, int], ...] = ()
 
     def samples(self, ranks: int, seconds: float) -> list[TimedJob]:
@@ -148,16 +151,19 @@ class Bench:
             return
         first = Arrangement(Plan(ulysses=ranks))
         sizes = [(LATENT_FRAMES, side, side) for side in SIDES]
-        self._sizes = _up_to(self._target, sizes, lambda size: Trial(*self._wide, size, 1, first).run(runtime))
+        found = _up_to(self._target, sizes[:-1], lambda size: Trial(*self._wide, size, 1, first).run(runtime))
+        self._sizes = *found, sizes[sizes.index(found[-1]) + 1]
         if self._subject.vae is not None:
             model, vae = self._subject.model, self._subject.vae
             self._decoded = _up_to(self._target, DECODED, lambda size: Decoding(model, vae, size, first).run(runtime))
 
     def _trials(self, ranks: int) -> Iterator[Trial]:
-        small, medium, large = self._sizes
+        small, medium, large, long = self._sizes
         heads = math.gcd(*(_heads(model) for model, _ in (self._wide, self._narrow)))
         for number, arrangement in enumerate(one_for_each_axis(ranks, heads)):
             yield Trial(*self._wide, large, 1, arrangement)
+            if number == 0 or arrangement.plan.ring > 1:  # to see attention, which grows fastest
+                yield Trial(*self._narrow, long, 1, arrangement)
             yield Trial(*self._narrow, medium, 2, arrangement)
             yield Trial(*self._narrow, small, 2, arrangement)
             if number == 0:
@@ -232,3 +238,13 @@ def _heads(model: Model) -> int:
 def _host_costs(subject: Subject) -> dict[str, float]:
     found = {"encode": host.product_cost(subject.model.text_dtype), "read": host.disk_cost(subject.path)}
     return {unit: cost for unit, cost in found.items() if cost is not None}
+
+
+def _least_costs(subject: Subject, card: str) -> dict[str, float]:
+    """Of a FLOP of matrix products: at the card's peak; on a CPU, half of what it takes all cores outside of ranks.
+
+    Small jobs may not show what attention costs, which dominates large ones.
+    """
+    figures = rates.CARD_FIGURES[card]
+    flop = host.product_cost(subject.model.dtype) / 2 if figures.kind == "cpu" else 1 / figures.peak
+    return dict.fromkeys(("products", "merged", "linear"), flop)
