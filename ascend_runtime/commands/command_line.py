@@ -168,7 +168,7 @@ def _adopt_begins(arguments: Namespace) -> str:
 
 def _declare_explain(parser: ArgumentParser) -> None:
     parser.description = (
-        "Shows what made a video: models, settings, plan, accelerators, operators, versions and times, which its nodes\n"
+        "Shows what made a video: models, settings, plan, accelerators, operators, versions and times, which nodes\n"
         "have written into its metadata; and whether this host would make the same video."
     )
     parser.epilog = """

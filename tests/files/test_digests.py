@@ -86,7 +86,9 @@ def test_any_sampled_byte_of_a_large_file_counts(tmp_path, rng):
     assert file_digest(file) == whole and whole.size == 28 * GIGABYTE
 
 
-@pytest.mark.parametrize("size", [0, 1, digest.SAMPLE, digest.BEGINNING, digest.BEGINNING + 1, 5 * 2**20, 5 * 2**20 + 3])
+@pytest.mark.parametrize(
+    "size", [0, 1, digest.SAMPLE, digest.BEGINNING, digest.BEGINNING + 1, 5 * 2**20, 5 * 2**20 + 3]
+)
 def test_ranges_lie_in_the_file_in_order(size):
     at = 0
     for start, end in digest._ranges(size, 0):

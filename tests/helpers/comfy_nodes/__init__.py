@@ -16,7 +16,8 @@ from comfy_api.latest import ComfyExtension, io
 from diffusers import AutoModel
 from safetensors.torch import save_file
 
-from . import attaching, cancelling, metadata, recording, small_core, small_loaders  # noqa: F401 (what they do on import)
+from . import attaching, small_core
+from . import cancelling, metadata, recording, small_loaders  # noqa: F401 (what they do on import)
 from .weight_patches import PatchWeights
 
 CATEGORY = "tests"
