@@ -3,6 +3,7 @@
 import ast
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ CODE = re.compile(r"AV-\d{4}")
 MAKERS = {"coded": 0, "coded_error": 0, "advise": 1, "as_value_error": 2}  # function: the place of its code
 
 
+@cache
 def sources() -> dict[Path, ast.Module]:
     files = [path for package in ("ascend_runtime", "nodes") for path in (ROOT / package).rglob("*.py")]
     return {path: ast.parse(path.read_text()) for path in files if path.name != "errors.py"}
