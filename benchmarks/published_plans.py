@@ -147,7 +147,7 @@ def _rates(card: str, efficiency: float, link: float | None) -> Rates:
     if link is None:
         return known
     costs = known.costs | {axis: known.costs[axis] / link for axis in LINKS}
-    return replace(known, costs=costs, pair=known.pair / link)
+    return replace(known, costs=costs)
 
 
 def _solved(error: Callable[[float], float], low: float, high: float) -> float:

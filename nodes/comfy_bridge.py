@@ -70,7 +70,10 @@ class ModelCalls:
         result = _run(self._runtime, call, {"on_progress": _show_loading})
         self._calls += 1
         self._seconds.update(result.seconds)
-        self._info, self._record = result.info, result.record or self._record
+        self._info = result.info
+        if result.record is not None:
+            predicted = result.record.predicted or (self._record.predicted if self._record else "")
+            self._record = replace(result.record, predicted=predicted)
         return result.tensor
 
     def log(self) -> None:

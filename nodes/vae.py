@@ -2,7 +2,7 @@
 
 import logging
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from . import comfy_bridge, core_types, types
 
@@ -29,7 +29,8 @@ class VAEDecode(io.ComfyNode):
     def execute(cls, samples, vae) -> io.NodeOutput:
         latent = samples["samples"]
         result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.decode(vae.spec, latent, **hooks))
-        return io.NodeOutput(result.tensor)
+        warnings = "\n".join(result.info.get("warnings", ()))
+        return io.NodeOutput(result.tensor, ui=ui.PreviewText(warnings) if warnings else None)
 
 
 class VAEEncode(io.ComfyNode):

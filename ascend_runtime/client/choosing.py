@@ -3,6 +3,7 @@ earlier one asks nothing. After a rank ran out of memory, a job gets one more tr
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from msgspec.structs import replace
 
 from ..hardware import host
 from ..specs import DiffusionModelSpec
+from ..specs.record import MAX_LINE
 from ..wire.messages import Choose
 from ..wire.plans import Chosen, PlannedJob
 from .group import RankDied
@@ -135,4 +137,6 @@ def _with_plan(result: Result, chosen: Chosen, warnings: Sequence[str] = ()) -> 
     result.info["plan"] = plan
     if warnings:
         result.info["warnings"] = [*result.info.get("warnings", ()), *warnings]
-    return result
+    if result.record is None or not chosen.seconds:  # without a prediction, the line is about files
+        return result
+    return dataclasses.replace(result, record=replace(result.record, predicted=chosen.line[:MAX_LINE]))

@@ -282,12 +282,12 @@ class Runtime(KeptRanks):
         text_tokens: int = TEXT_TOKENS,
         **hooks,
     ) -> Chosen:
-        """The plan that a sampling job would take, without running it: degrees, FSDP, experts, and the bytes and seconds
-        that it is predicted to take.
+        """The plan that a sampling job would take, without running it: degrees, FSDP, experts, and the bytes and
+        seconds that it is predicted to take.
 
-        video: its size, or its latent [B,C,T,H,W]; None: of the model's own size. encoder, vae: if the whole job is asked
-        about. text_tokens: of the prompts. Raises ValueError, with the numbers and the nearest size that fits, if
-        nothing fits.
+        video: its size, or its latent [B,C,T,H,W]; None: of the model's own size. encoder, vae: if the whole job is
+        asked about. text_tokens: of the prompts. Raises ValueError, with the numbers and the nearest size that fits,
+        if nothing fits.
         """
         _check_specs(model, spec)
         check_kind("video", video, Tensor, VideoSize, optional=True)

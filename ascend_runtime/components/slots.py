@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from ..checkpoints.reader import BytesRead
 from ..errors import coded_error
 from ..hardware import devices
-from ..parallel.fsdp import Sharding
+from ..parallel.fsdp import Sharding, own_part
 from ..recognition.component import Component
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from . import diffusion_model, text_encoder, vae, vision
@@ -106,25 +106,39 @@ class Components:
             raise coded_error("AV-1315", f"{spec.path} changed while it was read. Run the job again.")
 
     def _make_room(self, computing: int) -> None:
-        """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in. The next
-        use of the VAE reads no file."""
-        if VaeSpec not in self._slots or self._slots[VaeSpec][1].device.type == "cpu":
-            return
+        """Moves the VAE to the host if a diffusion model would otherwise have too little memory to compute in; drops
+        text encoders on the device if that does not suffice. The next use of the VAE reads no file."""
+        words = "%.1f GB are free for sampling, which takes %.1f GB: %s."
         room = devices.room(self._device)
-        if room < computing:
-            logger.info(
-                "%.1f GB are free for sampling, which takes %.1f GB: the VAE is moved to host memory.",
-                room / 1e9, computing / 1e9,
-            )  # fmt: skip
+        if VaeSpec in self._slots and self._slots[VaeSpec][1].device.type != "cpu" and room < computing:
+            logger.info(words, room / 1e9, computing / 1e9, "the VAE is moved to host memory")
             self._slots[VaeSpec][1].to("cpu")
             devices.empty_cache(self._device)
+        for kind in (VisionSpec, TextEncoderSpec):
+            on_device = kind in self._slots and self._slots[kind][0][0].placement == "ranks"
+            room = devices.room(self._device)
+            if on_device and self._device.type != "cpu" and room < computing:
+                logger.info(words, room / 1e9, computing / 1e9, "the text encoder is dropped")
+                self.drop(kind)
 
     @property
     def makes_room(self) -> int:
         """The bytes of this rank's device that components would give back to a job with another diffusion model."""
-        _, vae = self._slots.get(VaeSpec, (None, None))
-        moves = vae is not None and vae.device.type != "cpu"
-        return self.models.makes_room + (vae.nbytes if moves else 0)
+        others = 0 if self._device.type == "cpu" else sum(
+            own_part(weight).nbytes
+            for kind, (_, component) in self._slots.items()
+            for network in LOADERS[kind].networks(component)
+            for weight in network.parameters()
+            if weight.device.type != "cpu"
+        )  # fmt: skip
+        return self.models.makes_room + others
+
+    def place_of(self, spec: TextEncoderSpec) -> str | None:
+        """Where the text encoders of this spec are, whatever placement it asks for; None: they are not here."""
+        if TextEncoderSpec not in self._slots:
+            return None
+        held, spec = self._slots[TextEncoderSpec][0][0], _loaded(spec)
+        return held.placement if replace(held, placement=spec.placement) == spec else None
 
     def found(self, spec) -> list[Component]:
         """The networks on disk that `spec` describes. Loads nothing. Raises ValueError if they are missing."""

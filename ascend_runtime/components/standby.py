@@ -56,7 +56,8 @@ class Needs(NamedTuple):
 
 @dataclass
 class HeldModel:
-    """taken: the bytes that it took of this rank's device when it was read; on a CPU, without what is mapped from files.
+    """taken: the bytes that it took of this rank's device when it was read; on a CPU, without what is mapped from
+    files.
     away: whether the weights left the device for the host."""
 
     key: ModelKey
@@ -98,8 +99,17 @@ class DiffusionModels:
     @property
     def makes_room(self) -> int:
         """The bytes of this rank's device that the two models would give back."""
-        held = [one for one in (self.in_use, self.waiting) if one is not None and not one.away]
-        return sum(one.taken if self._device.type == "cpu" else one.nbytes for one in held)
+        return self._bytes(self.in_use) + self.waiting_bytes
+
+    @property
+    def waiting_bytes(self) -> int:
+        """The bytes of this rank's device that the model that waits takes."""
+        return self._bytes(self.waiting)
+
+    def _bytes(self, held: HeldModel | None) -> int:
+        if held is None or held.away:
+            return 0
+        return held.taken if self._device.type == "cpu" else held.nbytes
 
     def holds(self, spec: DiffusionModelSpec, tp_degree: int, sharded: bool) -> bool:
         """Whether the weights of this model, without LoRAs, are here, whole or as slices and shards of these kinds."""

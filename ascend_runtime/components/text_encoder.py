@@ -54,6 +54,10 @@ def load(spec: TextEncoderSpec, found: list[Component], room: Room, progress: By
     return TextEncoders(encoding, encoders, warnings)
 
 
+def networks(component: TextEncoders) -> list[nn.Module]:
+    return [encoder.model for encoder in component.encoders.values()]
+
+
 def device_of(spec: TextEncoderSpec | VisionSpec, room: Room) -> torch.device:
     return room.device if spec.placement == "ranks" else torch.device("cpu")
 

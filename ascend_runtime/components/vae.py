@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ..checkpoints.reader import BytesRead, load_weights, nbytes
 from ..models.shared.vae import VideoVae
@@ -26,6 +27,10 @@ def load(spec: VaeSpec, found: list[Component], room: Room, progress: BytesRead)
     progress.expect(nbytes(places))
     load_weights(network, places, dtype_of=lambda name: dtype, device=room.device, on_bytes=progress.add)
     return component.family.vae(network.eval(), component.family.vae_form(component.config))
+
+
+def networks(component: VideoVae) -> list[nn.Module]:
+    return [component.network]
 
 
 def _dtype(spec: VaeSpec, device: torch.device) -> torch.dtype:

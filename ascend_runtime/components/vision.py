@@ -28,6 +28,10 @@ def files(spec: VisionSpec) -> list[Component]:
     return [find_vision(spec)]
 
 
+def networks(component: VisionTower) -> list[nn.Module]:
+    return [component.model]
+
+
 def load(spec: VisionSpec, found: list[Component], room: Room, progress: BytesRead) -> VisionTower:
     """With the placement of the text encoders."""
     (component,) = found

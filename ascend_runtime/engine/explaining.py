@@ -41,7 +41,6 @@ from ..specs.record import (
     MAX_LORAS,
     MAX_NUMBERS,
     MAX_TEXT,
-    FileDigest,
     HostRecord,
     JobRecord,
     LoraRecord,
@@ -85,10 +84,15 @@ class Explainer:
         self._here = dist.get_rank() == 0
 
     def sources(self, *specs) -> Sources:
-        """The digests of the components of these specs, which have just been loaded."""
+        """The digests of the components of these specs, which have just been loaded. Raises nothing if files are gone
+        meanwhile: the other ranks go on with the job."""
         if not self._here:
             return Sources()
-        parts = [part for spec in specs for part in _parts(self._components.found(spec))]
+        try:
+            parts = [part for spec in specs for part in _parts(self._components.found(spec))]
+        except (OSError, ValueError) as error:
+            logger.warning("The video's metadata will name no model: %s", error)
+            parts = []
         loras = [_lora(one) for spec in specs if isinstance(spec, DiffusionModelSpec) for one in spec.loras]
         return Sources(parts, loras[:MAX_LORAS])
 
@@ -203,20 +207,8 @@ def _part(component: Component, transformers: int) -> PartRecord:
     name = component.kind.what
     if component.kind.name == TRANSFORMER:
         name = component.family.defaults(component.config, transformers).name
-    digests = _digests(component)
-    return PartRecord(
-        part=component.kind.name, name=name, digest=joint_digest(digests) if digests else "",
-        files=digests[:MAX_FILES],
-    )  # fmt: skip
-
-
-def _digests(component: Component) -> list[FileDigest]:
-    """Empty if a file cannot be read any more, which must not end a job whose weights are loaded."""
-    try:
-        return digests_of(component.files)
-    except OSError as error:
-        logger.warning("There is no digest of %s: %s", component.shards[0], error)
-        return []
+    digests = digests_of(component.files)
+    return PartRecord(part=component.kind.name, name=name, digest=joint_digest(digests), files=digests[:MAX_FILES])
 
 
 def _lora(spec: LoraSpec) -> LoraRecord:

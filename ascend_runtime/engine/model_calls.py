@@ -183,7 +183,7 @@ class Run:
         velocities = torch.cat([made[number] for number in range(len(calls))])
         if not is_finite(velocities):
             evaluation = Evaluation(calls, step, [made[number] for number in range(len(calls))])
-            raise Diagnosis(generation, self._model, evaluation, together=False).error(len(self._sigmas) - 1)
+            raise Diagnosis(generation, self.model, evaluation, together=False).error(len(self._sigmas) - 1)
         return velocities
 
     def facts(self, step: int, seconds: float) -> dict[str, object]:

@@ -16,7 +16,7 @@ from msgspec.structs import asdict, replace
 from ..components import Components, DiffusionModel, HostMemory, TextEncoders
 from ..errors import coded_error
 from ..hardware import devices, memory
-from ..hardware.environment import original, placed
+from ..hardware.environment import original, placed, suits_sharded
 from ..models.family import Family
 from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
@@ -316,11 +316,13 @@ class RankPipeline:
             info["plan"] = msgspec.to_builtins(found)
         return _done(job, info=info)
 
-    def _machine(self) -> Machine:
-        """What a job can use, if what the ranks hold makes room for it. Collective."""
+    def _machine(self, encodes: bool = False) -> Machine:
+        """What a job can use, if what the ranks hold makes room for it. encodes: it is one of text encoders, which take
+        the place of the diffusion model that waits. Collective."""
         ranks, host = dist.get_world_size(), self._host_memory()
         each = devices.communicator_bytes(self.device)
-        room = devices.room(self.device) + self.components.makes_room + communicators() * each
+        given = self.components.models.waiting_bytes if encodes else self.components.makes_room
+        room = devices.room(self.device) + given + communicators() * each
         on_host = host.free + host.in_use + host.waiting + host.pinned
         return Machine(
             kind=self.device.type,
@@ -362,8 +364,24 @@ class RankPipeline:
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""
+        if spec.placement == "auto" and self._may_choose_place:
+            spec = replace(spec, placement="ranks" if self._encodes_on_ranks(spec) else "cpu")
         spec = placed(spec, self._variables)
         return spec, sharding_of(self.device.type, dist.get_world_size(), tp=1, fsdp=spec.placement == "ranks")
+
+    @property
+    def _may_choose_place(self) -> bool:
+        """Whether text encoders may run on the ranks without being asked to: not on a CPU, not where a variable
+        decides, and not on NPUs whose environment does not suit sharded weights, as they would have to start again."""
+        suits = dist.get_world_size() == 1 or suits_sharded(self.device.type, os.environ)
+        return self.device.type != "cpu" and "T5_LOAD_CPU" not in self._variables and suits
+
+    def _encodes_on_ranks(self, spec: TextEncoderSpec) -> bool:
+        """Whether text encoders are on the ranks, or go there as that is sooner. Rank 0 decides; collective."""
+        machine, place = self._machine(encodes=True), "cpu"
+        if self.rank == 0:
+            place = self.components.place_of(spec) or planning.placement(spec, machine)
+        return bool(all_reduce_max(place == "ranks"))
 
     def _text_encoders(
         self, spec: TextEncoderSpec, job, sharding: Sharding, host_memory: HostMemory | None

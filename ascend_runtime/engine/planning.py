@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from ..hardware import devices
-from ..planner import choice, models, rates, videos
+from ..planner import choice, models, videos
 from ..planner.choice import Choice, Fixed
-from ..planner.choosing import words
+from ..planner.choosing import encoders, words
 from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
-from ..specs import DiffusionModelSpec, ParallelSpec, Plan, VaeForm, VideoSize
+from ..planner.rates import Rates, of_card
+from ..planner.timing.profile import rates_for
+from ..specs import DiffusionModelSpec, ParallelSpec, Plan, TextEncoderSpec, VaeForm, VideoSize
 from ..specs.plans import AXES
 from ..wire.plans import Chosen, PlannedJob
 
@@ -40,6 +42,25 @@ def card_of(device: torch.device) -> str:
         name = devices.name(device).lower()
         return next((card for card in ("h200", "h100", "h20", "b200") if card in name), "h100")
     return "cpu"
+
+
+def placement(spec: TextEncoderSpec, machine: Machine) -> str:
+    """Where text encoders run whose place is left open. machine: what is free next to all that is loaded."""
+    try:
+        family, found = models.text_encoders(spec)
+        return encoders.place(found, machine, _rates(spec.path, machine, family.name))
+    except ValueError as error:  # loading says what is wrong with the files
+        logger.info("The text encoder's place is not chosen: %s", error)
+        return encoders.CPU
+
+
+def _rates(path: str, machine: Machine, family: str) -> Rates:
+    """What was measured on this host next to the model at `path`, with this number of ranks; else published figures."""
+    try:
+        return rates_for(path, machine.kind, machine.card, family, machine.ranks)
+    except ValueError as error:  # a job does not depend on it
+        logger.warning("%s Published figures are used.", error)
+        return of_card(machine.card)
 
 
 class Facts:
@@ -81,7 +102,7 @@ def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, be
         return None if below else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
     if not found.fitting:
         return None if below else _as_set(found.others[0], model, planned, machine)
-    picked = _picked(found, planned, holds, below)
+    picked = _picked(found, planned, len(model.experts), holds, below)
     if picked is None:
         return None
     others = tuple(one for one in found.fitting if one is not picked)
@@ -107,7 +128,7 @@ def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -
         planned.parallel, planned.model.experts,
         planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
     )  # fmt: skip
-    known = rates.of_card(machine.card)
+    known = _rates(planned.model.path, machine, model.family.name)
     found = choice.choice_of(model, video, machine, known, fixed)
     if not found.fitting and planned.shape is None and planned.size is None:  # weights are loaded, for a video to come
         video = _video(model, replace(planned, size=SMALLEST))
@@ -123,7 +144,7 @@ def _of_stages(one: Prediction, model: Model) -> Prediction:
     return replaced(one, seconds={stage: taken for stage, taken in one.seconds.items() if stage not in absent})
 
 
-def _picked(found: Choice, planned: PlannedJob, holds: Holds, below: int) -> Prediction | None:
+def _picked(found: Choice, planned: PlannedJob, experts: int, holds: Holds, below: int) -> Prediction | None:
     """The first of the fitting ones, unless another one is sooner done as it finds its weights on the ranks."""
     fitting = [one for one in found.fitting if not below or one.memory.device_peak < below]
     if not fitting:
@@ -131,7 +152,8 @@ def _picked(found: Choice, planned: PlannedJob, holds: Holds, below: int) -> Pre
 
     def is_held(one: Prediction) -> bool:
         arrangement = one.arrangement
-        return holds(_with_experts(planned.model, arrangement), arrangement.plan.tp, arrangement.fsdp)
+        spec = replace(planned.model, experts=_experts(planned, arrangement, experts), loras=())
+        return holds(spec, arrangement.plan.tp, arrangement.fsdp)
 
     first, held = fitting[0], next(filter(is_held, fitting), None)
     if held is None or held is first:
@@ -144,8 +166,9 @@ def _running(one: Prediction) -> float:
     return sum(seconds for stage, seconds in one.seconds.items() if stage != "load")
 
 
-def _with_experts(model: DiffusionModelSpec, arrangement: Arrangement) -> DiffusionModelSpec:
-    return replace(model, experts=arrangement.experts, loras=())
+def _experts(planned: PlannedJob, arrangement: Arrangement, experts: int) -> str:
+    """How a model of so many experts keeps them."""
+    return arrangement.experts if experts == 2 else planned.model.experts
 
 
 def _video(model: Model, planned: PlannedJob) -> Video | None:
@@ -183,7 +206,7 @@ def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, e
     denoise = memory.device.get("denoise", {})
     return Chosen(
         parallel=_parallel(planned, arrangement.plan, arrangement.fsdp),
-        experts=arrangement.experts if experts == 2 else planned.model.experts,
+        experts=_experts(planned, arrangement, experts),
         encoder=arrangement.encoder,
         tiles=arrangement.tiles,
         line=line,

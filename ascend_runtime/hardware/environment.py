@@ -341,7 +341,7 @@ def overlaps(spec: ParallelSpec, environ: Mapping[str, str]) -> bool:
 
 
 def placed(spec: TextEncoderSpec, environ: Mapping[str, str]) -> TextEncoderSpec:
-    """`spec` with placement "auto" resolved: by T5_LOAD_CPU, else cpu.
+    """`spec` with placement "auto" resolved: by T5_LOAD_CPU, else cpu, which is where ranks begin.
 
     Raises ValueError if T5_LOAD_CPU is neither 0 nor 1.
     """

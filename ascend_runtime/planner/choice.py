@@ -99,14 +99,12 @@ def nearest_sizes(
     """(the same picture with the most frames that fit, the same number of frames with the largest picture that
     fits)."""
     form = model.family.form(model.experts[0].config)
+    smallest = tiles_of(model, machine, fixed)[-1]  # no tiles of the VAE take less
 
     def is_fitting(size: VideoSize) -> bool:
         other = resized(model, video, size)
-        return any(
-            fits(memory.predicted(model, other, one, machine), machine)
-            for tiles in tiles_of(model, machine, fixed)
-            for one in arrangements(model, other, machine, fixed, tiles)
-        )
+        made = arrangements(model, other, machine, fixed, smallest)
+        return any(fits(memory.predicted(model, other, one, machine), machine) for one in made)
 
     size = size_of(video, form)
     return by_frames(size, form, is_fitting), by_picture(size, form, is_fitting)

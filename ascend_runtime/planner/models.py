@@ -174,6 +174,13 @@ def _count(parameters: Iterable[Any]) -> int:
     return sum(math.prod(parameter.shape) for parameter in parameters)
 
 
+def text_encoders(spec: TextEncoderSpec) -> tuple[Family, tuple[Network, ...]]:
+    """The family and the text encoders of a spec, the main one first. Raises ValueError for files that cannot be
+    used."""
+    found = _encoders(spec)
+    return found[0].family, tuple(map(_of_files, found))
+
+
 def _encoders(spec: TextEncoderSpec) -> list[Component]:
     """The text encoders, and the vision tower that lies with them or is given."""
     from ..models.family import VISION

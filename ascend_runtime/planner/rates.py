@@ -60,8 +60,7 @@ class Card:
     """Published figures of a device.
 
     peak: FLOP/s of dense bf16 matrix products. memory: bytes. bandwidth: of the memory, bytes/s. link: bytes/s that a
-    card sends to all others of its host together. pair: to one other, if each pair has its own links; None: a switch
-    gives a pair the whole link. efficiency: of `peak`, in a whole video. sources: where the figures come from.
+    card sends to others of its host. efficiency: of `peak`, in a whole video. sources: where the figures come from.
     """
 
     title: str
@@ -70,7 +69,6 @@ class Card:
     memory: int
     bandwidth: float
     link: float
-    pair: float | None
     efficiency: float
     sources: str
 
@@ -78,40 +76,40 @@ class Card:
 _NVLINK = "half of NVLink's published bidirectional bandwidth"
 CARD_FIGURES = {
     "a2": Card(
-        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 100e9, None, 0.5,
-        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: half of its "
-        "392 GB/s in both directions, of which MindIE's table of plans shows half, whatever the number of cards",
+        "Ascend 910B (Atlas 800 A2)", "npu", 313e12, 64 * 2**30, 1.6e12, 100e9, 0.5,
+        "peak: 2.5 PFLOPS of an Atlas 800T A2 with 8 NPUs, and 64 GB HBM each (Huawei's data sheet); links: half of "
+        "its 392 GB/s in both directions, of which MindIE's table of plans shows half, whatever the number of cards",
     ),
     "a3": Card(
-        "Ascend 910_93, one die (Atlas 800 A3)", "npu", 376e12, 64 * 2**30, 1.6e12, 196e9, None, 0.44,
+        "Ascend 910_93, one die (Atlas 800 A3)", "npu", 376e12, 64 * 2**30, 1.6e12, 196e9, 0.44,
         "arXiv 2506.12708 (Serving Large Language Models on Huawei CloudMatrix384): for each die of a 910C 376 TFLOPS "
         "in bf16, 64 GB, 1.6 TB/s, and 196 GB/s in one direction",
     ),
     "950": Card(
-        "Ascend 950PR", "npu", 500e12, 128 * 2**30, 1.6e12, 1e12, None, 0.47,
+        "Ascend 950PR", "npu", 500e12, 128 * 2**30, 1.6e12, 1e12, 0.47,
         "Huawei Connect 2025, keynote of Xu Zhijun: 1 PFLOPS in FP8, of which bf16 is taken as half, 128 GB, 1.6 TB/s, "
         "2 TB/s between chips in both directions",
     ),
     "h100": Card(
-        "NVIDIA H100 SXM", "cuda", 989e12, 80 * 10**9, 3.35e12, 450e9, None, 0.33,
+        "NVIDIA H100 SXM", "cuda", 989e12, 80 * 10**9, 3.35e12, 450e9, 0.33,
         "NVIDIA's data sheet of H100 SXM: 1979 TFLOPS in bf16 with sparsity, half without, 80 GB, 3.35 TB/s; "
         f"{_NVLINK} of 900 GB/s",
     ),
     "h200": Card(
-        "NVIDIA H200 SXM", "cuda", 989e12, 141 * 10**9, 4.8e12, 450e9, None, 0.33,
+        "NVIDIA H200 SXM", "cuda", 989e12, 141 * 10**9, 4.8e12, 450e9, 0.33,
         f"NVIDIA's data sheet of H200 SXM: as H100, 141 GB, 4.8 TB/s; {_NVLINK}, 900 GB/s; efficiency as H100",
     ),
     "h20": Card(
-        "NVIDIA H20", "cuda", 148e12, 96 * 10**9, 4.0e12, 450e9, None, 0.62,
+        "NVIDIA H20", "cuda", 148e12, 96 * 10**9, 4.0e12, 450e9, 0.62,
         f"NVIDIA's data sheet of H20: 148 TFLOPS in bf16, 96 GB, 4.0 TB/s; {_NVLINK}, 900 GB/s",
     ),
     "b200": Card(
-        "NVIDIA B200 SXM", "cuda", 2250e12, 180 * 10**9, 7.7e12, 900e9, None, 0.33,
+        "NVIDIA B200 SXM", "cuda", 2250e12, 180 * 10**9, 7.7e12, 900e9, 0.33,
         f"NVIDIA's data sheet of HGX B200: 2.25 PFLOPS in bf16 without sparsity, 180 GB, 7.7 TB/s; {_NVLINK}, "
         "1.8 TB/s; efficiency as H100",
     ),
     "cpu": Card(
-        "CPU, 8 cores", "cpu", 0.5e12, 0, 20e9, 5e9, None, 0.5,
+        "CPU, 8 cores", "cpu", 0.5e12, 0, 20e9, 5e9, 0.5,
         "an estimate for 8 cores with AVX2 at 2 GHz (16 fp32 multiply-adds a cycle), two channels of DDR4-2666 and "
         "Gloo on loopback; measure this host instead: python -m ascend_runtime plan MODEL --measure",
     ),
@@ -122,15 +120,13 @@ CARD_FIGURES = {
 class Rates:
     """Costs in seconds for each of UNITS.
 
-    source: where the figures come from. hides: whether exchanges run while a rank computes. pair: seconds for a byte to
-    one other rank if each pair has its own links (0: it takes no longer than to several). measured: costs by number of
-    ranks, which share this host's cores; empty for published figures.
+    source: where the figures come from. hides: whether exchanges run while a rank computes. measured: costs by number
+    of ranks, which share this host's cores; empty for published figures.
     """
 
     source: str
     costs: Mapping[str, float] = field(default_factory=dict)
     hides: bool = False
-    pair: float = 0.0
     measured: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def on(self, ranks: int) -> Mapping[str, float]:
@@ -176,5 +172,4 @@ def of_card(card: str, efficiency: float | None = None) -> Rates:
             **dict.fromkeys(("load_job", "encode_job", "denoise_job", "decode_job"), JOB),
         },
         hides=facts.kind == "cuda",  # published times of 8 A2 with FSDP contain its gathers in full
-        pair=0.0 if facts.pair is None else 1 / facts.pair,
     )

@@ -6,12 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from ..specs.plans import AXES
 from .exchange import Exchange, Step, exchanges, step_of
 from .facts import Arrangement, Machine, Model, Video
 from .rates import EXCHANGES, Rates
 from .timing import work
-from .timing.skipped import Kept, kept_in_steps
+from .timing.skipped import StepPart, kept_in_steps
 
 Amounts = Mapping[str, float]  # by unit, see rates.UNITS
 OVERLAPPED = 0.5  # the part of Ulysses' exchanges that runs while attention does, if they overlap
@@ -31,15 +30,15 @@ def predicted(
             change of an expert that waits on the host, its bytes;
         decode: FLOPs of the VAE for the largest tile, and bytes of frames;
     and a constant for each stage. Guidance in series takes both branches' passes. Where exchanges run while a rank
-    computes (`Rates.hides`), only what they take longer counts (see `_exposed`).
+    computes (`Rates.hides`), only what they take longer counts (see `_hidden`).
     """
     ranks = math.prod(arrangement.plan.degrees)
     costs = rates.on(ranks)
     seconds = {stage: total(of, costs) for stage, of in amounts(model, video, arrangement).items()}
-    if rates.hides or rates.pair:
+    if rates.hides:
         for step, kept, times in _kinds_of_steps(model, video, arrangement):
             seconds["denoise"] -= times * sum(
-                work.kept_of(exchange, kept) * _saved(exchange, step, rates, costs) for exchange in exchanges(step)
+                work.share_taken(exchange, kept) * _hidden(exchange, step, costs) for exchange in exchanges(step)
             )
     return seconds
 
@@ -70,7 +69,7 @@ def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amount
         for unit, amount in work.of_step(step, kept).items():
             found[unit] += times * amount
         for exchange in exchanges(step):
-            takes_place = times * work.kept_of(exchange, kept)
+            takes_place = times * work.share_taken(exchange, kept)
             found[exchange.axis] += takes_place * exchange.sent
             found[EXCHANGES[exchange.axis]] += takes_place * exchange.times
     if arrangement.experts == "swap":
@@ -86,7 +85,7 @@ def of_decoding(model: Model, video: Video, arrangement: Arrangement) -> Amounts
     sharing = math.prod(arrangement.plan.degrees) if arrangement.tiles == "whole" else 1
     return {
         "decode_job": 1,
-        "decode": work.of_decoding(model.vae, model.family, video.shape, sharing),
+        "decode": work.decoding_flops(model.vae, model.family, video.shape, sharing),
         "frames": 4.0 * math.prod(form.decoded_shape(video.shape)),  # in fp32
     }
 
@@ -100,7 +99,7 @@ def _load(model: Model, arrangement: Arrangement) -> Amounts:
 
 
 def _encode(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
-    flops = PROMPTS_OF_A_JOB * sum(work.of_encoding(encoder, video.text_tokens) for encoder in model.encoders)
+    flops = PROMPTS_OF_A_JOB * sum(work.encoding_flops(encoder, video.text_tokens) for encoder in model.encoders)
     if arrangement.encoder == "cpu":
         return {"encode_job": PROMPTS_OF_A_JOB, "encode": flops}
     return {"encode_job": PROMPTS_OF_A_JOB, "encode_ranks": flops / math.prod(arrangement.plan.degrees)}
@@ -113,7 +112,7 @@ def _networks(model: Model) -> list[tuple]:
     return found + ([(model.vae, model.vae_dtype)] if model.vae is not None else [])
 
 
-def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, Kept, int]]:
+def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Iterator[tuple[Step, StepPart, int]]:
     """The kinds of steps, what accelerators keep of each, and the number of each."""
     config = model.experts[0].config
     size = step_of(model, video, arrangement).size
@@ -122,36 +121,18 @@ def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Ite
         yield step_of(model, video, arrangement, expert, branches), kept, times
 
 
-# Exchanges of cards
+def _hidden(exchange: Exchange, step: Step, costs: Mapping[str, float]) -> float:
+    """The part of an exchange's seconds in which a rank computes.
 
-
-def _saved(exchange: Exchange, step: Step, rates: Rates, costs: Mapping[str, float]) -> float:
-    """The seconds by which an exchange takes less than its bytes over a whole link; negative if it takes more."""
-    seconds = exchange.sent * max(costs[exchange.axis], rates.pair / _peers(exchange, step))
-    return exchange.sent * costs[exchange.axis] - (_exposed(seconds, exchange, step, costs) if rates.hides else seconds)
-
-
-def _peers(exchange: Exchange, step: Step) -> int:
-    """The number of ranks to which a rank sends at once."""
-    if exchange.axis == "ring" and exchange.operation == "send":
-        return 1
-    degrees = dict(zip(AXES, step.plan.degrees))
-    sizes = {**degrees, "sequence": step.degree, "fsdp": math.prod(step.plan.degrees) // step.plan.tp}
-    return sizes[exchange.axis] - 1
-
-
-def _exposed(seconds: float, exchange: Exchange, step: Step, costs: Mapping[str, float]) -> float:
-    """The part of an exchange's seconds in which a rank waits.
-
-    Half of Ulysses' if it overlaps; of a ring's, what takes longer than the attention meanwhile; of gathered weights,
-    the first unit, and what takes longer than all computation.
+    Half of Ulysses' if it overlaps; a ring's as long as the attention meanwhile; gathered weights', but for the first
+    unit, as long as all computation.
     """
+    seconds = exchange.sent * costs[exchange.axis]
     if exchange.axis == "ulysses" and step.arrangement.overlap:
-        return seconds * (1 - OVERLAPPED)
+        return seconds * OVERLAPPED
     if exchange.axis == "ring":
         attention = work.of_step(step)["merged"] * costs["merged"]
-        return max(0.0, seconds - attention * (step.plan.ring - 1) / step.plan.ring)
+        return min(seconds, attention * (step.plan.ring - 1) / step.plan.ring)
     if exchange.axis == "fsdp":
-        first = seconds / (step.blocks + 1)
-        return first + max(0.0, seconds - first - total(work.of_step(step), costs))
-    return seconds
+        return min(seconds * step.blocks / (step.blocks + 1), total(work.of_step(step), costs))
+    return 0.0

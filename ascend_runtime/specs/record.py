@@ -14,7 +14,7 @@ FORMAT = 1
 MAX_FILES = 512  # of a component; a distributed checkpoint has one for each rank that wrote it
 MAX_JOBS = 256
 MAX_NUMBERS = 1001  # sigmas
-MAX_NAME, MAX_TEXT, MAX_LORAS = 64, 200, 256
+MAX_NAME, MAX_TEXT, MAX_LINE, MAX_LORAS = 64, 200, 1000, 256
 DENOISE, ENCODE, DECODE, ENCODE_VIDEO = "denoise", "encode", "decode", "encode video"  # kinds of jobs
 
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
@@ -34,7 +34,7 @@ class FileDigest(Struct, frozen=True, kw_only=True):
 
 class PartRecord(Struct, frozen=True, kw_only=True):
     """A network that took part. part: as "transformer" or "vae". name: as which it was recognised. digest: of all its
-    files, those that decide about its use included; empty if a file could not be read any more."""
+    files, those that decide about its use included."""
 
     part: Name
     name: Text
@@ -64,7 +64,7 @@ class HostRecord(Struct, frozen=True, kw_only=True):
 class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A job of the ranks, or the calls of a sampler outside of the ranks.
 
-    settings: of the sampler or of the VAE, the model's own values filled in. size: [frames, height, width] of the
+    parts: none if a file could not be read any more. settings: of the sampler or of the VAE, the model's own values filled in. size: [frames, height, width] of the
     video. plan: the degrees, and how weights and sequences are exchanged. accelerators: the settings of each, and
     saved: what they saved; calibration: the digest of what a step cache read for each expert. predicted: what the
     planner said before the job. calls: of the network, by a sampler outside of the ranks. seconds: by stage.
@@ -82,7 +82,7 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     accelerators: Annotated[dict[Name, Settings], Meta(max_length=8)] = {}
     saved: Settings = {}
     calibration: Annotated[dict[Name, Name], Meta(max_length=4)] = {}
-    predicted: Annotated[str, Meta(max_length=1000)] = ""
+    predicted: Annotated[str, Meta(max_length=MAX_LINE)] = ""
     calls: Count = 0
     seconds: Annotated[dict[Name, float], Meta(max_length=16)] = {}
 

@@ -334,8 +334,8 @@ class Failed(Message):
 
 
 AnyMessage = (
-    Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Choose | Free | Cancel | Shutdown
-    | Ready | Progress | Preview | Done | Failed
+    Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Choose | Free | Cancel
+    | Shutdown | Ready | Progress | Preview | Done | Failed
 )  # fmt: skip
 
 

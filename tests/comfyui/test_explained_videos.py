@@ -82,14 +82,14 @@ def test_the_file_says_what_ran(plain, checkpoint):
     assert expected.items() <= job.settings.items()
     assert job.plan["cfg_degree"] * job.plan["ulysses_degree"] == 2 == job.host.ranks and job.host.device == "cpu"
     assert job.size == jobs[DECODE].size == [9, 64, 64] and job.dtype == "float32" and job.accelerators == {}
-    assert {"denoise", "load"} <= job.seconds.keys() and job.operators["operators"] == "torch"
+    assert job.predicted and "denoise" in job.seconds and job.operators["operators"] == "torch"
     assert file_digest(checkpoint / "transformer" / WEIGHTS) in files_in(job)
     assert file_digest(checkpoint / "vae" / WEIGHTS) in files_in(jobs[DECODE])
 
 
 def test_this_host_would_make_the_same_bits(plain, explain):
     status, text = explain(plain)
-    assert status == 0 and "this host would make the same video, bit for bit" in text
+    assert status == 0 and "this host would make the same video, bit for bit" in text and "predicted    " in text
     assert "seed 7, 3 steps" in text and "a red circle" in text and "cfg x ring x ulysses x tp = 2 x 1 x 1 x 1" in text
 
 

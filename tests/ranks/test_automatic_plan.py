@@ -1,9 +1,11 @@
 """What a user leaves open is chosen: the fastest plan that fits, on ranks whose memory is played."""
 
 import json
+import math
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from ascend_runtime import DiffusionModelSpec, JobCancelled, ParallelSpec, RankError, SampleSpec, VideoSize
 from ascend_runtime.client.model_calls import NetworkPass
 from ascend_runtime.engine import planning
+from ascend_runtime.hardware import host, memory
 from ascend_runtime.planner import choice, models, rates
+from ascend_runtime.planner.choosing import encoders
 from ascend_runtime.planner.facts import Machine
 from ascend_runtime.wire.messages import SamplerRun
 from ascend_runtime.wire.plans import PlannedJob
@@ -227,3 +231,43 @@ def test_the_first_call_of_a_run_has_one_more_try(played):
     result = played.runtime.velocity(played.model, passes, run, 0)
     assert played.kinds == ["Choose", "Velocity", "Free", "Choose", "Velocity"]
     assert "once more" in result.info["warnings"][-1] and played.sent[-1].setting.parallel.fsdp
+
+
+def test_text_encoders_go_where_a_prompt_is_encoded_sooner_and_has_room(specs):
+    (_, found), card = models.text_encoders(specs.encoder), rates.of_card("a2")
+    needed = encoders.bytes_on_ranks(found, 8)
+    whole = 2 * sum(math.prod(shape) for one in found for shape in one.shapes.values())
+    assert needed > whole / 8
+
+    def place(device, host, rates=card):
+        return encoders.place(found, Machine("npu", "a2", 8, device, host), rates)
+
+    assert place(needed, PLENTY) == "ranks"
+    assert place(needed - 1, PLENTY) == "cpu", "no room on the cards"
+    slow_ranks = replace(card, costs={**card.costs, "encode_ranks": 9 * card.costs["encode"]})
+    assert place(needed, PLENTY, slow_ranks) == "cpu"
+    assert place(needed, whole - 1, slow_ranks) == "ranks", "no room on the host"
+    assert place(0, 0) == "cpu", "loading says what is missing"
+
+
+def test_weights_on_the_ranks_are_used_where_reading_others_takes_longer(played):
+    whole, _ = played.peaks()
+    played.has(whole - 1)
+    played.sample()
+    assert played.sent[-1].parallel.fsdp
+    played.has(PLENTY)
+    played.sample(shape=(1, 16, 3, 4, 6))
+    assert played.kinds == ["Choose", "Sample"] and played.sent[-1].parallel.fsdp, "both fit, and shards are here"
+
+
+def test_out_of_memory_is_known_by_what_ranks_say(tmp_path):
+    for text in ("NPU out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory", "MemoryError",
+                 "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
+                 f"Rank 1 of 2 was killed by SIGKILL, {host.BY_THE_KERNEL}. Its last output:"):  # fmt: skip
+        assert host.out_of_memory(host.advise(text, "AV-1510")), text
+    for text in ("Rank 0 of 2 was killed by SIGKILL. Its last output:", "No space left on device", "KeyError: 'memory'"):
+        assert not host.out_of_memory(host.advise(text, "AV-1510")), text
+    counts = tmp_path / "vmstat"
+    assert memory.kills(counts) == 0
+    counts.write_text("nr_free_pages 7\noom_kill 3\n")
+    assert memory.kills(counts) == 3

@@ -209,7 +209,7 @@ def a_diffusers_that_is_too_new(host):
     host.package("diffusers", "0.43.0")
 
 
-@fault("AV-1015", kind="cuda")
+@fault("AV-1015", WARNING, kind="cuda")
 def an_old_torch(host):
     host.package("torch", "2.6.0+cu124")
 
@@ -534,6 +534,42 @@ def test_hostile_names_and_output_are_escaped(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_output_of_npu_smi_that_is_not_understood_lists_no_card(text):
     assert cards.parsed(text) == []
+
+
+# Lines of npu-smi as they are printed in public reports: of 22.0 with a 310P, 23.3 and 24.1 with A2, 24.1 with A3.
+PRINTED = [
+    ("""
+| NPU     Name      | Health          | Power(W)     Temp(C)           Hugepages-Usage(page) |
+| Chip    Device    | Bus-Id          | AICore(%)    Memory-Usage(MB)                        |
+| 0       310P3     | OK              | 16.2         42                0    / 0              |
+| 0       0         | 0000:86:00.0    | 0            994  / 21534                            |""",
+     [("NPU 0 chip 0 (310P3)", "OK", 994, 21534, {})]),
+    ("""
+| 0       910B3              | OK            | 67.5         42                0    / 0               |
+| 0       NA                 | 0000:C1:00.0  | 60           5042  / 65536                            |""",
+     [("NPU 0 chip 0 (910B3)", "OK", 5042, 65536, {})]),
+    ("""
+| 2     910B2C              | Warning       | 87.8        31                0    / 0             |
+| 0                         | 0000:52:00.0  | 0           0    / 0          3406 / 65536         |
+| NPU     Chip              | Process id    | Process name             | Process memory(MB)      |
+| 2       0                 | 1333928       |                          | 37709                   |
+| No running processes found in NPU 3                                                            |""",
+     [("NPU 2 chip 0 (910B2C)", "Warning", 3406, 65536, {1333928: ("", 37709)})]),
+    ("""
+| 0     Ascend910           | OK            | 178.9       36                0    / 0             |
+| 0     0                   | 0000:9D:00.0  | 0           0    / 0          3412 / 65536         |
+| 0     Ascend910           | OK            | -           36                0    / 0             |
+| 1     1                   | 0000:9F:00.0  | 0           0    / 0          41697/ 65536         |
+| 0       0                 | 3325989       |                          | 50128                   |
+| 0       1                 | 3328327       |                          | 50119                   |""",
+     [("NPU 0 chip 0 (Ascend910)", "OK", 3412, 65536, {3325989: ("", 50128)}),
+      ("NPU 0 chip 1 (Ascend910)", "OK", 41697, 65536, {3328327: ("", 50119)})]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, states", PRINTED, ids=["310P", "A2 of 23.3", "A2", "A3"])
+def test_what_npu_smi_prints_is_understood(text, states):
+    assert cards.parsed(text) == [cards.CardState(*state) for state in states]
 
 
 def test_a_tool_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):

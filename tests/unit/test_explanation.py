@@ -28,7 +28,6 @@ from PIL.PngImagePlugin import PngInfo
 
 FILE, LORA = FileDigest(size=10, digest="ab"), FileDigest(size=11, digest="cd")
 PART = PartRecord(part="transformer", name="a model", digest="0123456789", files=[FILE])
-UNREAD = PartRecord(part="vae", name="v", digest="", files=[])
 NPU, HALF = (HostRecord(device="npu", card="a2", ranks=ranks) for ranks in (8, 4))
 FBCACHE, TEACACHE = ({"step_cache": {"method": method}} for method in ("fbcache", "teacache"))
 GRAPH = {
@@ -87,7 +86,7 @@ def test_the_same_host_makes_the_same_bits(eight_cards):
     (record(job(accelerators=FBCACHE), torch="0"), {}, Verdict.ROUNDING, "fbcache compares"),
     (record(job()), {"seen": set()}, Verdict.ANOTHER, "01234567): there is no such file of 10 bytes"),
     (record(job()), {"seen": {FileDigest(size=10, digest="x")}}, Verdict.ANOTHER, "has other content"),
-    (record(job(parts=[UNREAD])), {}, Verdict.UNKNOWN, "could not be read"),
+    (record(job(parts=[])), {}, Verdict.UNKNOWN, "denoise: the model's files could not be read"),
     (record(job(loras=[lora(None)])), {}, Verdict.UNKNOWN, "a LoRA"),
     (record(job(loras=[lora(LORA)])), {"seen": {FILE}}, Verdict.ANOTHER, "LoRA cd: there is no such file of 11"),
     (record(), {}, Verdict.UNKNOWN, "no diffusion model"),
@@ -102,6 +101,16 @@ def test_a_number_of_ranks_that_the_graph_sets_is_the_same_on_a_larger_host(eigh
     made = record(job(host=HALF))
     graph = {**GRAPH, "3": {"class_type": "AscendParallelConfig", "inputs": {"ranks": 4}}}
     assert [text for text in verdict(made, graph)[1] if "4 made it" in text] == []
+
+
+def test_what_is_taken_for_granted_is_named():
+    graph = {**GRAPH, "3": {"class_type": "LoadImage", "inputs": {"image": "cat.png"}},
+             "4": {"class_type": "AscendParallelConfig", "inputs": {"cfg_degree": 2, "ulysses_degree": 0}}}  # fmt: skip
+    made = record(job(plan={"cfg_degree": 2, "ulysses_degree": 4}))
+    inputs, plan = host.notes(metadata.Metadata(made, graph))
+    assert inputs.endswith("reads them as inputs: cat.png") and plan.startswith("the graph leaves the plan open")
+    graph["4"]["inputs"]["ulysses_degree"] = 4
+    assert len(list(host.notes(metadata.Metadata(made, graph)))) == 1
 
 
 def test_a_file_without_metadata(tmp_path, capsys):
@@ -185,11 +194,11 @@ def test_each_line_of_a_full_record_is_there():
         accelerators={"rainfusion": {"version": "v3"}}, saved={"flops_saved": 0.3}, predicted="20 s", calls=40,
         seconds={"denoise": 12.5},
     ))  # fmt: skip
-    text = "\n".join(words.lines(metadata.Metadata(full, GRAPH), [], Verdict.BITS, ["image.png"]))
+    text = "\n".join(words.lines(metadata.Metadata(full, GRAPH), [], Verdict.BITS, ["a \x1b note"]))
     for part in ("strength 0.5, expert low_noise, digest cd", "seed 3, 20 steps (40 model calls", "shift 5.0",
                  "= 2 x ? x 4 x ?, fsdp True", "rainfusion: version v3", "flops_saved 0.3", "predicted    20 s",
                  "bfloat16, quantization w8a8_dynamic", "attention infer", "denoise 12.50", "8 rank(s), npu a2",
-                 "prompt       a prompt", "graph's seed 5", "reads them as inputs: image.png"):  # fmt: skip
+                 "prompt       a prompt", "graph's seed 5", "a \\x1b note"):  # fmt: skip
         assert part in text, part
 
 

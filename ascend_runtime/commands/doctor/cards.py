@@ -97,7 +97,7 @@ def _gpu_states(around: Surroundings, tool: str) -> list[CardState]:
         holders.setdefault(uuid, {})[int(pid)] = (", ".join(name), int(used) if used.isdigit() else 0)
     rows = [line.split(", ") for line in around.output_of(tool, f"--query-gpu={_GPU}", form).splitlines()]
     return [
-        CardState(f"GPU {number} ({name})", "OK" if faults in ("0", "[N/A]") else f"{faults} uncorrected ECC errors",
+        CardState(f"GPU {number} ({name})", f"{faults} uncorrected ECC errors" if faults.isdigit() and int(faults) else "OK",
                   int(used), int(total), holders.get(uuid, {}))
         for number, uuid, name, total, used, faults in (row for row in rows if len(row) == 6)
         if total.isdigit() and used.isdigit()

@@ -48,8 +48,10 @@ def _requirements(around: Surroundings) -> Iterator[Finding]:
         faults.append(HostFault("AV-1015", "torch is not installed in this Python.",
                                 "Use the Python that runs ComfyUI, or install torch first."))  # fmt: skip
     elif ".".join(torch.split(".")[:2]) not in _TORCHES:
-        faults.append(HostFault("AV-1015", f"torch is {torch}; the pack supports {', '.join(_TORCHES)}.",
-                                "Install one of these, with what belongs to it (torchvision, torch_npu)."))  # fmt: skip
+        yield warning("packages", HostFault(
+            "AV-1015", f"torch is {torch}; the pack is checked with {', '.join(_TORCHES)}.",
+            "If jobs fail, install one of these, with what belongs to it (torchvision, torch_npu).",
+        ))  # fmt: skip
     if missing := [name for name, _ in required if host.installed(name) is None]:
         faults.append(HostFault("AV-1015", f"Not installed: {', '.join(missing)}.",
                                 f"{around.python} -m pip install -r {around.pack / 'requirements.txt'}"))  # fmt: skip

@@ -27,16 +27,16 @@ def run(arguments: Namespace, progress: ProgressDisplay | None = None) -> int:
     progress.begin("comparing with the models of this host")
     folders = [Path(folder).expanduser() for folder in arguments.models or host.models_folders()]
     found = host.reasons(read, host.Host.looked_at(folders, read))
-    verdict, inputs = host.verdict_of(found), host.conditions(read.graph)
+    verdict, notes = host.verdict_of(found), [*host.notes(read)]
     progress.end()
     if arguments.json:
-        print(json.dumps(_as_json(read, found, verdict, inputs), indent=1))
+        print(json.dumps(_as_json(read, found, verdict, notes), indent=1))
     else:
-        print(*words.lines(read, found, verdict, inputs), sep="\n")
+        print(*words.lines(read, found, verdict, notes), sep="\n")
     return 0 if verdict <= host.Verdict.ROUNDING else 1
 
 
-def _as_json(read: metadata.Metadata, found: list[host.Reason], verdict: host.Verdict, inputs: list[str]) -> dict:
+def _as_json(read: metadata.Metadata, found: list[host.Reason], verdict: host.Verdict, notes: list[str]) -> dict:
     reasons = [{"verdict": reason.verdict.name.lower(), "text": printable(reason.text)} for reason in found]
     return {"record": msgspec.to_builtins(read.record), **words.texts_of(read.graph), "verdict": verdict.name.lower(),
-            "reasons": reasons, "inputs": inputs}  # fmt: skip
+            "reasons": reasons, "notes": notes}  # fmt: skip

@@ -84,10 +84,16 @@ def verdict_of(found: Iterable[Reason]) -> Verdict:
     return max((reason.verdict for reason in found), default=Verdict.BITS)
 
 
-def conditions(graph: Mapping[str, dict]) -> list[str]:
-    """What is not compared: the files that the graph reads as inputs."""
-    nodes = [node for node in graph.values() if node["class_type"] in INPUTS]
-    return sorted({str(value) for node in nodes for value in node["inputs"].values() if isinstance(value, str)})
+def notes(metadata: Metadata) -> Iterator[str]:
+    """What the verdict takes for granted."""
+    nodes = [node for node in metadata.graph.values() if node["class_type"] in INPUTS]
+    if files := sorted({value for node in nodes for value in node["inputs"].values() if isinstance(value, str)}):
+        yield f"not compared, as the graph reads them as inputs: {', '.join(files)}"
+    for job in metadata.record.jobs:
+        degrees = [(name, job.plan.get(name)) for name in ("cfg_degree", "ulysses_degree")]
+        if job.kind == DENOISE and job.host.ranks > 1 and not all(_fixes(metadata.graph, *one) for one in degrees):
+            yield "the graph leaves the plan open: if another one is chosen here, the video is the same within rounding"
+            return
 
 
 def _files(job: JobRecord) -> Iterator[FileDigest]:
@@ -131,10 +137,10 @@ def _comfyui(models: Path) -> str | None:
 
 
 def _of_files(jobs: list[JobRecord], host: Host) -> Iterator[Reason]:
+    for kind in (job.kind for job in jobs if not job.parts):
+        yield Reason(Verdict.UNKNOWN, f"{kind}: the model's files could not be read any more when the video was made")
     for part in {part.digest: part for job in jobs for part in job.parts}.values():
-        if not part.digest:
-            yield Reason(Verdict.UNKNOWN, f"{_named(part)}: its files could not be read when the video was made")
-        elif missing := [file for file in part.files if file not in host.seen]:
+        if missing := [file for file in part.files if file not in host.seen]:
             yield Reason(Verdict.ANOTHER, f"{_named(part)}: {_missing(max(missing, key=lambda one: one.size), host)}")
     for lora in {lora.file: lora for job in jobs for lora in job.loras}.values():
         if lora.file is None:

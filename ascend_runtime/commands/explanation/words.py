@@ -24,7 +24,7 @@ VERDICTS = {
 }
 
 
-def lines(metadata: Metadata, found: list[Reason], verdict: Verdict, inputs: list[str]) -> Iterator[str]:
+def lines(metadata: Metadata, found: list[Reason], verdict: Verdict, notes: list[str]) -> Iterator[str]:
     """The explanation, escaped, as a file may hold anything."""
     facts = [*_facts(metadata.record), *_texts(metadata.graph)]
     yield from (printable(f"{name.ljust(WIDTH)} {text}") for name, text in facts if text)
@@ -35,8 +35,7 @@ def lines(metadata: Metadata, found: list[Reason], verdict: Verdict, inputs: lis
     if others:
         yield "it also differs in:"
         yield from (f"  {printable(reason.text)}" for reason in others)
-    if inputs:
-        yield f"not compared, as the graph reads them as inputs: {printable(', '.join(inputs))}"
+    yield from map(printable, notes)
 
 
 def texts_of(graph: Mapping[str, dict]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def _facts(record: VideoRecord) -> Iterator[tuple[str, str]]:
     jobs = record.jobs
     parts = {part.digest: part for job in jobs for part in job.parts}.values()
     for part in parts:
-        yield part.part, f"{part.name}, digest {part.digest or 'unknown'}"
+        yield part.part, f"{part.name}, digest {part.digest}"
     for job in jobs:
         if job.kind == DENOISE:
             yield from _of_denoising(job)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
-READ = 2**28  # bytes at most
+MOST_READ = 2**28  # bytes at most
 LEAST = 2**22  # bytes: a smaller file shows latency only
 PIECE = 2**24
 TOKENS, WIDTH = 256, 2048
@@ -27,7 +27,7 @@ def disk_cost(path: str) -> float | None:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start, done = time.perf_counter(), 0
-        while done < READ and (piece := file.read(PIECE)):
+        while done < MOST_READ and (piece := file.read(PIECE)):
             done += len(piece)
         return (time.perf_counter() - start) / done
 

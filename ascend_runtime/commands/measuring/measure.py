@@ -1,8 +1,8 @@
 """Runs small jobs on this host, fits the planner's costs to their seconds, and keeps them in a profile.
 
 For each number of ranks: denoise loops of two networks of the model's family, one as wide as the model if its weights
-are not too large, and one half as wide, in several sizes and one plan for each axis of the mesh; decoded latents; loaded
-networks. Jobs run in turns, and the median of each counts.
+are not too large, and one half as wide, in several sizes and one plan for each axis of the mesh; decoded latents; and
+loaded networks. Jobs run in turns, and the median of each counts.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from ...client.runtime import Runtime
 from ...models.family import TRANSFORMER
 from ...planner import rates
 from ...planner.facts import Arrangement, Model, Network
-from ...planner.timing.fit import Sample, errors, fitted
-from ...planner.timing.profile import Entry, Profile, profile_file, read_profile, versions, write_profile
+from ...planner.timing.fit import TimedJob, errors, fitted_costs
+from ...planner.timing.profile import Profile, ProfileEntry, profile_file, read_profile, timed_with, write_profile
 from ...planner.timing.work import kept_bytes
 from ...specs import ParallelSpec, Plan, VaeSpec
 from . import host, networks
-from .trials import Decoding, Trial, arrangements, parallel_of, with_network
+from .trials import Decoding, Trial, one_for_each_axis, request_of, with_network
 
 SECONDS = 120.0  # for all jobs, without the start of ranks
-PART = 300  # of all seconds: the largest job with the fewest ranks
-SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of a latent of FRAMES frames
-FRAMES = 3
+LARGEST_PART = 300  # of all seconds: the largest job with the fewest ranks
+SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of a latent of LATENT_FRAMES frames
+LATENT_FRAMES = 3
 DECODED = ((1, 8, 8), (2, 8, 8), (3, 12, 12), (3, 16, 24), (5, 32, 32), (5, 48, 64), (9, 64, 96))
 WIDE_BLOCKS, NARROW_BLOCKS = 3, 6
-MAX_WEIGHTS = 2**28  # bytes of a network
+MOST_WEIGHTS = 2**28  # bytes of a network
 DEEP_WEIGHTS, DEEPEST = 2**26, 24  # bytes, blocks of one that is only loaded
 ROUNDS = 5
 
@@ -41,9 +41,9 @@ Report = Callable[[str], object]
 
 @dataclass
 class Measured:
-    """samples: by the number of ranks. costs: what was fitted to them."""
+    """samples: by the number of ranks. costs: what was fitted_costs to them."""
 
-    samples: dict[int, list[Sample]] = field(default_factory=dict)
+    samples: dict[int, list[TimedJob]] = field(default_factory=dict)
     costs: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def error(self, ranks: int) -> float:
@@ -74,8 +74,10 @@ def measure(
     measured = measured_on(subject, ranks, seconds, report)
     kind = rates.CARD_FIGURES[card].kind
     entries = [
-        Entry(kind=kind, card=card, family=subject.model.family.name, ranks=number, versions=versions(), costs=costs,
-              jobs=len(measured.samples[number]), error=measured.error(number))
+        ProfileEntry(
+            kind=kind, card=card, family=subject.model.family.name, ranks=number, versions=timed_with(), costs=costs,
+            jobs=len(measured.samples[number]), error=measured.error(number),
+        )
         for number, costs in measured.costs.items()
     ]  # fmt: skip
     profile = profile.with_entries(entries)
@@ -87,11 +89,11 @@ def measured_on(subject: Subject, ranks: Sequence[int], seconds: float = SECONDS
     """Runs the jobs with each number of ranks and fits their costs. seconds: for all jobs together."""
     measured, of_host = Measured(), _host_costs(subject)
     with tempfile.TemporaryDirectory(prefix="ascend_video_") as folder:
-        bench = Bench(subject, Path(folder), seconds / PART, report)
+        bench = Bench(subject, Path(folder), seconds / LARGEST_PART, report)
         for number in sorted(ranks):
             samples = bench.samples(number, seconds / len(ranks))
             measured.samples[number] = samples
-            measured.costs[number] = {**fitted(samples), **of_host}
+            measured.costs[number] = {**fitted_costs(samples), **of_host}
             report(f"{number} rank(s): {len(samples)} jobs, median error of the fit {measured.error(number):.1%}")
     return measured
 
@@ -102,14 +104,14 @@ class Bench:
     def __init__(self, subject: Subject, folder: Path, target: float, report: Report):
         self._subject, self._folder, self._target, self._report = subject, folder, target, report
         model = subject.model
-        wide = _heads_within(model, MAX_WEIGHTS)
+        wide = _heads_within(model, MOST_WEIGHTS)
         self._wide = self._network("wide", wide, WIDE_BLOCKS)
         self._narrow = self._network("narrow", max(1, wide // 2), NARROW_BLOCKS)
         self._deep = self._network("deep", wide, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // _bytes(model, wide, 1)))
         self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large; found with the first ranks
         self._decoded: tuple[tuple[int, int, int], ...] = ()
 
-    def samples(self, ranks: int, seconds: float) -> list[Sample]:
+    def samples(self, ranks: int, seconds: float) -> list[TimedJob]:
         """The medians of all jobs with this number of ranks, which take this long together."""
         with Runtime(ParallelSpec(ranks=ranks), device=self._subject.device) as runtime:
             self._report(f"{ranks} rank(s) on {runtime.device}")
@@ -128,7 +130,7 @@ class Bench:
         if self._sizes:
             return
         first = Arrangement(Plan(ulysses=ranks))
-        sizes = [(FRAMES, side, side) for side in SIDES]
+        sizes = [(LATENT_FRAMES, side, side) for side in SIDES]
         self._sizes = _up_to(self._target, sizes, lambda size: Trial(*self._wide, size, 1, first).run(runtime))
         if self._subject.vae is not None:
             model, vae = self._subject.model, self._subject.vae
@@ -137,7 +139,7 @@ class Bench:
     def _trials(self, ranks: int) -> Iterator[Trial]:
         small, medium, large = self._sizes
         heads = math.gcd(*(_heads(model) for model, _ in (self._wide, self._narrow)))
-        for number, arrangement in enumerate(arrangements(ranks, heads)):
+        for number, arrangement in enumerate(one_for_each_axis(ranks, heads)):
             yield Trial(*self._wide, large, 1, arrangement)
             yield Trial(*self._narrow, medium, 2, arrangement)
             yield Trial(*self._narrow, small, 2, arrangement)
@@ -152,18 +154,18 @@ class Bench:
         for size in self._decoded:
             yield Decoding(self._subject.model, self._subject.vae, size, Arrangement(Plan(ulysses=ranks)))
 
-    def _loaded(self, runtime: Runtime, ranks: int) -> Iterator[Sample]:
+    def _loaded(self, runtime: Runtime, ranks: int) -> Iterator[TimedJob]:
         """Loads networks whose files are in memory. The first one, with which ranks import what they need, does not
         count."""
         for number, (model, path) in enumerate((self._narrow, self._wide, self._deep)):
             trial = Trial(model, path, (1, 8, 8), 1, Arrangement(Plan(ulysses=ranks)))
-            took = runtime.load(trial.spec, parallel=parallel_of(trial.arrangement)).seconds["load"]
+            took = runtime.load(trial.spec, parallel=request_of(trial.arrangement)).seconds["load"]
             if number:
                 copied = float(kept_bytes(model.experts[0], model.dtype))
-                yield Sample(f"load {copied / 1e6:.0f} MB", {"load_job": 1, "copied": copied}, took)
+                yield TimedJob(f"load {copied / 1e6:.0f} MB", {"load_job": 1, "copied": copied}, took)
 
 
-def _medians(runtime: Runtime, trials: Sequence[Trial | Decoding], seconds: float) -> list[Sample]:
+def _medians(runtime: Runtime, trials: Sequence[Trial | Decoding], seconds: float) -> list[TimedJob]:
     """The jobs in turns, after a round that does not count; fewer rounds if they take more than `seconds`."""
     took: list[list[float]] = [[] for _ in trials]
     end, longest = time.monotonic() + seconds, 0.0

@@ -10,12 +10,12 @@ import torch
 from ...client.runtime import Runtime
 from ...planner import seconds
 from ...planner.facts import Arrangement, Model, Network, Video
-from ...planner.timing.fit import Sample
+from ...planner.timing.fit import TimedJob
 from ...specs import AccelerationSpec, DiffusionModelSpec, ParallelSpec, Plan, SampleSpec, VaeSpec
 from ...wire.messages import Conditioning
 
-TEXT_TOKENS = 64
-GUIDANCE = 5.0
+PROMPT_TOKENS = 64
+GUIDANCE_SCALE = 5.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Trial:
     @property
     def video(self) -> Video:
         channels = self.model.family.form(self.model.experts[0].config).channels
-        return Video((1, channels, *self.size), ((0, self.branches),) * self.steps, TEXT_TOKENS,
+        return Video((1, channels, *self.size), ((0, self.branches),) * self.steps, PROMPT_TOKENS,
                      acceleration=self.acceleration)  # fmt: skip
 
     @property
@@ -50,16 +50,16 @@ class Trial:
 
     def run(self, runtime: Runtime) -> float:
         """Seconds of the denoise loop on these ranks."""
-        guidance = GUIDANCE if self.branches == 2 else 1.0
+        guidance = GUIDANCE_SCALE if self.branches == 2 else 1.0
         prompts = _prompts(self.model)
         result = runtime.sample(
             self.spec, SampleSpec(steps=self.steps, guidance_scale=guidance), torch.zeros(self.video.shape), *prompts,
-            parallel=parallel_of(self.arrangement), acceleration=self.acceleration,
+            parallel=request_of(self.arrangement), acceleration=self.acceleration,
         )  # fmt: skip
         return result.seconds["denoise"]
 
-    def sample(self, took: float) -> Sample:
-        return Sample(self.name, seconds.of_denoising(self.model, self.video, self.arrangement), took)
+    def sample(self, took: float) -> TimedJob:
+        return TimedJob(self.name, seconds.of_denoising(self.model, self.video, self.arrangement), took)
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Decoding:
         generator = torch.Generator().manual_seed(0)
         return runtime.decode(self.vae, torch.randn(self.video.shape, generator=generator)).seconds["decode"]
 
-    def sample(self, took: float) -> Sample:
-        return Sample(self.name, seconds.of_decoding(self.model, self.video, self.arrangement), took)
+    def sample(self, took: float) -> TimedJob:
+        return TimedJob(self.name, seconds.of_decoding(self.model, self.video, self.arrangement), took)
 
 
-def parallel_of(arrangement: Arrangement) -> ParallelSpec:
+def request_of(arrangement: Arrangement) -> ParallelSpec:
     """The request for exactly this arrangement."""
     plan = arrangement.plan
     return ParallelSpec(
@@ -97,7 +97,7 @@ def parallel_of(arrangement: Arrangement) -> ParallelSpec:
     )  # fmt: skip
 
 
-def arrangements(ranks: int, heads: int) -> Iterator[Arrangement]:
+def one_for_each_axis(ranks: int, heads: int) -> Iterator[Arrangement]:
     """An arrangement for each axis, with all ranks on it as far as possible, and one with FSDP. heads: of the network,
     which tensor parallelism must divide."""
     if ranks == 1:
@@ -121,8 +121,7 @@ def _prompts(model: Model) -> tuple[Conditioning, Conditioning]:
     family, config = model.family, model.experts[0].config
     width = family.pooled_width(config)
     return tuple(
-        Conditioning(
-            text=torch.randn(1, TEXT_TOKENS, family.text_width(config)), pooled=torch.randn(1, width) if width else None
-        )
+        Conditioning(text=torch.randn(1, PROMPT_TOKENS, family.text_width(config)),
+                     pooled=torch.randn(1, width) if width else None)
         for _ in range(2)
-    )
+    )  # fmt: skip

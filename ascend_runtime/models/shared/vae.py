@@ -34,11 +34,6 @@ class VideoVae(ABC):
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
 
-    @property
-    def nbytes(self) -> int:
-        """Of the weights."""
-        return sum(parameter.nbytes for parameter in self.network.parameters())
-
     def to(self, device: torch.device | str) -> None:
         nn.Module.to(self.network, device)  # diffusers' own `to` prints warnings that do not apply
 

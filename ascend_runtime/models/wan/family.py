@@ -191,7 +191,7 @@ class Wan(Family):
     def smaller(self, config: Mapping[str, Any], heads: int, blocks: int) -> dict[str, Any]:
         config = configs.filled(config)
         config.pop(configs.REFERENCE_CHANNELS, None)
-        inner = config["ffn_dim"] * heads // config["num_attention_heads"]
+        inner = heads * 8 * max(1, config["ffn_dim"] // config["num_attention_heads"] // 8)  # divisible as heads are
         sizes = {"num_attention_heads": heads, "ffn_dim": inner, "num_layers": blocks}
         return {**config, **sizes, **configs.FROM_TEXT, "in_channels": config["out_channels"]}
 

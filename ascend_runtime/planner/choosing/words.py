@@ -18,8 +18,12 @@ def line(
 ) -> str:  # fmt: skip
     """fitting: at least one, the chosen one first."""
     chosen = fitting[0]
-    reason = _reason(fitting, others, machine)
-    return f"{arrangement(chosen.arrangement, 'encode' in chosen.seconds)}: {reason}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
+    what, why = _described(chosen), _reason(fitting, others, machine)
+    return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
+
+
+def _described(one: Prediction) -> str:
+    return arrangement(one.arrangement, "encode" in one.seconds)
 
 
 def arrangement(one: Arrangement, encodes: bool = True) -> str:
@@ -48,7 +52,7 @@ def duration(seconds: float) -> str:
 
 
 def gigabytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB"
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.0f} MB"
 
 
 def predicted_to_take(one: Prediction, machine: Machine | None) -> str:
@@ -64,7 +68,7 @@ def predicted_to_take(one: Prediction, machine: Machine | None) -> str:
     )
 
 
-def _reason(fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None) -> str:
+def _reason(fitting: Sequence[Prediction], others: Sequence[Prediction]) -> str:
     chosen, count = fitting[0], len(fitting) + len(others)
     if count == 1:
         return "the only arrangement that was left open, and it fits"
@@ -81,7 +85,7 @@ def _why_not(chosen: Prediction, others: Sequence[Prediction]) -> str:
     if not faster:
         return ""
     one = min(faster, key=_running)
-    return f"{arrangement(one.arrangement)} would need {gigabytes(one.memory.device_peak)} a card"
+    return f"{_described(one)} would need {gigabytes(one.memory.device_peak)} a card"
 
 
 def _running(one: Prediction) -> float:

@@ -20,13 +20,10 @@ def tile_bytes(model: Model, video: Video, ranks: int, tiles: str, work: str) ->
 def _tile_bytes(
     family: Family, config: str, dtype: str, ranks: int, tiles: str, work: str, size: tuple[int, int, int]
 ) -> int:
-    import torch
-
     from ...models.shared.overlapping import cut_latent
     from ...parallel.tiles import grid_of
 
-    network = family.network(VAE, json.loads(config))
-    vae = family.vae(torch.nn.Module.to(network, getattr(torch, dtype)), family.vae_form(json.loads(config)))
+    vae = _empty_vae(family, config, dtype)
     frames, height, width = size
     if tiles == "published" and (cuts := vae.cuts(*size)) is not None:
         return vae.bytes_needed(work, *max(cut_latent(cuts, size), key=lambda tile: tile.work).size)
@@ -35,3 +32,12 @@ def _tile_bytes(
         return vae.bytes_needed(work, frames, *tile)
     grid = grid_of(ranks, height, width)
     return vae.bytes_needed(work, frames, max(grid.heights), max(grid.widths), grid.tiles)
+
+
+@lru_cache(maxsize=4)
+def _empty_vae(family: Family, config: str, dtype: str):
+    """A VAE on the meta device."""
+    import torch
+
+    network = family.network(VAE, json.loads(config))
+    return family.vae(torch.nn.Module.to(network, getattr(torch, dtype)), family.vae_form(json.loads(config)))

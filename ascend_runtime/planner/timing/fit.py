@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 TURNS = 2000  # of the fit; coordinates that hardly change end it earlier
-STILL = 1e-9
+SETTLED = 1e-9
 REWEIGHTED, LARGE = 5, 0.1  # turns; a relative error beyond which a job counts less (Huber's weights)
 
 
 @dataclass(frozen=True)
-class Sample:
+class TimedJob:
     """A job, or a stage of one: what it took, by unit, and its seconds. name: in a few words."""
 
     name: str
@@ -21,7 +21,7 @@ class Sample:
     seconds: float
 
 
-def fitted(samples: Sequence[Sample]) -> dict[str, float]:
+def fitted_costs(samples: Sequence[TimedJob]) -> dict[str, float]:
     """Seconds for each unit that occurs in the samples: those with the least sum of squared relative errors, none of
     them negative; errors beyond LARGE count by their size only, so that a disturbed job does not bend all others.
     Raises ValueError without samples."""
@@ -51,15 +51,15 @@ def nonnegative(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
             x[unit] += moved
             slope += moved * gram[unit]
             largest = max(largest, abs(moved))
-        if largest < STILL:
+        if largest < SETTLED:
             break
     return x / scale
 
 
-def errors(samples: Iterable[Sample], costs: Mapping[str, float]) -> dict[str, float]:
+def errors(samples: Iterable[TimedJob], costs: Mapping[str, float]) -> dict[str, float]:
     """By sample's name, how much longer it is predicted to take than it took, relative to that."""
     return {sample.name: predicted_by(sample, costs) / sample.seconds - 1 for sample in samples}
 
 
-def predicted_by(sample: Sample, costs: Mapping[str, float]) -> float:
+def predicted_by(sample: TimedJob, costs: Mapping[str, float]) -> float:
     return sum(amount * costs.get(unit, 0.0) for unit, amount in sample.amounts.items())

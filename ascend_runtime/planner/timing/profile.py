@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -16,18 +16,19 @@ from msgspec import Struct
 from ...checkpoints.bounded import MAX_NAME_LENGTH, read_bounded
 from ...checkpoints.faults import shown
 from ...errors import coded_error
+from ...hardware.versions import versions
 from ..rates import UNITS, Rates, of_card
 
 PROFILE = "ascend_video_profile.json"
 FORM = 1  # of the file
 MAX_PROFILE_BYTES = 2**20  # an entry takes about 1 kB
-MAX_ENTRIES = 256
+MOST_ENTRIES = 256
 HIGHEST = 3600.0  # seconds that no unit takes
 VERSIONED = ("torch", "torch_npu", "mindiesd")
 
 
-class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Costs that were fitted on devices of a kind and card, shared by a number of ranks.
+class ProfileEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Costs that were fitted_costs on devices of a kind and card, shared by a number of ranks.
 
     kind: "npu", "cuda" or "cpu". card: its product line. family: of the measured networks. versions: of packages.
     costs: seconds for each of rates.UNITS. jobs: the number of measured jobs. error: their median relative error in the
@@ -61,23 +62,23 @@ class Entry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     form: int = FORM
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[ProfileEntry, ...] = ()
 
     def __post_init__(self):
         if self.form != FORM:
             raise ValueError(f"it has the form {self.form}; this version reads {FORM}")
-        if len(self.entries) > MAX_ENTRIES:
-            raise ValueError(f"it has {len(self.entries)} entries, more than {MAX_ENTRIES}")
+        if len(self.entries) > MOST_ENTRIES:
+            raise ValueError(f"it has {len(self.entries)} entries, more than {MOST_ENTRIES}")
 
-    def with_entries(self, entries: list[Entry]) -> Profile:
+    def with_entries(self, entries: list[ProfileEntry]) -> Profile:
         """With these in place of those about the same."""
         kept = {entry.about: entry for entry in (*self.entries, *entries)}
-        return Profile(entries=tuple(kept.values())[-MAX_ENTRIES:])
+        return Profile(entries=tuple(kept.values())[-MOST_ENTRIES:])
 
     def rates(self, kind: str, card: str, family: str) -> Rates | None:
         """What was measured on such devices with the installed versions; None: nothing."""
         found = [one for one in self.entries
-                 if (one.kind, one.card, one.family, one.versions) == (kind, card, family, versions())]  # fmt: skip
+                 if (one.kind, one.card, one.family, one.versions) == (kind, card, family, timed_with())]  # fmt: skip
         if not found:
             return None
         assumed = of_card(card).costs
@@ -114,18 +115,17 @@ def write_profile(file: Path, profile: Profile) -> None:
     os.replace(partial, file)
 
 
-def rates_for(path: str, kind: str, card: str, family: str) -> Rates:
-    """What was measured on this host next to the model at `path`, else the published figures of the card. Raises
-    ValueError for an invalid profile or an unknown card."""
-    return read_profile(profile_file(path)).rates(kind, card, family) or of_card(card)
+def rates_for(path: str, kind: str, card: str, family: str, ranks: int | None = None) -> Rates:
+    """What was measured on this host next to the model at `path`, else the published figures of the card; their source
+    says why. ranks: the number for which rates are needed; None: all that were measured. Raises ValueError for an
+    invalid profile or an unknown card."""
+    found, published = read_profile(profile_file(path)).rates(kind, card, family), of_card(card)
+    if found is None or ranks in (None, *found.measured):
+        return found or published
+    numbers = ", ".join(map(str, sorted(found.measured)))
+    return replace(published, source=f"{published.source}; this host was measured with {numbers} ranks, not {ranks}")
 
 
-def versions() -> dict[str, str]:
-    """Of the installed packages on which times depend."""
-    found = {}
-    for name in VERSIONED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def timed_with() -> dict[str, str]:
+    """The versions of the installed packages on which times depend."""
+    return {name: version for name, version in versions().items() if name in VERSIONED}

@@ -12,7 +12,7 @@ from ...specs import AccelerationSpec, AttentionCacheSpec, StepCacheSpec
 from ..facts import Video
 
 
-class Kept(NamedTuple):
+class StepPart(NamedTuple):
     """The fractions of a step that are computed. blocks: of all blocks. attention: of these blocks' self-attention.
     density: of the attention matrix."""
 
@@ -21,14 +21,14 @@ class Kept(NamedTuple):
     density: float = 1.0
 
 
-ALL = Kept()
+ALL = StepPart()
 
 
-def kept_in_steps(video: Video, work: Work) -> list[Kept]:
+def kept_in_steps(video: Video, work: Work) -> list[StepPart]:
     """For each step of the video. work: of a pass."""
     spec = video.acceleration
     return [
-        Kept(blocks, attention, density)
+        StepPart(blocks, attention, density)
         for blocks, attention, density in zip(_blocks(spec, video, work), _attention(spec, video, work),
                                               _density(spec, video, work))
     ]  # fmt: skip

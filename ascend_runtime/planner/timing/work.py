@@ -12,13 +12,13 @@ from ...models.family import VAE, Family
 from ...models.registry import family as family_named
 from ..exchange import ITEMSIZES, Exchange, Step
 from ..facts import Network
-from .skipped import ALL, Kept
+from .skipped import ALL, StepPart
 
 SMALL_LATENT = 8  # rows and columns of the latent with which FLOPs for each of its elements are counted
 EMBEDDINGS = ("embed", "shared.weight", "lm_head")  # parameters that are looked up, not multiplied
 
 
-def of_step(step: Step, kept: Kept = ALL) -> Mapping[str, float]:
+def of_step(step: Step, kept: StepPart = ALL) -> Mapping[str, float]:
     """What a rank computes in a step: "products" and "linear" FLOPs (attention's products with each other, all other
     matrix products), "traffic" (bytes of the tokens that a block passes on), "blocks" (their number). Products in a
     ring, whose parts are merged by their sums of exponentials, are "merged". kept: what accelerators do not leave out.
@@ -42,13 +42,13 @@ def of_step(step: Step, kept: Kept = ALL) -> Mapping[str, float]:
     }
 
 
-def kept_of(exchange: Exchange, kept: Kept) -> float:
+def share_taken(exchange: Exchange, kept: StepPart) -> float:
     """The part of a step's exchange that takes place: those of attention with it, those of blocks with these."""
     of_blocks = kept.blocks if exchange.axis in ("ulysses", "ring", "tp", "fsdp") else 1.0
     return of_blocks * (kept.attention if exchange.axis in ("ulysses", "ring") else 1.0)
 
 
-def of_decoding(vae: Network, family: Family, shape: tuple[int, ...], ranks: int = 1) -> float:
+def decoding_flops(vae: Network, family: Family, shape: tuple[int, ...], ranks: int = 1) -> float:
     """FLOPs of the rank that decodes the largest tile of a latent [B,C,T,H,W], of a plane that `ranks` share."""
     from ...parallel.tiles import grid_of
 
@@ -82,7 +82,7 @@ def _counted(name: str, config: str) -> tuple[float, float]:
     return 2 * counts[0] - counts[1], counts[1] - counts[0]
 
 
-def of_encoding(encoder: Network, tokens: int) -> float:
+def encoding_flops(encoder: Network, tokens: int) -> float:
     """FLOPs of a prompt of this many tokens: two for each weight that multiplies, and token."""
     weights = (math.prod(shape) for name, shape in encoder.shapes.items() if not _looked_up(name))
     return 2.0 * tokens * sum(weights)
