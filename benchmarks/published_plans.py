@@ -127,6 +127,10 @@ def facts_of(workload: Workload) -> tuple[Model, Video]:
     )
 
 
+def cards(row: PublishedRow) -> int:
+    return row.decoders or math.prod(row.plan)
+
+
 def machine_of(workload: Workload, ranks: int) -> Machine:
     card = card_of(workload)
     return Machine(workload.kind, card, ranks, rates.CARD_FIGURES[card].memory, 2 * 10**12)
