@@ -69,7 +69,8 @@ def tables() -> list[PublishedTable]:
               "i2v_a14b_720p_121_frames_4_steps_2_a3"),
         table("Wan 2.2 in 4 steps, H100, vLLM-Omni", "i2v_a14b_480p_4_steps_1_h100", "i2v_a14b_480p_4_steps_2_h100",
               "i2v_a14b_720p_121_frames_4_steps_2_h100", notes="seconds of requests to a server"),
-        *(table(f"HunyuanVideo, {card}, xDiT", *(f"hunyuan_video_720p_{cards}_{card.lower()}" for cards in (1, 2, 4, 8)),
+        *(table(f"HunyuanVideo, {card}, xDiT",
+                *(f"hunyuan_video_720p_{cards}_{card.lower()}" for cards in (1, 2, 4, 8)),
                 decoders=1, notes="that code shares the denoising only; what the seconds include is not published")
           for card in ("H100", "H20")),
     ]  # fmt: skip
@@ -86,8 +87,8 @@ def _wan_21(one_card: Workload) -> PublishedTable:
             *(PublishedRow(one.name.removeprefix("t2v_14b_480p_"), one, one.plan, one.seconds) for one in several),
         ),
         link=LINK_ROW,
-        notes="AttentionCache and sparse attention were on, at settings that are not published: the efficiency contains "
-        "what they save",
+        notes="AttentionCache and sparse attention were on, at settings that are not published: the efficiency "
+        "contains what they save",
     )
 
 

@@ -34,6 +34,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-saved-workflows", action="store_true", help="each workflow as once shipped, not a sample")
     parser.addoption("--all-silences", action="store_true", help="ranks that hang in all kinds of work, not in some")
     parser.addoption("--soak", action="store_true", help="2,000 mixed jobs in a row instead of 100")
+    parser.addoption("--all-memory", action="store_true", help="the memory of 30 jobs instead of 5")
     parser.addoption("--all-messages", action="store_true", help="20,000 hostile messages each way instead of some")
     parser.addoption("--all-stock", action="store_true", help="stock graphs on more plans, all samplers, templates")
     parser.addoption("--all-tiles", action="store_true", help="VAE tiles on 1 to 8 ranks, instead of some of these")

@@ -54,6 +54,11 @@ def placement(spec: TextEncoderSpec, machine: Machine) -> str:
         return encoders.CPU
 
 
+def encoder_bytes(spec: TextEncoderSpec, ranks: int) -> int:
+    """The bytes that text encoders take of each rank's device. Raises ValueError for files that cannot be used."""
+    return encoders.bytes_on_ranks(models.text_encoders(spec)[1], ranks)
+
+
 def _rates(path: str, machine: Machine, family: str) -> Rates:
     """What was measured on this host next to the model at `path`, with this number of ranks; else published figures."""
     try:

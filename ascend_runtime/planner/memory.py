@@ -15,9 +15,9 @@ from .holding.slabs import slabs_of
 from .holding.vae_tiles import tile_bytes
 from .holding.weights import NO_RULES, OwnPart, Share, kept, on_device, rules_of
 
-# The latents in fp32 that UniPC, which holds the most, and the loop around it hold during the passes of the first step,
-# the second and later ones; besides the job's own.
-LATENTS_HELD = (1, 5, 7)
+# The latents in fp32 that a rank's host holds during the passes of the first step, the second and later ones, with
+# UniPC, which holds the most: those of the solver and of the loop around it, and another branch's velocity. Measured.
+LATENTS_HELD = (2, 8, 11)
 
 
 def predicted(
@@ -56,8 +56,7 @@ class _Rank:
         if self.model.vae is not None:
             standing["vae"] = on_device(kept(self.model.vae, NO_RULES, self.model.vae_dtype), self.machine.kind)
         tiles = {"tiles": self._tiles("decode")} if self.model.vae is not None else {}
-        encoded = {}
-        return {"encode": standing | encoded, "denoise": standing | self.denoise(), "decode": standing | tiles}
+        return {"encode": standing, "denoise": standing | self.denoise(), "decode": standing | tiles}
 
     def weights(self) -> int:
         """Of the experts. Those in turns are copies of what waits on the host, also on a CPU."""
@@ -78,6 +77,7 @@ class _Rank:
             "caches": outputs * one.output,
             "gathered": gathered(network_of(model, arrangement.plan.tp), shards) if shards > 1 else 0,
             "latents": _latents(video) if self.on_cpu else 0,
+            "libraries": MARGINS[self.machine.kind].libraries,
         }
 
     def host(self) -> Mapping[str, int]:

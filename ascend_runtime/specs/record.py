@@ -64,10 +64,11 @@ class HostRecord(Struct, frozen=True, kw_only=True):
 class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A job of the ranks, or the calls of a sampler outside of the ranks.
 
-    parts: none if a file could not be read any more. settings: of the sampler or of the VAE, the model's own values filled in. size: [frames, height, width] of the
-    video. plan: the degrees, and how weights and sequences are exchanged. accelerators: the settings of each, and
-    saved: what they saved; calibration: the digest of what a step cache read for each expert. predicted: what the
-    planner said before the job. calls: of the network, by a sampler outside of the ranks. seconds: by stage.
+    parts: none if a file could not be read any more. settings: of the sampler or of the VAE, the model's own values
+    filled in. size: [frames, height, width] of the video. plan: the degrees, and how weights and sequences are
+    exchanged. accelerators: the settings of each, and saved: what they saved; calibration: the digest of what a step
+    cache read for each expert. predicted: what the planner said before the job. calls: of the network, by a sampler
+    outside of the ranks. seconds: by stage.
     """
 
     kind: Name

@@ -14,7 +14,7 @@ def outputs_kept(spec: AccelerationSpec, blocks: int, branches: int) -> int:
     if spec.attention_cache is not None:
         return kept + attentions_kept(spec.attention_cache, blocks, branches)
     if spec.block_cache is not None:
-        return kept + residuals_kept(spec.block_cache, branches)
+        return kept + residuals_kept(spec.block_cache, blocks, branches)
     return kept + (expansions_kept(spec.step_cache, branches) if spec.step_cache is not None else 0)
 
 
@@ -23,9 +23,11 @@ def attentions_kept(window: Window, blocks: int, branches: int) -> int:
     return len(window.blocks(blocks)) * branches
 
 
-def residuals_kept(window: Window, branches: int) -> int:
-    """The block cache keeps what its blocks added, and their input while they compute."""
-    return branches + bool(window.first_block)
+def residuals_kept(window: Window, blocks: int, branches: int) -> int:
+    """The block cache keeps what its blocks added. While they compute, it has dropped what they added before, and keeps
+    their input; while the blocks behind them compute, it keeps those blocks' input."""
+    cached = window.blocks(blocks)
+    return branches + 1 if cached.stop < blocks else branches - 1 + bool(cached.start)
 
 
 def expansions_kept(spec: StepCacheSpec, branches: int) -> int:

@@ -52,6 +52,8 @@ class _Few(Pass):
         self.output = tokens.nbytes
         tokens = stack.run(0, tokens)
         for numbers in self._kinds.values():
+            if numbers[-1] == 0:  # the only one
+                continue
             before, others = self._tracking.now, len(numbers) - 1 - (0 in numbers)
             tokens = stack.run(numbers[-1], tokens)
             self.left += (self._tracking.now - before) * others
