@@ -18,7 +18,7 @@ def line(
 ) -> str:  # fmt: skip
     """fitting: at least one, the chosen one first."""
     chosen = fitting[0]
-    what, why = _described(chosen), _reason(fitting, others, machine)
+    what, why = _described(chosen), _reason(fitting, others)
     return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
 
 
