@@ -33,7 +33,7 @@ from .report import Row, context_of
 PUBLISHED = {"wan": "Wan2.1-T2V-1.3B", "hunyuan_video": "HunyuanVideo"}
 NARROWER = {"wan": {"base_dim": 24}, "hunyuan_video": {"block_out_channels": (32, 64, 64, 64)}}  # of the VAEs
 HEADS = 4  # of the measured networks; published heads are 128 wide
-MEASURED_SECONDS, QUICK_SECONDS = 50.0, 1.0  # of a family
+MEASURED_SECONDS, QUICK_SECONDS = 75.0, 1.0  # of a family
 RANKS, QUICK_RANKS = (1, 2, 4), (1, 2)
 ROUNDS, CHOICE_ROUNDS = 5, 3
 MOST_ERROR, NEAR = 0.15, 1.1
@@ -142,8 +142,10 @@ def _errors(bench: Bench, rates: Mapping[str, Rates], quick: bool) -> Iterator[R
         spread=round(median(spread), 3), by_feature={name: round(median(found), 3) for name, found in features.items()},
     )  # fmt: skip
     value = median(map(abs, errors.values()))
-    yield Row(name="plan.seconds_error", value=value, unit="ratio", better="lower", baseline=MOST_ERROR,
+    yield Row(name="plan.median_off", value=value, unit="ratio", better="lower", baseline=MOST_ERROR,
               context=context)  # fmt: skip
+    yield Row(name="plan.worst_off", value=abs(errors[worst]), unit="ratio", better="lower", baseline=MOST_ERROR,
+              context={**context, "not_compared": "the bar is for the median"})  # fmt: skip
 
 
 def _jobs(bench: Bench) -> Iterator[Job]:

@@ -22,7 +22,7 @@ from .diffusion_model import DiffusionModel
 from .loras import use_loras
 from .pinned import require_room_for_originals
 from .room import HostMemory, Room
-from .standby import DiffusionModels, HeldModel, ModelKey
+from .standby import ROOM_FOR_OTHERS, DiffusionModels, HeldModel, ModelKey
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Components:
             whole tensors on disk, of all networks. Not called if there is nothing to do.
         sharding: how the weights of a diffusion model or a text encoder are sharded over ranks; a VAE is replicated.
         host_memory: None: what is available now.
-        computing: the bytes of the device that the job takes besides a diffusion model's weights; None: not known.
+        computing: the bytes of the device that the job takes besides a diffusion model's weights, or with those of
+            another network; None: not known.
 
         Names and shapes of all networks and LoRAs are checked before anything is allocated. Raises ValueError if they
         do not fit, or if a file changes meanwhile.
@@ -62,7 +63,7 @@ class Components:
         if isinstance(spec, DiffusionModelSpec):
             return self._model(spec, progress, room, computing)
         if getattr(spec, "placement", "ranks") == "ranks":
-            self.models.leave_device(host_memory)
+            self.models.leave_device(host_memory, ROOM_FOR_OTHERS if computing is None else computing)
         component = self._held(spec, progress, room)
         if isinstance(spec, VaeSpec):
             component.to(self._device)  # `_make_room` may have moved it to the host

@@ -31,7 +31,7 @@ from .room import ROOM_TO_COMPUTE, HostMemory
 
 logger = logging.getLogger(__name__)
 
-ROOM_FOR_OTHERS = 32 * 2**30  # bytes of a device: a VAE takes larger tiles, or the whole frame, where it finds more
+ROOM_FOR_OTHERS = 32 * 2**30  # bytes of a device for another network of which nothing is predicted
 
 DROPPED = "The host has too little memory for a second diffusion model: the one used before is dropped."
 
@@ -150,6 +150,11 @@ class DiffusionModels:
         for _ in self._set_aside(Needs(nbytes, computing), host):
             pass
 
+    @property
+    def waits_on_device(self) -> bool:
+        """Whether a model waits in the place of what other networks could need."""
+        return self.waiting is not None and not self.waiting.away and self._device.type != "cpu"
+
     def clear_for(self, computing: int, host: HostMemory) -> None:
         """Moves the model that waits from the device, or drops it, if the job of the one in use needs its place."""
         if self._device.type != "cpu":
@@ -161,7 +166,7 @@ class DiffusionModels:
         """Moves the model that waits from the device to the host, or drops it, if other networks could need its
         place. needed: the bytes that they take."""
         held = self.waiting
-        if held is None or held.away or self._device.type == "cpu" or devices.room(self._device) >= needed:
+        if not self.waits_on_device or devices.room(self._device) >= needed:
             return
         if not host.has(held.to_host, _pinned_for(held, host)):
             self.give_way(host)

@@ -20,6 +20,7 @@ from ..hardware.environment import original, placed, suits_sharded
 from ..models.family import Family
 from ..models.shared.conditioning import Given
 from ..models.shared.text import TEXT, GivenTokens, OnBlock, Picture
+from ..models.shared.tiling import bytes_whole
 from ..ops.finite import check_finite
 from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
@@ -51,6 +52,9 @@ from .prompts import (
     with_padding,
 )
 from .video import Facts, decode_video, encode_video
+
+
+MOST_WIDENED = 2  # how many bytes a VAE's weights take for each byte on disk: bfloat16 that becomes float32
 
 
 class RankPipeline:
@@ -267,7 +271,7 @@ class RankPipeline:
     def decode(self, job) -> Done:
         message = job.message
         with borrowed(message.frames) as frames:
-            vae = self._vae(job)
+            vae = self._vae(job, "decode", message.latent.shape)
             with job.stage("decode"), self._precision(message.vae):
                 facts = decode_video(vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles)
         record = self._vae_record(DECODE, message.vae, vae, message.frames.shape, facts)
@@ -276,7 +280,7 @@ class RankPipeline:
     def encode_video(self, job) -> Done:
         message = job.message
         with borrowed(message.latent) as latent:
-            vae = self._vae(job)
+            vae = self._vae(job, "encode", message.latent.shape)
             with job.stage("encode"), self._precision(message.vae):
                 facts = encode_video(vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles)
         record = self._vae_record(ENCODE_VIDEO, message.vae, vae, message.frames.shape, facts)
@@ -388,14 +392,23 @@ class RankPipeline:
     ) -> TextEncoders | None:
         """The text encoders, or None if only rank 0 has them; then this rank's shard of earlier ones is freed."""
         if spec.placement == "ranks" or self.rank == 0:
-            return self._component(spec, job, sharding, host_memory)
+            waits = spec.placement == "ranks" and self.components.models.waits_on_device
+            taken = planning.encoder_bytes(spec, dist.get_world_size()) if waits else None
+            return self._component(spec, job, sharding, host_memory, computing=taken)
         self.components.drop(TextEncoderSpec)
         self.components.drop(VisionSpec)
         return None
 
-    def _vae(self, job):
+    def _vae(self, job, work: str, shape: Sequence[int]):
+        """The VAE, and on a device the room for it to work on a latent [B,C,T,H,W] of this shape as one plane."""
+        spec, waits = job.message.vae, self.components.models.waits_on_device
         with self._loading(job) as host_memory:
-            return self._component(job.message.vae, job, host_memory=host_memory)
+            stored = sum(component.nbytes for component in self.components.found(spec))
+            weights = MOST_WIDENED * stored if waits else None
+            vae = self._component(spec, job, host_memory=host_memory, computing=weights)
+            if waits and len(shape) == 5:
+                self.components.models.leave_device(host_memory, bytes_whole(vae, work, *shape[2:]))
+        return vae
 
     def _precision(self, spec: VaeSpec) -> AbstractContextManager[None]:
         return strict_float32(self.device) if spec.strict else nullcontext()

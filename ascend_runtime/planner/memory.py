@@ -13,11 +13,12 @@ from .holding.kernels import MARGINS
 from .holding.passes import gathered, network_of, own_branches, pass_bytes
 from .holding.slabs import slabs_of
 from .holding.vae_tiles import tile_bytes
-from .holding.weights import NO_RULES, OwnPart, Share, kept, on_device, rules_of
+from .holding.weights import ITEMSIZES, NO_RULES, OwnPart, Share, kept, on_device, rules_of
 
 # The latents in fp32 that a rank's host holds during the passes of the first step, the second and later ones, with
 # UniPC, which holds the most: those of the solver and of the loop around it. Measured.
 LATENTS_HELD = (1, 7, 10)
+GENEROUS = 64  # times the tokens of the blocks' sequence: more than any family's pass takes at once
 
 
 def predicted(
@@ -35,6 +36,13 @@ def vae_bytes(model: Model, video: Video, arrangement: Arrangement, kind: str, w
     """Bytes of a device of this kind that the VAE takes besides weights, to "decode" the video or to "encode" it."""
     ranks = math.prod(arrangement.plan.degrees)
     return int(MARGINS[kind].tiles * tile_bytes(model, video, ranks, arrangement.tiles, work))
+
+
+def roughly(model: Model, video: Video, arrangement: Arrangement, machine: Machine) -> Memory:
+    """As `predicted`, without accelerators, and with a pass by the number of its tokens, generously: for jobs so small
+    that they fit anywhere, as the dry run of a pass takes longer than they do."""
+    one = _RoughRank(model, video, arrangement, machine, rank=0)
+    return Memory(one.device(), one.host())
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,16 @@ class _Rank:
         sizes = {(number, name): one.nbytes
                  for number, parts in enumerate(self._experts()) for name, one in parts.items()}  # fmt: skip
         return sum(sizes.values()) if self.on_cpu else slabs_of(sizes).nbytes
+
+
+class _RoughRank(_Rank):
+    def denoise(self) -> dict[str, int]:
+        family, config, plan = self.model.family, self.model.experts[0].config, self.arrangement.plan
+        tokens, text = math.prod(family.grid(config, self.video.shape[2:])), self.video.text_tokens
+        on_rank = -(-(tokens + family.text_in_sequence(config, text)) // (plan.ring * plan.ulysses))
+        numbers = self.video.shape[0] * (on_rank + text) * family.width(config)
+        latents = self._latents() if self.on_cpu else 0
+        return {"pass": GENEROUS * ITEMSIZES[self.model.dtype] * numbers, "latents": latents, "libraries": MARGINS[self.machine.kind].libraries}
 
 
 def _blocks(model: Model) -> int:

@@ -38,7 +38,9 @@ def report_of(comfyui, run) -> str:
     """The sampler's report, which is the same in the history, on the page and in the log."""
     (text,) = comfyui.wait(run.prompt_id)["outputs"][graphs.SAMPLER]["text"]
     assert run.of("executed", graphs.SAMPLER)[-1].data["output"]["text"] == [text]
+    text, plan = text.split("\n")
     assert f"Ascend: {text}." in comfyui.log
+    assert plan.partition(" It took ")[0] in comfyui.log
     return text
 
 

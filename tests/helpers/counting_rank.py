@@ -83,13 +83,14 @@ CONTEXTS = {"wan": lambda text, _: wan.Context(text), "hunyuan_video": _of_hunyu
 def steps(of, config, *, plan, options, latent):
     """What two guided steps of a family's transformer send."""
     mesh, operators = mesh_of("cpu", Plan(**plan)), PlainOperators()
-    sharding = sharding_of("cpu", dist.get_world_size(), mesh.plan.tp, fsdp=False)
+    spreading = {name: value for name, value in options.items() if name != "fsdp"}
+    sharding = sharding_of("cpu", dist.get_world_size(), mesh.plan.tp, fsdp=options.get("fsdp", False))
     model = of.network(TRANSFORMER, config, sharding.tp)
     ShardedWeights(sharding, of.weights.cut_dim, of.weights.replicated, model.units).prepare(model)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.zero_()
-    model.arrange(operators, spread(mesh, operators, **options))
+    model.arrange(operators, spread(mesh, operators, **spreading))
     text = torch.zeros(latent[0], 8, of.text_width(config))
     latent, timestep = torch.zeros(latent), torch.zeros(latent[0])
     cfg_group = mesh.group("cfg") if mesh.plan.cfg > 1 else None

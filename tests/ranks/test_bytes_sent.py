@@ -21,9 +21,10 @@ OPERATIONS = {
 }  # fmt: skip
 CASES = {
     2: [({"cfg": 2}, {}), ({"ulysses": 2}, {}), ({"ulysses": 2}, {"overlap": True}), ({"ring": 2}, {}),
-        ({"ring": 2}, {"ring_exchange": "gather"}), ({"tp": 2}, {})],
+        ({"ring": 2}, {"ring_exchange": "gather"}), ({"tp": 2}, {}), ({"ulysses": 2}, {"fsdp": True})],
     4: [({"cfg": 2, "ulysses": 2}, {}), ({"ring": 2, "ulysses": 2}, {}), ({"cfg": 2, "ring": 2}, {}),
-        ({"ulysses": 4}, {}), ({"ring": 4}, {}), ({"ulysses": 2, "tp": 2}, {})],
+        ({"ulysses": 4}, {}), ({"ring": 4}, {}), ({"ulysses": 2, "tp": 2}, {}),
+        ({"ulysses": 2, "tp": 2}, {"fsdp": True})],
 }  # fmt: skip
 
 
@@ -34,15 +35,17 @@ CONFIGS = {
 
 
 def predicted(name, config, plan, options, step, rank):
-    """Bytes that a rank sends in a guided step, by what sends them, as the planner predicts them."""
+    """(bytes that a rank sends in a guided step, by operation; the number of these operations), as the planner predicts
+    them."""
     shapes = {key: tuple(x.shape) for key, x in family(name).network(TRANSFORMER, config).named_parameters()}
     arrangement = Arrangement(plan=Plan(**plan), **options)
     network = Network(part=TRANSFORMER, config=config, shapes=shapes)
-    found = Counter()
+    found, times = Counter(), Counter()
     for exchange in exchanges(Step(family(name), network, "float32", LATENT, TEXT, arrangement, again=step > 0,
                                    rank=rank)):  # fmt: skip
         found[exchange.operation] += exchange.sent
-    return found
+        times[exchange.operation] += exchange.times
+    return found, times
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +72,13 @@ def test_a_step_sends_what_the_planner_predicts(counted, name, ranks):
     for rank, cases in enumerate(counted[name, ranks]):
         for (plan, options), steps in zip(CASES[ranks], cases):
             for step, noted in enumerate(steps):
-                sent = Counter()
+                sent, times = Counter(), Counter()
                 for operation, sent_bytes in noted:
                     if operation != "recv_":
                         sent[OPERATIONS[operation]] += sent_bytes
-                expected = predicted(name, config, plan, options, step, rank)
+                        times[OPERATIONS[operation]] += 1
+                expected, exchanged = predicted(name, config, plan, options, step, rank)
                 print(f"{name} {plan} {options}, rank {rank}: {dict(sent)}, predicted {dict(expected)}")
                 assert sent == expected, plan
+                del times["send"], exchanged["send"]  # several sends are one exchange
+                assert times == exchanged, plan

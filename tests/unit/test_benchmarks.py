@@ -44,6 +44,7 @@ NAMES = {
              "load.cold_vs_read.2", "load.cold_vs_read_fsdp.2"},
     "vae": {"vae.speedup2", "vae.of_machine2", "vae.encode_speedup2", "vae.peak_ratio2", "vae.vs_diffusers1",
             "vae.bf16_psnr", "vae.bf16_psnr_npu", "vae.hunyuan_video_bf16_psnr", "vae.hunyuan_video_bf16_psnr_npu"},
+    "plan": {"plan.median_off", "plan.worst_off", "plan.chosen_near_best"},
     "stock": {"stock.call_over_ping_ms", "stock.bytes_of_a_step", "stock.graph_over_ours"},
     "accelerate": {*(f"accelerate.{name}.of_ideal" for name in caches.CACHES),
                    *(f"accelerate.rainfusion.of_bound.{density}" for density in ("0.43", "0.49", "0.61")),
@@ -54,7 +55,7 @@ NAMES = {
         *(f"accelerate.hunyuan_video.rainfusion.of_bound.{density}" for density in HUNYUAN_DENSITIES)},
 }  # fmt: skip
 SAMPLE = ("warm",)
-MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens",
+MAY_BE_ZERO = ("warm.rss_slope_mb", "warm.weight_opens", "plan.chosen_near_best",
                *(f"ascend.{mode}_difference" for mode in MODES + OF_HUNYUAN))  # fmt: skip
 
 

@@ -102,8 +102,8 @@ def test_the_line_says_what_was_chosen_why_and_what_it_takes():
     slower = prediction(Arrangement(Plan(ulysses=8), fsdp=True, encoder="ranks"), 260, 20 * 10**9)
     fast = prediction(Arrangement(Plan(cfg=2, ulysses=4), encoder="ranks"), 240, 80 * 10**9)
     assert Choice((fits, slower), (fast,), A2, "by published figures of A2, not measured here").line == (
-        "CFG 2 x Ulysses 4, FSDP, text encoder on the ranks: the fastest of 2 that fit (CFG 2 x Ulysses 4, text encoder "
-        "on the ranks would need 80.0 GB a card). Predicted: 4 min 12 s (4 min 10 s to denoise), 9.0 s to load first; "
+        "CFG 2 x Ulysses 4, FSDP, text encoder on the ranks: the fastest of 2 that fit (CFG 2 x Ulysses 4, text "
+        "encoder on the ranks would need 80.0 GB a card). Predicted: 4 min 12 s (4 min 10 s to denoise), 9.0 s to load first; "
         "20.0 GB of 60.0 GB a card, 1.0 GB of 1000.0 GB of the host; by published figures of A2, not measured here."
     )
 
@@ -157,7 +157,8 @@ def test_the_command_refuses_what_does_not_fit_and_names_what_does(planned):
     assert status == 1 and found["chosen"] is None and found["refused"].startswith("AV-1210: ")
     assert not any(plan["fits"] for plan in found["plans"])
     for size in found["nearest"]:
-        assert planned(*given[:7], "--size", f"{size['width']}x{size['height']}", "--frames", str(size["frames"]))[0] == 0
+        nearest = "--size", f"{size['width']}x{size['height']}", "--frames", str(size["frames"])
+        assert planned(*given[:7], *nearest)[0] == 0
 
 
 @pytest.mark.parametrize("arguments, said", [

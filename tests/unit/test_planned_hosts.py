@@ -1,5 +1,5 @@
-"""Simulated cards and hosts: every workflow of the pack fits automatically and shows its numbers, or is refused with the
-nearest sizes that fit."""
+"""Simulated cards and hosts: every workflow of the pack fits automatically and shows its numbers, or is refused with
+the nearest sizes that fit."""
 
 import json
 import random
@@ -13,6 +13,7 @@ from ascend_runtime.planner.choice import Fixed
 from ascend_runtime.planner.choosing.arrangements import arrangements, tiles_of
 from ascend_runtime.planner.choosing.sizes import pictures, size_of
 from ascend_runtime.planner.facts import Machine
+from ascend_runtime.specs.plans import AXES
 from msgspec.structs import replace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,8 +66,8 @@ def asked(workflow, kind):
     sample = SampleSpec(steps=sampler["steps"] or None, guidance_scale=sampler["cfg"] or None)
     video = videos.video_of(model, size, sample, from_image=any(name == "LoadImage" for name, _ in nodes))
     plan = dict(nodes)["AscendParallelConfig"]
-    parallel = ParallelSpec(**{axis: plan[axis] for axis in ("cfg_degree", "ulysses_degree", "ring_degree", "tp_degree")},
-                            fsdp=plan["fsdp"] or None)  # fmt: skip
+    degrees = {f"{axis}_degree": plan[f"{axis}_degree"] for axis in AXES}
+    parallel = ParallelSpec(fsdp=plan["fsdp"] or None, **degrees)
     return model, video, Fixed(parallel, tiles=dict(nodes).get("AscendLoadVAE", {}).get("tiles", "auto"))
 
 

@@ -178,6 +178,8 @@ def test_no_cost_is_negative():
     slow, fast = {"linear": 1.0, "steps": 1.0}, {"linear": 3.0, "steps": 1.0}
     jobs = [fit.TimedJob("a", slow, 1.0), fit.TimedJob("b", fast, 0.5)]
     assert min(fit.fitted_costs(jobs).values()) >= 0
+    least = fit.fitted_costs(jobs, {"linear": 0.02, "steps": 0.01})
+    assert least["linear"] >= 0.02 and least["steps"] >= 0.01
     with pytest.raises(ValueError, match="nothing to fit"):
         fit.fitted_costs([])
 

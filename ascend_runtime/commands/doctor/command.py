@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ...checkpoints.faults import printable
 from . import cards, comfyui, disks, limits, model_files, network, npu, packages, processes, table
 from .findings import ERROR, Finding, worst
 from .surroundings import Surroundings, kind_of
@@ -44,13 +45,13 @@ def add_doctor_command(commands, summary: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints what is found. Returns the exit status."""
     if missing := [str(folder) for folder in arguments.models if not folder.is_dir()]:
-        named = ", ".join(table.printable(name) for name in missing)
+        named = ", ".join(printable(name) for name in missing)
         print(f"error: --models: {named} is not a folder that can be read. Give a folder of models.", file=sys.stderr)
         return 2
     around = Surroundings(kind_of(arguments.device, os.environ), tuple(arguments.models))
     groups = examine(around)
     if arguments.json:
-        print(table.as_json(around.kind, groups))
+        print(table.groups_as_json(around.kind, groups))
     else:
         table.print_table(around.kind, groups, sys.stdout)
     return 1 if worst(one for group in groups.values() for one in group) == ERROR else 0

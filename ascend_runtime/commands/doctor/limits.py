@@ -36,14 +36,14 @@ def _memory(around: Surroundings) -> Iterator[Finding]:
         return
     found = (f"{free / 1e9:.1f} GB of memory are free, but Wan's text encoder takes {encoder / 1e9:.0f} GB on the CPU, "
              f"and {host_memory.ROOM / 1e9:.0f} GB are left to frames and files.")  # fmt: skip
-    cure = "set the text encoder's placement to ranks, or use its fp8 file; tiny models run all the same."
+    cure = "add memory" if around.kind == "cpu" else "set the text encoder's placement to ranks"
     if whole is not None and whole > 1.5 * free:
         yield warning("host memory", HostFault(
             "AV-1107", f"In this container, {found}",
-            f"Raise its limit (`docker run --memory`), as the machine has {whole / 1e9:.0f} GB free; or {cure}",
+            f"Raise its limit (`docker run --memory`), as the machine has {whole / 1e9:.0f} GB free, or {cure}.",
         ))  # fmt: skip
     else:
-        yield warning("host memory", HostFault("AV-1106", found, f"End other programs; or {cure}"))
+        yield warning("host memory", HostFault("AV-1106", found, f"End other programs, or {cure}."))
 
 
 def _fitting(around: Surroundings, free: float, encoder: float) -> str:

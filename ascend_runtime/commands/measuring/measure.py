@@ -11,11 +11,14 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
+from ...client.group import RankDied
 from ...client.runtime import Runtime
+from ...client.submission import RankError
 from ...models.family import TRANSFORMER
 from ...planner import rates
 from ...planner.facts import Arrangement, Model, Network
@@ -27,13 +30,13 @@ from . import host, networks
 from .trials import Decoding, Trial, one_for_each_axis, request_of, with_network
 
 SECONDS = 120.0  # for all jobs, without the start of ranks
-LARGEST_PART = 300  # of all seconds: the largest job with the fewest ranks
+LARGEST_PART = 150  # of all seconds: the largest job with the fewest ranks
 SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192)  # of a latent of LATENT_FRAMES frames
 LATENT_FRAMES = 3
 DECODED = ((1, 8, 8), (2, 8, 8), (3, 12, 12), (3, 16, 24), (5, 32, 32), (5, 48, 64), (9, 64, 96))
 WIDE_BLOCKS, NARROW_BLOCKS = 3, 6
 MOST_WEIGHTS = 2**28  # bytes of a network
-DEEP_WEIGHTS, DEEPEST = 2**26, 24  # bytes, blocks of one that is only loaded
+DEEP_WEIGHTS, DEEPEST = 2**25, 12  # bytes, blocks of one that is only loaded
 ROUNDS = 5
 
 Report = Callable[[str], object]
@@ -53,12 +56,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured. model: with its VAE, if `vae` is given. path: of the model's files, on the disk to measure."""
+    """What is measured. model: with its VAE, if `vae` is given. path: of the model's files, on the disk to measure.
+    start: makes a number of ranks for the measurement; None: new ones on `device`."""
 
     model: Model
     path: str
     vae: VaeSpec | None = None
     device: str = "auto"
+    start: Callable[[int], AbstractContextManager[Runtime]] | None = None
+
+    def ranks(self, number: int) -> AbstractContextManager[Runtime]:
+        if self.start is not None:
+            return self.start(number)
+        return Runtime(ParallelSpec(ranks=number), device=self.device)
 
 
 def measure(
@@ -68,10 +78,17 @@ def measure(
     seconds: float = SECONDS,
     report: Report = print,
 ) -> Profile:
-    """Measures with each number of ranks, and writes the profile next to the model. Returns the profile."""
+    """Measures with each number of ranks, and writes the profile next to the model. Returns the profile.
+
+    card: the product line of the devices. seconds: for all jobs, besides the start of ranks. report: gets lines of
+    text. Raises ValueError if a profile that is there is invalid, or ranks fail; OSError if it cannot be written.
+    """
     file = profile_file(subject.path)
     profile = read_profile(file)  # refuses an invalid one before anything runs
-    measured = measured_on(subject, ranks, seconds, report)
+    try:
+        measured = measured_on(subject, ranks, card, seconds, report)
+    except (RankError, RankDied) as error:
+        raise ValueError(str(error)) from error
     kind = rates.CARD_FIGURES[card].kind
     entries = [
         ProfileEntry(
@@ -85,15 +102,19 @@ def measure(
     return profile
 
 
-def measured_on(subject: Subject, ranks: Sequence[int], seconds: float = SECONDS, report: Report = print) -> Measured:
+def measured_on(
+    subject: Subject, ranks: Sequence[int], card: str = "cpu", seconds: float = SECONDS, report: Report = print
+) -> Measured:
     """Runs the jobs with each number of ranks and fits their costs. seconds: for all jobs together."""
     measured, of_host = Measured(), _host_costs(subject)
+    least = _least_costs(subject, card)
     with tempfile.TemporaryDirectory(prefix="ascend_video_") as folder:
         bench = Bench(subject, Path(folder), seconds / LARGEST_PART, report)
         for number in sorted(ranks):
             samples = bench.samples(number, seconds / len(ranks))
             measured.samples[number] = samples
-            measured.costs[number] = {**fitted_costs(samples), **of_host}
+            costs = fitted_costs(samples, least)
+            measured.costs[number] = {**costs, "encode_ranks": costs["linear"], **of_host}
             report(f"{number} rank(s): {len(samples)} jobs, median error of the fit {measured.error(number):.1%}")
     return measured
 
@@ -108,16 +129,16 @@ class Bench:
         self._wide = self._network("wide", wide, WIDE_BLOCKS)
         self._narrow = self._network("narrow", max(1, wide // 2), NARROW_BLOCKS)
         self._deep = self._network("deep", wide, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // _bytes(model, wide, 1)))
-        self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large; found with the first ranks
+        self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large, long; found with the first ranks
         self._decoded: tuple[tuple[int, int, int], ...] = ()
 
     def samples(self, ranks: int, seconds: float) -> list[TimedJob]:
         """The medians of all jobs with this number of ranks, which take this long together."""
-        with Runtime(ParallelSpec(ranks=ranks), device=self._subject.device) as runtime:
+        with self._subject.ranks(ranks) as runtime:
             self._report(f"{ranks} rank(s) on {runtime.device}")
             loaded = list(self._loaded(runtime, ranks))
             self._find_sizes(runtime, ranks)
-            trials = [*self._trials(ranks), *self._decodings(ranks)]
+            trials = sorted(self._trials(ranks), key=_placed) + list(self._decodings(ranks))
             return loaded + _medians(runtime, trials, seconds)
 
     def _network(self, name: str, heads: int, blocks: int) -> tuple[Model, str]:
@@ -131,16 +152,19 @@ class Bench:
             return
         first = Arrangement(Plan(ulysses=ranks))
         sizes = [(LATENT_FRAMES, side, side) for side in SIDES]
-        self._sizes = _up_to(self._target, sizes, lambda size: Trial(*self._wide, size, 1, first).run(runtime))
+        found = _up_to(self._target, sizes[:-1], lambda size: Trial(*self._wide, size, 1, first).run(runtime))
+        self._sizes = *found, sizes[sizes.index(found[-1]) + 1]
         if self._subject.vae is not None:
             model, vae = self._subject.model, self._subject.vae
             self._decoded = _up_to(self._target, DECODED, lambda size: Decoding(model, vae, size, first).run(runtime))
 
     def _trials(self, ranks: int) -> Iterator[Trial]:
-        small, medium, large = self._sizes
+        small, medium, large, long = self._sizes
         heads = math.gcd(*(_heads(model) for model, _ in (self._wide, self._narrow)))
         for number, arrangement in enumerate(one_for_each_axis(ranks, heads)):
             yield Trial(*self._wide, large, 1, arrangement)
+            if number == 0 or arrangement.plan.ring > 1:  # to see attention, which grows fastest
+                yield Trial(*self._narrow, long, 1, arrangement)
             yield Trial(*self._narrow, medium, 2, arrangement)
             yield Trial(*self._narrow, small, 2, arrangement)
             if number == 0:
@@ -163,6 +187,11 @@ class Bench:
             if number:
                 copied = float(kept_bytes(model.experts[0], model.dtype))
                 yield TimedJob(f"load {copied / 1e6:.0f} MB", {"load_job": 1, "copied": copied}, took)
+
+
+def _placed(trial: Trial) -> tuple:
+    """Jobs whose weights lie alike follow each other, so that ranks load them seldom."""
+    return trial.arrangement.fsdp, trial.arrangement.plan.tp, trial.path
 
 
 def _medians(runtime: Runtime, trials: Sequence[Trial | Decoding], seconds: float) -> list[TimedJob]:
@@ -210,3 +239,13 @@ def _heads(model: Model) -> int:
 def _host_costs(subject: Subject) -> dict[str, float]:
     found = {"encode": host.product_cost(subject.model.text_dtype), "read": host.disk_cost(subject.path)}
     return {unit: cost for unit, cost in found.items() if cost is not None}
+
+
+def _least_costs(subject: Subject, card: str) -> dict[str, float]:
+    """Of a FLOP of matrix products: at the card's peak; on a CPU, half of what it takes all cores outside of ranks.
+
+    Small jobs may not show what attention costs, which dominates large ones.
+    """
+    figures = rates.CARD_FIGURES[card]
+    flop = host.product_cost(subject.model.dtype) / 2 if figures.kind == "cpu" else 1 / figures.peak
+    return dict.fromkeys(("products", "merged", "linear"), flop)

@@ -63,5 +63,6 @@ def _device_memory(arguments: Namespace, kind: str, card: str, ranks: int, on_ho
         return int(arguments.device_memory * 1e9)
     if kind == "cpu":
         return on_host // ranks
-    notes.append(f"memory of a card: {USABLE:.0%} of the published {CARD_FIGURES[card].memory / 1e9:.0f} GB (--device-memory)")
-    return int(USABLE * CARD_FIGURES[card].memory)
+    published = CARD_FIGURES[card].memory
+    notes.append(f"memory of a card: {USABLE:.0%} of the published {published / 1e9:.0f} GB (--device-memory)")
+    return int(USABLE * published)

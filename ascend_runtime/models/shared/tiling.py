@@ -269,6 +269,11 @@ def tiling_for(vae: VideoVae, work: str, frames: int, height: int, width: int, t
     return _in_turn(size, blended)
 
 
+def bytes_whole(vae: VideoVae, work: str, frames: int, height: int, width: int) -> int:
+    """The bytes that each rank needs to "decode" or "encode" a latent of this size as one plane."""
+    return int(_Size(vae, work, frames, height, width, free=0).whole)
+
+
 def _too_large(size: _Size, cure: str = "") -> ValueError:
     free, vae, needed, ranks = max(size.free, 1), size.vae, size.whole, size.grid.tiles
     sides = (max(1, int(math.sqrt(free / needed) * side)) * vae.form.spatial for side in (size.width, size.height))

@@ -18,7 +18,7 @@ def line(
 ) -> str:  # fmt: skip
     """fitting: at least one, the chosen one first."""
     chosen = fitting[0]
-    what, why = _described(chosen), _reason(fitting, others, machine)
+    what, why = _described(chosen), _reason(fitting, others)
     return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
 
 
@@ -56,16 +56,15 @@ def gigabytes(number: float) -> str:
 
 
 def predicted_to_take(one: Prediction, machine: Machine | None) -> str:
-    running = sum(taken for stage, taken in one.seconds.items() if stage != "load")
-    load = one.seconds.get("load", 0.0)
-    of_card, of_host = ("", "") if machine is None else (
-        f" of {gigabytes(machine.device_memory)}", f" of {gigabytes(machine.host_memory)}"
-    )  # fmt: skip
+    """Seconds, and memory of what there is."""
+    denoise, load = (duration(one.seconds.get(stage, 0.0)) for stage in ("denoise", "load"))
+    device, host = gigabytes(one.memory.device_peak), gigabytes(one.memory.host_total)
+    if machine is not None:
+        device = f"{device} of {gigabytes(machine.device_memory)}"
+        host = f"{host} of {gigabytes(machine.host_memory)}"
     where = "rank" if machine is None or machine.kind == "cpu" else "card"
-    return (
-        f"{duration(running)} ({duration(one.seconds.get('denoise', 0.0))} to denoise), {duration(load)} to load first; "
-        f"{gigabytes(one.memory.device_peak)}{of_card} a {where}, {gigabytes(one.memory.host_total)}{of_host} of the host"
-    )
+    times = f"{duration(_running(one))} ({denoise} to denoise), {load} to load first"
+    return f"{times}; {device} a {where}, {host} of the host"
 
 
 def _reason(fitting: Sequence[Prediction], others: Sequence[Prediction]) -> str:

@@ -21,17 +21,18 @@ class TimedJob:
     seconds: float
 
 
-def fitted_costs(samples: Sequence[TimedJob]) -> dict[str, float]:
+def fitted_costs(samples: Sequence[TimedJob], least: Mapping[str, float] | None = None) -> dict[str, float]:
     """Seconds for each unit that occurs in the samples: those with the least sum of squared relative errors, none of
     them negative; errors beyond LARGE count by their size only, so that a disturbed job does not bend all others.
-    Raises ValueError without samples."""
+    least: what a unit costs at least, such as a FLOP at a device's peak. Raises ValueError without samples."""
     if not samples:
         raise ValueError("there is nothing to fit: no job was measured")
     units = sorted({unit for sample in samples for unit, amount in sample.amounts.items() if amount})
     relative = np.array([[sample.amounts.get(unit, 0.0) / sample.seconds for unit in units] for sample in samples])
-    weights = np.ones(len(samples))
+    weights, bounds = np.ones(len(samples)), np.array([(least or {}).get(unit, 0.0) for unit in units])
+    above = 1 - relative @ bounds
     for _ in range(REWEIGHTED):
-        costs = nonnegative(relative * weights[:, None], weights)
+        costs = bounds + nonnegative(relative * weights[:, None], above * weights)
         weights = np.sqrt(LARGE / np.maximum(np.abs(relative @ costs - 1), LARGE))
     return dict(zip(units, map(float, costs)))
 
