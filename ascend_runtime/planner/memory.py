@@ -148,7 +148,8 @@ class _RoughRank(_Rank):
         on_rank = -(-(tokens + family.text_in_sequence(config, text)) // (plan.ring * plan.ulysses))
         numbers = self.video.shape[0] * (on_rank + text) * family.width(config)
         latents = self._latents() if self.on_cpu else 0
-        return {"pass": GENEROUS * ITEMSIZES[self.model.dtype] * numbers, "latents": latents, "libraries": MARGINS[self.machine.kind].libraries}
+        taken, libraries = GENEROUS * ITEMSIZES[self.model.dtype] * numbers, MARGINS[self.machine.kind].libraries
+        return {"pass": taken, "latents": latents, "libraries": libraries}
 
 
 def _blocks(model: Model) -> int:
