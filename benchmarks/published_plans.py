@@ -59,8 +59,9 @@ def tables() -> list[PublishedTable]:
         table("Wan 2.2, 8 A2, cann-recipes of 2025", "i2v_a14b_720p_recipe_of_2025", "i2v_a14b_480p_recipe_of_2025"),
         table("Wan 2.2, 8 A2, cann-recipes", "i2v_a14b_720p_recipe", "i2v_a14b_480p_61_frames_recipe"),
         table("HunyuanVideo, A3, cann-recipes",
-              *(f"hunyuan_video_720p_{cards}_a3" for cards in ("1", "ulysses4_denoising", "ulysses5", "ulysses8")),
-              notes="the second row is of the denoising only"),
+              *(f"hunyuan_video_720p_{kind}_a3" for kind in ("1", "ulysses4_denoising", "ulysses5", "ulysses8")),
+              "hunyuan_video_720p_taylorseer_1_a3",
+              notes="the second row is of the denoising only; which steps FBCache and TeaCache skip depends on the video"),
         table("HunyuanVideo, 950PR, cann-recipes", "hunyuan_video_720p_1_a5", "hunyuan_video_720p_ulysses8_a5",
               notes="8 cards are published as 10.0 times as fast as one, which no division of the work explains"),
         table("HunyuanVideo in MXFP8 attention, 950PR, cann-recipes", "hunyuan_video_720p_fp8_1_a5",
@@ -121,7 +122,13 @@ def predicted(row: PublishedRow, known: Rates) -> float:
 
 def facts_of(workload: Workload) -> tuple[Model, Video]:
     model = models.published(workload.folder, workload.kind)
-    return model, videos.video_of(model, workload.size, workload.sample, from_image=workload.task != "t2v")
+    return model, videos.video_of(
+        model, workload.size, workload.sample, workload.acceleration, from_image=workload.task != "t2v"
+    )
+
+
+def cards(row: PublishedRow) -> int:
+    return row.decoders or math.prod(row.plan)
 
 
 def machine_of(workload: Workload, ranks: int) -> Machine:

@@ -51,8 +51,9 @@ def cell(model, video, number: int, memory: int) -> str:
         return f"no; {sizes} fits" if near else "no"
     chosen = made.chosen
     running = sum(taken for stage, taken in chosen.seconds.items() if stage != "load")
-    what = arrangement(chosen.arrangement).replace(", text encoder on the ranks", "")
-    return f"{duration(running)}, {chosen.memory.device_peak / 1e9:.0f} GB: {what}"
+    what = arrangement(chosen.arrangement).replace(", text encoder on the ranks", "").replace(" x ", ", ")
+    what = what.replace(", VAE", "; VAE")
+    return f"{duration(running)}; {chosen.memory.device_peak / 1e9:.0f} GB; {what}"
 
 
 if __name__ == "__main__":
