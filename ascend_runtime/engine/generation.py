@@ -24,11 +24,12 @@ from ..models.cost import PassSize
 from ..models.registry import require_schedule
 from ..models.shared.block_stack import At, Pass, Skipping
 from ..models.shared.conditioning import Branch, Given
-from ..models.shared.quantized import use_step
+from ..models.shared.quantized import QuantizedLinear, use_step
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
-from ..parallel.mesh import mesh_of
+from ..parallel.mesh import mesh_of, this_rank
 from ..parallel.sequence import SequenceLayout, spread
+from ..planner.holding.passes import DryNetwork, DryRank, DryVideo, as_json, taken_by_pass
 from ..specs import AccelerationSpec, Calibration, OperatorSpec, ParallelSpec, Plan, SampleSpec
 from ..specs.presets import for_family
 from .sampling import SolverStep, schedule_of
@@ -51,12 +52,14 @@ class Request:
 @dataclass(frozen=True)
 class Ranks:
     """How the ranks share a generation, and the operators of each. cfg_group: the process group of the cfg axis, or
-    None."""
+    None. ring_exchange, overlap: as in ParallelSpec."""
 
     plan: Plan
     operators: PlainOperators
     sequence: SequenceLayout
     cfg_group: dist.ProcessGroup | None
+    ring_exchange: str = "rotate"
+    overlap: bool = False
 
     @classmethod
     def arranged(
@@ -75,8 +78,13 @@ class Ranks:
     ) -> Ranks:  # fmt: skip
         """The ranks of a plan. Collective the first time, and sets nothing up."""
         mesh = mesh_of(model.device.type, plan)
-        sequence = spread(mesh, computing, parallel.ring_exchange, overlaps(parallel, environ))
-        return cls(plan, computing, sequence, mesh.group("cfg"))
+        exchange, overlap = parallel.ring_exchange, overlaps(parallel, environ)
+        sequence = spread(mesh, computing, exchange, overlap)
+        return cls(plan, computing, sequence, mesh.group("cfg"), exchange, overlap)
+
+    def dry(self, kind: str) -> DryRank:
+        """This rank as the planner sees it. kind: of its device."""
+        return DryRank(kind, self.plan, this_rank(), self.ring_exchange, self.overlap)
 
     def arrange(self, model: DiffusionModel) -> None:
         """Sets the model up for this plan and these operators."""
@@ -267,7 +275,6 @@ def _outline(model: DiffusionModel, course: Course, ranks: Ranks) -> Outline:
         per_token=course.per_token,
     )
     itemsize = model.dtype.itemsize
-    taken = family.bytes_taken(config, size, itemsize)
     return Outline(
         experts=tuple(map(model.name_at, course.timesteps)),
         known=_known(model, course),
@@ -275,10 +282,24 @@ def _outline(model: DiffusionModel, course: Course, ranks: Ranks) -> Outline:
         own=ranks.sequence.own(tokens, behind[first]),  # step caches look at the cond branch only
         branches=len(course.texts) if ranks.plan.cfg == 1 else 1,
         output=size.batch * size.on_rank * family.width(config) * itemsize,
-        room=max(0, devices.room(model.device) - taken),
+        room=_room_for_caches(model, course, ranks),
         ring=ranks.plan.ring,
         work=family.work(config, size),
     )
+
+
+def _room_for_caches(model: DiffusionModel, course: Course, ranks: Ranks) -> int:
+    """The bytes that are free during a pass; asked for by caches only."""
+    if course.acceleration.cache is None:
+        return 0
+    config, batch, channels = model.high_noise.config, *course.shape[:2]
+    layers = model.high_noise.named_modules()
+    in_8_bits = frozenset(name for name, layer in layers if isinstance(layer, QuantizedLinear))
+    dtype = str(model.dtype).removeprefix("torch.")
+    network = DryNetwork(model.family, as_json(config), dtype, in_8_bits, ranks.plan.tp)
+    branches = len(course.texts) if ranks.plan.cfg == 1 else 1
+    video = DryVideo((batch, channels, *course.size), max(course.texts.values()), course.per_token, branches)
+    return max(0, devices.room(model.device) - taken_by_pass(network, video, ranks.dry(model.device.type)))
 
 
 def _known(model: DiffusionModel, course: Course) -> dict[str, Calibration]:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from ..hardware import devices
-from ..planner import choice, models, videos
+from ..planner import choice, memory, models, videos
 from ..planner.choice import Choice, Fixed
 from ..planner.choosing import encoders, words
 from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
 from ..planner.rates import Rates, of_card
 from ..planner.timing.profile import rates_for
-from ..specs import DiffusionModelSpec, ParallelSpec, Plan, TextEncoderSpec, VaeForm, VideoSize
+from ..specs import AccelerationSpec, DiffusionModelSpec, ParallelSpec, Plan, TextEncoderSpec, VaeForm, VideoSize
 from ..specs.plans import AXES
 from ..wire.plans import Chosen, PlannedJob
 
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SMALLEST = VideoSize(width=256, height=256, num_frames=5)  # to load a model whose own size does not fit
 MOST_MODELS = 4  # whose facts are kept
+SMALL = 16  # jobs that take less than a 16th of a device are not predicted exactly
 
 Holds = Callable[[DiffusionModelSpec, int, bool], bool]  # whether the ranks hold a model (spec, tp degree, FSDP)
 
@@ -134,13 +135,22 @@ def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -
         planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
     )  # fmt: skip
     known = _rates(planned.model.path, machine, model.family.name)
-    found = choice.choice_of(model, video, machine, known, fixed)
+    held = memory.roughly if _is_small(model, video, machine) else memory.predicted
+    found = choice.choice_of(model, video, machine, known, fixed, held)
     if not found.fitting and planned.shape is None and planned.size is None:  # weights are loaded, for a video to come
         video = _video(model, replace(planned, size=SMALLEST))
         found = choice.choice_of(model, video, machine, known, fixed)
     if found.others and not found.fitting and not _is_set(planned.parallel):
         raise choice.refusal(model, video, machine, fixed, found.others)
     return replaced(found, fitting=tuple(_of_stages(one, model) for one in found.fitting))
+
+
+def _is_small(model: Model, video: Video, machine: Machine) -> bool:
+    """Whether a job takes so little of a device that all its plans fit, which needs no exact prediction."""
+    if video.acceleration != AccelerationSpec() or model.vae is not None or model.encoders:
+        return False
+    taken = memory.roughly(model, video, Arrangement(Plan()), machine)
+    return SMALL * taken.device_peak <= machine.device_memory and SMALL * taken.host_total <= machine.host_memory
 
 
 def _of_stages(one: Prediction, model: Model) -> Prediction:

@@ -315,10 +315,6 @@ class Family(ABC):
         """The FLOPs of a pass through a transformer on all ranks."""
 
     @abstractmethod
-    def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
-        """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype."""
-
-    @abstractmethod
     def sliced_sums(
         self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
     ) -> SlicedSums:

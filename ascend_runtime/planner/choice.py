@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import coded_error
@@ -15,6 +16,8 @@ from .rates import Rates
 from .videos import resized
 
 __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
+
+Held = Callable[[Model, Video, Arrangement, Machine], Memory]
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ def choose(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fi
     return choice
 
 
-def choice_of(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed()) -> Choice:
-    """As `choose`, with nothing in `fitting` if nothing fits."""
+def choice_of(
+    model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed(), held: Held = memory.predicted
+) -> Choice:
+    """As `choose`, with nothing in `fitting` if nothing fits. held: predicts the memory."""
     found: list[Prediction] = []
     for tiles in open_tiles(model, machine, fixed):
         made = arrangements(model, video, machine, fixed, tiles)
-        found += [prediction(model, video, one, machine, rates) for one in made]
+        found += [prediction(model, video, one, machine, rates, held) for one in made]
         if any(fits(one.memory, machine) for one in found):
             break
     fitting = sorted((one for one in found if fits(one.memory, machine)), key=_speed)
@@ -59,11 +64,13 @@ def choice_of(model: Model, video: Video, machine: Machine, rates: Rates, fixed:
     return Choice(tuple(fitting), tuple(others), machine, words.source(rates))
 
 
-def prediction(model: Model, video: Video, one: Arrangement, machine: Machine, rates: Rates) -> Prediction:
+def prediction(
+    model: Model, video: Video, one: Arrangement, machine: Machine, rates: Rates, held: Held = memory.predicted
+) -> Prediction:
     return Prediction(
         arrangement=one,
         seconds=seconds.predicted(model, video, one, machine, rates),
-        memory=memory.predicted(model, video, one, machine),
+        memory=held(model, video, one, machine),
         sent=exchange.sent(model, video, one),
         read=seconds.bytes_read(model),
     )

@@ -13,11 +13,12 @@ from .holding.kernels import MARGINS
 from .holding.passes import gathered, network_of, own_branches, pass_bytes
 from .holding.slabs import slabs_of
 from .holding.vae_tiles import tile_bytes
-from .holding.weights import NO_RULES, OwnPart, Share, kept, on_device, rules_of
+from .holding.weights import ITEMSIZES, NO_RULES, OwnPart, Share, kept, on_device, rules_of
 
 # The latents in fp32 that a rank's host holds during the passes of the first step, the second and later ones, with
 # UniPC, which holds the most: those of the solver and of the loop around it, and another branch's velocity. Measured.
 LATENTS_HELD = (2, 8, 11)
+GENEROUS = 64  # times the tokens of the blocks' sequence: more than any family's pass takes at once
 
 
 def predicted(
@@ -29,6 +30,13 @@ def predicted(
     ranks = {0, last} if rank is None else [rank]  # the others hold as much as one of these, or less
     jobs = (_Rank(model, video, arrangement, machine, one) for one in ranks)
     return max((Memory(one.device(), one.host()) for one in jobs), key=lambda one: one.device_peak)
+
+
+def roughly(model: Model, video: Video, arrangement: Arrangement, machine: Machine) -> Memory:
+    """As `predicted`, without accelerators, and with a pass by the number of its tokens, generously: for jobs so small
+    that they fit anywhere, as the dry run of a pass takes longer than they do."""
+    one = _RoughRank(model, video, arrangement, machine, rank=0)
+    return Memory(one.device(), one.host())
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,16 @@ class _Rank:
         sizes = {(number, name): one.nbytes
                  for number, parts in enumerate(self._experts()) for name, one in parts.items()}  # fmt: skip
         return sum(sizes.values()) if self.on_cpu else slabs_of(sizes).nbytes
+
+
+class _RoughRank(_Rank):
+    def denoise(self) -> dict[str, int]:
+        family, config, plan = self.model.family, self.model.experts[0].config, self.arrangement.plan
+        tokens, text = math.prod(family.grid(config, self.video.shape[2:])), self.video.text_tokens
+        on_rank = -(-(tokens + family.text_in_sequence(config, text)) // (plan.ring * plan.ulysses))
+        numbers = self.video.shape[0] * (on_rank + text) * family.width(config)
+        latents = _latents(self.video) if self.on_cpu else 0
+        return {"pass": GENEROUS * ITEMSIZES[self.model.dtype] * numbers, "latents": latents, "libraries": MARGINS[self.machine.kind].libraries}
 
 
 def _blocks(model: Model) -> int:

@@ -5,16 +5,17 @@ import random_hunyuan
 import tiny_models
 import torch
 from ascend_runtime.models.hunyuan_video import cost as hunyuan_cost
-from ascend_runtime.models.hunyuan_video.context import Context as HunyuanContext
-from ascend_runtime.models.hunyuan_video.transformer import HunyuanVideoTransformer
 from ascend_runtime.models.shared.block_stack import Pass
 from ascend_runtime.models.cost import PassSize
 from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanBlock, WanTransformer
-from ascend_runtime.models.wan.cost import taken_by, work_of
-from ascend_runtime.ops.memory import most_allocated
-from ascend_runtime.ops import PlainOperators
-from ascend_runtime.parallel.sequence import ShardedSequence, WholeSequence
+from ascend_runtime.models.registry import family
+from ascend_runtime.models.wan.cost import work_of
+from ascend_runtime.models.wan.weights import RULES
+from ascend_runtime.ops.memory import allocated
+from ascend_runtime.planner.holding.dry_pass import run
+from ascend_runtime.planner.holding.passes import DryNetwork, DryRank, DryVideo, as_json
+from ascend_runtime.specs import Plan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -87,62 +88,51 @@ def test_a_pass_of_hunyuan_video_computes_what_work_of_says(kind, changes):
 
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads, ffn_dim", [(40, 13824), (24, 14336), (12, 8960)])
-def test_a_block_takes_what_taken_by_says(heads, ffn_dim, dtype, per_token):
-    """Blocks of the published sizes, on the meta device, with an attention that takes no more than its result."""
-    config = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn_dim}
-    tokens, width, operators = 32760, heads * 128, PlainOperators()
-    operators.attention = lambda query, key, value: torch.empty_like(query)
-    with torch.device("meta"):
-        block = WanBlock(width, ffn_dim, heads).to(dtype)
-        x, context = torch.empty(1, tokens, width, dtype=dtype), Context(torch.empty(1, 512, 0))
-        context.embedded = torch.empty(1, 512, width, dtype=dtype), None
-        timestep = torch.empty(1, *([tokens] if per_token else []), 6, width)
-        rotary = (torch.empty(1, tokens, 1, 64),) * 2
-    block.ops = block.attn1.ops = block.attn2.ops = operators
-    block.attn1.sequence = WholeSequence(operators.attention)
-    takes = most_allocated(lambda: block(x, context, timestep, rotary)) + (timestep.nbytes if per_token else 0)
-    told = taken_by(config, PassSize(1, tokens, tokens, 512, per_token), dtype.itemsize)
-    print(f"{takes / 1e9:.3f} GB taken, {told / 1e9:.3f} GB told")
-    assert 0.85 * told < takes <= told
+@pytest.mark.parametrize("heads, ffn_dim", [(40, 13824), (12, 8960)])
+def test_a_pass_of_the_published_sizes_takes_memory_in_proportion_to_its_tokens(heads, ffn_dim, dtype, per_token):
+    """In units of a block's output: what self-attention or the feed-forward take, and vectors for each token."""
+    config = {"num_attention_heads": heads, "attention_head_dim": 128, "ffn_dim": ffn_dim, "num_layers": 3,
+              "patch_size": (1, 2, 2), "in_channels": 48, "out_channels": 48}  # fmt: skip
+    network = DryNetwork(family("wan"), as_json(config), str(dtype).removeprefix("torch."), frozenset(), 1)
+    one, more = (
+        run(network, DryVideo((1, 48, frames, 60, 104), 512, per_token, 1), DryRank("npu", Plan(), 0, "rotate", False))
+        for frames in (7, 21)
+    )
+    outputs = more.blocks / more.output
+    print(f"{outputs:.2f} outputs of a block, {more.context / 1e6:.0f} MB of context")
+    assert 2.9 < more.blocks / one.blocks < 3.1 and more.output == 21 * 30 * 52 * heads * 128 * dtype.itemsize
+    vectors = 12 * 4 / dtype.itemsize if per_token else 0
+    assert 0.7 < outputs / (vectors + max(12, 4 + 2 * ffn_dim / heads / 128)) < 1.6
 
 
-class Part(ShardedSequence):
-    """The sequence as one of many ranks holds it, on the meta device: with an attention and a gather that take no more
-    than their results."""
-
-    def __init__(self, degree, rank):
-        self.degree, self.rank = degree, rank
-
-    def attention(self, query, key, value, attend=None):
-        return torch.empty_like(query)
-
-    def gather(self, x, length):
-        return x.new_empty(x.shape[0], length, x.shape[2])
-
-
-@pytest.mark.parametrize("degree, rank", [(1, 0), (8, 0), (8, 7)])
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", random_hunyuan.KINDS)
-def test_a_pass_of_hunyuan_video_takes_what_taken_by_says(kind, dtype, degree, rank):
-    """Blocks of the published size, for 1280 x 720 x 129."""
-    config = {"num_layers": 1, "num_single_layers": 1, **random_hunyuan.KINDS[kind]}
-    network, text = HunyuanVideoTransformer(config).to(dtype), 256
-    network.arrange(network.ops, Part(degree, rank))
-    with torch.device("meta"):
-        latent = torch.empty(1, network.config.in_channels, 33, 90, 160, dtype=dtype)
-        context = HunyuanContext(torch.empty(1, text, 4096, dtype=dtype), torch.empty(1, 768, dtype=dtype),
-                                 torch.empty(1) if network.config.guidance_embeds else None)  # fmt: skip
-        timestep = torch.empty(1)
-    tokens, rotary = 33 * 45 * 80, network._rotary_table(latent, text)  # cached before, as the CPU computes it
-    given = [*network.parameters(), latent, *rotary]
+def test_a_dry_pass_takes_what_a_real_one_takes(name, dtype):
+    """The tensors that our network makes of real ones on a CPU, within 3 %."""
+    changes, shape = CONFIGS[name]
+    theirs = tiny_models.wan_transformer(seed=1, num_layers=3, **changes)
+    network = WanTransformer(dict(theirs.config)).eval()
+    network.load_state_dict(theirs.state_dict(), assign=True)
+    for parameter in network.named_parameters():
+        parameter[1].data = parameter[1].data if RULES.fp32(parameter[0]) else parameter[1].data.to(dtype)
+    size = (shape[0], shape[1], shape[2], 4 * shape[3], 4 * shape[4])
+    parts = torch.randn(size, dtype=dtype).split((16, size[1] - 16), dim=1) if size[1] > 16 else None
+    given = torch.randn(size, dtype=dtype), Context(torch.randn(shape[0], 40, tiny_models.TEXT_DIM, dtype=dtype))
 
-    def compute():
-        for tensor in given:
-            tensor.view_as(tensor)  # views count as their whole tensors: here, to subtract them
-        network(latent, timestep, context)
+    def compute(tracking):
+        latent = given[0] if parts is None else torch.cat(parts, dim=1)  # further channels, as a branch joins them
+        network(latent, torch.full((shape[0],), 500.0), given[1])
+        return given[1]
 
-    takes = most_allocated(compute) - sum(tensor.nbytes for tensor in given) + sum(part.nbytes for part in rotary)
-    said = hunyuan_cost.taken_by(config, PassSize(1, tokens, -(-(tokens + text) // degree), text), dtype.itemsize)
-    print(f"{takes / 1e9:.3f} GB taken, {said / 1e9:.3f} GB by formula")
-    assert 0.85 * said < takes <= said
+    weights = [*network.parameters(), *network.buffers(), given[0], given[1].text, *(parts or ())]
+    network._rotary_table(given[0])  # made on a CPU in other steps
+    real = allocated(compute, [*weights, *network._rotary_table(given[0])])
+    dry = run(
+        DryNetwork(family("wan"), as_json(network.config), str(dtype).removeprefix("torch."), frozenset(), 1),
+        DryVideo((size[0], 16, *size[2:]), 40, False, 1),
+        DryRank("cpu", Plan(), 0, "rotate", False),
+    )
+    tables = sum(part.nbytes for part in network._rotary_table(given[0]))
+    said = dry.blocks + dry.context - tables
+    print(f"{real.most} bytes taken, {said} by the dry pass")
+    assert real.most <= 1.03 * said and said <= 1.03 * real.most

@@ -14,9 +14,11 @@ from ascend_runtime import DiffusionModelSpec, JobCancelled, ParallelSpec, RankE
 from ascend_runtime.client.model_calls import NetworkPass
 from ascend_runtime.engine import planning
 from ascend_runtime.hardware import host, memory
-from ascend_runtime.planner import choice, models, rates
+from ascend_runtime.planner import choice, models, rates, videos
+from ascend_runtime.planner import memory as planned_memory
 from ascend_runtime.planner.choosing import encoders
-from ascend_runtime.planner.facts import Machine
+from ascend_runtime.planner.facts import Arrangement, Machine
+from ascend_runtime.specs import Plan
 from ascend_runtime.wire.messages import SamplerRun
 from ascend_runtime.wire.plans import PlannedJob
 from torch.testing import assert_close
@@ -271,3 +273,13 @@ def test_out_of_memory_is_known_by_what_ranks_say(tmp_path):
     assert memory.kills(counts) == 0
     counts.write_text("nr_free_pages 7\noom_kill 3\n")
     assert memory.kills(counts) == 3
+
+
+def test_small_jobs_are_predicted_generously(specs):
+    model, machine = models.read(specs.model, kind="cpu"), Machine("cpu", "cpu", 2, PLENTY, PLENTY)
+    for size in (VideoSize(width=64, height=64, num_frames=9), VideoSize(width=256, height=256, num_frames=5)):
+        video = videos.video_of(model, size, SampleSpec(steps=2))
+        for fsdp in (False, True):
+            exact, rough = (predict(model, video, Arrangement(Plan(ulysses=2), fsdp), machine).device["denoise"]["pass"]
+                            for predict in (planned_memory.predicted, planned_memory.roughly))  # fmt: skip
+            assert 0 < exact <= planning.SMALL * rough

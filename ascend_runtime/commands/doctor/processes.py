@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from resource import getpagesize
@@ -13,6 +14,7 @@ from .surroundings import Surroundings
 WORKER = "ascend_runtime.engine.worker"
 _PARENT = "ASCEND_RUNTIME_PARENT"  # the process that started a rank; see client/group.py
 _MOST_BYTES = 2**17  # of a file of a process; Linux allows more, a rank has less
+_ENDING = 0.5  # seconds; the kernel ends ranks when their client ends, but not at the same moment
 _MANY_ENDED = 50
 _STATES = {"Z": "ended", "D": "blocked in the kernel, as by a driver"}
 
@@ -34,9 +36,11 @@ def pids(around: Surroundings) -> set[int]:
 
 
 def _left_ranks(around: Surroundings) -> Iterator[Finding]:
-    running = {pid: one for pid in pids(around) if (one := _process(around, pid))}
-    ranks = [one for one in running.values() if _is_rank(around, one.pid) and one.state != "Z"]
-    left = [one for one in ranks if not _in_use(around, one, running)]
+    ranks, left = _ranks(around)
+    if left:
+        time.sleep(_ENDING)
+        still = {one.pid for one in _ranks(around)[1]}
+        left = [one for one in left if one.pid in still]
     for one in left:
         doing = f", is {_STATES[one.state]}," if one.state in _STATES else ""
         yield error("ranks", HostFault(
@@ -47,6 +51,13 @@ def _left_ranks(around: Surroundings) -> Iterator[Finding]:
         ))  # fmt: skip
     if not left:
         yield fine("ranks", f"{len(ranks)} in use, none is left from before")
+
+
+def _ranks(around: Surroundings) -> tuple[list[RunningProcess], list[RunningProcess]]:
+    """All ranks that run, and those of them that are left."""
+    running = {pid: one for pid in pids(around) if (one := _process(around, pid))}
+    ranks = [one for one in running.values() if _is_rank(around, one.pid) and one.state != "Z"]
+    return ranks, [one for one in ranks if not _in_use(around, one, running)]
 
 
 def _ended(around: Surroundings) -> Iterator[Finding]:
@@ -64,8 +75,8 @@ def _ended(around: Surroundings) -> Iterator[Finding]:
 
 def ranks_in_use(around: Surroundings) -> set[int]:
     """The process ids of ranks whose client lives."""
-    running = {pid: one for pid in pids(around) if (one := _process(around, pid))}
-    return {pid for pid, one in running.items() if _is_rank(around, pid) and _in_use(around, one, running)}
+    ranks, left = _ranks(around)
+    return {one.pid for one in ranks} - {one.pid for one in left}
 
 
 def _is_rank(around: Surroundings, pid: int) -> bool:

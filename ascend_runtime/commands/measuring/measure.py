@@ -36,7 +36,7 @@ LATENT_FRAMES = 3
 DECODED = ((1, 8, 8), (2, 8, 8), (3, 12, 12), (3, 16, 24), (5, 32, 32), (5, 48, 64), (9, 64, 96))
 WIDE_BLOCKS, NARROW_BLOCKS = 3, 6
 MOST_WEIGHTS = 2**28  # bytes of a network
-DEEP_WEIGHTS, DEEPEST = 2**26, 24  # bytes, blocks of one that is only loaded
+DEEP_WEIGHTS, DEEPEST = 2**25, 12  # bytes, blocks of one that is only loaded
 ROUNDS = 5
 
 Report = Callable[[str], object]
@@ -80,8 +80,8 @@ def measure(
 ) -> Profile:
     """Measures with each number of ranks, and writes the profile next to the model. Returns the profile.
 
-    card: the product line of the devices. seconds: for all jobs, besides the start of ranks. report: gets lines of text.
-    Raises ValueError if a profile that is there is invalid, or ranks fail; OSError if it cannot be written.
+    card: the product line of the devices. seconds: for all jobs, besides the start of ranks. report: gets lines of
+    text. Raises ValueError if a profile that is there is invalid, or ranks fail; OSError if it cannot be written.
     """
     file = profile_file(subject.path)
     profile = read_profile(file)  # refuses an invalid one before anything runs
@@ -113,7 +113,8 @@ def measured_on(
         for number in sorted(ranks):
             samples = bench.samples(number, seconds / len(ranks))
             measured.samples[number] = samples
-            measured.costs[number] = {**fitted_costs(samples, least), **of_host}
+            costs = fitted_costs(samples, least)
+            measured.costs[number] = {**costs, "encode_ranks": costs["linear"], **of_host}
             report(f"{number} rank(s): {len(samples)} jobs, median error of the fit {measured.error(number):.1%}")
     return measured
 

@@ -1,4 +1,4 @@
-"""The FLOPs and the memory of a pass through the HunyuanVideo transformer."""
+"""The FLOPs of a pass through the HunyuanVideo transformer."""
 
 from __future__ import annotations
 
@@ -53,31 +53,3 @@ def _rest(config: Mapping[str, Any], size: PassSize) -> float:
     refiner = config["num_refiner_layers"] * block + 2 * tokens * text * width + embedder(FREQUENCIES) + embedder(text)
     sinusoids = _vectors(config) + bool(config["guidance_embeds"])
     return head + 4 * width**2 + refiner + sinusoids * embedder(FREQUENCIES) + embedder(config["pooled_projection_dim"])
-
-
-def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
-    """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype.
-
-    A single block's peak is its input, what it normed, its attention, and the feed-forward's inner activations before
-    and after GELU; or its input and ten times as much while a query is turned in fp32. The first block's input is kept
-    along. The rotary table and the patches are those of all tokens.
-    """
-    config, width = filled(config), width_of(config)
-    tokens = max(size.on_rank, size.text_tokens)
-    block = tokens * (2 + max(10, 2 + 2 * config["mlp_ratio"])) * width * itemsize
-    patches = size.tokens * config["in_channels"] * config["patch_size"] ** 2 * config["patch_size_t"] * itemsize
-    rotary = (size.tokens + size.text_tokens) * config["attention_head_dim"] * 4
-    return int(1.01 * size.batch * (block + patches) + rotary)
-
-
-def sums_of(config: Mapping[str, Any], size: PassSize, video: int, itemsize: int) -> SlicedSums:
-    """What ranks of tensor parallelism exchange in a pass.
-
-    A double block all-reduces the tokens twice, a single one once. A double block gathers six vectors of modulation for
-    each of the two streams that has tokens on the rank, a single block three; each twice with a clean first frame.
-    """
-    config, width = filled(config), width_of(config)
-    double, single, streams = config["num_layers"], config["num_single_layers"], (video > 0) + (video < size.on_rank)
-    reduced = (2 * double + single) * size.on_rank * width * size.batch * itemsize
-    gathered = (6 * streams * double + 3 * single) * _vectors(config) * width * size.batch * itemsize
-    return SlicedSums(reduced, 2 * streams * double + single, gathered, double + single)

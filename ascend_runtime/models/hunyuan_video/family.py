@@ -256,9 +256,6 @@ class HunyuanVideo(Family):
     def work(self, config: Mapping[str, Any], size: PassSize) -> Work:
         return cost.work_of(config, size)
 
-    def bytes_taken(self, config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
-        return cost.taken_by(config, size, itemsize)
-
     def sliced_sums(
         self, config: Mapping[str, Any], size: PassSize, video: int, itemsize: int, again: bool = True
     ) -> SlicedSums:

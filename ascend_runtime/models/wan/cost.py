@@ -1,4 +1,4 @@
-"""The FLOPs and the memory of a pass through the Wan transformer."""
+"""The FLOPs of a pass through the Wan transformer."""
 
 from __future__ import annotations
 
@@ -38,17 +38,6 @@ def work_of(config: Mapping[str, Any], size: PassSize) -> Work:
     rest += 2 * width * (config["freq_dim"] + config["text_dim"] + 8 * width)
     products, attention, block, rest = (float(size.batch * flops) for flops in (products, attention, block, rest))
     return Work((BlockWork(products, attention, block),) * config["num_layers"], rest)
-
-
-def taken_by(config: Mapping[str, Any], size: PassSize, itemsize: int) -> int:
-    """Bytes that a pass takes on a rank besides weights and caches. itemsize: of the blocks' dtype.
-
-    A block's peak is 10.5 times its output in self-attention, or 3.3 times its output and twice the feed-forward's
-    inner activations. With one timestep for each token, modulation takes 12 more vectors in fp32 for each token.
-    """
-    width, ffn_dim = width_of(config), filled(config)["ffn_dim"]
-    block = max(10.5 * width, 3.3 * width + 2 * ffn_dim) * itemsize
-    return int(size.batch * size.on_rank * (block + (12 * width * 4 if size.per_token else 0)))
 
 
 def worth_keeping(tokens: int, text_tokens: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ...models.family import Family
 from ...specs import Plan
 from ..facts import Arrangement, Model, Network, Video
+from .kernels import MARGINS
 from .weights import quantized_layers_of
 
 
@@ -70,6 +71,12 @@ def pass_bytes(model: Model, video: Video, arrangement: Arrangement, kind: str, 
         DryVideo(tuple(video.shape), video.text_tokens, video.per_token, own_branches(video, arrangement)),
         DryRank(kind, arrangement.plan, rank, arrangement.ring_exchange, arrangement.overlap),
     )
+
+
+def taken_by_pass(network: DryNetwork, video: DryVideo, rank: DryRank) -> int:
+    """Bytes that a step's passes take of a rank's device, without weights and caches."""
+    one = _pass_bytes(network, video, rank)
+    return int(MARGINS[rank.kind].blocks * one.blocks) + one.exchange + one.context
 
 
 def own_branches(video: Video, arrangement: Arrangement) -> int:

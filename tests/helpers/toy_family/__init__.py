@@ -198,9 +198,6 @@ class Toy(Family):
         blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
         return Work(blocks, float(size.batch * rest))
 
-    def bytes_taken(self, config, size, itemsize):
-        return 16 * size.batch * size.on_rank * self.width(config) * itemsize
-
     def heads(self, config):
         return self.width(config) // HEAD_DIM
 
