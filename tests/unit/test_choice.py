@@ -73,16 +73,14 @@ def test_a_ring_is_left_open_only_where_ulysses_pads_heads():
     assert of_hunyuan == {(1, 1, 16, 1), (1, 2, 8, 1)}  # 24 heads, no guidance
 
 
-def test_blended_tiles_are_tried_only_if_no_whole_plane_fits(tiny, video, monkeypatch):
+def test_blended_tiles_are_tried_only_if_no_whole_plane_fits(tiny, video):
     one_card = replace(A2, ranks=1)
     assert open_tiles(tiny, one_card, Fixed()) == ("whole", "published") and open_tiles(tiny, A2, Fixed()) == ("whole",)
     made = choice.choose(tiny, video, one_card, rates.of_card("a2"))
     assert {one.arrangement.tiles for one in made.fitting} == {"whole"} and not made.others
     too_large = Memory({"decode": {"tiles": 10**12}}, {})
-    own = memory.predicted
-    monkeypatch.setattr(memory, "predicted", lambda model, video, one, machine: (
-        too_large if one.tiles == "whole" else own(model, video, one, machine)))  # fmt: skip
-    made = choice.choose(tiny, video, one_card, rates.of_card("a2"))
+    made = choice.choice_of(tiny, video, one_card, rates.of_card("a2"), held=lambda model, video, one, machine: (
+        too_large if one.tiles == "whole" else memory.predicted(model, video, one, machine)))  # fmt: skip
     assert {one.arrangement.tiles for one in made.fitting} == {"published"} and "blended tiles" in made.line
 
 
