@@ -18,7 +18,7 @@ from pathlib import Path
 from ..specs.record import FileDigest
 from .states import content_state
 
-BEGINNING = 2**20  # bytes
+FIRST_BYTES = 2**20  # bytes
 SAMPLES, SAMPLE = 64, 64 * 2**10  # number, and bytes of each: evenly spaced, the first and the last at the ends
 MAX_HEADER = 16 * 2**20  # bytes
 DIGEST_BYTES = 16
@@ -50,7 +50,7 @@ def _digest(file: str, _: tuple[int, ...]) -> FileDigest:
         size = os.fstat(descriptor).st_size
         total.update(size.to_bytes(8, "little"))
         for start, end in _ranges(size, _header(os.pread(descriptor, 9, 0))):
-            while start < end and (content := os.pread(descriptor, min(end - start, BEGINNING), start)):
+            while start < end and (content := os.pread(descriptor, min(end - start, FIRST_BYTES), start)):
                 total.update(content)
                 start += len(content)
     return FileDigest(size=size, digest=total.hexdigest())
@@ -64,7 +64,7 @@ def _header(start: bytes) -> int:
 
 def _ranges(size: int, header: int) -> Iterator[tuple[int, int]]:
     """The bytes to read: (start, end), in order, without overlaps."""
-    done = min(size, max(BEGINNING, header))
+    done = min(size, max(FIRST_BYTES, header))
     yield 0, done
     for number in range(SAMPLES):
         start = max(0, size - SAMPLE) * number // (SAMPLES - 1)

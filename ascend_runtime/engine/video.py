@@ -14,12 +14,12 @@ from ..models.shared.tiling import Piece, tiling_for
 from ..models.shared.vae import VideoVae
 from ..ops.finite import Extremes, are_finite, check_finite, is_finite
 from ..parallel.mesh import all_reduce_max
-from .guard.frames import Facts, agreed, not_decoded, not_encoded, numbered, with_warnings
+from .guard.frames import DoneFacts, agreed, not_decoded, not_encoded, numbered, with_warnings
 
 StepReport = Callable[[int, int], None]  # (step counted from 1, total); called on all ranks, may raise on all
 
 
-def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepReport, tiles: str = "auto") -> Facts:
+def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepReport, tiles: str = "auto") -> DoneFacts:
     """Encodes frames [T,H,W,3] in 0..1 into `latent` [1,C,T',H',W'], fp32, on the CPU, not normalised. Each rank writes
     its own tiles.
 
@@ -41,7 +41,7 @@ def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepRep
     return tiling.facts
 
 
-def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: StepReport, tiles: str = "auto") -> Facts:
+def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: StepReport, tiles: str = "auto") -> DoneFacts:
     """Decodes latent [B,C,T,H,W], not normalised, into `frames` [B*T',H',W',3] in 0..1. Each rank writes its own tiles.
 
     on_step: called before each step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all

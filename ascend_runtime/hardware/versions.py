@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACK = "ascend-video"
+OWN_NAME = "ascend-video"
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 PACKAGES = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
 def versions() -> dict[str, str]:
     """The versions by name; packages that are not installed are left out."""
     found = {name: _version(name) for name in PACKAGES}
-    return {PACK: _own_version()} | {name: number for name, number in found.items() if number is not None}
+    return {OWN_NAME: _own_version()} | {name: number for name, number in found.items() if number is not None}
 
 
 def _version(package: str) -> str | None:

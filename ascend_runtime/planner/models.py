@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..hardware import cores
 from ..models.family import TRANSFORMER, VAE, Family
-from ..models.hubs import PublishedModel
 from ..models.registry import families
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from .facts import Model, Network
@@ -52,12 +51,16 @@ def read(
     )
 
 
-@lru_cache(maxsize=64)
 def published(name: str, kind: str = "npu", quantization: str = "none", stored: str = IN_16_BITS) -> Model:
     """Of a published model, such as "Wan2.2-T2V-A14B", without files. stored: the dtype of the weights on disk,
     bfloat16 or float8_e4m3fn. Raises ValueError for an unknown name."""
-    family, known = _known(name)
-    configs, parts = known.transformers, known.parts
+    return _published(_known_name(name), kind, quantization, stored)
+
+
+@lru_cache(maxsize=64)
+def _published(name: str, kind: str, quantization: str, stored: str) -> Model:
+    family = next(one for one in families().values() if name in one.published)
+    configs, parts = family.published[name].transformers, family.published[name].parts
     return Model(
         family=family,
         experts=tuple(_of_config(family, TRANSFORMER, config, quantization, stored) for config in configs),
@@ -98,11 +101,10 @@ def is_published(name: str) -> bool:
     return any(_plain(name) == _plain(one) for one in names())
 
 
-def _known(name: str) -> tuple[Family, PublishedModel]:
-    for family in families().values():
-        for one, known in family.published.items():
-            if _plain(one) == _plain(name):
-                return family, known
+def _known_name(name: str) -> str:
+    for one in names():
+        if _plain(one) == _plain(name):
+            return one
     raise ValueError(f"{name!r} is neither a file or folder nor a published model; these are {', '.join(names())}.")
 
 

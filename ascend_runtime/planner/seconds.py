@@ -82,7 +82,8 @@ def of_decoding(model: Model, video: Video, arrangement: Arrangement) -> Amounts
     if model.vae is None:
         return {}
     form = model.family.vae_form(model.vae.config)
-    sharing = math.prod(arrangement.plan.degrees) if arrangement.tiles == "whole" else 1
+    shared = arrangement.tiles == "whole" or model.family.deals_tiles
+    sharing = math.prod(arrangement.plan.degrees) if shared else 1
     return {
         "decode_job": 1,
         "decode": work.decoding_flops(model.vae, model.family, video.shape, sharing),

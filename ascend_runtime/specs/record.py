@@ -10,7 +10,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 KEY = "ascend_video"  # of the entry in a file's metadata
-FORMAT = 1
+RECORD_FORMAT = 1
 MAX_FILES = 512  # of a component; a distributed checkpoint has one for each rank that wrote it
 MAX_JOBS = 256
 MAX_NUMBERS = 1001  # sigmas
@@ -19,26 +19,26 @@ DENOISE, ENCODE, DECODE, ENCODE_VIDEO = "denoise", "encode", "decode", "encode v
 
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Name = Annotated[str, Meta(max_length=MAX_NAME)]
+ShortText = Annotated[str, Meta(max_length=MAX_NAME)]
 Numbers = Annotated[list[float], Meta(max_length=MAX_NUMBERS)]
-Setting = bool | int | float | Text | Numbers | None
-Settings = Annotated[dict[Name, Setting], Meta(max_length=64)]
+SettingValue = bool | int | float | Text | Numbers | None
+Settings = Annotated[dict[ShortText, SettingValue], Meta(max_length=64)]
 
 
 class FileDigest(Struct, frozen=True, kw_only=True):
     """A file's size in bytes, and its digest (checkpoints/digest.py)."""
 
     size: Count
-    digest: Name
+    digest: ShortText
 
 
 class PartRecord(Struct, frozen=True, kw_only=True):
     """A network that took part. part: as "transformer" or "vae". name: as which it was recognised. digest: of all its
     files, those that decide about its use included."""
 
-    part: Name
+    part: ShortText
     name: Text
-    digest: Name
+    digest: ShortText
     files: Annotated[list[FileDigest], Meta(max_length=MAX_FILES)]
 
 
@@ -47,15 +47,15 @@ class LoraRecord(Struct, frozen=True, kw_only=True):
 
     file: FileDigest | None
     strength: float
-    expert: Name
-    misfits: Name
+    expert: ShortText
+    misfits: ShortText
 
 
 class HostRecord(Struct, frozen=True, kw_only=True):
     """Where a job ran. device: "npu", "cuda" or "cpu". card: its product line or name; a CPU's instructions. threads:
     of each rank, on a CPU."""
 
-    device: Name
+    device: ShortText
     card: Text
     ranks: Count
     threads: Count | None = None
@@ -71,26 +71,26 @@ class JobRecord(Struct, frozen=True, kw_only=True, omit_defaults=True):
     outside of the ranks. seconds: by stage.
     """
 
-    kind: Name
+    kind: ShortText
     parts: Annotated[list[PartRecord], Meta(max_length=8)]
     host: HostRecord
-    dtype: Name = ""
+    dtype: ShortText = ""
     loras: Annotated[list[LoraRecord], Meta(max_length=MAX_LORAS)] = []
     settings: Settings = {}
     size: Annotated[list[Count], Meta(max_length=3)] = []
     plan: Settings = {}
     operators: Settings = {}
-    accelerators: Annotated[dict[Name, Settings], Meta(max_length=8)] = {}
+    accelerators: Annotated[dict[ShortText, Settings], Meta(max_length=8)] = {}
     saved: Settings = {}
-    calibration: Annotated[dict[Name, Name], Meta(max_length=4)] = {}
+    calibration: Annotated[dict[ShortText, ShortText], Meta(max_length=4)] = {}
     predicted: Annotated[str, Meta(max_length=MAX_LINE)] = ""
     calls: Count = 0
-    seconds: Annotated[dict[Name, float], Meta(max_length=16)] = {}
+    seconds: Annotated[dict[ShortText, float], Meta(max_length=16)] = {}
 
 
 class VideoRecord(Struct, frozen=True, kw_only=True):
     """The jobs that made a video, in the order of the graph. versions: of the packages, and of ComfyUI."""
 
     format: int
-    versions: Annotated[dict[Name, Name], Meta(max_length=16)]
+    versions: Annotated[dict[ShortText, ShortText], Meta(max_length=16)]
     jobs: Annotated[list[JobRecord], Meta(max_length=MAX_JOBS)]

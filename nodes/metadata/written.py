@@ -12,7 +12,7 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ...ascend_runtime.hardware.versions import versions
-from ...ascend_runtime.specs.record import FORMAT, KEY, VideoRecord
+from ...ascend_runtime.specs.record import RECORD_FORMAT, KEY, VideoRecord
 from . import kept
 
 OURS = "Ascend"  # begins the ids of this pack's nodes
@@ -27,14 +27,14 @@ class RecordOfOutput(dict):
     """
 
     def __init__(self):
-        super().__init__(format=FORMAT)  # JSON asks an empty dict for no items
+        super().__init__(format=RECORD_FORMAT)  # JSON asks an empty dict for no items
 
     def items(self) -> ItemsView:
         context = get_executing_context()
         if context is None:
             return super().items()
         numbers = versions() | {"comfyui": comfyui_version.__version__}
-        record = VideoRecord(format=FORMAT, versions=numbers, jobs=kept.before(context))
+        record = VideoRecord(format=RECORD_FORMAT, versions=numbers, jobs=kept.before(context))
         return msgspec.to_builtins(record).items()
 
 

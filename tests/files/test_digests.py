@@ -76,7 +76,7 @@ def test_any_sampled_byte_of_a_large_file_counts(tmp_path, rng):
         opened.truncate(28 * GIGABYTE)
     whole, seen = file_digest(file), set()
     ranges = list(digest._ranges(28 * GIGABYTE, 0))
-    assert sum(end - start for start, end in ranges) <= digest.BEGINNING + digest.SAMPLES * digest.SAMPLE
+    assert sum(end - start for start, end in ranges) <= digest.FIRST_BYTES + digest.SAMPLES * digest.SAMPLE
     for start, end in [ranges[0], ranges[-1], *rng.sample(ranges, 4)]:
         place = rng.randrange(start, end)
         flipped(file, place)
@@ -87,7 +87,7 @@ def test_any_sampled_byte_of_a_large_file_counts(tmp_path, rng):
 
 
 @pytest.mark.parametrize(
-    "size", [0, 1, digest.SAMPLE, digest.BEGINNING, digest.BEGINNING + 1, 5 * 2**20, 5 * 2**20 + 3]
+    "size", [0, 1, digest.SAMPLE, digest.FIRST_BYTES, digest.FIRST_BYTES + 1, 5 * 2**20, 5 * 2**20 + 3]
 )
 def test_ranges_lie_in_the_file_in_order(size):
     at = 0

@@ -152,7 +152,8 @@ def test_one_value_that_is_not_finite_in_the_last_frame_is_reported(monkeypatch,
         return iter([*good, last])
 
     monkeypatch.setattr(vae, "encoded", spoilt)
-    with pytest.raises(ValueError, match="The encoded video has NaN or infinite values in the latent's frame 2 of 2, rows 0 to 1"):
+    where = "The encoded video has NaN or infinite values in the latent's frame 2 of 2, rows 0 to 1"
+    with pytest.raises(ValueError, match=where):
         with torch.no_grad():
             video.encode_video(vae, torch.zeros(5, 16, 16, 3), torch.empty(1, 16, 2, 2, 2), lambda *_: None)
 

@@ -23,7 +23,8 @@ CASES = {
     2: [({"cfg": 2}, {}), ({"ulysses": 2}, {}), ({"ulysses": 2}, {"overlap": True}), ({"ring": 2}, {}),
         ({"ring": 2}, {"ring_exchange": "gather"}), ({"tp": 2}, {}), ({"ulysses": 2}, {"fsdp": True})],
     4: [({"cfg": 2, "ulysses": 2}, {}), ({"ring": 2, "ulysses": 2}, {}), ({"cfg": 2, "ring": 2}, {}),
-        ({"ulysses": 4}, {}), ({"ring": 4}, {}), ({"ulysses": 2, "tp": 2}, {}), ({"ulysses": 2, "tp": 2}, {"fsdp": True})],
+        ({"ulysses": 4}, {}), ({"ring": 4}, {}), ({"ulysses": 2, "tp": 2}, {}),
+        ({"ulysses": 2, "tp": 2}, {"fsdp": True})],
 }  # fmt: skip
 
 

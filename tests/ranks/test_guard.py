@@ -1,5 +1,5 @@
-"""Numbers that go wrong in the ranks' memory are found where they do, by code; the ranks live, and the next job is right
-to the bit (guard_rank.py)."""
+"""Numbers that go wrong in the ranks' memory are found where they do, by code; the ranks live, and the next job is
+right to the bit (guard_rank.py)."""
 
 import json
 

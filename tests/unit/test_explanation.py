@@ -14,7 +14,7 @@ from ascend_runtime.specs.record import (
     DECODE,
     DENOISE,
     ENCODE,
-    FORMAT,
+    RECORD_FORMAT,
     KEY,
     FileDigest,
     HostRecord,
@@ -45,7 +45,7 @@ def lora(file: FileDigest | None) -> LoraRecord:
 
 
 def record(*jobs, **changed) -> VideoRecord:
-    return VideoRecord(format=FORMAT, versions=versions() | changed, jobs=[*jobs, job(ENCODE), job(DECODE)])
+    return VideoRecord(format=RECORD_FORMAT, versions=versions() | changed, jobs=[*jobs, job(ENCODE), job(DECODE)])
 
 
 def verdict(made: VideoRecord, graph=GRAPH, **here) -> tuple[Verdict, list[str]]:
@@ -115,7 +115,7 @@ def test_what_is_taken_for_granted_is_named():
 
 def test_a_file_without_metadata(tmp_path, capsys):
     assert explained(picture(tmp_path, prompt=GRAPH)) == 2
-    assert explained(picture(tmp_path, **{KEY: {"format": FORMAT, "versions": {}, "jobs": []}})) == 2
+    assert explained(picture(tmp_path, **{KEY: {"format": RECORD_FORMAT, "versions": {}, "jobs": []}})) == 2
     assert "none of them made it" in capsys.readouterr().err
 
 

@@ -30,7 +30,7 @@ from lying_comfyui import LyingComfyUI, answer
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOW = ROOT / "workflows" / "api" / "tiny_wan_text_to_video.json"
-RECORD = results.JobRecord("k", "p", 1, None, "success", 1.5, ["a.mp4"])
+RECORD = results.LoggedJob("k", "p", 1, None, "success", 1.5, ["a.mp4"])
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_results_file_that_was_cut_anywhere_keeps_all_but_its_last_line(tmp_pa
     path = tmp_path / "results.jsonl"
     made = results.Results(path, pytest.fail)
     for key in ("first", "second"):
-        made.add(results.JobRecord(key, "\u4e00\u53ea\u732b \ud83d", 3, None, "success", 1.5, [f"{key}.mp4"]))
+        made.add(results.LoggedJob(key, "\u4e00\u53ea\u732b \ud83d", 3, None, "success", 1.5, [f"{key}.mp4"]))
     whole = path.read_bytes()
     second = whole.index(b"\n") + 1
     assert b"\\ud83d" in whole and "\u4e00".encode() in whole
@@ -152,7 +152,7 @@ def test_a_job_of_a_cut_line_runs_again_and_no_other(run, tmp_path):
 def test_a_record_that_cannot_be_written_is_printed_and_no_further_job_runs(tmp_path):
     """The kernel refuses to let the file grow, after room next to it was found."""
     path = tmp_path / "results.jsonl"
-    old = (results.JobRecord(f"old {number}", "p" * 100, number, None, "success") for number in range(700))
+    old = (results.LoggedJob(f"old {number}", "p" * 100, number, None, "success") for number in range(700))
     path.write_bytes(b"".join(map(results._encoded, old)))
     before = path.read_bytes()
     assert len(before) > results.OUTCOME + 5000

@@ -97,11 +97,15 @@ def _gpu_states(around: Surroundings, tool: str) -> list[CardState]:
         holders.setdefault(uuid, {})[int(pid)] = (", ".join(name), int(used) if used.isdigit() else 0)
     rows = [line.split(", ") for line in around.output_of(tool, f"--query-gpu={_GPU}", form).splitlines()]
     return [
-        CardState(f"GPU {number} ({name})", f"{faults} uncorrected ECC errors" if faults.isdigit() and int(faults) else "OK",
-                  int(used), int(total), holders.get(uuid, {}))
+        CardState(f"GPU {number} ({name})", _health(faults), int(used), int(total), holders.get(uuid, {}))
         for number, uuid, name, total, used, faults in (row for row in rows if len(row) == 6)
         if total.isdigit() and used.isdigit()
     ]  # fmt: skip
+
+
+def _health(ecc: str) -> str:
+    """A GPU's health in a word. ecc: its uncorrected memory errors, as nvidia-smi writes their number."""
+    return f"{ecc} uncorrected ECC errors" if ecc.isdigit() and int(ecc) else "OK"
 
 
 def _states(word: str, states: list[CardState], around: Surroundings) -> Iterator[Finding]:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     around = Surroundings(kind_of(arguments.device, os.environ), tuple(arguments.models))
     groups = examine(around)
     if arguments.json:
-        print(table.as_json(around.kind, groups))
+        print(table.groups_as_json(around.kind, groups))
     else:
         table.print_table(around.kind, groups, sys.stdout)
     return 1 if worst(one for group in groups.values() for one in group) == ERROR else 0

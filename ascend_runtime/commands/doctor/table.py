@@ -66,7 +66,7 @@ def _counted(count: int, word: str) -> str:
     return f"{count or 'no'} {word}{'' if count == 1 else 's'}"
 
 
-def as_json(kind: str, groups: Groups) -> str:
+def groups_as_json(kind: str, groups: Groups) -> str:
     """All findings as JSON in ASCII."""
     findings = [
         {"group": name, "check": one.check, "level": one.level, "code": one.code, "found": one.found, "cure": one.cure}

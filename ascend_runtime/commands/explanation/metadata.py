@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 from msgspec import Struct
 
 from ...checkpoints.faults import as_value_error, shown
-from ...specs.record import FORMAT, KEY, VideoRecord
+from ...specs.record import RECORD_FORMAT, KEY, VideoRecord
 from ..queue.typed import NotUnderstood, decode_json
 
-MAX_BYTES = 16 << 20  # of an entry; a workflow has some 100 kB
+MAX_CHARACTERS = 16 << 20  # of an entry; a workflow has some 100 kB
 MAX_MOOV = 256 << 20  # bytes of an MP4 file's index, which FFmpeg reads whole; an hour of video takes 10 MB
 MAX_BOXES = 10_000
 PNG, RIFF, WEBP, EBML = b"\x89PNG\r\n\x1a\n", b"RIFF", b"WEBP", b"\x1a\x45\xdf\xa3"
-PROMPT = "prompt"  # ComfyUI's entry with the graph in API format
+GRAPH = "prompt"  # ComfyUI's entry with the graph in API format
 
 
 class NoMetadata(ValueError):
@@ -46,13 +46,13 @@ def read(file: Path) -> Metadata:
     if KEY not in entries:
         raise NoMetadata(f"{file} has no metadata of Ascend Video: its nodes did not make it, or they were removed.")
     record = _decoded(file, KEY, entries[KEY], Mark)
-    if record.format != FORMAT:
-        raise ValueError(f"{file} has metadata of format {record.format}; this version reads format {FORMAT}. "
+    if record.format != RECORD_FORMAT:
+        raise ValueError(f"{file} has metadata of format {record.format}; this version reads format {RECORD_FORMAT}. "
                          "Update the pack.")  # fmt: skip
     record = _decoded(file, KEY, entries[KEY], VideoRecord)
     if not record.jobs:
         raise NoMetadata(f"{file} was saved by a graph with nodes of Ascend Video, but none of them made it.")
-    nodes = _decoded(file, PROMPT, entries[PROMPT], dict[str, Node]) if PROMPT in entries else {}
+    nodes = _decoded(file, GRAPH, entries[GRAPH], dict[str, Node]) if GRAPH in entries else {}
     graph = {name: {"class_type": node.class_type, "inputs": node.inputs} for name, node in nodes.items()}
     return Metadata(record, graph)
 
@@ -64,8 +64,8 @@ class Mark(Struct):
 
 
 def _decoded(file: Path, key: str, text: str, kind: Any) -> Any:
-    if len(text) > MAX_BYTES:
-        raise ValueError(f"{file} has an entry {key} of {len(text):,} characters; at most {MAX_BYTES:,} are read.")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{file} has an entry {key} of {len(text):,} characters; at most {MAX_CHARACTERS:,} are read.")
     try:
         return decode_json(text, kind)
     except NotUnderstood as error:

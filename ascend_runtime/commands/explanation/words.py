@@ -10,12 +10,14 @@ from ...checkpoints.faults import printable
 from ...specs.plans import AXES
 from ...specs.record import DECODE, DENOISE, JobRecord, VideoRecord
 from ..queue import workflow
-from .host import Reason, Verdict
+from .host import Difference, Verdict
 from .metadata import Metadata
 
-WIDTH = 12  # of the names
+NAMES_WIDTH = 12  # of the names
 MAX_SHOWN = 2000  # characters of a prompt
-SETTINGS = ("solver", "schedule", "shift", "guidance", "low-noise guidance", "embedded guidance", "boundary", "batch")
+SHOWN_SETTINGS = (
+    "solver", "schedule", "shift", "guidance", "low-noise guidance", "embedded guidance", "boundary", "batch",
+)  # fmt: skip
 VERDICTS = {
     Verdict.BITS: "this host would make the same video, bit for bit",
     Verdict.ROUNDING: "this host would make the same video, within rounding, because of",
@@ -24,10 +26,10 @@ VERDICTS = {
 }
 
 
-def lines(metadata: Metadata, found: list[Reason], verdict: Verdict, notes: list[str]) -> Iterator[str]:
+def lines(metadata: Metadata, found: list[Difference], verdict: Verdict, notes: list[str]) -> Iterator[str]:
     """The explanation, escaped, as a file may hold anything."""
     facts = [*_facts(metadata.record), *_texts(metadata.graph)]
-    yield from (printable(f"{name.ljust(WIDTH)} {text}") for name, text in facts if text)
+    yield from (printable(f"{name.ljust(NAMES_WIDTH)} {text}") for name, text in facts if text)
     decisive = [reason for reason in found if reason.verdict is verdict]
     yield VERDICTS[verdict] + (":" if decisive else "")
     yield from (f"  {printable(reason.text)}" for reason in decisive)
@@ -74,7 +76,7 @@ def _of_denoising(job: JobRecord) -> Iterator[tuple[str, str]]:
     for lora in job.loras:
         digest = "unknown" if lora.file is None else lora.file.digest
         yield "LoRA", f"strength {lora.strength:g}, expert {lora.expert}, digest {digest}"
-    settings = {name: job.settings[name] for name in SETTINGS if name in job.settings}
+    settings = {name: job.settings[name] for name in SHOWN_SETTINGS if name in job.settings}
     seed = f"seed {job.settings['seed']}, " if "seed" in job.settings else ""
     steps = job.settings.get("steps", "?")
     calls = f" ({job.calls} model calls of a sampler outside of the ranks)" if job.calls else ""

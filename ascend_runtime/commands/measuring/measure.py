@@ -36,7 +36,7 @@ LATENT_FRAMES = 3
 DECODED = ((1, 8, 8), (2, 8, 8), (3, 12, 12), (3, 16, 24), (5, 32, 32), (5, 48, 64), (9, 64, 96))
 WIDE_BLOCKS, NARROW_BLOCKS = 3, 6
 MOST_WEIGHTS = 2**28  # bytes of a network
-DEEP_WEIGHTS, DEEPEST = 2**26, 24  # bytes, blocks of one that is only loaded
+DEEP_WEIGHTS, DEEPEST = 2**25, 12  # bytes, blocks of one that is only loaded
 ROUNDS = 5
 
 Report = Callable[[str], object]
@@ -80,8 +80,8 @@ def measure(
 ) -> Profile:
     """Measures with each number of ranks, and writes the profile next to the model. Returns the profile.
 
-    card: the product line of the devices. seconds: for all jobs, besides the start of ranks. report: gets lines of text.
-    Raises ValueError if a profile that is there is invalid, or ranks fail; OSError if it cannot be written.
+    card: the product line of the devices. seconds: for all jobs, besides the start of ranks. report: gets lines of
+    text. Raises ValueError if a profile that is there is invalid, or ranks fail; OSError if it cannot be written.
     """
     file = profile_file(subject.path)
     profile = read_profile(file)  # refuses an invalid one before anything runs
@@ -113,7 +113,8 @@ def measured_on(
         for number in sorted(ranks):
             samples = bench.samples(number, seconds / len(ranks))
             measured.samples[number] = samples
-            measured.costs[number] = {**fitted_costs(samples, least), **of_host}
+            costs = fitted_costs(samples, least)
+            measured.costs[number] = {**costs, "encode_ranks": costs["linear"], **of_host}
             report(f"{number} rank(s): {len(samples)} jobs, median error of the fit {measured.error(number):.1%}")
     return measured
 
@@ -127,7 +128,7 @@ class Bench:
         wide = _heads_within(model, MOST_WEIGHTS)
         self._wide = self._network("wide", wide, WIDE_BLOCKS)
         self._narrow = self._network("narrow", max(1, wide // 2), NARROW_BLOCKS)
-        self._deep = self._network("deep", wide, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // _bytes(model, wide, 1)))
+        self._deep = self._network("deep", wide, _deep_blocks(_bytes(model, wide, 1)))
         self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large, long; found with the first ranks
         self._decoded: tuple[tuple[int, int, int], ...] = ()
 
@@ -229,6 +230,11 @@ def _bytes(model: Model, heads: int, blocks: int) -> int:
     parameters = model.family.network(TRANSFORMER, config).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     return kept_bytes(Network(TRANSFORMER, config, shapes), "float32")
+
+
+def _deep_blocks(block: int) -> int:
+    """Of a network that is only loaded: clearly more bytes than the wide one has. block: its bytes."""
+    return max(2 * WIDE_BLOCKS, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // block))
 
 
 def _heads(model: Model) -> int:

@@ -14,7 +14,7 @@ from . import QueueError, address, seeds, workflow
 from .answers import Entry
 from .http import CA_VARIABLE, Connection
 from .jobs import Jobs, QueueJob, read_pairs
-from .results import SUCCESS, JobRecord, Results
+from .results import SUCCESS, LoggedJob, Results
 from .screen import one_line, say
 from .server import Server
 
@@ -88,7 +88,7 @@ class QueueRun:
     """A run of the command. shown: the records of the jobs so far, including those of earlier runs."""
 
     arguments: argparse.Namespace
-    shown: list[JobRecord]
+    shown: list[LoggedJob]
     server: Server | None = None
 
     def run(self, interrupts: Interrupts) -> None:
@@ -114,14 +114,14 @@ class QueueRun:
     def _do(self, job: QueueJob, results: Results, interrupts: Interrupts, progress: ProgressDisplay) -> None:
         if results.done(job.key):
             return progress.skip()
-        record = JobRecord(job.key, job.prompt, job.seed, job.image and str(job.image), "error")
+        record = LoggedJob(job.key, job.prompt, job.seed, job.image and str(job.image), "error")
         results.reserve(record)
         self._run_job(job, record, Stage(job, progress))
         with interrupts.held():
             results.add(record)
         progress.advance(1)
 
-    def _run_job(self, job: QueueJob, record: JobRecord, stage: Stage) -> None:
+    def _run_job(self, job: QueueJob, record: LoggedJob, stage: Stage) -> None:
         """Runs a job and fills in `record`."""
         if job.image:
             self.server.upload(job.image)
@@ -175,7 +175,7 @@ def _text(negative: str | None) -> str | None:
     return negative
 
 
-def _fill(record: JobRecord, entry: Entry | None) -> None:
+def _fill(record: LoggedJob, entry: Entry | None) -> None:
     """Fills in status, seconds (on the server), and files or error from a job's history entry."""
     if entry is None:
         record.error = "removed from ComfyUI's queue before it ran, or ComfyUI was restarted"
@@ -204,7 +204,7 @@ def _error(entry: Entry) -> str:
     return f"node {last.data.node_id} ({last.data.node_type}): {last.data.exception_message.strip()[:4000]}"
 
 
-def _print_table(records: list[JobRecord]) -> None:
+def _print_table(records: list[LoggedJob]) -> None:
     """Prints the records. The prompt is last, so that wide characters in it do not shift columns."""
     if not records:
         return
@@ -214,7 +214,7 @@ def _print_table(records: list[JobRecord]) -> None:
     say("\n".join(lines), sys.stdout)
 
 
-def _row(record: JobRecord) -> tuple[str, str, str, str]:
+def _row(record: LoggedJob) -> tuple[str, str, str, str]:
     seconds = "-" if record.seconds is None else f"{record.seconds:.1f}"
     result = ", ".join(record.files or []) if record.status == SUCCESS else f"FAILED: {record.error}"
     files = one_line(result, 160) or "no file saved"

@@ -26,7 +26,7 @@ OUTCOME = 64 << 10  # bytes reserved for the fields that are known after the job
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class JobRecord(Struct, omit_defaults=True):
+class LoggedJob(Struct, omit_defaults=True):
     """The outcome of a job. seconds: measured by ComfyUI. files: relative to its output folder."""
 
     key: str
@@ -48,7 +48,7 @@ class Results:
 
     def __init__(self, path: Path | None, warn: Callable[[str], None]):
         self._path, self._room = path, None
-        self.records: dict[str, JobRecord] = {}
+        self.records: dict[str, LoggedJob] = {}
         if path:
             with self._failures("write"):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class Results:
     def done(self, key: str) -> bool:
         return key in self.records and self.records[key].status == SUCCESS
 
-    def reserve(self, record: JobRecord) -> None:
+    def reserve(self, record: LoggedJob) -> None:
         """Reserves disk space for a job's record before it runs, in an unnamed file next to the results. Raises
         QueueError if the disk is full."""
         if self._path is None:
@@ -68,7 +68,7 @@ class Results:
             with self._failures("keep room for"):
                 self._room = _room(self._path.parent, size)
 
-    def add(self, record: JobRecord) -> None:
+    def add(self, record: LoggedJob) -> None:
         """Adds a record and syncs it to disk. Raises QueueError that contains the record if it cannot be written."""
         self.records[record.key] = record
         if not self._path:
@@ -101,7 +101,7 @@ class Results:
 
     def _take(self, content: bytes) -> None:
         try:
-            record = decode_json(content, JobRecord)
+            record = decode_json(content, LoggedJob)
         except NotUnderstood:
             raise QueueError(f"--results {self._path} has a line that is not a record of this command: "
                              f"'{one_line(content[:200].decode(errors='replace'), 80)}'. Remove the line, or give "
@@ -163,7 +163,7 @@ def _append(path: Path, content: bytes) -> None:
             raise
 
 
-def _encoded(record: JobRecord) -> bytes:
+def _encoded(record: LoggedJob) -> bytes:
     """The record as a line of JSON, without escapes except for lone surrogates."""
     return (json.dumps(to_builtins(record), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 

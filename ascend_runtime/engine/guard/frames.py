@@ -15,7 +15,7 @@ from ...ops.finite import Extremes, Spread
 from ...parallel.mesh import all_reduce_max_of, this_rank, world_size
 from .diagnosis import BAD, COMPARE, again, bad_weights, listed
 
-Facts = dict[str, Any]  # descriptions of the tiling, and warnings, for `Done.info`
+DoneFacts = dict[str, Any]  # descriptions of the tiling, and warnings, for `Done.info`
 ALIKE = 2 / 255  # what frames in -1..1 may differ by and look the same: a step of 8 bits
 RUN = 4  # frames of one colour in a row that are reported: those of a latent's frame
 LATENTS, FRAMES = 100.0, 10.0  # that no value of a latent, or of an image in 0..1, reaches
@@ -83,7 +83,7 @@ def _cure(vae: VideoVae, name: str, given: Tensor, usual: float) -> str:
 # What looks wrong
 
 
-def with_warnings(facts: Facts, spread: Spread, videos: Tensor, latent: Tensor) -> Facts:
+def with_warnings(facts: DoneFacts, spread: Spread, videos: Tensor, latent: Tensor) -> DoneFacts:
     """facts, with warnings about frames of one colour and about videos that do not move, of videos [B,T,H,W,3] whose
     extremes are known already. On rank 0 only."""
     if this_rank() != 0:
