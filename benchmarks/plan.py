@@ -33,7 +33,7 @@ from .report import Row, context_of
 PUBLISHED = {"wan": "Wan2.1-T2V-1.3B", "hunyuan_video": "HunyuanVideo"}
 NARROWER = {"wan": {"base_dim": 24}, "hunyuan_video": {"block_out_channels": (32, 64, 64, 64)}}  # of the VAEs
 HEADS = 4  # of the measured networks; published heads are 128 wide
-MEASURED_SECONDS, QUICK_SECONDS = 75.0, 1.0  # of a family
+MEASURED_SECONDS, QUICK_SECONDS = 60.0, 1.0  # of a family
 RANKS, QUICK_RANKS = (1, 2, 4), (1, 2)
 ROUNDS, CHOICE_ROUNDS = 5, 3
 MOST_ERROR, NEAR = 0.15, 1.1

@@ -61,7 +61,7 @@ def tables() -> list[PublishedTable]:
         table("HunyuanVideo, A3, cann-recipes",
               *(f"hunyuan_video_720p_{kind}_a3" for kind in ("1", "ulysses4_denoising", "ulysses5", "ulysses8")),
               "hunyuan_video_720p_taylorseer_1_a3",
-              notes="the second row is of the denoising only; which steps FBCache and TeaCache skip depends on the video"),
+              notes="the second row is of the denoising only; what FBCache and TeaCache skip depends on the video"),
         table("HunyuanVideo, 950PR, cann-recipes", "hunyuan_video_720p_1_a5", "hunyuan_video_720p_ulysses8_a5",
               notes="8 cards are published as 10.0 times as fast as one, which no division of the work explains"),
         table("HunyuanVideo in MXFP8 attention, 950PR, cann-recipes", "hunyuan_video_720p_fp8_1_a5",

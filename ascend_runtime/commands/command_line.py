@@ -221,7 +221,7 @@ COMMANDS = {
     ),
     "plan": Command(
         "predict a job under each plan, and show which one is chosen", ".commands.plan.command", plan_options.declare,
-        plan_options.check, plan_options.begins,
+        plan_options.check_plan, plan_options.begins,
     ),
 }  # fmt: skip
 

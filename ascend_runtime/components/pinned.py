@@ -1,5 +1,5 @@
-"""Pinned host memory for the weights of experts that take turns: laid out (see planner.holding.slabs), counted and checked before
-it is allocated."""
+"""Pinned host memory for the weights of experts that take turns: laid out (see planner.holding.slabs), counted and
+checked before it is allocated."""
 
 from __future__ import annotations
 

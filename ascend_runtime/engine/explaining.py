@@ -48,7 +48,7 @@ from ..specs.record import (
     Settings,
 )
 from ..wire.messages import CallSetting, Sample
-from .video import Facts
+from .guard.frames import DoneFacts
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Explainer:
         return self._record(ENCODE, sources, {"placement": spec.placement, "dtype": spec.dtype} | settings)
 
     def vae(self, kind: str, spec: VaeSpec, sources: Sources, vae: VideoVae, frames: Sequence[int],
-            facts: Facts) -> JobRecord | None:  # fmt: skip
+            facts: DoneFacts) -> JobRecord | None:  # fmt: skip
         """The record of decoding or encoding. frames: the shape [T,H,W,3]."""
         settings = {"tiles": spec.tiles, "strict": spec.strict, "divided into": facts.get("tiles")}
         return self._record(kind, sources, settings, dtype=_dtype_name(vae.dtype), size=[*frames[:3]])

@@ -38,6 +38,7 @@ from .denoising import StepsOfJob, denoised, standing_still
 from .explaining import Explainer, Generated
 from .generation import Generation, Ranks, Request, check_request, warm_up_of
 from .guard.diagnosis import check_encoded
+from .guard.frames import DoneFacts
 from .model_calls import ModelCalls
 from .profiling import Recorder
 from .prompts import (
@@ -51,7 +52,7 @@ from .prompts import (
     tokens_key,
     with_padding,
 )
-from .video import Facts, decode_video, encode_video
+from .video import decode_video, encode_video
 
 
 MOST_WIDENED = 2  # how many bytes a VAE's weights take for each byte on disk: bfloat16 that becomes float32
@@ -286,7 +287,7 @@ class RankPipeline:
         record = self._vae_record(ENCODE_VIDEO, message.vae, vae, message.frames.shape, facts)
         return _done(job, info=facts | _communicators(self.device), record=record)
 
-    def _vae_record(self, kind: str, spec: VaeSpec, vae, frames: Sequence[int], facts: Facts) -> JobRecord | None:
+    def _vae_record(self, kind: str, spec: VaeSpec, vae, frames: Sequence[int], facts: DoneFacts) -> JobRecord | None:
         return self.explainer.vae(kind, spec, self.explainer.sources(spec), vae, frames, facts)
 
     def describe(self, job) -> Done:

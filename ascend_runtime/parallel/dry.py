@@ -3,7 +3,7 @@ exchanges that allocate what a rank allocates, and send nothing."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -28,14 +28,11 @@ class Seat(NamedTuple):
     copies: bool = False
 
 
-@dataclass
 class _Done:
-    """Stands for the work of an exchange. buffer: of the library, until the work is done."""
-
-    buffer: Tensor | None = None
+    """Stands for the work of an exchange."""
 
     def wait(self) -> None:
-        self.buffer = None
+        pass
 
 
 class _Seated:
@@ -55,11 +52,12 @@ class _Seated:
 EXCHANGE = "exchange"  # the label of buffers, of what is sent and what is received
 
 
-def _gathered(x: Tensor, seat: Seat) -> tuple[Tensor, _Done]:
+def _gathered(x: Tensor, seat: Seat) -> tuple[Tensor, list[Tensor]]:
+    """(the output of an all-gather, buffers of the library until it is done)"""
     with labelled(EXCHANGE):
         x = x.contiguous()
         gathered = x.new_empty((seat.degree, *x.shape))
-        return gathered, _Done(torch.empty_like(gathered) if seat.copies else None)
+        return gathered, [torch.empty_like(gathered)] if seat.copies else []
 
 
 class DryUlysses(_Seated, Ulysses):
@@ -69,9 +67,20 @@ class DryUlysses(_Seated, Ulysses):
             return _Done(), torch.empty_like(sent), sent
 
 
+@dataclass(frozen=True)
 class DryRing(_Seated, Ring):
+    """buffers: of gathers that run. Attention takes longer than they do."""
+
+    buffers: list[Tensor] = field(default_factory=list)
+
     def _start_gather(self, x: Tensor):
-        return _gathered(x, self.group)
+        gathered, buffers = _gathered(x, self.group)
+        self.buffers.extend(buffers)
+        return gathered, _Done()
+
+    def _attend(self, *arguments) -> None:
+        self.buffers.clear()
+        super()._attend(*arguments)
 
     def _pass_on(self, tensors: list[Tensor]) -> _Exchange:
         with labelled(EXCHANGE):

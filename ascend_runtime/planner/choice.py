@@ -9,8 +9,8 @@ from ..errors import coded_error
 from ..specs import VideoSize
 from . import exchange, memory, seconds
 from .choosing import words
-from .choosing.arrangements import Fixed, arrangements, tiles_of
-from .choosing.sizes import by_frames, by_picture, size_of
+from .choosing.arrangements import Fixed, arrangements, open_tiles
+from .choosing.sizes import video_size, with_fewer_frames, with_smaller_picture
 from .facts import Arrangement, Machine, Memory, Model, Prediction, Video
 from .rates import Rates
 from .videos import resized
@@ -54,7 +54,7 @@ def choice_of(
 ) -> Choice:
     """As `choose`, with nothing in `fitting` if nothing fits. held: predicts the memory."""
     found: list[Prediction] = []
-    for tiles in tiles_of(model, machine, fixed):
+    for tiles in open_tiles(model, machine, fixed):
         made = arrangements(model, video, machine, fixed, tiles)
         found += [prediction(model, video, one, machine, rates, held) for one in made]
         if any(fits(one.memory, machine) for one in found):
@@ -106,15 +106,15 @@ def nearest_sizes(
     """(the same picture with the most frames that fit, the same number of frames with the largest picture that
     fits)."""
     form = model.family.form(model.experts[0].config)
-    smallest = tiles_of(model, machine, fixed)[-1]  # no tiles of the VAE take less
+    smallest = open_tiles(model, machine, fixed)[-1]  # no tiles of the VAE take less
 
     def is_fitting(size: VideoSize) -> bool:
         other = resized(model, video, size)
         made = arrangements(model, other, machine, fixed, smallest)
         return any(fits(memory.predicted(model, other, one, machine), machine) for one in made)
 
-    size = size_of(video, form)
-    return by_frames(size, form, is_fitting), by_picture(size, form, is_fitting)
+    size = video_size(video, form)
+    return with_fewer_frames(size, form, is_fitting), with_smaller_picture(size, form, is_fitting)
 
 
 def refusal(
@@ -122,6 +122,6 @@ def refusal(
 ) -> ValueError:
     """The error for a video that fits in no way. others: all arrangements, none of which fits."""
     least = min(others, key=lambda one: excess(one.memory, machine))
-    size = size_of(video, model.family.form(model.experts[0].config))
+    size = video_size(video, model.family.form(model.experts[0].config))
     near = nearest_sizes(model, video, machine, fixed)
-    return coded_error("AV-1210", words.refusal(model.defaults.name, size, machine, least, near))
+    return coded_error("AV-1210", words.no_fit(model.defaults.name, size, machine, least, near))

@@ -16,8 +16,8 @@ from .holding.vae_tiles import tile_bytes
 from .holding.weights import ITEMSIZES, NO_RULES, OwnPart, Share, kept, on_device, rules_of
 
 # The latents in fp32 that a rank's host holds during the passes of the first step, the second and later ones, with
-# UniPC, which holds the most: those of the solver and of the loop around it, and another branch's velocity. Measured.
-LATENTS_HELD = (2, 8, 11)
+# UniPC, which holds the most: those of the solver and of the loop around it. Measured.
+LATENTS_HELD = (1, 7, 10)
 GENEROUS = 64  # times the tokens of the blocks' sequence: more than any family's pass takes at once
 
 
@@ -30,6 +30,12 @@ def predicted(
     ranks = {0, last} if rank is None else [rank]  # the others hold as much as one of these, or less
     jobs = (_Rank(model, video, arrangement, machine, one) for one in ranks)
     return max((Memory(one.device(), one.host()) for one in jobs), key=lambda one: one.device_peak)
+
+
+def vae_bytes(model: Model, video: Video, arrangement: Arrangement, kind: str, work: str) -> int:
+    """Bytes of a device of this kind that the VAE takes besides weights, to "decode" the video or to "encode" it."""
+    ranks = math.prod(arrangement.plan.degrees)
+    return int(MARGINS[kind].tiles * tile_bytes(model, video, ranks, arrangement.tiles, work))
 
 
 def roughly(model: Model, video: Video, arrangement: Arrangement, machine: Machine) -> Memory:
@@ -63,7 +69,9 @@ class _Rank:
             standing["text encoder"] = self._encoder(Share(shards=self.ranks, shard=self.rank))
         if self.model.vae is not None:
             standing["vae"] = on_device(kept(self.model.vae, NO_RULES, self.model.vae_dtype), self.machine.kind)
-        tiles = {"tiles": self._tiles("decode")} if self.model.vae is not None else {}
+        kind, tiles = self.machine.kind, {}
+        if self.model.vae is not None:
+            tiles = {"tiles": vae_bytes(self.model, self.video, self.arrangement, kind, "decode")}
         return {"encode": standing, "denoise": standing | self.denoise(), "decode": standing | tiles}
 
     def weights(self) -> int:
@@ -84,7 +92,7 @@ class _Rank:
             "context": one.context,
             "caches": outputs * one.output,
             "gathered": gathered(network_of(model, arrangement.plan.tp), shards) if shards > 1 else 0,
-            "latents": _latents(video) if self.on_cpu else 0,
+            "latents": self._latents() if self.on_cpu else 0,
             "libraries": MARGINS[self.machine.kind].libraries,
         }
 
@@ -95,7 +103,7 @@ class _Rank:
         pixels = form.spatial**2 * height * width * (form.temporal * (frames - 1) + 1)
         host = {"frames": 3 * 4 * batch * pixels}
         if not self.on_cpu:
-            host["latents"] = ranks * _latents(self.video)
+            host["latents"] = ranks * self._latents()
         if self.arrangement.encoder == "cpu":
             host["text encoder"] = self._encoder(Share())
         if self.arrangement.experts == "swap":
@@ -121,9 +129,10 @@ class _Rank:
         number = 0 if self.ranks == 1 else 1 + axes + self.arrangement.fsdp
         return number * self.machine.communicator
 
-    def _tiles(self, work: str) -> int:
-        largest = tile_bytes(self.model, self.video, self.ranks, self.arrangement.tiles, work)
-        return int(MARGINS[self.machine.kind].tiles * largest)
+    def _latents(self) -> int:
+        """On the host during a pass: the solver's, and the velocity of another branch."""
+        held = LATENTS_HELD[min(self.video.steps, len(LATENTS_HELD)) - 1]
+        return (held + own_branches(self.video, self.arrangement) - 1) * 4 * math.prod(self.video.shape)
 
     def _slabs(self) -> int:
         """Of both experts on one rank. Pages of a CPU's slab that hold no tensor are never touched."""
@@ -138,16 +147,12 @@ class _RoughRank(_Rank):
         tokens, text = math.prod(family.grid(config, self.video.shape[2:])), self.video.text_tokens
         on_rank = -(-(tokens + family.text_in_sequence(config, text)) // (plan.ring * plan.ulysses))
         numbers = self.video.shape[0] * (on_rank + text) * family.width(config)
-        latents = _latents(self.video) if self.on_cpu else 0
-        return {"pass": GENEROUS * ITEMSIZES[self.model.dtype] * numbers, "latents": latents, "libraries": MARGINS[self.machine.kind].libraries}
+        latents = self._latents() if self.on_cpu else 0
+        taken, libraries = GENEROUS * ITEMSIZES[self.model.dtype] * numbers, MARGINS[self.machine.kind].libraries
+        return {"pass": taken, "latents": latents, "libraries": libraries}
 
 
 def _blocks(model: Model) -> int:
     """The number of a network's blocks, of all kinds."""
     network: Network = model.experts[0]
     return sum(count(network.shapes, prefix) for prefix in model.family.parts[network.part].blocks)
-
-
-def _latents(video: Video) -> int:
-    """The bytes of latents on the host during a pass."""
-    return LATENTS_HELD[min(video.steps, len(LATENTS_HELD)) - 1] * 4 * math.prod(video.shape)

@@ -47,7 +47,8 @@ def check(runtime, job: Job, models) -> None:
         parts = memory_jobs.predicted(job, models, rank)
         said = sum(parts.values())
         listed = ", ".join(f"{name} {size / MB:.0f}" for name, size in parts.items() if size >= MB)
-        line = f"{job.name}, rank {rank}: {said / MB:.0f} MB predicted, {own / MB:.0f} taken, {said / own:.3f} ({listed})"
+        figures = f"{said / MB:.0f} MB predicted, {own / MB:.0f} taken, {said / own:.3f}"
+        line = f"{job.name}, rank {rank}: {figures} ({listed})"
         print(line)
         if not (own >= LEAST_JOB and own <= said <= MOST * own):
             faults.append(line)

@@ -10,7 +10,7 @@ from ascend_runtime import DiffusionModelSpec, ParallelSpec, TextEncoderSpec, Va
 from ascend_runtime.__main__ import main
 from ascend_runtime.planner import choice, memory, models, rates, videos
 from ascend_runtime.planner.choice import Choice, Fixed
-from ascend_runtime.planner.choosing.arrangements import arrangements, tiles_of
+from ascend_runtime.planner.choosing.arrangements import arrangements, open_tiles
 from ascend_runtime.planner.facts import Arrangement, Machine, Memory, Prediction
 from ascend_runtime.specs.plans import Plan
 
@@ -73,16 +73,14 @@ def test_a_ring_is_left_open_only_where_ulysses_pads_heads():
     assert of_hunyuan == {(1, 1, 16, 1), (1, 2, 8, 1)}  # 24 heads, no guidance
 
 
-def test_blended_tiles_are_tried_only_if_no_whole_plane_fits(tiny, video, monkeypatch):
+def test_blended_tiles_are_tried_only_if_no_whole_plane_fits(tiny, video):
     one_card = replace(A2, ranks=1)
-    assert tiles_of(tiny, one_card, Fixed()) == ("whole", "published") and tiles_of(tiny, A2, Fixed()) == ("whole",)
+    assert open_tiles(tiny, one_card, Fixed()) == ("whole", "published") and open_tiles(tiny, A2, Fixed()) == ("whole",)
     made = choice.choose(tiny, video, one_card, rates.of_card("a2"))
     assert {one.arrangement.tiles for one in made.fitting} == {"whole"} and not made.others
     too_large = Memory({"decode": {"tiles": 10**12}}, {})
-    own = memory.predicted
-    monkeypatch.setattr(memory, "predicted", lambda model, video, one, machine: (
-        too_large if one.tiles == "whole" else own(model, video, one, machine)))  # fmt: skip
-    made = choice.choose(tiny, video, one_card, rates.of_card("a2"))
+    made = choice.choice_of(tiny, video, one_card, rates.of_card("a2"), held=lambda model, video, one, machine: (
+        too_large if one.tiles == "whole" else memory.predicted(model, video, one, machine)))  # fmt: skip
     assert {one.arrangement.tiles for one in made.fitting} == {"published"} and "blended tiles" in made.line
 
 
@@ -103,8 +101,9 @@ def test_the_line_says_what_was_chosen_why_and_what_it_takes():
     fast = prediction(Arrangement(Plan(cfg=2, ulysses=4), encoder="ranks"), 240, 80 * 10**9)
     assert Choice((fits, slower), (fast,), A2, "by published figures of A2, not measured here").line == (
         "CFG 2 x Ulysses 4, FSDP, text encoder on the ranks: the fastest of 2 that fit (CFG 2 x Ulysses 4, text "
-        "encoder on the ranks would need 80.0 GB a card). Predicted: 4 min 12 s (4 min 10 s to denoise), 9.0 s to load first; "
-        "20.0 GB of 60.0 GB a card, 1.0 GB of 1000.0 GB of the host; by published figures of A2, not measured here."
+        "encoder on the ranks would need 80.0 GB a card). Predicted: 4 min 12 s (4 min 10 s to denoise), 9.0 s to load "
+        "first; 20.0 GB of 60.0 GB a card, 1.0 GB of 1000.0 GB of the host; by published figures of A2, not measured "
+        "here."
     )
 
 

@@ -10,8 +10,8 @@ import pytest
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
 from ascend_runtime.planner import choice, memory, models, rates, videos
 from ascend_runtime.planner.choice import Fixed
-from ascend_runtime.planner.choosing.arrangements import arrangements, tiles_of
-from ascend_runtime.planner.choosing.sizes import pictures, size_of
+from ascend_runtime.planner.choosing.arrangements import arrangements, open_tiles
+from ascend_runtime.planner.choosing.sizes import pictures, video_size
 from ascend_runtime.planner.facts import Machine
 from ascend_runtime.specs.plans import AXES
 from msgspec.structs import replace
@@ -83,7 +83,7 @@ def fits(model, video, on, fixed, size=None):
         video = videos.resized(model, video, size)
     return any(
         choice.fits(memory.predicted(model, video, one, on), on)
-        for tiles in tiles_of(model, on, fixed) for one in arrangements(model, video, on, fixed, tiles)
+        for tiles in open_tiles(model, on, fixed) for one in arrangements(model, video, on, fixed, tiles)
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def check(model, video, on, fixed):
 def check_refusal(text, model, video, on, fixed):
     assert text.startswith("AV-1210: ")
     form = model.family.form(model.experts[0].config)
-    own = size_of(video, form)
+    own = video_size(video, form)
     by_frames, by_picture = choice.nearest_sizes(model, video, on, fixed)
     named = {(one.width, one.height, one.num_frames) for one in (by_frames, by_picture) if one}
     assert named == {tuple(map(int, found)) for found in re.findall(r"(\d+) x (\d+) with (\d+) frames(?= or|\.)", text)}

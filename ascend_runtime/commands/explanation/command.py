@@ -36,7 +36,7 @@ def run(arguments: Namespace, progress: ProgressDisplay | None = None) -> int:
     return 0 if verdict <= host.Verdict.ROUNDING else 1
 
 
-def _as_json(read: metadata.Metadata, found: list[host.Obstacle], verdict: host.Verdict, notes: list[str]) -> dict:
+def _as_json(read: metadata.Metadata, found: list[host.Deviation], verdict: host.Verdict, notes: list[str]) -> dict:
     reasons = [{"verdict": reason.verdict.name.lower(), "text": printable(reason.text)} for reason in found]
     return {"record": msgspec.to_builtins(read.record), **words.texts_of(read.graph), "verdict": verdict.name.lower(),
             "reasons": reasons, "notes": notes}  # fmt: skip

@@ -38,8 +38,8 @@ class Verdict(IntEnum):
 
 
 @dataclass(frozen=True)
-class Obstacle:
-    """What keeps a host from making the same bits. verdict: what it allows at best."""
+class Deviation:
+    """Why a host's video is not the same bits."""
 
     verdict: Verdict
     text: str
@@ -72,15 +72,15 @@ def models_folders() -> list[Path]:
     return [folder for folder in dict.fromkeys(found) if folder.is_dir()][:1]
 
 
-def reasons(metadata: Metadata, host: Host) -> list[Obstacle]:
-    """All obstacles on this host; empty if it would make the same bits."""
+def reasons(metadata: Metadata, host: Host) -> list[Deviation]:
+    """What keeps this host from making the same bits; empty if nothing does."""
     jobs = metadata.record.jobs
     found = [*_of_files(jobs, host), *_of_calibrations(jobs, host), *_of_what_is_not_recorded(jobs)]
     found += [*_of_versions(metadata.record.versions, host), *_of_devices(metadata, host)]
     return [*dict.fromkeys(found), *_of_decisions(jobs, found)]
 
 
-def verdict_of(found: Iterable[Obstacle]) -> Verdict:
+def verdict_of(found: Iterable[Deviation]) -> Verdict:
     return max((reason.verdict for reason in found), default=Verdict.BITS)
 
 
@@ -136,18 +136,18 @@ def _comfyui(models: Path) -> str | None:
     return found and found[1]
 
 
-def _of_files(jobs: list[JobRecord], host: Host) -> Iterator[Obstacle]:
+def _of_files(jobs: list[JobRecord], host: Host) -> Iterator[Deviation]:
     for kind in (job.kind for job in jobs if not job.parts):
-        yield Obstacle(Verdict.UNKNOWN, f"{kind}: the model's files could not be read when the video was made")
+        yield Deviation(Verdict.UNKNOWN, f"{kind}: the model's files could not be read when the video was made")
     for part in {part.digest: part for job in jobs for part in job.parts}.values():
         if missing := [file for file in part.files if file not in host.seen]:
             largest = max(missing, key=lambda one: one.size)
-            yield Obstacle(Verdict.ANOTHER, f"{_named(part)}: {_missing(largest, host)}")
+            yield Deviation(Verdict.ANOTHER, f"{_named(part)}: {_missing(largest, host)}")
     for lora in {lora.file: lora for job in jobs for lora in job.loras}.values():
         if lora.file is None:
-            yield Obstacle(Verdict.UNKNOWN, "a LoRA: its file could not be read when the video was made")
+            yield Deviation(Verdict.UNKNOWN, "a LoRA: its file could not be read when the video was made")
         elif lora.file not in host.seen:
-            yield Obstacle(Verdict.ANOTHER, f"LoRA {lora.file.digest[:8]}: {_missing(lora.file, host)}")
+            yield Deviation(Verdict.ANOTHER, f"LoRA {lora.file.digest[:8]}: {_missing(lora.file, host)}")
 
 
 def _named(part: PartRecord) -> str:
@@ -161,7 +161,7 @@ def _missing(file: FileDigest, host: Host) -> str:
     return f"there is no such file of {file.size:,} bytes in {where}"
 
 
-def _of_calibrations(jobs: list[JobRecord], host: Host) -> Iterator[Obstacle]:
+def _of_calibrations(jobs: list[JobRecord], host: Host) -> Iterator[Deviation]:
     """Step caches read values from a file next to the model, if there is one."""
     used = [job.calibration for job in jobs if _method(job) in CALIBRATED]
     if not used:
@@ -169,9 +169,9 @@ def _of_calibrations(jobs: list[JobRecord], host: Host) -> Iterator[Obstacle]:
     own = [*_calibrations(host.folders)]
     for calibration in used:
         if calibration and calibration not in own:
-            yield Obstacle(Verdict.ANOTHER, "the step cache's calibration: this host has no such calibration")
+            yield Deviation(Verdict.ANOTHER, "the step cache's calibration: this host has no such calibration")
         elif not calibration and own:
-            yield Obstacle(Verdict.UNKNOWN, "the step cache's calibration: the video was made without a file of it, "
+            yield Deviation(Verdict.UNKNOWN, "the step cache's calibration: the video was made without a file of it, "
                          "and this host has one")  # fmt: skip
 
 
@@ -186,34 +186,34 @@ def _method(job: JobRecord) -> object:
     return job.accelerators.get("step_cache", {}).get("method")
 
 
-def _of_what_is_not_recorded(jobs: list[JobRecord]) -> Iterator[Obstacle]:
+def _of_what_is_not_recorded(jobs: list[JobRecord]) -> Iterator[Deviation]:
     kinds = {job.kind for job in jobs}
     if DENOISE not in kinds:
-        yield Obstacle(Verdict.UNKNOWN, "no diffusion model: it did not run on the ranks, and nothing is known of it")
+        yield Deviation(Verdict.UNKNOWN, "no diffusion model: it did not run on the ranks, and nothing is known of it")
     elif ENCODE not in kinds:
-        yield Obstacle(Verdict.UNKNOWN, "no text encoder: it did not run on the ranks, and nothing is known of it")
+        yield Deviation(Verdict.UNKNOWN, "no text encoder: it did not run on the ranks, and nothing is known of it")
 
 
-def _of_versions(made: Mapping[str, str], host: Host) -> Iterator[Obstacle]:
+def _of_versions(made: Mapping[str, str], host: Host) -> Iterator[Deviation]:
     here = versions() | ({} if host.comfyui is None else {"comfyui": host.comfyui})
     for name in sorted({*made, *here} - ({"comfyui"} if host.comfyui is None else set())):
         if made.get(name) != here.get(name):
             pair = f"{made.get(name, 'none')} made it, here is {here.get(name, 'none')}"
-            yield Obstacle(Verdict.ROUNDING, f"{name}: {pair}")
+            yield Deviation(Verdict.ROUNDING, f"{name}: {pair}")
 
 
-def _of_devices(metadata: Metadata, host: Host) -> Iterator[Obstacle]:
+def _of_devices(metadata: Metadata, host: Host) -> Iterator[Deviation]:
     for made in dict.fromkeys(job.host for job in metadata.record.jobs):
         device = made.device if made.device == "cpu" and _fixes(metadata.graph, "device", "cpu") else host.device
         card = host.card if device == host.device else _card(device)
         if made.device != device:
-            yield Obstacle(Verdict.ROUNDING, f"device: {made.device} made it, here is {device}")
+            yield Deviation(Verdict.ROUNDING, f"device: {made.device} made it, here is {device}")
         elif made.card != card:
-            yield Obstacle(Verdict.ROUNDING, f"card: {made.card} made it, here is {card}")
+            yield Deviation(Verdict.ROUNDING, f"card: {made.card} made it, here is {card}")
         yield from _of_ranks(made, device, metadata.graph)
     for job in metadata.record.jobs:
         if job.operators.get("attention") == "fastest" and job.host.device == "npu":
-            yield Obstacle(Verdict.ROUNDING, "attention 'fastest': two runs may choose different operators")
+            yield Deviation(Verdict.ROUNDING, "attention 'fastest': two runs may choose different operators")
 
 
 def _fixes(graph: Mapping[str, dict], name: str, value: object) -> bool:
@@ -228,22 +228,22 @@ def _card(kind: str) -> str:
     return npu_line() or "unknown" if kind == "npu" else devices.model_name(torch.device(kind))
 
 
-def _of_ranks(made: HostRecord, device: str, graph: Mapping[str, dict]) -> Iterator[Obstacle]:
+def _of_ranks(made: HostRecord, device: str, graph: Mapping[str, dict]) -> Iterator[Deviation]:
     """A CPU runs any number of ranks that the graph sets, and one without."""
     fixed = _fixes(graph, "ranks", made.ranks)
     ranks = devices.count_visible(device) if device != "cpu" else made.ranks if fixed else 1
     if ranks < made.ranks or ranks != made.ranks and not fixed:
-        yield Obstacle(Verdict.ROUNDING, f"ranks: {made.ranks} made it, here are {ranks}")
+        yield Deviation(Verdict.ROUNDING, f"ranks: {made.ranks} made it, here are {ranks}")
     elif made.threads is not None and device == "cpu":
         threads = int(cores.thread_variables(made.ranks, os.environ)[cores.THREADS_VARIABLE].split(",")[0])
         if threads != made.threads:
-            yield Obstacle(Verdict.ROUNDING, f"threads of a rank: {made.threads} made it, here are {threads}")
+            yield Deviation(Verdict.ROUNDING, f"threads of a rank: {made.threads} made it, here are {threads}")
 
 
-def _of_decisions(jobs: list[JobRecord], found: list[Obstacle]) -> Iterator[Obstacle]:
+def _of_decisions(jobs: list[JobRecord], found: list[Deviation]) -> Iterator[Deviation]:
     """What rounding may change by more than rounding."""
     if verdict_of(found) is not Verdict.ROUNDING:
         return
     for method in sorted({str(_method(job)) for job in jobs} & {*DECIDE_BY_NUMBERS}):
-        yield Obstacle(Verdict.ROUNDING, f"{method} compares changes with a threshold, so that a step near it may be "
+        yield Deviation(Verdict.ROUNDING, f"{method} compares changes with a threshold, so that a step near it may be "
                      "skipped here and not there")  # fmt: skip

@@ -10,7 +10,7 @@ from ...checkpoints.faults import printable
 from ...specs.plans import AXES
 from ...specs.record import DECODE, DENOISE, JobRecord, VideoRecord
 from ..queue import workflow
-from .host import Obstacle, Verdict
+from .host import Deviation, Verdict
 from .metadata import Metadata
 
 NAMES_WIDTH = 12  # of the names
@@ -26,7 +26,7 @@ VERDICTS = {
 }
 
 
-def lines(metadata: Metadata, found: list[Obstacle], verdict: Verdict, notes: list[str]) -> Iterator[str]:
+def lines(metadata: Metadata, found: list[Deviation], verdict: Verdict, notes: list[str]) -> Iterator[str]:
     """The explanation, escaped, as a file may hold anything."""
     facts = [*_facts(metadata.record), *_texts(metadata.graph)]
     yield from (printable(f"{name.ljust(NAMES_WIDTH)} {text}") for name, text in facts if text)

@@ -128,7 +128,7 @@ class Bench:
         wide = _heads_within(model, MOST_WEIGHTS)
         self._wide = self._network("wide", wide, WIDE_BLOCKS)
         self._narrow = self._network("narrow", max(1, wide // 2), NARROW_BLOCKS)
-        self._deep = self._network("deep", wide, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // _bytes(model, wide, 1)))
+        self._deep = self._network("deep", wide, _deep_blocks(_bytes(model, wide, 1)))
         self._sizes: tuple[tuple[int, int, int], ...] = ()  # small, medium, large, long; found with the first ranks
         self._decoded: tuple[tuple[int, int, int], ...] = ()
 
@@ -230,6 +230,11 @@ def _bytes(model: Model, heads: int, blocks: int) -> int:
     parameters = model.family.network(TRANSFORMER, config).named_parameters()
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters}
     return kept_bytes(Network(TRANSFORMER, config, shapes), "float32")
+
+
+def _deep_blocks(block: int) -> int:
+    """Of a network that is only loaded: clearly more bytes than the wide one has. block: its bytes."""
+    return max(2 * WIDE_BLOCKS, min(DEEPEST, WIDE_BLOCKS + DEEP_WEIGHTS // block))
 
 
 def _heads(model: Model) -> int:

@@ -23,7 +23,7 @@ def run(arguments: Namespace, progress: ProgressDisplay) -> int:
     """Returns 0 if a plan fits."""
     progress.begin("reading headers")
     machine, notes = machine_of(arguments)
-    model, missing = model_of(arguments, machine.kind)
+    model, missing = model_and_notes(arguments, machine.kind)
     own = model.defaults.size
     size = video_options.size_of(arguments, own, model.family.form(model.experts[0].config).multiple)
     sample = video_options.sampling_of(arguments, seed=0)
@@ -68,7 +68,7 @@ def _measure(arguments: Namespace, model: Model, machine: Machine, progress: Pro
     measure(subject, sorted({1, machine.ranks}), machine.card, report=progress.say)
 
 
-def model_of(arguments: Namespace, kind: str) -> tuple[Model, list[str]]:
+def model_and_notes(arguments: Namespace, kind: str) -> tuple[Model, list[str]]:
     """The model, and a note about parts that MODEL lacks, which are taken from the published model."""
     if models.is_published(arguments.model):
         return models.published(arguments.model, kind, arguments.quantization, STORED[arguments.stored]), []

@@ -44,7 +44,7 @@ def declare(parser: ArgumentParser) -> None:
     add("--json", action="store_true", help="print the result as JSON")
 
 
-def check(arguments: Namespace) -> None:
+def check_plan(arguments: Namespace) -> None:
     """Raises ValueError for options that are invalid for every model."""
     if not is_published(arguments.model):
         existing_model(arguments.model)

@@ -12,7 +12,7 @@ from ...planner.facts import Machine, Model, Prediction, Video
 from ...specs import VideoSize
 from ...specs.plans import AXES
 
-FORMAT = 1  # of the JSON; a change of a field's meaning raises it
+TABLE_FORMAT = 1  # of the JSON; a change of a field's meaning raises it
 STAGES = ("load", "encode", "denoise", "decode")
 COLUMNS = ("", " x ".join(AXES), "fsdp", "experts", "encoder", "tiles", *STAGES, "GB a card", "GB host", "sent a step",
            "fits")  # fmt: skip
@@ -59,7 +59,7 @@ def facts(
     """For JSON. nearest: what fits if nothing does: with fewer frames, and with a smaller picture."""
     plans = [_facts(one, fits) for fits, group in ((True, choice.fitting), (False, choice.others)) for one in group]
     return {
-        "format": FORMAT,
+        "format": TABLE_FORMAT,
         "model": {"name": model.defaults.name, "family": model.family.name, "experts": len(model.experts),
                   "dtype": model.dtype, "bytes_on_disk": plans[0]["read"] if plans else None},
         "video": {"latent": list(video.shape), "steps": video.steps, "guided": video.guided,

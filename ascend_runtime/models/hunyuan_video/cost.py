@@ -53,3 +53,16 @@ def _rest(config: Mapping[str, Any], size: PassSize) -> float:
     refiner = config["num_refiner_layers"] * block + 2 * tokens * text * width + embedder(FREQUENCIES) + embedder(text)
     sinusoids = _vectors(config) + bool(config["guidance_embeds"])
     return head + 4 * width**2 + refiner + sinusoids * embedder(FREQUENCIES) + embedder(config["pooled_projection_dim"])
+
+
+def sums_of(config: Mapping[str, Any], size: PassSize, video: int, itemsize: int) -> SlicedSums:
+    """What ranks of tensor parallelism exchange in a pass.
+
+    A double block all-reduces the tokens twice, a single one once. A double block gathers six vectors of modulation for
+    each of the two streams that has tokens on the rank, a single block three; each twice with a clean first frame.
+    """
+    config, width = filled(config), width_of(config)
+    double, single, streams = config["num_layers"], config["num_single_layers"], (video > 0) + (video < size.on_rank)
+    reduced = (2 * double + single) * size.on_rank * width * size.batch * itemsize
+    gathered = (6 * streams * double + 3 * single) * _vectors(config) * width * size.batch * itemsize
+    return SlicedSums(reduced, 2 * streams * double + single, gathered, double + single)

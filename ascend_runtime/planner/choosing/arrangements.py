@@ -37,7 +37,7 @@ def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed, til
     return [one for one in made if not (one.fsdp and one.experts == "swap")]  # shards do not wait on the host
 
 
-def tiles_of(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:
+def open_tiles(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:
     """The VAE's tiles in the order in which they are tried: blended ones change a video's values, so that they are
     used only if no whole plane fits."""
     dealt = machine.ranks == 1 or model.family.deals_tiles

@@ -9,21 +9,21 @@ from ...specs import VaeForm, VideoSize
 from ..facts import Video
 
 IsFitting = Callable[[VideoSize], bool]
-SMALLEST = 128  # pixels of the shorter side of a picture that is proposed
+SHORTEST_SIDE = 128  # pixels of the shorter side of a picture that is proposed
 
 
-def size_of(video: Video, form: VaeForm) -> VideoSize:
+def video_size(video: Video, form: VaeForm) -> VideoSize:
     frames, height, width, _ = form.decoded_shape((1, *video.shape[1:]))
     return VideoSize(width=width, height=height, num_frames=frames)
 
 
-def by_frames(size: VideoSize, form: VaeForm, is_fitting: IsFitting) -> VideoSize | None:
+def with_fewer_frames(size: VideoSize, form: VaeForm, is_fitting: IsFitting) -> VideoSize | None:
     """The most frames of this picture that fit, and no more than `size` has; None: not even one does."""
     numbers = range(size.num_frames, 0, -form.temporal)
     return _first([_with(size, num_frames=number) for number in numbers], is_fitting)
 
 
-def by_picture(size: VideoSize, form: VaeForm, is_fitting: IsFitting) -> VideoSize | None:
+def with_smaller_picture(size: VideoSize, form: VaeForm, is_fitting: IsFitting) -> VideoSize | None:
     """The largest picture of about the same proportions that fits, with this number of frames."""
     return _first(pictures(size, form), is_fitting)
 
@@ -33,7 +33,7 @@ def pictures(size: VideoSize, form: VaeForm) -> list[VideoSize]:
     falls by the smallest number of pixels that a model can make."""
     step, short, long = form.multiple, *sorted((size.width, size.height))
     found = [size]
-    for side in range(short // step * step, SMALLEST - 1, -step):
+    for side in range(short // step * step, SHORTEST_SIDE - 1, -step):
         other = max(step, round(side * long / short / step) * step)
         width, height = (other, side) if size.width >= size.height else (side, other)
         found.append(_with(size, width=width, height=height))

@@ -38,7 +38,7 @@ def arrangement(one: Arrangement, encodes: bool = True) -> str:
 def source(rates: Rates) -> str:
     """In a few words, where rates come from."""
     what, _, _ = rates.source.partition(":")
-    return f"by {what if rates.measured else what + ', not measured here'}"
+    return what if rates.measured else f"by {what}, not measured here"
 
 
 def duration(seconds: float) -> str:
@@ -91,7 +91,7 @@ def _running(one: Prediction) -> float:
     return sum(taken for stage, taken in one.seconds.items() if stage != "load")
 
 
-def refusal(
+def no_fit(
     name: str, size: VideoSize, machine: Machine, least: Prediction, near: tuple[VideoSize | None, VideoSize | None]
 ) -> str:
     """least: the arrangement that comes nearest to fitting. near: with fewer frames, with a smaller picture."""
