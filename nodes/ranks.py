@@ -22,8 +22,8 @@ class ParallelConfig(io.ComfyNode):
             node_id="AscendParallelConfig",
             display_name="Ascend Parallel Config",
             category="Ascend",
-            description="Sets how many ranks make a video, and how they share the work. What is left automatic is chosen "
-            "before each job: the fastest plan that fits, which the sampler shows.",
+            description="Sets how many ranks make a video, and how they share the work. What is left automatic is "
+            "chosen before each job: the fastest plan that fits, which the sampler shows.",
             inputs=[
                 io.Int.Input(
                     "ranks",

@@ -21,12 +21,12 @@ from .group import RankDied
 from .submission import RankError, Result
 
 if TYPE_CHECKING:
-    from .kept_ranks import Jobs
+    from .kept_ranks import JobsOfCall
 
 logger = logging.getLogger(__name__)
 
 MOST_KEPT = 64  # choices
-Weights = tuple  # what identifies how a model's weights lie on the ranks
+Lying = tuple  # what identifies how the weights of a model lie on the ranks
 
 
 class Choices:
@@ -34,14 +34,14 @@ class Choices:
 
     def __init__(self):
         self._kept: OrderedDict[tuple, Chosen] = OrderedDict()
-        self._weights: Weights | None = None  # of the last model that ranks loaded
+        self._weights: Lying | None = None  # of the last model that ranks loaded
 
     def forget(self) -> None:
         """The ranks hold no weights, or their memory is another one."""
         self._kept.clear()
         self._weights = None
 
-    def of(self, jobs: Jobs, planned: PlannedJob) -> Chosen:
+    def of(self, jobs: JobsOfCall, planned: PlannedJob) -> Chosen:
         """The plan for a job. Ranks that cannot shard weights start again if the plan needs it.
 
         Raises ValueError, with the numbers and the nearest size that fits, if no plan fits.
@@ -54,7 +54,7 @@ class Choices:
         self._keep(planned, chosen)  # for the next job, which finds these weights
         return chosen
 
-    def smaller(self, jobs: Jobs, planned: PlannedJob, failed: Chosen) -> Chosen | None:
+    def smaller(self, jobs: JobsOfCall, planned: PlannedJob, failed: Chosen) -> Chosen | None:
         """The fastest plan that is predicted to take less of a device than the one that failed; None: there is none."""
         chosen = asked(jobs, _kind(planned), below=failed.device)
         if chosen is not None:
@@ -75,17 +75,17 @@ def _kind(planned: PlannedJob) -> PlannedJob:
     return replace(planned, sample=replace(planned.sample, seed=0), model=replace(planned.model, loras=()))
 
 
-def _weights(model: DiffusionModelSpec, chosen: Chosen) -> Weights:
+def _weights(model: DiffusionModelSpec, chosen: Chosen) -> Lying:
     return replace(chosen.arranged(model), loras=()), chosen.parallel.tp_degree, chosen.parallel.fsdp
 
 
-def asked(jobs: Jobs, planned: PlannedJob, below: int = 0) -> Chosen | None:
+def asked(jobs: JobsOfCall, planned: PlannedJob, below: int = 0) -> Chosen | None:
     """What the ranks choose for a job; see `wire.messages.Choose`."""
     found = jobs(lambda job: Choose(job=job, planned=planned, below=below)).info["plan"]
     return found and msgspec.convert(found, Chosen)
 
 
-def with_plan(jobs: Jobs, choices: Choices, planned: PlannedJob, run: Callable[[Chosen], Result]) -> Result:
+def with_plan(jobs: JobsOfCall, choices: Choices, planned: PlannedJob, run: Callable[[Chosen], Result]) -> Result:
     """The result of a job with the plan that is chosen for it: `info["plan"]` has the plan, next to what it took.
 
     If a rank runs out of memory, the job runs once more with the next plan that takes less, if the user has left one
@@ -106,7 +106,7 @@ def with_plan(jobs: Jobs, choices: Choices, planned: PlannedJob, run: Callable[[
 
 
 def _next(
-    jobs: Jobs, choices: Choices, planned: PlannedJob, failed: Chosen, error: RankError | RankDied
+    jobs: JobsOfCall, choices: Choices, planned: PlannedJob, failed: Chosen, error: RankError | RankDied
 ) -> Chosen | None:
     """The plan to try after an error; None: the error is another one, or no plan is left."""
     if not host.out_of_memory(str(error)):

@@ -30,7 +30,7 @@ Kept = TypeVar("Kept", bound="KeptRanks")
 MakeMessage = Callable[[int], Message]  # from the job's number
 
 
-class Jobs:
+class JobsOfCall:
     """Submits the jobs of one call of a `Runtime` method, which share its hooks. A cancel applies to all of them."""
 
     def __init__(self, ranks: KeptRanks, hooks: Hooks):
@@ -228,10 +228,10 @@ class KeptRanks:
             return submit(make)
 
     @contextmanager
-    def _jobs(self, sharded: bool = False, **hooks) -> Iterator[Jobs]:
+    def _jobs(self, sharded: bool = False, **hooks) -> Iterator[JobsOfCall]:
         """Yields what submits the jobs of one call. Starts ranks if none are alive. A cancel applies to the whole
         call. sharded: whether the jobs shard weights by FSDP2."""
-        jobs = Jobs(self, Hooks(**hooks))
+        jobs = JobsOfCall(self, Hooks(**hooks))
         with self._exclusive():
             self._cancel_requested.clear()
             self._running = True

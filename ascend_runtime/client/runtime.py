@@ -57,7 +57,7 @@ from .arguments import (
     check_tokens,
 )
 from .choosing import asked, with_plan
-from .kept_ranks import Jobs, KeptRanks
+from .kept_ranks import JobsOfCall, KeptRanks
 from .model_calls import NetworkPass, check_call, packed
 from .submission import OnPreview, Result
 
@@ -304,7 +304,7 @@ class Runtime(KeptRanks):
             return asked(jobs, planned)
 
     def _calibration_of(
-        self, run: SamplerRun, model: DiffusionModelSpec, acceleration: AccelerationSpec, submit: Jobs
+        self, run: SamplerRun, model: DiffusionModelSpec, acceleration: AccelerationSpec, submit: JobsOfCall
     ) -> dict[str, Calibration]:
         """As `_calibration`; read once in a run."""
         key = run.number, model, acceleration
@@ -371,7 +371,9 @@ def _check_options(parallel, operators, profile, acceleration) -> None:
     check_kind("acceleration", acceleration, AccelerationSpec)
 
 
-def _calibration(submit: Jobs, model: DiffusionModelSpec, acceleration: AccelerationSpec) -> dict[str, Calibration]:
+def _calibration(
+    submit: JobsOfCall, model: DiffusionModelSpec, acceleration: AccelerationSpec
+) -> dict[str, Calibration]:
     """The calibration of each expert if the step cache needs it. Read once, so that all ranks get the same."""
     cache = acceleration.step_cache
     if cache is None or cache.method not in CALIBRATED:
@@ -380,7 +382,7 @@ def _calibration(submit: Jobs, model: DiffusionModelSpec, acceleration: Accelera
     return msgspec.convert(found, dict[str, Calibration])
 
 
-def _form(submit: Jobs, vae: VaeSpec) -> VaeForm:
+def _form(submit: JobsOfCall, vae: VaeSpec) -> VaeForm:
     return VaeForm(*submit(lambda job: Describe(job=job, vae=vae)).info["vae"])
 
 

@@ -35,8 +35,8 @@ class HostMemory:
 @dataclass(frozen=True)
 class Room:
     """device: of this rank. sharding: how ranks share the weights of a diffusion model or a text encoder. give_way:
-    drops the diffusion model that waits, and counts what that frees. computing: the bytes of the device that a job takes
-    besides a diffusion model's weights."""
+    drops the diffusion model that waits, and counts what that frees. computing: the bytes of the device that a job
+    takes besides a diffusion model's weights."""
 
     device: torch.device
     sharding: Sharding

@@ -72,7 +72,7 @@ class RankPipeline:
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
-        self._facts = planning.Facts(self.components.state)  # used on rank 0
+        self._facts = planning.KnownModels(self.components.state)  # used on rank 0
         self.explainer = Explainer(device, self.components, self._variables)
 
     def ping(self, job) -> Done:
@@ -317,7 +317,7 @@ class RankPipeline:
         machine, info = self._machine(), {}
         if self.rank == 0:
             message, holds = job.message, self.components.models.holds
-            found = planning.chosen(message.planned, machine, self._facts, holds, message.below)
+            found = planning.plan_for(message.planned, machine, self._facts, holds, message.below)
             info["plan"] = msgspec.to_builtins(found)
         return _done(job, info=info)
 

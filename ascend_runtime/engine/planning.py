@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SMALLEST = VideoSize(width=256, height=256, num_frames=5)  # to load a model whose own size does not fit
+LEAST_VIDEO = VideoSize(width=256, height=256, num_frames=5)  # to load a model whose own size does not fit
 MOST_MODELS = 4  # whose facts are kept
-SMALL = 16  # jobs that take less than a 16th of a device are not predicted exactly
+NEGLIGIBLE = 16  # jobs that take less than a 16th of a device are not predicted exactly
 
 Holds = Callable[[DiffusionModelSpec, int, bool], bool]  # whether the ranks hold a model (spec, tp degree, FSDP)
 
@@ -69,7 +69,7 @@ def _rates(path: str, machine: Machine, family: str) -> Rates:
         return of_card(machine.card)
 
 
-class Facts:
+class KnownModels:
     """The facts of the models that were asked about last, as long as their files stay as they were. state: a value that
     changes when a file of a spec's component does."""
 
@@ -89,7 +89,7 @@ class Facts:
         return self._read[key]
 
 
-def chosen(planned: PlannedJob, machine: Machine, facts: Facts, holds: Holds, below: int = 0) -> Chosen | None:
+def plan_for(planned: PlannedJob, machine: Machine, facts: KnownModels, holds: Holds, below: int = 0) -> Chosen | None:
     """The plan of a job; of those that take less than `below` bytes of a device, if that is given. None: there is none.
 
     A plan whose weights would have to be read counts the seconds of reading, where a slower one finds its weights on
@@ -137,8 +137,8 @@ def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -
     known = _rates(planned.model.path, machine, model.family.name)
     held = memory.roughly if _is_small(model, video, machine) else memory.predicted
     found = choice.choice_of(model, video, machine, known, fixed, held)
-    if not found.fitting and planned.shape is None and planned.size is None:  # weights are loaded, for a video to come
-        video = _video(model, replace(planned, size=SMALLEST))
+    if not found.fitting and planned.shape is None and planned.size is None:  # weights, for a video to come
+        video = _video(model, replace(planned, size=LEAST_VIDEO))
         found = choice.choice_of(model, video, machine, known, fixed)
     if found.others and not found.fitting and not _is_set(planned.parallel):
         raise choice.refusal(model, video, machine, fixed, found.others)
@@ -150,7 +150,8 @@ def _is_small(model: Model, video: Video, machine: Machine) -> bool:
     if video.acceleration != AccelerationSpec() or model.vae is not None or model.encoders:
         return False
     taken = memory.roughly(model, video, Arrangement(Plan()), machine)
-    return SMALL * taken.device_peak <= machine.device_memory and SMALL * taken.host_total <= machine.host_memory
+    fits = NEGLIGIBLE * taken.device_peak <= machine.device_memory
+    return fits and NEGLIGIBLE * taken.host_total <= machine.host_memory
 
 
 def _of_stages(one: Prediction, model: Model) -> Prediction:

@@ -17,7 +17,7 @@ from .videos import resized
 
 __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
 
-Held = Callable[[Model, Video, Arrangement, Machine], Memory]
+MemoryOf = Callable[[Model, Video, Arrangement, Machine], Memory]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def choose(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fi
 
 
 def choice_of(
-    model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed(), held: Held = memory.predicted
-) -> Choice:
+    model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed(),
+    held: MemoryOf = memory.predicted,
+) -> Choice:  # fmt: skip
     """As `choose`, with nothing in `fitting` if nothing fits. held: predicts the memory."""
     found: list[Prediction] = []
     for tiles in open_tiles(model, machine, fixed):
@@ -65,7 +66,7 @@ def choice_of(
 
 
 def prediction(
-    model: Model, video: Video, one: Arrangement, machine: Machine, rates: Rates, held: Held = memory.predicted
+    model: Model, video: Video, one: Arrangement, machine: Machine, rates: Rates, held: MemoryOf = memory.predicted
 ) -> Prediction:
     return Prediction(
         arrangement=one,

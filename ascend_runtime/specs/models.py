@@ -109,8 +109,9 @@ class TextEncoderSpec(Spec, frozen=True, kw_only=True):
     dtype: "auto" is bfloat16. On a CPU it is float32 if the encoder takes less than 1 GiB on disk, or the CPU has no
         instructions for bfloat16; if memory does not suffice for that, bfloat16 with a warning.
     placement: "cpu" runs on rank 0's CPU with all its cores; "ranks" on all ranks' devices, sharded by FSDP2.
-        "auto": set by the environment variable T5_LOAD_CPU on NPUs; else where a prompt is encoded sooner, of the places
-        that have room: cpu if the devices are CPUs, or NPUs whose ranks were not started for weights that are sharded.
+        "auto": set by the environment variable T5_LOAD_CPU on NPUs; else where a prompt is encoded sooner, of the
+        places that have room: cpu if the devices are CPUs, or NPUs whose ranks were not started for weights that are
+        sharded.
     """
 
     path: str

@@ -142,8 +142,9 @@ def test_the_result_has_what_was_predicted_next_to_what_it_took(played):
 
 def test_what_fits_in_no_way_is_refused_with_a_size_that_fits(played):
     size = VideoSize(width=256, height=256, num_frames=33)
-    _, shards = played.peaks(size.latent_shape())
-    played.has(shards * 2 // 3)
+    (_, shards), (_, least) = played.peaks(size.latent_shape()), played.peaks((1, 16, 2, 16, 16))
+    assert least < shards
+    played.has((least + shards) // 2)
     with pytest.raises(ValueError, match="AV-1210: ") as refused:
         played.sample(shape=size.latent_shape())
     assert played.kinds == ["Choose"], "nothing was read"
@@ -267,7 +268,7 @@ def test_out_of_memory_is_known_by_what_ranks_say(tmp_path):
                  "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
                  f"Rank 1 of 2 was killed by SIGKILL, {host.BY_THE_KERNEL}. Its last output:"):  # fmt: skip
         assert host.out_of_memory(host.advise(text, "AV-1510")), text
-    for text in ("Rank 0 of 2 was killed by SIGKILL. Its last output:", "No space left on device", "KeyError: 'memory'"):
+    for text in ("Rank 0 of 2 was killed by SIGKILL. Its last output:", "No space left on device"):
         assert not host.out_of_memory(host.advise(text, "AV-1510")), text
     counts = tmp_path / "vmstat"
     assert memory.kills(counts) == 0
@@ -282,4 +283,4 @@ def test_small_jobs_are_predicted_generously(specs):
         for fsdp in (False, True):
             exact, rough = (predict(model, video, Arrangement(Plan(ulysses=2), fsdp), machine).device["denoise"]["pass"]
                             for predict in (planned_memory.predicted, planned_memory.roughly))  # fmt: skip
-            assert 0 < exact <= planning.SMALL * rough
+            assert 0 < exact <= planning.NEGLIGIBLE * rough

@@ -264,7 +264,7 @@ def test_this_test_sees_a_family():
 
 # What several modules have by design: the same question, asked of each.
 SAME_IN_SEVERAL = {
-    "logger", "main", "run", "files", "load",
+    "logger", "main", "run", "files", "load", "networks",
     # Called with the name of their module, as in memory.predicted.
     "choose", "passes_of", "predicted", "published", "read", "sent",
 }  # fmt: skip
