@@ -13,8 +13,9 @@ from ascend_runtime.models.registry import family
 from ascend_runtime.models.wan.cost import work_of
 from ascend_runtime.models.wan.weights import RULES
 from ascend_runtime.ops.memory import allocated
+from ascend_runtime.planner.holding.dry_job import DryNetwork, DryRank, DryVideo
 from ascend_runtime.planner.holding.dry_pass import run
-from ascend_runtime.planner.holding.passes import DryNetwork, DryRank, DryVideo, as_json
+from ascend_runtime.planner.holding.passes import as_json
 from ascend_runtime.specs import Plan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
