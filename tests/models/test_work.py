@@ -8,7 +8,7 @@ from ascend_runtime.models.hunyuan_video import cost as hunyuan_cost
 from ascend_runtime.models.shared.block_stack import Pass
 from ascend_runtime.models.cost import PassSize
 from ascend_runtime.models.wan.context import Context
-from ascend_runtime.models.wan.transformer import WanBlock, WanTransformer
+from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.models.registry import family
 from ascend_runtime.models.wan.cost import work_of
 from ascend_runtime.models.wan.weights import RULES
