@@ -30,7 +30,6 @@ from ascend_runtime.planner.facts import Arrangement, Machine, Video
 from ascend_runtime.specs import Plan
 from ascend_runtime.specs.plans import AXES
 from benchmarks.memory import highest_rss, rss
-from msgspec.structs import replace
 
 MB = 2**20
 TEXT_TOKENS = 16

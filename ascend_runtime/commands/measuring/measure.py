@@ -44,7 +44,7 @@ Report = Callable[[str], object]
 
 @dataclass
 class Measured:
-    """samples: by the number of ranks. costs: what was fitted_costs to them."""
+    """samples: by the number of ranks. costs: what was fitted to them."""
 
     samples: dict[int, list[TimedJob]] = field(default_factory=dict)
     costs: dict[int, dict[str, float]] = field(default_factory=dict)

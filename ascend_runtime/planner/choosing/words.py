@@ -16,7 +16,7 @@ NAMES = {"cfg": "CFG", "ring": "ring", "ulysses": "Ulysses", "tp": "TP"}
 def line(
     fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str
 ) -> str:  # fmt: skip
-    """fitting: at least one, the chosen one first."""
+    """What was chosen, why, and what it is predicted to take. fitting: at least one, the chosen one first."""
     chosen = fitting[0]
     what, why = _described(chosen), _reason(fitting, others)
     return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
@@ -94,27 +94,27 @@ def _running(one: Prediction) -> float:
 def no_fit(
     name: str, size: VideoSize, machine: Machine, least: Prediction, near: tuple[VideoSize | None, VideoSize | None]
 ) -> str:
-    """least: the arrangement that comes nearest to fitting. near: with fewer frames, with a smaller picture."""
+    """Why a video is refused. least: the arrangement that comes nearest to fitting. near: the sizes that fit, with
+    fewer frames and with a smaller picture."""
     frames, picture = near
     options = [f"{one.width} x {one.height} with {one.num_frames} frames" for one in (frames, picture) if one]
     cure = f"What fits: {' or '.join(dict.fromkeys(options))}." if options else (
         "No size fits: the weights do not. Use more cards, cards or a host with more memory, quantization, or files in "
         "8 bits."
     )  # fmt: skip
-    cards = "the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card} with"
-    cards = f"{machine.ranks} rank(s) of the CPU with" if machine.kind == "cpu" else cards
+    ranks = f"{machine.ranks} rank(s) on the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card}"
     return (
-        f"{name}, {size.width} x {size.height} with {size.num_frames} frames, fits in no way on {cards} "
+        f"No plan fits {name}, {size.width} x {size.height} with {size.num_frames} frames, on {ranks} with "
         f"{gigabytes(machine.device_memory)} each and {gigabytes(machine.host_memory)} of the host. "
-        f"{shortfall(least, machine)} {cure}"
+        f"{arrangement(least.arrangement)} comes nearest: {shortfall(least, machine)} {cure}"
     )
 
 
 def shortfall(one: Prediction, machine: Machine) -> str:
-    """What an arrangement needs more than there is."""
-    stage = peak_stage(one.memory)
-    parts = [f"{arrangement(one.arrangement)} comes nearest: it needs {gigabytes(one.memory.device_peak)} a card to "
-             f"{stage} ({_listed(one.memory.device[stage])})"]  # fmt: skip
+    """What an arrangement needs where there is less."""
+    stage, where = peak_stage(one.memory), "rank" if machine.kind == "cpu" else "card"
+    parts = [f"it needs {gigabytes(one.memory.device_peak)} a {where} to {stage} "
+             f"({_listed(one.memory.device[stage])})"]  # fmt: skip
     if one.memory.host_total > machine.host_memory or machine.kind == "cpu":
         parts.append(f"{gigabytes(one.memory.host_total)} of the host ({_listed(one.memory.host)})")
     return " and ".join(parts) + "."
