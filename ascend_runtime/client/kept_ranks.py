@@ -43,6 +43,11 @@ class JobsOfCall:
         """Starts the ranks if none are alive, or again if jobs shard weights by FSDP2 and these ranks cannot."""
         self._ranks._start(lambda: self._ranks._raise_if_cancelled(self._hooks), sharded)
 
+    @property
+    def on_devices(self) -> bool:
+        """Whether the ranks have memory of their own."""
+        return self._ranks.device != "cpu"
+
     def free(self) -> None:
         """Frees the weights on all ranks."""
         self(lambda job: Free(job=job))

@@ -14,12 +14,17 @@ NAMES = {"cfg": "CFG", "ring": "ring", "ulysses": "Ulysses", "tp": "TP"}
 
 
 def line(
-    fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str
+    fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str, why: str = ""
 ) -> str:  # fmt: skip
-    """fitting: at least one, the chosen one first."""
+    """fitting: at least one, the chosen one first. why: it is chosen; empty: it is the fastest."""
     chosen = fitting[0]
-    what, why = _described(chosen), _reason(fitting, others)
+    what, why = _described(chosen), why or _reason(fitting, others)
     return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
+
+
+def instead(faster: Prediction, why: str) -> str:
+    """The reason for an arrangement that is not the fastest one that fits."""
+    return f"{why}, though {_described(faster)} fits and is faster"
 
 
 def _described(one: Prediction) -> str:
@@ -96,7 +101,7 @@ def no_fit(
 ) -> str:
     """least: the arrangement that comes nearest to fitting. near: with fewer frames, with a smaller picture."""
     frames, picture = near
-    options = [f"{one.width} x {one.height} with {one.num_frames} frames" for one in (frames, picture) if one]
+    options = [_video(one) for one in (frames, picture) if one]
     cure = f"What fits: {' or '.join(dict.fromkeys(options))}." if options else (
         "No size fits: the weights do not. Use more cards, cards or a host with more memory, quantization, or files in "
         "8 bits."
@@ -104,17 +109,21 @@ def no_fit(
     cards = "the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card} with"
     cards = f"{machine.ranks} rank(s) of the CPU with" if machine.kind == "cpu" else cards
     return (
-        f"{name}, {size.width} x {size.height} with {size.num_frames} frames, fits in no way on {cards} "
+        f"{name}, {_video(size)}, fits in no way on {cards} "
         f"{gigabytes(machine.device_memory)} each and {gigabytes(machine.host_memory)} of the host. "
         f"{shortfall(least, machine)} {cure}"
     )
 
 
+def _video(size: VideoSize) -> str:
+    return f"{size.width} x {size.height} with {size.num_frames} frame{'s' * (size.num_frames != 1)}"
+
+
 def shortfall(one: Prediction, machine: Machine) -> str:
     """What an arrangement needs more than there is."""
     stage = peak_stage(one.memory)
-    parts = [f"{arrangement(one.arrangement)} comes nearest: it needs {gigabytes(one.memory.device_peak)} a card to "
-             f"{stage} ({_listed(one.memory.device[stage])})"]  # fmt: skip
+    parts = [f"{arrangement(one.arrangement)} comes nearest: it needs {gigabytes(one.memory.device_peak)} a "
+             f"{'rank' if machine.kind == 'cpu' else 'card'} to {stage} ({_listed(one.memory.device[stage])})"]  # fmt: skip
     if one.memory.host_total > machine.host_memory or machine.kind == "cpu":
         parts.append(f"{gigabytes(one.memory.host_total)} of the host ({_listed(one.memory.host)})")
     return " and ".join(parts) + "."

@@ -28,7 +28,7 @@ VERSIONED = ("torch", "torch_npu", "mindiesd")
 
 
 class ProfileEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Costs that were fitted_costs on devices of a kind and card, shared by a number of ranks.
+    """Costs that were fitted to jobs on devices of a kind and card, shared by a number of ranks.
 
     kind: "npu", "cuda" or "cpu". card: its product line. family: of the measured networks. versions: of packages.
     costs: seconds for each of rates.UNITS. jobs: the number of measured jobs. error: their median relative error in the
@@ -105,6 +105,19 @@ def read_profile(file: Path) -> Profile:
         raise coded_error(
             "AV-1309", f"{file} is not a profile of a host ({shown(error)}). Remove it, or measure again: "
             "python -m ascend_runtime plan MODEL --measure"
+        ) from None  # fmt: skip
+
+
+def check_writable(file: Path) -> None:
+    """Raises ValueError if the profile could not be written."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise coded_error(
+            "AV-1314", f"{file} cannot be written ({error.strerror}), so that a measurement would be lost. Change the "
+            "permissions of its folder, or measure with a copy of the model elsewhere."
         ) from None  # fmt: skip
 
 
