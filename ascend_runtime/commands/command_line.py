@@ -182,8 +182,10 @@ an invalid argument"""
 
 
 def _check_explain(arguments: Namespace) -> None:
-    if not existing(arguments.file).is_file():
-        raise ValueError(f"{arguments.file} is a folder. Give a file.")
+    file = Path(arguments.file).expanduser()
+    if not file.is_file():
+        why = "is a folder" if file.is_dir() else "is not a file" if file.exists() else "does not exist"
+        raise ValueError(f"{arguments.file!r} {why}. Give a file that ComfyUI has saved.")
     for folder in arguments.models or ():
         if not existing(folder).is_dir():
             raise ValueError(f"--models is {folder}, which is not a folder. Give a folder of models.")

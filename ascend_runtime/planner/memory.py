@@ -35,7 +35,7 @@ def predicted(
 def vae_bytes(model: Model, video: Video, arrangement: Arrangement, kind: str, work: str) -> int:
     """Bytes of a device of this kind that the VAE takes besides weights, to "decode" the video or to "encode" it."""
     ranks = math.prod(arrangement.plan.degrees)
-    return int(MARGINS[kind].tiles * tile_bytes(model, video, ranks, arrangement.tiles, work))
+    return int(getattr(MARGINS[kind], work) * tile_bytes(model, video, ranks, arrangement.tiles, work))
 
 
 def roughly(model: Model, video: Video, arrangement: Arrangement, machine: Machine) -> Memory:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -591,6 +592,17 @@ def test_folders_of_models_that_link_to_each_other_are_read_once(tmp_path):
     assert list(model_files.model_files_in(host.around(), [host.model.parent, host.model.parent]).files) == [host.model]
 
 
+def test_of_many_faulty_model_files_some_are_named_and_the_others_counted(tmp_path):
+    host = PlayedHost(tmp_path, "cpu")
+    for number in range(20):
+        host.model.with_name(f"gone {number}.safetensors").symlink_to(tmp_path / "nowhere")
+        host.model.with_name(f"empty {number}.safetensors").write_bytes(b"")
+    faults = [finding for finding in model_files._files(host.around()) if finding.level == ERROR]
+    gone, empty = ([one.found for one in faults if one.code == code] for code in ("AV-1314", "AV-1302"))
+    assert len(gone) == 8 and "(as 12 others)" in gone[-1] and not any("others" in found for found in gone[:-1])
+    assert len(empty) == 8 and re.search(r"(12|13) other files were not looked at", empty[-1])
+
+
 def test_a_search_of_models_ends_in_time(tmp_path):
     host = PlayedHost(tmp_path, "cpu")
     host.seconds = 2.0
@@ -729,13 +741,16 @@ def test_a_real_rank_is_in_use_until_its_client_is_killed(tmp_path, marked):
     code = CLIENT.format(environment={"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"})
     client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environ},
                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    worker_pids = set()
+    variable, value = next(iter(environ.items()))
+
+    def workers() -> set[int]:
+        return {int(folder.name) for folder in Path("/proc").glob("[0-9]*")
+                if f"{variable}={value}" in processes._read(Surroundings("cpu"), int(folder.name), "environ")
+                and processes._is_rank(Surroundings("cpu"), int(folder.name))}  # fmt: skip
+
     try:
         assert client.stdout.readline() == "ready\n"
-        variable, value = next(iter(environ.items()))
-        worker_pids = {int(folder.name) for folder in Path("/proc").glob("[0-9]*")
-                       if f"{variable}={value}" in processes._read(Surroundings("cpu"), int(folder.name), "environ")
-                       and processes._is_rank(Surroundings("cpu"), int(folder.name))}  # fmt: skip
+        worker_pids = workers()
         assert len(worker_pids) == 2 and left_among(worker_pids) == set()
         assert worker_pids <= processes.ranks_in_use(Surroundings("cpu"))
         client.kill()
@@ -747,8 +762,9 @@ def test_a_real_rank_is_in_use_until_its_client_is_killed(tmp_path, marked):
     finally:
         client.kill()
         client.wait()
-        for pid in left_among(worker_pids):
-            os.kill(pid, signal.SIGKILL)
+        for pid in workers():  # also of a rank that did not start
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_folders_of_models_are_those_of_comfyui_and_its_extra_paths(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ...checkpoints.bounded import MAX_JSON_BYTES, parse_json
@@ -98,23 +98,33 @@ def _files(around: Surroundings) -> Iterator[Finding]:
 
 
 def _all_faults(around: Surroundings, found: ModelFiles) -> Iterator[Finding]:
-    for path in found.unreadable[:_MOST_NAMED]:
+    for name in _named(found.unreadable):
         yield error("model files", HostFault(
-            "AV-1314", f"{path} cannot be read.", "Check its permissions, and where its links lead: `ls -lL`."
+            "AV-1314", f"{name} cannot be read.", "Check its permissions, and where its links lead: `ls -lL`."
         ))  # fmt: skip
-    for path in found.special[:_MOST_NAMED]:
-        yield error("model files", HostFault("AV-1306", f"{path} is a pipe or a device.", "Replace it with the file."))
-    for path in found.unfinished[:_MOST_NAMED]:
+    for name in _named(found.special):
+        yield error("model files", HostFault("AV-1306", f"{name} is a pipe or a device.", "Replace it with the file."))
+    for name in _named(found.unfinished):
         yield warning("model files", HostFault(
-            "AV-1302", f"{path} belongs to a download that is not finished.",
+            "AV-1302", f"{name} belongs to a download that is not finished.",
             "Finish it with the same tool, or remove this file and the one that it belongs to.",
         ))  # fmt: skip
-    faults, deadline = [], around.clock() + _MOST_SECONDS
+    faults, deadline, looked_at = [], around.clock() + _MOST_SECONDS, 0
     for path, size in list(found.files.items())[:_MOST_HEADERS]:
         if around.clock() > deadline or len(faults) == _MOST_NAMED:
             break
         faults += [error("model files", fault) for fault in _faults_of(path, size)]
+        looked_at += 1
+    if faults and looked_at < len(found.files):
+        rest = f"{faults[-1].found} {len(found.files) - looked_at} other files were not looked at."
+        faults[-1] = replace(faults[-1], found=rest)
     yield from faults
+
+
+def _named(paths: list[Path]) -> list[str]:
+    """The first of these by name; the last name says how many others there are."""
+    named, others = [str(path) for path in paths[:_MOST_NAMED]], len(paths) - _MOST_NAMED
+    return [*named[:-1], f"{named[-1]} (as {others} others)"] if others > 0 else named
 
 
 def _faults_of(path: Path, size: int) -> Iterator[HostFault]:
