@@ -7,7 +7,6 @@ import dataclasses
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -18,16 +17,14 @@ from ..specs.record import MAX_LINE
 from ..wire.messages import Choose
 from ..wire.plans import Chosen, PlannedJob
 from .group import RankDied
+from .jobs import JobsOfCall
 from .submission import RankError, Result
-
-if TYPE_CHECKING:
-    from .kept_ranks import JobsOfCall
 
 logger = logging.getLogger(__name__)
 
 CLEARLY_LESS = 0.9  # of what failed: a plan that takes hardly less fails like it, and there is only one more try
 MOST_KEPT = 64  # choices
-Lying = tuple  # what identifies how the weights of a model lie on the ranks
+WeightsKey = tuple  # what identifies how the weights of a model lie on the ranks
 
 
 class Choices:
@@ -35,7 +32,7 @@ class Choices:
 
     def __init__(self):
         self._kept: OrderedDict[tuple, Chosen] = OrderedDict()
-        self._weights: Lying | None = None  # of the last model that ranks loaded
+        self._weights: WeightsKey | None = None  # of the last model that ranks loaded
 
     def forget(self) -> None:
         """The ranks hold no weights, or their memory is another one."""
@@ -80,7 +77,7 @@ def _kind(planned: PlannedJob) -> PlannedJob:
     return replace(planned, sample=replace(planned.sample, seed=0), model=replace(planned.model, loras=()))
 
 
-def _weights(model: DiffusionModelSpec, chosen: Chosen) -> Lying:
+def _weights(model: DiffusionModelSpec, chosen: Chosen) -> WeightsKey:
     return replace(chosen.arranged(model), loras=()), chosen.parallel.tp_degree, chosen.parallel.fsdp
 
 

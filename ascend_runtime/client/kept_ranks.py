@@ -16,51 +16,17 @@ from typing import TypeVar
 from ..hardware import devices
 from ..specs import ParallelSpec
 from ..wire.messages import Free, Message, Velocity
-from ..wire.plans import Chosen
 from . import submission
 from .arguments import check_kind
 from .choosing import Choices
 from .group import RankDied, RankGroup
+from .jobs import JobsOfCall, MakeMessage
 from .model_calls import HeldByRanks
 from .submission import Hooks, JobCancelled, RankError, RanksSilent, Result, Submission
 
 logger = logging.getLogger(__name__)
 
 Kept = TypeVar("Kept", bound="KeptRanks")
-MakeMessage = Callable[[int], Message]  # from the job's number
-
-
-class JobsOfCall:
-    """Submits the jobs of one call of a `Runtime` method, which share its hooks. A cancel applies to all of them."""
-
-    def __init__(self, ranks: KeptRanks, hooks: Hooks):
-        self._ranks, self._hooks = ranks, hooks
-
-    def __call__(self, make: MakeMessage) -> Result:
-        return self._ranks._submit(make(next(self._ranks._numbers)), self._hooks)
-
-    def begin(self, sharded: bool = False) -> None:
-        """Starts the ranks if none are alive, or again if jobs shard weights by FSDP2 and these ranks cannot."""
-        self._ranks._start(lambda: self._ranks._raise_if_cancelled(self._hooks), sharded)
-
-    @property
-    def on_devices(self) -> bool:
-        """Whether the ranks have memory of their own."""
-        return self._ranks.device != "cpu"
-
-    def free(self) -> None:
-        """Frees the weights on all ranks."""
-        self(lambda job: Free(job=job))
-
-    def show(self, plan: Chosen) -> None:
-        """Passes a job's plan to the caller, before the job."""
-        logger.info("%s", plan.line)
-        self._hooks.on_plan(plan)
-
-    def notice(self, text: str) -> None:
-        """Logs a warning, and passes it to the caller."""
-        logger.warning("%s", text)
-        self._hooks.on_notice(text)
 
 
 class KeptRanks:
@@ -236,7 +202,13 @@ class KeptRanks:
     def _jobs(self, sharded: bool = False, **hooks) -> Iterator[JobsOfCall]:
         """Yields what submits the jobs of one call. Starts ranks if none are alive. A cancel applies to the whole
         call. sharded: whether the jobs shard weights by FSDP2."""
-        jobs = JobsOfCall(self, Hooks(**hooks))
+        given = Hooks(**hooks)
+        jobs = JobsOfCall(
+            lambda make: self._submit(make(next(self._numbers)), given),
+            lambda shards: self._start(lambda: self._raise_if_cancelled(given), shards),
+            given,
+            on_devices=self.device != "cpu",
+        )
         with self._exclusive():
             self._cancel_requested.clear()
             self._running = True

@@ -57,7 +57,8 @@ from .arguments import (
     check_tokens,
 )
 from .choosing import asked, with_plan
-from .kept_ranks import JobsOfCall, KeptRanks
+from .jobs import JobsOfCall
+from .kept_ranks import KeptRanks
 from .model_calls import NetworkPass, check_call, packed
 from .submission import OnPreview, Result
 

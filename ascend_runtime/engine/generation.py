@@ -29,7 +29,8 @@ from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
 from ..parallel.mesh import mesh_of, this_rank
 from ..parallel.sequence import SequenceLayout, spread
-from ..planner.holding.passes import DryNetwork, DryRank, DryVideo, as_json, taken_by_pass
+from ..planner.holding.dry_job import DryNetwork, DryRank, DryVideo
+from ..planner.holding.passes import as_json, taken_by_pass
 from ..specs import AccelerationSpec, Calibration, OperatorSpec, ParallelSpec, Plan, SampleSpec
 from ..specs.presets import for_family
 from .sampling import SolverStep, schedule_of

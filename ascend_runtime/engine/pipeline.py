@@ -98,6 +98,7 @@ class RankPipeline:
                 warnings += [] if loaded is None else loaded.warnings
             if message.vae is not None:
                 self._component(message.vae, job, host_memory=host_memory)
+        self.explainer.sources(*filter(None, (message.model, encoder, message.vae)))  # so that no job reads a file
         return _done(job, info=_warnings(warnings))
 
     def encode(self, job) -> Done:

@@ -16,7 +16,7 @@ from ..planner import choice, memory, models, videos
 from ..planner.choice import Choice, Fixed
 from ..planner.choosing import encoders, words
 from ..planner.facts import Arrangement, Machine, Model, Prediction, Video
-from ..planner.rates import Rates, of_card
+from ..planner.rates import Rates, gpu_named, of_card
 from ..planner.timing.profile import rates_for
 from ..specs import AccelerationSpec, DiffusionModelSpec, ParallelSpec, Plan, TextEncoderSpec, VaeForm, VideoSize
 from ..specs.plans import AXES
@@ -40,8 +40,7 @@ def card_of(device: torch.device) -> str:
         line = devices.card(device)
         return {"a5": "950", None: "a2"}.get(line, line)
     if device.type == "cuda":
-        name = devices.name(device).lower()
-        return next((card for card in ("h200", "h100", "h20", "b200") if card in name), "h100")
+        return gpu_named(devices.name(device))
     return "cpu"
 
 
@@ -129,7 +128,7 @@ def _is_set(parallel: ParallelSpec) -> bool:
 def _as_set(one: Prediction, model: Model, planned: PlannedJob, machine: Machine) -> Chosen:
     """The plan that the user has set, which is predicted not to fit. It runs, as a prediction can be too high."""
     said = words.arrangement(one.arrangement, encodes=bool(model.encoders))
-    line = f"{said}: as it was set, though it is predicted not to fit. {words.shortfall(one, machine)}"
+    line = f"{said}: as it was set, though it is predicted not to fit: {words.shortfall(one, machine)}"
     return replace(_answer(one, line, planned, machine, len(model.experts)), short=True)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Iterator, Mapping
 
 from ..errors import coded
+from .versions import installed, package_versions
 
 logger = logging.getLogger(__name__)
 
@@ -229,25 +230,12 @@ def cann_faults(environ: Mapping[str, str]) -> Iterator[HostFault]:
             )
 
 
-def installed(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _release(version: str) -> str:
     """major.minor"""
     return ".".join(version.split(".")[:2])
 
 
 # Advice for failures
-
-
-def _versions() -> str:
-    names = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
-    return ", ".join(f"{name} {installed(name)}" for name in names if installed(name))
 
 
 _LESS_ON_A_CARD = (
@@ -328,6 +316,7 @@ def out_of_memory(failure: str) -> bool:
 def advise(failure: str, code: str) -> str:
     """A rank's failure, with the code of its cause in front, and advice if the cause is known. code: if it is not."""
     cures = [cure for cure in _CURES if re.search(cure[0], failure)]
-    helps = [f"What helps ({known}): {text.replace('{versions}', _versions())}" for _, known, text in cures]
+    versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())
+    helps = [f"What helps ({known}): {text.replace('{versions}', versions)}" for _, known, text in cures]
     cause = cures[0][1] if cures else code
     return "\n".join([coded(cause, failure), *helps])

@@ -1,4 +1,4 @@
-"""The versions of what a video's numbers depend on: the pack and the packages that it uses. Imports none of them."""
+"""Versions of the pack and of the packages that it uses. Imports none of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ PACKAGES = ("torch", "torch_npu", "mindiesd", "diffusers", "transformers")
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
-    """The versions by name; packages that are not installed are left out."""
-    found = {name: _version(name) for name in PACKAGES}
-    return {OWN_NAME: _own_version()} | {name: number for name, number in found.items() if number is not None}
+    """The versions of what a video's numbers depend on, by name; packages that are not installed are left out."""
+    return {OWN_NAME: _own_version()} | package_versions()
 
 
-def _version(package: str) -> str | None:
+def package_versions() -> dict[str, str]:
+    """As `versions`, without the pack's own, and read each time."""
+    found = {name: installed(name) for name in PACKAGES}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -15,13 +15,8 @@ from typing import NamedTuple
 from ..models.cost import PassSize
 from ..models.family import Family
 from ..specs import Plan
-from .facts import Arrangement, Model, Network, Video
-
-# Bytes of an element, by the names that torch gives dtypes.
-ITEMSIZES = {
-    "float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "int32": 4,
-    "int64": 8, "float8_e5m2": 1, "float8_e8m0fnu": 1,
-}  # fmt: skip
+from .facts import ITEMSIZES, Arrangement, Model, Network, Video
+from .holding.weights import own_slice
 
 
 class Exchange(NamedTuple):
@@ -195,10 +190,6 @@ def shard_bytes(family: Family, network: Network, itemsize: int, tp: int, ranks:
         if rules.replicated(name) or not shape:
             continue
         size = 4 if rules.fp32(name) else network.quantized.get(name, itemsize)
-        shape = list(shape)
-        dim = rules.cut_dim(name) if tp > 1 else None
-        if dim is not None and shape[dim] > 1:
-            shape[dim] //= tp
-        shape[0] = -(-shape[0] // ranks)
-        total += size * math.prod(shape)
+        rows, *others = own_slice(name, shape, rules, tp)
+        total += size * -(-rows // ranks) * math.prod(others)
     return total

@@ -12,6 +12,13 @@ from ..models.shapes import Shapes
 from ..specs import AccelerationSpec, Plan
 
 
+# Bytes of an element, by the names that torch gives dtypes.
+ITEMSIZES = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float64": 8, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "int32": 4,
+    "int64": 8, "float8_e5m2": 1, "float8_e8m0fnu": 1,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A network without its weights. Equal only to itself, so that what is known of one can be cached.

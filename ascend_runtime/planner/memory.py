@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..models.shapes import count
-from .facts import Arrangement, Machine, Memory, Model, Network, Video
+from .facts import ITEMSIZES, Arrangement, Machine, Memory, Model, Network, Video
 from .holding.accelerators import outputs_kept
 from .holding.kernels import MARGINS
-from .holding.passes import gathered, network_of, own_branches, pass_bytes
+from .holding.passes import gathered_bytes, network_of, own_branches, pass_bytes
 from .holding.slabs import slabs_of
 from .holding.vae_tiles import tile_bytes
-from .holding.weights import ITEMSIZES, NO_RULES, OwnPart, Share, kept, on_device, rules_of
+from .holding.weights import NO_RULES, OwnPart, Share, kept, on_device, rules_of
 
 # The latents in fp32 that a rank's host holds during the passes of the first step, the second and later ones, with
 # UniPC, which holds the most: those of the solver and of the loop around it. Measured.
@@ -35,7 +35,7 @@ def predicted(
 def vae_bytes(model: Model, video: Video, arrangement: Arrangement, kind: str, work: str) -> int:
     """Bytes of a device of this kind that the VAE takes besides weights, to "decode" the video or to "encode" it."""
     ranks = math.prod(arrangement.plan.degrees)
-    return int(MARGINS[kind].tiles * tile_bytes(model, video, ranks, arrangement.tiles, work))
+    return int(getattr(MARGINS[kind], work) * tile_bytes(model, video, ranks, arrangement.tiles, work))
 
 
 def roughly(model: Model, video: Video, arrangement: Arrangement, machine: Machine) -> Memory:
@@ -91,7 +91,7 @@ class _Rank:
             "exchange": one.exchange,
             "context": one.context,
             "caches": outputs * one.output,
-            "gathered": gathered(network_of(model, arrangement.plan.tp), shards) if shards > 1 else 0,
+            "gathered": gathered_bytes(network_of(model, arrangement.plan.tp), shards) if shards > 1 else 0,
             "latents": self._latents() if self.on_cpu else 0,
             "libraries": MARGINS[self.machine.kind].libraries,
         }

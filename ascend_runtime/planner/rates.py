@@ -116,6 +116,12 @@ CARD_FIGURES = {
 }  # fmt: skip
 
 
+def gpu_named(name: str) -> str:
+    """The key in CARD_FIGURES of a GPU, by its driver's name; of an unknown one that of the most common."""
+    gpus = (card for card, figures in CARD_FIGURES.items() if figures.kind == "cuda")
+    return next((card for card in gpus if card in name.lower()), "h100")
+
+
 @dataclass(frozen=True)
 class Rates:
     """Costs in seconds for each of UNITS.

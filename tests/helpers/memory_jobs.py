@@ -30,7 +30,6 @@ from ascend_runtime.planner.facts import Arrangement, Machine, Video
 from ascend_runtime.specs import Plan
 from ascend_runtime.specs.plans import AXES
 from benchmarks.memory import highest_rss, rss
-from msgspec.structs import replace
 
 MB = 2**20
 TEXT_TOKENS = 16
@@ -45,7 +44,7 @@ WAN = {  # by name: what is in a transformer's config
 }
 HUNYUAN = {
     "joint": {"num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1},
-    "joint fat": {"num_attention_heads": 32, "attention_head_dim": 16, "num_layers": 5, "num_single_layers": 8},
+    "joint fat": {"num_attention_heads": 32, "attention_head_dim": 16, "num_layers": 6, "num_single_layers": 14},
 }
 
 
@@ -95,7 +94,7 @@ REST = [
     Job("a feed-forward with guidance", "feed", feed(4), steps=2, guidance=5.0),
     Job("a batch", "heads", heads(120)),
     Job("HunyuanVideo", "joint", joint(66)),
-    Job("AttentionCache", "deep", heads(40), steps=4, guidance=5.0,
+    Job("AttentionCache", "deep", heads(48), steps=4, guidance=5.0,
         acceleration=AccelerationSpec(attention_cache=AttentionCacheSpec(start=0, end=5, interval=2))),
     Job("TaylorSeer", "heads", heads(56), steps=5, guidance=5.0,
         acceleration=AccelerationSpec(step_cache=StepCacheSpec(method="taylorseer", order=2, interval=2))),
@@ -113,7 +112,7 @@ REST = [
     Job("a ring", "heads", heads(188), R2),
     Job("a gathered ring", "heads", heads(150), R2, parallel={"ring_exchange": "gather"}),
     Job("HunyuanVideo on Ulysses", "joint", joint(92), U2),
-    Job("HunyuanVideo in slices", "joint", joint(80), T2),
+    Job("HunyuanVideo in slices", "joint", joint(104), T2),
     Job("FSDP", "fat", (1, 16, 1, 16, 16), U2, parallel={"fsdp": True}),
     Job("FSDP of HunyuanVideo", "joint fat", (1, 16, 1, 16, 16), C2, guidance=5.0, parallel={"fsdp": True}),
     Job("an encoded video", "feed", (1, 16, 3, 96, 128), U2, kind="encode"),

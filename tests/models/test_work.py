@@ -8,13 +8,14 @@ from ascend_runtime.models.hunyuan_video import cost as hunyuan_cost
 from ascend_runtime.models.shared.block_stack import Pass
 from ascend_runtime.models.cost import PassSize
 from ascend_runtime.models.wan.context import Context
-from ascend_runtime.models.wan.transformer import WanBlock, WanTransformer
+from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.models.registry import family
 from ascend_runtime.models.wan.cost import work_of
 from ascend_runtime.models.wan.weights import RULES
 from ascend_runtime.ops.memory import allocated
+from ascend_runtime.planner.holding.dry_job import DryNetwork, DryRank, DryVideo
 from ascend_runtime.planner.holding.dry_pass import run
-from ascend_runtime.planner.holding.passes import DryNetwork, DryRank, DryVideo, as_json
+from ascend_runtime.planner.holding.passes import as_json
 from ascend_runtime.specs import Plan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

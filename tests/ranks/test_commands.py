@@ -52,17 +52,17 @@ ANSWERED = [  # arguments, exit status, what is said
     (["queue", "--help"], 0, "exit status: 0 all jobs succeeded"),
     (["doctor", "--help"], 0, "exit status: 0 no error"),
     (["doctor", "--models", "/\x1b]0;pwn\x07"], 2, r"error: --models: /\x1b]0;pwn\x07 is not a folder"),
-    (["inspect", "/nowhere"], 2, "error: /nowhere does not exist. Give the path of a model's folder or file.\n"),
-    (["inspect", ""], 2, "error: The path is empty. Give the path of a model's folder or file.\n"),
-    (["inspect", "/\x1b]0;pwn\x07"], 2, r"error: /\x1b]0;pwn\x07 does not exist."),
+    (["inspect", "/nowhere"], 2, "error: AV-1301: /nowhere does not exist. Give the path of a model's folder or file.\n"),
+    (["inspect", ""], 2, "error: AV-1301: The path is empty. Give the path of a model's folder or file.\n"),
+    (["inspect", "/\x1b]0;pwn\x07"], 2, r"error: AV-1301: /\x1b]0;pwn\x07 does not exist."),
     (["inspect", "assets", "\x1b[2J"], 2, r"unrecognized arguments: \x1b[2J"),
-    (["inspect", "/dev/null"], 2, "error: /dev/null is neither a folder nor a file."),
+    (["inspect", "/dev/null"], 2, "error: AV-1301: /dev/null is neither a folder nor a file."),
     (["inspect", "x" * 5000], 2, "cannot be a path"),
-    (["convert", "/nowhere", "/tmp/made", "--to", "diffusers"], 2, "error: /nowhere does not exist"),
+    (["convert", "/nowhere", "/tmp/made", "--to", "diffusers"], 2, "error: AV-1301: /nowhere does not exist"),
     (["convert", MODEL, "assets", "--to", "diffusers"], 2, "assets exists. Give another target, or move it away."),
     (["convert", MODEL, "/tmp/made", "--to", "gguf"], 2, "invalid choice: 'gguf'"),
     (["convert", MODEL, "/tmp/made", "--to", "diffusers", "--shard-size", "big"], 2, "Give a number and a unit"),
-    (["calibrate", "/nowhere"], 2, "error: /nowhere does not exist"),
+    (["calibrate", "/nowhere"], 2, "error: AV-1301: /nowhere does not exist"),
     (["calibrate", MODEL, "--size", "32"], 2, "error: --size is '32'; give WIDTHxHEIGHT, such as 832x480.\n"),
     (["calibrate", MODEL, "--random-prompts", "0"], 2, "--random-prompts is 0; give 1 or more"),
     (["calibrate", MODEL, "--output", "/nowhere/x.json"], 2, "whose folder does not exist"),
@@ -81,7 +81,7 @@ ANSWERED = [  # arguments, exit status, what is said
     ([*COMPARE, "--ranks", "-1"], 2, "ranks is -1"),
     ([*COMPARE, "--parallel", "ulises_degree=2"], 2, "There is no field ulises_degree; the fields are ranks"),
     ([*COMPARE, "--device", "tpu"], 2, "invalid choice: 'tpu'"),
-    ([*COMPARE, "--vae", "/nowhere"], 2, "error: /nowhere does not exist"),
+    ([*COMPARE, "--vae", "/nowhere"], 2, "error: AV-1301: /nowhere does not exist"),
     ([*COMPARE, "--output", "README.md"], 2, "which is not a folder"),
 ]  # fmt: skip
 
@@ -282,7 +282,7 @@ def test_a_model_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     first, second = err.splitlines()
     assert first == f"comparing the plain video of {folder} with one setting" and out == ""
-    assert second.startswith(f"error: {folder}/ascend_defaults.json cannot be used: ")
+    assert second.startswith(f"error: AV-1309: {folder}/ascend_defaults.json cannot be used: ")
 
 
 def test_who_reads_the_output_may_leave(tmp_path):

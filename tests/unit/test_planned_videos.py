@@ -7,6 +7,7 @@ from ascend_runtime import SampleSpec, VideoSize
 from ascend_runtime.engine.sampling import schedule_of
 from ascend_runtime.models.registry import families
 from ascend_runtime.planner import models, videos
+from ascend_runtime.planner.timing import schedules
 
 PARAMETERS = {  # in 10^9, as published
     "Wan2.1-T2V-1.3B": 1.42, "Wan2.1-T2V-14B": 14.29, "Wan2.1-I2V-14B": 16.39, "Wan2.2-TI2V-5B": 5.0,
@@ -21,16 +22,16 @@ def test_the_planner_and_the_sampler_have_the_same_steps(family, solver):
     for steps, shift, schedule in product((1, 4, 5, 20, 40, 50), (1.0, 3.0, 5.0, 12.0, 16.0), ("own", "simple")):
         spec = SampleSpec(steps=steps, shift=shift, schedule=schedule, solver=solver)
         sampled = schedule_of(spec, family)
-        assert videos.timesteps_of(spec, family) == pytest.approx(sampled, abs=2e-3), spec
+        assert schedules.timesteps_of(spec, family) == pytest.approx(sampled, abs=2e-3), spec
         for boundary in (875.0, 900.0):
-            planned = [timestep < boundary for timestep in videos.timesteps_of(spec, family)]
+            planned = [timestep < boundary for timestep in schedules.timesteps_of(spec, family)]
             assert planned == [timestep < boundary for timestep in sampled], spec
 
 
 def test_given_sigmas_are_the_planned_steps():
     spec = SampleSpec(sigmas=(1.0, 0.94, 0.83, 0.0), steps=4, shift=5.0, solver="unipc")
     family = families()["wan"]
-    assert videos.timesteps_of(spec, family) == pytest.approx(schedule_of(spec, family))
+    assert schedules.timesteps_of(spec, family) == pytest.approx(schedule_of(spec, family))
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ...hardware import host
 from ...hardware.host import HostFault
+from ...hardware.versions import installed
 from . import processes
 from .findings import Finding, error, errors_or, fine, warning
 from .surroundings import Surroundings, gpus
@@ -69,7 +70,7 @@ def parsed(text: str) -> list[CardState]:
 
 def nvidia(around: Surroundings) -> Iterator[Finding]:
     """GPUs: whether torch is built for them, their health and memory."""
-    torch = host.installed("torch") or ""
+    torch = installed("torch") or ""
     faults = []
     if torch.endswith("+cpu"):
         faults.append(HostFault("AV-1017", f"torch is {torch}, which is built without CUDA.",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...hardware import host
 from ...hardware.host import HostFault
+from ...hardware.versions import installed
 from .findings import Finding, errors_or, fine, warning
 from .surroundings import Surroundings
 
@@ -28,14 +29,14 @@ def _driver(around: Surroundings) -> Iterator[Finding]:
 
 
 def _torch_npu(around: Surroundings) -> Iterator[Finding]:
-    found = f"torch {host.installed('torch')}, torch_npu {host.installed('torch_npu')}"
+    found = f"torch {installed('torch')}, torch_npu {installed('torch_npu')}"
     if "0" == around.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD"):
         found += "; TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps it out of ComfyUI's process, and ranks load it all the same"
     yield from errors_or("torch_npu", host.package_faults(), found)
 
 
 def _mindiesd(around: Surroundings) -> Iterator[Finding]:
-    version = host.installed("mindiesd")
+    version = installed("mindiesd")
     if fault := host.mindiesd_fault():
         yield warning("mindiesd", fault)
     else:
@@ -50,7 +51,7 @@ def _cann(around: Surroundings) -> Iterator[Finding]:
 def _cann_version(around: Surroundings) -> Iterator[Finding]:
     """Whether CANN's parts are of one version, and not older than what torch_npu is for."""
     toolkit, operators = _cann_versions(around)
-    npu = host.installed("torch_npu")
+    npu = installed("torch_npu")
     needed = _CANN_OF.get(npu or "")
     if toolkit and operators and toolkit != operators:
         yield warning("CANN's version", HostFault(

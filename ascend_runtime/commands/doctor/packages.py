@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from ...hardware import host
 from ...hardware.host import HostFault
+from ...hardware.versions import installed
 from .findings import Finding, errors_or, warning
 from .surroundings import MOST_OUTPUT, Surroundings
 
@@ -42,7 +43,7 @@ def _python(around: Surroundings) -> Iterator[Finding]:
 
 def _requirements(around: Surroundings) -> Iterator[Finding]:
     """Whether torch and all of requirements.txt are installed, with versions that are supported."""
-    torch, required = host.installed("torch"), _required(around)
+    torch, required = installed("torch"), _required(around)
     faults = []
     if torch is None:
         faults.append(HostFault("AV-1015", "torch is not installed in this Python.",
@@ -52,15 +53,15 @@ def _requirements(around: Surroundings) -> Iterator[Finding]:
             "AV-1015", f"torch is {torch}; the pack is checked with {', '.join(_TORCHES)}.",
             "If jobs fail, install one of these, with what belongs to it (torchvision, torch_npu).",
         ))  # fmt: skip
-    if missing := [name for name, _ in required if host.installed(name) is None]:
+    if missing := [name for name, _ in required if installed(name) is None]:
         faults.append(HostFault("AV-1015", f"Not installed: {', '.join(missing)}.",
                                 f"{around.python} -m pip install -r {around.pack / 'requirements.txt'}"))  # fmt: skip
     for name, bounds in required:
-        version = host.installed(name)
+        version = installed(name)
         if version is not None and not _within(version, bounds):
             faults.append(HostFault("AV-1015", f"{name} is {version}; the pack needs {name}{bounds}.",
                                     f'{around.python} -m pip install "{name}{bounds}"'))  # fmt: skip
-    named = ", ".join(f"{name} {host.installed(name)}" for name in ("torch", "diffusers", "transformers"))
+    named = ", ".join(f"{name} {installed(name)}" for name in ("torch", "diffusers", "transformers"))
     yield from errors_or("packages", faults, f"{named}, and all others of requirements.txt")
 
 
@@ -92,7 +93,7 @@ class Imports:
 
     def __init__(self, around: Surroundings):
         self._around = around
-        names = [name for name, _ in [("torch", ""), *_required(around)] if host.installed(name)]
+        names = [name for name, _ in [("torch", ""), *_required(around)] if installed(name)]
         groups = ([name for name in names if name in _SLOW], [name for name in names if name not in _SLOW])
         self._running = [(group, self._start(group)) for group in groups if group]
 

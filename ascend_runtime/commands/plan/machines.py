@@ -6,7 +6,7 @@ from argparse import Namespace
 
 from ...hardware import devices, host, memory
 from ...planner.facts import Machine
-from ...planner.rates import CARD_FIGURES
+from ...planner.rates import CARD_FIGURES, gpu_named
 from ..video_options import counted
 
 USABLE = 0.95  # an assumption: the part of a card's memory that the driver and the framework leave
@@ -43,8 +43,7 @@ def found_card(kind: str) -> str:
     if kind == "cuda":
         import torch
 
-        name = torch.cuda.get_device_name(0).lower()
-        return next((card for card in CARD_FIGURES if card in name), "h100")
+        return gpu_named(torch.cuda.get_device_name(0))
     return "cpu"
 
 

@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from ..defaults import Defaults
 from .files.configs import CONCAT, REPLACE, filled
 
@@ -34,5 +32,7 @@ def defaults_of(config: Mapping[str, Any]) -> Defaults:
 def sigmas(steps: int, shift: float) -> tuple[float, ...]:
     """The authors' schedule: evenly spaced from 1 to 0, then shifted (scheduling_flow_match_discrete.py there). In
     fp32, as theirs and diffusers': a network's sinusoid shows the last bit of 1000 times a sigma."""
+    import numpy as np  # commands that list published models answer without it
+
     times = np.linspace(1, 0, steps + 1).astype(np.float32)
     return tuple(map(float, shift * times / (1 + (shift - 1) * times)))

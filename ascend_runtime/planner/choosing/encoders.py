@@ -7,9 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ..facts import Machine, Network
+from ..facts import ITEMSIZES, Machine, Network
 from ..rates import Rates
-from ..holding.weights import ITEMSIZES
 from ..timing.work import encoding_flops
 
 CPU, RANKS = "cpu", "ranks"

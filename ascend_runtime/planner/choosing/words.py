@@ -16,7 +16,8 @@ NAMES = {"cfg": "CFG", "ring": "ring", "ulysses": "Ulysses", "tp": "TP"}
 def line(
     fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str, why: str = ""
 ) -> str:  # fmt: skip
-    """fitting: at least one, the chosen one first. why: it is chosen; empty: it is the fastest."""
+    """What was chosen, why, and what it is predicted to take. fitting: at least one, the chosen one first. why: it is
+    chosen; empty: it is the fastest."""
     chosen = fitting[0]
     what, why = _described(chosen), why or _reason(fitting, others)
     return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
@@ -99,19 +100,19 @@ def _running(one: Prediction) -> float:
 def no_fit(
     name: str, size: VideoSize, machine: Machine, least: Prediction, near: tuple[VideoSize | None, VideoSize | None]
 ) -> str:
-    """least: the arrangement that comes nearest to fitting. near: with fewer frames, with a smaller picture."""
+    """Why a video is refused. least: the arrangement that comes nearest to fitting. near: the sizes that fit, with
+    fewer frames and with a smaller picture."""
     frames, picture = near
     options = [_video(one) for one in (frames, picture) if one]
     cure = f"What fits: {' or '.join(dict.fromkeys(options))}." if options else (
         "No size fits: the weights do not. Use more cards, cards or a host with more memory, quantization, or files in "
         "8 bits."
     )  # fmt: skip
-    cards = "the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card} with"
-    cards = f"{machine.ranks} rank(s) of the CPU with" if machine.kind == "cpu" else cards
+    ranks = f"{machine.ranks} rank(s) on the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card}"
     return (
-        f"{name}, {_video(size)}, fits in no way on {cards} "
+        f"No plan fits {name}, {_video(size)}, on {ranks} with "
         f"{gigabytes(machine.device_memory)} each and {gigabytes(machine.host_memory)} of the host. "
-        f"{shortfall(least, machine)} {cure}"
+        f"{arrangement(least.arrangement)} comes nearest: {shortfall(least, machine)} {cure}"
     )
 
 
@@ -120,10 +121,10 @@ def _video(size: VideoSize) -> str:
 
 
 def shortfall(one: Prediction, machine: Machine) -> str:
-    """What an arrangement needs more than there is."""
-    stage = peak_stage(one.memory)
-    parts = [f"{arrangement(one.arrangement)} comes nearest: it needs {gigabytes(one.memory.device_peak)} a "
-             f"{'rank' if machine.kind == 'cpu' else 'card'} to {stage} ({_listed(one.memory.device[stage])})"]  # fmt: skip
+    """What an arrangement needs where there is less."""
+    stage, where = peak_stage(one.memory), "rank" if machine.kind == "cpu" else "card"
+    parts = [f"it needs {gigabytes(one.memory.device_peak)} a {where} to {stage} "
+             f"({_listed(one.memory.device[stage])})"]  # fmt: skip
     if one.memory.host_total > machine.host_memory or machine.kind == "cpu":
         parts.append(f"{gigabytes(one.memory.host_total)} of the host ({_listed(one.memory.host)})")
     return " and ".join(parts) + "."

@@ -23,8 +23,8 @@ from ...models.shared.quantized import QUANTIZATION_SCHEMES, quantize, quantized
 from ...ops.memory import Tracking, allocated
 from ...parallel.dry import EXCHANGE, Seat, dry_sequence, dry_tensor_parallel, seats
 from ...parallel.fsdp import ShardedWeights, Sharding
+from .dry_job import DryNetwork, DryRank, DryVideo, PassBytes
 from .kernels import operators_on
-from .passes import DryNetwork, DryRank, DryVideo, PassBytes
 
 TIMESTEP = 500.0  # any
 

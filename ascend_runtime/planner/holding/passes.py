@@ -4,58 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from ...models.family import Family
-from ...specs import Plan
-from ..facts import Arrangement, Model, Network, Video
+from ..facts import Arrangement, Model, Video
+from .dry_job import DryNetwork, DryRank, DryVideo, PassBytes
 from .kernels import MARGINS
 from .weights import quantized_layers_of
-
-
-class PassBytes(NamedTuple):
-    """context: what embedders, keys and values of the text and rotary tables leave until the last pass, of all
-    branches. blocks: what a pass takes besides at its peak. exchange: the buffers of exchanges at that time. output:
-    of one block's output."""
-
-    context: int
-    blocks: int
-    exchange: int
-    output: int
-
-
-@dataclass(frozen=True)
-class DryNetwork:
-    """A transformer on one of `tp` ranks. config: in JSON. in_8_bits: the layers that are quantized."""
-
-    family: Family
-    config: str
-    dtype: str
-    in_8_bits: frozenset[str]
-    tp: int
-
-
-@dataclass(frozen=True)
-class DryVideo:
-    """size: of the latent [B,C,T,H,W]. branches: of guidance, that this rank computes in a step."""
-
-    size: tuple[int, ...]
-    text_tokens: int
-    per_token: bool
-    branches: int
-
-
-@dataclass(frozen=True)
-class DryRank:
-    """kind: of its device."""
-
-    kind: str
-    plan: Plan
-    number: int
-    ring_exchange: str
-    overlap: bool
 
 
 def network_of(model: Model, tp: int) -> DryNetwork:
@@ -96,7 +51,7 @@ def _pass_bytes(network: DryNetwork, video: DryVideo, rank: DryRank) -> PassByte
 
 
 @lru_cache(maxsize=64)
-def gathered(network: DryNetwork, shards: int) -> int:
+def gathered_bytes(network: DryNetwork, shards: int) -> int:
     """The bytes that FSDP gathers at most at once, of weights in so many shards: what is outside of units, and two
     units, of which one computes while the next one arrives."""
     from .dry_pass import units_of

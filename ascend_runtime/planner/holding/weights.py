@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...models.family import TRANSFORMER, WeightRules
-from ..exchange import ITEMSIZES
-from ..facts import Arrangement, Model, Network
+from ..facts import ITEMSIZES, Arrangement, Model, Network
+
 
 @dataclass(frozen=True)
 class Share:

@@ -28,7 +28,7 @@ VERSIONED = ("torch", "torch_npu", "mindiesd")
 
 
 class ProfileEntry(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Costs that were fitted to jobs on devices of a kind and card, shared by a number of ranks.
+    """Costs that were fitted on devices of a kind and card, shared by a number of ranks.
 
     kind: "npu", "cuda" or "cpu". card: its product line. family: of the measured networks. versions: of packages.
     costs: seconds for each of rates.UNITS. jobs: the number of measured jobs. error: their median relative error in the

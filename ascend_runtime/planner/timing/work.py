@@ -10,8 +10,8 @@ from functools import lru_cache
 
 from ...models.family import VAE, Family
 from ...models.registry import family as family_named
-from ..exchange import ITEMSIZES, Exchange, Step
-from ..facts import Network
+from ..exchange import Exchange, Step
+from ..facts import ITEMSIZES, Network
 from .skipped import ALL, StepPart
 
 SMALL_LATENT = 8  # rows and columns of the latent with which FLOPs for each of its elements are counted
