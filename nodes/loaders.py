@@ -171,7 +171,9 @@ class LoadTextEncoder(io.ComfyNode):
                     default="auto",
                     optional=True,
                     tooltip="Where the encoder runs.\n"
-                    "auto: cpu. On NPUs, the environment variable T5_LOAD_CPU can set it (1: cpu, 0: ranks).\n"
+                    "auto: where a prompt is encoded sooner, of the places that have room. On NPUs, ranks only if they "
+                    "started for fsdp, or if there is one rank; the environment variable T5_LOAD_CPU can set it (1: "
+                    "cpu, 0: ranks).\n"
                     "cpu: on the CPU of one rank. Uses no device memory.\n"
                     "ranks: on the devices of all ranks. Each holds a share of the weights.",
                 ),

@@ -80,7 +80,8 @@ class ParallelConfig(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="On: each rank keeps a share of the transformer's weights and gathers a block's weights "
-                    "when they are needed. Off: automatic, where the weights do not fit on a card otherwise.",
+                    "when they are needed. Off: automatic; it is used where the weights do not fit on a card "
+                    "otherwise.",
                 ),
                 io.Combo.Input(
                     "ring_exchange",

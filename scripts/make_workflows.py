@@ -33,17 +33,17 @@ REPOSITORIES = {  # of Comfy-Org, by how the names of their files begin; all oth
 }
 OLDEST = "Wan_2.1_ComfyUI_repackaged"
 
-# For notes of models with two experts: why fsdp is on, and when the text encoder is better off on the ranks.
+# For notes of models with two experts: why fsdp is on, and where the text encoder runs.
 MEMORY = {
     "{memory}": """\
 `fsdp` gives each card a share of both experts' weights: of 57 GB, 7 on each of eight cards. Without it, both must fit \
-on one card, or wait in the host's memory, once for each card. The text encoder runs on the host's CPU; the log shows \
-how long, as `encode`. If that is long, because the CPU has few cores or no bfloat16 instructions, set `placement` of \
-Ascend Load Text Encoder to `ranks`: it then takes 1.4 GB on each of eight cards.""",
+on one card, or wait in the host's memory, once for each card. The text encoder runs where a prompt is predicted to be \
+encoded sooner: on the host's CPU, or on the cards, where it takes 1.4 GB on each of eight. The log shows how long it \
+takes, as `encode`; `placement` of Ascend Load Text Encoder sets the place.""",
     "{内存}": """\
 “FSDP 权重分片”让每张卡只保存两个专家权重的一部分：共 57 GB，8 卡时每卡约 7 GB；不开启时，两个专家要么都放在一张卡上，要么在主机内存中\
-为每张卡各存一份。文本编码器默认在主机 CPU 上运行，耗时见日志中的 `encode`。若 CPU 核数少或不支持 bfloat16 指令而耗时较长，\
-可将“昇腾加载文本编码器”的“位置”设为 `ranks`，8 卡时每卡占用 1.4 GB。""",
+为每张卡各存一份。文本编码器会在预计更快的位置运行：主机 CPU，或各卡（8 卡时每卡占用 1.4 GB）。耗时见日志中的 `encode`；\
+也可用“昇腾加载文本编码器”的“位置”指定。""",
 }
 
 # For notes of HunyuanVideo: its files and its memory.
@@ -51,12 +51,12 @@ SIZES = {
     "{sizes}": """\
 Sizes: 1280 x 720, 960 x 544, 720 x 720, or other multiples of 16; length 4n+1, up to 129. By its shapes, the model \
 takes 26 GB in bfloat16, and 1280 x 720 x 129 another 9 GB, which several cards share: a card of 64 GB has room. \
-With less, use `fsdp` in Ascend Parallel Config, or `quantization` in the loader. The text encoders take 14 GB of \
-the host's memory. Tencent's licence excludes the EU, the UK and South Korea.""",
+With less, several cards share the weights; on one card, use `quantization` in the loader. The text encoders take \
+14 GB of the host's memory, or a share of that on each card. Tencent's licence excludes the EU, the UK and South Korea.""",
     "{尺寸}": """\
 尺寸：1280 x 720、960 x 544 或其他 16 的倍数；帧数为 4n+1，最多 129。按张量形状计算，模型占 26 GB，\
-1280 x 720 x 129 另需 9 GB（由多张卡分摊），一张 64 GB 的卡可放下；不足时请用并行配置中的“FSDP 权重分片”，或加载器的“量化”。\
-文本编码器占主机内存 14 GB。腾讯的许可证不适用于欧盟、英国和韩国。""",
+1280 x 720 x 129 另需 9 GB（由多张卡分摊），一张 64 GB 的卡可放下；不足时多张卡会自动分摊权重，单卡请用加载器的“量化”。\
+文本编码器占主机内存 14 GB，或由各卡分摊。腾讯的许可证不适用于欧盟、英国和韩国。""",
 }
 
 # For notes of graphs of core's own nodes.
@@ -75,12 +75,12 @@ the same video, and knows the model's own settings.""",
     "{two models}": """\
 Two samplers share the 20 steps, one for each expert. `fsdp` gives each card a share of both experts' weights: of \
 57 GB, 7 on each of eight cards. Without it, the expert that is not in use waits in the host's memory if a card is too \
-small for both. The text encoder runs on the host's CPU; with T5_LOAD_CPU=0 in ComfyUI's environment it runs on the \
-NPUs instead, where it takes 1.4 GB of each of eight.""",
+small for both. The text encoder runs where a prompt is predicted to be encoded sooner: on the host's CPU, or on the \
+NPUs, where it takes 1.4 GB of each of eight. T5_LOAD_CPU in ComfyUI's environment sets the place (1: CPU, 0: NPUs).""",
     "{两个模型}": """\
 两个采样器分担 20 步，每个专家一个。“FSDP 权重分片”让每张卡只保存两个专家权重的一部分：共 57 GB，8 卡时每卡约 7 GB；\
-不开启时，若一张卡放不下两个专家，空闲的专家保存在主机内存中。文本编码器默认在主机 CPU 上运行；\
-在 ComfyUI 的环境变量中设置 T5_LOAD_CPU=0，则改在 NPU 上运行，8 卡时每卡占用 1.4 GB。""",
+不开启时，若一张卡放不下两个专家，空闲的专家保存在主机内存中。文本编码器会在预计更快的位置运行：主机 CPU，\
+或各 NPU（8 卡时每卡占用 1.4 GB）；也可用 ComfyUI 的环境变量 T5_LOAD_CPU 指定（1：CPU，0：NPU）。""",
 }
 
 NOTES = {
@@ -89,10 +89,10 @@ NOTES = {
 
 {files}
 
-{stock} The model takes 26 GB in bfloat16: with less memory, use `fsdp` in Ascend Parallel Config. Tencent's licence \
+{stock} The model takes 26 GB in bfloat16: with less memory, several cards share the weights. Tencent's licence \
 excludes the EU, the UK and South Korea.
 
-{原生}模型以 bfloat16 占 26 GB，显存不足时请用并行配置中的“FSDP 权重分片”。腾讯的许可证不适用于欧盟、英国和韩国。
+{原生}模型以 bfloat16 占 26 GB，显存不足时多张卡会自动分摊权重。腾讯的许可证不适用于欧盟、英国和韩国。
 """,
     "stock_wan2.2_i2v_a14b_image_to_video": """\
 ## Wan2.2-I2V-A14B with core's nodes
