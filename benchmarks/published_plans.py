@@ -55,6 +55,8 @@ def tables() -> list[PublishedTable]:
 
     return [
         _wan_21(known["t2v_14b_480p_1_card"]),
+        table("Wan 2.1, one A2, MindIE", "t2v_14b_480p_1_card", "t2v_1.3b_480p_1_card",
+              notes="without caches; the second row is a blog's"),
         table("Wan 2.2, 8 A2, MindIE", "t2v_a14b_720p_8_cards", "i2v_a14b_720p_8_cards", "ti2v_5b_704p_8_cards"),
         table("Wan 2.2, 8 A2, cann-recipes of 2025", "i2v_a14b_720p_recipe_of_2025", "i2v_a14b_480p_recipe_of_2025"),
         table("Wan 2.2, 8 A2, cann-recipes", "i2v_a14b_720p_recipe", "i2v_a14b_480p_61_frames_recipe"),

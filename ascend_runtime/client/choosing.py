@@ -22,6 +22,7 @@ from .submission import RankError, Result
 
 logger = logging.getLogger(__name__)
 
+CLEARLY_LESS = 0.9  # of what failed: a plan that takes hardly less fails like it, and there is only one more try
 MOST_KEPT = 64  # choices
 WeightsKey = tuple  # what identifies how the weights of a model lie on the ranks
 
@@ -51,9 +52,13 @@ class Choices:
         self._keep(planned, chosen)  # for the next job, which finds these weights
         return chosen
 
-    def smaller(self, jobs: JobsOfCall, planned: PlannedJob, failed: Chosen) -> Chosen | None:
-        """The fastest plan that is predicted to take less of a device than the one that failed; None: there is none."""
-        chosen = asked(jobs, _kind(planned), below=failed.device)
+    def smaller(self, jobs: JobsOfCall, planned: PlannedJob, failed: Chosen, on_host: bool) -> Chosen | None:
+        """The fastest plan that is predicted to take clearly less than the one that failed; None: there is none.
+        on_host: of the host's memory, else of a device's."""
+        taken, which = (failed.host, "below_host") if on_host else (failed.device, "below")
+        if not taken:  # the failed plan had no prediction
+            return None
+        chosen = asked(jobs, _kind(planned), **{which: int(CLEARLY_LESS * taken)})
         if chosen is not None:
             jobs.begin(bool(chosen.parallel.fsdp))
             self._weights = _weights(planned.model, chosen)
@@ -76,9 +81,9 @@ def _weights(model: DiffusionModelSpec, chosen: Chosen) -> WeightsKey:
     return replace(chosen.arranged(model), loras=()), chosen.parallel.tp_degree, chosen.parallel.fsdp
 
 
-def asked(jobs: JobsOfCall, planned: PlannedJob, below: int = 0) -> Chosen | None:
+def asked(jobs: JobsOfCall, planned: PlannedJob, below: int = 0, below_host: int = 0) -> Chosen | None:
     """What the ranks choose for a job; see `wire.messages.Choose`."""
-    found = jobs(lambda job: Choose(job=job, planned=planned, below=below)).info["plan"]
+    found = jobs(lambda job: Choose(job=job, planned=planned, below=below, below_host=below_host)).info["plan"]
     return found and msgspec.convert(found, Chosen)
 
 
@@ -92,11 +97,12 @@ def with_plan(jobs: JobsOfCall, choices: Choices, planned: PlannedJob, run: Call
     jobs.show(chosen)
     try:
         return _with_plan(run(chosen), chosen, [chosen.line] * chosen.short)
-    except (RankError, RankDied) as error:
+    except (RankError, RankDied) as caught:
+        error = caught
         smaller = _next(jobs, choices, planned, chosen, error)
         if smaller is None:
             raise
-    warning = _retried(chosen, smaller)
+    warning = _retried(chosen, smaller, _of_host(jobs, error))
     jobs.notice(warning)
     jobs.show(smaller)
     return _with_plan(run(smaller), smaller, [warning])
@@ -112,17 +118,24 @@ def _next(
     jobs.free()  # what the failed plan has left
     choices.forget()
     try:
-        return choices.smaller(jobs, planned, failed)
+        return choices.smaller(jobs, planned, failed, on_host=_of_host(jobs, error))
     except ValueError as refusal:
         logger.info("No other plan is tried: %s", refusal)
         return None
 
 
-def _retried(failed: Chosen, smaller: Chosen) -> str:
+def _of_host(jobs: JobsOfCall, error: RankError | RankDied) -> bool:
+    """Whether the host's memory did not suffice, rather than a device's. Ranks on a CPU take all of theirs from it."""
+    return jobs.on_devices and not host.out_of_device_memory(str(error))
+
+
+def _retried(failed: Chosen, smaller: Chosen, on_host: bool) -> str:
+    what, taken, free, less = "A rank", failed.device, failed.device_free, smaller.device
+    if on_host:
+        what, taken, free, less = "The host", failed.host, failed.host_free, smaller.host
     return (
-        f"A rank ran out of memory, though {failed.device / 1e9:.1f} GB were predicted and "
-        f"{failed.device_free / 1e9:.1f} GB free. The job runs once more with a plan that takes less, "
-        f"{smaller.device / 1e9:.1f} GB: {smaller.line}"
+        f"{what} ran out of memory, though {taken / 1e9:.1f} GB were predicted and {free / 1e9:.1f} GB free. The job "
+        f"runs once more with a plan that takes less, {less / 1e9:.1f} GB: {smaller.line}"
     )
 
 

@@ -207,6 +207,7 @@ class KeptRanks:
             lambda make: self._submit(make(next(self._numbers)), given),
             lambda shards: self._start(lambda: self._raise_if_cancelled(given), shards),
             given,
+            on_devices=self.device != "cpu",
         )
         with self._exclusive():
             self._cancel_requested.clear()

@@ -318,7 +318,7 @@ class RankPipeline:
         machine, info = self._machine(), {}
         if self.rank == 0:
             message, holds = job.message, self.components.models.holds
-            found = planning.plan_for(message.planned, machine, self._facts, holds, message.below)
+            found = planning.plan_for(message.planned, machine, self._facts, holds, message.below, message.below_host)
             info["plan"] = msgspec.to_builtins(found)
         return _done(job, info=info)
 

@@ -88,30 +88,34 @@ class KnownModels:
         return self._read[key]
 
 
-def plan_for(planned: PlannedJob, machine: Machine, facts: KnownModels, holds: Holds, below: int = 0) -> Chosen | None:
-    """The plan of a job; of those that take less than `below` bytes of a device, if that is given. None: there is none.
+def plan_for(
+    planned: PlannedJob, machine: Machine, facts: KnownModels, holds: Holds, below: int = 0, below_host: int = 0
+) -> Chosen | None:
+    """The plan of a job; if bytes are given, of those that take less of a device, and of the host. None: there is none.
 
     A plan whose weights would have to be read counts the seconds of reading, where a slower one finds its weights on
     the ranks. Raises ValueError, with the numbers and the nearest size that fits, if no plan fits.
     """
+    less = below or below_host
     try:
         model = facts.of(planned, machine.kind)
     except ValueError as error:  # loading says more, and fails for what cannot be loaded only
         logger.info("No plan was chosen: %s", error)
-        return None if below else _not_chosen(planned, f"No plan was chosen: {error}")
+        return None if less else _not_chosen(planned, f"No plan was chosen: {error}")
     video = _video(model, planned)
     if video is None:
-        return None if below else _not_chosen(planned, "No plan was chosen, as the latent is not a video's.")
+        return None if less else _not_chosen(planned, "No plan was chosen, as the latent is not a video's.")
     found = _choice(model, video, planned, machine)
     if not found.fitting and not found.others:
-        return None if below else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
+        return None if less else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
     if not found.fitting:
-        return None if below else _as_set(found.others[0], model, planned, machine)
-    picked = _picked(found, planned, len(model.experts), holds, below)
+        return None if less else _as_set(found.others[0], model, planned, machine)
+    picked = _picked(_smaller(found, below, below_host), planned, len(model.experts), holds)
     if picked is None:
         return None
-    others = tuple(one for one in found.fitting if one is not picked)
-    line = replaced(found, fitting=(picked, *others)).line
+    others, first = tuple(one for one in found.fitting if one is not picked), found.fitting[0]
+    why = "" if picked is first else words.instead(first, "it takes less" if less else "its weights are on the ranks")
+    line = replaced(found, fitting=(picked, *others), why=why).line
     return _answer(picked, line, planned, machine, len(model.experts))
 
 
@@ -159,9 +163,14 @@ def _of_stages(one: Prediction, model: Model) -> Prediction:
     return replaced(one, seconds={stage: taken for stage, taken in one.seconds.items() if stage not in absent})
 
 
-def _picked(found: Choice, planned: PlannedJob, experts: int, holds: Holds, below: int) -> Prediction | None:
+def _smaller(found: Choice, device: int, host: int) -> list[Prediction]:
+    """Those that fit and take less than these bytes; 0: as much as they like."""
+    fitting = (one for one in found.fitting if not device or one.memory.device_peak < device)
+    return [one for one in fitting if not host or one.memory.host_total < host]
+
+
+def _picked(fitting: list[Prediction], planned: PlannedJob, experts: int, holds: Holds) -> Prediction | None:
     """The first of the fitting ones, unless another one is sooner done as it finds its weights on the ranks."""
-    fitting = [one for one in found.fitting if not below or one.memory.device_peak < below]
     if not fitting:
         return None
 

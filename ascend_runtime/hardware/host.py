@@ -302,6 +302,11 @@ BY_THE_KERNEL = "by the kernel, as the host's memory was full"  # what the death
 _FULL = ("AV-1201", "AV-1202")  # a card's memory, and the host's
 
 
+def out_of_device_memory(failure: str) -> bool:
+    """Whether a rank failed because a device's memory did not suffice."""
+    return any(code == "AV-1201" and re.search(pattern, failure) for pattern, code, _ in _CURES)
+
+
 def out_of_memory(failure: str) -> bool:
     """Whether a rank failed because a device's memory, or the host's, did not suffice."""
     found = any(code in _FULL and re.search(pattern, failure) for pattern, code, _ in _CURES)

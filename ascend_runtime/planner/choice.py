@@ -22,13 +22,15 @@ MemoryOf = Callable[[Model, Video, Arrangement, Machine], Memory]
 
 @dataclass(frozen=True)
 class Choice:
-    """fitting: the arrangements that fit, the fastest first, which is chosen. others: those that do not fit. rates:
-    in a few words, where the predicted seconds come from."""
+    """fitting: the arrangements that fit, the fastest first, or another one that is chosen instead. others: those that
+    do not fit. rates: in a few words, where the predicted seconds come from. why: the first one is chosen; empty: it is
+    the fastest."""
 
     fitting: tuple[Prediction, ...]
     others: tuple[Prediction, ...] = ()
     machine: Machine | None = None
     rates: str = ""
+    why: str = ""
 
     @property
     def chosen(self) -> Prediction:
@@ -37,7 +39,7 @@ class Choice:
     @property
     def line(self) -> str:
         """What was chosen, why, and what it is predicted to take, in one line."""
-        return words.line(self.fitting, self.others, self.machine, self.rates)
+        return words.line(self.fitting, self.others, self.machine, self.rates, self.why)
 
 
 def choose(model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed = Fixed()) -> Choice:

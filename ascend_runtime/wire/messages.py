@@ -260,14 +260,15 @@ class Describe(Message):
 
 class Choose(Message):
     """Requests a plan for a job, from the headers of files and the ranks' free memory: `Done.info["plan"]` is a
-    `wire.plans.Chosen`, in builtin types; None if `below` rules all plans out.
+    `wire.plans.Chosen`, in builtin types; None if no plan takes so little.
 
-    below: bytes of a device; only plans that take less are asked for. 0: any plan that fits.
+    below, below_host: bytes of a device, and of the host; only plans that take less are asked for. 0: any that fit.
     """
 
     job: int
     planned: PlannedJob
     below: int = 0
+    below_host: int = 0
 
 
 class Free(Message):

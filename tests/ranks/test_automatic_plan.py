@@ -7,10 +7,12 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ascend_runtime import DiffusionModelSpec, JobCancelled, ParallelSpec, RankError, SampleSpec, VideoSize
+from ascend_runtime.client import choosing
 from ascend_runtime.client.model_calls import NetworkPass
 from ascend_runtime.engine import planning
 from ascend_runtime.hardware import host, memory
@@ -20,7 +22,7 @@ from ascend_runtime.planner.choosing import encoders
 from ascend_runtime.planner.facts import Arrangement, Machine
 from ascend_runtime.specs import Plan
 from ascend_runtime.wire.messages import SamplerRun
-from ascend_runtime.wire.plans import PlannedJob
+from ascend_runtime.wire.plans import Chosen, PlannedJob
 from torch.testing import assert_close
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
@@ -284,3 +286,62 @@ def test_small_jobs_are_predicted_generously(specs):
             exact, rough = (predict(model, video, Arrangement(Plan(ulysses=2), fsdp), machine).device["denoise"]["pass"]
                             for predict in (planned_memory.predicted, planned_memory.roughly))  # fmt: skip
             assert 0 < exact <= planning.NEGLIGIBLE * rough
+
+
+class Asked:
+    """What a second try asks the ranks for, which have no other plan."""
+
+    def __init__(self, on_devices):
+        self.on_devices, self.messages = on_devices, []
+
+    def __call__(self, make):
+        self.messages.append(make(1))
+        return SimpleNamespace(info={"plan": None})
+
+    def begin(self, sharded=False):
+        pass
+
+    def free(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("on_devices", "failure", "less"),
+    [
+        (True, "NPU out of memory. Tried to allocate 2.00 GiB", {"below": 900, "below_host": 0}),
+        (True, "DefaultCPUAllocator: can't allocate memory: 2 bytes", {"below": 0, "below_host": 90}),
+        (True, f"Rank 0 of 2 was killed by SIGKILL, {host.BY_THE_KERNEL}.", {"below": 0, "below_host": 90}),
+        (False, "DefaultCPUAllocator: can't allocate memory: 2 bytes", {"below": 900, "below_host": 0}),
+        (True, "a shape does not fit", None),
+    ],
+)
+def test_a_second_try_takes_clearly_less_of_what_ran_out(on_devices, failure, less):
+    jobs, planned = Asked(on_devices), PlannedJob(model=DiffusionModelSpec(path="model"))
+    failed = Chosen(parallel=SET, experts="resident", line="a plan", computing=None, device=1000, host=100)
+    assert choosing._next(jobs, choosing.Choices(), planned, failed, RankError(failure)) is None
+    found = [{"below": message.below, "below_host": message.below_host} for message in jobs.messages]
+    assert found == ([less] if less else [])
+
+
+def test_a_plan_without_a_prediction_is_not_tried_again():
+    jobs, planned = Asked(on_devices=True), PlannedJob(model=DiffusionModelSpec(path="model"))
+    unknown = Chosen(parallel=SET, experts="resident", line="no plan was chosen", computing=None)
+    assert choosing._next(jobs, choosing.Choices(), planned, unknown, RankError("NPU out of memory")) is None
+    assert jobs.messages == []
+
+
+def test_the_line_gives_the_reason_of_a_plan_that_is_not_the_fastest(checkpoint):
+    model = DiffusionModelSpec(path=str(checkpoint))
+    planned = PlannedJob(model=model, shape=SHAPE, sample=STEPS)
+    machine = Machine("npu", "a2", 2, PLENTY, PLENTY)
+
+    def line(holds, **below):
+        known = planning.KnownModels(lambda spec: None)
+        return planning.plan_for(planned, machine, known, holds, **below)
+
+    fastest = line(lambda *_: False)
+    held = line(lambda spec, tp, fsdp: fsdp)
+    assert "the fastest" in fastest.line and not fastest.parallel.fsdp
+    assert held.parallel.fsdp and "its weights are on the ranks, though CFG 2 fits and is faster" in held.line
+    less = line(lambda *_: False, below=fastest.device)
+    assert less.device < fastest.device and "it takes less, though CFG 2 fits and is faster" in less.line

@@ -47,3 +47,9 @@ def test_an_invalid_profile_is_refused_before_anything_runs(subject, tmp_path):
     (tmp_path / PROFILE).write_text("{")
     with pytest.raises(ValueError, match="not a profile of a host"):
         measure(subject, (2,), "cpu", SHORT, lambda line: pytest.fail(line))
+
+
+def test_a_profile_that_could_not_be_kept_is_refused_before_anything_runs(subject, tmp_path):
+    (tmp_path / f"{PROFILE}.partial").mkdir()  # as a folder without write permission, which root ignores
+    with pytest.raises(ValueError, match="AV-1314.*cannot be written"):
+        measure(subject, (2,), "cpu", SHORT, lambda line: pytest.fail(line))

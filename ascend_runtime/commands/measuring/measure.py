@@ -23,7 +23,15 @@ from ...models.family import TRANSFORMER
 from ...planner import rates
 from ...planner.facts import Arrangement, Model, Network
 from ...planner.timing.fit import TimedJob, errors, fitted_costs
-from ...planner.timing.profile import Profile, ProfileEntry, profile_file, read_profile, timed_with, write_profile
+from ...planner.timing.profile import (
+    Profile,
+    ProfileEntry,
+    check_writable,
+    profile_file,
+    read_profile,
+    timed_with,
+    write_profile,
+)
 from ...planner.timing.work import kept_bytes
 from ...specs import ParallelSpec, Plan, VaeSpec
 from . import host, networks
@@ -85,6 +93,7 @@ def measure(
     """
     file = profile_file(subject.path)
     profile = read_profile(file)  # refuses an invalid one before anything runs
+    check_writable(file)
     try:
         measured = measured_on(subject, ranks, card, seconds, report)
     except (RankError, RankDied) as error:

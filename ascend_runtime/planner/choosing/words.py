@@ -14,12 +14,17 @@ NAMES = {"cfg": "CFG", "ring": "ring", "ulysses": "Ulysses", "tp": "TP"}
 
 
 def line(
-    fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str
+    fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str, why: str = ""
 ) -> str:  # fmt: skip
     """What was chosen, why, and what it is predicted to take. fitting: at least one, the chosen one first."""
     chosen = fitting[0]
-    what, why = _described(chosen), _reason(fitting, others)
+    what, why = _described(chosen), why or _reason(fitting, others)
     return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
+
+
+def instead(faster: Prediction, why: str) -> str:
+    """The reason for an arrangement that is not the fastest one that fits."""
+    return f"{why}, though {_described(faster)} fits and is faster"
 
 
 def _described(one: Prediction) -> str:
@@ -97,17 +102,21 @@ def no_fit(
     """Why a video is refused. least: the arrangement that comes nearest to fitting. near: the sizes that fit, with
     fewer frames and with a smaller picture."""
     frames, picture = near
-    options = [f"{one.width} x {one.height} with {one.num_frames} frames" for one in (frames, picture) if one]
+    options = [_video(one) for one in (frames, picture) if one]
     cure = f"What fits: {' or '.join(dict.fromkeys(options))}." if options else (
         "No size fits: the weights do not. Use more cards, cards or a host with more memory, quantization, or files in "
         "8 bits."
     )  # fmt: skip
     ranks = f"{machine.ranks} rank(s) on the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card}"
     return (
-        f"No plan fits {name}, {size.width} x {size.height} with {size.num_frames} frames, on {ranks} with "
+        f"No plan fits {name}, {_video(size)}, on {ranks} with "
         f"{gigabytes(machine.device_memory)} each and {gigabytes(machine.host_memory)} of the host. "
         f"{arrangement(least.arrangement)} comes nearest: {shortfall(least, machine)} {cure}"
     )
+
+
+def _video(size: VideoSize) -> str:
+    return f"{size.width} x {size.height} with {size.num_frames} frame{'s' * (size.num_frames != 1)}"
 
 
 def shortfall(one: Prediction, machine: Machine) -> str:

@@ -108,6 +108,19 @@ def read_profile(file: Path) -> Profile:
         ) from None  # fmt: skip
 
 
+def check_writable(file: Path) -> None:
+    """Raises ValueError if the profile could not be written."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise coded_error(
+            "AV-1314", f"{file} cannot be written ({error.strerror}), so that a measurement would be lost. Change the "
+            "permissions of its folder, or measure with a copy of the model elsewhere."
+        ) from None  # fmt: skip
+
+
 def write_profile(file: Path, profile: Profile) -> None:
     """Replaces the file atomically: who reads it meanwhile sees the old profile or the new one."""
     partial = file.with_name(f"{file.name}.partial")
