@@ -52,7 +52,7 @@ ANSWERED = [  # arguments, exit status, what is said
     (["queue", "--help"], 0, "exit status: 0 all jobs succeeded"),
     (["doctor", "--help"], 0, "exit status: 0 no error"),
     (["doctor", "--models", "/\x1b]0;pwn\x07"], 2, r"error: --models: /\x1b]0;pwn\x07 is not a folder"),
-    (["inspect", "/nowhere"], 2, "error: AV-1301: /nowhere does not exist. Give the path of a model's folder or file.\n"),
+    (["inspect", "/nowhere"], 2, "error: AV-1301: /nowhere does not exist. Give the path of a model's folder or file."),
     (["inspect", ""], 2, "error: AV-1301: The path is empty. Give the path of a model's folder or file.\n"),
     (["inspect", "/\x1b]0;pwn\x07"], 2, r"error: AV-1301: /\x1b]0;pwn\x07 does not exist."),
     (["inspect", "assets", "\x1b[2J"], 2, r"unrecognized arguments: \x1b[2J"),
