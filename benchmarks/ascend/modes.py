@@ -122,9 +122,10 @@ def unguided(found: dict[str, ParallelSpec]) -> dict[str, ParallelSpec]:
     return {name: plan for name, plan in found.items() if "_" not in name and plan.cfg_degree == 1}
 
 
-def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, overlap: bool = False, **more) -> ParallelSpec:
+def _plan(cfg: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, **more) -> ParallelSpec:
+    """A plan that leaves nothing to choose."""
     degrees = {"cfg_degree": cfg, "ring_degree": ring, "ulysses_degree": ulysses, "tp_degree": tp}
-    return ParallelSpec(ranks=cfg * ring * ulysses * tp, **degrees, overlap=overlap, **more)
+    return ParallelSpec(ranks=cfg * ring * ulysses * tp, **degrees, **{"overlap": False, "fsdp": False} | more)
 
 
 def measure(kind: str, cards: int, quick: bool, notes: Notes) -> Iterator[Row]:
