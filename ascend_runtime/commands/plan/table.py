@@ -14,32 +14,46 @@ from ...specs.plans import AXES
 
 TABLE_FORMAT = 1  # of the JSON; a change of a field's meaning raises it
 STAGES = ("load", "encode", "denoise", "decode")
-COLUMNS = ("", " x ".join(AXES), "fsdp", "experts", "encoder", "tiles", *STAGES, "GB a card", "GB host", "sent a step",
-           "fits")  # fmt: skip
+SETTINGS_SHOWN = ("fsdp", "experts", "encoder", "tiles")
+SENT = "GB sent: by a rank in a step"
+NUMBERS = (*(f"{stage} s" for stage in STAGES), "GB/card", "GB host", "GB sent")
 CHOSEN = "->"
 
 
 def table(choice: Choice, machine: Machine) -> str:
-    rows = [COLUMNS, *(_cells(one, choice, machine) for one in (*choice.fitting, *choice.others))]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    """Columns whose cells are all the same are a line below the table."""
+    rows = [_cells(one, choice, machine) for one in (*choice.fitting, *choice.others)]
+    alike = [name for name in rows[0] if name in SETTINGS_SHOWN and len({row[name] for row in rows}) == 1]
+    shown = [name for name in rows[0] if name not in alike]
+    lines = [shown, *([row[name] for name in shown] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    aligned = (
+        "  ".join(f"{cell:>{width}}" if name in NUMBERS else f"{cell:{width}}"
+                  for name, cell, width in zip(shown, line, widths)).rstrip()
+        for line in lines
+    )  # fmt: skip
+    same = ", ".join(f"{name} {rows[0][name]}" for name in alike)
+    return "\n".join([*aligned, *([f"in all: {same}"] if same else []), SENT])
 
 
-def _cells(one: Prediction, choice: Choice, machine: Machine) -> tuple[str, ...]:
+def _cells(one: Prediction, choice: Choice, machine: Machine) -> dict[str, str]:
     made, fits = one.arrangement, excess(one.memory, machine) <= 1
-    return (
-        CHOSEN if choice.fitting and one is choice.chosen else "",
-        str(made.plan),
-        "yes" if made.fsdp else "no",
-        made.experts,
-        made.encoder,
-        made.tiles,
-        *(f"{one.seconds.get(stage, 0.0):.1f} s" for stage in STAGES),
+    figures = [
+        *(f"{one.seconds.get(stage, 0.0):.1f}" for stage in STAGES),
         f"{one.memory.device_peak / 1e9:.1f}",
         f"{one.memory.host_total / 1e9:.1f}",
-        f"{sum(one.sent.values()) / 1e9:.2f} GB",
-        "yes" if fits else f"no: {why_not(one, machine)}",
-    )
+        f"{sum(one.sent.values()) / 1e9:.2f}",
+    ]
+    return {
+        "": CHOSEN if choice.fitting and one is choice.chosen else "",
+        "plan": words.degrees(made.plan),
+        "fsdp": "yes" if made.fsdp else "no",
+        "experts": made.experts,
+        "encoder": made.encoder,
+        "tiles": made.tiles,
+        **dict(zip(NUMBERS, figures)),
+        "fits": "yes" if fits else f"no: {why_not(one, machine)}",
+    }
 
 
 def why_not(one: Prediction, machine: Machine) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ...specs import VideoSize
+from ...specs import Plan, VideoSize
 from ...specs.plans import AXES
 from ..facts import Arrangement, Machine, Memory, Prediction
 from ..rates import Rates
@@ -32,10 +32,15 @@ def _described(one: Prediction) -> str:
     return arrangement(one.arrangement, "encode" in one.seconds)
 
 
+def degrees(plan: Plan) -> str:
+    """Such as "CFG 2 x Ulysses 4"."""
+    more = [f"{NAMES[axis]} {degree}" for axis, degree in zip(AXES, plan.degrees) if degree > 1]
+    return " x ".join(more) or "one rank"
+
+
 def arrangement(one: Arrangement, encodes: bool = True) -> str:
     """Such as "CFG 2 x Ulysses 4, FSDP, experts in turns, text encoder on the ranks". encodes: whether the job does."""
-    degrees = [f"{NAMES[axis]} {degree}" for axis, degree in zip(AXES, one.plan.degrees) if degree > 1]
-    parts = [" x ".join(degrees) or "one rank"]
+    parts = [degrees(one.plan)]
     parts += ["FSDP"] * one.fsdp + ["experts in turns"] * (one.experts == "swap")
     parts += [f"text encoder on the {'ranks' if one.encoder == 'ranks' else 'CPU'}"] * encodes
     return ", ".join(parts + ["VAE in blended tiles"] * (one.tiles == PUBLISHED))
