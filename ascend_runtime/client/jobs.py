@@ -18,7 +18,7 @@ class JobsOfCall:
     """Submits jobs that share the hooks of one call. A cancel applies to all of them.
 
     submit: runs a job. start: starts the ranks if none are alive, or again if jobs shard weights by FSDP2 and these
-    ranks cannot. on_devices: whether the ranks have memory of their own.
+    ranks cannot. on_devices: whether the ranks have memory of their own, and not only the host's.
     """
 
     def __init__(

@@ -16,7 +16,8 @@ NAMES = {"cfg": "CFG", "ring": "ring", "ulysses": "Ulysses", "tp": "TP"}
 def line(
     fitting: Sequence[Prediction], others: Sequence[Prediction], machine: Machine | None, rates: str, why: str = ""
 ) -> str:  # fmt: skip
-    """What was chosen, why, and what it is predicted to take. fitting: at least one, the chosen one first."""
+    """What was chosen, why, and what it is predicted to take. fitting: at least one, the chosen one first. why: it is
+    chosen; empty: it is the fastest."""
     chosen = fitting[0]
     what, why = _described(chosen), why or _reason(fitting, others)
     return f"{what}: {why}. Predicted: {predicted_to_take(chosen, machine)}; {rates}."
