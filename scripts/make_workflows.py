@@ -52,7 +52,8 @@ SIZES = {
 Sizes: 1280 x 720, 960 x 544, 720 x 720, or other multiples of 16; length 4n+1, up to 129. By its shapes, the model \
 takes 26 GB in bfloat16, and 1280 x 720 x 129 another 9 GB, which several cards share: a card of 64 GB has room. \
 With less, several cards share the weights; on one card, use `quantization` in the loader. The text encoders take \
-14 GB of the host's memory, or a share of that on each card. Tencent's licence excludes the EU, the UK and South Korea.""",
+14 GB of the host's memory, or a share of that on each card. Tencent's licence excludes the EU, the UK and South \
+Korea.""",
     "{尺寸}": """\
 尺寸：1280 x 720、960 x 544 或其他 16 的倍数；帧数为 4n+1，最多 129。按张量形状计算，模型占 26 GB，\
 1280 x 720 x 129 另需 9 GB（由多张卡分摊），一张 64 GB 的卡可放下；不足时多张卡会自动分摊权重，单卡请用加载器的“量化”。\
