@@ -143,7 +143,10 @@ def alike(then, now) -> bool:
 
 
 def differences(then, now, where: str) -> list[str]:
-    """What differs between two answers of comfy_nodes/recording.py. Fields that came later must have their default."""
+    """What differs between two answers of comfy_nodes/recording.py. Fields that came later must have their default. A
+    stored fsdp of False, the widget's default, has come to mean automatic."""
+    if where.endswith(".parallel.fields.fsdp") and (then, now) == (False, None):
+        return []
     if not isinstance(then, dict) or not isinstance(now, dict):
         return [] if alike(then, now) else [f"{where}: {then} has become {now}"]
     later = now.get("fields", {}).keys() - then.get("fields", {}).keys() - set(now.get("defaults", ())) - SOURCES
