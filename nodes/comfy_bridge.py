@@ -67,7 +67,8 @@ class ModelCalls:
         """The tensor that `call(runtime, hooks)` results in. Between two calls, Cancel takes effect."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         _memory.count()  # ComfyUI may have freed the weights since the last call
-        result = _run(self._runtime, call, {"on_progress": _show_loading})
+        # The plan is in the log only: core's node would grow by a line, in saved workflows too.
+        result = _run(self._runtime, call, {"on_progress": _show_loading, "on_plan": lambda plan: None})
         self._calls += 1
         self._seconds.update(result.seconds)
         self._info = result.info

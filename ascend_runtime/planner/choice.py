@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import coded_error
@@ -16,6 +16,9 @@ from .rates import Rates
 from .videos import resized
 
 __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
+
+FULL = 0.9  # of a card's memory: what a plan may take without being questioned
+ALIKE = 1.03  # plans whose seconds differ by less are as fast as each other: published rows are predicted as closely
 
 MemoryOf = Callable[[Model, Video, Arrangement, Machine], Memory]
 
@@ -63,8 +66,22 @@ def choice_of(
         if any(fits(one.memory, machine) for one in found):
             break
     fitting = sorted((one for one in found if fits(one.memory, machine)), key=_speed)
-    others = (one for one in found if not fits(one.memory, machine))
-    return Choice(tuple(fitting), tuple(others), machine, words.source(rates))
+    others = tuple(one for one in found if not fits(one.memory, machine))
+    roomy = _roomier(fitting, machine)
+    why = words.instead(fitting[0], "it leaves room on the cards") if roomy else ""
+    first = [roomy] if roomy else []
+    return Choice((*first, *(one for one in fitting if one is not roomy)), others, machine, words.source(rates), why)
+
+
+def _roomier(fitting: Sequence[Prediction], machine: Machine) -> Prediction | None:
+    """What is chosen instead of the fastest, if that would fill the cards and is hardly faster: the one that takes the
+    least of what there is, as what kernels take of a card is not measured, and memory that runs out costs a second try.
+    None: the fastest is chosen."""
+    if machine.kind == "cpu" or not fitting or fitting[0].memory.device_peak <= FULL * machine.device_memory:
+        return None
+    near = [one for one in fitting if _speed(one) <= ALIKE * _speed(fitting[0])]
+    least = min(near, key=lambda one: excess(one.memory, machine))
+    return least if least.memory.device_peak <= FULL * machine.device_memory else None
 
 
 def prediction(

@@ -44,6 +44,19 @@ def test_the_fastest_arrangement_that_fits_is_chosen(tiny, video):
     assert made.chosen is made.fitting[0] and all(choice.fits(one.memory, A2) for one in made.fitting)
 
 
+@pytest.mark.parametrize("whole, alike, leaves_room", [(58, 1e3, True), (58, 1.0, False), (50, 1e3, False)])
+def test_cards_are_not_filled_for_a_few_percent(tiny, video, monkeypatch, whole, alike, leaves_room):
+    """whole: GB of a card that whole weights take."""
+    monkeypatch.setattr(choice, "ALIKE", alike)
+
+    def held(model, video, one, machine):
+        return Memory({"denoise": {"weights": (10 if one.fsdp else whole) * 10**9}}, {})
+
+    made = choice.choice_of(tiny, video, A2, rates.of_card("a2"), held=held)
+    assert made.chosen.arrangement.fsdp == leaves_room == ("it leaves room on the cards" in made.line)
+    assert len(made.fitting) == len({id(one) for one in made.fitting}) > 3
+
+
 def test_what_a_user_fixes_stays_fixed(tiny, video):
     for fixed in (
         Fixed(ParallelSpec(ulysses_degree=4, cfg_degree=2, fsdp=True)), Fixed(ParallelSpec(ring_degree=8)),
