@@ -14,7 +14,8 @@ def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
         import torch
         from ascend_runtime import DiffusionModelSpec, VaeSpec
         from ascend_runtime.hardware import devices
-        from ascend_runtime.components import Components, diffusion_model
+        from ascend_runtime.components import Components
+        from ascend_runtime.components.room import ROOM_TO_COMPUTE
         folder, read, free = {str(specs.folder)!r}, [], [2**40]
         devices.room = lambda device: free[0]
         held = Components(torch.device("npu:0"))
@@ -23,7 +24,7 @@ def test_a_vae_waits_on_the_host_where_a_card_is_full(python_on, specs):
         before = {{name: tensor.cpu() for name, tensor in vae.network.state_dict().items()}}
         get(DiffusionModelSpec)
         assert vae.device.type == "npu" and {{VaeSpec, DiffusionModelSpec}} == set(read)
-        free[0] = diffusion_model.ROOM_TO_COMPUTE - 1
+        free[0] = ROOM_TO_COMPUTE - 1
         read.clear()
         get(DiffusionModelSpec)
         assert vae.device.type == "cpu"
@@ -63,7 +64,8 @@ def test_experts_in_turns_wait_in_pinned_memory_of_the_counted_size_which_is_ret
     code = f"""
         import torch
         from ascend_runtime import DiffusionModelSpec
-        from ascend_runtime.components import Components, diffusion_model
+        from ascend_runtime.components import Components
+        from ascend_runtime.components.room import ROOM_TO_COMPUTE
         from ascend_runtime.components.experts import HIGH_NOISE, LOW_NOISE
         from ascend_runtime.hardware import devices
         def pinned():
@@ -74,8 +76,7 @@ def test_experts_in_turns_wait_in_pinned_memory_of_the_counted_size_which_is_ret
         experts = {{HIGH_NOISE: resident.high_noise, LOW_NOISE: resident.low_noise}}
         needed = sum(p.nbytes for network in experts.values() for p in network.parameters())
         assert resident.swap is None and pinned() == 0
-        for room, turns in ((needed + diffusion_model.ROOM_TO_COMPUTE, False),
-                            (needed + diffusion_model.ROOM_TO_COMPUTE - 1, True)):
+        for room, turns in ((needed + ROOM_TO_COMPUTE, False), (needed + ROOM_TO_COMPUTE - 1, True)):
             devices.room = lambda device: room
             held = Components(device)
             model = held.get(spec, lambda *_: None)
@@ -122,7 +123,7 @@ def test_loras_whose_originals_do_not_fit_on_the_host_are_refused_before_a_weigh
             print(error, torch.equal(weight.cpu(), before))
     """
     said = python_on("Ascend910B4", code)
-    assert said.startswith("The LoRAs change weights whose originals wait in host memory") and said.endswith("True")
+    assert said.startswith("AV-1204: The LoRAs change weights whose originals wait in host memory") and said.endswith("True")
 
 
 def test_models_change_places_between_a_card_and_the_host(python_on, specs, checkpoints):

@@ -53,7 +53,7 @@ def name_of(command: str) -> str:
 
 def test_the_documents_show_every_command():
     shown = {name_of(command) for command in commands()}
-    assert shown == {"inspect", "convert", "calibrate", "compare", "explain", "queue", "adopt"}
+    assert shown == {"inspect", "convert", "calibrate", "compare", "explain", "queue", "adopt", "plan", "doctor"}
     named = ("assets/tiny_wan", HUNYUAN, *FOLDERS, *FILES)
     assert [name for name in named if name not in "\n".join(commands())] == []
 

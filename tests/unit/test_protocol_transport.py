@@ -17,6 +17,7 @@ from ascend_runtime.wire import channel, messages, shared_memory
 from ascend_runtime import specs
 from ascend_runtime.wire.messages import Conditioning, Done, Message, Ping, Preview, Sample, SharedTensor
 from ascend_runtime.wire.channel import Channel, ChannelClosed, SealedMessage, channel_pair
+from ascend_runtime.wire.plans import PlannedJob
 from torch import Tensor
 
 MODEL = specs.DiffusionModelSpec(path="/models/wan", low_noise_path="/models/low", dtype="bfloat16", boundary=0.9)
@@ -68,6 +69,10 @@ MESSAGES = [
         embeddings=[torch.ones(2, 3)],
     ),  # fmt: skip
     messages.Describe(job=6, vae=VAE, model=MODEL),
+    messages.Choose(
+        job=14, below=2**33,
+        planned=PlannedJob(model=MODEL, shape=(1, 16, 21, 90, 160), branches=2, encoder=ENCODER, vae=VAE),
+    ),  # fmt: skip
     messages.Free(job=7),
     messages.Cancel(job=8),
     messages.Shutdown(),
