@@ -17,8 +17,8 @@ from .videos import resized
 
 __all__ = ["Choice", "Fixed", "choose", "fits", "nearest_size", "nearest_sizes"]
 
-FULL = 0.9  # of a card's memory: what a plan may take without being questioned
-ALIKE = 1.03  # plans whose seconds differ by less are as fast as each other: published rows are predicted as closely
+NEARLY_FULL = 0.9  # of a card's memory: what a plan may take without being questioned
+AS_FAST = 1.03  # plans whose seconds differ by less are as fast as each other: published rows are predicted as closely
 
 MemoryOf = Callable[[Model, Video, Arrangement, Machine], Memory]
 
@@ -77,11 +77,11 @@ def _roomier(fitting: Sequence[Prediction], machine: Machine) -> Prediction | No
     """What is chosen instead of the fastest, if that would fill the cards and is hardly faster: the one that takes the
     least of what there is, as what kernels take of a card is not measured, and memory that runs out costs a second try.
     None: the fastest is chosen."""
-    if machine.kind == "cpu" or not fitting or fitting[0].memory.device_peak <= FULL * machine.device_memory:
+    if machine.kind == "cpu" or not fitting or fitting[0].memory.device_peak <= NEARLY_FULL * machine.device_memory:
         return None
-    near = [one for one in fitting if _speed(one) <= ALIKE * _speed(fitting[0])]
+    near = [one for one in fitting if _speed(one) <= AS_FAST * _speed(fitting[0])]
     least = min(near, key=lambda one: excess(one.memory, machine))
-    return least if least.memory.device_peak <= FULL * machine.device_memory else None
+    return least if least.memory.device_peak <= NEARLY_FULL * machine.device_memory else None
 
 
 def prediction(

@@ -123,7 +123,8 @@ def test_loras_whose_originals_do_not_fit_on_the_host_are_refused_before_a_weigh
             print(error, torch.equal(weight.cpu(), before))
     """
     said = python_on("Ascend910B4", code)
-    assert said.startswith("AV-1204: The LoRAs change weights whose originals wait in host memory") and said.endswith("True")
+    assert said.startswith("AV-1204: The LoRAs change weights whose originals wait in host memory")
+    assert said.endswith("True")
 
 
 def test_models_change_places_between_a_card_and_the_host(python_on, specs, checkpoints):

@@ -47,7 +47,7 @@ def test_the_fastest_arrangement_that_fits_is_chosen(tiny, video):
 @pytest.mark.parametrize("whole, alike, leaves_room", [(58, 1e3, True), (58, 1.0, False), (50, 1e3, False)])
 def test_cards_are_not_filled_for_a_few_percent(tiny, video, monkeypatch, whole, alike, leaves_room):
     """whole: GB of a card that whole weights take."""
-    monkeypatch.setattr(choice, "ALIKE", alike)
+    monkeypatch.setattr(choice, "AS_FAST", alike)
 
     def held(model, video, one, machine):
         return Memory({"denoise": {"weights": (10 if one.fsdp else whole) * 10**9}}, {})

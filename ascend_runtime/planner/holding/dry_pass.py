@@ -73,7 +73,8 @@ def run(asked: DryNetwork, video: DryVideo, rank: DryRank) -> PassBytes:
 
     def compute(tracking: Tracking):
         passing, context = _Few(kinds, tracking), branch.context()
-        branch.output(network(branch.input(latent), branch.timestep(TIMESTEP), context, passing))
+        given_in = _with_all_channels(branch.input(latent), network)
+        branch.output(network(given_in, branch.timestep(TIMESTEP), context, passing))
         both = tracking.now
         network.forget()
         sizes.update(tables=both - tracking.now, left=passing.left, output=passing.output)
@@ -87,6 +88,13 @@ def run(asked: DryNetwork, video: DryVideo, rank: DryRank) -> PassBytes:
         exchange=exchanged,
         output=sizes["output"],
     )
+
+
+def _with_all_channels(given: Tensor, network: nn.Module) -> Tensor:
+    """The input [B,C,T,H,W] with the channels that only a sampler outside of the ranks gives, such as a control
+    video's."""
+    missing = network.config.get("in_channels", 0) - given.shape[1]
+    return torch.cat([given, given.new_empty(given.shape[0], missing, *given.shape[2:])], 1) if missing > 0 else given
 
 
 def units_of(asked: DryNetwork, shards: int) -> tuple[int, list[int]]:
