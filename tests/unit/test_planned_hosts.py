@@ -10,6 +10,7 @@ import pytest
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec, TextEncoderSpec, VaeSpec, VideoSize
 from ascend_runtime.planner import choice, memory, models, rates, videos
 from ascend_runtime.planner.choice import Fixed
+from ascend_runtime.planner.choosing import words
 from ascend_runtime.planner.choosing.arrangements import arrangements, open_tiles
 from ascend_runtime.planner.choosing.sizes import pictures, video_size
 from ascend_runtime.planner.facts import Machine
@@ -101,7 +102,7 @@ def check(model, video, on, fixed):
         (fixed.parallel.ulysses_degree, chosen.arrangement.plan.ulysses), (fixed.parallel.tp_degree,
                                                                            chosen.arrangement.plan.tp)))  # fmt: skip
     assert fixed.parallel.fsdp is None or chosen.arrangement.fsdp
-    assert f"{chosen.memory.device_peak / 1e9:.1f} GB" in made.line and "Predicted: " in made.line
+    assert words.gigabytes(chosen.memory.device_peak) in made.line and "Predicted: " in made.line
     assert "published figures" in made.line and "not measured here" in made.line and "\n" not in made.line
     return True
 
@@ -112,7 +113,7 @@ def check_refusal(text, model, video, on, fixed):
     own = video_size(video, form)
     by_frames, by_picture = choice.nearest_sizes(model, video, on, fixed)
     named = {(one.width, one.height, one.num_frames) for one in (by_frames, by_picture) if one}
-    assert named == {tuple(map(int, found)) for found in re.findall(r"(\d+) x (\d+) with (\d+) frames(?= or|\.)", text)}
+    assert named == {tuple(map(int, found)) for found in re.findall(r"(\d+) x (\d+) with (\d+) frames?(?= or|\.)", text)}
     assert named or "No size fits" in text
     if by_frames:
         assert fits(model, video, on, fixed, by_frames) and by_frames.num_frames < own.num_frames
