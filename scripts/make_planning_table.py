@@ -52,6 +52,7 @@ def cell(model, video, number: int, memory: int) -> str:
     chosen = made.chosen
     running = sum(taken for stage, taken in chosen.seconds.items() if stage != "load")
     what = arrangement(chosen.arrangement).replace(", text encoder on the ranks", "").replace(" x ", ", ")
+    what = what.replace(", text encoder on the CPU", "; text on CPU")
     what = what.replace(", VAE", "; VAE")
     return f"{duration(running)}; {chosen.memory.device_peak / 1e9:.0f} GB; {what}"
 

@@ -382,6 +382,7 @@ def test_a_device_is_taken():
     devices.empty_cache(NPU)
     assert devices.room(NPU) >= devices.free_memory(NPU) > 0
     devices.forget_peak(NPU)
+    assert devices.name(NPU) == torch.npu.get_device_name(0)
     before, kept = devices.peak_memory(NPU), torch.empty(2**26, device=NPU)
     assert devices.peak_memory(NPU) >= before + kept.nbytes // 2
     copies = devices.SideStream(NPU)
