@@ -113,7 +113,8 @@ def check_refusal(text, model, video, on, fixed):
     own = video_size(video, form)
     by_frames, by_picture = choice.nearest_sizes(model, video, on, fixed)
     named = {(one.width, one.height, one.num_frames) for one in (by_frames, by_picture) if one}
-    assert named == {tuple(map(int, found)) for found in re.findall(r"(\d+) x (\d+) with (\d+) frames?(?= or|\.)", text)}
+    sizes = re.findall(r"(\d+) x (\d+) with (\d+) frames?(?= or|\.)", text)
+    assert named == {tuple(map(int, found)) for found in sizes}
     assert named or "No size fits" in text
     if by_frames:
         assert fits(model, video, on, fixed, by_frames) and by_frames.num_frames < own.num_frames
