@@ -50,11 +50,10 @@ def cell(model, video, number: int, memory: int) -> str:
         sizes = " or ".join(f"{one.width} x {one.height} x {one.num_frames}" for one in near)
         return f"no; {sizes} fits" if near else "no"
     chosen = made.chosen
-    running = sum(taken for stage, taken in chosen.seconds.items() if stage != "load")
     what = arrangement(chosen.arrangement).replace(", text encoder on the ranks", "").replace(" x ", ", ")
     what = what.replace(", text encoder on the CPU", "; text on CPU")
     what = what.replace(", VAE", "; VAE")
-    return f"{duration(running)}; {chosen.memory.device_peak / 1e9:.0f} GB; {what}"
+    return f"{duration(chosen.running)}; {chosen.memory.device_peak / 1e9:.0f} GB; {what}"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,6 @@ from .room import Room
 logger = logging.getLogger(__name__)
 
 
-
 @dataclass
 class DiffusionModel:
     """The experts of a model (`low_noise` is None if it has one expert) and what sampling needs to know about them."""

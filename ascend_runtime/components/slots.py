@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 from functools import partial
@@ -21,7 +20,7 @@ from . import diffusion_model, text_encoder, vae, vision
 from .diffusion_model import DiffusionModel
 from .loras import use_loras
 from .pinned import require_room_for_originals
-from .room import HostMemory, Room
+from .room import ROOM_TO_COMPUTE, HostMemory, Room
 from .standby import ROOM_FOR_OTHERS, DiffusionModels, HeldModel, ModelKey
 
 logger = logging.getLogger(__name__)
@@ -57,9 +56,8 @@ class Components:
         """
         progress = BytesRead(on_bytes)
         host_memory = host_memory or HostMemory(devices.host_memory(), *self.models.on_host)
-        room = Room(self._device, sharding, host_memory, self.models.give_way)
-        if computing is not None:
-            room = dataclasses.replace(room, computing=computing)
+        needed = ROOM_TO_COMPUTE if computing is None else computing
+        room = Room(self._device, sharding, host_memory, self.models.give_way, needed)
         if isinstance(spec, DiffusionModelSpec):
             return self._model(spec, progress, room, computing)
         if getattr(spec, "placement", "ranks") == "ranks":

@@ -13,13 +13,12 @@ from ..hardware import cores, devices, memory
 from ..models.shared.text import Encoder, Encoders, TextEncoding
 from ..models.shared.tokenizers import Tokenizer
 from ..parallel.fsdp import ShardedWeights
+from ..planner.models import SMALL_ENCODER
 from ..recognition.component import Component
 from ..recognition.text_encoders import find_text_encoders
 from ..specs import TextEncoderSpec, VisionSpec
 from .networks import dtype_named, empty_network
 from .room import Room
-
-SMALL = 2**30  # bytes on disk; on a CPU, a smaller text encoder computes in fp32
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,10 @@ def check_size(tokenizer: Tokenizer, network: nn.Module, component: Component) -
 
 def _text_dtype(device: torch.device, nbytes: int, network: nn.Module) -> tuple[torch.dtype, str | None]:
     """The default dtype of an encoder, and a warning if it is slow. nbytes: on disk. network: on the meta device."""
-    if device.type != "cpu" or (nbytes >= SMALL and cores.compute_bfloat16()):
+    if device.type != "cpu" or (nbytes >= SMALL_ENCODER and cores.compute_bfloat16()):
         return torch.bfloat16, None
     needed, available = 4 * sum(p.numel() for p in network.parameters()), devices.host_memory()
-    if nbytes < SMALL or needed <= available - memory.ROOM:
+    if nbytes < SMALL_ENCODER or needed <= available - memory.ROOM:
         return torch.float32, None
     return torch.bfloat16, (
         "The text encoder is slow: this host's CPU has no bfloat16 instructions, and float32 would take "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import replace as replaced
@@ -182,12 +181,7 @@ def _picked(fitting: list[Prediction], planned: PlannedJob, experts: int, holds:
     first, held = fitting[0], next(filter(is_held, fitting), None)
     if held is None or held is first:
         return first
-    return held if _running(held) <= _running(first) + first.seconds.get("load", 0.0) else first
-
-
-def _running(one: Prediction) -> float:
-    """Seconds without reading weights."""
-    return sum(seconds for stage, seconds in one.seconds.items() if stage != "load")
+    return held if held.running <= first.running + first.seconds.get("load", 0.0) else first
 
 
 def _experts(planned: PlannedJob, arrangement: Arrangement, experts: int) -> str:
@@ -197,23 +191,16 @@ def _experts(planned: PlannedJob, arrangement: Arrangement, experts: int) -> str
 
 def _video(model: Model, planned: PlannedJob) -> Video | None:
     """The video of a job; None if its latent has a shape that this model refuses."""
-    family, config = model.family, model.experts[0].config
-    form = family.form(config)
+    form = model.family.form(model.experts[0].config)
     shape = _whole_tokens(planned, form) or form.latent_shape(planned.size or model.defaults.size)
     is_video = len(shape) == 5 and all(shape) and shape[1] == form.channels
     if not is_video or any(side * form.spatial % form.multiple for side in shape[3:]):
         return None
-    spec = model.defaults.fill(planned.sample, form.spatial**2 * math.prod(shape[3:]))
-    passes = videos.passes_of(model, spec)
+    video = videos.of_latent(model, tuple(shape), planned.sample, planned.acceleration, planned.per_token)
+    passes = video.passes
     if planned.branches:
-        passes = [(expert, planned.branches) for expert, _ in passes]
-    return Video(
-        shape=tuple(shape),
-        passes=tuple(passes),
-        text_tokens=max(1, planned.text_tokens),
-        per_token=planned.per_token and family.per_token(config),
-        acceleration=planned.acceleration,
-    )
+        passes = tuple((expert, planned.branches) for expert, _ in passes)
+    return replaced(video, passes=passes, text_tokens=max(1, planned.text_tokens))
 
 
 def _whole_tokens(planned: PlannedJob, form: VaeForm) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ from ..checkpoints.reader import assign
 from ..errors import coded_error
 from .direct_gather import DirectGather
 from .mesh import group_along
+from .rows import own_rows
 from .tensor import TensorParallel, WholeWeights, slice_of
 
 
@@ -142,10 +143,9 @@ def own_part(parameter: Tensor) -> Tensor:
 
 
 def _rows(rows: slice, mesh: DeviceMesh) -> slice:
-    """The rows that FSDP2 keeps on this rank: chunks of equal size, the last ones shorter or empty."""
-    size = -(-(rows.stop - rows.start) // mesh.size())
-    start = min(rows.start + mesh.get_local_rank() * size, rows.stop)
-    return slice(start, min(start + size, rows.stop))
+    """The rows that FSDP2 keeps on this rank, of these."""
+    own = own_rows(rows.stop - rows.start, mesh.size(), mesh.get_local_rank())
+    return slice(rows.start + own.start, rows.start + own.stop)
 
 
 def _gather_ahead(unit: FSDPModule) -> None:

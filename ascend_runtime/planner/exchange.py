@@ -16,7 +16,7 @@ from ..models.cost import PassSize
 from ..models.family import Family
 from ..specs import Plan
 from .facts import ITEMSIZES, Arrangement, Model, Network, Video
-from .holding.weights import own_slice
+from .holding.weights import Share, kept
 
 
 class Exchange(NamedTuple):
@@ -179,17 +179,13 @@ def _of_shards(step: Step) -> Iterator[Exchange]:
     with the most has."""
     ranks = math.prod(step.plan.degrees) // step.plan.tp
     if step.arrangement.fsdp and ranks > 1:
-        shard = shard_bytes(step.family, step.network, step.itemsize, step.plan.tp, ranks)
+        shard = shard_bytes(step.family, step.network, step.dtype, step.plan.tp, ranks)
         yield Exchange("fsdp", "send", step.own_branches * (ranks - 1) * shard, step.own_branches * (step.blocks + 1))
 
 
-def shard_bytes(family: Family, network: Network, itemsize: int, tp: int, ranks: int) -> int:
-    """Bytes of a rank's shard of all weights that FSDP shards over `ranks`, of a slice by tensor parallelism."""
-    rules, total = family.weights, 0
-    for name, shape in network.shapes.items():
-        if rules.replicated(name) or not shape:
-            continue
-        size = 4 if rules.fp32(name) else network.quantized.get(name, itemsize)
-        rows, *others = own_slice(name, shape, rules, tp)
-        total += size * -(-rows // ranks) * math.prod(others)
-    return total
+def shard_bytes(family: Family, network: Network, dtype: str, tp: int, ranks: int) -> int:
+    """Bytes of a rank's shard of all weights that FSDP shards over `ranks`, of a slice by tensor parallelism. The first
+    rank's, as no other has more rows."""
+    rules = family.weights
+    parts = kept(network, rules, dtype, Share(tp, shards=ranks))
+    return sum(part.nbytes for name, part in parts.items() if not rules.replicated(name))

@@ -134,3 +134,8 @@ class Prediction:
     memory: Memory
     sent: Mapping[str, int]
     read: int
+
+    @property
+    def running(self) -> float:
+        """Seconds of a job whose weights are loaded."""
+        return sum(seconds for stage, seconds in self.seconds.items() if stage != "load")

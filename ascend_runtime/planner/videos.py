@@ -17,10 +17,19 @@ def video_of(
 ) -> Video:
     """A video of this size. sample: what it leaves open is the model's own. from_image: whether an image or frames of
     the video are known."""
-    config = model.experts[0].config
-    spec = model.defaults.fill(sample, size.width * size.height)
+    shape = model.family.form(model.experts[0].config).latent_shape(size)
+    return of_latent(model, shape, sample, acceleration, from_image)
+
+
+def of_latent(
+    model: Model, shape: tuple[int, int, int, int, int], sample: SampleSpec, acceleration: AccelerationSpec,
+    from_image: bool,
+) -> Video:  # fmt: skip
+    """As `video_of`, of a latent [B,C,T,H,W] of this shape."""
+    config, (_, _, _, height, width) = model.experts[0].config, shape
+    spec = model.defaults.fill(sample, model.family.form(config).spatial ** 2 * height * width)
     return Video(
-        shape=model.family.form(config).latent_shape(size),
+        shape=shape,
         passes=tuple(passes_of(model, spec)),
         text_tokens=model.family.text_tokens,
         per_token=from_image and model.family.per_token(config),

@@ -74,7 +74,7 @@ def predicted_to_take(one: Prediction, machine: Machine | None) -> str:
         device = f"{device} of {gigabytes(machine.device_memory)}"
         host = f"{host} of {gigabytes(machine.host_memory)}"
     where = "rank" if machine is None or machine.kind == "cpu" else "card"
-    times = f"{duration(_running(one))} ({denoise} to denoise), {load} to load first"
+    times = f"{duration(one.running)} ({denoise} to denoise), {load} to load first"
     return f"{times}; {device} a {where}, {host} of the host"
 
 
@@ -91,15 +91,11 @@ def _reason(fitting: Sequence[Prediction], others: Sequence[Prediction]) -> str:
 
 def _why_not(chosen: Prediction, others: Sequence[Prediction]) -> str:
     """What the fastest arrangement that does not fit would take, if it is faster than the chosen one."""
-    faster = [one for one in others if _running(one) < _running(chosen)]
+    faster = [one for one in others if one.running < chosen.running]
     if not faster:
         return ""
-    one = min(faster, key=_running)
+    one = min(faster, key=lambda other: other.running)
     return f"{_described(one)} would need {gigabytes(one.memory.device_peak)} a card"
-
-
-def _running(one: Prediction) -> float:
-    return sum(taken for stage, taken in one.seconds.items() if stage != "load")
 
 
 def no_fit(

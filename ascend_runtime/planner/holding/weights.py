@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ...models.family import TRANSFORMER, WeightRules
+from ...parallel.rows import own_rows
 from ..facts import ITEMSIZES, Arrangement, Model, Network
 
 
@@ -64,7 +65,7 @@ def _kept(
     cut = own_slice(name, shape, rules, share.tp)
     part = cut
     if share.shards > 1 and not rules.replicated(name):
-        part = (len(own_rows(cut[0], share)), *cut[1:])
+        part = (len(own_rows(cut[0], share.shards, share.shard)), *cut[1:])
     as_stored = ITEMSIZES.get(stored) == fixed if fixed else stored == dtype
     return OwnPart(part, math.prod(part) * itemsize, math.prod(cut) * itemsize, part == shape and as_stored)
 
@@ -77,13 +78,6 @@ def own_slice(name: str, shape: tuple[int, ...], rules: WeightRules, tp: int) ->
     cut = [*shape]
     cut[dim] //= tp
     return tuple(cut)
-
-
-def own_rows(rows: int, share: Share) -> range:
-    """The rows of a slice that FSDP2 keeps on a rank: chunks of equal size, the last ones shorter or empty."""
-    size = -(-rows // share.shards)
-    start = min(share.shard * size, rows)
-    return range(start, min(start + size, rows))
 
 
 def on_device(parts: Mapping[str, OwnPart], kind: str) -> int:
