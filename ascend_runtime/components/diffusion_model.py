@@ -19,14 +19,14 @@ from ..models.defaults import Defaults
 from ..models.family import Family
 from ..models.shared.conditioning import Conditioner
 from ..models.shared.latents import Latents
-from ..models.shared.quantized import (
+from ..models.shared.quantized.replacing import (
     QUANTIZATION_SCHEMES,
-    check_static_steps,
     linears,
     prefer_layouts,
     quantize,
     quantized_parameters,
 )
+from ..models.shared.quantized.static import check_static_steps
 from ..models.shared.transformer import VideoTransformer
 from ..ops import check_quantized
 from ..parallel.fsdp import ShardedWeights, Sharding
