@@ -24,7 +24,8 @@ from ..models.cost import PassSize
 from ..models.registry import require_schedule
 from ..models.shared.block_stack import At, Pass, Skipping
 from ..models.shared.conditioning import Branch, Given
-from ..models.shared.quantized import QuantizedLinear, use_step
+from ..models.shared.quantized.base import QuantizedLinear
+from ..models.shared.quantized.static import use_step
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
 from ..parallel.mesh import mesh_of, this_rank

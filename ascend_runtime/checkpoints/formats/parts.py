@@ -58,13 +58,13 @@ def full_slices(shape: Sequence[int]) -> Slices:
     return tuple(slice(0, size) for size in shape)
 
 
-def by_rows(part: Slices, itemsize: int, nbytes: int) -> Iterator[Slices]:
+def by_rows(part: Slices, itemsize: float, nbytes: int) -> Iterator[Slices]:
     """Splits a part by rows into pieces of about `nbytes` bytes; at least one piece."""
     if not part:
         yield part
         return
     rows, *rest = part
-    count = max(1, nbytes // max(1, itemsize * math.prod(own.stop - own.start for own in rest)))
+    count = max(1, int(nbytes // max(1, itemsize * math.prod(own.stop - own.start for own in rest))))
     for start in range(rows.start, max(rows.stop, rows.start + 1), count):
         yield slice(start, min(start + count, rows.stop)), *rest
 
