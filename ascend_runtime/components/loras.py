@@ -21,8 +21,8 @@ from ..checkpoints.reader import BytesRead, Places, nbytes
 from ..errors import coded_error
 from ..models.family import LoraNames
 from ..parallel.fsdp import ShardedWeights, own_part
-from ..recognition.lora import LoraFile, fingerprint, read_lora
-from ..recognition.lora_changes import WeightChange
+from ..recognition.lora.files import LoraFile, fingerprint, read_lora
+from ..recognition.lora.changes import WeightChange
 from ..specs import LoraSpec
 
 LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order in which they are added

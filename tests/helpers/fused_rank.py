@@ -21,7 +21,7 @@ from ascend_runtime.models.shared.quantized.replacing import (
     quantized_parameters,
 )
 from ascend_runtime.models.wan.files import lora_names
-from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.checkpoints.reader import check_weights, load_weights
 from ascend_runtime.components.loras import Adapter, LoraTarget
 from ascend_runtime.parallel.fsdp import ShardedWeights, own_part, sharding_of

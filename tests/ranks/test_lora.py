@@ -9,8 +9,8 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
 from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
-from ascend_runtime.recognition.lora import read_lora
-from ascend_runtime.recognition.lora_changes import LowRank
+from ascend_runtime.recognition.lora.files import read_lora
+from ascend_runtime.recognition.lora.changes import LowRank
 from ascend_runtime.components import Components
 from ascend_runtime.components.loras import Adapter
 from benchmarks.opens import Opened

@@ -20,11 +20,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ..checkpoints.formats.parts import Slices, full_slices, in_ranges
-from ..checkpoints.formats.tensor_files import TensorFile
-from ..checkpoints.fused import Rows, Target
-from ..models.shapes import Shapes
-from .lora_keys import HADA, HADA_CORES, LOKR, LOKR_CORE
+from ...checkpoints.formats.parts import Slices, full_slices, in_ranges
+from ...checkpoints.formats.tensor_files import TensorFile
+from ...checkpoints.fused import Rows, Target
+from ...models.shapes import Shapes
+from .keys import HADA, HADA_CORES, LOKR, LOKR_CORE
 
 Shape = tuple[int, ...]
 MAX_RANK = 16_384  # above the width of any published model, which bounds the rank of a change
@@ -228,7 +228,7 @@ class Kronecker(_Product):
 
 
 def change_of(keys: Mapping[str, str]) -> WeightChange | None:
-    """The change of a weight by tensors with these roles (see `lora_keys.ROLES`), with the scale 1; None if they make
+    """The change of a weight by tensors with these roles (see `keys.ROLES`), with the scale 1; None if they make
     no complete change."""
     roles = keys.keys() - {"alpha", "up_bias"}
     if roles == {"diff"}:

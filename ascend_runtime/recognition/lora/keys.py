@@ -21,8 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
-from ..models.family import LoraNames
-from ..models.shapes import Shapes
+from ...models.family import LoraNames
+from ...models.shapes import Shapes
 
 Keys = dict[str, list[str]]  # by what an error or a warning says about them
 
