@@ -211,7 +211,8 @@ def _settings(own: Defaults) -> str:
     first, end = own.static_steps or (0, 0)
     static = f", static scales in steps {first} to {end - 1}" * (own.static_steps is not None)
     small = "" if own.small_shift is None else f" ({own.small_shift:g} up to 832 x 480)"
-    noise = f"shift {own.shift:g}{small}" if own.sigmas is None else f"sigmas {', '.join(map('{:g}'.format, own.sigmas))}"
+    sigmas = "" if own.sigmas is None else f"sigmas {', '.join(map('{:g}'.format, own.sigmas))}"
+    noise = sigmas or f"shift {own.shift:g}{small}"
     return (
         f"{own.steps} steps, {noise}, guidance {own.guidance_scale:g}{low_noise}{embedded}"
         f"{boundary}, "

@@ -24,7 +24,9 @@ NETWORKS = re.compile(r"^(model\.diffusion_model|vae|first_stage_model|text_enco
 # What training code keeps next to each other in one file, in the order in which one is chosen: averaged weights, which
 # their authors' own inference takes, then the network that makes videos. Others, such as a critic, are for training.
 IN_TRAINING = (re.compile(r"(^|[._])ema(_model)?\."), re.compile(r"^(generator|student)\."))
-TRAINED = re.compile(r"^(generator|student|critic|discriminator|fake_score|real_score|teacher|net|model)(_ema)?\.|^ema\.")
+TRAINED = re.compile(
+    r"^((generator|student|critic|discriminator|fake_score|real_score|teacher|net|model)(_ema)?|ema)\."
+)
 # Prefixes in CLIP's vision models, whose patch embeddings are named like a transformer's.
 IMAGE_ENCODERS = re.compile(r"(^|\.)(vision_model|vision_tower)\.")
 MAX_PREFIXES = 4  # listed in an error

@@ -44,7 +44,7 @@ def test_names_of_published_files(name, kind, steps, sigmas):
 
 
 @pytest.mark.parametrize("name", [
-    "Wan2.1-T2V-14B.safetensors", "lightning_storm_style.safetensors", "lightx2v_fp8.safetensors", "charcoal.safetensors",
+    "Wan2.1-T2V-14B.safetensors", "lightning_storm.safetensors", "lightx2v_fp8.safetensors", "charcoal.safetensors",
     "my_character_1500steps.safetensors", "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors", "arcm.safetensors",
 ])  # fmt: skip
 def test_names_of_others(name):
@@ -60,7 +60,7 @@ def test_what_is_given_stays():
 
 
 def test_both_experts_must_be_distilled():
-    high, low = (LoraSpec(path=f"/lightx2v_4steps_lora_{one}.safetensors", expert=f"{one}_noise") for one in ("high", "low"))
+    high, low = (LoraSpec(path=f"/lightx2v_4steps_{one}.safetensors", expert=f"{one}_noise") for one in ("high", "low"))
     assert own_of(low, own=WAN22_TEXT, experts=2) == WAN22_TEXT
     made = own_of(high, low, own=WAN22_TEXT, experts=2)
     assert (made.steps, made.shift, made.boundary, made.low_noise_guidance) == (4, 5.0, 0.875, None)

@@ -38,7 +38,8 @@ DISTILLATIONS = (
     Distillation("rCM", r"(?<![a-z])rcm(?![a-z])|turbo_?diffusion", 4, sigmas=(1.0, 0.9338, 0.8529, 0.609, 0.0)),
     Distillation("Rapid AIO", r"rapid[-_ ]?(mega[-_ ]?)?(aio|all_?in_?one)", 4),
     Distillation(
-        "LightX2V", r"lightx2v.*(step|distill|lora)|step[-_ ]?distill|lightning.*\d[-_ ]?steps?|\d[-_ ]?steps?.*lightning",
+        "LightX2V",
+        r"lightx2v.*(step|distill|lora)|step[-_ ]?distill|lightning.*\d[-_ ]?steps?|\d[-_ ]?steps?.*lightning",
         4, shift=5.0,
     ),
 )  # fmt: skip
