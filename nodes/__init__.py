@@ -33,6 +33,7 @@ class AscendVideo(ComfyExtension):
             VAEDecode,
             VAEEncode,
             *accelerators.NODES,
+            *templates.NODES,
             Profiler,
             FreeMemory,
             *stock.NODES,
