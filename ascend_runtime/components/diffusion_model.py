@@ -38,6 +38,7 @@ from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
 from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
 from .model_config import check_experts
 from .networks import dtype_named, empty_network
+from .packed import note_of, packed
 from .pinned import Layout, Weights, require_room
 from .room import Room
 
@@ -58,6 +59,7 @@ class DiffusionModel:
     dtype: torch.dtype
     adapters: dict[str, Adapter]  # by expert
     swap: ExpertSwap | None = None  # set if the two experts take turns in one network on the device
+    notes: tuple[str, ...] = ()  # about how it is kept, for the user
     warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since the model was loaded
     standing: Any = None  # what the engine keeps of a run between its calls; freed with the model
 
@@ -76,8 +78,8 @@ class DiffusionModel:
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings about the LoRAs in use, each once."""
-        return [*dict.fromkeys(text for adapter in self.adapters.values() for text in adapter.warnings)]
+        """Warnings about the LoRAs in use, and how the weights are kept, each once."""
+        return [*dict.fromkeys([*self.notes, *(text for one in self.adapters.values() for text in one.warnings)])]
 
     def expert_at(self, timestep: float) -> VideoTransformer:
         """The expert for a timestep in 0..1000."""
@@ -175,6 +177,7 @@ class Opened:
             device=reader.room.device,
             dtype=reader.dtype,
             swap=swap,
+            notes=note_of([one.component for one in unread.values()]),
         )
 
 
@@ -189,6 +192,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     if formats:
         check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
+    found = packed(found, spec, room, dtype)
     defaults = defaults_in(found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
     unread = {
