@@ -38,7 +38,7 @@ from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
 from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
 from .model_config import check_experts
 from .networks import dtype_named, empty_network
-from .packed import note_of, packed
+from .packed import packed
 from .pinned import Layout, Weights, require_room
 from .room import Room
 
@@ -141,7 +141,7 @@ def files(spec: DiffusionModelSpec) -> list[Component]:
 @dataclass(frozen=True)
 class Opened:
     """A diffusion model whose files fit it and its LoRAs, and whose weights are not read yet. can_swap: whether its
-    experts can take turns."""
+    experts can take turns. notes: about how it is to be kept, for the user."""
 
     spec: DiffusionModelSpec
     unread: dict[str, _Unread]  # by expert
@@ -151,6 +151,7 @@ class Opened:
     latents: Latents
     can_swap: bool
     reader: _Reader
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -177,7 +178,7 @@ class Opened:
             device=reader.room.device,
             dtype=reader.dtype,
             swap=swap,
-            notes=note_of([one.component for one in unread.values()]),
+            notes=self.notes,
         )
 
 
@@ -192,7 +193,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     if formats:
         check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
-    found = packed(found, spec, room, dtype)
+    found, notes = packed(found, spec, room, dtype)
     defaults = defaults_in(found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
     unread = {
@@ -204,7 +205,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     requested = by_expert(spec.loras, list(unread))
     loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}
-    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress))
+    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress), notes)
 
 
 @dataclass(frozen=True)
