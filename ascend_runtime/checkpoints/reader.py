@@ -127,6 +127,15 @@ def load_weights(
                 on_bytes(places[name].nbytes if name in places else 0)
 
 
+def read_part(name: str, place: Place, part: Slices, dtype: torch.dtype) -> torch.Tensor:
+    """A part of a parameter as `load_weights` reads it, on the CPU. Raises ValueError as it does."""
+    wanted = Wanted(name, place.key, place.coding, place.shape, part, dtype, torch.device("cpu"), None, place.rows,
+                    place.columns, place.packing)  # fmt: skip
+    with open_tensors(place.shard) as file, closing(read_in_pieces(file, [wanted])) as tensors:
+        ((_, tensor),) = tensors
+    return tensor
+
+
 def check_weights(
     module: nn.Module,
     shards: tuple[Path, ...],
