@@ -30,11 +30,11 @@ def read(
 ) -> Model:
     """Of files; reads headers only. kind: of the devices, which decides automatic dtypes. Raises ValueError for files
     that cannot be used."""
-    from ..recognition.defaults import defaults_in
+    from ..recognition.defaults import defaults_for
     from ..recognition.experts import boundary_of, find_experts
 
     found = find_experts(model)
-    own = defaults_in(found[0], experts=len(found))
+    own = defaults_for(model, found[0], experts=len(found))
     boundary = boundary_of(model, found[0], own, len(found))
     text = [] if encoder is None else _encoders(encoder)
     on_cpu = encoder is None or encoder.placement != "ranks" or kind == "cpu"

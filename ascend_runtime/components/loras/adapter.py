@@ -1,27 +1,28 @@
 """Merges LoRAs into the weights of loaded networks, and removes them again, without reading the base model again.
 
-    W = (W0 in fp32 + the sum of the LoRAs' changes) in W's dtype
+    W = (W0 in fp32 + the LoRAs' changes, in their order) in W's dtype
 
 for the part of W that this rank holds. The original W0 of each changed weight stays in host memory until no LoRA
-changes it. Quantized layers keep their weights, and LoRAs are added to their outputs (terms.py).
+changes it. A change that depends on more of W0 (DoRA) reads the rest from the model's file once: what it needs to know
+of that is kept too. Quantized layers keep their weights, and LoRAs are added to their outputs (terms.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
-from ...checkpoints.formats.parts import full_slices
-from ...checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ...checkpoints.reader import BytesRead, nbytes
+from ...checkpoints.formats.parts import Slices, full_slices
+from ...checkpoints.formats.tensor_files import open_tensors
+from ...checkpoints.reader import BytesRead, nbytes, read_part
 from ...errors import coded_error
 from ...parallel.fsdp import ShardedWeights, own_part
-from ...recognition.lora.changes import WeightChange
 from ...recognition.lora.files import LoraFile, fingerprint
 from ...specs import LoraSpec
+from .merging import Merging
 from .requests import LorasInUse, LoraTarget, by_expert, merged_by, read_loras
 from .terms import QuantizedTerms, no_layers
 
@@ -53,6 +54,7 @@ class Adapter:
         self._terms = terms or QuantizedTerms(target, no_layers, share, device)
         self._files = tuple(files)
         self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
+        self._summaries: dict[Hashable, Tensor] = {}  # see `recognition.lora.dependent`; on the CPU
         self._loras: LorasInUse = []
         self._merged = True  # False: a change was interrupted
 
@@ -110,9 +112,11 @@ class Adapter:
         with ExitStack() as stack, torch.no_grad():
             used = loras if names else []  # a changed strength of quantized layers reads no file
             opened = [(lora, stack.enter_context(open_tensors(lora.path)), strength) for lora, strength in used]
+            merging = Merging(opened, self.places, self._base, self._summaries)
             for name in names:
-                self._change(name, opened)
+                self._change(name, merging)
                 on_bytes(self.places[name].nbytes)
+            self._summaries = merging.used
             self._terms.set_strengths(loras)
         for file, _ in loras:
             if fingerprint(str(file.path)) != file.fingerprint:
@@ -122,23 +126,33 @@ class Adapter:
     def _in_use(self, loras: LorasInUse) -> bool:
         return self._merged and loras == self._loras
 
-    def _change(self, name: str, opened: list[tuple[LoraFile, TensorFile, float]]) -> None:
+    def _change(self, name: str, merging: Merging) -> None:
         if self._target.is_quantized(name):
-            self._terms.build(name.removesuffix(".weight"), opened)
-        elif changes := [(file.changes[name], *rest) for file, *rest in opened if name in file.changes]:
-            self._merge(name, changes)
+            self._terms.build(name.removesuffix(".weight"), merging.opened)
+        elif merging.changes(name):
+            self._merge(name, merging)
         else:
             self._restore(name)
 
-    def _merge(self, name: str, changes: list[tuple[WeightChange, TensorFile, float]]) -> None:
+    def _merge(self, name: str, merging: Merging) -> None:
         if name not in self._originals:
             self._keep(name)
+        own_part(self._parameter(name)).copy_(merging.weight(name, self._part(name)))
+
+    def _base(self, name: str, part: Slices) -> Tensor:
+        """A part of a parameter of the base model, in fp32; from its file if this rank does not hold all of it."""
+        original = self._originals.get(name)
+        held = own_part(self._parameter(name)) if original is None else original
+        own = self._part(name)
+        if all(has.start <= wanted.start and wanted.stop <= has.stop for has, wanted in zip(own, part)):
+            held = held[tuple(slice(x.start - has.start, x.stop - has.start) for has, x in zip(own, part))]
+        else:
+            held = read_part(name, self.places[name], part, held.dtype)
+        return held.to(self._device, torch.float32, copy=True)
+
+    def _part(self, name: str) -> Slices:
         shape = self.places[name].shape
-        part = self._share.part(name, shape) or full_slices(shape)
-        weight = self._originals[name].to(self._device, torch.float32, copy=True)
-        for change, file, strength in changes:
-            change.add_to(weight, file, part, shape, strength)
-        own_part(self._parameter(name)).copy_(weight)
+        return self._share.part(name, shape) or full_slices(shape)
 
     def _keep(self, name: str) -> None:
         """On a CPU the original keeps its memory, which may be a mapped file, and the parameter gets new memory. On a
