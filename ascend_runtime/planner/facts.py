@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..models.defaults import Defaults
 from ..models.family import Family
@@ -19,6 +19,15 @@ ITEMSIZES = {
 }  # fmt: skip
 
 
+class Blocks(NamedTuple):
+    """A type of blocks in which a weight lies in a GGUF file, as ggml names it: so many neighbours of a row in so many
+    bytes."""
+
+    kind: str
+    values: int
+    nbytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A network without its weights. Equal only to itself, so that what is known of one can be cached.
@@ -27,6 +36,7 @@ class Network:
     in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names
     it; empty: not known.
     quantized: the number of bytes of an element of each parameter that is kept in 8 bits, by name.
+    packed: the weights that can stay in blocks of their file, by name.
     """
 
     part: str
@@ -35,6 +45,7 @@ class Network:
     stored: int = 0
     stored_types: Mapping[str, str] = field(default_factory=dict)
     quantized: Mapping[str, int] = field(default_factory=dict)
+    packed: Mapping[str, Blocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Video:
 class Arrangement:
     """How ranks share a job. fsdp: whether they shard the weights. experts: "resident" or "swap". encoder: where the
     text encoder runs, "cpu" or "ranks". tiles: of the VAE, "whole" or "published". ring_exchange, overlap: as in
-    ParallelSpec."""
+    ParallelSpec. packed: whether weights stay in the blocks of their files where they can."""
 
     plan: Plan
     fsdp: bool = False
@@ -95,6 +106,7 @@ class Arrangement:
     tiles: str = "whole"
     ring_exchange: str = "rotate"
     overlap: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amount
             found[EXCHANGES[exchange.axis]] += takes_place * exchange.times
     if arrangement.experts == "swap":
         turns = sum(one != other for (one, _), (other, _) in zip(passes, passes[1:]))
-        found["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype) / arrangement.plan.tp
+        found["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype, arrangement.packed) / arrangement.plan.tp
     return found
 
 
@@ -95,7 +95,7 @@ def of_decoding(model: Model, video: Video, arrangement: Arrangement) -> Amounts
 def _load(model: Model, arrangement: Arrangement) -> Amounts:
     plan = arrangement.plan
     parts = math.prod(plan.degrees) if arrangement.fsdp else plan.tp
-    copied = sum(work.kept_bytes(network, model.dtype) for network in model.experts) / parts
+    copied = sum(work.kept_bytes(network, model.dtype, arrangement.packed) for network in model.experts) / parts
     copied += sum(work.kept_bytes(network, dtype) for network, dtype in _networks(model)[len(model.experts) :])
     return {"load_job": 1, "read": float(bytes_read(model)), "copied": copied}
 
