@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import coded_error
 from ..ops.packing import Packing
+from .codings import ggml
 from .codings.coding import Coding
 from .codings.fp8 import codings_of, refuse_other_scales
 from .faults import list_faults
@@ -174,7 +175,7 @@ def _places(
         targets: dict[str, tuple[Target, ...]] = {}
         with open_tensors(shard) as file:
             own = [key for key in file.shapes if rename(key, shard) is not None]
-            codings = codings_of(file, own)
+            codings = ggml.codings_of(file) or codings_of(file, own)
             parts = quantized.parts_in(file) if quantized else {}
             if not (quantized or codings.weights):
                 refuse_other_scales(file, own)

@@ -11,7 +11,7 @@ import gloo_ranks
 import pytest
 import random_lora
 import torch
-from ascend_runtime.models.shared.quantized import quantize, quantized_parameters
+from ascend_runtime.models.shared.quantized.replacing import quantize, quantized_parameters
 from ascend_runtime.checkpoints import pieces
 from ascend_runtime.checkpoints.writing import transfer, writers
 from ascend_runtime.checkpoints.fused import Target, in_proportion
