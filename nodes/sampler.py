@@ -11,6 +11,8 @@ from ..ascend_runtime.specs.jobs import MAX_SEED, SIMPLE, SOLVERS
 from . import comfy_bridge, core_types, types
 from .page.schema import DEVICES, FAMILIES, SAMPLING, TASKS, Schema
 
+AUTO = "auto"
+
 
 class Sampler(io.ComfyNode):
     @classmethod
@@ -65,9 +67,10 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler_name",
-                    options=list(SOLVERS),
-                    default="unipc",
-                    tooltip="The solver of the denoising steps. unipc, dpm++: the solvers of Wan's own code. euler: "
+                    options=[AUTO, *SOLVERS],
+                    default=AUTO,
+                    tooltip="The solver of the denoising steps. auto: the model's own. unipc, dpm++: those of Wan's "
+                    "own code. euler: "
                     "the one of HunyuanVideo's own code and of most core workflows.",
                 ),
                 io.Combo.Input(
@@ -158,7 +161,7 @@ class Sampler(io.ComfyNode):
             steps=steps or None,
             guidance_scale=cfg or None,
             guidance_scale_low_noise=cfg_low_noise or None,
-            solver=sampler_name,
+            solver=None if sampler_name == AUTO else sampler_name,
             schedule=scheduler,
             shift=shift or None,
             embedded_guidance=embedded_guidance or None,
