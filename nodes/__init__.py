@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import accelerators, metadata, stock
+from . import accelerators, metadata, stock, templates
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
@@ -17,6 +17,7 @@ class AscendVideo(ComfyExtension):
     def __init__(self):
         adoption.serve()
         metadata.serve()
+        templates.serve()
 
     async def get_node_list(self):
         return [

@@ -9,15 +9,19 @@ from ..ascend_runtime.models.registry import schedules
 from ..ascend_runtime.specs import AccelerationSpec, SampleSpec
 from ..ascend_runtime.specs.jobs import MAX_SEED, SIMPLE, SOLVERS
 from . import comfy_bridge, core_types, types
+from .page.schema import DEVICES, FAMILIES, SAMPLING, TASKS, Schema
 
 
 class Sampler(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendSampler",
             display_name="Ascend Sampler",
-            category="Ascend",
+            category=SAMPLING,
+            search_aliases=[*FAMILIES, *TASKS, *DEVICES, "ksampler", "sampler", "denoise", "采样器"],
+            advanced=("cfg_low_noise", "embedded_guidance"),
+            automatic={"steps": 0, "cfg": 0.0, "shift": 0.0, "cfg_low_noise": 0.0, "embedded_guidance": 0.0},
             description="Denoises a video latent on all ranks.",
             inputs=[
                 types.DiffusionModel.Input("model", tooltip="From Ascend Load Diffusion Model or Ascend Load LoRA."),

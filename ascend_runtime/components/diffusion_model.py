@@ -19,19 +19,19 @@ from ..models.defaults import Defaults
 from ..models.family import Family
 from ..models.shared.conditioning import Conditioner
 from ..models.shared.latents import Latents
-from ..models.shared.quantized import (
+from ..models.shared.quantized.replacing import (
     QUANTIZATION_SCHEMES,
-    check_static_steps,
     linears,
     prefer_layouts,
     quantize,
     quantized_parameters,
 )
+from ..models.shared.quantized.static import check_static_steps
 from ..models.shared.transformer import VideoTransformer
 from ..ops import check_quantized
 from ..parallel.fsdp import ShardedWeights, Sharding
 from ..recognition.component import Component
-from ..recognition.defaults import defaults_in
+from ..recognition.defaults import defaults_for
 from ..recognition.experts import boundary_of, find_experts
 from ..specs import DiffusionModelSpec, SampleSpec
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
@@ -129,7 +129,7 @@ class _Unread:
     def is_mapped(self, name: str, kept: Tensor) -> bool:
         """Whether a CPU maps the parameter of this name from its file, as it is kept the way it is stored."""
         place = self.places.get(name)
-        return place is not None and place.scale is None and (place.nbytes, place.shape) == (kept.nbytes, kept.shape)
+        return place is not None and place.coding is None and (place.nbytes, place.shape) == (kept.nbytes, kept.shape)
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
@@ -189,7 +189,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     if formats:
         check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
-    defaults = defaults_in(found[0], experts=len(found))
+    defaults = defaults_for(spec, found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
     unread = {
         expert: _Unread.of(component, sharding, spec.quantization, expert if len(found) == 2 else None)

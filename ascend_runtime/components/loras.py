@@ -1,28 +1,30 @@
 """Merges LoRAs into the weights of loaded networks, and removes them again, without reading the base model again.
 
-    W = (W0 in fp32 + the sum of the LoRAs' changes) in W's dtype
+    W = (W0 in fp32 + the LoRAs' changes, in their order) in W's dtype
 
 for the part of W that this rank holds. The original W0 of each changed weight stays in host memory until no LoRA
-changes it.
+changes it. A change that depends on more of W0 (DoRA) reads the rest from the model's file once: what it needs to know
+of that is kept too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.formats.parts import full_slices
+from ..checkpoints.formats.parts import Slices, full_slices, pieces_of
 from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.reader import BytesRead, Places, nbytes
+from ..checkpoints.fused import Target
+from ..checkpoints.reader import BytesRead, Places, nbytes, read_part
 from ..errors import coded_error
 from ..models.family import LoraNames
 from ..parallel.fsdp import ShardedWeights, own_part
-from ..recognition.lora import LoraFile, fingerprint, read_lora
-from ..recognition.lora_changes import WeightChange
+from ..recognition.lora.files import LoraFile, fingerprint, read_lora
 from ..specs import LoraSpec
 
 LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order in which they are added
@@ -65,6 +67,7 @@ class Adapter:
         self._before_change = before_change
         self._files = tuple(files)
         self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
+        self._summaries: dict[Hashable, Tensor] = {}  # see `recognition.lora.dependent`; on the CPU
         self._loras: LorasInUse = []
         self._merged = True  # False: a change was interrupted
 
@@ -107,13 +110,14 @@ class Adapter:
         self._loras, self._merged = loras, False
         with ExitStack() as stack, torch.no_grad():
             opened = [(lora, stack.enter_context(open_tensors(lora.path)), strength) for lora, strength in loras]
+            merging = _Merging(opened, self.places, self._base, self._summaries)
             for name in names:
-                changes = [(file.changes[name], *rest) for file, *rest in opened if name in file.changes]
-                if changes:
-                    self._merge(name, changes)
+                if any(name in lora.changes for lora, _ in loras):
+                    self._merge(name, merging)
                 else:
                     self._restore(name)
                 on_bytes(self.places[name].nbytes)
+            self._summaries = merging.used
         for file, _ in loras:
             if fingerprint(str(file.path)) != file.fingerprint:
                 raise coded_error("AV-1315", f"{file.path} changed while it was read. Run the job again.")
@@ -122,15 +126,25 @@ class Adapter:
     def _in_use(self, loras: LorasInUse) -> bool:
         return self._merged and loras == self._loras
 
-    def _merge(self, name: str, changes: list[tuple[WeightChange, TensorFile, float]]) -> None:
+    def _merge(self, name: str, merging: _Merging) -> None:
         if name not in self._originals:
             self._keep(name)
+        own_part(self._parameter(name)).copy_(merging.weight(name, self._part(name)))
+
+    def _base(self, name: str, part: Slices) -> Tensor:
+        """A part of a parameter of the base model, in fp32; from its file if this rank does not hold all of it."""
+        original = self._originals.get(name)
+        held = own_part(self._parameter(name)) if original is None else original
+        own = self._part(name)
+        if all(has.start <= wanted.start and wanted.stop <= has.stop for has, wanted in zip(own, part)):
+            held = held[tuple(slice(x.start - has.start, x.stop - has.start) for has, x in zip(own, part))]
+        else:
+            held = read_part(name, self.places[name], part, held.dtype)
+        return held.to(self._device, torch.float32, copy=True)
+
+    def _part(self, name: str) -> Slices:
         shape = self.places[name].shape
-        part = self._share.part(name, shape) or full_slices(shape)
-        weight = self._originals[name].to(self._device, torch.float32, copy=True)
-        for change, file, strength in changes:
-            change.add_to(weight, file, part, shape, strength)
-        own_part(self._parameter(name)).copy_(weight)
+        return self._share.part(name, shape) or full_slices(shape)
 
     def _keep(self, name: str) -> None:
         """On a CPU the original keeps its memory, which may be a mapped file, and the parameter gets new memory. On a
@@ -151,6 +165,55 @@ class Adapter:
 
     def _may_move(self, parameter: Tensor) -> bool:
         return self._device.type == "cpu" and own_part(parameter) is parameter
+
+
+@dataclass
+class _Merging:
+    """LoRAs while they are merged. opened: each with its file and its strength. base: gets a part of a parameter without
+    any. known: summaries of earlier merges; used: of this one."""
+
+    opened: list[tuple[LoraFile, TensorFile, float]]
+    places: Places
+    base: Callable[[str, Slices], Tensor]
+    known: dict[Hashable, Tensor]
+    used: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def weight(self, name: str, part: Slices, count: int | None = None) -> Tensor:
+        """A part of a parameter with the first `count` LoRAs, in fp32; None: with all."""
+        weight, whole = self.base(name, part), self.places[name].shape
+        for number, (lora, file, strength) in enumerate(self.opened[:count]):
+            change = lora.changes.get(name)
+            if change is None or not weight.numel():
+                continue
+            if change.depends:
+                change.apply(weight, self._summary(name, number, part), file, part, whole, strength)
+            else:
+                change.add_to(weight, file, part, whole, strength)
+        return weight
+
+    def _summary(self, name: str, number: int, part: Slices) -> Tensor:
+        lora, file, _ = self.opened[number]
+        before = tuple((earlier.fingerprint, strength) for earlier, _, strength in self.opened[:number])
+        key = name, str(part), lora.fingerprint, before
+        made = self.used.get(key, self.known.get(key))
+        if made is None:
+            change = lora.changes[name]
+            layer = partial(self._layer, change.parts, number)
+            made = change.summary(layer, file, part, self.places[name].shape).cpu()
+        self.used[key] = made
+        return made
+
+    def _layer(self, parts: tuple[Target, ...], count: int, lies: Slices) -> Tensor:
+        """A part of a layer of a file, which holds these parameters, with the first `count` LoRAs."""
+        if len(parts) == 1 and parts[0].rows is parts[0].columns is None:
+            return self.weight(parts[0].name, lies, count)
+        made = None
+        for one in parts:
+            for at, part in pieces_of(one, self.places[one.name].shape, lies):
+                piece = self.weight(one.name, part, count)
+                made = piece.new_empty([own.stop - own.start for own in lies]) if made is None else made
+                made[at] = piece
+        return made
 
 
 def use_loras(

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoints.reader import assign
 from ..hardware import devices
-from ..models.shared.quantized import prefer_layouts
+from ..models.shared.quantized.replacing import prefer_layouts
 from ..parallel.fsdp import Sharding, is_sharded, own_part
 from ..specs import DiffusionModelSpec
 from .diffusion_model import DiffusionModel

@@ -24,7 +24,8 @@ from ..models.cost import PassSize
 from ..models.registry import require_schedule
 from ..models.shared.block_stack import At, Pass, Skipping
 from ..models.shared.conditioning import Branch, Given
-from ..models.shared.quantized import QuantizedLinear, use_step
+from ..models.shared.quantized.base import QuantizedLinear
+from ..models.shared.quantized.static import use_step
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
 from ..parallel.mesh import mesh_of, this_rank
@@ -317,6 +318,8 @@ def _known(model: DiffusionModel, course: Course) -> dict[str, Calibration]:
         )
     pixels = model.pixels_of(course.shape)
     config = model.high_noise.config
+    if model.defaults.distilled:  # published values are of the models that were not
+        return dict(found) or dict.fromkeys(experts, Calibration())
     return dict(found) or {
         expert: model.family.calibration(config, model.defaults, pixels, expert) for expert in experts
     }

@@ -452,13 +452,14 @@ def _shapes(given: Conditioning) -> Hashable:
     return numbers, frozenset((name, tensor.shape) for name, tensor in tensors.items() if tensor is not None)
 
 
-def _settings(request: Request, model: DiffusionModel) -> dict[str, float]:
-    """The settings that the job used, both given ones and the model's own."""
+def _settings(request: Request, model: DiffusionModel) -> dict[str, float | str]:
+    """The settings that the job used, both given ones and the model's own, and how it was distilled, if it was."""
     spec, scale = request.spec, model.conditioner.embedded_guidance(request.given.prompts["positive"], request.given)
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
     embedded = {} if scale is None else {"embedded guidance": scale}
-    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift
+    distilled = {} if model.defaults.distilled is None else {"distilled": model.defaults.distilled}
+    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift | distilled
 
 
 def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:

@@ -17,7 +17,7 @@ from ..specs import Calibration, VaeForm
 from ..specs.presets import FamilyPresets
 from .core_text import CoreText
 from .cost import PassSize, SlicedSums, Work
-from .defaults import Defaults
+from .defaults import Defaults, Distillation
 from .hubs import HubFile, PublishedModel
 from .image_forms import ImageForm
 from .latent_format import LatentFormat
@@ -192,6 +192,7 @@ class Family(ABC):
     mask_channels: the numbers of channels that a conditioning's `concat_mask` can have.
     core_text: how core ComfyUI encodes its prompts; None: core does not know the family.
     deals_tiles: whether several ranks can share the published tiles of its VAE.
+    distillations: how models and LoRAs of the family were distilled to few steps; the first whose name fits is used.
 
     Transformer configs are those that diffusers writes.
     """
@@ -210,6 +211,7 @@ class Family(ABC):
     mask_channels: frozenset[int] = frozenset({1})
     core_text: CoreText | None = None
     deals_tiles: bool = False
+    distillations: tuple[Distillation, ...] = ()
 
     @property
     def text_parts(self) -> tuple[str, ...]:

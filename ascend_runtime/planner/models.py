@@ -30,11 +30,11 @@ def read(
 ) -> Model:
     """Of files; reads headers only. kind: of the devices, which decides automatic dtypes. Raises ValueError for files
     that cannot be used."""
-    from ..recognition.defaults import defaults_in
+    from ..recognition.defaults import defaults_for
     from ..recognition.experts import boundary_of, find_experts
 
     found = find_experts(model)
-    own = defaults_in(found[0], experts=len(found))
+    own = defaults_for(model, found[0], experts=len(found))
     boundary = boundary_of(model, found[0], own, len(found))
     text = [] if encoder is None else _encoders(encoder)
     on_cpu = encoder is None or encoder.placement != "ranks" or kind == "cpu"
@@ -119,7 +119,7 @@ def _plain(name: str) -> str:
 def _of_files(component: Component, quantization: str = "none") -> Network:
     from ..checkpoints.configs import check_counts
     from ..checkpoints.faults import as_value_error
-    from ..models.shared.quantized import quantize
+    from ..models.shared.quantized.replacing import quantize
 
     check_counts(component.config, component.config_file)
     with as_value_error(component.config_file, f"its {component.kind.name} config"):
@@ -134,7 +134,7 @@ def _of_files(component: Component, quantization: str = "none") -> Network:
 def _of_config(
     family: Family, part: str, config: Mapping[str, Any], quantization: str = "none", stored: str = IN_16_BITS
 ) -> Network:
-    from ..models.shared.quantized import linears
+    from ..models.shared.quantized.replacing import linears
 
     network, whole = family.network(part, config), family.whole_network(part, config)
     in_8_bits = stored == IN_8_BITS and part != VAE
@@ -150,7 +150,7 @@ def _network(
     family: Family, part: str, config: Mapping[str, Any], network: nn.Module, quantization: str
 ) -> Network:  # fmt: skip
     """quantization: on the fly."""
-    from ..models.shared.quantized import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
+    from ..models.shared.quantized.replacing import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
 
     if quantization != "none":
         layers = dict.fromkeys(linears(network, family.weights.in_8_bits), QUANTIZATION_SCHEMES[quantization])

@@ -11,7 +11,8 @@ from ascend_runtime import DiffusionModelSpec, LoraSpec
 from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.components import Components
 from ascend_runtime.models.hunyuan_video.files.configs import rope_axes
-from ascend_runtime.models.shared.quantized import QuantizedLinear, use_step
+from ascend_runtime.models.shared.quantized.base import QuantizedLinear
+from ascend_runtime.models.shared.quantized.static import use_step
 from ascend_runtime.recognition.layout import find_vae
 from diffusers import (
     AutoencoderKLHunyuanVideo,

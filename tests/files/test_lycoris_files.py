@@ -16,7 +16,7 @@ from ascend_runtime import DiffusionModelSpec, LoraSpec
 from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
 from ascend_runtime.components import Components
 from ascend_runtime.models.family import LoraNames
-from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora.files import read_lora
 from safetensors.torch import load_file, save_file
 from scripts.lib.comfy_server import COMFYUI
 from torch.testing import assert_close

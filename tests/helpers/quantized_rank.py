@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from ascend_runtime import DiffusionModelSpec
 from ascend_runtime.components import Components
-from ascend_runtime.models.shared.quantized import use_step
+from ascend_runtime.models.shared.quantized.static import use_step
 from ascend_runtime.parallel.fsdp import own_part, sharding_of
 from counting_rank import Sent
 from safetensors.torch import load_file, save_file

@@ -10,11 +10,11 @@ import fused_rank
 import gloo_ranks
 import pytest
 import torch
-from ascend_runtime.models.shared.quantized import quantize, quantized_parameters
+from ascend_runtime.models.shared.quantized.replacing import quantize, quantized_parameters
 from ascend_runtime.checkpoints import pieces
 from ascend_runtime.checkpoints.writing import transfer, writers
 from ascend_runtime.checkpoints.fused import Target, in_proportion
-from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.checkpoints.msmodelslim import description_in, read_description
 from ascend_runtime.checkpoints.formats.parts import in_ranges, full_slices
 from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes

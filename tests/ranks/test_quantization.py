@@ -17,7 +17,7 @@ from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.models.wan.files.names import to_diffusers_name
 from ascend_runtime.components import Components
 from ascend_runtime.components.networks import empty_network
-from ascend_runtime.models.shared.quantized import use_step
+from ascend_runtime.models.shared.quantized.static import use_step
 from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.models.wan.weights import cut_dim, kept_in_8_bits
 from ascend_runtime.ops import PlainOperators, quantization

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from .. import templates
 from . import QueueError
 from .address import Address
 from .input_files import read_text
@@ -46,7 +47,10 @@ SEED = WidgetSearch("seed", int, ("seed", "noise_seed", "value"), ("seed", "nois
 
 def read(path: Path, address: Address) -> dict:
     """Reads the graph of a workflow file, {node id: {"class_type", "inputs"}}. UI format is converted by comfy-cli,
-    which requests the nodes' inputs from the ComfyUI at `address`. Raises QueueError."""
+    which requests the nodes' inputs from the ComfyUI at `address`. If there is no such file, `path` may be the name of
+    one of the pack's templates. Raises QueueError."""
+    if not path.exists():
+        path = templates.named(path) or path
     graph = read_graph(path)
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         graph = _from_ui_format(path, address)

@@ -26,7 +26,7 @@ from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
-from .defaults import defaults_of, sigmas
+from .defaults import DISTILLATIONS, defaults_of, sigmas
 from .files import configs, lora_names, names
 from .files.downloads import DOWNLOADS
 from .files.configs import GUIDING_FRAME
@@ -163,6 +163,7 @@ class HunyuanVideo(Family):
     schedule = "hunyuan_video"
     presets = calibrations.STEP_CACHE_PRESETS
     core_text = CORE_TEXT
+    distillations = DISTILLATIONS
     layout = OriginalLayout(
         models="hunyuan-video-*",
         folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),

@@ -27,7 +27,7 @@ from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
-from .defaults import defaults_of
+from .defaults import DISTILLATIONS, defaults_of
 from .files import configs, lora_names, names
 from .files.downloads import DOWNLOADS
 from .files.pipeline import pipeline_of
@@ -122,6 +122,7 @@ class Wan(Family):
     to_mindspeed = staticmethod(names.to_mindspeed_name)
     mask_channels = frozenset({1, configs.MASK_CHANNELS})
     core_text = CORE_TEXT
+    distillations = DISTILLATIONS
 
     # Properties of a model, from the configs of its transformers
 

@@ -19,7 +19,7 @@ from ...models.family import TRANSFORMER
 from ...models.shared.block_stack import BlockStack, Pass
 from ...models.shared.conditioning import Branch, Given
 from ...models.shared.latents import Latents
-from ...models.shared.quantized import QUANTIZATION_SCHEMES, quantize, quantized_parameters
+from ...models.shared.quantized.replacing import QUANTIZATION_SCHEMES, quantize, quantized_parameters
 from ...ops.memory import Tracking, allocated
 from ...parallel.dry import EXCHANGE, Seat, dry_sequence, dry_tensor_parallel, seats
 from ...parallel.fsdp import ShardedWeights, Sharding

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
-from ..errors import coded_error
-from .bounded import parse_json
-from .faults import as_value_error, list_faults, shown
-from .formats.parts import Slices, full_slices
-from .formats.tensor_files import TensorFile
+from ...errors import coded_error
+from ..bounded import parse_json
+from ..faults import as_value_error, list_faults, shown
+from ..formats.parts import Slices, full_slices
+from ..formats.tensor_files import TensorFile
+from .coding import Codings
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
 OLD_SCALES = {"scale_weight": True, "scale_input": False}  # True for a weight's scale
@@ -27,10 +29,25 @@ MAX_MARK_BYTES = 4096  # of a tensor that holds JSON; ComfyUI's have less than 1
 FP8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 
-def scales_of(file: TensorFile, own: list[str]) -> tuple[dict[str, str], set[str]]:
-    """(the scale's name of each weight, the names of all marks and scales) among the tensors `own` of a file.
+@dataclass(frozen=True)
+class Scaled:
+    """The coding (see coding.py) of a weight in 8 bits: each number times its scale. scale: the scale's name."""
 
-    Both are empty if the file has no mark. Raises ValueError for an unsupported format or an invalid mark; lists
+    scale: str
+    grain, bits = 1, 8
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.scale,)
+
+    def numbers(self, file: TensorFile, key: str, part: Slices) -> torch.Tensor:
+        return file.read(key, part).float() * _scale_of(file, self.scale, part)
+
+
+def codings_of(file: TensorFile, own: list[str]) -> Codings:
+    """How the weights among the tensors `own` of a file are stored.
+
+    Both fields are empty if the file has no mark. Raises ValueError for an unsupported format or an invalid mark; lists
     weights without a scale, and scales without a weight.
     """
     leaves = {name: name.rpartition(".")[2] for name in own}
@@ -47,7 +64,8 @@ def scales_of(file: TensorFile, own: list[str]) -> tuple[dict[str, str], set[str
     if old:
         marked |= {name for name, leaf in leaves.items() if leaf == "weight" and is_8_bits(file.dtype(name))}
     _check(file, scales, marked)
-    return scales, marks | {name for name, leaf in leaves.items() if leaf in kinds}
+    others = marks | {name for name, leaf in leaves.items() if leaf in kinds}
+    return Codings({weight: Scaled(scale) for weight, scale in scales.items()}, others)
 
 
 def refuse_other_scales(file: TensorFile, own: list[str]) -> None:
@@ -119,7 +137,7 @@ def _fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return math.prod(scale) == 1 or len(weight) > 1 and scale == (weight[0], *(1 for _ in weight[1:]))
 
 
-def scale_of(file: TensorFile, name: str, part: Slices) -> float | torch.Tensor:
+def _scale_of(file: TensorFile, name: str, part: Slices) -> float | torch.Tensor:
     """The scale of a part of an 8-bit weight: a number, or one for each row of the part, [rows, 1].
 
     Raises ValueError for a scale that is not finite and above 0.
@@ -132,10 +150,3 @@ def scale_of(file: TensorFile, name: str, part: Slices) -> float | torch.Tensor:
             "AV-1408", f"{file.path} has the scale {wrong[0]} in {name}; it must be above 0. Download it again."
         )
     return scales if of_rows else scales.item()
-
-
-def dequantized(tensor: torch.Tensor, scale: float | torch.Tensor | None) -> torch.Tensor:
-    """A part of a weight times its scale; in fp32 if it was stored in 8 bits."""
-    if is_8_bits(tensor.dtype):
-        tensor = tensor.float()
-    return tensor if scale is None else tensor * scale

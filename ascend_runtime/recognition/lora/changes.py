@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.formats.parts import Slices, full_slices, in_ranges
-from ..checkpoints.formats.tensor_files import TensorFile
-from ..checkpoints.fused import Rows, Target
-from ..models.shapes import Shapes
-from .lora_keys import HADA, HADA_CORES, LOKR, LOKR_CORE
+from ...checkpoints.formats.parts import Slices, full_slices, in_ranges
+from ...checkpoints.formats.tensor_files import TensorFile
+from ...checkpoints.fused import Rows, Target
+from ...models.shapes import Shapes
 
 Shape = tuple[int, ...]
 MAX_RANK = 16_384  # above the width of any published model, which bounds the rank of a change
@@ -54,6 +51,11 @@ class WeightChange(ABC):
     @property
     def changes_nothing(self) -> bool:
         return self.scale == 0
+
+    @property
+    def depends(self) -> bool:
+        """Whether it depends on the weight that it changes (see dependent.py), and so is no sum that can be added."""
+        return False
 
     @abstractmethod
     def layer(self, on_disk: Shapes) -> Shape | None:
@@ -225,23 +227,6 @@ class Kronecker(_Product):
         # Each element of C1 multiplies all of C2, with its kernel, as in LyCORIS; torch.kron aligns the last dims.
         made = torch.kron(one[(used, ..., *(None for _ in other.shape[2:]))], other.contiguous())
         return made[rows.start - used.start * each : rows.stop - used.start * each]
-
-
-def change_of(keys: Mapping[str, str]) -> WeightChange | None:
-    """The change of a weight by tensors with these roles (see `lora_keys.ROLES`), with the scale 1; None if they make
-    no complete change."""
-    roles = keys.keys() - {"alpha", "up_bias"}
-    if roles == {"diff"}:
-        return Difference(keys["diff"])
-    if roles in ({"up", "down"}, {"up", "down", "mid"}):
-        return LowRank(keys["up"], keys["down"], mid=keys.get("mid"))
-    if roles in ({*HADA}, {*HADA, *HADA_CORES}):
-        a1, b1, a2, b2 = (keys[role] for role in HADA)
-        return Hadamard((a1, b1), (a2, b2), cores=tuple(keys[x] for x in HADA_CORES if x in roles) or None)
-    for first, second in product(*LOKR):
-        if roles - {LOKR_CORE} == {*first, *second}:
-            return Kronecker(tuple(map(keys.get, first)), tuple(map(keys.get, second)), core=keys.get(LOKR_CORE))
-    return None
 
 
 def _read(file: TensorFile, key: str, part: Slices, rows: Rows | None, columns: slice | None = None) -> Tensor:
