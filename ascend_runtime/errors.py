@@ -77,7 +77,7 @@ CODES: dict[str, str] = {
     "AV-1403": "The two experts do not belong together",
     "AV-1404": "A LoRA does not fit the model",
     "AV-1405": "A LoRA's format is not supported",
-    "AV-1406": "A LoRA cannot be merged into 8-bit weights",
+    "AV-1406": "A LoRA cannot be used with quantized weights",
     "AV-1407": "The card does not support the quantization",
     "AV-1408": "Quantized weights do not fit their description",
     "AV-1409": "A tokenizer is missing",

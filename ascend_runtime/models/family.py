@@ -130,6 +130,10 @@ class WeightRules:
     cut_dim: Callable[[str], int | None] = lambda name: None
     in_8_bits: Callable[[str], bool] = lambda layer: False
 
+    def keeps_whole(self, name: str, shape: tuple[int, ...], values: int, tp: int) -> bool:
+        """Whether tensor parallelism of this degree leaves groups of so many values of a weight's row whole."""
+        return tp == 1 or self.cut_dim(name) != 1 or shape[1] % (tp * values) == 0
+
 
 @dataclass(frozen=True)
 class OriginalLayout:
