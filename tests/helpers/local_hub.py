@@ -50,7 +50,8 @@ class LocalHub:
         return self.listed({"Path": path, "Size": len(whole), "Sha256": hashlib.sha256(whole).hexdigest()})
 
     def transfers(self):
-        return [(path, wanted) for method, path, wanted, _ in self.asked if method == "GET" and "/repo/files" not in path]
+        return [(path, wanted) for method, path, wanted, _ in self.asked
+                if method == "GET" and "/repo/files" not in path]  # fmt: skip
 
     def _handler(hub, stores):
         class Handler(BaseHTTPRequestHandler):
@@ -67,7 +68,8 @@ class LocalHub:
 
             def answer(self):
                 place = urlsplit(self.path)
-                hub.asked.append((self.command, place.path, self.headers.get("Range"), self.headers.get("Authorization")))
+                asked = (self.headers.get(name) for name in ("Range", "Authorization"))
+                hub.asked.append((self.command, place.path, *asked))
                 if hub.status or hub.page:
                     return self.send(hub.status or 200, hub.page or b"no")
                 if place.path.endswith("/repo/files"):
