@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import coded_error
 from ..ops.packing import Packing
 from .codings.coding import Coding
-from .codings.fp8 import codings_of, refuse_other_scales
+from .codings.recognised import codings_of
 from .faults import list_faults
 from .formats.parts import Slices
 from .formats.tensor_files import TensorFile, open_tensors
@@ -167,8 +167,6 @@ def _places(
             own = [key for key in file.shapes if rename(key, shard) is not None]
             codings = codings_of(file, own)
             parts = quantized.parts_in(file) if quantized else {}
-            if not (quantized or codings.weights):
-                refuse_other_scales(file, own)
             for key, shape in file.shapes.items():
                 name = None if key in codings.others or parts.get(key) is False else rename(key, shard)
                 if name is None:
