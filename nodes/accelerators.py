@@ -16,10 +16,12 @@ from ..ascend_runtime.specs.acceleration import MAX_STEPS, RAINFUSIONS, STEP_CAC
 from ..ascend_runtime.specs.base import Spec
 from ..ascend_runtime.specs.presets import PRESETS, chosen, describe_family, describe_presets
 from . import types
+from .page.schema import ACCELERATION, FAMILIES, Schema
 from .validation import refusal
 
 CUSTOM = "custom"
 DEFAULT_PRESET = "balanced"
+ALIASES = (*FAMILIES, "acceleration", "speed up", "faster", "cache", "加速")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Widget:
 
     socket: of comfy_api's io, such as io.Int. limits: what else its Input takes: min, max, step, round or options.
     automatic: the value that leaves the choice to the accelerator (None in the description); None: there is none.
+    word: what the page shows for that value.
     with_any_preset: it counts with any preset; otherwise only with preset custom.
     """
 
@@ -37,6 +40,7 @@ class Widget:
     limits: dict[str, Any]
     tooltip: str
     automatic: int | float | None = None
+    word: str = "auto"
     with_any_preset: bool = False
 
     def input(self) -> io.Input:
@@ -50,13 +54,14 @@ class Widget:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A node: node_id and display_name as ComfyUI knows them, kind as specs.presets does."""
+    """A node: node_id, display_name and aliases as page.schema.Schema has them, kind as specs.presets does."""
 
     node_id: str
     display_name: str
     description: str
     kind: str
     widgets: tuple[Widget, ...]
+    aliases: tuple[str, ...]
 
     def spec(self, preset: str, **values) -> Spec:
         """The description that the widgets stand for. values: of widgets, by name; the others have their default.
@@ -89,6 +94,23 @@ class Accelerator:
             "combined.",
         )
         return [preset, *(widget.input() for widget in self.widgets), chain]
+
+    def schema(self) -> Schema:
+        return Schema(
+            node_id=self.node_id,
+            display_name=self.display_name,
+            category=ACCELERATION,
+            search_aliases=[*ALIASES, *self.aliases],
+            automatic={one.name: (one.automatic, one.word) for one in self.widgets if one.automatic is not None},
+            only_with={one.name: ("preset", CUSTOM) for one in self.widgets if not one.with_any_preset},
+            description=self.description,
+            inputs=self.inputs(),
+            outputs=[
+                types.Acceleration.Output(
+                    display_name="acceleration", tooltip="For Ascend Sampler, or for another accelerator."
+                )
+            ],
+        )
 
     def _presets(self) -> str:
         own = [one for one in families().values() if one.presets and self.kind == "step_cache"]
@@ -134,9 +156,10 @@ ACCELERATORS = (
             Widget("ratio", io.Float, 0.0, {"min": 0.0, "max": 10.0, "step": 0.05, "round": 0.01},
                    "Above 1: the speed-up of the denoise loop to reach, such as 1.2. start and interval are then "
                    "chosen to reach it, with an interval of at least the value below. 0 or 1: start and interval are "
-                   "used as set below.", automatic=0.0),
+                   "used as set below.", automatic=0.0, word="off"),
             *WINDOW,
         ),
+        ("attention cache", "mindie sd"),
     ),
     Accelerator(
         "AscendBlockCache",
@@ -144,6 +167,7 @@ ACCELERATORS = (
         "Skips a range of blocks in some steps, and reuses what they added in an earlier step. Uses little memory.",
         "block_cache",
         WINDOW,
+        ("dit cache", "block skip", "mindie sd"),
     ),
     Accelerator(
         "AscendStepCache",
@@ -172,6 +196,7 @@ ACCELERATORS = (
             _count("order", 1, "Only for taylorseer: the order of the Taylor expansion. 0: the last computed step is "
                    "repeated.", most=4),
         ),
+        ("teacache", "tea cache", "magcache", "mag cache", "fbcache", "first block cache", "taylorseer", "easycache"),
     ),
     Accelerator(
         "AscendRainFusion",
@@ -194,6 +219,7 @@ ACCELERATORS = (
             _count("first_blocks", 0, "The number of blocks at the start of the model that are never sparse."),
             _count("last_blocks", 0, "The number of blocks at the end of the model that are never sparse."),
         ),
+        ("sparse attention", "sta", "sliding tile attention", "radial attention", "稀疏注意力"),
     ),
 )  # fmt: skip
 
@@ -207,19 +233,8 @@ class AcceleratorNode(io.ComfyNode):
     accelerator: ClassVar[Accelerator]
 
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id=cls.accelerator.node_id,
-            display_name=cls.accelerator.display_name,
-            category="Ascend",
-            description=cls.accelerator.description,
-            inputs=cls.accelerator.inputs(),
-            outputs=[
-                types.Acceleration.Output(
-                    display_name="acceleration", tooltip="For Ascend Sampler, or for another accelerator."
-                )
-            ],
-        )
+    def define_schema(cls) -> Schema:
+        return cls.accelerator.schema()
 
     @classmethod
     def validate_inputs(cls, acceleration=None, **values) -> bool | str:

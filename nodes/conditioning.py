@@ -3,15 +3,18 @@
 from comfy_api.latest import io, ui
 
 from . import comfy_bridge, types
+from .page.schema import CONDITIONING, FAMILIES, Schema
 
 
 class TextEncode(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendTextEncode",
             display_name="Ascend Text Encode",
-            category="Ascend",
+            category=CONDITIONING,
+            search_aliases=[*FAMILIES, "prompt", "clip text encode", "text to video", "negative prompt", "提示词"],
+            advanced=("image_interleave",),
             description="Encodes a prompt on the CPU of one rank, with all its cores, or on all ranks: see "
             "placement in Ascend Load Text Encoder. The results of the last 16 prompts are kept.",
             inputs=[

@@ -15,6 +15,7 @@ from ..ascend_runtime.models.registry import family
 from ..ascend_runtime.specs import VaeForm, VideoSize
 from ..ascend_runtime.specs.base import require_side
 from . import comfy_bridge, core_types, types
+from .page.schema import CONDITIONING, FAMILIES, Schema
 from .validation import refusal
 
 SIDE = "The {} of the video in pixels: a multiple of 16, or of 32 for Wan2.2-TI2V-5B."
@@ -23,11 +24,15 @@ GUIDANCE_TYPES = ("v1 (concat)", "v2 (replace)")  # as core's HunyuanImageToVide
 
 class ImageToVideo(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendImageToVideo",
             display_name="Ascend Image To Video",
-            category="Ascend",
+            category=CONDITIONING,
+            search_aliases=[
+                *FAMILIES, "image to video i2v", "start image", "first frame", "first last frame flf2v", "图生视频",
+            ],
+            advanced=("guidance_type",),
             description="Prepares a video that starts with an image, ends with another image, or both.",
             inputs=[
                 io.Conditioning.Input("positive", tooltip="What the video should show."),

@@ -18,6 +18,7 @@ from ..ascend_runtime.specs.models import (
     VAE_TILES,
 )
 from . import model_files, types
+from .page.schema import DEVICES, FAMILIES, LOADERS, TASKS, Schema
 from .types import Handle, ModelHandle, RanksHandle
 from .validation import refusal
 
@@ -35,12 +36,15 @@ def dtype_input(automatic: str, dtypes: tuple[str, ...] = COMPUTE_DTYPES) -> io.
 
 class LoadDiffusionModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls) -> Schema:
         names = model_files.names(model_files.TRANSFORMER)
-        return io.Schema(
+        return Schema(
             node_id="AscendLoadDiffusionModel",
             display_name="Ascend Load Diffusion Model",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, *TASKS, *DEVICES, "load model", "unet loader", "checkpoint", "加载模型"],
+            advanced=("dtype", "attention", "heads_per_call", "warm_up", "quantization"),
+            automatic={"heads_per_call": 0},
             description="Selects the diffusion model, a transformer of Wan or HunyuanVideo. Ascend Sampler runs it on "
             "all ranks.",
             inputs=[
@@ -144,12 +148,14 @@ def _transformers(model_name: str, low_noise_model_name: str) -> tuple[str, str 
 
 class LoadTextEncoder(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls) -> Schema:
         names = model_files.names(model_files.TEXT_ENCODER)
-        return io.Schema(
+        return Schema(
             node_id="AscendLoadTextEncoder",
             display_name="Ascend Load Text Encoder",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, "umt5 xxl", "t5", "llama", "clip loader", "load clip", "text encoder", "文本编码器"],
+            advanced=("dtype", "placement", "vision_model_name"),
             description="Selects the text encoder of the model: UMT5 for Wan, Llama and CLIP-L for HunyuanVideo. It "
             "runs on the CPU of one rank, or on the devices of all ranks.",
             inputs=[
@@ -224,11 +230,13 @@ def _text_encoders(model_name: str, model_name_2: str, vision_model_name: str) -
 
 class LoadVAE(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendLoadVAE",
             display_name="Ascend Load VAE",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, "vae loader", "load vae", "video vae"],
+            advanced=("dtype", "tiles"),
             description="Selects the VAE of the model, which turns latents into frames, and frames into latents.",
             inputs=[
                 io.Combo.Input(
@@ -276,11 +284,13 @@ class LoadVAE(io.ComfyNode):
 
 class LoadLora(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendLoadLora",
             display_name="Ascend Load LoRA",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, "lora", "lora loader", "lightx2v", "4 steps", "lycoris"],
+            advanced=("expert",),
             description="Adds a LoRA to the model. To use several LoRAs, chain several of these nodes.",
             inputs=[
                 types.DiffusionModel.Input(

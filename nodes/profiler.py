@@ -7,16 +7,20 @@ from comfy_api.latest import io
 from ..ascend_runtime.specs import ProfileSpec
 from ..ascend_runtime.specs.parallel import MAX_RANKS
 from . import comfy_bridge, types
+from .page.schema import TOOLS, Schema
 from .validation import refusal
 
 
 class Profiler(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendProfiler",
             display_name="Ascend Profiler",
-            category="Ascend",
+            category=TOOLS,
+            search_aliases=[
+                "profile", "trace", "tensorboard", "mindstudio insight", "performance", "timeline", "npu", "性能分析",
+            ],
             description="Records some steps of Ascend Sampler on one rank, for TensorBoard, Perfetto or MindStudio "
             "Insight.",
             inputs=[

@@ -11,17 +11,22 @@ from ..ascend_runtime.hardware.devices import DEVICE_KINDS
 from ..ascend_runtime.specs import ParallelSpec
 from ..ascend_runtime.specs.parallel import MAX_RANKS, RING_EXCHANGES
 from . import comfy_bridge, types
+from .page.schema import DEVICES, TOOLS, Schema
 from .types import RanksHandle
 from .validation import refusal
 
 
 class ParallelConfig(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendParallelConfig",
             display_name="Ascend Parallel Config",
-            category="Ascend",
+            category=TOOLS,
+            search_aliases=[*DEVICES, "parallel", "ranks", "ulysses", "tensor parallel", "fsdp", "并行"],
+            advanced=("device", "ring_degree", "ring_exchange", "overlap"),
+            automatic=dict.fromkeys(("ranks", "cfg_degree", "ulysses_degree", "ring_degree"), 0)
+            | dict.fromkeys(("fsdp", "overlap"), False),
             description="Sets how many ranks make a video, and how they share the work. What is left automatic is "
             "chosen before each job: the fastest plan that fits, which the sampler shows.",
             inputs=[
@@ -145,11 +150,12 @@ def _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_
 
 class FreeMemory(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendFreeMemory",
             display_name="Ascend Free Memory",
-            category="Ascend",
+            category=TOOLS,
+            search_aliases=["unload", "unload models", "free memory", "vram", "clean", "purge", "npu", "释放显存", "卸载模型"],
             description="Frees the ranks' memory when the graph reaches this node. ComfyUI's Unload Models frees their "
             "weights too.",
             inputs=[

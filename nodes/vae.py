@@ -5,17 +5,19 @@ import logging
 from comfy_api.latest import io, ui
 
 from . import comfy_bridge, core_types, types
+from .page.schema import DEVICES, FAMILIES, SAMPLING, Schema
 
 logger = logging.getLogger(__name__)
 
 
 class VAEDecode(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendVAEDecode",
             display_name="Ascend VAE Decode",
-            category="Ascend",
+            category=SAMPLING,
+            search_aliases=[*FAMILIES, *DEVICES, "vae decode", "latent to video", "decode video", "frames", "解码"],
             description="Decodes a video latent on all ranks. Each rank decodes a tile of the frames and writes it "
             "straight into the memory of the IMAGE.",
             inputs=[
@@ -35,11 +37,12 @@ class VAEDecode(io.ComfyNode):
 
 class VAEEncode(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendVAEEncode",
             display_name="Ascend VAE Encode",
-            category="Ascend",
+            category=SAMPLING,
+            search_aliases=[*FAMILIES, *DEVICES, "vae encode", "image to latent", "video to latent", "编码"],
             description="Encodes the frames of a video, or one image, into a latent on all ranks. Each rank encodes a "
             "tile.",
             inputs=[

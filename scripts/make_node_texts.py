@@ -16,9 +16,9 @@ LOCALES = REPOSITORY / "locales"
 DOCS = REPOSITORY / "web" / "docs"
 TABLES = {  # narrow, because the help is shown in a side bar
     "en": {"inputs": ("Inputs", "input", "what it does"), "outputs": ("Outputs", "output", "what it is"),
-           "optional": " Optional.", "default": " Default: "},
+           "optional": " Optional.", "default": " Default: ", "auto": "auto", "off": "off"},
     "zh": {"inputs": ("输入", "输入", "说明"), "outputs": ("输出", "输出", "说明"),
-           "optional": "可选。", "default": "默认值："},
+           "optional": "可选。", "default": "默认值：", "auto": "自动", "off": "关闭"},
 }
 sys.path.insert(0, str(REPOSITORY))
 from scripts.lib.comfy_server import ComfyServer  # noqa: E402
@@ -60,7 +60,9 @@ def _input_rows(node, texts, language):
             if group == "optional":
                 what += words["optional"]
             if options.get("default", "") != "":
-                what += f"{words['default']}`{options['default']}`"
+                shown = options.get("shown_as", {})
+                default = words[shown["word"]] if shown.get("value") == options["default"] else options["default"]
+                what += f"{words['default']}`{default}`"
             yield _label(name, texts["inputs"][name]["name"]), what
 
 

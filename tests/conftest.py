@@ -33,6 +33,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-cancels", action="store_true", help="170 cancels instead of 17, and their times")
     parser.addoption("--all-saved-workflows", action="store_true", help="each workflow as once shipped, not a sample")
     parser.addoption("--all-silences", action="store_true", help="ranks that hang in all kinds of work, not in some")
+    parser.addoption("--comfy-cli", action="store_true", help="comfy-cli installs the pack into a fresh ComfyUI")
     parser.addoption("--soak", action="store_true", help="2,000 mixed jobs in a row instead of 100")
     parser.addoption("--all-memory", action="store_true", help="the memory of 30 jobs instead of 5")
     parser.addoption("--all-messages", action="store_true", help="20,000 hostile messages each way instead of some")

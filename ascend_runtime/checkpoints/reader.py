@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import coded_error
 from ..ops.packing import Packing
+from .codings import ggml
 from .codings.coding import Coding
 from .codings.recognised import codings_of
 from .faults import list_faults
@@ -126,6 +127,15 @@ def load_weights(
                 on_bytes(places[name].nbytes if name in places else 0)
 
 
+def read_part(name: str, place: Place, part: Slices, dtype: torch.dtype) -> torch.Tensor:
+    """A part of a parameter as `load_weights` reads it, on the CPU. Raises ValueError as it does."""
+    wanted = Wanted(name, place.key, place.coding, place.shape, part, dtype, torch.device("cpu"), None, place.rows,
+                    place.columns, place.packing)  # fmt: skip
+    with open_tensors(place.shard) as file, closing(read_in_pieces(file, [wanted])) as tensors:
+        ((_, tensor),) = tensors
+    return tensor
+
+
 def check_weights(
     module: nn.Module,
     shards: tuple[Path, ...],
@@ -165,7 +175,7 @@ def _places(
         targets: dict[str, tuple[Target, ...]] = {}
         with open_tensors(shard) as file:
             own = [key for key in file.shapes if rename(key, shard) is not None]
-            codings = codings_of(file, own)
+            codings = ggml.codings_of(file) or codings_of(file, own)
             parts = quantized.parts_in(file) if quantized else {}
             for key, shape in file.shapes.items():
                 name = None if key in codings.others or parts.get(key) is False else rename(key, shard)
@@ -176,13 +186,13 @@ def _places(
                 if not (dtype.is_floating_point or coding or parts.get(key)):
                     numbers.append(f"{key} as {dtype}")
                 targets[key] = targets_of(split, name, tuple(shape))
-                packing = quantized.packing(key) if quantized else None
                 for one in targets[key]:
                     if one.name in places:
                         other = places[one.name].shard
                         raise coded_error("AV-1310", f"{shard} and {other} both hold {one.name}. Keep one of the two.")
                     made = one.shape_in(tuple(shape))
                     size = math.ceil(math.prod(made) * (coding.bits if coding else 8 * dtype.itemsize) / 8)
+                    packing = quantized.packing(key, one.name) if quantized else None
                     kept = packing.shape(made) if packing else made
                     places[one.name] = Place(shard, key, kept, size, coding, one.rows, one.columns, packing)
             _check_rows(file, targets)

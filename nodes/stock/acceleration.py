@@ -8,16 +8,20 @@ from comfy_api.latest import io
 
 from ...ascend_runtime.specs import AccelerationSpec
 from .. import types
+from ..page.schema import ACCELERATION, Schema
 from . import model as models
 
 
 class ApplyAcceleration(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
+    def define_schema(cls) -> Schema:
+        return Schema(
             node_id="AscendApplyAcceleration",
             display_name="Ascend Apply Acceleration",
-            category="Ascend",
+            category=ACCELERATION,
+            search_aliases=[
+                "speed up", "ksampler", "teacache", "magcache", "fbcache", "sparse attention", "cache model", "加速",
+            ],
             description="Adds accelerators to a MODEL on the ranks, for core's and other packs' samplers. They skip "
             "the same work as in Ascend Sampler.",
             inputs=[

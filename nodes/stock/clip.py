@@ -21,6 +21,7 @@ from ...ascend_runtime.models.registry import family as family_named
 from ...ascend_runtime.models.shared.tokenizers import JsonTokenizer
 from ...ascend_runtime.specs import TextEncoderSpec
 from .. import comfy_bridge, model_files, types
+from ..page.schema import FAMILIES, LOADERS, Schema
 from ..types import Handle, RanksHandle
 from ..validation import refusal
 from .core_options import dtype_for, options_of, with_further
@@ -110,16 +111,22 @@ def _family(type: str) -> Family:
 
 def _loaded(names: tuple[str, ...], type: str, device: str, parallel: RanksHandle | None) -> io.NodeOutput:
     family = _family(type)
-    path, *second = (model_files.path_of(name, model_files.TEXT_ENCODER) for name in names)
+    paths = [model_files.path_of(name, model_files.TEXT_ENCODER) for name in names]
+    return io.NodeOutput(clip_of(paths, family, "cpu" if device == "cpu" else "auto", parallel or RanksHandle()))
+
+
+def clip_of(paths: list[str], family: Family, placement: str, ranks: RanksHandle) -> comfy.sd.CLIP:
+    """A CLIP of the text encoders in one or two files. Raises ValueError if they hold others, or none."""
+    path, *second = paths
     tokenizers = model_files.core_tokenizers() if family.core_text.own_tokenizer is None else {}
     spec = TextEncoderSpec(
         path=path,
         path_2=second[0] if second else None,
         dtype=dtype_for("text_enc"),
-        placement="cpu" if device == "cpu" else "auto",
+        placement=placement,
         **tokenizers,
     )
-    return io.NodeOutput(ranks_clip(Handle(spec, parallel or RanksHandle()), family))
+    return ranks_clip(Handle(spec, ranks), family)
 
 
 def _checked(type: str, *names: str) -> None:
@@ -147,13 +154,14 @@ CLIP_OUTPUT = partial(
 
 class CLIPLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls) -> Schema:
         listed = with_further(model_files.names(model_files.TEXT_ENCODER), options_of("CLIPLoader", "clip_name"))
         known = [one.core_text.type for one in families().values() if one.core_text is not None]
-        return io.Schema(
+        return Schema(
             node_id="AscendCLIPLoader",
             display_name="Ascend Load CLIP (Core)",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, "clip loader", "load clip", "umt5 xxl", "t5", "text encoder", "文本编码器"],
             description="Loads the text encoder of Wan, or a folder with those of HunyuanVideo, as core's Load CLIP "
             "does, for core's nodes and those of other packs.",
             inputs=[
@@ -185,14 +193,15 @@ class CLIPLoader(io.ComfyNode):
 
 class DualCLIPLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls) -> Schema:
         listed = with_further(model_files.names(model_files.TEXT_ENCODER), options_of("DualCLIPLoader", "clip_name1"))
         known = [one.core_text.type for one in families().values() if one.core_text and len(one.text_parts) > 1]
         name = "A file in models/text_encoders: llava_llama3 or clip_l. Their order does not matter."
-        return io.Schema(
+        return Schema(
             node_id="AscendDualCLIPLoader",
             display_name="Ascend Load Dual CLIP (Core)",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, "dual clip loader", "llama", "clip l", "text encoder", "文本编码器"],
             description="Loads the two text encoders of HunyuanVideo as core's DualCLIPLoader does, for core's nodes "
             "and those of other packs.",
             inputs=[

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...ascend_runtime.specs import AccelerationSpec, DiffusionModelSpec
 from ...ascend_runtime.wire.messages import SamplerRun
 from .. import comfy_bridge, model_files, types
+from ..page.schema import DEVICES, FAMILIES, LOADERS, Schema
 from ..types import ModelHandle, RanksHandle
 from . import refusals
 from .core_options import options_of, with_further
@@ -36,12 +37,13 @@ _run_numbers = itertools.count(1)
 
 class UNETLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls) -> Schema:
         listed = with_further(model_files.names(model_files.TRANSFORMER), options_of("UNETLoader", "unet_name"))
-        return io.Schema(
+        return Schema(
             node_id="AscendUNETLoader",
             display_name="Ascend Load Diffusion Model (Core)",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, *DEVICES, "unet loader", "load diffusion model", "ksampler model", "加载模型"],
             description="Core's Load Diffusion Model with the model on the ranks: its MODEL goes into core's and other "
             "packs' samplers, guiders and LoRA loaders.",
             inputs=[

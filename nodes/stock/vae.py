@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...ascend_runtime.specs import VaeForm, VaeSpec
 from .. import comfy_bridge, core_types, model_files, types
+from ..page.schema import FAMILIES, LOADERS, Schema
 from ..types import Handle, RanksHandle
 from .core_options import dtype_for, options_of, with_further
 from .remote import RemotePatcher, RemoteWeights, in_ranks, no_such
@@ -94,12 +95,13 @@ def _note_tiles(tiles: dict) -> None:
 
 class VAELoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls) -> io.Schema:
+    def define_schema(cls) -> Schema:
         listed = with_further(model_files.names(model_files.VAE), options_of(*CORE))
-        return io.Schema(
+        return Schema(
             node_id="AscendVAELoader",
             display_name="Ascend Load VAE (Core)",
-            category="Ascend",
+            category=LOADERS,
+            search_aliases=[*FAMILIES, "vae loader", "load vae", "video vae"],
             description="Loads the VAE of Wan or HunyuanVideo as core's Load VAE does, for core's nodes and those of "
             "other packs. All ranks decode and encode, each a part of the frames.",
             inputs=[

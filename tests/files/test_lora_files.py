@@ -9,8 +9,8 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec
 from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
-from ascend_runtime.recognition.lora import read_lora
-from ascend_runtime.recognition.lora_changes import Difference
+from ascend_runtime.recognition.lora.files import read_lora
+from ascend_runtime.recognition.lora.changes import Difference
 from ascend_runtime.components import Components
 from safetensors.torch import save_file
 from torch.testing import assert_close

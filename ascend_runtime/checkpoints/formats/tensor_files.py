@@ -1,4 +1,4 @@
-"""Opens tensor files, recognised by their content: .safetensors, torch.save, torch's distributed checkpoints."""
+"""Opens tensor files, recognised by their content: .safetensors, GGUF, torch.save, torch's distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -74,6 +74,21 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         yield file
 
 
+def _gguf(path: Path) -> type[TensorFile]:
+    """The gguf package is imported for files that need it only."""
+    try:
+        from .gguf_file import GgufFile
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise coded_error(
+            "AV-1305",
+            f"{path} is a GGUF file, for which this Python lacks the package gguf. Install what the pack needs: "
+            "pip install -r requirements.txt in its folder.",
+        ) from None
+    return GgufFile
+
+
 def _kind(path: Path) -> type[TensorFile]:
     if path.is_dir():
         if not (path / METADATA).is_file():
@@ -89,9 +104,7 @@ def _kind(path: Path) -> type[TensorFile]:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(GGUF):
-        raise coded_error(
-            "AV-1305", f"{path} is a GGUF file, which is not supported. Use the model's fp8_scaled or fp16 file."
-        )
+        return _gguf(path)
     if start.startswith(OLD_PICKLE):
         raise coded_error(
             "AV-1305",

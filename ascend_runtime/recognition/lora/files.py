@@ -1,8 +1,8 @@
 """Reads LoRA files: which parameter each of their tensors changes, and how.
 
-A change of a weight W makes it W + strength * alpha / rank * (its product; see lora_changes.py). The bias of B changes
-the layer's bias, with the scale of the product. alpha is in the file, or in the metadata that diffusers and PEFT write
-with it (lora_scale.py); without it alpha / rank is 1, as in core ComfyUI.
+A change of a weight W makes it W + strength * alpha / rank * (its product; see changes.py), or what DoRA makes of both
+(dependent.py). The bias of B changes the layer's bias, with the scale of the product. alpha is in the file, or in the
+metadata that diffusers and PEFT write with it (scale.py); without it alpha / rank is 1, as in core ComfyUI.
 
 Layers that this model lacks, or that have another size here, are left out with a warning, as in core ComfyUI. A file
 that does not fit at all is rejected, and so is a file with tensors that may change the result in an unknown way.
@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints.faults import list_faults
-from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.fused import row_faults, targets_of
-from ..checkpoints.states import states
-from ..errors import coded_error
-from ..models.family import LoraNames
-from ..models.shapes import Shapes
-from ..ops.finite import is_finite
-from .lora_changes import Difference, WeightChange, change_of
-from .lora_keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
-from .lora_scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
+from ...checkpoints.faults import list_faults
+from ...checkpoints.formats.tensor_files import TensorFile, open_tensors
+from ...checkpoints.fused import row_faults, targets_of
+from ...checkpoints.states import states
+from ...errors import coded_error
+from ...models.family import LoraNames
+from ...models.shapes import Shapes
+from ...ops.finite import is_finite
+from .changes import Difference, WeightChange
+from .forms import change_of
+from .keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
+from .scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
 
 MISSHAPEN = "of the wrong shape"
 INCOMPLETE = "that make no complete change"
@@ -147,7 +148,8 @@ def _split(changes: Changes, on_disk: Shapes, names: LoraNames, faults: Keys, un
         for one in () if misfits else targets:
             if one.name in split:
                 faults[TWICE].append(f"{split[one.name].keys[0]} and {change.keys[0]} (of {one.name})")
-            split[one.name] = replace(change, rows=one.rows, columns=one.columns)
+            parts = {"parts": targets} if change.depends else {}
+            split[one.name] = replace(change, rows=one.rows, columns=one.columns, **parts)
     return split
 
 

@@ -21,8 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 
-from ..models.family import LoraNames
-from ..models.shapes import Shapes
+from ...models.family import LoraNames
+from ...models.shapes import Shapes
 
 Keys = dict[str, list[str]]  # by what an error or a warning says about them
 
@@ -37,16 +37,17 @@ OF_EXPERTS = {LOW_NOISE: re.compile(r"(^|\.)(transformer_2|pipe\.dit2)\.$"),
 HADA, HADA_CORES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
 LOKR = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))  # whole, or a product
 LOKR_CORE = "lokr_t2"
+MAGNITUDES = {"dora_scale": False, "magnitude": True}  # of DoRA: whether a norm for outputs includes the change
 ROLES = {
     "lora_A.weight": "down", "lora_A.default.weight": "down", "lora_down.weight": "down", "lora.down.weight": "down",
     "lora_B.weight": "up", "lora_B.default.weight": "up", "lora_up.weight": "up", "lora.up.weight": "up",
     "lora_B.bias": "up_bias", "lora_B.default.bias": "up_bias",
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m", "w_norm": "diff", "b_norm": "diff_b",
-    "lora_mid.weight": "mid",
+    "lora_mid.weight": "mid", "dora_scale": "dora_scale",
+    **{f"lora_magnitude_vector{end}": "magnitude" for end in ("", ".weight", ".default", ".default.weight")},
 } | {role: role for role in (*HADA, *HADA_CORES, *chain(*LOKR[0], *LOKR[1]), LOKR_CORE)}  # fmt: skip
 # Formats that change weights by other formulas, or with an alpha that is not in the file.
 OTHER_FORMATS = {
-    "DoRA": re.compile(r"\.(dora_scale|lora_magnitude_vector(\.\w+)*)$"),
     "OFT": re.compile(r"\.(oft_\w+|boft_\w+)(\.\w+)*$"),
     "GLoRA (LyCORIS)": re.compile(r"\.(a1|a2|b1|b2)\.weight$"),
     "LyCORIS with a trained scalar": re.compile(r"\.scalar$"),

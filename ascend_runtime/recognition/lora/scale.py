@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.bounded import parse_json, read_bounded
-from ..checkpoints.faults import as_value_error
-from ..checkpoints.formats.tensor_files import TensorFile
-from ..errors import coded_error
+from ...checkpoints.bounded import parse_json, read_bounded
+from ...checkpoints.faults import as_value_error
+from ...checkpoints.formats.tensor_files import TensorFile
+from ...errors import coded_error
 
 IN_THE_HEADER = "lora_adapter_metadata"  # diffusers/loaders/lora_base.py
 PEFTS_CONFIG, PEFTS_WEIGHTS = "adapter_config.json", "adapter_model"  # the second without its suffix

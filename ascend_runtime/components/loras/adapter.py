@@ -1,51 +1,38 @@
 """Merges LoRAs into the weights of loaded networks, and removes them again, without reading the base model again.
 
-    W = (W0 in fp32 + the sum of the LoRAs' changes) in W's dtype
+    W = (W0 in fp32 + the LoRAs' changes, in their order) in W's dtype
 
 for the part of W that this rank holds. The original W0 of each changed weight stays in host memory until no LoRA
-changes it.
+changes it. A change that depends on more of W0 (DoRA) reads the rest from the model's file once: what it needs to know
+of that is kept too. Quantized layers keep their weights, and LoRAs are added to their outputs (terms.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.formats.parts import full_slices
-from ..checkpoints.formats.tensor_files import TensorFile, open_tensors
-from ..checkpoints.reader import BytesRead, Places, nbytes
-from ..errors import coded_error
-from ..models.family import LoraNames
-from ..parallel.fsdp import ShardedWeights, own_part
-from ..recognition.lora import LoraFile, fingerprint, read_lora
-from ..recognition.lora_changes import WeightChange
-from ..specs import LoraSpec
-
-LorasInUse = list[tuple[LoraFile, float]]  # with their strengths, in the order in which they are added
-
-
-@dataclass(frozen=True)
-class LoraTarget:
-    """A network that LoRAs change.
-
-    places: where its parameters lie on disk. names: how LoRA files name its layers. expert: which of two experts it is;
-    None: the model has one.
-    """
-
-    places: Places
-    names: LoraNames
-    expert: str | None = None
+from ...checkpoints.formats.parts import Slices, full_slices
+from ...checkpoints.formats.tensor_files import open_tensors
+from ...checkpoints.reader import BytesRead, nbytes, read_part
+from ...errors import coded_error
+from ...parallel.fsdp import ShardedWeights, own_part
+from ...recognition.lora.files import LoraFile, fingerprint
+from ...specs import LoraSpec
+from .merging import Merging
+from .requests import LorasInUse, LoraTarget, by_expert, merged_by, read_loras
+from .terms import QuantizedTerms, no_layers
 
 
 class Adapter:
     """The LoRAs of one expert's network.
 
     parameter: gets its current parameter by name. share: the part of each that this rank holds. device: computes the
-    merge. files: LoRA files that were read for it. before_change: called before a weight changes.
+    merge. files: LoRA files that were read for it. before_change: called before a weight changes. terms: those of the
+    network's quantized layers, if it has any.
     """
 
     def __init__(
@@ -56,6 +43,7 @@ class Adapter:
         device: torch.device,
         files: Iterable[LoraFile] = (),
         before_change: Callable[[], None] = lambda: None,
+        terms: QuantizedTerms | None = None,
     ):
         self.places = target.places
         self._target = target
@@ -63,8 +51,10 @@ class Adapter:
         self._share = share
         self._device = device
         self._before_change = before_change
+        self._terms = terms or QuantizedTerms(target, no_layers, share, device)
         self._files = tuple(files)
         self._originals: dict[str, Tensor] = {}  # this rank's parts, as they were read
+        self._summaries: dict[Hashable, Tensor] = {}  # see `recognition.lora.dependent`; on the CPU
         self._loras: LorasInUse = []
         self._merged = True  # False: a change was interrupted
 
@@ -83,16 +73,29 @@ class Adapter:
         return [file.warning for file, _ in self._loras if file.warning]
 
     def to_change(self, loras: LorasInUse) -> list[str]:
-        """The parameters that change when these LoRAs replace those in use."""
-        return [] if self._in_use(loras) else sorted({*self._originals, *changed_by(loras)})
+        """The parameters that change when these LoRAs replace those in use, and the weights of quantized layers for
+        which files are read."""
+        if self._in_use(loras):
+            return []
+        of_terms = [f"{layer}.weight" for layer in self._terms.to_build(loras)]
+        return sorted({*self._originals, *merged_by(loras, self._target), *of_terms})
 
     def to_keep(self, loras: LorasInUse) -> int:
         """The bytes of the originals that these LoRAs add to this rank's host memory. On a CPU they are there already,
         mostly as a mapped file."""
         if self._device.type == "cpu":
             return 0
-        added = changed_by(loras) - self._originals.keys()
+        added = merged_by(loras, self._target) - self._originals.keys()
         return sum(own_part(self._parameter(name)).nbytes for name in added)
+
+    @property
+    def nbytes(self) -> int:
+        """What LoRAs take next to the weights."""
+        return self._terms.nbytes
+
+    def move(self, device: torch.device) -> None:
+        """Moves what LoRAs take next to the weights to a device."""
+        self._terms.move(device)
 
     def use(self, loras: LorasInUse, on_bytes: Callable[[int], None]) -> None:
         """Sets the weights to those of the base model with these LoRAs; does nothing if they are in use.
@@ -103,17 +106,18 @@ class Adapter:
         self._files = tuple(file for file, _ in loras)
         if self._in_use(loras):
             return
-        self._before_change()
+        if not all(map(self._target.is_quantized, names)):
+            self._before_change()
         self._loras, self._merged = loras, False
         with ExitStack() as stack, torch.no_grad():
-            opened = [(lora, stack.enter_context(open_tensors(lora.path)), strength) for lora, strength in loras]
+            used = loras if names else []  # a changed strength of quantized layers reads no file
+            opened = [(lora, stack.enter_context(open_tensors(lora.path)), strength) for lora, strength in used]
+            merging = Merging(opened, self.places, self._base, self._summaries)
             for name in names:
-                changes = [(file.changes[name], *rest) for file, *rest in opened if name in file.changes]
-                if changes:
-                    self._merge(name, changes)
-                else:
-                    self._restore(name)
+                self._change(name, merging)
                 on_bytes(self.places[name].nbytes)
+            self._summaries = merging.used
+            self._terms.set_strengths(loras)
         for file, _ in loras:
             if fingerprint(str(file.path)) != file.fingerprint:
                 raise coded_error("AV-1315", f"{file.path} changed while it was read. Run the job again.")
@@ -122,15 +126,33 @@ class Adapter:
     def _in_use(self, loras: LorasInUse) -> bool:
         return self._merged and loras == self._loras
 
-    def _merge(self, name: str, changes: list[tuple[WeightChange, TensorFile, float]]) -> None:
+    def _change(self, name: str, merging: Merging) -> None:
+        if self._target.is_quantized(name):
+            self._terms.build(name.removesuffix(".weight"), merging.opened)
+        elif merging.changes(name):
+            self._merge(name, merging)
+        else:
+            self._restore(name)
+
+    def _merge(self, name: str, merging: Merging) -> None:
         if name not in self._originals:
             self._keep(name)
+        own_part(self._parameter(name)).copy_(merging.weight(name, self._part(name)))
+
+    def _base(self, name: str, part: Slices) -> Tensor:
+        """A part of a parameter of the base model, in fp32; from its file if this rank does not hold all of it."""
+        original = self._originals.get(name)
+        held = own_part(self._parameter(name)) if original is None else original
+        own = self._part(name)
+        if all(has.start <= wanted.start and wanted.stop <= has.stop for has, wanted in zip(own, part)):
+            held = held[tuple(slice(x.start - has.start, x.stop - has.start) for has, x in zip(own, part))]
+        else:
+            held = read_part(name, self.places[name], part, held.dtype)
+        return held.to(self._device, torch.float32, copy=True)
+
+    def _part(self, name: str) -> Slices:
         shape = self.places[name].shape
-        part = self._share.part(name, shape) or full_slices(shape)
-        weight = self._originals[name].to(self._device, torch.float32, copy=True)
-        for change, file, strength in changes:
-            change.add_to(weight, file, part, shape, strength)
-        own_part(self._parameter(name)).copy_(weight)
+        return self._share.part(name, shape) or full_slices(shape)
 
     def _keep(self, name: str) -> None:
         """On a CPU the original keeps its memory, which may be a mapped file, and the parameter gets new memory. On a
@@ -168,39 +190,3 @@ def use_loras(
     progress.expect(sum(nbytes(*change) for change in to_change))
     for expert, adapter in adapters.items():
         adapter.use(loras[expert], progress.add)
-
-
-def by_expert(specs: tuple[LoraSpec, ...], experts: list[str]) -> dict[str, list[LoraSpec]]:
-    """The LoRAs of each expert. Raises ValueError if one is for an expert that the model lacks."""
-    for spec in specs:
-        if spec.expert != "both" and len(experts) == 1:
-            raise coded_error(
-                "AV-1404",
-                f"The LoRA {spec.path} is for the expert {spec.expert}, but this model has only one expert. "
-                "Set expert to 'both'.",
-            )
-    return {expert: [spec for spec in specs if spec.expert in ("both", expert)] for expert in experts}
-
-
-def read_loras(specs: list[LoraSpec], target: LoraTarget, known: Iterable[LoraFile] = ()) -> LorasInUse:
-    """LoRAs for a network; `known` files are not read again. Raises ValueError for a file that does not fit."""
-    shapes = {name: place.shape for name, place in target.places.items()}
-    files = {(file.fingerprint, file.misfits): file for file in known}
-    loras = []
-    for spec in specs:
-        file = files.get((fingerprint(spec.path), spec.misfits)) or read_lora(
-            spec.path, shapes, target.names, target.expert, spec.misfits
-        )
-        if not file.changes and spec.expert != "both" and spec.misfits == "refuse":
-            raise coded_error(
-                "AV-1404",
-                f"The LoRA {spec.path} is set for the expert {spec.expert}, but all its layers are for the other one. "
-                "Set expert to 'both', which gives each expert its own layers.",
-            )
-        loras.append((file, spec.strength))
-    return loras
-
-
-def changed_by(loras: LorasInUse) -> set[str]:
-    """The names of the parameters that these LoRAs change."""
-    return {name for file, _ in loras for name in file.changes}

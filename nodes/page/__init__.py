@@ -1,0 +1,1 @@
+"""How nodes look in ComfyUI's page: where they are found, and what their widgets show."""
