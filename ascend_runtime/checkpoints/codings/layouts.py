@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...ops.mxfp8 import MX_GROUP
-from ...ops.rotation import is_rotation
+from ...ops.blocks.rotation import is_rotation
 from .coding import Coding
 from .fp8 import Scaled
 from .integers import LEVEL_COUNT, Integers, Levels
