@@ -112,18 +112,20 @@ def layers_of(loras: LorasInUse, target: LoraTarget) -> set[str]:
 
 def nbytes_of(loras: LorasInUse, target: LoraTarget, share: ShardedWeights, dtype: torch.dtype) -> int:
     """The bytes that the terms of these LoRAs take of a rank's device. Reads the headers of the files."""
-    total = 0
+    total, biases = 0, {}
     for lora, _ in loras:
-        own = [name for name in lora.changes if name.rpartition(".")[0] in target.layers]
-        if not own:
-            continue
+        own = {name: change for name, change in lora.changes.items()
+               if target.is_quantized(name) and not change.changes_nothing}  # fmt: skip
         with open_tensors(lora.path) as file:
-            for name in own:
+            for name, change in own.items():
                 part = share.slice_of(name, target.shapes[name])
-                is_bias = name.endswith(".bias")
-                numbers = part[0].stop - part[0].start if is_bias else smallest(lora.changes[name], file.shapes, part)[1]
-                total += numbers * (FP32 if is_bias else dtype.itemsize)
-    return total
+                if name.endswith(".bias"):
+                    biases[name] = FP32 * math.prod(_sizes(part))  # the sum, next to each LoRA's
+                    total += biases[name]
+                else:
+                    form, numbers = smallest(change, file.shapes, part)
+                    total += dtype.itemsize * numbers + (FP32 * change.rank(file.shapes) if form == PAIR else 0)
+    return total + sum(biases.values())
 
 
 def smallest(change: WeightChange, on_disk: Shapes, part: Slices) -> tuple[str, int]:
