@@ -270,6 +270,21 @@ def test_each_expert_gets_its_own_layers(tmp_path, shapes):
         assert made.changes.keys() == low.changes.keys()
 
 
+@pytest.mark.parametrize("high, low", [
+    ("pipe.dit.", "pipe.dit2."), ("transformer_1.", "transformer_2."), ("high_noise_model.", "low_noise_model."),
+    ("diffusion_model.high_noise.", "diffusion_model.low_noise."),
+])  # fmt: skip
+def test_both_experts_in_one_file_under_other_names(tmp_path, shapes, high, low):
+    both = saved(tmp_path, pair(f"{high}{ORIGINAL_Q}") | pair(f"{low}blocks.1.ffn.2", WIDTH))
+    read = {expert: read_lora(both, shapes, LORA_NAMES, expert) for expert in ("high_noise", "low_noise")}
+    assert {expert: [*file.changes] for expert, file in read.items()} == {
+        "high_noise": [f"{Q}.weight"], "low_noise": [f"{FFN}.weight"]}  # fmt: skip
+    assert not any(file.warning for file in read.values())
+    one = saved(tmp_path, pair(f"{high}{ORIGINAL_Q}"), "one")  # named as no other expert's
+    changes = read_lora(one, shapes, LORA_NAMES, "low_noise").changes
+    assert bool(changes) == (high == "pipe.dit.")
+
+
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
 def test_layers_of_both_experts_of_which_none_fits(tmp_path, shapes, expert):
     file = saved(tmp_path, pair(f"transformer.{Q}", 64, 64) | pair(f"transformer_2.{Q}", 64, 64))
