@@ -169,8 +169,8 @@ class Adapter:
 
 @dataclass
 class _Merging:
-    """LoRAs while they are merged. opened: each with its file and its strength. base: gets a part of a parameter without
-    any. known: summaries of earlier merges; used: of this one."""
+    """LoRAs while they are merged. opened: each with its file and its strength. base: gets a part of a parameter
+    without any. known: summaries of earlier merges; used: of this one."""
 
     opened: list[tuple[LoraFile, TensorFile, float]]
     places: Places

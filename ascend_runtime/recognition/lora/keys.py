@@ -10,9 +10,9 @@
     LyCORIS              lycoris_blocks_0_attn1_to_q.hada_w1_a             .lokr_w1 .lora_mid.weight .w_norm .b_norm
 
 A key has the same meaning in all of these layouts, or occurs in only one, so each key is parsed separately, with any
-prefixes or none, and with dots or underscores. If some keys begin with `transformer_2.` or another name of the low-noise
-expert, these are for it, and keys with `transformer.` are for the high-noise expert. Keys of text encoders, which
-trainers write into the same file, are left out.
+prefixes or none, and with dots or underscores. If some keys begin with `transformer_2.` or another name of the
+low-noise expert, these are for it, and keys with `transformer.` are for the high-noise expert. Keys of text encoders,
+which trainers write into the same file, are left out.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ Keys = dict[str, list[str]]  # by what an error or a warning says about them
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 LOW = r"transformer_2|pipe\.dit2|dit2|low_noise(_model)?"
-HIGH = r"transformer_1|high_noise(_model)?"  # of nothing else; `transformer` and `pipe.dit` are also names of the only one
+HIGH = r"transformer_1|high_noise(_model)?"
+MAIN = r"transformer|pipe\.dit"  # the high-noise expert next to a low-noise one, else the only network
 PREFIX = re.compile(
     r"^(lora_unet__?|lora_transformer_|lycoris_|Hunyuan_video_I2V_lora_|"
-    rf"(({LOW}|{HIGH}|transformer|pipe\.dit|dit|base_model\.model|diffusion_model|model|net|unet|module"
+    rf"(({LOW}|{HIGH}|{MAIN}|dit|base_model\.model|diffusion_model|model|net|unet|module"
     r"|_orig_mod|_fsdp_wrapped_module)\.)*)"
 )
-OF_EXPERTS = {LOW_NOISE: re.compile(rf"(^|\.)({LOW})\."), HIGH_NOISE: re.compile(rf"(^|\.)({HIGH}|transformer|pipe\.dit)\.")}
+OF_EXPERTS = {LOW_NOISE: re.compile(rf"(^|\.)({LOW})\."), HIGH_NOISE: re.compile(rf"(^|\.)({HIGH}|{MAIN})\.")}
 ONLY_HIGH = re.compile(rf"(^|\.)({HIGH})\.")
 # PEFT's name of an adapter, where others have none; what torch wraps modules in.
 INSERTED = re.compile(r"(?<=\.lora_[AB])\.(?!(weight|bias)$)[\w-]+(?=\.(weight|bias)$|$)"
