@@ -19,7 +19,7 @@ from ..recognition.defaults import defaults_for
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from . import diffusion_model, text_encoder, vae, vision
 from .diffusion_model import DiffusionModel
-from .loras import use_loras
+from .loras.adapter import use_loras
 from .pinned import require_room_for_originals
 from .room import ROOM_TO_COMPUTE, HostMemory, Room
 from .standby import ROOM_FOR_OTHERS, DiffusionModels, HeldModel, ModelKey

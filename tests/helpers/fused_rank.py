@@ -23,7 +23,8 @@ from ascend_runtime.models.shared.quantized.replacing import (
 from ascend_runtime.models.wan.files import lora_names
 from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.checkpoints.reader import check_weights, load_weights
-from ascend_runtime.components.loras import Adapter, LoraTarget
+from ascend_runtime.components.loras.adapter import Adapter
+from ascend_runtime.components.loras.requests import LoraTarget
 from ascend_runtime.parallel.fsdp import ShardedWeights, own_part, sharding_of
 from safetensors.torch import load_file, save_file
 

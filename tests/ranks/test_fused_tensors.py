@@ -20,8 +20,8 @@ from ascend_runtime.checkpoints.msmodelslim import description_in, read_descript
 from ascend_runtime.checkpoints.formats.parts import in_ranges, full_slices
 from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes, read_part
 from ascend_runtime.checkpoints.writing.unfinished import unfinished
-from ascend_runtime.components import loras
-from ascend_runtime.components.loras import Adapter, LoraTarget
+from ascend_runtime.components.loras.adapter import Adapter
+from ascend_runtime.components.loras.requests import LoraTarget
 from ascend_runtime.ops.quantization import quantized_rows
 from fused_files import FP8, KINDS, WIDTH, Network, parameters, rename, save, split, tensors
 from safetensors.torch import load_file, save_file

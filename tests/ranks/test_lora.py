@@ -12,7 +12,7 @@ from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
 from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.recognition.lora.changes import LowRank
 from ascend_runtime.components import Components
-from ascend_runtime.components.loras import Adapter
+from ascend_runtime.components.loras.adapter import Adapter
 from benchmarks.opens import Opened
 from diffusers.loaders import lora_conversion_utils
 from safetensors.torch import load_file, save_file

@@ -57,6 +57,15 @@ class WeightChange(ABC):
         """Whether it depends on the weight that it changes (see dependent.py), and so is no sum that can be added."""
         return False
 
+    def rank(self, on_disk: Shapes) -> int | None:
+        """The rank of `factors`; None: the change is no product of two matrices."""
+        return None
+
+    def factors(self, file: TensorFile, part: Slices, whole: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(B [rows, rank], A [rank, columns]), whose product times the scale is the change of the slices `part`, on the
+        device of `like` and in its dtype. whole: the parameter's shape. Only if there is a `rank`."""
+        raise TypeError(f"{type(self).__name__} is no product of two matrices")
+
     @abstractmethod
     def layer(self, on_disk: Shapes) -> Shape | None:
         """The shape of the layer in the file; None if the tensors do not fit together. A kernel may be in one dim with
@@ -108,13 +117,19 @@ class LowRank(WeightChange):
         up, down = on_disk[self.up], on_disk[self.down]
         return min(len(up), len(down)) > 1 and down[0] <= MAX_RANK and super().fits(on_disk, whole)
 
-    def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: Shape, strength: float) -> None:
-        up = _read(file, self.up, part[:1], self.rows).flatten(1).to(weight)
+    def rank(self, on_disk: Shapes) -> int:
+        return math.prod(on_disk[self.up][1:])
+
+    def factors(self, file: TensorFile, part: Slices, whole: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
+        up = _read(file, self.up, part[:1], self.rows).flatten(1).to(like)
         down = _read(file, self.down, (), None, self.columns)
         if self.mid is not None:
-            down = torch.einsum("m n ..., n j -> m j ...", file.read(self.mid).to(weight), down.flatten(1).to(weight))
+            down = torch.einsum("m n ..., n j -> m j ...", file.read(self.mid).to(like), down.flatten(1).to(like))
         down = down.view(-1, *whole[1:])
-        down = down[(slice(None), *part[1:])].flatten(1).to(weight)
+        return up, down[(slice(None), *part[1:])].flatten(1).to(like)
+
+    def add_to(self, weight: Tensor, file: TensorFile, part: Slices, whole: Shape, strength: float) -> None:
+        up, down = self.factors(file, part, whole, weight)
         weight += ((strength * self.scale) * (up @ down)).view_as(weight)
 
 
@@ -188,6 +203,17 @@ class Hadamard(_Product):
         one, other = (_multiplied(*pair, core, file, rows, like) for pair, core in self._factors())
         return one * other
 
+    def rank(self, on_disk: Shapes) -> int | None:
+        return None if self.cores else on_disk[self.first[1]][0] * on_disk[self.second[1]][0]
+
+    def factors(self, file: TensorFile, part: Slices, whole: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The elementwise product of B1 A1 and B2 A2 has a column of B for each pair of their columns."""
+        (a1, b1), (a2, b2) = ([file.read(key).to(like) for key in pair] for pair in (self.first, self.second))
+        pieces = [lies for _, lies in in_ranges(part, self.rows, self.columns)]
+        up = [(a1[own, :, None] * a2[own, None, :]).flatten(1) for own, *_ in pieces]
+        inner = pieces[0][1]
+        return torch.cat(up), (b1[:, None, inner] * b2[None, :, inner]).flatten(0, 1)
+
     def _factors(self) -> list[tuple[tuple[str, str], str | None]]:
         return [*zip((self.first, self.second), self.cores or (None, None))]
 
@@ -219,6 +245,19 @@ class Kronecker(_Product):
             return None
         return one[0] * other[0], one[1] * other[1], *other[2:]
 
+    def cut(self, on_disk: Shapes, part: Slices) -> tuple[Slices, Slices] | None:
+        """The slices of C1 and C2 whose kron the change of the slices `part` of a matrix is; None: there are none."""
+        other, pieces = _factor_shape(self.second, self.core, on_disk), in_ranges(part, self.rows, self.columns)
+        if len(pieces) > 1 or len(other) != 2 or len(part) != 2:
+            return None
+        both = [_in_units(own, unit) for own, unit in zip(pieces[0][1], other)]
+        return None if None in both else tuple(zip(*both))
+
+    def matrices(self, file: TensorFile, cut: tuple[Slices, Slices], like: Tensor) -> tuple[Tensor, Tensor]:
+        """These slices of C1 and C2."""
+        one, other = _factor(self.first, None, file, like), _factor(self.second, self.core, file, like)
+        return one[cut[0]], other[cut[1]]
+
     def made(self, file: TensorFile, rows: slice, like: Tensor) -> Tensor:
         """The rows of kron(C1, C2) are those of C2, times each row of C1."""
         one, other = _factor(self.first, None, file, like), _factor(self.second, self.core, file, like)
@@ -227,6 +266,14 @@ class Kronecker(_Product):
         # Each element of C1 multiplies all of C2, with its kernel, as in LyCORIS; torch.kron aligns the last dims.
         made = torch.kron(one[(used, ..., *(None for _ in other.shape[2:]))], other.contiguous())
         return made[rows.start - used.start * each : rows.stop - used.start * each]
+
+
+def _in_units(own: slice, unit: int) -> tuple[slice, slice] | None:
+    """(the units, the part of each) that these rows are: whole units, or a part of one; None: they are neither."""
+    first, last = own.start // unit, -(-own.stop // unit)
+    if own.start % unit == own.stop % unit == 0:
+        return slice(first, last), slice(0, unit)
+    return (slice(first, last), slice(own.start - first * unit, own.stop - first * unit)) if last - first == 1 else None
 
 
 def _read(file: TensorFile, key: str, part: Slices, rows: Rows | None, columns: slice | None = None) -> Tensor:

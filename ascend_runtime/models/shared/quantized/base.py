@@ -33,6 +33,7 @@ class QuantizedLinear(nn.Module, ABC):
     def __init__(self, like: nn.Linear, layer: Layer):
         super().__init__()
         self.in_features, self.out_features = like.in_features, like.out_features
+        self.has_bias = like.bias is not None
         self.lora: LoraTerm | None = None
         self.mul_scale = new_parameter(like.in_features, dtype=like.weight.dtype) if layer.smoothed else None
         self._add_weight(like)
@@ -44,6 +45,12 @@ class QuantizedLinear(nn.Module, ABC):
     @abstractmethod
     def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
         """Adds the other parameters, such as scales and bias."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The full shapes of the weight and the bias that the layer stands for."""
+        weight = {"weight": (self.out_features, self.in_features)}
+        return weight | {"bias": (self.out_features,)} if self.has_bias else weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]"""
