@@ -300,8 +300,9 @@ class LoadLora(io.ComfyNode):
                     "lora_name",
                     options=model_files.names(model_files.LORA),
                     tooltip="A LoRA for this model: a .safetensors, .pt or .pth file in models/loras, as diffusers, "
-                    "PEFT, kohya, LyCORIS or ComfyUI write it. Layers that do not fit the model are skipped; Ascend "
-                    "Sampler and the log list them. A file without any layer that fits is refused.",
+                    "PEFT, kohya, LyCORIS or ComfyUI write it, or PEFT's folder with adapter_config.json. Layers that "
+                    "do not fit the model are skipped; Ascend Sampler and the log list them. A file without any layer "
+                    "that fits is refused.",
                 ),
                 io.Float.Input(
                     "strength",
