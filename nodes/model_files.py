@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,15 @@ import folder_paths
 
 from ..ascend_runtime.checkpoints.paths import DESCRIPTION_PATTERN
 from ..ascend_runtime.errors import coded_error
+from ..ascend_runtime.models import family as parts
 from ..ascend_runtime.models.hubs import HUBS
+from ..ascend_runtime.models.registry import families
 from .validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack
+CHECKPOINTS = "checkpoints"  # ComfyUI's folder of files that hold all networks of a model
+IN_CHECKPOINTS = f"{CHECKPOINTS}/"  # prefix of these
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
 # A folder with one of these is a model: of diffusers, of the model's authors (both experts, or one; or all parts of a
 # model, and its transformer), of MindSpeed-MM, of msModelSlim.
@@ -28,11 +33,12 @@ MARKS = (
 @dataclass(frozen=True)
 class Kind:
     """category: ComfyUI's, of single files. published: what to download, and where to put it. folders: whether a model
-    may be a folder."""
+    may be a folder. in_checkpoints: whether a file of all networks holds it too."""
 
     category: str
     published: str
     folders: bool = True
+    in_checkpoints: bool = False
 
 
 FOLDER = (
@@ -43,12 +49,14 @@ TRANSFORMER = Kind(
     "diffusion_models",
     "a file (of Comfy-Org/Wan_2.1_ComfyUI_repackaged, Comfy-Org/Wan_2.2_ComfyUI_Repackaged or "
     f"Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/diffusion_models, or {FOLDER}",
+    in_checkpoints=True,
 )
 TEXT_ENCODER = Kind(
     "text_encoders",
     "a file (umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged for Wan; both "
     "llava_llama3_fp8_scaled.safetensors and clip_l.safetensors of Comfy-Org/HunyuanVideo_repackaged for HunyuanVideo; "
     f"{HUBS}) into models/text_encoders, or {FOLDER}",
+    in_checkpoints=True,
 )
 VISION = Kind(
     "clip_vision",
@@ -59,6 +67,7 @@ VAE = Kind(
     "vae",
     "a file (wan_2.1_vae.safetensors or wan2.2_vae.safetensors of Comfy-Org/Wan_2.2_ComfyUI_Repackaged, or "
     f"hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/vae, or {FOLDER}",
+    in_checkpoints=True,
 )
 LORA = Kind(
     "loras",
@@ -80,10 +89,18 @@ def folders(kind: Kind) -> dict[str, Path]:
 
 
 def names(kind: Kind) -> list[str]:
-    """What a loader of this kind can load: folders first, then files."""
+    """What a loader of this kind can load: folders first, then files, then files of all networks."""
     listed = folders(kind)
     files = [name for name in folder_paths.get_filename_list(kind.category) if name.endswith(SUFFIXES)]
-    return [*listed, *(name for name in files if Path(name).parts[0] not in listed)]
+    return [*listed, *(name for name in files if Path(name).parts[0] not in listed), *_checkpoints(kind)]
+
+
+def _checkpoints(kind: Kind) -> list[str]:
+    """Files in models/checkpoints, by names that speak of one of our models: most others are of other models, and their
+    headers would take long to read."""
+    patterns = [one.stock.names[parts.TRANSFORMER] for one in families().values() if parts.TRANSFORMER in one.stock.names]
+    found = folder_paths.get_filename_list(CHECKPOINTS) if kind.in_checkpoints else []
+    return [f"{IN_CHECKPOINTS}{name}" for name in found if any(re.search(one, name.lower()) for one in patterns)]
 
 
 def path_of(name: str, kind: Kind) -> str:
@@ -92,6 +109,8 @@ def path_of(name: str, kind: Kind) -> str:
     path = folder and str(folder)
     if path is None and isinstance(name, str) and "\0" not in name:
         path = folder_paths.get_full_path(kind.category, name)
+        if path is None and kind.in_checkpoints and name.startswith(IN_CHECKPOINTS):
+            path = folder_paths.get_full_path(CHECKPOINTS, name.removeprefix(IN_CHECKPOINTS))
     if path is None:
         raise coded_error(
             "AV-1301",

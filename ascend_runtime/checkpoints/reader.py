@@ -188,13 +188,13 @@ def _places(
                 if not (dtype.is_floating_point or coding or parts.get(key)):
                     numbers.append(f"{key} as {dtype}")
                 targets[key] = targets_of(split, name, tuple(shape))
-                packing = quantized.packing(key) if quantized else None
                 for one in targets[key]:
                     if one.name in places:
                         other = places[one.name].shard
                         raise coded_error("AV-1310", f"{shard} and {other} both hold {one.name}. Keep one of the two.")
                     made = one.shape_in(tuple(shape))
                     size = math.ceil(math.prod(made) * (coding.bits if coding else 8 * dtype.itemsize) / 8)
+                    packing = quantized.packing(key, one.name) if quantized else None
                     kept = packing.shape(made) if packing else made
                     places[one.name] = Place(shard, key, kept, size, coding, one.rows, one.columns, packing)
             _check_rows(file, targets)

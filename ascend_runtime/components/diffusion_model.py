@@ -41,6 +41,7 @@ from .loras.requests import LorasInUse, LoraTarget, by_expert, merged_by, read_f
 from .loras.terms import QuantizedTerms, nbytes_of
 from .model_config import check_experts
 from .networks import dtype_named, empty_network
+from .packed import packed
 from .pinned import Layout, Weights, require_room
 from .room import Room
 
@@ -61,6 +62,7 @@ class DiffusionModel:
     dtype: torch.dtype
     adapters: dict[str, Adapter]  # by expert
     swap: ExpertSwap | None = None  # set if the two experts take turns in one network on the device
+    notes: tuple[str, ...] = ()  # about how it is kept, for the user
     warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since the model was loaded
     standing: Any = None  # what the engine keeps of a run between its calls; freed with the model
 
@@ -84,8 +86,8 @@ class DiffusionModel:
 
     @property
     def warnings(self) -> list[str]:
-        """Warnings about the LoRAs in use, each once."""
-        return [*dict.fromkeys(text for adapter in self.adapters.values() for text in adapter.warnings)]
+        """Warnings about the LoRAs in use, and how the weights are kept, each once."""
+        return [*dict.fromkeys([*self.notes, *(text for one in self.adapters.values() for text in one.warnings)])]
 
     def expert_at(self, timestep: float) -> VideoTransformer:
         """The expert for a timestep in 0..1000."""
@@ -147,7 +149,7 @@ def files(spec: DiffusionModelSpec) -> list[Component]:
 @dataclass(frozen=True)
 class Opened:
     """A diffusion model whose files fit it and its LoRAs, and whose weights are not read yet. can_swap: whether its
-    experts can take turns."""
+    experts can take turns. notes: about how it is to be kept, for the user."""
 
     spec: DiffusionModelSpec
     unread: dict[str, _Unread]  # by expert
@@ -157,6 +159,7 @@ class Opened:
     latents: Latents
     can_swap: bool
     reader: _Reader
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +186,7 @@ class Opened:
             device=reader.room.device,
             dtype=reader.dtype,
             swap=swap,
+            notes=self.notes,
         )
 
 
@@ -197,6 +201,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     if formats:
         check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
+    found, notes = packed(found, spec, room, dtype)
     defaults = defaults_for(spec, found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
     unread = {
@@ -208,7 +213,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     requested = by_expert(spec.loras, list(unread))
     loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}
-    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress))
+    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress), notes)
 
 
 @dataclass(frozen=True)

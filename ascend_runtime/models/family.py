@@ -18,7 +18,7 @@ from ..specs.presets import FamilyPresets
 from .core_text import CoreText
 from .cost import PassSize, SlicedSums, Work
 from .defaults import Defaults, Distillation
-from .hubs import PublishedModel
+from .hubs import HubFile, PublishedModel
 from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
@@ -129,6 +129,10 @@ class WeightRules:
     replicated: Callable[[str], bool] = lambda name: False
     cut_dim: Callable[[str], int | None] = lambda name: None
     in_8_bits: Callable[[str], bool] = lambda layer: False
+
+    def keeps_whole(self, name: str, shape: tuple[int, ...], values: int, tp: int) -> bool:
+        """Whether tensor parallelism of this degree leaves groups of so many values of a weight's row whole."""
+        return tp == 1 or self.cut_dim(name) != 1 or shape[1] % (tp * values) == 0
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,11 @@ class Family(ABC):
     @property
     def published(self) -> Mapping[str, PublishedModel]:
         """The published models by name."""
+        return {}
+
+    @property
+    def downloads(self) -> Mapping[str, tuple[HubFile, ...]]:
+        """All files that a model needs, by the model's name, or by that of a variant."""
         return {}
 
     # Cost of a pass

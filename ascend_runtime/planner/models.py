@@ -13,7 +13,7 @@ from ..hardware import cores
 from ..models.family import TRANSFORMER, VAE, Family
 from ..models.registry import families
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
-from .facts import Model, Network
+from .facts import Blocks, Model, Network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,8 +127,21 @@ def _of_files(component: Component, quantization: str = "none") -> Network:
     if component.quantized is not None:
         quantize(network, component.quantized.renamed(component.parameters), component.part.blocks)
     types = _types(component, network)
+    packed = _packed(component, network) if quantization == "none" else {}
     made = _network(component.family, component.kind.name, component.config, network, quantization)
-    return replace(made, stored=component.nbytes, stored_types=types)
+    return replace(made, stored=component.nbytes, stored_types=types, packed=packed)
+
+
+def _packed(component: Component, network: nn.Module) -> dict[str, Blocks]:
+    """The weights of a transformer that can stay in the blocks of its GGUF file."""
+    from ..models.shared.quantized.replacing import linears
+    from ..ops.blocks.ggml import BLOCK_TYPES
+    from ..recognition.packed import weights_in_blocks
+
+    if component.kind.name != TRANSFORMER:
+        return {}
+    kinds = weights_in_blocks(component, linears(network, lambda name: True))
+    return {name: Blocks(kind, BLOCK_TYPES[kind].values, BLOCK_TYPES[kind].nbytes) for name, kind in kinds.items()}
 
 
 def _of_config(

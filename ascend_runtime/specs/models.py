@@ -68,6 +68,9 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         strength, does not reload the model's weights.
     quantization: "w8a8_dynamic" stores the weights of the blocks' linear layers, except the feed-forward's second, in
         8 bits, and quantizes activations dynamically. "none" leaves weights as the files have them, also if quantized.
+    packed: of GGUF files: whether the weights of linear layers stay in the file's few bits, and each is dequantized
+        when it is used, which takes less memory and a little time in each step; else all are dequantized when they are
+        read. None: they stay so if the device has too little memory otherwise.
     """
 
     path: str
@@ -77,6 +80,7 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
     experts: str = "auto"
     loras: tuple[LoraSpec, ...] = ()
     quantization: str = "none"
+    packed: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,6 +90,11 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         require_choice("dtype", self.dtype, COMPUTE_DTYPES)
         require_choice("experts", self.experts, EXPERT_MODES)
         require_choice("quantization", self.quantization, QUANTIZATIONS)
+        if self.packed and self.quantization != "none":
+            raise ValueError(
+                f"packed keeps weights as a GGUF file has them, and quantization is {self.quantization!r}. Set one of the "
+                "two."
+            )
         if self.boundary is not None:
             require_range("boundary", self.boundary, 0.0, 1.0)
 

@@ -27,25 +27,38 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 @dataclass(frozen=True)
 class BlockType:
-    """name: as ggml has it. values, nbytes: of a block. decode: makes fp32 [n, values] of blocks uint8 [n, nbytes]."""
+    """How the weights of a layer lie in memory as bytes (see ops.packing.Packing).
+
+    name: as ggml has it. values, nbytes: of a block. scales: where its fp16 numbers begin. decode: makes fp32
+    [n, values] of blocks uint8 [n, nbytes].
+    """
 
     name: str
     values: int
     nbytes: int
+    scales: tuple[int, ...]
     decode: Callable[[Tensor], Tensor]
 
-    def bytes_of(self, values: int) -> int:
-        """The bytes of so many values, of whole blocks."""
-        return values // self.values * self.nbytes
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the bytes, given that of the values."""
+        return (*stored[:-1], stored[-1] // self.values * self.nbytes)
 
-    def values_of(self, nbytes: int) -> int:
-        """The inverse of `bytes_of`."""
-        return nbytes // self.nbytes * self.values
+    def stored(self, part: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The values that this part of the bytes holds."""
+        *rows, last = part
+        return *rows, slice(*(edge // self.nbytes * self.values for edge in (last.start, last.stop)))
+
+    def packed(self, tensor: Tensor) -> Tensor:
+        """The bytes. Raises ValueError for scales that are not finite."""
+        blocks = tensor.reshape(-1, self.nbytes)
+        if not all(_halves(blocks[:, begin : begin + 2]).isfinite().all() for begin in self.scales):
+            raise ValueError("NaN or infinite scales")
+        return tensor
 
 
 def dequantized(blocks: Tensor, kind: BlockType, dtype: torch.dtype) -> Tensor:
     """A matrix [rows, columns] in `dtype` of its blocks uint8 [rows, bytes]; computed in fp32, some rows at a time."""
-    rows, columns = blocks.shape[0], kind.values_of(blocks.shape[1])
+    rows, columns = blocks.shape[0], blocks.shape[1] // kind.nbytes * kind.values
     made = torch.empty(rows, columns, dtype=dtype, device=blocks.device)
     step = max(1, AT_ONCE // max(1, columns))
     for start in range(0, rows, step):
@@ -171,10 +184,11 @@ def _iq4_xs(x: Tensor) -> Tensor:
 BLOCK_TYPES = {
     one.name: one
     for one in (
-        BlockType("Q4_0", 32, 18, _q4_0), BlockType("Q4_1", 32, 20, _q4_1), BlockType("Q5_0", 32, 22, _q5_0),
-        BlockType("Q5_1", 32, 24, _q5_1), BlockType("Q8_0", 32, 34, _q8_0), BlockType("Q2_K", 256, 84, _q2_k),
-        BlockType("Q3_K", 256, 110, _q3_k), BlockType("Q4_K", 256, 144, _q4_k), BlockType("Q5_K", 256, 176, _q5_k),
-        BlockType("Q6_K", 256, 210, _q6_k), BlockType("IQ4_NL", 32, 18, _iq4_nl),
-        BlockType("IQ4_XS", 256, 136, _iq4_xs),
+        BlockType("Q4_0", 32, 18, (0,), _q4_0), BlockType("Q4_1", 32, 20, (0, 2), _q4_1),
+        BlockType("Q5_0", 32, 22, (0,), _q5_0), BlockType("Q5_1", 32, 24, (0, 2), _q5_1),
+        BlockType("Q8_0", 32, 34, (0,), _q8_0), BlockType("Q2_K", 256, 84, (80, 82), _q2_k),
+        BlockType("Q3_K", 256, 110, (108,), _q3_k), BlockType("Q4_K", 256, 144, (0, 2), _q4_k),
+        BlockType("Q5_K", 256, 176, (0, 2), _q5_k), BlockType("Q6_K", 256, 210, (208,), _q6_k),
+        BlockType("IQ4_NL", 32, 18, (0,), _iq4_nl), BlockType("IQ4_XS", 256, 136, (0,), _iq4_xs),
     )
 }  # fmt: skip

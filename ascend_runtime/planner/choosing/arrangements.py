@@ -22,6 +22,7 @@ class Fixed:
     experts: str = "auto"
     encoder: str = "auto"
     tiles: str = "auto"
+    packed: bool | None = None
 
 
 def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed, tiles: str) -> list[Arrangement]:
@@ -42,6 +43,14 @@ def open_tiles(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:
     used only if no whole plane fits."""
     dealt = machine.ranks == 1 or model.family.deals_tiles
     return (fixed.tiles,) if fixed.tiles != "auto" else (WHOLE, PUBLISHED) if dealt else (WHOLE,)
+
+
+def open_forms(model: Model, machine: Machine, fixed: Fixed) -> list[tuple[str, bool]]:
+    """(the VAE's tiles, whether weights stay in the blocks of their files) in the order in which they are tried: blocks
+    take a little time in each step, so that they are used only if the weights do not fit in full."""
+    can = any(one.packed for one in model.experts)
+    packed = (False, True) if can and fixed.packed is None else (can and bool(fixed.packed),)
+    return [(tiles, one) for tiles in open_tiles(model, machine, fixed) for one in packed]
 
 
 def plans(model: Model, video: Video, machine: Machine, parallel: ParallelSpec) -> list[Plan]:

@@ -13,13 +13,16 @@ from ....checkpoints.faults import list_faults
 from ....checkpoints.msmodelslim import DYNAMIC, INT4, MXFP8, STATIC, TIMESTEP, Layer
 from ....errors import coded_error
 from ....ops import in_preferred_layout
+from ....ops.blocks.ggml import BLOCK_TYPES
 from .base import QuantizedLinear
 from .layers import DynamicLinear, Int4Linear, MxLinear
+from .packed import PackedLinear
 from .static import StaticLinear, TimestepLinear
 
 QUANTIZATION_SCHEMES = {"w8a8_dynamic": Layer(DYNAMIC)}  # for weights that are quantized on the fly
 KINDS = {
-    DYNAMIC: DynamicLinear, STATIC: StaticLinear, TIMESTEP: TimestepLinear, MXFP8: MxLinear, INT4: Int4Linear
+    DYNAMIC: DynamicLinear, STATIC: StaticLinear, TIMESTEP: TimestepLinear, MXFP8: MxLinear, INT4: Int4Linear,
+    **dict.fromkeys(BLOCK_TYPES, PackedLinear),
 }  # fmt: skip
 
 
