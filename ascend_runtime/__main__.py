@@ -1,4 +1,4 @@
-"""`python -m ascend_runtime COMMAND`: the commands of the pack.
+"""`python -m ascend_runtime COMMAND`: the commands of the pack; `ascend-video COMMAND` where it was installed by pip.
 
 `doctor` also runs where the pack's requirements are not installed, so nothing here imports them before it.
 
@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,6 +22,7 @@ from .checkpoints.faults import printable_lines
 if TYPE_CHECKING:
     from .commands.progress import ProgressDisplay
 
+INSTALLED = "ascend-video"  # pyproject.toml's [project.scripts]
 INTERRUPTED = "interrupted; nothing was written"
 QUEUE = "run a workflow for many prompts on any ComfyUI"
 DOCTOR = "find what is wrong with this host, its packages, cards and models"
@@ -41,8 +43,8 @@ def main() -> int:
         status = arguments.run(arguments) if arguments.command in ("queue", "doctor") else _run(arguments)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,7 +71,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m ascend_runtime", description="Ascend Video's commands.")
+    prog = INSTALLED if Path(sys.argv[0]).name == INSTALLED else "python -m ascend_runtime"
+    parser = _Parser(prog=prog, description="Ascend Video's commands.")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     if "doctor" in sys.argv[1:2]:
         import_module(".commands.doctor.command", __package__).add_doctor_command(commands, DOCTOR)

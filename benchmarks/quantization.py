@@ -13,7 +13,8 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ascend_runtime.models.shared.quantized import QUANTIZATION_SCHEMES, QuantizedLinear, linears, quantize
+from ascend_runtime.models.shared.quantized.base import QuantizedLinear
+from ascend_runtime.models.shared.quantized.replacing import QUANTIZATION_SCHEMES, linears, quantize
 from ascend_runtime.checkpoints.reader import assign
 from ascend_runtime.models.wan.context import Context
 from ascend_runtime.models.wan.transformer import WanTransformer

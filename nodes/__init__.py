@@ -2,13 +2,13 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import accelerators, metadata, stock
+from . import accelerators, metadata, stock, templates
 from .conditioning import TextEncode
 from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
-from .sampler import Sampler
+from .sampler import Sampler, SamplerAdvanced
 from .stock import adoption
 from .vae import VAEDecode, VAEEncode
 
@@ -17,6 +17,7 @@ class AscendVideo(ComfyExtension):
     def __init__(self):
         adoption.serve()
         metadata.serve()
+        templates.serve()
 
     async def get_node_list(self):
         return [
@@ -28,9 +29,11 @@ class AscendVideo(ComfyExtension):
             TextEncode,
             ImageToVideo,
             Sampler,
+            SamplerAdvanced,
             VAEDecode,
             VAEEncode,
             *accelerators.NODES,
+            *templates.NODES,
             Profiler,
             FreeMemory,
             *stock.NODES,

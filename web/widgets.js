@@ -119,7 +119,7 @@ function label(button, shown, count) {
 
 // Arranges a node on the canvas, whose height follows; what it is higher than it need be, it stays.
 function rearrange(node) {
-    const shown = () => node.widgets.map(({ hidden, label }) => [hidden, label]).join()
+    const shown = () => (node.widgets ?? []).map(({ hidden, label }) => [hidden, label]).join()
     const [before, least] = [shown(), node.computeSize()[1]]
     arrange(node)
     if (shown() === before) return

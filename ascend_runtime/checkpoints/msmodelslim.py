@@ -126,8 +126,8 @@ class Description:
         _check_parts(self.file, file, parts)
         return {key: leaf not in UNUSED_TENSORS[algorithm] for key, (algorithm, leaf) in parts.items()}
 
-    def packing(self, key: str) -> Packing | None:
-        """How the values of a tensor are kept as bytes; None: as numbers."""
+    def packing(self, key: str, name: str) -> Packing | None:
+        """How the values of a tensor, which holds the parameter of this name, are kept as bytes; None: as numbers."""
         return PACKINGS.get(self._part(key))
 
     def with_steps(self, shards: Iterable[Path]) -> Description:

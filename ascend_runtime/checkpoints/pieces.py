@@ -20,9 +20,10 @@ from ..errors import coded_error
 from ..ops.packing import Packing
 from ..ops.finite import is_finite
 from ..ops.quantization import quantized_rows
+from .codings.coding import Coding, numbers_in
+from .codings.fp8 import is_8_bits
 from .formats.parts import Rows, Slices, by_rows, full_slices, in_columns, in_ranges, with_ones
 from .formats.tensor_files import TensorFile
-from .fp8 import dequantized, scale_of
 from .msmodelslim import as_numbers
 
 THREADS, MAX_THREADS = 4, 16  # a rank reads with as many threads as it computes with, within these bounds
@@ -34,16 +35,16 @@ PIECES_PER_THREAD = 2  # pieces that are being read, or not consumed yet
 class Wanted:
     """A part of a tensor to read: how it is stored in a file, and how it is kept.
 
-    name: used in errors. key: its name in the file. scale: the key of its scale if it is stored in 8 bits. shape: of
-    the whole tensor. part: None for all of it. dtype, device: where it is kept. scales: the name of the new row
-    scales, if it is to be quantized to int8; a scale belongs to a whole row, even if `part` cuts the rows. rows: its
-    ranges of the stored tensor's rows, concatenated in this order; columns: its range of that tensor's columns; None:
-    all. packing: how its values are kept as bytes, to which `shape` and `part` refer then; None: as numbers.
+    name: used in errors. key: its name in the file. coding: how its numbers are stored; None: as torch stores them.
+    shape: of the whole tensor. part: None for all of it. dtype, device: where it is kept. scales: the name of the new
+    row scales, if it is to be quantized to int8; a scale belongs to a whole row, even if `part` cuts the rows. rows:
+    its ranges of the stored tensor's rows, concatenated in this order; columns: its range of that tensor's columns;
+    None: all. packing: how its values are kept as bytes, to which `shape` and `part` refer then; None: as numbers.
     """
 
     name: str
     key: str
-    scale: str | None
+    coding: Coding | None
     shape: tuple[int, ...]
     part: Slices | None
     dtype: torch.dtype
@@ -105,7 +106,7 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
     held = file.dtype(wanted.key)
     part = wanted.part or full_slices(wanted.shape)
     # A tensor that is kept as stored on disk is a view of the mapped file, so that ranks share its memory.
-    mapped = wanted.part is None and wanted.scale is None and wanted.device.type == "cpu" and held == wanted.dtype
+    mapped = wanted.part is None and wanted.coding is None and wanted.device.type == "cpu" and held == wanted.dtype
     mapped = mapped and (wanted.rows is None or len(wanted.rows) == 1) and wanted.packing is None
     shape = [own.stop - own.start for own in part]
     made = {wanted.name: _mapped(file, wanted) if mapped else _empty(shape, wanted.dtype, wanted.device)}
@@ -113,8 +114,9 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
         made[wanted.scales] = _empty([shape[0], 1], torch.float32, wanted.device)
         part = (part[0], *full_slices(wanted.shape)[1:])
     cuts = in_ranges(part, wanted.rows)
+    nbytes = wanted.coding.bits / 8 if wanted.coding else held.itemsize
     if mapped or file.in_rows(wanted.key):
-        cuts = [cut for both in cuts for cut in zip(*(by_rows(one, held.itemsize, READ_BYTES) for one in both))]
+        cuts = [cut for both in cuts for cut in zip(*(by_rows(one, nbytes, READ_BYTES) for one in both))]
     dims = len(file.shapes[wanted.key])
     for cut in cuts:
         own, lies = cut
@@ -144,13 +146,13 @@ def _make(file: TensorFile, piece: _Piece) -> list[Tensor]:
     if of.packing:
         return [_packed(file, piece)]
     into = piece.rows[0] if of.device.type == "cpu" else None
-    return [read_as(file, of.key, piece.part, of.dtype, scale=of.scale, name=of.name, into=into)]
+    return [read_as(file, of.key, piece.part, of.dtype, coding=of.coding, name=of.name, into=into)]
 
 
 def _quantized(file: TensorFile, piece: _Piece) -> list[Tensor]:
     """[int8 values, row scales]"""
     of = piece.of
-    weight = read_as(file, of.key, piece.part, torch.float32, scale=of.scale, name=of.name)
+    weight = read_as(file, of.key, piece.part, torch.float32, coding=of.coding, name=of.name)
     made, scales = quantized_rows(weight)
     made = made if of.part is None else made[:, of.part[1]]
     if of.device.type != "cpu":
@@ -183,19 +185,19 @@ def read_as(
     part: Slices,
     dtype: torch.dtype,
     *,
-    scale: str | None,
+    coding: Coding | None,
     name: str,
     into: Tensor | None = None,
 ) -> Tensor:
     """A part of a tensor of a file, converted to `dtype`.
 
-    scale: the key of its scale if it is stored in 8 bits. name: used in errors. into: a contiguous tensor of the part's
-    shape and this dtype to read into; None: allocates one.
+    coding: how its numbers are stored; None: as torch stores them. name: used in errors. into: a contiguous tensor of
+    the part's shape and this dtype to read into; None: allocates one.
     Raises ValueError for values that are not finite, or exceed the dtype.
     """
-    straight = into if scale is None and dtype == file.dtype(key) else None
-    tensor = as_numbers(file.read(key, part, straight))
-    tensor = _checked(dequantized(tensor, scale and scale_of(file, scale, part)), dtype, name, file.path)
+    straight = into if coding is None and dtype == file.dtype(key) else None
+    tensor = numbers_in(coding, file, key, part) if coding else as_numbers(file.read(key, part, straight))
+    tensor = _checked(tensor.float() if is_8_bits(tensor.dtype) else tensor, dtype, name, file.path)
     if into is None:
         return tensor.to(dtype)
     return tensor if straight is not None else into.copy_(tensor.view_as(into))

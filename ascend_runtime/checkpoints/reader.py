@@ -14,10 +14,12 @@ from torch import nn
 
 from ..errors import coded_error
 from ..ops.packing import Packing
+from .codings import ggml
+from .codings.coding import Coding
+from .codings.recognised import codings_of
 from .faults import list_faults
 from .formats.parts import Slices
 from .formats.tensor_files import TensorFile, open_tensors
-from .fp8 import refuse_other_scales, scales_of
 from .fused import Rows, Split, Target, row_faults, targets_of
 from .msmodelslim import Description
 from .pieces import Wanted, read_in_pieces
@@ -53,8 +55,8 @@ class AllWeights:
 @dataclass(frozen=True)
 class Place:
     """Where a parameter lies on disk. key: the tensor's name in the shard. shape: the parameter's full shape. nbytes:
-    on disk. scale: the key of its scale if it is stored in 8 bits. packing: how its values are kept as bytes, whose
-    shape it has then; None: as numbers.
+    on disk. coding: how its numbers are stored; None: as torch stores them. packing: how its values are kept as bytes,
+    whose shape it has then; None: as numbers.
 
     rows: its ranges of the tensor's rows, in this order; columns: its range of the tensor's columns; None: all.
     """
@@ -63,7 +65,7 @@ class Place:
     key: str
     shape: tuple[int, ...]
     nbytes: int
-    scale: str | None
+    coding: Coding | None
     rows: Rows | None = None
     columns: slice | None = None
     packing: Packing | None = None
@@ -114,7 +116,7 @@ def load_weights(
     share.prepare(module)
     for shard in dict.fromkeys(place.shard for place in places.values()):
         wanted = [
-            Wanted(name, place.key, place.scale, place.shape, share.part(name, place.shape), dtype_of(name), device,
+            Wanted(name, place.key, place.coding, place.shape, share.part(name, place.shape), dtype_of(name), device,
                    scales_of.get(name), place.rows, place.columns, place.packing)
             for name, place in places.items()
             if place.shard == shard
@@ -123,6 +125,15 @@ def load_weights(
             for name, tensor in tensors:
                 assign(module, name, share.parameter(module, name, tensor))
                 on_bytes(places[name].nbytes if name in places else 0)
+
+
+def read_part(name: str, place: Place, part: Slices, dtype: torch.dtype) -> torch.Tensor:
+    """A part of a parameter as `load_weights` reads it, on the CPU. Raises ValueError as it does."""
+    wanted = Wanted(name, place.key, place.coding, place.shape, part, dtype, torch.device("cpu"), None, place.rows,
+                    place.columns, place.packing)  # fmt: skip
+    with open_tensors(place.shard) as file, closing(read_in_pieces(file, [wanted])) as tensors:
+        ((_, tensor),) = tensors
+    return tensor
 
 
 def check_weights(
@@ -164,27 +175,26 @@ def _places(
         targets: dict[str, tuple[Target, ...]] = {}
         with open_tensors(shard) as file:
             own = [key for key in file.shapes if rename(key, shard) is not None]
-            scales, marks = scales_of(file, own)
+            codings = ggml.codings_of(file) or codings_of(file, own)
             parts = quantized.parts_in(file) if quantized else {}
-            if not (quantized or scales):
-                refuse_other_scales(file, own)
             for key, shape in file.shapes.items():
-                name = None if key in marks or parts.get(key) is False else rename(key, shard)
+                name = None if key in codings.others or parts.get(key) is False else rename(key, shard)
                 if name is None:
                     continue
                 dtype = file.dtype(key)
-                if not (dtype.is_floating_point or parts.get(key)):
+                coding = codings.weights.get(key)
+                if not (dtype.is_floating_point or coding or parts.get(key)):
                     numbers.append(f"{key} as {dtype}")
                 targets[key] = targets_of(split, name, tuple(shape))
-                packing = quantized.packing(key) if quantized else None
                 for one in targets[key]:
                     if one.name in places:
                         other = places[one.name].shard
                         raise coded_error("AV-1310", f"{shard} and {other} both hold {one.name}. Keep one of the two.")
                     made = one.shape_in(tuple(shape))
-                    size = math.prod(made) * dtype.itemsize
+                    size = math.ceil(math.prod(made) * (coding.bits if coding else 8 * dtype.itemsize) / 8)
+                    packing = quantized.packing(key, one.name) if quantized else None
                     kept = packing.shape(made) if packing else made
-                    places[one.name] = Place(shard, key, kept, size, scales.get(key), one.rows, one.columns, packing)
+                    places[one.name] = Place(shard, key, kept, size, coding, one.rows, one.columns, packing)
             _check_rows(file, targets)
         if faults := list_faults({"that are not floating-point": numbers}):
             raise coded_error(

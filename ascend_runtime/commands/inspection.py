@@ -20,7 +20,7 @@ from ..models.defaults import Defaults
 from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..recognition.component import Component
-from ..recognition.defaults import defaults_in
+from ..recognition.defaults import defaults_for
 from ..recognition.folders import (
     TRANSFORMERS,
     has_folder,
@@ -33,6 +33,7 @@ from ..recognition.folders import (
 )
 from ..recognition.kinds import describe_other, is_kind, kinds
 from ..recognition.layout import find_part, find_transformer
+from ..specs import DiffusionModelSpec
 from .progress import ProgressDisplay
 
 LOW_NOISE_PART = "transformer_2"
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace, progress: ProgressDisplay | None = None) 
         print(printable("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()))
     transformers = [one.component for one in found if one.part.startswith("transformer") and one.component]
     if transformers:
-        print(*map(printable, _describe_defaults(transformers[0], len(transformers))), sep="\n")
+        print(*map(printable, _describe_defaults(arguments.path, transformers)), sep="\n")
     faults = [f"{one.part}: {one.fault}" for one in found if one.fault]
     print(*map(printable_lines, faults), sep="\n", end="\n" if faults else "")
     return 1 if faults else 0
@@ -185,20 +186,22 @@ def _format(component: Component) -> str:
     return "original" if original_family(first.parent) or first.suffix in (".pth", ".pt") else "single file"
 
 
-def _describe_defaults(transformer: Component, experts: int) -> Iterator[str]:
+def _describe_defaults(path: str, transformers: list[Component]) -> Iterator[str]:
     """Describes the model's default settings in a line, after what its files leave open; nothing about settings if
     their file is unusable, which is reported as the transformer's fault."""
-    published = transformer.family.defaults(transformer.config, experts)
+    transformer, experts = transformers[0], len(transformers)
     if transformer.folder is None and (text := transformer.family.left_open(transformer.config)):
         yield f"left open: {text}"
-    if transformer.defaults is None:
-        yield f"recognised as {published.name}; its default settings: {_settings(published)}"
-        return
     try:
-        own = defaults_in(transformer, experts)
+        own = defaults_for(DiffusionModelSpec(path=path), transformer, experts)
     except ValueError:
         return
-    yield f"recognised as {published.name}; default settings from {own.source.name}: {_settings(own)}"
+    name, source = transformer.family.defaults(transformer.config, experts).name, "its default settings"
+    if own.source is not None:
+        source = f"default settings from {own.source.name}"
+    elif own.distilled is not None:
+        source = f"by its name distilled to few steps ({own.distilled}); {source}"
+    yield f"recognised as {name}; {source}: {_settings(own)}"
 
 
 def _settings(own: Defaults) -> str:
@@ -208,8 +211,10 @@ def _settings(own: Defaults) -> str:
     first, end = own.static_steps or (0, 0)
     static = f", static scales in steps {first} to {end - 1}" * (own.static_steps is not None)
     small = "" if own.small_shift is None else f" ({own.small_shift:g} up to 832 x 480)"
+    sigmas = "" if own.sigmas is None else f"sigmas {', '.join(map('{:g}'.format, own.sigmas))}"
+    noise = sigmas or f"shift {own.shift:g}{small}"
     return (
-        f"{own.steps} steps, shift {own.shift:g}{small}, guidance {own.guidance_scale:g}{low_noise}{embedded}"
+        f"{own.steps} steps, {noise}, guidance {own.guidance_scale:g}{low_noise}{embedded}"
         f"{boundary}, "
         f"{own.width} x {own.height}, {own.num_frames} frames at {own.fps} fps{static}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..models.family import TEXT_ENCODER, TRANSFORMER
-from ..models.shared.quantized import check_static_steps
+from ..models.shared.quantized.static import check_static_steps
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_in
 from ..recognition.experts import stored_boundary

@@ -19,25 +19,30 @@ from ..models.defaults import Defaults
 from ..models.family import Family
 from ..models.shared.conditioning import Conditioner
 from ..models.shared.latents import Latents
-from ..models.shared.quantized import (
+from ..models.shared.quantized.replacing import (
     QUANTIZATION_SCHEMES,
-    check_static_steps,
+    block_types,
     linears,
     prefer_layouts,
     quantize,
     quantized_parameters,
 )
+from ..models.shared.quantized.static import check_static_steps
+from ..models.shared.quantized.lora import LoraTerm
 from ..models.shared.transformer import VideoTransformer
 from ..ops import check_quantized
 from ..parallel.fsdp import ShardedWeights, Sharding
 from ..recognition.component import Component
-from ..recognition.defaults import defaults_in
+from ..recognition.defaults import defaults_for
 from ..recognition.experts import boundary_of, find_experts
 from ..specs import DiffusionModelSpec, SampleSpec
 from .experts import HIGH_NOISE, LOW_NOISE, ExpertSwap, HostWeights
-from .loras import Adapter, LorasInUse, LoraTarget, by_expert, changed_by, read_loras
+from .loras.adapter import Adapter
+from .loras.requests import LorasInUse, LoraTarget, by_expert, merged_by, read_for, read_loras
+from .loras.terms import QuantizedTerms, nbytes_of
 from .model_config import check_experts
 from .networks import dtype_named, empty_network
+from .packed import packed
 from .pinned import Layout, Weights, require_room
 from .room import Room
 
@@ -58,6 +63,7 @@ class DiffusionModel:
     dtype: torch.dtype
     adapters: dict[str, Adapter]  # by expert
     swap: ExpertSwap | None = None  # set if the two experts take turns in one network on the device
+    notes: tuple[str, ...] = ()  # about how it is kept, for the user
     warmed: set = field(default_factory=set)  # kinds of jobs that were warmed up since the model was loaded
     standing: Any = None  # what the engine keeps of a run between its calls; freed with the model
 
@@ -75,9 +81,14 @@ class DiffusionModel:
         return [expert for expert in (self.high_noise, self.low_noise) if expert is not None]
 
     @property
+    def lora_bytes(self) -> int:
+        """What LoRAs take next to quantized weights, where these are."""
+        return sum(adapter.nbytes for adapter in self.adapters.values())
+
+    @property
     def warnings(self) -> list[str]:
-        """Warnings about the LoRAs in use, each once."""
-        return [*dict.fromkeys(text for adapter in self.adapters.values() for text in adapter.warnings)]
+        """Warnings about the LoRAs in use, and how the weights are kept, each once."""
+        return [*dict.fromkeys([*self.notes, *(text for one in self.adapters.values() for text in one.warnings)])]
 
     def expert_at(self, timestep: float) -> VideoTransformer:
         """The expert for a timestep in 0..1000."""
@@ -124,12 +135,12 @@ class _Unread:
         layers = [] if quantization == "none" else linears(network, component.family.weights.in_8_bits)
         quantize(network, {name: QUANTIZATION_SCHEMES[quantization] for name in layers}, component.part.blocks)
         scales = {f"{name}.weight": f"{name}.weight_scale" for name in layers}
-        return cls(component, network, places, scales, LoraTarget(places, component.family.loras, expert))
+        return cls(component, network, places, scales, LoraTarget.of(network, places, component.family.loras, expert))
 
     def is_mapped(self, name: str, kept: Tensor) -> bool:
         """Whether a CPU maps the parameter of this name from its file, as it is kept the way it is stored."""
         place = self.places.get(name)
-        return place is not None and place.scale is None and (place.nbytes, place.shape) == (kept.nbytes, kept.shape)
+        return place is not None and place.coding is None and (place.nbytes, place.shape) == (kept.nbytes, kept.shape)
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
@@ -139,7 +150,7 @@ def files(spec: DiffusionModelSpec) -> list[Component]:
 @dataclass(frozen=True)
 class Opened:
     """A diffusion model whose files fit it and its LoRAs, and whose weights are not read yet. can_swap: whether its
-    experts can take turns."""
+    experts can take turns. notes: about how it is to be kept, for the user."""
 
     spec: DiffusionModelSpec
     unread: dict[str, _Unread]  # by expert
@@ -149,15 +160,16 @@ class Opened:
     latents: Latents
     can_swap: bool
     reader: _Reader
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        """What the experts take on this rank's device; on a CPU, without what is mapped from files."""
-        return sum(self.reader.nbytes(one) for one in self.unread.values())
+        """What the experts and their LoRAs take on this rank's device; on a CPU, without what is mapped from files."""
+        return sum(self.reader.nbytes(one) for one in self.unread.values()) + self.reader.terms(self.unread, self.loras)
 
     def read(self) -> DiffusionModel:
         unread, reader, progress = self.unread, self.reader, self.reader.progress
-        progress.expect(sum(nbytes(one.places) + nbytes(one.places, changed_by(self.loras[expert]))
+        progress.expect(sum(nbytes(one.places) + nbytes(one.places, read_for(self.loras[expert], one.lora))
                             for expert, one in unread.items()))  # fmt: skip
         turns = reader.in_turns(unread, self.loras, always=self.spec.experts == "swap") if self.can_swap else None
         networks, swap = reader.experts(unread, turns)
@@ -175,6 +187,7 @@ class Opened:
             device=reader.room.device,
             dtype=reader.dtype,
             swap=swap,
+            notes=self.notes,
         )
 
 
@@ -189,7 +202,8 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     if formats:
         check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
-    defaults = defaults_in(found[0], experts=len(found))
+    found, notes = packed(found, spec, room, dtype)
+    defaults = defaults_for(spec, found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
     unread = {
         expert: _Unread.of(component, sharding, spec.quantization, expert if len(found) == 2 else None)
@@ -200,7 +214,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     requested = by_expert(spec.loras, list(unread))
     loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}
-    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress))
+    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress), notes)
 
 
 @dataclass(frozen=True)
@@ -217,10 +231,11 @@ class _Reader:
         Raises ValueError if the host has too little memory.
         """
         weights = {expert: self._kept(one) for expert, one in unread.items()}
-        if not always and _fits(weights, self.room):
+        if not always and _fits(weights, self.room, self.terms(unread, loras)):
             return None
         layout = Layout.of(weights)
-        changed = [weights[expert][name].nbytes for expert in weights for name in changed_by(loras[expert])]
+        changed = [weights[expert][name].nbytes
+                   for expert, one in unread.items() for name in merged_by(loras[expert], one.lora)]  # fmt: skip
         require_room(layout, sum(changed), self.room.free_host(layout.nbytes + sum(changed), pinned=True))
         return layout
 
@@ -254,10 +269,15 @@ class _Reader:
     def adapter(self, one: _Unread, loras: LorasInUse, network, on_host: HostWeights | None) -> Adapter:
         """The adapter of an expert's weights, which are on the device, or on the host if experts are swapped."""
         files = [file for file, _ in loras]
-        share = self._share(one, network)
+        share, device = self._share(one, network), self.room.device
+
+        def place(layer: str, term: LoraTerm | None) -> None:
+            network.get_submodule(layer).lora = term
+
+        terms = QuantizedTerms(one.lora, place if on_host is None else on_host.place, share, device, self.dtype)
         if on_host is None:
-            return Adapter(one.lora, network.get_parameter, share, self.room.device, files)
-        return Adapter(one.lora, on_host.parameter, share, self.room.device, files, on_host.before_change)
+            return Adapter(one.lora, network.get_parameter, share, device, files, terms=terms)
+        return Adapter(one.lora, on_host.parameter, share, device, files, on_host.before_change, terms)
 
     def _read(self, one: _Unread, device: torch.device, share: LocalWeights) -> VideoTransformer:
         load_weights(
@@ -275,6 +295,13 @@ class _Reader:
         """What this rank keeps of an expert; on a CPU, without what is mapped from files."""
         on_cpu = self.room.device.type == "cpu"
         return sum(x.nbytes for name, x in self._kept(one).items() if not (on_cpu and one.is_mapped(name, x)))
+
+    def terms(self, unread: dict[str, _Unread], loras: dict[str, LorasInUse]) -> int:
+        """What LoRAs take next to the quantized weights of all experts."""
+        return sum(
+            nbytes_of(loras[expert], one.lora, self._share(one, one.network), self.dtype)
+            for expert, one in unread.items()
+        )
 
     def _kept(self, one: _Unread) -> dict[str, Tensor]:
         """What this rank keeps of an expert, on the meta device."""
@@ -321,18 +348,20 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], shardi
         return False
     one, other = ({name: (p.shape, p.dtype) for name, p in network.named_parameters()} for network in networks)
     same = one == other and dict(networks[0].config) == dict(networks[1].config)
-    if sharding.mesh is None and same:
+    alike = block_types(networks[0]) == block_types(networks[1])
+    if sharding.mesh is None and same and alike:
         return True
     if spec.experts == "swap":
-        why = "fsdp shards their weights" if same else "their weights have different shapes"
+        why = "their weights have different shapes" if not same else "their GGUF files have other types of weights"
+        why = "fsdp shards their weights" if same and alike else why
         raise ValueError(f"experts is 'swap', but {why}. Set it to 'auto'.")
     return False
 
 
-def _fits(weights: Weights, room: Room) -> bool:
-    """Whether the device has memory for all these weights and for computing; logs it if not. Each rank decides for its
-    own device. On a CPU, weights are mapped from their files."""
-    needed = sum(x.nbytes for tensors in weights.values() for x in tensors.values())
+def _fits(weights: Weights, room: Room, terms: int) -> bool:
+    """Whether the device has memory for all these weights, for so many bytes of LoRAs next to them, and for computing;
+    logs it if not. Each rank decides for its own device. On a CPU, weights are mapped from their files."""
+    needed = sum(x.nbytes for tensors in weights.values() for x in tensors.values()) + terms
     if room.device.type == "cpu" or (free := devices.room(room.device)) >= needed + room.computing:
         return True
     logger.info(

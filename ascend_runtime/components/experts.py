@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.reader import assign
 from ..hardware import devices
+from ..models.shared.quantized.base import QuantizedLinear
+from ..models.shared.quantized.lora import LoraTerm
 from .pinned import Weights
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
@@ -22,19 +25,22 @@ HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
 
 @dataclass
 class _Part:
-    """Tensors of the network that are copied together (None: they left the device), and the expert whose weights they
-    hold now."""
+    """Tensors of the network that are copied together (None: they left the device), the quantized layers among its
+    modules, and the expert whose weights they hold now."""
 
     tensors: dict[str, Tensor | None]
+    layers: dict[str, QuantizedLinear]
     holder: str | None
 
 
 @dataclass(frozen=True)
 class HostWeights:
-    """An expert's weights on the host. parameter: gets one by name. before_change: must be called before a write."""
+    """An expert's weights on the host. parameter: gets one by name. before_change: must be called before a write.
+    place: gives a quantized layer its term by LoRAs, which stays on the device."""
 
     parameter: Callable[[str], Tensor]
     before_change: Callable[[], None]
+    place: Callable[[str, LoraTerm | None], None]
 
 
 class ExpertSwap:
@@ -53,12 +59,20 @@ class ExpertSwap:
         self._copies = devices.SideStream(device)
         self._ahead: str | None = None
         self.fetched = 0
+        self._terms: dict[str, dict[str, LoraTerm]] = {expert: {} for expert in host}
         names = {module: name + "." for name, module in network.named_modules()}
-        self._parts = {unit: _Part({}, HIGH_NOISE) for unit in (*units, network)}
-        for name, tensor in tensors.items():
+        self._parts = {unit: _Part({}, {}, HIGH_NOISE) for unit in (*units, network)}
+
+        def part_of(name: str) -> _Part:
             owners = [unit for unit in units if name.startswith(names[unit])]
             owner = max(owners, key=lambda unit: len(names[unit]), default=network)  # the innermost of nested units
-            self._parts[owner].tensors[name] = tensor
+            return self._parts[owner]
+
+        for name, tensor in tensors.items():
+            part_of(name).tensors[name] = tensor
+        for name, module in network.named_modules():
+            if isinstance(module, QuantizedLinear):
+                part_of(name).layers[name] = module
         for unit in self._parts:  # the network's own hook is last: it runs when all units have computed
             unit.register_forward_hook(lambda module, *_: self._after(module))
 
@@ -82,7 +96,7 @@ class ExpertSwap:
 
     def expert(self, name: str) -> HostWeights:
         """The writable weights of an expert on the host."""
-        return HostWeights(self._host[name].__getitem__, self._outdate)
+        return HostWeights(self._host[name].__getitem__, self._outdate, partial(self._place, name))
 
     def leave(self) -> None:
         """Frees the device's tensors: until `come_back`, the network's parameters are those of an expert on the
@@ -100,7 +114,7 @@ class ExpertSwap:
             for name in part.tensors:
                 part.tensors[name] = self._host[HIGH_NOISE][name].to(self._device, copy=True)
                 assign(self._network, name, part.tensors[name])
-            part.holder = HIGH_NOISE
+            self._hold(part, HIGH_NOISE)
 
     def _outdate(self) -> None:
         """Marks all parts as outdated, so that the next use copies them again. Waits for copies from the host first."""
@@ -119,5 +133,19 @@ class ExpertSwap:
         with self._copies.after_now(), torch.no_grad():
             for name, tensor in part.tensors.items():
                 tensor.copy_(self._host[expert][name], non_blocking=True)
-        part.holder = expert
+        self._hold(part, expert)
         self.fetched += 1
+
+    def _hold(self, part: _Part, expert: str) -> None:
+        part.holder = expert
+        for name, layer in part.layers.items():
+            layer.lora = self._terms[expert].get(name)
+
+    def _place(self, expert: str, name: str, term: LoraTerm | None) -> None:
+        if term is None:
+            self._terms[expert].pop(name, None)
+        else:
+            self._terms[expert][name] = term
+        for part in self._parts.values():
+            if part.holder == expert and name in part.layers:
+                part.layers[name].lora = term

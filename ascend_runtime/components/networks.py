@@ -7,7 +7,7 @@ from torch import nn
 
 from ..checkpoints.configs import check_counts
 from ..checkpoints.faults import as_value_error
-from ..models.shared.quantized import check_cuts, quantize
+from ..models.shared.quantized.replacing import check_cuts, quantize
 from ..parallel.tensor import TensorParallel, WholeWeights
 from ..recognition.component import Component
 

@@ -131,6 +131,6 @@ def _cures(layout: Layout, ranks: int, fitting: int, originals: int) -> Iterator
         yield "turn fsdp on, so that ranks share the weights on their devices and nothing waits on the host"
     if fitting:
         yield f"use at most {fitting} rank(s)"
-    if not (originals or layout.quantized):  # LoRAs cannot be merged into 8-bit weights
+    if not layout.quantized:
         yield "set quantization to 'w8a8_dynamic', which takes about half"
     yield "where both experts fit on a device, set experts of DiffusionModelSpec to 'resident' in Python"

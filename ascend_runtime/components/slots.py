@@ -15,10 +15,11 @@ from ..errors import coded_error
 from ..hardware import devices
 from ..parallel.fsdp import Sharding, own_part
 from ..recognition.component import Component
+from ..recognition.defaults import defaults_for
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from . import diffusion_model, text_encoder, vae, vision
 from .diffusion_model import DiffusionModel
-from .loras import use_loras
+from .loras.adapter import use_loras
 from .pinned import require_room_for_originals
 from .room import ROOM_TO_COMPUTE, HostMemory, Room
 from .standby import ROOM_FOR_OTHERS, DiffusionModels, HeldModel, ModelKey
@@ -83,6 +84,7 @@ class Components:
             self._check_unchanged(spec, key.state)
             self.models.in_use = HeldModel(key, model, taken)
         use_loras(model.adapters, spec.loras, progress, partial(_check_originals, model, is_new, room))
+        model.defaults = defaults_for(spec, found[0], experts=len(found))  # LoRAs may change them
         if computing is not None:
             self.models.clear_for(computing, room.host_memory)
         self._make_room(room.computing)

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checkpoints.reader import assign
 from ..hardware import devices
-from ..models.shared.quantized import prefer_layouts
+from ..models.shared.quantized.replacing import prefer_layouts
 from ..parallel.fsdp import Sharding, is_sharded, own_part
 from ..specs import DiffusionModelSpec
 from .diffusion_model import DiffusionModel
@@ -65,20 +65,28 @@ class HeldModel:
     taken: int = 0
     away: bool = False
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """On this rank's device, while the model is in use."""
-        return sum(own_part(weight).nbytes for network in _networks(self.model) for weight in network.parameters())
+        return self._weights + self.model.lora_bytes
 
-    @cached_property
+    @property
     def to_host(self) -> int:
         """What the host takes when the model leaves the device. Experts in turns are there already."""
-        return 0 if self.model.swap else _waiting_in(self.model)
+        return self._waiting_in + self.model.lora_bytes
 
     @property
     def on_host(self) -> int:
         """What the host holds."""
-        return self.model.swap.host_bytes if self.model.swap else self.to_host if self.away else 0
+        return (self.model.swap.host_bytes if self.model.swap else 0) + (self.to_host if self.away else 0)
+
+    @cached_property
+    def _weights(self) -> int:
+        return sum(own_part(weight).nbytes for network in _networks(self.model) for weight in network.parameters())
+
+    @cached_property
+    def _waiting_in(self) -> int:
+        return 0 if self.model.swap else _waiting_in(self.model)
 
 
 class DiffusionModels:
@@ -267,6 +275,8 @@ def _waiting_in(model: DiffusionModel) -> int:
 def _to_host(model: DiffusionModel, device: torch.device) -> Iterator[None]:
     """Moves the weights to pinned host memory, slab by slab; shards, which FSDP refers to, by torch's own way."""
     networks = _networks(model)
+    for adapter in model.adapters.values():
+        adapter.move(torch.device("cpu"))
     if model.swap is not None:
         model.swap.leave()
     elif is_sharded(model.high_noise):
@@ -283,6 +293,8 @@ def _to_host(model: DiffusionModel, device: torch.device) -> Iterator[None]:
 def _to_device(model: DiffusionModel) -> Iterator[None]:
     """Moves the weights back. A slab is free as soon as its weights have left."""
     networks = _networks(model)
+    for adapter in model.adapters.values():
+        adapter.move(model.device)
     if model.swap is not None:
         model.swap.come_back()
     elif is_sharded(model.high_noise):

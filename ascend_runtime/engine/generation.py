@@ -24,7 +24,8 @@ from ..models.cost import PassSize
 from ..models.registry import require_schedule
 from ..models.shared.block_stack import At, Pass, Skipping
 from ..models.shared.conditioning import Branch, Given
-from ..models.shared.quantized import QuantizedLinear, use_step
+from ..models.shared.quantized.base import QuantizedLinear
+from ..models.shared.quantized.static import use_step
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
 from ..parallel.mesh import mesh_of, this_rank
@@ -42,12 +43,13 @@ MOST_CONTEXTS = 4  # embedded ones that are kept, each with keys and values of a
 @dataclass(frozen=True)
 class Request:
     """The inputs of a generation. spec: without None, as the model's own values are filled in. calibration: of each
-    expert, read from the model's calibration file."""
+    expert, read from the model's calibration file. history: of the job whose steps this one follows."""
 
     given: Given
     spec: SampleSpec
     acceleration: AccelerationSpec = AccelerationSpec()
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    history: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -234,8 +236,9 @@ def warm_up_of(model: DiffusionModel, request: Request) -> Request:
     if rainfusion is not None:
         rainfusion = structs.replace(rainfusion, start=1)
     below_boundary = model.boundary / 2 or 0.5
-    spec = structs.replace(request.spec, solver="euler", sigmas=(1.0, below_boundary, 0.0))
-    return replace(request, spec=spec, acceleration=AccelerationSpec(rainfusion=rainfusion))
+    whole = {"start_step": 0, "end_step": None, "add_noise": True}
+    spec = structs.replace(request.spec, solver="euler", sigmas=(1.0, below_boundary, 0.0), **whole)
+    return replace(request, spec=spec, acceleration=AccelerationSpec(rainfusion=rainfusion), history={})
 
 
 def _contexts(model: DiffusionModel, given: Given) -> dict[str, Branch]:
@@ -317,6 +320,8 @@ def _known(model: DiffusionModel, course: Course) -> dict[str, Calibration]:
         )
     pixels = model.pixels_of(course.shape)
     config = model.high_noise.config
+    if model.defaults.distilled:  # published values are of the models that were not
+        return dict(found) or dict.fromkeys(experts, Calibration())
     return dict(found) or {
         expert: model.family.calibration(config, model.defaults, pixels, expert) for expert in experts
     }

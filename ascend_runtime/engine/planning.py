@@ -109,13 +109,13 @@ def plan_for(
         return None if less else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
     if not found.fitting:
         return None if less else _as_set(found.others[0], model, planned, machine)
-    picked = _picked(_smaller(found, below, below_host), planned, len(model.experts), holds)
+    picked = _picked(_smaller(found, below, below_host), planned, model, holds)
     if picked is None:
         return None
     others, first = tuple(one for one in found.fitting if one is not picked), found.fitting[0]
     why = "" if picked is first else words.instead(first, "it takes less" if less else "its weights are on the ranks")
     line = replaced(found, fitting=(picked, *others), why=why).line
-    return _answer(picked, line, planned, machine, len(model.experts))
+    return _answer(picked, line, planned, machine, model)
 
 
 def _is_set(parallel: ParallelSpec) -> bool:
@@ -128,13 +128,14 @@ def _as_set(one: Prediction, model: Model, planned: PlannedJob, machine: Machine
     """The plan that the user has set, which is predicted not to fit. It runs, as a prediction can be too high."""
     said = words.arrangement(one.arrangement, encodes=bool(model.encoders))
     line = f"{said}: as it was set, though it is predicted not to fit: {words.shortfall(one, machine)}"
-    return replace(_answer(one, line, planned, machine, len(model.experts)), short=True)
+    return replace(_answer(one, line, planned, machine, model), short=True)
 
 
 def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Choice:
     fixed = Fixed(
         planned.parallel, planned.model.experts,
         planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
+        planned.model.packed,
     )  # fmt: skip
     known = _rates(planned.model.path, machine, model.family.name)
     held = memory.roughly if _is_small(model, video, machine) else memory.predicted
@@ -168,14 +169,14 @@ def _smaller(found: Choice, device: int, host: int) -> list[Prediction]:
     return [one for one in fitting if not host or one.memory.host_total < host]
 
 
-def _picked(fitting: list[Prediction], planned: PlannedJob, experts: int, holds: Holds) -> Prediction | None:
+def _picked(fitting: list[Prediction], planned: PlannedJob, model: Model, holds: Holds) -> Prediction | None:
     """The first of the fitting ones, unless another one is sooner done as it finds its weights on the ranks."""
     if not fitting:
         return None
 
     def is_held(one: Prediction) -> bool:
         arrangement = one.arrangement
-        spec = replace(planned.model, experts=_experts(planned, arrangement, experts), loras=())
+        spec = replace(planned.model, **_kept(planned, arrangement, model), loras=())
         return holds(spec, arrangement.plan.tp, arrangement.fsdp)
 
     first, held = fitting[0], next(filter(is_held, fitting), None)
@@ -184,9 +185,13 @@ def _picked(fitting: list[Prediction], planned: PlannedJob, experts: int, holds:
     return held if held.running <= first.running + first.seconds.get("load", 0.0) else first
 
 
-def _experts(planned: PlannedJob, arrangement: Arrangement, experts: int) -> str:
-    """How a model of so many experts keeps them."""
-    return arrangement.experts if experts == 2 else planned.model.experts
+def _kept(planned: PlannedJob, arrangement: Arrangement, model: Model) -> dict[str, Any]:
+    """How a model's weights are kept, as its spec has it."""
+    given, can_be_packed = planned.model, any(one.packed for one in model.experts)
+    return {
+        "experts": arrangement.experts if len(model.experts) == 2 else given.experts,
+        "packed": arrangement.packed if can_be_packed else given.packed,
+    }
 
 
 def _video(model: Model, planned: PlannedJob) -> Video | None:
@@ -212,12 +217,12 @@ def _whole_tokens(planned: PlannedJob, form: VaeForm) -> tuple[int, ...] | None:
     return (*before, -(-height // token) * token, -(-width // token) * token)
 
 
-def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, experts: int) -> Chosen:
+def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, model: Model) -> Chosen:
     arrangement, memory = one.arrangement, one.memory
     denoise = memory.device.get("denoise", {})
     return Chosen(
         parallel=_parallel(planned, arrangement.plan, arrangement.fsdp),
-        experts=_experts(planned, arrangement, experts),
+        **_kept(planned, arrangement, model),
         encoder=arrangement.encoder,
         tiles=arrangement.tiles,
         line=line,
@@ -238,4 +243,6 @@ def _parallel(planned: PlannedJob, plan: Plan, fsdp: bool):
 
 def _not_chosen(planned: PlannedJob, why: str) -> Chosen:
     """The plan that is taken without a prediction: the job reports what is wrong with it."""
-    return Chosen(parallel=planned.parallel, experts=planned.model.experts, line=why, computing=None)
+    return Chosen(
+        parallel=planned.parallel, experts=planned.model.experts, packed=planned.model.packed, line=why, computing=None
+    )

@@ -33,7 +33,9 @@ def installed(package: str) -> str | None:
 
 
 def _own_version() -> str:
-    """From pyproject.toml, as the pack is a folder that is not installed (and tomllib is of Python 3.11)."""
+    """From pyproject.toml in the pack's folder (tomllib is of Python 3.11), else of the installed package."""
+    if not PROJECT.is_file():
+        return version(OWN_NAME)
     found = re.search(r'^version = "([^"]+)"$', PROJECT.read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None, f"{PROJECT} has no version"
     return found[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,42 @@ from msgspec.structs import replace
 from ..specs import SampleSpec, VideoSize
 
 SMALL_PICTURE = 832 * 480  # pixels of a frame up to which Wan2.1 image-to-video uses another shift
+STEPS_IN_NAME = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z])")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How a model, or a LoRA for it, was trained to make a video in few steps and without a negative prompt.
+
+    name: as its authors call it. marks: a pattern for the names of its files, in lower case. steps, shift: for which it
+    was trained; a name such as "8steps" takes their place. sigmas: the noise levels if no shift gives them.
+    """
+
+    name: str
+    marks: str
+    steps: int = 4
+    shift: float | None = None
+    sigmas: tuple[float, ...] | None = None
+
+    def is_named(self, name: str) -> bool:
+        return re.search(self.marks, name.lower()) is not None
+
+    def over(self, own: Defaults, name: str) -> Defaults:
+        """`own`, of the model that was distilled, with the settings of its few steps. name: of the file that shows the
+        distillation."""
+        named = STEPS_IN_NAME.search(name.lower())
+        steps = int(named[1]) if named and int(named[1]) > 0 else self.steps
+        return dataclasses.replace(
+            own,
+            steps=steps,
+            sigmas=self.sigmas if steps == self.steps else None,
+            shift=self.shift or own.shift,
+            small_shift=None if self.shift else own.small_shift,
+            guidance_scale=1.0,
+            low_noise_guidance=None,
+            solver="euler",
+            distilled=self.name,
+        )
 
 
 @dataclass(frozen=True)
@@ -20,7 +58,8 @@ class Defaults:
     low_noise_guidance, boundary: for models with two experts. small_shift: the shift for frames of up to SMALL_PICTURE
     pixels, if it differs. width, height, num_frames, fps: of the videos that it was trained for. static_steps: (first,
     end) of the steps, counted from 0, in which W8A8_TIMESTEP layers use their static scales; None: in none. source: the
-    model's own file, if some of these values come from it.
+    model's own file, if some of these values come from it. distilled: how the model was distilled to few steps; None:
+    it was not. sigmas: noise levels that take the place of steps and shift if neither is given.
     """
 
     name: str
@@ -38,6 +77,8 @@ class Defaults:
     fps: int = 16
     static_steps: tuple[int, int] | None = None
     source: Path | None = None
+    distilled: str | None = None
+    sigmas: tuple[float, ...] | None = None
 
     @property
     def size(self) -> VideoSize:
@@ -58,4 +99,6 @@ class Defaults:
                "embedded_guidance": self.embedded_guidance}  # fmt: skip
         if spec.guidance_scale is None:
             own["guidance_scale_low_noise"] = self.low_noise_guidance
+        if spec.steps is None and spec.shift is None:
+            own["sigmas"] = self.sigmas
         return replace(spec, **{name: value for name, value in own.items() if getattr(spec, name) is None})

@@ -17,8 +17,8 @@ from ..specs import Calibration, VaeForm
 from ..specs.presets import FamilyPresets
 from .core_text import CoreText
 from .cost import PassSize, SlicedSums, Work
-from .defaults import Defaults
-from .hubs import PublishedModel
+from .defaults import Defaults, Distillation
+from .hubs import HubFile, PublishedModel
 from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
@@ -130,6 +130,10 @@ class WeightRules:
     cut_dim: Callable[[str], int | None] = lambda name: None
     in_8_bits: Callable[[str], bool] = lambda layer: False
 
+    def keeps_whole(self, name: str, shape: tuple[int, ...], values: int, tp: int) -> bool:
+        """Whether tensor parallelism of this degree leaves groups of so many values of a weight's row whole."""
+        return tp == 1 or self.cut_dim(name) != 1 or shape[1] % (tp * values) == 0
+
 
 @dataclass(frozen=True)
 class OriginalLayout:
@@ -192,6 +196,7 @@ class Family(ABC):
     mask_channels: the numbers of channels that a conditioning's `concat_mask` can have.
     core_text: how core ComfyUI encodes its prompts; None: core does not know the family.
     deals_tiles: whether several ranks can share the published tiles of its VAE.
+    distillations: how models and LoRAs of the family were distilled to few steps; the first whose name fits is used.
 
     Transformer configs are those that diffusers writes.
     """
@@ -210,6 +215,7 @@ class Family(ABC):
     mask_channels: frozenset[int] = frozenset({1})
     core_text: CoreText | None = None
     deals_tiles: bool = False
+    distillations: tuple[Distillation, ...] = ()
 
     @property
     def text_parts(self) -> tuple[str, ...]:
@@ -267,6 +273,11 @@ class Family(ABC):
     @property
     def published(self) -> Mapping[str, PublishedModel]:
         """The published models by name."""
+        return {}
+
+    @property
+    def downloads(self) -> Mapping[str, tuple[HubFile, ...]]:
+        """All files that a model needs, by the model's name, or by that of a variant."""
         return {}
 
     # Cost of a pass

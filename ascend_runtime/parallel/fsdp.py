@@ -82,12 +82,17 @@ class ShardedWeights:
 
     def part(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...] | None:
         """The part of a parameter of this full shape that this rank holds; None: all of it."""
-        part = [slice(0, size) for size in shape]
-        if (dim := self._cut(name, shape)) is not None:
-            part[dim] = slice_of(shape[dim], self.sharding.tp)
+        part = [*self.slice_of(name, shape)]
         if self._is_sharded(name):
             part[0] = _rows(part[0], self.sharding.mesh)
         return tuple(part) if part != [slice(0, size) for size in shape] else None
+
+    def slice_of(self, name: str, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """The slice of a parameter of this full shape that tensor parallelism gives to this rank."""
+        part = [slice(0, size) for size in shape]
+        if (dim := self._cut(name, shape)) is not None:
+            part[dim] = slice_of(shape[dim], self.sharding.tp)
+        return tuple(part)
 
     def parameter(self, network: nn.Module, name: str, part: Tensor) -> Tensor:
         """The parameter to set, from the part that was read."""

@@ -9,7 +9,7 @@ from ..errors import coded_error
 from ..specs import VideoSize
 from . import exchange, memory, seconds
 from .choosing import words
-from .choosing.arrangements import Fixed, arrangements, open_tiles
+from .choosing.arrangements import Fixed, arrangements, in_form, open_forms
 from .choosing.sizes import video_size, with_fewer_frames, with_smaller_picture
 from .facts import Arrangement, Machine, Memory, Model, Prediction, Video
 from .rates import Rates
@@ -60,8 +60,8 @@ def choice_of(
 ) -> Choice:  # fmt: skip
     """As `choose`, with nothing in `fitting` if nothing fits. held: predicts the memory."""
     found: list[Prediction] = []
-    for tiles in open_tiles(model, machine, fixed):
-        made = arrangements(model, video, machine, fixed, tiles)
+    for tiles, packed in open_forms(model, machine, fixed):
+        made = in_form(arrangements(model, video, machine, fixed, tiles), model, packed)
         found += [prediction(model, video, one, machine, rates, held) for one in made]
         if any(fits(one.memory, machine) for one in found):
             break
@@ -125,11 +125,11 @@ def nearest_sizes(
     """(the same picture with the most frames that fit, the same number of frames with the largest picture that
     fits)."""
     form = model.family.form(model.experts[0].config)
-    smallest = open_tiles(model, machine, fixed)[-1]  # no tiles of the VAE take less
+    smallest, packed = open_forms(model, machine, fixed)[-1]  # nothing takes less
 
     def is_fitting(size: VideoSize) -> bool:
         other = resized(model, video, size)
-        made = arrangements(model, other, machine, fixed, smallest)
+        made = in_form(arrangements(model, other, machine, fixed, smallest), model, packed)
         return any(fits(memory.predicted(model, other, one, machine), machine) for one in made)
 
     size = video_size(video, form)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..models.defaults import Defaults
 from ..models.family import Family
@@ -19,6 +19,15 @@ ITEMSIZES = {
 }  # fmt: skip
 
 
+class Blocks(NamedTuple):
+    """A type of blocks in which a weight lies in a GGUF file, as ggml names it: so many neighbours of a row in so many
+    bytes."""
+
+    kind: str
+    values: int
+    nbytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class Network:
     """A network without its weights. Equal only to itself, so that what is known of one can be cached.
@@ -27,6 +36,7 @@ class Network:
     in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names
     it; empty: not known.
     quantized: the number of bytes of an element of each parameter that is kept in 8 bits, by name.
+    packed: the weights that can stay in blocks of their file, by name.
     """
 
     part: str
@@ -35,6 +45,7 @@ class Network:
     stored: int = 0
     stored_types: Mapping[str, str] = field(default_factory=dict)
     quantized: Mapping[str, int] = field(default_factory=dict)
+    packed: Mapping[str, Blocks] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,9 @@ class Model:
 class Video:
     """A video to make.
 
-    shape: of the latent [B,C,T,H,W]. passes: for each step, (the number of its expert, the number of guidance
-    branches). text_tokens: of a prompt. per_token: whether each token has its own timestep.
+    shape: of the latent [B,C,T,H,W]. passes: for each step of the run, (the number of its expert, the number of
+    guidance branches). text_tokens: of a prompt. per_token: whether each token has its own timestep. part: (first, end)
+    of the steps that the job computes; None: all.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -65,21 +77,27 @@ class Video:
     text_tokens: int = 512
     per_token: bool = False
     acceleration: AccelerationSpec = AccelerationSpec()
+    part: tuple[int, int] | None = None
 
     @property
     def steps(self) -> int:
         return len(self.passes)
 
     @property
+    def computed(self) -> slice:
+        """The steps that the job computes."""
+        return slice(*(self.part or (0, self.steps)))
+
+    @property
     def guided(self) -> bool:
-        return any(branches > 1 for _, branches in self.passes)
+        return any(branches > 1 for _, branches in self.passes[self.computed])
 
 
 @dataclass(frozen=True)
 class Arrangement:
     """How ranks share a job. fsdp: whether they shard the weights. experts: "resident" or "swap". encoder: where the
     text encoder runs, "cpu" or "ranks". tiles: of the VAE, "whole" or "published". ring_exchange, overlap: as in
-    ParallelSpec."""
+    ParallelSpec. packed: whether weights stay in the blocks of their files where they can."""
 
     plan: Plan
     fsdp: bool = False
@@ -88,6 +106,7 @@ class Arrangement:
     tiles: str = "whole"
     ring_exchange: str = "rotate"
     overlap: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)

@@ -85,13 +85,12 @@ class _Rank:
         model, video, arrangement = self.model, self.video, self.arrangement
         one = pass_bytes(model, video, arrangement, self.machine.kind, self.rank)
         outputs = outputs_kept(video.acceleration, _blocks(model), own_branches(video, arrangement))
-        shards = self._share.shards
         return {
             "pass": int(MARGINS[self.machine.kind].blocks * one.blocks),
             "exchange": one.exchange,
             "context": one.context,
             "caches": outputs * one.output,
-            "gathered": gathered_bytes(network_of(model, arrangement.plan.tp), shards) if shards > 1 else 0,
+            "gathered": self._gathered(),
             "latents": self._latents() if self.on_cpu else 0,
             "libraries": MARGINS[self.machine.kind].libraries,
         }
@@ -114,6 +113,11 @@ class _Rank:
     def _share(self) -> Share:
         return Share.of(self.arrangement, self.rank)
 
+    def _gathered(self) -> int:
+        """By FSDP."""
+        arrangement, shards = self.arrangement, self._share.shards
+        return gathered_bytes(network_of(self.model, arrangement.plan.tp, arrangement.packed), shards) if shards > 1 else 0
+
     def _experts(self) -> Iterator[Mapping[str, OwnPart]]:
         model = self.model
         return (kept(one, rules_of(model, one), model.dtype, self._share) for one in model.experts)
@@ -131,7 +135,8 @@ class _Rank:
 
     def _latents(self) -> int:
         """On the host during a pass: the solver's, and the velocity of another branch."""
-        held = LATENTS_HELD[min(self.video.steps, len(LATENTS_HELD)) - 1]
+        steps = len(self.video.passes[self.video.computed])
+        held = LATENTS_HELD[min(steps, len(LATENTS_HELD)) - 1]
         return (held + own_branches(self.video, self.arrangement) - 1) * 4 * math.prod(self.video.shape)
 
     def _slabs(self) -> int:

@@ -13,7 +13,7 @@ from ..hardware import cores
 from ..models.family import TRANSFORMER, VAE, Family
 from ..models.registry import families
 from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
-from .facts import Model, Network
+from .facts import Blocks, Model, Network
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,11 +30,11 @@ def read(
 ) -> Model:
     """Of files; reads headers only. kind: of the devices, which decides automatic dtypes. Raises ValueError for files
     that cannot be used."""
-    from ..recognition.defaults import defaults_in
+    from ..recognition.defaults import defaults_for
     from ..recognition.experts import boundary_of, find_experts
 
     found = find_experts(model)
-    own = defaults_in(found[0], experts=len(found))
+    own = defaults_for(model, found[0], experts=len(found))
     boundary = boundary_of(model, found[0], own, len(found))
     text = [] if encoder is None else _encoders(encoder)
     on_cpu = encoder is None or encoder.placement != "ranks" or kind == "cpu"
@@ -119,7 +119,7 @@ def _plain(name: str) -> str:
 def _of_files(component: Component, quantization: str = "none") -> Network:
     from ..checkpoints.configs import check_counts
     from ..checkpoints.faults import as_value_error
-    from ..models.shared.quantized import quantize
+    from ..models.shared.quantized.replacing import quantize
 
     check_counts(component.config, component.config_file)
     with as_value_error(component.config_file, f"its {component.kind.name} config"):
@@ -127,14 +127,27 @@ def _of_files(component: Component, quantization: str = "none") -> Network:
     if component.quantized is not None:
         quantize(network, component.quantized.renamed(component.parameters), component.part.blocks)
     types = _types(component, network)
+    packed = _packed(component, network) if quantization == "none" else {}
     made = _network(component.family, component.kind.name, component.config, network, quantization)
-    return replace(made, stored=component.nbytes, stored_types=types)
+    return replace(made, stored=component.nbytes, stored_types=types, packed=packed)
+
+
+def _packed(component: Component, network: nn.Module) -> dict[str, Blocks]:
+    """The weights of a transformer that can stay in the blocks of its GGUF file."""
+    from ..models.shared.quantized.replacing import linears
+    from ..ops.blocks.ggml import BLOCK_TYPES
+    from ..recognition.packed import weights_in_blocks
+
+    if component.kind.name != TRANSFORMER:
+        return {}
+    kinds = weights_in_blocks(component, linears(network, lambda name: True))
+    return {name: Blocks(kind, BLOCK_TYPES[kind].values, BLOCK_TYPES[kind].nbytes) for name, kind in kinds.items()}
 
 
 def _of_config(
     family: Family, part: str, config: Mapping[str, Any], quantization: str = "none", stored: str = IN_16_BITS
 ) -> Network:
-    from ..models.shared.quantized import linears
+    from ..models.shared.quantized.replacing import linears
 
     network, whole = family.network(part, config), family.whole_network(part, config)
     in_8_bits = stored == IN_8_BITS and part != VAE
@@ -150,7 +163,7 @@ def _network(
     family: Family, part: str, config: Mapping[str, Any], network: nn.Module, quantization: str
 ) -> Network:  # fmt: skip
     """quantization: on the fly."""
-    from ..models.shared.quantized import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
+    from ..models.shared.quantized.replacing import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
 
     if quantization != "none":
         layers = dict.fromkeys(linears(network, family.weights.in_8_bits), QUANTIZATION_SCHEMES[quantization])

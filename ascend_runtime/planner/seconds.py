@@ -64,7 +64,8 @@ def bytes_read(model: Model) -> int:
 
 
 def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
-    found = Counter({"denoise_job": 1, "steps": video.steps})
+    passes = video.passes[video.computed]
+    found = Counter({"denoise_job": 1, "steps": len(passes)})
     for step, kept, times in _kinds_of_steps(model, video, arrangement):
         for unit, amount in work.of_step(step, kept).items():
             found[unit] += times * amount
@@ -73,8 +74,8 @@ def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amount
             found[exchange.axis] += takes_place * exchange.sent
             found[EXCHANGES[exchange.axis]] += takes_place * exchange.times
     if arrangement.experts == "swap":
-        turns = sum(one != other for (one, _), (other, _) in zip(video.passes, video.passes[1:]))
-        found["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype) / arrangement.plan.tp
+        turns = sum(one != other for (one, _), (other, _) in zip(passes, passes[1:]))
+        found["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype, arrangement.packed) / arrangement.plan.tp
     return found
 
 
@@ -94,7 +95,7 @@ def of_decoding(model: Model, video: Video, arrangement: Arrangement) -> Amounts
 def _load(model: Model, arrangement: Arrangement) -> Amounts:
     plan = arrangement.plan
     parts = math.prod(plan.degrees) if arrangement.fsdp else plan.tp
-    copied = sum(work.kept_bytes(network, model.dtype) for network in model.experts) / parts
+    copied = sum(work.kept_bytes(network, model.dtype, arrangement.packed) for network in model.experts) / parts
     copied += sum(work.kept_bytes(network, dtype) for network, dtype in _networks(model)[len(model.experts) :])
     return {"load_job": 1, "read": float(bytes_read(model)), "copied": copied}
 
@@ -117,7 +118,8 @@ def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Ite
     """The kinds of steps, what accelerators keep of each, and the number of each."""
     config = model.experts[0].config
     size = step_of(model, video, arrangement).size
-    kinds = Counter(zip(video.passes, kept_in_steps(video, model.family.work(config, size))))
+    steps = list(zip(video.passes, kept_in_steps(video, model.family.work(config, size))))
+    kinds = Counter(steps[video.computed])
     for ((expert, branches), kept), times in kinds.items():
         yield step_of(model, video, arrangement, expert, branches), kept, times
 

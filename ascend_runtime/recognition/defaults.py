@@ -12,8 +12,9 @@ from msgspec.structs import asdict
 from ..checkpoints.bounded import read_json
 from ..errors import coded_error
 from ..models.defaults import Defaults
-from ..specs import SampleSpec, VideoSize
+from ..specs import DiffusionModelSpec, SampleSpec, VideoSize
 from .component import Component
+from .distilled import with_distillation
 from .folders import has_low_noise
 from .layout import find_transformer
 
@@ -63,12 +64,20 @@ def model_defaults(path: str, low_noise_path: str | None = None) -> Defaults:
     path, low_noise_path: as in DiffusionModelSpec. Reads no weights.
     """
     two = low_noise_path is not None or has_low_noise(path)
-    return defaults_in(find_transformer(path), experts=2 if two else 1)
+    spec = DiffusionModelSpec(path=str(path), low_noise_path=low_noise_path)
+    return defaults_for(spec, find_transformer(path), experts=2 if two else 1)
+
+
+def defaults_for(spec: DiffusionModelSpec, component: Component, experts: int) -> Defaults:
+    """The defaults of a model with its LoRAs. component: its first expert, of `experts`. Raises ValueError as
+    `defaults_in` does."""
+    own = defaults_in(component, experts)
+    return with_distillation(own, component.family.distillations, spec, experts)
 
 
 def defaults_in(component: Component, experts: int) -> Defaults:
-    """The defaults of a model with `experts` experts, the first of which is `component`. Raises ValueError if the
-    model's own file is invalid."""
+    """The defaults of a model with `experts` experts, the first of which is `component`, without LoRAs and whatever its
+    files are called. Raises ValueError if the model's own file is invalid."""
     published, file = component.family.defaults(component.config, experts), component.defaults
     return published if file is None else _own(file, published.name).over(published, file)
 

@@ -7,7 +7,6 @@ from ..checkpoints.faults import shown
 from ..errors import coded_error
 from ..models.defaults import Defaults
 from ..specs import DiffusionModelSpec
-from ..specs.models import require_no_loras
 from .component import Component
 from .folders import has_low_noise
 from .layout import find_transformer
@@ -34,12 +33,10 @@ def find_experts(spec: DiffusionModelSpec) -> list[Component]:
 
 
 def _check_quantized_files(spec: DiffusionModelSpec, component: Component) -> None:
-    file = component.quantized.file
-    require_no_loras(spec.loras, f"{file} says that the model is quantized")
     if spec.quantization != "none":
         raise ValueError(
-            f"quantization is {spec.quantization!r}, but {file} says that the model is quantized already. Set "
-            "quantization to 'none' to use the files as they are."
+            f"quantization is {spec.quantization!r}, but {component.quantized.file} says that the model is quantized "
+            "already. Set quantization to 'none' to use the files as they are."
         )
 
 

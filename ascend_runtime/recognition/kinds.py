@@ -21,6 +21,12 @@ from ..models.shapes import Shapes, count
 
 # The prefixes of the networks in a file of a whole model, as ComfyUI saves it.
 NETWORKS = re.compile(r"^(model\.diffusion_model|vae|first_stage_model|text_encoders|cond_stage_model|clip_vision)\.")
+# What training code keeps next to each other in one file, in the order in which one is chosen: averaged weights, which
+# their authors' own inference takes, then the network that makes videos. Others, such as a critic, are for training.
+IN_TRAINING = (re.compile(r"(^|[._])ema(_model)?\."), re.compile(r"^(generator|student)\."))
+TRAINED = re.compile(
+    r"^((generator|student|critic|discriminator|fake_score|real_score|teacher|net|model)(_ema)?|ema)\."
+)
 # Prefixes in CLIP's vision models, whose patch embeddings are named like a transformer's.
 IMAGE_ENCODERS = re.compile(r"(^|\.)(vision_model|vision_tower)\.")
 MAX_PREFIXES = 4  # listed in an error
@@ -200,7 +206,7 @@ def own_name(kind: Kind, prefix: str, key: str) -> str | None:
     if is_tokenizer(key):
         return None
     if prefix and not key.startswith(prefix):
-        return None if NETWORKS.match(key) else key
+        return None if NETWORKS.match(key) or _in_training([prefix]) and TRAINED.match(key) else key
     return kind.part.rename(key[len(prefix) :])
 
 
@@ -210,6 +216,8 @@ def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
     found = {prefix for prefix in found if not prefix or prefix.endswith(".")}
     if kind.name == TRANSFORMER:
         found = {prefix for prefix in found if not IMAGE_ENCODERS.search(prefix)}
+    if len(found) > 1 and (chosen := _in_training(found)):
+        return chosen
     if len(found) > 1 and "" not in found:
         first = ", ".join(map(shown, sorted(found)[:MAX_PREFIXES])) + ", ..." * (len(found) > MAX_PREFIXES)
         raise coded_error(
@@ -218,6 +226,12 @@ def _prefix(kind: Kind, file: Path, names: Iterable[str]) -> str:
             "separate file.",
         )
     return found.pop() if len(found) == 1 else ""
+
+
+def _in_training(prefixes: Iterable[str]) -> str | None:
+    """The prefix of the network to use of several that training code saved; None if these names do not show it."""
+    fitting = ([prefix for prefix in prefixes if pattern.search(prefix)] for pattern in IN_TRAINING)
+    return next((one[0] for one in fitting if len(one) == 1), None)
 
 
 def _first(shapes: Shapes) -> str:

@@ -64,9 +64,13 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         host memory (twice an expert's size per rank), and copies the other ahead of its first step. "auto" swaps if
         they do not fit, without fsdp. If the host has too little memory for all its ranks, loading is refused before
         a weight is read.
-    loras: merged into the weights in this order; changing them, or a strength, does not reload the model's weights.
+    loras: merged into the weights in this order, or added to the outputs of quantized layers; changing them, or a
+        strength, does not reload the model's weights.
     quantization: "w8a8_dynamic" stores the weights of the blocks' linear layers, except the feed-forward's second, in
         8 bits, and quantizes activations dynamically. "none" leaves weights as the files have them, also if quantized.
+    packed: of GGUF files: whether the weights of linear layers stay in the file's few bits, and each is dequantized
+        when it is used, which takes less memory and a little time in each step; else all are dequantized when they are
+        read. None: they stay so if the device has too little memory otherwise.
     """
 
     path: str
@@ -76,6 +80,7 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
     experts: str = "auto"
     loras: tuple[LoraSpec, ...] = ()
     quantization: str = "none"
+    packed: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,8 +90,11 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         require_choice("dtype", self.dtype, COMPUTE_DTYPES)
         require_choice("experts", self.experts, EXPERT_MODES)
         require_choice("quantization", self.quantization, QUANTIZATIONS)
-        if self.quantization != "none":
-            require_no_loras(self.loras, f"quantization is {self.quantization!r}")
+        if self.packed and self.quantization != "none":
+            raise ValueError(
+                f"packed keeps weights as a GGUF file has them, and quantization is {self.quantization!r}. Set one of the "
+                "two."
+            )
         if self.boundary is not None:
             require_range("boundary", self.boundary, 0.0, 1.0)
 
@@ -168,16 +176,6 @@ class VaeSpec(Spec, frozen=True, kw_only=True):
     @property
     def strict(self) -> bool:
         return self.dtype == "float32_strict"
-
-
-def require_no_loras(loras: tuple[LoraSpec, ...], why: str) -> None:
-    """Raises ValueError if there are LoRAs: merged into 8-bit integers, they would be rounded away."""
-    if loras:
-        raise coded_error(
-            "AV-1406",
-            f"{why}, and a LoRA ({loras[0].path}) cannot be merged into 8-bit weights. Set quantization to 'none' and "
-            "use the model's bf16, fp16 or fp8_scaled files, or remove the LoRA.",
-        )
 
 
 def require_experts_in_order(high_noise: str, low_noise: str) -> None:

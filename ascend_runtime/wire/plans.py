@@ -35,7 +35,7 @@ class PlannedJob(Struct, frozen=True, kw_only=True):
 class Chosen(Struct, frozen=True, kw_only=True):
     """How a job is arranged, and what it is predicted to take.
 
-    parallel, experts, encoder, tiles: as in specs, with what they left open filled in.
+    parallel, experts, packed, encoder, tiles: as in specs, with what they left open filled in.
     line: what was chosen, why, and what it is predicted to take, for the user.
     seconds: by stage. sent: bytes of a rank in a step, by mesh axis. device, host: bytes at the peak, of the rank that
     takes the most of its device, and of all ranks. device_free, host_free: what there is. computing: the bytes of
@@ -45,6 +45,7 @@ class Chosen(Struct, frozen=True, kw_only=True):
 
     parallel: ParallelSpec
     experts: str = "auto"
+    packed: bool | None = None
     encoder: str = "auto"
     tiles: str = "auto"
     line: str = ""
@@ -58,5 +59,5 @@ class Chosen(Struct, frozen=True, kw_only=True):
     short: bool = False
 
     def arranged(self, model: DiffusionModelSpec) -> DiffusionModelSpec:
-        """The model's spec, with its experts as they were chosen."""
-        return replace(model, experts=self.experts)
+        """The model's spec, with its experts and the form of its weights as they were chosen."""
+        return replace(model, experts=self.experts, packed=self.packed)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import published_hunyuan
 import pytest
+from ascend_runtime.commands import templates
 from PIL import Image
 from scripts.lib.comfy_browser import ComfyBrowser
 from comfy_graphs import SAMPLER, saved
@@ -14,10 +15,9 @@ from page_scripts import DROP, FIT, SET, VIDEO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCREENSHOTS = REPOSITORY / ".cache" / "artefacts"
-WORKFLOWS = REPOSITORY / "workflows"
-UI_FORMAT = WORKFLOWS / "tiny_wan_text_to_video.json"
-API_FORMAT = WORKFLOWS / "api" / "tiny_wan_text_to_video.json"
-OF_AN_IMAGE = WORKFLOWS / "hunyuan_video_v1_image_to_video.json"
+UI_FORMAT = templates.shown_file("tiny_wan_text_to_video")
+API_FORMAT = templates.api_file("tiny_wan_text_to_video")
+OF_AN_IMAGE = templates.shown_file("hunyuan_video_v1_image_to_video")
 SMALL = {"AscendImageToVideo": {"width": 96, "height": 64, "length": 9}}
 DROPPED = {  # file, values of widgets by node, and the video's width, height and seconds
     "ui": (UI_FORMAT, {"AscendSampler": {"steps": 2}}, (64, 64, 17 / 16)),
@@ -39,7 +39,7 @@ def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, values, vid
         published_hunyuan.write_all(comfyui.base / "models")
         Image.new("RGB", (80, 80), "orange").save(comfyui.base / "input" / "example.png")
     steps = values["AscendSampler"]["steps"]
-    api = WORKFLOWS / "api" / file.name
+    api = templates.named(file)
     wanted = sorted(node["class_type"] for node in json.loads(api.read_text()).values())
     before = set(comfyui.get("/history"))
     with ComfyBrowser(comfyui) as browser:

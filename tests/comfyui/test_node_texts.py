@@ -6,6 +6,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from ascend_runtime.commands import templates
 from scripts.lib.comfy_browser import ComfyBrowser, chromium
 from make_node_texts import node_definitions, with_tables
 
@@ -16,7 +17,7 @@ HEADINGS = {"en": ("## Inputs", "## Outputs", "## Hints", "## Example"),
 CATEGORIES = {f"Ascend/{name}" for name in ("loaders", "conditioning", "sampling", "acceleration", "tools")}
 MAX_REQUIRED = 4
 KEEPS_TRANSLATIONS = (1, 34, 8)  # of ComfyUI's page
-WORKFLOW = REPOSITORY / "workflows" / "wan2.2_t2v_a14b_text_to_video.json"
+WORKFLOW = templates.shown_file("wan2.2_t2v_a14b_text_to_video")
 SAMPLER = "app.graph.nodes.find(node => node.type === 'AscendSampler')"
 ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
 CHINESE = re.compile("[\u4e00-\u9fff]")

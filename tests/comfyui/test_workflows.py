@@ -2,19 +2,19 @@
 
 import io
 import json
-import os
 import re
-import subprocess
+import urllib.parse
 import urllib.request
 from itertools import combinations
 from pathlib import Path
 
 import pytest
-from ascend_runtime.commands.queue import QueueError
+from ascend_runtime.commands import templates
+from ascend_runtime.commands.queue import QueueError, address
 from ascend_runtime.commands.queue import workflow as queued
 from scripts.lib.comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chromium
 from PIL import Image
-from shipped_workflows import NAMES, WORKFLOWS, api
+from shipped_workflows import NAMES, WORKFLOWS, api, ui
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
@@ -33,10 +33,6 @@ NOTES = ("MarkdownNote", "Note")  # of the page alone: the API format has none
 needs_chromium = pytest.mark.skipif(
     not chromium(), reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it"
 )
-
-
-def ui(name) -> dict:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text())
 
 
 def without_titles(prompt) -> dict:
@@ -73,9 +69,18 @@ def apart(one, other) -> bool:
     return one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
 
 
-def test_every_workflow_has_both_formats_and_a_thumbnail():
-    for folder, ending in ((WORKFLOWS, "json"), (WORKFLOWS / "api", "json"), (WORKFLOWS, "jpg")):
-        assert sorted(file.stem for file in folder.glob(f"*.{ending}")) == NAMES
+def test_every_workflow_has_both_formats_and_a_picture():
+    shown = sorted(templates.SHOWN.values())
+    assert sorted(file.stem for file in (WORKFLOWS / "api").glob("*.json")) == NAMES
+    for ending in ("json", "jpg"):
+        assert sorted(file.stem for file in WORKFLOWS.glob(f"*.{ending}")) == shown
+
+
+def test_names_fit_addresses_and_every_disk():
+    """The page writes a name into an address without encoding it, and ComfyUI's own messages into HTML."""
+    for short, shown in templates.SHOWN.items():
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 .,-]*", shown) and re.fullmatch(r"[a-z0-9_.]+", short)
+    assert len({name.lower() for name in templates.SHOWN.values()}) == len(templates.SHOWN)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,19 +126,6 @@ def test_every_file_has_its_address(name):
     assert all(url in note for url in files_of(workflow).values())
 
 
-def test_the_documented_lines_get_every_file():
-    """docs/models.md's own shell, with a `comfy` that says what it was asked for."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (REPOSITORY / "docs" / "models.md").read_text(), re.M | re.S)
-    lines = "".join(block for block in blocks if "get" in block)
-    script = f'comfy() {{ echo "$*"; }}\n{lines}'
-    environment = {key: value for key, value in os.environ.items() if key != "HF_ENDPOINT"}
-    asked = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True).stdout
-    pattern = r"--here model download --url (\S+) --relative-path models/(\S+) --filename (\S+)"
-    got = {f"{folder}/{file}": url for url, folder, file in re.findall(pattern, asked)}
-    assert len(got) == len(asked.splitlines())
-    assert got == {place: url for name in NAMES for place, url in files_of(ui(name)).items()}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_queue_finds_what_it_edits(name):
     graph = api(name)
@@ -150,15 +142,43 @@ def test_the_queue_finds_what_it_edits(name):
         assert queued.require_image(graph) == [("12", "image")]
 
 
-def test_templates_are_served_with_thumbnails(comfyui):
+def text_of(comfyui, path) -> bytes:
+    with urllib.request.urlopen(f"{comfyui.url}{path}", timeout=30) as answer:
+        return answer.read()
+
+
+def test_templates_are_served_in_order_with_pictures(comfyui):
     listed = comfyui.get("/workflow_templates")["ascend-video"]
-    assert sorted(listed) == NAMES
+    assert listed == sorted(templates.SHOWN.values()) == comfyui.get("/api/workflow_templates")["ascend-video"]
+    assert [name for name in listed if "no download" in name] == listed[:2]
     for name in NAMES:
-        assert comfyui.get(f"/api/workflow_templates/ascend-video/{name}.json") == ui(name)
-        thumbnail = f"{comfyui.url}/api/workflow_templates/ascend-video/{name}.jpg"
-        with urllib.request.urlopen(thumbnail, timeout=30) as answer:
-            picture = Image.open(io.BytesIO(answer.read()))
+        address = f"/api/workflow_templates/ascend-video/{urllib.parse.quote(templates.SHOWN[name])}"
+        assert json.loads(text_of(comfyui, f"{address}.json")) == ui(name)
+        picture = Image.open(io.BytesIO(text_of(comfyui, f"{address}.jpg")))
         assert picture.format == "JPEG" and picture.width >= 600 and picture.height >= 300, name
+
+
+@pytest.mark.parametrize("form", ["{short}", "{short}.json", "workflows/{short}.json", "{shown}", "{shown}.json"])
+def test_the_queue_knows_both_names(form, tmp_path, monkeypatch):
+    """Also in a folder that does not have the file."""
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        path = Path(form.format(short=name, shown=templates.SHOWN[name]))
+        assert queued.read(path, address.of_host("127.0.0.1", 1)) == api(name)
+    with pytest.raises(QueueError, match="no_template"):
+        queued.read(Path("no_template.json"), address.of_host("127.0.0.1", 1))
+
+
+@needs_chromium
+def test_links_by_the_short_name_open_the_workflow(comfyui):
+    """As links by the files' former names do."""
+    with ComfyBrowser(comfyui) as browser:
+        for name in ("tiny_wan_text_to_video", "hunyuan_video_text_to_video"):
+            browser.page.goto(f"{comfyui.url}/?template={name}&source=ascend-video")
+            number = len(ui(name)["nodes"])
+            browser.page.wait_for_function(f"window.app?.graph?.nodes.length === {number}")
+            title = browser.page.evaluate("app.graph.serialize().groups.map(group => group.title)")
+            assert title == [group["title"] for group in ui(name)["groups"]]
 
 
 @needs_chromium
@@ -171,7 +191,7 @@ def test_template_browser_shows_the_workflows(comfyui):
         page.wait_for_function("""names => {
             const loaded = [...document.querySelectorAll('img')].filter(image => image.naturalWidth)
             return names.every(name => loaded.some(image => image.alt === name))
-        }""", arg=NAMES)
+        }""", arg=list(templates.SHOWN.values()))
         page.wait_for_timeout(500)
         page.screenshot(path=ARTEFACTS / "templates.png")
 

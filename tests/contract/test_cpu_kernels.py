@@ -311,7 +311,7 @@ def test_a_layer_is_mindie_sds(random, tmp_path, monkeypatch, algorithm, step, s
     import described_folders  # noqa: PLC0415
     from ascend_runtime.checkpoints import reader  # noqa: PLC0415
     from ascend_runtime.checkpoints.msmodelslim import read_description
-    from ascend_runtime.models.shared import quantized
+    from ascend_runtime.models.shared.quantized import replacing, static
     from ascend_runtime.ops import PlainOperators, ascend
     from ascend_runtime.specs import OperatorSpec
     from mindiesd.quantization import layer as theirs
@@ -342,13 +342,13 @@ def test_a_layer_is_mindie_sds(random, tmp_path, monkeypatch, algorithm, step, s
         network.blocks[0].q = torch.nn.Linear(96, 48)
     network.ops = PlainOperators()
     description = read_description(described).with_steps([file])
-    quantized.quantize(network, description.renamed(lambda name: [name]), ("blocks.",))
+    replacing.quantize(network, description.renamed(lambda name: [name]), ("blocks.",))
     rename = lambda name, _: name.replace(".linear.", ".").replace(".div.", ".")  # noqa: E731
     places = reader.check_weights(network, (file,), rename, description)
-    fixed = quantized.quantized_parameters(network)
+    fixed = replacing.quantized_parameters(network)
     reader.load_weights(network, places, dtype_of=lambda name: fixed.get(name) or torch.float16,
                         device=torch.device("cpu"))  # fmt: skip
-    quantized.use_step(network, step)
+    static.use_step(network, step)
     x, layer = random(B, S, 96, dtype=torch.float16), network.blocks[0].q
     with torch.no_grad():
         expected = mindie(x)

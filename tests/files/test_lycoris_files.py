@@ -1,5 +1,6 @@
 """LoRA files in LyCORIS's formats: they make what core ComfyUI makes of them; what core cannot read, by its formula."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import hunyuan_formats
 import pytest
 import random_hunyuan
+import random_lora
 import random_lycoris
 import random_wan
 import torch
@@ -16,7 +18,7 @@ from ascend_runtime import DiffusionModelSpec, LoraSpec
 from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
 from ascend_runtime.components import Components
 from ascend_runtime.models.family import LoraNames
-from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora.files import read_lora
 from safetensors.torch import load_file, save_file
 from scripts.lib.comfy_server import COMFYUI
 from torch.testing import assert_close
@@ -64,13 +66,31 @@ def of_all_layers(file, lora):
     return left
 
 
+def decomposed(file, lora):
+    """Writes a LoRA with DoRA's magnitudes of outputs or inputs for all matrices and convolutions of a transformer."""
+    generator, made = torch.Generator().manual_seed(6), {}
+    kinds = itertools.cycle(itertools.product(("outputs", "inputs"), random_lycoris.MATRICES[:-1]))
+    for name, tensor in load_file(file).items():
+        if name.endswith(".weight") and tensor.ndim > 1:
+            key, (by, form) = f"diffusion_model.{name.removesuffix('.weight')}", next(kinds)
+            tensors, added = random_lycoris.tensors(form, tuple(tensor.shape), generator, 0.02)
+            made |= {f"{key}.{end}": each for end, each in tensors.items()}
+            end, made[f"{key}.dora_scale"], _ = random_lora.decomposed(tensor.float(), added, by, generator)
+            assert end == "dora_scale"
+    save_file(made, lora)
+
+
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
     """The folder of all files, in which core's results are, and the differences of modulations by model."""
     folder, cases, left = tmp_path_factory.mktemp("lycoris"), {"models": {}, "layers": {}}, {}
     for case, file in models(folder).items():
         left[case] = of_all_layers(folder / file, folder / f"{case}_lora.safetensors")
-        cases["models"][case] = {"file": file, "lora": f"{case}_lora.safetensors", "strength": STRENGTH}
+        cases["models"][case] = {"file": file, "loras": [[f"{case}_lora.safetensors", STRENGTH]]}
+        decomposed(folder / file, folder / f"{case}_dora.safetensors")
+        stack = [[f"{case}_dora.safetensors", STRENGTH], [f"{case}_lora.safetensors", 0.4],
+                 [f"{case}_dora.safetensors", -0.3]]  # fmt: skip
+        cases["models"][f"{case} dora"] = {"file": file, "loras": stack}
     for seed, (form, kind) in enumerate(LAYERS):
         tensors, added = random_lycoris.tensors(form, SHAPES[kind], torch.Generator().manual_seed(seed))
         file = f"{form} {kind}.safetensors".replace(" ", "_")
@@ -103,6 +123,24 @@ def test_a_file_with_all_formats_makes_cores_weights(core, tmp_path, case):
     assert made.keys() == merged.keys()
     for name, weight in made.items():
         assert_close(weight.data, merged[name].data, atol=2e-6, rtol=1e-5, msg=lambda text, of=name: f"{of}: {text}")
+
+
+@pytest.mark.parametrize("case", ["wan", "hunyuan"])
+def test_loras_of_dora_make_cores_weights_one_after_the_other(core, tmp_path, case):
+    """Of pairs, LoHa and LoKr, by outputs and by inputs, also of layers that the model holds as several. The order
+    counts, as each norm is that of the weight with the changes before."""
+    folder, left = core
+    expected = load_file(folder / f"{case} dora.safetensors")
+    for name, difference in left[case].items():
+        expected[name] = expected[name] + 0.4 * difference
+    save_file(expected, tmp_path / "merged.safetensors")
+    stack = [LoraSpec(path=str(folder / f"{case}_{kind}.safetensors"), strength=strength)
+             for kind, strength in (("dora", STRENGTH), ("lora", 0.4), ("dora", -0.3))]  # fmt: skip
+    made, merged = weights_of(folder / f"{case}_base.safetensors", *stack), weights_of(tmp_path / "merged.safetensors")
+    other = weights_of(folder / f"{case}_base.safetensors", *reversed(stack))
+    for name, weight in made.items():
+        assert_close(weight.data, merged[name].data, atol=1e-5, rtol=1e-5, msg=lambda text, of=name: f"{of}: {text}")
+    assert any((weight.data - other[name].data).abs().max() > 1e-2 for name, weight in made.items())
 
 
 def test_norms_have_another_name_in_newer_cores(core, tmp_path):

@@ -14,7 +14,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from ascend_runtime import DiffusionModelSpec
-from ascend_runtime.models.shared.quantized import QuantizedLinear
+from ascend_runtime.models.shared.quantized.base import QuantizedLinear
 from ascend_runtime.models.wan.files.names import to_diffusers_name
 from ascend_runtime.components import Components
 from safetensors.torch import load_file

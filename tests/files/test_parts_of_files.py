@@ -81,9 +81,21 @@ def test_a_vae_behind_a_prefix(tmp_path, vae, expected, prefix):
 
 
 def test_several_networks_of_one_kind_are_named(tmp_path, tensors):
-    torch.save(prefixed("generator.", tensors) | prefixed("generator_ema.", tensors), tmp_path / "wan.pt")
-    with pytest.raises(ValueError, match="wan.pt holds 2 networks, each a Wan transformer: generator., gen"):
+    torch.save(prefixed("one.", tensors) | prefixed("other.", tensors), tmp_path / "wan.pt")
+    with pytest.raises(ValueError, match="wan.pt holds 2 networks, each a Wan transformer: one., other."):
         load(tmp_path / "wan.pt")
+
+
+@pytest.mark.parametrize("used, others", [
+    ("generator_ema.model.", ("generator.model.", "critic.model.")), ("net_ema.", ("net.",)),
+    ("ema.", ("model.", "fake_score.")), ("generator.", ("critic.", "real_score.")),
+])  # fmt: skip
+def test_of_what_training_saves_the_network_that_makes_videos_is_used(tmp_path, tensors, expected, used, others):
+    held = prefixed(used, tensors)
+    for prefix in others:
+        held |= prefixed(prefix, {name: x + 1 for name, x in tensors.items()})
+    torch.save(held, tmp_path / "wan.pt")
+    assert_same(load(tmp_path / "wan.pt"), expected["transformer"])
 
 
 def test_a_stranger_behind_another_prefix_is_not_passed_over(tmp_path, tensors):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from ascend_runtime.models.registry import family
-from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.recognition.mindspeed import STAGE_FILE
 from ascend_runtime.components import Components
 from ascend_runtime.specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec

@@ -1,6 +1,6 @@
 """What core ComfyUI makes of LoRA files, for a test: `core_loras.py COMFYUI FOLDER`.
 
-FOLDER holds cases.json: {"models": {case: {"file": a transformer's, "lora": a LoRA's, "strength": its}},
+FOLDER holds cases.json: {"models": {case: {"file": a transformer's, "loras": [[a LoRA's, its strength], ...]}},
 "layers": {case: {"file": of one layer named "layer", "shape": its weight's, "strength": of the change}}}. Writes for
 each model CASE.safetensors, its weights with the LoRA, and layers.safetensors, the change of each layer.
 """
@@ -27,8 +27,9 @@ def main():
     for case, given in cases["models"].items():
         model = comfy.sd.load_diffusion_model(str(folder / given["file"]), {"dtype": torch.float32})
         known = comfy.lora.model_lora_keys_unet(model.model, {})
-        patches = comfy.lora.load_lora(load_file(folder / given["lora"]), known)
-        assert set(model.add_patches(patches, given["strength"])) == set(patches), case
+        for lora, strength in given["loras"]:
+            patches = comfy.lora.load_lora(load_file(folder / lora), known)
+            assert set(model.add_patches(patches, strength)) == set(patches), case
         model.patch_model()
         state = model.model.diffusion_model.state_dict()
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{case}.safetensors")

@@ -14,11 +14,17 @@ import fused_files
 import gloo_ranks
 import torch
 import torch.distributed as dist
-from ascend_runtime.models.shared.quantized import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
+from ascend_runtime.models.shared.quantized.replacing import (
+    QUANTIZATION_SCHEMES,
+    linears,
+    quantize,
+    quantized_parameters,
+)
 from ascend_runtime.models.wan.files import lora_names
-from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.checkpoints.reader import check_weights, load_weights
-from ascend_runtime.components.loras import Adapter, LoraTarget
+from ascend_runtime.components.loras.adapter import Adapter
+from ascend_runtime.components.loras.requests import LoraTarget
 from ascend_runtime.parallel.fsdp import ShardedWeights, own_part, sharding_of
 from safetensors.torch import load_file, save_file
 

@@ -26,7 +26,7 @@ from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.recognition.calibration_file import read_calibration
 from ascend_runtime.models.registry import BUILT_IN
 from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
-from ascend_runtime.recognition.lora import read_lora
+from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.components import Components
 from ascend_runtime.specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
 from safetensors.torch import load_file, save_file

@@ -19,7 +19,9 @@ from ascend_runtime.components import Components
 from ascend_runtime.models.hunyuan_video.context import Context
 from ascend_runtime.models.shared.block_stack import Pass
 from ascend_runtime.models.hunyuan_video.weights import cut_dim
-from ascend_runtime.models.shared.quantized import KINDS, QuantizedLinear, use_step
+from ascend_runtime.models.shared.quantized.base import QuantizedLinear
+from ascend_runtime.models.shared.quantized.replacing import KINDS
+from ascend_runtime.models.shared.quantized.static import use_step
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import computed, guided
 from ascend_runtime.parallel.fsdp import Sharding, sharding_of

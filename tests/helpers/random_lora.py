@@ -46,7 +46,9 @@ LAYOUTS = {  # prefix, whose names, down, up, whether there is an alpha
     "wan fun": ("lora_unet__", "flat", "lora_down.weight", "lora_up.weight", True),
     "lightx2v": ("diffusion_model.", "original", "lora_down.weight", "lora_up.weight", True),
     "lycoris": ("lycoris_", "flat", None, None, True),
+    "dora": ("diffusion_model.", "original", "lora_down.weight", "lora_up.weight", True),
 }
+MAGNITUDES = ("outputs", "inputs", "peft")  # of DoRA
 
 
 def save(file: Path, layout: str, parameters: dict[str, torch.Tensor], *, seed: int, dtype=torch.float32, alpha=True):
@@ -57,7 +59,7 @@ def save(file: Path, layout: str, parameters: dict[str, torch.Tensor], *, seed: 
     prefix, names, down_key, up_key, has_alpha = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(seed)
     tensors, added = {}, {}
-    forms = itertools.cycle(random_lycoris.MATRICES)
+    forms, magnitudes = itertools.cycle(random_lycoris.MATRICES), itertools.cycle(MAGNITUDES)
     for original, diffusers in _layers(parameters).items():
         name = {"diffusers": diffusers, "original": original, "flat": original.replace(".", "_")}[names]
         weight = parameters[f"{diffusers}.weight"]
@@ -76,12 +78,26 @@ def save(file: Path, layout: str, parameters: dict[str, torch.Tensor], *, seed: 
             tensors[f"{prefix}{name}.alpha"] = torch.tensor(RANK / 2)
             product = 0.5 * product
         added[f"{diffusers}.weight"] = product.view_as(weight)
+        if layout == "dora":
+            kind = next(magnitudes)
+            end, magnitude, adds = decomposed(weight.float(), product.view_as(weight), kind, generator)
+            tensors[f"{prefix}{name}.{end}"], added[f"{diffusers}.weight"] = magnitude, adds
     for key, parameter in DIFFERENCES.items() if layout == "lightx2v" else ():
         difference = torch.randn(parameters[parameter].shape, generator=generator).mul(0.1).to(dtype)
         tensors[prefix + key] = difference
         added[parameter] = difference.float()
     save_file(tensors, file)
     return added
+
+
+def decomposed(weight, change, kind, generator):
+    """(the end of a key, a random magnitude, what DoRA adds at strength 1). kind: one of MAGNITUDES. The norms are those
+    of the rows of W ("outputs", as in ComfyUI) or of W + change ("peft"), or of the columns of W + change."""
+    dims = [dim for dim in range(weight.ndim) if dim != (1 if kind == "inputs" else 0)]
+    norms = torch.linalg.vector_norm(weight if kind == "outputs" else weight + change, dim=dims, keepdim=True)
+    magnitude = norms * (0.7 + 0.6 * torch.rand(norms.shape, generator=generator))
+    added = magnitude / norms * (weight + change) - weight
+    return ("lora_magnitude_vector", magnitude.flatten(), added) if kind == "peft" else ("dora_scale", magnitude, added)
 
 
 def merge(base: Path, merged: Path, *added: tuple[float, dict[str, torch.Tensor]], dtype=torch.float32) -> None:

@@ -5,7 +5,7 @@ import torch
 from ascend_runtime.models.hunyuan_video.family import FAMILY
 from ascend_runtime.models.hunyuan_video.transformer import HunyuanVideoTransformer
 from ascend_runtime.models.hunyuan_video.weights import cut_dim, kept_in_8_bits
-from ascend_runtime.models.shared.quantized import linears
+from ascend_runtime.models.shared.quantized.replacing import linears
 
 BY_ROWS = {"transformer_blocks": {"attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2"},
            "single_transformer_blocks": {"proj_out_attn", "proj_out_mlp"}}  # fmt: skip

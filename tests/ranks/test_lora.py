@@ -9,10 +9,10 @@ import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
 from ascend_runtime.models.wan.files.lora_names import LORA_NAMES
-from ascend_runtime.recognition.lora import read_lora
-from ascend_runtime.recognition.lora_changes import LowRank
+from ascend_runtime.recognition.lora.files import read_lora
+from ascend_runtime.recognition.lora.changes import LowRank
 from ascend_runtime.components import Components
-from ascend_runtime.components.loras import Adapter
+from ascend_runtime.components.loras.adapter import Adapter
 from benchmarks.opens import Opened
 from diffusers.loaders import lora_conversion_utils
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,8 @@ PLANS = {
     "FSDP 2": (2, {"fsdp": True}),
     "slices 2": (2, {"tp_degree": 2}),
 }
+
+WHOLE = ("one rank", "Ulysses 2")  # plans in which each rank holds all weights
 
 
 def sample(runtime, model, text, parallel=None, **hooks):
@@ -82,8 +84,21 @@ def test_every_layout_on_every_plan(runtimes, specs, loras, expected, checkpoint
             model = with_loras(specs.folder, LoraSpec(path=path, strength=STRENGTH))
             latent = sample(runtimes(ranks), model, specs.text(1), parallel)
             assert_close(latent, expected[layout], atol=1e-4, rtol=0.0, msg=layout)
+            if layout != "dora" or plan in WHOLE:
+                assert opened.files() == [], layout
         assert torch.equal(sample(runtimes(ranks), specs.model, specs.text(1), parallel), base)
-    assert opened.files() == []
+
+
+def test_a_new_strength_of_dora_reads_no_weights_again(runtimes, specs, loras, checkpoint):
+    """Also where a rank holds a part of each weight, and has read the rest for the norms."""
+    path, parallel = loras["dora"][0], ParallelSpec(ranks=2, fsdp=True)
+    latents = []
+    for strength in (0.2, STRENGTH):
+        with Opened(sorted(checkpoint.glob("transformer*/*.safetensors"))) as opened:
+            model = with_loras(specs.folder, LoraSpec(path=path, strength=strength))
+            latents.append(sample(runtimes(2), model, specs.text(1), parallel))
+        assert bool(opened.files()) == (strength == 0.2)
+    assert (latents[0] - latents[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("plan", ["one rank", "FSDP 2", "slices 2"])

@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import random_lora
 import random_wan
 import torch
-from ascend_runtime import DiffusionModelSpec, SampleSpec, VideoSize, model_defaults
+from ascend_runtime import DiffusionModelSpec, LoraSpec, SampleSpec, VideoSize, model_defaults
 from ascend_runtime.commands import conversion
 from ascend_runtime.recognition.layout import find_transformer
 from ascend_runtime.models.wan.defaults import WAN21_TEXT, WAN22_BOTH, WAN22_TEXT
 from gloo_ranks import run
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSET = ROOT / "assets" / "tiny_wan"
@@ -70,6 +72,24 @@ def test_a_changed_file_counts_from_the_next_job_on(two_ranks, model):
     for steps in (2, 3):
         (model / NAME).write_text(json.dumps(export.DEFAULTS | {"steps": steps}))
         assert two_ranks.sample(spec, SampleSpec(), latent, text(1), text(2)).info["steps"] == steps
+
+
+def test_a_lora_of_few_steps_brings_its_own_settings(one_rank, checkpoint, specs, tmp_path):
+    """With the sigmas that it was trained for, and without a negative prompt; a next job without it has the model's."""
+    lora = tmp_path / "Wan21_CausVid_T2V_lora.safetensors"
+    parameters = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    random_lora.save(lora, "diffusers", parameters, seed=3)
+    model = DiffusionModelSpec(path=str(checkpoint), loras=(LoraSpec(path=str(lora)),))
+    latent = torch.zeros(1, 16, 1, 4, 4)
+    made = one_rank.sample(model, SampleSpec(), latent, specs.text(1))
+    assert {name: made.info[name] for name in ("distilled", "steps", "guidance")} == {
+        "distilled": "CausVid", "steps": 3, "guidance": 1.0
+    }  # fmt: skip
+    given = SampleSpec(sigmas=(1.0, 0.757, 0.522, 0.0), guidance_scale=1.0, solver="euler")
+    assert torch.equal(one_rank.sample(model, given, latent, specs.text(1)).tensor, made.tensor)
+    plain = DiffusionModelSpec(path=str(checkpoint))
+    info = one_rank.sample(plain, SampleSpec(steps=1), latent, specs.text(1), specs.text(2)).info
+    assert info["guidance"] == 5.0 and "distilled" not in info
 
 
 @pytest.mark.parametrize("content, says", [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...errors import coded_error
-from ..fused import Rows
+from ..fused import Rows, Target
 
 Slices = tuple[slice, ...]  # a part of a tensor: one slice for each dim, none with a step
 
@@ -58,13 +58,13 @@ def full_slices(shape: Sequence[int]) -> Slices:
     return tuple(slice(0, size) for size in shape)
 
 
-def by_rows(part: Slices, itemsize: int, nbytes: int) -> Iterator[Slices]:
+def by_rows(part: Slices, itemsize: float, nbytes: int) -> Iterator[Slices]:
     """Splits a part by rows into pieces of about `nbytes` bytes; at least one piece."""
     if not part:
         yield part
         return
     rows, *rest = part
-    count = max(1, nbytes // max(1, itemsize * math.prod(own.stop - own.start for own in rest)))
+    count = max(1, int(nbytes // max(1, itemsize * math.prod(own.stop - own.start for own in rest))))
     for start in range(rows.start, max(rows.stop, rows.start + 1), count):
         yield slice(start, min(start + count, rows.stop)), *rest
 
@@ -84,6 +84,27 @@ def in_ranges(part: Slices, rows: Rows | None, columns: slice | None = None) -> 
         before += own.stop - own.start
     pieces = pieces or [(part, (slice(0, 0), *rest))]
     return [(piece, in_columns(lies, columns)) for piece, lies in pieces]
+
+
+def pieces_of(target: Target, shape: Sequence[int], lies: Slices) -> list[tuple[Slices, Slices]]:
+    """The pieces of a parameter of this shape in a part of the larger tensor that holds it: (slices of the part, slices
+    of the parameter)."""
+    ranges = (slice(0, shape[0]),) if target.rows is None else target.rows
+    columns = slice(0, shape[1]) if target.columns is None else target.columns
+    pieces, before = [], 0
+    for own in ranges:
+        (at_rows, rows), (at_columns, its_columns) = _common(own, lies[0], before), _common(columns, lies[1], 0)
+        if rows.start < rows.stop and its_columns.start < its_columns.stop:
+            pieces.append(((at_rows, at_columns), (rows, its_columns)))
+        before += own.stop - own.start
+    return pieces
+
+
+def _common(own: slice, wanted: slice, before: int) -> tuple[slice, slice]:
+    """What two ranges have in common: (from the start of `wanted`, from that of `own`, which has `before` others)."""
+    start, stop = max(own.start, wanted.start), min(own.stop, wanted.stop)
+    at = slice(start - wanted.start, stop - wanted.start)
+    return at, slice(start - own.start + before, stop - own.start + before)
 
 
 def with_ones(part: Slices, dims: int) -> Slices:

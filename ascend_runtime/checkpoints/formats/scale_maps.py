@@ -2,7 +2,7 @@
 NAME_fp8_map.pt one scale for each layer, by its name (Tencent-Hunyuan/HunyuanVideo,
 hyvideo/modules/fp8_optimization.py).
 
-The two appear as one file in the older of ComfyUI's forms (see checkpoints.fp8).
+The two appear as one file in the older of ComfyUI's forms (see checkpoints.codings.fp8).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Opens tensor files, recognised by their content: .safetensors, torch.save, torch's distributed checkpoints."""
+"""Opens tensor files, recognised by their content: .safetensors, GGUF, torch.save, torch's distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from ...errors import coded_error
 from ..bounded import check_tensors
+from ..codings.recognised import logical_shapes
 from ..faults import not_readable
 from ..states import has_scale_map
 from .dcp import METADATA, DistributedCheckpoint
@@ -38,7 +39,8 @@ class TensorFile(Protocol):
 
     path: Path
     header: dict[str, str]  # the file's metadata
-    shapes: dict[str, tuple[int, ...]]  # of all tensors, by name
+    shapes: dict[str, tuple[int, ...]]  # of the numbers of all tensors, by name
+    stored_shapes: dict[str, tuple[int, ...]]  # of the tensors as they are stored, which `read` takes parts of
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype on disk. Raises ValueError for a dtype that torch lacks."""
@@ -67,7 +69,24 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         except OSError as error:
             raise not_readable(path, error) from None
         check_tensors(path, file.shapes)
+        file.stored_shapes = file.shapes
+        file.shapes = file.shapes | logical_shapes(file)
         yield file
+
+
+def _gguf(path: Path) -> type[TensorFile]:
+    """The gguf package is imported for files that need it only."""
+    try:
+        from .gguf_file import GgufFile
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise coded_error(
+            "AV-1305",
+            f"{path} is a GGUF file, for which this Python lacks the package gguf. Install what the pack needs: "
+            "pip install -r requirements.txt in its folder.",
+        ) from None
+    return GgufFile
 
 
 def _kind(path: Path) -> type[TensorFile]:
@@ -85,9 +104,7 @@ def _kind(path: Path) -> type[TensorFile]:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(GGUF):
-        raise coded_error(
-            "AV-1305", f"{path} is a GGUF file, which is not supported. Use the model's fp8_scaled or fp16 file."
-        )
+        return _gguf(path)
     if start.startswith(OLD_PICKLE):
         raise coded_error(
             "AV-1305",

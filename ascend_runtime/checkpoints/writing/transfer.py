@@ -106,7 +106,7 @@ def _read(file: TensorFile, place: Place, step: PieceCopy) -> torch.Tensor:
     """The piece's rows of what lies in one place."""
     part, dims = (*step.part[:1], *full_slices(place.shape)[1:]), len(file.shapes[place.key])
     made = [
-        read_as(file, place.key, with_ones(lies, dims), step.move.made.dtype, scale=place.scale, name=step.move.name)
+        read_as(file, place.key, with_ones(lies, dims), step.move.made.dtype, coding=place.coding, name=step.move.name)
         for _, lies in in_ranges(part, place.rows, place.columns)
     ]
     return made[0] if len(made) == 1 else torch.cat(made)

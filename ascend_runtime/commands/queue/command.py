@@ -32,7 +32,8 @@ def add_queue_command(commands, summary: str) -> None:
     """
     parser = commands.add_parser("queue", help=summary, description=__doc__, epilog=EPILOG,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workflow", type=Path, metavar="WORKFLOW", help="workflow JSON, in API or UI format")
+    parser.add_argument("workflow", type=Path, metavar="WORKFLOW",
+                        help="workflow JSON, in API or UI format, or the name of one of the pack's templates")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE",
                         help="one prompt per line; empty lines and lines that start with # are skipped")
     parser.add_argument("--images", type=Path, metavar="FILE",

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from .. import templates
 from . import QueueError
 from .address import Address
 from .input_files import read_text
 from .screen import one_line
 from .typed import NotUnderstood, decode_json
 
-SAMPLERS = ("AscendSampler", "KSampler", "KSamplerAdvanced", "SamplerCustom*")
+SAMPLERS = ("AscendSampler", "AscendSamplerAdvanced", "KSampler", "KSamplerAdvanced", "SamplerCustom*")
 TEXT_WIDGETS = ("text", "value")  # of a text encoder, and of a core String node linked to it
 Widget = tuple[str, str]  # node id, input name
 MAX_WORKFLOW_BYTES = 16 << 20  # bytes of a workflow file; parsing takes up to 25 times as much memory
@@ -46,7 +47,10 @@ SEED = WidgetSearch("seed", int, ("seed", "noise_seed", "value"), ("seed", "nois
 
 def read(path: Path, address: Address) -> dict:
     """Reads the graph of a workflow file, {node id: {"class_type", "inputs"}}. UI format is converted by comfy-cli,
-    which requests the nodes' inputs from the ComfyUI at `address`. Raises QueueError."""
+    which requests the nodes' inputs from the ComfyUI at `address`. If there is no such file, `path` may be the name of
+    one of the pack's templates. Raises QueueError."""
+    if not path.exists():
+        path = templates.named(path) or path
     graph = read_graph(path)
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         graph = _from_ui_format(path, address)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..defaults import Defaults
+from ..defaults import Defaults, Distillation
 from .files.configs import CONCAT, REPLACE, filled
 
 EMBEDDED_GUIDANCE = 6.0  # embedded: --embedded-cfg-scale; core ComfyUI's value too where a conditioning has none
@@ -19,6 +19,8 @@ TEXT = Defaults(
 )  # fmt: skip
 IMAGE_REPLACE = dataclasses.replace(TEXT, name="HunyuanVideo-I2V")
 IMAGE_CONCAT = dataclasses.replace(TEXT, name="HunyuanVideo-I2V (33 channels)")
+# scripts/inference/inference_fasthunyuan.yaml of hao-ai-lab/FastVideo.
+DISTILLATIONS = (Distillation("FastHunyuan", r"fast[-_ ]?hunyuan|hunyuan.*fastvideo", 6, shift=17.0),)
 
 
 def defaults_of(config: Mapping[str, Any]) -> Defaults:

@@ -26,8 +26,9 @@ from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
-from .defaults import defaults_of, sigmas
+from .defaults import DISTILLATIONS, defaults_of, sigmas
 from .files import configs, lora_names, names
+from .files.downloads import DOWNLOADS
 from .files.configs import GUIDING_FRAME
 from .files.original import original_shapes
 from .files.pipeline import pipeline_of
@@ -162,6 +163,7 @@ class HunyuanVideo(Family):
     schedule = "hunyuan_video"
     presets = calibrations.STEP_CACHE_PRESETS
     core_text = CORE_TEXT
+    distillations = DISTILLATIONS
     layout = OriginalLayout(
         models="hunyuan-video-*",
         folders={TRANSFORMER: ("transformers",), TEXT_ENCODER: ("text_encoder_i2v",),
@@ -219,6 +221,10 @@ class HunyuanVideo(Family):
     @property
     def published(self):
         return PUBLISHED_MODELS
+
+    @property
+    def downloads(self):
+        return DOWNLOADS
 
     # Cost of a pass
 

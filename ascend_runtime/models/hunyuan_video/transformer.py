@@ -22,7 +22,7 @@ from ...ops.plain import RotaryTable
 from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, BlockStack, Pass
-from ..shared.quantized import QuantizedLinear
+from ..shared.quantized.base import QuantizedLinear
 from ..shared.transformer import KeptTables
 from .blocks import EPS, Chunk, DoubleBlock, JointAttention, Operated, SingleBlock, joined
 from .context import Context

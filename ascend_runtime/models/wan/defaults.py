@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..defaults import Defaults
+from ..defaults import Defaults, Distillation
 from .files.configs import filled, reads_control
 from .latents import CHANNELS_22
 
@@ -24,6 +24,24 @@ FUN_CONTROL, FUN_CONTROL_5B, FUN_INPAINT_5B = (
     dataclasses.replace(base, name=name)
     for base, name in ((WAN22_IMAGE, "Wan Fun Control"), (WAN22_BOTH, "Wan2.2-Fun-5B-Control"),
                        (WAN22_BOTH, "Wan2.2-Fun-5B-InP"))
+)  # fmt: skip
+# Models and LoRAs for few steps, from these repositories' files: LightX2V configs/distill (steps 1000, 750, 500, 250
+# before the shift); guandeh17/Self-Forcing configs/self_forcing_dmd.yaml (the same); tianweiy/CausVid
+# configs/wan_bidirectional_dmd.yaml and hao-ai-lab/FastVideo examples/distill (timesteps 1000, 757, 522, as they are);
+# NVlabs/rcm rcm/inference/wan2pt1_t2v_rcm_infer.py (angles 1.5, 1.4 and 1 as sin / (sin + cos), after pure noise).
+# Rapid AIO: the model card of Phr00t/WAN2.2-14B-Rapid-AllInOne.
+THREE_STEPS = (1.0, 0.757, 0.522, 0.0)
+DISTILLATIONS = (
+    Distillation("CausVid", r"caus_?vid", 3, sigmas=THREE_STEPS),
+    Distillation("FastWan", r"fast_?wan|wandmdpipeline", 3, sigmas=THREE_STEPS),
+    Distillation("Self-Forcing", r"self[-_ ]?forcing", 4, shift=5.0),
+    Distillation("rCM", r"(?<![a-z])rcm(?![a-z])|turbo_?diffusion", 4, sigmas=(1.0, 0.9338, 0.8529, 0.609, 0.0)),
+    Distillation("Rapid AIO", r"rapid[-_ ]?(mega[-_ ]?)?(aio|all_?in_?one)", 4),
+    Distillation(
+        "LightX2V",
+        r"lightx2v.*(step|distill|lora)|step[-_ ]?distill|lightning.*\d[-_ ]?steps?|\d[-_ ]?steps?.*lightning",
+        4, shift=5.0,
+    ),
 )  # fmt: skip
 
 

@@ -27,8 +27,9 @@ from ..hubs import HUBS
 from ..image_forms import ImageForm
 from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
-from .defaults import defaults_of
+from .defaults import DISTILLATIONS, defaults_of
 from .files import configs, lora_names, names
+from .files.downloads import DOWNLOADS
 from .files.pipeline import pipeline_of
 from .files.published import PUBLISHED_MODELS
 from .files.variants import only_blocks, variant
@@ -121,6 +122,7 @@ class Wan(Family):
     to_mindspeed = staticmethod(names.to_mindspeed_name)
     mask_channels = frozenset({1, configs.MASK_CHANNELS})
     core_text = CORE_TEXT
+    distillations = DISTILLATIONS
 
     # Properties of a model, from the configs of its transformers
 
@@ -172,6 +174,10 @@ class Wan(Family):
     @property
     def published(self):
         return PUBLISHED_MODELS
+
+    @property
+    def downloads(self):
+        return DOWNLOADS
 
     # Cost of a pass
 

@@ -25,7 +25,7 @@ from ...parallel.sequence import SequenceLayout, WholeSequence
 from ...parallel.tensor import TensorParallel, WholeWeights, check_degree
 from ..shared.block_stack import EVERYTHING, Attend, BlockStack, Pass
 from ..shared.networks import accepted
-from ..shared.quantized import QuantizedLinear
+from ..shared.quantized.base import QuantizedLinear
 from ..shared.transformer import KeptTables
 from .context import Context
 from .files.configs import REFERENCE_CHANNELS, TRANSFORMER_DEFAULTS

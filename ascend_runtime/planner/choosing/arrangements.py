@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ...specs import ParallelSpec, Plan
@@ -22,6 +22,7 @@ class Fixed:
     experts: str = "auto"
     encoder: str = "auto"
     tiles: str = "auto"
+    packed: bool | None = None
 
 
 def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed, tiles: str) -> list[Arrangement]:
@@ -37,11 +38,26 @@ def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed, til
     return [one for one in made if not (one.fsdp and one.experts == "swap")]  # shards do not wait on the host
 
 
+def in_form(made: list[Arrangement], model: Model, packed: bool) -> list[Arrangement]:
+    """These arrangements with weights in the blocks of their files, or in full. Experts with other blocks take no
+    turns."""
+    alike = not packed or len({tuple(one.packed.items()) for one in model.experts}) == 1
+    return [replace(one, packed=packed) for one in made if alike or one.experts != "swap"]
+
+
 def open_tiles(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:
     """The VAE's tiles in the order in which they are tried: blended ones change a video's values, so that they are
     used only if no whole plane fits."""
     dealt = machine.ranks == 1 or model.family.deals_tiles
     return (fixed.tiles,) if fixed.tiles != "auto" else (WHOLE, PUBLISHED) if dealt else (WHOLE,)
+
+
+def open_forms(model: Model, machine: Machine, fixed: Fixed) -> list[tuple[str, bool]]:
+    """(the VAE's tiles, whether weights stay in the blocks of their files) in the order in which they are tried: blocks
+    take a little time in each step, so that they are used only if the weights do not fit in full."""
+    can = any(one.packed for one in model.experts)
+    packed = (False, True) if can and fixed.packed is None else (can and bool(fixed.packed),)
+    return [(tiles, one) for tiles in open_tiles(model, machine, fixed) for one in packed]
 
 
 def plans(model: Model, video: Video, machine: Machine, parallel: ParallelSpec) -> list[Plan]:

@@ -42,6 +42,7 @@ def arrangement(one: Arrangement, encodes: bool = True) -> str:
     """Such as "CFG 2 x Ulysses 4, FSDP, experts in turns, text encoder on the ranks". encodes: whether the job does."""
     parts = [degrees(one.plan)]
     parts += ["FSDP"] * one.fsdp + ["experts in turns"] * (one.experts == "swap")
+    parts += ["weights as the GGUF file has them"] * one.packed
     parts += [f"text encoder on the {'ranks' if one.encoder == 'ranks' else 'CPU'}"] * encodes
     return ", ".join(parts + ["VAE in blended tiles"] * (one.tiles == PUBLISHED))
 

@@ -22,13 +22,15 @@ class PassBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class DryNetwork:
-    """A transformer on one of `tp` ranks. config: in JSON. in_8_bits: the layers that are quantized."""
+    """A transformer on one of `tp` ranks. config: in JSON. in_8_bits: the layers that are quantized. packed: those that
+    stay in blocks, with the types of these."""
 
     family: Family
     config: str
     dtype: str
     in_8_bits: frozenset[str]
     tp: int
+    packed: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ...models.family import TRANSFORMER
 from ...models.shared.block_stack import BlockStack, Pass
 from ...models.shared.conditioning import Branch, Given
 from ...models.shared.latents import Latents
-from ...models.shared.quantized import QUANTIZATION_SCHEMES, quantize, quantized_parameters
+from ...checkpoints.msmodelslim import Layer
+from ...models.shared.quantized.replacing import QUANTIZATION_SCHEMES, quantize, quantized_parameters
 from ...ops.memory import Tracking, allocated
 from ...parallel.dry import EXCHANGE, Seat, dry_sequence, dry_tensor_parallel, seats
 from ...parallel.fsdp import ShardedWeights, Sharding
@@ -123,7 +124,8 @@ def _network(asked: DryNetwork) -> tuple[nn.Module, dict[type, list[int]]]:
     tp, family = dry_tensor_parallel(Seat(asked.tp, 0)), asked.family
     network = family.network(TRANSFORMER, json.loads(asked.config), tp)
     rules, blocks = family.weights, family.parts[TRANSFORMER].blocks
-    quantize(network, dict.fromkeys(asked.in_8_bits, QUANTIZATION_SCHEMES["w8a8_dynamic"]), blocks)
+    layers = dict.fromkeys(asked.in_8_bits, QUANTIZATION_SCHEMES["w8a8_dynamic"])
+    quantize(network, layers | {name: Layer(kind) for name, kind in asked.packed}, blocks)
     ShardedWeights(Sharding(tp), rules.cut_dim, rules.replicated, network.units).prepare(network)
     fixed = quantized_parameters(network)
     for name, parameter in network.named_parameters():

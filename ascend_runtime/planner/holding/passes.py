@@ -10,19 +10,21 @@ from typing import Any
 from ..facts import Arrangement, Model, Video
 from .dry_job import DryNetwork, DryRank, DryVideo, PassBytes
 from .kernels import MARGINS
-from .weights import quantized_layers_of
+from .weights import packed_in, quantized_layers_of
 
 
-def network_of(model: Model, tp: int) -> DryNetwork:
-    """The first expert; the second one is as large."""
+def network_of(model: Model, tp: int, packed: bool = False) -> DryNetwork:
+    """The first expert; the second one is as large. packed: whether weights stay in blocks where they can."""
     expert = model.experts[0]
-    return DryNetwork(model.family, as_json(expert.config), model.dtype, quantized_layers_of(expert), tp)
+    blocks = packed_in(expert, model.family.weights, tp) if packed else {}
+    layers = frozenset((name.removesuffix(".weight"), one.kind) for name, one in blocks.items())
+    return DryNetwork(model.family, as_json(expert.config), model.dtype, quantized_layers_of(expert), tp, layers)
 
 
 def pass_bytes(model: Model, video: Video, arrangement: Arrangement, kind: str, rank: int) -> PassBytes:
     """Of the rank with this number among all of a job."""
     return _pass_bytes(
-        network_of(model, arrangement.plan.tp),
+        network_of(model, arrangement.plan.tp, arrangement.packed),
         DryVideo(tuple(video.shape), video.text_tokens, video.per_token, own_branches(video, arrangement)),
         DryRank(kind, arrangement.plan, rank, arrangement.ring_exchange, arrangement.overlap),
     )

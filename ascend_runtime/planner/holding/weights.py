@@ -10,18 +10,19 @@ from typing import NamedTuple
 
 from ...models.family import TRANSFORMER, WeightRules
 from ...parallel.rows import own_rows
-from ..facts import ITEMSIZES, Arrangement, Model, Network
+from ..facts import ITEMSIZES, Arrangement, Blocks, Model, Network
 
 
 @dataclass(frozen=True)
 class Share:
     """The place of a rank among those that share weights: it holds slice number `slice` of `tp`, and of that slice
-    FSDP's shard number `shard` of `shards`."""
+    FSDP's shard number `shard` of `shards`. packed: whether weights stay in the blocks of their files."""
 
     tp: int = 1
     slice: int = 0
     shards: int = 1
     shard: int = 0
+    packed: bool = False
 
     @classmethod
     def of(cls, arrangement: Arrangement, rank: int) -> Share:
@@ -29,7 +30,8 @@ class Share:
         plan = arrangement.plan
         others = math.prod(plan.degrees) // plan.tp
         slice, shard = rank % plan.tp, rank // plan.tp
-        return cls(plan.tp, slice, others, shard) if arrangement.fsdp else cls(plan.tp, slice)
+        shards = (others, shard) if arrangement.fsdp else (1, 0)
+        return cls(plan.tp, slice, *shards, arrangement.packed)
 
 
 class OwnPart(NamedTuple):
@@ -63,6 +65,9 @@ def _kept(
     dtype = "float32" if rules.fp32(name) else dtype
     itemsize = fixed or ITEMSIZES[dtype]
     cut = own_slice(name, shape, rules, share.tp)
+    blocks = packed_in(network, rules, share.tp).get(name) if share.packed else None
+    if blocks:
+        cut, itemsize, fixed = (*cut[:-1], cut[-1] // blocks.values * blocks.nbytes), 1, 1
     part = cut
     if share.shards > 1 and not rules.replicated(name):
         part = (len(own_rows(cut[0], share.shards, share.shard)), *cut[1:])
@@ -78,6 +83,13 @@ def own_slice(name: str, shape: tuple[int, ...], rules: WeightRules, tp: int) ->
     cut = [*shape]
     cut[dim] //= tp
     return tuple(cut)
+
+
+@lru_cache(maxsize=64)
+def packed_in(network: Network, rules: WeightRules, tp: int) -> Mapping[str, Blocks]:
+    """The weights of a network that stay in blocks, by name: those that tensor parallelism cuts between blocks."""
+    return {name: blocks for name, blocks in network.packed.items()
+            if rules.keeps_whole(name, network.shapes[name], blocks.values, tp)}  # fmt: skip
 
 
 def on_device(parts: Mapping[str, OwnPart], kind: str) -> int:

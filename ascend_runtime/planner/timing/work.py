@@ -15,13 +15,17 @@ from ..facts import ITEMSIZES, Network
 from .skipped import ALL, StepPart
 
 SMALL_LATENT = 8  # rows and columns of the latent with which FLOPs for each of its elements are counted
+# Bytes of tokens between blocks that take as long as dequantizing one number of a weight, which reads and writes some 60
+# bytes in its passes over fp32 numbers; a byte of tokens stands for 20 that a block reads and writes.
+DEQUANTIZED = 3
 EMBEDDINGS = ("embed", "shared.weight", "lm_head")  # parameters that are looked up, not multiplied
 
 
 def of_step(step: Step, kept: StepPart = ALL) -> Mapping[str, float]:
     """What a rank computes in a step: "products" and "linear" FLOPs (attention's products with each other, all other
-    matrix products), "traffic" (bytes of the tokens that a block passes on), "blocks" (their number). Products in a
-    ring, whose parts are merged by their sums of exponentials, are "merged". kept: what accelerators do not leave out.
+    matrix products), "traffic" (bytes of the tokens that a block passes on, and what takes as long to dequantize
+    weights), "blocks" (their number). Products in a ring, whose parts are merged by their sums of exponentials, are
+    "merged". kept: what accelerators do not leave out.
 
     A rank has as many tokens and heads as the one with the most, with padding.
     """
@@ -37,9 +41,16 @@ def of_step(step: Step, kept: StepPart = ALL) -> Mapping[str, float]:
     return {
         "merged" if plan.ring > 1 else "products": tokens * heads * products * math.prod(kept),
         "linear": tokens * (work.rest + kept.blocks * (others + kept.attention * projections)),
-        "traffic": float(blocks * step.chunk * step.heads * plan.ulysses * step.per_head),
+        "traffic": float(blocks * step.chunk * step.heads * plan.ulysses * step.per_head + kept.blocks * _dequantized(step)),
         "blocks": float(blocks),
     }
+
+
+def _dequantized(step: Step) -> float:
+    """The traffic of dequantizing all weights in blocks once for each branch."""
+    shapes = step.network.shapes
+    numbers = sum(math.prod(shapes[name]) for name in step.network.packed) if step.arrangement.packed else 0
+    return step.own_branches * DEQUANTIZED * numbers / step.plan.tp
 
 
 def share_taken(exchange: Exchange, kept: StepPart) -> float:
@@ -97,7 +108,10 @@ def stored_bytes(network: Network, dtype: str) -> int:
     return network.stored or kept_bytes(network, dtype)
 
 
-def kept_bytes(network: Network, dtype: str) -> int:
-    """Bytes of its weights as a rank keeps them, without tensor parallelism or FSDP."""
-    size = ITEMSIZES[dtype]
-    return sum(network.quantized.get(name, size) * math.prod(shape) for name, shape in network.shapes.items())
+def kept_bytes(network: Network, dtype: str, packed: bool = False) -> int:
+    """Bytes of its weights as a rank keeps them, without tensor parallelism or FSDP. packed: in blocks where they can
+    be."""
+    sizes = dict.fromkeys(network.shapes, ITEMSIZES[dtype]) | dict(network.quantized)
+    if packed:
+        sizes |= {name: blocks.nbytes / blocks.values for name, blocks in network.packed.items()}
+    return int(sum(sizes[name] * math.prod(shape) for name, shape in network.shapes.items()))

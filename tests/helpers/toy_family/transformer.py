@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from ascend_runtime.models.shared.block_stack import EVERYTHING, BlockStack
-from ascend_runtime.models.shared.quantized import QuantizedLinear
+from ascend_runtime.models.shared.quantized.base import QuantizedLinear
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.sequence import WholeSequence
 from ascend_runtime.parallel.tensor import WholeWeights

@@ -1,0 +1,1 @@
+"""How weights in few bits are stored: their marks, scales and blocks."""

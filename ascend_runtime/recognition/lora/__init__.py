@@ -1,0 +1,1 @@
+"""LoRA files: which parameters they change, by which formula, and how strongly."""
