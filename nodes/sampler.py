@@ -58,8 +58,8 @@ class Sampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="The number of denoising steps. More steps take longer and show finer detail. 0: the "
-                    "model's default.",
+                    tooltip="The number of denoising steps. More steps take longer and show finer detail. "
+                    "auto (0): the model's default.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -69,8 +69,8 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How strongly the video follows the prompt. 1: the negative prompt is not used, and a "
-                    "step takes half the work. 0: the model's default, which may differ between two experts, and is 1 "
-                    "for HunyuanVideo.",
+                    "step takes half the work. auto (0): the model's default, which may differ between two experts, and "
+                    "is 1 for HunyuanVideo.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -94,8 +94,8 @@ class Sampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Moves the steps towards high noise. 0: the model's default, such as 5 for Wan 2.1, 12 "
-                    "for Wan2.2-T2V-A14B and 7 for HunyuanVideo.",
+                    tooltip="Moves the steps towards high noise. auto (0): the model's default, such as 5 for Wan "
+                    "2.1, 12 for Wan2.2-T2V-A14B and 7 for HunyuanVideo.",
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What the video should not show. Not needed if cfg is 1."
@@ -108,8 +108,8 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     optional=True,
-                    tooltip="cfg of the low-noise expert, for models with two experts such as Wan 2.2 A14B. 0: the "
-                    "same as cfg; if cfg is 0 too, the model's default.",
+                    tooltip="cfg of the low-noise expert, for models with two experts such as Wan 2.2 A14B. "
+                    "auto (0): the same as cfg; if cfg is auto too, the model's default.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
@@ -138,7 +138,7 @@ class Sampler(io.ComfyNode):
                     optional=True,
                     tooltip="How strongly the video follows the prompt, for models that read this number as an input: "
                     "HunyuanVideo, except its image-to-video model v1. It costs no time. If core's FluxGuidance "
-                    "sets the number in the conditioning, that one is used. 0: the model's default (6).",
+                    "sets the number in the conditioning, that one is used. auto (0): the model's default (6).",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],

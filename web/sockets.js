@@ -18,7 +18,7 @@ const LIGHT = 128 // the sum of red, green and blue, by three, from which the co
 const TWINS = {
     ASCEND_MODEL: {
         core: "MODEL",
-        users: ["AscendSampler", "AscendLoadLora"],
+        users: ["AscendSampler", "AscendSamplerAdvanced", "AscendLoadLora"],
         loader: "AscendLoadDiffusionModel",
         coreLoader: "AscendUNETLoader",
     },
