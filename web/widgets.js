@@ -151,9 +151,7 @@ function watchAdvanced(node) {
         enumerable: true,
         get: () => (inherited ? inherited.get.call(node) : own),
         set(value) {
-            if (inherited) inherited.set.call(node, value)
-            else own = value
-            rearrange(node)
+            rearrange(node, () => (inherited ? inherited.set.call(node, value) : (own = value)))
         },
     })
 }
