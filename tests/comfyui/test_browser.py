@@ -18,7 +18,7 @@ SCREENSHOTS = REPOSITORY / ".cache" / "artefacts"
 UI_FORMAT = templates.shown_file("tiny_wan_text_to_video")
 API_FORMAT = templates.api_file("tiny_wan_text_to_video")
 OF_AN_IMAGE = templates.shown_file("hunyuan_video_v1_image_to_video")
-SMALL = {"AscendImageToVideo": {"width": 96, "height": 64, "length": 9}}
+SMALL = {"AscendVideoSize": {"width": 96, "height": 64, "seconds": 8 / 24}}
 DROPPED = {  # file, values of widgets by node, and the video's width, height and seconds
     "ui": (UI_FORMAT, {"AscendSampler": {"steps": 2}}, (64, 64, 17 / 16)),
     "api": (API_FORMAT, {"AscendSampler": {"steps": 3}}, (64, 64, 17 / 16)),
