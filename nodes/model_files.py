@@ -15,6 +15,7 @@ from ..ascend_runtime.errors import coded_error
 from ..ascend_runtime.models import family as parts
 from ..ascend_runtime.models.hubs import HUBS
 from ..ascend_runtime.models.registry import families
+from ..ascend_runtime.recognition.lora.scale import IN_FOLDERS
 from .validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -33,12 +34,14 @@ MARKS = (
 @dataclass(frozen=True)
 class Kind:
     """category: ComfyUI's, of single files. published: what to download, and where to put it. folders: whether a model
-    may be a folder. in_checkpoints: whether a file of all networks holds it too."""
+    may be a folder with one of MARKS. in_checkpoints: whether a file of all networks holds it too. weights: the files
+    of which each makes its own folder a model."""
 
     category: str
     published: str
     folders: bool = True
     in_checkpoints: bool = False
+    weights: tuple[str, ...] = ()
 
 
 FOLDER = (
@@ -72,8 +75,9 @@ VAE = Kind(
 LORA = Kind(
     "loras",
     "the .safetensors file of a LoRA for this model (LightX2V's for Wan are in Comfy-Org/Wan_2.2_ComfyUI_Repackaged, "
-    f"{HUBS}) into models/loras",
+    f"{HUBS}), or PEFT's folder (with adapter_config.json), into models/loras",
     folders=False,
+    weights=IN_FOLDERS,
 )
 
 
@@ -85,6 +89,10 @@ def folders(kind: Kind) -> dict[str, Path]:
         for folder in sorted(root.glob("*/")):
             if any(any(folder.glob(mark)) for mark in MARKS):
                 found.setdefault(prefix + folder.name, folder)
+    for file in filter(partial(_makes_folder, kind), folder_paths.get_filename_list(kind.category)):
+        path = folder_paths.get_full_path(kind.category, file)
+        if path is not None:
+            found.setdefault(Path(file).parent.as_posix(), Path(path).parent)
     return found
 
 
@@ -92,15 +100,22 @@ def names(kind: Kind) -> list[str]:
     """What a loader of this kind can load: folders first, then files, then files of all networks."""
     listed = folders(kind)
     files = [name for name in folder_paths.get_filename_list(kind.category) if name.endswith(SUFFIXES)]
+    if kind.weights:
+        return [*listed, *(name for name in files if not _makes_folder(kind, name))]
     return [*listed, *(name for name in files if Path(name).parts[0] not in listed), *_checkpoints(kind)]
 
 
 def _checkpoints(kind: Kind) -> list[str]:
     """Files in models/checkpoints, by names that speak of one of our models: most others are of other models, and their
     headers would take long to read."""
-    patterns = [one.stock.names[parts.TRANSFORMER] for one in families().values() if parts.TRANSFORMER in one.stock.names]
+    patterns = [one.stock.names.get(parts.TRANSFORMER, r"\A\b\B") for one in families().values()]
     found = folder_paths.get_filename_list(CHECKPOINTS) if kind.in_checkpoints else []
     return [f"{IN_CHECKPOINTS}{name}" for name in found if any(re.search(one, name.lower()) for one in patterns)]
+
+
+def _makes_folder(kind: Kind, name: str) -> bool:
+    """Whether a file, by its path in the category's folders, makes the folder that it is in a model."""
+    return Path(name).name in kind.weights and len(Path(name).parts) > 1
 
 
 def path_of(name: str, kind: Kind) -> str:
