@@ -43,8 +43,8 @@ def main() -> int:
         status = arguments.run(arguments) if arguments.command in ("queue", "doctor") else _run(arguments)
         sys.stdout.flush()
         return status
-    except KeyboardInterrupt:
-        print(INTERRUPTED, file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the output has exited, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -116,6 +116,12 @@ CODES: dict[str, str] = {
     "AV-1703": "extra_model_paths.yaml cannot be used",
     "AV-1704": "A folder of models cannot be read",
     "AV-1705": "No model files are found",
+    # 18xx: downloads
+    "AV-1801": "A hub does not answer",
+    "AV-1802": "A hub does not have a file",
+    "AV-1803": "A hub gives no access to a file",
+    "AV-1804": "A file is not the published one",
+    "AV-1805": "A hub's answer is not valid",
 }
 _FRONT = re.compile(r"\b(AV-\d{4}): ")
 

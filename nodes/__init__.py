@@ -8,7 +8,7 @@ from .image_to_video import ImageToVideo
 from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
-from .sampler import Sampler
+from .sampler import Sampler, SamplerAdvanced
 from .stock import adoption
 from .vae import VAEDecode, VAEEncode
 
@@ -29,9 +29,11 @@ class AscendVideo(ComfyExtension):
             TextEncode,
             ImageToVideo,
             Sampler,
+            SamplerAdvanced,
             VAEDecode,
             VAEEncode,
             *accelerators.NODES,
+            *templates.NODES,
             Profiler,
             FreeMemory,
             *stock.NODES,

@@ -105,7 +105,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=list(QUANTIZATIONS),
                     default="none",
                     optional=True,
-                    tooltip="Whether linear layers compute in 8 bits: an approximation that does not work with LoRAs.\n"
+                    tooltip="Whether linear layers compute in 8 bits: an approximation, which works with LoRAs too.\n"
                     "none: as the files are; they may be quantized already.\n"
                     "w8a8_dynamic: converts the weights to 8-bit integers when they are read, half the size of "
                     "bfloat16. Activations are quantized token by token.",
@@ -300,8 +300,9 @@ class LoadLora(io.ComfyNode):
                     "lora_name",
                     options=model_files.names(model_files.LORA),
                     tooltip="A LoRA for this model: a .safetensors, .pt or .pth file in models/loras, as diffusers, "
-                    "PEFT, kohya, LyCORIS or ComfyUI write it. Layers that do not fit the model are skipped; Ascend "
-                    "Sampler and the log list them. A file without any layer that fits is refused.",
+                    "PEFT, kohya, LyCORIS or ComfyUI write it, or PEFT's folder with adapter_config.json. Layers that "
+                    "do not fit the model are skipped; Ascend Sampler and the log list them. A file without any layer "
+                    "that fits is refused.",
                 ),
                 io.Float.Input(
                     "strength",

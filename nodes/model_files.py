@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,16 @@ import folder_paths
 
 from ..ascend_runtime.checkpoints.paths import DESCRIPTION_PATTERN
 from ..ascend_runtime.errors import coded_error
+from ..ascend_runtime.models import family as parts
 from ..ascend_runtime.models.hubs import HUBS
+from ..ascend_runtime.models.registry import families
+from ..ascend_runtime.recognition.lora.scale import IN_FOLDERS
 from .validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack
+CHECKPOINTS = "checkpoints"  # ComfyUI's folder of files that hold all networks of a model
+IN_CHECKPOINTS = f"{CHECKPOINTS}/"  # prefix of these
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
 # A folder with one of these is a model: of diffusers, of the model's authors (both experts, or one; or all parts of a
 # model, and its transformer), of MindSpeed-MM, of msModelSlim.
@@ -28,11 +34,14 @@ MARKS = (
 @dataclass(frozen=True)
 class Kind:
     """category: ComfyUI's, of single files. published: what to download, and where to put it. folders: whether a model
-    may be a folder."""
+    may be a folder with one of MARKS. in_checkpoints: whether a file of all networks holds it too. weights: the files
+    of which each makes its own folder a model."""
 
     category: str
     published: str
     folders: bool = True
+    in_checkpoints: bool = False
+    weights: tuple[str, ...] = ()
 
 
 FOLDER = (
@@ -43,12 +52,14 @@ TRANSFORMER = Kind(
     "diffusion_models",
     "a file (of Comfy-Org/Wan_2.1_ComfyUI_repackaged, Comfy-Org/Wan_2.2_ComfyUI_Repackaged or "
     f"Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/diffusion_models, or {FOLDER}",
+    in_checkpoints=True,
 )
 TEXT_ENCODER = Kind(
     "text_encoders",
     "a file (umt5_xxl_fp8_e4m3fn_scaled.safetensors of Comfy-Org/Wan_2.1_ComfyUI_repackaged for Wan; both "
     "llava_llama3_fp8_scaled.safetensors and clip_l.safetensors of Comfy-Org/HunyuanVideo_repackaged for HunyuanVideo; "
     f"{HUBS}) into models/text_encoders, or {FOLDER}",
+    in_checkpoints=True,
 )
 VISION = Kind(
     "clip_vision",
@@ -59,12 +70,14 @@ VAE = Kind(
     "vae",
     "a file (wan_2.1_vae.safetensors or wan2.2_vae.safetensors of Comfy-Org/Wan_2.2_ComfyUI_Repackaged, or "
     f"hunyuan_video_vae_bf16.safetensors of Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/vae, or {FOLDER}",
+    in_checkpoints=True,
 )
 LORA = Kind(
     "loras",
     "the .safetensors file of a LoRA for this model (LightX2V's for Wan are in Comfy-Org/Wan_2.2_ComfyUI_Repackaged, "
-    f"{HUBS}) into models/loras",
+    f"{HUBS}), or PEFT's folder (with adapter_config.json), into models/loras",
     folders=False,
+    weights=IN_FOLDERS,
 )
 
 
@@ -76,14 +89,33 @@ def folders(kind: Kind) -> dict[str, Path]:
         for folder in sorted(root.glob("*/")):
             if any(any(folder.glob(mark)) for mark in MARKS):
                 found.setdefault(prefix + folder.name, folder)
+    for file in filter(partial(_makes_folder, kind), folder_paths.get_filename_list(kind.category)):
+        path = folder_paths.get_full_path(kind.category, file)
+        if path is not None:
+            found.setdefault(Path(file).parent.as_posix(), Path(path).parent)
     return found
 
 
 def names(kind: Kind) -> list[str]:
-    """What a loader of this kind can load: folders first, then files."""
+    """What a loader of this kind can load: folders first, then files, then files of all networks."""
     listed = folders(kind)
     files = [name for name in folder_paths.get_filename_list(kind.category) if name.endswith(SUFFIXES)]
-    return [*listed, *(name for name in files if Path(name).parts[0] not in listed)]
+    if kind.weights:
+        return [*listed, *(name for name in files if not _makes_folder(kind, name))]
+    return [*listed, *(name for name in files if Path(name).parts[0] not in listed), *_checkpoints(kind)]
+
+
+def _checkpoints(kind: Kind) -> list[str]:
+    """Files in models/checkpoints, by names that speak of one of our models: most others are of other models, and their
+    headers would take long to read."""
+    patterns = [one.stock.names.get(parts.TRANSFORMER, r"\A\b\B") for one in families().values()]
+    found = folder_paths.get_filename_list(CHECKPOINTS) if kind.in_checkpoints else []
+    return [f"{IN_CHECKPOINTS}{name}" for name in found if any(re.search(one, name.lower()) for one in patterns)]
+
+
+def _makes_folder(kind: Kind, name: str) -> bool:
+    """Whether a file, by its path in the category's folders, makes the folder that it is in a model."""
+    return Path(name).name in kind.weights and len(Path(name).parts) > 1
 
 
 def path_of(name: str, kind: Kind) -> str:
@@ -92,6 +124,8 @@ def path_of(name: str, kind: Kind) -> str:
     path = folder and str(folder)
     if path is None and isinstance(name, str) and "\0" not in name:
         path = folder_paths.get_full_path(kind.category, name)
+        if path is None and kind.in_checkpoints and name.startswith(IN_CHECKPOINTS):
+            path = folder_paths.get_full_path(CHECKPOINTS, name.removeprefix(IN_CHECKPOINTS))
     if path is None:
         raise coded_error(
             "AV-1301",

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import NamedTuple
+
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..ascend_runtime.acceleration.report import plan_words, words_of
 from ..ascend_runtime.models.registry import schedules
 from ..ascend_runtime.specs import AccelerationSpec, SampleSpec
-from ..ascend_runtime.specs.jobs import MAX_SEED, SIMPLE, SOLVERS
+from ..ascend_runtime.specs.jobs import MAX_SEED, MAX_STEP, SIMPLE, SOLVERS
 from . import comfy_bridge, core_types, types
 from .page.schema import DEVICES, FAMILIES, SAMPLING, TASKS, Schema
+
+AUTO = "auto"
+SWITCH = ["enable", "disable"]  # of core's KSamplerAdvanced
+AUTOMATIC = "steps", "guidance_scale", "guidance_scale_low_noise", "shift", "embedded_guidance"  # 0: the model's own
+HISTORY = "ascend_history"  # a further entry of a LATENT, which core's nodes hand on unread
 
 
 class Sampler(io.ComfyNode):
@@ -65,9 +74,10 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler_name",
-                    options=list(SOLVERS),
-                    default="unipc",
-                    tooltip="The solver of the denoising steps. unipc, dpm++: the solvers of Wan's own code. euler: "
+                    options=[AUTO, *SOLVERS],
+                    default=AUTO,
+                    tooltip="The solver of the denoising steps. auto: the model's own. unipc, dpm++: those of Wan's "
+                    "own code. euler: "
                     "the one of HunyuanVideo's own code and of most core workflows.",
                 ),
                 io.Combo.Input(
@@ -104,8 +114,8 @@ class Sampler(io.ComfyNode):
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="Your own sigmas. They replace steps, scheduler and shift. Noise is always added, so this "
-                    "node cannot continue another sampler's unfinished latent.",
+                    tooltip="Your own sigmas. They replace steps, scheduler and shift. Noise is always added: to "
+                    "continue another sampler's unfinished latent, use Ascend Sampler (Advanced).",
                 ),
                 types.Profile.Input(
                     "profile",
@@ -153,36 +163,161 @@ class Sampler(io.ComfyNode):
         acceleration=None,
         embedded_guidance=0.0,
     ) -> io.NodeOutput:
-        spec = SampleSpec(
-            seed=seed,
-            steps=steps or None,
-            guidance_scale=cfg or None,
-            guidance_scale_low_noise=cfg_low_noise or None,
-            solver=sampler_name,
-            schedule=scheduler,
-            shift=shift or None,
-            embedded_guidance=embedded_guidance or None,
-            sigmas=None if sigmas is None else tuple(sigmas.tolist()),
+        prompts = {"positive": positive, "negative": negative}
+        spec = _spec(
+            sigmas, seed=seed, steps=steps, guidance_scale=cfg, guidance_scale_low_noise=cfg_low_noise, shift=shift,
+            solver=sampler_name, schedule=scheduler, embedded_guidance=embedded_guidance,
+        )  # fmt: skip
+        return _sampled(model, spec, latent_image, prompts, profile=profile, acceleration=acceleration)
+
+
+class SamplerAdvanced(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Schema:
+        """Its inputs are in the order of core's KSamplerAdvanced, with its names and values."""
+        own = {one.id: one for one in deepcopy(Sampler.define_schema().inputs)}
+        shared = {name: own.pop(name) for name in ("model", "steps", "cfg", "sampler_name", "scheduler", "positive",
+                                                   "latent_image", "shift")}  # fmt: skip
+        shared["latent_image"].tooltip = (
+            "The size and length of the video, or the latent of a sampler that has left noise in it: this pack's, or "
+            "core's KSampler (Advanced). What its noise_mask excludes stays as it is."
         )
-        samples = core_types.samples_of(latent_image)
-        result = comfy_bridge.run_job(
-            model.ranks,
-            lambda runtime, hooks: runtime.sample(
-                model.spec,
-                spec,
-                samples,
-                core_types.conditioning_of(positive, "positive", samples),
-                None if negative is None else core_types.conditioning_of(negative, "negative", samples),
-                noise_mask=core_types.noise_mask_of(latent_image),
-                parallel=model.ranks.parallel,
-                operators=model.operators,
-                warm_up=model.warm_up,
-                profile=profile,
-                acceleration=acceleration or AccelerationSpec(),
-                **hooks,
-            ),
-            preview=True,
-        )
-        lines = [words_of(result.info, result.seconds), *plan_words(result.info), *result.info.get("warnings", ())]
-        report = "\n".join(lines)
-        return io.NodeOutput({**latent_image, "samples": result.tensor}, ui=ui.PreviewText(report))
+        own["sigmas"].tooltip = "Your own sigmas. They replace steps, scheduler and shift."
+        del own["seed"]
+        inputs = shared | own | {one.id: one for one in _inputs_of_a_part()}
+        order = ["model", "add_noise", "noise_seed", "steps", "cfg", "sampler_name", "scheduler", "positive",
+                 "latent_image", "start_at_step", "end_at_step", "return_with_leftover_noise",
+                 "shift", *own]  # fmt: skip
+        return Schema(
+            node_id="AscendSamplerAdvanced",
+            display_name="Ascend Sampler (Advanced)",
+            category=SAMPLING,
+            search_aliases=[*FAMILIES, *TASKS, *DEVICES, "ksampler advanced", "leftover noise", "采样器", "高级采样"],
+            advanced=("shift", "cfg_low_noise", "embedded_guidance"),
+            automatic={"steps": 0, "cfg": 0.0, "shift": 0.0, "cfg_low_noise": 0.0, "embedded_guidance": 0.0},
+            description="Computes a part of the denoising steps on all ranks, as core's KSampler (Advanced) does. Two "
+            "in a row make the same latent as one Ascend Sampler.",
+            inputs=[inputs[name] for name in order],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode, or with leftover noise "
+                                      "for the next sampler: another one of these, or core's.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        add_noise,
+        noise_seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        positive,
+        latent_image,
+        start_at_step,
+        end_at_step,
+        return_with_leftover_noise,
+        shift=0.0,
+        negative=None,
+        cfg_low_noise=0.0,
+        sigmas=None,
+        profile=None,
+        acceleration=None,
+        embedded_guidance=0.0,
+    ) -> io.NodeOutput:
+        total = steps if sigmas is None else len(sigmas) - 1
+        if min(end_at_step, total or end_at_step) <= start_at_step:
+            return io.NodeOutput(latent_image, ui=ui.PreviewText(_no_step(start_at_step, end_at_step, total)))
+        prompts = {"positive": positive, "negative": negative}
+        spec = _spec(
+            sigmas, seed=noise_seed, steps=steps, guidance_scale=cfg, guidance_scale_low_noise=cfg_low_noise,
+            shift=shift, solver=sampler_name, schedule=scheduler, embedded_guidance=embedded_guidance,
+            start_step=start_at_step, end_step=end_at_step, add_noise=add_noise == "enable",
+            leftover_noise=return_with_leftover_noise == "enable",
+        )  # fmt: skip
+        return _sampled(model, spec, latent_image, prompts, profile=profile, acceleration=acceleration)
+
+
+def _inputs_of_a_part() -> list[io.Input]:
+    """Those that say which part of the steps a node computes, and what becomes of the noise."""
+    step = {"min": 0, "max": MAX_STEP}
+    return [
+        io.Combo.Input(
+            "add_noise",
+            options=SWITCH,
+            default="enable",
+            tooltip="disable: the latent already has the noise of start_at_step, as one from a sampler that returned "
+            "it with leftover noise.",
+        ),
+        io.Int.Input(
+            "noise_seed",
+            default=0,
+            min=0,
+            max=MAX_SEED,
+            control_after_generate=True,
+            tooltip="Sets the noise that is added. With a noise_mask, give all samplers of a video the same one: it "
+            "also sets the noise of what stays as it is.",
+        ),
+        io.Int.Input(
+            "start_at_step",
+            default=0,
+            **step,
+            tooltip="The first step that this node computes, counted from 0. steps and scheduler are those of the "
+            "whole video, so give all samplers of a video the same ones.",
+        ),
+        io.Int.Input(
+            "end_at_step",
+            default=MAX_STEP,
+            **step,
+            tooltip="The step before which this node stops: start_at_step of the next sampler. A number above steps "
+            "means up to the last one.",
+        ),
+        io.Combo.Input(
+            "return_with_leftover_noise",
+            options=SWITCH[::-1],
+            default="disable",
+            tooltip="If this node stops early: enable returns the latent with the noise of end_at_step, for the next "
+            "sampler. disable removes all noise in the last step that is computed.",
+        ),
+    ]
+
+
+class Unfinished(NamedTuple):
+    """What the next sampler needs to go on exactly (`Runtime.sample`), as long as the LATENT's samples are these."""
+
+    samples: Tensor
+    history: dict[str, Tensor]
+
+
+def _spec(sigmas: Tensor | None, **settings) -> SampleSpec:
+    """The spec of a node's widgets, in some of which 0 or AUTO stands for the model's own value."""
+    own = {name: None if value == AUTO or name in AUTOMATIC and not value else value
+           for name, value in settings.items()}  # fmt: skip
+    return SampleSpec(**own, sigmas=None if sigmas is None else tuple(sigmas.tolist()))
+
+
+def _sampled(model: types.ModelHandle, spec: SampleSpec, latent: dict, prompts: dict, **further) -> io.NodeOutput:
+    """A node's output. prompts: CONDITIONING by name; None if there is none. further: profile and acceleration."""
+    samples, unfinished = core_types.samples_of(latent), latent.get(HISTORY)
+    continues = not spec.add_noise and unfinished is not None and unfinished.samples is samples
+    further["acceleration"] = further["acceleration"] or AccelerationSpec()
+    prompts = {name: one for name, one in prompts.items() if one is not None}
+    given = {name: core_types.conditioning_of(one, name, samples) for name, one in prompts.items()}
+    result = comfy_bridge.run_job(
+        model.ranks,
+        lambda runtime, hooks: runtime.sample(
+            model.spec, spec, samples, **given, noise_mask=core_types.noise_mask_of(latent),
+            parallel=model.ranks.parallel, operators=model.operators, warm_up=model.warm_up,
+            history=unfinished.history if continues else None, **further, **hooks,
+        ),
+        preview=True,
+    )  # fmt: skip
+    lines = [words_of(result.info, result.seconds), *plan_words(result.info), *result.info.get("warnings", ())]
+    made = {name: value for name, value in latent.items() if name != HISTORY} | {"samples": result.tensor}
+    if result.tensors:
+        made[HISTORY] = Unfinished(result.tensor, result.tensors)
+    return io.NodeOutput(made, ui=ui.PreviewText("\n".join(lines)))
+
+
+def _no_step(start: int, end: int, total: int) -> str:
+    return f"No step was computed, as start_at_step is {start}, end_at_step {end} and the number of steps {total}."

@@ -3,7 +3,7 @@
 // node puts out (`ui` in nodes/sampler.py, nodes/conditioning.py) stays.
 import { app } from "../../scripts/app.js"
 
-const NODES = ["AscendSampler", "AscendTextEncode"]
+const NODES = ["AscendSampler", "AscendSamplerAdvanced", "AscendTextEncode"]
 const WIDGET = "report"
 const HEIGHT = 64 // pixels, about four lines; more can be scrolled
 

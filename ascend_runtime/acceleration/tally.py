@@ -37,6 +37,7 @@ class Tally:
         self._changes: list[Change] = []
         self._seconds: dict[int, float] = {}  # by step
         self._clock = 0.0
+        self._first = 0
 
     def began(self, at: At) -> None:
         self._passes[at] = 0.0
@@ -58,14 +59,14 @@ class Tally:
     def changed(self, change: Change) -> None:
         self._changes.append(change)
 
-    def start(self) -> None:
-        """Starts the clock; called before the first step."""
-        self._clock = time.perf_counter()
+    def start(self, step: int = 0) -> None:
+        """Starts the clock; called before the first step that is computed, of this number."""
+        self._clock, self._first = time.perf_counter(), step
 
     def stepped(self) -> None:
         """Records a step's seconds. Its result is on the CPU, so the device has finished it."""
         now = time.perf_counter()
-        self.took(len(self._seconds), now - self._clock)
+        self.took(self._first + len(self._seconds), now - self._clock)
         self._clock = now
 
     def took(self, step: int, seconds: float) -> None:

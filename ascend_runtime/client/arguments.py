@@ -121,6 +121,18 @@ def check_conditioning(name: str, given: Any, optional: bool = False) -> None:
         check_tensor(shown, tensor, optional=part != "text" or given is None)
 
 
+def check_history(history: Any) -> dict[str, Tensor]:
+    """The tensors that a job has returned next to its latent, if there are any."""
+    if history is None:
+        return {}
+    check_kind("history", history, Mapping)
+    if len(history) > MAX_ENTRIES or not all(isinstance(name, str) for name in history):
+        raise ValueError("history has unknown entries; give the `tensors` of the Result of the job before.")
+    for name, tensor in history.items():
+        check_tensor(f"history's {name}", tensor, floats=False)
+    return dict(history)
+
+
 def _check_entries(name: str, tensors: Any, numbers: Any) -> None:
     """Checks a conditioning's further entries."""
     for kind, entries in (("tensors", tensors), ("numbers", numbers)):

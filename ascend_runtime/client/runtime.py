@@ -50,6 +50,7 @@ from .arguments import (
     LATENT_AXES,
     check_conditioning,
     check_frames,
+    check_history,
     check_image,
     check_kind,
     check_prompt,
@@ -185,6 +186,7 @@ class Runtime(KeptRanks):
         warm_up: bool = False,
         profile: ProfileSpec | None = None,
         acceleration: AccelerationSpec = AccelerationSpec(),
+        history: Mapping[str, Tensor] | None = None,
         on_preview: OnPreview | None = None,
         **hooks,
     ) -> Result:
@@ -199,13 +201,18 @@ class Runtime(KeptRanks):
         profile: the steps to record; the result's `info["profile"]` is the folder of the recording.
         acceleration: the accelerators to use; the result's `info["acceleration"]` reports what they skipped and saved
             (see `acceleration.tally.Tally.facts`).
+        history: the `tensors` of the job's result that ended at spec.start_step with leftover noise. With them, the two
+            jobs compute what one would; without them a multistep solver begins again, and so does one for which they do
+            not fit (another size, solver or schedule). `info["solver"]` says which.
 
         What `parallel` and the model's spec leave open is chosen: see `plan`. `info["plan"]` has the choice.
         """
         _check_specs(model, spec)
         _check_inputs(latent, positive, negative, noise_mask)
         _check_options(parallel, operators, profile, acceleration)
-        profile = profile and _within(profile, spec.total_steps, self.world_size)
+        history = check_history(history)
+        steps = None if spec.total_steps is None else len(spec.computed_steps)
+        profile = profile and _within(profile, steps, self.world_size)
         planned = PlannedJob(
             model=model, parallel=parallel or self.parallel, shape=tuple(latent.shape), sample=spec,
             text_tokens=_tokens(_conditioning(positive).text), per_token=noise_mask is not None,
@@ -220,7 +227,7 @@ class Runtime(KeptRanks):
                     latent=latent, positive=_conditioning(positive),
                     negative=None if negative is None else _conditioning(negative), noise_mask=noise_mask,
                     operators=operators, warm_up=warm_up, profile=profile, acceleration=acceleration,
-                    calibration=calibration, preview=on_preview is not None,
+                    calibration=calibration, preview=on_preview is not None, history=history,
                 )),
             )  # fmt: skip
         _log_extras(result, profile)

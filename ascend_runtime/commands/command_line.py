@@ -17,6 +17,7 @@ from ..specs.models import MODEL_FORMATS, WEIGHT_DTYPES
 from ..specs.presets import PRESETS, SPECS
 from . import video_options
 from .comparison import settings
+from .downloading import options as download_options
 from .plan import options as plan_options
 
 SHARD_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
@@ -220,6 +221,10 @@ COMMANDS = {
         "convert a model to diffusers' or MindSpeed-MM's layout", ".commands.conversion", _declare_convert,
         _check_convert,
         lambda arguments: f"converting {arguments.source} to {arguments.target}, in the layout of {arguments.to}",
+    ),
+    "download": Command(
+        "download the files of a published model", ".commands.downloading.command", download_options.declare_download,
+        download_options.check_download, download_options.begins_download,
     ),
     "plan": Command(
         "predict a job under each plan, and show which one is chosen", ".commands.plan.command", plan_options.declare,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ContextManager
+from typing import ContextManager, NamedTuple
 
 from torch import Tensor
 
@@ -15,27 +15,51 @@ from ..parallel.cfg import guided
 from .generation import Generation, NetworkCall, Request
 from .guard.diagnosis import Diagnosis, Evaluation, cure_of
 from .profiling import Recorder
-from .sampling import Known, SolverStep, Watch, denoise, make_scheduler, noise_of, noisy
+from .sampling import (
+    Known,
+    SolverStep,
+    Watch,
+    handed_on,
+    history_of,
+    make_scheduler,
+    noise_of,
+    noisy,
+    resumed,
+    stepped_through,
+)
 
 STILL = 1e-3  # of a latent's standard deviation: what its frames may differ by and be the same
 
 
-def denoised(generation: Generation, model: DiffusionModel, request: Request, steps: StepsOfJob) -> Tensor:
-    """Runs the denoise loop and returns the latent [B,C,T,H,W], not normalised, on the CPU."""
-    start = _start(request.given.latent, model)
+class Denoised(NamedTuple):
+    """latent [B,C,T,H,W]: not normalised, on the CPU. history: for a job that goes on with its leftover noise.
+    continued: whether the job went on with the history of another."""
+
+    latent: Tensor
+    history: dict[str, Tensor]
+    continued: bool
+
+
+def denoised(generation: Generation, model: DiffusionModel, request: Request, watch: StepsOfJob) -> Denoised:
+    """Runs the job's part of the denoise loop."""
+    spec, steps = request.spec, request.spec.computed_steps
+    scheduler = make_scheduler(spec, model.family)
+    latent = _start(request.given.latent, model)
+    known = _known(request, latent, model)
+    start = resumed(request.history, spec.solver, scheduler, latent.shape, steps.start)
+    continued = start is not None
+    if not continued:
+        sigma = float(scheduler.sigmas[steps.start]) if steps.start else None
+        start = noisy(latent, spec, _image(request, model), sigma)
     try:
         velocity = Guided(generation, model, request)
-        steps.begin(velocity)
-        latent = denoise(
-            velocity,
-            make_scheduler(request.spec, model.family),
-            noisy(start, request.spec, _image(request, model)),
-            _known(request, start, model),
-            steps,
-        )
+        watch.begin(velocity, steps.start)
+        end = stepped_through(velocity, scheduler, start, steps, known, watch)
     finally:
         generation.finish()
-    return model.latents.restored(latent)
+    sigma = float(scheduler.sigmas[steps.stop])
+    history = history_of(spec.solver, scheduler, end, steps.stop) if spec.leftover_noise and sigma else {}
+    return Denoised(model.latents.restored(handed_on(end, sigma, known)), history, continued)
 
 
 @dataclass
@@ -78,10 +102,11 @@ class StepsOfJob(Watch):
         self._recorder, self._stage = recorder, stage
         self._previews = job.message.preview and stage == "denoise" and self._latents.has_picture
 
-    def begin(self, velocity: Guided) -> None:
+    def begin(self, velocity: Guided, step: int) -> None:
+        """step: the first that the job computes, counted from 0."""
         self._velocity = velocity
         self._job.check_together()
-        self._tally.start()
+        self._tally.start(step)
 
     def around(self, step: int) -> ContextManager:
         return super().around(step) if self._recorder is None else self._recorder.step(step)

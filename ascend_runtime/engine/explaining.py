@@ -104,6 +104,7 @@ class Explainer:
             "seed": spec.seed, "solver": spec.solver, "schedule": None if spec.sigmas else spec.schedule,
             "sigmas": spec.sigmas and [*spec.sigmas], "image start": spec.image_start or None,
             "masked": True if message.noise_mask is not None else None,
+            "noise added": None if spec.add_noise else False, "noise left": spec.leftover_noise or None,
         }  # fmt: skip
         return self._denoised(message, sources, model, generated, settings | generated.settings)
 

@@ -43,12 +43,13 @@ MOST_CONTEXTS = 4  # embedded ones that are kept, each with keys and values of a
 @dataclass(frozen=True)
 class Request:
     """The inputs of a generation. spec: without None, as the model's own values are filled in. calibration: of each
-    expert, read from the model's calibration file."""
+    expert, read from the model's calibration file. history: of the job whose steps this one follows."""
 
     given: Given
     spec: SampleSpec
     acceleration: AccelerationSpec = AccelerationSpec()
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    history: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,9 @@ def warm_up_of(model: DiffusionModel, request: Request) -> Request:
     if rainfusion is not None:
         rainfusion = structs.replace(rainfusion, start=1)
     below_boundary = model.boundary / 2 or 0.5
-    spec = structs.replace(request.spec, solver="euler", sigmas=(1.0, below_boundary, 0.0))
-    return replace(request, spec=spec, acceleration=AccelerationSpec(rainfusion=rainfusion))
+    whole = {"start_step": 0, "end_step": None, "add_noise": True}
+    spec = structs.replace(request.spec, solver="euler", sigmas=(1.0, below_boundary, 0.0), **whole)
+    return replace(request, spec=spec, acceleration=AccelerationSpec(rainfusion=rainfusion), history={})
 
 
 def _contexts(model: DiffusionModel, given: Given) -> dict[str, Branch]:

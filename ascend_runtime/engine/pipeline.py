@@ -210,7 +210,7 @@ class RankPipeline:
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job, sharding, host_memory, message.computing)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
-            recorder.end_with(spec.total_steps)
+            recorder.end_with(len(spec.computed_steps))
         sources = self.explainer.sources(message.model)
         _require_agreement(spec, model)
         request = _request(message, spec)
@@ -224,15 +224,20 @@ class RankPipeline:
             self._warm_up(job, model, request, ranks)
         devices.forget_peak(self.device)
         with job.stage("denoise"):
-            latent = denoised(generation, model, request, StepsOfJob(job, model, generation, recorder))
+            latent, history, continued = denoised(
+                generation, model, request, StepsOfJob(job, model, generation, recorder)
+            )
         settings = _settings(request, model)
+        settings |= {} if spec.add_noise else {"solver": "continued" if continued else "restarted"}
         info = plan.info | settings | recorder.info | generation.acceleration.facts()
         info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
             [*model.warnings, *model.conditioner.notes(request.given), *standing_still(latent, request)]
         )
         generated = Generated(message.latent.shape, plan, generation.acceleration, settings)
         record = self.explainer.sampling(message, sources, model, spec, generated)
-        return _done(job, tensor=latent if self.rank == 0 else None, info=info, record=record)
+        if self.rank != 0:
+            return _done(job, info=info)
+        return _done(job, tensor=latent, tensors=history, info=info, record=record)
 
     def _warm_up(self, job, model: DiffusionModel, request: Request, ranks: Ranks) -> None:
         """Runs two discarded steps, one per expert, unless this model has been warmed up for this kind of job."""
@@ -432,7 +437,7 @@ def _request(message: Sample, spec: SampleSpec) -> Request:
     prompts = {"positive": message.positive, "negative": message.negative}
     prompts = {name: one for name, one in prompts.items() if one is not None}
     given = Given(message.latent, message.noise_mask, prompts, spec.embedded_guidance)
-    return Request(given, spec, message.acceleration, message.calibration)
+    return Request(given, spec, message.acceleration, message.calibration, message.history)
 
 
 def _kind_of_job(message: Sample, spec: SampleSpec, ranks: Ranks) -> Hashable:
@@ -458,8 +463,11 @@ def _settings(request: Request, model: DiffusionModel) -> dict[str, float | str]
     low_noise = {} if model.low_noise is None else {"low-noise guidance": spec.low_noise_guidance}
     shift = {} if spec.sigmas else {"shift": spec.shift}
     embedded = {} if scale is None else {"embedded guidance": scale}
+    steps = spec.computed_steps
+    part = {} if len(steps) == spec.total_steps else {"first step": steps.start, "end step": steps.stop}
     distilled = {} if model.defaults.distilled is None else {"distilled": model.defaults.distilled}
-    return {"steps": spec.total_steps, "guidance": spec.guidance_scale} | low_noise | embedded | shift | distilled
+    settings = {"steps": spec.total_steps, "guidance": spec.guidance_scale}
+    return settings | low_noise | embedded | shift | part | distilled
 
 
 def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:

@@ -6,6 +6,7 @@ every device and number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Callable, ContextManager, NamedTuple
@@ -20,6 +21,7 @@ from ..specs.jobs import SIMPLE
 
 TRAIN_TIMESTEPS = 1000
 IMAGE_SHARE = 0.001  # of the image in the noise (hyvideo/diffusion/pipelines of HunyuanVideo-I2V; diffusers)
+_ORDERS = "lower_order_nums", "this_order"  # attributes of schedulers that take several steps into account
 _NEARLY_ONE = 1 - 1e-6  # the multistep solvers compute log(1 - sigma)
 
 
@@ -37,10 +39,10 @@ def simple_sigmas(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def make_scheduler(spec: SampleSpec, family: Family):
-    """diffusers' scheduler for the solver, with its timesteps set.
+    """diffusers' scheduler for the solver, with its timesteps set, at the job's first step.
 
     Sigmas come from the spec, from its schedule or from the family. If the family gives none, the scheduler computes
-    them, as in diffusers' pipeline.
+    them, as in diffusers' pipeline. A run that is ended early goes down to sigma 0 in its last step.
     """
     given = spec.sigmas or _sigmas(spec, family)
     scheduler = _solver(spec.solver, spec.shift)
@@ -49,7 +51,10 @@ def make_scheduler(spec: SampleSpec, family: Family):
         scheduler.timesteps = torch.tensor(given[:-1]) * TRAIN_TIMESTEPS
         top = 1.0 if spec.solver == "euler" else _NEARLY_ONE
         scheduler.sigmas = torch.tensor(given).clamp(max=top)
-    scheduler.set_begin_index(0)
+    if spec.ends_at < spec.total_steps:
+        scheduler.timesteps = scheduler.timesteps[: spec.ends_at]
+        scheduler.sigmas = torch.cat((scheduler.sigmas[: spec.ends_at], torch.zeros(1)))
+    scheduler.set_begin_index(spec.start_step)
     return scheduler
 
 
@@ -60,7 +65,7 @@ def _sigmas(spec: SampleSpec, family: Family) -> tuple[float, ...] | None:
 
 
 def schedule_of(spec: SampleSpec, family: Family) -> list[float]:
-    """The timestep of each step, in 0..1000."""
+    """The timestep of each step of the run, in 0..1000."""
     return list(map(float, make_scheduler(spec, family).timesteps))
 
 
@@ -92,7 +97,7 @@ class Known:
 
 
 class SolverStep(NamedTuple):
-    """number: counted from 0. following: the next step's timestep, or None in the last step."""
+    """number: in the run, counted from 0. following: the next step's timestep, or None in the job's last step."""
 
     number: int
     following: float | None
@@ -102,12 +107,12 @@ class Watch:
     """Callbacks of the denoise loop, which do nothing by default."""
 
     def around(self, step: int) -> ContextManager:
-        """The context of a step, counted from 1, including its call of `stepped`."""
+        """The context of a step of the job, counted from 1, including its call of `stepped`."""
         return nullcontext()
 
     def stepped(self, step: int, total: int, latent: Tensor, x0: Tensor) -> None:
-        """Called after each step. latent [B,C,T,H,W]: that of the next step. x0 [B,C,T,H,W]: this step's x0 prediction.
-        Both are normalised."""
+        """Called after each step of the job. latent [B,C,T,H,W]: that of the next step. x0 [B,C,T,H,W]: this step's x0
+        prediction. Both are normalised."""
 
 
 VelocityAt = Callable[[Tensor, float, SolverStep], Tensor]  # (latent, timestep in 0..1000, step) -> velocity; fp32, CPU
@@ -116,32 +121,84 @@ VelocityAt = Callable[[Tensor, float, SolverStep], Tensor]  # (latent, timestep 
 def denoise(
     velocity: VelocityAt, scheduler, start: Tensor, known: Known | None = None, watch: Watch = Watch()
 ) -> Tensor:
-    """Runs the denoise loop and returns the latent [B,C,T,H,W] in fp32, normalised, on the CPU.
+    """Runs the denoise loop over all steps of a run and returns the latent [B,C,T,H,W], as `handed_on` does."""
+    x = stepped_through(velocity, scheduler, start, range(len(scheduler.timesteps)), known, watch)
+    return handed_on(x, float(scheduler.sigmas[-1]), known)
+
+
+def stepped_through(
+    velocity: VelocityAt, scheduler, start: Tensor, steps: range, known: Known | None = None, watch: Watch = Watch()
+) -> Tensor:
+    """Runs some steps of the denoise loop and returns the noisy latent [B,C,T,H,W] after them, in fp32, normalised, on
+    the CPU.
 
     scheduler: from `make_scheduler`. start: the noisy latent. known: inserted into the latent before each pass, and
     into each x0 prediction.
     """
-    x, sigmas, total = start, scheduler.sigmas, len(scheduler.timesteps)
-    timesteps = [*map(float, scheduler.timesteps), None]
-    for step, timestep in enumerate(scheduler.timesteps):
-        with watch.around(step + 1):
+    x, sigmas = start, scheduler.sigmas
+    timesteps = list(map(float, scheduler.timesteps))
+    for number, step in enumerate(steps, 1):
+        with watch.around(number):
             sigma = float(sigmas[step])
             seen = x if known is None else known.into(x, sigma)
-            direction = velocity(seen, timesteps[step], SolverStep(step, timesteps[step + 1]))
+            following = timesteps[step + 1] if number < len(steps) else None
+            direction = velocity(seen, timesteps[step], SolverStep(step, following))
             x0 = seen - sigma * direction
             if known is not None:
                 x0 = known.into(x0)
                 direction = (x - x0) / sigma
-            x = scheduler.step(direction, timestep, x, return_dict=False)[0]
-            watch.stepped(step + 1, total, x, x0)
-    return x / (1 - float(sigmas[-1]))  # for a partial schedule: the scale that core ComfyUI's next sampler expects
+            x = scheduler.step(direction, scheduler.timesteps[step], x, return_dict=False)[0]
+            watch.stepped(number, len(steps), x, x0)
+    return x
 
 
-def noisy(latent: Tensor, spec: SampleSpec, image: Tensor | None = None) -> Tensor:
+def handed_on(latent: Tensor, sigma: float, known: Known | None = None) -> Tensor:
+    """The latent [B,C,T,H,W] after the last step, at the scale that core ComfyUI's next sampler expects: with noise of
+    `sigma`, it is divided by 1 - sigma. What is known has no noise, so that the next sampler knows it too."""
+    scaled = latent / (1 - sigma)
+    return scaled if known is None or not sigma else known.into(scaled)
+
+
+def noisy(latent: Tensor, spec: SampleSpec, image: Tensor | None = None, sigma: float | None = None) -> Tensor:
     """The noisy latent [B,C,T,H,W] of the first step. latent: normalised, or zeros for a new video. image [B or
-    1,C,1,H,W]: a little of it is in the noise of every frame; None: the noise is pure."""
-    start = spec.sigmas[0] if spec.sigmas else 1.0  # schedules begin at pure noise
+    1,C,1,H,W]: a little of it is in the noise of every frame; None: the noise is pure. sigma: of the first step, if it
+    is not the run's first."""
+    start = sigma or (spec.sigmas[0] if spec.sigmas else 1.0)  # schedules begin at pure noise
+    if not spec.add_noise:
+        return (1 - start) * latent
     noise = noise_of(latent.shape, spec.seed)
     if image is not None:
         noise = (1 - IMAGE_SHARE) * noise + IMAGE_SHARE * image
     return start * noise + (1 - start) * latent
+
+
+
+def history_of(solver: str, scheduler, latent: Tensor, step: int) -> dict[str, Tensor]:
+    """What a job that goes on at `step` needs to compute exactly what this one would: the noisy latent [B,C,T,H,W], and
+    what a multistep solver keeps of earlier steps. The result of a job has only the latent; a solver that gets no more
+    begins again, as all of core ComfyUI's do."""
+    kept = {f"output {place}": one for place, one in enumerate(getattr(scheduler, "model_outputs", ()))}
+    kept |= {"last sample": getattr(scheduler, "last_sample", None)}
+    orders = torch.tensor([getattr(scheduler, name, 0) for name in _ORDERS])
+    kept |= {"latent": latent, "sigmas": scheduler.sigmas[: step + 1].clone(), f"orders of {solver}": orders}
+    return {name: one for name, one in kept.items() if one is not None}
+
+
+def resumed(
+    history: Mapping[str, Tensor], solver: str, scheduler, shape: tuple[int, ...], step: int
+) -> Tensor | None:
+    """Sets the scheduler up with what `history_of` has kept, and returns the noisy latent. None, and no change, for
+    what was kept of another solver, size, step or schedule, or for nothing."""
+    orders, sigmas = history.get(f"orders of {solver}"), history.get("sigmas")
+    fitting = {name: one for name, one in history.items() if one.shape == shape and one.dtype == torch.float32}
+    if "latent" not in fitting or orders is None or orders.shape != (len(_ORDERS),) or sigmas is None:
+        return None
+    if not torch.equal(sigmas, scheduler.sigmas[: step + 1]):
+        return None
+    if solver == "euler":
+        return fitting["latent"]
+    outputs = [fitting.get(f"output {place}") for place in range(len(scheduler.model_outputs))]
+    if sum(one is not None for one in outputs) < min(int(orders[0]), len(outputs)):
+        return None
+    vars(scheduler).update(zip(_ORDERS, orders.tolist()), model_outputs=outputs, last_sample=fitting.get("last sample"))
+    return fitting["latent"]

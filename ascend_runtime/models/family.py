@@ -18,7 +18,7 @@ from ..specs.presets import FamilyPresets
 from .core_text import CoreText
 from .cost import PassSize, SlicedSums, Work
 from .defaults import Defaults, Distillation
-from .hubs import PublishedModel
+from .hubs import HubFile, PublishedModel
 from .image_forms import ImageForm
 from .latent_format import LatentFormat
 from .shapes import Shapes
@@ -273,6 +273,11 @@ class Family(ABC):
     @property
     def published(self) -> Mapping[str, PublishedModel]:
         """The published models by name."""
+        return {}
+
+    @property
+    def downloads(self) -> Mapping[str, tuple[HubFile, ...]]:
+        """All files that a model needs, by the model's name, or by that of a variant."""
         return {}
 
     # Cost of a pass

@@ -120,7 +120,7 @@ def sent(model: Model, video: Video, arrangement: Arrangement) -> Mapping[str, i
 
 def step_of(model: Model, video: Video, arrangement: Arrangement, expert: int = 0, branches: int | None = None) -> Step:
     """A step of this video. branches: None is the most of all steps."""
-    most = max((number for _, number in video.passes), default=1)
+    most = max((number for _, number in video.passes[video.computed]), default=1)
     return Step(
         family=model.family,
         network=model.experts[expert],

@@ -67,8 +67,9 @@ class Model:
 class Video:
     """A video to make.
 
-    shape: of the latent [B,C,T,H,W]. passes: for each step, (the number of its expert, the number of guidance
-    branches). text_tokens: of a prompt. per_token: whether each token has its own timestep.
+    shape: of the latent [B,C,T,H,W]. passes: for each step of the run, (the number of its expert, the number of
+    guidance branches). text_tokens: of a prompt. per_token: whether each token has its own timestep. part: (first, end)
+    of the steps that the job computes; None: all.
     """
 
     shape: tuple[int, int, int, int, int]
@@ -76,14 +77,20 @@ class Video:
     text_tokens: int = 512
     per_token: bool = False
     acceleration: AccelerationSpec = AccelerationSpec()
+    part: tuple[int, int] | None = None
 
     @property
     def steps(self) -> int:
         return len(self.passes)
 
     @property
+    def computed(self) -> slice:
+        """The steps that the job computes."""
+        return slice(*(self.part or (0, self.steps)))
+
+    @property
     def guided(self) -> bool:
-        return any(branches > 1 for _, branches in self.passes)
+        return any(branches > 1 for _, branches in self.passes[self.computed])
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ class _Rank:
 
     def _latents(self) -> int:
         """On the host during a pass: the solver's, and the velocity of another branch."""
-        held = LATENTS_HELD[min(self.video.steps, len(LATENTS_HELD)) - 1]
+        steps = len(self.video.passes[self.video.computed])
+        held = LATENTS_HELD[min(steps, len(LATENTS_HELD)) - 1]
         return (held + own_branches(self.video, self.arrangement) - 1) * 4 * math.prod(self.video.shape)
 
     def _slabs(self) -> int:

@@ -64,7 +64,8 @@ def bytes_read(model: Model) -> int:
 
 
 def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amounts:
-    found = Counter({"denoise_job": 1, "steps": video.steps})
+    passes = video.passes[video.computed]
+    found = Counter({"denoise_job": 1, "steps": len(passes)})
     for step, kept, times in _kinds_of_steps(model, video, arrangement):
         for unit, amount in work.of_step(step, kept).items():
             found[unit] += times * amount
@@ -73,7 +74,7 @@ def of_denoising(model: Model, video: Video, arrangement: Arrangement) -> Amount
             found[exchange.axis] += takes_place * exchange.sent
             found[EXCHANGES[exchange.axis]] += takes_place * exchange.times
     if arrangement.experts == "swap":
-        turns = sum(one != other for (one, _), (other, _) in zip(video.passes, video.passes[1:]))
+        turns = sum(one != other for (one, _), (other, _) in zip(passes, passes[1:]))
         found["swap"] = turns * work.kept_bytes(model.experts[0], model.dtype, arrangement.packed) / arrangement.plan.tp
     return found
 
@@ -117,7 +118,8 @@ def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Ite
     """The kinds of steps, what accelerators keep of each, and the number of each."""
     config = model.experts[0].config
     size = step_of(model, video, arrangement).size
-    kinds = Counter(zip(video.passes, kept_in_steps(video, model.family.work(config, size))))
+    steps = list(zip(video.passes, kept_in_steps(video, model.family.work(config, size))))
+    kinds = Counter(steps[video.computed])
     for ((expert, branches), kept), times in kinds.items():
         yield step_of(model, video, arrangement, expert, branches), kept, times
 

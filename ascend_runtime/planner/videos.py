@@ -34,6 +34,7 @@ def of_latent(
         text_tokens=model.family.text_tokens,
         per_token=from_image and model.family.per_token(config),
         acceleration=acceleration,
+        part=(spec.computed_steps.start, spec.computed_steps.stop),
     )
 
 
@@ -44,7 +45,7 @@ def resized(model: Model, video: Video, size: VideoSize) -> Video:
 
 
 def passes_of(model: Model, spec: SampleSpec) -> list[tuple[int, int]]:
-    """(the number of the expert, the number of guidance branches) of each step. spec: without None."""
+    """(the number of the expert, the number of guidance branches) of each step of the run. spec: without None."""
     from .timing.schedules import TIMESTEPS, timesteps_of  # numpy takes a while, and is not needed to ask for help
 
     boundary = (model.defaults.boundary or 0.0) * TIMESTEPS if len(model.experts) == 2 else 0.0

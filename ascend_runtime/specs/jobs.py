@@ -14,6 +14,7 @@ OWN, SIMPLE = "own", "simple"  # schedules: the published model's, and core Comf
 ATTENTIONS = ("auto", "fused", "laser", "infer", "fastest", "fp8", "plain")
 LAYER_NORMS = ("auto", "fused", "fp32")
 MAX_SEED = 2**64 - 1
+MAX_STEP = 10_000  # core ComfyUI's limit of start_at_step and end_at_step; a run may be shorter
 MAX_SIDE = 16384  # pixels: published networks have 1024 position embeddings, each for 2 x 2 latents of 8 x 8 pixels
 MAX_FRAMES = 4093  # the same 1024 positions in time, each for a latent frame
 MAX_PIXELS = 2**33  # of all frames: a size read from a file must not request more memory than a machine has
@@ -32,6 +33,12 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
     schedule: "own" is the published model's for the solver, "simple" is core ComfyUI's; both use `shift`.
         The older names in models.registry.schedules are accepted for "own".
     sigmas: noise levels that replace steps, schedule and shift: decreasing, from at most 1 down to at least 0.
+    start_step, end_step: the steps of the run that this job computes, counted from 0; end_step is not one of them
+        (None: up to the last). Several jobs can share a run: schedule, experts and accelerators go by its steps.
+    add_noise: whether noise of the seed is added to the latent. False: the latent is another job's unfinished one,
+        with the noise of start_step; one of zeros stays without noise.
+    leftover_noise: whether a job that ends early returns the latent with the noise of end_step, for the next job.
+        False: its last step goes down to sigma 0. Both as in core ComfyUI's KSamplerAdvanced.
     """
 
     seed: int = 0
@@ -44,6 +51,10 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
     shift: float | None = None
     sigmas: tuple[float, ...] | None = None
     image_start: bool = False
+    start_step: int = 0
+    end_step: int | None = None
+    add_noise: bool = True
+    leftover_noise: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,11 +68,30 @@ class SampleSpec(Spec, frozen=True, kw_only=True):
                 require_range(name, getattr(self, name), *bounds)
         if self.sigmas is not None:
             _require_sigmas(self.sigmas)
+        _require_part_of_run(self)
 
     @property
     def total_steps(self) -> int | None:
-        """The number of steps, given directly or by sigmas; None is the model's own number."""
+        """The number of steps of the run, given directly or by sigmas; None is the model's own number."""
         return self.steps if self.sigmas is None else len(self.sigmas) - 1
+
+    @property
+    def computed_steps(self) -> range:
+        """The steps that this job computes. Raises ValueError if there is none. Needs `total_steps`."""
+        total = self.total_steps
+        steps = range(self.start_step, total if self.end_step is None else min(self.end_step, total))
+        if not steps:
+            raise ValueError(
+                f"start_step is {self.start_step}, but the run has {total} steps, 0 to {total - 1}. Give a start_step "
+                f"below {total}, or more steps."
+            )
+        return steps
+
+    @property
+    def ends_at(self) -> int:
+        """The step at which the run's schedule ends: at `total_steps`, or where a job's last step goes down to sigma 0
+        before. Needs `total_steps`."""
+        return self.total_steps if self.leftover_noise else self.computed_steps.stop
 
     @property
     def low_noise_guidance(self) -> float:
@@ -76,6 +106,19 @@ def _require_sigmas(sigmas: tuple[float, ...]) -> None:
             f"sigmas are {list(sigmas)}; give at least two decreasing values from at most 1 down to at least 0, "
             "such as those of a flow-matching scheduler (1.0, 0.94, 0.83, 0.63, 0.0)."
         )
+
+
+def _require_part_of_run(spec: SampleSpec) -> None:
+    require_range("start_step", spec.start_step, 0, MAX_STEP)
+    if spec.end_step is not None:
+        require_range("end_step", spec.end_step, 0, MAX_STEP)
+        if spec.start_step >= spec.end_step:
+            raise ValueError(
+                f"start_step is {spec.start_step} and end_step is {spec.end_step}, which leaves no step: end_step is "
+                "the first one that is not computed. Give an end_step above start_step, or None for all that follow."
+            )
+    if spec.image_start and not spec.add_noise:
+        raise ValueError("image_start puts an image into the noise, but add_noise is False. Change one of them.")
 
 
 class VideoSize(Spec, frozen=True, kw_only=True):
@@ -100,6 +143,11 @@ class VideoSize(Spec, frozen=True, kw_only=True):
                 f"{self.width}x{self.height} x {self.num_frames} frames exceed {MAX_PIXELS} pixels, a video's limit. "
                 f"Give at most {most} frames of this size, or a smaller size."
             )
+
+    @classmethod
+    def of_seconds(cls, width: int, height: int, seconds: float, fps: float) -> VideoSize:
+        """The size of a video of this duration, in the nearest number of frames that a model makes: 4n+1."""
+        return cls(width=width, height=height, num_frames=4 * math.floor(seconds * fps / 4 + 0.5) + 1)
 
     def latent_shape(self, channels: int = 16, spatial: int = 8, temporal: int = 4) -> tuple[int, ...]:
         """The shape [B=1, C, T, H, W] of the latent for a VAE with these channels and compression factors."""

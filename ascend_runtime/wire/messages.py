@@ -154,6 +154,7 @@ class Sample(Message):
     calibration: of each expert, from the file next to the model, if the step cache needs it. The client sends it, so
         that all ranks have the same.
     computing: the bytes of a device that the job is predicted to take besides the model's weights; None: not known.
+    history: the tensors that the job returned whose steps this one follows.
     """
 
     job: int
@@ -171,6 +172,7 @@ class Sample(Message):
     calibration: dict[str, Calibration] = {}
     preview: bool = False
     computing: int | None = None
+    history: dict[str, Tensor] = {}
 
 
 class ModelPass(Struct, kw_only=True):

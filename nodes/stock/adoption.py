@@ -10,6 +10,7 @@ import folder_paths
 from aiohttp import web
 from server import PromptServer
 
+from ...ascend_runtime.commands.adoption.loaders import WHOLE
 from ...ascend_runtime.commands.adoption.swapping import Adoption, adopt, give_back
 from ...ascend_runtime.models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from .. import model_files
@@ -17,7 +18,7 @@ from .. import model_files
 ROUTE = "/ascend_video/adopt"
 CATEGORIES = {
     TRANSFORMER: model_files.TRANSFORMER.category, TEXT_ENCODER: model_files.TEXT_ENCODER.category,
-    VAE: model_files.VAE.category,
+    VAE: model_files.VAE.category, WHOLE: model_files.CHECKPOINTS,
 }  # fmt: skip
 
 

@@ -111,16 +111,22 @@ def _family(type: str) -> Family:
 
 def _loaded(names: tuple[str, ...], type: str, device: str, parallel: RanksHandle | None) -> io.NodeOutput:
     family = _family(type)
-    path, *second = (model_files.path_of(name, model_files.TEXT_ENCODER) for name in names)
+    paths = [model_files.path_of(name, model_files.TEXT_ENCODER) for name in names]
+    return io.NodeOutput(clip_of(paths, family, "cpu" if device == "cpu" else "auto", parallel or RanksHandle()))
+
+
+def clip_of(paths: list[str], family: Family, placement: str, ranks: RanksHandle) -> comfy.sd.CLIP:
+    """A CLIP of the text encoders in one or two files. Raises ValueError if they hold others, or none."""
+    path, *second = paths
     tokenizers = model_files.core_tokenizers() if family.core_text.own_tokenizer is None else {}
     spec = TextEncoderSpec(
         path=path,
         path_2=second[0] if second else None,
         dtype=dtype_for("text_enc"),
-        placement="cpu" if device == "cpu" else "auto",
+        placement=placement,
         **tokenizers,
     )
-    return io.NodeOutput(ranks_clip(Handle(spec, parallel or RanksHandle()), family))
+    return ranks_clip(Handle(spec, ranks), family)
 
 
 def _checked(type: str, *names: str) -> None:

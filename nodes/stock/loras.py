@@ -1,8 +1,9 @@
 """LoRAs that nodes attach to a core MODEL, as files that the ranks merge into their weights.
 
 Any LoRA loader leaves changes of weights ("patches") in the MODEL: for each weight, a strength and what it multiplies.
-They are grouped by strength, so that a group has at most one change of each weight. A group's file is named after its
-content: a new strength writes nothing, and the ranks know it again.
+They are grouped by strength, so that a group has at most one change of each weight, and groups follow each other as the
+changes of each weight do, since DoRA's depend on those before. A group's file is named after its content: a new strength
+writes nothing, and the ranks know it again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LORA = ("lora_up.weight", "lora_down.weight", "alpha", "lora_mid.weight", "dora_
 LOHA = ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", "dora_scale")
 LOKR = ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale")
 ADAPTERS = {"lora": LORA, "loha": LOHA, "lokr": LOKR}
-UNSUPPORTED = {"dora_scale": "by DoRA", "reshape_weight": "that give weights another shape"}
+OTHER_SHAPE = "that give weights another shape"
 
 Patch = tuple[float, Any, float, Any, Any]  # strength, change, strength of the weight itself, offset, function
 Group = dict[str, Tensor]  # tensors of a file, by key
@@ -69,23 +70,26 @@ def loras_of(patcher: ModelPatcher) -> tuple[LoraSpec, ...]:
 def _groups(patches: dict[str, list[Patch]]) -> list[tuple[float, Group]]:
     """(strength, tensors of a file) of each group. Raises ValueError for patches that are no LoRA."""
     faults = defaultdict(list)
-    groups: dict[float, list[Group]] = defaultdict(list)
+    groups: list[tuple[float, Group]] = []
     for key, listed in patches.items():
-        used: dict[float, int] = defaultdict(int)
+        used = 0  # of the groups; the next change of this weight comes after them
         for strength, change, of_weight, offset, function in listed:
             if fault := _fault(key, change, of_weight, offset, function):
                 faults[fault].append(key)
             elif strength := float(strength):  # 0 changes nothing
-                if used[strength] == len(groups[strength]):
-                    groups[strength].append({})
-                groups[strength][used[strength]] |= _tensors(key, change)
-                used[strength] += 1
+                after = [number for number in range(used, len(groups)) if groups[number][0] == strength]
+                number = after[0] if after else len(groups)
+                if not after:
+                    groups.append((strength, {}))
+                groups[number][1].update(_tensors(key, change))
+                used = number + 1
     if faults:
         raise ValueError(
             "Nodes have attached changes to this MODEL that the ranks, which hold its weights, cannot make: "
-            f"{list_faults(faults)}. The ranks add LoRA, LoHa, LoKr and whole differences. {refusals.INSTEAD}"
+            f"{list_faults(faults)}. The ranks add LoRA, LoHa, LoKr, each with DoRA too, and whole differences. "
+            f"{refusals.INSTEAD}"
         )
-    return [(strength, group) for strength, listed in groups.items() for group in listed]
+    return groups
 
 
 def _fault(key: str, change: Any, of_weight: float, offset: Any, function: Any) -> str | None:
@@ -100,15 +104,14 @@ def _fault(key: str, change: Any, of_weight: float, offset: Any, function: Any) 
         roles = ADAPTERS.get(change.name)
         if roles is None or len(roles) != len(change.weights):
             return f"of the kind {change.name}"
-        given = (UNSUPPORTED[role] for role, value in zip(roles, change.weights) if role in UNSUPPORTED
-                 and value is not None)  # fmt: skip
-        return next(given, None)
+        given = dict(zip(roles, change.weights))
+        return OTHER_SHAPE if given.get("reshape_weight") is not None else None
     if isinstance(change, list):
         return "of another model's weights (as merging of models makes)"
     kind, values = ("diff", change) if len(change) == 1 else change
     if kind != "diff":
         return f"of the kind {kind}"
-    return None if len(values) == 1 or not values[1].get("pad_weight") else UNSUPPORTED["reshape_weight"]
+    return None if len(values) == 1 or not values[1].get("pad_weight") else OTHER_SHAPE
 
 
 def _tensors(key: str, change: Any) -> Group:

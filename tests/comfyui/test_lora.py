@@ -1,5 +1,7 @@
 """Ascend Load LoRA beside core ComfyUI's LoRA loader, in the same ComfyUI; and what it refuses."""
 
+import json
+
 import comfy_graphs as graphs
 import pytest
 import random_lora
@@ -57,6 +59,25 @@ def test_core_and_ours_give_the_same_latent(comfyui, loras, names):
     error, change = (core - ours).abs().max().item(), (ours - plain).abs().max().item()
     print(f"{names}: at most {error:.1e} apart, the LoRA changes up to {change:.2f}")
     assert error <= TOLERANCE and change > 100 * TOLERANCE
+
+
+def test_pefts_folder_is_one_lora(comfyui, loras):
+    """With the alpha of its configuration; the file in it is not listed, but workflows that name it still run."""
+    folder = comfyui.base / "models" / "loras" / "peft" / "style"
+    folder.mkdir(parents=True)
+    tensors = {key: x for key, x in load_file(folder.parents[1] / "original.safetensors").items() if "lora_" in key}
+    rank = next(iter(x.shape[0] for key, x in tensors.items() if key.endswith("lora_A.weight")))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": rank, "lora_alpha": 2 * rank}))
+    save_file(tensors, folder / "other.safetensors")
+    schema = comfyui.get("/object_info/AscendLoadLora")["AscendLoadLora"]["input"]["required"]["lora_name"]
+    listed = schema[0] if isinstance(schema[0], list) else schema[1]["options"]
+    assert {"peft/style", "peft/style/other.safetensors"} == {name for name in listed if name.startswith("peft")}
+    chosen = [{"peft/style": 0.5}, {"peft/style/adapter_model.safetensors": 0.5}, {"peft/style/other.safetensors": 1.0}]
+    whole, file, twice = (
+        graphs.saved_latent(comfyui, comfyui.queue(with_loras(both(2, 1.0, 5.0, seed=4), one)), "ours") for one in chosen
+    )
+    assert torch.equal(whole, file) and (whole - twice).abs().max() <= TOLERANCE
 
 
 def test_what_is_left_out_is_shown_at_the_sampler_and_once_in_the_log(comfyui, loras):

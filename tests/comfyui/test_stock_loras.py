@@ -31,20 +31,25 @@ def loras(comfyui):
         random_lora.save(file, layout, parameters, seed=seed)
         save_file({key: x for key, x in load_file(file).items() if not key.endswith(MODULATION)}, file)
     lycoris(folder / "stock lycoris.safetensors", tensors)
+    lycoris(folder / "stock dora.safetensors", tensors, dora=True)
     state = random_hunyuan.transformer("t2v", **random_hunyuan.AS_CORE).state_dict()
     tensors = hunyuan_formats.comfyui_transformer(state)
     save_file(tensors, models / HUNYUAN)
-    lycoris(folder / "stock hunyuan.safetensors", tensors)
+    lycoris(folder / "stock hunyuan.safetensors", tensors, dora=True)
     return comfyui
 
 
-def lycoris(file, tensors):
-    """A file with all of LyCORIS's formats, and pairs, for all matrices of a model."""
+def lycoris(file, tensors, dora=False):
+    """A file with all of LyCORIS's formats, and pairs, for all matrices of a model. dora: with DoRA's magnitudes."""
     generator, made = torch.Generator().manual_seed(8), {}
     for number, (name, tensor) in enumerate(tensors.items()):
         if tensor.ndim == 2 and name.endswith(".weight"):
             form = random_lycoris.MATRICES[number % len(random_lycoris.MATRICES)]
-            ends, _ = random_lycoris.tensors(form, tuple(tensor.shape), generator, size=0.02)
+            ends, added = random_lycoris.tensors(form, tuple(tensor.shape), generator, size=0.02)
+            if dora and form != "diff":
+                by = random_lora.MAGNITUDES[number % 2]
+                end, ends["dora_scale"], _ = random_lora.decomposed(tensor.float(), added, by, generator)
+                assert end == "dora_scale"
             made |= {f"diffusion_model.{name.removesuffix('.weight')}.{end}": each for end, each in ends.items()}
     save_file(made, file)
 
@@ -75,7 +80,7 @@ def written(comfyui) -> set:
     return {(path.name, path.stat().st_mtime_ns) for path in comfyui.base.rglob("ascend_loras/*")}
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "lycoris"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "lycoris", "dora"])
 def test_each_layout_changes_what_it_changes_in_core(loras, name):
     graph = twins(with_loras((name, 0.7)))
     graph.save("base", few_steps(graph, loaded(graph, ours=True)))
@@ -102,6 +107,18 @@ def test_a_stack_that_grows_changes_and_goes(loras):
     assert apart(loras, twins(with_loras(*stack))) <= TOLERANCE
     assert len(written(loras)) == 2
     assert torch.equal(ours(loras, few_steps), base)
+
+
+def test_the_order_of_dora_and_other_loras_is_that_of_the_graph(loras):
+    """Each of DoRA's norms is that of the weight with the LoRAs before; equal strengths are not enough to be one."""
+    latents = []
+    for stack in ([("kohya", 0.6), ("dora", 0.9), ("lycoris", 0.6)], [("lycoris", 0.6), ("dora", 0.9), ("kohya", 0.6)]):
+        graph = twins(with_loras(*stack))
+        prompt = loras.queue(graph)
+        core, made = (graphs.saved_latent(loras, prompt, name) for name in ("core", "ours"))
+        assert difference(core, made) <= TOLERANCE
+        latents.append(made)
+    assert difference(*latents) > 10 * TOLERANCE
 
 
 def test_hunyuan_video_with_fused_layers(loras):
@@ -172,7 +189,7 @@ def patched(what, strength=0.5):
     )
 
 
-@pytest.mark.parametrize("what", ["a difference", "a difference as core once kept it", "a pair",
+@pytest.mark.parametrize("what", ["a difference", "a difference as core once kept it", "a pair", "DoRA",
                                   "the same pair for two weights", "a difference of another shape",
                                   "matrices of different ranks"])  # fmt: skip
 def test_what_other_packs_attach(loras, what):
@@ -180,7 +197,6 @@ def test_what_other_packs_attach(loras, what):
 
 
 REFUSED = {
-    "DoRA": "by DoRA",
     "another shape": "that give weights another shape",
     "a padded difference": "that give weights another shape",
     "a whole weight": "of the kind set",

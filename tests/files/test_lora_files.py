@@ -111,7 +111,7 @@ UNUSABLE = {
     "lora_alpha is True": {"r": 4, "lora_alpha": True},
     "the number Infinity": {"r": 4, "lora_alpha": math.inf},
     "r is 0": {"r": 0, "lora_alpha": 4},
-    "sets use_dora, which is not supported": {"r": 4, "lora_alpha": 4, "use_dora": True},
+    "2 without the magnitude of DoRA (lora_magnitude_vector), although": {"r": 4, "lora_alpha": 4, "use_dora": True},
     "sets fan_in_fan_out": {"r": 4, "lora_alpha": 4, "fan_in_fan_out": True},
     "it has PEFT's type 'LOKR'": {"peft_type": "LOKR", "r": 4, "alpha": 4},
     "init_lora_weights 'pissa' changes": {"r": 4, "lora_alpha": 4, "init_lora_weights": "pissa"},
@@ -132,7 +132,7 @@ def test_a_configuration_that_is_not_understood_is_refused(tmp_path, shapes, say
     with pytest.raises(ValueError) as error:
         read_lora(file, shapes, LORA_NAMES)
     assert any(words in str(error.value) for words in says.split("|")), error.value
-    assert "adapter_config.json" in str(error.value)
+    assert "adapter_config.json" in str(error.value) or "use_dora" in str(error.value)
 
 
 def test_a_header_of_another_part_is_no_strength_of_this(tmp_path, shapes):
@@ -164,13 +164,93 @@ def test_differences_of_modulation(tmp_path, shapes):
     }
 
 
-@pytest.mark.parametrize("prefix, name", [
-    ("pipe.dit.", "blocks.0.self_attn.q"), ("lora_transformer_", "blocks_0_attn1_to_q"),
-    ("lycoris_", "blocks_0_attn1_to_q"),
-])  # fmt: skip
-def test_prefixes_of_other_trainers(tmp_path, shapes, prefix, name):
-    file = saved(tmp_path, pair(f"{prefix}{name}", down="lora_down", up="lora_up"))
+ORIGINAL_Q = "blocks.0.self_attn.q"
+SPELLED = [
+    f"pipe.dit.{ORIGINAL_Q}", "lora_transformer_blocks_0_attn1_to_q", "lycoris_blocks_0_attn1_to_q",
+    "lora_unet_blocks_0.self_attn.q", f"transformer.base_model.model.{Q}", f"base_model.model.transformer.{Q}",
+    f"model.diffusion_model.{ORIGINAL_Q}", f"net.{ORIGINAL_Q}", f"model.{ORIGINAL_Q}", f"transformer_1.{Q}",
+    f"diffusion_model.high_noise_model.{ORIGINAL_Q}", "_orig_mod.blocks.0._checkpoint_wrapped_module.self_attn.q",
+    "blocks.0.self_attn.proj_q",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_names_as_other_trainers_spell_them(tmp_path, shapes, name):
+    file = saved(tmp_path, pair(name, down="lora_down", up="lora_up"))
     assert read_lora(file, shapes, LORA_NAMES).changes.keys() == {f"{Q}.weight"}
+
+
+@pytest.mark.parametrize("adapter", [".default", ".style-2", ""])
+@pytest.mark.parametrize("leaf", [".weight", ""])
+def test_pefts_name_of_an_adapter(tmp_path, shapes, adapter, leaf):
+    ends = {"lora_A": torch.ones(RANK, DIM), "lora_B": torch.ones(DIM, RANK), "lora_magnitude_vector": torch.ones(DIM)}
+    tensors = {f"base_model.model.{Q}.{end}{adapter}{leaf}": tensor for end, tensor in ends.items()}
+    (change,) = read_lora(saved(tmp_path, tensors), shapes, LORA_NAMES).changes.values()
+    assert change.keys == tuple(f"base_model.model.{Q}.{end}{adapter}{leaf}" for end in
+                                ("lora_B", "lora_A", "lora_magnitude_vector"))  # fmt: skip
+    if adapter:
+        two = {f"base_model.model.{Q}.lora_A.other{leaf}": torch.ones(RANK, DIM)}
+        with pytest.raises(ValueError, match=r"1 given twice: base_model.*lora_A.* and base_model.*lora_A"):
+            read_lora(saved(tmp_path, tensors | two), shapes, LORA_NAMES)
+
+
+def test_what_is_for_text_encoders_is_left_out_in_words(tmp_path, shapes):
+    """Trainers write it into the same file."""
+    others = pair("lora_te1_layers_0_self_attn_q_proj", down="lora_down", up="lora_up") | pair(
+        "text_encoder.layers.0.q", 8, 8) | {"bundle_emb.cat.t5_out": torch.ones(2, 8)}  # fmt: skip
+    made = read_lora(saved(tmp_path, two_layers() | others), shapes, LORA_NAMES)
+    assert made.changes.keys() == {f"{Q}.weight", f"{FFN}.weight"}
+    assert "5 of text encoders, which LoRAs do not change here: bundle_emb.cat.t5_out" in made.warning
+    with pytest.raises(ValueError, match="none of its 5 tensors fits. Tensors 5 of text encoders"):
+        read_lora(saved(tmp_path, others), shapes, LORA_NAMES)
+
+
+def test_mindspeeds_alpha_is_in_a_file_next_to_it(tmp_path, shapes):
+    """It is an option of MindSpeed-MM's commands, and in no file that they write."""
+    state = {"model": pair(f"{ORIGINAL_Q.replace('.q', '.proj_q')}", down="lora_A.default", up="lora_B.default")}
+    for name in ("mm_lora.pt", "adapter_model.pt"):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(ValueError, match="MindSpeed-MM, which does not write alpha into it. Name the file adapter_"):
+            read_lora(tmp_path / name, shapes, LORA_NAMES)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 16}))
+    assert scales(tmp_path, shapes) == {f"{Q}.weight": 4.0}
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"])
+def test_a_folder_as_peft_and_diffusers_write_it(tmp_path, shapes, name):
+    config = {"r": RANK, "lora_alpha": 8, "lora_bias": True}
+    tensors = two_layers("base_model.model.") | {f"base_model.model.{Q}.lora_B.bias": torch.ones(DIM)}
+    saved(tmp_path, tensors, name, {"transformer.r": RANK, "transformer.lora_alpha": 8}, config)
+    if name.endswith(".bin"):
+        torch.save(tensors, tmp_path / name)
+    made = read_lora(tmp_path, shapes, LORA_NAMES)
+    assert made.path == tmp_path / name and not made.warning
+    assert {name: change.scale for name, change in made.changes.items()} == dict.fromkeys(
+        (f"{Q}.weight", f"{Q}.bias", f"{FFN}.weight"), 2.0)  # fmt: skip
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="holds no LoRA. Give its file, or PEFT's folder, which holds one of adapter_"):
+        read_lora(tmp_path, shapes, LORA_NAMES)
+
+
+BROKEN_DORA = {  # what is wrong with a layer's tensors
+    "magnitudes of both names": {"dora_scale": torch.ones(DIM, 1), "lora_magnitude_vector": torch.ones(DIM)},
+    "no matrices": {"lora_A.weight": None, "lora_B.weight": None, "dora_scale": torch.ones(DIM, 1)},
+    "a difference": {"lora_A.weight": None, "lora_B.weight": None, "diff": torch.ones(DIM, DIM),
+                     "dora_scale": torch.ones(DIM, 1)},
+    "another length": {"dora_scale": torch.ones(DIM + 1, 1)},
+    "one number": {"dora_scale": torch.ones(1, 1)},
+    "a matrix": {"dora_scale": torch.ones(DIM, DIM)},
+    "inputs in PEFT's name": {"lora_magnitude_vector": torch.ones(2 * DIM)},
+    "no number": {"dora_scale": torch.full((DIM, 1), torch.nan)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN_DORA)
+def test_a_broken_dora_is_refused_by_name(tmp_path, shapes, what):
+    tensors = pair(f"transformer.{Q}") | {f"transformer.{Q}.{end}": x for end, x in BROKEN_DORA[what].items()}
+    file = saved(tmp_path, {key: x for key, x in tensors.items() if x is not None})
+    with pytest.raises(ValueError, match=rf"AV-1404: .*{Q}\.(dora_scale|lora_magnitude_vector)"):
+        read_lora(file, shapes, LORA_NAMES)
 
 
 BOTH = pair(f"transformer.{Q}") | pair(f"transformer_2.{Q}") | pair(f"transformer_2.{FFN}", WIDTH)
@@ -188,6 +268,21 @@ def test_each_expert_gets_its_own_layers(tmp_path, shapes):
     for expert in ("high_noise", "low_noise"):  # without the other's, it is for whichever expert it is given to
         made = read_lora(saved(tmp_path, two_layers(), "one"), shapes, LORA_NAMES, expert)
         assert made.changes.keys() == low.changes.keys()
+
+
+@pytest.mark.parametrize("high, low", [
+    ("pipe.dit.", "pipe.dit2."), ("transformer_1.", "transformer_2."), ("high_noise_model.", "low_noise_model."),
+    ("diffusion_model.high_noise.", "diffusion_model.low_noise."),
+])  # fmt: skip
+def test_both_experts_in_one_file_under_other_names(tmp_path, shapes, high, low):
+    both = saved(tmp_path, pair(f"{high}{ORIGINAL_Q}") | pair(f"{low}blocks.1.ffn.2", WIDTH))
+    read = {expert: read_lora(both, shapes, LORA_NAMES, expert) for expert in ("high_noise", "low_noise")}
+    assert {expert: [*file.changes] for expert, file in read.items()} == {
+        "high_noise": [f"{Q}.weight"], "low_noise": [f"{FFN}.weight"]}  # fmt: skip
+    assert not any(file.warning for file in read.values())
+    one = saved(tmp_path, pair(f"{high}{ORIGINAL_Q}"), "one")  # named as no other expert's
+    changes = read_lora(one, shapes, LORA_NAMES, "low_noise").changes
+    assert bool(changes) == (high == "pipe.dit.")
 
 
 @pytest.mark.parametrize("expert", ["high_noise", "low_noise"])
@@ -253,17 +348,13 @@ def test_a_file_of_which_nothing_fits_is_refused(tmp_path, says):
 
 
 FORMATS = {
-    "DoRA": {f"transformer.{Q}.dora_scale": torch.ones(DIM, 1)},
-    "DoRA ": {f"base_model.model.{Q}.lora_magnitude_vector.weight": torch.ones(DIM)},
     "GLoRA (LyCORIS)": {"lora_unet_blocks_0_self_attn_q.a1.weight": torch.ones(DIM, 4)},
     "LyCORIS with a trained scalar": {"lora_unet_blocks_0_self_attn_q.scalar": torch.ones(1)},
     "OFT": {"lora_unet_blocks_0_self_attn_q.oft_blocks": torch.ones(4, 4)},
     "whole weights, which replace the model's": {"diffusion_model.blocks.0.self_attn.q.set_weight": torch.ones(4, 4)},
     "a change of a weight's shape": {"diffusion_model.patch_embedding.reshape_weight": torch.tensor([96, 36])},
     "Stand-In": {"diffusion_model.blocks.0.self_attn.q_loras.up.weight": torch.ones(DIM, 4)},
-    "MindSpeed-MM, whose alpha is not in the file": pair(
-        "blocks.0.self_attn.proj_q", down="lora_A.default", up="lora_B.default"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)

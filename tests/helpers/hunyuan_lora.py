@@ -10,6 +10,7 @@ LAYOUTS = {  # prefix, whose names, whether dots are underscores, down, up, whet
     "diffusers": ("transformer.", None, False, "lora_A.weight", "lora_B.weight", False),
     "PEFT": ("base_model.model.", None, False, "lora_A.default.weight", "lora_B.default.weight", False),
     "OneTrainer": ("lora_transformer_", None, True, "lora_down.weight", "lora_up.weight", True),
+    "OneTrainer, original's names": ("transformer.", "numbered", False, "lora_down.weight", "lora_up.weight", True),
     "diffusion-pipe": ("transformer.", formats.ORIGINAL, False, "lora_A.weight", "lora_B.weight", False),
     "the original's names": ("diffusion_model.", formats.ORIGINAL, False, "lora_down.weight", "lora_up.weight", True),
     "musubi-tuner": ("lora_unet_", formats.ORIGINAL, True, "lora_down.weight", "lora_up.weight", True),
@@ -47,7 +48,12 @@ def save(file, layout, state, seed=0, keep=lambda layer: True):
 
 
 def _layers(state, system):
-    if system is not None:
+    if system == "numbered":
+        for own, layer in formats.layers_of(state, formats.ORIGINAL):
+            layer = layer.replace("mlp.fc1", "mlp.fc0")
+            yield from [(own, layer)] if len(own) == 1 else (
+                ((one,), f"{layer}.{number}") for number, one in enumerate(own))  # fmt: skip
+    elif system is not None:
         yield from formats.layers_of(state, system)
     else:
         yield from (((layer,), layer) for layer in dict.fromkeys(name.rpartition(".")[0] for name in state))

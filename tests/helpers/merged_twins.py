@@ -43,7 +43,8 @@ def merged(network, hows, biases, added, **how):
     parameters. Returns the twins. hows, biases: by the layer's name; added: by the parameter's."""
     left, twins = dict(added), {}
     for name, one in hows.items():
-        twins[name] = Twin(one, biases.get(name), left.pop(f"{name}.weight", None), left.pop(f"{name}.bias", None), **how)
+        weight, bias = (left.pop(f"{name}.{leaf}", None) for leaf in ("weight", "bias"))
+        twins[name] = Twin(one, biases.get(name), weight, bias, **how)
         network.get_submodule(name).forward = twins[name]
     for name, difference in left.items():
         parameter = network.get_parameter(name)

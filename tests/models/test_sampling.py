@@ -11,9 +11,21 @@ import pytest
 import tiny_models
 import torch
 from ascend_runtime import SampleSpec
-from ascend_runtime.engine.sampling import Watch, denoise, make_scheduler, noise_of, noisy, simple_sigmas
+from ascend_runtime.engine.sampling import (
+    Watch,
+    denoise,
+    handed_on,
+    history_of,
+    make_scheduler,
+    noise_of,
+    noisy,
+    resumed,
+    simple_sigmas,
+    stepped_through,
+)
 from ascend_runtime.models.registry import family
 from ascend_runtime.specs.jobs import OWN, SIMPLE, SOLVERS
+from msgspec.structs import replace
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch.testing import assert_close
 
@@ -85,6 +97,79 @@ def test_given_sigmas_may_begin_late_and_end_early(solver):
     whitened = (mixed - (1 - first) * MEAN) / deviation_at(first)
     expected = ((1 - last) * MEAN + deviation_at(last) * whitened) / (1 - last)
     assert_close(latent, expected, atol=0.15 if solver == "euler" else 0.03, rtol=0.0)
+
+
+def part_of(spec, latent, history={}):
+    """What a job makes of a part of a run: (latent, history)."""
+    scheduler, steps = tiny_models.scheduler(spec), spec.computed_steps
+    start = resumed(history, spec.solver, scheduler, latent.shape, steps.start)
+    if start is None:
+        start = noisy(latent, spec, sigma=float(scheduler.sigmas[steps.start]) if steps.start else None)
+    end = stepped_through(velocity, scheduler, start, steps)
+    kept = history_of(spec.solver, scheduler, end, steps.stop)
+    return handed_on(end, float(scheduler.sigmas[steps.stop])), kept
+
+
+def cut_in_two(cut, with_history, **settings):
+    first = SampleSpec(seed=5, end_step=cut, leftover_noise=True, **settings)
+    latent, history = part_of(first, torch.zeros(SHAPE))
+    second = SampleSpec(seed=6, start_step=cut, add_noise=False, **settings)
+    return part_of(second, latent, history if with_history else {})[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("schedule", [OWN, SIMPLE])
+@pytest.mark.parametrize("cut", [1, 2, 7, 11])
+def test_two_parts_of_a_run_are_the_whole(solver, schedule, cut):
+    settings = {"steps": 12, "solver": solver, "schedule": schedule, "shift": SHIFT}
+    whole = denoised(SampleSpec(seed=5, **settings))
+    assert torch.equal(cut_in_two(cut, True, **settings), whole)
+    begun_again = (cut_in_two(cut, False, **settings) - whole).abs().max()
+    print(f"without what the solver kept: {begun_again:.1e}")
+    assert begun_again < (1e-5 if solver == "euler" else 0.2)
+    assert cut != 7 or solver == "euler" or begun_again > 1e-4
+
+
+def test_what_another_solver_schedule_size_or_step_has_kept_is_not_used():
+    spec = SampleSpec(seed=5, steps=8, end_step=3, leftover_noise=True, solver="unipc", schedule=SIMPLE, shift=SHIFT)
+    _, kept = part_of(spec, torch.zeros(SHAPE))
+
+    def is_used(history=kept, solver="unipc", shape=SHAPE, step=3, **changes):
+        scheduler = tiny_models.scheduler(replace(spec, solver=solver, **changes))
+        return resumed(history, solver, scheduler, shape, step) is not None
+
+    assert is_used() and is_used(end_step=5, leftover_noise=False)
+    assert not any(map(is_used, ({}, kept | {"output 1": torch.zeros(2)}, kept | {"latent": torch.zeros(1)})))
+    assert not (is_used(solver="dpm++") or is_used(shape=(1, 16, 2, 4, 5)) or is_used(step=2) or is_used(shift=9.0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_run_that_is_ended_early_goes_down_to_no_noise(solver):
+    """Its last step is that of a run with sigma 0 in its place."""
+    spec = SampleSpec(seed=5, steps=12, end_step=4, solver=solver, schedule=SIMPLE, shift=SHIFT)
+    sigmas = simple_sigmas(12, SHIFT)[:4] + (0.0,)
+    expected = denoised(SampleSpec(seed=5, solver=solver, sigmas=sigmas, shift=SHIFT))
+    assert_close(part_of(spec, torch.zeros(SHAPE))[0], expected, atol=1e-6, rtol=0.0)
+
+
+def test_a_latent_of_zeros_without_noise_stays_one():
+    """As in core ComfyUI, where it begins as zeros at any step."""
+    for start in (0, 2):
+        spec = SampleSpec(steps=4, start_step=start, add_noise=False, schedule=SIMPLE, shift=SHIFT, solver="euler")
+        assert not noisy(torch.zeros(SHAPE), spec, sigma=0.5).any()
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"start_step": 3, "end_step": 3}, "start_step is 3 and end_step is 3, which leaves no step"),
+    ({"start_step": -1}, "start_step is -1"),
+    ({"end_step": 10_001}, "end_step is 10001"),
+    ({"image_start": True, "add_noise": False}, "image_start .* add_noise is False"),
+])  # fmt: skip
+def test_parts_of_a_run_that_do_not_exist_are_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        SampleSpec(**changes)
+    with pytest.raises(ValueError, match="start_step is 5, but the run has 4 steps, 0 to 3"):
+        SampleSpec(steps=4, start_step=5).computed_steps
 
 
 def test_schedule_simple_takes_every_nth_of_a_thousand_shifted_sigmas():

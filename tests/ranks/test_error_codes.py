@@ -106,6 +106,9 @@ def lora(tensors):
 
 
 def lora_on_8_bits(runtime, folder):
+    tensors = {"lora_A.weight": torch.ones(2, 96), "lora_B.weight": torch.ones(96, 2), "dora_scale": torch.ones(96, 1)}
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    save_file({f"{layer}.{end}": x for end, x in tensors.items()}, folder / "lora.safetensors")
     loras = (LoraSpec(path=str(folder / "lora.safetensors")),)
     runtime.load(DiffusionModelSpec(path=str(folder), loras=loras, quantization="w8a8_dynamic"))
 
@@ -155,7 +158,7 @@ SITUATIONS = [
     ("AV-1402", folder_of_the_vae_as_model),
     ("AV-1403", one_file_as_both_experts),
     ("AV-1404", lora({"unet.x.lora_A.weight": torch.ones(2, 4), "unet.x.lora_B.weight": torch.ones(4, 2)})),
-    ("AV-1405", lora({"diffusion_model.blocks.0.self_attn.q.dora_scale": torch.ones(96, 1)})),
+    ("AV-1405", lora({"diffusion_model.blocks.0.self_attn.q.scalar": torch.ones(1)})),
     ("AV-1406", lora_on_8_bits),
     ("AV-1409", tokenizer(shutil.rmtree)),
     ("AV-1410", fewer_embeddings),

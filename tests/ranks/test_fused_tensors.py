@@ -9,6 +9,7 @@ import fused_files
 import fused_rank
 import gloo_ranks
 import pytest
+import random_lora
 import torch
 from ascend_runtime.models.shared.quantized.replacing import quantize, quantized_parameters
 from ascend_runtime.checkpoints import pieces
@@ -17,8 +18,9 @@ from ascend_runtime.checkpoints.fused import Target, in_proportion
 from ascend_runtime.recognition.lora.files import read_lora
 from ascend_runtime.checkpoints.msmodelslim import description_in, read_description
 from ascend_runtime.checkpoints.formats.parts import in_ranges, full_slices
-from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes
+from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes, read_part
 from ascend_runtime.checkpoints.writing.unfinished import unfinished
+from ascend_runtime.components.loras import adapter as adapters
 from ascend_runtime.components.loras.adapter import Adapter
 from ascend_runtime.components.loras.requests import LoraTarget
 from ascend_runtime.ops.quantization import quantized_rows
@@ -348,6 +350,44 @@ def test_a_lora_of_fused_layers_changes_each_parameter_by_its_rows(tmp_path, par
     assert not torch.equal(network.blocks[0].to_v.weight, base["blocks.0.to_v.weight"])
     adapter.use([], done.append)
     assert_same(dict(network.named_parameters()), base)
+
+
+def with_dora(file, held, by):
+    """Writes a LoRA of all matrices with DoRA's magnitudes. Returns what the tensors are with it."""
+    print("seed 13")
+    generator, made = torch.Generator().manual_seed(13), dict(held)
+    added = {name: x for name, x in fused_files.save_lora(file).items() if name.endswith(".weight")}
+    tensors = {key: x for key, x in load_file(file).items() if not key.endswith("diff_b")}
+    for name, change in added.items():
+        end, magnitude, adds = random_lora.decomposed(held[name], change, by, generator)
+        tensors[f"diffusion_model.{name.removeprefix('net.').removesuffix('weight')}{end}"] = magnitude
+        made[name] = held[name] + STRENGTH * adds
+    save_file(tensors, file)
+    return made
+
+
+@pytest.mark.parametrize("by", random_lora.MAGNITUDES)
+@pytest.mark.parametrize("part", PARTS)
+def test_dora_of_fused_layers_has_the_norms_of_whole_rows_or_columns(tmp_path, monkeypatch, part, by):
+    """Of which a rank reads only what it does not hold."""
+    file, network, share = save("safetensors", tmp_path / "file", tensors()), Network(), Parts(PARTS[part])
+    places = check_weights(network, (file,), rename, split=split)
+    load_weights(network, places, dtype_of=lambda name: torch.float32, device=CPU, share=share)
+    expected = parts_of(parameters(with_dora(tmp_path / "lora", tensors(), by)), part)
+    shapes, read = {name: place.shape for name, place in places.items()}, []
+    reads = lambda name, place, part, dtype: read.append((name, part)) or read_part(name, place, part, dtype)
+    monkeypatch.setattr(adapters, "read_part", reads)
+    adapter = Adapter(LoraTarget(places, fused_rank.NAMES), network.get_parameter, share, CPU)
+    adapter.use([(read_lora(tmp_path / "lora", shapes, fused_rank.NAMES), STRENGTH)], lambda nbytes: None)
+    assert_close(dict(network.named_parameters()), expected, atol=1e-5, rtol=1e-5)
+    has_all = part == "columns" if by == "inputs" else part.endswith(("halves", "last rows"))
+    if has_all or part in ("all", "no rows"):
+        assert not read
+    elif by == "inputs":
+        own = {name: (PARTS[part](shapes[name]) or full_slices(shapes[name]))[1] for name, _ in read}
+        assert all(lies[1] == own[name] for name, lies in read) and read
+    else:
+        assert all(lies[1] == slice(0, shapes[name][1]) for name, lies in read) and read
 
 
 def test_a_lora_in_flat_names(tmp_path):

@@ -143,8 +143,8 @@ def test_another_models_text_encoder_and_vae_stay():
 
 
 @pytest.mark.parametrize("kind, value, what", [
-    ("CheckpointLoaderSimple", "wan.safetensors", "Load the model, the text encoder and the VAE from separate files"),
-    ("UnetLoaderGGUF", "wan2.2-Q4.gguf", "read no GGUF files"),
+    ("unCLIPCheckpointLoader", "wan.safetensors", "Load the model, the text encoder and the VAE from separate files"),
+    ("UnetLoaderGGUF", "wan2.2-Q4.gguf", "Load them with Ascend Load Diffusion Model"),
     ("WanVideoModelLoader", "wan2.2.safetensors", "WanVideoWrapper"),
     ("SomeVAELoader", "wan_vae.safetensors", "no loader of ours"),
 ])  # fmt: skip
@@ -153,6 +153,14 @@ def test_other_loaders_are_listed_with_a_reason(kind, value, what):
     done = swapped_and_back(ui(loaders() + [node(7, kind, [value], output)]))
     ((left, why),) = done.left
     assert (left.id, left.type, left.names) == ("7", kind, (value,)) and what in why
+
+
+def test_a_checkpoints_loader_changes_its_type():
+    done = swapped_and_back(ui([node(1, "CheckpointLoaderSimple", ["wan2.2-rapid-aio.safetensors"], "MODEL"),
+                                node(2, "VAELoader", [VAE], "VAE")]))  # fmt: skip
+    assert types(done.graph) == ["AscendCheckpointLoaderSimple", "AscendVAELoader"] and not done.left
+    done = swapped_and_back(ui([node(1, "CheckpointLoaderSimple", ["sd_xl_base_1.0.safetensors"], "MODEL")]))
+    assert not done.swapped and "does not say that it belongs to Wan or HunyuanVideo" in done.left[0][1]
 
 
 def test_nodes_that_take_a_model_are_not_listed():

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...models.family import TEXT_ENCODER, TRANSFORMER, VAE, Family
 from ...models.registry import families
 from .graph import GraphNode
+from .loaders import WHOLE
 
 MAX_REASON = 300  # characters of a reason
 
@@ -51,7 +52,7 @@ def _family_of_file(part: str, path: Path, name: str, wanted: Family | None) -> 
     from ...recognition.layout import find_transformer, find_vae
 
     try:
-        if part == TRANSFORMER:
+        if part in (TRANSFORMER, WHOLE):
             return find_transformer(str(path)).family
         if part == VAE:
             return find_vae(str(path)).family
@@ -66,7 +67,8 @@ def _family_of_file(part: str, path: Path, name: str, wanted: Family | None) -> 
 def _family_of_name(part: str, name: str) -> Family:
     """The family that a file's name speaks of."""
     short = re.split(r"[\\/]", name.lower())[-1]
-    found = next((one for one in families().values() if re.search(one.stock.names.get(part, r"\A\b\B"), short)), None)
+    wanted = TRANSFORMER if part == WHOLE else part
+    found = next((one for one in families().values() if re.search(one.stock.names.get(wanted, r"\A\b\B"), short)), None)
     if found is None:
         known = " or ".join(one.title for one in families().values())
         raise ValueError(f"the file was not found here, and its name does not say that it belongs to {known}")

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from ...models.family import TEXT_ENCODER, TRANSFORMER, VAE
 
 OURS = "Ascend"  # a loader of ours is named as core's is, with this in front
+WHOLE = "checkpoint"  # a file with all networks of a model
 FOLDERS = {  # of ComfyUI's models, by the part that they hold
     TRANSFORMER: ("diffusion_models", "unet"), TEXT_ENCODER: ("text_encoders", "clip"), VAE: ("vae",),
+    WHOLE: ("checkpoints",),
 }  # fmt: skip
 
 
@@ -33,6 +35,7 @@ STOCK_LOADERS = (
     StockLoader("DualCLIPLoader", TEXT_ENCODER, ("clip_name1", "clip_name2", "type", "device"),
                 ("clip_name1", "clip_name2")),  # fmt: skip
     StockLoader("VAELoader", VAE, ("vae_name",), ("vae_name",)),
+    StockLoader("CheckpointLoaderSimple", WHOLE, ("ckpt_name",), ("ckpt_name",)),
 )
 BY_TYPE = {name: loader for loader in STOCK_LOADERS for name in (loader.core, loader.ours)}
 
@@ -43,8 +46,9 @@ SEPARATE = (
 AS_FILE = "Load the model's fp8_scaled, fp16 or bf16 file with core's loader instead"
 OWN_TYPES = "nodes have types of their own, which core's samplers do not take. Open a stock graph of the model instead"
 OTHER_LOADERS = (  # patterns of the types of loaders that are left, and why
-    (r".*GGUF.*", f"the ranks read no GGUF files. {AS_FILE}"),
-    (r"(Image\w+|unCLIP)?CheckpointLoader.*", f"a checkpoint holds several networks in one file. {SEPARATE}"),
+    (r".*GGUF.*", "it is not a node of core's, though the ranks read its files. Load them with Ascend Load Diffusion "
+     "Model (Core) and Ascend Load CLIP (Core)"),
+    (r"(Image\w+|unCLIP)?CheckpointLoader.*", f"of checkpoints, only Load Checkpoint has a twin. {SEPARATE}"),
     (r"DiffusersLoader", f"it loads a whole folder. {SEPARATE}, or use Ascend Load Diffusion Model"),
     (r"(Triple|Quadruple)CLIPLoader.*", "its text encoders belong to models that the ranks do not run"),
     (r"(Load)?WanVideo.*Loader.*|LoadWanVideo.*", f"WanVideoWrapper's {OWN_TYPES}"),

@@ -11,7 +11,7 @@ from ...hardware.versions import OWN_NAME, versions
 from ...models.family import TRANSFORMER, Family
 from .contents import Find, verdict
 from .graph import GraphNode, StockNode, as_dict, as_list, dicts, entries_of, slots
-from .loaders import NOT_REPLACED, other_loader
+from .loaders import NOT_REPLACED, WHOLE, other_loader
 
 PARALLEL = "parallel"  # the input that only our loaders have
 PACK = {"cnr_id": OWN_NAME, "ver": versions()[OWN_NAME]}  # in a node's properties: which pack a page installs for it
@@ -42,7 +42,8 @@ def adopt(graph: dict, find: Find = lambda part, name: None) -> Adoption:
     graph = copy.deepcopy(graph)
     entries = list(entries_of(graph))
     verdicts = [(entry, verdict(entry, find)) for entry in entries if entry.loader]
-    models = {found for entry, found in verdicts if entry.loader.part == TRANSFORMER and isinstance(found, Family)}
+    models = {found for entry, found in verdicts
+              if entry.loader.part in (TRANSFORMER, WHOLE) and isinstance(found, Family)}  # fmt: skip
     swapped, left = [], []
     for entry, found in verdicts:
         if entry.type == entry.loader.ours:

@@ -22,7 +22,7 @@ from .input_files import read_text
 from .screen import one_line
 from .typed import NotUnderstood, decode_json
 
-SAMPLERS = ("AscendSampler", "KSampler", "KSamplerAdvanced", "SamplerCustom*")
+SAMPLERS = ("AscendSampler", "AscendSamplerAdvanced", "KSampler", "KSamplerAdvanced", "SamplerCustom*")
 TEXT_WIDGETS = ("text", "value")  # of a text encoder, and of a core String node linked to it
 Widget = tuple[str, str]  # node id, input name
 MAX_WORKFLOW_BYTES = 16 << 20  # bytes of a workflow file; parsing takes up to 25 times as much memory

@@ -17,8 +17,8 @@ from ...recognition.lora.files import LoraFile
 
 @dataclass
 class Merging:
-    """LoRAs while they are merged. opened: each with its file and its strength. base: gets a part of a parameter without
-    any. known: summaries of earlier merges; used: of this one."""
+    """LoRAs while they are merged. opened: each with its file and its strength. base: gets a part of a parameter
+    without any. known: summaries of earlier merges; used: of this one."""
 
     opened: list[tuple[LoraFile, TensorFile, float]]
     places: Places

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...checkpoints.formats.parts import Slices
 from ...checkpoints.formats.tensor_files import TensorFile, open_tensors
 from ...models.shapes import Shapes
-from ...models.shared.quantized.lora import BiasChange, Change, KroneckerChange, LoraTerm, PairChange, WholeChange
+from ...models.shared.quantized.lora import BiasChange, LayerChange, KroneckerChange, LoraTerm, PairChange, WholeChange
 from ...parallel.fsdp import ShardedWeights
 from ...recognition.lora.changes import Kronecker, WeightChange
 from ...recognition.lora.files import LoraFile
@@ -77,14 +77,14 @@ class QuantizedTerms:
     def _changes(layer: str, lora: LoraFile) -> bool:
         return f"{layer}.weight" in lora.changes or f"{layer}.bias" in lora.changes
 
-    def _parts(self, layer: str, own: list[tuple[LoraFile, TensorFile]]) -> Iterator[Change]:
+    def _parts(self, layer: str, own: list[tuple[LoraFile, TensorFile]]) -> Iterator[LayerChange]:
         for number, (lora, file) in enumerate(own):
             for name in (f"{layer}.weight", f"{layer}.bias"):
                 change = lora.changes.get(name)
                 if change is not None and not change.changes_nothing:
                     yield self._part(number, name, change, file)
 
-    def _part(self, number: int, name: str, change: WeightChange, file: TensorFile) -> Change:
+    def _part(self, number: int, name: str, change: WeightChange, file: TensorFile) -> LayerChange:
         """The slice of a change of the parameter `name` that belongs to this rank."""
         shape, like = self.target.shapes[name], torch.empty(0, device=self.device)
         part = self.share.slice_of(name, shape)

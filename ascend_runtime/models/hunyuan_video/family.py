@@ -28,6 +28,7 @@ from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import DISTILLATIONS, defaults_of, sigmas
 from .files import configs, lora_names, names
+from .files.downloads import DOWNLOADS
 from .files.configs import GUIDING_FRAME
 from .files.original import original_shapes
 from .files.pipeline import pipeline_of
@@ -220,6 +221,10 @@ class HunyuanVideo(Family):
     @property
     def published(self):
         return PUBLISHED_MODELS
+
+    @property
+    def downloads(self):
+        return DOWNLOADS
 
     # Cost of a pass
 

@@ -29,6 +29,7 @@ from ..latent_format import LatentFormat
 from . import calibrations, cost, weights
 from .defaults import DISTILLATIONS, defaults_of
 from .files import configs, lora_names, names
+from .files.downloads import DOWNLOADS
 from .files.pipeline import pipeline_of
 from .files.published import PUBLISHED_MODELS
 from .files.variants import only_blocks, variant
@@ -173,6 +174,10 @@ class Wan(Family):
     @property
     def published(self):
         return PUBLISHED_MODELS
+
+    @property
+    def downloads(self):
+        return DOWNLOADS
 
     # Cost of a pass
 

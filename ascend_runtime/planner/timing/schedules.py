@@ -12,7 +12,11 @@ TIMESTEPS = 1000  # of training
 
 
 def timesteps_of(spec: SampleSpec, family: Family) -> list[float]:
-    """The timestep of each step, in 0..1000, as the schedulers of `engine.sampling` have them."""
+    """The timestep of each step of the run, in 0..1000, as the schedulers of `engine.sampling` have them."""
+    return _whole(spec, family)[: spec.ends_at]
+
+
+def _whole(spec: SampleSpec, family: Family) -> list[float]:
     given = spec.sigmas
     if given is None:
         simple = spec.schedule == SIMPLE

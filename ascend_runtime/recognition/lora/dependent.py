@@ -3,9 +3,9 @@
     DoRA   W + strength * (m * (W + D) / |W + D| - W)     Liu et al., arXiv 2402.09353
 
 D is the change of a low-rank pair, LoHa or LoKr, without the strength, and |.| the norm of each output's row, or of
-each input's column: the magnitude m has one number for each output, or one for each input. The strength interpolates, as
-in ComfyUI (comfy/weight_adapter/base.py, weight_decompose). There, a `dora_scale` for outputs is divided by the norm of
-W itself, without D. PEFT's `lora_magnitude_vector` is divided by that of W + D (peft/tuners/lora/dora.py), as in the
+each input's column: the magnitude m has one number for each output, or one for each input. The strength interpolates,
+as in ComfyUI (comfy/weight_adapter/base.py, weight_decompose). There, a `dora_scale` for outputs is divided by the norm
+of W itself, without D. PEFT's `lora_magnitude_vector` is divided by that of W + D (peft/tuners/lora/dora.py), as in the
 paper.
 """
 

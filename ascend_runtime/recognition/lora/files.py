@@ -11,6 +11,7 @@ that does not fit at all is rejected, and so is a file with tensors that may cha
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -28,12 +29,14 @@ from ...models.shapes import Shapes
 from ...ops.finite import is_finite
 from .changes import Difference, WeightChange
 from .forms import change_of
-from .keys import TWICE, Keys, ParsedKeys, module_name, parse_keys, section
-from .scale import PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file
+from .keys import MAGNITUDES, TWICE, Keys, ParsedKeys, module_name, parse_keys, section
+from .scale import IN_THE_HEADER, PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file, file_of
 
 MISSHAPEN = "of the wrong shape"
 INCOMPLETE = "that make no complete change"
 NOT_FINITE = "with NaN or infinite values"
+WITHOUT_MAGNITUDE = "without the magnitude of DoRA (lora_magnitude_vector), although their configuration sets use_dora"
+MINDSPEEDS = re.compile(r"_attn\.proj_(q|k|v|out)\.lora_[AB]")
 MAX_SCALE = 10_000  # alpha / rank; at most 16 in published LoRAs
 
 
@@ -59,19 +62,16 @@ class LoraFile:
 
 def fingerprint(path: str) -> tuple:
     """A value that changes with the file, or PEFT's configuration next to it. Raises ValueError if there is no file."""
-    if not Path(path).is_file():
-        raise coded_error(
-            "AV-1301",
-            f"There is no LoRA {path}. Give the path of a .safetensors file; ComfyUI's LoRAs belong in models/loras.",
-        )
-    state, config = Path(path).stat(), config_file(Path(path))
-    return path, state.st_size, state.st_mtime_ns, config and states((config,))
+    file = file_of(Path(path))
+    state, config = file.stat(), config_file(file)
+    return str(file), state.st_size, state.st_mtime_ns, config and states((config,))
 
 
 def read_lora(
     path: str | Path, shapes: Shapes, names: LoraNames, expert: str | None = None, misfits: str = "refuse"
 ) -> LoraFile:
-    """The changes that the file makes to a network whose parameters have these full shapes.
+    """The changes that the file, or the file in PEFT's folder, makes to a network whose parameters have these full
+    shapes.
 
     names: the family's names. expert: which of two experts it is, "high_noise" or "low_noise"; None: there is only one.
     misfits: what to do about a file of which nothing fits, and about tensors whose shapes contradict each other:
@@ -80,7 +80,8 @@ def read_lora(
     Raises ValueError, which lists the tensors, if no layer of the file fits, or if tensors have an unsupported format
     or an unknown name, are incomplete, not finite, or not floating-point.
     """
-    state, path = fingerprint(str(path)), Path(path)
+    state = fingerprint(str(path))
+    path = Path(state[0])
     with open_tensors(path) as file:
         known = shapes | dict.fromkeys(names.fused(shapes), ())
         found = parse_keys(file.shapes, known, names, expert)
@@ -102,7 +103,9 @@ def read_lora(
                 f"{path} is not a LoRA for this model: none of its {len(file.shapes)} tensors fits. {reason}"
                 f"Tensors {list_faults(found.left_out)}. Nothing was changed. Use a LoRA made for this model.",
             )
-        return LoraFile(state, changes, _warning(path, found, reason, changes), misfits)
+        knows_alpha = IN_THE_HEADER in file.header or config_file(path) is not None
+        without_alpha = [] if knows_alpha else _products_without_alpha(found)
+        return LoraFile(state, changes, _warning(path, found, reason, changes, without_alpha), misfits)
 
 
 def _changes(file: TensorFile, found: ParsedKeys, shapes: Shapes, unfit: Keys) -> Changes:
@@ -165,7 +168,18 @@ def _scale(
     if "alpha" not in keys:
         first = [*keys.values()][0]
         config = config_of(section(first))
-        return 1.0 if config is None else config.scale((module_name(first), layer), rank)
+        if config is None:
+            if MINDSPEEDS.search(first):
+                raise coded_error(
+                    "AV-1405",
+                    f"{file.path} is a LoRA of MindSpeed-MM, which does not write alpha into it. Name the file "
+                    f"{PEFTS_WEIGHTS}{file.path.suffix}, and write {PEFTS_CONFIG} next to it, with r and lora_alpha of "
+                    'the training: {"r": 8, "lora_alpha": 16}.',
+                )
+            return 1.0
+        if config.dora and not keys.keys() & MAGNITUDES.keys():
+            faults[WITHOUT_MAGNITUDE].append(first)
+        return config.scale((module_name(first), layer), rank)
     shape, dtype = file.shapes[keys["alpha"]], file.dtype(keys["alpha"])
     if math.prod(shape) != 1:
         faults[MISSHAPEN].append(f"{keys['alpha']} is {list(shape)}, not one number")
@@ -195,7 +209,8 @@ def _fitting(
     return fitting, misfits
 
 
-def _warning(path: Path, found: ParsedKeys, reason: str, changes: Changes) -> str:
+def _warning(path: Path, found: ParsedKeys, reason: str, changes: Changes, without_alpha: list[str]) -> str:
+    """without_alpha: a key of each product whose alpha is not known."""
     texts = []
     if found.left_out:
         faults = list_faults(found.left_out)
@@ -207,9 +222,8 @@ def _warning(path: Path, found: ParsedKeys, reason: str, changes: Changes) -> st
         texts.append(
             f"The LoRA {path} does not change {which}. Did its training finish? Use the file as its trainer wrote it."
         )
-    without = _products_without_alpha(found)
-    of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in without)
-    if of_peft and changes and without and config_file(path) is None:
+    of_peft = path.stem == PEFTS_WEIGHTS or any(key.startswith("base_model.model.") for key in without_alpha)
+    if of_peft and changes and without_alpha:
         texts.append(
             f"The LoRA {path} was written by PEFT, which keeps alpha in {PEFTS_CONFIG}. Without that file it is merged "
             f"with alpha = rank, which may differ from its training. Put {PEFTS_CONFIG} next to it, and name it "

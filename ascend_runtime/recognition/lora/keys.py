@@ -2,15 +2,17 @@
 
     diffusers, PEFT      transformer.blocks.0.attn1.to_q.lora_A.weight     .lora_B.weight .lora_B.bias
     the original's names diffusion_model.blocks.0.self_attn.q.lora_down.weight     .lora_up.weight .alpha .diff .diff_b
-    kohya, OneTrainer    lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight .alpha
+    kohya, OneTrainer    lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight .alpha .dora_scale
     HunyuanVideo-I2V     Hunyuan_video_I2V_lora_double_blocks_0_img_attn_qkv.lora_down.weight   .alpha
     older diffusers      transformer.blocks.0.attn1.to_q.lora.down.weight  .lora.up.weight
+    PEFT, one of several base_model.model.blocks.0.attn1.to_q.lora_A.NAME.weight   .lora_magnitude_vector.NAME
     LightX2V             diffusion_model.blocks.0.diff_m                   a difference of that block's modulation
     LyCORIS              lycoris_blocks_0_attn1_to_q.hada_w1_a             .lokr_w1 .lora_mid.weight .w_norm .b_norm
 
 A key has the same meaning in all of these layouts, or occurs in only one, so each key is parsed separately, with any
-prefix or none. If some keys begin with `transformer_2.`, these are for the low-noise expert, and keys with
-`transformer.` are for the high-noise expert.
+prefixes or none, and with dots or underscores. If some keys begin with `transformer_2.` or another name of the
+low-noise expert, these are for it, and keys with `transformer.` are for the high-noise expert. Keys of text encoders,
+which trainers write into the same file, are left out.
 """
 
 from __future__ import annotations
@@ -27,24 +29,31 @@ from ...models.shapes import Shapes
 Keys = dict[str, list[str]]  # by what an error or a warning says about them
 
 HIGH_NOISE, LOW_NOISE = "high_noise", "low_noise"
+LOW = r"transformer_2|pipe\.dit2|dit2|low_noise(_model)?"
+HIGH = r"transformer_1|high_noise(_model)?"
+MAIN = r"transformer|pipe\.dit"  # the high-noise expert next to a low-noise one, else the only network
 PREFIX = re.compile(
-    r"^(lora_unet__?|lora_transformer_|lycoris_|Hunyuan_video_I2V_lora_"
-    r"|(base_model\.model\.)?((model\.)?diffusion_model\.|transformer(_2)?\.|pipe\.dit2?\.)?)"
+    r"^(lora_unet__?|lora_transformer_|lycoris_|Hunyuan_video_I2V_lora_|"
+    rf"(({LOW}|{HIGH}|{MAIN}|dit|base_model\.model|diffusion_model|model|net|unet|module"
+    r"|_orig_mod|_fsdp_wrapped_module)\.)*)"
 )
-OF_EXPERTS = {LOW_NOISE: re.compile(r"(^|\.)(transformer_2|pipe\.dit2)\.$"),
-              HIGH_NOISE: re.compile(r"(^|\.)(transformer|pipe\.dit)\.$")}  # fmt: skip
+OF_EXPERTS = {LOW_NOISE: re.compile(rf"(^|\.)({LOW})\."), HIGH_NOISE: re.compile(rf"(^|\.)({HIGH}|{MAIN})\.")}
+ONLY_HIGH = re.compile(rf"(^|\.)({HIGH})\.")
+# PEFT's name of an adapter, where others have none; what torch wraps modules in.
+INSERTED = re.compile(r"(?<=\.lora_[AB])\.(?!(weight|bias)$)[\w-]+(?=\.(weight|bias)$|$)"
+                      r"|(?<=\.lora_magnitude_vector)(\.[\w-]+){1,2}$"
+                      r"|(?<=\.)(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # fmt: skip
+OF_TEXT = re.compile(r"^((lora_te\d?_|text_encoders?(_\d)?[._]|te\d?[._]|llama\.|clip_[lg]\.)|bundle_emb\.)")
 # LyCORIS's names of the factors of LoHa and LoKr.
 HADA, HADA_CORES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
 LOKR = (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")), (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))  # whole, or a product
 LOKR_CORE = "lokr_t2"
 MAGNITUDES = {"dora_scale": False, "magnitude": True}  # of DoRA: whether a norm for outputs includes the change
 ROLES = {
-    "lora_A.weight": "down", "lora_A.default.weight": "down", "lora_down.weight": "down", "lora.down.weight": "down",
-    "lora_B.weight": "up", "lora_B.default.weight": "up", "lora_up.weight": "up", "lora.up.weight": "up",
-    "lora_B.bias": "up_bias", "lora_B.default.bias": "up_bias",
+    "lora_A.weight": "down", "lora_A": "down", "lora_down.weight": "down", "lora.down.weight": "down",
+    "lora_B.weight": "up", "lora_B": "up", "lora_up.weight": "up", "lora.up.weight": "up", "lora_B.bias": "up_bias",
     "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m", "w_norm": "diff", "b_norm": "diff_b",
-    "lora_mid.weight": "mid", "dora_scale": "dora_scale",
-    **{f"lora_magnitude_vector{end}": "magnitude" for end in ("", ".weight", ".default", ".default.weight")},
+    "lora_mid.weight": "mid", "dora_scale": "dora_scale", "lora_magnitude_vector": "magnitude",
 } | {role: role for role in (*HADA, *HADA_CORES, *chain(*LOKR[0], *LOKR[1]), LOKR_CORE)}  # fmt: skip
 # Formats that change weights by other formulas, or with an alpha that is not in the file.
 OTHER_FORMATS = {
@@ -54,10 +63,10 @@ OTHER_FORMATS = {
     "whole weights, which replace the model's": re.compile(r"\.set_weight$"),
     "a change of a weight's shape": re.compile(r"\.reshape_weight$"),
     "Stand-In": re.compile(r"_loras\.(down|up)\.weight$"),
-    "MindSpeed-MM, whose alpha is not in the file": re.compile(r"_attn\.proj_(q|k|v|out)\.lora_[AB]\."),
 }
 # Why keys are left out or rejected.
 FOR_LOW_NOISE = "of a low-noise expert, which this model lacks"
+FOR_TEXT = "of text encoders, which LoRAs do not change here"
 UNKNOWN_KIND, TWICE = "of an unknown kind", "given twice"
 
 
@@ -91,6 +100,9 @@ def parse_keys(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: st
         if expert is not None and whose not in (None, expert):
             found.other_expert += 1
             continue
+        if OF_TEXT.match(key):
+            found.left_out[FOR_TEXT].append(key)
+            continue
         other = next((what for what, pattern in OTHER_FORMATS.items() if pattern.search(key)), None)
         layer, role = _meaning(key, spellings)
         if other is not None:
@@ -106,7 +118,7 @@ def parse_keys(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: st
 
 def module_name(key: str) -> str:
     """The layer's name in the software that trained the LoRA."""
-    rest = PREFIX.sub("", key)
+    rest = _plain(key)
     return next((rest.removesuffix(f".{suffix}") for suffix in ROLES if rest.endswith(f".{suffix}")), rest)
 
 
@@ -125,7 +137,7 @@ def _add(found: ParsedKeys, layer: str, role: str, key: str) -> None:
 def _experts(keys: Iterable[str]) -> dict[str, str | None]:
     """The expert that each key is for; None: for both."""
     named = {key: _named(key) for key in keys}
-    of_two = LOW_NOISE in named.values()
+    of_two = LOW_NOISE in named.values() or any(ONLY_HIGH.search(PREFIX.match(key)[0]) for key in keys)
     return {key: whose if of_two else None for key, whose in named.items()}
 
 
@@ -136,11 +148,16 @@ def _named(key: str) -> str | None:
 
 def _meaning(key: str, spellings: dict[str, str]) -> tuple[str | None, str | None]:
     """(the layer that a key changes, its role in that layer); each None if unknown."""
-    rest = PREFIX.sub("", key)
+    rest = _plain(key)
     for suffix, role in ROLES.items():
         if rest.endswith(f".{suffix}"):
             name = rest.removesuffix(f".{suffix}")
             if role == "diff_m":
                 return spellings.get(f"{name}.modulation") or spellings.get(f"{name}_modulation"), "diff"
-            return spellings.get(name), role
+            return spellings.get(name) or spellings.get(name.replace(".", "_")), role
     return None, None
+
+
+def _plain(key: str) -> str:
+    """The key without a prefix, and without what only some software inserts."""
+    return INSERTED.sub("", PREFIX.sub("", key))

@@ -21,18 +21,20 @@ from ...errors import coded_error
 
 IN_THE_HEADER = "lora_adapter_metadata"  # diffusers/loaders/lora_base.py
 PEFTS_CONFIG, PEFTS_WEIGHTS = "adapter_config.json", "adapter_model"  # the second without its suffix
+IN_FOLDERS = (f"{PEFTS_WEIGHTS}.safetensors", f"{PEFTS_WEIGHTS}.bin", f"{PEFTS_WEIGHTS}.pt",
+              "pytorch_lora_weights.safetensors")  # fmt: skip
 MAX_BYTES = 4 * 2**20  # of a configuration
 MAX_PATTERNS = 10_000
 LAYER_PATTERN = re.compile(r"^(\^|\.\*(\\?\.)?)?([\w\-]+(\\?\.[\w\-]+)*)\$?$")
 # PEFT's initialisations whose product is 0 at first; the others change the base model's weights too.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-UNSUPPORTED = ("use_dora", "use_qalora", "fan_in_fan_out", "layer_replication", "use_bdlora")
+UNSUPPORTED = ("use_qalora", "fan_in_fan_out", "layer_replication", "use_bdlora")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """where: its file, as errors name it. alphas, ranks: overrides for layers, by name or the end of a name; a name
-    that begins with ^ must match from its start."""
+    that begins with ^ must match from its start. dora: whether each layer has a magnitude too."""
 
     where: str
     alpha: float
@@ -40,6 +42,7 @@ class AdapterConfig:
     alphas: dict[str, float]
     ranks: dict[str, float]
     rslora: bool
+    dora: bool = False
 
     def scale(self, names: tuple[str, ...], rank: int) -> float:
         """The factor for the product of two matrices of this rank. names: the names of their layer.
@@ -54,6 +57,24 @@ class AdapterConfig:
                 "its scale is unknown. Use the file as its trainer wrote it.",
             )
         return _own(self.alphas, names, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def file_of(path: Path) -> Path:
+    """The weights of a LoRA given as PEFT's folder, or `path` itself. Raises ValueError if there is no file."""
+    if path.is_dir():
+        found = next((file for file in map(path.joinpath, IN_FOLDERS) if file.is_file()), None)
+        if found is None:
+            raise coded_error(
+                "AV-1301", f"The folder {path} holds no LoRA. Give its file, or PEFT's folder, which holds one of "
+                f"{', '.join(IN_FOLDERS)}, with {PEFTS_CONFIG}.",
+            )  # fmt: skip
+        return found
+    if not path.is_file():
+        raise coded_error(
+            "AV-1301",
+            f"There is no LoRA {path}. Give the path of a .safetensors file; ComfyUI's LoRAs belong in models/loras.",
+        )
+    return path
 
 
 def config_file(path: Path) -> Path | None:
@@ -114,6 +135,7 @@ def _config(where: str, given: dict[str, Any]) -> AdapterConfig | None:
         alphas=_pattern("alpha_pattern", given),
         ranks=_pattern("rank_pattern", given),
         rslora=bool(given.get("use_rslora")),
+        dora=bool(given.get("use_dora")),
     )
 
 

@@ -31,6 +31,13 @@ LAYERS_IN_BLOCKS = {  # the network's prefix: the files', and the layers in it
     DOUBLE: ("double_blocks.", IN_DOUBLE),
     SINGLE: ("single_blocks.", IN_SINGLE),
 }
+NUMBERED = {
+    REFINER: {f"self_attn_qkv.{i}": f"attn.to_{x}" for i, x in enumerate("qkv")} | {"mlp.fc0": "ff.net.0.proj"},
+    DOUBLE: {f"img_attn_qkv.{i}": f"attn.to_{x}" for i, x in enumerate("qkv")}
+    | {f"txt_attn_qkv.{i}": f"attn.add_{x}_proj" for i, x in enumerate("qkv")}
+    | {"img_mlp.fc0": "ff.net.0.proj", "txt_mlp.fc0": "ff_context.net.0.proj"},
+    SINGLE: {f"linear1.{i}": f"attn.to_{x}" for i, x in enumerate("qkv")} | {"linear1.3": "proj_mlp"},
+}
 GUIDANCE_EMBEDDER = "time_text_embed.guidance_embedder."
 FOR_GUIDANCE = "of the guidance embedder, which this model lacks"
 FOR_A_BLOCK = "of blocks that this model lacks"
@@ -64,7 +71,17 @@ def _spellings(known: set[str]) -> dict[str, str]:
     own = {published_name(name).removesuffix(".weight").removesuffix(".bias") for name in known}
     given = [*OUTSIDE, *(f"{theirs}{number}.{layer}" for prefix, (theirs, layers) in LAYERS_IN_BLOCKS.items()
                          for number in _numbers(known, prefix) for layer in layers)]  # fmt: skip
-    return spellings_of(own, given, to_diffusers_name)
+    return spellings_of(own, given, to_diffusers_name) | _numbered(known)
+
+
+def _numbered(known: set[str]) -> dict[str, str]:
+    """The parts of fused layers as OneTrainer numbers them in the original's names (modules/util/convert/lora)."""
+    spelled = {}
+    for prefix, parts in NUMBERED.items():
+        theirs, _ = LAYERS_IN_BLOCKS[prefix]
+        for number in _numbers(known, prefix):
+            spelled |= {f"{theirs}{number}.{part}": f"{prefix}{number}.{own}" for part, own in parts.items()}
+    return spelled | {name.replace(".", "_"): layer for name, layer in spelled.items()}
 
 
 def _why_left_out(key: str, layer: str | None) -> str:

@@ -13,11 +13,13 @@ from .names import to_diffusers_name
 _LAYERS = ("q", "k", "v", "o", "norm_q", "norm_k")
 ATTENTION_LAYERS = [f"{kind}_attn.{layer}" for kind in ("self", "cross") for layer in _LAYERS]
 IMAGE_IN_A_BLOCK = [f"cross_attn.{layer}" for layer in ("k_img", "v_img", "norm_k_img")]
-IN_A_BLOCK = [*ATTENTION_LAYERS, *IMAGE_IN_A_BLOCK, "ffn.0", "ffn.2", "norm3", "modulation"]
+OF_MINDSPEED = [f"{kind}_attn.{layer}" for kind in ("self", "cross")
+                for layer in ("proj_q", "proj_k", "proj_v", "proj_out", "q_norm", "k_norm")]  # fmt: skip
+IN_A_BLOCK = [*ATTENTION_LAYERS, *IMAGE_IN_A_BLOCK, *OF_MINDSPEED, "ffn.0", "ffn.2", "norm3", "modulation"]
 IMAGE_LAYERS = [f"img_emb.proj.{number}" for number in (0, 1, 3, 4)]
 OUTSIDE = ["patch_embedding", "ref_conv", "text_embedding.0", "text_embedding.2", "time_embedding.0",
            "time_embedding.2", "time_projection.1", "head.head", "head.modulation", "img_emb.emb_pos",
-           *IMAGE_LAYERS]  # fmt: skip
+           "text_embedding.linear_1", "text_embedding.linear_2", *IMAGE_LAYERS]  # fmt: skip
 FOR_AN_IMAGE = "of layers for CLIP's image, which this model lacks"
 FOR_VACE = "of layers of Wan VACE, which this model lacks"
 OF_NO_LAYER = "of no layer of this model"
