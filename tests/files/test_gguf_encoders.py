@@ -13,9 +13,8 @@ import torch
 from ascend_runtime import TextEncoderSpec
 from ascend_runtime.checkpoints.formats.gguf_tokenizer import sentencepiece_model
 from ascend_runtime.components import Components
-from gguf_files import as_llama_cpp, turned
+from gguf_files import as_llama_cpp, t5_fields, turned
 from safetensors.torch import load_file, save_file
-from sentencepiece import sentencepiece_model_pb2
 from torch.testing import assert_close
 from transformers import UMT5Config, UMT5EncoderModel
 
@@ -25,27 +24,6 @@ TEXTS = "a red circle moving left", "  ＲＥＤ  ① square ", "ünknown 2²", 
 @pytest.fixture(scope="module")
 def spiece():
     return original_formats.sentencepiece_model()
-
-
-def t5_fields(model):
-    """Writes of a sentencepiece model what llama.cpp's conversion does."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
-    normalizer = proto.normalizer_spec
-
-    def fields(writer):
-        writer.add_tokenizer_model("t5")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list([one.piece.encode() for one in proto.pieces])
-        writer.add_token_scores([one.score for one in proto.pieces])
-        writer.add_token_types([one.type for one in proto.pieces])
-        writer.add_add_space_prefix(normalizer.add_dummy_prefix)
-        writer.add_remove_extra_whitespaces(normalizer.remove_extra_whitespaces)
-        writer.add_precompiled_charsmap(normalizer.precompiled_charsmap)
-        for add, number in ((writer.add_unk_token_id, 2), (writer.add_eos_token_id, 1), (writer.add_pad_token_id, 0)):
-            add(number)
-
-    return fields
 
 
 def in_turn(kinds):
