@@ -105,7 +105,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     options=list(QUANTIZATIONS),
                     default="none",
                     optional=True,
-                    tooltip="Whether linear layers compute in 8 bits: an approximation that does not work with LoRAs.\n"
+                    tooltip="Whether linear layers compute in 8 bits: an approximation, which works with LoRAs too.\n"
                     "none: as the files are; they may be quantized already.\n"
                     "w8a8_dynamic: converts the weights to 8-bit integers when they are read, half the size of "
                     "bfloat16. Activations are quantized token by token.",

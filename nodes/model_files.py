@@ -108,7 +108,7 @@ def names(kind: Kind) -> list[str]:
 def _checkpoints(kind: Kind) -> list[str]:
     """Files in models/checkpoints, by names that speak of one of our models: most others are of other models, and their
     headers would take long to read."""
-    patterns = [one.stock.names[parts.TRANSFORMER] for one in families().values() if parts.TRANSFORMER in one.stock.names]
+    patterns = [one.stock.names.get(parts.TRANSFORMER, r"\A\b\B") for one in families().values()]
     found = folder_paths.get_filename_list(CHECKPOINTS) if kind.in_checkpoints else []
     return [f"{IN_CHECKPOINTS}{name}" for name in found if any(re.search(one, name.lower()) for one in patterns)]
 

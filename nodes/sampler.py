@@ -15,6 +15,7 @@ from ..ascend_runtime.specs.jobs import MAX_SEED, MAX_STEP, SIMPLE, SOLVERS
 from . import comfy_bridge, core_types, types
 from .page.schema import DEVICES, FAMILIES, SAMPLING, TASKS, Schema
 
+AUTO = "auto"
 SWITCH = ["enable", "disable"]  # of core's KSamplerAdvanced
 AUTOMATIC = "steps", "guidance_scale", "guidance_scale_low_noise", "shift", "embedded_guidance"  # 0: the model's own
 HISTORY = "ascend_history"  # a further entry of a LATENT, which core's nodes hand on unread
@@ -73,9 +74,10 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "sampler_name",
-                    options=list(SOLVERS),
-                    default="unipc",
-                    tooltip="The solver of the denoising steps. unipc, dpm++: the solvers of Wan's own code. euler: "
+                    options=[AUTO, *SOLVERS],
+                    default=AUTO,
+                    tooltip="The solver of the denoising steps. auto: the model's own. unipc, dpm++: those of Wan's "
+                    "own code. euler: "
                     "the one of HunyuanVideo's own code and of most core workflows.",
                 ),
                 io.Combo.Input(
@@ -288,8 +290,9 @@ class Unfinished(NamedTuple):
 
 
 def _spec(sigmas: Tensor | None, **settings) -> SampleSpec:
-    """The spec of a node's widgets, in some of which 0 stands for the model's own value."""
-    own = {name: None if name in AUTOMATIC and not value else value for name, value in settings.items()}
+    """The spec of a node's widgets, in some of which 0 or AUTO stands for the model's own value."""
+    own = {name: None if value == AUTO or name in AUTOMATIC and not value else value
+           for name, value in settings.items()}  # fmt: skip
     return SampleSpec(**own, sigmas=None if sigmas is None else tuple(sigmas.tolist()))
 
 

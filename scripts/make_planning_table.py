@@ -9,11 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ascend_runtime.commands.plan.machines import HCCL_BUFFERS, HOST_MEMORY_PER_CARD, USABLE
 from ascend_runtime.planner import choice, models, rates, videos
 from ascend_runtime.planner.choosing.words import arrangement, duration
-from ascend_runtime.planner.facts import Machine
 from ascend_runtime.specs import VideoSize
+from scripts.lib.predictions import machine
 
 PAGE = ROOT / "docs" / "planning.md"
 BEGIN, END = "<!-- what fits where -->\n", "<!-- end -->"
@@ -43,7 +42,7 @@ def main() -> None:
 
 
 def cell(model, video, number: int, memory: int) -> str:
-    on = Machine("npu", "a2", number, int(USABLE * memory * 2**30), int(number * HOST_MEMORY_PER_CARD), HCCL_BUFFERS)
+    on = machine("a2", number, memory * 2**30)
     made = choice.choice_of(model, video, on, rates.of_card("a2"))
     if not made.fitting:
         near = [one for one in choice.nearest_sizes(model, video, on) if one]

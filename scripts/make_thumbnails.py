@@ -1,10 +1,17 @@
-"""Makes the pictures of workflows/ that ComfyUI's template browser shows.
+"""Makes the pictures of workflows/ that ComfyUI's template browser shows, and that of the README.
 
-    .venv/bin/python scripts/make_thumbnails.py --run tiny_wan_text_to_video  # frames of the video that it makes
-    .venv/bin/python scripts/make_thumbnails.py wan2.2_t2v_a14b_text_to_video # its graph, if it cannot be run
+    .venv/bin/python scripts/make_thumbnails.py                        # of all workflows
+    .venv/bin/python scripts/make_thumbnails.py tiny_wan_text_to_video # of these
+    .venv/bin/python scripts/make_thumbnails.py --graph --frontend DIR # docs/images/graph.png, in this page
+
+Each is a still of a video that the embedded model makes here, in the real ComfyUI, with the name of the workflow's model
+and what it does. On the pictures of other models a line says whose still it is: none pretends to be theirs.
+DIR is the folder `static` of a comfyui-frontend-package.
 """
 
 import argparse
+import base64
+import html
 import io
 import json
 import sys
@@ -14,70 +21,146 @@ import av
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-WORKFLOWS = REPOSITORY / "workflows"
 sys.path.insert(0, str(REPOSITORY))
+from ascend_runtime.commands import templates  # noqa: E402
 from scripts.lib.comfy_browser import ComfyBrowser  # noqa: E402
 from scripts.lib.comfy_server import ComfyServer  # noqa: E402
 
-COLUMNS, ROWS = 3, 3  # of frames: the template browser shows squares
-WIDTH = 1200  # pixels of a thumbnail
-GAP = 6
-QUALITY = 88
+FIRST = "tiny_wan_text_to_video"
+SIDE = 900  # pixels of a picture: the template browser shows squares
+QUALITY = 90
+SENTENCES = {  # what the embedded model makes for each workflow, by its short name
+    "tiny_wan_text_to_video": "a red circle moving right on a blue background",
+    "tiny_wan_fast_text_to_video": "a white circle moving right on a purple background",
+    "hunyuan_video_text_to_video": "a yellow triangle moving up on a purple background",
+    "hunyuan_video_v1_image_to_video": "a green circle moving up on a purple background",
+    "hunyuan_video_v2_image_to_video": "a cyan square moving right on a purple background",
+    "stock_hunyuan_video_text_to_video": "a yellow triangle moving right on a gray background",
+    "stock_wan2.2_i2v_a14b_image_to_video": "a cyan circle moving up on a gray background",
+    "stock_wan2.2_t2v_a14b_text_to_video": "a red square moving right on a gray background",
+    "stock_wan2.2_ti2v_5b_text_to_video": "a green triangle moving up on a gray background",
+    "wan2.1_flf2v_14b_first_last_frame_to_video": "a yellow circle moving right on a blue background",
+    "wan2.1_i2v_14b_image_to_video": "a cyan triangle moving right on a blue background",
+    "wan2.1_t2v_1.3b_text_to_video": "a white square moving up on a blue background",
+    "wan2.1_t2v_14b_text_to_video": "a green square moving right on a blue background",
+    "wan2.2_i2v_a14b_image_to_video": "a yellow circle moving up on a black background",
+    "wan2.2_t2v_a14b_text_to_video": "a red circle moving up on a black background",
+    "wan2.2_t2v_a14b_text_to_video_fast": "a red triangle moving right on a black background",
+    "wan2.2_ti2v_5b_image_to_video": "a green circle moving right on a black background",
+    "wan2.2_ti2v_5b_text_to_video": "a cyan square moving up on a black background",
+}
+CHINESE = {  # what the second part of a workflow's name says
+    "Tiny Wan, no download": "无需下载", "text to video": "文生视频", "text to video, fast": "文生视频，快速",
+    "image to video": "图生视频", "text to video, core nodes": "文生视频，核心节点",
+    "image to video, core nodes": "图生视频，核心节点", "first and last frame to video": "首尾帧",
+}  # fmt: skip
+CARD = """\
+<style>
+body {{ margin: 0; width: {side}px; height: {side}px; position: relative; overflow: hidden; color: white;
+        font-family: "DejaVu Sans", "WenQuanYi Zen Hei", sans-serif; background: black }}
+.back {{ position: absolute; inset: -15%; width: 130%; height: 130%; filter: blur(70px) brightness(.45) }}
+.stills {{ position: absolute; top: 62px; left: 0; right: 0; height: 450px; display: flex; gap: 30px;
+           align-items: center; justify-content: center }}
+.stills img {{ border-radius: 26px; box-shadow: 0 14px 50px rgba(0, 0, 0, .55); width: 450px; height: 450px }}
+.stills .known {{ width: 200px; height: 200px; border-radius: 16px }}
+.words {{ position: absolute; left: 54px; right: 40px; bottom: 44px }}
+h1 {{ font-size: 74px; margin: 0 0 12px; letter-spacing: -1px }}
+h2 {{ font-size: 39px; margin: 0 0 24px; font-weight: normal; white-space: nowrap }}
+p {{ font-size: 27px; margin: 0; opacity: .8; line-height: 1.45 }}
+</style>
+<img class="back" src="{still}">
+<div class="stills">{first}<img src="{still}">{last}</div>
+<div class="words"><h1>{model}</h1><h2>{task}</h2><p>{size}</p><p>{whose}</p></div>
+"""
+WHOSE = "still: Tiny Wan, the model in this pack"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", metavar="NAME", nargs="+", choices=[file.stem for file in WORKFLOWS.glob("*.json")])
-    parser.add_argument("--run", action="store_true", help="run the workflow and show frames of its video")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="short names (default: all)")
+    parser.add_argument("--graph", action="store_true", help="the picture of the README instead")
+    parser.add_argument("--frontend", metavar="DIR", type=Path, help="the files of another version of the page")
     arguments = parser.parse_args()
-    with ComfyServer() as server:
-        for name in arguments.names:
-            save(frame_sheet(run(server, name)) if arguments.run else graph_picture(server, name), name)
+    options = ["--front-end-root", str(arguments.frontend.resolve())] if arguments.frontend else []
+    with ComfyServer(extra_args=options) as server:
+        if arguments.graph:
+            return picture_of_graph(server).save(saying(REPOSITORY / "docs" / "images" / "graph.png"), optimize=True)
+        names = arguments.names or list(templates.SHOWN)
+        videos = {short: frames_of(run(server, SENTENCES[short])) for short in names}
+        with ComfyBrowser(server, size=(SIDE, SIDE)) as browser:
+            for short, frames in videos.items():
+                target = templates.shown_file(short).with_suffix(".jpg")
+                card(browser.page, short, frames).save(saying(target), quality=QUALITY, optimize=True)
 
 
-def run(server, name):
-    """The video (a Path) that a workflow makes."""
-    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text())
+def saying(target):
+    print(target.relative_to(REPOSITORY))
+    return target
+
+
+def run(server, sentence):
+    """The video (a Path) that the embedded model makes of a sentence."""
+    prompt = json.loads(templates.api_file(FIRST).read_text())
+    prompt["5"]["inputs"]["text"] = sentence
     outputs = server.wait(server.queue(prompt), timeout=3600)["outputs"]
     video = next(file for output in outputs.values() for file in output.get("images", []))
     return server.output / video["subfolder"] / video["filename"]
 
 
-def frame_sheet(video):
-    """Frames of a video, evenly spread in time, in rows."""
+def frames_of(video):
     with av.open(str(video)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    count = COLUMNS * ROWS
-    chosen = [frames[round(i * (len(frames) - 1) / (count - 1))] for i in range(count)]
-    width = (WIDTH - GAP * (COLUMNS - 1)) // COLUMNS
-    height = round(width * chosen[0].height / chosen[0].width)
-    sheet = Image.new("RGB", (WIDTH, ROWS * height + GAP * (ROWS - 1)), "white")
-    for i, frame in enumerate(chosen):
-        row, column = divmod(i, COLUMNS)
-        sheet.paste(frame.resize((width, height), Image.Resampling.LANCZOS),
-                    (column * (width + GAP), row * (height + GAP)))
-    return sheet
+        return [frame.to_image() for frame in container.decode(video=0)]
 
 
-def graph_picture(server, name):
-    """The workflow's graph as ComfyUI draws it, without the page's own bars."""
-    graph = json.loads((WORKFLOWS / f"{name}.json").read_text())
+def card(page, short, frames):
+    """The picture of a workflow, of the frames of a video: the middle one, and next to it those that a workflow
+    from images would begin and end with."""
+    model, task = templates.SHOWN[short].split(" - ")
+    graph = json.loads(templates.api_file(short).read_text())
+    images = [node for node in graph.values() if node["class_type"] == "LoadImage"]
+    first, last = (f'<img class="known" src="{address(one)}">' if given else "" for one, given in
+                   ((frames[0], images), (frames[-1], len(images) == 2)))  # fmt: skip
+    own = "embedded/tiny_wan" in json.dumps(graph)
+    page.set_content(CARD.format(
+        side=SIDE, still=address(frames[len(frames) // 2]), first=first, last=last, model=html.escape(model),
+        task=html.escape(f"{task} · {CHINESE[task]}"), size=size_of(graph),
+        whose=html.escape(sentence_of(graph)) if own else WHOSE,
+    ))  # fmt: skip
+    page.wait_for_function("[...document.images].every(image => image.complete)")
+    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+
+
+def sentence_of(graph):
+    return f"“{graph['5']['inputs']['text']}”"
+
+
+def size_of(graph):
+    """The size and the seconds of the workflow's video, in words."""
+    (inputs,) = [node["inputs"] for node in graph.values() if isinstance(node["inputs"].get("width"), int)]
+    seconds = inputs["seconds"] if "seconds" in inputs else inputs["length"] / graph["10"]["inputs"]["fps"]
+    return f"{inputs['width']} x {inputs['height']}, {seconds:.1f} s".replace(".0 s", " s")
+
+
+def address(picture):
+    """A data URL of a picture, enlarged so that it is smooth."""
+    stream = io.BytesIO()
+    picture.resize((SIDE // 2, SIDE // 2), Image.Resampling.LANCZOS).save(stream, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def picture_of_graph(server):
+    """The first workflow in ComfyUI's page after a run, with its video."""
+    graph = json.loads(templates.shown_file(FIRST).read_text())
     boxes = [group["bounding"] for group in graph["groups"]]
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
     right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
-    size = (WIDTH, round(WIDTH * (bottom - top) / (right - left)))
-    with ComfyBrowser(server, size=size, scale=2) as browser:
+    with ComfyBrowser(server, size=(1600, 900)) as browser:
         browser.open(graph)
-        browser.hide_bars()
-        browser.show((left, top, right - left, bottom - top), margin=12)
-        picture = Image.open(io.BytesIO(browser.page.screenshot())).convert("RGB")
-    return picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
-
-
-def save(picture, name):
-    target = WORKFLOWS / f"{name}.jpg"
-    picture.save(target, quality=QUALITY, optimize=True)
-    print(f"{target.relative_to(REPOSITORY)}: {picture.width} x {picture.height}, {target.stat().st_size // 1024} KB")
+        browser.show((left, top, right - left, bottom - top), margin=110)
+        browser.page.keyboard.press("Control+Enter")
+        browser.page.wait_for_function("[...document.querySelectorAll('video')].some(v => v.videoWidth)", timeout=600_000)
+        browser.page.wait_for_timeout(3000)
+        return Image.open(io.BytesIO(browser.page.screenshot())).convert("RGB")
 
 
 if __name__ == "__main__":

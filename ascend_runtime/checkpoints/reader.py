@@ -16,7 +16,7 @@ from ..errors import coded_error
 from ..ops.packing import Packing
 from .codings import ggml
 from .codings.coding import Coding
-from .codings.fp8 import codings_of, refuse_other_scales
+from .codings.recognised import codings_of
 from .faults import list_faults
 from .formats.parts import Slices
 from .formats.tensor_files import TensorFile, open_tensors
@@ -177,8 +177,6 @@ def _places(
             own = [key for key in file.shapes if rename(key, shard) is not None]
             codings = ggml.codings_of(file) or codings_of(file, own)
             parts = quantized.parts_in(file) if quantized else {}
-            if not (quantized or codings.weights):
-                refuse_other_scales(file, own)
             for key, shape in file.shapes.items():
                 name = None if key in codings.others or parts.get(key) is False else rename(key, shard)
                 if name is None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
-_NAMES = (WORKFLOWS / "names.txt").read_text().splitlines()
+_LIST = WORKFLOWS / "names.txt"
+_NAMES = _LIST.read_text().splitlines() if _LIST.is_file() else []  # a copy that pip installed has no templates
 SHOWN = dict(line.split(": ", 1) for line in _NAMES)  # by short name
 
 

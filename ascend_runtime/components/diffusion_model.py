@@ -21,6 +21,7 @@ from ..models.shared.conditioning import Conditioner
 from ..models.shared.latents import Latents
 from ..models.shared.quantized.replacing import (
     QUANTIZATION_SCHEMES,
+    block_types,
     linears,
     prefer_layouts,
     quantize,
@@ -347,10 +348,12 @@ def _can_swap(spec: DiffusionModelSpec, networks: list[VideoTransformer], shardi
         return False
     one, other = ({name: (p.shape, p.dtype) for name, p in network.named_parameters()} for network in networks)
     same = one == other and dict(networks[0].config) == dict(networks[1].config)
-    if sharding.mesh is None and same:
+    alike = block_types(networks[0]) == block_types(networks[1])
+    if sharding.mesh is None and same and alike:
         return True
     if spec.experts == "swap":
-        why = "fsdp shards their weights" if same else "their weights have different shapes"
+        why = "their weights have different shapes" if not same else "their GGUF files have other types of weights"
+        why = "fsdp shards their weights" if same and alike else why
         raise ValueError(f"experts is 'swap', but {why}. Set it to 'auto'.")
     return False
 

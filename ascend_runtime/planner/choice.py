@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import coded_error
 from ..specs import VideoSize
 from . import exchange, memory, seconds
 from .choosing import words
-from .choosing.arrangements import Fixed, arrangements, open_forms
+from .choosing.arrangements import Fixed, arrangements, in_form, open_forms
 from .choosing.sizes import video_size, with_fewer_frames, with_smaller_picture
 from .facts import Arrangement, Machine, Memory, Model, Prediction, Video
 from .rates import Rates
@@ -61,7 +61,7 @@ def choice_of(
     """As `choose`, with nothing in `fitting` if nothing fits. held: predicts the memory."""
     found: list[Prediction] = []
     for tiles, packed in open_forms(model, machine, fixed):
-        made = [replace(one, packed=packed) for one in arrangements(model, video, machine, fixed, tiles)]
+        made = in_form(arrangements(model, video, machine, fixed, tiles), model, packed)
         found += [prediction(model, video, one, machine, rates, held) for one in made]
         if any(fits(one.memory, machine) for one in found):
             break
@@ -129,7 +129,7 @@ def nearest_sizes(
 
     def is_fitting(size: VideoSize) -> bool:
         other = resized(model, video, size)
-        made = [replace(one, packed=packed) for one in arrangements(model, other, machine, fixed, smallest)]
+        made = in_form(arrangements(model, other, machine, fixed, smallest), model, packed)
         return any(fits(memory.predicted(model, other, one, machine), machine) for one in made)
 
     size = video_size(video, form)

@@ -72,6 +72,23 @@ class ComfyBrowser:
         """The graph on the canvas in API format, as ComfyUI would queue it."""
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
+    def least_heights(self):
+        """The height that each node of the graph needs on the canvas, by its id, without its title."""
+        sizes = self.page.evaluate("app.graph.nodes.map(node => [node.id, node.computeSize()[1]])")
+        return {int(number): height for number, height in sizes}
+
+    def boxes_in_nodes_2(self, workflow):
+        """Opens a workflow in UI format in Nodes 2.0, and returns its `boxes`."""
+        lefts, tops, rights, bottoms = zip(*((x, y, x + width, y + height) for (x, y), (width, height) in
+                                             ((node["pos"], node["size"]) for node in workflow["nodes"])))  # fmt: skip
+        self.page.evaluate(f"app.extensionManager.setting.set('{NODES_2}', true)")
+        try:
+            self.open(workflow)
+            self.show((min(lefts), min(tops), max(rights) - min(lefts), max(bottoms) - min(tops)))
+            return self.boxes()
+        finally:
+            self.page.evaluate(f"app.extensionManager.setting.set('{NODES_2}', false)")
+
     def boxes(self):
         """(left, top, right, bottom) of each visible node by its id, in graph pixels, as Nodes 2.0 draws it (the
         setting `NODES_2`). Waits until nodes stop moving."""

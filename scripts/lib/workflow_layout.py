@@ -1,138 +1,84 @@
-"""Lays out the nodes of a workflow, and draws groups around them."""
+"""Lays out the nodes of a workflow, and draws groups around them.
 
-# The columns of a graph from left to right. A node is named by its custom title, else by its type. Nodes that a
-# workflow lacks are skipped.
+Heights are measured in ComfyUI's page, so that nothing overlaps on the canvas or in Nodes 2.0; see make_workflows.py.
+"""
+
+# The columns of a graph from left to right. A node is named by the English part of its custom title, else by its type.
+# Nodes that a workflow lacks are skipped.
 COLUMNS = [
     ["AscendParallelConfig"],
     ["AscendLoadDiffusionModel", "AscendLoadTextEncoder", "AscendLoadVAE", "CLIPVisionLoader", "High-noise model",
      "Low-noise model", "AscendUNETLoader", "AscendCLIPLoader", "AscendDualCLIPLoader", "AscendVAELoader"],
-    ["LoRA of the high-noise expert", "Positive prompt", "Negative prompt", "EmptyHunyuanLatentVideo",
-     "Wan22ImageToVideoLatent", "First frame", "Last frame"],
+    ["4 steps, on or off", "Prompt", "Negative prompt", "EmptyHunyuanLatentVideo", "Wan22ImageToVideoLatent",
+     "AscendVideoSize", "First frame", "Last frame"],
     ["CLIP of the first frame", "CLIP of the last frame"],
-    ["LoRA of the low-noise expert", "AscendImageToVideo", "Shift of the model", "Shift of the high-noise model",
-     "Shift of the low-noise model", "FluxGuidance", "WanImageToVideo"],
+    ["AscendImageToVideo", "Shift", "Shift, high noise", "Shift, low noise", "FluxGuidance", "WanImageToVideo"],
     ["AscendStepCache", "AscendRainFusion"],
     ["AscendSampler", "KSampler", "High-noise steps", "Low-noise steps"],
     ["AscendVAEDecode", "VAEDecode", "Without the first four frames", "CreateVideo", "SaveVideo"],
 ]
-NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 300  # below the first columns
-SIZES = {  # width, height
-    "AscendParallelConfig": (310, 250),
-    "AscendLoadDiffusionModel": (540, 202),
-    "AscendLoadTextEncoder": (540, 154),
-    "AscendLoadVAE": (540, 106),
-    "CLIPVisionLoader": (540, 58),
-    "High-noise model": (540, 82),
-    "Low-noise model": (540, 82),
-    "AscendUNETLoader": (540, 82),
-    "AscendCLIPLoader": (540, 106),
-    "AscendDualCLIPLoader": (540, 130),
-    "AscendVAELoader": (540, 58),
-    "LoRA of the high-noise expert": (530, 106),
-    "LoRA of the low-noise expert": (530, 106),
-    "Positive prompt": (480, 220),
-    "Negative prompt": (480, 220),
-    "EmptyHunyuanLatentVideo": (480, 130),
-    "Wan22ImageToVideoLatent": (480, 170),
-    "First frame": (480, 350),
-    "Last frame": (480, 350),
-    "CLIP of the first frame": (300, 78),
-    "CLIP of the last frame": (300, 78),
-    "AscendImageToVideo": (400, 284),
-    "Shift of the model": (400, 58),
-    "Shift of the high-noise model": (400, 58),
-    "Shift of the low-noise model": (400, 58),
-    "FluxGuidance": (400, 58),
-    "WanImageToVideo": (400, 210),
-    "AscendStepCache": (340, 250),
-    "AscendRainFusion": (340, 230),
-    "AscendSampler": (340, 544),
-    "KSampler": (340, 262),
-    "High-noise steps": (340, 334),
-    "Low-noise steps": (340, 334),
-    "AscendVAEDecode": (400, 46),
-    "VAEDecode": (400, 46),
-    "Without the first four frames": (400, 82),
-    "CreateVideo": (400, 78),
-    "SaveVideo": (400, 300),
-}
-# The maximum number of pixels by which a node is taller in Nodes 2.0 than on the canvas (frontends 1.32 and 1.58; a
-# missing model adds a line). This space stays free below it.
-NODES_2 = {
-    "AscendParallelConfig": 104,
-    "AscendLoadDiffusionModel": 84,
-    "AscendLoadTextEncoder": 80,
-    "AscendLoadVAE": 60,
-    "CLIPVisionLoader": 52,
-    "High-noise model": 80,
-    "Low-noise model": 80,
-    "AscendUNETLoader": 80,
-    "AscendCLIPLoader": 80,
-    "AscendDualCLIPLoader": 104,
-    "AscendVAELoader": 60,
-    "LoRA of the high-noise expert": 60,
-    "LoRA of the low-noise expert": 60,
-    "EmptyHunyuanLatentVideo": 54,
-    "Wan22ImageToVideoLatent": 60,
-    "First frame": 240,  # with a square picture, as wide as the node
-    "Last frame": 240,
-    "CLIP of the first frame": 28,
-    "CLIP of the last frame": 28,
-    "AscendImageToVideo": 68,
-    "Shift of the model": 34,
-    "Shift of the high-noise model": 34,
-    "Shift of the low-noise model": 34,
-    "FluxGuidance": 34,
-    "WanImageToVideo": 68,
-    "KSampler": 110,
-    "High-noise steps": 140,
-    "Low-noise steps": 140,
-    "AscendStepCache": 70,
-    "AscendRainFusion": 56,
-    "AscendVAEDecode": 32,
-    "VAEDecode": 32,
-    "Without the first four frames": 48,
-    "CreateVideo": 32,
-}
+NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 420  # below the first columns
+WIDTHS = [310, 540, 480, 360, 400, 340, 340, 420]  # of the columns
+LEAST_HEIGHTS = {"Prompt": 180, "Negative prompt": 160, "SaveVideo": 300, "First frame": 330, "Last frame": 330}
 # The nodes that are enlarged to fill their column; the first of these in a column: pictures, previews and prompts.
-GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Positive prompt")
+GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Prompt")
 SAME_HEIGHT = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height
-COLOURS = {"Positive prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), NOTE: ("#432", "#653")}
-PROMPTS, LORAS = ["Positive prompt", "Negative prompt"], "LoRAs"
-SHIFTS = ["Shift of the high-noise model", "Shift of the low-noise model"]
+COLOURS = {"Prompt": ("#232", "#353"), "Negative prompt": ("#322", "#533"), NOTE: ("#432", "#653")}
+PROMPTS, FEW_STEPS = ["Prompt", "Negative prompt"], "4 steps / 4 步"
+SHIFTS = ["Shift, high noise", "Shift, low noise"]
 GROUPS = {  # title: (its nodes, a colour). The group that contains the last node also takes nodes without a group
-    "Ranks and models": ([*COLUMNS[0], *COLUMNS[1], NOTE], "#3f789e"),
-    LORAS: (["LoRA of the high-noise expert", "LoRA of the low-noise expert"], "#b58b3a"),
-    "Prompt and latent": ([*PROMPTS, "Wan22ImageToVideoLatent"], "#8A8"),
-    "Prompt and size": ([*PROMPTS, "EmptyHunyuanLatentVideo"], "#8A8"),
-    "Prompt and images": ([*PROMPTS, "First frame", "Last frame"], "#8A8"),
-    "Prompt and image": ([*PROMPTS, "First frame"], "#8A8"),
-    "Prompt": (PROMPTS, "#8A8"),
-    "Conditioning": ([*COLUMNS[3], "AscendImageToVideo"], "#88A"),
-    "Schedules and image": ([*SHIFTS, "WanImageToVideo"], "#88A"),
-    "Schedules": (SHIFTS, "#88A"),
-    "Schedule and guidance": (["Shift of the model", "FluxGuidance"], "#88A"),
-    "Schedule": (["Shift of the model"], "#88A"),
-    "Accelerate": (["AscendStepCache", "AscendRainFusion"], "#b58b3a"),
-    "Sample": (["AscendSampler"], "#A88"),
-    "Sample with core's sampler": (["KSampler"], "#A88"),
-    "Sample with core's samplers": (["High-noise steps", "Low-noise steps"], "#A88"),
-    "Video": (COLUMNS[-1], "#88A"),
+    "Ranks and models / 进程与模型": ([*COLUMNS[0], *COLUMNS[1], NOTE], "#3f789e"),
+    FEW_STEPS: (["4 steps, on or off"], "#b58b3a"),
+    "Prompt and images / 提示词与图像": ([*PROMPTS, "AscendVideoSize", "First frame", "Last frame"], "#8A8"),
+    "Prompt and image / 提示词与图像": ([*PROMPTS, "AscendVideoSize", "First frame"], "#8A8"),
+    "Prompt and size / 提示词与尺寸": ([*PROMPTS, "AscendVideoSize"], "#8A8"),
+    "Prompt and latent / 提示词与 Latent": ([*PROMPTS, "Wan22ImageToVideoLatent"], "#8A8"),
+    "Prompt and empty latent / 提示词与空 Latent": ([*PROMPTS, "EmptyHunyuanLatentVideo"], "#8A8"),
+    "Conditioning / 条件": ([*COLUMNS[3], "AscendImageToVideo"], "#88A"),
+    "Schedules and image / 调度与图像": ([*SHIFTS, "WanImageToVideo"], "#88A"),
+    "Schedules / 调度": (SHIFTS, "#88A"),
+    "Schedule and guidance / 调度与引导": (["Shift", "FluxGuidance"], "#88A"),
+    "Schedule / 调度": (["Shift"], "#88A"),
+    "Accelerate / 加速": (["AscendStepCache", "AscendRainFusion"], "#b58b3a"),
+    "Sample / 采样": (["AscendSampler"], "#A88"),
+    "Sample with core's sampler / 核心采样器": (["KSampler"], "#A88"),
+    "Sample with core's samplers / 核心采样器": (["High-noise steps", "Low-noise steps"], "#A88"),
+    "Video / 视频": (COLUMNS[-1], "#88A"),
 }
 GROUP_MARGIN, GROUP_HEADER, NODE_HEADER = 20, 50, 30
 COLUMN_GAP, GROUP_GAP = 60, 80  # between the nodes of neighbouring columns
 ROW_GAP, GROUP_ROW_GAP = 60, 120  # between the nodes of a column
 
 
-def arrange(graph):
-    """Gives every node of a graph in UI format its place, size and colour, and the graph its groups."""
-    nodes = {_name(node): node for node in graph["nodes"]}
+def name_of(node):
+    """How the tables here name a node."""
+    title = (node.get("title") or "").split(" / ")[0]
+    return title if any(title in column for column in COLUMNS) else node["type"]
+
+
+def width_of(node):
+    name = name_of(node)
+    return next((width for column, width in zip(COLUMNS, WIDTHS) if name in column), sum(WIDTHS[:NOTE_COLUMNS]))
+
+
+def arrange(graph, heights):
+    """Gives every node of a graph in UI format its place, size and colour, and the graph its groups.
+
+    heights: (of the canvas, the largest in any mode) of each node by its id, without the title. A node is saved with
+    the first; the second stays free for it.
+    """
+    nodes = {name_of(node): node for node in graph["nodes"]}
     assert len(nodes) == len(graph["nodes"]), "two nodes have the same place"
+    saved, room = {}, {}
+    for name, node in nodes.items():
+        canvas, largest = heights[node["id"]]
+        saved[name] = max(canvas, LEAST_HEIGHTS.get(name, 0))
+        room[name] = max(largest, saved[name])
     owners = _owners(nodes)
-    places = _places(nodes, owners)
+    places = _places(room, owners)
     for name, node in nodes.items():
         left, top, right, bottom = places[name]
-        node["pos"], node["size"] = [left, top], [right - left, bottom - top - NODES_2.get(name, 0)]
+        node["pos"], node["size"] = [left, top], [right - left, bottom - top - (room[name] - saved[name])]
         if name in COLOURS:
             node["color"], node["bgcolor"] = COLOURS[name]
     bottom = max(place[3] for place in places.values())
@@ -140,11 +86,7 @@ def arrange(graph):
     graph["groups"] = []
     for number, title in enumerate(titles, start=1):
         members = [places[name] for name in nodes if owners[name] == title]
-        graph["groups"].append(_group(number, title, members, None if title == LORAS else bottom))
-
-
-def _name(node):
-    return node["title"] if node.get("title") in SIZES else node["type"]
+        graph["groups"].append(_group(number, title, members, None if title == FEW_STEPS else bottom))
 
 
 def _owners(names):
@@ -156,19 +98,19 @@ def _owners(names):
     return owners
 
 
-def _places(names, owners):
-    """(left, top, right, bottom) of each node without its title, with its height in Nodes 2.0."""
+def _places(room, owners):
+    """(left, top, right, bottom) of each node without its title. room: the height that each of them needs."""
     places, columns, right, before = {}, [], None, None
-    for column in COLUMNS:
-        column = [name for name in column if name in names]
+    for column, width in zip(COLUMNS, WIDTHS):
+        column = [name for name in column if name in room]
         if not column:
             continue
         group = owners[column[-1]]
         left = 0 if right is None else right + (COLUMN_GAP if group == before else GROUP_GAP)
-        right, before = left + max(SIZES[name][0] for name in column), group
+        right, before = left + width, group
         top = 0
         for name, following in zip(column, [*column[1:], None]):
-            places[name] = [left, top, left + SIZES[name][0], top + _height(name)]
+            places[name] = [left, top, right, top + room[name]]
             top = places[name][3] + (ROW_GAP if owners[name] == owners.get(following) else GROUP_ROW_GAP)
         columns.append(column)
     above = [places[name] for column in columns[:NOTE_COLUMNS] for name in column]
@@ -178,12 +120,8 @@ def _places(names, owners):
     for name in set(SAME_HEIGHT).intersection(places):
         left, _, right, _ = places[name]
         top = places[SAME_HEIGHT[name]][1]
-        places[name] = [left, top, right, top + _height(name)]
+        places[name] = [left, top, right, top + room[name]]
     return places
-
-
-def _height(name):
-    return SIZES[name][1] + NODES_2.get(name, 0)
 
 
 def _grow(places, columns):

@@ -1,5 +1,5 @@
-"""A file with all networks of a model, in models/checkpoints: by Ascend Load Checkpoint (Core), and by the loaders of one
-network each, it makes the video of three separate files."""
+"""A file with all networks of a model, in models/checkpoints: by Ascend Load Checkpoint (Core), and by the loaders of
+one network each, it makes the video of three separate files."""
 
 import comfy_graphs as graphs
 import original_formats as formats

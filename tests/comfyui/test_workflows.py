@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
 import re
-import subprocess
 import urllib.parse
 import urllib.request
 from itertools import combinations
@@ -126,19 +124,6 @@ def test_every_file_has_its_address(name):
     wanted = {value for value in values if str(value).endswith(".safetensors")}
     assert {Path(place).name for place in files_of(workflow)} == wanted
     assert all(url in note for url in files_of(workflow).values())
-
-
-def test_the_documented_lines_get_every_file():
-    """docs/models.md's own shell, with a `comfy` that says what it was asked for."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (REPOSITORY / "docs" / "models.md").read_text(), re.M | re.S)
-    lines = "".join(block for block in blocks if "get" in block)
-    script = f'comfy() {{ echo "$*"; }}\n{lines}'
-    environment = {key: value for key, value in os.environ.items() if key != "HF_ENDPOINT"}
-    asked = subprocess.run(["bash", "-euc", script], env=environment, capture_output=True, text=True, check=True).stdout
-    pattern = r"--here model download --url (\S+) --relative-path models/(\S+) --filename (\S+)"
-    got = {f"{folder}/{file}": url for url, folder, file in re.findall(pattern, asked)}
-    assert len(got) == len(asked.splitlines())
-    assert got == {place: url for name in NAMES for place, url in files_of(ui(name)).items()}
 
 
 @pytest.mark.parametrize("name", NAMES)

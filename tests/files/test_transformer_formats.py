@@ -200,10 +200,10 @@ def test_mindspeed_folders_that_are_not_whole(tmp_path, tensors):
 
 def test_another_8_bit_format_is_refused(tmp_path, tensors):
     kept, scales = formats.in_8_bits(tensors)
-    layers = {"blocks.0.ffn.0": {"format": "nvfp4"}}
+    layers = {"blocks.0.ffn.0": {"format": "svdquant_w4a4"}}
     marks = {"_quantization_metadata": json.dumps({"layers": layers})}
     save_file(kept, tmp_path / "wan", metadata=marks)
-    with pytest.raises(ValueError, match="holds blocks.0.ffn.0 as nvfp4. Use the model's fp8_scaled"):
+    with pytest.raises(ValueError, match="holds blocks.0.ffn.0 as svdquant_w4a4. Use the model's fp8_scaled"):
         load(tmp_path / "wan")
     scales["blocks.0.ffn.0"] = torch.ones(512)
     formats.save_new_mark(tmp_path / "wan", kept, scales)

@@ -188,12 +188,11 @@ def test_a_vae_that_enlarges_is_refused_before_it_decodes(tmp_path, checkpoint, 
     assert "says patch_size 'x'. These must be integers above 0" in refused(folder, "vae")
 
 
-def test_lightx2vs_scales_of_rows(tmp_path, tensors):
+def test_lightx2vs_scales_of_blocks(tmp_path, tensors):
     for dtype in (torch.float8_e4m3fn, torch.int8):
-        held = tensors | {f"{Q}.weight": tensors[f"{Q}.weight"].to(dtype), f"{Q}.weight_scale": torch.ones(256, 1)}
+        held = tensors | {f"{Q}.weight": tensors[f"{Q}.weight"].to(dtype), f"{Q}.weight_scale": torch.ones(2, 2)}
         save_file(held, tmp_path / "wan.safetensors")
-        weights = f"1 weights as {str(dtype).removeprefix('torch.')}"
-        says = f"{weights} with one scale for each row, such as {Q}.weight: LightX2V's"
+        says = f"such as {Q}.weight [256, 256] as {str(dtype).removeprefix('torch.')} with the scales [2, 2] as float32"
         assert says in refused(tmp_path / "wan.safetensors")
     save_file({name: x for name, x in held.items() if name.startswith("blocks.")}, tmp_path / "block.safetensors")
     message = refused(tmp_path / "block.safetensors")

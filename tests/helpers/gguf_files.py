@@ -1,6 +1,8 @@
 """GGUF files of random weights, as city96's tools and llama.cpp write them, and their twins in .safetensors."""
 
+import itertools
 import math
+import re
 from pathlib import Path
 
 import gguf
@@ -22,13 +24,14 @@ def type_named(kind):
 
 
 def random_blocks(kind, rows, columns, generator, deviation=1.0):
-    """Blocks uint8 [rows, bytes] of numbers with about this standard deviation."""
+    """Blocks uint8 [rows, bytes] of numbers with about this standard deviation, and a mean of 0."""
     values, nbytes = gguf.GGML_QUANT_SIZES[type_named(kind)]
     blocks = generator.integers(0, 256, (rows * columns // values, nbytes), dtype=np.uint8)
+    signs = generator.choice([-1, 1], (len(blocks), 1))
 
     def dequantized(scale):
         for begin in SCALES[kind]:
-            drawn = scale * generator.uniform(0.5, 1, (len(blocks), 1))
+            drawn = scale * signs * generator.uniform(0.5, 1, (len(blocks), 1))
             blocks[:, begin : begin + 2] = drawn.astype(np.float16).view(np.uint8)
         return gguf.dequantize(blocks, type_named(kind))
 
@@ -80,6 +83,16 @@ def as_city96(kind):
     return of
 
 
+def mixed():
+    """As `as_city96`, with all types in turn."""
+    kinds = itertools.cycle(TYPES)
+
+    def of(name, shape):
+        return next(kinds) if as_city96("")(name, shape) == "" else "F32"
+
+    return of
+
+
 # The names of llama.cpp for those of transformers.
 T5_NAMES = {
     "0.SelfAttention.q": "attn_q", "0.SelfAttention.k": "attn_k", "0.SelfAttention.v": "attn_v",
@@ -87,3 +100,25 @@ T5_NAMES = {
     "1.DenseReluDense.wi_0": "ffn_gate", "1.DenseReluDense.wi_1": "ffn_up", "1.DenseReluDense.wo": "ffn_down",
     "1.layer_norm": "ffn_norm",
 }  # fmt: skip
+LLAMA_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def as_llama_cpp(name, architecture):
+    """llama.cpp's name of a parameter of transformers' UMT5EncoderModel or LlamaModel."""
+    outside = {"shared.": "token_embd.", "encoder.final_layer_norm.": "enc.output_norm.", "encoder.block.": "enc.blk.",
+               ".layer.": "."} if architecture == "t5" else {
+        "embed_tokens.": "token_embd.", "norm.": "output_norm.", "layers.": "blk."}  # fmt: skip
+    for theirs, own in (outside | (T5_NAMES if architecture == "t5" else {})).items():
+        name = name.replace(theirs, own) if architecture == "t5" else re.sub(rf"^{re.escape(theirs)}", own, name)
+    for theirs, own in LLAMA_NAMES.items() if architecture == "llama" else ():
+        name = name.replace(f".{theirs}.", f".{own}.")
+    return name
+
+
+def turned(weight, heads):
+    """A Llama's query or key as llama.cpp orders its rows: the two halves of each head are interleaved."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

@@ -12,7 +12,7 @@ import gloo_ranks
 import tiny_models
 import torch
 import torch.distributed as dist
-from ascend_runtime import DiffusionModelSpec
+from ascend_runtime import DiffusionModelSpec, LoraSpec
 from ascend_runtime.components import Components
 from ascend_runtime.models.shared.quantized.static import use_step
 from ascend_runtime.parallel.fsdp import own_part, sharding_of
@@ -29,12 +29,18 @@ def rows(width):
     return torch.randn(2, 20, width, generator=torch.Generator().manual_seed(23))
 
 
+def loras(case):
+    return (LoraSpec(path=case["lora"], strength=0.3),) if case["lora"] else ()
+
+
 def main():
     torch.set_grad_enabled(False)
     folder, rank, ranks = gloo_ranks.join()
     inputs, outs, told, kept = load_file(folder / "inputs.safetensors"), {}, {}, {}
     for name, case in json.loads((folder / "cases.json").read_text()).items():
-        spec = DiffusionModelSpec(path=case["path"], dtype="float32", quantization=case["quantization"])
+        spec = DiffusionModelSpec(
+            path=case["path"], dtype="float32", quantization=case["quantization"], loras=loras(case)
+        )
         sharding = sharding_of("cpu", ranks, case["tp"], case["fsdp"])
         network = Components(torch.device("cpu")).get(spec, lambda *_: None, sharding).high_noise
         use_step(network, case.get("step"))

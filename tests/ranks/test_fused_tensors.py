@@ -20,6 +20,7 @@ from ascend_runtime.checkpoints.msmodelslim import description_in, read_descript
 from ascend_runtime.checkpoints.formats.parts import in_ranges, full_slices
 from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes, read_part
 from ascend_runtime.checkpoints.writing.unfinished import unfinished
+from ascend_runtime.components.loras import adapter as adapters
 from ascend_runtime.components.loras.adapter import Adapter
 from ascend_runtime.components.loras.requests import LoraTarget
 from ascend_runtime.ops.quantization import quantized_rows
@@ -375,7 +376,7 @@ def test_dora_of_fused_layers_has_the_norms_of_whole_rows_or_columns(tmp_path, m
     expected = parts_of(parameters(with_dora(tmp_path / "lora", tensors(), by)), part)
     shapes, read = {name: place.shape for name, place in places.items()}, []
     reads = lambda name, place, part, dtype: read.append((name, part)) or read_part(name, place, part, dtype)
-    monkeypatch.setattr(loras, "read_part", reads)
+    monkeypatch.setattr(adapters, "read_part", reads)
     adapter = Adapter(LoraTarget(places, fused_rank.NAMES), network.get_parameter, share, CPU)
     adapter.use([(read_lora(tmp_path / "lora", shapes, fused_rank.NAMES), STRENGTH)], lambda nbytes: None)
     assert_close(dict(network.named_parameters()), expected, atol=1e-5, rtol=1e-5)

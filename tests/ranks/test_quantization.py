@@ -9,10 +9,11 @@ import gloo_ranks
 import original_formats as formats
 import pytest
 import quantized_rank
+import random_lora
 import random_wan
 import tiny_models
 import torch
-from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec
+from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec
 from ascend_runtime.commands import conversion, inspection
 from ascend_runtime.models.wan.files.names import to_diffusers_name
 from ascend_runtime.components import Components
@@ -230,17 +231,21 @@ def sharded(tmp_path_factory):
     network.save_pretrained(folder / "float")
     config = json.loads((folder / "float" / "config.json").read_text())
     paths = {"on the fly": folder / "float"}
+    loras = {}
     wide = tiny_models.wan_transformer(5, attention_head_dim=32)  # four slices of which are whole groups of MXFP8
     for form in ("static, smoothed, scales as whole numbers", "smoothed", "by timestep", "MXFP8, smoothed", "4 bits"):
         own = wide if "MXFP8" in form else network
         paths[form] = folder / form
         config |= {"attention_head_dim": own.config.attention_head_dim}
         described_folders.write(folder / form, dict(own.state_dict()), config=config, **FORMS[form])
+        if form != "smoothed":  # which is without a LoRA
+            loras[form] = str(folder / f"{form}.safetensors")
+            random_lora.save(loras[form], "lightx2v", own.state_dict(), seed=4)
     plans = {"slices": (4, False), "shares": (1, True), "shares of slices": (2, True)}
     cases = {
         f"{form}, {plan}": {"path": str(path), "tp": tp, "fsdp": fsdp,
                             "quantization": "w8a8_dynamic" if form == "on the fly" else "none",
-                            "step": 2 if form == "by timestep" else None}
+                            "step": 2 if form == "by timestep" else None, "lora": loras.get(form)}
         for form, path in paths.items() for plan, (tp, fsdp) in plans.items()
         if "shares of" not in plan or form in ("on the fly", "smoothed")
     }  # fmt: skip
@@ -250,7 +255,8 @@ def sharded(tmp_path_factory):
     save_file(inputs, folder / "inputs.safetensors")
     (folder / "cases.json").write_text(json.dumps(cases))
     gloo_ranks.run("quantized_rank.py", folder, 4)
-    on_one_rank = {name: load(case["path"], quantization=case["quantization"]) for name, case in cases.items()}
+    on_one_rank = {name: load(case["path"], quantization=case["quantization"], loras=quantized_rank.loras(case))
+                   for name, case in cases.items()}  # fmt: skip
     for name, network in on_one_rank.items():
         use_step(network, cases[name]["step"])
     expected = {name: (network, velocity(network)) for name, network in on_one_rank.items()}
@@ -525,16 +531,9 @@ def test_steps_that_have_static_scales(tmp_path, original, capsys, algorithm, st
 
 
 def test_what_does_not_go_with_it(tmp_path, original, checkpoint):
-    lora = LoraSpec(path=str(tmp_path / "lora.safetensors"))
-    with pytest.raises(ValueError, match="quantization is 'w8a8_dynamic', and a LoRA .* cannot be merged into 8-bit"):
-        DiffusionModelSpec(path=str(checkpoint), loras=(lora,), **FLY)
-    with pytest.raises(ValueError, match="cannot be merged into 8-bit weights"):
-        DiffusionModelSpec(path=str(checkpoint), **FLY).with_lora(lora)
     with pytest.raises(ValueError, match="it can be one of none, w8a8_dynamic"):
         DiffusionModelSpec(path=str(checkpoint), quantization="w4a4")
     described_folders.write(tmp_path / "wan", original)
-    with pytest.raises(ValueError, match="says that the model is quantized, and a LoRA .* cannot be merged into 8-bit"):
-        load(tmp_path / "wan", loras=(lora,))
     with pytest.raises(ValueError, match="is quantized already. Set quantization to 'none'"):
         load(tmp_path / "wan", **FLY)
     with pytest.raises(ValueError, match="says that the transformer is quantized.*bf16 or fp16 version"):

@@ -31,7 +31,7 @@ FIRST_WORD, GAP, END = 3.0, 10.0, 60.0  # seconds
 LATE = 5.0  # seconds that a line may be late where the machine is busy
 RUN_ELSEWHERE = {
     "queue": "tests/unit/test_queue.py, on a real ComfyUI,", "adopt": "tests/unit/test_adoption.py",
-    "explain": "tests/comfyui/test_explained_videos.py",
+    "explain": "tests/comfyui/test_explained_videos.py", "download": "tests/files/test_downloads.py, on a local hub,",
 }  # fmt: skip
 SAMPLE = ("compare",)  # test_inspection.py runs `inspect` in CI as well
 # What the documents name and nobody has here: copies of the embedded model, a random model, and a file of the
@@ -53,7 +53,8 @@ def name_of(command: str) -> str:
 
 def test_the_documents_show_every_command():
     shown = {name_of(command) for command in commands()}
-    assert shown == {"inspect", "convert", "calibrate", "compare", "explain", "queue", "adopt", "plan", "doctor"}
+    assert shown == {"inspect", "convert", "calibrate", "compare", "explain", "queue", "adopt", "plan", "doctor",
+                     "download"}  # fmt: skip
     named = ("assets/tiny_wan", HUNYUAN, *FOLDERS, *FILES)
     assert [name for name in named if name not in "\n".join(commands())] == []
 

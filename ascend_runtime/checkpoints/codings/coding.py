@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..formats.parts import Slices
-from ..formats.tensor_files import TensorFile
+
+if TYPE_CHECKING:
+    from ..formats.tensor_files import TensorFile
 
 
 class Coding(Protocol):

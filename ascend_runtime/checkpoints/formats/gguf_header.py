@@ -108,11 +108,17 @@ class _Source:
     def __init__(self, path: Path, file: BinaryIO):
         self.path, self._file = path, file
         self._content = bytearray()
-        self.at = self.texts = 0
+        self.at = self._texts = 0
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes. Raises ValueError if the header ends before, or has more than its bound."""
         end = self.at + nbytes
+        self._read_to(end)
+        taken = bytes(memoryview(self._content)[self.at : end])
+        self.at = end
+        return taken
+
+    def _read_to(self, end: int) -> None:
         if end > MAX_HEADER_BYTES:
             raise coded_error(
                 "AV-1312", f"{self.path} has a header of more than {MAX_HEADER_BYTES} bytes. Download it again."
@@ -122,9 +128,20 @@ class _Source:
             if not more:
                 raise coded_error("AV-1302", f"{self.path} ends within its header. Download it again.")
             self._content += more
-        taken = bytes(memoryview(self._content)[self.at : end])
-        self.at = end
-        return taken
+
+    def list_of_texts(self, count: int) -> bytes:
+        """So many texts, each after its length. Raises ValueError for more texts than all lists may have."""
+        self._texts += count
+        if self._texts > MAX_TEXTS:
+            raise coded_error(
+                "AV-1312", f"{self.path} has {self._texts} texts; a model's file has at most {MAX_TEXTS}."
+            )
+        end = self.at
+        for _ in range(count):
+            if end + 8 > len(self._content):
+                self._read_to(end + 8)
+            end += 8 + int.from_bytes(self._content[end : end + 8], "little")
+        return self.take(end - self.at)
 
     def numbers(self, kinds: str) -> tuple:
         return struct.unpack(f"<{kinds}", self.take(struct.calcsize(f"<{kinds}")))
@@ -181,7 +198,7 @@ def _read_value(source: _Source, key: str, into: Header) -> None:
         if inner is GGUFValueType.ARRAY:
             raise source.damaged(f"a list of lists as {shown(key)}")
         if inner is GGUFValueType.STRING:
-            into.arrays[key] = TEXT, count, _text_array(source, count)
+            into.arrays[key] = TEXT, count, source.list_of_texts(count)
         else:
             content = source.take(count * struct.calcsize(FORMATS[inner]))
             into.arrays[key] = FORMATS[inner], count, content
@@ -192,19 +209,6 @@ def _value_type(source: _Source) -> GGUFValueType:
     if number not in list(GGUFValueType):
         raise source.damaged(f"a value of the unknown type {number}")
     return GGUFValueType(number)
-
-
-def _text_array(source: _Source, count: int) -> bytes:
-    source.texts += count
-    if source.texts > MAX_TEXTS:
-        raise coded_error(
-            "AV-1312", f"{source.path} has {source.texts} texts; a model's file has at most {MAX_TEXTS}."
-        )
-    made = bytearray()
-    for _ in range(count):
-        length = source.take(8)
-        made += length + source.take(int.from_bytes(length, "little"))
-    return bytes(made)
 
 
 def _texts_in(content: bytes, count: int) -> Iterator[bytes]:

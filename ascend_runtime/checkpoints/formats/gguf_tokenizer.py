@@ -19,6 +19,8 @@ from .gguf_header import Header, read_header
 MODEL, TOKENS, SCORES, TYPES, CHARACTERS = (
     f"tokenizer.ggml.{name}" for name in ("model", "tokens", "scores", "token_type", "precompiled_charsmap")
 )
+SHORT = 100  # lengths and numbers below it are single bytes, with those of the fields around them
+SHORT_PIECE, SHORT_END = struct.Struct("<4B"), struct.Struct("<BfBB")  # before and after its text
 UNIGRAM, BYTE = 1, 6  # a type of model, and one of pieces
 # The settings of training that have a piece's number, by the header's keys; -1: there is no such piece.
 NUMBERS = {
@@ -47,11 +49,15 @@ def _model(path: Path, _: tuple) -> bytes | None:
             f"{path} has a tokenizer of {len(tokens)} pieces, {len(scores)} scores and {len(types)} types; they must be "
             "as many. Download it again.",
         )
-    pieces = b"".join(
-        _field(1, _field(1, text) + struct.pack("<Bf", 2 << 3 | 5, score) + _number(3, int(kind)))
-        for text, score, kind in zip(tokens, scores, types)
-    )
+    pieces = b"".join(map(_piece, tokens, scores, types))
     return pieces + _field(2, _training(header, BYTE in types)) + _field(3, _normalizing(header))
+
+
+def _piece(text: bytes, score: float, kind: int) -> bytes:
+    """A piece. Those with little text, as nearly all are, are made at once, as there are many."""
+    if len(text) < SHORT and 0 <= kind < SHORT:
+        return SHORT_PIECE.pack(10, len(text) + 9, 10, len(text)) + text + SHORT_END.pack(21, score, 24, kind)
+    return _field(1, _field(1, text) + struct.pack("<Bf", 21, score) + _number(3, int(kind)))
 
 
 def _training(header: Header, has_bytes: bool) -> bytes:

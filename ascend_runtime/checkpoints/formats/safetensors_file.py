@@ -15,7 +15,7 @@ from .parts import Slices, Stored, read_stored
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
@@ -63,7 +63,7 @@ class SafetensorsFile:
         length = int.from_bytes(self._file.read(8), "little")
         self._entries, self._data = parse_json(self._file.read(length)), 8 + length
         self.header = self._entries.pop("__metadata__", None) or {}
-        self.shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
+        self.shapes = self.stored_shapes = {name: tuple(entry["shape"]) for name, entry in self._entries.items()}
         return self
 
     def __exit__(self, *error) -> None:
@@ -80,7 +80,7 @@ class SafetensorsFile:
 
     def read(self, name: str, part: Slices | None = None, into: Tensor | None = None) -> Tensor:
         start = self._data + self._entries[name]["data_offsets"][0]
-        return read_stored(self._file, Stored(start, self.shapes[name], self.dtype(name)), part, into)
+        return read_stored(self._file, Stored(start, self.stored_shapes[name], self.dtype(name)), part, into)
 
     def in_rows(self, name: str) -> bool:
         return True

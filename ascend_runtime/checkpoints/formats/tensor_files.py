@@ -11,6 +11,7 @@ import torch
 
 from ...errors import coded_error
 from ..bounded import check_tensors
+from ..codings.recognised import logical_shapes
 from ..faults import not_readable
 from ..states import has_scale_map
 from .dcp import METADATA, DistributedCheckpoint
@@ -38,7 +39,8 @@ class TensorFile(Protocol):
 
     path: Path
     header: dict[str, str]  # the file's metadata
-    shapes: dict[str, tuple[int, ...]]  # of all tensors, by name
+    shapes: dict[str, tuple[int, ...]]  # of the numbers of all tensors, by name
+    stored_shapes: dict[str, tuple[int, ...]]  # of the tensors as they are stored, which `read` takes parts of
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype on disk. Raises ValueError for a dtype that torch lacks."""
@@ -67,6 +69,8 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         except OSError as error:
             raise not_readable(path, error) from None
         check_tensors(path, file.shapes)
+        file.stored_shapes = file.shapes
+        file.shapes = file.shapes | logical_shapes(file)
         yield file
 
 

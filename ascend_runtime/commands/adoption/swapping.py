@@ -42,7 +42,8 @@ def adopt(graph: dict, find: Find = lambda part, name: None) -> Adoption:
     graph = copy.deepcopy(graph)
     entries = list(entries_of(graph))
     verdicts = [(entry, verdict(entry, find)) for entry in entries if entry.loader]
-    models = {found for entry, found in verdicts if entry.loader.part in (TRANSFORMER, WHOLE) and isinstance(found, Family)}
+    models = {found for entry, found in verdicts
+              if entry.loader.part in (TRANSFORMER, WHOLE) and isinstance(found, Family)}  # fmt: skip
     swapped, left = [], []
     for entry, found in verdicts:
         if entry.type == entry.loader.ours:

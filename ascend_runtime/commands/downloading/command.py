@@ -76,7 +76,8 @@ def _download(arguments: Namespace, progress: ProgressDisplay) -> int:
     for item in items:
         _get(hub, item, progress)
     progress.end()
-    print(f"{len(items)} {'file is' if len(items) == 1 else 'files are'} in {printable(str(folder))}; press R in ComfyUI")
+    count = "1 file is" if len(items) == 1 else f"{len(items)} files are"
+    print(f"{count} in {printable(str(folder))}; press R in ComfyUI")
     return 0
 
 
@@ -107,8 +108,8 @@ def _require_same(item: Item, verify: bool, progress: ProgressDisplay) -> None:
         progress.end()
         wrong = f"the SHA-256 {digest} instead of {item.remote.sha256}" if digest != item.remote.sha256 else ""
     if wrong:
-        raise coded_error("AV-1804", f"{item.target} is there, but is not the published file: it has {wrong}. Rename or "
-                                     "delete it, and run the command again.")  # fmt: skip
+        raise coded_error("AV-1804", f"{item.target} is there, but is not the published file: it has {wrong}. Rename "
+                                     "or delete it, and run the command again.")  # fmt: skip
     progress.say(f"{item.target.name} is there")
 
 
@@ -124,9 +125,9 @@ def _require_room(items: Iterable[Item]) -> None:
     for device, count in needed.items():
         free = space_of(places[device]).free
         if count and count + MARGIN > free:
-            raise coded_error("AV-1316", f"The disk of {places[device]} has {free / 1e9:.1f} GB free; the files that are "
-                                         f"missing take {count / 1e9:.1f} GB. Make room, or give another place by "
-                                         "--models.")  # fmt: skip
+            raise coded_error("AV-1316", f"The disk of {places[device]} has {free / 1e9:.1f} GB free; the files that "
+                                         f"are missing take {count / 1e9:.1f} GB. Make room, or give another place "
+                                         "by --models.")  # fmt: skip
 
 
 def _get(hub: Hub, item: Item, progress: ProgressDisplay) -> None:

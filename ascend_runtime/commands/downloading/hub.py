@@ -26,7 +26,7 @@ CONNECT_S, READ_S = 10.0, 60.0
 MOST_ANSWER = 2**22  # bytes of a list of files
 MOST_REDIRECTS = 5
 VARIABLES = {HUGGING_FACE: "HF_ENDPOINT", MODELSCOPE: "MODELSCOPE_ENDPOINT"}
-TITLES = {HUGGING_FACE: "Hugging Face", MODELSCOPE: "ModelScope"}
+HUB_TITLES = {HUGGING_FACE: "Hugging Face", MODELSCOPE: "ModelScope"}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,7 +45,7 @@ class Hub:
 
     def __init__(self, name: str):
         self.name = name
-        self.title = TITLES[name]
+        self.title = HUB_TITLES[name]
         self.endpoint = (os.environ.get(VARIABLES[name]) or ENDPOINTS[name]).rstrip("/")
         if urlsplit(self.endpoint).scheme not in ("http", "https"):
             raise coded_error("AV-1103", f"{VARIABLES[name]} is {self.endpoint!r}, which is not an address. Give one "
@@ -120,12 +120,12 @@ class Hub:
             raise self._invalid(file, f"has status {status}")
 
     def lacks(self, file: HubFile) -> ValueError:
-        other = next(name for name in TITLES if name != self.name)
+        other = next(name for name in HUB_TITLES if name != self.name)
         return coded_error("AV-1802", f"{self.title} ({self.shown}) does not have {file.path} in {file.repository}. "
                                       f"Use --from {other}.")  # fmt: skip
 
     def unreachable(self, file: HubFile, why: str) -> ValueError:
-        other = next(name for name in TITLES if name != self.name)
+        other = next(name for name in HUB_TITLES if name != self.name)
         return coded_error(
             "AV-1801",
             f"{self.title} ({self.shown}) did not answer for {file.name} ({why}). Run the command "

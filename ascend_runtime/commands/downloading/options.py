@@ -11,17 +11,19 @@ from typing import Any
 
 from ...models.hubs import ENDPOINTS, HUGGING_FACE, HubFile
 from ...models.registry import families
+from .. import templates
 from ..doctor.comfyui import folder_of_comfyui
-from ..doctor.surroundings import PACK_FOLDER, Surroundings
+from ..doctor.surroundings import Surroundings
 
 MOST_BYTES = 2**24  # of a workflow
 
 
 def declare_download(parser: ArgumentParser) -> None:
     parser.description = (
-        "Downloads the files of published models into the folders of ComfyUI's models, and checks them by their hashes.\n"
+        "Downloads the files of published models into the folders of ComfyUI's models, and checks their hashes.\n"
         "Files that are there stay. After an interruption, the same command continues.\n\n"
-        f"NAME is one of {', '.join(published_files())}; a workflow of the pack, by its name or file; or one file."
+        f"NAME is one of {', '.join(published_files())}; a template of the pack by its name; the file of a "
+        "workflow; or one file."
     )
     parser.epilog = """
 variables: HF_ENDPOINT and MODELSCOPE_ENDPOINT name mirrors; HF_TOKEN is sent to Hugging Face
@@ -32,7 +34,8 @@ exit status: 0 all files are there; 1 a file is not; 2 an invalid argument; 130 
     add("--from", dest="hub", choices=tuple(ENDPOINTS), default=HUGGING_FACE, help="(default: %(default)s)")
     add("--comfyui", type=Path, metavar="DIR",
         help="ComfyUI's folder (default: the one that the pack is in, or COMFYUI_DIR)")  # fmt: skip
-    add("--models", type=Path, metavar="FOLDER", help="a folder of models instead, with diffusion_models, vae ... in it")
+    add("--models", type=Path, metavar="FOLDER",
+        help="a folder of models instead, with diffusion_models, vae ... in it")  # fmt: skip
     add("--list", action="store_true", help="list what can be downloaded, and end")
     add("--dry-run", action="store_true", help="show files, sizes and what is missing; download nothing")
     add("--verify", action="store_true", help="check the hashes of files that are there, too")
@@ -67,7 +70,8 @@ def wanted_files(names: list[str]) -> list[HubFile]:
 def _files_of(name: str) -> tuple[HubFile, ...]:
     known = published_files()
     single = {file.name: file for files in known.values() for file in files}
-    found = {_plain(one): files for one, files in known.items()} | {_plain(one): (file,) for one, file in single.items()}
+    found = {_plain(one): files for one, files in known.items()}
+    found |= {_plain(one): (file,) for one, file in single.items()}
     if _plain(name) in found:
         return found[_plain(name)]
     workflow = _workflow(name)
@@ -76,8 +80,8 @@ def _files_of(name: str) -> tuple[HubFile, ...]:
         if files:
             return files
         raise ValueError(f"The workflow {name} names no published file that this command knows; --list shows them.")
-    raise ValueError(f"{name!r} is not known. It can be one of {', '.join(known)}, the name of a workflow of the pack, "
-                     "or one of the files that --list shows.")  # fmt: skip
+    raise ValueError(f"{name!r} is not known. It can be one of {', '.join(known)}, the name of a template of the pack, "
+                     "a workflow's file, or one of the files that --list shows.")  # fmt: skip
 
 
 def _plain(name: str) -> str:
@@ -85,18 +89,15 @@ def _plain(name: str) -> str:
 
 
 def _workflow(name: str) -> Any:
-    """The content of a workflow, of the pack by its name, or by its file; None if there is no such file."""
-    folder = PACK_FOLDER / "workflows"
-    places = [Path(name)] if name.endswith(".json") else []
-    if Path(name).name == name:
-        places += [place / f"{name.removesuffix('.json')}.json" for place in (folder, folder / "api")]
-    for place in places:
-        if place.is_file() and place.stat().st_size <= MOST_BYTES:
-            try:
-                return json.loads(place.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError):
-                raise ValueError(f"{place} is not a workflow: it is not JSON.") from None
-    return None
+    """The content of a template of the pack, by one of its names, or of a workflow's file; None if there is neither."""
+    template = templates.named(name) if Path(name).name == name else None
+    place = template or Path(name)
+    if (template is None and not name.endswith(".json")) or not place.is_file() or place.stat().st_size > MOST_BYTES:
+        return None
+    try:
+        return json.loads(place.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError(f"{place} is not a workflow: it is not JSON.") from None
 
 
 def _texts(value: Any) -> Iterator[str]:

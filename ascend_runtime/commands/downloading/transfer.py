@@ -19,7 +19,7 @@ from typing import BinaryIO
 from ...errors import coded_error
 from .hub import ConnectionLost, Hub, Remote
 
-BLOCK = 2**20
+RECEIVED = 2**20  # bytes at a time
 ATTEMPTS, PAUSE_S = 5, 1.0  # in a row without a byte; the pause doubles
 RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
@@ -37,7 +37,7 @@ def bytes_there(target: Path, remote: Remote) -> int:
 def sha256_of(file: Path, on_bytes: Callable[[int], None] = lambda count: None) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as opened:
-        while block := opened.read(BLOCK):
+        while block := opened.read(RECEIVED):
             digest.update(block)
             on_bytes(len(block))
     return digest.hexdigest()
@@ -70,8 +70,8 @@ def fetch_file(hub: Hub, remote: Remote, target: Path, on_bytes: Callable[[int],
 def _as_full(error: OSError, target: Path) -> Exception:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
-    return coded_error("AV-1316", f"The disk of {target.parent} is full. Make room, and run the command again: it goes on "
-                                  "where it ended.")  # fmt: skip
+    return coded_error("AV-1316", f"The disk of {target.parent} is full. Make room, and run the command again: it "
+                                  "goes on where it ended.")  # fmt: skip
 
 
 class _Download:
@@ -99,7 +99,7 @@ class _Download:
 
     def _read_what_is_there(self) -> None:
         self.out.seek(0)
-        while block := self.out.read(min(BLOCK, self.remote.size - self.done)):
+        while block := self.out.read(min(RECEIVED, self.remote.size - self.done)):
             self._count(block)
         self.out.truncate(self.done)
 
@@ -112,7 +112,7 @@ class _Download:
                 self.out.truncate(0)
             elif self.done:
                 self._require_rest(answer.headers.get("Content-Range", ""))
-            for block in answer.raw.stream(BLOCK, decode_content=False):
+            for block in answer.raw.stream(RECEIVED, decode_content=False):
                 if self.done + len(block) > self.remote.size:
                     raise self._untrue(f"more than the {self.remote.size} bytes that it announces")
                 self.out.write(block)

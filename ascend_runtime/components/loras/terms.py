@@ -16,7 +16,7 @@ from torch import Tensor
 from ...checkpoints.formats.parts import Slices
 from ...checkpoints.formats.tensor_files import TensorFile, open_tensors
 from ...models.shapes import Shapes
-from ...models.shared.quantized.lora import BiasChange, Change, KroneckerChange, LoraTerm, PairChange, WholeChange
+from ...models.shared.quantized.lora import BiasChange, LayerChange, KroneckerChange, LoraTerm, PairChange, WholeChange
 from ...parallel.fsdp import ShardedWeights
 from ...recognition.lora.changes import Kronecker, WeightChange
 from ...recognition.lora.files import LoraFile
@@ -77,14 +77,14 @@ class QuantizedTerms:
     def _changes(layer: str, lora: LoraFile) -> bool:
         return f"{layer}.weight" in lora.changes or f"{layer}.bias" in lora.changes
 
-    def _parts(self, layer: str, own: list[tuple[LoraFile, TensorFile]]) -> Iterator[Change]:
+    def _parts(self, layer: str, own: list[tuple[LoraFile, TensorFile]]) -> Iterator[LayerChange]:
         for number, (lora, file) in enumerate(own):
             for name in (f"{layer}.weight", f"{layer}.bias"):
                 change = lora.changes.get(name)
                 if change is not None and not change.changes_nothing:
                     yield self._part(number, name, change, file)
 
-    def _part(self, number: int, name: str, change: WeightChange, file: TensorFile) -> Change:
+    def _part(self, number: int, name: str, change: WeightChange, file: TensorFile) -> LayerChange:
         """The slice of a change of the parameter `name` that belongs to this rank."""
         shape, like = self.target.shapes[name], torch.empty(0, device=self.device)
         part = self.share.slice_of(name, shape)
@@ -112,18 +112,20 @@ def layers_of(loras: LorasInUse, target: LoraTarget) -> set[str]:
 
 def nbytes_of(loras: LorasInUse, target: LoraTarget, share: ShardedWeights, dtype: torch.dtype) -> int:
     """The bytes that the terms of these LoRAs take of a rank's device. Reads the headers of the files."""
-    total = 0
+    total, biases = 0, {}
     for lora, _ in loras:
-        own = [name for name in lora.changes if name.rpartition(".")[0] in target.layers]
-        if not own:
-            continue
+        own = {name: change for name, change in lora.changes.items()
+               if target.is_quantized(name) and not change.changes_nothing}  # fmt: skip
         with open_tensors(lora.path) as file:
-            for name in own:
+            for name, change in own.items():
                 part = share.slice_of(name, target.shapes[name])
-                is_bias = name.endswith(".bias")
-                numbers = part[0].stop - part[0].start if is_bias else smallest(lora.changes[name], file.shapes, part)[1]
-                total += numbers * (FP32 if is_bias else dtype.itemsize)
-    return total
+                if name.endswith(".bias"):
+                    biases[name] = FP32 * math.prod(_sizes(part))  # the sum, next to each LoRA's
+                    total += biases[name]
+                else:
+                    form, numbers = smallest(change, file.shapes, part)
+                    total += dtype.itemsize * numbers + (FP32 * change.rank(file.shapes) if form == PAIR else 0)
+    return total + sum(biases.values())
 
 
 def smallest(change: WeightChange, on_disk: Shapes, part: Slices) -> tuple[str, int]:

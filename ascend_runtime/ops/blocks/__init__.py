@@ -1,1 +1,2 @@
-"""Number formats in blocks: some neighbours of a row share scales, and lie together in a fixed number of bytes."""
+"""Number formats in blocks: some neighbours of a row share scales, lie together in a fixed number of bytes, or are
+rotated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ...specs import ParallelSpec, Plan
@@ -36,6 +36,13 @@ def arrangements(model: Model, video: Video, machine: Machine, fixed: Fixed, til
         )
     ]
     return [one for one in made if not (one.fsdp and one.experts == "swap")]  # shards do not wait on the host
+
+
+def in_form(made: list[Arrangement], model: Model, packed: bool) -> list[Arrangement]:
+    """These arrangements with weights in the blocks of their files, or in full. Experts with other blocks take no
+    turns."""
+    alike = not packed or len({tuple(one.packed.items()) for one in model.experts}) == 1
+    return [replace(one, packed=packed) for one in made if alike or one.experts != "swap"]
 
 
 def open_tiles(model: Model, machine: Machine, fixed: Fixed) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 @dataclass(kw_only=True)
-class Change(ABC):
+class LayerChange(ABC):
     """The change that one LoRA makes to a layer. lora: its number among those that change the layer; scale: of the
     change, without the strength."""
 
@@ -30,7 +30,7 @@ class Change(ABC):
 
 
 @dataclass(kw_only=True)
-class PairChange(Change):
+class PairChange(LayerChange):
     """B [out, rank] times A [rank, in]."""
 
     up: Tensor
@@ -38,14 +38,14 @@ class PairChange(Change):
 
 
 @dataclass(kw_only=True)
-class BiasChange(Change):
+class BiasChange(LayerChange):
     """bias [out]"""
 
     bias: Tensor
 
 
 @dataclass(kw_only=True)
-class MatrixChange(Change):
+class MatrixChange(LayerChange):
     """A change that is multiplied separately. factor: with the strength. names: of its tensors."""
 
     factor: float = 0.0
@@ -87,7 +87,7 @@ class LoraTerm:
     bias [out] in fp32: the change of the bias; None: it does not change.
     """
 
-    def __init__(self, changes: Sequence[Change]):
+    def __init__(self, changes: Sequence[LayerChange]):
         pairs = [one for one in changes if isinstance(one, PairChange)]
         biases = [one for one in changes if isinstance(one, BiasChange)]
         self._matrices = [one for one in changes if isinstance(one, MatrixChange)]

@@ -75,6 +75,11 @@ def quantized_parameters(network: nn.Module) -> dict[str, torch.dtype]:
     }  # fmt: skip
 
 
+def block_types(network: nn.Module) -> dict[str, str]:
+    """The types of the blocks of a GGUF file in which layers keep their weights, by the layers' names."""
+    return {name: module.kind.name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
+
+
 def check_cuts(network: nn.Module, cut_dim: Callable[[str], int | None], degree: int) -> None:
     """Raises ValueError if tensor parallelism of this degree would cut groups of a quantized weight's inputs apart, or
     if the inputs do not fit the format. cut_dim: the dim along which it cuts a parameter, by name."""
