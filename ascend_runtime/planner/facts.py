@@ -36,7 +36,9 @@ class Network:
     in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names
     it; empty: not known.
     quantized: the number of bytes of an element of each parameter that is kept in 8 bits, by name.
-    packed: the weights that can stay in blocks of their file, by name.
+    packed: the weights that can stay in blocks of their file, by name. multiples: of inputs, in which tensor
+    parallelism can cut quantized weights, by name; others in any number. It finds weights dequantized that it would cut
+    otherwise.
     """
 
     part: str
@@ -46,6 +48,7 @@ class Network:
     stored_types: Mapping[str, str] = field(default_factory=dict)
     quantized: Mapping[str, int] = field(default_factory=dict)
     packed: Mapping[str, Blocks] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

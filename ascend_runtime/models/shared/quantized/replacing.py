@@ -80,6 +80,15 @@ def block_types(network: nn.Module) -> dict[str, str]:
     return {name: module.kind.name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
 
 
+def multiples_of(network: nn.Module) -> dict[str, int]:
+    """In multiples of how many inputs tensor parallelism can cut the weights of quantized layers, by the names of these
+    weights, where that is not 1."""
+    return {
+        f"{name}.weight": module.multiple
+        for name, module in network.named_modules() if isinstance(module, QuantizedLinear) and module.multiple > 1
+    }  # fmt: skip
+
+
 def check_cuts(network: nn.Module, cut_dim: Callable[[str], int | None], degree: int) -> None:
     """Raises ValueError if tensor parallelism of this degree would cut groups of a quantized weight's inputs apart, or
     if the inputs do not fit the format. cut_dim: the dim along which it cuts a parameter, by name."""
