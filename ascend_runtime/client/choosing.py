@@ -74,7 +74,8 @@ class Choices:
 
 def _kind(planned: PlannedJob) -> PlannedJob:
     """The job without what no plan depends on."""
-    return replace(planned, sample=replace(planned.sample, seed=0), model=replace(planned.model, loras=()))
+    loras = tuple(replace(one, strength=1.0) for one in planned.model.loras)
+    return replace(planned, sample=replace(planned.sample, seed=0), model=replace(planned.model, loras=loras))
 
 
 def _weights(model: DiffusionModelSpec, chosen: Chosen) -> WeightsKey:
