@@ -5,14 +5,13 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import NamedTuple
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
-from ..ascend_runtime.acceleration.report import plan_words, words_of
 from ..ascend_runtime.models.registry import schedules
 from ..ascend_runtime.specs import AccelerationSpec, SampleSpec
 from ..ascend_runtime.specs.jobs import MAX_SEED, MAX_STEP, SIMPLE, SOLVERS
-from . import comfy_bridge, core_types, types
+from . import comfy_bridge, core_types, report, types
 from .page.schema import DEVICES, FAMILIES, SAMPLING, TASKS, Schema
 
 AUTO = "auto"
@@ -227,7 +226,7 @@ class SamplerAdvanced(io.ComfyNode):
     ) -> io.NodeOutput:
         total = steps if sigmas is None else len(sigmas) - 1
         if min(end_at_step, total or end_at_step) <= start_at_step:
-            return io.NodeOutput(latent_image, ui=ui.PreviewText(_no_step(start_at_step, end_at_step, total)))
+            return io.NodeOutput(latent_image, ui=report.of_no_step(start_at_step, end_at_step, total))
         prompts = {"positive": positive, "negative": negative}
         spec = _spec(
             sigmas, seed=noise_seed, steps=steps, guidance_scale=cfg, guidance_scale_low_noise=cfg_low_noise,
@@ -312,12 +311,7 @@ def _sampled(model: types.ModelHandle, spec: SampleSpec, latent: dict, prompts: 
         ),
         preview=True,
     )  # fmt: skip
-    lines = [words_of(result.info, result.seconds), *plan_words(result.info), *result.info.get("warnings", ())]
     made = {name: value for name, value in latent.items() if name != HISTORY} | {"samples": result.tensor}
     if result.tensors:
         made[HISTORY] = Unfinished(result.tensor, result.tensors)
-    return io.NodeOutput(made, ui=ui.PreviewText("\n".join(lines)))
-
-
-def _no_step(start: int, end: int, total: int) -> str:
-    return f"No step was computed, as start_at_step is {start}, end_at_step {end} and the number of steps {total}."
+    return io.NodeOutput(made, ui=report.of_sampling(result.info, result.record))
