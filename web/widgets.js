@@ -6,6 +6,7 @@ import { setting, texts } from "./page.js"
 
 const GAP = 4 // pixels between two widgets
 const OURS = /^Ascend[A-Z]/
+const STATE = "showAdvanced" // the property of a node, which is saved
 const ALWAYS = "Comfy.Node.AlwaysShowAdvancedWidgets" // a setting of pages whose Nodes 2.0 know advanced inputs
 
 const inputsOf = node => {
@@ -143,17 +144,17 @@ function addButton(node) {
     node.advancedButton.serialize = false
 }
 
-// Whoever changes `showAdvanced` (our button, the page's button or menu) has the node rearranged.
+// Whoever changes `showAdvanced` (our button, the page's button or menu) has the node rearranged. Some pages have made
+// the property one that they watch themselves, of the node or of its class.
 function watchAdvanced(node) {
-    const inherited = Object.getOwnPropertyDescriptor(window.LGraphNode?.prototype ?? {}, "showAdvanced")
-    let own = node.showAdvanced
-    Object.defineProperty(node, "showAdvanced", {
+    const place = [node, window.LGraphNode?.prototype ?? {}].find(one => Object.getOwnPropertyDescriptor(one, STATE)?.set)
+    const watched = place && Object.getOwnPropertyDescriptor(place, STATE)
+    let own = node[STATE]
+    Object.defineProperty(node, STATE, {
         configurable: true,
         enumerable: true,
-        get: () => (inherited ? inherited.get.call(node) : own),
-        set(value) {
-            rearrange(node, () => (inherited ? inherited.set.call(node, value) : (own = value)))
-        },
+        get: () => (watched ? watched.get.call(node) : own),
+        set: value => rearrange(node, () => (watched ? watched.set.call(node, value) : (own = value))),
     })
 }
 
