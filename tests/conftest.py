@@ -42,6 +42,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-stock", action="store_true", help="stock graphs on more plans, all samplers, templates")
     parser.addoption("--all-tiles", action="store_true", help="VAE tiles on 1 to 8 ranks, instead of some of these")
     parser.addoption("--msmodelslim", action="store_true", help="has msModelSlim write folders, and loads them")
+    parser.addoption("--all-pages", action="store_true", help="each template in ComfyUI's page, not a sample")
     parser.addoption("--all-plans", action="store_true", help="all options of each plan for 2 to 8 ranks, not one")
 
 
