@@ -117,10 +117,11 @@ function label(button, shown, count) {
     hide(button, !count)
 }
 
-// Arranges a node on the canvas, whose height follows; what it is higher than it need be, it stays.
-function rearrange(node) {
+// Arranges a node on the canvas after a change, and its height follows; what it is higher than it need be, it stays.
+function rearrange(node, change = () => {}) {
     const shown = () => (node.widgets ?? []).map(({ hidden, label }) => [hidden, label]).join()
     const [before, least] = [shown(), node.computeSize()[1]]
+    change()
     arrange(node)
     if (shown() === before) return
     const needed = node.computeSize()[1]
@@ -151,9 +152,7 @@ function watchAdvanced(node) {
         enumerable: true,
         get: () => (inherited ? inherited.get.call(node) : own),
         set(value) {
-            if (inherited) inherited.set.call(node, value)
-            else own = value
-            rearrange(node)
+            rearrange(node, () => (inherited ? inherited.set.call(node, value) : (own = value)))
         },
     })
 }
