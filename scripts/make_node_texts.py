@@ -87,7 +87,10 @@ def _label(name, shown):
 
 def _texts(node):
     options = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
-    inputs = {name: {"name": name, "tooltip": more.get("tooltip", "")} for name, (_, more) in options.items()}
+    inputs = {
+        name: {"name": more.get("display_name", name), "tooltip": more.get("tooltip", "")}
+        for name, (_, more) in options.items()
+    }
     if any(more.get("control_after_generate") for _, more in options.values()):
         inputs["control_after_generate"] = {"name": "control after generate"}  # a widget that the page adds
     outputs = enumerate(zip(node["output_name"], node["output_tooltips"]))

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ascend_runtime.commands import templates
-from page_scripts import DROP, EMPTY, FIT, TOASTS, VIDEO
+from page_scripts import DROP, EMPTY, FIT, REPORTS, TOASTS, VIDEO
 from scripts.lib.comfy_browser import NODES_2
 
 LOD = "LiteGraph.Canvas.MinFontSizeForLOD"  # of the page: below this size, the classic canvas draws no text
@@ -35,7 +35,6 @@ LINK = """([from, output, to, input]) => {
 }"""
 ID = "([type, number]) => app.graph.nodes.filter(n => n.type === type)[number].id"
 OPTIONS = "[...document.querySelectorAll('[role=option]')].map(e => e.innerText.trim().split(/\\s{2,}|\\n/)[0])"
-REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"
 IDLE = 300.0  # seconds for a small job on a busy machine
 
 

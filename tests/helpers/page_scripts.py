@@ -34,3 +34,5 @@ EMPTY = """() => {
         }
 }"""
 TOASTS = "[...document.querySelectorAll('.p-toast-message')].map(one => one.innerText)"
+# The reports that nodes show (web/report.js).
+REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"
