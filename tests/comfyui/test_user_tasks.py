@@ -97,8 +97,12 @@ TASKS["find_by_teacache"] = found_by("teacache", "Ascend Step Cache")
 
 @task
 def find_the_sampler_by_wan(user):
-    listed = user.search("wan sampler")
-    assert listed[1:2] == ["Ascend Sampler"] or "Ascend Sampler" in listed[:4], listed[:10]
+    assert "Ascend Sampler" in user.search("wan sampler")[:4]
+    user.page.keyboard.press("Escape")
+    found = user.page.evaluate("""words => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia
+        ._s.get('nodeDef').nodeSearchService.searchNode(words).map(node => node.display_name)""", "wan")
+    assert "Ascend Sampler" in found and "Ascend Load Diffusion Model" in found  # core has a dozen nodes of this name
+    user.search("wan sampler")
 
 
 @task
@@ -174,7 +178,7 @@ def read_what_it_cost(user):
     user.set("AscendSampler", steps=4, control_after_generate="fixed")
     user.run()
     said = user.report()
-    assert re.search(r"4 steps", said) and re.search(r"\d s\b|seconds", said), said
+    assert re.search(r"took .*\d s: .*sampling", said), said
     user.look_at("AscendSampler", "AscendVAEDecode")
 
 
@@ -191,8 +195,8 @@ def make_it_longer(user):
 def switch_to_four_steps(user):
     user.template(TINY)
     user.set("AscendSampler", steps=4, cfg=1.0)
-    user.run()
-    assert "4 steps" in user.report()
+    assert user.run()["prompt"][2][str(user.node("AscendSampler"))]["inputs"]["steps"] == 4
+    assert user.report()
 
 
 @task
