@@ -54,7 +54,8 @@ class Network:
 @dataclass(frozen=True)
 class Model:
     """experts: one, or the high-noise and the low-noise one. dtype: of the blocks. encoders: those of the text, main
-    one first. vae_dtype, text_dtype: as `dtype`."""
+    one first. vae_dtype, text_dtype: as `dtype`. lora_numbers: in the files of its LoRAs, for each expert that gets
+    them."""
 
     family: Family
     experts: tuple[Network, ...]
@@ -64,6 +65,7 @@ class Model:
     text_dtype: str = "bfloat16"
     vae: Network | None = None
     vae_dtype: str = "float32"
+    lora_numbers: int = 0
 
 
 @dataclass(frozen=True)

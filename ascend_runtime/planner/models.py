@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..hardware import cores
 from ..models.family import TRANSFORMER, VAE, Family
 from ..models.registry import families
-from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
+from ..specs import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec
 from .facts import Blocks, Model, Network
 
 if TYPE_CHECKING:
@@ -49,6 +49,19 @@ def read(
         vae=None if vae is None else _found_vae(vae),
         vae_dtype="float32" if vae and vae.strict else _named(vae.dtype if vae else "auto", _vae_dtype(kind)),
     )
+
+
+def lora_numbers(loras: Iterable[LoraSpec], experts: int) -> int:
+    """The numbers in the files of LoRAs, by their headers, for each of so many experts that gets them; those of biases
+    count as they are kept, in fp32 and once more as a sum. Raises ValueError for files that cannot be read."""
+    from ..checkpoints.formats.tensor_files import open_tensors
+
+    total = 0
+    for spec in loras:
+        with open_tensors(Path(spec.path)) as file:
+            own = sum((4 if len(shape) == 1 else 1) * math.prod(shape) for shape in file.shapes.values())
+        total += own * (experts if spec.expert == "both" else 1)
+    return total
 
 
 def published(name: str, kind: str = "npu", quantization: str = "none", stored: str = IN_16_BITS) -> Model:
