@@ -14,8 +14,8 @@ from torch import nn
 
 from ..errors import coded_error
 from ..ops.packing import Packing
-from .codings import ggml
 from .codings.coding import Coding
+from .codings.ggml import block_codings
 from .codings.recognised import codings_of
 from .faults import list_faults
 from .formats.parts import Slices
@@ -175,7 +175,7 @@ def _places(
         targets: dict[str, tuple[Target, ...]] = {}
         with open_tensors(shard) as file:
             own = [key for key in file.shapes if rename(key, shard) is not None]
-            codings = ggml.codings_of(file) or codings_of(file, own)
+            codings = block_codings(file) or codings_of(file, own)
             parts = quantized.parts_in(file) if quantized else {}
             for key, shape in file.shapes.items():
                 name = None if key in codings.others or parts.get(key) is False else rename(key, shard)

@@ -20,14 +20,13 @@ from .room import Room
 logger = logging.getLogger(__name__)
 
 
-def packed(
+def keep_packed(
     found: list[Component], spec: DiffusionModelSpec, room: Room, dtype: torch.dtype
 ) -> tuple[list[Component], tuple[str, ...]]:
     """(the experts, with the weights in blocks that are to stay in them; a sentence about these for the user, if any).
 
-    A spec that leaves it open is decided by this rank's memory. Ranks that share weights must hold them in one way: they
-    keep them in blocks, as a decision of each would depend on its own memory. Jobs on ranks are decided beforehand, by
-    the plan.
+    A spec that leaves it open is decided by this rank's memory. Ranks that share weights must hold them in one way, and
+    keep them in blocks, as each would decide by its own memory. A job on ranks is decided beforehand, by its plan.
     """
     if spec.packed is False or spec.quantization != "none":
         return found, ()
