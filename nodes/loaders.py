@@ -90,7 +90,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     max=1024,
                     optional=True,
                     tooltip="The number of attention heads that an NPU computes at once. Fewer heads use less memory "
-                    "and more time. 0: all, unless the environment variable USE_SUB_HEAD sets a number.",
+                    "and more time. auto (0): all, unless the environment variable USE_SUB_HEAD sets a number.",
                 ),
                 io.Boolean.Input(
                     "warm_up",
