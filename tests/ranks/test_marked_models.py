@@ -4,7 +4,9 @@ import json
 import math
 
 import comfy_formats
+import hunyuan_formats
 import pytest
+import random_hunyuan
 import random_wan
 import tiny_models
 import torch
@@ -238,3 +240,26 @@ def test_text_encoders(tmp_path, form):
     expected = dict(twin.encoders["text_encoder"].model.named_parameters())
     for name, x in made.encoders["text_encoder"].model.named_parameters():
         assert_close(x, expected[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8, rotated", "nvfp4"])
+def test_fused_tensors(tmp_path, form):
+    """HunyuanVideo's layers in one tensor are rows and columns of the integers in it."""
+    theirs = random_hunyuan.transformer()
+    matrices = hunyuan_formats.comfyui_transformer(theirs.state_dict())
+    wide = {name.removesuffix(".weight") for name, x in matrices.items() if x.ndim == 2 and "blocks." in name
+            and not x.shape[1] % 16 and not x.shape[0] % 16}  # fmt: skip
+    worth = save_form(tmp_path / "own.safetensors", matrices, form, wide.__contains__)
+    save_file({name: x.contiguous() for name, x in worth.items()}, tmp_path / "twin.safetensors")
+    inputs = random_hunyuan.inputs(theirs.config)
+    exact, made, dequantized = (
+        random_hunyuan.velocity(hunyuan_formats.load(tmp_path / f"{name}.safetensors", **how), inputs).detach()
+        for name, how in (("twin", {}), ("own", {}), ("own", {"packed": False}))
+    )
+    assert off(dequantized, exact) <= 1e-4 and off(made, exact) <= 2e-2
+    network = hunyuan_formats.load(tmp_path / "own.safetensors")
+    layers = {name for name, layer in network.named_modules() if isinstance(layer, DynamicLinear)}
+    print(f"\n{form}: {off(made, exact):.2%} off; {len(layers)} layers compute in 8 bits")
+    assert (len(layers) > 20) == (form != "nvfp4")
+    if layers:
+        assert any("single" in name and name.endswith("to_q") for name in layers), sorted(layers)
