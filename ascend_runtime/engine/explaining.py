@@ -132,6 +132,8 @@ class Explainer:
         if not self._here:
             return None
         own = {"batch": generated.latent[0], "quantization": asked.model.quantization}
+        if model.notes:
+            own |= {"weights": " ".join(model.notes)}
         if model.low_noise is not None:
             own |= {"boundary": model.boundary, "experts": "swap" if model.swap else "resident"}
         calibration = asked.calibration if asked.acceleration.step_cache else {}
