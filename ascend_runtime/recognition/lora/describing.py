@@ -62,7 +62,8 @@ def _lines(file: TensorFile, layers: dict[tuple[str | None, str], dict[str, str]
         if change is not None and change.rank_key is not None:
             ranks[file.shapes[change.rank_key][0]] += 1
             with_alpha += "alpha" in roles
-    yield f"LoRA: {', '.join(f'{form} ({count} layers)' for form, count in forms.most_common())}"
+    counted = (f"{form} ({count} layer{'s' * (count != 1)})" for form, count in forms.most_common())
+    yield f"LoRA: {', '.join(counted)}"
     if ranks:
         listed = ", ".join(str(rank) for rank, _ in ranks.most_common(MAX_RANKS))
         yield f"rank: {listed}{', ...' * (len(ranks) > MAX_RANKS)}; alpha: {_alpha(file, with_alpha)}"
