@@ -216,7 +216,9 @@ def test_mindspeeds_alpha_is_in_a_file_next_to_it(tmp_path, shapes):
     assert scales(tmp_path, shapes) == {f"{Q}.weight": 4.0}
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"]
+)
 def test_a_folder_as_peft_and_diffusers_write_it(tmp_path, shapes, name):
     config = {"r": RANK, "lora_alpha": 8, "lora_bias": True}
     tensors = two_layers("base_model.model.") | {f"base_model.model.{Q}.lora_B.bias": torch.ones(DIM)}
