@@ -144,7 +144,7 @@ def _with_plan(result: Result, chosen: Chosen, warnings: Sequence[str] = ()) -> 
     """The result with its plan in `info["plan"]`."""
     took = {stage: seconds for stage, seconds in result.seconds.items() if stage in chosen.seconds}
     plan = {"line": chosen.line, "predicted": dict(chosen.seconds), "took": took, "device": chosen.device,
-            "host": chosen.host}  # fmt: skip
+            "host": chosen.host, "device_free": chosen.device_free}  # fmt: skip
     result.info["plan"] = plan
     if warnings:
         result.info["warnings"] = [*result.info.get("warnings", ()), *warnings]

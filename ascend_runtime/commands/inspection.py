@@ -35,6 +35,7 @@ from ..recognition.folders import (
 )
 from ..recognition.kinds import describe_other, is_kind, kinds
 from ..recognition.layout import find_part, find_transformer
+from ..recognition.lora.describing import describe
 from ..specs import DiffusionModelSpec
 from .progress import ProgressDisplay
 
@@ -53,10 +54,13 @@ class Found:
 
 
 def run(arguments: argparse.Namespace, progress: ProgressDisplay | None = None) -> int:
-    """Prints the parts of a model. Returns 0 if there are any and all can be used, as far as can be checked without
-    reading weights."""
+    """Prints the parts of a model, or what a LoRA holds. Returns 0 if there are any and all can be used, as far as can
+    be checked without reading weights."""
     progress = progress or ProgressDisplay()
     try:
+        if (lora := describe(existing(arguments.path))) is not None:
+            print(*map(printable, lora.lines), sep="\n")
+            return 0 if lora.usable else 1
         found = list(inspect(arguments.path, progress.begin))
     except ValueError as error:
         progress.refuse(error)

@@ -211,3 +211,26 @@ def test_what_may_not_be_read_is_named(told, checkpoints, tmp_path):
         (folder / path).chmod(0)
         status, text = told(folder)
         assert status == 1 and f"{folder / path} cannot be read (Permission denied)" in text
+
+
+def test_a_lora_has_its_forms_ranks_and_the_place_of_alpha(told, tmp_path):
+    def pair(name, rank=4):
+        return {f"{name}.lora_A.weight": torch.ones(rank, 8), f"{name}.lora_B.weight": torch.ones(8, rank)}
+
+    tensors = pair("transformer.blocks.0.attn1.to_q") | pair("transformer_2.blocks.0.attn1.to_q", 8)
+    tensors |= {"transformer.blocks.0.attn1.to_q.dora_scale": torch.ones(8, 1), "text_encoder.q.alpha": torch.ones(1)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"lora_adapter_metadata": "{}"})
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        status, text = told(path)
+        assert status == 0 and text.splitlines() == [
+            "LoRA: DoRA (1 layers), low-rank pairs (1 layers)",
+            "rank: 4, 8; alpha: in its header (lora_adapter_metadata)",
+            "for: high_noise and low_noise",
+            "left out: 1 tensors for text encoders",
+        ]
+    save_file(pair("blocks.0.self_attn.q") | {"blocks.0.self_attn.q.scalar": torch.ones(1)}, tmp_path / "lora.sft")
+    status, text = told(tmp_path / "lora.sft")
+    assert status == 1 and text.splitlines()[1:] == [
+        "rank: 4; alpha: none, so it is taken as the rank", "for: both experts, or the only one",
+        "refused: 1 tensors of LyCORIS with a trained scalar",
+    ]  # fmt: skip

@@ -311,7 +311,8 @@ def test_what_does_not_fit_is_left_out_with_one_warning(runtimes, specs, loras, 
         said = made[name].info.get("warnings", [])
         assert len(said) == (name == "misfits")
     assert torch.equal(made["fits"].tensor, made["misfits"].tensor)
-    assert "3 of no layer of this model: diffusion_model.blocks.7.self_attn.q.lora_A.weight, " in said[0]
+    assert "2 of no layer of this model: diffusion_model.blocks.7.self_attn.q.lora_A.weight, " in said[0]
+    assert "1 of text encoders, which LoRAs do not change here: lora_te_q.alpha" in said[0]
     assert "2 of the wrong shape: diffusion_model.blocks.0.norm3.diff [97] for blocks.0.norm2.weight [96], " in said[0]
     assert "made for an image-to-video model (36 channels); this is a text-to-video model (16 channels)" in said[0]
     assert caplog.messages.count(said[0]) == 1

@@ -29,7 +29,7 @@ from ...models.shapes import Shapes
 from ...ops.finite import is_finite
 from .changes import Difference, WeightChange
 from .forms import change_of
-from .keys import MAGNITUDES, TWICE, Keys, ParsedKeys, module_name, parse_keys, section
+from .keys import MAGNITUDES, TWICE, Keys, ParsedKeys, module_and_role, parse_keys, section
 from .scale import IN_THE_HEADER, PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file, file_of
 
 MISSHAPEN = "of the wrong shape"
@@ -179,7 +179,7 @@ def _scale(
             return 1.0
         if config.dora and not keys.keys() & MAGNITUDES.keys():
             faults[WITHOUT_MAGNITUDE].append(first)
-        return config.scale((module_name(first), layer), rank)
+        return config.scale((module_and_role(first)[0], layer), rank)
     shape, dtype = file.shapes[keys["alpha"]], file.dtype(keys["alpha"])
     if math.prod(shape) != 1:
         faults[MISSHAPEN].append(f"{keys['alpha']} is {list(shape)}, not one number")

@@ -95,15 +95,14 @@ def parse_keys(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: st
     found, known = ParsedKeys(), {*shapes, *names.further(shapes)}
     spellings = names.spellings(known)
     own = {name.removesuffix(".weight").removesuffix(".bias") for name in shapes}
-    experts = _experts(keys)
-    for key, whose in experts.items():
+    for key, whose in experts_of(keys).items():
         if expert is not None and whose not in (None, expert):
             found.other_expert += 1
             continue
-        if OF_TEXT.match(key):
+        if is_for_text(key):
             found.left_out[FOR_TEXT].append(key)
             continue
-        other = next((what for what, pattern in OTHER_FORMATS.items() if pattern.search(key)), None)
+        other = other_format(key)
         layer, role = _meaning(key, spellings)
         if other is not None:
             found.other_formats[other].append(key)
@@ -116,10 +115,29 @@ def parse_keys(keys: Iterable[str], shapes: Shapes, names: LoraNames, expert: st
     return found
 
 
-def module_name(key: str) -> str:
-    """The layer's name in the software that trained the LoRA."""
-    rest = _plain(key)
-    return next((rest.removesuffix(f".{suffix}") for suffix in ROLES if rest.endswith(f".{suffix}")), rest)
+def module_and_role(key: str) -> tuple[str, str | None]:
+    """(the layer's name in the software that trained the LoRA, the key's role in it; None if unknown)"""
+    rest = INSERTED.sub("", PREFIX.sub("", key))
+    suffix = next((suffix for suffix in ROLES if rest.endswith(f".{suffix}")), None)
+    return (rest, None) if suffix is None else (rest.removesuffix(f".{suffix}"), ROLES[suffix])
+
+
+def other_format(key: str) -> str | None:
+    """The unsupported format that a key belongs to; None: it may be supported."""
+    return next((what for what, pattern in OTHER_FORMATS.items() if pattern.search(key)), None)
+
+
+def is_for_text(key: str) -> bool:
+    """Whether a key is for a text encoder."""
+    return OF_TEXT.match(key) is not None
+
+
+def experts_of(keys: Iterable[str]) -> dict[str, str | None]:
+    """The expert that each key is for; None: for both."""
+    keys = tuple(keys)
+    named = {key: _named(key) for key in keys}
+    of_two = LOW_NOISE in named.values() or any(ONLY_HIGH.search(PREFIX.match(key)[0]) for key in keys)
+    return {key: whose if of_two else None for key, whose in named.items()}
 
 
 def section(key: str) -> str:
@@ -134,13 +152,6 @@ def _add(found: ParsedKeys, layer: str, role: str, key: str) -> None:
         found.layers[layer][role] = key
 
 
-def _experts(keys: Iterable[str]) -> dict[str, str | None]:
-    """The expert that each key is for; None: for both."""
-    named = {key: _named(key) for key in keys}
-    of_two = LOW_NOISE in named.values() or any(ONLY_HIGH.search(PREFIX.match(key)[0]) for key in keys)
-    return {key: whose if of_two else None for key, whose in named.items()}
-
-
 def _named(key: str) -> str | None:
     prefix = PREFIX.match(key)[0]
     return next((expert for expert, pattern in OF_EXPERTS.items() if pattern.search(prefix)), None)
@@ -148,16 +159,7 @@ def _named(key: str) -> str | None:
 
 def _meaning(key: str, spellings: dict[str, str]) -> tuple[str | None, str | None]:
     """(the layer that a key changes, its role in that layer); each None if unknown."""
-    rest = _plain(key)
-    for suffix, role in ROLES.items():
-        if rest.endswith(f".{suffix}"):
-            name = rest.removesuffix(f".{suffix}")
-            if role == "diff_m":
-                return spellings.get(f"{name}.modulation") or spellings.get(f"{name}_modulation"), "diff"
-            return spellings.get(name) or spellings.get(name.replace(".", "_")), role
-    return None, None
-
-
-def _plain(key: str) -> str:
-    """The key without a prefix, and without what only some software inserts."""
-    return INSERTED.sub("", PREFIX.sub("", key))
+    name, role = module_and_role(key)
+    if role == "diff_m":
+        return spellings.get(f"{name}.modulation") or spellings.get(f"{name}_modulation"), "diff"
+    return (spellings.get(name) or spellings.get(name.replace(".", "_")), role) if role else (None, None)
