@@ -75,14 +75,6 @@ def quantized_parameters(network: nn.Module) -> dict[str, torch.dtype]:
     }  # fmt: skip
 
 
-<<<<<<< HEAD
-=======
-def block_types(network: nn.Module) -> dict[str, str]:
-    """The types of the blocks of a GGUF file in which layers keep their weights, by the layers' names."""
-    return {name: module.kind.name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
-
-
->>>>>>> n-lora8
 def multiples_of(network: nn.Module) -> dict[str, int]:
     """In multiples of how many inputs tensor parallelism can cut the weights of quantized layers, by the names of these
     weights, where that is not 1."""
@@ -90,14 +82,11 @@ def multiples_of(network: nn.Module) -> dict[str, int]:
         f"{name}.weight": module.multiple
         for name, module in network.named_modules() if isinstance(module, QuantizedLinear) and module.multiple > 1
     }  # fmt: skip
-<<<<<<< HEAD
 
 
 def block_types(network: nn.Module) -> dict[str, str]:
     """The types of the blocks of a GGUF file in which layers keep their weights, by the layers' names."""
     return {name: module.kind.name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
-=======
->>>>>>> n-lora8
 
 
 def check_cuts(network: nn.Module, cut_dim: Callable[[str], int | None], degree: int) -> None:
