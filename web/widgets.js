@@ -2,18 +2,16 @@
 // than are needed. nodes/page/schema.py notes in each input's options: `shown_as` (a value, and the word for it),
 // `advanced`, and `only_with` (the value that another widget must have). Values stay what they are.
 import { app } from "../../scripts/app.js"
-import { setting, texts } from "./page.js"
+import { ALWAYS, drawAgain, pageKnowsAdvanced, setting, texts } from "./page.js"
 
 const GAP = 4 // pixels between two widgets
 const OURS = /^Ascend[A-Z]/
-const ALWAYS = "Comfy.Node.AlwaysShowAdvancedWidgets" // a setting of pages whose Nodes 2.0 know advanced inputs
 
 const inputsOf = node => {
     const { required, optional } = node.constructor.nodeData?.input ?? {}
     return { ...required, ...optional }
 }
 const optionsOf = (node, { name }) => inputsOf(node)[name]?.[1] ?? {}
-const pageKnowsAdvanced = () => ALWAYS in (app.ui?.settings?.settingsParamLookup ?? {})
 const isLinked = (node, { name }) => node.inputs?.some(input => input.widget?.name === name && input.link != null)
 
 function isDefault(node, widget) {
@@ -125,14 +123,8 @@ function rearrange(node) {
     if (shown() === before) return
     const needed = node.computeSize()[1]
     node.setSize([node.size[0], needed + Math.max(0, node.size[1] - least)])
-    if (node.graph && LiteGraph.vueNodesMode && !pageKnowsAdvanced()) drawAgain(node)
+    drawAgain(node)
     node.setDirtyCanvas?.(true, true)
-}
-
-// The first Nodes 2.0 read a widget's options when the node is added, and its height when it is first drawn.
-function drawAgain(node) {
-    node.graph.onNodeAdded?.(node)
-    document.querySelector(`[data-node-id="${node.id}"]`)?.style.setProperty("--node-height", `${node.size[1]}px`)
 }
 
 function addButton(node) {
