@@ -8,7 +8,6 @@ const HEIGHTS = { // pixels; a line takes about 14, and more can be scrolled
     AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 38, AscendTextEncode: 64,
 }
 const WIDGET = "report"
-
 const LIVE_TEXT = "$$node-text-preview" // the page's widget with the text that was sent while a job ran
 
 // The text of an output in the page's language, or in English.
@@ -35,7 +34,7 @@ function addReport(node) {
     })
     widget.serialize = false // of the saved workflow
     node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
-    drawAgain(node)
+    requestAnimationFrame(() => element.isConnected || drawAgain(node))
     return widget
 }
 
