@@ -1,6 +1,7 @@
 """25 things that a ComfyUI user wants to do with the pack, each done in the real page, classic and Nodes 2.0.
 
 In CI a few of them; --all-pages does all, and leaves a picture of each in .cache/artefacts/tasks, to be looked at.
+ASCEND_TEST_PICTURES names another folder, and ASCEND_TEST_TASKS some of the tasks, separated by spaces.
 """
 
 import json
@@ -20,7 +21,7 @@ from scripts.lib.comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chr
 from scripts.lib.comfy_server import PromptFailed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PICTURES = REPOSITORY / ".cache" / "artefacts" / "tasks"
+PICTURES = Path(os.environ.get("ASCEND_TEST_PICTURES") or REPOSITORY / ".cache" / "artefacts" / "tasks")
 TINY = "tiny_wan_text_to_video"
 CHINESE = re.compile("[\u4e00-\u9fff]")
 TASKS = {}
