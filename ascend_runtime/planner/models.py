@@ -173,7 +173,8 @@ def _packed(component: Component, network: nn.Module) -> dict[str, StoredBlocks]
     if component.kind.name != TRANSFORMER:
         return {}
     kinds = weights_in_blocks(component, linears(network, lambda name: True))
-    return {name: StoredBlocks(kind, BLOCK_TYPES[kind].values, BLOCK_TYPES[kind].nbytes) for name, kind in kinds.items()}
+    types = {name: BLOCK_TYPES[kind] for name, kind in kinds.items()}
+    return {name: StoredBlocks(kinds[name], one.values, one.nbytes) for name, one in types.items()}
 
 
 def _of_config(
