@@ -2,13 +2,12 @@
 // Ascend VAE Decode, what the whole video took; Ascend Text Encode, where a prompt was cut. ComfyUI's page removes a text
 // that was sent while a job ran once it ends; what a node puts out (nodes/report/) stays. It has the text in all languages.
 import { app } from "../../scripts/app.js"
+import { drawAgain, setting } from "./page.js"
 
 const HEIGHTS = { // pixels; a line takes about 14, and more can be scrolled
     AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 38, AscendTextEncode: 64,
 }
 const WIDGET = "report"
-
-const setting = name => app.extensionManager?.setting?.get(name) ?? app.ui?.settings?.getSettingValue(name)
 
 // The text of an output in the page's language, or in English.
 function textOf(output) {
@@ -34,6 +33,7 @@ function addReport(node) {
     })
     widget.serialize = false // of the saved workflow
     node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
+    requestAnimationFrame(() => element.isConnected || drawAgain(node))
     return widget
 }
 
