@@ -173,8 +173,8 @@ def _packed(component: Component, network: nn.Module) -> dict[str, StoredBlocks]
     if component.kind.name != TRANSFORMER:
         return {}
     kinds = weights_in_blocks(component, linears(network, lambda name: True))
-    types = {name: BLOCK_TYPES[kind] for name, kind in kinds.items()}
-    return {name: StoredBlocks(kinds[name], one.values, one.nbytes) for name, one in types.items()}
+    sizes = {name: (one.values, one.nbytes) for name, one in BLOCK_TYPES.items()}
+    return {name: StoredBlocks(kind, *sizes[kind]) for name, kind in kinds.items()}
 
 
 def _of_config(
