@@ -134,15 +134,15 @@ def _position(name: str, tooltip: str) -> Widget:
 
 WINDOW = (  # the fields of specs.acceleration.Window
     _position("start", "The first step, counted from 0, whose results are kept. The steps after it may reuse them. "
-              "-1: at 30 % of the steps (step 12 of 40)."),
-    _position("end", "The last step, counted from 0, that may reuse results. -1: at 92.5 % of the steps (step "
-              "37 of 40)."),
+              "auto (-1): at 30 % of the steps (step 12 of 40)."),
+    _position("end", "The last step, counted from 0, that may reuse results. auto (-1): at 92.5 % of the "
+              "steps (step 37 of 40)."),
     _count("interval", 4, "How often a step is computed from start on. 4: one step in four, and the other three reuse "
            "its results. 1: every step, so nothing is reused.", least=1),
     _count("first_block", 0, "The first block of the model that may reuse results, counted from 0. Earlier blocks are "
            "always computed."),
     _position("last_block", "The last block that may reuse results, counted from 0. Later blocks are always computed. "
-              "-1: the last block of the model."),
+              "auto (-1): the last block of the model."),
 )  # fmt: skip
 
 ACCELERATORS = (
@@ -155,8 +155,8 @@ ACCELERATORS = (
         (
             Widget("ratio", io.Float, 0.0, {"min": 0.0, "max": 10.0, "step": 0.05, "round": 0.01},
                    "Above 1: the speed-up of the denoise loop to reach, such as 1.2. start and interval are then "
-                   "chosen to reach it, with an interval of at least the value below. 0 or 1: start and interval are "
-                   "used as set below.", automatic=0.0, word="off"),
+                   "chosen to reach it, with an interval of at least the value below. off (0), or 1: start and interval "
+                   "are used as set below.", automatic=0.0, word="off"),
             *WINDOW,
         ),
         ("attention cache", "mindie sd"),
@@ -185,12 +185,12 @@ ACCELERATORS = (
                     "any model."),
             Widget("threshold", io.Float, 0.0, {"min": 0.0, "max": 100.0, "step": 0.01, "round": 0.001},
                    "How much may change before a step is computed again. Larger values are faster and less exact. Not "
-                   "used by taylorseer. 0: the method's default.", automatic=0.0),
-            _count("first_steps", 0, "The number of steps at the start that are always computed, for each expert. 0: "
-                   "the method's default.", automatic=0),
+                   "used by taylorseer. auto (0): the method's default.", automatic=0.0),
+            _count("first_steps", 0, "The number of steps at the start that are always computed, for each expert. "
+                   "auto (0): the method's default.", automatic=0),
             _count("last_steps", 1, "The number of steps at the end that are always computed."),
-            _count("most", 0, "The largest number of steps that may be skipped in a row. 0: the method's default.",
-                   automatic=0),
+            _count("most", 0, "The largest number of steps that may be skipped in a row. auto (0): the method's "
+                   "default.", automatic=0),
             _count("interval", 4, "Only for taylorseer: how often a step is computed. 4: one step in four, and the "
                    "other three are predicted.", least=1),
             _count("order", 1, "Only for taylorseer: the order of the Taylor expansion. 0: the last computed step is "
@@ -213,7 +213,7 @@ ACCELERATORS = (
                     "v3: the same with pairs of tiles of 8 x 8 tokens of one frame."),
             Widget("sparsity", io.Float, 0.64, {"min": 0.0, "max": 0.99, "step": 0.01, "round": 0.001},
                    "The share of the products that is skipped. Larger values are faster and less exact. 0: none."),
-            _position("start", "The first sparse step, counted from 0. -1: after a quarter of the steps."),
+            _position("start", "The first sparse step, counted from 0. auto (-1): after a quarter of the steps."),
             _count("refresh", 1, "How many steps in a row use the same choice of products. 1: each step makes its own "
                    "choice.", least=1),
             _count("first_blocks", 0, "The number of blocks at the start of the model that are never sparse."),

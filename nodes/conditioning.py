@@ -1,8 +1,8 @@
 """Text to CONDITIONING."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from . import comfy_bridge, types
+from . import comfy_bridge, report, types
 from .page.schema import CONDITIONING, FAMILIES, Schema
 
 
@@ -55,6 +55,5 @@ class TextEncode(io.ComfyNode):
         result = comfy_bridge.run_job(
             text_encoder.ranks, lambda runtime, hooks: runtime.encode(text_encoder.spec, text, **seen, **hooks)
         )
-        warnings = "\n".join(result.info.get("warnings", ()))
         extras = {"pooled_output": result.conditioning.pooled}
-        return io.NodeOutput([[result.tensor, extras]], ui=ui.PreviewText(warnings))
+        return io.NodeOutput([[result.tensor, extras]], ui=report.of_warnings(result.info))

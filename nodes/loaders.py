@@ -54,7 +54,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     tooltip="A folder in models/diffusers, or a file in models/diffusion_models.\n"
                     "Folders: as diffusers, the model's authors, MindSpeed-MM or msModelSlim write them; one folder "
                     "may hold both experts of Wan 2.2.\n"
-                    "Files: ComfyUI's .safetensors, also in fp8, or the authors' .pth or .pt.\n"
+                    "Files: ComfyUI's .safetensors, also in fp8, the authors' .pth or .pt, or .gguf.\n"
                     "The content decides the format, not the name. embedded/tiny_wan comes with the pack and runs on "
                     "any machine.",
                 ),
@@ -90,7 +90,7 @@ class LoadDiffusionModel(io.ComfyNode):
                     max=1024,
                     optional=True,
                     tooltip="The number of attention heads that an NPU computes at once. Fewer heads use less memory "
-                    "and more time. 0: all, unless the environment variable USE_SUB_HEAD sets a number.",
+                    "and more time. auto (0): all, unless the environment variable USE_SUB_HEAD sets a number.",
                 ),
                 io.Boolean.Input(
                     "warm_up",

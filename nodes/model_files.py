@@ -23,6 +23,7 @@ EMBEDDED = "embedded/"  # prefix of the models that come with the pack
 CHECKPOINTS = "checkpoints"  # ComfyUI's folder of files that hold all networks of a model
 IN_CHECKPOINTS = f"{CHECKPOINTS}/"  # prefix of these
 SUFFIXES = (".safetensors", ".sft", ".pth", ".pt")
+GGUF = ".gguf"  # which core's categories of files leave out
 # A folder with one of these is a model: of diffusers, of the model's authors (both experts, or one; or all parts of a
 # model, and its transformer), of MindSpeed-MM, of msModelSlim.
 MARKS = (
@@ -35,13 +36,15 @@ MARKS = (
 class Kind:
     """category: ComfyUI's, of single files. published: what to download, and where to put it. folders: whether a model
     may be a folder with one of MARKS. in_checkpoints: whether a file of all networks holds it too. weights: the files
-    of which each makes its own folder a model."""
+    of which each makes its own folder a model. gguf: the category of GGUF files in the same folders, as the pack
+    ComfyUI-GGUF calls it; empty: no such files are listed."""
 
     category: str
     published: str
     folders: bool = True
     in_checkpoints: bool = False
     weights: tuple[str, ...] = ()
+    gguf: str = ""
 
 
 FOLDER = (
@@ -53,6 +56,7 @@ TRANSFORMER = Kind(
     "a file (of Comfy-Org/Wan_2.1_ComfyUI_repackaged, Comfy-Org/Wan_2.2_ComfyUI_Repackaged or "
     f"Comfy-Org/HunyuanVideo_repackaged, {HUBS}) into models/diffusion_models, or {FOLDER}",
     in_checkpoints=True,
+    gguf="unet_gguf",
 )
 TEXT_ENCODER = Kind(
     "text_encoders",
@@ -60,6 +64,7 @@ TEXT_ENCODER = Kind(
     "llava_llama3_fp8_scaled.safetensors and clip_l.safetensors of Comfy-Org/HunyuanVideo_repackaged for HunyuanVideo; "
     f"{HUBS}) into models/text_encoders, or {FOLDER}",
     in_checkpoints=True,
+    gguf="clip_gguf",
 )
 VISION = Kind(
     "clip_vision",
@@ -100,9 +105,18 @@ def names(kind: Kind) -> list[str]:
     """What a loader of this kind can load: folders first, then files, then files of all networks."""
     listed = folders(kind)
     files = [name for name in folder_paths.get_filename_list(kind.category) if name.endswith(SUFFIXES)]
+    files += _gguf_files(kind)
     if kind.weights:
         return [*listed, *(name for name in files if not _makes_folder(kind, name))]
     return [*listed, *(name for name in files if Path(name).parts[0] not in listed), *_checkpoints(kind)]
+
+
+def _gguf_files(kind: Kind) -> list[str]:
+    """GGUF files in the folders of a category, which ComfyUI lists by endings that lack theirs."""
+    if not kind.gguf:
+        return []
+    folder_paths.folder_names_and_paths[kind.gguf] = (folder_paths.get_folder_paths(kind.category), {GGUF})
+    return [name for name in folder_paths.get_filename_list(kind.gguf) if name.endswith(GGUF)]
 
 
 def _checkpoints(kind: Kind) -> list[str]:

@@ -35,8 +35,8 @@ class ParallelConfig(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_RANKS,
-                    tooltip="The number of ranks; a rank is one process on one device. 0: one per visible device, or "
-                    "one on a CPU. A graph that was made with 0 on eight cards also runs on fewer.",
+                    tooltip="The number of ranks; a rank is one process on one device. auto (0): one per visible device, "
+                    "or one on a CPU. A graph that was made with auto on eight cards also runs on fewer.",
                 ),
                 io.Int.Input(
                     "cfg_degree",
@@ -44,7 +44,7 @@ class ParallelConfig(io.ComfyNode):
                     min=0,
                     max=2,
                     tooltip="2: half of the ranks compute the positive prompt, and half the negative one. 1: all ranks "
-                    "compute both. 0: automatic.",
+                    "compute both. auto (0): chosen before each job.",
                 ),
                 io.Int.Input(
                     "ulysses_degree",
@@ -52,8 +52,8 @@ class ParallelConfig(io.ComfyNode):
                     min=0,
                     max=MAX_RANKS,
                     tooltip="The number of ranks that share the tokens of a video. Around attention they exchange "
-                    "tokens for heads. 0: automatic. cfg_degree x ring_degree x ulysses_degree x tp_degree must equal "
-                    "ranks. If ranks is 0 and the product does not fit the number of cards, other degrees are used.",
+                    "tokens for heads. auto (0): chosen before each job. cfg_degree x ring_degree x ulysses_degree x tp_degree must equal "
+                    "ranks. If ranks is auto and the product does not fit the number of cards, other degrees are used.",
                 ),
                 io.Combo.Input(
                     "device",
@@ -68,7 +68,7 @@ class ParallelConfig(io.ComfyNode):
                     max=MAX_RANKS,
                     optional=True,
                     tooltip="The number of parts that the video's tokens are split into. Their keys and values travel "
-                    "from rank to rank. 0: automatic, which gives 1 unless the other degrees do not use all ranks.",
+                    "from rank to rank. auto (0): 1, unless the other degrees do not use all ranks.",
                 ),
                 io.Int.Input(
                     "tp_degree",
@@ -85,7 +85,7 @@ class ParallelConfig(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="On: each rank keeps a share of the transformer's weights and gathers a block's weights "
-                    "when they are needed. Off: automatic; it is used where the weights do not fit on a card "
+                    "when they are needed. auto (off): it is used where the weights do not fit on a card "
                     "otherwise.",
                 ),
                 io.Combo.Input(
@@ -101,7 +101,7 @@ class ParallelConfig(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Sends the heads of ulysses_degree in two parts, one while attention runs on the other. "
-                    "On NPUs, the environment variable OVERLAP can turn it on as well.",
+                    "auto (off): on NPUs, the environment variable OVERLAP can turn it on as well.",
                 ),
             ],
             outputs=[

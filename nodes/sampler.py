@@ -5,14 +5,13 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import NamedTuple
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 
-from ..ascend_runtime.acceleration.report import plan_words, words_of
 from ..ascend_runtime.models.registry import schedules
 from ..ascend_runtime.specs import AccelerationSpec, SampleSpec
 from ..ascend_runtime.specs.jobs import MAX_SEED, MAX_STEP, SIMPLE, SOLVERS
-from . import comfy_bridge, core_types, types
+from . import comfy_bridge, core_types, report, types
 from .page.schema import DEVICES, FAMILIES, SAMPLING, TASKS, Schema
 
 AUTO = "auto"
@@ -58,8 +57,8 @@ class Sampler(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="The number of denoising steps. More steps take longer and show finer detail. 0: the "
-                    "model's default.",
+                    tooltip="The number of denoising steps. More steps take longer and show finer detail. "
+                    "auto (0): the model's default.",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -69,8 +68,8 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How strongly the video follows the prompt. 1: the negative prompt is not used, and a "
-                    "step takes half the work. 0: the model's default, which may differ between two experts, and is 1 "
-                    "for HunyuanVideo.",
+                    "step takes half the work. auto (0): the model's default, which may differ between two experts, and "
+                    "is 1 for HunyuanVideo.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -94,8 +93,8 @@ class Sampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Moves the steps towards high noise. 0: the model's default, such as 5 for Wan 2.1, 12 "
-                    "for Wan2.2-T2V-A14B and 7 for HunyuanVideo.",
+                    tooltip="Moves the steps towards high noise. auto (0): the model's default, such as 5 for Wan "
+                    "2.1, 12 for Wan2.2-T2V-A14B and 7 for HunyuanVideo.",
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What the video should not show. Not needed if cfg is 1."
@@ -108,8 +107,8 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     optional=True,
-                    tooltip="cfg of the low-noise expert, for models with two experts such as Wan 2.2 A14B. 0: the "
-                    "same as cfg; if cfg is 0 too, the model's default.",
+                    tooltip="cfg of the low-noise expert, for models with two experts such as Wan 2.2 A14B. "
+                    "auto (0): the same as cfg; if cfg is auto too, the model's default.",
                 ),
                 io.Sigmas.Input(
                     "sigmas",
@@ -138,7 +137,7 @@ class Sampler(io.ComfyNode):
                     optional=True,
                     tooltip="How strongly the video follows the prompt, for models that read this number as an input: "
                     "HunyuanVideo, except its image-to-video model v1. It costs no time. If core's FluxGuidance "
-                    "sets the number in the conditioning, that one is used. 0: the model's default (6).",
+                    "sets the number in the conditioning, that one is used. auto (0): the model's default (6).",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For Ascend VAE Decode or core's VAE Decode.")],
@@ -227,7 +226,7 @@ class SamplerAdvanced(io.ComfyNode):
     ) -> io.NodeOutput:
         total = steps if sigmas is None else len(sigmas) - 1
         if min(end_at_step, total or end_at_step) <= start_at_step:
-            return io.NodeOutput(latent_image, ui=ui.PreviewText(_no_step(start_at_step, end_at_step, total)))
+            return io.NodeOutput(latent_image, ui=report.of_no_step(start_at_step, end_at_step, total))
         prompts = {"positive": positive, "negative": negative}
         spec = _spec(
             sigmas, seed=noise_seed, steps=steps, guidance_scale=cfg, guidance_scale_low_noise=cfg_low_noise,
@@ -312,12 +311,7 @@ def _sampled(model: types.ModelHandle, spec: SampleSpec, latent: dict, prompts: 
         ),
         preview=True,
     )  # fmt: skip
-    lines = [words_of(result.info, result.seconds), *plan_words(result.info), *result.info.get("warnings", ())]
     made = {name: value for name, value in latent.items() if name != HISTORY} | {"samples": result.tensor}
     if result.tensors:
         made[HISTORY] = Unfinished(result.tensor, result.tensors)
-    return io.NodeOutput(made, ui=ui.PreviewText("\n".join(lines)))
-
-
-def _no_step(start: int, end: int, total: int) -> str:
-    return f"No step was computed, as start_at_step is {start}, end_at_step {end} and the number of steps {total}."
+    return io.NodeOutput(made, ui=report.of_sampling(result.info, result.record))

@@ -15,6 +15,9 @@ Vae = io.Custom("ASCEND_VAE")
 Profile = io.Custom("ASCEND_PROFILE")
 Acceleration = io.Custom("ASCEND_ACCELERATION")
 
+# What the page calls inputs and outputs whose names would be those of core's MODEL and VAE, which they cannot take.
+NAMES = {DiffusionModel.io_type: "ascend model", Vae.io_type: "ascend vae"}
+
 
 @dataclass(frozen=True)
 class RanksHandle:

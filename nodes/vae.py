@@ -2,9 +2,9 @@
 
 import logging
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from . import comfy_bridge, core_types, types
+from . import comfy_bridge, core_types, report, types
 from .page.schema import DEVICES, FAMILIES, SAMPLING, Schema
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,7 @@ class VAEDecode(io.ComfyNode):
     def execute(cls, samples, vae) -> io.NodeOutput:
         latent = samples["samples"]
         result = comfy_bridge.run_job(vae.ranks, lambda runtime, hooks: runtime.decode(vae.spec, latent, **hooks))
-        warnings = "\n".join(result.info.get("warnings", ()))
-        return io.NodeOutput(result.tensor, ui=ui.PreviewText(warnings) if warnings else None)
+        return io.NodeOutput(result.tensor, ui=report.of_decoding(result.info, result.record))
 
 
 class VAEEncode(io.ComfyNode):

@@ -85,7 +85,7 @@ def main():
     with ComfyServer(extra_args=options) as server:
         if arguments.graph:
             return picture_of_graph(server).save(saying(REPOSITORY / "docs" / "images" / "graph.png"), optimize=True)
-        names = arguments.names or list(templates.SHOWN)
+        names = arguments.names or templates.SHORT
         videos = {short: frames_of(run(server, SENTENCES[short])) for short in names}
         with ComfyBrowser(server, size=(SIDE, SIDE)) as browser:
             for short, frames in videos.items():
@@ -158,7 +158,8 @@ def picture_of_graph(server):
         browser.open(graph)
         browser.show((left, top, right - left, bottom - top), margin=110)
         browser.page.keyboard.press("Control+Enter")
-        browser.page.wait_for_function("[...document.querySelectorAll('video')].some(v => v.videoWidth)", timeout=600_000)
+        shown = "[...document.querySelectorAll('video')].some(video => video.videoWidth)"
+        browser.page.wait_for_function(shown, timeout=600_000)
         browser.page.wait_for_timeout(3000)
         return Image.open(io.BytesIO(browser.page.screenshot())).convert("RGB")
 

@@ -5,8 +5,8 @@
     .venv/bin/python scripts/make_workflows.py --frontend DIR         # measured in this page too
 
 The API format defines what a workflow does. This script adds the notes and the download links, measures the nodes on
-the canvas and in Nodes 2.0, and places them. DIR is the folder `static` of another comfyui-frontend-package: make the
-workflows with the newest, as its nodes may be taller.
+the canvas and in Nodes 2.0, and places them. It makes the blueprints of subgraphs/ from them too. DIR is the folder
+`static` of another comfyui-frontend-package: make the workflows with the newest, as its nodes may be taller.
 """
 
 import argparse
@@ -24,8 +24,10 @@ sys.path.insert(0, str(REPOSITORY))
 from ascend_runtime.commands import templates  # noqa: E402
 from scripts.lib.comfy_browser import ComfyBrowser  # noqa: E402
 from scripts.lib.comfy_server import ComfyServer  # noqa: E402
+from scripts.lib import predictions  # noqa: E402
+from scripts.lib.blueprints import BLUEPRINTS, blueprint  # noqa: E402
 from scripts.lib.workflow_layout import LEAST_HEIGHTS, NOTE, arrange, name_of, width_of  # noqa: E402
-from scripts.lib.workflow_notes import note  # noqa: E402
+from scripts.lib.workflow_notes import note, table_of  # noqa: E402
 
 HUGGING_FACE = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
 MODELSCOPE = "https://modelscope.cn/models/Comfy-Org/{}/resolve/master/split_files/{}/{}"
@@ -50,12 +52,15 @@ ROUNDING = 4  # pixels by which a page's measures differ with its zoom
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", metavar="NAME", nargs="*", help="short names (default: all)")
+    parser.add_argument("--predict", action="store_true", help="predict seconds and memory again, which takes minutes")
     parser.add_argument("--frontend", metavar="DIR", type=Path, help="the files of another version of the page")
     arguments = parser.parse_args()
-    names = arguments.names or list(templates.SHOWN)
+    names = arguments.names or templates.SHORT
     prompts = {short: json.loads(templates.api_file(short).read_text()) for short in names}
     with page() as browser:
-        graphs = {short: with_note(opened(browser, prompts[short]), short, prompts[short]) for short in names}
+        graphs = {short: opened(browser, prompts[short]) for short in names}
+        for short, graph in graphs.items():
+            add_note(graph, short, predicted(short, prompts[short], arguments.predict))
         measured = [{short: heights(browser, graph) for short, graph in graphs.items()}]
     if arguments.frontend:
         with page("--front-end-root", str(arguments.frontend.resolve())) as browser:
@@ -69,6 +74,9 @@ def main():
             target = templates.shown_file(short)
             target.write_text(json.dumps(workflow, indent=1, ensure_ascii=False) + "\n")
             print(target.relative_to(REPOSITORY))
+    for name, (short, *_) in BLUEPRINTS.items():
+        made = blueprint(name, json.loads(templates.shown_file(short).read_text()))
+        (REPOSITORY / "subgraphs" / f"{name}.json").write_text(json.dumps(made, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager
@@ -125,17 +133,34 @@ def repository(name):
     return next((place for begin, place in REPOSITORIES.items() if name.startswith(begin)), OLDEST)
 
 
-def with_note(graph, short, prompt):
-    """The graph with its note, below the nodes that it is about."""
+def predicted(short, prompt, again):
+    """The table of what a workflow's video takes: the one that its note has, or a new one; empty if it has no downloads
+    or uses core's sampler."""
+    if not published_in(prompt) or "AscendSampler" not in [node["class_type"] for node in prompt.values()]:
+        return ""
+    target = templates.shown_file(short)
+    kept = ""
+    if target.exists() and not again:
+        nodes = json.loads(target.read_text())["nodes"]
+        kept = table_of(next(node["widgets_values"][0] for node in nodes if node["type"] == NOTE))
+    return kept or predictions.table(prompt)
+
+
+def published_in(prompt):
+    """Whether a workflow in API format loads a file that is published."""
+    return any(str(value).endswith(".safetensors") for node in prompt.values() for value in node["inputs"].values())
+
+
+def add_note(graph, short, table):
+    """Adds the workflow's note to its graph."""
     files = [(file["name"], file["directory"], file["url"],
               MODELSCOPE.format(repository(file["name"]), file["directory"], file["name"]))
              for node in graph["nodes"] for file in published(node)]  # fmt: skip
     number = max(node["id"] for node in graph["nodes"]) + 1
     graph["nodes"].append({"id": number, "type": NOTE, "pos": [0, 0], "size": [0, 0], "flags": {}, "mode": 0,
                            "order": 0, "inputs": [], "outputs": [], "title": "Read me / 说明", "properties": {},
-                           "widgets_values": [note(short, prompt, files)]})
+                           "widgets_values": [note(short, files, table)]})
     graph["last_node_id"] = number
-    return graph
 
 
 def tidied(graph):

@@ -32,6 +32,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-hostile-files", action="store_true", help="216 hostile files and folders instead of 20")
     parser.addoption("--all-kills", action="store_true", help="43 kills of ranks and clients instead of a sample")
     parser.addoption("--all-cancels", action="store_true", help="170 cancels instead of 17, and their times")
+    parser.addoption("--all-pages", action="store_true", help="each node's help and each task of a user in the page")
     parser.addoption("--all-saved-workflows", action="store_true", help="each workflow as once shipped, not a sample")
     parser.addoption("--all-silences", action="store_true", help="ranks that hang in all kinds of work, not in some")
     parser.addoption("--comfy-cli", action="store_true", help="comfy-cli installs the pack into a fresh ComfyUI")

@@ -1,24 +1,34 @@
-// Shows what a node has to say of its last run: Ascend Sampler, what the video took and what accelerators saved; Ascend
-// Text Encode, where a prompt was cut. ComfyUI's page removes a text that was sent while a job ran once it ends; what a
-// node puts out (`ui` in nodes/sampler.py, nodes/conditioning.py) stays.
+// Shows what a node has to say of its last run: a sampler, how the ranks shared the work, what it took and what was saved;
+// Ascend VAE Decode, what the whole video took; Ascend Text Encode, where a prompt was cut. ComfyUI's page removes a text
+// that was sent while a job ran once it ends; what a node puts out (nodes/report/) stays. It has the text in all languages.
 import { app } from "../../scripts/app.js"
 
-const NODES = ["AscendSampler", "AscendSamplerAdvanced", "AscendTextEncode"]
+const HEIGHTS = { // pixels; a line takes about 14, and more can be scrolled
+    AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 38, AscendTextEncode: 64,
+}
 const WIDGET = "report"
-const HEIGHT = 64 // pixels, about four lines; more can be scrolled
+
+const setting = name => app.extensionManager?.setting?.get(name) ?? app.ui?.settings?.getSettingValue(name)
+
+// The text of an output in the page's language, or in English.
+function textOf(output) {
+    const language = `${setting("Comfy.Locale") ?? "en"}`.slice(0, 2)
+    return (output.ascend_report?.map(texts => texts[language] ?? texts.en) ?? output.text).join("\n")
+}
 
 function addReport(node) {
+    const height = HEIGHTS[node.type]
     const element = document.createElement("div")
     element.className = "ascend-report"
     element.style.cssText =
         "overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; padding: 4px 8px;" +
         "color: var(--input-text); background: var(--comfy-input-bg); font-size: 11px; line-height: 1.3;" +
-        `border-radius: 4px; box-sizing: border-box; max-height: ${HEIGHT}px`
+        `border-radius: 4px; box-sizing: border-box; max-height: ${height}px`
     element.addEventListener("wheel", event => event.stopPropagation()) // scrolls the text, not the canvas
     const widget = node.addDOMWidget(WIDGET, "ascend-report", element, {
         serialize: false, // of the prompt
-        getMinHeight: () => HEIGHT,
-        getMaxHeight: () => HEIGHT,
+        getMinHeight: () => height,
+        getMaxHeight: () => height,
         getValue: () => element.textContent,
         setValue: text => (element.textContent = text),
     })
@@ -28,9 +38,9 @@ function addReport(node) {
 }
 
 function showReport(node, output) {
-    if (!NODES.includes(node?.type) || !output?.text) return
-    const text = output.text.join("\n")
-    const shown = node.widgets.find(({ name }) => name === WIDGET)
+    if (!(node?.type in HEIGHTS) || !output?.text) return
+    const text = textOf(output)
+    const shown = node.widgets?.find(({ name }) => name === WIDGET)
     if (!text && !shown) return // most prompts have nothing to be said of
     const widget = shown ?? addReport(node)
     widget.value = text
@@ -40,7 +50,7 @@ function showReport(node, output) {
 app.registerExtension({
     name: "AscendVideo.Report",
     beforeRegisterNodeDef(nodeType, { name }) {
-        if (!NODES.includes(name)) return
+        if (!(name in HEIGHTS)) return
         const { onExecuted } = nodeType.prototype
         nodeType.prototype.onExecuted = function (output) {
             onExecuted?.apply(this, arguments)

@@ -23,16 +23,6 @@ def words_of(info: dict[str, Any], seconds: dict[str, float]) -> str:
     return "; ".join(parts)
 
 
-def plan_words(info: dict[str, Any]) -> list[str]:
-    """The plan of a job, and what it took next to what was predicted; nothing if no plan was chosen. info: of the job's
-    `client.Result`."""
-    plan = info.get("plan")
-    if not plan:
-        return []
-    took = plan["took"].get("denoise")
-    return [plan["line"] + ("" if took is None else f" It took {_time(took)} to denoise.")]
-
-
 def names_of(facts: dict[str, Any]) -> str:
     """The names of a job's accelerators. facts: its `info["acceleration"]`."""
     return " and ".join(

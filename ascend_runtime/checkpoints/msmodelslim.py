@@ -84,11 +84,13 @@ UNSUPPORTED_ATTENTION = (
 @dataclass(frozen=True)
 class Layer:
     """A quantized layer. smoothed: whether its input is multiplied by mul_scale first. steps: the number of steps that
-    have static scales of their own, if they have."""
+    have static scales of their own, if they have. rotation: the size of the groups of inputs that are rotated first
+    (see ops/blocks/rotation.py); 0: none."""
 
     algorithm: str
     smoothed: bool = False
     steps: int = 1
+    rotation: int = 0
 
 
 @dataclass(frozen=True)

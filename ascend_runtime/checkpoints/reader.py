@@ -15,7 +15,8 @@ from torch import nn
 from ..errors import coded_error
 from ..ops.packing import Packing
 from .codings import ggml
-from .codings.coding import Coding
+from .codings.coding import Coding, Codings
+from .codings.kept import KeptWeights
 from .codings.recognised import codings_of
 from .faults import list_faults
 from .formats.parts import Slices
@@ -175,10 +176,11 @@ def _places(
         targets: dict[str, tuple[Target, ...]] = {}
         with open_tensors(shard) as file:
             own = [key for key in file.shapes if rename(key, shard) is not None]
-            codings = ggml.codings_of(file) or codings_of(file, own)
+            codings = _codings(file, own, quantized)
             parts = quantized.parts_in(file) if quantized else {}
             for key, shape in file.shapes.items():
-                name = None if key in codings.others or parts.get(key) is False else rename(key, shard)
+                left_out = key in codings.others or parts.get(key) is False
+                name = None if left_out else rename(codings.names.get(key, key), shard)
                 if name is None:
                     continue
                 dtype = file.dtype(key)
@@ -201,6 +203,14 @@ def _places(
                 "AV-1305", f"{shard} holds tensors {faults}. Use the model's fp32, fp16, bf16 or fp8_scaled form."
             )
     return places
+
+
+def _codings(file: TensorFile, own: list[str], quantized: Description | KeptWeights | None) -> Codings:
+    """How the tensors of a file that belong to the module are stored; a description says it otherwise."""
+    if isinstance(quantized, Description):
+        return Codings({}, set())
+    codings = ggml.codings_of(file) or codings_of(file, own)
+    return quantized.coded(codings) if isinstance(quantized, KeptWeights) else codings
 
 
 def _check_rows(file: TensorFile, targets: Mapping[str, tuple[Target, ...]]) -> None:

@@ -74,7 +74,8 @@ class Choices:
 
 def _kind(planned: PlannedJob) -> PlannedJob:
     """The job without what no plan depends on."""
-    return replace(planned, sample=replace(planned.sample, seed=0), model=replace(planned.model, loras=()))
+    loras = tuple(replace(one, strength=1.0) for one in planned.model.loras)
+    return replace(planned, sample=replace(planned.sample, seed=0), model=replace(planned.model, loras=loras))
 
 
 def _weights(model: DiffusionModelSpec, chosen: Chosen) -> WeightsKey:
@@ -143,7 +144,7 @@ def _with_plan(result: Result, chosen: Chosen, warnings: Sequence[str] = ()) -> 
     """The result with its plan in `info["plan"]`."""
     took = {stage: seconds for stage, seconds in result.seconds.items() if stage in chosen.seconds}
     plan = {"line": chosen.line, "predicted": dict(chosen.seconds), "took": took, "device": chosen.device,
-            "host": chosen.host}  # fmt: skip
+            "host": chosen.host, "device_free": chosen.device_free}  # fmt: skip
     result.info["plan"] = plan
     if warnings:
         result.info["warnings"] = [*result.info.get("warnings", ()), *warnings]

@@ -203,7 +203,7 @@ class Runtime(KeptRanks):
             (see `acceleration.tally.Tally.facts`).
         history: the `tensors` of the job's result that ended at spec.start_step with leftover noise. With them, the two
             jobs compute what one would; without them a multistep solver begins again, and so does one for which they do
-            not fit (another size, solver or schedule). `info["solver"]` says which.
+            not fit (another size, solver or schedule). `info["history"]` is "used" or "missing" for such a solver.
 
         What `parallel` and the model's spec leave open is chosen: see `plan`. `info["plan"]` has the choice.
         """

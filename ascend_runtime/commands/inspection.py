@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints.bounded import read_json
+from ..checkpoints.codings.layouts import FP8_FORMATS
 from ..checkpoints.faults import printable, printable_lines
 from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.paths import existing
@@ -21,6 +22,7 @@ from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..recognition.component import Component
 from ..recognition.defaults import defaults_for
+from ..recognition.few_bits import formats_of
 from ..recognition.folders import (
     TRANSFORMERS,
     has_folder,
@@ -158,13 +160,13 @@ def _row(found: Found, root: Path) -> tuple[str, ...]:
         exists = root.is_file() or has_folder(root, found.part)
         return found.part, "-", "-", "-", "-", ("not usable" if exists else "missing") if found.fault else "-"
     try:
-        dtypes, count = _contents(component)
+        (dtypes, count), form = _contents(component), _format(component)
     except ValueError:  # already reported as its fault
-        return found.part, _format(component), str(len(component.shards)), "-", "-", "incomplete"
+        return found.part, _container(component), str(len(component.shards)), "-", "-", "incomplete"
     size, weights = f"{component.nbytes / 1e9:.2f} GB", f"{count / 1e6:,.1f} M"
     state = "incomplete" if found.fault else "complete"
     return (
-        found.part, _format(component), str(len(component.shards)), ", ".join(dtypes), size, f"{weights}, {state}"
+        found.part, form, str(len(component.shards)), ", ".join(dtypes), size, f"{weights}, {state}"
     )  # fmt: skip
 
 
@@ -180,9 +182,14 @@ def _contents(component: Component) -> tuple[list[str], int]:
 
 
 def _format(component: Component) -> str:
-    first = component.shards[0]
     if component.quantized is not None:
         return f"msModelSlim {', '.join(component.quantized.algorithms)}"
+    formats = [name for name in formats_of(component) if name not in FP8_FORMATS]  # fp8 is among the dtypes
+    return ", ".join([_container(component), *formats])
+
+
+def _container(component: Component) -> str:
+    first = component.shards[0]
     if component.folder is not None:
         return "diffusers"
     if first.is_dir() or first.parent.name.startswith("mp_rank_"):

@@ -2,7 +2,8 @@
 
 workflows/SHOWN.json is in UI format, workflows/api/SHORT.json in API format, and workflows/names.txt has a line
 "SHORT: SHOWN" for each. ComfyUI shows the first name. The second one fits commands and links, and is also what the
-files in UI format were called before.
+files in UI format were called before. A second short name of a workflow is that of one that it has replaced, whose
+prompt stays.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 _LIST = WORKFLOWS / "names.txt"
 _NAMES = _LIST.read_text().splitlines() if _LIST.is_file() else []  # a copy that pip installed has no templates
 SHOWN = dict(line.split(": ", 1) for line in _NAMES)  # by short name
+SHORT = [name for place, name in enumerate(SHOWN) if SHOWN[name] not in list(SHOWN.values())[:place]]  # one for each
 
 
 def shown_file(short: str) -> Path:

@@ -42,7 +42,7 @@ from .loras.requests import LorasInUse, LoraTarget, by_expert, merged_by, read_f
 from .loras.terms import QuantizedTerms, nbytes_of
 from .model_config import check_experts
 from .networks import dtype_named, empty_network
-from .packed import packed
+from .packed import kept, packed
 from .pinned import Layout, Weights, require_room
 from .room import Room
 
@@ -202,7 +202,8 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     if formats:
         check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
-    found, notes = packed(found, spec, room, dtype)
+    found, of_marks = kept(found, spec, room, dtype)
+    found, of_blocks = packed(found, spec, room, dtype)
     defaults = defaults_for(spec, found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))
     unread = {
@@ -214,7 +215,8 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     can_swap = _can_swap(spec, [one.network for one in unread.values()], sharding)
     requested = by_expert(spec.loras, list(unread))
     loras = {expert: read_loras(requested[expert], one.lora) for expert, one in unread.items()}
-    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, _Reader(dtype, room, progress), notes)
+    reader, notes = _Reader(dtype, room, progress), of_marks + of_blocks
+    return Opened(spec, unread, loras, defaults, boundary, latents, can_swap, reader, notes)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,35 @@
-"""Decides whether the weights of GGUF files stay in blocks on this rank."""
+"""Decides whether weights in few bits stay as their files have them on this rank: in blocks of GGUF, or in ComfyUI's
+formats.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from ..checkpoints.codings.kept import KeptWeights
+from ..checkpoints.codings.layouts import FP8_FORMATS
 from ..checkpoints.codings.packed import PackedWeights
+from ..checkpoints.msmodelslim import DYNAMIC, MXFP8
 from ..hardware import devices
 from ..models.shared.quantized.replacing import linears
+from ..ops import check_quantized
 from ..ops.blocks.ggml import BLOCK_TYPES, BlockType
+from ..parallel.fsdp import shards_no_integers
 from ..recognition.component import Component
+from ..recognition.few_bits import formats_of, with_few_bits
 from ..recognition.packed import weights_in_blocks, with_packed
 from ..specs import DiffusionModelSpec
 from .networks import empty_network
 from .room import Room
 
 logger = logging.getLogger(__name__)
+PRODUCTS = {DYNAMIC: "int8", MXFP8: "MXFP8"}  # as users name them
 
 
 def packed(
@@ -25,9 +37,9 @@ def packed(
 ) -> tuple[list[Component], tuple[str, ...]]:
     """(the experts, with the weights in blocks that are to stay in them; a sentence about these for the user, if any).
 
-    A spec that leaves it open is decided by this rank's memory. Ranks that share weights must hold them in one way: they
-    keep them in blocks, as a decision of each would depend on its own memory. Jobs on ranks are decided beforehand, by
-    the plan.
+    A spec that leaves it open is decided by this rank's memory. Ranks that share weights must hold them in one way:
+    they keep them in blocks, as a decision of each would depend on its own memory. Jobs on ranks are decided
+    beforehand, by the plan.
     """
     if spec.packed is False or spec.quantization != "none":
         return found, ()
@@ -47,6 +59,49 @@ def packed(
              for one, shape in zip(made, shapes) if isinstance(one.quantized, PackedWeights)
              for name, kind in one.quantized.layers.items()]  # fmt: skip
     return made, _note(sizes, dtype) if sizes else ()
+
+
+def kept(
+    found: list[Component], spec: DiffusionModelSpec, room: Room, dtype: torch.dtype
+) -> tuple[list[Component], tuple[str, ...]]:
+    """(the experts, whose layers keep ComfyUI's marked weights where the device has the products; a sentence about
+    these, and about others that are dequantized, for the user). Nothing is said about fp8."""
+    plain = [one for one in found if one.quantized is None]
+    formats = sorted({name for one in plain for name in formats_of(one)} - set(FP8_FORMATS))
+    if not formats:
+        return found, ()
+    made, computes = found, partial(_computes, room.device, dtype)
+    if spec.packed is not False and not (room.sharding.mesh is not None and shards_no_integers()):
+        made = [one if one.quantized is not None else _with_few_bits(one, computes, room.sharding.tp.degree)
+                for one in found]  # fmt: skip
+    return made, _note_of_formats(formats, made, dtype)
+
+
+def _with_few_bits(component: Component, computes: Callable[[str], bool], tp: int) -> Component:
+    return with_few_bits(component, linears(empty_network(component), lambda name: True), computes, tp)
+
+
+def _computes(device: torch.device, dtype: torch.dtype, algorithm: str) -> bool:
+    """Whether a device has the products of an algorithm. Those in MXFP8 are only on NPUs: elsewhere they would be made
+    of numbers in fp32."""
+    if algorithm == MXFP8 and device.type != "npu":
+        return False
+    try:
+        check_quantized(device, dtype, [algorithm])
+    except ValueError:
+        return False
+    return True
+
+
+def _note_of_formats(formats: list[str], made: list[Component], dtype: torch.dtype) -> tuple[str, ...]:
+    kept_ones = [one.quantized for one in made if isinstance(one.quantized, KeptWeights)]
+    counts = Counter(layer.algorithm for one in kept_ones for layer in one.layers.values())
+    said = [f"{count} linear layers compute in {PRODUCTS[name]}" for name, count in sorted(counts.items())]
+    which = "the other weights are" if said else "the weights are"
+    said.append(f"{which} read as {str(dtype).removeprefix('torch.')}")
+    note = f"The model's weights are stored as {', '.join(formats)}: {', '.join(said)}."
+    logger.info("%s", note)
+    return (note,)
 
 
 def _fits(needed: int, room: Room) -> bool:

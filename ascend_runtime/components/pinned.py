@@ -64,7 +64,7 @@ class Layout:
 
     @property
     def quantized(self) -> bool:
-        return any(x.dtype == torch.int8 for tensors in self.weights.values() for x in tensors.values())
+        return any(not x.dtype.is_floating_point for tensors in self.weights.values() for x in tensors.values())
 
     def allocated(self, device: torch.device) -> Weights:
         """Uninitialised tensors on the host that `device` can read while it computes."""
@@ -106,7 +106,7 @@ def require_room(layout: Layout, originals: int, host_memory: int) -> None:
         f"for each of {ranks} rank(s), {layout.nbytes / 1e9:.1f} GB as it is allocated{kept}, "
         f"{ranks * each / 1e9:.1f} GB together. The host has {host_memory / 1e9:.1f} GB available, of which "
         f"{memory.ROOM / 1e9:.1f} GB must stay free. "
-        f"What helps: {'; '.join(_cures(layout, ranks, free // each, originals))}.",
+        f"What helps: {'; '.join(_cures(layout, ranks, free // each))}.",
     )
 
 
@@ -125,7 +125,7 @@ def require_room_for_originals(nbytes: int, host_memory: int) -> None:
     )
 
 
-def _cures(layout: Layout, ranks: int, fitting: int, originals: int) -> Iterator[str]:
+def _cures(layout: Layout, ranks: int, fitting: int) -> Iterator[str]:
     """What a user can change. fitting: the number of ranks that the host has memory for."""
     if ranks > 1:
         yield "turn fsdp on, so that ranks share the weights on their devices and nothing waits on the host"

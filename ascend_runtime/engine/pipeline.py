@@ -227,10 +227,9 @@ class RankPipeline:
             latent, history, continued = denoised(
                 generation, model, request, StepsOfJob(job, model, generation, recorder)
             )
-        settings = _settings(request, model)
-        settings |= {} if spec.add_noise else {"solver": "continued" if continued else "restarted"}
+        settings = _settings(request, model) | _history(spec, continued)
         info = plan.info | settings | recorder.info | generation.acceleration.facts()
-        info |= _communicators(self.device) | _device_memory(self.device) | _warnings(
+        info |= _communicators(self.device) | _device_memory(self.device) | _peak_bytes(self.device) | _warnings(
             [*model.warnings, *model.conditioner.notes(request.given), *standing_still(latent, request)]
         )
         generated = Generated(message.latent.shape, plan, generation.acceleration, settings)
@@ -470,6 +469,12 @@ def _settings(request: Request, model: DiffusionModel) -> dict[str, float | str]
     return settings | low_noise | embedded | shift | part | distilled
 
 
+def _history(spec: SampleSpec, continued: bool) -> dict[str, str]:
+    """The setting that says whether a multistep solver knew the steps before its part of a run."""
+    needs_earlier_steps = spec.start_step and not spec.add_noise and spec.solver != "euler"
+    return {"history": "used" if continued else "missing"} if needs_earlier_steps else {}
+
+
 def _require_agreement(spec: SampleSpec | None, model: DiffusionModel) -> None:
     """Raises ValueError on all ranks if they have read different settings, because a file of the model changed
     meanwhile. With different numbers of steps, they would wait for each other."""
@@ -483,6 +488,12 @@ def _device_memory(device: torch.device) -> dict[str, str]:
     """The `info` entry for the most memory that torch took from this rank's device; none on a CPU."""
     peak = devices.peak_memory(device)
     return {} if peak is None else {"device memory": f"{peak / 1e9:.2f} GB"}
+
+
+def _peak_bytes(device: torch.device) -> dict[str, int]:
+    """The same in bytes, of the rank that took the most. Collective."""
+    peak = devices.peak_memory(device)
+    return {} if peak is None else {"peak bytes": all_reduce_max(peak)}
 
 
 def _warnings(warnings: list[str]) -> dict[str, list[str]]:

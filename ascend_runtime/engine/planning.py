@@ -84,7 +84,8 @@ class KnownModels:
         self._read.move_to_end(key)
         while len(self._read) > MOST_MODELS:
             self._read.popitem(last=False)
-        return self._read[key]
+        model = self._read[key]
+        return replaced(model, lora_numbers=models.lora_numbers(planned.model.loras, len(model.experts)))
 
 
 def plan_for(
@@ -232,7 +233,7 @@ def _answer(one: Prediction, line: str, planned: PlannedJob, machine: Machine, m
         device_free=machine.device_memory,
         host=memory.host_total,
         host_free=machine.host_memory,
-        computing=sum(denoise.values()) - denoise.get("weights", 0),
+        computing=sum(denoise.values()) - denoise.get("weights", 0) - denoise.get("loras", 0),
     )
 
 

@@ -23,6 +23,8 @@ from .mesh import group_along
 from .rows import own_rows
 from .tensor import TensorParallel, WholeWeights, slice_of
 
+INTEGERS_SINCE = (2, 13)  # the torch version whose FSDP shards weights in 8 bits
+
 
 @dataclass(frozen=True)
 class Sharding:
@@ -135,6 +137,11 @@ class ShardedWeights:
                 f"fsdp of torch {torch.__version__} cannot shard 8-bit weights. Use torch 2.13, or turn fsdp off, or "
                 "set quantization to 'none' with the model's floating-point files.",
             ) from error
+
+
+def shards_no_integers() -> bool:
+    """Whether FSDP of this torch version cannot shard weights in 8 bits (pytorch/pytorch#177844)."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) < INTEGERS_SINCE
 
 
 def is_sharded(network: nn.Module) -> bool:

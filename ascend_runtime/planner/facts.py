@@ -36,7 +36,9 @@ class Network:
     in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names
     it; empty: not known.
     quantized: the number of bytes of an element of each parameter that is kept in 8 bits, by name.
-    packed: the weights that can stay in blocks of their file, by name.
+    packed: the weights that can stay in blocks of their file, by name. multiples: of inputs, in which tensor
+    parallelism can cut quantized weights, by name; others in any number. It finds weights dequantized that it would cut
+    otherwise.
     """
 
     part: str
@@ -46,12 +48,14 @@ class Network:
     stored_types: Mapping[str, str] = field(default_factory=dict)
     quantized: Mapping[str, int] = field(default_factory=dict)
     packed: Mapping[str, Blocks] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Model:
     """experts: one, or the high-noise and the low-noise one. dtype: of the blocks. encoders: those of the text, main
-    one first. vae_dtype, text_dtype: as `dtype`."""
+    one first. vae_dtype, text_dtype: as `dtype`. lora_numbers: in the files of its LoRAs, for each expert that gets
+    them."""
 
     family: Family
     experts: tuple[Network, ...]
@@ -61,6 +65,7 @@ class Model:
     text_dtype: str = "bfloat16"
     vae: Network | None = None
     vae_dtype: str = "float32"
+    lora_numbers: int = 0
 
 
 @dataclass(frozen=True)

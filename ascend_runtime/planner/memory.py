@@ -64,7 +64,7 @@ class _Rank:
         return math.prod(self.arrangement.plan.degrees)
 
     def device(self) -> Mapping[str, Mapping[str, int]]:
-        standing = {"weights": self.weights(), "communicators": self._communicators()}
+        standing = {"weights": self.weights(), "loras": self._loras(), "communicators": self._communicators()}
         if self.arrangement.encoder == "ranks":
             standing["text encoder"] = self._encoder(Share(shards=self.ranks, shard=self.rank))
         if self.model.vae is not None:
@@ -79,6 +79,12 @@ class _Rank:
         if self.arrangement.experts == "swap":
             return max(sum(one.nbytes for one in parts.values()) for parts in self._experts())
         return sum(on_device(parts, self.machine.kind) for parts in self._experts())
+
+    def _loras(self) -> int:
+        """What LoRAs take next to quantized weights, at most: a rank keeps a slice of it, and merges the rest."""
+        model = self.model
+        quantized = self.arrangement.packed or any(one.quantized for one in model.experts)
+        return ITEMSIZES[model.dtype] * model.lora_numbers if quantized else 0
 
     def denoise(self) -> dict[str, int]:
         """What a step's passes take besides weights."""

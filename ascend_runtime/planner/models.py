@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..hardware import cores
 from ..models.family import TRANSFORMER, VAE, Family
 from ..models.registry import families
-from ..specs import DiffusionModelSpec, TextEncoderSpec, VaeSpec
+from ..specs import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec
 from .facts import Blocks, Model, Network
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def read(
     text_dtype = _text_dtype(sum(one.nbytes for one in text)) if on_cpu else IN_16_BITS
     return Model(
         family=found[0].family,
-        experts=tuple(_of_files(one, model.quantization) for one in found),
+        experts=tuple(_of_files(_kept(one, model, kind), model.quantization) for one in found),
         defaults=replace(own, boundary=boundary if len(found) == 2 else own.boundary),
         dtype=_named(model.dtype, _dtype(kind)),
         encoders=tuple(map(_of_files, text)),
@@ -49,6 +49,19 @@ def read(
         vae=None if vae is None else _found_vae(vae),
         vae_dtype="float32" if vae and vae.strict else _named(vae.dtype if vae else "auto", _vae_dtype(kind)),
     )
+
+
+def lora_numbers(loras: Iterable[LoraSpec], experts: int) -> int:
+    """The numbers in the files of LoRAs, by their headers, for each of so many experts that gets them; those of biases
+    count as they are kept, in fp32 and once more as a sum. Raises ValueError for files that cannot be read."""
+    from ..checkpoints.formats.tensor_files import open_tensors
+
+    total = 0
+    for spec in loras:
+        with open_tensors(Path(spec.path)) as file:
+            own = sum((4 if len(shape) == 1 else 1) * math.prod(shape) for shape in file.shapes.values())
+        total += own * (experts if spec.expert == "both" else 1)
+    return total
 
 
 def published(name: str, kind: str = "npu", quantization: str = "none", stored: str = IN_16_BITS) -> Model:
@@ -117,19 +130,38 @@ def _plain(name: str) -> str:
 
 
 def _of_files(component: Component, quantization: str = "none") -> Network:
-    from ..checkpoints.configs import check_counts
-    from ..checkpoints.faults import as_value_error
     from ..models.shared.quantized.replacing import quantize
 
-    check_counts(component.config, component.config_file)
-    with as_value_error(component.config_file, f"its {component.kind.name} config"):
-        network = component.family.network(component.kind.name, component.config)
+    network = _network_of(component)
     if component.quantized is not None:
         quantize(network, component.quantized.renamed(component.parameters), component.part.blocks)
     types = _types(component, network)
     packed = _packed(component, network) if quantization == "none" else {}
     made = _network(component.family, component.kind.name, component.config, network, quantization)
     return replace(made, stored=component.nbytes, stored_types=types, packed=packed)
+
+
+def _network_of(component: Component) -> nn.Module:
+    from ..checkpoints.configs import check_counts
+    from ..checkpoints.faults import as_value_error
+
+    check_counts(component.config, component.config_file)
+    with as_value_error(component.config_file, f"its {component.kind.name} config"):
+        return component.family.network(component.kind.name, component.config)
+
+
+def _kept(component: Component, model: DiffusionModelSpec, kind: str) -> Component:
+    """A transformer with the layers that keep ComfyUI's marked weights on devices of this kind. Those in MXFP8 count as
+    dequantized, as their products depend on the card."""
+    from ..checkpoints.msmodelslim import DYNAMIC
+    from ..models.shared.quantized.replacing import linears
+    from ..recognition.few_bits import formats_of, with_few_bits
+
+    lacks_products = kind == "npu" and _named(model.dtype, _dtype(kind)) == "float32"
+    if component.quantized is not None or model.packed is False or lacks_products or not formats_of(component):
+        return component
+    names = linears(_network_of(component), lambda name: True)
+    return with_few_bits(component, names, lambda algorithm: algorithm == DYNAMIC)
 
 
 def _packed(component: Component, network: nn.Module) -> dict[str, Blocks]:
@@ -163,25 +195,33 @@ def _network(
     family: Family, part: str, config: Mapping[str, Any], network: nn.Module, quantization: str
 ) -> Network:  # fmt: skip
     """quantization: on the fly."""
-    from ..models.shared.quantized.replacing import QUANTIZATION_SCHEMES, linears, quantize, quantized_parameters
+    from ..models.shared.quantized.replacing import (
+        QUANTIZATION_SCHEMES,
+        linears,
+        multiples_of,
+        quantize,
+        quantized_parameters,
+    )
 
     if quantization != "none":
         layers = dict.fromkeys(linears(network, family.weights.in_8_bits), QUANTIZATION_SCHEMES[quantization])
         quantize(network, layers, family.parts[part].blocks)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     quantized = {name: dtype.itemsize for name, dtype in quantized_parameters(network).items()}
-    return Network(part, config, shapes, quantized=quantized)
+    return Network(part, config, shapes, quantized=quantized, multiples=multiples_of(network))
 
 
 def _types(component: Component, network: nn.Module) -> dict[str, str]:
-    """The dtype on disk of each parameter, by name. Raises ValueError for files that do not fit."""
+    """The dtype on disk of each parameter, by name; "" for one that is coded. Raises ValueError for files that do not
+    fit."""
     from ..checkpoints.formats.tensor_files import open_tensors
 
     places, found = component.places_in(network), {}
     for shard in component.shards:
         with open_tensors(shard) as file:
-            held = {name: place.key for name, place in places.items() if place.shard == shard}
-            found |= {name: str(file.dtype(key)).removeprefix("torch.") for name, key in held.items()}
+            held = {name: place for name, place in places.items() if place.shard == shard}
+            found |= {name: "" if one.coding else str(file.dtype(one.key)).removeprefix("torch.")
+                      for name, one in held.items()}  # fmt: skip
     return found
 
 

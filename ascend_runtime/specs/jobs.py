@@ -147,7 +147,11 @@ class VideoSize(Spec, frozen=True, kw_only=True):
     @classmethod
     def of_seconds(cls, width: int, height: int, seconds: float, fps: float) -> VideoSize:
         """The size of a video of this duration, in the nearest number of frames that a model makes: 4n+1."""
-        return cls(width=width, height=height, num_frames=4 * math.floor(seconds * fps / 4 + 0.5) + 1)
+        frames = 4 * math.floor(seconds * fps / 4 + 0.5) + 1
+        try:
+            return cls(width=width, height=height, num_frames=frames)
+        except ValueError as error:
+            raise ValueError(f"{seconds:g} seconds at {fps:g} frames per second are {frames} frames. {error}") from None
 
     def latent_shape(self, channels: int = 16, spatial: int = 8, temporal: int = 4) -> tuple[int, ...]:
         """The shape [B=1, C, T, H, W] of the latent for a VAE with these channels and compression factors."""

@@ -58,20 +58,20 @@ def add(record: JobRecord | None) -> None:
         _kept.popitem(last=False)
 
 
-def before(context: ExecutionContext) -> list[JobRecord]:
-    """The records of the jobs that the running node's inputs come from, in the order of the graph."""
+def before(context: ExecutionContext, this_run: bool = False) -> list[JobRecord]:
+    """The records of the jobs that the running node's inputs come from, in the order of the graph, and of its own.
+    this_run: only those that ran in this prompt, not those whose outputs ComfyUI has kept."""
     prompt = get_progress_state().dynprompt
     keys: dict[str, str] = {}
-    jobs = [job for node, item in _upstream(context, prompt) for job in _records(node, item, prompt, keys)]
-    return jobs[:MAX_JOBS]
+    runs = ((_run(node, prompt, keys), item) for node, item in _upstream(context, prompt))
+    chosen = [(run, item) for run, item in runs if run and (not this_run or run.prompt_id == context.prompt_id)]
+    return [job for run, item in chosen for job in run.of(item)][:MAX_JOBS]
 
 
-def _records(node: str, item: int, prompt: DynamicPrompt, keys: dict[str, str]) -> list[JobRecord]:
-    """Those of this node, or of another one that computes the same, whose outputs ComfyUI then took."""
+def _run(node: str, prompt: DynamicPrompt, keys: dict[str, str]) -> _Run | None:
+    """That of this node, or of another one that computes the same, whose outputs ComfyUI then took."""
     runs = _kept.get(_computed_by(node, prompt, keys))
-    if not runs:
-        return []
-    return (runs.get(node) or list(runs.values())[-1]).of(item)
+    return (runs.get(node) or list(runs.values())[-1]) if runs else None
 
 
 def _computed_by(node: str, prompt: DynamicPrompt, keys: dict[str, str]) -> str:

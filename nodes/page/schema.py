@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from comfy_api.latest import io
 
 from ...ascend_runtime.models.registry import families
+from ..types import NAMES
 
 LOADERS = "Ascend/loaders"
 CONDITIONING = "Ascend/conditioning"
@@ -44,6 +45,8 @@ class Schema(io.Schema):
 
     def __post_init__(self):
         inputs = {one.id: one for one in self.inputs or ()}
+        for slot in (*inputs.values(), *(self.outputs or ())):
+            slot.display_name = NAMES.get(slot.io_type, slot.display_name)
         for name in self.advanced:
             inputs[name].extra_dict["advanced"] = True
         for name, shown in self.automatic.items():

@@ -2,8 +2,6 @@
 
 from ascend_runtime.commands import templates
 
-from . import predictions
-
 # Sentences in English and Chinese.
 PARAGRAPH = "\n\n", "\n\n"
 RUN = "Press **R** to refresh the lists, then **Run**. ", "下载上表中的文件，按 **R** 刷新后点击**运行**。"
@@ -137,18 +135,25 @@ SOURCE = (
 )
 
 
-def note(short, prompt, files):
+def table_of(text):
+    """The table of predictions in a note; empty if it has none."""
+    parts = text.split("\n\n")
+    return parts[parts.index(SOURCE) - 1] if SOURCE in parts else ""
+
+
+def note(short, files, table):
     """The text of a workflow's note, in Markdown.
 
-    short: its short name. prompt: it in API format. files: what it loads, as (name, folder, address, other address).
+    short: its short name. files: what it loads, as (name, folder, address, other address). table: what its video is
+    predicted to take; empty if that is not predicted.
     """
     parts = [f"## {templates.SHOWN[short]}"]
     if files:
         rows = [f"| {name} | [Hugging Face]({one}), [ModelScope]({other}) | {folder} |"
                 for name, folder, one, other in files]
         parts.append("\n".join(["| download / 下载 | | `ComfyUI/models` |", "|---|---|---|", *rows]))
-        if any(node["class_type"] == "AscendSampler" for node in prompt.values()):
-            parts += [predictions.table(prompt), SOURCE]
+    if table:
+        parts += [table, SOURCE]
     for language in (0, 1):
         parts.append("".join(sentence[language] for sentence in TEXTS[short]).strip())
     return "\n\n".join(parts) + "\n"

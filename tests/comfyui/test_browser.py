@@ -10,15 +10,15 @@ import pytest
 from ascend_runtime.commands import templates
 from PIL import Image
 from scripts.lib.comfy_browser import ComfyBrowser
-from comfy_graphs import SAMPLER, saved
-from page_scripts import DROP, FIT, SET, VIDEO
+from comfy_graphs import DECODE, SAMPLER, saved
+from page_scripts import DROP, FIT, REPORTS, SET, VIDEO
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCREENSHOTS = REPOSITORY / ".cache" / "artefacts"
 UI_FORMAT = templates.shown_file("tiny_wan_text_to_video")
 API_FORMAT = templates.api_file("tiny_wan_text_to_video")
 OF_AN_IMAGE = templates.shown_file("hunyuan_video_v1_image_to_video")
-SMALL = {"AscendImageToVideo": {"width": 96, "height": 64, "length": 9}}
+SMALL = {"AscendVideoSize": {"width": 96, "height": 64, "seconds": 8 / 24}}
 DROPPED = {  # file, values of widgets by node, and the video's width, height and seconds
     "ui": (UI_FORMAT, {"AscendSampler": {"steps": 2}}, (64, 64, 17 / 16)),
     "api": (API_FORMAT, {"AscendSampler": {"steps": 3}}, (64, 64, 17 / 16)),
@@ -29,8 +29,6 @@ pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") or shutil.which("chromium-browser")),
     reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it",
 )
-
-REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"
 
 
 @pytest.mark.parametrize("file, values, video", DROPPED.values(), ids=DROPPED)
@@ -59,9 +57,10 @@ def test_dropped_workflow_makes_a_video_that_is_shown(comfyui, file, values, vid
         assert comfyui.wait(prompt_id)["status"]["status_str"] == "success"
         assert (width, height) == video[:2] and abs(duration - video[2]) < 0.1
         assert saved(comfyui, prompt_id).name in source
-        (report,) = comfyui.wait(prompt_id)["outputs"][SAMPLER]["text"]
+        outputs = comfyui.wait(prompt_id)["outputs"]
+        report, *others = (outputs[node]["text"][0] for node in (SAMPLER, DECODE))
         page.wait_for_timeout(500)  # in which a page may remove what belongs to the job
-        assert page.evaluate(REPORTS) == [report] and report.startswith(f"{steps} steps, ")
+        assert sorted(page.evaluate(REPORTS)) == sorted([report, *others]) and f" {steps} steps " in report
         (sampler,) = [node for node in browser.graph()["nodes"] if node["type"] == "AscendSampler"]
         assert report not in sampler["widgets_values"]
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)

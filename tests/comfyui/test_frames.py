@@ -21,7 +21,7 @@ def decoded(width: int = WIDTH, height: int = HEIGHT, length: int = LENGTH) -> d
     """A latent of zeros, decoded by two ranks, whose frames are kept beyond the prompt."""
     graph = {node: content for node, content in graphs.video().items()
              if node in (graphs.PARALLEL, graphs.VAE, graphs.EMPTY, graphs.DECODE)}  # fmt: skip
-    graph[graphs.EMPTY]["inputs"].update(width=width, height=height, length=length)
+    graph[graphs.EMPTY]["inputs"].update(width=width, height=height, seconds=(length - 1) / 16)
     graph[graphs.DECODE]["inputs"]["samples"] = [graphs.EMPTY, 0]
     graph[HOLD] = {"class_type": "TestHold", "inputs": {"images": [graphs.DECODE, 0]}}
     return graph

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ascend_runtime.commands import templates
 from scripts.lib.comfy_browser import ComfyBrowser, chromium
-from make_node_texts import node_definitions, with_tables
+from make_node_texts import node_definitions, with_lists
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh")
@@ -88,7 +88,7 @@ def test_every_node_has_a_help_page(comfyui, nodes, translations, language):
         assert page.startswith(f"# {translations[language]['nodeDefs'][name]['display_name']}\n"), url
         assert [heading for heading in HEADINGS[language] if f"\n{heading}\n" not in page] == [], url
         texts = translations[language]["nodeDefs"][name]
-        assert page == with_tables(page, node, texts, language), f"{url}: run scripts/make_node_texts.py"
+        assert page == with_lists(page, node, texts, language), f"{url}: run scripts/make_node_texts.py"
 
 
 def test_no_help_page_without_a_node(nodes):

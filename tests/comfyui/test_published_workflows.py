@@ -7,13 +7,15 @@ import published_hunyuan
 import published_models
 import pytest
 from make_workflows import folder_of, repository
+import torch
 from PIL import Image
 from shipped_workflows import NAMES, api
 
 SMALL = {"width": 96, "height": 64, "length": 9}
 SIZED = ("EmptyHunyuanLatentVideo", "AscendImageToVideo", "WanImageToVideo", "Wan22ImageToVideoLatent")
 CUT = "ImageFromBatch"  # drops the first frames
-WIDGETS = ("model_name", "low_noise_model_name", "model_name_2", "vision_model_name", "lora_name", "unet_name",
+WIDGETS = ("model_name", "low_noise_model_name", "model_name_2", "vision_model_name", "lora_name",
+           "low_noise_lora_name", "unet_name",
            "clip_name", "clip_name1", "clip_name2", "vae_name")  # fmt: skip
 
 
@@ -29,17 +31,27 @@ def published(comfyui):
 
 def made_small(graph: dict) -> dict:
     """The graph with another size and few steps, and not changed otherwise."""
+    few = any(node["inputs"].get("few_steps") for node in graph.values())  # then the model's default is 4 steps
     for node in graph.values():
         inputs = node["inputs"]
         if node["class_type"] in SIZED:
-            inputs |= SMALL
-        if node["class_type"] == "AscendSampler":
+            inputs |= {name: value for name, value in SMALL.items() if not isinstance(inputs[name], list)}
+        if node["class_type"] == "AscendVideoSize":
+            seconds = (SMALL["length"] - 1) / inputs["fps"]
+            inputs |= {"width": SMALL["width"], "height": SMALL["height"], "seconds": seconds}
+        if node["class_type"] == "AscendSampler" and not few:
             inputs["steps"] = inputs["steps"] if 0 < inputs["steps"] < 5 else 2
         if node["class_type"].startswith("KSampler"):
             inputs["steps"] = 2
         if node["class_type"] == "KSamplerAdvanced":
             inputs |= {"end_at_step": 1} if inputs["start_at_step"] == 0 else {"start_at_step": 1}
     return graph
+
+
+def rate_of(graph: dict) -> float:
+    """Frames per second: Create Video's own, or those that a link from Ascend Video Size brings."""
+    rate = graph["10"]["inputs"]["fps"]
+    return graph[rate[0]]["inputs"]["fps"] if isinstance(rate, list) else rate
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,8 +65,23 @@ def test_runs_whole(published, name):
     dropped = sum(node["inputs"]["batch_index"] for node in graph.values() if node["class_type"] == CUT)
     assert dropped == (4 if "_v1_" in name else 0)
     assert frames.shape == (SMALL["length"] - dropped, SMALL["height"], SMALL["width"], 3)
-    assert rate == graph["10"]["inputs"]["fps"]
+    assert rate == rate_of(graph)
     assert frames[0].std() > 1 and (frames[1:] != frames[:-1]).any(axis=(1, 2, 3)).all(), "it shows nothing"
+
+
+def test_the_switch_makes_the_workflow_that_it_replaced(published):
+    """The node that switches to few steps, with a sampler on auto, against two LoRA nodes and a sampler with each value
+    set; and switched off, it needs no LoRA."""
+    made = []
+    for name in ("wan2.2_i2v_a14b_image_to_video", "wan2.2_i2v_a14b_image_to_video_4_steps"):
+        graph = api(name)
+        if name == "wan2.2_i2v_a14b_image_to_video":
+            graph["17"]["inputs"]["few_steps"] = True
+        graph = made_small(graph)
+        graph["11"] = graphs.save_latent(["8", 0])
+        del graph["9"], graph["10"]
+        made.append(graphs.saved_latent(published, published.queue(graph), "11"))
+    assert made[0].std() > 0.1 and torch.equal(*made)
 
 
 MODELS = [
@@ -64,6 +91,7 @@ MODELS = [
     if node["class_type"].startswith("Ascend")  # core's own loaders refuse in their own words
     for key in WIDGETS
     if node["inputs"].get(key, "none") != "none" and not name.startswith("tiny_wan")
+    and node["inputs"].get("few_steps", True)  # else the LoRAs need not be there
 ]
 
 

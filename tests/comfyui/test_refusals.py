@@ -45,7 +45,8 @@ def test_a_third_branch(comfyui):
 
 
 def width_72(graph):
-    graph[graphs.EMPTY]["inputs"]["width"] = 72
+    inputs = {"width": 72, "height": 64, "length": 9, "batch_size": 1}
+    graph[graphs.EMPTY] = {"class_type": "EmptyHunyuanLatentVideo", "inputs": inputs}
 
 
 def text_of_another_encoder(graph):

@@ -126,6 +126,19 @@ FORMS = {
 }
 
 
+def name_of(form):
+    """ComfyUI's name of a form."""
+    return FORMS[form](torch.ones(32, 32))[1]["format"]
+
+
+def folder(path, tensors, config, form):
+    """A folder of a transformer whose blocks are in this form."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    save_form(path / "diffusion_pytorch_model.safetensors", tensors, form, lambda layer: layer.startswith("blocks."))
+    return path
+
+
 def as_bytes(mark):
     return torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
 

@@ -22,7 +22,7 @@ def video(model=RANDOM, ranks=2, length=9, size=64, **sampler) -> dict:
     for node in (MODEL, ENCODER, VAE):
         graph[node]["inputs"]["model_name"] = model
     graph[PARALLEL]["inputs"]["ranks"] = ranks
-    graph[EMPTY]["inputs"].update(width=size, height=size, length=length)
+    graph[EMPTY]["inputs"].update(width=size, height=size, seconds=(length - 1) / graph[EMPTY]["inputs"]["fps"])
     graph[SAMPLER]["inputs"].update({"steps": 3, **sampler})
     return graph
 

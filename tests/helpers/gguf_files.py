@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from sentencepiece import sentencepiece_model_pb2
 
 # Types that the gguf package quantizes, and those for which blocks are made at random.
 QUANTIZED, DRAWN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
@@ -122,3 +123,24 @@ def as_llama_cpp(name, architecture):
 def turned(weight, heads):
     """A Llama's query or key as llama.cpp orders its rows: the two halves of each head are interleaved."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def t5_fields(model):
+    """Writes of a sentencepiece model what llama.cpp's conversion does."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(model)
+    normalizer = proto.normalizer_spec
+
+    def fields(writer):
+        writer.add_tokenizer_model("t5")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([one.piece.encode() for one in proto.pieces])
+        writer.add_token_scores([one.score for one in proto.pieces])
+        writer.add_token_types([one.type for one in proto.pieces])
+        writer.add_add_space_prefix(normalizer.add_dummy_prefix)
+        writer.add_remove_extra_whitespaces(normalizer.remove_extra_whitespaces)
+        writer.add_precompiled_charsmap(normalizer.precompiled_charsmap)
+        for add, number in ((writer.add_unk_token_id, 2), (writer.add_eos_token_id, 1), (writer.add_pad_token_id, 0)):
+            add(number)
+
+    return fields

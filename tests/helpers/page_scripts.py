@@ -22,3 +22,5 @@ VIDEO = """() => {
     const shown = [...document.querySelectorAll('video')].filter(v => v.videoWidth && v.getClientRects().length)
     return shown.length ? [shown[0].videoWidth, shown[0].videoHeight, shown[0].duration, shown[0].currentSrc] : null
 }"""
+# The reports that nodes show (web/report.js).
+REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"

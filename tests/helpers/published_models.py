@@ -31,6 +31,10 @@ LORAS = {  # file: the transformer that it is for
     f"wan2.2_i2v_lightx2v_4steps_lora_v1_{expert}_noise": f"wan2.2_i2v_{expert}_noise_14B_fp8_scaled"
     for expert in ("high", "low")
 }
+LATER_LORAS = {  # likewise; commit 5cb33f3 had no workflow with them
+    f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{expert}_noise": f"wan2.2_t2v_{expert}_noise_14B_fp8_scaled"
+    for expert in ("high", "low")
+}
 VAES = {
     "wan_2.1_vae": {"base_dim": 4},
     "wan2.2_vae": {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "in_channels": 12,
@@ -48,7 +52,7 @@ def write_all(models: Path) -> None:
 
     for seed, (name, form) in enumerate(TRANSFORMERS.items()):
         _transformer(place("diffusion_models", name), seed=seed, **form)
-    for seed, (name, transformer) in enumerate(LORAS.items()):
+    for seed, (name, transformer) in enumerate((LORAS | LATER_LORAS).items()):
         tensors = load_file(models / "diffusion_models" / f"{transformer}.safetensors")
         parameters = {to_diffusers_name(key): tensor for key, tensor in tensors.items()}
         random_lora.save(place("loras", name), "lightx2v", parameters, seed=seed, dtype=torch.float16)

@@ -6,7 +6,7 @@ import json
 from ascend_runtime.commands import templates
 
 WORKFLOWS = templates.WORKFLOWS
-NAMES = sorted(templates.SHOWN)  # the short ones
+NAMES = sorted(templates.SHORT)
 
 
 def api(name) -> dict:

@@ -1,7 +1,11 @@
 """Models in GGUF files equal their dequantized twins: in full and in blocks, on ranks with parts of them, with LoRAs."""
 
+import itertools
+
 import gguf_files
+import hunyuan_formats
 import pytest
+import random_hunyuan
 import random_lora
 import random_wan
 import torch
@@ -79,6 +83,32 @@ def test_a_file_equals_its_dequantized_twin(models, one_rank, kind, request):
     if kind == "mixed":
         layers = packed_layers(file)
         assert {layer.kind.name for layer in layers.values()} == {*gguf_files.QUANTIZED, *gguf_files.DRAWN}
+
+
+def test_a_hunyuan_video_equals_its_twin(tmp_path):
+    """Whose fused tensors are several layers: rows of a tensor, and columns that begin with a block or within one."""
+    config = {"attention_head_dim": 48, "rope_axes_dim": (16, 16, 16)}
+    for heads, whole in ((2, True), (1, False)):  # the second's columns are 48 and 192, in blocks of 32
+        network = random_hunyuan.transformer(num_attention_heads=heads, **config)
+        state = hunyuan_formats.original_transformer(network.state_dict())
+        file = tmp_path / f"hunyuan-{heads}.gguf"
+        kinds = itertools.cycle(("Q4_0", "Q5_1", "Q8_0"))
+
+        def of(name, shape, kinds=kinds):
+            fits = len(shape) == 2 and shape[1] % 32 == 0 and shape[0] > 32
+            return next(kinds) if fits and name.startswith(("double", "single")) else "F32"
+
+        twin, made = gguf_files.write(file, state, of, 4, "hyvid"), {}
+        for path, packed in ((twin, None), (file, False), (file, True)):
+            spec = DiffusionModelSpec(path=str(path), dtype="float32", packed=packed)
+            loaded = Components(torch.device("cpu")).get(spec, lambda *_: None).high_noise
+            with torch.no_grad():
+                made[path, packed] = random_hunyuan.velocity(loaded, random_hunyuan.inputs(loaded.config))
+            layers = {name for name, layer in loaded.named_modules() if isinstance(layer, PackedLinear)}
+            in_columns = {name for name in layers if "proj_out" in name}
+            assert bool(layers) == bool(packed) and bool(in_columns) == (bool(packed) and whole), sorted(layers)
+        for packed in (False, True):
+            assert_close(made[file, packed], made[twin, None], atol=1e-4, rtol=0.0)
 
 
 PLANS = {

@@ -4,6 +4,7 @@ import json
 import statistics
 from types import SimpleNamespace
 
+import comfy_formats
 import described_folders
 import gloo_ranks
 import original_formats as formats
@@ -241,6 +242,12 @@ def sharded(tmp_path_factory):
         if form != "smoothed":  # which is without a LoRA
             loras[form] = str(folder / f"{form}.safetensors")
             random_lora.save(loras[form], "lightx2v", own.state_dict(), seed=4)
+    for form in ("int8, rotated", "4-bit levels"):
+        own = tiny_models.wan_transformer(5, attention_head_dim=32, ffn_dim=256)  # in slices of whole rotated groups
+        config |= {"attention_head_dim": 32, "ffn_dim": 256}
+        paths[form] = comfy_formats.folder(folder / form, own.state_dict(), config, form)
+        loras[form] = str(folder / f"{form}.safetensors")
+        random_lora.save(loras[form], "lightx2v", own.state_dict(), seed=4)
     plans = {"slices": (4, False), "shares": (1, True), "shares of slices": (2, True)}
     cases = {
         f"{form}, {plan}": {"path": str(path), "tp": tp, "fsdp": fsdp,

@@ -61,8 +61,11 @@ def asked(workflow, kind):
     """(model, video, what is fixed) of a workflow."""
     nodes = nodes_of(workflow)
     model = model_of(nodes, kind)
-    given = next(inputs for _, inputs in nodes if "width" in inputs and "length" in inputs)
-    size = VideoSize(width=given["width"], height=given["height"], num_frames=given["length"])
+    given = next(inputs for _, inputs in nodes if isinstance(inputs.get("width"), int))
+    if "seconds" in given:
+        size = VideoSize.of_seconds(**given)
+    else:
+        size = VideoSize(width=given["width"], height=given["height"], num_frames=given["length"])
     sampler = next(inputs for _, inputs in nodes if "steps" in inputs)
     sample = SampleSpec(steps=sampler["steps"] or None, guidance_scale=sampler["cfg"] or None)
     video = videos.video_of(model, size, sample, from_image=any(name == "LoadImage" for name, _ in nodes))

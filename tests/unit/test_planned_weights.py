@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import gguf_files
 import pytest
 import random_hunyuan
+import random_wan
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec
@@ -15,6 +17,7 @@ from ascend_runtime.parallel.dry import Seat, dry_tensor_parallel
 from ascend_runtime.parallel.fsdp import Sharding
 from ascend_runtime.planner import models
 from ascend_runtime.planner.holding.weights import Share, kept, on_device, rules_of
+from safetensors.torch import load_file
 from toy_family import files
 
 CASES = 6  # of each family
@@ -82,3 +85,21 @@ def counted(spec, share, kind):
 def predicted(spec, share, kind):
     model = models.read(spec, kind="cpu")
     return sum(on_device(kept(one, rules_of(model, one), model.dtype, share), kind) for one in model.experts)
+
+
+def test_weights_of_a_gguf_file_take_what_components_count(tmp_path, rng):
+    """In full and in blocks, also where tensor parallelism cuts within blocks; with all types of them."""
+    state = load_file(random_wan.original_transformer(tmp_path / "wan.safetensors", layers=2))
+    gguf_files.write(tmp_path / "wan.gguf", state, gguf_files.mixed())
+    sizes = set()
+    for case in range(CASES // 2):
+        spec = DiffusionModelSpec(path=str(tmp_path / "wan.gguf"), dtype=rng.choice(["float32", "bfloat16"]),
+                                  packed=case % 2 == 0)  # fmt: skip
+        tp, shards = rng.choice([1, 2]), rng.randint(1, 5)
+        share = Share(tp, rng.randrange(tp), shards, rng.randrange(shards), spec.packed)
+        for kind in ("cpu", "meta"):
+            expected, planned = counted(spec, share, kind), predicted(spec, share, kind)
+            print(f"{spec.dtype}, {share}, {kind}: {planned} bytes, {expected} by components")
+            assert planned == expected
+            sizes.add((planned, spec.packed))
+    assert min(sizes)[1], "what is in blocks takes less"

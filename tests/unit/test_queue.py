@@ -162,8 +162,8 @@ def tiny():
     """The embedded model's own workflow, made short: its smallest picture, 5 frames, 2 steps."""
     graph = json.loads((ROOT / "workflows" / "api" / "tiny_wan_text_to_video.json").read_text())
     for entry in graph.values():
-        if entry["class_type"] == "EmptyHunyuanLatentVideo":
-            entry["inputs"].update(width=32, height=32, length=5)
+        if entry["class_type"] == "AscendVideoSize":
+            entry["inputs"].update(width=32, height=32, seconds=4 / 16)
         if entry["class_type"] == "AscendSampler":
             entry["inputs"]["steps"] = 2
     return graph

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
@@ -35,10 +37,12 @@ class Coding(Protocol):
 
 class Codings(NamedTuple):
     """weights: the coding of each weight that has one, by its name in the file. others: the names of all tensors that
-    are no parameters by themselves: marks, scales and the like."""
+    are no parameters by themselves: marks, scales and the like. names: those by which tensors are renamed instead of
+    their own."""
 
     weights: dict[str, Coding]
     others: set[str]
+    names: Mapping[str, str] = MappingProxyType({})
 
 
 def numbers_in(coding: Coding, file: TensorFile, key: str, part: Slices) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import coded_error
+from ...ops.mxfp8 import groups_of
 from ..faults import list_faults, shown
 from .coding import Coding, Codings
 from .fp8 import is_8_bits
@@ -21,6 +22,7 @@ from .layouts import (
     INT8_FORMAT,
     INTEGER_FORMATS,
     LAYOUT_OF_FORMAT,
+    MX_FORMAT,
     SCALE_LEAF,
     MarkedLayer,
     has_whole_groups,
@@ -86,8 +88,8 @@ def all_marks(file: TensorFile, own: list[str]) -> dict[str, FormatMark]:
 
 
 def logical_shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
-    """The shapes of the numbers of marked weights and of their rows' scales, where the tensors in the file have others:
-    two numbers in a byte, or one scale of all rows."""
+    """The shapes of the numbers of marked weights and of their scales, where the tensors in the file have others: two
+    numbers in a byte, one scale of all rows, or exponents in blocks."""
     shapes = {}
     for layer, mark in marks_of(file, file.shapes).items():
         stored = file.stored_shapes.get(f"{layer}.weight", ())
@@ -95,6 +97,8 @@ def logical_shapes(file: TensorFile) -> dict[str, tuple[int, ...]]:
             continue
         shapes[f"{layer}.weight"] = LAYOUT_OF_FORMAT[mark.format].shape(stored)
         scale = f"{layer}.{row_scale_leaf(mark)}"
+        if mark.format == MX_FORMAT and scale in file.stored_shapes:
+            shapes[scale] = (stored[0], groups_of(stored[1]))
         if mark.format in INTEGER_FORMATS and fits_rows(file.stored_shapes.get(scale, (0,)), stored, flat=True):
             shapes[scale] = (stored[0], 1)
     return shapes

@@ -62,6 +62,8 @@ def _kept(
     network: Network, name: str, shape: tuple[int, ...], rules: WeightRules, dtype: str, share: Share
 ) -> OwnPart:
     fixed, stored = network.quantized.get(name), network.stored_types.get(name)
+    if not rules.keeps_whole(name, shape, network.multiples.get(name, 1), share.tp):
+        fixed = None  # dequantized, as slices would cut groups of its inputs apart
     dtype = "float32" if rules.fp32(name) else dtype
     itemsize = fixed or ITEMSIZES[dtype]
     cut = own_slice(name, shape, rules, share.tp)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ....checkpoints.msmodelslim import Layer
 from ....ops import mxfp8, packing
+from ....ops.blocks.rotation import rotated
 from ....parallel.tensor import TensorParallel
 from .base import QuantizedLinear, new_parameter
 
@@ -19,27 +20,36 @@ class DynamicLinear(QuantizedLinear):
     """A quantized linear layer with an int8 weight, one scale for each row, and dynamic activation quantization by
     token.
 
-    Parameters: weight [out, in], weight_scale [out, 1] in fp32, bias [out]; mul_scale [in].
+    Parameters: weight [out, in], weight_scale [out, 1] in fp32, bias [out]; mul_scale [in]. rotation: the size of the
+    groups of inputs that are rotated, as the weight's are; 0: none.
     """
+
+    def __init__(self, like: nn.Linear, layer: Layer):
+        super().__init__(like, layer)
+        self.rotation = layer.rotation
+        self.multiple = max(self.multiple, layer.rotation)
 
     def _add_scales(self, like: nn.Linear, layer: Layer) -> None:
         self.weight_scale = new_parameter(like.out_features, 1, dtype=torch.float32)
         self.bias = None if like.bias is None else new_parameter(like.out_features, dtype=like.bias.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        return self.ops.quantized_linear(x, *self._weights(), self.bias, self.mul_scale)
+        return self.ops.quantized_linear(rotated(x, self.rotation), *self._weights(), self.bias, self.mul_scale)
 
     def _all_reduced(self, x: Tensor, tp: TensorParallel) -> Tensor:
-        return self.ops.quantized_linear_all_reduce(self._smoothed(x), *self._weights(), self.bias, tp.group)
+        return self.ops.quantized_linear_all_reduce(self._prepared(x), *self._weights(), self.bias, tp.group)
 
     def _part(self, x: Tensor, tp: TensorParallel) -> Tensor:
-        return self.ops.quantized_linear_part(self._smoothed(x), *self._weights(), tp.group)
+        return self.ops.quantized_linear_part(self._prepared(x), *self._weights(), tp.group)
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        return rotated(self._smoothed(x), self.rotation)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.weight_scale.flatten()
 
     def dequantized(self) -> Tensor:
-        return self._unsmoothed(self.weight * self.weight_scale)
+        return self._unsmoothed(rotated(self.weight * self.weight_scale, self.rotation))
 
 
 class Int4Linear(DynamicLinear):

@@ -75,6 +75,15 @@ def quantized_parameters(network: nn.Module) -> dict[str, torch.dtype]:
     }  # fmt: skip
 
 
+def multiples_of(network: nn.Module) -> dict[str, int]:
+    """In multiples of how many inputs tensor parallelism can cut the weights of quantized layers, by the names of these
+    weights, where that is not 1."""
+    return {
+        f"{name}.weight": module.multiple
+        for name, module in network.named_modules() if isinstance(module, QuantizedLinear) and module.multiple > 1
+    }  # fmt: skip
+
+
 def block_types(network: nn.Module) -> dict[str, str]:
     """The types of the blocks of a GGUF file in which layers keep their weights, by the layers' names."""
     return {name: module.kind.name for name, module in network.named_modules() if isinstance(module, PackedLinear)}
