@@ -32,7 +32,7 @@ from .types import Handle, ModelHandle, RanksHandle
 
 logger = logging.getLogger(__name__)
 
-LOGGED_SEPARATELY = ("acceleration", "plan", "warnings", "peak bytes")  # entries of Result.info with their own lines in the log
+LOGGED_SEPARATELY = ("acceleration", "plan", "warnings", "peak bytes")  # entries of Result.info that its line in the log lacks
 PREVIEW_SCALE = 8  # pixels of the video per pixel of a latent
 PREVIEW_SIZE = 512  # pixels: the longest side of a preview that ComfyUI sends
 
@@ -67,8 +67,7 @@ class ModelCalls:
         """The tensor that `call(runtime, hooks)` results in. Between two calls, Cancel takes effect."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         _memory.count()  # ComfyUI may have freed the weights since the last call
-        # The plan is in the log only: core's node would grow by a line, in saved workflows too.
-        result = _run(self._runtime, call, {"on_progress": _show_loading, "on_plan": lambda plan: None})
+        result = _run(self._runtime, call, {"on_progress": _show_loading})
         self._calls += 1
         self._seconds.update(result.seconds)
         self._info = result.info
@@ -105,8 +104,7 @@ def text_encoders(encoder: Handle) -> Result:
 def _run(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
     """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions. An error with a code says
     where it is explained."""
-    always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice,
-              "on_plan": lambda plan: _notice(plan.line)}  # fmt: skip
+    always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}
     try:
         return job(runtime, always | hooks)
     except JobCancelled:

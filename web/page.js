@@ -2,6 +2,7 @@
 import { app } from "../../scripts/app.js"
 import { TEXTS } from "./texts.js"
 
+export const ALWAYS = "Comfy.Node.AlwaysShowAdvancedWidgets" // a setting of pages whose Nodes 2.0 know advanced inputs
 const SHOWN_FOR = 20000 // milliseconds
 
 export const setting = name => app.extensionManager?.setting?.get(name) ?? app.ui?.settings?.getSettingValue(name)
@@ -23,3 +24,12 @@ export function show(severity, summary, lines = []) {
 // A store of the page, such as "nodeDef"; undefined if this page has none of the name.
 export const store = name =>
     document.querySelector("#vue-app")?.__vue_app__?.config.globalProperties.$pinia?._s.get(name)
+
+export const pageKnowsAdvanced = () => ALWAYS in (app.ui?.settings?.settingsParamLookup ?? {})
+
+// The first Nodes 2.0 read a node's widgets and their options when the node is added, and its height when it is first drawn.
+export function drawAgain(node) {
+    if (!node.graph || !LiteGraph.vueNodesMode || pageKnowsAdvanced()) return
+    node.graph.onNodeAdded?.(node)
+    document.querySelector(`[data-node-id="${node.id}"]`)?.style.setProperty("--node-height", `${node.size[1]}px`)
+}

@@ -2,13 +2,13 @@
 // Ascend VAE Decode, what the whole video took; Ascend Text Encode, where a prompt was cut. ComfyUI's page removes a text
 // that was sent while a job ran once it ends; what a node puts out (nodes/report/) stays. It has the text in all languages.
 import { app } from "../../scripts/app.js"
+import { drawAgain, setting } from "./page.js"
 
 const HEIGHTS = { // pixels; a line takes about 14, and more can be scrolled
     AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 38, AscendTextEncode: 64,
 }
 const WIDGET = "report"
-
-const setting = name => app.extensionManager?.setting?.get(name) ?? app.ui?.settings?.getSettingValue(name)
+const LIVE_TEXT = "$$node-text-preview" // the page's widget with the text that was sent while a job ran
 
 // The text of an output in the page's language, or in English.
 function textOf(output) {
@@ -34,7 +34,16 @@ function addReport(node) {
     })
     widget.serialize = false // of the saved workflow
     node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
+    requestAnimationFrame(() => element.isConnected || drawAgain(node))
     return widget
+}
+
+// Some pages leave it there; the report says the same.
+function removeLiveText(node) {
+    const place = node.widgets?.findIndex(({ name }) => name === LIVE_TEXT) ?? -1
+    if (place < 0) return
+    node.widgets[place].onRemove?.()
+    node.widgets.splice(place, 1)
 }
 
 function showReport(node, output) {
@@ -42,6 +51,7 @@ function showReport(node, output) {
     const text = textOf(output)
     const shown = node.widgets?.find(({ name }) => name === WIDGET)
     if (!text && !shown) return // most prompts have nothing to be said of
+    removeLiveText(node)
     const widget = shown ?? addReport(node)
     widget.value = text
     node.setDirtyCanvas(true)

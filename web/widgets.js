@@ -2,18 +2,17 @@
 // than are needed. nodes/page/schema.py notes in each input's options: `shown_as` (a value, and the word for it),
 // `advanced`, and `only_with` (the value that another widget must have). Values stay what they are.
 import { app } from "../../scripts/app.js"
-import { setting, texts } from "./page.js"
+import { ALWAYS, drawAgain, pageKnowsAdvanced, setting, texts } from "./page.js"
 
 const GAP = 4 // pixels between two widgets
 const OURS = /^Ascend[A-Z]/
-const ALWAYS = "Comfy.Node.AlwaysShowAdvancedWidgets" // a setting of pages whose Nodes 2.0 know advanced inputs
+const STATE = "showAdvanced" // the property of a node, which is saved
 
 const inputsOf = node => {
     const { required, optional } = node.constructor.nodeData?.input ?? {}
     return { ...required, ...optional }
 }
 const optionsOf = (node, { name }) => inputsOf(node)[name]?.[1] ?? {}
-const pageKnowsAdvanced = () => ALWAYS in (app.ui?.settings?.settingsParamLookup ?? {})
 const isLinked = (node, { name }) => node.inputs?.some(input => input.widget?.name === name && input.link != null)
 
 function isDefault(node, widget) {
@@ -117,22 +116,17 @@ function label(button, shown, count) {
     hide(button, !count)
 }
 
-// Arranges a node on the canvas, whose height follows; what it is higher than it need be, it stays.
-function rearrange(node) {
+// Arranges a node on the canvas after a change, and its height follows; what it is higher than it need be, it stays.
+function rearrange(node, change = () => {}) {
     const shown = () => (node.widgets ?? []).map(({ hidden, label }) => [hidden, label]).join()
     const [before, least] = [shown(), node.computeSize()[1]]
+    change()
     arrange(node)
     if (shown() === before) return
     const needed = node.computeSize()[1]
     node.setSize([node.size[0], needed + Math.max(0, node.size[1] - least)])
-    if (node.graph && LiteGraph.vueNodesMode && !pageKnowsAdvanced()) drawAgain(node)
+    drawAgain(node)
     node.setDirtyCanvas?.(true, true)
-}
-
-// The first Nodes 2.0 read a widget's options when the node is added, and its height when it is first drawn.
-function drawAgain(node) {
-    node.graph.onNodeAdded?.(node)
-    document.querySelector(`[data-node-id="${node.id}"]`)?.style.setProperty("--node-height", `${node.size[1]}px`)
 }
 
 function addButton(node) {
@@ -142,19 +136,17 @@ function addButton(node) {
     node.advancedButton.serialize = false
 }
 
-// Whoever changes `showAdvanced` (our button, the page's button or menu) has the node rearranged.
+// Whoever changes `showAdvanced` (our button, the page's button or menu) has the node rearranged. Some pages have made
+// the property one that they watch themselves, of the node or of its class.
 function watchAdvanced(node) {
-    const inherited = Object.getOwnPropertyDescriptor(window.LGraphNode?.prototype ?? {}, "showAdvanced")
-    let own = node.showAdvanced
-    Object.defineProperty(node, "showAdvanced", {
+    const place = [node, window.LGraphNode?.prototype ?? {}].find(one => Object.getOwnPropertyDescriptor(one, STATE)?.set)
+    const watched = place && Object.getOwnPropertyDescriptor(place, STATE)
+    let own = node[STATE]
+    Object.defineProperty(node, STATE, {
         configurable: true,
         enumerable: true,
-        get: () => (inherited ? inherited.get.call(node) : own),
-        set(value) {
-            if (inherited) inherited.set.call(node, value)
-            else own = value
-            rearrange(node)
-        },
+        get: () => (watched ? watched.get.call(node) : own),
+        set: value => rearrange(node, () => (watched ? watched.set.call(node, value) : (own = value))),
     })
 }
 

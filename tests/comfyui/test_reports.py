@@ -1,6 +1,5 @@
 """What nodes say of their last run, in the page's language: samplers, VAE Decode and Text Encode."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,11 +8,10 @@ import comfy_graphs as graphs
 import pytest
 from comfy_listener import Listener
 from page_scripts import FIT, REPORTS, SET
+from shipped_workflows import ui
 from scripts.lib.comfy_browser import NODES_2, ComfyBrowser
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCREENSHOTS = REPOSITORY / ".cache" / "artefacts"
-UI_FORMAT = REPOSITORY / "workflows" / "tiny_wan_text_to_video.json"
+SCREENSHOTS = Path(__file__).resolve().parents[2] / ".cache" / "artefacts"
 TIME = r"\d[\d.]* (s|秒)"
 
 
@@ -85,7 +83,7 @@ def test_a_chinese_page_shows_reports_in_chinese(comfyui, rng, nodes_2):
     comfyui.post(f"/settings/{NODES_2}", nodes_2)
     try:
         with ComfyBrowser(comfyui, locale="zh") as browser:
-            browser.open(json.loads(UI_FORMAT.read_text()))
+            browser.open(ui("tiny_wan_text_to_video"))
             browser.page.evaluate(SET, {"AscendSampler": {"steps": 2, "seed": seed},
                                         "AscendParallelConfig": {"ranks": 2}})  # fmt: skip
             browser.page.evaluate(FIT)  # what is out of sight is not drawn
