@@ -27,7 +27,9 @@ class Sampler(io.ComfyNode):
             node_id="AscendSampler",
             display_name="Ascend Sampler",
             category=SAMPLING,
-            search_aliases=[*FAMILIES, *TASKS, *DEVICES, "ksampler", "sampler", "denoise", "采样器"],
+            search_aliases=[
+                *FAMILIES, *(f"{one} sampler" for one in FAMILIES), *TASKS, *DEVICES, "ksampler", "denoise", "采样器",
+            ],  # fmt: skip
             advanced=("cfg_low_noise", "embedded_guidance"),
             automatic={"steps": 0, "cfg": 0.0, "shift": 0.0, "cfg_low_noise": 0.0, "embedded_guidance": 0.0},
             description="Denoises a video latent on all ranks.",

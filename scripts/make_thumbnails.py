@@ -26,7 +26,7 @@ from ascend_runtime.commands import templates  # noqa: E402
 from scripts.lib.comfy_browser import ComfyBrowser  # noqa: E402
 from scripts.lib.comfy_server import ComfyServer  # noqa: E402
 
-FIRST = "tiny_wan_text_to_video"
+OWN = ("tiny_wan_text_to_video", "tiny_wan_fast_text_to_video")  # workflows of the embedded model
 SIDE = 900  # pixels of a picture: the template browser shows squares
 QUALITY = 90
 SENTENCES = {  # what the embedded model makes for each workflow, by its short name
@@ -51,20 +51,21 @@ SENTENCES = {  # what the embedded model makes for each workflow, by its short n
 }
 CHINESE = {  # what the second part of a workflow's name says
     "Tiny Wan, no download": "无需下载", "text to video": "文生视频", "text to video, fast": "文生视频，快速",
-    "image to video": "图生视频", "text to video, core nodes": "文生视频，核心节点",
-    "image to video, core nodes": "图生视频，核心节点", "first and last frame to video": "首尾帧",
+    "image to video": "图生视频", "text to video, core nodes": "核心节点",
+    "image to video, core nodes": "核心节点", "first and last frame to video": "首尾帧",
 }  # fmt: skip
 CARD = """\
 <style>
 body {{ margin: 0; width: {side}px; height: {side}px; position: relative; overflow: hidden; color: white;
         font-family: "DejaVu Sans", "WenQuanYi Zen Hei", sans-serif; background: black }}
 .back {{ position: absolute; inset: -15%; width: 130%; height: 130%; filter: blur(70px) brightness(.45) }}
-.stills {{ position: absolute; top: 62px; left: 0; right: 0; height: 450px; display: flex; gap: 30px;
+.stills {{ position: absolute; top: 62px; left: 0; right: 0; height: 450px; display: flex; gap: 24px;
            align-items: center; justify-content: center }}
-.stills img {{ border-radius: 26px; box-shadow: 0 14px 50px rgba(0, 0, 0, .55); width: 450px; height: 450px }}
-.stills .known {{ width: 200px; height: 200px; border-radius: 16px }}
+.stills img {{ border-radius: 26px; box-shadow: 0 14px 50px rgba(0, 0, 0, .55); width: 450px; height: 450px;
+              flex: none }}
+.stills .known {{ width: 170px; height: 170px; border-radius: 16px }}
 .words {{ position: absolute; left: 54px; right: 40px; bottom: 44px }}
-h1 {{ font-size: 74px; margin: 0 0 12px; letter-spacing: -1px }}
+h1 {{ font-size: {large}px; white-space: nowrap; margin: 0 0 12px; letter-spacing: -1px }}
 h2 {{ font-size: 39px; margin: 0 0 24px; font-weight: normal; white-space: nowrap }}
 p {{ font-size: 27px; margin: 0; opacity: .8; line-height: 1.45 }}
 </style>
@@ -86,7 +87,8 @@ def main():
         if arguments.graph:
             return picture_of_graph(server).save(saying(REPOSITORY / "docs" / "images" / "graph.png"), optimize=True)
         names = arguments.names or templates.SHORT
-        videos = {short: frames_of(run(server, SENTENCES[short])) for short in names}
+        videos = {short: frames_of(run(server, short if short in OWN else OWN[0], SENTENCES[short]))
+                  for short in names}  # fmt: skip
         with ComfyBrowser(server, size=(SIDE, SIDE)) as browser:
             for short, frames in videos.items():
                 target = templates.shown_file(short).with_suffix(".jpg")
@@ -98,9 +100,9 @@ def saying(target):
     return target
 
 
-def run(server, sentence):
-    """The video (a Path) that the embedded model makes of a sentence."""
-    prompt = json.loads(templates.api_file(FIRST).read_text())
+def run(server, short, sentence):
+    """The video (a Path) that a workflow of the embedded model makes of a sentence."""
+    prompt = json.loads(templates.api_file(short).read_text())
     prompt["5"]["inputs"]["text"] = sentence
     outputs = server.wait(server.queue(prompt), timeout=3600)["outputs"]
     video = next(file for output in outputs.values() for file in output.get("images", []))
@@ -120,24 +122,21 @@ def card(page, short, frames):
     images = [node for node in graph.values() if node["class_type"] == "LoadImage"]
     first, last = (f'<img class="known" src="{address(one)}">' if given else "" for one, given in
                    ((frames[0], images), (frames[-1], len(images) == 2)))  # fmt: skip
-    own = "embedded/tiny_wan" in json.dumps(graph)
+    words = f"“{SENTENCES[short]}”" if short in OWN else WHOSE
     page.set_content(CARD.format(
         side=SIDE, still=address(frames[len(frames) // 2]), first=first, last=last, model=html.escape(model),
+        large=74 if len(model) < 18 else 62 if len(model) < 20 else 56,
         task=html.escape(f"{task} · {CHINESE[task]}"), size=size_of(graph),
-        whose=html.escape(sentence_of(graph)) if own else WHOSE,
+        whose=html.escape(words),
     ))  # fmt: skip
     page.wait_for_function("[...document.images].every(image => image.complete)")
     return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
 
 
-def sentence_of(graph):
-    return f"“{graph['5']['inputs']['text']}”"
-
-
 def size_of(graph):
     """The size and the seconds of the workflow's video, in words."""
     (inputs,) = [node["inputs"] for node in graph.values() if isinstance(node["inputs"].get("width"), int)]
-    seconds = inputs["seconds"] if "seconds" in inputs else inputs["length"] / graph["10"]["inputs"]["fps"]
+    seconds = inputs["seconds"] if "seconds" in inputs else (inputs["length"] - 1) / graph["10"]["inputs"]["fps"]
     return f"{inputs['width']} x {inputs['height']}, {seconds:.1f} s".replace(".0 s", " s")
 
 
@@ -150,7 +149,7 @@ def address(picture):
 
 def picture_of_graph(server):
     """The first workflow in ComfyUI's page after a run, with its video."""
-    graph = json.loads(templates.shown_file(FIRST).read_text())
+    graph = json.loads(templates.shown_file(OWN[0]).read_text())
     boxes = [group["bounding"] for group in graph["groups"]]
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
     right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)

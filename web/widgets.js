@@ -6,6 +6,7 @@ import { ALWAYS, drawAgain, pageKnowsAdvanced, setting, texts } from "./page.js"
 
 const GAP = 4 // pixels between two widgets
 const OURS = /^Ascend[A-Z]/
+const STATE = "showAdvanced" // the property of a node, which is saved
 
 const inputsOf = node => {
     const { required, optional } = node.constructor.nodeData?.input ?? {}
@@ -115,10 +116,11 @@ function label(button, shown, count) {
     hide(button, !count)
 }
 
-// Arranges a node on the canvas, whose height follows; what it is higher than it need be, it stays.
-function rearrange(node) {
+// Arranges a node on the canvas after a change, and its height follows; what it is higher than it need be, it stays.
+function rearrange(node, change = () => {}) {
     const shown = () => (node.widgets ?? []).map(({ hidden, label }) => [hidden, label]).join()
     const [before, least] = [shown(), node.computeSize()[1]]
+    change()
     arrange(node)
     if (shown() === before) return
     const needed = node.computeSize()[1]
@@ -134,19 +136,17 @@ function addButton(node) {
     node.advancedButton.serialize = false
 }
 
-// Whoever changes `showAdvanced` (our button, the page's button or menu) has the node rearranged.
+// Whoever changes `showAdvanced` (our button, the page's button or menu) has the node rearranged. Some pages have made
+// the property one that they watch themselves, of the node or of its class.
 function watchAdvanced(node) {
-    const inherited = Object.getOwnPropertyDescriptor(window.LGraphNode?.prototype ?? {}, "showAdvanced")
-    let own = node.showAdvanced
-    Object.defineProperty(node, "showAdvanced", {
+    const place = [node, window.LGraphNode?.prototype ?? {}].find(one => Object.getOwnPropertyDescriptor(one, STATE)?.set)
+    const watched = place && Object.getOwnPropertyDescriptor(place, STATE)
+    let own = node[STATE]
+    Object.defineProperty(node, STATE, {
         configurable: true,
         enumerable: true,
-        get: () => (inherited ? inherited.get.call(node) : own),
-        set(value) {
-            if (inherited) inherited.set.call(node, value)
-            else own = value
-            rearrange(node)
-        },
+        get: () => (watched ? watched.get.call(node) : own),
+        set: value => rearrange(node, () => (watched ? watched.set.call(node, value) : (own = value))),
     })
 }
 

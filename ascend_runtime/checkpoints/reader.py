@@ -14,8 +14,8 @@ from torch import nn
 
 from ..errors import coded_error
 from ..ops.packing import Packing
-from .codings import ggml
 from .codings.coding import Coding, Codings
+from .codings.ggml import block_codings
 from .codings.kept import KeptWeights
 from .codings.recognised import codings_of
 from .faults import list_faults
@@ -209,7 +209,7 @@ def _codings(file: TensorFile, own: list[str], quantized: Description | KeptWeig
     """How the tensors of a file that belong to the module are stored; a description says it otherwise."""
     if isinstance(quantized, Description):
         return Codings({}, set())
-    codings = ggml.codings_of(file) or codings_of(file, own)
+    codings = block_codings(file) or codings_of(file, own)
     return quantized.coded(codings) if isinstance(quantized, KeptWeights) else codings
 
 

@@ -176,8 +176,9 @@ def _contents(component: Component) -> tuple[list[str], int]:
     for shard in component.shards:
         with open_tensors(shard) as file:
             own = {name: shape for name, shape in file.shapes.items() if component.rename(name, shard) is not None}
+            blocks = getattr(file, "kinds", {})
             for name, shape in own.items():
-                numbers[str(file.dtype(name)).removeprefix("torch.")] += math.prod(shape)
+                numbers[blocks.get(name) or str(file.dtype(name)).removeprefix("torch.")] += math.prod(shape)
     return [dtype for dtype, _ in numbers.most_common()], numbers.total()
 
 

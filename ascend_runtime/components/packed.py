@@ -32,16 +32,16 @@ logger = logging.getLogger(__name__)
 PRODUCTS = {DYNAMIC: "int8", MXFP8: "MXFP8"}  # as users name them
 
 
-def packed(
+def keep_packed(
     found: list[Component], spec: DiffusionModelSpec, room: Room, dtype: torch.dtype
 ) -> tuple[list[Component], tuple[str, ...]]:
     """(the experts, with the weights in blocks that are to stay in them; a sentence about these for the user, if any).
 
-    A spec that leaves it open is decided by this rank's memory. Ranks that share weights must hold them in one way:
-    they keep them in blocks, as a decision of each would depend on its own memory. Jobs on ranks are decided
-    beforehand, by the plan.
+    A spec that leaves it open is decided by this rank's memory. Ranks that share weights must hold them in one way, and
+    keep them in blocks, as each would decide by its own memory. A job on ranks is decided beforehand, by its plan.
     """
-    if spec.packed is False or spec.quantization != "none":
+    sharded = room.sharding.mesh is not None
+    if spec.packed is False or spec.quantization != "none" or spec.packed is None and sharded and shards_no_integers():
         return found, ()
     networks = [empty_network(one) for one in found]
     weights = [weights_in_blocks(one, linears(network, lambda name: True)) for one, network in zip(found, networks)]
@@ -50,8 +50,7 @@ def packed(
     shapes = [{name: tuple(x.shape) for name, x in network.named_parameters()} for network in networks]
     if spec.packed is None:
         numbers = (math.prod(shape) for of_one in shapes for shape in of_one.values())
-        shared = room.sharding.mesh is not None or room.sharding.tp.degree > 1
-        if not shared and _fits(dtype.itemsize * sum(numbers), room):
+        if not (sharded or room.sharding.tp.degree > 1) and _fits(dtype.itemsize * sum(numbers), room):
             return found, ()
     degree = room.sharding.tp.degree
     made = [with_packed(one, *facts, degree) for one, *facts in zip(found, weights, shapes)]

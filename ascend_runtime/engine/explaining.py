@@ -24,6 +24,9 @@ from ..models.shared.vae import VideoVae
 from ..ops import way_of
 from ..recognition.calibration_file import calibration_digests
 from ..recognition.component import Component
+from ..recognition.lora.describing import forms_in
+from ..recognition.lora.files import fingerprint
+from ..recognition.lora.scale import file_of
 from ..specs import (
     AccelerationSpec,
     DiffusionModelSpec,
@@ -132,6 +135,8 @@ class Explainer:
         if not self._here:
             return None
         own = {"batch": generated.latent[0], "quantization": asked.model.quantization}
+        if model.notes:
+            own |= {"weights": " ".join(model.notes)}
         if model.low_noise is not None:
             own |= {"boundary": model.boundary, "experts": "swap" if model.swap else "resident"}
         calibration = asked.calibration if asked.acceleration.step_cache else {}
@@ -213,9 +218,10 @@ def _part(component: Component, transformers: int) -> PartRecord:
 
 
 def _lora(spec: LoraSpec) -> LoraRecord:
+    digest, form = None, ""
     try:
-        digest = file_digest(Path(spec.path))
-    except OSError as error:
+        file = file_of(Path(spec.path))
+        digest, form = file_digest(file), forms_in(str(file), fingerprint(spec.path))
+    except (OSError, ValueError) as error:
         logger.warning("There is no digest of %s: %s", spec.path, error)
-        digest = None
-    return LoraRecord(file=digest, strength=spec.strength, expert=spec.expert, misfits=spec.misfits)
+    return LoraRecord(file=digest, strength=spec.strength, expert=spec.expert, misfits=spec.misfits, form=form)

@@ -19,7 +19,7 @@ ITEMSIZES = {
 }  # fmt: skip
 
 
-class Blocks(NamedTuple):
+class StoredBlocks(NamedTuple):
     """A type of blocks in which a weight lies in a GGUF file, as ggml names it: so many neighbours of a row in so many
     bytes."""
 
@@ -47,7 +47,7 @@ class Network:
     stored: int = 0
     stored_types: Mapping[str, str] = field(default_factory=dict)
     quantized: Mapping[str, int] = field(default_factory=dict)
-    packed: Mapping[str, Blocks] = field(default_factory=dict)
+    packed: Mapping[str, StoredBlocks] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
 
 

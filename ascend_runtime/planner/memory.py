@@ -122,7 +122,8 @@ class _Rank:
     def _gathered(self) -> int:
         """By FSDP."""
         arrangement, shards = self.arrangement, self._share.shards
-        return gathered_bytes(network_of(self.model, arrangement.plan.tp, arrangement.packed), shards) if shards > 1 else 0
+        network = network_of(self.model, arrangement.plan.tp, arrangement.packed)
+        return gathered_bytes(network, shards) if shards > 1 else 0
 
     def _experts(self) -> Iterator[Mapping[str, OwnPart]]:
         model = self.model

@@ -13,7 +13,7 @@ from ..hardware import cores
 from ..models.family import TRANSFORMER, VAE, Family
 from ..models.registry import families
 from ..specs import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec
-from .facts import Blocks, Model, Network
+from .facts import Model, Network, StoredBlocks
 
 if TYPE_CHECKING:
     from torch import nn
@@ -164,7 +164,7 @@ def _kept(component: Component, model: DiffusionModelSpec, kind: str) -> Compone
     return with_few_bits(component, names, lambda algorithm: algorithm == DYNAMIC)
 
 
-def _packed(component: Component, network: nn.Module) -> dict[str, Blocks]:
+def _packed(component: Component, network: nn.Module) -> dict[str, StoredBlocks]:
     """The weights of a transformer that can stay in the blocks of its GGUF file."""
     from ..models.shared.quantized.replacing import linears
     from ..ops.blocks.ggml import BLOCK_TYPES
@@ -173,7 +173,7 @@ def _packed(component: Component, network: nn.Module) -> dict[str, Blocks]:
     if component.kind.name != TRANSFORMER:
         return {}
     kinds = weights_in_blocks(component, linears(network, lambda name: True))
-    return {name: Blocks(kind, BLOCK_TYPES[kind].values, BLOCK_TYPES[kind].nbytes) for name, kind in kinds.items()}
+    return {name: StoredBlocks(kind, BLOCK_TYPES[kind].values, BLOCK_TYPES[kind].nbytes) for name, kind in kinds.items()}
 
 
 def _of_config(

@@ -13,6 +13,7 @@ from ..models.family import TRANSFORMER, TRANSFORMER_2, Family, OriginalLayout
 from ..models.registry import families
 
 TRANSFORMERS = (TRANSFORMER, TRANSFORMER_2)
+NOT_IN_BLOCKS = "non_block.safetensors"  # LightX2V's name of what is in no block
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
 
 
@@ -151,9 +152,17 @@ def shards_of(folder: Path, pattern: str = "*.safetensors") -> tuple[Path, ...]:
 
 
 def loose_shards(folder: Path) -> tuple[Path, ...]:
-    """The shards of one network in a folder without a config.json; empty if the folder holds anything else."""
+    """The shards of one network in a folder without a config.json; empty if the folder holds anything else. LightX2V
+    writes one file for each block, one for all else, and an index: without it, missing blocks would not show."""
     if (folder / "config.json").is_file():
         return ()
+    if (folder / NOT_IN_BLOCKS).is_file():
+        if any(folder.glob("*.index.json")):
+            return shards_of(folder)
+        raise coded_error(
+            "AV-1307",
+            f"{folder} has files of single blocks, and no .safetensors.index.json that lists them. Download it too.",
+        )
     return all_shards(tuple(sorted(folder.glob("*.safetensors"))))
 
 

@@ -92,8 +92,8 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         require_choice("quantization", self.quantization, QUANTIZATIONS)
         if self.packed and self.quantization != "none":
             raise ValueError(
-                f"packed keeps weights as a GGUF file has them, and quantization is {self.quantization!r}. Set one of the "
-                "two."
+                f"packed keeps weights as a GGUF file has them, and quantization is {self.quantization!r}. Set one of "
+                "the two."
             )
         if self.boundary is not None:
             require_range("boundary", self.boundary, 0.0, 1.0)

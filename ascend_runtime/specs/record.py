@@ -43,12 +43,14 @@ class PartRecord(Struct, frozen=True, kw_only=True):
 
 
 class LoraRecord(Struct, frozen=True, kw_only=True):
-    """A LoRA in the weights. file: None if it could not be read any more."""
+    """A LoRA in the weights. file: None if it could not be read any more. form: such as "DoRA of LoKr"; empty if it is
+    not known."""
 
     file: FileDigest | None
     strength: float
     expert: ShortText
     misfits: ShortText
+    form: Text = ""
 
 
 class HostRecord(Struct, frozen=True, kw_only=True):

@@ -2,8 +2,8 @@
 
 Any LoRA loader leaves changes of weights ("patches") in the MODEL: for each weight, a strength and what it multiplies.
 They are grouped by strength, so that a group has at most one change of each weight, and groups follow each other as the
-changes of each weight do, since DoRA's depend on those before. A group's file is named after its content: a new strength
-writes nothing, and the ranks know it again.
+changes of each weight do, since DoRA's depend on those before. A group's file is named after its content: a new
+strength writes nothing, and the ranks know it again.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ COLUMNS = [
     ["AscendSampler", "KSampler", "High-noise steps", "Low-noise steps"],
     ["AscendVAEDecode", "VAEDecode", "Without the first four frames", "CreateVideo", "SaveVideo"],
 ]
-NOTE, NOTE_COLUMNS, NOTE_HEIGHT = "MarkdownNote", 2, 420  # below the first columns
+NOTE, NOTE_COLUMNS = "MarkdownNote", 2  # below the first columns
 WIDTHS = [310, 540, 480, 360, 400, 340, 340, 420]  # of the columns
-LEAST_HEIGHTS = {"Prompt": 180, "Negative prompt": 160, "SaveVideo": 300, "First frame": 330, "Last frame": 330}
+LEAST_HEIGHTS = {NOTE: 300, "Prompt": 180, "Negative prompt": 160, "SaveVideo": 300, "First frame": 330, "Last frame": 330}
 # The nodes that are enlarged to fill their column; the first of these in a column: pictures, previews and prompts.
 GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Prompt")
 SAME_HEIGHT = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height
@@ -74,6 +74,7 @@ def arrange(graph, heights):
         canvas, largest = heights[node["id"]]
         saved[name] = max(canvas, LEAST_HEIGHTS.get(name, 0))
         room[name] = max(largest, saved[name])
+    saved[NOTE] = room[NOTE]  # which Nodes 2.0 draw as high as its text is
     owners = _owners(nodes)
     places = _places(room, owners)
     for name, node in nodes.items():
@@ -115,7 +116,7 @@ def _places(room, owners):
         columns.append(column)
     above = [places[name] for column in columns[:NOTE_COLUMNS] for name in column]
     top = max(place[3] for place in above) + ROW_GAP
-    places[NOTE] = [0, top, max(place[2] for place in above), top + NOTE_HEIGHT]
+    places[NOTE] = [0, top, max(place[2] for place in above), top + room[NOTE]]
     _grow(places, columns)
     for name in set(SAME_HEIGHT).intersection(places):
         left, _, right, _ = places[name]

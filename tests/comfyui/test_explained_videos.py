@@ -157,6 +157,7 @@ def test_accelerators_and_loras_are_in_the_record(comfyui, explain, checkpoint):
     job = jobs_in(file)[DENOISE]
     (used,) = job.loras
     assert (used.file, used.strength, used.expert) == (file_digest(lora), 0.5, "both")
+    assert used.form == "low-rank pairs"
     assert job.accelerators["block_cache"]["interval"] == 4 and job.saved["steps_reusing"] == 3
     assert 0 < job.saved["flops_saved"] < 1
     status, text = explain(file)

@@ -73,10 +73,9 @@ def test_pefts_folder_is_one_lora(comfyui, loras):
     schema = comfyui.get("/object_info/AscendLoadLora")["AscendLoadLora"]["input"]["required"]["lora_name"]
     listed = schema[0] if isinstance(schema[0], list) else schema[1]["options"]
     assert {"peft/style", "peft/style/other.safetensors"} == {name for name in listed if name.startswith("peft")}
-    chosen = [{"peft/style": 0.5}, {"peft/style/adapter_model.safetensors": 0.5}, {"peft/style/other.safetensors": 1.0}]
-    whole, file, twice = (
-        graphs.saved_latent(comfyui, comfyui.queue(with_loras(both(2, 1.0, 5.0, seed=4), one)), "ours") for one in chosen
-    )
+    chosen = {"peft/style": 0.5, "peft/style/adapter_model.safetensors": 0.5, "peft/style/other.safetensors": 1.0}
+    queued = [comfyui.queue(with_loras(both(2, 1.0, 5.0, seed=4), {name: x})) for name, x in chosen.items()]
+    whole, file, twice = (graphs.saved_latent(comfyui, one, "ours") for one in queued)
     assert torch.equal(whole, file) and (whole - twice).abs().max() <= TOLERANCE
 
 

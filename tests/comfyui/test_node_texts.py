@@ -31,7 +31,7 @@ needs_chromium = pytest.mark.skipif(
 def nodes(comfyui) -> dict:
     """Our nodes as GET /object_info describes them."""
     ours = {name: node for name, node in comfyui.get("/object_info").items() if name.startswith("Ascend")}
-    assert len(ours) == 25
+    assert len(ours) >= 25
     return ours
 
 

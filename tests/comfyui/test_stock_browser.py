@@ -8,7 +8,7 @@ from urllib.error import HTTPError
 
 import published_models
 import pytest
-from page_scripts import DROP, FIT, SET, VIDEO
+from page_scripts import DROP, EMPTY, FIT, SET, TOASTS, VIDEO
 from scripts.lib.comfy_browser import ComfyBrowser
 
 TEMPLATE = "text_to_video_wan"
@@ -25,17 +25,6 @@ pytestmark = [
     pytest.mark.skipif(PACKAGE is None, reason="comfyui_workflow_templates_media_video is not installed"),
 ]  # fmt: skip
 
-# A place of the canvas without a node, in pixels of the page.
-EMPTY = """() => {
-    const view = app.canvas.canvas.getBoundingClientRect()
-    for (let y = view.bottom - 150; y > view.top + 150; y -= 40)
-        for (let x = view.right - 150; x > view.left + 150; x -= 40) {
-            const [left, top] = app.canvas.convertEventToCanvasOffset({clientX: x, clientY: y})
-            const free = !app.graph.getNodeOnPos(left, top) && !app.graph.getGroupOnPos(left, top)
-            if (free && document.elementFromPoint(x, y) === app.canvas.canvas) return [x, y]
-        }
-}"""
-TOASTS = "[...document.querySelectorAll('.p-toast-message')].map(one => one.innerText)"
 TAB = """() => {
     const {workflow} = app.extensionManager
     return [workflow.openWorkflows.length, workflow.activeWorkflow.isModified]

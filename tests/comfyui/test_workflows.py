@@ -12,28 +12,32 @@ import pytest
 from ascend_runtime.commands import templates
 from ascend_runtime.commands.queue import QueueError, address
 from ascend_runtime.commands.queue import workflow as queued
-from scripts.lib.comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chromium
+from scripts.lib.comfy_browser import MISSING_MODELS, ComfyBrowser, chromium
 from PIL import Image
 from shipped_workflows import NAMES, WORKFLOWS, api, ui
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ARTEFACTS = REPOSITORY / ".cache" / "artefacts"
-SHOWING_ALL_NODES = [  # every node that the others have, one of these has too
+SAMPLE = [  # without --all-pages: pictures, both kinds of samplers, an accelerator, the switch
     "hunyuan_video_v1_image_to_video",
-    "stock_hunyuan_video_text_to_video",
     "stock_wan2.2_i2v_a14b_image_to_video",
-    "stock_wan2.2_ti2v_5b_text_to_video",
-    "tiny_wan_fast_text_to_video",
+    "tiny_wan_text_to_video",
     "wan2.1_flf2v_14b_first_last_frame_to_video",
-    "wan2.2_i2v_a14b_image_to_video",
     "wan2.2_t2v_a14b_text_to_video_fast",
 ]
+SUBGRAPHS = REPOSITORY / "subgraphs"
+CHINESE = re.compile("[\u4e00-\u9fff]")
 TITLE_HEIGHT = 30  # of a node, above its position
 NOTES = ("MarkdownNote", "Note")  # of the page alone: the API format has none
 
 needs_chromium = pytest.mark.skipif(
     not chromium(), reason="no chromium in PATH; `apt-get install chromium fonts-wqy-zenhei` brings it"
 )
+
+
+def pytest_generate_tests(metafunc):
+    if "opened" in metafunc.fixturenames:
+        metafunc.parametrize("opened", NAMES if metafunc.config.getoption("--all-pages") else SAMPLE)
 
 
 def without_titles(prompt) -> dict:
@@ -98,6 +102,35 @@ def test_nodes_lie_apart_each_in_a_group(name):
     assert [node for node, its in boxes.items() if sum(inside(its, group) for group in groups) != 1] == []
     notes = [node for node in workflow["nodes"] if node["type"] in NOTES]
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_titles_are_in_both_languages(name):
+    """A page translates a node's own title; titles that a workflow gives it, and those of groups, it does not."""
+    workflow = ui(name)
+    given = [node["title"] for node in workflow["nodes"] if " / " in node.get("title", "")]
+    groups = [group["title"] for group in workflow["groups"]]
+    assert len(given) >= 2 and len(groups) >= 4
+    for title in given + groups:
+        english, chinese = title.split(" / ")
+        assert re.search("[A-Za-z]{3}", english) and not CHINESE.search(english) and CHINESE.search(chinese), title
+    known = json.loads((REPOSITORY / "locales" / "en" / "nodeDefs.json").read_text())
+    others = {node["type"]: node["title"] for node in workflow["nodes"] if node.get("title") not in (None, *given)}
+    assert all(kind not in known or known[kind]["display_name"] == title for kind, title in others.items()), others
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notes_say_what_a_video_is_predicted_to_take(name):
+    (note,) = [node["widgets_values"][0] for node in ui(name)["nodes"] if node["type"] in NOTES]
+    assert CHINESE.search(note) and templates.SHOWN[name] in note
+    predicted = "predicted, not measured" in note
+    assert predicted == ("safetensors" in note and not name.startswith("stock"))
+    if predicted:
+        rows = re.findall(r"^\| (\d+) x (\d+), [\d.]+ s, (\d+) steps / 步 \| (.*) \|$", note, re.M)
+        assert rows and all(re.fullmatch(r"(.*\d m?i?n?s?.*, \d+ GB|does not fit.*)", cell)
+                            for row in rows for cell in row[3].split(" | ")), rows  # fmt: skip
+        (size,) = [node["inputs"] for node in api(name).values() if node["class_type"] == "AscendVideoSize"]
+        assert (str(size["width"]), str(size["height"])) in {row[:2] for row in rows}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,7 +225,7 @@ def test_template_browser_shows_the_workflows(comfyui):
         page.wait_for_function("""names => {
             const loaded = [...document.querySelectorAll('img')].filter(image => image.naturalWidth)
             return names.every(name => loaded.some(image => image.alt === name))
-        }""", arg=list(templates.SHOWN.values()))
+        }""", arg=sorted(set(templates.SHOWN.values())))
         page.wait_for_timeout(500)
         page.screenshot(path=ARTEFACTS / "templates.png")
 
@@ -205,19 +238,25 @@ def browser(comfyui):
 
 
 @needs_chromium
-def test_page_makes_the_api_format_of_the_ui_format(browser):
+def test_page_makes_the_api_format_of_the_ui_format(browser, opened):
     """Opened in ComfyUI's own page, either format becomes the prompt that the API format is."""
     ARTEFACTS.mkdir(parents=True, exist_ok=True)
-    errors = []
-    browser.page.on("pageerror", lambda error: errors.append(str(error)))
-    for name in NAMES:
-        browser.open(ui(name))
-        assert as_saved(browser.prompt(), api(name)) == without_titles(api(name)), name
-        assert own_titles(browser.prompt()) == own_titles(api(name)), name
-        browser.page.screenshot(path=ARTEFACTS / f"{name}.png")
-        browser.open(api(name))
-        assert as_saved(browser.prompt(), api(name)) == without_titles(api(name)), name
-    assert errors == []
+    errors, expected = [], api(opened)
+
+    def note(error):
+        errors.append(str(error))
+
+    browser.page.on("pageerror", note)
+    try:
+        browser.open(ui(opened))
+        assert as_saved(browser.prompt(), expected) == without_titles(expected)
+        assert own_titles(browser.prompt()) == own_titles(expected)
+        browser.page.screenshot(path=ARTEFACTS / f"{opened}.png")
+        browser.open(expected)
+        assert as_saved(browser.prompt(), expected) == without_titles(expected)
+        assert errors == []
+    finally:
+        browser.page.remove_listener("pageerror", note)
 
 
 @needs_chromium
@@ -252,20 +291,68 @@ def test_page_says_which_files_are_missing(browser):
     }""", arg=places)
 
 
+def overlaps(boxes) -> list:
+    return [pair for pair in combinations(boxes, 2) if not apart(boxes[pair[0]], boxes[pair[1]])]
+
+
 @needs_chromium
-@pytest.mark.parametrize("name", SHOWING_ALL_NODES)
-def test_nodes_lie_apart_in_nodes_2(browser, comfyui, name):
-    """Where ComfyUI's page draws them taller, those with a picture too."""
+def test_nodes_lie_apart_in_the_page(browser, comfyui, opened):
+    """On the canvas, and in Nodes 2.0, where they are taller; those with a picture too."""
     Image.new("RGB", (80, 80)).save(comfyui.base / "input" / "example.png")
-    workflow = ui(name)
-    left, top, right, bottom = zip(*map(box, workflow["nodes"]))
-    whole = min(left), min(top), max(right) - min(left), max(bottom) - min(top)
-    browser.page.evaluate(f"app.extensionManager.setting.set('{NODES_2}', true)")
-    try:
-        browser.open(workflow)
-        browser.show(whole)
-        boxes = browser.boxes()
-    finally:
-        browser.page.evaluate(f"app.extensionManager.setting.set('{NODES_2}', false)")
+    workflow = ui(opened)
+    browser.open(workflow)
+    assert overlaps({node["id"]: box(node) for node in browser.graph()["nodes"]}) == []
+    boxes = browser.boxes_in_nodes_2(workflow)
     assert set(boxes) == {node["id"] for node in workflow["nodes"]}
-    assert [pair for pair in combinations(boxes, 2) if not apart(boxes[pair[0]], boxes[pair[1]])] == []
+    assert overlaps(boxes) == []
+
+
+BLUEPRINTS = {json.loads(file.read_text())["id"]: file for file in sorted(SUBGRAPHS.glob("*.json"))}
+
+
+@pytest.mark.parametrize("file", BLUEPRINTS.values(), ids=lambda file: file.stem)
+def test_a_blueprint_is_sound(file):
+    """ComfyUI's page adds it as one node of the type that it defines, whose inputs are linked to those inside."""
+    whole = json.loads(file.read_text())
+    (definition,), (node,) = whole["definitions"]["subgraphs"], whole["nodes"]
+    assert node["type"] == definition["id"] and definition["name"] == file.stem and whole["version"] == 0.4
+    inside, links = ({one["id"]: one for one in definition[key]} for key in ("nodes", "links"))
+    assert [slot["name"] for slot in node["inputs"]] == [end["name"] for end in definition["inputs"]]
+    for number, end in enumerate(definition["inputs"]):
+        (link,) = (links[link] for link in end["linkIds"])
+        assert (link["origin_id"], link["origin_slot"]) == (definition["inputNode"]["id"], number)
+    for link in links.values():
+        if link["target_id"] in inside:
+            slot = inside[link["target_id"]]["inputs"][link["target_slot"]]
+            assert slot["link"] == link["id"] and link["type"] == slot["type"]
+        if link["origin_id"] in inside:
+            assert link["id"] in inside[link["origin_id"]]["outputs"][link["origin_slot"]]["links"]
+    used = [slot["link"] for one in inside.values() for slot in one["inputs"] if slot["link"] is not None]
+    used += [link for one in definition["outputs"] for link in one["linkIds"]]
+    assert sorted(used) == sorted(links)
+    for owner, widget in node["properties"]["proxyWidgets"]:
+        own = node if owner == "-1" else inside[int(owner)]
+        assert widget in [*(slot["name"] for slot in own["inputs"]), "control_after_generate"]
+
+
+def test_comfyui_lists_the_blueprints(comfyui):
+    listed = {entry["name"] for entry in comfyui.get("/global_subgraphs").values()}
+    assert {file.stem for file in BLUEPRINTS.values()} <= listed and len(BLUEPRINTS) >= 3
+
+
+@needs_chromium
+def test_a_blueprint_is_queued_as_its_workflow(browser):
+    """All of it but what stays outside: loading the image, and saving the video."""
+    workflows = {"Ascend Text to Video (Wan 2.2)": "wan2.2_t2v_a14b_text_to_video",
+                 "Ascend Image to Video (Wan 2.2)": "wan2.2_i2v_a14b_image_to_video"}  # fmt: skip
+    for blueprint, name in workflows.items():
+        browser.open(json.loads((SUBGRAPHS / f"{blueprint}.json").read_text()))
+        made = {number.partition(":")[2]: node for number, node in browser.prompt().items()}
+        for node in made.values():
+            for key, value in node["inputs"].items():
+                if isinstance(value, list):
+                    node["inputs"][key] = [value[0].partition(":")[2], value[1]]
+        expected = {number: node for number, node in api(name).items()
+                    if node["class_type"] not in ("LoadImage", "SaveVideo")}  # fmt: skip
+        expected["7"]["inputs"].pop("start_image", None)
+        assert as_saved(made, expected) == without_titles(expected)

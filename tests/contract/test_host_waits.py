@@ -81,7 +81,11 @@ def specs(tmp_path_factory):
     parts = {"lora_A": torch.ones(4, 96), "lora_B": torch.ones(96, 4)}
     tensors = {f"transformer.blocks.0.attn1.to_q.{part}.weight": tensor for part, tensor in parts.items()}
     save_file(tensors, folder / "lora.safetensors")
-    made["with a LoRA"] = made["one"].with_lora(LoraSpec(path=str(folder / "lora.safetensors")))
+    lora = LoraSpec(path=str(folder / "lora.safetensors"))
+    made["with a LoRA"] = made["one"].with_lora(lora)
+    for name, base in (("one", "one of 8 bits"), ("in turns", "in turns, of 8 bits")):
+        made[base] = replace(made[name], quantization="w8a8_dynamic")
+        made[f"{base}, with a LoRA"] = made[base].with_lora(lora)
     return made
 
 
@@ -127,7 +131,7 @@ class Run:
             generation = Generation.prepare(model, request, _ranks(plan, model))
             job = Job(SimpleNamespace(job=1, preview=preview), self.client, device)
             steps = StepsOfJob(job, model, generation, Numbered(self.card))
-            self.latent = denoised(generation, model, request, steps)
+            self.latent = denoised(generation, model, request, steps).latent
         self.waits = [wait for wait in self.card.waits if wait.step]
         self.fetched = 0 if model.swap is None else model.swap.fetched
 
@@ -189,6 +193,7 @@ CASES = {
     "one rank": {},
     "two experts": {"model": "two"},
     "two experts that take turns": {"model": "in turns"},
+    "a LoRA on 8 bits, slices": {"model": "one of 8 bits, with a LoRA", "plan": Plan(tp=2)},
     "previews": {"preview": True},
     "known frames": {"known": True},
     "guidance on two ranks, Ulysses": {"plan": Plan(cfg=2, ulysses=2)},
@@ -258,9 +263,12 @@ def test_the_pretended_card_computes_what_the_cpu_does(specs, job):
     ("one", ("one", "in turns")), ("two", ("two", "one")), ("in turns", ("in turns", "t2v")),
     ("in 8 bits", ("in 8 bits", "one")), ("t2v", ("t2v", "in 8 bits")),
     ("with a LoRA", ("with a LoRA", "two")), ("one", ("with a LoRA", "two")),
+    ("one of 8 bits", ("one of 8 bits, with a LoRA", "two")),
+    ("in turns, of 8 bits, with a LoRA", ("in turns, of 8 bits, with a LoRA", "t2v")),
 ])  # fmt: skip
 def test_a_model_that_waited_on_the_host_computes_what_it_did(specs, model, earlier):
-    """To the bit; also with a LoRA that is taken out afterwards, from originals that stayed on the host."""
+    """To the bit; also with a LoRA that is taken out afterwards, from originals that stayed on the host, and with what
+    LoRAs add next to 8 bits, which waits there too."""
     guidance = 1.0 if model in ("in 8 bits", "t2v") else 4.0
     latents = [Run(specs, model=model, guidance=guidance, earlier=which).latent for which in ((), earlier)]
     assert latents[0].std() > 0.5 and torch.equal(*latents)

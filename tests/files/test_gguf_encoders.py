@@ -38,8 +38,8 @@ def umt5(folder, model):
     network = tiny_models.randomise(UMT5EncoderModel(config), 3).eval()
     state = {as_llama_cpp(name, "t5"): x for name, x in network.state_dict().items()
              if name != "encoder.embed_tokens.weight"}  # fmt: skip
-    twin = gguf_files.write(folder / "umt5.gguf", state, in_turn(("Q8_0", "Q4_K", "Q6_K", "Q3_K", "F16", "Q5_1")), 3, "t5",
-                            t5_fields(model))  # fmt: skip
+    kinds = in_turn(("Q8_0", "Q4_K", "Q6_K", "Q3_K", "F16", "Q5_1"))
+    twin = gguf_files.write(folder / "umt5.gguf", state, kinds, 3, "t5", t5_fields(model))
     own = load_file(twin)
     names = {as_llama_cpp(name, "t5"): name for name in network.state_dict() if name != "encoder.embed_tokens.weight"}
     tensors = {names[name]: x for name, x in own.items()}

@@ -318,7 +318,10 @@ def test_loras_of_other_layers_are_left_out_by_name(tmp_path, network, tensors):
     assert "single_blocks.1.linear2.lora_A.weight [2, 300]" in warning and "img_in.proj" in warning
 
 
-@pytest.mark.parametrize(("role", "says"), [("oft_blocks", "OFT"), ("a1.weight", "GLoRA"), ("scalar", "LyCORIS with a trained scalar")])
+OTHER_FORMATS = [("oft_blocks", "OFT"), ("a1.weight", "GLoRA"), ("scalar", "LyCORIS with a trained scalar")]
+
+
+@pytest.mark.parametrize(("role", "says"), OTHER_FORMATS)
 def test_other_formats_of_loras_are_refused_by_name(tmp_path, network, tensors, role, says):
     with pytest.raises(ValueError, match=f"lora.safetensors has an unsupported format. Tensors 1 of {says}"):
         lora_of(tmp_path, network, tensors, {f"lora_unet_double_blocks_0_img_attn_qkv.{role}": torch.ones(2, 2)})

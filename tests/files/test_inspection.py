@@ -223,7 +223,7 @@ def test_a_lora_has_its_forms_ranks_and_the_place_of_alpha(told, tmp_path):
     for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
         status, text = told(path)
         assert status == 0 and text.splitlines() == [
-            "LoRA: DoRA (1 layers), low-rank pairs (1 layers)",
+            "LoRA: DoRA (1 layer), low-rank pairs (1 layer)",
             "rank: 4, 8; alpha: in its header (lora_adapter_metadata)",
             "for: high_noise and low_noise",
             "left out: 1 tensors for text encoders",

@@ -210,13 +210,15 @@ def test_mindspeeds_alpha_is_in_a_file_next_to_it(tmp_path, shapes):
     state = {"model": pair(f"{ORIGINAL_Q.replace('.q', '.proj_q')}", down="lora_A.default", up="lora_B.default")}
     for name in ("mm_lora.pt", "adapter_model.pt"):
         torch.save(state, tmp_path / name)
-        with pytest.raises(ValueError, match="MindSpeed-MM, which does not write alpha into it. Name the file adapter_"):
+        with pytest.raises(ValueError, match="MindSpeed-MM, which does not write alpha into it. Name the file"):
             read_lora(tmp_path / name, shapes, LORA_NAMES)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 16}))
     assert scales(tmp_path, shapes) == {f"{Q}.weight": 4.0}
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors"]
+)
 def test_a_folder_as_peft_and_diffusers_write_it(tmp_path, shapes, name):
     config = {"r": RANK, "lora_alpha": 8, "lora_bias": True}
     tensors = two_layers("base_model.model.") | {f"base_model.model.{Q}.lora_B.bias": torch.ones(DIM)}

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from sentencepiece import sentencepiece_model_pb2
 
 # Types that the gguf package quantizes, and those for which blocks are made at random.
-QUANTIZED, DRAWN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+DRAWN = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 NUMBERS = ("F32", "F16", "BF16")
 TYPES = (*NUMBERS, *QUANTIZED, *DRAWN)
 # Where a block's fp16 scales begin.

@@ -595,7 +595,27 @@ def marked(folder, given):
 
 cases(inspected, "mark", marked, deep='{"layers":' + "[" * 100_000 + "]" * 100_000 + "}",
       escapes=json.dumps({"layers": {ESCAPES: {"format": ESCAPES}}}), digits='{"layers":' + "9" * 10**6 + "}",
-      large=lambda: torch.zeros(30_000_000, dtype=torch.uint8))  # fmt: skip
+      large=lambda: torch.zeros(30_000_000, dtype=torch.uint8),
+      rotation=json.dumps({"layers": {"blocks.0.attn1.to_q": {"format": "convrot_w4a4", "convrot_groupsize": 4**19}}}),
+      digits_of_groups=json.dumps({"layers": {"blocks.0.attn1.to_q": {
+          "format": "asym_w4a8_int8", "params": {"group_size": "9" * 10**6}}}}))  # fmt: skip
+
+
+@case(inspected)
+def marks_of_all_tensors(folder):
+    """As many as a file can have, each of the most bytes."""
+    mark = json.dumps({"format": "nvfp4", "note": "x" * 900}).encode()
+    layers = {f"blocks.{n}.comfy_quant": entry([len(mark)], n * len(mark), (n + 1) * len(mark), "U8")
+              for n in range(19_000)}  # fmt: skip
+    return safetensors(lambda: layers, mark * 19_000)(folder)
+
+
+@case(inspected)
+def scales_of_half_a_gigabyte(folder):
+    """And a weight of as many rows."""
+    layer = "blocks.0.self_attn.q"
+    return sparse({"patch_embedding.weight": [128, 16, 1, 2, 2], f"{layer}.weight": [5 * 10**8, 1],
+                   f"{layer}.weight_scale": [5 * 10**8, 1]}, dtypes={f"{layer}.weight": "I8"})(folder)  # fmt: skip
 
 
 def described(folder, content):

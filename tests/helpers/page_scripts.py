@@ -22,5 +22,17 @@ VIDEO = """() => {
     const shown = [...document.querySelectorAll('video')].filter(v => v.videoWidth && v.getClientRects().length)
     return shown.length ? [shown[0].videoWidth, shown[0].videoHeight, shown[0].duration, shown[0].currentSrc] : null
 }"""
+
+# A place of the canvas without a node, in pixels of the page.
+EMPTY = """() => {
+    const view = app.canvas.canvas.getBoundingClientRect()
+    for (let y = view.bottom - 150; y > view.top + 150; y -= 40)
+        for (let x = view.right - 150; x > view.left + 150; x -= 40) {
+            const [left, top] = app.canvas.convertEventToCanvasOffset({clientX: x, clientY: y})
+            const free = !app.graph.getNodeOnPos(left, top) && !app.graph.getGroupOnPos(left, top)
+            if (free && document.elementFromPoint(x, y) === app.canvas.canvas) return [x, y]
+        }
+}"""
+TOASTS = "[...document.querySelectorAll('.p-toast-message')].map(one => one.innerText)"
 # The reports that nodes show (web/report.js).
 REPORTS = "[...document.querySelectorAll('.ascend-report')].map(report => report.textContent)"

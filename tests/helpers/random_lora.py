@@ -91,8 +91,8 @@ def save(file: Path, layout: str, parameters: dict[str, torch.Tensor], *, seed: 
 
 
 def decomposed(weight, change, kind, generator):
-    """(the end of a key, a random magnitude, what DoRA adds at strength 1). kind: one of MAGNITUDES. The norms are those
-    of the rows of W ("outputs", as in ComfyUI) or of W + change ("peft"), or of the columns of W + change."""
+    """(the end of a key, a random magnitude, what DoRA adds at strength 1). kind: one of MAGNITUDES. The norms are
+    those of the rows of W ("outputs", as in ComfyUI) or of W + change ("peft"), or of the columns of W + change."""
     dims = [dim for dim in range(weight.ndim) if dim != (1 if kind == "inputs" else 0)]
     norms = torch.linalg.vector_norm(weight if kind == "outputs" else weight + change, dim=dims, keepdim=True)
     magnitude = norms * (0.7 + 0.6 * torch.rand(norms.shape, generator=generator))

@@ -1,4 +1,4 @@
-"""Models in GGUF files equal their dequantized twins: in full and in blocks, on ranks with parts of them, with LoRAs."""
+"""Models in GGUF files equal their dequantized twins: in full and in blocks, on ranks with parts, with LoRAs."""
 
 import itertools
 
@@ -128,7 +128,7 @@ def test_two_ranks_make_the_video_of_one(models, two_ranks, one_rank, plan):
 
 
 def test_two_experts_take_turns(models, one_rank):
-    """Two files, in blocks and in full; in blocks only if both have the same types of them, which shapes do not show."""
+    """Two files, in full and in blocks; these must have the same types in both, which shapes do not show."""
     (high, high_twin), (low, low_twin) = models("Q4_0"), models("Q4_0", 22)
     options = {"boundary": 0.9, "steps": 3}
     expected = sample(one_rank, high_twin, low_noise_path=str(low_twin), **options).tensor
@@ -154,7 +154,7 @@ def lora(models, tmp_path_factory):
 
 @pytest.mark.parametrize("plan", [None, {"tp_degree": 2}, {"fsdp": True}], ids=str)
 def test_loras_on_blocks_equal_the_merged_twin(models, lora, runtimes, one_rank, plan):
-    """They are added to the products of layers in blocks, and merged into the others; a strength reads nothing again."""
+    """They are added to the products of layers in blocks, and merged into the others."""
     ranks = 2 if plan else 1
     how = plan and {"ranks": ranks, **plan}
     expected = sample(one_rank, lora[1]).tensor

@@ -1,4 +1,4 @@
-"""What a model in a GGUF file takes of a device, in blocks, is what the planner predicts; which way is chosen by memory."""
+"""What a model in a GGUF file takes of a device is what the planner predicts, by which it chooses how it is kept."""
 
 import gguf
 import gguf_files
@@ -56,7 +56,8 @@ def test_the_bytes_of_a_device_are_predicted_and_held(model, new_runtime):
     predictions: the weights and what is dequantized at a time."""
     spec, is_wide = model
     facts = models.read(spec, kind="cpu")
-    planned = on_device(kept(facts.experts[0], rules_of(facts, facts.experts[0]), facts.dtype, Share(packed=True)), "meta")
+    (expert,) = facts.experts
+    planned = on_device(kept(expert, rules_of(facts, expert), facts.dtype, Share(packed=True)), "meta")
     network = Components(torch.device("cpu")).get(spec, lambda *_: None).high_noise
     held = sum(parameter.nbytes for parameter in network.parameters())
     in_full = sum(2 * parameter.numel() for parameter in models_of(network))

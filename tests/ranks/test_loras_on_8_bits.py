@@ -2,9 +2,12 @@
 
 import itertools
 
+import comfy_formats
 import described_folders
+import hunyuan_lora
 import merged_twins
 import pytest
+import random_hunyuan
 import random_lora
 import random_wan
 import tiny_models
@@ -154,6 +157,61 @@ def test_strengths_change_without_a_file_and_nothing_stays(tmp_path):
     for name, (where, weight) in integers.items():
         parameter = network.get_parameter(name)
         assert parameter.data_ptr() == where and torch.equal(parameter, weight), name
+
+
+def test_loras_on_a_hunyuan_video_whose_files_have_fused_layers(tmp_path):
+    """Each of our layers gets its rows, or its columns, of a file's layer, if it is quantized or not."""
+    theirs = random_hunyuan.transformer("t2v")
+    parameters = random_hunyuan.parameters_of(theirs.state_dict())
+    random_hunyuan.folder(tmp_path / "model", "t2v")
+    inputs, made = random_hunyuan.inputs(theirs.config), {}
+
+    def load(*loras):
+        spec = DiffusionModelSpec(path=str(tmp_path / "model"), dtype="float32", loras=loras, **FLY)
+        return Components(torch.device("cpu")).get(spec, lambda *_: None).high_noise
+
+    for layout in ("musubi-tuner", "diffusers"):
+        file = tmp_path / f"{layout}.safetensors"
+        added = random_hunyuan.parameters_of(hunyuan_lora.save(file, layout, theirs.state_dict(), seed=3))
+        twin = load()
+        layers = [name for name, layer in twin.named_modules() if isinstance(layer, QuantizedLinear)]
+        hows = {name: merged_twins.quantized_on_the_fly(parameters[f"{name}.weight"]) for name in layers}
+        biases = {name: parameters[f"{name}.bias"] for name in layers if f"{name}.bias" in parameters}
+        merged_twins.merged(twin, hows, biases, {name: 0.8 * x for name, x in added.items()})
+        with torch.no_grad():
+            outs = [random_hunyuan.velocity(one, inputs)
+                    for one in (load(LoraSpec(path=str(file), strength=0.8)), twin, load())]  # fmt: skip
+        made[layout] = relative(*outs[:2]), relative(outs[0], outs[2])
+        print(f"\n{layout}: {made[layout][0]:.1e} off the twin; the LoRA moves it by {made[layout][1]:.0%}")
+        assert len({*added} & {f"{name}.weight" for name in layers}) == len(layers) == 30
+        assert made[layout][0] <= 1e-2 < 0.05 < made[layout][1]
+
+
+@pytest.mark.parametrize("form", ["int8, rotated", "int8 by row"])
+def test_loras_on_files_of_comfyuis_formats(tmp_path, form):
+    """What a LoRA adds sees the input before it is rotated. Formats that the device has no product for are merged."""
+    network = tiny_models.wan_transformer(5, attention_head_dim=32, ffn_dim=256)
+    config = {"_class_name": "WanTransformer3DModel", **{k: v for k, v in network.config.items() if k[0] != "_"}}
+    path = comfy_formats.folder(tmp_path / "model", network.state_dict(), config, form)
+    added = random_lora.save(tmp_path / "lora.safetensors", "lightx2v", network.state_dict(), seed=4)
+
+    def load(*loras):
+        spec = DiffusionModelSpec(path=str(path), dtype="float32", loras=loras)
+        return Components(torch.device("cpu")).get(spec, lambda *_: None).high_noise
+
+    made, twin = load(LoraSpec(path=str(tmp_path / "lora.safetensors"), strength=0.3)), load()
+    base, left, layers = velocity(twin, tiny_models.TEXT_DIM), dict(added), 0
+    for name, layer in twin.named_modules():
+        if isinstance(layer, QuantizedLinear) and f"{name}.weight" in added:
+            weight, bias = left.pop(f"{name}.weight"), left.pop(f"{name}.bias", 0.0)
+            layer.register_forward_hook(lambda _, x, out, w=weight, b=bias: out + 0.3 * (x[0] @ w.t() + b))
+            layers += 1
+    for name, difference in left.items():
+        twin.get_parameter(name).data = twin.get_parameter(name) + 0.3 * difference
+    made, expected = (velocity(one, tiny_models.TEXT_DIM) for one in (made, twin))
+    off, moved = relative(made, expected), relative(made, base)
+    print(f"\n{form}: {off:.1e} off the twin in {layers} layers; the LoRA moves it by {moved:.0%}")
+    assert layers and off <= 1e-4 < 0.1 < moved
 
 
 PLANS = {"FSDP 2": {"fsdp": True}, "slices 2": {"tp_degree": 2}, "Ulysses 2": {"ulysses_degree": 2, "cfg_degree": 1}}

@@ -1,9 +1,12 @@
 """Whole models in ComfyUI's formats of few bits: which layers compute in 8 bits, how far that is off, what is said."""
 
+import json
 import math
 
 import comfy_formats
+import hunyuan_formats
 import pytest
+import random_hunyuan
 import random_wan
 import tiny_models
 import torch
@@ -24,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 CPU, SHAPE = torch.device("cpu"), (1, 16, 2, 4, 6)
+SAMPLE = ("int8, rotated", "4-bit levels", "nvfp4", "mxfp8")
 COMPUTED = [form for form in FORMS if form.startswith(("int", "4-bit"))]
 
 
@@ -52,17 +56,34 @@ def off(made, exact):
     return float((made - exact).norm() / exact.norm())
 
 
+class Forms:
+    """A file, and the velocity of what it is worth, by form: each made when it is needed."""
+
+    def __init__(self, folder, tensors):
+        self._folder, self._tensors, self._made = folder, tensors, {}
+
+    def __getitem__(self, form):
+        if form not in self._made:
+            file, twin = (self._folder / f"{len(self._made)}-{name}.safetensors" for name in ("own", "twin"))
+            worth = save_form(file, self._tensors, form, in_blocks)
+            save_file({name: x.contiguous() for name, x in worth.items()}, twin)
+            self._made[form] = file, velocity(load(twin))
+        return self._made[form]
+
+
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory, tensors):
-    """A file, and the velocity of what it is worth, by form."""
-    made, folder = {}, tmp_path_factory.mktemp("forms")
-    for number, form in enumerate(FORMS):
-        file, twin = (folder / f"{number}-{name}.safetensors" for name in ("own", "twin"))
-        save_file({name: x.contiguous() for name, x in save_form(file, tensors, form, in_blocks).items()}, twin)
-        made[form] = file, velocity(load(twin))
-    return made
+    return Forms(tmp_path_factory.mktemp("forms"), tensors)
 
 
+@pytest.fixture
+def sampled(request):
+    """Skips a form that is none of the sample."""
+    if request.getfixturevalue("form") not in SAMPLE and not request.config.getoption("--all-files"):
+        pytest.skip("is one of --all-files")
+
+
+@pytest.mark.usefixtures("sampled")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_is_its_dequantized_twin(forms, form):
     file, expected = forms[form]
@@ -73,6 +94,7 @@ def test_a_model_is_its_dequantized_twin(forms, form):
     assert model.warnings == ([] if form.startswith("fp8") else [f"The model's weights are {said}"])
 
 
+@pytest.mark.usefixtures("sampled")
 @pytest.mark.parametrize("form", COMPUTED)
 def test_products_in_8_bits_are_close_to_it(forms, form):
     """All 20 linear layers of two blocks keep integers; those of rows are mapped from the file."""
@@ -98,6 +120,26 @@ def test_lightx2vs_integers_compute_too(tmp_path, tensors):
     model = load(tmp_path / "rows.safetensors")
     assert sum(isinstance(layer, DynamicLinear) for layer in model.high_noise.modules()) == 20
     assert off(velocity(model), velocity(load(tmp_path / "twin.safetensors"))) <= 1e-2
+
+
+def test_lightx2vs_folder_of_blocks(tmp_path, tensors):
+    made, _ = comfy_formats.in_form(tensors, "fp8 by row", in_blocks)
+    made = {name: x for name, x in made.items() if not name.endswith(".comfy_quant")}
+    save_file(made, tmp_path / "wan.safetensors")
+    folder = tmp_path / "wan"
+    folder.mkdir()
+    for block in ("blocks.0.", "blocks.1."):
+        own = {name: made.pop(name) for name in [*made] if name.startswith(block)}
+        save_file(own, folder / f"block_{block[7]}.safetensors")
+    save_file(made, folder / "non_block.safetensors")
+    with pytest.raises(ValueError, match="no .safetensors.index.json that lists them"):
+        load(folder)
+    names = {"a": "non_block.safetensors", "b": "block_0.safetensors", "c": "block_1.safetensors"}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert torch.equal(velocity(load(folder)), velocity(load(tmp_path / "wan.safetensors")))
+    (folder / "block_1.safetensors").unlink()
+    with pytest.raises(ValueError, match="lacks block_1.safetensors"):
+        load(folder)
 
 
 def test_layers_of_full_precision_and_outside_of_blocks_are_dequantized(tmp_path, tensors):
@@ -134,7 +176,7 @@ def test_a_rotation_turns_nothing_but_the_axes():
 
 
 def test_the_planner_knows_what_is_kept(forms):
-    for form in ("int8 by row", "int8, rotated", "nvfp4"):
+    for form in ("int8, rotated", "nvfp4"):
         model = models.read(DiffusionModelSpec(path=str(forms[form][0])), kind="cpu")
         (network,) = model.experts
         parts = kept(network, rules_of(model, network), model.dtype)
@@ -161,13 +203,13 @@ def test_groups_that_slices_would_cut_are_dequantized(forms):
 
 
 def test_inspect_names_the_formats(forms, capsys):
-    for form in ("int8, rotated", "4-bit levels", "mxfp8", "nvfp4", "fp8 by row"):
+    for form in SAMPLE:
         assert inspection.run(type("Arguments", (), {"path": str(forms[form][0])})) == 0
         assert comfy_formats.name_of(form) in capsys.readouterr().out, form
 
 
 def test_a_conversion_dequantizes(forms, tmp_path):
-    for number, form in enumerate(("int8, rotated", "4-bit levels", "nvfp4")):
+    for number, form in enumerate(("4-bit levels", "nvfp4")):
         file, expected = forms[form]
         planned = conversion.planned(file, "diffusers", torch.float32, "5GB")
         conversion.convert(planned, tmp_path / str(number), {})
@@ -183,7 +225,7 @@ def test_the_number_of_each_format(tmp_path, tensors):
     assert with_few_bits(found, [], lambda _: True) is found
 
 
-@pytest.mark.parametrize("form", ["int8 by row", "int8, rotated", "nvfp4", "fp8 by row"])
+@pytest.mark.parametrize("form", ["int8, rotated", "nvfp4"])
 def test_text_encoders(tmp_path, form):
     encoder = comfyui_umt5(tiny_models.umt5(), sentencepiece_model())
     matrices = {name.removesuffix(".weight") for name, x in encoder.items() if x.ndim == 2 and not x.shape[1] % 16
@@ -198,3 +240,26 @@ def test_text_encoders(tmp_path, form):
     expected = dict(twin.encoders["text_encoder"].model.named_parameters())
     for name, x in made.encoders["text_encoder"].model.named_parameters():
         assert_close(x, expected[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["int8, rotated", "nvfp4"])
+def test_fused_tensors(tmp_path, form):
+    """HunyuanVideo's layers in one tensor are rows and columns of the integers in it."""
+    theirs = random_hunyuan.transformer()
+    matrices = hunyuan_formats.comfyui_transformer(theirs.state_dict())
+    wide = {name.removesuffix(".weight") for name, x in matrices.items() if x.ndim == 2 and "blocks." in name
+            and not x.shape[1] % 16 and not x.shape[0] % 16}  # fmt: skip
+    worth = save_form(tmp_path / "own.safetensors", matrices, form, wide.__contains__)
+    save_file({name: x.contiguous() for name, x in worth.items()}, tmp_path / "twin.safetensors")
+    inputs = random_hunyuan.inputs(theirs.config)
+    exact, made, dequantized = (
+        random_hunyuan.velocity(hunyuan_formats.load(tmp_path / f"{name}.safetensors", **how), inputs).detach()
+        for name, how in (("twin", {}), ("own", {}), ("own", {"packed": False}))
+    )
+    assert off(dequantized, exact) <= 1e-4 and off(made, exact) <= 2e-2
+    network = hunyuan_formats.load(tmp_path / "own.safetensors")
+    layers = {name for name, layer in network.named_modules() if isinstance(layer, DynamicLinear)}
+    print(f"\n{form}: {off(made, exact):.2%} off; {len(layers)} layers compute in 8 bits")
+    assert (len(layers) > 20) == (form != "nvfp4")
+    if layers:
+        assert any("single" in name and name.endswith("to_q") for name in layers), sorted(layers)

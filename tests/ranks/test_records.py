@@ -2,9 +2,10 @@
 
 import msgspec
 import torch
-from ascend_runtime import DiffusionModelSpec, ParallelSpec, SampleSpec, VaeSpec
+from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, SampleSpec, VaeSpec
 from ascend_runtime.checkpoints.digest import file_digest
 from ascend_runtime.specs.record import JobRecord
+from safetensors.torch import save_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -28,6 +29,17 @@ def test_both_experts_own_sigmas_and_the_plan_are_in_the_record(two_ranks, check
     assert record.plan["ulysses_degree"] == 2 and record.plan["cfg_degree"] == 1 and record.plan["fsdp"] is True
     assert record.size == [9, 64, 64] and record.seconds["denoise"] == round(result.seconds["denoise"], 4)
     assert msgspec.json.decode(msgspec.json.encode(record), type=JobRecord) == record
+
+
+def test_a_lora_in_pefts_folder_has_its_digest_and_form(two_ranks, specs, tmp_path):
+    q, file = "blocks.0.attn1.to_q", tmp_path / "adapter_model.safetensors"
+    ends = {"lora_A.weight": (2, 96), "lora_B.weight": (96, 2), "lora_magnitude_vector": (96,)}
+    save_file({f"base_model.model.{q}.{end}": torch.ones(shape) for end, shape in ends.items()}, file)
+    (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2, "use_dora": true}')
+    model = specs.model.with_lora(LoraSpec(path=str(tmp_path), strength=0.5))
+    latent, text = torch.zeros(1, 16, 2, 4, 6), specs.text(1)
+    (lora,) = two_ranks.sample(model, SampleSpec(steps=1, guidance_scale=1.0), latent, text).record.loras
+    assert (lora.file, lora.form, lora.strength) == (file_digest(file), "DoRA", 0.5)
 
 
 def test_encoding_a_video_is_a_job_of_its_own_kind(two_ranks, checkpoint):

@@ -188,14 +188,14 @@ def test_damaged_pictures_end_in_an_answer_or_a_refusal(tmp_path, rng, capsys):
 
 def test_each_line_of_a_full_record_is_there():
     full = record(job(
-        loras=[LoraRecord(file=LORA, strength=0.5, expert="low_noise", misfits="skip")], dtype="bfloat16",
+        loras=[LoraRecord(file=LORA, strength=0.5, expert="low_noise", misfits="skip", form="DoRA")], dtype="bfloat16",
         settings={"seed": 3, "steps": 20, "shift": 5.0, "quantization": "w8a8_dynamic"}, size=[81, 480, 832],
         plan={"cfg_degree": 2, "ulysses_degree": 4, "fsdp": True}, operators={"attention": "infer"},
         accelerators={"rainfusion": {"version": "v3"}}, saved={"flops_saved": 0.3}, predicted="20 s", calls=40,
         seconds={"denoise": 12.5},
     ))  # fmt: skip
     text = "\n".join(words.lines(metadata.Metadata(full, GRAPH), [], Verdict.BITS, ["a \x1b note"]))
-    for part in ("strength 0.5, expert low_noise, digest cd", "seed 3, 20 steps (40 model calls", "shift 5.0",
+    for part in ("DoRA, strength 0.5, expert low_noise, digest cd", "seed 3, 20 steps (40 model calls", "shift 5.0",
                  "= 2 x ? x 4 x ?, fsdp True", "rainfusion: version v3", "flops_saved 0.3", "predicted    20 s",
                  "bfloat16, quantization w8a8_dynamic", "attention infer", "denoise 12.50", "8 rank(s), npu a2",
                  "prompt       a prompt", "graph's seed 5", "a \\x1b note"):  # fmt: skip

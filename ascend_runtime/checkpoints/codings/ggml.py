@@ -16,7 +16,7 @@ from .coding import Codings
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockCoding:
     """The coding (see coding.py) of a weight in ggml's blocks. kind: their type, as ggml names it. reshaped: whether it
     was stored as a matrix of another shape, which is read whole."""
 
@@ -37,7 +37,7 @@ class Blocks:
         return made.view(file.shapes[key])[part] if self.reshaped else made
 
 
-def codings_of(file: TensorFile) -> Codings | None:
+def block_codings(file: TensorFile) -> Codings | None:
     """How the weights of a GGUF file are stored; None: it is no GGUF file. Raises ValueError for types that the gguf
     package does not dequantize."""
     kinds: dict[str, str] | None = getattr(file, "kinds", None)
@@ -57,9 +57,9 @@ def codings_of(file: TensorFile) -> Codings | None:
                 f"{file.path} holds tensors in {kind}, which the package gguf does not dequantize. Use the model's "
                 "Q8_0, Q4_K or F16 form.",
             ) from None
-        made[kind] = Blocks(kind, values, 8 * nbytes / values)
+        made[kind] = BlockCoding(kind, values, 8 * nbytes / values)
     return Codings({name: _of(file, name, made[kind]) for name, kind in kinds.items()}, set())
 
 
-def _of(file: TensorFile, name: str, coding: Blocks) -> Blocks:
+def _of(file: TensorFile, name: str, coding: BlockCoding) -> BlockCoding:
     return coding if file.in_rows(name) else replace(coding, grain=1, reshaped=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..formats.tensor_files import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
-MAX_MARK_BYTES = 4096  # of a tensor that holds JSON; ComfyUI's have less than 100
+MAX_MARK_BYTES = 1024  # of a tensor that holds JSON; ComfyUI's have less than 100
 FULL_PRECISION = "full_precision_matrix_mult"  # the setting of a layer whose products must not be in fewer bits
 
 
@@ -76,7 +76,7 @@ def _bytes_of(file: TensorFile, name: str) -> bytes:
         raise ValueError(f"it has {list(shape)} bytes")
     if file.dtype(name) != torch.uint8:
         raise ValueError(f"it holds {file.dtype(name)} instead of bytes")
-    return bytes(file.read(name).flatten().tolist())
+    return file.read(name).numpy().tobytes()
 
 
 def _full_names(file: TensorFile, own: list[str], layers: Iterable[str]) -> dict[str, str]:

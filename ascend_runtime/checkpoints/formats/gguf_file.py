@@ -12,11 +12,11 @@ from ...errors import coded_error
 from ..faults import shown
 from ..renaming import TOKENIZER_MODEL
 from .gguf_header import Header, StoredTensor, read_header
-from .gguf_names import heads_turned, own_name
+from .gguf_names import heads_turned, name_in_network
 from .gguf_tokenizer import sentencepiece_model
 from .parts import Slices, Stored, full_slices, read_stored
 
-NUMBERS = {
+NUMBER_TYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
@@ -51,14 +51,14 @@ class GgufFile:
     @property
     def kinds(self) -> dict[str, str]:
         """ggml's type of each tensor that is stored in blocks, by name."""
-        return {name: one.kind for name, (one, _) in self._tensors.items() if one.kind not in NUMBERS}
+        return {name: one.kind for name, (one, _) in self._tensors.items() if one.kind not in NUMBER_TYPES}
 
     def reshaped(self, name: str) -> bool:
         """Whether a tensor in blocks was stored as a matrix of another shape; only the whole of it can be read."""
         return self._tensors[name][0].shape != self.shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.uint8 if name == TOKENIZER_MODEL else NUMBERS.get(self._tensors[name][0].kind, torch.uint8)
+        return torch.uint8 if name == TOKENIZER_MODEL else NUMBER_TYPES.get(self._tensors[name][0].kind, torch.uint8)
 
     def read(self, name: str, part: Slices | None = None, into: Tensor | None = None) -> Tensor:
         if name == TOKENIZER_MODEL:
@@ -67,7 +67,7 @@ class GgufFile:
             return made if into is None else into.copy_(made)
         one, heads = self._tensors[name]
         shape, wanted = self._as_bytes(one, part)
-        stored = Stored(one.start, shape, NUMBERS.get(one.kind, torch.uint8))
+        stored = Stored(one.start, shape, NUMBER_TYPES.get(one.kind, torch.uint8))
         if heads is None or not shape:
             return read_stored(self._file, stored, wanted, into)
         made = _in_order(self._file, stored, wanted, heads)
@@ -75,7 +75,7 @@ class GgufFile:
 
     def _as_bytes(self, one: StoredTensor, part: Slices | None) -> tuple[tuple[int, ...], Slices]:
         """(a tensor's shape as it is read, the part of that)"""
-        if one.kind in NUMBERS:
+        if one.kind in NUMBER_TYPES:
             return one.original, full_slices(one.original) if part is None else part
         *rows, width = one.shape
         if part is None or one.shape != one.original:
@@ -93,9 +93,9 @@ class GgufFile:
         """Part of a tensor of numbers, as a view of the mapped file."""
         one, heads = self._tensors.get(name, (None, None))
         size = math.prod(self.shapes[name])
-        if one is None or one.kind not in NUMBERS or heads is not None or not size:
+        if one is None or one.kind not in NUMBER_TYPES or heads is not None or not size:
             return self.read(name, part)
-        dtype = NUMBERS[one.kind]
+        dtype = NUMBER_TYPES[one.kind]
         count = one.start // dtype.itemsize + size
         if one.start % dtype.itemsize:
             return self.read(name, part)
@@ -108,7 +108,7 @@ def _renamed(path: Path, header: Header) -> dict[str, tuple[StoredTensor, int | 
     made = {}
     for name, one in header.tensors.items():
         try:
-            own, heads = own_name(name, header.fields), heads_turned(name, header.fields)
+            own, heads = name_in_network(name, header.fields), heads_turned(name, header.fields)
         except ValueError as error:
             raise coded_error("AV-1309", f"{path}: {shown(error)} in its header. Download it again.") from None
         if own in made or heads and (not one.shape or one.shape[0] % (2 * heads) or one.shape != one.original):

@@ -25,11 +25,11 @@ from ..states import content_state
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER_BYTES = 64 * 2**20  # that of a Llama with its tokenizer has 8 MB
+MAX_GGUF_HEADER = 64 * 2**20  # that of a Llama with its tokenizer has 8 MB
 MAX_FIELDS = 20_000  # a file has less than 100, and one for each tensor that was reshaped
 MAX_TEXTS = 2_000_000  # in all arrays; the tokenizer of Llama 3 has 410,000
 MAX_ALIGNMENT = 2**16
-READ_BYTES = 2**18
+READ_AHEAD = 2**18
 SHAPE_KEY = "comfy.gguf.orig_shape."  # of the field with a tensor's shape before it was stored as a matrix
 FORMATS = {
     GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
@@ -75,15 +75,15 @@ class Header:
     def numbers(self, key: str) -> tuple | None:
         """A list of numbers; None: there is no such list."""
         kind, count, content = self.arrays.get(key, ("", 0, b""))
-        return struct.unpack(f"<{count}{kind}", content) if kind not in ("", TEXT) else None
+        return struct.unpack(f"<{count}{kind}", content) if kind not in ("", TEXTS) else None
 
     def texts(self, key: str) -> list[bytes] | None:
         """A list of texts in UTF-8; None: there is no such list."""
         kind, count, content = self.arrays.get(key, ("", 0, b""))
-        return list(_texts_in(content, count)) if kind == TEXT else None
+        return list(_texts_in(content, count)) if kind == TEXTS else None
 
 
-TEXT = "text"
+TEXTS = "text"
 
 
 def read_header(path: Path) -> Header:
@@ -119,12 +119,12 @@ class _Source:
         return taken
 
     def _read_to(self, end: int) -> None:
-        if end > MAX_HEADER_BYTES:
+        if end > MAX_GGUF_HEADER:
             raise coded_error(
-                "AV-1312", f"{self.path} has a header of more than {MAX_HEADER_BYTES} bytes. Download it again."
+                "AV-1312", f"{self.path} has a header of more than {MAX_GGUF_HEADER} bytes. Download it again."
             )
         while len(self._content) < end:
-            more = self._file.read(max(READ_BYTES, end - len(self._content)))
+            more = self._file.read(max(READ_AHEAD, end - len(self._content)))
             if not more:
                 raise coded_error("AV-1302", f"{self.path} ends within its header. Download it again.")
             self._content += more
@@ -198,7 +198,7 @@ def _read_value(source: _Source, key: str, into: Header) -> None:
         if inner is GGUFValueType.ARRAY:
             raise source.damaged(f"a list of lists as {shown(key)}")
         if inner is GGUFValueType.STRING:
-            into.arrays[key] = TEXT, count, source.list_of_texts(count)
+            into.arrays[key] = TEXTS, count, source.list_of_texts(count)
         else:
             content = source.take(count * struct.calcsize(FORMATS[inner]))
             into.arrays[key] = FORMATS[inner], count, content
@@ -239,8 +239,8 @@ def _place(source: _Source, made: Header, infos: list[tuple[str, tuple[int, ...]
         if number not in TYPES:
             raise coded_error(
                 "AV-1305",
-                f"{source.path} holds {shown(name)} in the unknown type {number} of ggml. Use the model's Q8_0, Q4_K or "
-                "F16 form.",
+                f"{source.path} holds {shown(name)} in the unknown type {number} of ggml. Use the model's Q8_0, Q4_K "
+                "or F16 form.",
             )
         one = StoredTensor(TYPES[number], shape, _original(source, made, name, shape), begin + offset)
         whole_blocks = one.values == 1 or shape and shape[-1] % one.values == 0

@@ -32,7 +32,7 @@ _LLAMA: Rules = (
     (r"^rope_freqs\.weight$", "model.rotary_emb.inv_freq"),
     *((rf"^blk\.(\d+)\.{own}\.", rf"model.layers.\1.{name}.") for own, name in _LLAMA_LAYERS.items()),
 )  # fmt: skip
-RULES = {"t5": _T5, "t5encoder": _T5, "llama": _LLAMA}  # by architecture
+LLAMA_CPP_RULES = {"t5": _T5, "t5encoder": _T5, "llama": _LLAMA}  # by architecture
 # The tensors of a Llama whose rows lie in another order, and the fields with their numbers of heads.
 _TURNED = {
     r"^blk\.\d+\.attn_q\.(weight|bias)$": "llama.attention.head_count",
@@ -40,9 +40,9 @@ _TURNED = {
 }
 
 
-def own_name(name: str, fields: Mapping[str, object]) -> str:
+def name_in_network(name: str, fields: Mapping[str, object]) -> str:
     """A tensor's name as its network has it in transformers, or as its authors have it."""
-    return renamed(name, RULES.get(fields.get(ARCHITECTURE), ()))
+    return renamed(name, LLAMA_CPP_RULES.get(fields.get(ARCHITECTURE), ()))
 
 
 def heads_turned(name: str, fields: Mapping[str, object]) -> int | None:

@@ -23,11 +23,11 @@ SHORT = 100  # lengths and numbers below it are single bytes, with those of the 
 SHORT_PIECE, SHORT_END = struct.Struct("<4B"), struct.Struct("<BfBB")  # before and after its text
 UNIGRAM, BYTE = 1, 6  # a type of model, and one of pieces
 # The settings of training that have a piece's number, by the header's keys; -1: there is no such piece.
-NUMBERS = {
+PIECE_NUMBERS = {
     40: "tokenizer.ggml.unknown_token_id", 41: "tokenizer.ggml.bos_token_id", 42: "tokenizer.ggml.eos_token_id",
     43: "tokenizer.ggml.padding_token_id",
 }  # fmt: skip
-DEFAULTS = {40: 2, 41: -1, 42: 1, 43: 0}  # those of T5
+T5_NUMBERS = {40: 2, 41: -1, 42: 1, 43: 0}  # those of T5
 SPACE_KEYS = {3: "tokenizer.ggml.add_space_prefix", 4: "tokenizer.ggml.remove_extra_whitespaces"}
 
 
@@ -46,8 +46,8 @@ def _model(path: Path, _: tuple) -> bytes | None:
     if not len(tokens) == len(scores) == len(types):
         raise coded_error(
             "AV-1411",
-            f"{path} has a tokenizer of {len(tokens)} pieces, {len(scores)} scores and {len(types)} types; they must be "
-            "as many. Download it again.",
+            f"{path} has a tokenizer of {len(tokens)} pieces, {len(scores)} scores and {len(types)} types, which must "
+            "be as many. Download it again.",
         )
     pieces = b"".join(map(_piece, tokens, scores, types))
     return pieces + _field(2, _training(header, BYTE in types)) + _field(3, _normalizing(header))
@@ -61,7 +61,7 @@ def _piece(text: bytes, score: float, kind: int) -> bytes:
 
 
 def _training(header: Header, has_bytes: bool) -> bytes:
-    numbers = {field: header.fields.get(key, DEFAULTS[field]) for field, key in NUMBERS.items()}
+    numbers = {field: header.fields.get(key, T5_NUMBERS[field]) for field, key in PIECE_NUMBERS.items()}
     own = b"".join(_number(field, number) for field, number in numbers.items() if type(number) is int)
     return _number(3, UNIGRAM) + _number(35, int(has_bytes)) + own
 

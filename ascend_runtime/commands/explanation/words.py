@@ -75,7 +75,8 @@ def _facts(record: VideoRecord) -> Iterator[tuple[str, str]]:
 def _of_denoising(job: JobRecord) -> Iterator[tuple[str, str]]:
     for lora in job.loras:
         digest = "unknown" if lora.file is None else lora.file.digest
-        yield "LoRA", f"strength {lora.strength:g}, expert {lora.expert}, digest {digest}"
+        form = f"{lora.form}, " if lora.form else ""
+        yield "LoRA", f"{form}strength {lora.strength:g}, expert {lora.expert}, digest {digest}"
     settings = {name: job.settings[name] for name in SHOWN_SETTINGS if name in job.settings}
     seed = f"seed {job.settings['seed']}, " if "seed" in job.settings else ""
     steps = job.settings.get("steps", "?")

@@ -1,8 +1,8 @@
 """Dequantizes the blocks of GGUF files on any device.
 
 The layouts are those of ggml's structures (ggml-org/ggml, src/ggml-common.h). In all of them, `d` is the block's scale
-in fp16, and a row of a matrix is a row of blocks. 4-bit values of a block's first half lie in the lower halves of bytes,
-those of its second half in the upper ones; in blocks of 256, this holds for each 64 values.
+in fp16, and a row of a matrix is a row of blocks. 4-bit values of a block's first half lie in the lower halves of
+bytes, those of its second half in the upper ones; in blocks of 256, this holds for each 64 values.
 
     Q4_0, Q5_0, Q8_0    32 values:  d q, of 4, 5 and 8 bits with a sign
     Q4_1, Q5_1          32 values:  d q + m

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ...models.family import TRANSFORMER, WeightRules
 from ...parallel.rows import own_rows
-from ..facts import ITEMSIZES, Arrangement, Blocks, Model, Network
+from ..facts import ITEMSIZES, Arrangement, Model, Network, StoredBlocks
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def own_slice(name: str, shape: tuple[int, ...], rules: WeightRules, tp: int) ->
 
 
 @lru_cache(maxsize=64)
-def packed_in(network: Network, rules: WeightRules, tp: int) -> Mapping[str, Blocks]:
+def packed_in(network: Network, rules: WeightRules, tp: int) -> Mapping[str, StoredBlocks]:
     """The weights of a network that stay in blocks, by name: those that tensor parallelism cuts between blocks."""
     return {name: blocks for name, blocks in network.packed.items()
             if rules.keeps_whole(name, network.shapes[name], blocks.values, tp)}  # fmt: skip

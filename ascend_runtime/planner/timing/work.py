@@ -15,8 +15,8 @@ from ..facts import ITEMSIZES, Network
 from .skipped import ALL, StepPart
 
 SMALL_LATENT = 8  # rows and columns of the latent with which FLOPs for each of its elements are counted
-# Bytes of tokens between blocks that take as long as dequantizing one number of a weight, which reads and writes some 60
-# bytes in its passes over fp32 numbers; a byte of tokens stands for 20 that a block reads and writes.
+# Bytes of tokens between blocks that take as long as dequantizing one number of a weight, which reads and writes some
+# 60 bytes in its passes over fp32 numbers; a byte of tokens stands for 20 that a block reads and writes.
 DEQUANTIZED = 3
 EMBEDDINGS = ("embed", "shared.weight", "lm_head")  # parameters that are looked up, not multiplied
 
@@ -38,10 +38,11 @@ def of_step(step: Step, kept: StepPart = ALL) -> Mapping[str, float]:
     projections = sum(block.attention for block in work.blocks) - products
     others = work.whole - work.rest - products - projections
     blocks = step.own_branches * step.blocks * kept.blocks
+    passed_on = blocks * step.chunk * step.heads * plan.ulysses * step.per_head
     return {
         "merged" if plan.ring > 1 else "products": tokens * heads * products * math.prod(kept),
         "linear": tokens * (work.rest + kept.blocks * (others + kept.attention * projections)),
-        "traffic": float(blocks * step.chunk * step.heads * plan.ulysses * step.per_head + kept.blocks * _dequantized(step)),
+        "traffic": float(passed_on + kept.blocks * _dequantized(step)),
         "blocks": float(blocks),
     }
 

@@ -143,4 +143,4 @@ class LoraTerm:
 def _factors(parts: list[tuple[int, float, int]], strengths: Sequence[float], device: torch.device) -> Tensor:
     """strength * scale of each column, in fp32; parts: (the LoRA's number, its scale, its number of columns)."""
     factors = [strengths[lora] * scale for lora, scale, count in parts for _ in range(count)]
-    return torch.tensor(factors, dtype=torch.float32, device=device)
+    return torch.tensor(factors, dtype=torch.float32).to(device)
