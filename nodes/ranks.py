@@ -53,7 +53,8 @@ class ParallelConfig(io.ComfyNode):
                     max=MAX_RANKS,
                     tooltip="The number of ranks that share the tokens of a video. Around attention they exchange "
                     "tokens for heads. auto (0): chosen before each job. cfg_degree x ring_degree x ulysses_degree x "
-                    "tp_degree must equal ranks. If ranks is auto and the product does not fit the number of cards, other degrees are used.",
+                    "tp_degree must equal ranks. If ranks is auto and the product does not fit the number of cards, "
+                    "other degrees are used.",
                 ),
                 io.Combo.Input(
                     "device",
