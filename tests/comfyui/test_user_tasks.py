@@ -343,7 +343,10 @@ def read_an_error(user):
     user.set("AscendLoadDiffusionModel", model_name="half.safetensors")
     with pytest.raises(PromptFailed, match="AV-1302"):
         user.run()
-    user.page.get_by_text("AV-1302").first.wait_for()
+    errors = user.page.get_by_role("tab", name="Errors")  # newer pages list them at the side of the canvas
+    if errors.count():
+        errors.first.click()
+    user.page.get_by_text("AV-1302").first.wait_for(timeout=20_000)
 
 
 @task
