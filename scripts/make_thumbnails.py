@@ -153,9 +153,15 @@ def picture_of_graph(server):
     boxes = [group["bounding"] for group in graph["groups"]]
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
     right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
-    with ComfyBrowser(server, size=(1600, 900)) as browser:
+    with ComfyBrowser(server, size=(1600, 860)) as browser:
+        browser.page.evaluate("""async () => {
+            const settings = {'Comfy.Minimap.Visible': false, 'Comfy.Graph.CanvasInfo': false,
+                              'LiteGraph.Canvas.MinFontSizeForLOD': 0}
+            for (const [name, value] of Object.entries(settings))
+                await app.extensionManager.setting.set(name, value)
+        }""")
         browser.open(graph)
-        browser.show((left, top, right - left, bottom - top), margin=110)
+        browser.show((left, top, right - left, bottom - top), margin=90)
         browser.page.keyboard.press("Control+Enter")
         shown = "[...document.querySelectorAll('video')].some(video => video.videoWidth)"
         browser.page.wait_for_function(shown, timeout=600_000)
