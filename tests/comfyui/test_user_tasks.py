@@ -14,7 +14,6 @@ import pytest
 import random_lora
 from comfy_graphs import saved
 from comfy_user import User
-from page_scripts import TOASTS
 from PIL import Image
 from safetensors.torch import load_file
 from scripts.lib.comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chromium
@@ -343,7 +342,10 @@ def read_an_error(user):
     user.set("AscendLoadDiffusionModel", model_name="half.safetensors")
     with pytest.raises(PromptFailed, match="AV-1302"):
         user.run()
-    user.page.get_by_text("AV-1302").first.wait_for()
+    errors = user.page.get_by_role("tab", name="Errors")  # newer pages list them at the side of the canvas
+    if errors.count():
+        errors.first.click()
+    user.page.get_by_text("AV-1302").first.wait_for(timeout=20_000)
 
 
 @task
@@ -354,13 +356,11 @@ def a_wrong_size_is_corrected(user):
 
 
 @task
-def cores_decoder_on_our_vae_says_what_helps(user):
+def cores_decoder_takes_no_vae_of_ours(user):
     user.template(TINY)
     core = user.add("VAEDecode", 1700, 700)
-    user.link(user.node("AscendLoadVAE"), core, "vae")
-    linked = user.page.evaluate("id => app.graph.getNodeById(id).inputs.find(i => i.name === 'vae').link", core)
-    said = "\n".join(user.page.evaluate(TOASTS))
-    assert linked is None or "Ascend VAE Decode" in said or CHINESE.search(said), (linked, said)
+    with pytest.raises(Exception, match="no link from AscendLoadVAE to vae"):  # the page draws the sockets apart
+        user.link(user.node("AscendLoadVAE"), core, "vae")
     user.look_at("AscendLoadVAE", "VAEDecode")
 
 
@@ -368,6 +368,7 @@ def cores_decoder_on_our_vae_says_what_helps(user):
 def see_it_all_in_chinese(user):
     user.setting("Comfy.Locale", "zh")
     user.browser.reload()
+    user.page.wait_for_timeout(3000)  # newer pages open the last workflow again
     try:
         user.template(TINY)
         user.set("AscendSampler", steps=2)

@@ -67,6 +67,7 @@ class User:
 
     def template(self, short):
         self.browser.open(json.loads(templates.shown_file(short).read_text()))
+        self.page.wait_for_function("app.graph.nodes.length > 4")
         self.fit()
 
     def fit(self):
