@@ -22,6 +22,8 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from ascend_runtime.commands import templates  # noqa: E402
+from ascend_runtime.commands.downloading.options import files_by_name  # noqa: E402
+from ascend_runtime.models.hubs import HUGGING_FACE, MODELSCOPE  # noqa: E402
 from scripts.lib.comfy_browser import ComfyBrowser  # noqa: E402
 from scripts.lib.comfy_server import ComfyServer  # noqa: E402
 from scripts.lib import predictions  # noqa: E402
@@ -29,22 +31,7 @@ from scripts.lib.blueprints import BLUEPRINTS, blueprint  # noqa: E402
 from scripts.lib.workflow_layout import LEAST_HEIGHTS, NOTE, arrange, name_of, width_of  # noqa: E402
 from scripts.lib.workflow_notes import note, table_of  # noqa: E402
 
-HUGGING_FACE = "https://huggingface.co/Comfy-Org/{}/resolve/main/split_files/{}/{}"
-MODELSCOPE = "https://modelscope.cn/models/Comfy-Org/{}/resolve/master/split_files/{}/{}"
-FOLDERS = {  # of ComfyUI's models, by the type of the node that loads from it
-    "AscendLoadDiffusionModel": "diffusion_models", "AscendLoadTextEncoder": "text_encoders", "AscendLoadVAE": "vae",
-    "AscendLoadLora": "loras", "AscendFewStepLora": "loras", "CLIPVisionLoader": "clip_vision",
-    "AscendUNETLoader": "diffusion_models", "AscendCLIPLoader": "text_encoders",
-    "AscendDualCLIPLoader": "text_encoders", "AscendVAELoader": "vae",
-}  # fmt: skip
-VISION = "llava_llama3_vision.safetensors"  # in clip_vision, though Ascend Load Text Encoder loads it
-REPOSITORIES = {  # of Comfy-Org, by how the names of their files begin; all other files are in OLDEST
-    "wan2.2": "Wan_2.2_ComfyUI_Repackaged",
-    "hunyuan_video": "HunyuanVideo_repackaged",
-    "llava_llama3": "HunyuanVideo_repackaged",
-    "clip_l.": "HunyuanVideo_repackaged",
-}
-OLDEST = "Wan_2.1_ComfyUI_repackaged"
+FILES = files_by_name()  # that workflows link to
 NODE_HEADER = 30
 ROUNDING = 4  # pixels by which a page's measures differ with its zoom
 
@@ -118,19 +105,7 @@ def published(node):
     """The files that a node of a UI-format graph loads, in the form of ComfyUI's page: name, folder, URL."""
     values = node.get("widgets_values") or []
     names = [value for value in values if isinstance(value, str) and value.endswith(".safetensors")]
-    files = [(name, folder_of(node["type"], name)) for name in names if node["type"] in FOLDERS]
-    return [{"name": name, "url": HUGGING_FACE.format(repository(name), folder, name), "directory": folder}
-            for name, folder in files]
-
-
-def folder_of(node_type, name):
-    """The folder of ComfyUI's models from which a node of this type loads a file."""
-    return "clip_vision" if name == VISION else FOLDERS[node_type]
-
-
-def repository(name):
-    """Where Comfy-Org publishes a file."""
-    return next((place for begin, place in REPOSITORIES.items() if name.startswith(begin)), OLDEST)
+    return [{"name": name, "url": FILES[name].address(HUGGING_FACE), "directory": FILES[name].folder} for name in names]
 
 
 def predicted(short, prompt, again):
@@ -153,8 +128,7 @@ def published_in(prompt):
 
 def add_note(graph, short, table):
     """Adds the workflow's note to its graph."""
-    files = [(file["name"], file["directory"], file["url"],
-              MODELSCOPE.format(repository(file["name"]), file["directory"], file["name"]))
+    files = [(file["name"], file["directory"], file["url"], FILES[file["name"]].address(MODELSCOPE))
              for node in graph["nodes"] for file in published(node)]  # fmt: skip
     number = max(node["id"] for node in graph["nodes"]) + 1
     graph["nodes"].append({"id": number, "type": NOTE, "pos": [0, 0], "size": [0, 0], "flags": {}, "mode": 0,

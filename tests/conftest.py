@@ -26,7 +26,7 @@ def pytest_addoption(parser):
     parser.addoption("--all-accelerators", action="store_true", help="each plan with each cache, not with some of them")
     parser.addoption("--all-benchmarks", action="store_true", help="10 benchmarks, each shortened, instead of 1")
     parser.addoption("--all-broken-files", action="store_true", help="800 broken files instead of 80")
-    parser.addoption("--all-files", action="store_true", help="each type of weights in GGUF and ComfyUI's files, not some")
+    parser.addoption("--all-files", action="store_true", help="each type of GGUF's and ComfyUI's weights, not some")
     parser.addoption("--all-hosts", action="store_true", help="every workflow on all simulated cards, not one")
     parser.addoption("--all-commands", action="store_true", help="each command of README and docs/, not one")
     parser.addoption("--all-hostile-files", action="store_true", help="216 hostile files and folders instead of 20")

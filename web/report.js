@@ -5,9 +5,10 @@ import { app } from "../../scripts/app.js"
 import { drawAgain, setting } from "./page.js"
 
 const HEIGHTS = { // pixels; a line takes about 14, and more can be scrolled
-    AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 38, AscendTextEncode: 64,
+    AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 52, AscendTextEncode: 64,
 }
 const WIDGET = "report"
+const LIVE_TEXT = "$$node-text-preview" // the page's widget with the text that was sent while a job ran
 
 // The text of an output in the page's language, or in English.
 function textOf(output) {
@@ -37,11 +38,20 @@ function addReport(node) {
     return widget
 }
 
+// Some pages leave it there; the report says the same.
+function removeLiveText(node) {
+    const place = node.widgets?.findIndex(({ name }) => name === LIVE_TEXT) ?? -1
+    if (place < 0) return
+    node.widgets[place].onRemove?.()
+    node.widgets.splice(place, 1)
+}
+
 function showReport(node, output) {
     if (!(node?.type in HEIGHTS) || !output?.text) return
     const text = textOf(output)
     const shown = node.widgets?.find(({ name }) => name === WIDGET)
     if (!text && !shown) return // most prompts have nothing to be said of
+    removeLiveText(node)
     const widget = shown ?? addReport(node)
     widget.value = text
     node.setDirtyCanvas(true)

@@ -132,7 +132,7 @@ class WeightRules:
 
     def keeps_whole(self, name: str, shape: tuple[int, ...], values: int, tp: int) -> bool:
         """Whether tensor parallelism of this degree leaves groups of so many values of a weight's row whole."""
-        return tp == 1 or self.cut_dim(name) != 1 or shape[1] % (tp * values) == 0
+        return 1 in (tp, values) or self.cut_dim(name) != 1 or shape[1] % (tp * values) == 0
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,8 @@ def _packed(component: Component, network: nn.Module) -> dict[str, StoredBlocks]
     if component.kind.name != TRANSFORMER:
         return {}
     kinds = weights_in_blocks(component, linears(network, lambda name: True))
-    return {name: StoredBlocks(kind, BLOCK_TYPES[kind].values, BLOCK_TYPES[kind].nbytes) for name, kind in kinds.items()}
+    sizes = {name: (one.values, one.nbytes) for name, one in BLOCK_TYPES.items()}
+    return {name: StoredBlocks(kind, *sizes[kind]) for name, kind in kinds.items()}
 
 
 def _of_config(

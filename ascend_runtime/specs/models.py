@@ -70,7 +70,8 @@ class DiffusionModelSpec(Spec, frozen=True, kw_only=True):
         8 bits, and quantizes activations dynamically. "none" leaves weights as the files have them, also if quantized.
     packed: of GGUF files: whether the weights of linear layers stay in the file's few bits, and each is dequantized
         when it is used, which takes less memory and a little time in each step; else all are dequantized when they are
-        read. None: they stay so if the device has too little memory otherwise.
+        read. None: they stay so if the device has too little memory otherwise. Of ComfyUI's and LightX2V's integers and
+        mxfp8: False dequantizes them when they are read; else they are computed as such where the device can.
     """
 
     path: str

@@ -15,8 +15,8 @@ OUTPUT = "ascend_report"  # of a node's output, which web/report.js reads
 
 
 class Say(NamedTuple):
-    """A text by its key, and what stands in its places: a string, a number, another `Say`, a list of them, or a tuple of
-    whole clauses."""
+    """A text by its key, and what stands in its places: a string, a number, another `Say`, a list of them, or a tuple
+    of whole clauses."""
 
     key: str
     values: dict[str, Any] = {}

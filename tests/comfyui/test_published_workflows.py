@@ -6,7 +6,7 @@ import numpy as np
 import published_hunyuan
 import published_models
 import pytest
-from make_workflows import folder_of, repository
+from ascend_runtime.commands.downloading.options import files_by_name
 from PIL import Image
 from shipped_workflows import NAMES, api
 
@@ -100,6 +100,6 @@ def test_a_missing_model_is_refused_with_where_it_can_be_had(published, name, nu
     file = graph[number]["inputs"][key]
     missing = graph[number]["inputs"][key] = f"missing_{file}"
     said = graphs.refusal(published, graph, number)
-    place, folder = f"Comfy-Org/{repository(file)[:6]}", folder_of(graph[number]["class_type"], file)
+    place, folder = files_by_name()[file].repository[:16], files_by_name()[file].folder
     for part in (f"There is no model {missing!r}", place, "from Hugging Face or ModelScope", folder):
         assert part in said

@@ -1,6 +1,7 @@
 """25 things that a ComfyUI user wants to do with the pack, each done in the real page, classic and Nodes 2.0.
 
 In CI a few of them; --all-pages does all, and leaves a picture of each in .cache/artefacts/tasks, to be looked at.
+ASCEND_TEST_PICTURES names another folder, and ASCEND_TEST_TASKS some of the tasks, separated by spaces.
 """
 
 import json
@@ -20,7 +21,7 @@ from scripts.lib.comfy_browser import MISSING_MODELS, NODES_2, ComfyBrowser, chr
 from scripts.lib.comfy_server import PromptFailed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PICTURES = REPOSITORY / ".cache" / "artefacts" / "tasks"
+PICTURES = Path(os.environ.get("ASCEND_TEST_PICTURES") or REPOSITORY / ".cache" / "artefacts" / "tasks")
 TINY = "tiny_wan_text_to_video"
 CHINESE = re.compile("[\u4e00-\u9fff]")
 TASKS = {}
@@ -245,8 +246,8 @@ def use_my_own_lora(user):
     user.template(TINY)
     lora = user.add("AscendLoadLora", 380, 560)
     user.set("AscendLoadLora", lora_name="my_style.safetensors", strength=0.8)
-    user.link(user.node("AscendLoadDiffusionModel"), "model", lora, "model")
-    user.link(lora, "model", user.node("AscendSampler"), "model")
+    user.link(user.node("AscendLoadDiffusionModel"), lora, "model")
+    user.link(lora, user.node("AscendSampler"), "model")
     user.set("AscendSampler", steps=2)
     user.run()
     assert user.video()
@@ -271,15 +272,15 @@ def two_samplers_in_a_row(user):
     single, encoders = user.node("AscendSampler"), [user.node("AscendTextEncode", number) for number in (0, 1)]
     first, second = user.add("AscendSamplerAdvanced", 1700, 900), user.add("AscendSamplerAdvanced", 2100, 900)
     for number, one in enumerate((first, second)):
-        user.link(user.node("AscendLoadDiffusionModel"), "model", one, "model")
-        user.link(encoders[0], "conditioning", one, "positive")
-        user.link(encoders[1], "conditioning", one, "negative")
+        user.link(user.node("AscendLoadDiffusionModel"), one, "model")
+        user.link(encoders[0], one, "positive")
+        user.link(encoders[1], one, "negative")
         user.set("AscendSamplerAdvanced", number, steps=4, noise_seed=1)
-    user.link(user.node("AscendVideoSize"), "latent", first, "latent_image")
-    user.link(first, "latent", second, "latent_image")
+    user.link(user.node("AscendVideoSize"), first, "latent_image")
+    user.link(first, second, "latent_image")
     user.set("AscendSamplerAdvanced", 0, end_at_step=2, return_with_leftover_noise="enable")
     user.set("AscendSamplerAdvanced", 1, start_at_step=2, add_noise="disable")
-    user.link(second, "latent", user.node("AscendVAEDecode"), "samples")
+    user.link(second, user.node("AscendVAEDecode"), "samples")
     user.page.evaluate("id => app.graph.remove(app.graph.getNodeById(id))", single)
     user.run()
     assert user.video()
@@ -319,7 +320,7 @@ def see_the_plan(user):
     user.set("AscendSampler", steps=2)
     user.run()
     said = user.report()
-    assert re.search(r"CFG 2|2 ranks", said), said
+    assert re.search(r"2 (processes|ranks|devices)", said), said
     user.look_at("AscendSampler", "AscendParallelConfig")
 
 
@@ -356,7 +357,7 @@ def a_wrong_size_is_corrected(user):
 def cores_decoder_on_our_vae_says_what_helps(user):
     user.template(TINY)
     core = user.add("VAEDecode", 1700, 700)
-    user.link(user.node("AscendLoadVAE"), "vae", core, "vae")
+    user.link(user.node("AscendLoadVAE"), core, "vae")
     linked = user.page.evaluate("id => app.graph.getNodeById(id).inputs.find(i => i.name === 'vae').link", core)
     said = "\n".join(user.page.evaluate(TOASTS))
     assert linked is None or "Ascend VAE Decode" in said or CHINESE.search(said), (linked, said)

@@ -28,10 +28,11 @@ ADD = """([type, x, y]) => {
     app.graph.add(node)
     return node.id
 }"""
-LINK = """([from, output, to, input]) => {
+LINK = """([from, to, name]) => {
     const [source, target] = [app.graph.getNodeById(from), app.graph.getNodeById(to)]
-    source.connect(source.outputs.findIndex(o => o.name === output), target,
-                   target.inputs.findIndex(i => i.name === input))
+    const input = target.inputs.findIndex(one => one.name === name)
+    const output = source.outputs.findIndex(one => one.type === target.inputs[input].type)
+    if (!source.connect(output, target, input)) throw new Error(`no link from ${source.type} to ${name}`)
 }"""
 ID = "([type, number]) => app.graph.nodes.filter(n => n.type === type)[number].id"
 OPTIONS = "[...document.querySelectorAll('[role=option]')].map(e => e.innerText.trim().split(/\\s{2,}|\\n/)[0])"
@@ -91,8 +92,9 @@ class User:
     def node(self, node_type, number=0) -> int:
         return self.page.evaluate(ID, [node_type, number])
 
-    def link(self, source, output, target, name):
-        self.page.evaluate(LINK, [source, output, target, name])
+    def link(self, source, target, name):
+        """From the first output of the input's type."""
+        self.page.evaluate(LINK, [source, target, name])
 
     def set(self, node_type, number=0, **values):
         for name, value in values.items():

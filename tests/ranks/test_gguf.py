@@ -154,16 +154,14 @@ def lora(models, tmp_path_factory):
 
 @pytest.mark.parametrize("plan", [None, {"tp_degree": 2}, {"fsdp": True}], ids=str)
 def test_loras_on_blocks_equal_the_merged_twin(models, lora, runtimes, one_rank, plan):
-    """They are added to the products of layers in blocks, and merged into the others."""
+    """They are added to the products of layers in blocks, and merged into the others; nothing is left of them later."""
     ranks = 2 if plan else 1
     how = plan and {"ranks": ranks, **plan}
-    expected = sample(one_rank, lora[1]).tensor
-    for packed in (True, False):
-        for strength in (0.3, 0.8):
-            loras = (LoraSpec(path=str(lora[0]), strength=strength),)
-            made = sample(runtimes(ranks), models()[0], how, packed=packed, loras=loras).tensor
+    plain, expected = (sample(one_rank, file).tensor for file in (models()[1], lora[1]))
+    for packed in (True, False) if plan is None else (True,):
+        loras = (LoraSpec(path=str(lora[0]), strength=0.8),)
+        made = sample(runtimes(ranks), models()[0], how, packed=packed, loras=loras).tensor
         off = float((made - expected).norm() / expected.norm())
         print(f"\n{plan}, {'in blocks' if packed else 'in full'}: {off:.1e} off the merged twin")
-        assert off <= 1e-4
-        assert torch.equal(sample(runtimes(ranks), models()[0], how, packed=packed).tensor,
-                           sample(runtimes(ranks), models()[0], how, packed=packed).tensor)  # fmt: skip
+        assert off <= 1e-4 < float((plain - expected).norm() / expected.norm())
+        assert_close(sample(runtimes(ranks), models()[0], how, packed=packed).tensor, plain, atol=1e-4, rtol=0.0)

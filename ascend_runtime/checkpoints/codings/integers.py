@@ -1,7 +1,8 @@
 """Weights as integers of 8 or 4 bits with a scale for the tensor or for each row, whose inputs may be rotated.
 
 The layouts are those of ComfyUI 0.33.0 (comfy/ops.py) and comfy-kitchen: int8_tensorwise, convrot_w4a4 and
-asym_w4a8_int8. A rotated weight is the original's, with each group of inputs multiplied by a matrix (ops/blocks/rotation.py).
+asym_w4a8_int8. A rotated weight is the original's, with each group of inputs multiplied by a matrix
+(ops/blocks/rotation.py).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from .gguf_header import Header, read_header
 MODEL, TOKENS, SCORES, TYPES, CHARACTERS = (
     f"tokenizer.ggml.{name}" for name in ("model", "tokens", "scores", "token_type", "precompiled_charsmap")
 )
-SHORT = 100  # lengths and numbers below it are single bytes, with those of the fields around them
+ONE_BYTE = 100  # lengths and numbers below it are single bytes, with those of the fields around them
 SHORT_PIECE, SHORT_END = struct.Struct("<4B"), struct.Struct("<BfBB")  # before and after its text
 UNIGRAM, BYTE = 1, 6  # a type of model, and one of pieces
 # The settings of training that have a piece's number, by the header's keys; -1: there is no such piece.
@@ -55,7 +55,7 @@ def _model(path: Path, _: tuple) -> bytes | None:
 
 def _piece(text: bytes, score: float, kind: int) -> bytes:
     """A piece. Those with little text, as nearly all are, are made at once, as there are many."""
-    if len(text) < SHORT and 0 <= kind < SHORT:
+    if len(text) < ONE_BYTE and 0 <= kind < ONE_BYTE:
         return SHORT_PIECE.pack(10, len(text) + 9, 10, len(text)) + text + SHORT_END.pack(21, score, 24, kind)
     return _field(1, _field(1, text) + struct.pack("<Bf", 21, score) + _number(3, int(kind)))
 

@@ -62,14 +62,18 @@ def published_files() -> dict[str, tuple[HubFile, ...]]:
     return {name: files for family in families().values() for name, files in family.downloads.items()}
 
 
+def files_by_name() -> dict[str, HubFile]:
+    """Each file that can be downloaded, by its name in a folder of models."""
+    return {file.name: file for files in published_files().values() for file in files}
+
+
 def wanted_files(names: list[str]) -> list[HubFile]:
     """The files that names mean, each once. Raises ValueError for a name that means none."""
     return list(dict.fromkeys(file for name in names for file in _files_of(name)))
 
 
 def _files_of(name: str) -> tuple[HubFile, ...]:
-    known = published_files()
-    single = {file.name: file for files in known.values() for file in files}
+    known, single = published_files(), files_by_name()
     found = {_plain(one): files for one, files in known.items()}
     found |= {_plain(one): (file,) for one, file in single.items()}
     if _plain(name) in found:

@@ -41,6 +41,6 @@ def only_blocks(names: Iterable[str]) -> str:
     if not all(name.startswith("blocks.") for name in names):
         return ""
     return (
-        "It holds only blocks, like LightX2V's files of single blocks. Give the folder that holds non_block.safetensors "
-        "and all blocks, or the model's form in one file."
+        "It holds only blocks, like LightX2V's files of single blocks. Give the folder that holds "
+        "non_block.safetensors and all blocks, or the model's form in one file."
     )
