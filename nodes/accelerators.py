@@ -155,8 +155,8 @@ ACCELERATORS = (
         (
             Widget("ratio", io.Float, 0.0, {"min": 0.0, "max": 10.0, "step": 0.05, "round": 0.01},
                    "Above 1: the speed-up of the denoise loop to reach, such as 1.2. start and interval are then "
-                   "chosen to reach it, with an interval of at least the value below. off (0), or 1: start and interval "
-                   "are used as set below.", automatic=0.0, word="off"),
+                   "chosen to reach it, with an interval of at least the value below. off (0), or 1: start and "
+                   "interval are used as set below.", automatic=0.0, word="off"),
             *WINDOW,
         ),
         ("attention cache", "mindie sd"),

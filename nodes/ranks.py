@@ -35,8 +35,8 @@ class ParallelConfig(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_RANKS,
-                    tooltip="The number of ranks; a rank is one process on one device. auto (0): one per visible device, "
-                    "or one on a CPU. A graph that was made with auto on eight cards also runs on fewer.",
+                    tooltip="The number of ranks; a rank is one process on one device. auto (0): one per visible "
+                    "device, or one on a CPU. A graph that was made with auto on eight cards also runs on fewer.",
                 ),
                 io.Int.Input(
                     "cfg_degree",
@@ -52,8 +52,9 @@ class ParallelConfig(io.ComfyNode):
                     min=0,
                     max=MAX_RANKS,
                     tooltip="The number of ranks that share the tokens of a video. Around attention they exchange "
-                    "tokens for heads. auto (0): chosen before each job. cfg_degree x ring_degree x ulysses_degree x tp_degree must equal "
-                    "ranks. If ranks is auto and the product does not fit the number of cards, other degrees are used.",
+                    "tokens for heads. auto (0): chosen before each job. cfg_degree x ring_degree x ulysses_degree x "
+                    "tp_degree must equal ranks. If ranks is auto and the product does not fit the number of cards, "
+                    "other degrees are used.",
                 ),
                 io.Combo.Input(
                     "device",

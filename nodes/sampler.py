@@ -70,8 +70,8 @@ class Sampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How strongly the video follows the prompt. 1: the negative prompt is not used, and a "
-                    "step takes half the work. auto (0): the model's default, which may differ between two experts, and "
-                    "is 1 for HunyuanVideo.",
+                    "step takes half the work. auto (0): the model's default, which may differ between two experts, "
+                    "and is 1 for HunyuanVideo.",
                 ),
                 io.Combo.Input(
                     "sampler_name",

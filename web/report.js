@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js"
 import { drawAgain, setting } from "./page.js"
 
 const HEIGHTS = { // pixels; a line takes about 14, and more can be scrolled
-    AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 38, AscendTextEncode: 64,
+    AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 52, AscendTextEncode: 64,
 }
 const WIDGET = "report"
 const LIVE_TEXT = "$$node-text-preview" // the page's widget with the text that was sent while a job ran

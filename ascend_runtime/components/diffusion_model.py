@@ -42,7 +42,7 @@ from .loras.requests import LorasInUse, LoraTarget, by_expert, merged_by, read_f
 from .loras.terms import QuantizedTerms, nbytes_of
 from .model_config import check_experts
 from .networks import dtype_named, empty_network
-from .packed import keep_packed, kept
+from .packed import keep_packed, kept_in_few_bits
 from .pinned import Layout, Weights, require_room
 from .room import Room
 
@@ -202,7 +202,7 @@ def opened(spec: DiffusionModelSpec, found: list[Component], room: Room, progres
     if formats:
         check_quantized(device, dtype, sorted(formats))
     latents = Latents(check_experts(found))
-    found, of_marks = kept(found, spec, room, dtype)
+    found, of_marks = kept_in_few_bits(found, spec, room, dtype)
     found, of_blocks = keep_packed(found, spec, room, dtype)
     defaults = defaults_for(spec, found[0], experts=len(found))
     boundary = boundary_of(spec, found[0], defaults, len(found))

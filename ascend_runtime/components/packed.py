@@ -29,7 +29,7 @@ from .networks import empty_network
 from .room import Room
 
 logger = logging.getLogger(__name__)
-PRODUCTS = {DYNAMIC: "int8", MXFP8: "MXFP8"}  # as users name them
+PRODUCT_NAMES = {DYNAMIC: "int8", MXFP8: "MXFP8"}  # as users name them
 
 
 def keep_packed(
@@ -60,7 +60,7 @@ def keep_packed(
     return made, _note(sizes, dtype) if sizes else ()
 
 
-def kept(
+def kept_in_few_bits(
     found: list[Component], spec: DiffusionModelSpec, room: Room, dtype: torch.dtype
 ) -> tuple[list[Component], tuple[str, ...]]:
     """(the experts, whose layers keep ComfyUI's marked weights where the device has the products; a sentence about
@@ -95,7 +95,7 @@ def _computes(device: torch.device, dtype: torch.dtype, algorithm: str) -> bool:
 def _note_of_formats(formats: list[str], made: list[Component], dtype: torch.dtype) -> tuple[str, ...]:
     kept_ones = [one.quantized for one in made if isinstance(one.quantized, KeptWeights)]
     counts = Counter(layer.algorithm for one in kept_ones for layer in one.layers.values())
-    said = [f"{count} linear layers compute in {PRODUCTS[name]}" for name, count in sorted(counts.items())]
+    said = [f"{count} linear layers compute in {PRODUCT_NAMES[name]}" for name, count in sorted(counts.items())]
     which = "the other weights are" if said else "the weights are"
     said.append(f"{which} read as {str(dtype).removeprefix('torch.')}")
     note = f"The model's weights are stored as {', '.join(formats)}: {', '.join(said)}."

@@ -37,17 +37,25 @@ class Distillation:
         distillation."""
         named = STEPS_IN_NAME.search(name.lower())
         steps = int(named[1]) if named and int(named[1]) > 0 else self.steps
+        shift = self.shift or own.shift
         return dataclasses.replace(
             own,
             steps=steps,
-            sigmas=self.sigmas if steps == self.steps else None,
-            shift=self.shift or own.shift,
+            sigmas=self.sigmas if self.sigmas and steps == self.steps else _evenly(steps, shift),
+            shift=shift,
             small_shift=None if self.shift else own.small_shift,
             guidance_scale=1.0,
             low_noise_guidance=None,
             solver="euler",
             distilled=self.name,
         )
+
+
+def _evenly(steps: int, shift: float) -> tuple[float, ...]:
+    """The noise levels of few steps: evenly from 1 before the shift, as LightX2V trains. An Euler solver's own go down
+    to almost 0 in the last but one."""
+    even = (1 - step / steps for step in range(steps))
+    return (*(shift * level / (1 + (shift - 1) * level) for level in even), 0.0)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import published_hunyuan
 import published_models
 import pytest
 from ascend_runtime.commands.downloading.options import files_by_name
-import torch
 from PIL import Image
 from shipped_workflows import NAMES, api
 
@@ -81,7 +80,7 @@ def test_the_switch_makes_the_workflow_that_it_replaced(published):
         graph["11"] = graphs.save_latent(["8", 0])
         del graph["9"], graph["10"]
         made.append(graphs.saved_latent(published, published.queue(graph), "11"))
-    assert made[0].std() > 0.1 and torch.equal(*made)
+    assert made[0].std() > 0.1 and (made[0] - made[1]).abs().max() < 1e-4 * made[0].abs().max()
 
 
 MODELS = [

@@ -8,7 +8,6 @@ from functools import cached_property
 
 from torch import nn
 
-from ...checkpoints.faults import list_faults
 from ...checkpoints.reader import Places
 from ...errors import coded_error
 from ...models.family import LoraNames
@@ -98,7 +97,7 @@ def _check_quantized(file: LoraFile, target: LoraTarget) -> None:
     if depending:
         raise coded_error(
             "AV-1406",
-            f"{file.path} changes weights by formulas that read the weights themselves, such as DoRA's, and the model "
-            f"is quantized: {list_faults({'change quantized weights': depending})}. Set quantization to 'none' and use "
-            "the model's bf16, fp16 or fp8_scaled files, or remove the LoRA.",
+            f"{file.path} computes with the weights that it changes, as DoRA does, and {len(depending)} of them are "
+            f"quantized, such as {depending[0]}. Set quantization to 'none' and use the model's bf16, fp16 or "
+            "fp8_scaled files, or use a LoRA of another kind.",
         )
