@@ -1,4 +1,4 @@
-"""LoRAs for a model: one, or those of a few steps behind a switch."""
+"""LoRAs for a model: one of any kind, or few-step LoRAs with a switch."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class FewStepLora(io.ComfyNode):
             display_name="Ascend Few-Step LoRA",
             category=LOADERS,
             search_aliases=["4 steps", "lightx2v", "lightning", "turbo", "distilled lora", "fast", "少步 加速 LoRA"],
-            description="Switches LoRAs for few steps on and off: one for each expert of a model. Ascend Sampler's "
-            "automatic steps, cfg, shift and solver follow.",
+            description="Switches few-step LoRAs on and off, one for each expert of a model. Ascend Sampler's automatic "
+            "steps, cfg, shift and solver follow.",
             inputs=[
                 types.DiffusionModel.Input(
                     "model", tooltip="From Ascend Load Diffusion Model or from Ascend Load LoRA."
@@ -89,14 +89,14 @@ class FewStepLora(io.ComfyNode):
                 io.Boolean.Input(
                     "few_steps",
                     default=True,
-                    tooltip="On: with the LoRAs, whose files must be there. Off: without them, in the steps that the "
-                    "model's authors recommend.",
+                    tooltip="On: uses the LoRAs, whose files must exist. Off: uses none, and the number of steps is "
+                    "what the model's authors recommend.",
                 ),
                 io.Combo.Input(
                     "lora_name",
                     options=names,
-                    tooltip="A LoRA for few steps in models/loras: of the high-noise expert, or of a model with one "
-                    "expert. Its name shows its kind, such as lightx2v_4steps; Ascend Sampler reads it.",
+                    tooltip="A few-step LoRA in models/loras: of the high-noise expert, or of a model with one expert. "
+                    "Ascend Sampler recognises its kind by its name, such as lightx2v_4steps.",
                 ),
                 io.Combo.Input(
                     "low_noise_lora_name",
@@ -126,7 +126,7 @@ class FewStepLora(io.ComfyNode):
 
 
 def _loras(few_steps: bool, name: str, low_noise_name: str) -> tuple[LoraSpec, ...]:
-    """The LoRAs of a model's experts; none without few steps, so that their files may then be missing."""
+    """The LoRAs of a model's experts; none if the switch is off, so that their files may then be missing."""
     if not few_steps:
         return ()
     path = model_files.path_of(name, model_files.LORA)
