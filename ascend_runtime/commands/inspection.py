@@ -12,7 +12,7 @@ from pathlib import Path
 from ..checkpoints.bounded import read_json
 from ..checkpoints.codings.layouts import FP8_FORMATS
 from ..checkpoints.faults import printable, printable_lines
-from ..checkpoints.formats.tensor_files import open_tensors
+from ..checkpoints.opening import open_tensors
 from ..checkpoints.paths import existing
 from ..components.checks import check_component
 from ..components.model_config import check_experts

@@ -8,9 +8,9 @@ from dataclasses import replace
 from ..checkpoints.codings.kept import KeptWeights, layer_of
 from ..checkpoints.codings.marks import FormatMark
 from ..checkpoints.codings.recognised import all_marks, codings_of
-from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.fused import targets_of
 from ..checkpoints.msmodelslim import MXFP8, Layer
+from ..checkpoints.opening import open_tensors
 from ..ops.mxfp8 import MX_GROUP
 from .component import Component
 

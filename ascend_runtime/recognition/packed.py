@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ..checkpoints.codings.packed import PackedWeights
-from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.fused import targets_of
+from ..checkpoints.opening import open_tensors
 from ..models.shapes import Shapes
 from ..ops.blocks.ggml import BLOCK_TYPES
 from .component import Component

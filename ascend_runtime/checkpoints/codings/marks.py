@@ -17,7 +17,7 @@ from ..bounded import parse_json
 from ..faults import as_value_error
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
 MAX_MARK_BYTES = 1024  # of a tensor that holds JSON; ComfyUI's have less than 100

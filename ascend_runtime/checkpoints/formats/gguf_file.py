@@ -24,7 +24,7 @@ TEXTS_SHOWN = 200  # characters of a field in the file's metadata
 
 
 class GgufFile:
-    """See tensor_files.TensorFile. Tensors have the names, the shapes and the order of rows that their networks have
+    """See tensor_file.TensorFile. Tensors have the names, the shapes and the order of rows that their networks have
     in transformers or by their authors; the sentencepiece model of a T5's tokenizer is a tensor of bytes.
 
     A tensor in blocks has the dtype uint8: `read` gives the blocks of whole rows, or of a part of them that begins and
