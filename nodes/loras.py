@@ -54,11 +54,7 @@ class LoadLora(io.ComfyNode):
                     "experts. Choose it also for a model with one expert, and for a file with layers for each expert.",
                 ),
             ],
-            outputs=[
-                types.DiffusionModel.Output(
-                    display_name="model", tooltip="For Ascend Sampler or for another Ascend Load LoRA."
-                )
-            ],
+            outputs=[_model_output()],
         )
 
     @classmethod
@@ -106,11 +102,7 @@ class FewStepLora(io.ComfyNode):
                     tooltip="The LoRA of the low-noise expert. none: lora_name is for the whole model.",
                 ),
             ],
-            outputs=[
-                types.DiffusionModel.Output(
-                    display_name="model", tooltip="For Ascend Sampler or for another Ascend Load LoRA."
-                )
-            ],
+            outputs=[_model_output()],
         )
 
     @classmethod
@@ -123,6 +115,12 @@ class FewStepLora(io.ComfyNode):
         for lora in _loras(few_steps, lora_name, low_noise_lora_name):
             spec = spec.with_lora(lora)
         return io.NodeOutput(replace(model, spec=spec))
+
+
+def _model_output() -> io.Output:
+    return types.DiffusionModel.Output(
+        display_name="model", tooltip="For Ascend Sampler or for another Ascend Load LoRA."
+    )
 
 
 def _loras(few_steps: bool, name: str, low_noise_name: str) -> tuple[LoraSpec, ...]:

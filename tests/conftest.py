@@ -105,6 +105,14 @@ def rng():
 RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
+@pytest.fixture
+def bytes_read(monkeypatch) -> list[int]:
+    """The bytes of each read of a file, as they come."""
+    counts = []
+    monkeypatch.setattr(os, "preadv", lambda *given, call=os.preadv: counts.append(call(*given)) or counts[-1])
+    return counts
+
+
 @pytest.fixture(scope="session")
 def new_runtime():
     """`new_runtime(n)`: a group of n ranks on the CPU, not started yet; the caller stops it."""

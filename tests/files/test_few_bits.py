@@ -1,7 +1,6 @@
 """Weights in ComfyUI's formats of 8 and 4 bits, and in LightX2V's, are read as what they are worth."""
 
 import json
-import os
 
 import comfy_formats as formats
 import pytest
@@ -44,14 +43,6 @@ def loaded(file, part=None, dtype=torch.float32, rows=ROWS):
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """The bytes of each read."""
-    counts = []
-    monkeypatch.setattr(os, "preadv", lambda *given, call=os.preadv: counts.append(call(*given)) or counts[-1])
-    return counts
-
-
-@pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "READ_BYTES", 20_000)
 
@@ -77,7 +68,7 @@ BITS = {"int8 by row": 8, "int8, rotated": 8, "int4": 4, "4-bit levels": 5, "mxf
 
 
 @pytest.mark.parametrize("form", BITS)
-def test_a_rank_reads_its_part_only(tmp_path, counted, form):
+def test_a_rank_reads_its_part_only(tmp_path, bytes_read, form):
     """Of the scales of groups, all those of its rows, in whole blocks."""
     save_form(tmp_path / "file", {"a.weight": weight()}, form)
     with open_tensors(tmp_path / "file") as file:
@@ -85,13 +76,13 @@ def test_a_rank_reads_its_part_only(tmp_path, counted, form):
     for part in ((slice(0, 128), slice(0, WIDTH)), (slice(0, 128), slice(64, 128))):
         loaded(tmp_path / "file", part)  # opening reads the marks
         opened = 3 * marks
-        counted.clear()
+        bytes_read.clear()
         loaded(tmp_path / "file", part)
         numbers = 128 * (part[1].stop - part[1].start)
         row_scales = 4 * 128 * (form not in ("mxfp8", "nvfp4"))
         group_scales = 128 * WIDTH / {"mxfp8": 32, "nvfp4": 16}.get(form, 1e9)
         exact = {"4-bit levels": numbers * 5 / 8 + 4 * 16, "mxfp8": numbers, "nvfp4": numbers / 2 + 4}
-        assert sum(counted) <= exact.get(form, numbers * BITS[form] / 8) + row_scales + group_scales + opened
+        assert sum(bytes_read) <= exact.get(form, numbers * BITS[form] / 8) + row_scales + group_scales + opened
 
 
 def test_shapes_are_those_of_the_numbers(tmp_path):

@@ -1,6 +1,5 @@
 """GGUF files: their headers, the numbers in their blocks, the parts that ranks read, and what is refused."""
 
-import os
 import struct
 import time
 
@@ -60,18 +59,6 @@ def test_a_header_says_what_the_gguf_package_reads(every_type):
     assert ours.fields["general.architecture"] == "wan"
     with open_tensors(file) as opened:
         assert opened.shapes == {name: tuple(x.shape) for name, x in expected.items()}
-
-
-@pytest.fixture
-def bytes_read(monkeypatch):
-    counts = []
-
-    def preadv(*arguments, original=os.preadv):
-        counts.append(original(*arguments))
-        return counts[-1]
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    return counts
 
 
 def test_a_part_comes_without_the_rest(every_type, bytes_read, rng):

@@ -1,7 +1,6 @@
 """Tensors that hold several parameters, or one in another order of rows, are read as if each parameter lay there."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -72,14 +71,6 @@ def parts_of(expected, part):
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """The bytes of each read."""
-    counts = []
-    monkeypatch.setattr(os, "preadv", lambda *given, call=os.preadv: counts.append(call(*given)) or counts[-1])
-    return counts
-
-
-@pytest.fixture
 def small_pieces(monkeypatch):
     for module, name in ((pieces, "READ_BYTES"), (writers, "WRITE_BYTES")):
         monkeypatch.setattr(module, name, 100)
@@ -96,19 +87,19 @@ def test_parameters_are_plain_slices_of_a_files_tensors(tmp_path, small_pieces, 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
 @pytest.mark.parametrize("part", PARTS)
-def test_no_other_byte_is_read(tmp_path, small_pieces, counted, kind, part):
+def test_no_other_byte_is_read(tmp_path, small_pieces, bytes_read, kind, part):
     """What is kept as it lies is mapped: only exchanged halves are read there."""
     held = tensors()
     file = save(kind, tmp_path / "file", held)
     expected = parts_of(parameters(held), part)
     check_weights(Network(), (file,), rename, split=split)
-    counted.clear()
+    bytes_read.clear()
     read(file, torch.bfloat16, part)
-    assert sum(counted) == sum(4 * x.numel() for x in expected.values())
-    counted.clear()
+    assert sum(bytes_read) == sum(4 * x.numel() for x in expected.values())
+    bytes_read.clear()
     read(file, torch.float32, part)
     mapped = [name for name in expected if PARTS[part](parameters(held)[name].shape) is None and ".mod." not in name]
-    assert sum(counted) == sum(4 * x.numel() for name, x in expected.items() if name not in mapped)
+    assert sum(bytes_read) == sum(4 * x.numel() for name, x in expected.items() if name not in mapped)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -134,11 +125,11 @@ def test_weights_in_8_bits_with_their_scales(tmp_path, small_pieces, by_row, par
         assert_same(made, parts_of(parameters(worth), part))
 
 
-def test_scales_of_rows_are_read_with_their_rows(tmp_path, counted):
+def test_scales_of_rows_are_read_with_their_rows(tmp_path, bytes_read):
     kept, _ = fused_files.in_8_bits(tensors(), by_row=True)
     read(save("safetensors", tmp_path / "file", kept), torch.bfloat16, "rows of both halves")
     expected = parts_of(parameters(tensors()), "rows of both halves")
-    assert sum(counted) == sum(x.numel() + 4 * len(x) if x.ndim > 1 else 4 * len(x) for x in expected.values())
+    assert sum(bytes_read) == sum(x.numel() + 4 * len(x) if x.ndim > 1 else 4 * len(x) for x in expected.values())
 
 
 def test_a_plain_network_with_a_scale_a_row(tmp_path):

@@ -1,6 +1,5 @@
 """From each kind of file of tensors, a part comes as it is, without a byte of the rest."""
 
-import os
 
 import gloo_ranks
 import pytest
@@ -42,18 +41,6 @@ def files(tmp_path_factory):
     gloo_ranks.run("dcp_rank.py", folder / "group", 3)
     (folder / "distributed, sharded").symlink_to(folder / "group" / "checkpoint")
     return folder
-
-
-@pytest.fixture
-def bytes_read(monkeypatch):
-    counts = []
-
-    def preadv(*arguments, original=os.preadv):
-        counts.append(original(*arguments))
-        return counts[-1]
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    return counts
 
 
 @pytest.mark.parametrize("kind", KINDS)

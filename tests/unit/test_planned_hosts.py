@@ -16,17 +16,12 @@ from ascend_runtime.planner.choosing.sizes import pictures, video_size
 from ascend_runtime.planner.facts import Machine
 from ascend_runtime.specs.plans import AXES
 from msgspec.structs import replace
+from scripts.lib.predictions import MODELS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / "workflows" / "api").glob("*.json"))
 CARDS = [("a2", 8, 64), ("a3", 16, 64), ("a2", 4, 32), ("h100", 2, 80)]  # card, number, GB of each
 HOSTS = (64, 256, 1024)  # GB
-PUBLISHED = {  # the beginning of a transformer's file -> its published model
-    "wan2.1_t2v_1.3B": "Wan2.1-T2V-1.3B", "wan2.1_t2v_14B": "Wan2.1-T2V-14B", "wan2.1_i2v": "Wan2.1-I2V-14B",
-    "wan2.1_flf2v": "Wan2.1-FLF2V-14B", "wan2.2_t2v": "Wan2.2-T2V-A14B", "wan2.2_i2v": "Wan2.2-I2V-A14B",
-    "wan2.2_ti2v": "Wan2.2-TI2V-5B", "hunyuan_video_t2v": "HunyuanVideo",
-    "hunyuan_video_image_to_video": "HunyuanVideo-I2V-v1", "hunyuan_video_v2": "HunyuanVideo-I2V-v2",
-}  # fmt: skip
 LOADERS = {"model_name": ("AscendLoadDiffusionModel",), "unet_name": ("AscendUNETLoader",)}
 SEED = random.randrange(2**32)
 
@@ -42,7 +37,7 @@ def file_of(nodes):
 
 
 def published_name(file):
-    (name,) = {name for begin, name in PUBLISHED.items() if file.startswith(begin)}
+    (name,) = {name for begin, name in MODELS.items() if file.startswith(begin)}
     return name
 
 
