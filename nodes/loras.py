@@ -80,8 +80,8 @@ class FewStepLora(io.ComfyNode):
             display_name="Ascend Few-Step LoRA",
             category=LOADERS,
             search_aliases=["4 steps", "lightx2v", "lightning", "turbo", "distilled lora", "fast", "少步 加速 LoRA"],
-            description="Switches few-step LoRAs on and off, one for each expert of a model. Ascend Sampler's automatic "
-            "steps, cfg, shift and solver follow.",
+            description="Switches few-step LoRAs on and off, one for each expert of a model. Ascend Sampler's "
+            "automatic steps, cfg, shift and solver follow.",
             inputs=[
                 types.DiffusionModel.Input(
                     "model", tooltip="From Ascend Load Diffusion Model or from Ascend Load LoRA."

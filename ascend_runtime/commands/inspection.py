@@ -212,7 +212,7 @@ def _describe_defaults(path: str, transformers: list[Component]) -> Iterator[str
     if own.source is not None:
         source = f"default settings from {own.source.name}"
     elif own.distilled is not None:
-        source = f"by its name distilled to few steps ({own.distilled}); {source}"
+        source = f"distilled to few steps, by its name ({own.distilled}); {source}"
     yield f"recognised as {name}; {source}: {_settings(own)}"
 
 

@@ -72,7 +72,7 @@ def _mark(settings: Any) -> FormatMark:
 
 def _object(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError("it has something else in the place of a JSON object")
+        raise ValueError("it is not a JSON object")
     return content
 
 

@@ -113,7 +113,7 @@ def _renamed(path: Path, header: Header) -> dict[str, tuple[StoredTensor, int | 
             raise coded_error("AV-1309", f"{path}: {shown(error)} in its header. Download it again.") from None
         if own in made or heads and (not one.shape or one.shape[0] % (2 * heads) or one.shape != one.original):
             raise coded_error(
-                "AV-1302", f"{path} holds {shown(name)} {list(one.shape)}, which cannot be. Download it again."
+                "AV-1302", f"{path} gives {shown(name)} the impossible shape {list(one.shape)}. Download it again."
             )
         made[own] = one, heads
     return made
