@@ -29,8 +29,8 @@ def formats_of(component: Component) -> dict[str, int]:
 def with_few_bits(
     component: Component, linears: Iterable[str], computes: Callable[[str], bool], tp: int = 1
 ) -> Component:
-    """The component, whose marked layers in the transformer's blocks are kept as they are stored. Those stay out whose
-    groups of inputs tensor parallelism of this degree would cut apart.
+    """The component, whose marked layers in the transformer's blocks are kept as they are stored, unless tensor
+    parallelism of this degree would cut their groups of inputs apart.
 
     linears: the names of the network's linear layers. computes: whether the device has the products of an algorithm
     (see checkpoints.msmodelslim). Raises ValueError for invalid marks.

@@ -33,7 +33,7 @@ def weights_in_blocks(component: Component, linears: Iterable[str]) -> dict[str,
 
 
 def with_packed(component: Component, weights: Mapping[str, str], shapes: Shapes, tp: int) -> Component:
-    """The component with these weights in blocks, except those that tensor parallelism of this degree would cut within
+    """The component with these weights in blocks, unless tensor parallelism of this degree would cut through their
     blocks. shapes: of the numbers of all weights, by name."""
     rules = component.family.weights
     layers = {

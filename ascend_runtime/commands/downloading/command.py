@@ -1,4 +1,4 @@
-"""Runs the command: what is there, what is missing, whether it fits, and one file after the other."""
+"""Runs the command: lists existing and missing files, checks the room on the disk, and downloads one file at a time."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ class Hub:
 
     @contextmanager
     def answer(self, method: str, url: str, file: HubFile, **arguments: Any) -> Iterator[requests.Response]:
-        """An answer whose status says that it is one. Raises ValueError otherwise; `ConnectionLost` is for what may
-        work a moment later."""
+        """A hub's answer, if its status is a success. Raises ValueError if not, and `ConnectionLost` if another attempt
+        may succeed."""
         try:
             with self.session.request(method, url, stream=True, timeout=(CONNECT_S, READ_S), **arguments) as answer:
                 self._require_good(answer, file)

@@ -29,7 +29,7 @@ def partial_file(target: Path, remote: Remote) -> Path:
 
 
 def bytes_there(target: Path, remote: Remote) -> int:
-    """Of an earlier download that did not end."""
+    """The bytes that an interrupted download has left."""
     partial = partial_file(target, remote)
     return min(partial.stat().st_size, remote.size) if partial.is_file() else 0
 

@@ -102,7 +102,7 @@ class QuantizedTerms:
 
 
 def no_layers(layer: str, term: LoraTerm | None) -> None:
-    """Of a network without quantized layers."""
+    """For a network without quantized layers, of which none is ever asked for."""
     raise AssertionError(layer)
 
 

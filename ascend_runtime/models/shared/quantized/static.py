@@ -99,7 +99,7 @@ def check_static_steps(network: nn.Module, steps: tuple[int, int] | None, source
 
 
 def use_step(network: nn.Module, step: int | None) -> None:
-    """Makes layers that have static scales for each step use those of this one; None: quantize dynamically."""
+    """Layers with static scales for each step use those of this step from now on; None: they quantize dynamically."""
     for module in network.modules():
         if isinstance(module, TimestepLinear):
             module.step = step
