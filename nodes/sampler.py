@@ -193,7 +193,10 @@ class SamplerAdvanced(io.ComfyNode):
             node_id="AscendSamplerAdvanced",
             display_name="Ascend Sampler (Advanced)",
             category=SAMPLING,
-            search_aliases=[*FAMILIES, *TASKS, *DEVICES, "ksampler advanced", "leftover noise", "采样器", "高级采样"],
+            search_aliases=[
+                *FAMILIES, *(f"{one} sampler" for one in FAMILIES), *TASKS, *DEVICES, "ksampler advanced",
+                "leftover noise", "采样器", "高级采样",
+            ],
             advanced=("shift", "cfg_low_noise", "embedded_guidance"),
             automatic={"steps": 0, "cfg": 0.0, "shift": 0.0, "cfg_low_noise": 0.0, "embedded_guidance": 0.0},
             description="Computes a part of the denoising steps on all ranks, as core's KSampler (Advanced) does. Two "

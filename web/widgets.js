@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js"
 import { ALWAYS, drawAgain, pageKnowsAdvanced, setting, texts } from "./page.js"
 
 const GAP = 4 // pixels between two widgets
+const BADGE = 100 // pixels that the first Nodes 2.0 need for the pack's name, next to a title
 const OURS = /^Ascend[A-Z]/
 const STATE = "showAdvanced" // the property of a node, which is saved
 
@@ -52,7 +53,8 @@ const sheet = document.head.appendChild(document.createElement("style"))
 const LOOK = "position: absolute; inset: 0; display: flex; align-items: center; pointer-events: none; padding-left: 4px"
 const OF_PRIMEVUE = `
     .lg-node-widget .p-inputnumber::after { padding-left: 42px !important; font-size: 14px }
-    .p-toggleswitch[off]::before { content: attr(off); position: absolute; right: 100%; margin-right: 8px; font-size: 12px }
+    .p-toggleswitch[off]::before { content: attr(off); position: absolute; right: 100%;
+        margin-right: 8px; font-size: 12px; white-space: nowrap }
     .p-toggleswitch[off][data-p-checked="true"]::before { content: attr(on) }`
 let waits = false
 
@@ -129,6 +131,16 @@ function rearrange(node, change = () => {}) {
     node.setDirtyCanvas?.(true, true)
 }
 
+// The width at which a title is not cut.
+const pen = document.createElement("canvas").getContext("2d")
+
+function widthOf(node) {
+    pen.font = `${LiteGraph.NODE_TEXT_SIZE}px Arial`
+    const badge = LiteGraph.vueNodesMode && !pageKnowsAdvanced() ? BADGE : 0
+    const title = 1.2 * pen.measureText(node.title).width // for wider fonts
+    return Math.max(node.size[0], Math.ceil(title) + 2 * LiteGraph.NODE_TITLE_HEIGHT + badge)
+}
+
 function addButton(node) {
     const toggle = () => (node.showAdvanced = !node.showAdvanced)
     const options = { serialize: false, canvasOnly: pageKnowsAdvanced() } // such a page has its own in Nodes 2.0
@@ -175,7 +187,7 @@ app.registerExtension({
             addButton(node)
         }
         arrange(node)
-        node.setSize([node.size[0], node.computeSize()[1]])
+        node.setSize([widthOf(node), node.computeSize()[1]])
         writeSheetSoon()
     },
     beforeRegisterNodeDef(nodeType, { name }) {

@@ -35,7 +35,7 @@ def test_a_video_says_how_it_was_made_and_what_it_took(comfyui, rng):
     assert english[0] == ("2 processes on the CPU share each step: one computes the prompt, the other the negative "
                           "prompt.")  # fmt: skip
     assert chinese[0] == "2 个 CPU 进程共同计算每一步：一个算正面提示词，一个算负面提示词。"
-    assert re.fullmatch(rf"Took {TIME}: .*6 steps {TIME} \({TIME} each; {TIME} predicted\)\.", english[2])
+    assert re.fullmatch(rf"Took {TIME}: .*6 steps {TIME} \({TIME} each; predicted {TIME} in all\)\.", english[2])
     assert re.fullmatch(rf"用时 {TIME}：.*6 步 {TIME}（每步 {TIME}，预计共 {TIME}）。", chinese[2])
     assert english[3].startswith("AttentionCache: 3 of 6 steps reused earlier results; ")
     assert chinese[3].startswith("AttentionCache：6 步中有 3 步复用了之前的结果，")

@@ -91,7 +91,7 @@ Each card keeps a part of the weights, and gets the rest from the others when a 
 The two experts take turns on the cards; the other one waits in the host's memory.
 Settings: cfg 4, low-noise cfg 3, shift 12, unipc.
 Took 2 min 58 s: loading 23 s, text 1.2 s, image 0.7 s, warm-up 9.0 s, earlier steps 1 min 0 s, 40 steps 1 min 24 s \
-(2.1 s each; 1 min 30 s predicted).
+(2.1 s each; predicted 1 min 30 s in all).
 AttentionCache: 14 of 40 steps reused earlier results; 31 % less to compute, 1.36 times as fast, 31 s saved.
 Memory: 41.2 GB of 60.0 GB on the fullest card.
 Warning: AV-1609: All frames are the same."""
