@@ -20,7 +20,16 @@ from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
 from .component import Component
-from .folders import SINGLE_FILES, folder_of, listed_names, loose_files, loose_shards, original_family, original_file, shards_of
+from .folders import (
+    SINGLE_FILES,
+    folder_of,
+    listed_names,
+    loose_files,
+    loose_shards,
+    original_family,
+    original_file,
+    shards_of,
+)
 from .kinds import Kind, is_kind, is_part, kinds, own_name, part_of, recognise, renumbered
 from .mindspeed import latest_shards
 
