@@ -42,7 +42,7 @@ class Sampler(io.ComfyNode):
                 ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="The size and length of the video: from EmptyHunyuanLatentVideo or Ascend Image To Video. "
+                    tooltip="The size and length of the video: from Ascend Video Size or Ascend Image To Video. "
                     "To start from the latent's content, connect sigmas that begin below 1. What its noise_mask "
                     "excludes stays as it is.",
                 ),
@@ -193,7 +193,10 @@ class SamplerAdvanced(io.ComfyNode):
             node_id="AscendSamplerAdvanced",
             display_name="Ascend Sampler (Advanced)",
             category=SAMPLING,
-            search_aliases=[*FAMILIES, *TASKS, *DEVICES, "ksampler advanced", "leftover noise", "采样器", "高级采样"],
+            search_aliases=[
+                *FAMILIES, *(f"{one} sampler" for one in FAMILIES), *TASKS, *DEVICES, "ksampler advanced",
+                "leftover noise", "采样器", "高级采样",
+            ],
             advanced=("shift", "cfg_low_noise", "embedded_guidance"),
             automatic={"steps": 0, "cfg": 0.0, "shift": 0.0, "cfg_low_noise": 0.0, "embedded_guidance": 0.0},
             description="Computes a part of the denoising steps on all ranks, as core's KSampler (Advanced) does. Two "
@@ -247,8 +250,8 @@ def _inputs_of_a_part() -> list[io.Input]:
             "add_noise",
             options=SWITCH,
             default="enable",
-            tooltip="disable: the latent already has the noise of start_at_step, as one from a sampler that returned "
-            "it with leftover noise.",
+            tooltip="enable: adds the noise of start_at_step to the latent. disable: the latent has it already, such "
+            "as one from a sampler that returned it with leftover noise.",
         ),
         io.Int.Input(
             "noise_seed",
@@ -270,8 +273,8 @@ def _inputs_of_a_part() -> list[io.Input]:
             "end_at_step",
             default=MAX_STEP,
             **step,
-            tooltip="The step before which this node stops: start_at_step of the next sampler. A number above steps "
-            "means up to the last one.",
+            tooltip="The step before which this node stops: start_at_step of the next sampler. A number above steps: "
+            "this node computes all steps to the last.",
         ),
         io.Combo.Input(
             "return_with_leftover_noise",

@@ -4,8 +4,8 @@
     .venv/bin/python scripts/make_thumbnails.py tiny_wan_text_to_video # of these
     .venv/bin/python scripts/make_thumbnails.py --graph --frontend DIR # docs/images/graph.png, in this page
 
-Each is a still of a video that the embedded model makes here, in the real ComfyUI, with the name of the workflow's model
-and what it does. On the pictures of other models a line says whose still it is: none pretends to be theirs.
+Each is a still of a video that the embedded model makes here, in the real ComfyUI, with the name of the workflow's
+model and what it does. On the pictures of other models a line says whose still it is: none pretends to be theirs.
 DIR is the folder `static` of a comfyui-frontend-package.
 """
 

@@ -4,9 +4,14 @@
 import { app } from "../../scripts/app.js"
 import { drawAgain, setting } from "./page.js"
 
-const HEIGHTS = { // pixels; a line takes about 14, and more can be scrolled
+const HEIGHTS = { // pixels at least; a line takes about 14
     AscendSampler: 96, AscendSamplerAdvanced: 96, AscendVAEDecode: 52, AscendTextEncode: 64,
 }
+const MOST = 200 // pixels; what is longer can be scrolled
+const SIDES = 32 // pixels of a node's width that a report does not have
+const LOOK = "overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; padding: 4px 8px;" +
+    "color: var(--input-text); background: var(--comfy-input-bg); font-size: 11px; line-height: 1.3;" +
+    "border-radius: 4px; box-sizing: border-box;"
 const WIDGET = "report"
 const LIVE_TEXT = "$$node-text-preview" // the page's widget with the text that was sent while a job ran
 
@@ -16,26 +21,41 @@ function textOf(output) {
     return (output.ascend_report?.map(texts => texts[language] ?? texts.en) ?? output.text).join("\n")
 }
 
+function heightOf(node, text) {
+    const copy = document.body.appendChild(document.createElement("div"))
+    copy.style.cssText = `${LOOK} position: absolute; visibility: hidden; width: ${node.size[0] - SIDES}px`
+    copy.textContent = text
+    const height = copy.offsetHeight
+    copy.remove()
+    return Math.min(MOST, Math.max(HEIGHTS[node.type], height))
+}
+
 function addReport(node) {
-    const height = HEIGHTS[node.type]
     const element = document.createElement("div")
     element.className = "ascend-report"
-    element.style.cssText =
-        "overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; padding: 4px 8px;" +
-        "color: var(--input-text); background: var(--comfy-input-bg); font-size: 11px; line-height: 1.3;" +
-        `border-radius: 4px; box-sizing: border-box; max-height: ${height}px`
+    element.style.cssText = LOOK
     element.addEventListener("wheel", event => event.stopPropagation()) // scrolls the text, not the canvas
     const widget = node.addDOMWidget(WIDGET, "ascend-report", element, {
         serialize: false, // of the prompt
-        getMinHeight: () => height,
-        getMaxHeight: () => height,
+        getMinHeight: () => widget.reportHeight ?? HEIGHTS[node.type],
+        getMaxHeight: () => widget.reportHeight ?? HEIGHTS[node.type],
         getValue: () => element.textContent,
         setValue: text => (element.textContent = text),
     })
     widget.serialize = false // of the saved workflow
-    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
-    requestAnimationFrame(() => element.isConnected || drawAgain(node))
     return widget
+}
+
+// Writes the text, and makes the node as high as it takes.
+function write(node, widget, text) {
+    const height = heightOf(node, text)
+    const changed = height !== widget.reportHeight
+    widget.reportHeight = height
+    widget.value = text
+    if (!changed) return
+    widget.element.style.maxHeight = `${height}px`
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])])
+    requestAnimationFrame(() => drawAgain(node))
 }
 
 // Some pages leave it there; the report says the same.
@@ -52,8 +72,7 @@ function showReport(node, output) {
     const shown = node.widgets?.find(({ name }) => name === WIDGET)
     if (!text && !shown) return // most prompts have nothing to be said of
     removeLiveText(node)
-    const widget = shown ?? addReport(node)
-    widget.value = text
+    write(node, shown ?? addReport(node), text)
     node.setDirtyCanvas(true)
 }
 

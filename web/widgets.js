@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js"
 import { ALWAYS, drawAgain, pageKnowsAdvanced, setting, texts } from "./page.js"
 
 const GAP = 4 // pixels between two widgets
+const BADGE = 100 // pixels that the first Nodes 2.0 need for the pack's name, next to a title
 const OURS = /^Ascend[A-Z]/
 const STATE = "showAdvanced" // the property of a node, which is saved
 
@@ -41,7 +42,7 @@ function showWord(widget, shown) {
         widget.options.off = texts("widgets")[shown.word]
         widget.options.on = texts("widgets").on
     }
-    // Not enumerable: what can be copied of the options, some pages write into the document.
+    // Not enumerable, because some pages write all enumerable options into the document.
     Object.defineProperty(widget.options, "shown_as", { value: shown, configurable: true })
     if (widget.type === "number") [widget.constructor.prototype, widget].forEach(showWordsOf)
 }
@@ -52,7 +53,8 @@ const sheet = document.head.appendChild(document.createElement("style"))
 const LOOK = "position: absolute; inset: 0; display: flex; align-items: center; pointer-events: none; padding-left: 4px"
 const OF_PRIMEVUE = `
     .lg-node-widget .p-inputnumber::after { padding-left: 42px !important; font-size: 14px }
-    .p-toggleswitch[off]::before { content: attr(off); position: absolute; right: 100%; margin-right: 8px; font-size: 12px }
+    .p-toggleswitch[off]::before { content: attr(off); position: absolute; right: 100%;
+        margin-right: 8px; font-size: 12px; white-space: nowrap }
     .p-toggleswitch[off][data-p-checked="true"]::before { content: attr(on) }`
 let waits = false
 
@@ -83,8 +85,8 @@ function writeSheetSoon() {
 
 // ---- which widgets are shown
 
-// Hides what the node need not show: inputs that count only with another widget's value, and on request only, those
-// that most people never touch. What is linked or was changed stays.
+// Hides inputs that count only with another widget's value, and, until the user asks for them, those that most people
+// never touch. What is linked or was changed stays.
 function arrange(node) {
     const always = pageKnowsAdvanced() && setting(ALWAYS)
     let count = 0
@@ -106,7 +108,7 @@ function arrange(node) {
 function hide(widget, hidden) {
     widget.options.hidden = hidden // for Nodes 2.0
     widget.hidden = hidden // for the classic canvas
-    if (hidden) widget.computeSize = () => [0, -GAP] // of which older ones keep the place
+    if (hidden) widget.computeSize = () => [0, -GAP] // older pages keep the place of a hidden widget
     else delete widget.computeSize
 }
 
@@ -116,7 +118,7 @@ function label(button, shown, count) {
     hide(button, !count)
 }
 
-// Arranges a node on the canvas after a change, and its height follows; what it is higher than it need be, it stays.
+// Arranges a node on the canvas after a change. Its height follows; height that the user added stays.
 function rearrange(node, change = () => {}) {
     const shown = () => (node.widgets ?? []).map(({ hidden, label }) => [hidden, label]).join()
     const [before, least] = [shown(), node.computeSize()[1]]
@@ -127,6 +129,16 @@ function rearrange(node, change = () => {}) {
     node.setSize([node.size[0], needed + Math.max(0, node.size[1] - least)])
     drawAgain(node)
     node.setDirtyCanvas?.(true, true)
+}
+
+// The width at which a title is not cut.
+const pen = document.createElement("canvas").getContext("2d")
+
+function widthOf(node) {
+    pen.font = `${LiteGraph.NODE_TEXT_SIZE}px Arial`
+    const badge = LiteGraph.vueNodesMode && !pageKnowsAdvanced() ? BADGE : 0
+    const title = 1.2 * pen.measureText(node.title).width // for wider fonts
+    return Math.max(node.size[0], Math.ceil(title) + 2 * LiteGraph.NODE_TITLE_HEIGHT + badge)
 }
 
 function addButton(node) {
@@ -175,7 +187,7 @@ app.registerExtension({
             addButton(node)
         }
         arrange(node)
-        node.setSize([node.size[0], node.computeSize()[1]])
+        node.setSize([widthOf(node), node.computeSize()[1]])
         writeSheetSoon()
     },
     beforeRegisterNodeDef(nodeType, { name }) {

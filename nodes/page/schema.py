@@ -34,7 +34,7 @@ class Schema(io.Schema):
     advanced: the names of inputs that most people never touch. Their widgets are shown on request, and where they are
         linked or do not have their default.
     automatic: by the name of an input, the value that leaves the choice to the pack; the page shows "auto" for it. Or
-        (value, another word that web/words.js has). Workflows and prompts keep the value.
+        (value, another word that web/texts.js has). Workflows and prompts keep the value.
     only_with: by the name of an input, (another widget, its value): the widget is shown only with it.
     """
 

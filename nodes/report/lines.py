@@ -23,7 +23,7 @@ LEAST = 0.05  # seconds of a stage that is worth a word
 
 def of_sampling(info: dict[str, Any], record: JobRecord | None) -> dict:
     """The output of a sampler's node. info, record: of the job's `client.Result`."""
-    lines = [] if record is None else [*_plan(record), _took(record, _before(record), info)]
+    lines = [] if record is None else [*_plan(record), _settings(record, info), _took(record, _before(record), info)]
     return output([*lines, *_solver(info), *_saved(info), *_memory(info), *_warnings(info)])
 
 
@@ -67,6 +67,18 @@ def _plan(record: JobRecord) -> list[Say]:
         lines = [Say(f"many {on}", {"ranks": ranks, "parts": tuple(parts)})]
     lines += [Say(f"spread weights {on}")] * bool(record.plan.get("fsdp") and ranks > tp)
     return lines + [Say(f"experts in turns {on}")] * (record.settings.get("experts") == "swap")
+
+
+def _settings(record: JobRecord, info: dict[str, Any]) -> Say:
+    """The settings that were used, also where a widget leaves them to the model."""
+    scales = {"cfg": "guidance", "cfg of the low-noise expert": "low-noise guidance",
+              "embedded guidance": "embedded guidance"}  # fmt: skip
+    values = [Say(key, {"scale": f"{info[name]:g}"}) for key, name in scales.items() if name in info]
+    values += [Say("shift", {"shift": f"{info['shift']:g}"})] if "shift" in info else []
+    values += [record.settings["solver"]] if "solver" in record.settings else []
+    if "distilled" in info:
+        return Say("settings of", {"name": info["distilled"], "values": values})
+    return Say("settings", {"values": values})
 
 
 def _took(own: JobRecord, before: Sequence[JobRecord], info: dict[str, Any]) -> Say:

@@ -19,7 +19,9 @@ COLUMNS = [
 ]
 NOTE, NOTE_COLUMNS = "MarkdownNote", 2  # below the first columns
 WIDTHS = [310, 540, 480, 360, 400, 340, 340, 420]  # of the columns
-LEAST_HEIGHTS = {NOTE: 300, "Prompt": 180, "Negative prompt": 160, "SaveVideo": 300, "First frame": 330, "Last frame": 330}
+LEAST_HEIGHTS = {
+    NOTE: 300, "Prompt": 180, "Negative prompt": 160, "SaveVideo": 300, "First frame": 330, "Last frame": 330,
+}  # fmt: skip
 # The nodes that are enlarged to fill their column; the first of these in a column: pictures, previews and prompts.
 GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Prompt")
 SAME_HEIGHT = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height

@@ -33,7 +33,8 @@ SWITCH = (
     "采样器保持 auto 即可自动跟随。",
 )
 HUNYUAN = (
-    "The text encoders take 14 GB of the host's memory, or a share of that on each card. Tencent's licence excludes the "
+    "The text encoders take 14 GB of the host's memory, or a share of that on each card. Tencent's licence "
+    "excludes the "
     "EU, the UK and South Korea. ",
     "文本编码器占主机内存 14 GB，或由各卡分摊。腾讯的许可证不适用于欧盟、英国和韩国。",
 )
@@ -42,7 +43,8 @@ TO_TWO_NODES = (
     "图像连到两个节点：文本编码器读取它（`image_interleave` 为 {}），",
 )
 CORE = (
-    "All nodes but the loaders and Ascend Parallel Config are core ComfyUI's, with the settings of its own template. The "
+    "All nodes but the loaders and Ascend Parallel Config are core ComfyUI's, with the settings of its own "
+    "template. The "
     "loaders give core's MODEL, CLIP and VAE, whose work the ranks do, so any node that takes these can be added: LoRA "
     "loaders, guiders, other samplers. To swap the loaders of your own graph, right-click the canvas and choose **Swap "
     "loaders to run on all ranks**. Ascend Sampler needs fewer nodes for the same video, and knows the model's own "
@@ -72,15 +74,18 @@ TEXTS = {  # sentences by the workflow's short name
     "tiny_wan_fast_text_to_video": [(
         "Press **Run**, then read below the sampler what was saved. Ascend Step Cache leaves out steps in which little "
         "changes; Ascend RainFusion, chained to it, thins out the attention of large videos (in one as small as this "
-        "there is nothing to leave out). `preset` goes from quality to fast. Ascend AttentionCache or Ascend Block Cache "
-        "can take the step cache's place; two caches exclude each other. The nodes fit any model of the other templates: "
+        "there is nothing to leave out). `preset` goes from quality to fast. Ascend AttentionCache or Ascend "
+        "Block Cache "
+        "can take the step cache's place; two caches exclude each other. The nodes fit any model of the other "
+        "templates: "
         "connect them to Ascend Sampler.",
         "点击**运行**，然后在采样器下方查看节省了多少。步缓存省去变化不大的步；串接的 RainFusion 让大视频的注意力变稀疏"
         "（这样小的视频没有可省的）。预设从 quality 到 fast 依次变快。也可换成 AttentionCache 或块缓存，但两种缓存不能同时使用。"
         "这些节点适用于其他模板中的任何模型：接到昇腾采样器即可。",
     )],
     "hunyuan_video_text_to_video": [RUN, AUTO, SECONDS, (
-        "cfg is 1, so there is no negative prompt. 5.3 seconds are 129 frames, the most that the model was trained for. ",
+        "cfg is 1, so there is no negative prompt. 5.3 seconds are 129 frames, the most that the model was "
+        "trained for. ",
         "cfg 为 1，因此没有负面提示词。5.3 秒为 129 帧，是训练时的最大帧数。",
     ), HUNYUAN],
     "hunyuan_video_v1_image_to_video": [RUN, AUTO, SECONDS, [text.format(2) for text in TO_TWO_NODES], (
@@ -89,7 +94,8 @@ TEXTS = {  # sentences by the workflow's short name
         "模型把它当作首帧。与官方代码一致，解码后丢弃前四帧：ImageFromBatch 保留 129 帧中的 125 帧；删除该节点即可保留全部帧。",
     ), HUNYUAN],
     "hunyuan_video_v2_image_to_video": [RUN, AUTO, SECONDS, [text.format(4) for text in TO_TWO_NODES], (
-        "it stays in the latent as the first frame, so the video begins with it. For larger movements set `shift` to 17 "
+        "it stays in the latent as the first frame, so the video begins with it. For larger movements set "
+        "`shift` to 17 "
         "in Ascend Sampler; auto is 7. ",
         "同时它作为首帧保留在 Latent 中，因此视频从这张图像开始。希望动作更大时，可将采样器的 shift 设为 17（auto 为 7）。",
     ), HUNYUAN],
@@ -117,7 +123,8 @@ TEXTS = {  # sentences by the workflow's short name
     "wan2.2_t2v_a14b_text_to_video": [RUN, AUTO, SECONDS, FP16_FILES, PARAGRAPH, SWITCH, PARAGRAPH, EXPERTS],
     "wan2.2_t2v_a14b_text_to_video_fast": [RUN, SECONDS, (
         "This graph is made for speed: 4 steps with LightX2V's LoRAs, linear layers in 8 bits (`quantization` of the "
-        "loader), RainFusion, which leaves out most of the attention, and every card. Each of the three changes the video "
+        "loader), RainFusion, which leaves out most of the attention, and every card. Each of the three changes "
+        "the video "
         "a little. To see how much, switch them off one by one: `few_steps`, `quantization`, and the link from Ascend "
         "RainFusion. ",
         "此工作流追求速度：LightX2V 的 4 步 LoRA、8 位线性层（加载器的“量化”）、省去大部分注意力计算的 RainFusion，并使用所有的卡。"
@@ -130,7 +137,8 @@ TEXTS = {  # sentences by the workflow's short name
     )],
 }  # fmt: skip
 SOURCE = (
-    "*Seconds without loading, and memory of a card: what `python -m ascend_runtime plan` predicts from published figures. "
+    "*Seconds without loading, and memory of a card: what `python -m ascend_runtime plan` predicts from "
+    "published figures. "
     "不含加载的耗时与每张卡的显存：由该命令按公开参数预测。*"
 )
 

@@ -106,7 +106,7 @@ def test_menu_is_chinese_and_lists_what_is_left(browser):
         choose(page, TO_RANKS_ZH)
         page.wait_for_function(f"{TOASTS}.some(text => text.includes('没有可替换的加载器'))")
         said = "\n".join(page.evaluate(TOASTS))
-        assert "未替换：" in said and "CheckpointLoaderSimple" in said and "several networks in one file" in said
+        assert "未替换：" in said and "CheckpointLoaderSimple" in said and "its name does not say" in said
         assert loaders(browser.graph()) == []
     finally:
         page.evaluate("app.extensionManager.setting.set('Comfy.Locale', 'en')")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ascend_runtime.checkpoints import pieces
 from ascend_runtime.checkpoints.formats.parts import full_slices
-from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
+from ascend_runtime.checkpoints.opening import open_tensors
 from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes
 from comfy_formats import FORMS, in_form, of_layer, save_form
 from safetensors.torch import load_file, save_file

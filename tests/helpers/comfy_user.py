@@ -34,6 +34,8 @@ LINK = """([from, to, name]) => {
     const output = source.outputs.findIndex(one => one.type === target.inputs[input].type)
     if (!source.connect(output, target, input)) throw new Error(`no link from ${source.type} to ${name}`)
 }"""
+# playwright's add_style_tag fails if the page is refused a request meanwhile, whatever it is for.
+STYLE = "css => { document.head.appendChild(document.createElement('style')).textContent = css }"
 ID = "([type, number]) => app.graph.nodes.filter(n => n.type === type)[number].id"
 OPTIONS = "[...document.querySelectorAll('[role=option]')].map(e => e.innerText.trim().split(/\\s{2,}|\\n/)[0])"
 IDLE = 300.0  # seconds for a small job on a busy machine
@@ -50,7 +52,7 @@ class User:
         self.setting(LOD, 0)
         self.setting("Comfy.Minimap.Visible", False)
         browser.reload()
-        self.page.add_style_tag(content="[data-testid=error-overlay] { display: none }")
+        self.page.evaluate(STYLE, "[data-testid=error-overlay] { display: none }")
 
     def setting(self, name, value):
         self.page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])

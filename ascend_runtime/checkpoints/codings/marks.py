@@ -17,7 +17,7 @@ from ..bounded import parse_json
 from ..faults import as_value_error
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
 MAX_MARK_BYTES = 1024  # of a tensor that holds JSON; ComfyUI's have less than 100
@@ -72,7 +72,7 @@ def _mark(settings: Any) -> FormatMark:
 
 def _object(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError("it has something else in the place of a JSON object")
+        raise ValueError("it is not a JSON object")
     return content
 
 

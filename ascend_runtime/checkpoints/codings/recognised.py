@@ -33,7 +33,7 @@ from .marks import LAYER_MARK, OLD_MARK, FormatMark, has_old_mark, marks_of
 from .scales import fits_rows
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 OLD_SCALE, OLD_INPUT_SCALE = "scale_weight", "scale_input"
 NO_SCALE, STRANGE_SCALE = "without a scale", "that are not a scale"
