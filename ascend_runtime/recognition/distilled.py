@@ -14,6 +14,8 @@ from ..specs import DiffusionModelSpec, LoraSpec
 
 # Where programs that save .safetensors files write their name: Stability's model specification, kohya's scripts.
 TITLES = ("modelspec.title", "ss_output_name", "title", "name")
+# Names of LoRAs' files that say nothing: LightX2V's of each expert, PEFT's, diffusers'. Their folder's name does.
+NAMELESS = ("high_noise_model", "low_noise_model", "adapter_model", "pytorch_lora_weights")
 EXPERTS = ("high_noise", "low_noise")
 
 
@@ -46,8 +48,11 @@ def _of_expert(
 
 def _names_of_loras(loras: Iterable[LoraSpec]) -> Iterator[str]:
     for lora in loras:
-        yield Path(lora.path).stem
-        yield from _titles(Path(lora.path))
+        path = Path(lora.path)
+        yield path.stem
+        if path.stem in NAMELESS:
+            yield path.parent.name
+        yield from _titles(path)
 
 
 def _names_of_model(path: Path) -> Iterator[str]:

@@ -29,6 +29,7 @@ TRAINED = re.compile(
 )
 # Prefixes in CLIP's vision models, whose patch embeddings are named like a transformer's.
 IMAGE_ENCODERS = re.compile(r"(^|\.)(vision_model|vision_tower)\.")
+IN_LORAS = re.compile(r"\.(lora_(A|B|down|up)|lora\.(down|up)|hada_w1_a|lokr_w1(_a)?)(\.|$)")
 MAX_PREFIXES = 4  # listed in an error
 EXPERT = "_2"  # the suffix of a second expert's folder
 
@@ -118,6 +119,8 @@ def _unlike(candidates: Sequence[Kind], shards: Sequence[Path], held: Shapes) ->
         return "AV-1402", f"It is {' and '.join(f'a {kind.what}' for kind in others)}."
     if len(shards) == 1 and (hint := one_of_several(shards[0])):
         return "AV-1307", hint
+    if any(map(IN_LORAS.search, held)):
+        return "AV-1308", "It is a LoRA: give the model that it was made for, and this file to Ascend Load LoRA."
     return "AV-1308", f"Its first tensors are {_first(held)}."
 
 

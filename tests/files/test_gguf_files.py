@@ -186,6 +186,13 @@ def test_a_broken_file_is_refused_by_name(tmp_path, what):
     assert took < 2
 
 
+def test_the_other_order_of_bytes_is_named(tmp_path):
+    file = tmp_path / "wan.gguf"
+    file.write_bytes(BROKEN["the other order of bytes"])
+    with pytest.raises(ValueError, match="AV-1305.*big-endian"), open_tensors(file):
+        pass
+
+
 def test_types_that_the_package_does_not_know_are_refused(tmp_path):
     file = tmp_path / "wan.gguf"
     file.write_bytes(header(tensors=1) + info(b"blocks.0.w", (256, 4), 15) + bytes(4096))  # Q8_K, for sums only

@@ -51,6 +51,13 @@ def test_names_of_others(name):
     assert own_of(LoraSpec(path=f"/loras/{name}"), path=f"/models/{name}") == WAN21_TEXT
 
 
+def test_a_folder_names_files_that_say_nothing():
+    """LightX2V calls the LoRAs of the two experts alike in each of its folders."""
+    folder = "/loras/Wan2.2-T2V-A14B-4steps-lora-rank64-Seko-V1.1"
+    assert own_of(LoraSpec(path=f"{folder}/high_noise_model.safetensors")).distilled == "LightX2V"
+    assert own_of(LoraSpec(path=f"{folder}/a_style.safetensors")) == WAN21_TEXT
+
+
 def test_what_is_given_stays():
     own = own_of(LoraSpec(path="/causvid.safetensors"))
     assert own.fill(SampleSpec(steps=6), pixels=1).sigmas is None

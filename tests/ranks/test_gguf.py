@@ -111,6 +111,20 @@ def test_a_hunyuan_video_equals_its_twin(tmp_path):
             assert_close(made[file, packed], made[twin, None], atol=1e-4, rtol=0.0)
 
 
+def test_shards_are_given_by_their_folder(models, one_rank, tmp_path):
+    state, whole = models.state[21], sample(one_rank, models("F16")[1]).tensor
+    names = [*state]
+    for number, own in ((1, names[:30]), (2, names[30:])):
+        file = tmp_path / f"wan-0000{number}-of-00002.gguf"
+        gguf_files.write(file, {name: state[name] for name in own}, gguf_files.as_city96("F16")).unlink()
+    assert_close(sample(one_rank, tmp_path).tensor, whole, atol=1e-4, rtol=0.0)
+    file.rename(tmp_path / "wan.gguf")
+    for path, hint in ((tmp_path / "wan-00001-of-00002.gguf", "Give its folder"),
+                       (tmp_path, "Give one of its files, such as wan-00001-of-00002.gguf")):  # fmt: skip
+        with pytest.raises(ValueError, match=hint):
+            sample(one_rank, path)
+
+
 PLANS = {
     "slices": {"tp_degree": 2}, "slices in full": {"tp_degree": 2}, "shares": {"fsdp": True},
     "the sequence": {"ulysses_degree": 2, "cfg_degree": 1},

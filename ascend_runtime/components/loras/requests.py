@@ -99,5 +99,6 @@ def _check_quantized(file: LoraFile, target: LoraTarget) -> None:
             "AV-1406",
             f"{file.path} computes with the weights that it changes, as DoRA does, and {len(depending)} of them are "
             f"quantized, such as {depending[0]}. Set quantization to 'none' and use the model's bf16, fp16 or "
-            "fp8_scaled files, or use a LoRA of another kind.",
+            "fp8_scaled files, or use a LoRA of another kind. In Python, packed=False dequantizes GGUF and ComfyUI's "
+            "formats when they are read, which allows it.",
         )

@@ -39,7 +39,8 @@ DISTILLATIONS = (
     Distillation("Rapid AIO", r"rapid[-_ ]?(mega[-_ ]?)?(aio|all_?in_?one)", 4),
     Distillation(
         "LightX2V",
-        r"lightx2v.*(step|distill|lora)|step[-_ ]?distill|lightning.*\d[-_ ]?steps?|\d[-_ ]?steps?.*lightning",
+        r"lightx2v.*(step|distill|lora)|step[-_ ]?distill|lightning.*\d[-_ ]?steps?|\d[-_ ]?steps?.*lightning"
+        r"|\d[-_ ]?steps?[-_ ]lora",
         4, shift=5.0,
     ),
 )  # fmt: skip
