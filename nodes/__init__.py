@@ -2,10 +2,12 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import accelerators, metadata, stock, templates
-from .conditioning import TextEncode
+from . import accelerators, metadata, stock
+from .conditioning import TextEncode, VideoSize
 from .image_to_video import ImageToVideo
-from .loaders import LoadDiffusionModel, LoadLora, LoadTextEncoder, LoadVAE
+from .loaders import LoadDiffusionModel, LoadTextEncoder, LoadVAE
+from .loras import FewStepLora, LoadLora
+from .page import workflows
 from .profiler import Profiler
 from .ranks import FreeMemory, ParallelConfig
 from .sampler import Sampler, SamplerAdvanced
@@ -17,23 +19,24 @@ class AscendVideo(ComfyExtension):
     def __init__(self):
         adoption.serve()
         metadata.serve()
-        templates.serve()
+        workflows.serve()
 
     async def get_node_list(self):
         return [
             ParallelConfig,
             LoadDiffusionModel,
             LoadLora,
+            FewStepLora,
             LoadTextEncoder,
             LoadVAE,
             TextEncode,
+            VideoSize,
             ImageToVideo,
             Sampler,
             SamplerAdvanced,
             VAEDecode,
             VAEEncode,
             *accelerators.NODES,
-            *templates.NODES,
             Profiler,
             FreeMemory,
             *stock.NODES,

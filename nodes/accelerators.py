@@ -17,7 +17,7 @@ from ..ascend_runtime.specs.base import Spec
 from ..ascend_runtime.specs.presets import PRESETS, chosen, describe_family, describe_presets
 from . import types
 from .page.schema import ACCELERATION, FAMILIES, Schema
-from .validation import refusal
+from .page.validation import refusal
 
 CUSTOM = "custom"
 DEFAULT_PRESET = "balanced"

@@ -32,7 +32,8 @@ from .types import Handle, ModelHandle, RanksHandle
 
 logger = logging.getLogger(__name__)
 
-LOGGED_SEPARATELY = ("acceleration", "plan", "warnings", "peak bytes")  # entries of Result.info that its line in the log lacks
+# Entries of Result.info that its line in the log lacks.
+LOGGED_SEPARATELY = ("acceleration", "plan", "warnings", "peak bytes")
 PREVIEW_SCALE = 8  # pixels of the video per pixel of a latent
 PREVIEW_SIZE = 512  # pixels: the longest side of a preview that ComfyUI sends
 

@@ -16,10 +16,24 @@ from ..ascend_runtime.specs import VaeForm, VideoSize
 from ..ascend_runtime.specs.base import require_side
 from . import comfy_bridge, core_types, types
 from .page.schema import CONDITIONING, FAMILIES, Schema
-from .validation import refusal
+from .page.validation import refusal
 
-SIDE = "The {} of the video in pixels: a multiple of 16, or of 32 for Wan2.2-TI2V-5B."
 GUIDANCE_TYPES = ("v1 (concat)", "v2 (replace)")  # as core's HunyuanImageToVideo names them
+
+
+def sides() -> list[io.Input]:
+    """The inputs for the width and the height of a video."""
+    return [
+        io.Int.Input(
+            name,
+            default=default,
+            min=16,
+            max=8192,
+            step=16,
+            tooltip=f"The {name} of the video in pixels: a multiple of 16, or of 32 for Wan2.2-TI2V-5B.",
+        )
+        for name, default in (("width", 832), ("height", 480))
+    ]
 
 
 class ImageToVideo(io.ComfyNode):
@@ -37,8 +51,7 @@ class ImageToVideo(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("positive", tooltip="What the video should show."),
                 types.Vae.Input("vae", tooltip="From Ascend Load VAE. It must be the VAE of the model."),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip=SIDE.format("width")),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip=SIDE.format("height")),
+                *sides(),
                 io.Int.Input(
                     "length",
                     default=81,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from comfy_api.latest import io
 
-from ..ascend_runtime.specs import DiffusionModelSpec, LoraSpec, OperatorSpec, TextEncoderSpec, VaeSpec
+from ..ascend_runtime.specs import (
+    DiffusionModelSpec,
+    OperatorSpec,
+    TextEncoderSpec,
+    VaeSpec,
+)
 from ..ascend_runtime.specs.jobs import ATTENTIONS
 from ..ascend_runtime.specs.models import (
     COMPUTE_DTYPES,
-    LORA_EXPERTS,
-    MAX_STRENGTH,
     PLACEMENTS,
     QUANTIZATIONS,
     VAE_DTYPES,
@@ -19,8 +20,8 @@ from ..ascend_runtime.specs.models import (
 )
 from . import model_files, types
 from .page.schema import DEVICES, FAMILIES, LOADERS, TASKS, Schema
+from .page.validation import refusal
 from .types import Handle, ModelHandle, RanksHandle
-from .validation import refusal
 
 NO_MODEL = "none"
 
@@ -280,60 +281,3 @@ class LoadVAE(io.ComfyNode):
     def execute(cls, model_name, dtype, parallel=None, tiles="auto") -> io.NodeOutput:
         spec = VaeSpec(path=model_files.path_of(model_name, model_files.VAE), dtype=dtype, tiles=tiles)
         return io.NodeOutput(Handle(spec, parallel or RanksHandle()))
-
-
-class LoadLora(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> Schema:
-        return Schema(
-            node_id="AscendLoadLora",
-            display_name="Ascend Load LoRA",
-            category=LOADERS,
-            search_aliases=[*FAMILIES, "lora", "lora loader", "lightx2v", "4 steps", "lycoris"],
-            advanced=("expert",),
-            description="Adds a LoRA to the model. To use several LoRAs, chain several of these nodes.",
-            inputs=[
-                types.DiffusionModel.Input(
-                    "model", tooltip="From Ascend Load Diffusion Model or from another Ascend Load LoRA."
-                ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=model_files.names(model_files.LORA),
-                    tooltip="A LoRA for this model: a .safetensors, .pt or .pth file in models/loras, as diffusers, "
-                    "PEFT, kohya, LyCORIS or ComfyUI write it, or PEFT's folder with adapter_config.json. Layers that "
-                    "do not fit the model are skipped; Ascend Sampler and the log list them. A file without any layer "
-                    "that fits is refused.",
-                ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-MAX_STRENGTH,
-                    max=MAX_STRENGTH,
-                    step=0.01,
-                    tooltip="How strongly the LoRA changes the model. 0: not at all. A new strength does not read the "
-                    "model again.",
-                ),
-                io.Combo.Input(
-                    "expert",
-                    options=list(LORA_EXPERTS),
-                    default="both",
-                    optional=True,
-                    tooltip="Which expert gets the LoRA, in a model with two experts such as Wan 2.2 A14B. both: both "
-                    "experts. Choose it also for a model with one expert, and for a file with layers for each expert.",
-                ),
-            ],
-            outputs=[
-                types.DiffusionModel.Output(
-                    display_name="model", tooltip="For Ascend Sampler or for another Ascend Load LoRA."
-                )
-            ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, lora_name) -> bool | str:
-        return model_files.check(lora_name, model_files.LORA)
-
-    @classmethod
-    def execute(cls, model, lora_name, strength, expert="both") -> io.NodeOutput:
-        lora = LoraSpec(path=model_files.path_of(lora_name, model_files.LORA), strength=strength, expert=expert)
-        return io.NodeOutput(replace(model, spec=model.spec.with_lora(lora)))

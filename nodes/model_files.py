@@ -16,7 +16,7 @@ from ..ascend_runtime.models import family as parts
 from ..ascend_runtime.models.hubs import HUBS
 from ..ascend_runtime.models.registry import families
 from ..ascend_runtime.recognition.lora.scale import IN_FOLDERS
-from .validation import refusal
+from .page.validation import refusal
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 EMBEDDED = "embedded/"  # prefix of the models that come with the pack

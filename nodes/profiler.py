@@ -8,7 +8,7 @@ from ..ascend_runtime.specs import ProfileSpec
 from ..ascend_runtime.specs.parallel import MAX_RANKS
 from . import comfy_bridge, types
 from .page.schema import TOOLS, Schema
-from .validation import refusal
+from .page.validation import refusal
 
 
 class Profiler(io.ComfyNode):

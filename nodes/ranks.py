@@ -12,8 +12,8 @@ from ..ascend_runtime.specs import ParallelSpec
 from ..ascend_runtime.specs.parallel import MAX_RANKS, RING_EXCHANGES
 from . import comfy_bridge, types
 from .page.schema import DEVICES, TOOLS, Schema
+from .page.validation import refusal
 from .types import RanksHandle
-from .validation import refusal
 
 
 class ParallelConfig(io.ComfyNode):

@@ -250,8 +250,8 @@ def _inputs_of_a_part() -> list[io.Input]:
             "add_noise",
             options=SWITCH,
             default="enable",
-            tooltip="disable: the latent already has the noise of start_at_step, as one from a sampler that returned "
-            "it with leftover noise.",
+            tooltip="enable: adds the noise of start_at_step to the latent. disable: the latent has it already, such "
+            "as one from a sampler that returned it with leftover noise.",
         ),
         io.Int.Input(
             "noise_seed",
@@ -273,8 +273,8 @@ def _inputs_of_a_part() -> list[io.Input]:
             "end_at_step",
             default=MAX_STEP,
             **step,
-            tooltip="The step before which this node stops: start_at_step of the next sampler. A number above steps "
-            "means up to the last one.",
+            tooltip="The step before which this node stops: start_at_step of the next sampler. A number above steps: "
+            "this node computes all steps to the last.",
         ),
         io.Combo.Input(
             "return_with_leftover_noise",

@@ -12,7 +12,7 @@ const COLOURS = {
     ASCEND_PROFILE: ["#CA10F9", "#F910F9"],
     ASCEND_ACCELERATION: ["#EF0606", "#156579"],
 }
-const LIGHT = 128 // the sum of red, green and blue, by three, from which the colour of a node is light
+const LIGHT = 128 // the mean of red, green and blue from which the colour of a node is light
 
 // Of our types: core's type in its place, our nodes that take it, and our loaders of the one and of the other type.
 const TWINS = {

@@ -42,7 +42,7 @@ function showWord(widget, shown) {
         widget.options.off = texts("widgets")[shown.word]
         widget.options.on = texts("widgets").on
     }
-    // Not enumerable: what can be copied of the options, some pages write into the document.
+    // Not enumerable, because some pages write all enumerable options into the document.
     Object.defineProperty(widget.options, "shown_as", { value: shown, configurable: true })
     if (widget.type === "number") [widget.constructor.prototype, widget].forEach(showWordsOf)
 }
@@ -85,8 +85,8 @@ function writeSheetSoon() {
 
 // ---- which widgets are shown
 
-// Hides what the node need not show: inputs that count only with another widget's value, and on request only, those
-// that most people never touch. What is linked or was changed stays.
+// Hides inputs that count only with another widget's value, and, until the user asks for them, those that most people
+// never touch. What is linked or was changed stays.
 function arrange(node) {
     const always = pageKnowsAdvanced() && setting(ALWAYS)
     let count = 0
@@ -108,7 +108,7 @@ function arrange(node) {
 function hide(widget, hidden) {
     widget.options.hidden = hidden // for Nodes 2.0
     widget.hidden = hidden // for the classic canvas
-    if (hidden) widget.computeSize = () => [0, -GAP] // of which older ones keep the place
+    if (hidden) widget.computeSize = () => [0, -GAP] // older pages keep the place of a hidden widget
     else delete widget.computeSize
 }
 
@@ -118,7 +118,7 @@ function label(button, shown, count) {
     hide(button, !count)
 }
 
-// Arranges a node on the canvas after a change, and its height follows; what it is higher than it need be, it stays.
+// Arranges a node on the canvas after a change. Its height follows; height that the user added stays.
 function rearrange(node, change = () => {}) {
     const shown = () => (node.widgets ?? []).map(({ hidden, label }) => [hidden, label]).join()
     const [before, least] = [shown(), node.computeSize()[1]]

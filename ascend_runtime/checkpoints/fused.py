@@ -44,6 +44,10 @@ class Target:
         shape = shape if self.rows is None else (row_count(self.rows), *shape[1:])
         return shape if self.columns is None else (*shape[:1], self.columns.stop - self.columns.start, *shape[2:])
 
+    def has_whole_groups(self, size: int) -> bool:
+        """Whether its columns are whole groups of this number of the tensor's columns."""
+        return self.columns is None or self.columns.start % size == self.columns.stop % size == 0
+
 
 # (a tensor's name after renaming, its shape) -> the parameters that it holds; None: one parameter of that name. The
 # parameters' names depend only on the tensor's name. Each number belongs to exactly one parameter, or is shared.

@@ -28,7 +28,8 @@ from ..errors import coded_error
 from ..ops.packing import EXPONENTS, FP8_BITS, PAIRS, Packing
 from .bounded import MAX_NAME_LENGTH, check_count, read_json
 from .faults import list_faults, shown
-from .formats.tensor_files import TensorFile, open_tensors
+from .formats.tensor_file import TensorFile
+from .opening import open_tensors
 from .paths import DESCRIPTION_PATTERN
 
 WEIGHTS_PATTERN = "quant_model_weight*.safetensors"

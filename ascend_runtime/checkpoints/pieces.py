@@ -23,7 +23,7 @@ from ..ops.quantization import quantized_rows
 from .codings.coding import Coding, numbers_in
 from .codings.fp8 import is_8_bits
 from .formats.parts import Rows, Slices, by_rows, full_slices, in_columns, in_ranges, with_ones
-from .formats.tensor_files import TensorFile
+from .formats.tensor_file import TensorFile
 from .msmodelslim import as_numbers
 
 THREADS, MAX_THREADS = 4, 16  # a rank reads with as many threads as it computes with, within these bounds

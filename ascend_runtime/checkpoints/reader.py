@@ -20,9 +20,10 @@ from .codings.kept import KeptWeights
 from .codings.recognised import codings_of
 from .faults import list_faults
 from .formats.parts import Slices
-from .formats.tensor_files import TensorFile, open_tensors
+from .formats.tensor_file import TensorFile
 from .fused import Rows, Split, Target, row_faults, targets_of
 from .msmodelslim import Description
+from .opening import open_tensors
 from .pieces import Wanted, read_in_pieces
 from .shards import one_of_several
 

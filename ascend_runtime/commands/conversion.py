@@ -18,7 +18,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 
 from ..checkpoints.bounded import read_json
 from ..checkpoints.faults import printable, shown
-from ..checkpoints.formats.tensor_files import open_tensors
+from ..checkpoints.opening import open_tensors
 from ..checkpoints.paths import CALIBRATION, DEFAULTS, file_of
 from ..checkpoints.states import states
 from ..checkpoints.tokenizers import SPIECE, tokenizer_model

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..checkpoints.bounded import read_json
 from ..checkpoints.codings.layouts import FP8_FORMATS
 from ..checkpoints.faults import printable, printable_lines
-from ..checkpoints.formats.tensor_files import open_tensors
+from ..checkpoints.opening import open_tensors
 from ..checkpoints.paths import existing
 from ..components.checks import check_component
 from ..components.model_config import check_experts
@@ -212,7 +212,7 @@ def _describe_defaults(path: str, transformers: list[Component]) -> Iterator[str
     if own.source is not None:
         source = f"default settings from {own.source.name}"
     elif own.distilled is not None:
-        source = f"by its name distilled to few steps ({own.distilled}); {source}"
+        source = f"distilled to few steps, by its name ({own.distilled}); {source}"
     yield f"recognised as {name}; {source}: {_settings(own)}"
 
 

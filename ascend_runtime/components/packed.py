@@ -121,7 +121,7 @@ def _note(sizes: list[tuple[BlockType, tuple[int, ...]]], dtype: torch.dtype) ->
     kept = sum(math.prod(kind.shape(shape)) for kind, shape in sizes)
     full = dtype.itemsize * sum(math.prod(shape) for _, shape in sizes)
     note = (
-        f"Weights of the blocks stay as the GGUF file has them ({kinds}): {kept / 1e9:.2g} GB instead of "
+        f"Weights of the transformer stay as the GGUF file has them ({kinds}): {kept / 1e9:.2g} GB instead of "
         f"{full / 1e9:.2g}. Each layer is dequantized when it is used, which takes a little time in each step."
     )
     logger.info("%s", note)

@@ -26,7 +26,7 @@ from ..recognition.calibration_file import calibration_digests
 from ..recognition.component import Component
 from ..recognition.lora.describing import forms_in
 from ..recognition.lora.files import fingerprint
-from ..recognition.lora.scale import file_of
+from ..recognition.lora.scale import weights_file
 from ..specs import (
     AccelerationSpec,
     DiffusionModelSpec,
@@ -220,7 +220,7 @@ def _part(component: Component, transformers: int) -> PartRecord:
 def _lora(spec: LoraSpec) -> LoraRecord:
     digest, form = None, ""
     try:
-        file = file_of(Path(spec.path))
+        file = weights_file(Path(spec.path))
         digest, form = file_digest(file), forms_in(str(file), fingerprint(spec.path))
     except (OSError, ValueError) as error:
         logger.warning("There is no digest of %s: %s", spec.path, error)

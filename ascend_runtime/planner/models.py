@@ -54,7 +54,7 @@ def read(
 def lora_numbers(loras: Iterable[LoraSpec], experts: int) -> int:
     """The numbers in the files of LoRAs, by their headers, for each of so many experts that gets them; those of biases
     count as they are kept, in fp32 and once more as a sum. Raises ValueError for files that cannot be read."""
-    from ..checkpoints.formats.tensor_files import open_tensors
+    from ..checkpoints.opening import open_tensors
 
     total = 0
     for spec in loras:
@@ -215,7 +215,7 @@ def _network(
 def _types(component: Component, network: nn.Module) -> dict[str, str]:
     """The dtype on disk of each parameter, by name; "" for one that is coded. Raises ValueError for files that do not
     fit."""
-    from ..checkpoints.formats.tensor_files import open_tensors
+    from ..checkpoints.opening import open_tensors
 
     places, found = component.places_in(network), {}
     for shard in component.shards:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoints.bounded import read_json
-from ..checkpoints.formats.tensor_files import open_tensors
+from ..checkpoints.opening import open_tensors
 from ..checkpoints.states import states
 from ..models.defaults import Defaults, Distillation
 from ..specs import DiffusionModelSpec, LoraSpec

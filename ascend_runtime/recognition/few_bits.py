@@ -8,9 +8,9 @@ from dataclasses import replace
 from ..checkpoints.codings.kept import KeptWeights, layer_of
 from ..checkpoints.codings.marks import FormatMark
 from ..checkpoints.codings.recognised import all_marks, codings_of
-from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.fused import targets_of
 from ..checkpoints.msmodelslim import MXFP8, Layer
+from ..checkpoints.opening import open_tensors
 from ..ops.mxfp8 import MX_GROUP
 from .component import Component
 
@@ -29,8 +29,8 @@ def formats_of(component: Component) -> dict[str, int]:
 def with_few_bits(
     component: Component, linears: Iterable[str], computes: Callable[[str], bool], tp: int = 1
 ) -> Component:
-    """The component, of whose marked layers those of blocks are kept as they are stored, but for those whose groups of
-    inputs tensor parallelism of this degree would cut apart.
+    """The component, whose marked layers in the transformer's blocks are kept as they are stored. Those stay out whose
+    groups of inputs tensor parallelism of this degree would cut apart.
 
     linears: the names of the network's linear layers. computes: whether the device has the products of an algorithm
     (see checkpoints.msmodelslim). Raises ValueError for invalid marks.
@@ -50,14 +50,9 @@ def with_few_bits(
                 shape, size = file.shapes[key], MX_GROUP if layer.algorithm == MXFP8 else layer.rotation or 1
                 targets = targets_of(part.split, component.own_name(key, shard), shape)
                 names = [one.name.removesuffix(".weight") for one in targets]
-                whole = (_whole(one.columns, size) and rules.keeps_whole(one.name, one.shape_in(shape), size, tp)
+                whole = (one.has_whole_groups(size) and rules.keeps_whole(one.name, one.shape_in(shape), size, tp)
                          for one in targets)  # fmt: skip
                 if possible.issuperset(names) and all(whole):
                     layers |= dict.fromkeys(names, layer)
                     marks[held] = mark
     return replace(component, quantized=KeptWeights(component.shards[0], layers, marks)) if layers else component
-
-
-def _whole(columns: slice | None, size: int) -> bool:
-    """Whether these columns of a tensor are whole groups of this size."""
-    return columns is None or columns.start % size == columns.stop % size == 0

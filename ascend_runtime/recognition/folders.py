@@ -14,6 +14,7 @@ from ..models.registry import families
 
 TRANSFORMERS = (TRANSFORMER, TRANSFORMER_2)
 NOT_IN_BLOCKS = "non_block.safetensors"  # LightX2V's name of what is in no block
+SINGLE_FILES = (".safetensors", ".gguf")  # the endings of files that are a whole network without a config.json
 STANDARD_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # diffusers', transformers'
 
 
@@ -163,7 +164,8 @@ def loose_shards(folder: Path) -> tuple[Path, ...]:
             "AV-1307",
             f"{folder} has files of single blocks, and no .safetensors.index.json that lists them. Download it too.",
         )
-    return all_shards(tuple(sorted(folder.glob("*.safetensors"))))
+    found = (all_shards(tuple(sorted(folder.glob(f"*{suffix}")))) for suffix in SINGLE_FILES)
+    return next(filter(None, found), ())
 
 
 def listed_names(names: Iterable[str]) -> str:

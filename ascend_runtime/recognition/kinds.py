@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoints.faults import as_value_error, list_faults, shown
-from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.fused import targets_of
+from ..checkpoints.opening import open_tensors
 from ..checkpoints.renaming import is_tokenizer
 from ..checkpoints.shards import one_of_several
 from ..checkpoints.states import content_state, files_of

@@ -20,7 +20,16 @@ from ..models.family import TEXT_ENCODER, TRANSFORMER, VAE
 from ..models.registry import families
 from ..specs import VaeForm
 from .component import Component
-from .folders import folder_of, listed_names, loose_files, loose_shards, original_family, original_file, shards_of
+from .folders import (
+    SINGLE_FILES,
+    folder_of,
+    listed_names,
+    loose_files,
+    loose_shards,
+    original_family,
+    original_file,
+    shards_of,
+)
 from .kinds import Kind, is_kind, is_part, kinds, own_name, part_of, recognise, renumbered
 from .mindspeed import latest_shards
 
@@ -66,7 +75,7 @@ def find_component(path: str, name: str) -> Component:
     root = existing(path)
     folder = folder_of(root, name) or root
     if not (folder / "config.json").is_file():
-        if loose := sorted(root.glob("*.safetensors")):
+        if loose := sorted(file for suffix in SINGLE_FILES for file in root.glob(f"*{suffix}")):
             which = f"its file {loose[0].name}" if len(loose) == 1 else f"one of its files, such as {loose[0].name}"
             raise coded_error("AV-1301", f"{root} is not a model's folder: it has no {name}/config.json. Give {which}.")
         held = listed_names(entry.name for entry in root.iterdir()) or "nothing"

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ..checkpoints.codings.packed import PackedWeights
-from ..checkpoints.formats.tensor_files import open_tensors
 from ..checkpoints.fused import targets_of
+from ..checkpoints.opening import open_tensors
 from ..models.shapes import Shapes
 from ..ops.blocks.ggml import BLOCK_TYPES
 from .component import Component
@@ -28,16 +28,12 @@ def weights_in_blocks(component: Component, linears: Iterable[str]) -> dict[str,
                     continue
                 values = BLOCK_TYPES[kind].values
                 found |= {one.name: kind for one in targets_of(part.split, name, shape)
-                          if one.name in weights and _whole(one.columns, values)}  # fmt: skip
+                          if one.name in weights and one.has_whole_groups(values)}  # fmt: skip
     return found
 
 
-def _whole(columns: slice | None, values: int) -> bool:
-    return columns is None or columns.start % values == columns.stop % values == 0
-
-
 def with_packed(component: Component, weights: Mapping[str, str], shapes: Shapes, tp: int) -> Component:
-    """The component with these weights in blocks, but for those that tensor parallelism of this degree would cut within
+    """The component with these weights in blocks, except those that tensor parallelism of this degree would cut within
     blocks. shapes: of the numbers of all weights, by name."""
     rules = component.family.weights
     layers = {

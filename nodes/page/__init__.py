@@ -1,1 +1,1 @@
-"""How nodes look in ComfyUI's page: where they are found, and what their widgets show."""
+"""What ComfyUI's page makes of nodes, and how it gets the pack's workflows."""

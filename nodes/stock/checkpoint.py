@@ -11,8 +11,8 @@ from ...ascend_runtime.specs import DiffusionModelSpec, VaeSpec
 from .. import comfy_bridge, types
 from ..model_files import CHECKPOINTS
 from ..page.schema import DEVICES, FAMILIES, LOADERS, Schema
+from ..page.validation import refusal
 from ..types import Handle, ModelHandle, RanksHandle
-from ..validation import refusal
 from .clip import CLIP_OUTPUT, clip_of
 from .core_options import dtype_for, options_of
 from .model import model_of

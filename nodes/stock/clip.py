@@ -22,8 +22,8 @@ from ...ascend_runtime.models.shared.tokenizers import JsonTokenizer
 from ...ascend_runtime.specs import TextEncoderSpec
 from .. import comfy_bridge, model_files, types
 from ..page.schema import FAMILIES, LOADERS, Schema
+from ..page.validation import refusal
 from ..types import Handle, RanksHandle
-from ..validation import refusal
 from .core_options import dtype_for, options_of, with_further
 from .remote import CPU
 from .text_model import RemoteTextPatcher, imported, saved, text_model

@@ -106,18 +106,6 @@ class ComfyBrowser:
             return boxes()
         }""")}
 
-    def hide_bars(self):
-        """Hides everything but the canvas, and shows text at any size."""
-        self.page.evaluate("""async () => {
-            const settings = {'Comfy.Minimap.Visible': false, 'Comfy.Graph.CanvasInfo': false,
-                              'Comfy.Graph.CanvasMenu': false, 'LiteGraph.Canvas.MinFontSizeForLOD': 0}
-            for (const [name, value] of Object.entries(settings))
-                await app.extensionManager.setting.set(name, value)
-            await app.extensionManager.command.execute('Workspace.ToggleFocusMode')
-        }""")
-        self.page.add_style_tag(content=".comfy-menu-hamburger { display: none !important }")
-        self.page.wait_for_timeout(1000)
-
     def show(self, bounds, margin=40):
         """Zooms the canvas to the area (x, y, width, height), with a margin in pixels."""
         self.page.evaluate("""([[x, y, width, height], margin]) => {

@@ -237,7 +237,7 @@ def test_two_commands_do_not_write_one_file(get, tmp_path, hub):
     partial = transfer.partial_file(tmp_path / "vae" / file.name, Hub("huggingface").describe(file))
     with partial.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="Another command downloads"):
+        with pytest.raises(ValueError, match="Another command is downloading"):
             get("wan_2.1_vae.safetensors")
 
 
@@ -247,7 +247,7 @@ def test_a_dry_run_shows_sizes_and_writes_nothing(get, tmp_path, hub, capsys):
     capsys.readouterr()
     assert get(dry_run=True) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert [("there" in row, "missing" in row) for row in rows[:3]] == [(False, True), (False, True), (True, False)]
+    assert [("complete" in row, "missing" in row) for row in rows[:3]] == [(False, True), (False, True), (True, False)]
     assert "0.01 GB to download" in rows[-1] and files_in(tmp_path) == before
 
 

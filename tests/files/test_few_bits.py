@@ -8,7 +8,7 @@ import pytest
 import torch
 from ascend_runtime.checkpoints import pieces
 from ascend_runtime.checkpoints.formats.parts import full_slices
-from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
+from ascend_runtime.checkpoints.opening import open_tensors
 from ascend_runtime.checkpoints.reader import AllWeights, check_weights, load_weights, nbytes
 from comfy_formats import FORMS, in_form, of_layer, save_form
 from safetensors.torch import load_file, save_file
@@ -166,7 +166,7 @@ WRONG = {
     "several codebooks": ("4-bit levels", {"weight_codebook": lambda x: x[:8]}, "not a scale: a.weight_codebook"),
     "a dtype": ("nvfp4", {"weight": lambda x: x.view(torch.int8)}, "in another dtype than their mark says: a.weight"),
     "a vector": ("int8 by row", {"weight": lambda x: x[0]}, "in another dtype than their mark says: a.weight"),
-    "no weight": ("int8 by row", {"weight": None}, "in another dtype than their mark says: a.weight"),
+    "no weight": ("int8 by row", {"weight": None}, "that are marked, but missing: a.weight"),
     "an odd rotation": ("int8, rotated", {"mark": {"convrot_groupsize": 48}}, "not whole groups of their mark: a.wei"),
     "a wide rotation": ("int8, rotated", {"mark": {"convrot_groupsize": 1024}}, "not whole groups of their mark"),
     "a huge rotation": ("int8, rotated", {"mark": {"convrot_groupsize": 4**30}}, "not whole groups of their mark"),

@@ -11,7 +11,7 @@ import torch
 from ascend_runtime.checkpoints.codings.coding import numbers_in
 from ascend_runtime.checkpoints.codings.ggml import block_codings
 from ascend_runtime.checkpoints.formats.gguf_header import read_header
-from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
+from ascend_runtime.checkpoints.opening import open_tensors
 from ascend_runtime.ops.blocks.ggml import BLOCK_TYPES, dequantized
 from gguf_files import TYPES, encoded, random_blocks, type_named, write
 from safetensors.torch import load_file

@@ -15,7 +15,7 @@ import random_lycoris
 import random_wan
 import torch
 from ascend_runtime import DiffusionModelSpec, LoraSpec
-from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
+from ascend_runtime.checkpoints.opening import open_tensors
 from ascend_runtime.components import Components
 from ascend_runtime.models.family import LoraNames
 from ascend_runtime.recognition.lora.files import read_lora

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ascend_runtime.checkpoints import pieces
 from ascend_runtime.checkpoints.pieces import Wanted, read_in_pieces
-from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
+from ascend_runtime.checkpoints.opening import open_tensors
 from fused_files import save as saved
 
 CPU, SEED = torch.device("cpu"), 5

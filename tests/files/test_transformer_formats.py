@@ -13,7 +13,7 @@ import torch
 from ascend_runtime import DiffusionModelSpec
 from ascend_runtime.recognition.layout import find_transformer
 from ascend_runtime.checkpoints.states import files_of
-from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
+from ascend_runtime.checkpoints.opening import open_tensors
 from ascend_runtime.components import Components
 from safetensors.torch import load_file, save_file
 

@@ -129,7 +129,7 @@ def test_what_stands_for_a_value_is_taken():
 
 def test_a_message_too_large_to_be_read_is_not_sent(ranks, specs):
     lora = LoraSpec(path="/" + "x" * 4000)
-    with pytest.raises(ValueError, match="Load has .* bytes without its tensors; at most 67108864 can be sent"):
+    with pytest.raises(ValueError, match="Choose has .* bytes without its tensors; at most 67108864 can be sent"):
         ranks.load(DiffusionModelSpec(path=specs.model.path, loras=(lora,) * 17_000))
 
 

@@ -6,7 +6,7 @@ import gloo_ranks
 import pytest
 import torch
 import torch.distributed.checkpoint
-from ascend_runtime.checkpoints.formats.tensor_files import open_tensors
+from ascend_runtime.checkpoints.opening import open_tensors
 from safetensors.torch import save_file
 
 PARTS = {

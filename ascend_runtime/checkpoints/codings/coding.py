@@ -11,7 +11,7 @@ from torch import Tensor
 from ..formats.parts import Slices
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 
 class Coding(Protocol):

@@ -11,7 +11,7 @@ from ..formats.parts import Slices
 from .scales import of_rows
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import coded_error
 from ..formats.parts import Slices
-from ..formats.tensor_files import TensorFile
+from ..formats.tensor_file import TensorFile
 from .coding import Codings
 
 

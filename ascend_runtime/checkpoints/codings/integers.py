@@ -22,7 +22,7 @@ from ..formats.parts import Slices
 from .scales import checked, of_rows, part_of_groups, whole_scale
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 LEVEL_COUNT, MIDDLE = 16, 8  # of 4 bits; the level of 0 without a codebook
 

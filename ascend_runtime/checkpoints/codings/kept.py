@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...ops.packing import FP8_BITS, Packing
-from ..formats.tensor_files import TensorFile
+from ..formats.tensor_file import TensorFile
 from ..msmodelslim import DYNAMIC, MXFP8, Layer
 from .coding import Coding, Codings
 from .integers import Integers, KeptIntegers, RowScales

@@ -17,7 +17,7 @@ from ..bounded import parse_json
 from ..faults import as_value_error
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 OLD_MARK, NEW_MARK, LAYER_MARK = "scaled_fp8", "_quantization_metadata", "comfy_quant"
 MAX_MARK_BYTES = 1024  # of a tensor that holds JSON; ComfyUI's have less than 100
@@ -55,7 +55,7 @@ def marks_of(file: TensorFile, own: Iterable[str]) -> dict[str, FormatMark]:
     marks = {}
     if NEW_MARK in file.header:
         with as_value_error(file.path, f"the header's {NEW_MARK}"):
-            layers = dict(parse_json(file.header[NEW_MARK]).get("layers", {}))
+            layers = _object(_object(parse_json(file.header[NEW_MARK])).get("layers", {}))
             marks = {name: _mark(layer) for name, layer in layers.items()}
         marks = {name: marks[short] for short, name in _full_names(file, own, marks).items()}
     for name in own:
@@ -67,7 +67,13 @@ def marks_of(file: TensorFile, own: Iterable[str]) -> dict[str, FormatMark]:
 
 
 def _mark(settings: Any) -> FormatMark:
-    return FormatMark(str(settings.get("format", "an unknown format")), settings)
+    return FormatMark(str(_object(settings).get("format", "an unknown format")), settings)
+
+
+def _object(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
 
 
 def _bytes_of(file: TensorFile, name: str) -> bytes:

@@ -23,7 +23,7 @@ from .integers import halved
 from .scales import E8M0_NAN, checked, in_groups, of_blocks, part_of_groups, whole_scale
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 NV_GROUP = 16
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of e2m1, by its three lower bits

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...ops.blocks.ggml import BLOCK_TYPES, BlockType
-from ..formats.tensor_files import TensorFile
+from ..formats.tensor_file import TensorFile
 from ..msmodelslim import Layer
 
 

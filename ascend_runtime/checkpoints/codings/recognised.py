@@ -33,11 +33,12 @@ from .marks import LAYER_MARK, OLD_MARK, FormatMark, has_old_mark, marks_of
 from .scales import fits_rows
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 OLD_SCALE, OLD_INPUT_SCALE = "scale_weight", "scale_input"
 NO_SCALE, STRANGE_SCALE = "without a scale", "that are not a scale"
 OTHER_BITS, OTHER_DTYPE = "with a scale, but not in 8 bits", "in another dtype than their mark says"
+NO_WEIGHT = "that are marked, but missing"
 NO_GROUPS = "whose inputs are not whole groups of their mark"
 Faults = dict[str, list[str]]
 
@@ -154,7 +155,10 @@ def _is_matrix(given: MarkedLayer) -> bool:
 def _coding(file: TensorFile, given: MarkedLayer, faults: Faults) -> Coding | None:
     """The coding of a layer's weight; None if it has a fault, which is added to `faults`."""
     layout, weight = LAYOUT_OF_FORMAT[given.mark.format], given.key("weight")
-    if "weight" not in given.held or not _is_matrix(given) or file.dtype(weight) not in layout.dtypes:
+    if "weight" not in given.held:
+        faults[NO_WEIGHT].append(weight)
+        return None
+    if not _is_matrix(given) or file.dtype(weight) not in layout.dtypes:
         faults[OTHER_BITS if given.mark.format in FP8_FORMATS else OTHER_DTYPE].append(weight)
         return None
     if not is_valid(given.mark) or not has_whole_groups(given, coding := layout.coding(given)):

@@ -12,7 +12,7 @@ from ...errors import coded_error
 from ..formats.parts import Slices
 
 if TYPE_CHECKING:
-    from ..formats.tensor_files import TensorFile
+    from ..formats.tensor_file import TensorFile
 
 E8M0_NAN = 0xFF
 BLOCK_ROWS, BLOCK_COLUMNS, LANES = 128, 4, 32  # of the blocks in which scales of groups lie

@@ -49,7 +49,7 @@ class _Spread:
 
 
 class DistributedCheckpoint:
-    """See tensor_files.TensorFile. If some names begin with "model.", only these tensors count, without the prefix."""
+    """See tensor_file.TensorFile. If some names begin with "model.", only these tensors count, without the prefix."""
 
     def __init__(self, path: Path):
         self.path = path

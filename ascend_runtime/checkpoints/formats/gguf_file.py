@@ -24,7 +24,7 @@ TEXTS_SHOWN = 200  # characters of a field in the file's metadata
 
 
 class GgufFile:
-    """See tensor_files.TensorFile. Tensors have the names, the shapes and the order of rows that their networks have
+    """See tensor_file.TensorFile. Tensors have the names, the shapes and the order of rows that their networks have
     in transformers or by their authors; the sentencepiece model of a T5's tokenizer is a tensor of bytes.
 
     A tensor in blocks has the dtype uint8: `read` gives the blocks of whole rows, or of a part of them that begins and
@@ -113,7 +113,7 @@ def _renamed(path: Path, header: Header) -> dict[str, tuple[StoredTensor, int | 
             raise coded_error("AV-1309", f"{path}: {shown(error)} in its header. Download it again.") from None
         if own in made or heads and (not one.shape or one.shape[0] % (2 * heads) or one.shape != one.original):
             raise coded_error(
-                "AV-1302", f"{path} holds {shown(name)} {list(one.shape)}, which cannot be. Download it again."
+                "AV-1302", f"{path} gives {shown(name)} the impossible shape {list(one.shape)}. Download it again."
             )
         made[own] = one, heads
     return made

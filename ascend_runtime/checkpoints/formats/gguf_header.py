@@ -164,6 +164,12 @@ class _Source:
 def _header(source: _Source, size: int) -> Header:
     source.take(len(MAGIC))
     version, tensors, fields = source.numbers("IQQ")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+        raise coded_error(
+            "AV-1305",
+            f"{source.path} is a GGUF file in big-endian byte order; the supported one is little-endian, in which "
+            "models are published.",
+        )
     if version not in VERSIONS:
         raise coded_error(
             "AV-1305",

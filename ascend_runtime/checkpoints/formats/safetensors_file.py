@@ -41,7 +41,7 @@ def check_header(path: Path) -> None:
 
 
 class SafetensorsFile:
-    """See tensor_files.TensorFile. The library opens the file first, to check that it is complete."""
+    """See tensor_file.TensorFile. The library opens the file first, to check that it is complete."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -22,7 +22,7 @@ MARK, SCALE = "scaled_fp8", ".scale_weight"
 
 
 class ScaledTorchFile:
-    """See tensor_files.TensorFile. Raises ValueError if the scales are missing."""
+    """See tensor_file.TensorFile. Raises ValueError if the scales are missing."""
 
     def __init__(self, path: Path):
         self.path = path

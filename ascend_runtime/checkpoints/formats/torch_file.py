@@ -207,7 +207,7 @@ PLAIN_TENSORS = (Name("torch.Tensor"), Name("torch.nn.parameter.Parameter"))
 
 
 class TorchFile:
-    """See tensor_files.TensorFile. If the file has a dict of a name in WRAPPERS, its entries are the tensors."""
+    """See tensor_file.TensorFile. If the file has a dict of a name in WRAPPERS, its entries are the tensors."""
 
     def __init__(self, path: Path):
         self.path = path

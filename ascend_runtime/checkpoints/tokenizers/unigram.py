@@ -14,7 +14,7 @@ import torch
 from ...errors import coded_error
 from ..bounded import parse_json, read_bounded
 from ..faults import as_value_error, shown
-from ..formats.tensor_files import open_tensors
+from ..opening import open_tensors
 from ..renaming import is_tokenizer
 from .steps import (
     MAX_PIECE_LENGTH,

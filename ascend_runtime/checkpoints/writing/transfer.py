@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from ..formats.parts import Slices, full_slices, in_ranges, with_ones
-from ..formats.tensor_files import TensorFile, open_tensors
+from ..formats.tensor_file import TensorFile
+from ..opening import open_tensors
 from ..pieces import read_as
 from ..reader import Place
 from .unfinished import Unfinished, sync

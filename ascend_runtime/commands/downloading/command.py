@@ -91,7 +91,7 @@ def _described(hub: Hub, file) -> Remote:
 def _print_table(items: Iterable[Item], folder: Path) -> None:
     for item in items:
         size, begun = item.remote.size, item.begun
-        state = "there" if item.there else f"{100 * begun // size} % there" if begun else "missing"
+        state = "complete" if item.there else f"{100 * begun // size} % complete" if begun else "missing"
         print(f"{size / 1e9:8.2f} GB  {state:<10}  {item.remote.file.folder}/{item.target.name}")
     missing = sum(item.missing for item in items)
     free = space_of(folder).free
@@ -108,9 +108,9 @@ def _require_same(item: Item, verify: bool, progress: ProgressDisplay) -> None:
         progress.end()
         wrong = f"the SHA-256 {digest} instead of {item.remote.sha256}" if digest != item.remote.sha256 else ""
     if wrong:
-        raise coded_error("AV-1804", f"{item.target} is there, but is not the published file: it has {wrong}. Rename "
+        raise coded_error("AV-1804", f"{item.target} exists, but is not the published file: it has {wrong}. Rename "
                                      "or delete it, and run the command again.")  # fmt: skip
-    progress.say(f"{item.target.name} is there")
+    progress.say(f"{item.target.name} exists already")
 
 
 def _require_room(items: Iterable[Item]) -> None:
@@ -137,4 +137,4 @@ def _get(hub: Hub, item: Item, progress: ProgressDisplay) -> None:
     progress.begin(item.target.name, item.remote.size, done=item.begun, unit="B")
     fetch_file(hub, item.remote, item.target, progress.step)
     progress.end()
-    progress.say(f"{item.target.name}: {item.remote.size / 1e9:.2f} GB, its hash is right")
+    progress.say(f"{item.target.name}: {item.remote.size / 1e9:.2f} GB, its SHA-256 is correct")

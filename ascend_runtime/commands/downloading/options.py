@@ -129,6 +129,6 @@ def models_folder(arguments: Namespace) -> Path:
         return folder / "models"
     found = folder_of_comfyui(Surroundings("cpu"))
     if found is None:
-        raise ValueError("There is no ComfyUI around the pack. Name its folder by --comfyui, or one for models by "
-                         "--models.")  # fmt: skip
+        raise ValueError("The pack is not in a ComfyUI. Give ComfyUI's folder with --comfyui, or a folder for models "
+                         "with --models.")  # fmt: skip
     return found / "models"

@@ -51,7 +51,7 @@ def fetch_file(hub: Hub, remote: Remote, target: Path, on_bytes: Callable[[int],
         try:
             fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"Another command downloads {target.name}. Wait for its end.") from None
+            raise ValueError(f"Another command is downloading {target.name}. Wait until it has finished.") from None
         try:
             digest = _Download(hub, remote, out, on_bytes).run()
             os.fsync(out.fileno())
@@ -61,7 +61,7 @@ def fetch_file(hub: Hub, remote: Remote, target: Path, on_bytes: Callable[[int],
             partial.unlink()
             raise coded_error(
                 "AV-1804",
-                f"{target.name} came with another content than {hub.title} publishes: its SHA-256 is {digest}, not "
+                f"{target.name} is not the file that {hub.title} publishes: the SHA-256 is {digest}, not "
                 f"{remote.sha256}. It was deleted. Run the command again, or use another mirror.",
             )
         os.replace(partial, target)
@@ -114,7 +114,7 @@ class _Download:
                 self._require_rest(answer.headers.get("Content-Range", ""))
             for block in answer.raw.stream(RECEIVED, decode_content=False):
                 if self.done + len(block) > self.remote.size:
-                    raise self._untrue(f"more than the {self.remote.size} bytes that it announces")
+                    raise self._untrue(f"more than the {self.remote.size} bytes that it announced")
                 self.out.write(block)
                 self._count(block)
         self.out.flush()

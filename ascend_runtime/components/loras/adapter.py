@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.formats.parts import Slices, full_slices
-from ...checkpoints.formats.tensor_files import open_tensors
+from ...checkpoints.opening import open_tensors
 from ...checkpoints.reader import BytesRead, nbytes, read_part
 from ...errors import coded_error
 from ...parallel.fsdp import ShardedWeights, own_part

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from ...checkpoints.formats.parts import Slices, pieces_of
-from ...checkpoints.formats.tensor_files import TensorFile
+from ...checkpoints.formats.tensor_file import TensorFile
 from ...checkpoints.fused import Target
 from ...checkpoints.reader import Places
 from ...recognition.lora.files import LoraFile

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.formats.parts import Slices
-from ...checkpoints.formats.tensor_files import TensorFile, open_tensors
+from ...checkpoints.formats.tensor_file import TensorFile
+from ...checkpoints.opening import open_tensors
 from ...models.shapes import Shapes
 from ...models.shared.quantized.lora import BiasChange, LayerChange, KroneckerChange, LoraTerm, PairChange, WholeChange
 from ...parallel.fsdp import ShardedWeights

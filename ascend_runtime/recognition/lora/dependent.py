@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoints.formats.parts import Slices, by_rows, full_slices, in_ranges
-from ...checkpoints.formats.tensor_files import TensorFile
+from ...checkpoints.formats.tensor_file import TensorFile
 from ...checkpoints.fused import Rows, Target
 from ...models.shapes import Shapes
 from .changes import Shape, WeightChange

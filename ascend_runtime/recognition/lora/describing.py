@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ...checkpoints.formats.tensor_files import TensorFile, open_tensors
+from ...checkpoints.formats.tensor_file import TensorFile
+from ...checkpoints.opening import open_tensors
 from .changes import WeightChange
 from .forms import change_of, form_of
 from .keys import OTHER_FORMATS, experts_of, is_for_text, module_and_role, other_format
-from .scale import IN_FOLDERS, IN_THE_HEADER, PEFTS_CONFIG, config_file, file_of
+from .scale import IN_FOLDERS, IN_THE_HEADER, PEFTS_CONFIG, config_file, weights_file
 
 PRODUCTS = {"down", "hada_w1_a", "lokr_w1", "lokr_w1_a"}  # roles of which one makes a file a LoRA
-MAX_RANKS = 4
+LISTED_RANKS = 4  # matrix ranks that a line lists
 
-Layers = dict[tuple[str | None, str], dict[str, str]]  # by expert and name: the keys by their roles
+KeysOfLayers = dict[tuple[str | None, str], dict[str, str]]  # by expert and name: the keys by their roles
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def describe(path: Path) -> Described | None:
     """
     if path.is_dir() and not any((path / name).is_file() for name in IN_FOLDERS):
         return None
-    with open_tensors(file_of(path)) as file:
+    with open_tensors(weights_file(path)) as file:
         layers, for_text, refused = _layers(file.shapes)
         is_lora = any(PRODUCTS & roles.keys() for roles in layers.values())
         if not (is_lora or refused.keys() & OTHER_FORMATS.keys()):
@@ -53,7 +54,7 @@ def forms_in(path: str, state: Hashable) -> str:
         return ", ".join(form for form, _ in _counted(_layers(file.shapes)[0]).most_common())
 
 
-def _layers(keys: Iterable[str]) -> tuple[Layers, int, Counter[str]]:
+def _layers(keys: Iterable[str]) -> tuple[KeysOfLayers, int, Counter[str]]:
     """(the keys of each layer by role, the number of keys for text encoders, those of formats that are refused)"""
     layers, for_text, refused = defaultdict(dict), 0, Counter()
     for key, expert in experts_of(keys).items():
@@ -67,13 +68,13 @@ def _layers(keys: Iterable[str]) -> tuple[Layers, int, Counter[str]]:
     return layers, for_text, refused
 
 
-def _changes(layers: Layers) -> Iterator[tuple[WeightChange | None, dict[str, str]]]:
+def _changes(layers: KeysOfLayers) -> Iterator[tuple[WeightChange | None, dict[str, str]]]:
     """(the change of a layer's weight, None if there is none or it is incomplete; the layer's keys)"""
     for roles in layers.values():
         yield change_of({role: key for role, key in roles.items() if role != "diff_b"}), roles
 
 
-def _counted(layers: Layers) -> Counter[str]:
+def _counted(layers: KeysOfLayers) -> Counter[str]:
     """The number of layers of each form."""
     forms = Counter()
     for change, roles in _changes(layers):
@@ -84,7 +85,7 @@ def _counted(layers: Layers) -> Counter[str]:
     return forms
 
 
-def _lines(file: TensorFile, layers: Layers) -> Iterator[str]:
+def _lines(file: TensorFile, layers: KeysOfLayers) -> Iterator[str]:
     forms, ranks, with_alpha = _counted(layers), Counter(), 0
     for change, roles in _changes(layers):
         if change is not None and change.rank_key is not None:
@@ -93,8 +94,8 @@ def _lines(file: TensorFile, layers: Layers) -> Iterator[str]:
     counted = (f"{form} ({count} layer{'s' * (count != 1)})" for form, count in forms.most_common())
     yield f"LoRA: {', '.join(counted)}"
     if ranks:
-        listed = ", ".join(str(rank) for rank, _ in ranks.most_common(MAX_RANKS))
-        yield f"rank: {listed}{', ...' * (len(ranks) > MAX_RANKS)}; alpha: {_alpha(file, with_alpha)}"
+        listed = ", ".join(str(rank) for rank, _ in ranks.most_common(LISTED_RANKS))
+        yield f"rank: {listed}{', ...' * (len(ranks) > LISTED_RANKS)}; alpha: {_alpha(file, with_alpha)}"
     experts = {expert for expert, _ in layers}
     yield f"for: {' and '.join(sorted(filter(None, experts))) or 'both experts, or the only one'}"
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 from ...checkpoints.faults import list_faults
-from ...checkpoints.formats.tensor_files import TensorFile, open_tensors
+from ...checkpoints.formats.tensor_file import TensorFile
 from ...checkpoints.fused import row_faults, targets_of
+from ...checkpoints.opening import open_tensors
 from ...checkpoints.states import states
 from ...errors import coded_error
 from ...models.family import LoraNames
@@ -30,7 +31,7 @@ from ...ops.finite import is_finite
 from .changes import Difference, WeightChange
 from .forms import change_of
 from .keys import MAGNITUDES, TWICE, Keys, ParsedKeys, module_and_role, parse_keys, section
-from .scale import IN_THE_HEADER, PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file, file_of
+from .scale import IN_THE_HEADER, PEFTS_CONFIG, PEFTS_WEIGHTS, AdapterConfig, adapter_config, config_file, weights_file
 
 MISSHAPEN = "of the wrong shape"
 INCOMPLETE = "that make no complete change"
@@ -62,7 +63,7 @@ class LoraFile:
 
 def fingerprint(path: str) -> tuple:
     """A value that changes with the file, or PEFT's configuration next to it. Raises ValueError if there is no file."""
-    file = file_of(Path(path))
+    file = weights_file(Path(path))
     state, config = file.stat(), config_file(file)
     return str(file), state.st_size, state.st_mtime_ns, config and states((config,))
 

@@ -9,7 +9,7 @@ from .changes import Difference, Hadamard, Kronecker, LowRank, WeightChange
 from .dependent import Decomposed
 from .keys import HADA, HADA_CORES, LOKR, LOKR_CORE, MAGNITUDES
 
-NAMES = {LowRank: "low-rank pairs", Hadamard: "LoHa", Kronecker: "LoKr", Difference: "differences"}
+FORM_NAMES = {LowRank: "low-rank pairs", Hadamard: "LoHa", Kronecker: "LoKr", Difference: "differences"}
 
 
 def change_of(keys: Mapping[str, str]) -> WeightChange | None:
@@ -29,9 +29,9 @@ def change_of(keys: Mapping[str, str]) -> WeightChange | None:
 def form_of(change: WeightChange) -> str:
     """The form's name, as users know it."""
     if isinstance(change, Decomposed):
-        inner = "" if isinstance(change.inner, LowRank) else f" of {NAMES[type(change.inner)]}"
+        inner = "" if isinstance(change.inner, LowRank) else f" of {FORM_NAMES[type(change.inner)]}"
         return f"DoRA{inner}"
-    return NAMES[type(change)]
+    return FORM_NAMES[type(change)]
 
 
 def _sum_of(roles: set[str], keys: Mapping[str, str]) -> WeightChange | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...checkpoints.bounded import parse_json, read_bounded
 from ...checkpoints.faults import as_value_error
-from ...checkpoints.formats.tensor_files import TensorFile
+from ...checkpoints.formats.tensor_file import TensorFile
 from ...errors import coded_error
 
 IN_THE_HEADER = "lora_adapter_metadata"  # diffusers/loaders/lora_base.py
@@ -59,7 +59,7 @@ class AdapterConfig:
         return _own(self.alphas, names, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
 
-def file_of(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
     """The weights of a LoRA given as PEFT's folder, or `path` itself. Raises ValueError if there is no file."""
     if path.is_dir():
         found = next((file for file in map(path.joinpath, IN_FOLDERS) if file.is_file()), None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ..ascend_runtime.errors import with_page
+from ...ascend_runtime.errors import with_page
 
 
 def refusal(make: Callable[..., object], *values, **named) -> bool | str:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Protocol
 
-import torch
-
-from ...errors import coded_error
-from ..bounded import check_tensors
-from ..codings.recognised import logical_shapes
-from ..faults import not_readable
-from ..states import has_scale_map
-from .dcp import METADATA, DistributedCheckpoint
-from .parts import Slices
-from .safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
-from .scale_maps import ScaledTorchFile
-from .torch_file import TorchFile
+from ..errors import coded_error
+from .bounded import check_tensors
+from .codings.recognised import logical_shapes
+from .faults import not_readable
+from .formats.dcp import METADATA, DistributedCheckpoint
+from .formats.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
+from .formats.scale_maps import ScaledTorchFile
+from .formats.tensor_file import TensorFile
+from .formats.torch_file import TorchFile
+from .states import has_scale_map
 
 # The first bytes of torch.save and GGUF files. A .safetensors file starts with its header's length.
 ZIP, OLD_PICKLE, GGUF = b"PK\x03\x04", b"\x80\x02\x8a\x0a", b"GGUF"
@@ -32,31 +29,6 @@ POINTER = (
     "a Git LFS pointer instead of the weights. Run `git lfs pull` in its folder, or download the file itself",
 )
 OTHER_STARTS = {b"version https://git-lfs": POINTER, b"<!doctype": PAGE, b"<html": PAGE, b"<?xml": PAGE}
-
-
-class TensorFile(Protocol):
-    """An open file; a context manager, which closes it on exit. `read` is thread-safe; `mapped` is not."""
-
-    path: Path
-    header: dict[str, str]  # the file's metadata
-    shapes: dict[str, tuple[int, ...]]  # of the numbers of all tensors, by name
-    stored_shapes: dict[str, tuple[int, ...]]  # of the tensors as they are stored, which `read` takes parts of
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The dtype on disk. Raises ValueError for a dtype that torch lacks."""
-
-    def read(self, name: str, part: Slices | None = None, into: torch.Tensor | None = None) -> torch.Tensor:
-        """A part of a tensor (None: all), in its dtype on disk. Reads no other tensor.
-
-        into: a contiguous tensor of the part's shape and dtype to read into; None: allocates one.
-        """
-
-    def in_rows(self, name: str) -> bool:
-        """Whether rows of a tensor can be read without the others."""
-
-    def mapped(self, name: str, part: Slices | None = None) -> torch.Tensor:
-        """A part of a tensor (None: all), as a view of the mapped file if the tensor is contiguous, else like
-        `read`."""
 
 
 @contextmanager
@@ -77,7 +49,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 def _gguf(path: Path) -> type[TensorFile]:
     """The gguf package is imported for files that need it only."""
     try:
-        from .gguf_file import GgufFile
+        from .formats.gguf_file import GgufFile
     except ModuleNotFoundError as error:
         if error.name != "gguf":
             raise
