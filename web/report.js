@@ -9,6 +9,7 @@ const HEIGHTS = { // pixels at least; a line takes about 14
 }
 const MOST = 200 // pixels; what is longer can be scrolled
 const SIDES = 32 // pixels of a node's width that a report does not have
+const EDGES = 20 // pixels above and below it in the classic canvas
 const LOOK = "overflow-y: auto; white-space: pre-wrap; overflow-wrap: anywhere; user-select: text; padding: 4px 8px;" +
     "color: var(--input-text); background: var(--comfy-input-bg); font-size: 11px; line-height: 1.3;" +
     "border-radius: 4px; box-sizing: border-box;"
@@ -25,7 +26,7 @@ function heightOf(node, text) {
     const copy = document.body.appendChild(document.createElement("div"))
     copy.style.cssText = `${LOOK} position: absolute; visibility: hidden; width: ${node.size[0] - SIDES}px`
     copy.textContent = text
-    const height = copy.offsetHeight
+    const height = copy.offsetHeight + EDGES
     copy.remove()
     return Math.min(MOST, Math.max(HEIGHTS[node.type], height))
 }

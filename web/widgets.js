@@ -193,9 +193,10 @@ app.registerExtension({
     beforeRegisterNodeDef(nodeType, { name }) {
         if (!OURS.test(name)) return
         const { onConfigure, onConnectionsChange, onAdded } = nodeType.prototype
-        nodeType.prototype.onConfigure = function () {
+        nodeType.prototype.onConfigure = function ({ size, [STATE]: shown } = {}) {
             onConfigure?.apply(this, arguments)
             arrange(this) // with the size that was saved
+            if (shown && size) this.setSize([...size]) // which already has what setting STATE has added to it just now
         }
         nodeType.prototype.onConnectionsChange = function () {
             onConnectionsChange?.apply(this, arguments)
