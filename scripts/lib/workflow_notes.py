@@ -8,34 +8,33 @@ RUN = "Press **R** to refresh the lists, then **Run**. ", "下载上表中的文
 AUTO = (
     "What is on auto is chosen for you: the ranks (one per card), how they share the work, and the settings of the "
     "model's authors. ",
-    "显示 auto 的项会自动选择：进程数（每张卡一个）、各进程如何分担，以及模型的官方参数。",
+    "显示“自动”或 auto 的项会自动选择：rank 数（每张卡一个）、各 rank 如何分担，以及模型的官方参数。",
 )
 SECONDS = (
     "Set the duration in seconds in Ascend Video Size; the number of frames follows. ",
     "在“昇腾视频尺寸”中以秒设置时长，帧数自动计算。",
 )
-ANY_SIZE = "Other sizes: 1280 x 720, or any multiples of 16. ", "尺寸还可用 1280 x 720，或 16 的任意倍数。"
+ANY_SIZE = "Other sizes: 1280 × 720, or any multiples of 16. ", "尺寸还可用 1280 × 720，或 16 的任意倍数。"
 FP16_FILES = (
     "Files with fp16 for fp8_scaled in their names work as well, and so does the diffusers folder, chosen in all three "
     "loaders with `none` for the low-noise model. ",
     "也可使用文件名中为 fp16 的版本；或在三个加载器中选择 diffusers 目录，并将“低噪声专家模型”设为 `none`。",
 )
 EXPERTS = (
-    "The two experts have 57 GB of weights in bfloat16. Each card keeps a share of them, or the experts take turns: it "
-    "is chosen for each job, and the sampler shows it. ",
+    "The two experts have 57 GB of weights in bfloat16. Each card keeps a share of them, or the experts take turns: the "
+    "planner chooses for each job, and the sampler shows it. ",
     "两个专家的权重以 bfloat16 共 57 GB。每张卡只保存一部分，或两个专家轮流上卡：由每个任务自动决定，并显示在采样器上。",
 )
 SWITCH = (
     "**All steps, or 4.** Turn `few_steps` on for LightX2V's LoRAs: 4 steps, and cfg 1, which uses no negative prompt. "
-    "Turned off, their files need not be there, and the model takes the steps of its authors. The sampler follows as "
-    "long as it is on auto. ",
-    "**完整步数或 4 步。** 打开“少步”即使用 LightX2V 的 LoRA：4 步、cfg 1（不使用负面提示词）；关闭时不需要这些文件，按官方步数生成。"
-    "采样器保持 auto 即可自动跟随。",
+    "When it is off, the files may be missing, and the number of steps is what the model's authors recommend. Leave "
+    "Ascend Sampler's settings on auto. ",
+    "**完整步数或 4 步。** 打开“少步”即使用 LightX2V 的 LoRA：4 步、引导系数 1（不使用负面提示词）；关闭时不需要这些文件，按官方步数生成。"
+    "昇腾采样器的参数请保持自动。",
 )
 HUNYUAN = (
-    "The text encoders take 14 GB of the host's memory, or a share of that on each card. Tencent's licence "
-    "excludes the "
-    "EU, the UK and South Korea. ",
+    "The text encoders take 14 GB of the host's memory, or a share of that on each card. Tencent's licence excludes "
+    "the EU, the UK and South Korea. ",
     "文本编码器占主机内存 14 GB，或由各卡分摊。腾讯的许可证不适用于欧盟、英国和韩国。",
 )
 TO_TWO_NODES = (
@@ -43,10 +42,9 @@ TO_TWO_NODES = (
     "图像连到两个节点：文本编码器读取它（`image_interleave` 为 {}），",
 )
 CORE = (
-    "All nodes but the loaders and Ascend Parallel Config are core ComfyUI's, with the settings of its own "
-    "template. The "
-    "loaders give core's MODEL, CLIP and VAE, whose work the ranks do, so any node that takes these can be added: LoRA "
-    "loaders, guiders, other samplers. To swap the loaders of your own graph, right-click the canvas and choose **Swap "
+    "All nodes but the loaders and Ascend Parallel Config are core ComfyUI's, with the settings of its own template. "
+    "The loaders give core's MODEL, CLIP and VAE, whose work the ranks do, so any node that takes these can be added: "
+    "LoRA loaders, guiders, other samplers. To swap the loaders of your own graph, right-click the canvas and choose **Swap "
     "loaders to run on all ranks**. Ascend Sampler needs fewer nodes for the same video, and knows the model's own "
     "settings. ",
     "除加载器和并行配置外，全部是 ComfyUI 自带的节点，参数与其官方模板相同。这些加载器输出 ComfyUI 核心的 MODEL、CLIP 和 VAE，"
@@ -56,7 +54,7 @@ CORE = (
 TWO_SAMPLERS = "Two samplers share the 20 steps, one for each expert. ", "两个采样器分担 20 步，每个专家一个。"
 TI2V = (
     "The model was trained for 1280 x 704 at 24 frames per second; sizes are multiples of 32. ",
-    "按 1280 x 704、每秒 24 帧训练；尺寸须为 32 的倍数。",
+    "按 1280 × 704、每秒 24 帧训练；尺寸须为 32 的倍数。",
 )
 CROPPED = "An image of another shape is cropped. ", "图像比例不同时会被裁剪。"
 
@@ -69,16 +67,15 @@ TEXTS = {  # sentences by the workflow's short name
         "| shape | colour | moving | background |\n|---|---|---|---|\n"
         "| circle, square, triangle | red, green, yellow, white, cyan | left, right, up, down | black, gray, blue, "
         "purple |",
-        "点击**运行**即可，无需下载：任何机器（包括 CPU）都能生成。提示词请用上表中的英文词。",
+        "点击**运行**即可，无需下载：任何机器（包括 CPU）都能生成。内置模型很小：64 × 64 像素，1 秒，一个移动的形状。"
+        "提示词请用表中的英文词。",
     )],
     "tiny_wan_fast_text_to_video": [(
         "Press **Run**, then read below the sampler what was saved. Ascend Step Cache leaves out steps in which little "
         "changes; Ascend RainFusion, chained to it, thins out the attention of large videos (in one as small as this "
-        "there is nothing to leave out). `preset` goes from quality to fast. Ascend AttentionCache or Ascend "
-        "Block Cache "
-        "can take the step cache's place; two caches exclude each other. The nodes fit any model of the other "
-        "templates: "
-        "connect them to Ascend Sampler.",
+        "there is nothing to leave out). `preset` goes from quality to fast. Ascend AttentionCache or Ascend Block "
+        "Cache can take the step cache's place; two caches cannot be combined. The nodes work with every model of the "
+        "other templates: connect them to Ascend Sampler.",
         "点击**运行**，然后在采样器下方查看节省了多少。步缓存省去变化不大的步；串接的 RainFusion 让大视频的注意力变稀疏"
         "（这样小的视频没有可省的）。预设从 quality 到 fast 依次变快。也可换成 AttentionCache 或块缓存，但两种缓存不能同时使用。"
         "这些节点适用于其他模板中的任何模型：接到昇腾采样器即可。",
@@ -86,7 +83,7 @@ TEXTS = {  # sentences by the workflow's short name
     "hunyuan_video_text_to_video": [RUN, AUTO, SECONDS, (
         "cfg is 1, so there is no negative prompt. 5.3 seconds are 129 frames, the most that the model was "
         "trained for. ",
-        "cfg 为 1，因此没有负面提示词。5.3 秒为 129 帧，是训练时的最大帧数。",
+        "引导系数为 1，因此没有负面提示词。5.3 秒为 129 帧，是训练时的最大帧数。",
     ), HUNYUAN],
     "hunyuan_video_v1_image_to_video": [RUN, AUTO, SECONDS, [text.format(2) for text in TO_TWO_NODES], (
         "the model gets it as the first frame. As in the original, the first four frames are dropped after decoding: "
@@ -94,10 +91,9 @@ TEXTS = {  # sentences by the workflow's short name
         "模型把它当作首帧。与官方代码一致，解码后丢弃前四帧：ImageFromBatch 保留 129 帧中的 125 帧；删除该节点即可保留全部帧。",
     ), HUNYUAN],
     "hunyuan_video_v2_image_to_video": [RUN, AUTO, SECONDS, [text.format(4) for text in TO_TWO_NODES], (
-        "it stays in the latent as the first frame, so the video begins with it. For larger movements set "
-        "`shift` to 17 "
-        "in Ascend Sampler; auto is 7. ",
-        "同时它作为首帧保留在 Latent 中，因此视频从这张图像开始。希望动作更大时，可将采样器的 shift 设为 17（auto 为 7）。",
+        "it stays in the latent as the first frame, so the video begins with it. For larger movements set `shift` "
+        "to 17 in Ascend Sampler; auto is 7. ",
+        "同时它作为首帧保留在 Latent 中，因此视频从这张图像开始。希望动作更大时，可将采样器的“时间步偏移”设为 17（自动为 7）。",
     ), HUNYUAN],
     "stock_hunyuan_video_text_to_video": [RUN, CORE, HUNYUAN],
     "stock_wan2.2_i2v_a14b_image_to_video": [RUN, CORE, TWO_SAMPLERS, EXPERTS],
@@ -108,15 +104,15 @@ TEXTS = {  # sentences by the workflow's short name
     )],
     "wan2.1_flf2v_14b_first_last_frame_to_video": [RUN, AUTO, SECONDS, (
         "Choose the first and the last frame. The model was trained for 1280 x 720: smaller videos come out worse. ",
-        "请选择首帧与尾帧。模型按 1280 x 720 训练，更小的尺寸效果较差。",
+        "请选择首帧与尾帧。模型按 1280 × 720 训练，更小的尺寸效果较差。",
     )],
     "wan2.1_i2v_14b_image_to_video": [RUN, AUTO, SECONDS, (
         "For 1280 x 720 take `wan2.1_i2v_720p_14B_fp16.safetensors`, from the same place, and set that size. ",
-        "要生成 1280 x 720，请换用同一仓库的 `wan2.1_i2v_720p_14B_fp16.safetensors` 并修改尺寸。",
+        "要生成 1280 × 720，请换用同一仓库的 `wan2.1_i2v_720p_14B_fp16.safetensors` 并修改尺寸。",
     ), CROPPED],
     "wan2.1_t2v_1.3b_text_to_video": [RUN, AUTO, SECONDS, (
         "cfg 6 and shift 8 are what its authors recommend for this small model, which was trained for 832 x 480. ",
-        "cfg 6 与 shift 8 为官方对该小模型的建议值。训练尺寸为 832 x 480。",
+        "引导系数 6 与时间步偏移 8 为官方对该小模型的建议值。训练尺寸为 832 × 480。",
     )],
     "wan2.1_t2v_14b_text_to_video": [RUN, AUTO, SECONDS, ANY_SIZE],
     "wan2.2_i2v_a14b_image_to_video": [RUN, AUTO, SECONDS, CROPPED, FP16_FILES, PARAGRAPH, SWITCH, PARAGRAPH, EXPERTS],
@@ -124,8 +120,7 @@ TEXTS = {  # sentences by the workflow's short name
     "wan2.2_t2v_a14b_text_to_video_fast": [RUN, SECONDS, (
         "This graph is made for speed: 4 steps with LightX2V's LoRAs, linear layers in 8 bits (`quantization` of the "
         "loader), RainFusion, which leaves out most of the attention, and every card. Each of the three changes "
-        "the video "
-        "a little. To see how much, switch them off one by one: `few_steps`, `quantization`, and the link from Ascend "
+        "the video a little. To see how much, switch them off one by one: `few_steps`, `quantization`, and the link from Ascend "
         "RainFusion. ",
         "此工作流追求速度：LightX2V 的 4 步 LoRA、8 位线性层（加载器的“量化”）、省去大部分注意力计算的 RainFusion，并使用所有的卡。"
         "三者都会略微改变视频；可逐个关闭以比较：“少步”、“量化”，以及 RainFusion 的连线。",
@@ -137,9 +132,8 @@ TEXTS = {  # sentences by the workflow's short name
     )],
 }  # fmt: skip
 SOURCE = (
-    "*Seconds without loading, and memory of a card: what `python -m ascend_runtime plan` predicts from "
-    "published figures. "
-    "不含加载的耗时与每张卡的显存：由该命令按公开参数预测。*"
+    "*Seconds without loading, and memory of a card, as `python -m ascend_runtime plan` predicts them from published "
+    "figures. 表中为不含加载的耗时与每张卡的显存，由 `plan` 命令按公开数据预测。*"
 )
 
 
