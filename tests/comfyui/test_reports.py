@@ -44,7 +44,8 @@ def test_a_video_says_how_it_was_made_and_what_it_took(comfyui, rng):
 
 
 def test_the_second_of_two_samplers_counts_the_first_and_says_that_its_solver_started_over(comfyui, rng):
-    graph = graphs.latent(seed=rng.randrange(2**32), steps=6, sampler_name="unipc")
+    size = {"size": 160, "length": 17}  # whose first steps take long enough to be worth a word
+    graph = graphs.latent(seed=rng.randrange(2**32), steps=6, sampler_name="unipc", **size)
     inputs = graph[graphs.SAMPLER]["inputs"]
     inputs["noise_seed"] = inputs.pop("seed")
     first, second = ({"start_at_step": 0, "end_at_step": 4, "add_noise": "enable",
