@@ -22,6 +22,7 @@ WIDTHS = [310, 540, 480, 360, 400, 340, 340, 420]  # of the columns
 LEAST_HEIGHTS = {
     NOTE: 300, "Prompt": 180, "Negative prompt": 160, "SaveVideo": 300, "First frame": 330, "Last frame": 330,
 }  # fmt: skip
+WITH_REPORTS = {"AscendVAEDecode": 130}  # heights of nodes that grow when a video is done
 # The nodes that are enlarged to fill their column; the first of these in a column: pictures, previews and prompts.
 GROWS = ("Last frame", "First frame", "AscendSampler", "SaveVideo", "Prompt")
 SAME_HEIGHT = {"CLIP of the first frame": "First frame", "CLIP of the last frame": "Last frame"}  # begin at one height
@@ -75,7 +76,7 @@ def arrange(graph, heights):
     for name, node in nodes.items():
         canvas, largest = heights[node["id"]]
         saved[name] = max(canvas, LEAST_HEIGHTS.get(name, 0))
-        room[name] = max(largest, saved[name])
+        room[name] = max(largest, saved[name], WITH_REPORTS.get(name, 0))
     saved[NOTE] = room[NOTE]  # which Nodes 2.0 draw as high as its text is
     owners = _owners(nodes)
     places = _places(room, owners)

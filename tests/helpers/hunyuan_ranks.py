@@ -21,6 +21,7 @@ from ascend_runtime.models.shared.block_stack import Pass
 from ascend_runtime.models.hunyuan_video.weights import cut_dim
 from ascend_runtime.models.shared.quantized.base import QuantizedLinear
 from ascend_runtime.models.shared.quantized.replacing import KINDS
+from ascend_runtime.ops.blocks.ggml import BLOCK_TYPES
 from ascend_runtime.models.shared.quantized.static import use_step
 from ascend_runtime.ops import PlainOperators
 from ascend_runtime.parallel.cfg import computed, guided
@@ -100,7 +101,8 @@ def on_ranks(networks, *, model, quantization, plan, fsdp, ring_exchange, overla
 
 
 ATTENTION, FEED_FORWARD = (f"single_transformer_blocks.0.proj_out_{part}" for part in ("attn", "mlp"))
-FORMATS = {"float": None, **{name: None for name in KINDS}, f"{TIMESTEP}, static": 1}  # the step with static scales
+# The step with static scales. Blocks of GGUF files are cut in whole blocks, which these layers are too narrow for.
+FORMATS = {"float": None, **{name: None for name in KINDS if name not in BLOCK_TYPES}, f"{TIMESTEP}, static": 1}
 
 
 def proj_out(form: str) -> dict[str, nn.Module]:
