@@ -21,8 +21,8 @@ FP16_FILES = (
     "也可使用文件名中为 fp16 的版本；或在三个加载器中选择 diffusers 目录，并将“低噪声专家模型”设为 `none`。",
 )
 EXPERTS = (
-    "The two experts have 57 GB of weights in bfloat16. Each card keeps a share of them, or the experts take turns: the "
-    "planner chooses for each job, and the sampler shows it. ",
+    "The two experts have 57 GB of weights in bfloat16. Each card keeps a share of them, or the experts take turns: "
+    "the planner chooses for each job, and the sampler shows it. ",
     "两个专家的权重以 bfloat16 共 57 GB。每张卡只保存一部分，或两个专家轮流上卡：由每个任务自动决定，并显示在采样器上。",
 )
 SWITCH = (
@@ -44,8 +44,8 @@ TO_TWO_NODES = (
 CORE = (
     "All nodes but the loaders and Ascend Parallel Config are core ComfyUI's, with the settings of its own template. "
     "The loaders give core's MODEL, CLIP and VAE, whose work the ranks do, so any node that takes these can be added: "
-    "LoRA loaders, guiders, other samplers. To swap the loaders of your own graph, right-click the canvas and choose **Swap "
-    "loaders to run on all ranks**. Ascend Sampler needs fewer nodes for the same video, and knows the model's own "
+    "LoRA loaders, guiders, other samplers. To swap the loaders of your own graph, right-click the canvas and choose "
+    "**Swap loaders to run on all ranks**. Ascend Sampler needs fewer nodes for the same video, and knows the model's own "
     "settings. ",
     "除加载器和并行配置外，全部是 ComfyUI 自带的节点，参数与其官方模板相同。这些加载器输出 ComfyUI 核心的 MODEL、CLIP 和 VAE，"
     "计算由各 rank 完成，因此可以接任何使用它们的节点：LoRA、引导器、其他采样器。要替换自己工作流中的加载器，请右键点击画布，"
@@ -120,8 +120,8 @@ TEXTS = {  # sentences by the workflow's short name
     "wan2.2_t2v_a14b_text_to_video_fast": [RUN, SECONDS, (
         "This graph is made for speed: 4 steps with LightX2V's LoRAs, linear layers in 8 bits (`quantization` of the "
         "loader), RainFusion, which leaves out most of the attention, and every card. Each of the three changes "
-        "the video a little. To see how much, switch them off one by one: `few_steps`, `quantization`, and the link from Ascend "
-        "RainFusion. ",
+        "the video a little. To see how much, switch them off one by one: `few_steps`, `quantization`, and the link "
+        "from Ascend RainFusion. ",
         "此工作流追求速度：LightX2V 的 4 步 LoRA、8 位线性层（加载器的“量化”）、省去大部分注意力计算的 RainFusion，并使用所有的卡。"
         "三者都会略微改变视频；可逐个关闭以比较：“少步”、“量化”，以及 RainFusion 的连线。",
     ), PARAGRAPH, EXPERTS],
