@@ -45,8 +45,8 @@ CORE = (
     "All nodes but the loaders and Ascend Parallel Config are core ComfyUI's, with the settings of its own template. "
     "The loaders give core's MODEL, CLIP and VAE, whose work the ranks do, so any node that takes these can be added: "
     "LoRA loaders, guiders, other samplers. To swap the loaders of your own graph, right-click the canvas and choose "
-    "**Swap loaders to run on all ranks**. Ascend Sampler needs fewer nodes for the same video, and knows the model's own "
-    "settings. ",
+    "**Swap loaders to run on all ranks**. Ascend Sampler needs fewer nodes for the same video, and knows the model's "
+    "own settings. ",
     "除加载器和并行配置外，全部是 ComfyUI 自带的节点，参数与其官方模板相同。这些加载器输出 ComfyUI 核心的 MODEL、CLIP 和 VAE，"
     "计算由各 rank 完成，因此可以接任何使用它们的节点：LoRA、引导器、其他采样器。要替换自己工作流中的加载器，请右键点击画布，"
     "选择**替换加载器，在所有 rank 上运行**。生成同样的视频，使用“昇腾采样器”所需的节点更少，并自带模型的官方参数。",
