@@ -20,8 +20,8 @@ from ascend_runtime.hardware import host
 GB = 10**9
 PACKAGES = {
     "torch": "2.13.0", "transformers": "4.57.1", "diffusers": "0.39.0", "safetensors": "0.6.2", "sentencepiece": "0.2",
-    "ftfy": "6.3.1", "msgspec": "0.19.0", "pillow": "11.3.0", "tqdm": "4.67", "psutil": "7.0.0", "requests": "2.32.4",
-    "websocket-client": "1.8.0",
+    "ftfy": "6.3.1", "gguf": "0.19.0", "msgspec": "0.19.0", "pillow": "11.3.0", "tqdm": "4.67", "psutil": "7.0.0",
+    "requests": "2.32.4", "websocket-client": "1.8.0",
 }  # fmt: skip
 RULE = "+---------------------------+---------------+----------------------------------------------------+"
 PCI = {"a2": "0xd802", "a3": "0xd803", "310P": "0xd500"}
