@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -43,10 +43,10 @@ def keep_packed(
     sharded = room.sharding.mesh is not None
     if spec.packed is False or spec.quantization != "none" or spec.packed is None and sharded and shards_no_integers():
         return found, ()
-    networks = [empty_network(one) for one in found]
-    weights = [weights_in_blocks(one, linears(network, lambda name: True)) for one, network in zip(found, networks)]
+    weights = [weights_in_blocks(one, partial(_linears_of, one)) for one in found]
     if not any(weights):
         return found, ()
+    networks = [empty_network(one) for one in found]
     shapes = [{name: tuple(x.shape) for name, x in network.named_parameters()} for network in networks]
     if spec.packed is None:
         numbers = (math.prod(shape) for of_one in shapes for shape in of_one.values())
@@ -77,7 +77,11 @@ def kept_in_few_bits(
 
 
 def _with_few_bits(component: Component, computes: Callable[[str], bool], tp: int) -> Component:
-    return with_few_bits(component, linears(empty_network(component), lambda name: True), computes, tp)
+    return with_few_bits(component, _linears_of(component), computes, tp)
+
+
+def _linears_of(component: Component) -> Iterable[str]:
+    return linears(empty_network(component), lambda name: True)
 
 
 def _computes(device: torch.device, dtype: torch.dtype, algorithm: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,7 +172,7 @@ def _packed(component: Component, network: nn.Module) -> dict[str, StoredBlocks]
 
     if component.kind.name != TRANSFORMER:
         return {}
-    kinds = weights_in_blocks(component, linears(network, lambda name: True))
+    kinds = weights_in_blocks(component, partial(linears, network, lambda name: True))
     sizes = {name: (one.values, one.nbytes) for name, one in BLOCK_TYPES.items()}
     return {name: StoredBlocks(kind, *sizes[kind]) for name, kind in kinds.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from ..checkpoints.codings.packed import PackedWeights
@@ -13,12 +13,10 @@ from ..ops.blocks.ggml import BLOCK_TYPES
 from .component import Component
 
 
-def weights_in_blocks(component: Component, linears: Iterable[str]) -> dict[str, str]:
-    """The weights that can stay in blocks, with the types of these, by the network's names. linears: the names of the
-    network's linear layers."""
+def weights_in_blocks(component: Component, linears: Callable[[], Iterable[str]]) -> dict[str, str]:
+    """The weights that can stay in blocks, with the types of these, by the network's names. linears: makes the names of
+    the network's linear layers; called only if the files have blocks."""
     rules, part = component.family.weights, component.part
-    weights = {f"{name}.weight" for name in linears if name.startswith(part.blocks)}
-    weights = {name for name in weights if not rules.fp32(name)}
     found: dict[str, str] = {}
     for shard in component.shards:
         with open_tensors(shard) as file:
@@ -28,8 +26,11 @@ def weights_in_blocks(component: Component, linears: Iterable[str]) -> dict[str,
                     continue
                 values = BLOCK_TYPES[kind].values
                 found |= {one.name: kind for one in targets_of(part.split, name, shape)
-                          if one.name in weights and one.has_whole_groups(values)}  # fmt: skip
-    return found
+                          if one.has_whole_groups(values)}  # fmt: skip
+    if not found:
+        return {}
+    weights = {f"{name}.weight" for name in linears() if name.startswith(part.blocks)}
+    return {name: kind for name, kind in found.items() if name in weights and not rules.fp32(name)}
 
 
 def with_packed(component: Component, weights: Mapping[str, str], shapes: Shapes, tp: int) -> Component:
