@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,9 +121,9 @@ def _gguf_files(kind: Kind) -> list[str]:
 def _checkpoints(kind: Kind) -> list[str]:
     """Files in models/checkpoints, by names that speak of one of our models: most others are of other models, and their
     headers would take long to read."""
-    patterns = [one.stock.names.get(parts.TRANSFORMER, r"\A\b\B") for one in families().values()]
     found = folder_paths.get_filename_list(CHECKPOINTS) if kind.in_checkpoints else []
-    return [f"{IN_CHECKPOINTS}{name}" for name in found if any(re.search(one, name.lower()) for one in patterns)]
+    known = [one.stock for one in families().values()]
+    return [f"{IN_CHECKPOINTS}{name}" for name in found if any(one.are_in(name, parts.TRANSFORMER) for one in known)]
 
 
 def _makes_folder(kind: Kind, name: str) -> bool:

@@ -7,6 +7,7 @@ and the methods after it).
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,6 +165,10 @@ class StockNames:
 
     names: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
+
+    def are_in(self, name: str, part: str) -> bool:
+        """Whether a file's name says that it holds this part of a model of the family."""
+        return part in self.names and re.search(self.names[part], name.lower()) is not None
 
 
 @dataclass(frozen=True)

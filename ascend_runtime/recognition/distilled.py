@@ -11,12 +11,13 @@ from ..checkpoints.opening import open_tensors
 from ..checkpoints.states import states
 from ..models.defaults import Defaults, Distillation
 from ..specs import DiffusionModelSpec, LoraSpec
+from .lora.keys import HIGH_NOISE, LOW_NOISE
 
 # Where programs that save .safetensors files write their name: Stability's model specification, kohya's scripts.
 TITLES = ("modelspec.title", "ss_output_name", "title", "name")
 # Names of LoRAs' files that say nothing: LightX2V's of each expert, PEFT's, diffusers'. Their folder's name does.
 NAMELESS = ("high_noise_model", "low_noise_model", "adapter_model", "pytorch_lora_weights")
-EXPERTS = ("high_noise", "low_noise")
+EXPERTS = (HIGH_NOISE, LOW_NOISE)
 
 
 def with_distillation(own: Defaults, kinds: Sequence[Distillation], spec: DiffusionModelSpec, experts: int) -> Defaults:

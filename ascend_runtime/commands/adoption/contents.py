@@ -68,7 +68,7 @@ def _family_of_name(part: str, name: str) -> Family:
     """The family that a file's name speaks of."""
     short = re.split(r"[\\/]", name.lower())[-1]
     wanted = TRANSFORMER if part == WHOLE else part
-    found = next((one for one in families().values() if re.search(one.stock.names.get(wanted, r"\A\b\B"), short)), None)
+    found = next((one for one in families().values() if one.stock.are_in(short, wanted)), None)
     if found is None:
         known = " or ".join(one.title for one in families().values())
         raise ValueError(f"the file was not found here, and its name does not say that it belongs to {known}")
