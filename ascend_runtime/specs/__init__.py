@@ -10,6 +10,7 @@ from .acceleration import (
     Window,
 )
 from .base import Spec
+from .cluster import Cluster
 from .jobs import OperatorSpec, ProfileSpec, SampleSpec, VideoSize
 from .models import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec, VisionSpec
 from .parallel import ParallelSpec
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionCacheSpec",
     "BlockCacheSpec",
     "Calibration",
+    "Cluster",
     "DiffusionModelSpec",
     "LoraSpec",
     "OperatorSpec",

@@ -29,6 +29,7 @@ from ..specs import (
     VaeSpec,
 )
 from ..specs.record import JobRecord
+from .control import Cancel, Message, Place, Shutdown, Wrote
 from .plans import PlannedJob
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype requires
@@ -92,10 +93,6 @@ class Conditioning(Struct, kw_only=True):
     clip_vision: Tensor | None = None
     tensors: Annotated[dict[EntryName, Tensor], Meta(max_length=MAX_ENTRIES)] = {}
     numbers: Annotated[dict[EntryName, float | None], Meta(max_length=MAX_ENTRIES)] = {}
-
-
-class Message(Struct, tag=True, kw_only=True):
-    """The base class of all messages."""
 
 
 class Ping(Message):
@@ -279,20 +276,12 @@ class Free(Message):
     job: int
 
 
-class Cancel(Message):
-    """Cancels a running job."""
-
-    job: int
-
-
-class Shutdown(Message):
-    """Ends the rank."""
-
-
 class Ready(Message):
-    """A rank's first message, after it has joined the group."""
+    """A rank's first message, after it has joined the group. group: a name that only ranks of this group have in common;
+    empty if the client has started them."""
 
     rank: int
+    group: str = ""
 
 
 class Progress(Message):
@@ -338,7 +327,7 @@ class Failed(Message):
 
 AnyMessage = (
     Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Choose | Free | Cancel
-    | Shutdown | Ready | Progress | Preview | Done | Failed
+    | Shutdown | Place | Ready | Wrote | Progress | Preview | Done | Failed
 )  # fmt: skip
 
 
