@@ -60,7 +60,7 @@ def folder() -> Path:
     return Path(given) if given else Path.home() / ".config" / "ascend-video" / "clusters"
 
 
-def names() -> list[str]:
+def cluster_names() -> list[str]:
     """The names of the clusters that have a file."""
     try:
         found = [file.stem for file in folder().glob(f"*{SUFFIX}") if _NAME.fullmatch(file.stem)]
@@ -79,7 +79,7 @@ def read(name: str) -> Cluster:
             given = msgspec.json.decode(opened.read(MAX_FILE), type=dict)
         found = Cluster(**(given | {"name": name}))
     except FileNotFoundError:
-        known = ", ".join(names()) or "none"
+        known = ", ".join(cluster_names()) or "none"
         raise coded_error("AV-1901", f"There is no cluster {name!r} in {folder()}; there are: {known}.") from None
     except (OSError, msgspec.MsgspecError, TypeError, ValueError) as error:
         raise coded_error("AV-1901", f"The file of a cluster, {file}, cannot be used: {error}") from None
