@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from ..errors import coded
 from ..hardware import devices
+from ..parallel.machines import MACHINE, know_machines
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.messages import (
     UNREAD,
@@ -33,6 +34,7 @@ from ..wire.messages import (
     Velocity,
 )
 from .job import Cancelled, Job, PeerFailed
+from .joining import join_group
 from .pipeline import RankPipeline
 
 
@@ -41,9 +43,10 @@ def serve(channel: Channel) -> None:
     torch.set_grad_enabled(False)
     kind = os.environ["ASCEND_RUNTIME_DEVICE"]
     device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
-    _join_group(kind)
+    group = join_group(kind)
+    know_machines(os.environ.get(MACHINE, ""))
     pipeline = RankPipeline(device)
-    channel.send(Ready(rank=dist.get_rank()))
+    channel.send(Ready(rank=dist.get_rank(), group=group))
     try:
         while _serve_one(channel, pipeline):
             pass
@@ -82,13 +85,6 @@ def _reply(channel: Channel, answer: Message) -> None:
 
 def _writable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
-
-
-def _join_group(kind: str) -> None:
-    """Joins the other ranks by a memory file that all inherit from the client; no other process can access it."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(f"/proc/self/fd/{os.environ['ASCEND_RUNTIME_STORE_FD']}", world_size)
-    dist.init_process_group(devices.BACKENDS[kind], store=store, rank=rank, world_size=world_size)
 
 
 def _answer(job: Job, pipeline: RankPipeline) -> Message:

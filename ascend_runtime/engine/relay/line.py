@@ -1,0 +1,200 @@
+"""The machine's connection to the client: made again and again, until a client welcomes the machine."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+
+from ...errors import coded
+from ...hardware.versions import OWN_NAME, package_versions, versions
+from ...specs.cluster import address_of
+from ...wire.envelopes import PROTOCOL, Envelope, Hello, Refused, Welcome
+from ...wire.link import Link, LinkClosed, keep_alive
+from ...wire.tls import Key, client_context, require_pinned
+from .settings import RelaySettings
+
+logger = logging.getLogger(__name__)
+
+DIAL_DEADLINE = 10.0  # seconds for TCP and TLS
+ANSWER_DEADLINE = 15.0  # seconds for the client to answer a Hello
+PAUSE = 0.5  # seconds between attempts
+USER_TIMEOUT = 30.0  # seconds without an acknowledgement until the connection counts as lost
+
+
+class Rejected(Exception):
+    """The client has refused this machine, and will refuse it again."""
+
+
+class Line:
+    """States: no connection; one that is being made (`_dialing`); one without an answer to Hello; welcomed.
+
+    place: see `wire.link.Link`.
+    """
+
+    def __init__(self, settings: RelaySettings, key: Key, place: Callable[[Envelope], list[memoryview]]):
+        self._settings, self._key, self._place = settings, key, place
+        self._context = client_context(key)
+        self._hello = _hello(settings)
+        self._dialing: socket.socket | None = None  # an ssl.SSLSocket from when TCP has connected on
+        self._wanted = 0  # events that the handshake waits for
+        self._link: Link | None = None
+        self._welcomed = False
+        self._deadline = 0.0  # of the attempt
+        self._next_attempt = 0.0
+        self._attempts = 0
+        self._said = ""  # the last reason why there is no client
+
+    @property
+    def welcomed(self) -> bool:
+        return self._welcomed
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._link.unsent_bytes if self._link is not None else 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to do that `poll` does not show."""
+        return self._link is not None and self._link.waiting
+
+    def watched(self) -> Iterator[tuple[int, int]]:
+        """(descriptor, events) to poll."""
+        if self._link is not None:
+            yield self._link.fileno(), select.POLLIN | (select.POLLOUT if self._link.unsent else 0)
+        elif self._dialing is not None:
+            yield self._dialing.fileno(), self._wanted
+
+    def post(self, envelope: Envelope, *payload) -> None:
+        """Sends to the client, if one has welcomed this machine. A connection that is lost then shows in `advance`."""
+        if self._welcomed:
+            self._link.post(envelope, *payload)
+
+    def advance(self, may_dial: bool) -> Iterator[Envelope | None]:
+        """Does what can be done without waiting. Yields the client's envelopes, a Welcome first, and None when a client
+        that has welcomed this machine is lost. Raises Rejected.
+
+        may_dial: whether this is a time for a new attempt.
+        """
+        try:
+            if self._link is not None:
+                yield from self._received()
+            elif self._dialing is not None:
+                self._shake_hands()
+            elif may_dial and time.monotonic() >= self._next_attempt:
+                self._dial()
+            if not self._welcomed and self._is_open and time.monotonic() > self._deadline:
+                raise TimeoutError("it does not answer")
+        except (OSError, LinkClosed, ValueError) as error:
+            was_welcomed = self._welcomed
+            self._explain(error)
+            self.close()
+            if was_welcomed:
+                yield None
+
+    def close(self) -> None:
+        for connection in (self._link, self._dialing):
+            if connection is not None:
+                connection.close()
+        self._link, self._dialing, self._welcomed = None, None, False
+        self._next_attempt = time.monotonic() + PAUSE
+
+    @property
+    def _is_open(self) -> bool:
+        return self._link is not None or self._dialing is not None
+
+    def _received(self) -> Iterator[Envelope]:
+        self._link.flush()
+        while self._link is not None and (envelope := self._link.take()) is not None:
+            if self._welcomed:
+                yield envelope
+            elif isinstance(envelope, Welcome):
+                self._welcomed, self._said = True, ""
+                logger.info("The client at %s has welcomed this machine.", self._settings.client)
+                yield envelope
+            elif isinstance(envelope, Refused):
+                if envelope.lasting:
+                    raise Rejected(envelope.reason)
+                raise ConnectionRefusedError(envelope.reason)
+            else:
+                raise ValueError(f"it answers with {type(envelope).__name__}")
+
+    def _dial(self) -> None:
+        """Begins an attempt. The look-up of a name may block for seconds; no rank works meanwhile."""
+        self._deadline = time.monotonic() + DIAL_DEADLINE
+        addresses = socket.getaddrinfo(*address_of(self._settings.client), type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = addresses[self._attempts % len(addresses)]
+        self._attempts += 1
+        plain = socket.socket(family, kind, protocol)
+        try:
+            plain.setblocking(False)
+            keep_alive(plain, USER_TIMEOUT)
+            plain.connect_ex(address)
+        except BaseException:
+            plain.close()
+            raise
+        self._dialing, self._wanted = plain, select.POLLOUT
+
+    def _shake_hands(self) -> None:
+        if not isinstance(self._dialing, ssl.SSLSocket):
+            if not _is_connected(self._dialing):
+                return
+            self._dialing = self._context.wrap_socket(self._dialing, do_handshake_on_connect=False)
+        try:
+            self._dialing.do_handshake()
+        except ssl.SSLWantReadError:
+            self._wanted = select.POLLIN
+        except ssl.SSLWantWriteError:
+            self._wanted = select.POLLOUT
+        else:
+            require_pinned(self._dialing, self._key)
+            self._link, self._dialing = Link(self._dialing, self._place), None
+            self._deadline = time.monotonic() + ANSWER_DEADLINE
+            self._link.post(self._hello)
+
+    def _explain(self, error: Exception) -> None:
+        """Logs why there is no client, once for each reason."""
+        client = self._settings.client
+        if self._welcomed:
+            text = f"The client at {client} is gone ({error}). Ranks wait for the next one."
+        elif isinstance(error, ssl.SSLError):
+            text = coded(
+                "AV-1909",
+                f"The client at {client} has another key than this machine ({error}). Copy the cluster's key file to "
+                f"{self._settings.key}.",
+            )
+        else:
+            text = f"No client at {client} so far ({error}). Ranks wait."
+        if text != self._said:
+            logger.info("%s", text)
+        self._said = text
+
+
+def _is_connected(plain: socket.socket) -> bool:
+    """Raises OSError if it cannot be."""
+    if error := plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(error, os.strerror(error))
+    try:
+        plain.getpeername()
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            return False
+        raise
+    return True
+
+
+def _hello(settings: RelaySettings) -> Hello:
+    return Hello(
+        pack=versions()[OWN_NAME],
+        protocol=PROTOCOL,
+        machine=settings.machine,
+        ranks=tuple(range(settings.first, settings.first + settings.ranks)),
+        world_size=settings.world_size,
+        device=settings.device,
+        packages=package_versions(),
+    )
