@@ -1,7 +1,7 @@
-"""Sends messages between processes of one machine, over a stream socket and shared memory.
+"""Sends bytes and descriptors between processes of one machine, over a stream socket. Does not import torch.
 
-A message's tensors are copied once into shared memory (shared_memory.py). The socket passes its descriptor to every
-receiver (SCM_RIGHTS).
+A packet is the encoded form of a message: its body, and the descriptors of the memory files with its tensors, which the
+socket passes to the receiver (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ import time
 from array import array
 from collections import deque
 
-from . import messages, shared_memory
-from .messages import Message, Undecodable
-
 _HEADER = struct.Struct("<4sIQI")  # magic, bytes of the body, bytes of the tensor block, number of descriptors
 _MAGIC = b"ASC1"  # the first bytes of each message, to detect a stream that is out of sync
-_MAX_BODY = 1 << 26  # bytes; a long prompt and a long traceback are 100 times smaller
+MAX_BODY = 1 << 26  # bytes; a long prompt and a long traceback are 100 times smaller
 _MAX_DESCRIPTORS = 8
 _PIECE = 1 << 20  # bytes per read
 
@@ -30,38 +27,43 @@ class ChannelClosed(EOFError):
     """The other side has disconnected, or its stream is out of sync."""
 
 
-class SealedMessage:
-    """An encoded message that can be sent several times; its tensors are in one memory file. A context manager.
-
-    Raises ValueError if the message cannot be sent.
-    """
-
-    def __init__(self, message: Message):
-        parcel = messages.encode(message)
-        if len(parcel.body) > _MAX_BODY:
-            raise ValueError(
-                f"{type(message).__name__} has {len(parcel.body)} bytes without its tensors; at most {_MAX_BODY} can "
-                "be sent. Shorten the long text or list in it."
-            )
-        self._own = shared_memory.blocks.fill(parcel) if parcel.size else None
-        self.descriptors = ([self._own] if self._own is not None else []) + list(parcel.shared)
-        self.data = _HEADER.pack(_MAGIC, len(parcel.body), parcel.size, len(self.descriptors)) + parcel.body
-
-    def __enter__(self) -> SealedMessage:
-        return self
-
-    def __exit__(self, *_):
-        if self._own is not None:
-            os.close(self._own)
-            self._own = None
+class Undecodable(ValueError):
+    """Received data is not a valid message, or refers to a tensor that did not arrive."""
 
 
-class Channel:
-    """One end of the control connection of a rank.
+def header(body: bytes, block_size: int, count: int) -> bytes:
+    """What goes in front of a packet's body. block_size: bytes of tensors, in the first of `count` descriptors; or 0."""
+    return _HEADER.pack(_MAGIC, len(body), block_size, count)
 
-    `post`, `flush` and `take` never block, so a client can serve several channels. `send` and `receive` block as long
-    as the other side is connected, or for `timeout` seconds.
-    """
+
+class Packet:
+    """A received packet, which owns its descriptors. block_size: bytes of tensors, in the first of them; or 0."""
+
+    def __init__(self, body: bytes, block_size: int, descriptors: list[int]):
+        self.body = body
+        self.block_size = block_size
+        self.descriptors = descriptors
+
+    def map_block(self) -> mmap.mmap | None:
+        """Maps the tensors' memory, copy-on-write, and closes its descriptor; None if the packet has no tensors.
+
+        Raises Undecodable, after which the packet is closed.
+        """
+        if not self.block_size or not self.descriptors:
+            return None
+        try:
+            return _mapped(self.descriptors.pop(0), self.block_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the descriptors."""
+        _close_all(self.descriptors)
+
+
+class Packets:
+    """One end of the connection. `post`, `flush` and `take` never block."""
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
@@ -78,12 +80,13 @@ class Channel:
         """Whether posted data is still waiting to be sent."""
         return bool(self._unsent)
 
-    def post(self, sealed: SealedMessage) -> None:
-        """Sends as much as possible without blocking; `flush` sends the rest, and `sealed` must stay open until then.
+    def post(self, data: bytes, descriptors: list[int]) -> None:
+        """Sends as much as possible without blocking; `flush` sends the rest, and the descriptors must stay open until
+        then. data: a header and a body.
 
         Raises ChannelClosed if the other side has disconnected.
         """
-        self._unsent.append((memoryview(sealed.data), sealed.descriptors))
+        self._unsent.append((memoryview(data), descriptors))
         self.flush()
 
     def flush(self) -> None:
@@ -100,35 +103,29 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosed("the other side of the control connection is gone") from error
 
-    def take(self) -> Message | None:
-        """The next message, or None if it has not arrived completely. Raises ChannelClosed at the end of file, and
-        Undecodable for an invalid message, after which the next one can still be read."""
+    def take(self) -> Packet | None:
+        """The next packet, or None if it has not arrived completely. Raises ChannelClosed at the end of file, and
+        Undecodable for an invalid packet, after which the next one can still be read."""
         if not self._fill(_HEADER.size):
             return None
         magic, body_size, block_size, count = _HEADER.unpack_from(self._received)
-        if magic != _MAGIC or body_size > _MAX_BODY:
+        if magic != _MAGIC or body_size > MAX_BODY:
             raise ChannelClosed("the other side of the control connection sent an invalid header")
         if not self._fill(_HEADER.size + body_size):
             return None
-        body, descriptors = bytes(memoryview(self._received)[_HEADER.size :]), self._descriptors
+        packet = Packet(bytes(memoryview(self._received)[_HEADER.size :]), block_size, self._descriptors)
         self._received, self._descriptors = bytearray(), []
-        return _assembled(body, block_size, count, descriptors)
+        if len(packet.descriptors) != count:
+            arrived = len(packet.descriptors)
+            packet.close()
+            raise Undecodable(f"The header announces {count} descriptors, but {arrived} arrived.")
+        return packet
 
-    def send(self, message: Message, timeout: float | None = None) -> None:
-        """Sends one message. Raises ChannelClosed, TimeoutError, and ValueError if the message cannot be sent."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with SealedMessage(message) as sealed:
-            self.post(sealed)
-            while self._unsent:
-                self._wait(select.POLLOUT, deadline)
-                self.flush()
-
-    def receive(self, timeout: float | None = None) -> Message:
-        """Waits for the next message. Raises as `take` does, and TimeoutError."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (message := self.take()) is None:
-            self._wait(select.POLLIN, deadline)
-        return message
+    def wait(self, event: int, deadline: float | None) -> None:
+        """Waits for an event of select.poll, until `deadline` by time.monotonic. Raises TimeoutError."""
+        timeout = None if deadline is None else deadline - time.monotonic()
+        if (timeout is not None and timeout <= 0) or not self._ready(event, timeout):
+            raise TimeoutError("the other side of the control connection did not answer in time")
 
     def poll(self, timeout: float = 0.0) -> bool:
         """Whether data or an end of file arrives within `timeout` seconds."""
@@ -138,18 +135,13 @@ class Channel:
         _close_all(self._descriptors)
         self._socket.close()
 
-    def _wait(self, event: int, deadline: float | None) -> None:
-        timeout = None if deadline is None else deadline - time.monotonic()
-        if (timeout is not None and timeout <= 0) or not self._ready(event, timeout):
-            raise TimeoutError("the other side of the control connection did not answer in time")
-
     def _ready(self, event: int, timeout: float | None) -> bool:
         poll = select.poll()  # unlike select(), it supports descriptors above 1023
         poll.register(self._socket, event)
         return bool(poll.poll(None if timeout is None else timeout * 1000))
 
     def _fill(self, size: int) -> bool:
-        """Reads the message up to `size` bytes, without blocking. Returns whether all of them have arrived."""
+        """Reads the packet up to `size` bytes, without blocking. Returns whether all of them have arrived."""
         try:
             while (missing := size - len(self._received)) > 0:
                 room = 0 if self._received else _CONTROL  # descriptors come with the first byte
@@ -177,18 +169,6 @@ def _descriptors_in(control: list[tuple[int, int, bytes]]) -> list[int]:
     return list(found)
 
 
-def _assembled(body: bytes, block_size: int, count: int, descriptors: list[int]) -> Message:
-    """The decoded message. It owns the descriptors that it refers to; all others are closed, also after an error."""
-    try:
-        if len(descriptors) != count:
-            raise Undecodable(f"The header announces {count} descriptors, but {len(descriptors)} arrived.")
-        block = _mapped(descriptors.pop(0), block_size) if block_size and descriptors else None
-    except BaseException:
-        _close_all(descriptors)
-        raise
-    return messages.decode(body, block, descriptors)
-
-
 def _mapped(descriptor: int, size: int) -> mmap.mmap:
     """Maps the memory file of a message, copy-on-write, and closes its descriptor."""
     try:
@@ -205,9 +185,3 @@ def _mapped(descriptor: int, size: int) -> mmap.mmap:
 def _close_all(descriptors: list[int]) -> None:
     while descriptors:
         os.close(descriptors.pop())
-
-
-def channel_pair() -> tuple[Channel, socket.socket]:
-    """A channel, and the socket of its other end for a rank to inherit."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    return Channel(ours), theirs
