@@ -25,6 +25,7 @@ from ..wire.messages import (
     Failed,
     Free,
     Load,
+    Located,
     Message,
     Ping,
     Ready,
@@ -44,15 +45,20 @@ def serve(channel: Channel) -> None:
     kind = os.environ["ASCEND_RUNTIME_DEVICE"]
     device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
     group = join_group(kind)
-    know_machines(os.environ.get(MACHINE, ""))
+    machine = os.environ.get(MACHINE, "")
+    know_machines(machine)
     pipeline = RankPipeline(device)
     channel.send(Ready(rank=dist.get_rank(), group=group))
+    # Disconnected without a Shutdown: by a client, which ended so; by a relay, which failed, so torchrun is to start
+    # this rank again.
+    code = 1 if machine else 0
     try:
         while _serve_one(channel, pipeline):
             pass
+        code = 0
     except ChannelClosed:
-        pass  # the client disconnected without a Shutdown
-    os._exit(0)  # destroying a process group can wait for peers that have left already
+        pass
+    os._exit(code)  # destroying a process group can wait for peers that have left already
 
 
 def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
@@ -67,6 +73,8 @@ def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
         _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
         if pipeline.device.type == "cpu" and not pipeline.calls.going_on:
             devices.empty_cache(pipeline.device)  # after the reply, for other processes on the host
+    elif isinstance(message, Located):
+        pipeline.located = message
     elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may arrive after its job has finished
         error = coded("AV-1507", f"A {type(message).__name__} is not a job.")
         _reply(channel, Failed(job=UNREAD, kind="internal", error=error))

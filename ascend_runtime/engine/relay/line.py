@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from ...errors import coded
 from ...hardware.versions import OWN_NAME, package_versions, versions
 from ...specs.cluster import address_of
-from ...wire.envelopes import PROTOCOL, Envelope, Hello, Refused, Welcome
+from ...wire.envelopes import PROTOCOL, Envelope, Hello, Rejected, Welcome
 from ...wire.link import Link, LinkClosed, keep_alive
 from ...wire.tls import Key, client_context, require_pinned
 from .settings import RelaySettings
@@ -27,7 +27,7 @@ PAUSE = 0.5  # seconds between attempts
 USER_TIMEOUT = 30.0  # seconds without an acknowledgement until the connection counts as lost
 
 
-class Rejected(Exception):
+class LastingRefusal(Exception):
     """The client has refused this machine, and will refuse it again."""
 
 
@@ -49,6 +49,7 @@ class Line:
         self._next_attempt = 0.0
         self._attempts = 0
         self._said = ""  # the last reason why there is no client
+        self._failed: Exception | None = None  # why the connection was lost while something was to be sent
 
     @property
     def welcomed(self) -> bool:
@@ -72,16 +73,21 @@ class Line:
 
     def post(self, envelope: Envelope, *payload) -> None:
         """Sends to the client, if one has welcomed this machine. A connection that is lost then shows in `advance`."""
-        if self._welcomed:
-            self._link.post(envelope, *payload)
+        if self._welcomed and self._failed is None:
+            try:
+                self._link.post(envelope, *payload)
+            except (OSError, LinkClosed) as error:
+                self._failed = error
 
     def advance(self, may_dial: bool) -> Iterator[Envelope | None]:
         """Does what can be done without waiting. Yields the client's envelopes, a Welcome first, and None when a client
-        that has welcomed this machine is lost. Raises Rejected.
+        that has welcomed this machine is lost. Raises LastingRefusal.
 
         may_dial: whether this is a time for a new attempt.
         """
         try:
+            if self._failed is not None:
+                raise self._failed
             if self._link is not None:
                 yield from self._received()
             elif self._dialing is not None:
@@ -101,7 +107,7 @@ class Line:
         for connection in (self._link, self._dialing):
             if connection is not None:
                 connection.close()
-        self._link, self._dialing, self._welcomed = None, None, False
+        self._link, self._dialing, self._welcomed, self._failed = None, None, False, None
         self._next_attempt = time.monotonic() + PAUSE
 
     @property
@@ -117,10 +123,10 @@ class Line:
                 self._welcomed, self._said = True, ""
                 logger.info("The client at %s has welcomed this machine.", self._settings.client)
                 yield envelope
-            elif isinstance(envelope, Refused):
+            elif isinstance(envelope, Rejected):
                 if envelope.lasting:
-                    raise Rejected(envelope.reason)
-                raise ConnectionRefusedError(envelope.reason)
+                    raise LastingRefusal(envelope.reason)
+                raise ConnectionRejectedError(envelope.reason)
             else:
                 raise ValueError(f"it answers with {type(envelope).__name__}")
 

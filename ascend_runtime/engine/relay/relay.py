@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import select
 import time
 
@@ -10,12 +11,12 @@ import msgspec
 
 from ...errors import coded
 from ...hardware import memory
-from ...wire.control import Cancel, Place, Shutdown, Wrote
+from ...wire.control import Cancel, Located, Shutdown, Wrote
 from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Here, Leave, Welcome
 from ...wire.memory import Block, blocks
 from ...wire.packets import ChannelClosed, Packet, Undecodable
 from ...wire.tls import Key
-from .line import Line, Rejected
+from .line import Line, LastingRefusal
 from .ranks import Delivery, LocalRank, LocalRanks
 from .regions import LentMemory, content_of, region_of
 from .settings import RelaySettings
@@ -50,7 +51,7 @@ class Relay:
         while not self._ended:
             try:
                 self._turn()
-            except Rejected as error:
+            except LastingRefusal as error:
                 logger.error("The client at %s refuses this machine: %s", self._settings.client, error)
                 return  # the ranks notice, and end with exit code 1
         self._line.close()
@@ -92,7 +93,7 @@ class Relay:
     def _introduce(self, rank: LocalRank) -> None:
         """To the client, and the client to it."""
         try:
-            rank.say(Place(machine=self._settings.machine, paths=self._paths))
+            rank.say(Located(machine=self._settings.machine, paths=self._paths))
         except ChannelClosed:
             return self._lose(rank)
         self._line.post(Here(rank=rank.number))
@@ -180,6 +181,8 @@ class Relay:
 
     def _lose_client(self) -> None:
         self._alone_since = time.monotonic()
+        if self._arriving is not None and self._arriving[1] is not None:
+            os.close(self._arriving[1].descriptor)
         self._arriving = None
         for rank in [rank for rank in self._ranks.here.values() if rank.job]:
             self._cancel_until = time.monotonic() + CANCEL_DEADLINE
