@@ -48,11 +48,11 @@ def serve(channel: Channel) -> None:
     machine = os.environ.get(MACHINE, "")
     know_machines(machine)
     pipeline = RankPipeline(device)
-    channel.send(Ready(rank=dist.get_rank(), group=group))
     # Disconnected without a Shutdown: by a client, which ended so; by a relay, which failed, so torchrun is to start
     # this rank again.
     code = 1 if machine else 0
     try:
+        channel.send(Ready(rank=dist.get_rank(), group=group))
         while _serve_one(channel, pipeline):
             pass
         code = 0

@@ -7,21 +7,20 @@ import logging
 import os
 import select
 import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator
 
-from ...errors import coded
+from ...errors import code_of, coded
 from ...hardware.versions import OWN_NAME, package_versions, versions
 from ...specs.cluster import address_of
 from ...wire.envelopes import PROTOCOL, Envelope, Hello, Rejected, Welcome
 from ...wire.link import Link, LinkClosed, keep_alive
-from ...wire.tls import Key, client_context, require_pinned
+from ...wire.tls import Handshake, Key
 from .settings import RelaySettings
 
 logger = logging.getLogger(__name__)
 
-DIAL_DEADLINE = 10.0  # seconds for TCP and TLS
+OPEN_DEADLINE = 10.0  # seconds for TCP and TLS
 ANSWER_DEADLINE = 15.0  # seconds for the client to answer a Hello
 PAUSE = 0.5  # seconds between attempts
 USER_TIMEOUT = 30.0  # seconds without an acknowledgement until the connection counts as lost
@@ -32,24 +31,22 @@ class LastingRefusal(Exception):
 
 
 class Line:
-    """States: no connection; one that is being made (`_dialing`); one without an answer to Hello; welcomed.
+    """States: no connection; one that is being opened (`_opening`): TCP, then TLS; one that waits for an answer to
+    Hello; welcomed.
 
     place: see `wire.link.Link`.
     """
 
     def __init__(self, settings: RelaySettings, key: Key, place: Callable[[Envelope], list[memoryview]]):
         self._settings, self._key, self._place = settings, key, place
-        self._context = client_context(key)
         self._hello = _hello(settings)
-        self._dialing: socket.socket | None = None  # an ssl.SSLSocket from when TCP has connected on
-        self._wanted = 0  # events that the handshake waits for
+        self._opening: socket.socket | Handshake | None = None
         self._link: Link | None = None
         self._welcomed = False
         self._deadline = 0.0  # of the attempt
         self._next_attempt = 0.0
         self._attempts = 0
         self._said = ""  # the last reason why there is no client
-        self._failed: Exception | None = None  # why the connection was lost while something was to be sent
 
     @property
     def welcomed(self) -> bool:
@@ -68,32 +65,29 @@ class Line:
         """(descriptor, events) to poll."""
         if self._link is not None:
             yield self._link.fileno(), select.POLLIN | (select.POLLOUT if self._link.unsent else 0)
-        elif self._dialing is not None:
-            yield self._dialing.fileno(), self._wanted
+        elif isinstance(self._opening, Handshake):
+            yield self._opening.fileno(), self._opening.events
+        elif self._opening is not None:
+            yield self._opening.fileno(), select.POLLOUT
 
     def post(self, envelope: Envelope, *payload) -> None:
         """Sends to the client, if one has welcomed this machine. A connection that is lost then shows in `advance`."""
-        if self._welcomed and self._failed is None:
-            try:
-                self._link.post(envelope, *payload)
-            except (OSError, LinkClosed) as error:
-                self._failed = error
+        if self._welcomed:
+            self._link.post(envelope, *payload)
 
-    def advance(self, may_dial: bool) -> Iterator[Envelope | None]:
+    def advance(self, may_open: bool) -> Iterator[Envelope | None]:
         """Does what can be done without waiting. Yields the client's envelopes, a Welcome first, and None when a client
         that has welcomed this machine is lost. Raises LastingRefusal.
 
-        may_dial: whether this is a time for a new attempt.
+        may_open: whether this is a time for a new attempt.
         """
         try:
-            if self._failed is not None:
-                raise self._failed
             if self._link is not None:
                 yield from self._received()
-            elif self._dialing is not None:
-                self._shake_hands()
-            elif may_dial and time.monotonic() >= self._next_attempt:
-                self._dial()
+            elif self._opening is not None:
+                self._open_further()
+            elif may_open and time.monotonic() >= self._next_attempt:
+                self._open()
             if not self._welcomed and self._is_open and time.monotonic() > self._deadline:
                 raise TimeoutError("it does not answer")
         except (OSError, LinkClosed, ValueError) as error:
@@ -104,15 +98,15 @@ class Line:
                 yield None
 
     def close(self) -> None:
-        for connection in (self._link, self._dialing):
+        for connection in (self._link, self._opening):
             if connection is not None:
                 connection.close()
-        self._link, self._dialing, self._welcomed, self._failed = None, None, False, None
+        self._link, self._opening, self._welcomed = None, None, False
         self._next_attempt = time.monotonic() + PAUSE
 
     @property
     def _is_open(self) -> bool:
-        return self._link is not None or self._dialing is not None
+        return self._link is not None or self._opening is not None
 
     def _received(self) -> Iterator[Envelope]:
         self._link.flush()
@@ -126,40 +120,28 @@ class Line:
             elif isinstance(envelope, Rejected):
                 if envelope.lasting:
                     raise LastingRefusal(envelope.reason)
-                raise ConnectionRejectedError(envelope.reason)
+                raise ConnectionRefusedError(envelope.reason)
             else:
                 raise ValueError(f"it answers with {type(envelope).__name__}")
 
-    def _dial(self) -> None:
+    def _open(self) -> None:
         """Begins an attempt. The look-up of a name may block for seconds; no rank works meanwhile."""
-        self._deadline = time.monotonic() + DIAL_DEADLINE
+        self._deadline = time.monotonic() + OPEN_DEADLINE
         addresses = socket.getaddrinfo(*address_of(self._settings.client), type=socket.SOCK_STREAM)
         family, kind, protocol, _, address = addresses[self._attempts % len(addresses)]
         self._attempts += 1
-        plain = socket.socket(family, kind, protocol)
-        try:
-            plain.setblocking(False)
-            keep_alive(plain, USER_TIMEOUT)
-            plain.connect_ex(address)
-        except BaseException:
-            plain.close()
-            raise
-        self._dialing, self._wanted = plain, select.POLLOUT
+        self._opening = socket.socket(family, kind, protocol)
+        self._opening.setblocking(False)
+        keep_alive(self._opening, USER_TIMEOUT)
+        self._opening.connect_ex(address)
 
-    def _shake_hands(self) -> None:
-        if not isinstance(self._dialing, ssl.SSLSocket):
-            if not _is_connected(self._dialing):
+    def _open_further(self) -> None:
+        if not isinstance(self._opening, Handshake):
+            if not _is_connected(self._opening):
                 return
-            self._dialing = self._context.wrap_socket(self._dialing, do_handshake_on_connect=False)
-        try:
-            self._dialing.do_handshake()
-        except ssl.SSLWantReadError:
-            self._wanted = select.POLLIN
-        except ssl.SSLWantWriteError:
-            self._wanted = select.POLLOUT
-        else:
-            require_pinned(self._dialing, self._key)
-            self._link, self._dialing = Link(self._dialing, self._place), None
+            self._opening = Handshake(self._opening, self._key, server=False)
+        if (established := self._opening.step()) is not None:
+            self._link, self._opening = Link(established, self._place), None
             self._deadline = time.monotonic() + ANSWER_DEADLINE
             self._link.post(self._hello)
 
@@ -168,12 +150,9 @@ class Line:
         client = self._settings.client
         if self._welcomed:
             text = f"The client at {client} is gone ({error}). Ranks wait for the next one."
-        elif isinstance(error, ssl.SSLError):
-            text = coded(
-                "AV-1909",
-                f"The client at {client} has another key than this machine ({error}). Copy the cluster's key file to "
-                f"{self._settings.key}.",
-            )
+        elif code_of(error) or getattr(error, "refused", False):
+            key = f"The key file {self._settings.key} is not the one of the client at {client}"
+            text = coded("AV-1909", f"{key}: {error} Ranks wait for a client with the same one.")
         else:
             text = f"No client at {client} so far ({error}). Ranks wait."
         if text != self._said:

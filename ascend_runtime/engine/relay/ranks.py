@@ -102,8 +102,9 @@ class LocalRanks:
         return not any(rank.job for rank in self.here.values())
 
     @property
-    def unsent(self) -> bool:
-        return any(rank.packets.unsent for rank in self.here.values())
+    def settled(self) -> bool:
+        """Whether all ranks are ready, and idle."""
+        return self.idle and len(self.here) == len(self._expected) and all(rank.ready for rank in self.here.values())
 
     def watched(self, read: bool) -> Iterator[tuple[int, int]]:
         """(descriptor, events) to poll. read: whether messages of ranks are wanted now; deaths always are."""

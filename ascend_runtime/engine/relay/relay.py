@@ -67,7 +67,7 @@ class Relay:
         for rank in [*self._ranks.here.values()]:
             if events := ready.get(rank.packets.fileno()):
                 self._serve(rank, events)
-        for envelope in self._line.advance(may_dial=self._ranks.idle and not self._ranks.first_has_gone):
+        for envelope in self._line.advance(may_open=self._ranks.idle and not self._ranks.first_has_gone):
             self._of_client(envelope)
         self._look_at_the_clock()
 
@@ -197,7 +197,7 @@ class Relay:
         elif self._cancel_until is not None and now > self._cancel_until:
             logger.error("Ranks have not ended the job of a client that is gone, within %.0f s.", CANCEL_DEADLINE)
             self._kill()
-        elif wait and not self._line.welcomed and now - self._alone_since > wait and self._ranks.idle:
+        elif wait and not self._line.welcomed and now - self._alone_since > wait and self._ranks.settled:
             self._end_quietly()
 
     @property
