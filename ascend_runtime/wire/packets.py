@@ -32,12 +32,12 @@ class Undecodable(ValueError):
 
 
 def header(body: bytes, block_size: int, count: int) -> bytes:
-    """What goes in front of a packet's body. block_size: bytes of tensors, in the first of `count` descriptors; or 0."""
+    """What goes in front of a packet's body. block_size: bytes of tensors in the first of `count` descriptors, or 0."""
     return _HEADER.pack(_MAGIC, len(body), block_size, count)
 
 
 class Packet:
-    """A received packet, which owns its descriptors. block_size: bytes of tensors, in the first of them; or 0."""
+    """A received packet, which owns its descriptors. block_size: bytes of tensors in the first of them, or 0."""
 
     def __init__(self, body: bytes, block_size: int, descriptors: list[int]):
         self.body = body
