@@ -275,9 +275,10 @@ class _Lent:
     def place(self, region: Region) -> list[memoryview]:
         """Where a part's content belongs. Raises Undecodable if it is no part of this result."""
         self._check(region)
-        pieces = list(pieces_of(region, limit=len(self._memory) // SEPARATE + 1))
-        if pieces and pieces[0][1] - pieces[0][0] >= SEPARATE:
-            return [self._memory[start:stop] for start, stop in pieces]
+        pieces = pieces_of(region)
+        first, last = next(pieces)
+        if last - first >= SEPARATE:
+            return [self._memory[start:stop] for start, stop in ((first, last), *pieces)]
         self._aside = region, bytearray(region.itemsize * math.prod(region.sizes))
         return [memoryview(self._aside[1])]
 
