@@ -14,8 +14,9 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -32,6 +33,13 @@ from ...wire.regions import SEPARATE, pieces_of
 logger = logging.getLogger(__name__)
 
 MOST_TENSORS = 1 << 36  # bytes of the tensors of one message of a rank; a long video's latent has 1,000 times fewer
+
+
+def spans(ranks: Iterable[int]) -> str:
+    """Numbers of ranks, such as "0 to 3, 6"."""
+    runs = groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
+    lists = [[rank for _, rank in run] for _, run in runs]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in lists)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ class Machine:
             while not self._job and self.loss is None and self._readable():
                 self.take()
         except (ChannelClosed, Undecodable) as error:
-            self._lose(f"The machine {self.name} ({self._own()}) was lost: {error}.")
+            self._lose(self._lost(error))
         finally:
             self._one_at_a_time.release()
 
@@ -155,7 +163,7 @@ class Machine:
         try:
             return self._link.take()
         except LinkClosed as error:
-            self._lose(f"The machine {self.name} ({self._own()}) was lost: {error}.")
+            self._lose(self._lost(error))
             raise ChannelClosed(str(error)) from None
 
     def _read(self, envelope: Envelope) -> tuple[int, Message] | None:
@@ -260,8 +268,8 @@ class Machine:
             self.loss = Loss(f"{which} has ended. The output of torchrun on {self.name} says why.")
         raise ChannelClosed(self.loss.text)
 
-    def _own(self) -> str:
-        return f"ranks {', '.join(map(str, self.ranks))}"
+    def _lost(self, error: Exception) -> str:
+        return f"The machine {self.name}, with rank {spans(self.ranks)}, was lost: {error}."
 
 
 class _Lent:

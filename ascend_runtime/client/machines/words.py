@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from ...specs.cluster import Cluster
-from .machine import Machine
-
-
-def spans(ranks: Iterable[int]) -> str:
-    """Numbers of ranks, such as "0 to 3, 6"."""
-    runs = groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
-    lists = [[rank for _, rank in run] for _, run in runs]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in lists)
+from .machine import Machine, spans
 
 
 def waiting_text(cluster: Cluster, machines: Sequence[Machine]) -> str:
