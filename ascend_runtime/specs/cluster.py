@@ -11,6 +11,7 @@ import msgspec
 from ..errors import coded_error
 from .base import Spec, require_range
 from .parallel import MAX_RANKS
+from .paths import check_folders
 
 FOLDER = "ASCEND_RUNTIME_CLUSTERS"  # the variable with the folder of clusters' files
 SUFFIX = ".json"
@@ -39,6 +40,11 @@ class Cluster(Spec, frozen=True, kw_only=True):
         super().__post_init__()
         address_of(self.listen)
         require_range("ranks", self.ranks, 1, MAX_RANKS)
+        for machine, folders in self.paths.items():
+            try:
+                check_folders(folders)
+            except ValueError as error:
+                raise ValueError(f"paths of {machine}: {error}") from None
 
     @property
     def address(self) -> tuple[str, int]:
