@@ -68,6 +68,7 @@ class RankPipeline:
     def __init__(self, device: torch.device):
         self.device = device
         self.rank = dist.get_rank()
+        self.folders: dict[str, str] = {}  # of specs, as a client has them -> on this machine
         self.components = Components(device)
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import replace
 
-from ..errors import coded
+from ..errors import code_of, coded
 from ..hardware import devices
+from ..parallel.machines import machines
+from ..specs.paths import with_paths
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.messages import (
     UNREAD,
@@ -26,6 +28,7 @@ from ..wire.messages import (
     Load,
     Message,
     Ping,
+    Place,
     Ready,
     Sample,
     Shutdown,
@@ -60,8 +63,11 @@ def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
     except Undecodable as error:
         _reply(channel, Failed(job=UNREAD, kind="internal", error=coded("AV-1507", str(error))))
         return True
-    if type(message) in _WORK:
-        _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
+    if isinstance(message, Place):
+        pipeline.folders = message.paths
+    elif type(message) in _WORK:
+        message = with_paths(message, pipeline.folders)
+        _reply(channel, _of_machine(_answer(Job(message, channel, pipeline.device), pipeline)))
         if pipeline.device.type == "cpu" and not pipeline.calls.going_on:
             devices.empty_cache(pipeline.device)  # after the reply, for other processes on the host
     elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may arrive after its job has finished
@@ -89,6 +95,17 @@ def _join_group(kind: str) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.FileStore(f"/proc/self/fd/{os.environ['ASCEND_RUNTIME_STORE_FD']}", world_size)
     dist.init_process_group(devices.BACKENDS[kind], store=store, rank=rank, world_size=world_size)
+
+
+def _of_machine(answer: Message) -> Message:
+    """An answer of this rank; a failure on another machine than the first names it, as its files are others."""
+    known = machines()
+    name = known.name_of(known.rank)
+    own = isinstance(answer, Failed) and answer.kind in ("user", "internal")
+    if not own or name == known.name_of(0):
+        return answer
+    code, said = code_of(answer.error), f"On {name}: {answer.error}"
+    return replace(answer, error=coded(code, said) if code else said)
 
 
 def _answer(job: Job, pipeline: RankPipeline) -> Message:
