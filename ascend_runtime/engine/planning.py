@@ -61,7 +61,7 @@ def encoder_bytes(spec: TextEncoderSpec, ranks: int) -> int:
 def _rates(path: str, machine: Machine, family: str) -> Rates:
     """What was measured on this host next to the model at `path`, with this number of ranks; else published figures."""
     try:
-        return rates_for(path, machine.kind, machine.card, family, machine.ranks)
+        return rates_for(path, machine.kind, machine.card, family, machine.host_ranks)
     except ValueError as error:  # a job does not depend on it
         logger.warning("%s Published figures are used.", error)
         return of_card(machine.card)

@@ -1,6 +1,5 @@
 """Measures what it costs to send between machines, by exchanges like those of a job: on the ranks' devices, from each
-machine to the next one, in both directions.
-to the next one, in both directions of the link."""
+machine to the next one, in both directions."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import coded_error
 from ..specs import VideoSize
-from . import exchange, memory, seconds
+from . import crossing, exchange, memory, seconds
 from .choosing import words
 from .choosing.arrangements import Fixed, arrangements, in_form, open_forms
 from .choosing.sizes import video_size, with_fewer_frames, with_smaller_picture
@@ -93,6 +93,7 @@ def prediction(
         memory=held(model, video, one, machine),
         sent=exchange.sent(model, video, one),
         read=seconds.bytes_read(model),
+        between=crossing.between(model, video, one, machine),
     )
 
 
@@ -102,13 +103,13 @@ def _speed(one: Prediction) -> float:
 
 
 def fits(taken: Memory, machine: Machine) -> bool:
-    """Whether a job's memory fits. On a CPU the ranks' memory is the host's."""
+    """Whether a job's memory fits. On a CPU the memory of its ranks is the host's."""
     return excess(taken, machine) <= 1
 
 
 def excess(taken: Memory, machine: Machine) -> float:
     """What is needed of what there is; above 1 it does not fit."""
-    on_host = taken.host_total + (machine.ranks * taken.device_peak if machine.kind == "cpu" else 0)
+    on_host = taken.host_total + (machine.host_ranks * taken.device_peak if machine.kind == "cpu" else 0)
     return max(taken.device_peak / max(machine.device_memory, 1), on_host / max(machine.host_memory, 1))
 
 
