@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import select
 import socket
 import threading
@@ -21,7 +20,6 @@ from ...specs.cluster import Cluster
 from ...wire.channel import ChannelClosed
 from ...wire.envelopes import Hello
 from ...wire.link import keep_alive
-from ...wire.messages import Undecodable
 from ...wire.tls import Handshake, Key
 from .machine import Machine
 
@@ -55,7 +53,7 @@ class Listener:
         self._pending: list[_Newcomer] = []  # the oldest is first
         self._socket = _listening(cluster)
         self._ended = False
-        self._awake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._awake, self._waker = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="ascend-machines", daemon=True)
         self._thread.start()
 
@@ -67,7 +65,7 @@ class Listener:
         """Lets the thread end, which closes everything. Does not wait, so that a finalizer can call it in any thread."""
         if not self._ended:
             self._ended = True
-            os.write(self._waker, b"\0")
+            _close(self._waker)
 
     def close(self) -> None:
         self.end()
@@ -83,8 +81,7 @@ class Listener:
                 newcomer.close()
             _close(self._socket)
             self._at_end()
-            os.close(self._awake)
-            os.close(self._waker)
+            self._awake.close()
 
     def _turn(self) -> None:
         poll = select.poll()

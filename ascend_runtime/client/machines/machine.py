@@ -98,6 +98,10 @@ class Machine:
         self._link.post(rejected)
         self.close()
 
+    @property
+    def _is_open(self) -> bool:
+        return self.fileno() >= 0
+
     # Between jobs
 
     def look(self) -> None:
@@ -107,7 +111,9 @@ class Machine:
         try:
             while not self._job and self.loss is None and self._readable():
                 self.take()
-        except (ChannelClosed, Undecodable) as error:
+        except ChannelClosed:
+            pass  # `loss` says why
+        except Undecodable as error:
             self._lose(self._lost(error))
         finally:
             self._one_at_a_time.release()
@@ -146,11 +152,13 @@ class Machine:
 
     def flush(self) -> None:
         with self._one_at_a_time:
-            if self.loss is None:
+            if self._is_open:
                 self._link.flush()
 
     def take(self) -> tuple[int, Message] | None:
         with self._one_at_a_time:
+            if self.loss is not None:
+                raise ChannelClosed(self.loss.text)
             try:
                 envelope = self._envelope()
                 return None if envelope is None else self._read(envelope)
@@ -158,7 +166,7 @@ class Machine:
                 raise Undecodable(f"The machine {self.name} sent invalid data. {error}") from None
 
     def _envelope(self) -> Envelope | None:
-        if self.loss is not None:
+        if not self._is_open:
             raise ChannelClosed(self.loss.text)
         try:
             return self._link.take()
@@ -228,14 +236,14 @@ class Machine:
         """Asks the machine to end its ranks. `farewell` waits until it has closed the connection."""
         with self._one_at_a_time:
             self._leaves = True
-            if self.loss is None:
+            if self._is_open:
                 self._link.post(Leave(reason=reason))
 
     def farewell(self, deadline: float) -> None:
         """Waits, until `deadline` by time.monotonic, for the machine to close the connection; then closes it."""
         with self._one_at_a_time:
             try:
-                while self.loss is None and (seconds := deadline - time.monotonic()) > 0:
+                while self._is_open and (seconds := deadline - time.monotonic()) > 0:
                     self._link.flush()
                     poll = select.poll()
                     poll.register(self.fileno(), select.POLLIN | (select.POLLOUT if self.unsent else 0))

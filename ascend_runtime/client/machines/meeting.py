@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 
 from ...specs.cluster import Cluster
 from ...wire.envelopes import Hello
@@ -15,16 +16,15 @@ from .machine import Machine
 
 logger = logging.getLogger(__name__)
 
+LATELY = 60.0  # seconds; torchrun starts a refused machine's ranks again in less
+
 
 class Meeting:
-    """The machines of a cluster that are connected. The listener's thread adds them, and closes them when it ends.
-
-    refusal: why the last machine was rejected; empty if none was since the last one was welcomed.
-    """
+    """The machines of a cluster that are connected. The listener's thread adds them, and closes them when it ends."""
 
     def __init__(self, cluster: Cluster):
         self.cluster = cluster
-        self.refusal = ""
+        self._refusal, self._refused_at = "", 0.0
         self._machines: list[Machine] = []
         self._one_at_a_time = threading.Lock()
         self._listener: Listener | None = None
@@ -56,6 +56,11 @@ class Meeting:
         if self._listener is not None and os.getpid() == self._pid:
             self._listener.end()
 
+    @property
+    def refusal(self) -> str:
+        """Why a machine was rejected lately; empty if none was since the last one was welcomed."""
+        return self._refusal if time.monotonic() - self._refused_at < LATELY else ""
+
     def _admit(self, machine: Machine, hello: Hello) -> None:
         with self._one_at_a_time:
             self._look()
@@ -63,12 +68,12 @@ class Meeting:
             if rejected is None:
                 machine.welcome(hello, self.cluster.paths.get(hello.machine, {}))
                 self._machines.append(machine)
-                self.refusal = ""
+                self._refusal = ""
                 logger.info("The machine %s has connected, for the ranks %s.", machine.name, machine.ranks)
                 return
         if rejected.reason != self.refusal:  # a machine asks again and again
             logger.warning("A machine was refused. %s", rejected.reason)
-        self.refusal = rejected.reason
+        self._refusal, self._refused_at = rejected.reason, time.monotonic()
         machine.reject(rejected)
 
     def _look(self) -> None:
