@@ -57,6 +57,15 @@ class Cluster(Spec, frozen=True, kw_only=True):
         """(host, port) to listen at."""
         return address_of(self.listen)
 
+    def require_all(self, ranks: int) -> None:
+        """Raises ValueError if a user asks for a number of ranks, 0 for automatic, that is not the cluster's."""
+        if ranks not in (0, self.ranks):
+            raise coded_error(
+                "AV-1904",
+                f"ranks is {ranks}, but the cluster {self.name!r} has {self.ranks}, which work on one video together. "
+                "Set ranks to 0 (auto).",
+            )
+
     @property
     def risk(self) -> str | None:
         """Why strangers may reach the address; None for one in a private network."""
