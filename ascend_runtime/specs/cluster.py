@@ -67,16 +67,26 @@ class Cluster(Spec, frozen=True, kw_only=True):
             )
 
     @property
+    def everywhere(self) -> bool:
+        """Whether the address is every interface of the host."""
+        given = _parsed(self.address[0])
+        return given is not None and given.is_unspecified
+
+    @property
     def risk(self) -> str | None:
-        """Why strangers may reach the address; None for one in a private network."""
-        host = self.address[0]
-        try:
-            given = ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:
-            return None  # a name
-        if given.is_unspecified:
+        """Why strangers may reach the address; None for one in a private network, and for a name."""
+        host, given = self.address[0], _parsed(self.address[0])
+        if self.everywhere:
             return f"{host} is every interface of this host"
-        return f"{host} is an address of the public internet" if given.is_global else None
+        return f"{host} is an address of the public internet" if given is not None and given.is_global else None
+
+
+def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a name."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
 
 
 def require_name(text: str, what: str) -> None:
