@@ -26,9 +26,9 @@ from ..wire.messages import (
     Failed,
     Free,
     Load,
+    Located,
     Message,
     Ping,
-    Place,
     Ready,
     Sample,
     Shutdown,
@@ -63,7 +63,7 @@ def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
     except Undecodable as error:
         _reply(channel, Failed(job=UNREAD, kind="internal", error=coded("AV-1507", str(error))))
         return True
-    if isinstance(message, Place):
+    if isinstance(message, Located):
         pipeline.folders = message.paths
     elif type(message) in _WORK:
         message = with_paths(message, pipeline.folders)

@@ -277,8 +277,8 @@ class Free(Message):
 
 
 class Ready(Message):
-    """A rank's first message, after it has joined the group. group: a name that only the ranks of a group have in common;
-    empty if the client has started them."""
+    """A rank's first message, after it has joined the group. group: a name that only ranks of one group share; empty if
+    the client has started them."""
 
     rank: int
     group: str = ""
