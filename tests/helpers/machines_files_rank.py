@@ -79,11 +79,11 @@ class Rank:
         file = self.root / file
         here = self.name == name and machines().is_first
         if here and file.is_file():
-            shutil.copy(file, self.folder / "kept")
+            shutil.copy(file, self.folder / f"kept by {name}")
         kept = here and file.is_file()
         yield file if here else None
         if kept:
-            shutil.copy(self.folder / "kept", file)
+            shutil.copy(self.folder / f"kept by {name}", file)
 
 
 def load(**what):
