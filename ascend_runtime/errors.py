@@ -122,6 +122,19 @@ CODES: dict[str, str] = {
     "AV-1803": "A hub gives no access to a file",
     "AV-1804": "A file is not the published one",
     "AV-1805": "A hub's answer is not valid",
+    # 19xx: more than one machine
+    "AV-1901": "A cluster does not exist, or its file cannot be used",
+    "AV-1902": "A key file cannot be used",
+    "AV-1903": "Versions of the pack differ between machines",
+    "AV-1904": "Ranks do not fit the cluster",
+    "AV-1905": "Ranks have not joined in time",
+    "AV-1906": "A machine was lost",
+    "AV-1907": "A file differs between machines",
+    "AV-1908": "The cluster's address cannot be listened at",
+    "AV-1909": "The keys of client and machine differ",
+    "AV-1910": "No client came in time",
+    "AV-1911": "A machine's relay cannot start",
+    "AV-1912": "A machine does not reach the cluster's network",
 }
 _FRONT = re.compile(r"\b(AV-\d{4}): ")
 

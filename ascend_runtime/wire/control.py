@@ -1,4 +1,7 @@
-"""The messages that a machine's relay reads or writes itself, and the base class of all messages. Does not import torch."""
+"""The messages that a machine's relay reads or writes itself, and the base class of all messages.
+
+Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class Shutdown(Message):
     """Ends the rank."""
 
 
-class Place(Message):
+class Located(Message):
     """Where a rank is that a client did not start: the machine's name, and `Welcome.paths`. Comes with each client that
     connects."""
 

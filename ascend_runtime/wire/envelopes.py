@@ -37,8 +37,8 @@ class Welcome(Envelope):
     paths: dict[str, str] = {}
 
 
-class Refused(Envelope):
-    """The client's other answer, after which it closes the connection. lasting: whether it makes no sense to ask again."""
+class Rejected(Envelope):
+    """The client's other answer, after which it closes the connection. lasting: asking again is of no use."""
 
     reason: str
     lasting: bool = True
@@ -98,7 +98,7 @@ class Leave(Envelope):
     reason: str
 
 
-AnyEnvelope = Hello | Welcome | Refused | Here | Deliver | FromRank | Region | Gone | Leave
+AnyEnvelope = Hello | Welcome | Rejected | Here | Deliver | FromRank | Region | Gone | Leave
 
 
 def payload_bytes(envelope: Envelope) -> int:

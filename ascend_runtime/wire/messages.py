@@ -29,7 +29,7 @@ from ..specs import (
     VaeSpec,
 )
 from ..specs.record import JobRecord
-from .control import Cancel, Message, Place, Shutdown, Wrote
+from .control import Cancel, Message, Located, Shutdown, Wrote
 from .plans import PlannedJob
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype requires
@@ -277,8 +277,8 @@ class Free(Message):
 
 
 class Ready(Message):
-    """A rank's first message, after it has joined the group. group: a name that only ranks of this group have in common;
-    empty if the client has started them."""
+    """A rank's first message, after it has joined the group. group: a name that only ranks of one group share; empty if
+    the client has started them."""
 
     rank: int
     group: str = ""
@@ -327,7 +327,7 @@ class Failed(Message):
 
 AnyMessage = (
     Ping | Load | Encode | EncodeTokens | Sample | Velocity | Decode | EncodeVideo | Describe | Choose | Free | Cancel
-    | Shutdown | Place | Ready | Wrote | Progress | Preview | Done | Failed
+    | Shutdown | Located | Ready | Wrote | Progress | Preview | Done | Failed
 )  # fmt: skip
 
 

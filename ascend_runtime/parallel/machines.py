@@ -1,0 +1,98 @@
+"""Which machine each rank is on. Ranks that a client started are all on one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mesh import all_reduce_max
+
+MACHINE = "ASCEND_RUNTIME_MACHINE"  # the variable with the name of a rank's machine, if a client did not start it
+
+
+@dataclass(frozen=True)
+class Machines:
+    """names: of each rank's machine. rank: this rank's number."""
+
+    names: tuple[str, ...]
+    rank: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(set(self.names))
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """The number of each rank's machine, counted in the order of their first ranks."""
+        order = list(dict.fromkeys(self.names))
+        return tuple(map(order.index, self.names))
+
+    @property
+    def firsts(self) -> tuple[int, ...]:
+        """The first rank of each machine."""
+        return tuple(self.names.index(name) for name in dict.fromkeys(self.names))
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each machine."""
+        return tuple(
+            tuple(rank for rank, other in enumerate(self.names) if other == name) for name in dict.fromkeys(self.names)
+        )
+
+    @property
+    def local(self) -> int:
+        """The number of ranks on this rank's machine."""
+        return self.names.count(self.names[self.rank])
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of its machine."""
+        return self.rank in self.firsts
+
+    def name_of(self, rank: int) -> str:
+        """The name of the machine that a rank is on; empty for ranks that a client started."""
+        return self.names[rank]
+
+    def crosses(self, line: Iterable[int]) -> bool:
+        """Whether these ranks are on more than one machine."""
+        return len({self.names[rank] for rank in line}) > 1
+
+
+_known: Machines | None = None
+
+
+def machines() -> Machines:
+    """The machines of all ranks; one, without a name, if `know_machines` was not called."""
+    if _known is not None:
+        return _known
+    return _one_machine() if dist.is_initialized() else Machines(("",))
+
+
+def know_machines(name: str = "") -> Machines:
+    """Learns the machines of all ranks, each of which gives its own one's name. All ranks must call it, once they have
+    joined. An empty name, which all ranks give then: all are on one machine, and no rank is asked."""
+    global _known
+    _known = _gathered(name) if name else _one_machine()
+    return _known
+
+
+def _one_machine() -> Machines:
+    return Machines(("",) * dist.get_world_size(), dist.get_rank())
+
+
+def _gathered(name: str) -> Machines:
+    """By an all-gather of the names' bytes on the CPU."""
+    encoded = name.encode()
+    padded = torch.zeros(all_reduce_max(len(encoded)), dtype=torch.uint8)
+    padded[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    found = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, padded)
+    return Machines(tuple(map(_text, found)), dist.get_rank())
+
+
+def _text(padded: Tensor) -> str:
+    return bytes(padded.tolist()).rstrip(b"\0").decode()
