@@ -135,7 +135,9 @@ class Host(Namespace):
         """Starts a command on this host, as subprocess.Popen does. The kernel kills it with the calling thread."""
         inside = ["sh", "-c", INSIDE, "sh", self.name, self._hosts.names, *map(str, command)]
         namespaces = ["nsenter", f"--net={self.path}", "unshare", "--mount", "--uts"]
-        return subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *namespaces, *inside], **options)
+        process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *namespaces, *inside], **options)
+        self._hosts.started.append(process)
+        return process
 
     def kill(self):
         """Ends all processes of this host at once, as when it loses power, but for the silence on its links."""
@@ -190,6 +192,7 @@ class Hosts(list):
     def __init__(self, number):
         super().__init__()
         self.names = "127.0.0.1 localhost\n"
+        self.started = []  # processes
         self.switch = Namespace()
         try:
             self.switch.tool("ip", "-batch", "-", given="link add switch type bridge\nlink set switch up\n")
@@ -226,15 +229,16 @@ class Hosts(list):
             for pid in pids:
                 try:
                     os.kill(pid, signal.SIGKILL)
-                    os.waitpid(pid, os.WNOHANG)  # if it is a child
-                except (ProcessLookupError, ChildProcessError):
-                    pass  # it ended meanwhile, or is a child of another, which reaps it
+                except ProcessLookupError:
+                    pass  # it ended meanwhile
             assert time.monotonic() - since < END, f"processes {pids} do not end"
             time.sleep(0.01)
 
     def close(self):
         """Ends what runs on the hosts, and removes them."""
         self.end(self)
+        for process in self.started:
+            process.wait()
         for namespace in [*self, self.switch]:
             os.close(namespace.descriptor)
         self.clear()
