@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Callable
 
 from ..errors import coded
-from ..hardware import cores, host, memory
-from ..hardware.environment import HEAP, rank_environment, start_deadline, suits_sharded
+from ..hardware import host, memory
+from ..hardware.environment import rank_environment, start_deadline, suits_sharded
+from ..hardware.ranks import variables_of_ranks
 from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
 from ..wire.shared_memory import blocks
@@ -42,6 +43,11 @@ WATCH_POLL = 0.25  # seconds between checks for ranks that have ended
 ENDING_POLL = 0.005  # the same, after a rank has closed its output
 LAST_LINES = 60  # lines of a rank's output that an error may quote
 MAX_LINE_BYTES = 65536  # a longer line keeps only its last bytes
+OF_ONE_HOST = {
+    "PYTHONSAFEPATH": "",  # a rank imports this package from its working directory
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
 COMPUTING = "is computing"
 STATES = {  # proc_pid_stat(5)
     "R": COMPUTING,
@@ -111,7 +117,7 @@ class RankGroup:
         self.ranks: list[Rank] = []
         self._own = environment or {}
         self._environment = rank_environment(kind, os.environ, self._own, sharded)
-        self._threads = cores.thread_variables(world_size, self._environment)
+        self._variables = variables_of_ranks(kind, world_size, self._environment, OF_ONE_HOST, self._own)
         self._start_deadline = start_deadline(self._environment)  # seconds until all ranks are ready
         self._started = threading.Event()
         self._start_error: BaseException | None = None
@@ -272,18 +278,7 @@ class RankGroup:
 
     def _rank_environment(self, rank: int, control: int, store: int) -> dict[str, str]:
         return {
-            # Waiting threads must not use the cores that ComfyUI and other ranks need: on two busy cores, a decode
-            # took 1.2 s with this setting, and 3.9 s with spinning threads.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-            **(HEAP if self.kind == "cpu" else {}),
-            **self._environment,
-            **self._threads,
-            "PYTHONSAFEPATH": "",  # the rank imports this package from its working directory
-            "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo",
-            **({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"} if self.kind == "npu" else {}),  # ComfyUI may have disabled it
-            **{name: value for name, value in self._own.items() if value},
+            **self._variables,
             # All ranks see the same devices, and each uses the one of its local rank. torch_npu enables peer-to-peer
             # access and divides CPU cores by the card's index (its NPUPeerToPeerAccess.h, NPUAffinityController.h). A
             # rank that saw only its own card would be card 0 of 1. A user's ASCEND_RT_VISIBLE_DEVICES is kept: the

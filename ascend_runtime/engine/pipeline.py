@@ -80,7 +80,9 @@ class RankPipeline:
         message = job.message
         if message.frames is not None:
             with borrowed(message.frames) as frames:
-                frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0)
+                own = frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0)
+            first = own.storage_offset() // frames.stride(0)
+            job.wrote(message.frames, [slice(first, first + len(own))])
         reply = torch.ones(message.reply) if message.reply and self.rank == 0 else None
         return _done(job, tensor=reply)
 
