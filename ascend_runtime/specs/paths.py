@@ -11,7 +11,6 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
-from .base import MAX_PATH
 from .jobs import ProfileSpec
 from .models import DiffusionModelSpec, LoraSpec, TextEncoderSpec, VaeSpec, VisionSpec
 
@@ -41,31 +40,6 @@ def with_paths(value: Any, folders: Mapping[str, str]) -> Any:
 def without_paths(value: Any) -> Any:
     """`value` with no paths in it: equal for specs that differ in nothing else."""
     return _changed(value, lambda path: "")
-
-
-def check_folders(folders: Mapping[str, str]) -> None:
-    """Raises ValueError, with the fix, for folders that `with_paths` cannot map."""
-    for folder in (*folders, *folders.values()):
-        why = _fault(folder)
-        if why:
-            raise ValueError(f"The folder {folder!r} {why}. Give it in full, such as /data/models.")
-    known: dict[str, str] = {}
-    for folder in folders:
-        other = known.setdefault(_plain_folder(folder), folder)
-        if other != folder:
-            raise ValueError(f"{other!r} and {folder!r} are the same folder. Keep one of the two.")
-
-
-def _fault(folder: str) -> str:
-    if len(folder) > MAX_PATH:
-        return f"has {len(folder)} characters, more than {MAX_PATH}"
-    if not folder.startswith("/"):
-        return "does not begin with /"
-    if ".." in folder.split("/"):
-        return "has .. in it"
-    if "\0" in folder or any("\ud800" <= character <= "\udfff" for character in folder):
-        return "is not valid UTF-8"
-    return ""
 
 
 def _plain_folder(folder: str) -> str:
