@@ -1,27 +1,12 @@
-"""Memory that a client lends: the machine's own in its place, and the parts of it that ranks have written."""
+"""The parts of lent memory that ranks have written, as the client gets them."""
 
 from __future__ import annotations
 
 import math
-import mmap
-import os
 
 from ...wire.control import Wrote
 from ...wire.envelopes import Region
 from ...wire.regions import SEPARATE, pieces_of
-
-
-class LentMemory:
-    """This machine's memory for a result. descriptor: for the ranks; the caller owns it."""
-
-    def __init__(self, size: int):
-        self.descriptor = os.memfd_create("ascend-frames")
-        try:
-            os.ftruncate(self.descriptor, size)
-            self.view = memoryview(mmap.mmap(self.descriptor, size)) if size else memoryview(b"")
-        except BaseException:
-            os.close(self.descriptor)
-            raise
 
 
 def region_of(wrote: Wrote) -> Region:
