@@ -10,12 +10,12 @@ from ...hardware.devices import DEVICE_KINDS
 from ...hardware.versions import OWN_NAME, versions
 from ...specs.cluster import Cluster, require_name
 from ...wire.envelopes import PROTOCOL, Hello, Rejected
-from .machine import Machine, spans
+from .machine import RelayLink, spans
 
 AGAIN = "then start its ranks again"
 
 
-def rejection(hello: Hello, cluster: Cluster, others: Sequence[Machine]) -> Rejected | None:
+def rejection(hello: Hello, cluster: Cluster, others: Sequence[RelayLink]) -> Rejected | None:
     """Why a machine cannot join; None if it can. others: machines that have joined."""
     lasting = next(_lasting(hello, cluster, others), None)
     if lasting is not None:
@@ -24,7 +24,7 @@ def rejection(hello: Hello, cluster: Cluster, others: Sequence[Machine]) -> Reje
     return passing and Rejected(reason=passing, lasting=False)
 
 
-def _lasting(hello: Hello, cluster: Cluster, others: Sequence[Machine]) -> Iterator[str]:
+def _lasting(hello: Hello, cluster: Cluster, others: Sequence[RelayLink]) -> Iterator[str]:
     yield from _versions(hello)
     try:
         require_name(hello.machine, "--machine")
@@ -73,7 +73,7 @@ def _numbers(hello: Hello, cluster: Cluster) -> Iterator[str]:
         yield coded("AV-1904", f"{_capital(_named(hello))} has ranks that cannot be: {str(hello.ranks)[:80]}.")
 
 
-def _packages(hello: Hello, other: Machine) -> Iterator[str]:
+def _packages(hello: Hello, other: RelayLink) -> Iterator[str]:
     theirs = other.hello.packages
     for name in sorted({*hello.packages, *theirs}):
         one, two = hello.packages.get(name, "not installed"), theirs.get(name, "not installed")
@@ -85,7 +85,7 @@ def _packages(hello: Hello, other: Machine) -> Iterator[str]:
             )
 
 
-def _passing(hello: Hello, others: Sequence[Machine]) -> Iterator[str]:
+def _passing(hello: Hello, others: Sequence[RelayLink]) -> Iterator[str]:
     """What may be over soon, as when a machine comes again before the loss of its last connection is noticed."""
     for other in others:
         if other.name == hello.machine:
@@ -97,8 +97,8 @@ def _passing(hello: Hello, others: Sequence[Machine]) -> Iterator[str]:
         if shared := set(other.ranks) & set(hello.ranks):
             yield coded(
                 "AV-1904",
-                f"{_capital(_named(hello))} has rank {spans(shared)}, which {other.name!r} has too. Start torchrun once "
-                "on each machine, with the same --rdzv-endpoint, and only one such group with this key.",
+                f"{_capital(_named(hello))} has rank {spans(shared)}, as {other.name!r} does. Start torchrun once on "
+                "each machine, with the same --rdzv-endpoint; two such groups cannot have one key.",
             )
 
 

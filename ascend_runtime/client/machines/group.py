@@ -11,14 +11,14 @@ from ...errors import coded, coded_error
 from ...hardware import host
 from ...hardware.environment import start_deadline
 from ..group import RankDied
-from .machine import Machine
+from .machine import RelayLink
 from .meeting import Meeting
 from .words import late_text, waiting_text
 
 logger = logging.getLogger(__name__)
 
-START_DEADLINE = 600  # seconds; torchrun may have to start the ranks, and each loads torch
-START_POLL = 0.05  # seconds between looks at what machines have sent
+JOIN_DEADLINE = 600  # seconds; torchrun may have to start the ranks, and each loads torch
+JOIN_POLL = 0.05  # seconds between looks at what machines have sent
 FIRST_NOTICE = 0.5  # seconds; ranks that are ready already need less
 LEAVE_DEADLINE = 1.0  # seconds for machines to end their ranks
 
@@ -37,7 +37,7 @@ class ClusterGroup:
         self.world_size = meeting.cluster.ranks
         self.kind = device
         self.kills_before = 0
-        self.machines: list[Machine] = []
+        self.machines: list[RelayLink] = []
         self._meeting, self._device = meeting, device
         self._stopped = False
 
@@ -50,7 +50,7 @@ class ClusterGroup:
         check: called while waiting; it may raise. on_notice: called with how many ranks have joined.
         """
         self._meeting.open()
-        seconds = start_deadline(os.environ, START_DEADLINE)
+        seconds = start_deadline(os.environ, JOIN_DEADLINE)
         began, said = time.monotonic(), ""
         while not self._is_complete(machines := self._meeting.present()):
             check()
@@ -62,12 +62,12 @@ class ClusterGroup:
                 on_notice(text)
             if waited > seconds:
                 raise TimeoutError(coded("AV-1905", self._late(machines, seconds)))
-            time.sleep(START_POLL)
+            time.sleep(JOIN_POLL)
         self._require_device(machines)
         self.machines = machines
 
     @property
-    def links(self) -> list[Machine]:
+    def links(self) -> list[RelayLink]:
         return self.machines
 
     @property
@@ -116,18 +116,18 @@ class ClusterGroup:
             machine.farewell(deadline)
 
     def _losses(self) -> str:
-        return " ".join(dict.fromkeys(machine.loss.text for machine in self.machines if machine.loss is not None))
+        return " ".join(dict.fromkeys(machine.loss for machine in self.machines if machine.loss is not None))
 
-    def _is_complete(self, machines: list[Machine]) -> bool:
+    def _is_complete(self, machines: list[RelayLink]) -> bool:
         """Whether all ranks have joined one group. Those of a group that has ended may still be connected."""
         groups = {rank: group for machine in machines for rank, group in machine.ready.items()}
         return len(groups) == self.world_size and len(set(groups.values())) == 1
 
-    def _late(self, machines: list[Machine], seconds: float) -> str:
+    def _late(self, machines: list[RelayLink], seconds: float) -> str:
         refusal = self._meeting.refusal and f"\nA machine was refused: {self._meeting.refusal}"
         return late_text(self._meeting.cluster, machines, seconds) + refusal
 
-    def _require_device(self, machines: list[Machine]) -> None:
+    def _require_device(self, machines: list[RelayLink]) -> None:
         self.kind = machines[0].device
         if self._device not in ("auto", self.kind):
             raise coded_error(

@@ -21,7 +21,7 @@ from ...wire.channel import ChannelClosed
 from ...wire.envelopes import Hello
 from ...wire.link import keep_alive
 from ...wire.tls import Handshake, Key
-from .machine import Machine
+from .machine import RelayLink
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ MOST_STEPS = 64  # times that data of a connection is looked at until it has sai
 PACE = 0.005  # seconds
 MOST_A_TURN = 2
 BACKLOG = 128
-USER_TIMEOUT = 8.0  # seconds without an acknowledgement until a machine counts as lost
+CONFIRMED_WITHIN = 8.0  # seconds without an acknowledgement until a machine counts as lost
 MINUTE = 60.0  # seconds in which an address gets one line in the log
 MOST_LINES = 20  # in a minute, from all addresses
 
@@ -46,7 +46,7 @@ class Listener:
     """
 
     def __init__(
-        self, cluster: Cluster, key: Key, admit: Callable[[Machine, Hello], None], at_end: Callable[[], None]
+        self, cluster: Cluster, key: Key, admit: Callable[[RelayLink, Hello], None], at_end: Callable[[], None]
     ):
         self._key, self._admit, self._at_end = key, admit, at_end
         self._complaints = _Complaints(cluster.name)
@@ -62,7 +62,7 @@ class Listener:
         return self._thread.is_alive() and not self._ended
 
     def end(self) -> None:
-        """Lets the thread end, which closes everything. Does not wait, so that a finalizer can call it in any thread."""
+        """Lets the thread end, which closes everything. Does not wait, so a finalizer can call it in any thread."""
         if not self._ended:
             self._ended = True
             _close(self._waker)
@@ -154,7 +154,7 @@ class _Newcomer:
     def __init__(self, connection: socket.socket, address: str):
         self.address = address
         self.until = time.monotonic() + DEADLINE
-        self.machine: Machine | None = None
+        self.machine: RelayLink | None = None
         self._connection: socket.socket | Handshake | None = connection
         self._steps = 0
         connection.setblocking(False)
@@ -182,8 +182,8 @@ class _Newcomer:
         if self.is_silent:
             self._connection = Handshake(self._connection, key, server=True)
         if self.machine is None and (established := self._connection.step()) is not None:
-            keep_alive(established, USER_TIMEOUT)
-            self.machine, self._connection = Machine(established), None
+            keep_alive(established, CONFIRMED_WITHIN)
+            self.machine, self._connection = RelayLink(established), None
             self.until = time.monotonic() + DEADLINE
         return None if self.machine is None else self.machine.greet()
 

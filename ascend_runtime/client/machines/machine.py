@@ -11,11 +11,9 @@ import math
 import mmap
 import select
 import socket
-import ssl
 import threading
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -28,7 +26,7 @@ from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Hello, Here, Le
 from ...wire.link import Link, LinkClosed
 from ...wire.messages import Done, Failed, Message, Ready, SharedTensor, Undecodable
 from ...wire.packets import MAX_BODY
-from ...wire.regions import SEPARATE, pieces_of
+from ...wire.regions import SHORTEST_STRETCH, stretches_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +40,17 @@ def spans(ranks: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in lists)
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Why a machine's ranks cannot work on. text: a sentence."""
-
-    text: str
-
-
-class Machine:
+class RelayLink:
     """A machine's connection, and what its ranks have said of themselves.
 
-    It is a `links.RankLink`; a job's thread reads it while the job runs, and `look` at other times, from any thread.
+    It is a `links.RankLink`, which a job's thread reads while the job runs; at other times `look` does, in any thread.
 
-    here: ranks that have connected to the machine's relay. ready: the name of its group, by rank that has joined one.
-    loss: why it is of no use any more; None while it is.
+    sock: of TLS, established with a side that has the key. here: ranks that have connected to the machine's relay.
+    ready: the name of its group, by rank that has joined one. loss: a sentence why the ranks cannot work on; None while
+    they can.
     """
 
-    def __init__(self, sock: ssl.SSLSocket):
+    def __init__(self, sock: socket.socket):
         self._socket = sock
         self._link = Link(sock, self._place)
         self._one_at_a_time = threading.RLock()
@@ -66,7 +58,7 @@ class Machine:
         self.ranks: tuple[int, ...] = ()
         self.here: set[int] = set()
         self.ready: dict[int, str] = {}
-        self.loss: Loss | None = None
+        self.loss: str | None = None
         self._job = 0  # that its ranks have not all answered
         self._unanswered: set[int] = set()
         self._lent: list[_Lent] = []
@@ -142,7 +134,7 @@ class Machine:
             return
         with self._one_at_a_time:
             if self.loss is not None:
-                raise ChannelClosed(self.loss.text)
+                raise ChannelClosed(self.loss)
             if job:
                 self._job, self._unanswered = job, set(receivers)
                 self._lent = [_Lent(shared) for shared in sealed.lent]
@@ -158,7 +150,7 @@ class Machine:
     def take(self) -> tuple[int, Message] | None:
         with self._one_at_a_time:
             if self.loss is not None:
-                raise ChannelClosed(self.loss.text)
+                raise ChannelClosed(self.loss)
             try:
                 envelope = self._envelope()
                 return None if envelope is None else self._read(envelope)
@@ -167,7 +159,7 @@ class Machine:
 
     def _envelope(self) -> Envelope | None:
         if not self._is_open:
-            raise ChannelClosed(self.loss.text)
+            raise ChannelClosed(self.loss)
         try:
             return self._link.take()
         except LinkClosed as error:
@@ -219,7 +211,7 @@ class Machine:
         if envelope.rank not in self.ranks:
             raise Undecodable(f"It has no rank {envelope.rank}.")
         if not (0 < envelope.body <= MAX_BODY and 0 <= envelope.block <= MOST_TENSORS):
-            raise Undecodable(f"A message of {envelope.body} bytes with {envelope.block} bytes of tensors is not possible.")
+            raise Undecodable(f"No message has {envelope.body} bytes, and tensors of {envelope.block} bytes.")
         self._body = bytearray(envelope.body)
         # The kernel gives pages only to what arrives, and at an address that suits every dtype.
         self._block = mmap.mmap(-1, envelope.block) if envelope.block else b""
@@ -258,7 +250,7 @@ class Machine:
             self._lose(f"The connection to the machine {self.name} was closed.")
 
     def _lose(self, text: str) -> None:
-        self.loss = self.loss or Loss(text)
+        self.loss = self.loss or text
         self._lent, self._body, self._block = [], b"", b""
         try:
             # A process that was forked meanwhile has a copy of the descriptor, which would keep the connection open.
@@ -271,10 +263,10 @@ class Machine:
         """Of a rank that has ended. The connection stays, so that the machine can be asked to end the others."""
         which = f"Rank {gone.rank} of {self.hello.world_size}, on the machine {self.name},"
         if gone.by_kernel:
-            self.loss = Loss(f"{which} was killed by SIGKILL, {host.BY_THE_KERNEL}.")
+            self.loss = f"{which} was killed by SIGKILL, {host.BY_THE_KERNEL}."
         else:
-            self.loss = Loss(f"{which} has ended. The output of torchrun on {self.name} says why.")
-        raise ChannelClosed(self.loss.text)
+            self.loss = f"{which} has ended. The output of torchrun on {self.name} says why."
+        raise ChannelClosed(self.loss)
 
     def _lost(self, error: Exception) -> str:
         return f"The machine {self.name}, with rank {spans(self.ranks)}, was lost: {error}."
@@ -291,9 +283,9 @@ class _Lent:
     def place(self, region: Region) -> list[memoryview]:
         """Where a part's content belongs. Raises Undecodable if it is no part of this result."""
         self._check(region)
-        pieces = pieces_of(region)
+        pieces = stretches_of(region)
         first, last = next(pieces)
-        if last - first >= SEPARATE:
+        if last - first >= SHORTEST_STRETCH:
             return [self._memory[start:stop] for start, stop in ((first, last), *pieces)]
         self._aside = region, bytearray(region.itemsize * math.prod(region.sizes))
         return [memoryview(self._aside[1])]

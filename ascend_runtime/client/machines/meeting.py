@@ -12,7 +12,7 @@ from ...wire.envelopes import Hello
 from ...wire.tls import read_key
 from .greeting import rejection
 from .listener import Listener
-from .machine import Machine
+from .machine import RelayLink
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Meeting:
     def __init__(self, cluster: Cluster):
         self.cluster = cluster
         self._refusal, self._refused_at = "", 0.0
-        self._machines: list[Machine] = []
+        self._machines: list[RelayLink] = []
         self._one_at_a_time = threading.Lock()
         self._listener: Listener | None = None
         self._pid = os.getpid()  # to recognise a forked child, whose connections these are not
@@ -35,13 +35,13 @@ class Meeting:
         if self._listener is None or not self._listener.alive:
             self._listener = Listener(self.cluster, read_key(self.cluster.key), self._admit, self._close_machines)
 
-    def present(self) -> list[Machine]:
+    def present(self) -> list[RelayLink]:
         """The machines that are connected, in the order of their ranks."""
         with self._one_at_a_time:
             self._look()
             return sorted(self._machines, key=lambda machine: machine.ranks)
 
-    def drop(self, machines: list[Machine]) -> None:
+    def drop(self, machines: list[RelayLink]) -> None:
         with self._one_at_a_time:
             self._machines = [machine for machine in self._machines if machine not in machines]
 
@@ -61,7 +61,7 @@ class Meeting:
         """Why a machine was rejected lately; empty if none was since the last one was welcomed."""
         return self._refusal if time.monotonic() - self._refused_at < LATELY else ""
 
-    def _admit(self, machine: Machine, hello: Hello) -> None:
+    def _admit(self, machine: RelayLink, hello: Hello) -> None:
         with self._one_at_a_time:
             self._look()
             rejected = rejection(hello, self.cluster, self._machines)

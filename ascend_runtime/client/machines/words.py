@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ...specs.cluster import Cluster
-from .machine import Machine, spans
+from .machine import RelayLink, spans
 
 
-def waiting_text(cluster: Cluster, machines: Sequence[Machine]) -> str:
+def waiting_text(cluster: Cluster, machines: Sequence[RelayLink]) -> str:
     """How far the ranks have come, while a job waits for them."""
     here = {rank for machine in machines for rank in machine.here}
     joined = f"{len(here)} of {cluster.ranks} ranks have joined"
@@ -20,7 +20,7 @@ def waiting_text(cluster: Cluster, machines: Sequence[Machine]) -> str:
     return f"{joined}; waiting for {_ranks(missing)}. {_present(machines)}"
 
 
-def late_text(cluster: Cluster, machines: Sequence[Machine], seconds: float) -> str:
+def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -> str:
     """Why a job could not begin."""
     missing = set(range(cluster.ranks)).difference(*(machine.here for machine in machines))
     if missing:
@@ -29,12 +29,12 @@ def late_text(cluster: Cluster, machines: Sequence[Machine], seconds: float) -> 
         lack = f"The ranks of the cluster {cluster.name!r} have not found each other"
     present = _present(machines) if machines else f"No machine has come to {cluster.listen}."
     return (
-        f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks, with "
+        f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks by "
         f"the same command on each machine:\n{_command(cluster)}\nSet ASCEND_RUNTIME_START_DEADLINE to wait longer."
     )
 
 
-def _present(machines: Sequence[Machine]) -> str:
+def _present(machines: Sequence[RelayLink]) -> str:
     each = [f"{machine.name} ({_ranks(machine.here)})" if machine.here else f"{machine.name} (none yet)"
             for machine in machines]  # fmt: skip
     return f"Joined: {', '.join(each)}."
