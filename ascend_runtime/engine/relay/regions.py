@@ -6,7 +6,7 @@ import math
 
 from ...wire.control import Wrote
 from ...wire.envelopes import Region
-from ...wire.regions import SEPARATE, pieces_of
+from ...wire.regions import SHORTEST_STRETCH, stretches_of
 
 
 def region_of(wrote: Wrote) -> Region:
@@ -26,7 +26,7 @@ def content_of(region: Region, memory: memoryview) -> list[memoryview]:
     """
     if region.itemsize * math.prod(region.shape) > len(memory):
         raise ValueError(f"A tensor of {region.shape} is larger than the memory of {len(memory)} bytes.")
-    pieces = [memory[start:stop] for start, stop in pieces_of(region)]
-    if len(pieces) == 1 or len(pieces[0]) >= SEPARATE:
+    pieces = [memory[start:stop] for start, stop in stretches_of(region)]
+    if len(pieces) == 1 or len(pieces[0]) >= SHORTEST_STRETCH:
         return pieces
     return [memoryview(b"".join(pieces))]
