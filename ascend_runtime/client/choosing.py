@@ -97,7 +97,7 @@ def with_plan(jobs: JobsOfCall, choices: Choices, planned: PlannedJob, run: Call
     chosen = choices.of(jobs, planned)
     jobs.show(chosen)
     try:
-        return _with_plan(run(chosen), chosen, [chosen.line] * chosen.short)
+        return _with_plan(run(chosen), chosen, chosen.warnings)
     except (RankError, RankDied) as caught:
         error = caught
         smaller = _next(jobs, choices, planned, chosen, error)
@@ -106,7 +106,7 @@ def with_plan(jobs: JobsOfCall, choices: Choices, planned: PlannedJob, run: Call
     warning = _retried(chosen, smaller, _of_host(jobs, error))
     jobs.notice(warning)
     jobs.show(smaller)
-    return _with_plan(run(smaller), smaller, [warning])
+    return _with_plan(run(smaller), smaller, [warning, *smaller.warnings])
 
 
 def _next(
@@ -127,7 +127,7 @@ def _next(
 
 def _of_host(jobs: JobsOfCall, error: RankError | RankDied) -> bool:
     """Whether the host's memory did not suffice, rather than a device's. Ranks on a CPU take all of theirs from it."""
-    return jobs.on_devices and not host.out_of_device_memory(str(error))
+    return jobs.on_devices() and not host.out_of_device_memory(str(error))
 
 
 def _retried(failed: Chosen, smaller: Chosen, on_host: bool) -> str:

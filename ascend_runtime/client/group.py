@@ -30,6 +30,8 @@ from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
 from ..wire.shared_memory import blocks
 from . import restarts
+from .links import ChannelLink
+from .submission import COMPUTING
 
 logger = logging.getLogger(__name__)
 restarts.reap()
@@ -48,7 +50,6 @@ OF_ONE_HOST = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
 }
-COMPUTING = "is computing"
 STATES = {  # proc_pid_stat(5)
     "R": COMPUTING,
     "S": "is waiting",
@@ -106,7 +107,7 @@ class Rank:
 
 
 class RankGroup:
-    """Ranks that start and end together. `ranks[i].channel` is the control connection of rank i.
+    """Ranks of this machine that start and end together. `ranks[i].channel` is the control connection of rank i.
 
     sharded: whether their environment is for weights that FSDP2 shards.
     """
@@ -115,6 +116,7 @@ class RankGroup:
         self.world_size = world_size
         self.kind = kind
         self.ranks: list[Rank] = []
+        self.links: list[ChannelLink] = []
         self._own = environment or {}
         self._environment = rank_environment(kind, os.environ, self._own, sharded)
         self._variables = variables_of_ranks(kind, world_size, self._environment, OF_ONE_HOST, self._own)
@@ -128,7 +130,9 @@ class RankGroup:
         self._pid = os.getpid()  # to recognise a forked child, which does not own the ranks
         self._watcher = threading.Thread(target=self._start_and_watch, name="ascend-ranks", daemon=True)
 
-    def start(self, check: Callable[[], None] = lambda: None) -> None:
+    def start(
+        self, check: Callable[[], None] = lambda: None, on_notice: Callable[[str], None] = lambda text: None
+    ) -> None:
         """Starts the ranks and returns when all are ready. Raises RankDied with a rank's last output, TimeoutError, or,
         before a rank is started, ValueError if this host's NPUs cannot be used.
 
@@ -161,6 +165,15 @@ class RankGroup:
     def may_shard(self) -> bool:
         """Whether these ranks' environment suits weights that FSDP2 shards."""
         return suits_sharded(self.kind, self._environment)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the ranks, in order."""
+        return [rank.process.pid for rank in self.ranks]
+
+    def doing(self, rank: int) -> str:
+        """The state of a rank's process, such as "is waiting"."""
+        return self.ranks[rank].doing
 
     @property
     def lost(self) -> bool:
@@ -250,6 +263,7 @@ class RankGroup:
             for rank in range(self.world_size):
                 if not self._stopping:
                     self.ranks.append(self._start_one(rank, store))
+                    self.links.append(ChannelLink(rank, self.ranks[-1].channel))
         finally:
             os.close(store)
 

@@ -18,11 +18,15 @@ class JobsOfCall:
     """Submits jobs that share the hooks of one call. A cancel applies to all of them.
 
     submit: runs a job. start: starts the ranks if none are alive, or again if jobs shard weights by FSDP2 and these
-    ranks cannot. on_devices: whether the ranks have memory of their own, and not only the host's.
+    ranks cannot. on_devices: whether the ranks, once started, have memory of their own, and not only the host's.
     """
 
     def __init__(
-        self, submit: Callable[[MakeMessage], Result], start: Callable[[bool], None], hooks: Hooks, on_devices: bool
+        self,
+        submit: Callable[[MakeMessage], Result],
+        start: Callable[[bool], None],
+        hooks: Hooks,
+        on_devices: Callable[[], bool],
     ):
         self._submit, self._start, self._hooks, self.on_devices = submit, start, hooks, on_devices
 

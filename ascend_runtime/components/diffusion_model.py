@@ -238,7 +238,8 @@ class _Reader:
         layout = Layout.of(weights)
         changed = [weights[expert][name].nbytes
                    for expert, one in unread.items() for name in merged_by(loras[expert], one.lora)]  # fmt: skip
-        require_room(layout, sum(changed), self.room.free_host(layout.nbytes + sum(changed), pinned=True))
+        free = self.room.free_host(layout.nbytes + sum(changed), pinned=True)
+        require_room(layout, sum(changed), free, self.room.host_memory.ranks)
         return layout
 
     def experts(

@@ -24,7 +24,9 @@ from ..models.shared.tiling import bytes_whole
 from ..ops.finite import check_finite
 from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
+from ..parallel.machines import machines, sums_of_machines
+from ..parallel.measured_link import measured_link
+from ..parallel.mesh import all_alike, all_reduce_max, communicators
 from ..planner.facts import Machine
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
@@ -36,7 +38,7 @@ from ..wire.shared_memory import borrowed
 from . import planning
 from .denoising import StepsOfJob, denoised, standing_still
 from .explaining import Explainer, Generated
-from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .generation import Generation, Ranks, Request, check_request, unguided, warm_up_of
 from .guard.diagnosis import check_encoded
 from .guard.frames import DoneFacts
 from .model_calls import ModelCalls
@@ -62,18 +64,20 @@ class RankPipeline:
     """Runs jobs on one rank; every public method takes a job (see job.py) and returns its `Done`.
 
     With the text encoder's placement "cpu", only rank 0 encodes; the others reply at once, and it uses their cores.
-    All ranks work on all other jobs.
+    All ranks work on all other jobs. link: between machines, if there are several.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.rank = dist.get_rank()
+        self.folders: dict[str, str] = {}  # of specs, as a client has them -> on this machine
         self.components = Components(device)
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
         self._facts = planning.KnownModels(self.components.state)  # used on rank 0
         self.explainer = Explainer(device, self.components, self._variables)
+        self.link = measured_link(device.type)
 
     def ping(self, job) -> Done:
         """Returns `reply` floats from rank 0; fills this rank's part of the frames, if the message has any."""
@@ -218,7 +222,7 @@ class RankPipeline:
         request = _request(message, spec)
         check_request(model, request)
         request = dataclasses.replace(request, given=model.conditioner.read(request.given))
-        plan = plan if model.guided(spec) else plan.unguided()
+        plan = plan if model.guided(spec) else unguided(plan, message.acceleration)
         ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._variables)
         with job.together():
             generation = Generation.prepare(model, request, ranks)
@@ -343,6 +347,8 @@ class RankPipeline:
             device_memory=-all_reduce_max(-room),
             host_memory=max(0, on_host - (0 if self.device.type == "cpu" else memory.ROOM)),
             communicator=each,
+            hosts=machines().hosts,
+            link=self.link,
         )
 
     def free(self, job) -> Done:
@@ -370,9 +376,11 @@ class RankPipeline:
             self.components.models.give_way(host_memory)
 
     def _host_memory(self) -> HostMemory:
-        """The same on all ranks. All ranks must call it, before one of them loads."""
-        held = all_reduce_sum(torch.tensor(self.components.models.on_host))
-        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held))
+        """The same on all ranks: of each number, that of the machine with the least. All ranks must call it, before one
+        of them loads."""
+        held = sums_of_machines(torch.tensor(self.components.models.on_host)).amin(0)
+        ranks = max(map(len, machines().members)) if machines().count > 1 else devices.local_ranks()
+        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held), ranks)
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""

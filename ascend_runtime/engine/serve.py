@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import replace
 
-from ..errors import coded
+from ..errors import code_of, coded
 from ..hardware import devices
-from ..parallel.machines import MACHINE, know_machines
+from ..parallel.machines import MACHINE, know_machines, machines
+from ..specs.paths import with_paths
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.messages import (
     UNREAD,
@@ -69,12 +70,13 @@ def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
     except Undecodable as error:
         _reply(channel, Failed(job=UNREAD, kind="internal", error=coded("AV-1507", str(error))))
         return True
-    if type(message) in _WORK:
-        _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
+    if isinstance(message, Located):
+        pipeline.folders = message.paths
+    elif type(message) in _WORK:
+        message = with_paths(message, pipeline.folders)
+        _reply(channel, _of_machine(_answer(Job(message, channel, pipeline.device), pipeline)))
         if pipeline.device.type == "cpu" and not pipeline.calls.going_on:
             devices.empty_cache(pipeline.device)  # after the reply, for other processes on the host
-    elif isinstance(message, Located):
-        pipeline.located = message
     elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may arrive after its job has finished
         error = coded("AV-1507", f"A {type(message).__name__} is not a job.")
         _reply(channel, Failed(job=UNREAD, kind="internal", error=error))
@@ -93,6 +95,17 @@ def _reply(channel: Channel, answer: Message) -> None:
 
 def _writable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
+
+
+def _of_machine(answer: Message) -> Message:
+    """An answer of this rank; a failure on another machine than the first names it, as its files are others."""
+    known = machines()
+    name = known.name_of(known.rank)
+    own = isinstance(answer, Failed) and answer.kind in ("user", "internal")
+    if not own or name == known.name_of(0):
+        return answer
+    code, said = code_of(answer.error), f"On {name}: {answer.error}"
+    return replace(answer, error=coded(code, said) if code else said)
 
 
 def _answer(job: Job, pipeline: RankPipeline) -> Message:

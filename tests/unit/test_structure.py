@@ -19,7 +19,8 @@ MOST_LAYERS, MOST_AT_THE_TOP, MOST_FILES = 16, 3, 14
 RESERVED = {
     "torch_npu": ("ascend_runtime.ops.libraries",),
     "mindiesd": ("ascend_runtime.ops.libraries",),
-    "socket": tuple(f"ascend_runtime.{name}" for name in ("wire", "client.group", "engine.worker", "commands.queue")),
+    "socket": tuple(f"ascend_runtime.{name}" for name in ("wire", "client.group", "engine.worker", "commands.queue",
+                                                          "commands.doctor")),
     "subprocess": ("ascend_runtime.client.group", "ascend_runtime.commands.queue", "ascend_runtime.commands.doctor",
                    "ascend_runtime.wire.tls"),
     "ssl": ("ascend_runtime.wire", "ascend_runtime.commands.queue"),

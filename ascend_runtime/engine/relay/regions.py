@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator
-from itertools import product
 
 from ...wire.control import Wrote
 from ...wire.envelopes import Region
-
-SEPARATE = 1 << 14  # bytes; shorter pieces are gathered, as each one that is sent costs a system call and a TLS record
+from ...wire.regions import SEPARATE, pieces_of
 
 
 class LentMemory:
@@ -44,20 +41,7 @@ def content_of(region: Region, memory: memoryview) -> list[memoryview]:
     """
     if region.itemsize * math.prod(region.shape) > len(memory):
         raise ValueError(f"A tensor of {region.shape} is larger than the memory of {len(memory)} bytes.")
-    pieces = [memory[start:stop] for start, stop in _pieces(region)]
+    pieces = [memory[start:stop] for start, stop in pieces_of(region)]
     if len(pieces) == 1 or len(pieces[0]) >= SEPARATE:
         return pieces
     return [memoryview(b"".join(pieces))]
-
-
-def _pieces(region: Region) -> Iterator[tuple[int, int]]:
-    """The bytes from ... to ... of each piece of a part that lies in memory without a gap."""
-    strides = [region.itemsize * math.prod(region.shape[dim + 1 :]) for dim in range(len(region.shape))]
-    inner = len(region.shape) - 1  # the first dim of those that are one piece together
-    while inner > 0 and region.sizes[inner] == region.shape[inner]:
-        inner -= 1
-    first = sum(start * stride for start, stride in zip(region.starts, strides))
-    length = region.sizes[inner] * strides[inner] if strides else region.itemsize
-    for steps in product(*map(range, region.sizes[: max(inner, 0)])):
-        start = first + sum(step * stride for step, stride in zip(steps, strides))
-        yield start, start + length
