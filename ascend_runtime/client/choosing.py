@@ -127,7 +127,7 @@ def _next(
 
 def _of_host(jobs: JobsOfCall, error: RankError | RankDied) -> bool:
     """Whether the host's memory did not suffice, rather than a device's. Ranks on a CPU take all of theirs from it."""
-    return jobs.on_devices() and not host.out_of_device_memory(str(error))
+    return jobs.on_devices and not host.out_of_device_memory(str(error))
 
 
 def _retried(failed: Chosen, smaller: Chosen, on_host: bool) -> str:

@@ -28,10 +28,14 @@ class JobsOfCall:
         hooks: Hooks,
         on_devices: Callable[[], bool],
     ):
-        self._submit, self._start, self._hooks, self.on_devices = submit, start, hooks, on_devices
+        self._submit, self._start, self._hooks, self._on_devices = submit, start, hooks, on_devices
 
     def __call__(self, make: MakeMessage) -> Result:
         return self._submit(make)
+
+    @property
+    def on_devices(self) -> bool:
+        return self._on_devices()
 
     def begin(self, sharded: bool = False) -> None:
         """Starts the ranks if that is needed. sharded: whether jobs shard weights by FSDP2."""

@@ -32,7 +32,7 @@ def _lasting(hello: Hello, cluster: Cluster, others: Sequence[Machine]) -> Itera
         yield coded("AV-1904", str(error))
         return
     yield from _numbers(hello, cluster)
-    if hello.device not in DEVICE_KINDS:
+    if hello.device not in DEVICE_KINDS or hello.device == "auto":
         yield coded("AV-1904", f"The device of {_named(hello)} is {hello.device[:80]!r}, which is not known.")
     for other in others:
         if other.device != hello.device:

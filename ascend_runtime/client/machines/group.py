@@ -89,8 +89,7 @@ class ClusterGroup:
 
     def died(self, doing: str) -> RankDied:
         """The error for a job that lost a machine or a rank."""
-        losses = dict.fromkeys(machine.loss.text for machine in self.machines if machine.loss is not None)
-        death = host.advise(" ".join(losses), "AV-1906")
+        death = host.advise(self._losses(), "AV-1906")
         return RankDied(
             f"{death}\nThis happened during: {doing}. The next job runs when torchrun has started the ranks again."
         )
@@ -108,14 +107,16 @@ class ClusterGroup:
     def kill(self) -> None:
         """Asks the machines to end their ranks, after a loss, or as they do not answer."""
         self._stopped = True
-        lost = [machine.name for machine in self.machines if machine.loss is not None]
-        reason = f"{', '.join(lost)} was lost." if lost else "ranks did not answer."
+        reason = self._losses() or "Ranks did not answer in time."
         self._meeting.drop(self.machines)
         for machine in self.machines:
             machine.leave(reason)
         deadline = time.monotonic() + LEAVE_DEADLINE
         for machine in self.machines:
             machine.farewell(deadline)
+
+    def _losses(self) -> str:
+        return " ".join(dict.fromkeys(machine.loss.text for machine in self.machines if machine.loss is not None))
 
     def _is_complete(self, machines: list[Machine]) -> bool:
         """Whether all ranks have joined one group. Those of a group that has ended may still be connected."""
