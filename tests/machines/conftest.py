@@ -50,3 +50,9 @@ def pairs(tmp_path_factory):
     yield pair
     while made:
         made.popitem()[1].close()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests with two ranks on each host come last, so that hosts are made once for each number."""
+    items.sort(key=lambda item: getattr(item, "callspec", None) is not None
+               and item.callspec.params.get("ranks_of_each") == 2)  # fmt: skip
