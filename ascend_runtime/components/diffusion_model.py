@@ -140,7 +140,7 @@ class _Unread:
     def is_mapped(self, name: str, kept: Tensor) -> bool:
         """Whether a CPU maps the parameter of this name from its file, as it is kept the way it is stored."""
         place = self.places.get(name)
-        return place is not None and place.coding is None and (place.nbytes, place.shape) == (kept.nbytes, kept.shape)
+        return place is not None and place.is_kept_as_stored(kept.dtype) and place.shape == kept.shape
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:

@@ -159,6 +159,19 @@ def all_alike(value: object) -> bool:
     return all_reduce_max(digest) == -all_reduce_max(-digest)
 
 
+def gather_bytes(content: bytes) -> list[bytes]:
+    """What each rank gives, by all-gathers on the CPU. All ranks must call it."""
+    size = torch.tensor([len(content)])
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    padded = torch.zeros(max(1, *map(int, sizes)), dtype=torch.uint8)
+    if content:
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded)
+    return [one.numpy().tobytes()[: int(length)] for one, length in zip(found, sizes)]
+
+
 def all_reduce_sum(values: Tensor) -> list[float]:
     """The sums of `values` over all ranks, elementwise, by an all-reduce on the CPU. All ranks must call it."""
     values = values.cpu().to(torch.float64, copy=True)

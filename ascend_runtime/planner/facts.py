@@ -36,8 +36,8 @@ class Network:
 
     part: of the family (models.family.TRANSFORMER, VAE, TEXT_ENCODER, ...). shapes: of all parameters, by their names
     in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names
-    it; empty: not known.
-    quantized: the number of bytes of an element of each parameter that is kept in 8 bits, by name.
+    it; empty: not known; "": it is read into other bytes.
+    quantized: the dtype of each parameter of the layers that are kept in 8 bits or less, by name.
     packed: the weights that can stay in blocks of their file, by name. multiples: of inputs, in which tensor
     parallelism can cut quantized weights, by name; others in any number. It finds weights dequantized that it would cut
     otherwise.
@@ -48,7 +48,7 @@ class Network:
     shapes: Shapes
     stored: int = 0
     stored_types: Mapping[str, str] = field(default_factory=dict)
-    quantized: Mapping[str, int] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, StoredBlocks] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
 
