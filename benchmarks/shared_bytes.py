@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from unittest.mock import patch
 
-from ascend_runtime.wire import channel, shared_memory
+from ascend_runtime.wire import packets, shared_memory
 
 
 class SharedBytes:
@@ -17,7 +17,7 @@ class SharedBytes:
         self._patches = ExitStack()
 
     def __enter__(self) -> SharedBytes:
-        fill, mapped = shared_memory.blocks.fill, channel._mapped
+        fill, mapped = shared_memory.block_of, packets._mapped
 
         def filled(parcel):
             self.sent += sum(tensor.nbytes for _, tensor in parcel.tensors)
@@ -27,8 +27,8 @@ class SharedBytes:
             self.received += size
             return mapped(descriptor, size)
 
-        self._patches.enter_context(patch.object(shared_memory.blocks, "fill", filled))
-        self._patches.enter_context(patch.object(channel, "_mapped", received))
+        self._patches.enter_context(patch.object(shared_memory, "block_of", filled))
+        self._patches.enter_context(patch.object(packets, "_mapped", received))
         return self
 
     def __exit__(self, *_) -> None:

@@ -24,7 +24,9 @@ from ..models.shared.tiling import bytes_whole
 from ..ops.finite import check_finite
 from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
+from ..parallel.machines import machines, sums_of_machines
+from ..parallel.measured_link import measured_link
+from ..parallel.mesh import all_alike, all_reduce_max, communicators
 from ..planner.facts import Machine
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
@@ -36,7 +38,7 @@ from ..wire.shared_memory import borrowed
 from . import planning
 from .denoising import StepsOfJob, denoised, standing_still
 from .explaining import Explainer, Generated
-from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .generation import Generation, Ranks, Request, check_request, unguided, warm_up_of
 from .guard.diagnosis import check_encoded
 from .guard.frames import DoneFacts
 from .model_calls import ModelCalls
@@ -63,7 +65,7 @@ class RankPipeline:
     """Runs jobs on one rank; every public method takes a job (see job.py) and returns its `Done`.
 
     With the text encoder's placement "cpu", only rank 0 encodes; the others reply at once, and it uses their cores.
-    All ranks work on all other jobs.
+    All ranks work on all other jobs. link: between machines, if there are several.
     """
 
     def __init__(self, device: torch.device):
@@ -76,6 +78,7 @@ class RankPipeline:
         self.calls = ModelCalls(self._variables)
         self._facts = planning.KnownModels(self.components.state)  # used on rank 0
         self.explainer = Explainer(device, self.components, self._variables)
+        self.link = measured_link(device.type)
         self.same_files = SameFiles(self.components.found)
 
     def ping(self, job) -> Done:
@@ -83,7 +86,9 @@ class RankPipeline:
         message = job.message
         if message.frames is not None:
             with borrowed(message.frames) as frames:
-                frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0)
+                own = frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0)
+            first = own.storage_offset() // frames.stride(0)
+            job.wrote(message.frames, [slice(first, first + len(own))])
         reply = torch.ones(message.reply) if message.reply and self.rank == 0 else None
         return _done(job, tensor=reply)
 
@@ -221,7 +226,7 @@ class RankPipeline:
         request = _request(message, spec)
         check_request(model, request)
         request = dataclasses.replace(request, given=model.conditioner.read(request.given))
-        plan = plan if model.guided(spec) else plan.unguided()
+        plan = plan if model.guided(spec) else unguided(plan, message.acceleration)
         ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._variables)
         with job.together():
             generation = Generation.prepare(model, request, ranks)
@@ -346,6 +351,8 @@ class RankPipeline:
             device_memory=-all_reduce_max(-room),
             host_memory=max(0, on_host - (0 if self.device.type == "cpu" else memory.ROOM)),
             communicator=each,
+            hosts=machines().hosts,
+            link=self.link,
         )
 
     def free(self, job) -> Done:
@@ -375,9 +382,11 @@ class RankPipeline:
             self.components.models.give_way(host_memory)
 
     def _host_memory(self) -> HostMemory:
-        """The same on all ranks. All ranks must call it, before one of them loads."""
-        held = all_reduce_sum(torch.tensor(self.components.models.on_host))
-        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held))
+        """The same on all ranks: of each number, that of the machine with the least. All ranks must call it, before one
+        of them loads."""
+        held = sums_of_machines(torch.tensor(self.components.models.on_host)).amin(0)
+        ranks = max(map(len, machines().members)) if machines().count > 1 else devices.local_ranks()
+        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held), ranks)
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""

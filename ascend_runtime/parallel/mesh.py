@@ -17,15 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..specs import Plan
-from ..specs.plans import AXES
+from ..specs.plans import AXES, Line, lines_along
 
 # renamed in torch 2.13
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 RENDEZVOUS_SECONDS = 120.0  # in which all ranks must have created a group
 FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some collectives use as one
-
-Line = tuple[int, ...]  # ranks that form a group
 
 _groups: dict[tuple[str, Line, bool], dist.ProcessGroup | None] = {}  # None: this rank is not in it
 
@@ -57,10 +55,8 @@ def group_along(
     """The group of this rank and those that differ from it only along these dims of a grid of all ranks, for tensors on
     `kind` devices; None if there are none. degrees: the grid's sizes. background, and who must call it: see `group_of`.
     """
-    grid = torch.arange(dist.get_world_size()).view(degrees)
     size = math.prod(degrees[dim] for dim in dims)
-    lines = grid.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, size)
-    return group_of(kind, tuple(map(tuple, lines.tolist())), background) if size > 1 else None
+    return group_of(kind, lines_along(degrees, dims), background) if size > 1 else None
 
 
 def group_of(kind: str, lines: tuple[Line, ...], background: bool = False) -> dist.ProcessGroup | None:

@@ -50,7 +50,7 @@ class Here(Envelope):
     rank: int
 
 
-class Deliver(Envelope):
+class Deliver(Envelope, kw_only=True):
     """A message for ranks of this machine. The payload is its body, and then its block of tensors.
 
     job: which the ranks must answer; 0: none. body, block: bytes. lent: the bytes of each memory that the client lends,
@@ -64,7 +64,7 @@ class Deliver(Envelope):
     lent: tuple[int, ...] = ()
 
 
-class FromRank(Envelope):
+class FromRank(Envelope, kw_only=True):
     """A message of a rank. The payload is its body, and then its block of tensors; both in bytes."""
 
     rank: int

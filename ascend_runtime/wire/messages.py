@@ -30,6 +30,7 @@ from ..specs import (
 )
 from ..specs.record import JobRecord
 from .control import Cancel, Message, Located, Shutdown, Wrote
+from .packets import Undecodable
 from .plans import PlannedJob
 
 ALIGNMENT = 64  # bytes; a cache line, and more than any dtype requires
@@ -42,10 +43,6 @@ WIRE_DTYPES = {
                   torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in WIRE_DTYPES.items()}
-
-
-class Undecodable(ValueError):
-    """Received data is not a valid message, or refers to a tensor that did not arrive."""
 
 
 class SharedTensor:
@@ -333,12 +330,12 @@ AnyMessage = (
 
 @dataclass(frozen=True)
 class Parcel:
-    """An encoded message: its body, its tensors in a block of `size` bytes, and descriptors of lent memory."""
+    """An encoded message: its body, its tensors in a block of `size` bytes, and the memory that it lends."""
 
     body: bytes
     tensors: tuple[tuple[int, Tensor], ...]  # (offset, tensor)
     size: int
-    shared: tuple[int, ...]  # file descriptors
+    shared: tuple[SharedTensor, ...]
 
 
 def encode(message: Message) -> Parcel:
@@ -348,7 +345,7 @@ def encode(message: Message) -> Parcel:
     side.
     """
     tensors: list[tuple[int, Tensor]] = []
-    shared: list[int] = []
+    shared: list[SharedTensor] = []
     size = 0
 
     def hook(value):
@@ -359,7 +356,7 @@ def encode(message: Message) -> Parcel:
             size = _aligned(offset + value.nbytes)
             return [offset, _dtype_name(value.dtype), list(value.shape)]
         if isinstance(value, SharedTensor):
-            shared.append(value.fd)
+            shared.append(value)
             return [len(shared) - 1, _dtype_name(value.dtype), list(value.shape)]
         raise ValueError(f"{type(value).__name__} cannot be sent in a message.")
 

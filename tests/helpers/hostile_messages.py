@@ -6,7 +6,7 @@ import socket
 import struct
 
 import torch
-from ascend_runtime.wire import channel, messages
+from ascend_runtime.wire import messages, packets
 from ascend_runtime import specs
 from ascend_runtime.wire.messages import Conditioning, Done, Failed, Ping, Preview, Progress, Sample
 
@@ -76,12 +76,12 @@ def mutated(body: bytes, rng: random.Random) -> bytes:
 
 def framed(body: bytes, block: int, descriptors: int, rng: random.Random, lie: bool) -> bytes:
     """With a header; one that lies has one of its fields wrong."""
-    fields = [channel._MAGIC, len(body), block, descriptors]
+    fields = [packets._MAGIC, len(body), block, descriptors]
     if lie:
         field = rng.randrange(4)
         sizes = [0, 1, 7, 2**31, 2**32 - 1, rng.randrange(2**20)]
         fields[field] = rng.randbytes(4) if field == 0 else rng.choice(sizes)
-    return channel._HEADER.pack(*fields) + body
+    return packets._HEADER.pack(*fields) + body
 
 
 class Descriptors:

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 from ascend_runtime.specs.jobs import MAX_SEED
-from ascend_runtime.wire import channel, messages, shared_memory
+from ascend_runtime.wire import messages, packets, shared_memory
 from ascend_runtime import specs
 from ascend_runtime.wire.messages import Conditioning, Done, Message, Ping, Preview, Sample, SharedTensor
 from ascend_runtime.wire.channel import Channel, ChannelClosed, SealedMessage, channel_pair
@@ -76,6 +76,8 @@ MESSAGES = [
     messages.Free(job=7),
     messages.Cancel(job=8),
     messages.Shutdown(),
+    messages.Located(machine="atlas2", paths={"/models": "/mnt/models"}),
+    messages.Wrote(job=4, lent=0, shape=(9, 16, 16, 3), starts=(4, 0, 8, 0), sizes=(4, 16, 8, 3), itemsize=4),
     messages.Ready(rank=1),
     messages.Progress(job=9, stage="denoise", step=1, total=2),
     Preview(job=10, step=1, total=2, image=torch.full((2, 3, 3), 200, dtype=torch.uint8)),
@@ -245,7 +247,7 @@ def test_the_end_of_the_other_side_is_seen(ends):
 @pytest.mark.parametrize("bytes_sent", [3, 20])
 def test_an_end_inside_a_message_is_seen(bytes_sent):
     ours, theirs = channel_pair()
-    header = channel._HEADER.pack(channel._MAGIC, 100, 0, 0) + bytes(100)
+    header = packets._HEADER.pack(packets._MAGIC, 100, 0, 0) + bytes(100)
     theirs.send(header[:bytes_sent])
     theirs.close()
     with pytest.raises(ChannelClosed):

@@ -19,8 +19,11 @@ MOST_LAYERS, MOST_AT_THE_TOP, MOST_FILES = 16, 3, 14
 RESERVED = {
     "torch_npu": ("ascend_runtime.ops.libraries",),
     "mindiesd": ("ascend_runtime.ops.libraries",),
-    "socket": tuple(f"ascend_runtime.{name}" for name in ("wire", "client.group", "engine.worker", "commands.queue")),
-    "subprocess": ("ascend_runtime.client.group", "ascend_runtime.commands.queue", "ascend_runtime.commands.doctor"),
+    "socket": tuple(f"ascend_runtime.{name}" for name in ("wire", "client.group", "engine.worker", "commands.queue",
+                                                          "commands.doctor")),
+    "subprocess": ("ascend_runtime.client.group", "ascend_runtime.commands.queue", "ascend_runtime.commands.doctor",
+                   "ascend_runtime.wire.tls"),
+    "ssl": ("ascend_runtime.wire", "ascend_runtime.commands.queue"),
     "safetensors": ("ascend_runtime.checkpoints",),
     "transformers": ("ascend_runtime.components", "ascend_runtime.models"),
     "torch.distributed": tuple(f"ascend_runtime.{name}" for name in ("ops", "parallel", "engine")),
