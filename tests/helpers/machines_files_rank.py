@@ -136,14 +136,14 @@ def other_files(rank):
     """Each is refused by its names, on all ranks alike, and nothing of it is loaded."""
     held = rank.pipeline.components.models.in_use.model
     cases = [
-        (WEIGHTS, header, load(model=MODEL), "content differs"),
-        (WEIGHTS, last_byte, load(model=MODEL), "content differs"),
+        (WEIGHTS, header, load(model=MODEL), "The content of "),
+        (WEIGHTS, last_byte, load(model=MODEL), "The content of "),
         ("transformer/config.json", longer, load(model=MODEL), " bytes"),
-        ("lora.safetensors", last_byte, load(model=MODEL.with_lora(LORA)), "content differs"),
+        ("lora.safetensors", last_byte, load(model=MODEL.with_lora(LORA)), "The content of "),
         ("vae/config.json", longer, load(vae=VAE), " bytes"),
-        ("vae/diffusion_pytorch_model.safetensors", last_byte, load(vae=VAE), "content differs"),
+        ("vae/diffusion_pytorch_model.safetensors", last_byte, load(vae=VAE), "The content of "),
         ("tokenizer/tokenizer.json", longer, load(encoder=ENCODER), " bytes"),
-        ("text_encoder/model.safetensors", last_byte, load(encoder=ENCODER), "content differs"),
+        ("text_encoder/model.safetensors", last_byte, load(encoder=ENCODER), "The content of "),
         ("ascend_defaults.json", longer, load(model=MODEL), " bytes"),
     ]
     for number, (file, change, message, said) in enumerate(cases):
