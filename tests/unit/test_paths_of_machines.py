@@ -68,8 +68,10 @@ def test_all_paths_of_a_message_are_mapped_and_nothing_else_changes():
                               tokenizer_path_2="/m/x")  # fmt: skip
     vae = VaeSpec(path="/m/vae")
     latent = torch.zeros(1, 16, 2, 4, 6)
-    sample = messages.Sample(job=1, model=model, parallel=ParallelSpec(), spec=SampleSpec(), latent=latent,
-                             positive=messages.Conditioning(text=latent), profile=ProfileSpec(folder="/m/p"))  # fmt: skip
+    sample = messages.Sample(
+        job=1, model=model, parallel=ParallelSpec(), spec=SampleSpec(), latent=latent,
+        positive=messages.Conditioning(text=latent), profile=ProfileSpec(folder="/m/p"),
+    )  # fmt: skip
     setting = messages.CallSetting(model=model, parallel=ParallelSpec(),
                                    run=messages.SamplerRun(number=1, sigmas=(1.0, 0.0)))  # fmt: skip
     for message in (

@@ -9,7 +9,8 @@ from .listing import HeldFile, Listing
 
 MAX_DIFFERENCES = 4  # files that an error names
 COPY_FILES = (
-    "Copy the files of one machine to the others, or have the cluster's file map their folder to one with the same files."
+    "Copy the files of one machine to the others, or have the cluster's file map their folder to one with the same "
+    "files."
 )
 RENAME_FILES = "Give files and folders the same names on all machines."
 
@@ -25,7 +26,9 @@ def difference(listings: ByMachine) -> str:
         said = [f"On {name}: {error}" for name, error in unusable.items()]
         return " ".join([*said, f"The files on {usable} can be used.", COPY_FILES])
     said = _of_files({name: _by_place(one.files) for name, one in listings.items()})
-    return " ".join(["The machines have different files.", *said, COPY_FILES] if said else [*_of_joined(listings), RENAME_FILES])
+    if said:
+        return " ".join(["The machines have different files.", *said, COPY_FILES])
+    return f"{_of_names(listings)} {RENAME_FILES}"
 
 
 def _by_place(files: Iterable[HeldFile]) -> dict[Spot, HeldFile]:
@@ -68,15 +71,15 @@ def _differing(there: list[tuple[HeldFile, str]]) -> str:
     return f"{_joined(f'{where} has {file.size:,} bytes' for file, where in there)} ({part})."
 
 
-def _of_joined(listings: ByMachine) -> list[str]:
+def _of_names(listings: ByMachine) -> str:
     """What differs because files or folders have other names."""
     known: dict[str, list[str]] = {}
     for name, one in listings.items():
         known.setdefault(one.distilled, []).append(name)
     if len(known) == 1:
-        return ["The machines have the same files in another order, which goes by their names."]
+        return "The machines have the same files in another order, which goes by their names."
     said = _joined(f"{distilled or 'not distilled'} on {_joined(names)}" for distilled, names in known.items())
-    return [f"By the names of its files and folders, the model is {said}, so its default settings differ."]
+    return f"By the names of its files and folders, the model is {said}, so its default settings differ."
 
 
 def _joined(parts: Iterable[str]) -> str:
