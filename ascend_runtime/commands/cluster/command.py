@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+from ...checkpoints.faults import printable, printable_lines
 from ...errors import coded_error
 from ...specs.cluster import KEY_SUFFIX, Cluster, cluster_names, file_of_cluster, folder_of_clusters, read_cluster
 from ...wire import tls
@@ -29,7 +30,7 @@ def run(arguments: Namespace, progress: ProgressDisplay) -> int:
             f"warning: {cluster.risk}, so strangers may reach it. They cannot join without the key, but torch's own "
             "ports between the machines have no key: give an address in a private network."
         )
-    print(_text(cluster, arguments.machines))
+    print(printable_lines(_text(cluster, arguments.machines)))
     return 0
 
 
@@ -60,7 +61,7 @@ def _list(progress: ProgressDisplay) -> int:
             found = read_cluster(name)
             print(f"{name}: {found.ranks} ranks, {found.listen}")
         except ValueError as error:
-            print(f"{name}: {error}")
+            print(printable(f"{name}: {error}"))
     return 0
 
 
@@ -87,7 +88,8 @@ def _text(cluster: Cluster, machines: int) -> str:
 
 def _starts(cluster: Cluster, machines: int) -> list[str]:
     """The commands for the machine that the others meet at, this one, and for the others."""
-    first = ["", "This machine:", "", *_torchrun(cluster, machines, True, cluster.key)]
+    first = ["", "This machine, at which they meet (if it has no ranks: another one, whose address is then in "
+             "--rdzv-endpoint):", "", *_torchrun(cluster, machines, True, cluster.key)]  # fmt: skip
     remote = f"~/{_REMOTE}/{cluster.name}{KEY_SUFFIX}"
     others = ["", "Each other machine:", "", *_torchrun(cluster, machines, False, remote)]
     return first + (others if machines > 1 else [])
