@@ -150,7 +150,12 @@ def coded(code: str, text: str) -> str:
     the cause."""
     assert code in CODES, code
     quoted = _FRONT.search(text)
-    return f"{quoted[1] if quoted else code}: {_FRONT.sub('', text)}"
+    return f"{quoted[1] if quoted else code}: {without_code(text)}"
+
+
+def without_code(text: str) -> str:
+    """An error's text without codes."""
+    return _FRONT.sub("", text)
 
 
 def coded_error(code: str, text: str) -> ValueError:

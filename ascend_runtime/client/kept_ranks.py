@@ -89,7 +89,7 @@ class KeptRanks:
     def pids(self) -> list[int]:
         """The process ids of the ranks, in order; empty if none are alive."""
         group = self._living
-        return [] if group is None else [rank.process.pid for rank in group.ranks]
+        return [] if group is None else group.pids
 
     def start(self) -> None:
         """Starts the ranks if none are alive. Jobs also do this."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from ..hardware import devices
+from ..parallel.machines import MACHINE
 from ..parallel.mesh import all_reduce_max
 from ..wire.channel import Channel
-from ..wire.messages import Cancel, Message, Preview, Progress
+from ..wire.messages import Cancel, Message, Preview, Progress, SharedTensor, Wrote
 
 
 class Cancelled(Exception):
@@ -31,6 +34,7 @@ class Job:
         self._channel = channel
         self._device = device
         self._reports = dist.get_rank() == 0
+        self._reports_parts = bool(os.environ.get(MACHINE))
         self._cancelled = False
 
     @contextmanager
@@ -50,6 +54,18 @@ class Job:
         """image: uint8 [H,W,3]."""
         if self._reports:
             self._channel.send(Preview(job=self.message.job, step=step, total=total, image=image))
+
+    def wrote(self, memory: SharedTensor, where: Sequence[slice]) -> None:
+        """Reports that this rank has written a part of the memory that the client lends for a result, along its first
+        dims; for the relay, which sends it to a client on another machine. The part will not change any more."""
+        if not self._reports_parts:
+            return
+        dims = zip([*where, *[slice(None)] * (len(memory.shape) - len(where))], memory.shape)
+        starts, stops = zip(*(dim.indices(length)[:2] for dim, length in dims))
+        sizes = tuple(stop - start for start, stop in zip(starts, stops))
+        if min(sizes) > 0:
+            part = {"shape": memory.shape, "starts": starts, "sizes": sizes, "itemsize": memory.dtype.itemsize}
+            self._channel.send(Wrote(job=self.message.job, lent=0, **part))  # no message lends more than one memory
 
     def check(self) -> None:
         """Raises Cancelled if this rank has received a cancel. For work in which no other rank waits for this one."""

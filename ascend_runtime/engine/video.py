@@ -37,6 +37,7 @@ def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepRep
     tiling.begin(out)
     for piece in tiling.encoded(frames, _counted(on_step, tiling.steps("encode", latent.shape[2]))):
         _write(out, piece, seen)
+    tiling.sums(out)
     agreed(seen, out, lambda where: not_encoded(vae, frames, where))
     return tiling.facts
 

@@ -178,10 +178,17 @@ def _mapping(machine: str, folders: dict[str, str]) -> dict[str, str]:
     """Of paths: without double and closing slashes."""
     require_name(machine, "The name of a machine in paths")
     what = f"A folder of paths of {machine}"
-    return {_absolute(here, what): _absolute(there, what) for here, there in folders.items()}
+    for folder in (*folders, *folders.values()):
+        if ".." in folder.split("/"):  # which leads elsewhere through a link
+            raise ValueError(f"{what} is {folder[:300]!r}; give it without '..', such as /data/models.")
+    made = {_absolute(here, what): _absolute(there, what) for here, there in folders.items()}
+    if len(made) < len(folders):
+        raise ValueError(f"The paths of {machine} have a folder twice: {', '.join(map(repr, folders))}.")
+    return made
 
 
 def _absolute(path: str, what: str) -> str:
-    if not path.startswith("/") or len(path) > MAX_PATH or "\0" in path:
+    is_text = not any("\ud800" <= character <= "\udfff" for character in path)
+    if not path.startswith("/") or len(path) > MAX_PATH or "\0" in path or not is_text:
         raise ValueError(f"{what} is {path[:300]!r}; give an absolute path, such as /data/models.")
     return os.path.normpath(path)

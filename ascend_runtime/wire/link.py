@@ -15,7 +15,6 @@ import msgspec
 
 from .envelopes import AnyEnvelope, Envelope, payload_bytes
 from .packets import Undecodable
-from .tls import is_alert
 
 _HEADER = struct.Struct("<4sI")  # magic, bytes of the envelope
 _MAGIC = b"ASL1"  # the first bytes of each envelope, to detect a stream that is out of sync
@@ -29,14 +28,7 @@ Placing = Callable[[Envelope], list[memoryview] | None]
 
 
 class LinkClosed(EOFError):
-    """The other side has disconnected, or the network has.
-
-    refused: whether it has refused this side's certificate, as the two have different keys.
-    """
-
-    def __init__(self, text: str, refused: bool = False):
-        super().__init__(text)
-        self.refused = refused
+    """The other side has disconnected, or the network has."""
 
 
 def keep_alive(sock: socket.socket, user_timeout_s: float) -> None:
@@ -71,7 +63,6 @@ class Link:
         self.unsent_bytes = 0
         self._broken: OSError | None = None  # nothing can be sent any more
         self._blocked = False  # TLS must send something before it can receive more
-        self._spoke = False  # whether the other side has sent an envelope
         self._decoder = msgspec.msgpack.Decoder(AnyEnvelope)
         self._expect_header()
 
@@ -179,7 +170,7 @@ class Link:
         except ssl.SSLWantWriteError:
             self._blocked = True
         except OSError as error:
-            raise _closed(error, refused=not self._spoke and is_alert(error)) from error
+            raise _closed(error) from error
         return not self._missing
 
     def _received(self, count: int) -> None:
@@ -212,7 +203,6 @@ class Link:
             raise Undecodable(f"An envelope cannot be decoded ({error}).") from None
         if not 0 <= size <= MAX_PAYLOAD:
             raise Undecodable(f"{type(envelope).__name__} announces {size} bytes.")
-        self._spoke = True
         self._expect_header()
         if not size:
             return envelope
@@ -242,6 +232,6 @@ def _parts(payload: Iterable, size: int, envelope: Envelope) -> list[memoryview]
     return parts
 
 
-def _closed(error: OSError | None, refused: bool = False) -> LinkClosed:
+def _closed(error: OSError | None) -> LinkClosed:
     reason = "" if error is None else f" ({getattr(error, 'reason', None) or error})"
-    return LinkClosed(f"the other side of the connection is gone{reason}", refused)
+    return LinkClosed(f"the other side of the connection is gone{reason}")

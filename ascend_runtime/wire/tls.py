@@ -82,11 +82,6 @@ def require_pinned(sock: ssl.SSLSocket, key: Key) -> None:
         raise _refused("its certificate is another one")
 
 
-def is_alert(error: OSError) -> bool:
-    """Whether the other side has ended the connection by TLS, and said why."""
-    return isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or "")
-
-
 class Handshake:
     """The TLS handshake of one side of a connection, without blocking. It takes over `sock`, which is connected.
 
@@ -106,9 +101,8 @@ class Handshake:
         """Continues as far as possible. Returns the socket when the handshake is done, None if it must wait for
         `events`.
 
-        Raises OSError if the connection is lost, and ValueError if the other side has another key, no key, or does not
-        speak TLS 1.3; both close the socket. The side that connects may learn from its `Link` only that its own key is
-        refused (`LinkClosed.refused`).
+        Raises OSError if the connection is lost, and ValueError (AV-1909) if the other side has another key, no key, or
+        does not speak TLS 1.3; both close the socket. The side that connects finds out first that keys differ.
         """
         try:
             self._socket.do_handshake()
