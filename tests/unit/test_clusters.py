@@ -204,7 +204,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(folder):
 
 
 def test_list_shows_each_cluster_or_why_it_cannot_be_used(folder, capsys):
-    assert run("list") == 0 and "`ascend-video cluster new` makes one" in capsys.readouterr().err
+    assert run("list") == 0 and "`python -m ascend_runtime cluster new` makes one" in capsys.readouterr().err
     write(folder)
     write(folder, "broken", content="{")
     assert run("list") == 0

@@ -55,7 +55,7 @@ def made(cluster: Cluster) -> Cluster:
 def _list(progress: ProgressDisplay) -> int:
     names = cluster_names()
     if not names:
-        progress.say(f"there is no cluster in {folder_of_clusters()}; `ascend-video cluster new` makes one")
+        progress.say(f"there is no cluster in {folder_of_clusters()}; `python -m ascend_runtime cluster new` makes one")
     for name in names:
         try:
             found = read_cluster(name)

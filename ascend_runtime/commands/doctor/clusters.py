@@ -19,7 +19,7 @@ def _clusters(around: Surroundings) -> Iterator[Finding]:
         return
     names = cluster.cluster_names(around.environ)
     if not names:
-        yield fine("clusters", "none; `ascend-video cluster new` makes one, for several machines")
+        yield fine("clusters", "none; `python -m ascend_runtime cluster new` makes one, for several machines")
     for name in names:
         try:
             found = cluster.read_cluster(name, around.environ)
