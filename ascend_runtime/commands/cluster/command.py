@@ -17,7 +17,8 @@ from .options import described
 RENDEZVOUS_PORT = 29400  # torchrun's own default
 _REMOTE = ".config/ascend-video/clusters"  # in the home of a machine's user
 _WORKER = "ascend_runtime.engine.worker"
-_OWN = "ADDRESS"  # stands for this machine's, where a cluster's is every interface
+# What stands for the address of the first machine, if a cluster's is every interface, and for that of another one.
+_FIRST, _OTHER = "HOST", "ADDRESS"
 
 
 def run(arguments: Namespace, progress: ProgressDisplay) -> int:
@@ -88,19 +89,22 @@ def _text(cluster: Cluster, machines: int) -> str:
 
 def _starts(cluster: Cluster, machines: int) -> list[str]:
     """The commands for the machine that the others meet at, this one, and for the others."""
+    host = _FIRST if cluster.everywhere else cluster.listen.rpartition(":")[0]
     first = ["", "This machine, at which they meet (if it has no ranks: another one, whose address is then in "
-             "--rdzv-endpoint):", "", *_torchrun(cluster, machines, True, cluster.key)]  # fmt: skip
-    remote = f"~/{_REMOTE}/{cluster.name}{KEY_SUFFIX}"
-    others = ["", "Each other machine:", "", *_torchrun(cluster, machines, False, remote)]
+             "--rdzv-endpoint):", "", *_torchrun(cluster, host, machines, first=True)]  # fmt: skip
+    others = ["", f"Each other machine, with its own address for {_OTHER}:", "",
+              *_torchrun(cluster, host, machines, first=False)]  # fmt: skip
     return first + (others if machines > 1 else [])
 
 
-def _torchrun(cluster: Cluster, machines: int, first: bool, key: str) -> list[str]:
-    host, port = _OWN if cluster.everywhere else cluster.listen.rpartition(":")[0], cluster.address[1]
+def _torchrun(cluster: Cluster, host: str, machines: int, *, first: bool) -> list[str]:
+    """host: the first machine's address. Each machine names its own, as torch would give the others its host's name."""
+    port = cluster.address[1]
     meeting = RENDEZVOUS_PORT + (port == RENDEZVOUS_PORT)
+    own, key = (host.strip("[]"), cluster.key) if first else (_OTHER, f"~/{_REMOTE}/{cluster.name}{KEY_SUFFIX}")
     return [
         f"    torchrun --nnodes {machines} --nproc-per-node {cluster.ranks // machines} --max-restarts 100 \\",
         f"        --rdzv-backend c10d --rdzv-id {cluster.name} --rdzv-endpoint {host}:{meeting} \\",
-        f"        --rdzv-conf is_host={int(first)} \\",
+        f"        --rdzv-conf is_host={int(first)} --local-addr {own} \\",
         f"        -m {_WORKER} --client {host}:{port} --key {key}",
     ]
