@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from ..hardware.environment import rank_environment
 from ..hardware.interfaces import interfaces_towards
 from ..hardware.processes import die_with, parent_of
 from ..hardware.ranks import variables_of_ranks
-from ..specs.cluster import address_of
-from ..wire.packets import Packets, header
+from ..specs.cluster import address_of, require_name
+from ..wire.packets import ChannelClosed, Packets, header
 from .relay.settings import Arrival, RelaySettings, encoded, name_of_socket, peer_of
 
 DEFAULT_WAIT = 3600  # seconds
@@ -31,6 +32,7 @@ NAME_DEADLINE = 15.0  # seconds until the relay of ranks that were ended has gon
 RELAY_DEADLINE = 60.0  # seconds until the machine's first rank has come as far as the others
 RETRY = 0.02  # seconds
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PROGRAM = [sys.executable, "-u", "-m", "ascend_runtime.engine.worker"]  # the rank proper
 CUDA_DRIVER = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
@@ -53,7 +55,7 @@ def enter(arguments: Sequence[str]) -> None:
         "ASCEND_RUNTIME_PARENT": str(parent),
         "ASCEND_RUNTIME_MACHINE": options.machine,
     }
-    os.execve(sys.executable, [sys.executable, "-u", "-m", "ascend_runtime.engine.worker"], environment)
+    os.execve(PROGRAM[0], PROGRAM, environment)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--client", required=True, type=_address, metavar="HOST:PORT", help="where ComfyUI listens")
     made.add_argument("--key", required=True, help="the cluster's key file")
-    made.add_argument("--machine", default=socket.gethostname(), help="this machine's name in messages and in the "
+    made.add_argument("--machine", type=_machine, default=socket.gethostname(), help="this machine's name in messages and in the "
                       "cluster's file (default: the host's name)")  # fmt: skip
     made.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto")
     made.add_argument("--wait", type=_seconds, default=DEFAULT_WAIT, metavar="SECONDS", help="how long ranks wait "
@@ -75,6 +77,14 @@ def parser() -> argparse.ArgumentParser:
 def _address(text: str) -> str:
     try:
         address_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _machine(text: str) -> str:
+    try:
+        require_name(text, "--machine")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
@@ -150,7 +160,12 @@ def _connected(options: argparse.Namespace, kind: str, parent: int) -> int:
             _start_relay(options, kind, rank, listener)
     connection = _connection(name, parent)
     packets, body = Packets(connection), encoded(Arrival(rank=rank))
-    packets.post(header(body, 0, 0) + body, [])
+    try:
+        packets.post(header(body, 0, 0) + body, [])
+        packets.wait(select.POLLIN, time.monotonic() + RELAY_DEADLINE)
+        packets.take()  # the relay's answer
+    except (ChannelClosed, TimeoutError):
+        raise coded_error("AV-1911", "This machine's relay has ended or does not answer; see its output.") from None
     return connection.detach()
 
 

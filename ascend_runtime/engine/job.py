@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..hardware import devices
 from ..parallel.machines import MACHINE
@@ -55,17 +56,19 @@ class Job:
         if self._reports:
             self._channel.send(Preview(job=self.message.job, step=step, total=total, image=image))
 
-    def wrote(self, memory: SharedTensor, where: Sequence[slice]) -> None:
-        """Reports that this rank has written a part of the memory that the client lends for a result, along its first
-        dims; for the relay, which sends it to a client on another machine. The part will not change any more."""
-        if not self._reports_parts:
+    def wrote(self, memory: SharedTensor, part: Tensor) -> None:
+        """Reports that this rank has written a part of the memory that the client lends for a result; for the relay,
+        which sends it to a client on another machine. part: a view of the memory, with its dims in their order; it will
+        not change any more."""
+        if not self._reports_parts or not part.numel():
             return
-        dims = zip([*where, *[slice(None)] * (len(memory.shape) - len(where))], memory.shape)
-        starts, stops = zip(*(dim.indices(length)[:2] for dim, length in dims))
-        sizes = tuple(stop - start for start, stop in zip(starts, stops))
-        if min(sizes) > 0:
-            part = {"shape": memory.shape, "starts": starts, "sizes": sizes, "itemsize": memory.dtype.itemsize}
-            self._channel.send(Wrote(job=self.message.job, lent=0, **part))  # no message lends more than one memory
+        starts, offset = [], part.storage_offset()
+        for dim in range(len(memory.shape)):
+            start, offset = divmod(offset, math.prod(memory.shape[dim + 1 :]))
+            starts.append(start)
+        where = {"shape": memory.shape, "starts": tuple(starts), "sizes": tuple(part.shape)}
+        # No message lends more than one memory.
+        self._channel.send(Wrote(job=self.message.job, lent=0, itemsize=memory.dtype.itemsize, **where))
 
     def check(self) -> None:
         """Raises Cancelled if this rank has received a cancel. For work in which no other rank waits for this one."""

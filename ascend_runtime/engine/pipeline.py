@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -86,9 +87,7 @@ class RankPipeline:
         message = job.message
         if message.frames is not None:
             with borrowed(message.frames) as frames:
-                own = frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0)
-            first = own.storage_offset() // frames.stride(0)
-            job.wrote(message.frames, [slice(first, first + len(own))])
+                job.wrote(message.frames, frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0))
         reply = torch.ones(message.reply) if message.reply and self.rank == 0 else None
         return _done(job, tensor=reply)
 
@@ -289,7 +288,10 @@ class RankPipeline:
         with borrowed(message.frames) as frames:
             vae = self._vae(job, "decode", message.latent.shape)
             with job.stage("decode"), self._precision(message.vae):
-                facts = decode_video(vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles)
+                on_written = partial(job.wrote, message.frames)
+                facts = decode_video(
+                    vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles, on_written
+                )
         record = self._vae_record(DECODE, message.vae, vae, message.frames.shape, facts)
         return _done(job, info=facts | _communicators(self.device), record=record)
 
@@ -298,7 +300,10 @@ class RankPipeline:
         with borrowed(message.latent) as latent:
             vae = self._vae(job, "encode", message.latent.shape)
             with job.stage("encode"), self._precision(message.vae):
-                facts = encode_video(vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles)
+                on_written = partial(job.wrote, message.latent)
+                facts = encode_video(
+                    vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles, on_written
+                )
         record = self._vae_record(ENCODE_VIDEO, message.vae, vae, message.frames.shape, facts)
         return _done(job, info=facts | _communicators(self.device), record=record)
 

@@ -8,10 +8,10 @@ from itertools import product
 
 from .envelopes import Region
 
-SEPARATE = 1 << 14  # bytes; shorter pieces are gathered, as each one costs a system call and a TLS record
+SHORTEST_STRETCH = 1 << 14  # bytes; shorter pieces are gathered, as each one costs a system call and a TLS record
 
 
-def pieces_of(region: Region) -> Iterator[tuple[int, int]]:
+def stretches_of(region: Region) -> Iterator[tuple[int, int]]:
     """The bytes from ... to ... of each piece of a part that lies in memory without a gap, in order; all are equally
     long. The part must be within its tensor."""
     strides = [region.itemsize * math.prod(region.shape[dim + 1 :]) for dim in range(len(region.shape))]

@@ -11,11 +11,10 @@ import math
 import mmap
 import select
 import socket
-import ssl
 import threading
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -27,30 +26,31 @@ from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Hello, Here, Le
 from ...wire.link import Link, LinkClosed
 from ...wire.messages import Done, Failed, Message, Ready, SharedTensor, Undecodable
 from ...wire.packets import MAX_BODY
-from ...wire.regions import SEPARATE, pieces_of
+from ...wire.regions import SHORTEST_STRETCH, stretches_of
 
 logger = logging.getLogger(__name__)
 
 MOST_TENSORS = 1 << 36  # bytes of the tensors of one message of a rank; a long video's latent has 1,000 times fewer
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Why a machine's ranks cannot work on. text: a sentence."""
+def spans(ranks: Iterable[int]) -> str:
+    """Numbers of ranks, such as "0 to 3, 6"."""
+    runs = groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
+    lists = [[rank for _, rank in run] for _, run in runs]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in lists)
 
-    text: str
 
-
-class Machine:
+class RelayLink:
     """A machine's connection, and what its ranks have said of themselves.
 
-    It is a `links.RankLink`; a job's thread reads it while the job runs, and `look` at other times, from any thread.
+    It is a `links.RankLink`, which a job's thread reads while the job runs; at other times `look` does, in any thread.
 
-    here: ranks that have connected to the machine's relay. ready: the name of its group, by rank that has joined one.
-    loss: why it is of no use any more; None while it is.
+    sock: of TLS, established with a side that has the key. here: ranks that have connected to the machine's relay.
+    ready: the name of its group, by rank that has joined one. loss: a sentence why the ranks cannot work on; None while
+    they can.
     """
 
-    def __init__(self, sock: ssl.SSLSocket):
+    def __init__(self, sock: socket.socket):
         self._socket = sock
         self._link = Link(sock, self._place)
         self._one_at_a_time = threading.RLock()
@@ -58,7 +58,7 @@ class Machine:
         self.ranks: tuple[int, ...] = ()
         self.here: set[int] = set()
         self.ready: dict[int, str] = {}
-        self.loss: Loss | None = None
+        self.loss: str | None = None
         self._job = 0  # that its ranks have not all answered
         self._unanswered: set[int] = set()
         self._lent: list[_Lent] = []
@@ -90,6 +90,10 @@ class Machine:
         self._link.post(rejected)
         self.close()
 
+    @property
+    def _is_open(self) -> bool:
+        return self.fileno() >= 0
+
     # Between jobs
 
     def look(self) -> None:
@@ -99,8 +103,10 @@ class Machine:
         try:
             while not self._job and self.loss is None and self._readable():
                 self.take()
-        except (ChannelClosed, Undecodable) as error:
-            self._lose(f"The machine {self.name} ({self._own()}) was lost: {error}.")
+        except ChannelClosed:
+            pass  # `loss` says why
+        except Undecodable as error:
+            self._lose(self._lost(error))
         finally:
             self._one_at_a_time.release()
 
@@ -128,7 +134,7 @@ class Machine:
             return
         with self._one_at_a_time:
             if self.loss is not None:
-                raise ChannelClosed(self.loss.text)
+                raise ChannelClosed(self.loss)
             if job:
                 self._job, self._unanswered = job, set(receivers)
                 self._lent = [_Lent(shared) for shared in sealed.lent]
@@ -138,11 +144,13 @@ class Machine:
 
     def flush(self) -> None:
         with self._one_at_a_time:
-            if self.loss is None:
+            if self._is_open:
                 self._link.flush()
 
     def take(self) -> tuple[int, Message] | None:
         with self._one_at_a_time:
+            if self.loss is not None:
+                raise ChannelClosed(self.loss)
             try:
                 envelope = self._envelope()
                 return None if envelope is None else self._read(envelope)
@@ -150,12 +158,12 @@ class Machine:
                 raise Undecodable(f"The machine {self.name} sent invalid data. {error}") from None
 
     def _envelope(self) -> Envelope | None:
-        if self.loss is not None:
-            raise ChannelClosed(self.loss.text)
+        if not self._is_open:
+            raise ChannelClosed(self.loss)
         try:
             return self._link.take()
         except LinkClosed as error:
-            self._lose(f"The machine {self.name} ({self._own()}) was lost: {error}.")
+            self._lose(self._lost(error))
             raise ChannelClosed(str(error)) from None
 
     def _read(self, envelope: Envelope) -> tuple[int, Message] | None:
@@ -203,7 +211,7 @@ class Machine:
         if envelope.rank not in self.ranks:
             raise Undecodable(f"It has no rank {envelope.rank}.")
         if not (0 < envelope.body <= MAX_BODY and 0 <= envelope.block <= MOST_TENSORS):
-            raise Undecodable(f"A message of {envelope.body} bytes with {envelope.block} bytes of tensors is not possible.")
+            raise Undecodable(f"No message has {envelope.body} bytes, and tensors of {envelope.block} bytes.")
         self._body = bytearray(envelope.body)
         # The kernel gives pages only to what arrives, and at an address that suits every dtype.
         self._block = mmap.mmap(-1, envelope.block) if envelope.block else b""
@@ -220,14 +228,14 @@ class Machine:
         """Asks the machine to end its ranks. `farewell` waits until it has closed the connection."""
         with self._one_at_a_time:
             self._leaves = True
-            if self.loss is None:
+            if self._is_open:
                 self._link.post(Leave(reason=reason))
 
     def farewell(self, deadline: float) -> None:
         """Waits, until `deadline` by time.monotonic, for the machine to close the connection; then closes it."""
         with self._one_at_a_time:
             try:
-                while self.loss is None and (seconds := deadline - time.monotonic()) > 0:
+                while self._is_open and (seconds := deadline - time.monotonic()) > 0:
                     self._link.flush()
                     poll = select.poll()
                     poll.register(self.fileno(), select.POLLIN | (select.POLLOUT if self.unsent else 0))
@@ -242,7 +250,7 @@ class Machine:
             self._lose(f"The connection to the machine {self.name} was closed.")
 
     def _lose(self, text: str) -> None:
-        self.loss = self.loss or Loss(text)
+        self.loss = self.loss or text
         self._lent, self._body, self._block = [], b"", b""
         try:
             # A process that was forked meanwhile has a copy of the descriptor, which would keep the connection open.
@@ -255,13 +263,13 @@ class Machine:
         """Of a rank that has ended. The connection stays, so that the machine can be asked to end the others."""
         which = f"Rank {gone.rank} of {self.hello.world_size}, on the machine {self.name},"
         if gone.by_kernel:
-            self.loss = Loss(f"{which} was killed by SIGKILL, {host.BY_THE_KERNEL}.")
+            self.loss = f"{which} was killed by SIGKILL, {host.BY_THE_KERNEL}."
         else:
-            self.loss = Loss(f"{which} has ended. The output of torchrun on {self.name} says why.")
-        raise ChannelClosed(self.loss.text)
+            self.loss = f"{which} has ended. The output of torchrun on {self.name} says why."
+        raise ChannelClosed(self.loss)
 
-    def _own(self) -> str:
-        return f"ranks {', '.join(map(str, self.ranks))}"
+    def _lost(self, error: Exception) -> str:
+        return f"The machine {self.name}, with rank {spans(self.ranks)}, was lost: {error}."
 
 
 class _Lent:
@@ -275,9 +283,9 @@ class _Lent:
     def place(self, region: Region) -> list[memoryview]:
         """Where a part's content belongs. Raises Undecodable if it is no part of this result."""
         self._check(region)
-        pieces = pieces_of(region)
+        pieces = stretches_of(region)
         first, last = next(pieces)
-        if last - first >= SEPARATE:
+        if last - first >= SHORTEST_STRETCH:
             return [self._memory[start:stop] for start, stop in ((first, last), *pieces)]
         self._aside = region, bytearray(region.itemsize * math.prod(region.sizes))
         return [memoryview(self._aside[1])]

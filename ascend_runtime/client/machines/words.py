@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from ...specs.cluster import Cluster
-from .machine import Machine
+from .machine import RelayLink, spans
 
 
-def spans(ranks: Iterable[int]) -> str:
-    """Numbers of ranks, such as "0 to 3, 6"."""
-    runs = groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
-    lists = [[rank for _, rank in run] for _, run in runs]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in lists)
-
-
-def waiting_text(cluster: Cluster, machines: Sequence[Machine]) -> str:
+def waiting_text(cluster: Cluster, machines: Sequence[RelayLink]) -> str:
     """How far the ranks have come, while a job waits for them."""
     here = {rank for machine in machines for rank in machine.here}
     joined = f"{len(here)} of {cluster.ranks} ranks have joined"
@@ -28,7 +20,7 @@ def waiting_text(cluster: Cluster, machines: Sequence[Machine]) -> str:
     return f"{joined}; waiting for {_ranks(missing)}. {_present(machines)}"
 
 
-def late_text(cluster: Cluster, machines: Sequence[Machine], seconds: float) -> str:
+def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -> str:
     """Why a job could not begin."""
     missing = set(range(cluster.ranks)).difference(*(machine.here for machine in machines))
     if missing:
@@ -37,12 +29,12 @@ def late_text(cluster: Cluster, machines: Sequence[Machine], seconds: float) -> 
         lack = f"The ranks of the cluster {cluster.name!r} have not found each other"
     present = _present(machines) if machines else f"No machine has come to {cluster.listen}."
     return (
-        f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks, with "
+        f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks by "
         f"the same command on each machine:\n{_command(cluster)}\nSet ASCEND_RUNTIME_START_DEADLINE to wait longer."
     )
 
 
-def _present(machines: Sequence[Machine]) -> str:
+def _present(machines: Sequence[RelayLink]) -> str:
     each = [f"{machine.name} ({_ranks(machine.here)})" if machine.here else f"{machine.name} (none yet)"
             for machine in machines]  # fmt: skip
     return f"Joined: {', '.join(each)}."

@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -25,7 +25,7 @@ _arrival = msgspec.msgpack.Decoder(Arrival)
 class Delivery:
     """A message on its way to ranks. It owns the descriptors of its memory."""
 
-    def __init__(self, body: bytes, block_size: int = 0, descriptors: tuple[int, ...] = ()):
+    def __init__(self, body: bytes, block_size: int = 0, descriptors: Iterable[int] = ()):
         self.descriptors = list(descriptors)
         self.data = header(body, block_size, len(self.descriptors)) + body
 
@@ -147,7 +147,13 @@ class LocalRanks:
         if number not in self._expected or number in self.here:
             packets.close()
             return
-        rank = self.here[number] = LocalRank(number, process, packets)
+        rank = LocalRank(number, process, packets)
+        try:
+            rank.post(Delivery(b""))  # an answer, so that it knows that it has found a relay
+        except ChannelClosed:
+            packets.close()
+            return
+        self.here[number] = rank
         if len(self.here) == len(self._expected):
             self._listener.close()
             self._listener = None

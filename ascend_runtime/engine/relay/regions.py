@@ -1,27 +1,12 @@
-"""Memory that a client lends: the machine's own in its place, and the parts of it that ranks have written."""
+"""The parts of lent memory that ranks have written, as the client gets them."""
 
 from __future__ import annotations
 
 import math
-import mmap
-import os
 
 from ...wire.control import Wrote
 from ...wire.envelopes import Region
-from ...wire.regions import SEPARATE, pieces_of
-
-
-class LentMemory:
-    """This machine's memory for a result. descriptor: for the ranks; the caller owns it."""
-
-    def __init__(self, size: int):
-        self.descriptor = os.memfd_create("ascend-frames")
-        try:
-            os.ftruncate(self.descriptor, size)
-            self.view = memoryview(mmap.mmap(self.descriptor, size)) if size else memoryview(b"")
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+from ...wire.regions import SHORTEST_STRETCH, stretches_of
 
 
 def region_of(wrote: Wrote) -> Region:
@@ -41,7 +26,7 @@ def content_of(region: Region, memory: memoryview) -> list[memoryview]:
     """
     if region.itemsize * math.prod(region.shape) > len(memory):
         raise ValueError(f"A tensor of {region.shape} is larger than the memory of {len(memory)} bytes.")
-    pieces = [memory[start:stop] for start, stop in pieces_of(region)]
-    if len(pieces) == 1 or len(pieces[0]) >= SEPARATE:
+    pieces = [memory[start:stop] for start, stop in stretches_of(region)]
+    if len(pieces) == 1 or len(pieces[0]) >= SHORTEST_STRETCH:
         return pieces
     return [memoryview(b"".join(pieces))]

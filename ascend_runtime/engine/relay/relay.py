@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import select
 import time
 
@@ -13,12 +12,12 @@ from ...errors import coded
 from ...hardware import memory
 from ...wire.control import Cancel, Located, Shutdown, Wrote
 from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Here, Leave, Welcome
-from ...wire.memory import Block, blocks
 from ...wire.packets import ChannelClosed, Packet, Undecodable
 from ...wire.tls import Key
+from .arriving import Arriving, LentMemory
 from .line import Line, LastingRefusal
 from .ranks import Delivery, LocalRank, LocalRanks
-from .regions import LentMemory, content_of, region_of
+from .regions import content_of, region_of
 from .settings import RelaySettings
 
 logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ class Relay:
         self._settings = settings
         self._ranks = LocalRanks(settings)
         self._line = Line(settings, key, self._place)
-        self._arriving: tuple[bytearray, Block | None] | None = None  # the payload of a message that is being received
+        self._arriving: Arriving | None = None
         self._lent: list[LentMemory] = []  # of the job that runs
         self._kills_before = 0  # by the kernel, when that job began
         self._cancel_until: float | None = None  # when ranks must have ended the job of a client that is gone
@@ -153,25 +152,38 @@ class Relay:
             logger.warning("The client asks this machine to end its ranks: %s", envelope.reason)
             self._kill()
 
-    def _place(self, envelope: Envelope) -> list[memoryview]:
-        """Where the payload of an envelope is to be received: tensors in memory that the ranks can map."""
+    def _place(self, envelope: Envelope) -> list[memoryview] | None:
+        """Where the payload of an envelope is to be received: tensors in memory that the ranks can map. None if there is
+        not enough memory."""
         if not isinstance(envelope, Deliver):
-            raise ValueError(f"it sends {type(envelope).__name__} with a payload")
-        body = bytearray(envelope.body)
-        block = blocks.of(envelope.block) if envelope.block else None
-        self._arriving = body, block
-        return [memoryview(body), *([memoryview(block.memory)[: envelope.block]] if block else [])]
+            raise Undecodable(f"It sends {type(envelope).__name__} with a payload.")
+        try:
+            self._arriving = Arriving(envelope)
+        except (OSError, MemoryError) as error:
+            logger.error("%s", _no_memory(envelope, error))
+            self._arriving = None
+            return None
+        return self._arriving.places
 
     def _deliver(self, envelope: Deliver) -> None:
-        (body, block), self._arriving = self._arriving, None
-        lent = [LentMemory(size) for size in envelope.lent]
-        descriptors = (*([block.descriptor] if block else []), *(one.descriptor for one in lent))
-        delivery = Delivery(bytes(body), envelope.block, descriptors)
+        arrived, self._arriving = self._arriving, None
+        ranks = [self._ranks.here[number] for number in envelope.ranks if number in self._ranks.here]
         if envelope.job:
-            self._lent, self._kills_before = lent, memory.kills()
-        for rank in [self._ranks.here[number] for number in envelope.ranks if number in self._ranks.here]:
+            self._lent, self._kills_before = arrived.lent if arrived else [], memory.kills()
+        if arrived is None:
+            return self._answer_for(ranks, envelope)
+        delivery = arrived.delivery()
+        for rank in ranks:
             rank.job = envelope.job or rank.job
             self._say(rank, delivery)
+
+    def _answer_for(self, ranks: list[LocalRank], envelope: Deliver) -> None:
+        """In place of ranks that cannot get a message."""
+        text = _no_memory(envelope, "out of memory")
+        failed = {"type": "Failed", "job": envelope.job, "kind": "user", "error": text, "traceback": ""}
+        body = msgspec.msgpack.encode(failed)
+        for rank in ranks:
+            self._line.post(FromRank(rank=rank.number, body=len(body)), body)
 
     def _say(self, rank: LocalRank, delivery: Delivery) -> None:
         try:
@@ -181,8 +193,6 @@ class Relay:
 
     def _lose_client(self) -> None:
         self._alone_since = time.monotonic()
-        if self._arriving is not None and self._arriving[1] is not None:
-            os.close(self._arriving[1].descriptor)
         self._arriving = None
         for rank in [rank for rank in self._ranks.here.values() if rank.job]:
             self._cancel_until = time.monotonic() + CANCEL_DEADLINE
@@ -215,3 +225,8 @@ class Relay:
         for rank in self._ranks.in_order():
             self._say(rank, Delivery(msgspec.msgpack.encode(Shutdown())))
         self._ended = True
+
+
+def _no_memory(envelope: Deliver, error: Exception | str) -> str:
+    needed = (envelope.body + envelope.block + sum(envelope.lent)) / 1e9
+    return coded("AV-1208", f"A job's tensors and results need {needed:.1f} GB of this machine's memory ({error}).")
