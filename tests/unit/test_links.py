@@ -286,7 +286,7 @@ def test_a_place_that_does_not_fit_or_is_refused_ends_the_link(key):
 
 @pytest.fixture
 def count(request):
-    return lambda few: 20_000 if request.config.getoption("--all-messages") else few
+    return lambda few: 2_000 if request.config.getoption("--all-messages") else few
 
 
 def test_random_bytes_after_the_handshake_end_the_link(key, count, record_property):
