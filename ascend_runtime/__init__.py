@@ -12,6 +12,7 @@ _HOMES = {
     "RankError": "client.submission",
     "JobCancelled": "client.submission",
     "Conditioning": "wire.messages",
+    "Cluster": "specs",
     "DiffusionModelSpec": "specs",
     "LoraSpec": "specs",
     "TextEncoderSpec": "specs",

@@ -130,7 +130,7 @@ CODES: dict[str, str] = {
     "AV-1905": "Ranks have not joined in time",
     "AV-1906": "A machine was lost",
     "AV-1907": "A file differs between machines",
-    "AV-1908": "The cluster's address cannot be listened at",
+    "AV-1908": "A cluster's address cannot be used, or is open to strangers",
     "AV-1909": "The keys of client and machine differ",
     "AV-1910": "No client came in time",
     "AV-1911": "A machine's relay cannot start",
@@ -150,7 +150,12 @@ def coded(code: str, text: str) -> str:
     the cause."""
     assert code in CODES, code
     quoted = _FRONT.search(text)
-    return f"{quoted[1] if quoted else code}: {_FRONT.sub('', text)}"
+    return f"{quoted[1] if quoted else code}: {without_code(text)}"
+
+
+def without_code(text: str) -> str:
+    """An error's text without codes."""
+    return _FRONT.sub("", text)
 
 
 def coded_error(code: str, text: str) -> ValueError:

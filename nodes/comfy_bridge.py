@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
@@ -26,18 +28,33 @@ from ..ascend_runtime.client.runtime import Runtime
 from ..ascend_runtime.client.submission import JobCancelled, RankError, Result
 from ..ascend_runtime.errors import with_page
 from ..ascend_runtime.hardware.devices import resolve_kind, resolve_ranks
-from ..ascend_runtime.specs import ParallelSpec, VaeForm
+from ..ascend_runtime.specs import Cluster, ParallelSpec, VaeForm
+from ..ascend_runtime.specs.cluster import read_cluster
 from .metadata import kept
 from .types import Handle, ModelHandle, RanksHandle
 
 logger = logging.getLogger(__name__)
 
 # Entries of Result.info that its line in the log lacks.
-LOGGED_SEPARATELY = ("acceleration", "plan", "warnings", "peak bytes")
+LOGGED_SEPARATELY = ("acceleration", "machines", "plan", "warnings", "peak bytes")
 PREVIEW_SCALE = 8  # pixels of the video per pixel of a latent
 PREVIEW_SIZE = 512  # pixels: the longest side of a preview that ComfyUI sends
 
+
+
+class _Group(NamedTuple):
+    """A group of ranks that a graph asks for. device: with a cluster, as the user gives it."""
+
+    world_size: int
+    device: str
+    cluster: Cluster | None
+
+    def __str__(self) -> str:
+        return f"{self.world_size} on " + (self.device if self.cluster is None else f"the cluster {self.cluster.name}")
+
+
 _runtime: Runtime | None = None
+_runtime_group: _Group | None = None  # its ranks
 _runtime_of: str | None = None  # the last prompt that used it
 
 
@@ -50,6 +67,8 @@ def run_job(ranks: RanksHandle, job: Callable[[Runtime, dict], Result], preview:
     if preview:
         hooks["on_preview"] = lambda step, total, image: bar.update_absolute(step, total, _jpeg(image))
     result = _run(runtime, job, hooks)
+    if _runtime_group.cluster is not None:
+        result.info["machines"] = runtime.machines
     kept.add(result.record)
     _log(result, runtime)
     return result
@@ -103,14 +122,21 @@ def text_encoders(encoder: Handle) -> Result:
 
 
 def _run(runtime: Runtime, job: Callable[[Runtime, dict], object], hooks: dict):
-    """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions. An error with a code says
-    where it is explained."""
+    """What `job` returns. A cancelled job raises ComfyUI's own exception for interruptions."""
     always = {"should_cancel": comfy.model_management.processing_interrupted, "on_notice": _notice}
     try:
-        return job(runtime, always | hooks)
+        with _explained():
+            return job(runtime, always | hooks)
     except JobCancelled:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """An error with a code also says where the code is explained."""
+    try:
+        yield
     except (ValueError, RuntimeError, TimeoutError) as error:
         error.args = (with_page(str(error)),)
         raise
@@ -136,21 +162,29 @@ def _shown(stage: str, step: int, total: int) -> tuple[int, int]:
 def _log(result: Result, runtime: Runtime) -> None:
     facts = [f"{name} {value}" for name, value in result.info.items() if name not in LOGGED_SEPARATELY]
     times = [f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items()]
-    logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, runtime.device, ", ".join(facts + times))
+    where = ", machine ".join([runtime.device, *result.info.get("machines", ())])
+    logger.info("Ascend, %d rank(s) on %s: %s", runtime.world_size, where, ", ".join(facts + times))
     if "denoise" in result.seconds:
         logger.info("Ascend: %s.", words_of(result.info, result.seconds))
 
 
 def release(end_ranks: bool = False) -> None:
-    """Frees the ranks' weights, or ends the ranks."""
+    """Frees the ranks' weights, or ends the ranks. Those of a cluster cannot be ended from here: they free their
+    weights, and wait for the next client."""
     global _runtime
     if _runtime is None:
         return
-    if end_ranks:
-        _runtime.stop()
-        _runtime = None
-    else:
+    if not end_ranks:
         _runtime.free()
+        return
+    runtime, _runtime = _runtime, None
+    try:
+        if _runtime_group.cluster is not None:
+            runtime.free()
+    except (RankDied, RankError) as error:
+        _log_not_freed(error)
+    finally:
+        runtime.stop()
 
 
 def output_folder(name: str) -> str:
@@ -164,22 +198,35 @@ def output_folder(name: str) -> str:
     return str(Path(folder_paths.get_output_directory()) / name)
 
 
+def _log_not_freed(error: Exception) -> None:
+    logger.warning("Ascend: the ranks could not free their weights: %s", error)
+
+
 def _runtime_for(ranks: RanksHandle) -> Runtime:
     """The runtime with these ranks. A runtime with other ranks ends first, because both would not fit on the cards."""
-    global _runtime, _runtime_of
+    global _runtime, _runtime_group, _runtime_of
     if ranks.parallel is None and _runtime is not None:
         return _runtime
     parallel = ranks.parallel or ParallelSpec()
-    device = resolve_kind(ranks.device)
-    world_size = resolve_ranks(parallel.ranks, device)
-    if _runtime is not None and (_runtime.device, _runtime.world_size) != (device, world_size):
+    wanted = _group_of(parallel, ranks)
+    if _runtime is not None and _runtime_group != wanted:
         if _running_prompt() == _runtime_of:
-            _warn_of_two_groups(f"{_runtime.world_size} on {_runtime.device}", f"{world_size} on {device}")
+            _warn_of_two_groups(f"{_runtime_group}", f"{wanted}")
         release(end_ranks=True)
     if _runtime is None:
-        _runtime = Runtime(parallel, device)
+        _runtime, _runtime_group = Runtime(parallel, wanted.device, cluster=wanted.cluster), wanted
     _runtime_of = _running_prompt()
     return _runtime
+
+
+def _group_of(parallel: ParallelSpec, ranks: RanksHandle) -> _Group:
+    """The file of a cluster may have changed since the graph's handle was made: it is read for each job."""
+    if ranks.cluster is not None:
+        with _explained():
+            cluster = read_cluster(ranks.cluster)
+        return _Group(cluster.ranks, ranks.device, cluster)
+    device = resolve_kind(ranks.device)
+    return _Group(resolve_ranks(parallel.ranks, device), device, None)
 
 
 def _running_prompt() -> str | None:
@@ -236,7 +283,7 @@ class _RankMemory:
         try:
             release()
         except (RankDied, RankError) as error:  # it would end ComfyUI's worker; and dead ranks hold no memory
-            logger.warning("Ascend: the ranks could not free their weights: %s", error)
+            _log_not_freed(error)
 
 
 _memory = _RankMemory()

@@ -9,11 +9,14 @@ from comfy_api.latest import io
 
 from ..ascend_runtime.hardware.devices import DEVICE_KINDS
 from ..ascend_runtime.specs import ParallelSpec
+from ..ascend_runtime.specs.cluster import cluster_names, read_cluster
 from ..ascend_runtime.specs.parallel import MAX_RANKS, RING_EXCHANGES
 from . import comfy_bridge, types
 from .page.schema import DEVICES, TOOLS, Schema
 from .page.validation import refusal
 from .types import RanksHandle
+
+THIS_MACHINE = "this machine"  # no name of a cluster has a space
 
 
 class ParallelConfig(io.ComfyNode):
@@ -23,8 +26,9 @@ class ParallelConfig(io.ComfyNode):
             node_id="AscendParallelConfig",
             display_name="Ascend Parallel Config",
             category=TOOLS,
-            search_aliases=[*DEVICES, "parallel", "ranks", "ulysses", "tensor parallel", "fsdp", "并行"],
-            advanced=("device", "ring_degree", "ring_exchange", "overlap"),
+            search_aliases=[*DEVICES, "parallel", "ranks", "ulysses", "tensor parallel", "fsdp", "并行", "cluster",
+                            "multi node", "多机", "集群"],  # fmt: skip
+            advanced=("device", "ring_degree", "ring_exchange", "overlap", "cluster"),
             automatic=dict.fromkeys(("ranks", "cfg_degree", "ulysses_degree", "ring_degree"), 0)
             | dict.fromkeys(("fsdp", "overlap"), False),
             description="Sets how many ranks make a video, and how they share the work. What is left automatic is "
@@ -36,7 +40,8 @@ class ParallelConfig(io.ComfyNode):
                     min=0,
                     max=MAX_RANKS,
                     tooltip="The number of ranks; a rank is one process on one device. auto (0): one per visible "
-                    "device, or one on a CPU. A graph that was made with auto on eight cards also runs on fewer.",
+                    "device, or one on a CPU; all of a cluster. A graph that was made with auto on eight cards also "
+                    "runs on fewer.",
                 ),
                 io.Int.Input(
                     "cfg_degree",
@@ -104,6 +109,14 @@ class ParallelConfig(io.ComfyNode):
                     tooltip="Sends the heads of ulysses_degree in two parts, one while attention runs on the other. "
                     "auto (off): on NPUs, the environment variable OVERLAP can turn it on as well.",
                 ),
+                io.Combo.Input(
+                    "cluster",
+                    options=[THIS_MACHINE, *cluster_names()],
+                    default=THIS_MACHINE,
+                    optional=True,
+                    tooltip="Several machines whose ranks torchrun has started, by the name of the cluster's file on "
+                    "this host (docs/machines.md). The graph contains only the name.",
+                ),
             ],
             outputs=[
                 types.Parallel.Output(
@@ -114,10 +127,11 @@ class ParallelConfig(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, ranks, cfg_degree, ulysses_degree, ring_degree=0, tp_degree=1, fsdp=False, ring_exchange="rotate"
-    ) -> bool | str:
+        cls, ranks, cfg_degree, ulysses_degree, ring_degree=0, tp_degree=1, fsdp=False, ring_exchange="rotate",
+        cluster=THIS_MACHINE,
+    ) -> bool | str:  # fmt: skip
         values = (ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange)
-        return refusal(partial(_spec, overlap=False), *values)
+        return refusal(partial(_handle, device="auto", overlap=False), cluster, *values)
 
     @classmethod
     def execute(
@@ -131,13 +145,17 @@ class ParallelConfig(io.ComfyNode):
         fsdp=False,
         ring_exchange="rotate",
         overlap=False,
+        cluster=THIS_MACHINE,
     ) -> io.NodeOutput:
-        parallel = _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange, overlap)
-        return io.NodeOutput(RanksHandle(parallel, device))
+        values = (ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange)
+        return io.NodeOutput(_handle(cluster, *values, device=device, overlap=overlap))
 
 
-def _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange, overlap) -> ParallelSpec:
-    return ParallelSpec(
+def _handle(
+    cluster, ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_exchange, *, device, overlap
+) -> RanksHandle:
+    """Raises ValueError for a plan that cannot be, and for a cluster that is not on this host."""
+    parallel = ParallelSpec(
         ranks=ranks,
         cfg_degree=cfg_degree,
         ring_degree=ring_degree,
@@ -147,6 +165,11 @@ def _spec(ranks, cfg_degree, ulysses_degree, ring_degree, tp_degree, fsdp, ring_
         ring_exchange=ring_exchange,
         overlap=overlap or None,  # off here: on NPUs the variable OVERLAP decides
     )
+    if cluster == THIS_MACHINE:
+        return RanksHandle(parallel, device)
+    found = read_cluster(f"{cluster}")
+    found.require_all(ranks)
+    return RanksHandle(parallel, device, found.name)
 
 
 class FreeMemory(io.ComfyNode):
@@ -165,7 +188,7 @@ class FreeMemory(io.ComfyNode):
                     options=["weights", "ranks"],
                     default="weights",
                     tooltip="weights: frees the weights; the ranks stay and read them again when needed. ranks: ends "
-                    "the ranks' processes.",
+                    "the ranks' processes too; those of a cluster stay, and wait for its next job.",
                 ),
                 io.AnyType.Input(
                     "anything",

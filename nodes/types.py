@@ -21,10 +21,14 @@ NAMES = {DiffusionModel.io_type: "ascend model", Vae.io_type: "ascend vae"}
 
 @dataclass(frozen=True)
 class RanksHandle:
-    """Which ranks to use. The default is the ranks that are running, or one per visible device."""
+    """Which ranks to use. The default is the ranks that are running, or one per visible device.
+
+    cluster: the name of a cluster on this host, whose ranks work on other machines; None: ranks of this machine.
+    """
 
     parallel: ParallelSpec | None = None
     device: str = "auto"
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,12 @@ def tidied(graph):
 
 
 def without_titles(prompt):
-    return {number: {key: node[key] for key in ("class_type", "inputs")} for number, node in prompt.items()}
+    """Nor the choice of this machine, which the workflows leave out, as clusters belong to a host."""
+    return {number: {"class_type": node["class_type"], "inputs": _stored(node)} for number, node in prompt.items()}
+
+
+def _stored(node):
+    return {name: value for name, value in node["inputs"].items() if (name, value) != ("cluster", "this machine")}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def pytest_addoption(parser):
     parser.addoption("--comfy-cli", action="store_true", help="comfy-cli installs the pack into a fresh ComfyUI")
     parser.addoption("--soak", action="store_true", help="2,000 mixed jobs in a row instead of 100")
     parser.addoption("--all-loras", action="store_true", help="LoRAs on all kinds of quantized weights, not on five")
+    parser.addoption("--all-machines", action="store_true", help="every plan, death and stranger over several hosts")
     parser.addoption("--all-memory", action="store_true", help="the memory of 30 jobs instead of 5")
     parser.addoption("--all-messages", action="store_true", help="20,000 hostile messages each way instead of some")
     parser.addoption("--all-stock", action="store_true", help="stock graphs on more plans, all samplers, templates")

@@ -105,9 +105,8 @@ def _one_thread_each():
 def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
     held = file.dtype(wanted.key)
     part = wanted.part or full_slices(wanted.shape)
-    # A tensor that is kept as stored on disk is a view of the mapped file, so that ranks share its memory.
-    mapped = wanted.part is None and wanted.coding is None and wanted.device.type == "cpu" and held == wanted.dtype
-    mapped = mapped and (wanted.rows is None or len(wanted.rows) == 1) and wanted.packing is None
+    mapped = wanted.part is None and wanted.device.type == "cpu"
+    mapped = mapped and kept_as_stored(wanted.dtype, held, wanted.coding, wanted.rows, wanted.packing)
     shape = [own.stop - own.start for own in part]
     made = {wanted.name: _mapped(file, wanted) if mapped else _empty(shape, wanted.dtype, wanted.device)}
     if wanted.scales:
@@ -123,6 +122,17 @@ def _pieces(file: TensorFile, wanted: Wanted) -> Iterator[_Piece]:
         rows = slice(own[0].start - part[0].start, own[0].stop - part[0].start) if own else ...
         lies = None if mapped else wanted.lies(lies, dims)
         yield _Piece(wanted, lies, [x[rows] for x in made.values()], made, last=cut is cuts[-1])
+
+
+def kept_as_stored(
+    dtype: torch.dtype, held: torch.dtype, coding: Coding | None, rows: Rows | None, packing: Packing | None
+) -> bool:
+    """Whether a tensor that is kept in this dtype lies in its file just so. If all of it is kept on a CPU, it is a view
+    of the mapped file, so that ranks share its memory.
+
+    held: its dtype in the file. coding, rows, packing: see `Wanted`.
+    """
+    return held == dtype and coding is packing is None and (rows is None or len(rows) == 1)
 
 
 def _mapped(file: TensorFile, wanted: Wanted) -> Tensor:

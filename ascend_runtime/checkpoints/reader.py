@@ -24,7 +24,7 @@ from .formats.tensor_file import TensorFile
 from .fused import Rows, Split, Target, row_faults, targets_of
 from .msmodelslim import Description
 from .opening import open_tensors
-from .pieces import Wanted, read_in_pieces
+from .pieces import Wanted, kept_as_stored, read_in_pieces
 from .shards import one_of_several
 
 
@@ -57,8 +57,8 @@ class AllWeights:
 @dataclass(frozen=True)
 class Place:
     """Where a parameter lies on disk. key: the tensor's name in the shard. shape: the parameter's full shape. nbytes:
-    on disk. coding: how its numbers are stored; None: as torch stores them. packing: how its values are kept as bytes,
-    whose shape it has then; None: as numbers.
+    on disk. dtype: of the tensor. coding: how its numbers are stored; None: as torch stores them. packing: how its
+    values are kept as bytes, whose shape it has then; None: as numbers.
 
     rows: its ranges of the tensor's rows, in this order; columns: its range of the tensor's columns; None: all.
     """
@@ -67,10 +67,15 @@ class Place:
     key: str
     shape: tuple[int, ...]
     nbytes: int
+    dtype: torch.dtype
     coding: Coding | None
     rows: Rows | None = None
     columns: slice | None = None
     packing: Packing | None = None
+
+    def is_kept_as_stored(self, dtype: torch.dtype) -> bool:
+        """Whether a parameter that is kept in this dtype lies on disk just so: a CPU maps it, if it keeps all of it."""
+        return kept_as_stored(dtype, self.dtype, self.coding, self.rows, self.packing)
 
 
 NO_SCALES: dict[str, str] = {}
@@ -197,7 +202,7 @@ def _places(
                     size = math.ceil(math.prod(made) * (coding.bits if coding else 8 * dtype.itemsize) / 8)
                     packing = quantized.packing(key, one.name) if quantized else None
                     kept = packing.shape(made) if packing else made
-                    places[one.name] = Place(shard, key, kept, size, coding, one.rows, one.columns, packing)
+                    places[one.name] = Place(shard, key, kept, size, dtype, coding, one.rows, one.columns, packing)
             _check_rows(file, targets)
         if faults := list_faults({"that are not floating-point": numbers}):
             raise coded_error(

@@ -10,6 +10,8 @@ import torch
 from msgspec.structs import asdict
 from torch import Tensor
 
+from ..hardware.devices import DEVICE_KINDS
+from ..specs import Cluster, ParallelSpec
 from ..wire.messages import MAX_ENTRIES, MAX_ENTRY_NAME, Conditioning
 
 LATENT_AXES, FRAMES_AXES, IMAGE_AXES = "[B,C,T,H,W]", "[T,H,W,3]", "[H,W,3]"  # ranks check what depends on the model
@@ -23,6 +25,18 @@ def check_kind(name: str, value: Any, *kinds: type, optional: bool = False) -> N
     if not isinstance(value, kinds) and not (optional and value is None):
         wanted = " or ".join([*(kind.__name__ for kind in kinds), *(["None"] if optional else [])])
         raise ValueError(f"{name} is {_shown(value)}; it must be a {wanted}.")
+
+
+def check_for_cluster(parallel: ParallelSpec, device: Any, environment: Any, cluster: Cluster) -> None:
+    """What a `Runtime` with a cluster can be given besides it."""
+    cluster.require_all(parallel.ranks)
+    if device not in DEVICE_KINDS:
+        raise ValueError(f"device is {device!r}; it can be one of {', '.join(DEVICE_KINDS)}.")
+    if environment is not None:
+        raise ValueError(
+            "environment is for ranks that this host starts, and torchrun starts those of a cluster. Leave it out, and "
+            "set the variables in the environment of torchrun on each machine."
+        )
 
 
 def check_prompt(text: Any) -> None:

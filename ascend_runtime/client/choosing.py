@@ -97,7 +97,7 @@ def with_plan(jobs: JobsOfCall, choices: Choices, planned: PlannedJob, run: Call
     chosen = choices.of(jobs, planned)
     jobs.show(chosen)
     try:
-        return _with_plan(run(chosen), chosen, [chosen.line] * chosen.short)
+        return _with_plan(run(chosen), chosen, chosen.warnings)
     except (RankError, RankDied) as caught:
         error = caught
         smaller = _next(jobs, choices, planned, chosen, error)
@@ -106,7 +106,7 @@ def with_plan(jobs: JobsOfCall, choices: Choices, planned: PlannedJob, run: Call
     warning = _retried(chosen, smaller, _of_host(jobs, error))
     jobs.notice(warning)
     jobs.show(smaller)
-    return _with_plan(run(smaller), smaller, [warning])
+    return _with_plan(run(smaller), smaller, [warning, *smaller.warnings])
 
 
 def _next(

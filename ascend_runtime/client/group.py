@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Callable
 
 from ..errors import coded
-from ..hardware import cores, host, memory
-from ..hardware.environment import HEAP, rank_environment, start_deadline, suits_sharded
+from ..hardware import host, memory
+from ..hardware.environment import rank_environment, start_deadline, suits_sharded
+from ..hardware.ranks import variables_of_ranks
 from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
 from ..wire.shared_memory import blocks
 from . import restarts
+from .links import ChannelLink
+from .submission import COMPUTING
 
 logger = logging.getLogger(__name__)
 restarts.reap()
@@ -42,7 +45,11 @@ WATCH_POLL = 0.25  # seconds between checks for ranks that have ended
 ENDING_POLL = 0.005  # the same, after a rank has closed its output
 LAST_LINES = 60  # lines of a rank's output that an error may quote
 MAX_LINE_BYTES = 65536  # a longer line keeps only its last bytes
-COMPUTING = "is computing"
+OF_ONE_HOST = {
+    "PYTHONSAFEPATH": "",  # a rank imports this package from its working directory
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
 STATES = {  # proc_pid_stat(5)
     "R": COMPUTING,
     "S": "is waiting",
@@ -100,7 +107,7 @@ class Rank:
 
 
 class RankGroup:
-    """Ranks that start and end together. `ranks[i].channel` is the control connection of rank i.
+    """Ranks of this machine that start and end together. `ranks[i].channel` is the control connection of rank i.
 
     sharded: whether their environment is for weights that FSDP2 shards.
     """
@@ -109,9 +116,10 @@ class RankGroup:
         self.world_size = world_size
         self.kind = kind
         self.ranks: list[Rank] = []
+        self.links: list[ChannelLink] = []
         self._own = environment or {}
         self._environment = rank_environment(kind, os.environ, self._own, sharded)
-        self._threads = cores.thread_variables(world_size, self._environment)
+        self._variables = variables_of_ranks(kind, world_size, self._environment, OF_ONE_HOST, self._own)
         self._start_deadline = start_deadline(self._environment)  # seconds until all ranks are ready
         self._started = threading.Event()
         self._start_error: BaseException | None = None
@@ -122,7 +130,9 @@ class RankGroup:
         self._pid = os.getpid()  # to recognise a forked child, which does not own the ranks
         self._watcher = threading.Thread(target=self._start_and_watch, name="ascend-ranks", daemon=True)
 
-    def start(self, check: Callable[[], None] = lambda: None) -> None:
+    def start(
+        self, check: Callable[[], None] = lambda: None, on_notice: Callable[[str], None] = lambda text: None
+    ) -> None:
         """Starts the ranks and returns when all are ready. Raises RankDied with a rank's last output, TimeoutError, or,
         before a rank is started, ValueError if this host's NPUs cannot be used.
 
@@ -155,6 +165,15 @@ class RankGroup:
     def may_shard(self) -> bool:
         """Whether these ranks' environment suits weights that FSDP2 shards."""
         return suits_sharded(self.kind, self._environment)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the ranks, in order."""
+        return [rank.process.pid for rank in self.ranks]
+
+    def doing(self, rank: int) -> str:
+        """The state of a rank's process, such as "is waiting"."""
+        return self.ranks[rank].doing
 
     @property
     def lost(self) -> bool:
@@ -244,6 +263,7 @@ class RankGroup:
             for rank in range(self.world_size):
                 if not self._stopping:
                     self.ranks.append(self._start_one(rank, store))
+                    self.links.append(ChannelLink(rank, self.ranks[-1].channel))
         finally:
             os.close(store)
 
@@ -272,18 +292,7 @@ class RankGroup:
 
     def _rank_environment(self, rank: int, control: int, store: int) -> dict[str, str]:
         return {
-            # Waiting threads must not use the cores that ComfyUI and other ranks need: on two busy cores, a decode
-            # took 1.2 s with this setting, and 3.9 s with spinning threads.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "TOKENIZERS_PARALLELISM": "false",
-            **(HEAP if self.kind == "cpu" else {}),
-            **self._environment,
-            **self._threads,
-            "PYTHONSAFEPATH": "",  # the rank imports this package from its working directory
-            "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo",
-            **({"TORCH_DEVICE_BACKEND_AUTOLOAD": "1"} if self.kind == "npu" else {}),  # ComfyUI may have disabled it
-            **{name: value for name, value in self._own.items() if value},
+            **self._variables,
             # All ranks see the same devices, and each uses the one of its local rank. torch_npu enables peer-to-peer
             # access and divides CPU cores by the card's index (its NPUPeerToPeerAccess.h, NPUAffinityController.h). A
             # rank that saw only its own card would be card 0 of 1. A user's ASCEND_RT_VISIBLE_DEVICES is kept: the

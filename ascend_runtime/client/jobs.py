@@ -18,16 +18,24 @@ class JobsOfCall:
     """Submits jobs that share the hooks of one call. A cancel applies to all of them.
 
     submit: runs a job. start: starts the ranks if none are alive, or again if jobs shard weights by FSDP2 and these
-    ranks cannot. on_devices: whether the ranks have memory of their own, and not only the host's.
+    ranks cannot. on_devices: whether the ranks, once started, have memory of their own, and not only the host's.
     """
 
     def __init__(
-        self, submit: Callable[[MakeMessage], Result], start: Callable[[bool], None], hooks: Hooks, on_devices: bool
+        self,
+        submit: Callable[[MakeMessage], Result],
+        start: Callable[[bool], None],
+        hooks: Hooks,
+        on_devices: Callable[[], bool],
     ):
-        self._submit, self._start, self._hooks, self.on_devices = submit, start, hooks, on_devices
+        self._submit, self._start, self._hooks, self._on_devices = submit, start, hooks, on_devices
 
     def __call__(self, make: MakeMessage) -> Result:
         return self._submit(make)
+
+    @property
+    def on_devices(self) -> bool:
+        return self._on_devices()
 
     def begin(self, sharded: bool = False) -> None:
         """Starts the ranks if that is needed. sharded: whether jobs shard weights by FSDP2."""

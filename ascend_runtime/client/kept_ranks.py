@@ -9,18 +9,20 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from ..hardware import devices
-from ..specs import ParallelSpec
+from ..specs import Cluster, ParallelSpec
 from ..wire.messages import Free, Message, Velocity
 from . import submission
-from .arguments import check_kind
+from .arguments import check_for_cluster, check_kind
 from .choosing import Choices
 from .group import RankDied, RankGroup
 from .jobs import JobsOfCall, MakeMessage
+from .machines.group import ClusterGroup
+from .machines.meeting import Meeting
 from .model_calls import HeldByRanks
 from .submission import Hooks, JobCancelled, RankError, RanksSilent, Result, Submission
 
@@ -37,17 +39,24 @@ class KeptRanks:
         parallel: ParallelSpec = ParallelSpec(),
         device: str = "auto",
         environment: dict[str, str] | None = None,
+        cluster: Cluster | None = None,
     ):
         check_kind("parallel", parallel, ParallelSpec)
         check_kind("environment", environment, dict, optional=True)
+        check_kind("cluster", cluster, Cluster, optional=True)
         for name, value in (environment or {}).items():
             check_kind("a name in environment", name, str)
             check_kind(f"environment[{name!r}]", value, str)
         self.parallel = parallel
-        self.device = devices.resolve_kind(device)
-        self.world_size = devices.resolve_ranks(parallel.ranks, self.device, {**os.environ, **(environment or {})})
-        self._environment = environment
-        self._group: RankGroup | None = None
+        self._environment, self._asked_device = environment, device
+        self._meeting = None if cluster is None else Meeting(cluster)
+        if cluster is None:
+            self.device = devices.resolve_kind(device)
+            self.world_size = devices.resolve_ranks(parallel.ranks, self.device, {**os.environ, **(environment or {})})
+        else:
+            check_for_cluster(parallel, device, environment, cluster)
+            self.device, self.world_size = device, cluster.ranks
+        self._group: RankGroup | ClusterGroup | None = None
         self._finalizer: weakref.finalize | None = None  # ends the group with this object
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
@@ -76,7 +85,7 @@ class KeptRanks:
         return self._living is not None
 
     @property
-    def _living(self) -> RankGroup | None:
+    def _living(self) -> RankGroup | ClusterGroup | None:
         group = self._group
         return group if self._is_own and group is not None and group.alive else None
 
@@ -87,9 +96,17 @@ class KeptRanks:
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the ranks, in order; empty if none are alive."""
+        """The process ids of the ranks, in order; empty if none are alive, and for those of a cluster."""
         group = self._living
-        return [] if group is None else [rank.process.pid for rank in group.ranks]
+        return [] if group is None else group.pids
+
+    @property
+    def machines(self) -> list[str]:
+        """The names of the cluster's machines that are connected, in the order of their ranks; empty without a
+        cluster."""
+        if self._meeting is None or not self._is_own:
+            return []
+        return [machine.name for machine in self._meeting.present()]
 
     def start(self) -> None:
         """Starts the ranks if none are alive. Jobs also do this."""
@@ -108,6 +125,8 @@ class KeptRanks:
                     if self._group is not None:
                         self._group.stop()
                         self._group = None
+                    if self._meeting is not None:  # also without a group, as machines may be joining
+                        self._meeting.close()
             finally:
                 self._stop_wanted.clear()
 
@@ -144,7 +163,7 @@ class KeptRanks:
         except (RankDied, RankError) as error:
             logger.warning("The ranks could not free their weights: %s", error)
 
-    def _start(self, check: Callable[[], None], sharded: bool) -> None:
+    def _start(self, hooks: Hooks, sharded: bool) -> None:
         """Starts the ranks unless they are alive and can run the job. sharded: whether it shards weights by FSDP2."""
         sharded = (sharded or bool(self.parallel.fsdp)) and self.world_size > 1
         if self.alive and (self._group.may_shard or not sharded):
@@ -154,20 +173,26 @@ class KeptRanks:
             self._group.stop()
         elif self._group is not None:
             self._group.kill()
-        devices.warn_if_crowded(self.world_size, self.device)
         self._held.forget()
         self._choices.forget()
-        self._group = RankGroup(self.world_size, self.device, self._environment, sharded)
+        self._group = self._new_group(sharded)
         if self._finalizer is not None:
             self._finalizer.detach()
         self._finalizer = weakref.finalize(self, self._group.abandon)
         began = time.monotonic()
         try:
-            self._group.start(check)
+            self._group.start(lambda: self._raise_if_cancelled(hooks), hooks.on_notice)
         except BaseException:
             self._group = None
             raise
+        self.device = self._group.kind
         logger.info("%d rank(s) on %s ready in %.1f s", self.world_size, self.device, time.monotonic() - began)
+
+    def _new_group(self, sharded: bool) -> RankGroup | ClusterGroup:
+        if self._meeting is not None:
+            return ClusterGroup(self._meeting, self._asked_device)
+        devices.warn_if_crowded(self.world_size, self.device)
+        return RankGroup(self.world_size, self.device, self._environment, sharded)
 
     def free(self) -> None:
         """Frees the weights on all ranks; the ranks stay alive. Does nothing if none are alive.
@@ -205,9 +230,9 @@ class KeptRanks:
         given = Hooks(**hooks)
         jobs = JobsOfCall(
             lambda make: self._submit(make(next(self._numbers)), given),
-            lambda shards: self._start(lambda: self._raise_if_cancelled(given), shards),
+            lambda shards: self._start(given, shards),
             given,
-            on_devices=self.device != "cpu",
+            on_devices=lambda: self.device != "cpu",
         )
         with self._exclusive():
             self._cancel_requested.clear()

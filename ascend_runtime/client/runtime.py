@@ -70,11 +70,15 @@ class Runtime(KeptRanks):
     """Ranks that load, encode, sample and decode. A context manager; thread-safe.
 
     The ranks belong to the process that created this object; a forked child cannot use it. They end with `stop`, or
-    when the object is garbage-collected.
+    when the object is garbage-collected. Those of a cluster do not end: they wait for the next client, with what they
+    have loaded.
 
     parallel: the number of ranks, and the default plan of `sample`.
-    device: "npu", "cuda", "cpu", or "auto" for the first of these that is available.
-    environment: environment variables for the ranks only.
+    device: "npu", "cuda", "cpu", or "auto" for the first of these that is available. With a cluster: what the machines
+        must have; the attribute is "auto" until they have joined, and then what they have.
+    environment: environment variables for the ranks only; not with a cluster, whose ranks torchrun starts.
+    cluster: machines whose ranks work instead of this host's; see `specs.cluster.read_cluster`. The process listens at
+        the cluster's address from the first job until `stop`.
     """
 
     _calibrated: tuple[tuple, dict[str, Calibration]] | None = None  # of the last run of model calls

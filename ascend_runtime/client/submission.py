@@ -7,6 +7,7 @@ import logging
 import select
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -19,7 +20,7 @@ from ..specs.record import JobRecord
 from ..wire.channel import ChannelClosed, SealedMessage
 from ..wire.messages import UNREAD, Cancel, Conditioning, Done, Failed, Message, Preview, Progress, Undecodable
 from ..wire.plans import Chosen
-from .group import COMPUTING, Rank, RankGroup
+from .links import GroupOfRanks, RankLink
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ PEER_DEADLINE = 10.0  # seconds for other ranks to answer after one has failed, 
 CANCEL_DEADLINE = 60.0  # seconds to answer a cancel; at least three times the longest pause between reports
 SILENCE = 60.0  # minimum seconds without a report before a notice; see LONGER
 LONGER = 5  # a notice needs a pause this many times as long as the job's longest one
+COMPUTING = "is computing"  # what a group says of a rank that is not silent without reason
 
 OnProgress = Callable[[str, int, int], None]  # (stage, step, total); bytes for "load"
 OnPreview = Callable[[int, int, Tensor], None]  # (step, total, uint8 [H,W,3])
@@ -89,7 +91,7 @@ class Submission:
     def __init__(
         self,
         message: Message,
-        group: RankGroup,
+        group: GroupOfRanks,
         cancel_requested: threading.Event,
         hooks: Hooks,
         deadline: float | None = None,
@@ -99,7 +101,8 @@ class Submission:
         self.group = group
         self.cancel_requested = cancel_requested
         self.hooks = hooks
-        self.unanswered: dict[int, Rank] = {}  # ranks that have not answered, by their channel's descriptor
+        self.unanswered: set[int] = set()  # ranks that have not answered
+        self._links: dict[int, RankLink] = {}  # those with such ranks, by their descriptor
         self._answers: dict[int, Done | Failed] = {}
         self._caller_error: BaseException | None = None
         self._cancel_sent = False
@@ -116,7 +119,8 @@ class Submission:
         exception. If `unanswered` is not empty then, the group must be killed."""
         self.group.kills_before = memory.kills()
         with SealedMessage(self.message) as sealed:  # raises before any rank gets the job
-            self.unanswered = {rank.channel.fileno(): rank for rank in self.group.ranks}
+            self._links = {link.fileno(): link for link in self.group.links}
+            self.unanswered = {rank for link in self._links.values() for rank in link.ranks}
             try:
                 self._follow(sealed)
             except ChannelClosed:
@@ -131,8 +135,8 @@ class Submission:
     def _follow(self, sealed: SealedMessage) -> None:
         """Waits until all ranks have answered. The first KeyboardInterrupt cancels the job, the second one is raised at
         once."""
-        for rank in self.group.ranks:
-            rank.channel.post(sealed)
+        for link in self._links.values():
+            link.post(sealed, self.unanswered, self.message.job)
         poll = select.poll()
         while self.unanswered:
             try:
@@ -143,27 +147,31 @@ class Submission:
                 self._caller_error = interrupt
 
     def _turn(self, poll: select.poll) -> None:
-        for descriptor, rank in self.unanswered.items():
-            poll.register(descriptor, select.POLLIN | (select.POLLOUT if rank.channel.unsent else 0))
-        ready = poll.poll(POLL_SECONDS * 1000)
+        held = []  # links with data that a poll does not show
+        for descriptor, link in self._links.items():
+            poll.register(descriptor, select.POLLIN | (select.POLLOUT if link.unsent else 0))
+            if link.waiting:
+                held.append(descriptor)
+        ready = poll.poll(0 if held else POLL_SECONDS * 1000)
         self._relay_cancel()  # first, as there may be many messages
-        for descriptor, _ in ready:
-            rank = self.unanswered[descriptor]
-            rank.channel.flush()
-            message = self._taken(rank)  # one per turn, so that a cancel is relayed in between
-            if message is not None:
-                self._receive(descriptor, message)
-            if descriptor not in self.unanswered:
+        for descriptor in dict.fromkeys([descriptor for descriptor, _ in ready] + held):
+            link = self._links[descriptor]
+            link.flush()
+            taken = self._taken(link)  # one per turn, so that a cancel is relayed in between
+            if taken is not None:
+                self._receive(*taken)
+            if self.unanswered.isdisjoint(link.ranks):
+                del self._links[descriptor]
                 poll.unregister(descriptor)
         self._check_ranks()
 
-    def _taken(self, rank: Rank) -> Message | None:
+    def _taken(self, link: RankLink) -> tuple[int, Message] | None:
         try:
-            return rank.channel.take()
+            return link.take()
         except Undecodable as error:
-            raise RankError(coded("AV-1507", f"Rank {rank.rank} sent an invalid answer. {error}")) from None
+            raise RankError(coded("AV-1507", str(error))) from None
 
-    def _receive(self, descriptor: int, message: Message) -> None:
+    def _receive(self, rank: int, message: Message) -> None:
         if seconds := self._silence.end():
             self._notice(f"The ranks report again after {seconds:.0f} s.", logging.INFO)
         if isinstance(message, Progress):
@@ -172,16 +180,17 @@ class Submission:
             if self.hooks.on_preview is not None:
                 self._call(self.hooks.on_preview, message.step, message.total, message.image)
         else:
-            self._take_answer(self.unanswered[descriptor], message)
-            del self.unanswered[descriptor]
+            self._take_answer(rank, message)
+            self.unanswered.discard(rank)
 
-    def _take_answer(self, rank: Rank, message: Message) -> None:
+    def _take_answer(self, rank: int, message: Message) -> None:
         unread = isinstance(message, Failed) and message.job == UNREAD
-        if not unread and not (isinstance(message, (Done, Failed)) and message.job == self.message.job):
+        fits = unread or isinstance(message, (Done, Failed)) and message.job == self.message.job
+        if not fits or rank not in self.unanswered:
             raise RankError(
-                coded("AV-1507", f"Rank {rank.rank} sent {type(message).__name__}, which is not an answer to this job.")
+                coded("AV-1507", f"Rank {rank} sent {type(message).__name__}, which is not an answer to this job.")
             )
-        self._answers[rank.rank] = message
+        self._answers[rank] = message
         if isinstance(message, Failed) and message.kind != "cancelled" and not self._cancel_sent:
             self._give_up_within(PEER_DEADLINE)
 
@@ -213,8 +222,8 @@ class Submission:
         self._cancel_sent = True
         self._give_up_within(max(CANCEL_DEADLINE, 3 * self._silence.longest))
         with SealedMessage(Cancel(job=self.message.job)) as sealed:
-            for rank in self.unanswered.values():
-                rank.channel.post(sealed)
+            for link in self._links.values():
+                link.post(sealed, self.unanswered)
 
     def _give_up_within(self, seconds: float) -> None:
         """Sets a deadline, unless an earlier one is set."""
@@ -222,7 +231,7 @@ class Submission:
         self._give_up_at = at if self._give_up_at is None else min(self._give_up_at, at)
 
     def _give_up(self) -> None:
-        silent = _numbered(self.unanswered.values())
+        silent = ranks_in_words(self.unanswered)
         text = f"{silent} did not answer in time, so the group was ended. The next job starts a new one."
         self._notice(f"{text} Last state: {self._states()}.")
         if self._caller_error is not None:
@@ -235,8 +244,8 @@ class Submission:
 
     def _notice_silence(self) -> None:
         """Notifies the user that ranks are silent. That is no warning if all are computing, as in a slow first step."""
-        seconds, ranks = self._silence.seconds, self.unanswered.values()
-        if all(rank.doing == COMPUTING for rank in ranks):
+        seconds = self._silence.seconds
+        if all(self.group.doing(rank) == COMPUTING for rank in self.unanswered):
             self._notice(f"The ranks have been computing for {seconds:.0f} s since they last reported.", logging.INFO)
             return
         longest = f"; the longest pause before was {self._silence.longest:.0f} s" if self._silence.longest > 1 else ""
@@ -257,7 +266,7 @@ class Submission:
 
     def _states(self) -> str:
         """The state of each rank that has not answered."""
-        return ", ".join(f"Rank {rank.rank} {rank.doing}" for rank in self.unanswered.values())
+        return ", ".join(f"Rank {rank} {self.group.doing(rank)}" for rank in sorted(self.unanswered))
 
     def _result(self) -> Result:
         """Merges the answers of all ranks; raises the most informative failure."""
@@ -307,6 +316,7 @@ class _Silence:
         return True
 
 
-def _numbered(ranks) -> str:
-    numbers = [str(rank.rank) for rank in ranks]
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """Such as "Rank 3", or "Ranks 0, 1"."""
+    numbers = [str(rank) for rank in sorted(ranks)]
     return f"Rank {numbers[0]}" if len(numbers) == 1 else f"Ranks {', '.join(numbers)}"

@@ -16,6 +16,7 @@ from ..checkpoints.writing.unfinished import require_free
 from ..specs.models import MODEL_FORMATS, WEIGHT_DTYPES
 from ..specs.presets import PRESETS, SPECS
 from . import video_options
+from .cluster import options as cluster_options
 from .comparison import settings
 from .downloading import options as download_options
 from .plan import options as plan_options
@@ -221,6 +222,10 @@ COMMANDS = {
         "convert a model to diffusers' or MindSpeed-MM's layout", ".commands.conversion", _declare_convert,
         _check_convert,
         lambda arguments: f"converting {arguments.source} to {arguments.target}, in the layout of {arguments.to}",
+    ),
+    "cluster": Command(
+        "make and show clusters, of machines that make one video together", ".commands.cluster.command",
+        cluster_options.declare_cluster, cluster_options.check_cluster, cluster_options.begins_cluster,
     ),
     "download": Command(
         "download the files of a published model", ".commands.downloading.command", download_options.declare_download,

@@ -140,7 +140,7 @@ class _Unread:
     def is_mapped(self, name: str, kept: Tensor) -> bool:
         """Whether a CPU maps the parameter of this name from its file, as it is kept the way it is stored."""
         place = self.places.get(name)
-        return place is not None and place.coding is None and (place.nbytes, place.shape) == (kept.nbytes, kept.shape)
+        return place is not None and place.is_kept_as_stored(kept.dtype) and place.shape == kept.shape
 
 
 def files(spec: DiffusionModelSpec) -> list[Component]:
@@ -238,7 +238,8 @@ class _Reader:
         layout = Layout.of(weights)
         changed = [weights[expert][name].nbytes
                    for expert, one in unread.items() for name in merged_by(loras[expert], one.lora)]  # fmt: skip
-        require_room(layout, sum(changed), self.room.free_host(layout.nbytes + sum(changed), pinned=True))
+        free = self.room.free_host(layout.nbytes + sum(changed), pinned=True)
+        require_room(layout, sum(changed), free, self.room.host_memory.ranks)
         return layout
 
     def experts(

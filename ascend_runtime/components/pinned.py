@@ -91,12 +91,14 @@ def kept_by_torch(device: torch.device) -> int:
     return _slabs.most - _slabs.now if devices.keeps_pinned(device) else 0
 
 
-def require_room(layout: Layout, originals: int, host_memory: int) -> None:
+def require_room(layout: Layout, originals: int, host_memory: int, ranks: int | None = None) -> None:
     """Raises ValueError, which says what would fit, if the host has too little memory for all its ranks.
 
-    originals: the bytes of a rank's weights that LoRAs change, which it keeps as well. host_memory: of `HostMemory`.
+    originals: the bytes of a rank's weights that LoRAs change, which it keeps as well. host_memory, ranks: of
+    `HostMemory`; ranks None: those of this host.
     """
-    ranks, each, free = devices.local_ranks(), layout.nbytes + originals, max(0, host_memory - memory.ROOM)
+    ranks, each = ranks or devices.local_ranks(), layout.nbytes + originals
+    free = max(0, host_memory - memory.ROOM)
     if ranks * each <= free:
         return
     kept = f" and {originals / 1e9:.1f} GB for the original weights that LoRAs change" if originals else ""
@@ -110,10 +112,10 @@ def require_room(layout: Layout, originals: int, host_memory: int) -> None:
     )
 
 
-def require_room_for_originals(nbytes: int, host_memory: int) -> None:
+def require_room_for_originals(nbytes: int, host_memory: int, ranks: int | None = None) -> None:
     """Raises ValueError if the host has too little memory for the original weights that LoRAs will change, this many
-    bytes on each of its ranks. host_memory: of `HostMemory`."""
-    ranks = devices.local_ranks()
+    bytes on each of its ranks. host_memory, ranks: as for `require_room`."""
+    ranks = ranks or devices.local_ranks()
     if ranks * nbytes <= max(0, host_memory - memory.ROOM):
         return
     raise coded_error(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,21 +15,23 @@ ROOM_TO_COMPUTE = 8 * 2**30  # bytes for a job of which nothing is predicted: a 
 
 @dataclass
 class HostMemory:
-    """The bytes of host memory that all ranks of this host together may use. Ranks that load at the same time must
-    agree on them beforehand, since each would see what the others have already taken; then each keeps count.
+    """The bytes of host memory that all ranks of a host together may use. Ranks that load at the same time must agree
+    on them beforehand, since each would see what the others have already taken; then each keeps count.
 
     free: available now. in_use, waiting: held by the diffusion model in use, and by the one that waits; available when
-    they are dropped. pinned: kept by torch for later models.
+    they are dropped. pinned: kept by torch for later models. ranks: on a host. With several hosts, of each number the
+    one that leaves the least room, so that all ranks decide alike.
     """
 
     free: int
     in_use: int = 0
     waiting: int = 0
     pinned: int = 0
+    ranks: int = field(default_factory=devices.local_ranks)
 
     def has(self, nbytes: int, released: int = 0) -> bool:
         """Whether each rank can take so many bytes. released: what all of them together give back meanwhile."""
-        return devices.local_ranks() * nbytes <= max(0, self.free + released - memory.ROOM)
+        return self.ranks * nbytes <= max(0, self.free + released - memory.ROOM)
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def _check_originals(model: DiffusionModel, is_new: bool, room: Room, nbytes: in
     """Raises ValueError if the host has too little memory for the originals of weights that LoRAs change. They were
     counted with experts in turns that were loaded in the same job."""
     if not (is_new and model.swap):
-        require_room_for_originals(nbytes, room.free_host(nbytes))
+        require_room_for_originals(nbytes, room.free_host(nbytes), room.host_memory.ranks)
 
 
 def _loaded(spec) -> Any:

@@ -242,7 +242,7 @@ class DiffusionModels:
         return devices.room(self._device) >= needs.weights + needs.computing
 
     def _leaving(self, held: HeldModel, host: HostMemory) -> Iterator[None]:
-        taken = devices.local_ranks() * held.to_host
+        taken = host.ranks * held.to_host
         host.free, host.waiting = host.free - taken, host.waiting + taken
         held.away = True
         return _to_host(held.model, self._device)

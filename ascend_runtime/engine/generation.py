@@ -28,6 +28,7 @@ from ..models.shared.quantized.base import QuantizedLinear
 from ..models.shared.quantized.static import use_step
 from ..ops import PlainOperators, operators_for
 from ..parallel import cfg
+from ..parallel.machines import machines
 from ..parallel.mesh import mesh_of, this_rank
 from ..parallel.sequence import SequenceLayout, spread
 from ..planner.holding.dry_job import DryNetwork, DryRank, DryVideo
@@ -93,6 +94,12 @@ class Ranks:
         """Sets the model up for this plan and these operators."""
         for expert in model.experts:
             expert.arrange(self.operators, self.sequence)
+
+
+def unguided(plan: Plan, acceleration: AccelerationSpec) -> Plan:
+    """The plan for one pass at a time. Ulysses does not cross machines for it, unless sparse attention needs all tokens
+    of a head on one rank."""
+    return plan.unguided(() if acceleration.rainfusion else machines().hosts)
 
 
 class NetworkCall(NamedTuple):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..hardware import devices
+from ..parallel.machines import MACHINE
 from ..parallel.mesh import all_reduce_max
 from ..wire.channel import Channel
-from ..wire.messages import Cancel, Message, Preview, Progress
+from ..wire.messages import Cancel, Message, Preview, Progress, SharedTensor, Wrote
 
 
 class Cancelled(Exception):
@@ -31,6 +35,7 @@ class Job:
         self._channel = channel
         self._device = device
         self._reports = dist.get_rank() == 0
+        self._reports_parts = bool(os.environ.get(MACHINE))
         self._cancelled = False
 
     @contextmanager
@@ -50,6 +55,20 @@ class Job:
         """image: uint8 [H,W,3]."""
         if self._reports:
             self._channel.send(Preview(job=self.message.job, step=step, total=total, image=image))
+
+    def wrote(self, memory: SharedTensor, part: Tensor) -> None:
+        """Reports that this rank has written a part of the memory that the client lends for a result; for the relay,
+        which sends it to a client on another machine. part: a view of the memory, with its dims in their order; it will
+        not change any more."""
+        if not self._reports_parts or not part.numel():
+            return
+        starts, offset = [], part.storage_offset()
+        for dim in range(len(memory.shape)):
+            start, offset = divmod(offset, math.prod(memory.shape[dim + 1 :]))
+            starts.append(start)
+        where = {"shape": memory.shape, "starts": tuple(starts), "sizes": tuple(part.shape)}
+        # No message lends more than one memory.
+        self._channel.send(Wrote(job=self.message.job, lent=0, itemsize=memory.dtype.itemsize, **where))
 
     def check(self) -> None:
         """Raises Cancelled if this rank has received a cancel. For work in which no other rank waits for this one."""

@@ -21,7 +21,7 @@ from ..parallel.mesh import all_reduce_max
 from ..specs import AccelerationSpec, Plan
 from ..wire.messages import CallSetting, ModelPass, Velocity
 from .explaining import Generated, Sources
-from .generation import Course, Generation, NetworkCall, Ranks
+from .generation import Course, Generation, NetworkCall, Ranks, unguided
 from .guard.diagnosis import Diagnosis, Evaluation
 from .sampling import TRAIN_TIMESTEPS, SolverStep
 
@@ -223,7 +223,7 @@ class Run:
         """How the ranks share one pass, or two. All ranks must call it."""
         if self._accelerated and self._ranks:  # what caches keep fits one plan only
             return next(iter(self._ranks.values()))
-        plan = self._plan if passes == 2 else self._plan.unguided()
+        plan = self._plan if passes == 2 else unguided(self._plan, self.setting.acceleration)
         if plan not in self._ranks:
             self._ranks[plan] = Ranks.spread(plan, self.setting.parallel, self._operators, self.model, self._environ)
         return self._ranks[plan]

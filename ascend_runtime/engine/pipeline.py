@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,7 +25,9 @@ from ..models.shared.tiling import bytes_whole
 from ..ops.finite import check_finite
 from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.mesh import all_alike, all_reduce_max, all_reduce_sum, communicators
+from ..parallel.machines import machines, sums_of_machines
+from ..parallel.measured_link import measured_link
+from ..parallel.mesh import all_alike, all_reduce_max, communicators
 from ..planner.facts import Machine
 from ..recognition.calibration_file import read_calibration
 from ..recognition.layout import vae_form
@@ -36,7 +39,7 @@ from ..wire.shared_memory import borrowed
 from . import planning
 from .denoising import StepsOfJob, denoised, standing_still
 from .explaining import Explainer, Generated
-from .generation import Generation, Ranks, Request, check_request, warm_up_of
+from .generation import Generation, Ranks, Request, check_request, unguided, warm_up_of
 from .guard.diagnosis import check_encoded
 from .guard.frames import DoneFacts
 from .model_calls import ModelCalls
@@ -52,6 +55,7 @@ from .prompts import (
     tokens_key,
     with_padding,
 )
+from .same_files.comparison import SameFiles
 from .video import decode_video, encode_video
 
 
@@ -62,25 +66,28 @@ class RankPipeline:
     """Runs jobs on one rank; every public method takes a job (see job.py) and returns its `Done`.
 
     With the text encoder's placement "cpu", only rank 0 encodes; the others reply at once, and it uses their cores.
-    All ranks work on all other jobs.
+    All ranks work on all other jobs. link: between machines, if there are several.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.rank = dist.get_rank()
+        self.folders: dict[str, str] = {}  # of specs, as a client has them -> on this machine
         self.components = Components(device)
         self._variables = original(device.type, os.environ)
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
         self._facts = planning.KnownModels(self.components.state)  # used on rank 0
         self.explainer = Explainer(device, self.components, self._variables)
+        self.link = measured_link(device.type)
+        self.same_files = SameFiles(self.components.found)
 
     def ping(self, job) -> Done:
         """Returns `reply` floats from rank 0; fills this rank's part of the frames, if the message has any."""
         message = job.message
         if message.frames is not None:
             with borrowed(message.frames) as frames:
-                frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0)
+                job.wrote(message.frames, frames.tensor_split(dist.get_world_size())[self.rank].fill_(1.0))
         reply = torch.ones(message.reply) if message.reply and self.rank == 0 else None
         return _done(job, tensor=reply)
 
@@ -89,7 +96,8 @@ class RankPipeline:
         encoder, text_sharding = (None, None) if message.encoder is None else self._placed(message.encoder)
         if message.model is not None:
             sharding = self._sharding(self._plan(message.parallel), message.parallel)
-        with self._loading(job) as host_memory:
+        on_ranks = encoder if encoder and encoder.placement == "ranks" else None
+        with self._loading(job, message.model, on_ranks, message.vae) as host_memory:
             if message.model is not None:
                 model = self._component(message.model, job, sharding, host_memory, message.computing)
                 warnings += model.warnings
@@ -138,10 +146,11 @@ class RankPipeline:
     def _encoded(self, job, spec: TextEncoderSpec, sharding: Sharding) -> Encoded | None:
         """Runs the text encoders on the job's prompt; None on ranks that do not encode."""
         message, on_ranks = job.message, spec.placement == "ranks"
-        with self._loading(job) if on_ranks else nullcontext() as host_memory:
+        vision = None if message.image is None else spec.vision
+        with self._loading(job, spec, vision) if on_ranks else nullcontext() as host_memory:
             loaded = self._text_encoders(spec, job, sharding, host_memory)
-            sees = loaded is not None and message.image is not None
-            tower = self._component(spec.vision, job, sharding, host_memory) if sees else None
+            sees = loaded is not None and vision is not None
+            tower = self._component(vision, job, sharding, host_memory) if sees else None
         if loaded is None:
             return None
         encoding, warnings = loaded.encoding, [*loaded.warnings]
@@ -179,7 +188,7 @@ class RankPipeline:
     def _encoded_tokens(self, job, spec: TextEncoderSpec, sharding: Sharding, given: GivenTokens) -> Encoded | None:
         """Runs one text encoder on the job's tokens; None on ranks that do not encode."""
         part, on_ranks = job.message.part, spec.placement == "ranks"
-        with self._loading(job) if on_ranks else nullcontext() as host_memory:
+        with self._loading(job, spec) if on_ranks else nullcontext() as host_memory:
             loaded = self._text_encoders(spec, job, sharding, host_memory)
         if loaded is None:
             return None
@@ -206,7 +215,7 @@ class RankPipeline:
         message = job.message
         plan = self._plan(message.parallel)
         sharding = self._sharding(plan, message.parallel)
-        with self._loading(job) as host_memory:
+        with self._loading(job, message.model) as host_memory:
             recorder = Recorder(message.profile, self.device, self.rank)
             model = self._component(message.model, job, sharding, host_memory, message.computing)
             spec = model.defaults.fill(message.spec, model.pixels_of(message.latent.shape))
@@ -216,7 +225,7 @@ class RankPipeline:
         request = _request(message, spec)
         check_request(model, request)
         request = dataclasses.replace(request, given=model.conditioner.read(request.given))
-        plan = plan if model.guided(spec) else plan.unguided()
+        plan = plan if model.guided(spec) else unguided(plan, message.acceleration)
         ranks = Ranks.arranged(plan, message.parallel, message.operators, model, self._variables)
         with job.together():
             generation = Generation.prepare(model, request, ranks)
@@ -269,7 +278,7 @@ class RankPipeline:
     def _model_of_calls(self, job, setting: CallSetting) -> tuple[DiffusionModel, Plan]:
         plan = self._plan(setting.parallel)
         sharding = self._sharding(plan, setting.parallel)
-        with self._loading(job) as host_memory:
+        with self._loading(job, setting.model) as host_memory:
             model = self._component(setting.model, job, sharding, host_memory, setting.computing)
         _require_agreement(None, model)
         return model, plan
@@ -279,7 +288,10 @@ class RankPipeline:
         with borrowed(message.frames) as frames:
             vae = self._vae(job, "decode", message.latent.shape)
             with job.stage("decode"), self._precision(message.vae):
-                facts = decode_video(vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles)
+                on_written = partial(job.wrote, message.frames)
+                facts = decode_video(
+                    vae, message.latent, frames, _each_step(job, "decode"), message.vae.tiles, on_written
+                )
         record = self._vae_record(DECODE, message.vae, vae, message.frames.shape, facts)
         return _done(job, info=facts | _communicators(self.device), record=record)
 
@@ -288,7 +300,10 @@ class RankPipeline:
         with borrowed(message.latent) as latent:
             vae = self._vae(job, "encode", message.latent.shape)
             with job.stage("encode"), self._precision(message.vae):
-                facts = encode_video(vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles)
+                on_written = partial(job.wrote, message.latent)
+                facts = encode_video(
+                    vae, message.frames, latent, _each_step(job, "encode"), message.vae.tiles, on_written
+                )
         record = self._vae_record(ENCODE_VIDEO, message.vae, vae, message.frames.shape, facts)
         return _done(job, info=facts | _communicators(self.device), record=record)
 
@@ -341,6 +356,8 @@ class RankPipeline:
             device_memory=-all_reduce_max(-room),
             host_memory=max(0, on_host - (0 if self.device.type == "cpu" else memory.ROOM)),
             communicator=each,
+            hosts=machines().hosts,
+            link=self.link,
         )
 
     def free(self, job) -> Done:
@@ -356,21 +373,25 @@ class RankPipeline:
         return sharding_of(self.device.type, dist.get_world_size(), plan.tp, fsdp=bool(parallel.fsdp))
 
     @contextmanager
-    def _loading(self, job) -> Iterator[HostMemory]:
-        """Work in which ranks load components independently, with the host's memory that all of them may use: one may
-        read for minutes after another has failed. Afterwards a diffusion model waits on all ranks or on none.
-        Collective."""
+    def _loading(self, job, *specs) -> Iterator[HostMemory]:
+        """Work in which ranks load the components of these specs (None: of none) independently, with the host's memory
+        that all of them may use: one may read for minutes after another has failed. Afterwards a diffusion model waits
+        on all ranks or on none. Raises ValueError on all ranks if machines have different files. Collective."""
+        self.same_files.require(job, filter(None, specs))
         host_memory = self._host_memory()
         with job.together():
             yield host_memory
+            self.same_files.require_unchanged()
         waiting = self.components.models.waiting
-        if not all_alike(waiting and waiting.key.spec):
+        if not all_alike(waiting and self.same_files.identity(waiting.key.spec)):
             self.components.models.give_way(host_memory)
 
     def _host_memory(self) -> HostMemory:
-        """The same on all ranks. All ranks must call it, before one of them loads."""
-        held = all_reduce_sum(torch.tensor(self.components.models.on_host))
-        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held))
+        """The same on all ranks: of each number, that of the machine with the least. All ranks must call it, before one
+        of them loads."""
+        held = sums_of_machines(torch.tensor(self.components.models.on_host)).amin(0)
+        ranks = max(map(len, machines().members)) if machines().count > 1 else devices.local_ranks()
+        return HostMemory(-all_reduce_max(-devices.host_memory()), *map(int, held), ranks)
 
     def _placed(self, spec: TextEncoderSpec) -> tuple[TextEncoderSpec, Sharding]:
         """The spec with its placement resolved, and the encoder's sharding. All ranks must call it, as `_sharding`."""
@@ -408,7 +429,7 @@ class RankPipeline:
     def _vae(self, job, work: str, shape: Sequence[int]):
         """The VAE, and on a device the room for it to work on a latent [B,C,T,H,W] of this shape as one plane."""
         spec, waits = job.message.vae, self.components.models.waits_on_device
-        with self._loading(job) as host_memory:
+        with self._loading(job, spec) as host_memory:
             stored = sum(component.nbytes for component in self.components.found(spec))
             weights = MOST_WIDENED * stored if waits else None
             vae = self._component(spec, job, host_memory=host_memory, computing=weights)

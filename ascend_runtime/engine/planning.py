@@ -61,7 +61,7 @@ def encoder_bytes(spec: TextEncoderSpec, ranks: int) -> int:
 def _rates(path: str, machine: Machine, family: str) -> Rates:
     """What was measured on this host next to the model at `path`, with this number of ranks; else published figures."""
     try:
-        return rates_for(path, machine.kind, machine.card, family, machine.ranks)
+        return rates_for(path, machine.kind, machine.card, family, machine.host_ranks)
     except ValueError as error:  # a job does not depend on it
         logger.warning("%s Published figures are used.", error)
         return of_card(machine.card)
@@ -109,14 +109,15 @@ def plan_for(
     if not found.fitting and not found.others:
         return None if less else _not_chosen(planned, "No plan was chosen, as none is possible with what was set.")
     if not found.fitting:
-        return None if less else _as_set(found.others[0], model, planned, machine)
+        return None if less else _as_set(found.others[0], model, video, planned, machine)
     picked = _picked(_smaller(found, below, below_host), planned, model, holds)
     if picked is None:
         return None
     others, first = tuple(one for one in found.fitting if one is not picked), found.fitting[0]
     why = "" if picked is first else words.instead(first, "it takes less" if less else "its weights are on the ranks")
     line = replaced(found, fitting=(picked, *others), why=why).line
-    return _answer(picked, line, planned, machine, model)
+    return replace(_answer(picked, line, planned, machine, model),
+                   warning=_crossing_warning(picked, model, video, planned, machine))  # fmt: skip
 
 
 def _is_set(parallel: ParallelSpec) -> bool:
@@ -125,20 +126,30 @@ def _is_set(parallel: ParallelSpec) -> bool:
     return all(degrees) and parallel.fsdp is not None
 
 
-def _as_set(one: Prediction, model: Model, planned: PlannedJob, machine: Machine) -> Chosen:
+def _as_set(one: Prediction, model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Chosen:
     """The plan that the user has set, which is predicted not to fit. It runs, as a prediction can be too high."""
     said = words.arrangement(one.arrangement, encodes=bool(model.encoders))
     line = f"{said}: as it was set, though it is predicted not to fit: {words.shortfall(one, machine)}"
-    return replace(_answer(one, line, planned, machine, model), short=True)
+    warning = _crossing_warning(one, model, video, planned, machine)
+    return replace(_answer(one, line, planned, machine, model), short=True, warning=warning)
 
 
-def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Choice:
-    fixed = Fixed(
+def _crossing_warning(one: Prediction, model: Model, video: Video, planned: PlannedJob, machine: Machine) -> str:
+    known = _rates(planned.model.path, machine, model.family.name)
+    held = memory.roughly if _is_small(model, video, machine) else memory.predicted
+    return choice.crossing_warning(one, model, video, machine, known, _fixed(planned), held)
+
+
+def _fixed(planned: PlannedJob) -> Fixed:
+    return Fixed(
         planned.parallel, planned.model.experts,
         planned.encoder.placement if planned.encoder else "cpu", planned.vae.tiles if planned.vae else "whole",
         planned.model.packed,
     )  # fmt: skip
-    known = _rates(planned.model.path, machine, model.family.name)
+
+
+def _choice(model: Model, video: Video, planned: PlannedJob, machine: Machine) -> Choice:
+    fixed, known = _fixed(planned), _rates(planned.model.path, machine, model.family.name)
     held = memory.roughly if _is_small(model, video, machine) else memory.predicted
     found = choice.choice_of(model, video, machine, known, fixed, held)
     if not found.fitting and planned.shape is None and planned.size is None:  # weights, for a video to come

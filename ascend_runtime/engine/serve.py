@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from msgspec.structs import replace
 
-from ..errors import coded
+from ..errors import code_of, coded
 from ..hardware import devices
+from ..parallel.machines import MACHINE, know_machines, machines
+from ..specs.paths import with_paths
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.messages import (
     UNREAD,
@@ -24,6 +26,7 @@ from ..wire.messages import (
     Failed,
     Free,
     Load,
+    Located,
     Message,
     Ping,
     Ready,
@@ -33,6 +36,7 @@ from ..wire.messages import (
     Velocity,
 )
 from .job import Cancelled, Job, PeerFailed
+from .joining import join_group
 from .pipeline import RankPipeline
 
 
@@ -41,15 +45,21 @@ def serve(channel: Channel) -> None:
     torch.set_grad_enabled(False)
     kind = os.environ["ASCEND_RUNTIME_DEVICE"]
     device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
-    _join_group(kind)
+    group = join_group(kind)
+    machine = os.environ.get(MACHINE, "")
+    know_machines(machine)
     pipeline = RankPipeline(device)
-    channel.send(Ready(rank=dist.get_rank()))
+    # Disconnected without a Shutdown: by a client, which ended so; by a relay, which failed, so torchrun is to start
+    # this rank again.
+    code = 1 if machine else 0
     try:
+        channel.send(Ready(rank=dist.get_rank(), group=group))
         while _serve_one(channel, pipeline):
             pass
+        code = 0
     except ChannelClosed:
-        pass  # the client disconnected without a Shutdown
-    os._exit(0)  # destroying a process group can wait for peers that have left already
+        pass
+    os._exit(code)  # destroying a process group can wait for peers that have left already
 
 
 def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
@@ -60,8 +70,11 @@ def _serve_one(channel: Channel, pipeline: RankPipeline) -> bool:
     except Undecodable as error:
         _reply(channel, Failed(job=UNREAD, kind="internal", error=coded("AV-1507", str(error))))
         return True
-    if type(message) in _WORK:
-        _reply(channel, _answer(Job(message, channel, pipeline.device), pipeline))
+    if isinstance(message, Located):
+        pipeline.folders = message.paths
+    elif type(message) in _WORK:
+        message = with_paths(message, pipeline.folders)
+        _reply(channel, _of_machine(_answer(Job(message, channel, pipeline.device), pipeline)))
         if pipeline.device.type == "cpu" and not pipeline.calls.going_on:
             devices.empty_cache(pipeline.device)  # after the reply, for other processes on the host
     elif not isinstance(message, (Cancel, Shutdown)):  # a Cancel may arrive after its job has finished
@@ -84,11 +97,15 @@ def _writable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _join_group(kind: str) -> None:
-    """Joins the other ranks by a memory file that all inherit from the client; no other process can access it."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = dist.FileStore(f"/proc/self/fd/{os.environ['ASCEND_RUNTIME_STORE_FD']}", world_size)
-    dist.init_process_group(devices.BACKENDS[kind], store=store, rank=rank, world_size=world_size)
+def _of_machine(answer: Message) -> Message:
+    """An answer of this rank; a failure on another machine than the first names it, as its files are others."""
+    known = machines()
+    name = known.name_of(known.rank)
+    own = isinstance(answer, Failed) and answer.kind in ("user", "internal")
+    if not own or name == known.name_of(0):
+        return answer
+    code, said = code_of(answer.error), f"On {name}: {answer.error}"
+    return replace(answer, error=coded(code, said) if code else said)
 
 
 def _answer(job: Job, pipeline: RankPipeline) -> Message:

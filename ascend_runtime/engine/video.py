@@ -17,15 +17,24 @@ from ..parallel.mesh import all_reduce_max
 from .guard.frames import DoneFacts, agreed, not_decoded, not_encoded, numbered, with_warnings
 
 StepReport = Callable[[int, int], None]  # (step counted from 1, total); called on all ranks, may raise on all
+OnWritten = Callable[[Tensor], None]  # (a view of the output, which this rank will not change any more)
 
 
-def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepReport, tiles: str = "auto") -> DoneFacts:
+def encode_video(
+    vae: VideoVae,
+    frames: Tensor,
+    latent: Tensor,
+    on_step: StepReport,
+    tiles: str = "auto",
+    on_written: OnWritten = lambda written: None,
+) -> DoneFacts:
     """Encodes frames [T,H,W,3] in 0..1 into `latent` [1,C,T',H',W'], fp32, on the CPU, not normalised. Each rank writes
     its own tiles.
 
     The latent is the mean of the VAE's distribution, as in the original and in ComfyUI. on_step: called before each
-    step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all ranks alike, if the free memory
-    is not sufficient, or values are not finite.
+    step, such as a chunk of frames. tiles: see `tiling_for`. on_written: called with finished parts of `latent`, by
+    the rank that wrote them. Raises ValueError, on all ranks alike, if the free memory is not sufficient, or values are not
+    finite.
     """
     tiling = tiling_for(vae, "encode", *latent.shape[2:], tiles)
     own = tiling.own(frames)
@@ -36,16 +45,27 @@ def encode_video(vae: VideoVae, frames: Tensor, latent: Tensor, on_step: StepRep
     out, seen = latent[0].movedim(0, -1), Extremes(*latent.shape[1:3])
     tiling.begin(out)
     for piece in tiling.encoded(frames, _counted(on_step, tiling.steps("encode", latent.shape[2]))):
-        _write(out, piece, seen)
+        written = _write(out, piece, seen)
+        if piece.weights is None:
+            on_written(written.movedim(-1, 0)[None])
+    on_written(tiling.sums(out).movedim(-1, 0)[None])
     agreed(seen, out, lambda where: not_encoded(vae, frames, where))
     return tiling.facts
 
 
-def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: StepReport, tiles: str = "auto") -> DoneFacts:
+def decode_video(
+    vae: VideoVae,
+    latent: Tensor,
+    frames: Tensor,
+    on_step: StepReport,
+    tiles: str = "auto",
+    on_written: OnWritten = lambda written: None,
+) -> DoneFacts:
     """Decodes latent [B,C,T,H,W], not normalised, into `frames` [B*T',H',W',3] in 0..1. Each rank writes its own tiles.
 
-    on_step: called before each step, such as a chunk of frames. tiles: see `tiling_for`. Raises ValueError, on all
-    ranks alike, if the free memory is not sufficient, the latent is not valid for this VAE, or frames are not finite.
+    on_step: called before each step, such as a chunk of frames. tiles: see `tiling_for`. on_written: called with
+    finished parts of `frames`, by the rank that wrote them. Raises ValueError, on all ranks alike, if the free memory is
+    not sufficient, the latent is not valid for this VAE, or frames are not finite.
     """
     _check_latent(latent, vae.form.channels)
     _check_host_holds(frames)
@@ -57,8 +77,8 @@ def decode_video(vae: VideoVae, latent: Tensor, frames: Tensor, on_step: StepRep
         for piece in tiling.decoded(video, count_step):
             written = _write(out, piece, seen, number * len(out))
             if piece.weights is None:
-                written.mul_(0.5).add_(0.5)
-        tiling.sums(out).mul_(0.5).add_(0.5).clamp_(0, 1)
+                on_written(written.mul_(0.5).add_(0.5))
+        on_written(tiling.sums(out).mul_(0.5).add_(0.5).clamp_(0, 1))
     spread = agreed(seen, frames, lambda where: not_decoded(vae, latent, where))
     return with_warnings(tiling.facts, spread, frames.unflatten(0, (batch, -1)), latent)
 

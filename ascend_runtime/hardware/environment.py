@@ -397,17 +397,17 @@ _OF_FSDP = (
 )
 
 
-def start_deadline(environ: Mapping[str, str]) -> float:
-    """The seconds until all ranks must be ready: ASCEND_RUNTIME_START_DEADLINE, else 300.
+def start_deadline(environ: Mapping[str, str], default: int = 300) -> float:
+    """The seconds until all ranks must be ready: ASCEND_RUNTIME_START_DEADLINE, else the default.
 
     Raises ValueError if it is not a positive number.
     """
-    seconds = environ.get(START_DEADLINE, "").strip() or "300"
+    seconds = environ.get(START_DEADLINE, "").strip() or str(default)
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", seconds) or float(seconds) == 0:
         raise ValueError(coded(
             "AV-1103",
             f"{START_DEADLINE} is {seconds!r}; it can be the number of seconds until all ranks must be ready, such as "
-            "600. Unset it for 300.",
+            f"600. Unset it for {default}.",
         ))  # fmt: skip
     return float(seconds)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .mesh import all_reduce_max
+from ..specs.plans import Line
+from .mesh import all_reduce_max, all_reduce_sum
 
 MACHINE = "ASCEND_RUNTIME_MACHINE"  # the variable with the name of a rank's machine, if a client did not start it
 
@@ -27,9 +28,9 @@ class Machines:
 
     @property
     def hosts(self) -> tuple[int, ...]:
-        """The number of each rank's machine, counted in the order of their first ranks."""
+        """The number of each rank's machine, counted in the order of their first ranks; empty: there is one."""
         order = list(dict.fromkeys(self.names))
-        return tuple(map(order.index, self.names))
+        return tuple(map(order.index, self.names)) if len(order) > 1 else ()
 
     @property
     def firsts(self) -> tuple[int, ...]:
@@ -37,11 +38,16 @@ class Machines:
         return tuple(self.names.index(name) for name in dict.fromkeys(self.names))
 
     @property
-    def members(self) -> tuple[tuple[int, ...], ...]:
+    def members(self) -> tuple[Line, ...]:
         """The ranks of each machine."""
         return tuple(
             tuple(rank for rank, other in enumerate(self.names) if other == name) for name in dict.fromkeys(self.names)
         )
+
+    @property
+    def here(self) -> int:
+        """The number of this rank's machine."""
+        return list(dict.fromkeys(self.names)).index(self.names[self.rank])
 
     @property
     def local(self) -> int:
@@ -78,6 +84,39 @@ def know_machines(name: str = "") -> Machines:
     global _known
     _known = _gathered(name) if name else _one_machine()
     return _known
+
+
+def sums_of_machines(values: Tensor) -> Tensor:
+    """The sums of values [N] over the ranks of each machine, [machines, N] in float64, on the CPU. All ranks must call
+    it."""
+    here = machines()
+    own = torch.zeros(here.count, len(values), dtype=torch.float64)
+    own[here.here] = values
+    return torch.tensor(all_reduce_sum(own.flatten()), dtype=torch.float64).view_as(own)
+
+
+def add_machines(shares: Sequence[Tensor]) -> None:
+    """Adds to this rank's share, in place, what the other machines have in its place.
+
+    shares: of a tensor on the CPU which each machine has once, in memory that its ranks share; number r is rank r's.
+    All ranks must call it. Communication: a machine sends each share of another machine's ranks once.
+    """
+    here = machines()
+    own, arriving, under_way = shares[here.rank], [], []
+    for rank, share in enumerate(shares):
+        for line in here.members:
+            sender = line[rank % len(line)]  # the ranks of a machine in turns
+            if rank in line or not share.numel():
+                continue
+            if here.rank == sender:
+                under_way.append(dist.isend(share.contiguous(), rank))
+            elif here.rank == rank:
+                arriving.append(torch.empty_like(own, memory_format=torch.contiguous_format))
+                under_way.append(dist.irecv(arriving[-1], sender))
+    for work in under_way:
+        work.wait()
+    for arrived in arriving:
+        own.add_(arrived)
 
 
 def _one_machine() -> Machines:

@@ -17,15 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..specs import Plan
-from ..specs.plans import AXES
+from ..specs.plans import AXES, Line, lines_along
 
 # renamed in torch 2.13
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 RENDEZVOUS_SECONDS = 120.0  # in which all ranks must have created a group
 FLATTENED = {"sequence": ("ring", "ulysses")}  # axes that some collectives use as one
-
-Line = tuple[int, ...]  # ranks that form a group
 
 _groups: dict[tuple[str, Line, bool], dist.ProcessGroup | None] = {}  # None: this rank is not in it
 
@@ -57,10 +55,8 @@ def group_along(
     """The group of this rank and those that differ from it only along these dims of a grid of all ranks, for tensors on
     `kind` devices; None if there are none. degrees: the grid's sizes. background, and who must call it: see `group_of`.
     """
-    grid = torch.arange(dist.get_world_size()).view(degrees)
     size = math.prod(degrees[dim] for dim in dims)
-    lines = grid.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, size)
-    return group_of(kind, tuple(map(tuple, lines.tolist())), background) if size > 1 else None
+    return group_of(kind, lines_along(degrees, dims), background) if size > 1 else None
 
 
 def group_of(kind: str, lines: tuple[Line, ...], background: bool = False) -> dist.ProcessGroup | None:
@@ -161,6 +157,19 @@ def all_alike(value: object) -> bool:
     """Whether `value` is written (repr) alike on all ranks. All ranks must call it."""
     digest = zlib.crc32(repr(value).encode())
     return all_reduce_max(digest) == -all_reduce_max(-digest)
+
+
+def gather_bytes(content: bytes) -> list[bytes]:
+    """What each rank gives, by all-gathers on the CPU. All ranks must call it."""
+    size = torch.tensor([len(content)])
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, size)
+    padded = torch.zeros(max(1, *map(int, sizes)), dtype=torch.uint8)
+    if content:
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded)
+    return [one.numpy().tobytes()[: int(length)] for one, length in zip(found, sizes)]
 
 
 def all_reduce_sum(values: Tensor) -> list[float]:

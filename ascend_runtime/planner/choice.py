@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from ..errors import coded_error
 from ..specs import VideoSize
-from . import exchange, memory, seconds
+from . import crossing, exchange, memory, seconds
 from .choosing import words
 from .choosing.arrangements import Fixed, arrangements, in_form, open_forms
 from .choosing.sizes import video_size, with_fewer_frames, with_smaller_picture
@@ -93,6 +95,7 @@ def prediction(
         memory=held(model, video, one, machine),
         sent=exchange.sent(model, video, one),
         read=seconds.bytes_read(model),
+        between=crossing.between(model, video, one, machine),
     )
 
 
@@ -102,14 +105,32 @@ def _speed(one: Prediction) -> float:
 
 
 def fits(taken: Memory, machine: Machine) -> bool:
-    """Whether a job's memory fits. On a CPU the ranks' memory is the host's."""
+    """Whether a job's memory fits. On a CPU the memory of its ranks is the host's."""
     return excess(taken, machine) <= 1
 
 
 def excess(taken: Memory, machine: Machine) -> float:
     """What is needed of what there is; above 1 it does not fit."""
-    on_host = taken.host_total + (machine.ranks * taken.device_peak if machine.kind == "cpu" else 0)
+    on_host = taken.host_total + (machine.host_ranks * taken.device_peak if machine.kind == "cpu" else 0)
     return max(taken.device_peak / max(machine.device_memory, 1), on_host / max(machine.host_memory, 1))
+
+
+def crossing_warning(
+    one: Prediction, model: Model, video: Video, machine: Machine, rates: Rates, fixed: Fixed,
+    held: MemoryOf = memory.predicted,
+) -> str:  # fmt: skip
+    """What it costs that Ulysses or tensor parallelism of a plan crosses machines, and what another plan costs; empty
+    if neither does."""
+    plan, hosts = one.arrangement.plan, machine.hosts
+    if machine.link is None or plan.is_within(hosts):
+        return ""
+    slices = 1 if plan.crosses("tp", hosts) else plan.tp
+    left_open = msgspec.structs.replace(
+        fixed.parallel, cfg_degree=0, ring_degree=0, ulysses_degree=0, tp_degree=slices
+    )
+    others = choice_of(model, video, machine, rates, replace(fixed, parallel=left_open), held).fitting
+    within = (other for other in others if other.arrangement.plan.is_within(hosts))
+    return words.crossing(one, machine, next(within, None))
 
 
 def nearest_size(model: Model, video: Video, machine: Machine, fixed: Fixed = Fixed()) -> VideoSize | None:

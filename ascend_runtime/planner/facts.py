@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from ..models.defaults import Defaults
 from ..models.family import Family
 from ..models.shapes import Shapes
 from ..specs import AccelerationSpec, Plan
+from ..specs.links import MachineLink
 
 
 # Bytes of an element, by the names that torch gives dtypes.
@@ -34,8 +36,8 @@ class Network:
 
     part: of the family (models.family.TRANSFORMER, VAE, TEXT_ENCODER, ...). shapes: of all parameters, by their names
     in the network. stored: bytes on disk. stored_types: the dtype of each parameter on disk, by name, as torch names
-    it; empty: not known.
-    quantized: the number of bytes of an element of each parameter that is kept in 8 bits, by name.
+    it; empty: not known; "": it is read into other bytes.
+    quantized: the dtype of each parameter of the layers that are kept in 8 bits or less, by name.
     packed: the weights that can stay in blocks of their file, by name. multiples: of inputs, in which tensor
     parallelism can cut quantized weights, by name; others in any number. It finds weights dequantized that it would cut
     otherwise.
@@ -46,9 +48,14 @@ class Network:
     shapes: Shapes
     stored: int = 0
     stored_types: Mapping[str, str] = field(default_factory=dict)
-    quantized: Mapping[str, int] = field(default_factory=dict)
+    quantized: Mapping[str, str] = field(default_factory=dict)
     packed: Mapping[str, StoredBlocks] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> int:
+        """In all parameters."""
+        return sum(map(math.prod, self.shapes.values()))
 
 
 @dataclass(frozen=True)
@@ -116,11 +123,12 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class Machine:
-    """kind: "npu", "cuda" or "cpu". card: a product line, such as "a2" or "h100"; "cpu".
+    """What all ranks have. kind: "npu", "cuda" or "cpu". card: a product line, such as "a2" or "h100"; "cpu".
 
-    ranks: on this host. device_memory: bytes that a rank may take of its device, for weights and all else; on a CPU,
-    its part of the host's. host_memory: bytes that all ranks together may take of the host. communicator: the bytes of
-    a device that each communicator takes outside of torch.
+    ranks: on all hosts. device_memory: bytes that a rank may take of its device, for weights and all else; on a CPU,
+    its part of the host's. host_memory: bytes that all ranks of a host together may take of it. Of several devices and
+    hosts, that of the one with the least. communicator: the bytes of a device that each communicator takes outside of
+    torch. hosts: the number of each rank's host; empty: there is one. link: between hosts.
     """
 
     kind: str
@@ -129,12 +137,30 @@ class Machine:
     device_memory: int
     host_memory: int
     communicator: int = 0
+    hosts: tuple[int, ...] = ()
+    link: MachineLink | None = None
+
+    @property
+    def host_ranks(self) -> int:
+        """The ranks on the host that has the most."""
+        return max(map(self.hosts.count, self.hosts), default=self.ranks)
+
+    @property
+    def host_count(self) -> int:
+        return len(set(self.hosts)) or 1
+
+
+class Between(NamedTuple):
+    """What a machine sends to others in a step, in bytes, and the seconds of it."""
+
+    sent: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes at the peak of each stage, by stage ("encode", "denoise", "decode") and by what takes them. device: of the
-    rank that takes the most. host: of all ranks together."""
+    rank that takes the most. host: of all ranks of a host together, of the one with the most ranks."""
 
     device: Mapping[str, Mapping[str, int]]
     host: Mapping[str, int]
@@ -151,13 +177,14 @@ class Memory:
 @dataclass(frozen=True)
 class Prediction:
     """seconds: by stage: "load", "encode", "denoise", "decode". sent: bytes that a rank sends in a step, by mesh axis,
-    and "fsdp". read: bytes from disk, of all ranks."""
+    and "fsdp". read: bytes of all files. between: machines."""
 
     arrangement: Arrangement
     seconds: Mapping[str, float]
     memory: Memory
     sent: Mapping[str, int]
     read: int
+    between: Between = Between()
 
     @property
     def running(self) -> float:

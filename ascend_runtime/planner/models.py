@@ -208,22 +208,19 @@ def _network(
         layers = dict.fromkeys(linears(network, family.weights.in_8_bits), QUANTIZATION_SCHEMES[quantization])
         quantize(network, layers, family.parts[part].blocks)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    quantized = {name: dtype.itemsize for name, dtype in quantized_parameters(network).items()}
+    quantized = {name: _dtype_name(dtype) for name, dtype in quantized_parameters(network).items()}
     return Network(part, config, shapes, quantized=quantized, multiples=multiples_of(network))
 
 
 def _types(component: Component, network: nn.Module) -> dict[str, str]:
-    """The dtype on disk of each parameter, by name; "" for one that is coded. Raises ValueError for files that do not
-    fit."""
-    from ..checkpoints.opening import open_tensors
+    """The dtype on disk of each parameter, by name; "" for one that no dtype keeps as it lies there. Raises ValueError
+    for files that do not fit."""
+    places = component.places_in(network)
+    return {name: _dtype_name(one.dtype) if one.is_kept_as_stored(one.dtype) else "" for name, one in places.items()}
 
-    places, found = component.places_in(network), {}
-    for shard in component.shards:
-        with open_tensors(shard) as file:
-            held = {name: place for name, place in places.items() if place.shard == shard}
-            found |= {name: "" if one.coding else str(file.dtype(one.key)).removeprefix("torch.")
-                      for name, one in held.items()}  # fmt: skip
-    return found
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _count(parameters: Iterable[Any]) -> int:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+from .crossing import gathered_seconds, more_seconds, sent_seconds
 from .exchange import Exchange, Step, exchanges, step_of
 from .facts import Arrangement, Machine, Model, Video
 from .rates import EXCHANGES, Rates
@@ -30,16 +31,21 @@ def predicted(
             change of an expert that waits on the host, its bytes;
         decode: FLOPs of the VAE for the largest tile, and bytes of frames;
     and a constant for each stage. Guidance in series takes both branches' passes. Where exchanges run while a rank
-    computes (`Rates.hides`), only what they take longer counts (see `_hidden`).
+    computes (`Rates.hides`), only what they take longer counts (see `_hidden`). Exchanges between machines take what
+    the link does; each machine reads files from its own disk.
     """
-    ranks = math.prod(arrangement.plan.degrees)
-    costs = rates.on(ranks)
+    costs = rates.on(machine.host_ranks if machine.hosts else math.prod(arrangement.plan.degrees))
     seconds = {stage: total(of, costs) for stage, of in amounts(model, video, arrangement).items()}
-    if rates.hides:
+    if rates.hides or machine.link:
         for step, kept, times in _kinds_of_steps(model, video, arrangement):
-            seconds["denoise"] -= times * sum(
-                work.share_taken(exchange, kept) * _hidden(exchange, step, costs) for exchange in exchanges(step)
-            )
+            for exchange in exchanges(step):
+                more = more_seconds(exchange, step.plan, machine, costs)
+                more -= _hidden(exchange, step, machine, costs) if rates.hides else 0.0
+                seconds["denoise"] += times * work.share_taken(exchange, kept) * more
+    if machine.hosts:
+        seconds["load"] -= costs["read"] * _read_elsewhere(model, arrangement, machine)
+    if arrangement.encoder == "ranks":
+        seconds["encode"] += PROMPTS_OF_A_JOB * gathered_seconds(model.encoders, model.text_dtype, machine)
     return seconds
 
 
@@ -59,7 +65,7 @@ def amounts(model: Model, video: Video, arrangement: Arrangement) -> Mapping[str
 
 
 def bytes_read(model: Model) -> int:
-    """Bytes of all files of a job. Ranks on one host read each from disk once; the others find it in memory."""
+    """Bytes of all files of a job. Of the ranks on a host, one reads them from disk; the others find them in memory."""
     return sum(work.stored_bytes(network, dtype) for network, dtype in _networks(model))
 
 
@@ -124,13 +130,20 @@ def _kinds_of_steps(model: Model, video: Video, arrangement: Arrangement) -> Ite
         yield step_of(model, video, arrangement, expert, branches), kept, times
 
 
-def _hidden(exchange: Exchange, step: Step, costs: Mapping[str, float]) -> float:
+def _read_elsewhere(model: Model, arrangement: Arrangement, machine: Machine) -> float:
+    """Bytes of files that ranks of other machines read: their shards."""
+    sharded = [(one, model.dtype) for one in model.experts] if arrangement.fsdp else []
+    sharded += [(one, model.text_dtype) for one in model.encoders] if arrangement.encoder == "ranks" else []
+    return (1 - machine.host_ranks / machine.ranks) * sum(work.stored_bytes(*one) for one in sharded)
+
+
+def _hidden(exchange: Exchange, step: Step, machine: Machine, costs: Mapping[str, float]) -> float:
     """The part of an exchange's seconds in which a rank computes.
 
     Half of Ulysses' if it overlaps; a ring's as long as the attention meanwhile; gathered weights', but for the first
     unit, as long as all computation.
     """
-    seconds = exchange.sent * costs[exchange.axis]
+    seconds = sent_seconds(exchange, step.plan, machine, costs)
     if exchange.axis == "ulysses" and step.arrangement.overlap:
         return seconds * OVERLAPPED
     if exchange.axis == "ring":

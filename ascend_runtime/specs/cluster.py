@@ -57,17 +57,36 @@ class Cluster(Spec, frozen=True, kw_only=True):
         """(host, port) to listen at."""
         return address_of(self.listen)
 
+    def require_all(self, ranks: int) -> None:
+        """Raises ValueError if a user asks for a number of ranks, 0 for automatic, that is not the cluster's."""
+        if ranks not in (0, self.ranks):
+            raise coded_error(
+                "AV-1904",
+                f"ranks is {ranks}, but the cluster {self.name!r} has {self.ranks}, which work on one video together. "
+                "Set ranks to 0 (auto).",
+            )
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether the address is every interface of the host."""
+        given = _parsed(self.address[0])
+        return given is not None and given.is_unspecified
+
     @property
     def risk(self) -> str | None:
-        """Why strangers may reach the address; None for one in a private network."""
-        host = self.address[0]
-        try:
-            given = ipaddress.ip_address(host.partition("%")[0])
-        except ValueError:
-            return None  # a name
-        if given.is_unspecified:
+        """Why strangers may reach the address; None for one in a private network, and for a name."""
+        host, given = self.address[0], _parsed(self.address[0])
+        if self.everywhere:
             return f"{host} is every interface of this host"
-        return f"{host} is an address of the public internet" if given.is_global else None
+        return f"{host} is an address of the public internet" if given is not None and given.is_global else None
+
+
+def _parsed(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a name."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
 
 
 def require_name(text: str, what: str) -> None:
@@ -159,10 +178,17 @@ def _mapping(machine: str, folders: dict[str, str]) -> dict[str, str]:
     """Of paths: without double and closing slashes."""
     require_name(machine, "The name of a machine in paths")
     what = f"A folder of paths of {machine}"
-    return {_absolute(here, what): _absolute(there, what) for here, there in folders.items()}
+    for folder in (*folders, *folders.values()):
+        if ".." in folder.split("/"):  # which leads elsewhere through a link
+            raise ValueError(f"{what} is {folder[:300]!r}; give it without '..', such as /data/models.")
+    made = {_absolute(here, what): _absolute(there, what) for here, there in folders.items()}
+    if len(made) < len(folders):
+        raise ValueError(f"The paths of {machine} have a folder twice: {', '.join(map(repr, folders))}.")
+    return made
 
 
 def _absolute(path: str, what: str) -> str:
-    if not path.startswith("/") or len(path) > MAX_PATH or "\0" in path:
+    is_text = not any("\ud800" <= character <= "\udfff" for character in path)
+    if not path.startswith("/") or len(path) > MAX_PATH or "\0" in path or not is_text:
         raise ValueError(f"{what} is {path[:300]!r}; give an absolute path, such as /data/models.")
     return os.path.normpath(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .base import Spec, require_choice, require_range
 from .plans import AXES, Plan, choose, nearest
 
@@ -50,8 +52,9 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
         if self.ranks:
             self.resolve(self.ranks, guided=True)
 
-    def resolve(self, world_size: int, *, guided: bool) -> Plan:
-        """The plan for a group of `world_size` ranks. Without guidance, all ranks work on the cond branch.
+    def resolve(self, world_size: int, *, guided: bool, hosts: Sequence[int] = ()) -> Plan:
+        """The plan for a group of `world_size` ranks. Without guidance, all ranks work on the cond branch. hosts: the
+        number of each rank's machine; empty: all are on one.
 
         Raises ValueError if the degrees do not match the given ranks, or the ranks do not match the group.
         """
@@ -67,7 +70,7 @@ class ParallelSpec(Spec, frozen=True, kw_only=True):
             raise ValueError(self._mismatch(given, nearest(world_size, preferred)[:3]))
         if plan is None:  # weights that can be cut into 4 slices can be cut into 2, but perhaps not into 3
             plan = next(plan for plan in nearest(world_size, preferred) if self.tp_degree % plan.tp == 0)
-        return plan if guided else plan.unguided()
+        return plan if guided else plan.unguided(hosts)
 
     def _mismatch(self, given: dict[str, int], plans: list[Plan]) -> str:
         product = " x ".join(f"{axis}_degree {degree or 'auto'}" for axis, degree in given.items())

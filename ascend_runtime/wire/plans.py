@@ -38,9 +38,10 @@ class Chosen(Struct, frozen=True, kw_only=True):
     parallel, experts, packed, encoder, tiles: as in specs, with what they left open filled in.
     line: what was chosen, why, and what it is predicted to take, for the user.
     seconds: by stage. sent: bytes of a rank in a step, by mesh axis. device, host: bytes at the peak, of the rank that
-    takes the most of its device, and of all ranks. device_free, host_free: what there is. computing: the bytes of
+    takes the most of its device, and of all ranks of a host. device_free, host_free: what there is. computing: the bytes of
     `device` that denoising takes besides the model's weights; None: not predicted.
-    short: whether it takes more than there is: the user has left nothing to choose.
+    short: whether it takes more than there is: the user has left nothing to choose. warning: of what it costs, if it
+    sends much between machines.
     """
 
     parallel: ParallelSpec
@@ -57,6 +58,11 @@ class Chosen(Struct, frozen=True, kw_only=True):
     host_free: int = 0
     computing: int | None = None
     short: bool = False
+    warning: str = ""
+
+    @property
+    def warnings(self) -> list[str]:
+        return [self.line] * self.short + [self.warning] * bool(self.warning)
 
     def arranged(self, model: DiffusionModelSpec) -> DiffusionModelSpec:
         """The model's spec, with its experts and the form of its weights as they were chosen."""

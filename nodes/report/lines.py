@@ -23,7 +23,9 @@ LEAST = 0.05  # seconds of a stage that is worth a word
 
 def of_sampling(info: dict[str, Any], record: JobRecord | None) -> dict:
     """The output of a sampler's node. info, record: of the job's `client.Result`."""
-    lines = [] if record is None else [*_plan(record), _settings(record, info), _took(record, _before(record), info)]
+    lines = [] if record is None else [
+        *_plan(record), *_machines(info), _settings(record, info), _took(record, _before(record), info)
+    ]  # fmt: skip
     return output([*lines, *_solver(info), *_saved(info), *_memory(info), *_warnings(info)])
 
 
@@ -67,6 +69,12 @@ def _plan(record: JobRecord) -> list[Say]:
         lines = [Say(f"many {on}", {"ranks": ranks, "parts": tuple(parts)})]
     lines += [Say(f"spread weights {on}")] * bool(record.plan.get("fsdp") and ranks > tp)
     return lines + [Say(f"experts in turns {on}")] * (record.settings.get("experts") == "swap")
+
+
+def _machines(info: dict[str, Any]) -> list[Say]:
+    """Of a cluster. A record has no names of hosts, as it goes into files that are shared."""
+    names = info.get("machines", [])
+    return [Say("machines", {"names": list(names)})] if names else []
 
 
 def _settings(record: JobRecord, info: dict[str, Any]) -> Say:

@@ -45,9 +45,12 @@ def without_titles(prompt) -> dict:
 
 
 def as_saved(prompt, saved) -> dict:
-    """A page's prompt, without inputs that core nodes of newer ComfyUIs have and the `saved` prompt has not."""
+    """A page's prompt, without inputs that core nodes of newer ComfyUIs have and the `saved` prompt has not, and without
+    the choice of this machine, as clusters belong to a host."""
     prompt = without_titles(prompt)
     for number, node in prompt.items():
+        if node["class_type"] == "AscendParallelConfig" and node["inputs"].get("cluster") == "this machine":
+            del node["inputs"]["cluster"]
         if not node["class_type"].startswith("Ascend"):
             known = saved.get(number, {"inputs": {}})["inputs"]
             node["inputs"] = {name: value for name, value in node["inputs"].items() if name in known}

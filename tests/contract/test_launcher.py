@@ -117,15 +117,15 @@ def test_the_backend_of_npus_is_hccl():
 
 
 def test_a_group_of_both_backends_is_joined(clean, python_on):
-    """As engine/serve.py joins it. HCCL itself comes with the first exchange of a card's tensors: not here."""
+    """As engine/joining.py joins it. HCCL itself comes with the first exchange of a card's tensors: not here."""
     code = """
         import os, torch, torch.distributed as dist
-        from ascend_runtime.engine import serve
+        from ascend_runtime.engine.joining import join_group
         from ascend_runtime.hardware import devices
         store = os.memfd_create("ascend-store")
         os.environ.update(RANK="0", WORLD_SIZE="1", ASCEND_RUNTIME_STORE_FD=str(store))
         device = devices.take("npu", 0)
-        serve._join_group("npu")
+        join_group("npu")
         group = dist.distributed_c10d._get_default_group()
         dist.all_reduce(torch.ones(2))
         assert callable(group._get_backend(device).get_hccl_comm_name)  # which npu_mm_all_reduce_base is told

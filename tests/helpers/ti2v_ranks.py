@@ -27,7 +27,7 @@ from ascend_runtime.parallel.sequence import spread
 from ascend_runtime.specs import Plan
 from ascend_runtime.engine.sampling import denoise, noisy
 from ascend_runtime.specs import SampleSpec
-from ascend_runtime.engine.worker import die_with_parent
+from ascend_runtime.hardware.processes import die_with
 from safetensors.torch import save_file
 
 
@@ -79,7 +79,7 @@ def on_ranks(networks, *, plan, fsdp, ring_exchange, overlap, guidance_scale, sh
 
 
 def work(folder: Path, rank: int, ranks: int, cases: list[dict]) -> None:
-    die_with_parent()
+    die_with(int(os.environ["ASCEND_RUNTIME_PARENT"]))
     meeting = f"file://{folder}/rendezvous-{ranks}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
     held = {}

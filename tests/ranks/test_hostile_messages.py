@@ -6,7 +6,6 @@
 import os
 import random
 import socket
-import subprocess
 import threading
 import time
 
@@ -14,7 +13,7 @@ import msgspec
 import pytest
 from ascend_runtime import RankDied, RankError
 from ascend_runtime.wire import messages
-from ascend_runtime.client.group import Rank
+from ascend_runtime.client.links import ChannelLink
 from ascend_runtime.wire.messages import UNREAD, Done, Failed, Message, Ping, Progress, Undecodable
 from ascend_runtime.client.submission import Hooks, Submission
 from ascend_runtime.wire.channel import Channel, ChannelClosed, channel_pair
@@ -130,12 +129,12 @@ def test_a_rank_says_that_it_cannot_read_a_message(one_rank):
 
 
 class StandInGroup:
-    """A group of one rank whose answers a test writes; its process only has to live."""
+    """A group of one rank whose answers a test writes."""
 
     lost = False
 
-    def __init__(self, process, channel):
-        self.ranks = [Rank(0, process, channel, output=-1)]
+    def __init__(self, channel):
+        self.links = [ChannelLink(0, channel)]
 
     def died(self, doing):
         return RankDied(doing)
@@ -144,23 +143,18 @@ class StandInGroup:
 @pytest.mark.timeout(3600)
 def test_a_client_is_back_whatever_a_rank_answers(rng, count):
     bodies = [encoded(message) for message in TO_CLIENT]
-    process = subprocess.Popen(["sleep", "3600"])
     seen = set()
-    try:
-        with Descriptors() as files:
-            for _ in range(count(200)):
-                ours, theirs = channel_pair()
-                body, block = rng.choice(bodies)
-                descriptors, lie = files.some(rng), rng.random() < 0.2
-                data = framed(mutated(body, rng), block, min(len(descriptors), 8), rng, lie)
-                send(theirs, data, descriptors)
-                theirs.shutdown(socket.SHUT_WR)
-                seen.add(outcome_of(StandInGroup(process, ours)))
-                ours.close()
-                theirs.close()
-    finally:
-        process.kill()
-        process.wait()
+    with Descriptors() as files:
+        for _ in range(count(200)):
+            ours, theirs = channel_pair()
+            body, block = rng.choice(bodies)
+            descriptors, lie = files.some(rng), rng.random() < 0.2
+            data = framed(mutated(body, rng), block, min(len(descriptors), 8), rng, lie)
+            send(theirs, data, descriptors)
+            theirs.shutdown(socket.SHUT_WR)
+            seen.add(outcome_of(StandInGroup(ours)))
+            ours.close()
+            theirs.close()
     assert {"RankDied", "RankError"} <= seen, seen
 
 

@@ -390,7 +390,7 @@ def test_a_group_starts_again_for_the_first_job_that_shards_weights(first, own, 
             groups.append((self, sharded))
 
         alive = property(lambda self: not self._stopping)
-        start = lambda self, check: None  # noqa: E731
+        start = lambda self, check, on_notice: None  # noqa: E731
         stop = lambda self: setattr(self, "_stopping", True)  # noqa: E731
 
     monkeypatch.setattr("ascend_runtime.client.kept_ranks.RankGroup", Group)
@@ -409,7 +409,7 @@ def test_a_text_encoder_on_all_ranks_is_sharded_too(placement, sharded, monkeypa
     asked = []
     monkeypatch.setattr(devices, "resolve_kind", lambda kind: kind)
     monkeypatch.setattr(devices, "resolve_ranks", lambda ranks, *_: ranks)
-    monkeypatch.setattr(Runtime, "_start", lambda self, check, sharded: asked.append(sharded))
+    monkeypatch.setattr(Runtime, "_start", lambda self, hooks, sharded: asked.append(sharded))
     monkeypatch.setattr(Runtime, "_submit", lambda *_: None)
     runtime = Runtime(WHOLE, device="npu", environment={"T5_LOAD_CPU": "0"})
     runtime.encode(TextEncoderSpec(path="/a", placement=placement), "a boat")

@@ -1,7 +1,12 @@
 """The bytes of weights that the planner counts are those that components count before they read, to the byte."""
 
+import itertools
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import comfy_formats
+import described_folders
 import gguf_files
 import pytest
 import random_hunyuan
@@ -91,15 +96,34 @@ def test_weights_of_a_gguf_file_take_what_components_count(tmp_path, rng):
     """In full and in blocks, also where tensor parallelism cuts within blocks; with all types of them."""
     state = load_file(random_wan.original_transformer(tmp_path / "wan.safetensors", layers=2))
     gguf_files.write(tmp_path / "wan.gguf", state, gguf_files.mixed())
-    sizes = set()
-    for case in range(CASES // 2):
-        spec = DiffusionModelSpec(path=str(tmp_path / "wan.gguf"), dtype=rng.choice(["float32", "bfloat16"]),
-                                  packed=case % 2 == 0)  # fmt: skip
-        tp, shards = rng.choice([1, 2]), rng.randint(1, 5)
-        share = Share(tp, rng.randrange(tp), shards, rng.randrange(shards), spec.packed)
-        for kind in ("cpu", "meta"):
+    degrees = [(1, 1), (rng.choice([1, 2]), rng.randint(1, 5))]  # only who holds all of a weight maps it
+    for dtype, (tp, shards) in itertools.product(["float32", "bfloat16", "float16"], degrees):
+        whole = Share(tp, rng.randrange(tp), shards, rng.randrange(shards))
+        sizes = {}
+        for kind, packed in itertools.product(("cpu", "meta"), (True, False)):
+            spec = DiffusionModelSpec(path=str(tmp_path / "wan.gguf"), dtype=dtype, packed=packed)
+            share = replace(whole, packed=packed)
             expected, planned = counted(spec, share, kind), predicted(spec, share, kind)
-            print(f"{spec.dtype}, {share}, {kind}: {planned} bytes, {expected} by components")
+            print(f"{dtype}, {share}, {kind}: {planned} bytes, {expected} by components")
             assert planned == expected
-            sizes.add((planned, spec.packed))
-    assert min(sizes)[1], "what is in blocks takes less"
+            sizes[kind, packed] = planned
+        assert all(sizes[kind, True] < sizes[kind, False] for kind in ("cpu", "meta")), sizes
+
+
+ALGORITHMS = ("W8A8", "W8A8_MXFP8", "W4A4_DYNAMIC")
+FORMATS = ("int8 by row", "int4", "mxfp8")
+
+
+def test_weights_in_few_bits_take_what_components_count(tmp_path, rng):
+    """Bytes of 4 bits or 8 are kept as they lie on disk, or made of others of the same size; so are scales."""
+    network = tiny_models.wan_transformer(5, attention_head_dim=32, ffn_dim=256)
+    tensors = dict(network.state_dict())
+    config = json.loads(network.to_json_string())
+    folders = {name: tmp_path / name for name in (*ALGORITHMS, *FORMATS)}
+    for name in ALGORITHMS:
+        described_folders.write(folders[name], tensors, name, config=config)
+    for name in FORMATS:
+        comfy_formats.folder(folders[name], tensors, config, name)
+    for name, folder in folders.items():
+        spec = DiffusionModelSpec(path=str(folder), dtype=rng.choice(["float32", "bfloat16", "float16"]))
+        assert predicted(spec, Share(), "cpu") == counted(spec, Share(), "cpu"), spec

@@ -80,7 +80,8 @@ def ranks_in_use(around: Surroundings) -> set[int]:
 
 
 def _is_rank(around: Surroundings, pid: int) -> bool:
-    return WORKER in _read(around, pid, "cmdline").split("\0")
+    """Not torchrun, in whose command the worker's options follow."""
+    return WORKER == _read(around, pid, "cmdline").rstrip("\0").rpartition("\0")[2]
 
 
 def _in_use(around: Surroundings, rank: RunningProcess, running: dict[int, RunningProcess]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -41,11 +42,20 @@ def soft_limit(which: int) -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
+def bind(host: str, port: int) -> None:
+    """Takes a TCP address of this host, and leaves it. Raises OSError if that cannot be."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not keep it
+        taken.bind(address)
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """kind: the devices that ranks will use, "npu", "cuda" or "cpu". models: folders of models that the user named.
     root: of the file system. python: the program that runs ComfyUI and the ranks. pack, folder: the pack's and the
-    current folder. size_of, limit: space of a file system, limits of a process. clock: seconds."""
+    current folder. size_of, limit, bind: space of a file system, limits of a process, an address of this host. clock:
+    seconds."""
 
     kind: str
     models: tuple[Path, ...] = ()
@@ -57,6 +67,7 @@ class Surroundings:
     folder: Path = field(default_factory=Path.cwd)
     size_of: Callable[[Path], Space] = space_of
     limit: Callable[[int], int | None] = soft_limit
+    bind: Callable[[str, int], None] = bind
     clock: Callable[[], float] = time.monotonic
 
     @property

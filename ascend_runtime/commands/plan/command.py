@@ -55,7 +55,7 @@ def _rates(arguments: Namespace, model: Model, machine: Machine) -> Rates:
     """Those that were measured next to the model, else the card's published ones."""
     if models.is_published(arguments.model):
         return rates.of_card(machine.card)
-    return rates_for(arguments.model, machine.kind, machine.card, model.family.name, machine.ranks)
+    return rates_for(arguments.model, machine.kind, machine.card, model.family.name, machine.host_ranks)
 
 
 def _measure(arguments: Namespace, model: Model, machine: Machine, progress: ProgressDisplay) -> None:

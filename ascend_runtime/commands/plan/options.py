@@ -11,11 +11,13 @@ from ...planner.models import is_published
 from ...planner.rates import CARD_FIGURES
 from ...specs import VideoSize
 from ...specs.models import QUANTIZATIONS
+from ...specs.parallel import MAX_RANKS
 from .. import video_options
 from ..comparison import settings
 
 STORED = {"bf16": "bfloat16", "fp8": "float8_e4m3fn"}
 MOST_MEMORY = 2**20  # GB
+MOST_LINK = 1e6  # Gbit/s
 
 
 def declare(parser: ArgumentParser) -> None:
@@ -29,12 +31,17 @@ def declare(parser: ArgumentParser) -> None:
     add("--vae", metavar="PATH", help="the VAE's folder or file (default: in the model's folder)")
     video_options.add_video(add)
     add("--image", action="store_true", help="the video begins with an image")
-    add("--ranks", type=int, default=0, metavar="N", help="number of cards (default: those found, or 8)")
+    add("--ranks", type=int, default=0, metavar="N",
+        help="number of cards, of all machines (default: those found, or 8, times M)")  # fmt: skip
+    add("--machines", type=int, default=1, metavar="M",
+        help="number of machines, with N/M cards each (default: %(default)s)")  # fmt: skip
+    add("--link", type=float, metavar="GBIT/S",
+        help="what each machine sends to the others at once, over all its links; needed with several machines")  # fmt: skip
     add("--card", choices=tuple(CARD_FIGURES), help="the kind of cards (default: those found)")
     add("--device-memory", type=float, metavar="GB",
         help="free memory of each card (default: what is found, or 95 %% of the card's)")  # fmt: skip
     add("--host-memory", type=float, metavar="GB",
-        help="free memory of the host (default: of this host, or 128 GB for each card of another one)")  # fmt: skip
+        help="free memory of a host (default: of this host, or 128 GB for each card of another one)")  # fmt: skip
     add("--quantization", choices=QUANTIZATIONS, default=QUANTIZATIONS[0], help="(default: %(default)s)")
     add("--stored", choices=tuple(STORED), default="bf16",
         help="of a published model: the dtype of its files (default: %(default)s)")  # fmt: skip
@@ -58,10 +65,23 @@ def check_plan(arguments: Namespace) -> None:
     video_options.sampling_of(arguments, seed=0)
     video_options.size_of(arguments, VideoSize())
     fixed_of(arguments)
+    _check_machines(arguments)
     for name in ("device_memory", "host_memory"):
         number = getattr(arguments, name)
         if number is not None and not 0 < number <= MOST_MEMORY:
             raise ValueError(f"--{name.replace('_', '-')} is {number:g}; give GB, such as 64.")
+
+
+def _check_machines(arguments: Namespace) -> None:
+    count, ranks, link = arguments.machines, arguments.ranks, arguments.link
+    if not 1 <= count <= MAX_RANKS or ranks % count:
+        raise ValueError(f"--machines is {count}; give a number that divides the cards, such as 2 for --ranks 16.")
+    if count > 1 and link is None:
+        raise ValueError("--machines needs --link: the Gbit/s that each machine sends to the others, such as 25.")
+    if link is not None and not 0 < link <= MOST_LINK:
+        raise ValueError(f"--link is {link:g}; give Gbit/s, such as 25, or 1600 for 8 links of 200.")
+    if count > 1 and arguments.measure:
+        raise ValueError("--measure runs jobs of this host only. Give it without --machines.")
 
 
 def existing_model(path: str) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...errors import coded, coded_error
 from ...models.shared.vae import VideoVae
 from ...ops.finite import Extremes, Spread
-from ...parallel.mesh import all_reduce_max_of, this_rank, world_size
+from ...parallel.machines import machines
+from ...parallel.mesh import all_reduce_max, all_reduce_max_of, this_rank, world_size
 from .diagnosis import BAD, COMPARE, again, bad_weights, listed
 
 DoneFacts = dict[str, Any]  # descriptions of the tiling, and warnings, for `Done.info`
@@ -85,8 +86,8 @@ def _cure(vae: VideoVae, name: str, given: Tensor, usual: float) -> str:
 
 def with_warnings(facts: DoneFacts, spread: Spread, videos: Tensor, latent: Tensor) -> DoneFacts:
     """facts, with warnings about frames of one colour and about videos that do not move, of videos [B,T,H,W,3] whose
-    extremes are known already. On rank 0 only."""
-    if this_rank() != 0:
+    extremes are known already. Rank 0 warns; if each machine has its own part of the videos, all ranks look at them."""
+    if this_rank() != 0 and machines().count == 1:
         return facts
     warnings, length = [], videos.shape[1]
     for number, video in enumerate(videos):
@@ -99,7 +100,7 @@ def with_warnings(facts: DoneFacts, spread: Spread, videos: Tensor, latent: Tens
         elif _may_stand_still(low, high) and _moves(latent[number]) and _stands_still(video):
             text = f"{name}All {length} frames are the same, though their latent changes."
             warnings.append(coded("AV-1609", f"{text} Check the VAE's file and dtype."))
-    return facts | {"warnings": warnings} if warnings else facts
+    return facts | {"warnings": warnings} if warnings and this_rank() == 0 else facts
 
 
 def _longest_run(flags: list[bool], least: int) -> range | None:
@@ -134,8 +135,11 @@ def _moves(latent: Tensor) -> bool:
 
 
 def _stands_still(video: Tensor) -> bool:
-    """Whether frames [T,H,W,3] in 0..1 are all the same; looked at only if their extremes are."""
-    return all(bool((frame - video[0]).abs().max() <= ALIKE / 2) for frame in video.flip(0)[:-1])
+    """Whether frames [T,H,W,3] in 0..1 are all the same; looked at only if their extremes are. The first rank of each
+    machine looks at what its machine has."""
+    here = machines()
+    still = not here.is_first or all(bool((frame - video[0]).abs().max() <= ALIKE / 2) for frame in video.flip(0)[:-1])
+    return still if here.count == 1 else not all_reduce_max(not still)
 
 
 def numbered(frames: list[int], length: int) -> str:

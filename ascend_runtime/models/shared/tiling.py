@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import coded_error
 from ...hardware import devices
+from ...parallel.machines import add_machines, machines
 from ...parallel.mesh import all_reduce_max, this_rank, world_size
 from ...parallel.tiles import Area, Tile, TileGrid, grid_here, single_tile, tile_of
 from . import overlapping
@@ -62,7 +63,7 @@ class Tiling(Protocol):
         """Encodes frames [T,H,W,3] in 0..1 to pieces of a latent [C,t,h,w]."""
 
     def sums(self, output: Tensor) -> Tensor:
-        """The part of the output that was added up, and that this rank is to finish."""
+        """The part of the output that was added up, and that this rank is to finish. Called when all was added."""
 
 
 class TilePerRank:
@@ -141,7 +142,8 @@ class TilesInTurn:
 class DealtTiles:
     """Tiles that overlap in frames, rows and columns: each rank computes whole tiles, and adds them to the output.
 
-    The result has the same bits on any number of ranks (see overlapping.py).
+    The result has the same bits on any number of ranks of a machine (see overlapping.py). Several machines add up their
+    own tiles, each in its own memory, and then their sums, which rounds otherwise.
     """
 
     def __init__(self, vae: VideoVae, rounds: list[Sequence[LatentTile]], facts: dict[str, str]):
@@ -156,11 +158,15 @@ class DealtTiles:
         return frames.tensor_split(self._ranks)[self._rank][..., :3]
 
     def begin(self, output: Tensor) -> None:
-        self.sums(output).zero_()
+        here = machines()
+        local = here.members[here.here]
+        output.tensor_split(len(local))[local.index(self._rank)].zero_()
         all_reduce_max(0)  # no rank adds before all are zero
 
     def sums(self, output: Tensor) -> Tensor:
-        return output.tensor_split(self._ranks)[self._rank]
+        shares = output.tensor_split(self._ranks)
+        add_machines(shares)
+        return shares[self._rank]
 
     def decoded(self, latent: Tensor, on_step: OnStep) -> Pieces:
         vae, (temporal, spatial) = self._vae, (self._vae.form.temporal, self._vae.form.spatial)

@@ -62,7 +62,7 @@ def open_forms(model: Model, machine: Machine, fixed: Fixed) -> list[tuple[str, 
 
 def plans(model: Model, video: Video, machine: Machine, parallel: ParallelSpec) -> list[Plan]:
     """The plans with the degrees that the user has fixed, without those that cannot be the best. If there is none, the
-    one that a job takes instead."""
+    one that a job takes instead. Ulysses and tensor parallelism cross machines only if nothing else is left."""
     given = {axis: getattr(parallel, f"{axis}_degree") for axis in AXES}
     found = [
         plan for plan in legal_plans(machine.ranks)
@@ -71,8 +71,19 @@ def plans(model: Model, video: Video, machine: Machine, parallel: ParallelSpec) 
         and (plan.tp == 1 or is_cut_by(plan.tp, model))
     ]  # fmt: skip
     if not given["ring"]:
-        found = [plan for plan in found if plan.ring == 1 or plan == _least_ring(plan, found, heads(model))]
-    return found or [parallel.resolve(machine.ranks, guided=video.guided)]
+        if video.acceleration.rainfusion:  # needs all tokens of a head on one rank
+            found = [plan for plan in found if plan.ring == 1] or found
+        found = [plan for plan in found if plan.is_within(machine.hosts)] or found
+        shortest = _shortest_rings(found) if machine.hosts else {}
+        found = [plan for plan in found if plan.ring == shortest.get((plan.cfg, plan.tp), 1)
+                 or plan == _least_ring(plan, found, heads(model))]  # fmt: skip
+    return found or [parallel.resolve(machine.ranks, guided=video.guided, hosts=machine.hosts)]
+
+
+def _shortest_rings(plans: list[Plan]) -> dict[tuple[int, int], int]:
+    """The shortest ring of plans with these degrees of cfg and tp."""
+    ways = {(plan.cfg, plan.tp) for plan in plans}
+    return {way: min(plan.ring for plan in plans if (plan.cfg, plan.tp) == way) for way in ways}
 
 
 def _least_ring(plan: Plan, plans: list[Plan], heads: int) -> Plan | None:

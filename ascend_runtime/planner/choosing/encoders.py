@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from ..crossing import gathered_seconds
 from ..facts import ITEMSIZES, Machine, Network
 from ..rates import Rates
 from ..timing.work import encoding_flops
@@ -27,8 +28,9 @@ def place(encoders: Sequence[Network], machine: Machine, rates: Rates) -> str:
         return CPU
     if sum(map(_bytes, encoders)) > machine.host_memory:
         return RANKS
-    flops, costs = sum(encoding_flops(one, TOKENS) for one in encoders), rates.on(machine.ranks)
-    return RANKS if flops * costs["encode_ranks"] / machine.ranks < flops * costs["encode"] else CPU
+    flops, costs = sum(encoding_flops(one, TOKENS) for one in encoders), rates.on(machine.host_ranks)
+    on_ranks = flops * costs["encode_ranks"] / machine.ranks + gathered_seconds(encoders, DTYPE, machine)
+    return RANKS if on_ranks < flops * costs["encode"] else CPU
 
 
 def bytes_on_ranks(encoders: Sequence[Network], ranks: int) -> int:
@@ -38,7 +40,7 @@ def bytes_on_ranks(encoders: Sequence[Network], ranks: int) -> int:
 
 
 def _bytes(network: Network) -> int:
-    return ITEMSIZES[DTYPE] * sum(map(math.prod, network.shapes.values()))
+    return ITEMSIZES[DTYPE] * network.numbers
 
 
 def _largest_unit(network: Network) -> int:

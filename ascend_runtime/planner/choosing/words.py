@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...specs import Plan, VideoSize
-from ...specs.plans import AXES
+from ...specs.plans import AXES, WITHIN_MACHINES
 from ..facts import Arrangement, Machine, Memory, Prediction
 from ..rates import Rates
 from .arrangements import PUBLISHED
@@ -76,7 +76,33 @@ def predicted_to_take(one: Prediction, machine: Machine | None) -> str:
         host = f"{host} of {gigabytes(machine.host_memory)}"
     where = "rank" if machine is None or machine.kind == "cpu" else "card"
     times = f"{duration(one.running)} ({denoise} to denoise), {load} to load first"
-    return f"{times}; {device} a {where}, {host} of the host"
+    which = "the host" if machine is None or machine.host_count == 1 else "a host"
+    sent = f"; {between_machines(one, machine)}" if one.between.sent else ""
+    return f"{times}; {device} a {where}, {host} of {which}{sent}"
+
+
+def between_machines(one: Prediction, machine: Machine) -> str:
+    """What a machine sends to others, and the seconds of it, such as "1.2 GB a step between machines, about 9.6 s at
+    the measured 1 Gbit/s"."""
+    return f"{gigabytes(one.between.sent)} a step between machines, about {_link_seconds(one)} at {machine.link}"
+
+
+def _link_seconds(one: Prediction) -> str:
+    seconds = one.between.seconds
+    return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def crossing(one: Prediction, machine: Machine, within: Prediction | None) -> str:
+    """The warning for a plan whose inner axes cross machines. within: the fastest one that fits whose inner axes do not;
+    None: there is none."""
+    plan = one.arrangement.plan
+    axes = [axis for axis in WITHIN_MACHINES if plan.crosses(axis, machine.hosts)]
+    named = " and ".join(f"{NAMES[axis]} {getattr(plan, axis)}" for axis in axes)
+    said = f"{named} {'crosses' if len(axes) == 1 else 'cross'} machines: the plan sends {between_machines(one, machine)}."
+    if within is None:
+        return said
+    other = f"{degrees(within.arrangement.plan)} would send {gigabytes(within.between.sent)}, {_link_seconds(within)}"
+    return f"{said} {other}; set the degrees to that, or to 0 (tp_degree to 1) for automatic."
 
 
 def _reason(fitting: Sequence[Prediction], others: Sequence[Prediction]) -> str:
@@ -111,9 +137,10 @@ def no_fit(
         "8 bits."
     )  # fmt: skip
     ranks = f"{machine.ranks} rank(s) on the CPU" if machine.kind == "cpu" else f"{machine.ranks} x {machine.card}"
+    host = "the host" if machine.host_count == 1 else f"each of {machine.host_count} hosts"
     return (
         f"No plan fits {name}, {_video(size)}, on {ranks} with "
-        f"{gigabytes(machine.device_memory)} each and {gigabytes(machine.host_memory)} of the host. "
+        f"{gigabytes(machine.device_memory)} each and {gigabytes(machine.host_memory)} of {host}. "
         f"{arrangement(least.arrangement)} comes nearest: {shortfall(least, machine)} {cure}"
     )
 

@@ -61,20 +61,20 @@ def kept(network: Network, rules: WeightRules, dtype: str, share: Share = Share(
 def _kept(
     network: Network, name: str, shape: tuple[int, ...], rules: WeightRules, dtype: str, share: Share
 ) -> OwnPart:
-    fixed, stored = network.quantized.get(name), network.stored_types.get(name)
+    fixed = network.quantized.get(name)
     if not rules.keeps_whole(name, shape, network.multiples.get(name, 1), share.tp):
         fixed = None  # dequantized, as slices would cut groups of its inputs apart
-    dtype = "float32" if rules.fp32(name) else dtype
-    itemsize = fixed or ITEMSIZES[dtype]
+    dtype = fixed or ("float32" if rules.fp32(name) else dtype)
+    itemsize = ITEMSIZES[dtype]
     cut = own_slice(name, shape, rules, share.tp)
     blocks = packed_in(network, rules, share.tp).get(name) if share.packed else None
     if blocks:
-        cut, itemsize, fixed = (*cut[:-1], cut[-1] // blocks.values * blocks.nbytes), 1, 1
+        cut, itemsize = (*cut[:-1], cut[-1] // blocks.values * blocks.nbytes), 1
     part = cut
     if share.shards > 1 and not rules.replicated(name):
         part = (len(own_rows(cut[0], share.shards, share.shard)), *cut[1:])
-    as_stored = ITEMSIZES.get(stored) == fixed if fixed else stored == dtype
-    return OwnPart(part, math.prod(part) * itemsize, math.prod(cut) * itemsize, part == shape and as_stored)
+    mapped = not blocks and part == shape and network.stored_types.get(name) == dtype
+    return OwnPart(part, math.prod(part) * itemsize, math.prod(cut) * itemsize, mapped)
 
 
 def own_slice(name: str, shape: tuple[int, ...], rules: WeightRules, tp: int) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def stored_bytes(network: Network, dtype: str) -> int:
 def kept_bytes(network: Network, dtype: str, packed: bool = False) -> int:
     """Bytes of its weights as a rank keeps them, without tensor parallelism or FSDP. packed: in blocks where they can
     be."""
-    sizes = dict.fromkeys(network.shapes, ITEMSIZES[dtype]) | dict(network.quantized)
+    sizes = {name: ITEMSIZES[network.quantized.get(name, dtype)] for name in network.shapes}
     if packed:
         sizes |= {name: blocks.nbytes / blocks.values for name, blocks in network.packed.items()}
     return int(sum(sizes[name] * math.prod(shape) for name, shape in network.shapes.items()))

@@ -1,0 +1,54 @@
+"""What is said of a cluster's ranks: how many have joined, which are missing, how to start them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ...specs.cluster import Cluster
+from .machine import RelayLink, spans
+
+
+def waiting_text(cluster: Cluster, machines: Sequence[RelayLink]) -> str:
+    """How far the ranks have come, while a job waits for them."""
+    here = {rank for machine in machines for rank in machine.here}
+    joined = f"{len(here)} of {cluster.ranks} ranks have joined"
+    if len(here) == cluster.ranks:
+        return f"{joined}; waiting until they have found each other."
+    missing = set(range(cluster.ranks)) - here
+    if not machines:
+        return f"{joined}; waiting for the machines of the cluster {cluster.name!r} at {cluster.listen}."
+    return f"{joined}; waiting for {_ranks(missing)}. {_present(machines)}"
+
+
+def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -> str:
+    """Why a job could not begin."""
+    missing = set(range(cluster.ranks)).difference(*(machine.here for machine in machines))
+    if missing:
+        lack = f"Of the cluster {cluster.name!r}, {_ranks(missing)} of {cluster.ranks} have not joined"
+    else:
+        lack = f"The ranks of the cluster {cluster.name!r} have not found each other"
+    present = _present(machines) if machines else f"No machine has come to {cluster.listen}."
+    return (
+        f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks by "
+        f"the same command on each machine:\n{_command(cluster)}\nSet ASCEND_RUNTIME_START_DEADLINE to wait longer."
+    )
+
+
+def _present(machines: Sequence[RelayLink]) -> str:
+    each = [f"{machine.name} ({_ranks(machine.here)})" if machine.here else f"{machine.name} (none yet)"
+            for machine in machines]  # fmt: skip
+    return f"Joined: {', '.join(each)}."
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    numbers = sorted(ranks)
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {spans(numbers)}"
+
+
+def _command(cluster: Cluster) -> str:
+    """For each machine. How many machines there are is not in the cluster's file."""
+    return (
+        f"torchrun --nnodes MACHINES --nproc-per-node RANKS --max-restarts 100 --rdzv-backend c10d --rdzv-endpoint "
+        f"FIRST_MACHINE:29500 -m ascend_runtime.engine.worker --client {cluster.listen} --key {cluster.key}\n"
+        f"MACHINES times RANKS is {cluster.ranks}; {cluster.key} is the key file's copy on that machine."
+    )

@@ -1,0 +1,1 @@
+"""The command `cluster`: makes and shows the files of clusters on this host."""

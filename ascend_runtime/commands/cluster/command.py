@@ -1,0 +1,104 @@
+"""Makes a cluster's file and key, and prints what to do with them on each machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from ...errors import coded_error
+from ...specs.cluster import KEY_SUFFIX, Cluster, cluster_names, file_of_cluster, folder_of_clusters, read_cluster
+from ...wire import tls
+from ..progress import ProgressDisplay
+from .options import described
+
+RENDEZVOUS_PORT = 29400  # torchrun's own default
+_REMOTE = ".config/ascend-video/clusters"  # in the home of a machine's user
+_WORKER = "ascend_runtime.engine.worker"
+_OWN = "ADDRESS"  # stands for this machine's, where a cluster's is every interface
+
+
+def run(arguments: Namespace, progress: ProgressDisplay) -> int:
+    progress.end()
+    if arguments.action == "list":
+        return _list(progress)
+    cluster = made(described(arguments)) if arguments.action == "new" else read_cluster(arguments.name)
+    if cluster.risk is not None:
+        progress.say(
+            f"warning: {cluster.risk}, so strangers may reach it. They cannot join without the key, but torch's own "
+            "ports between the machines have no key: give an address in a private network."
+        )
+    print(_text(cluster, arguments.machines))
+    return 0
+
+
+def made(cluster: Cluster) -> Cluster:
+    """Makes the folder, the key and the file of a cluster. Raises ValueError if one of the files exists."""
+    file, key = file_of_cluster(cluster.name), Path(cluster.key)
+    content = {"listen": cluster.listen, "key": key.name, "ranks": cluster.ranks}
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tls.make_key(key, cluster.name)
+    try:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+            opened.write(json.dumps(content, indent=2) + "\n")
+    except FileExistsError:
+        key.unlink()
+        raise coded_error("AV-1901", f"{file} exists. Give another name, or delete it.") from None
+    except BaseException:
+        key.unlink()
+        raise
+    return cluster
+
+
+def _list(progress: ProgressDisplay) -> int:
+    names = cluster_names()
+    if not names:
+        progress.say(f"there is no cluster in {folder_of_clusters()}; `ascend-video cluster new` makes one")
+    for name in names:
+        try:
+            found = read_cluster(name)
+            print(f"{name}: {found.ranks} ranks, {found.listen}")
+        except ValueError as error:
+            print(f"{name}: {error}")
+    return 0
+
+
+def _text(cluster: Cluster, machines: int) -> str:
+    """What is to be done with a cluster. The key is named, and not shown."""
+    remote = f"{_REMOTE}/{cluster.name}{KEY_SUFFIX}"
+    each = "on each machine" if machines == 1 else f"on each of the {machines} machines"
+    lines = [
+        f"cluster {cluster.name}: {cluster.ranks} ranks on {machines} machine(s)",
+        f"file     {file_of_cluster(cluster.name)}",
+        f"address  {cluster.listen}",
+        f"key      {cluster.key}",
+        "",
+        "Copy the key to each other machine, and keep it from anyone else: who has it can join and read all.",
+        "",
+        f'    ssh MACHINE "mkdir -p -m 700 ~/{_REMOTE}"',
+        f"    scp -p {cluster.key} MACHINE:{remote}",
+        "",
+        f"Then start the ranks {each}, in the pack's folder, with the Python that has torch.",
+    ]  # fmt: skip
+    return "\n".join([*lines, *_starts(cluster, machines), "", f"In ComfyUI's page, press R, and choose {cluster.name} "
+                      "in Ascend Parallel Config (advanced: cluster)."])  # fmt: skip
+
+
+def _starts(cluster: Cluster, machines: int) -> list[str]:
+    """The commands for the machine that the others meet at, this one, and for the others."""
+    first = ["", "This machine:", "", *_torchrun(cluster, machines, True, cluster.key)]
+    remote = f"~/{_REMOTE}/{cluster.name}{KEY_SUFFIX}"
+    others = ["", "Each other machine:", "", *_torchrun(cluster, machines, False, remote)]
+    return first + (others if machines > 1 else [])
+
+
+def _torchrun(cluster: Cluster, machines: int, first: bool, key: str) -> list[str]:
+    host, port = _OWN if cluster.everywhere else cluster.listen.rpartition(":")[0], cluster.address[1]
+    meeting = RENDEZVOUS_PORT + (port == RENDEZVOUS_PORT)
+    return [
+        f"    torchrun --nnodes {machines} --nproc-per-node {cluster.ranks // machines} --max-restarts 100 \\",
+        f"        --rdzv-backend c10d --rdzv-id {cluster.name} --rdzv-endpoint {host}:{meeting} \\",
+        f"        --rdzv-conf is_host={int(first)} \\",
+        f"        -m {_WORKER} --client {host}:{port} --key {key}",
+    ]

@@ -1,0 +1,54 @@
+"""What a machine's first rank gives its relay, and how the machine's ranks find it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+import msgspec
+from msgspec import Struct
+
+_CREDENTIALS = struct.Struct("3i")  # unix(7): process, user, group
+
+
+class RelaySettings(Struct, kw_only=True):
+    """client: HOST:PORT. key: the path of the key file. wait: seconds without a client until the ranks end; 0: for
+    ever. first, ranks: the machine's ranks are `ranks` ones from number `first` on. listener: the descriptor of the
+    socket that they connect to. parent: the process of the first one."""
+
+    client: str
+    key: str
+    machine: str
+    wait: float
+    device: str
+    first: int
+    ranks: int
+    world_size: int
+    listener: int
+    parent: int
+
+
+class Arrival(Struct, kw_only=True):
+    """A rank's first words to its relay."""
+
+    rank: int
+
+
+def encoded(value: Struct, text: bool = False):
+    """As MessagePack; or as text, for a command line."""
+    return msgspec.json.encode(value).decode() if text else msgspec.msgpack.encode(value)
+
+
+def name_of_socket(parent: int, restart: str) -> str:
+    """The abstract name of the socket of a relay, unique among those of one network namespace. parent: torchrun's
+    process. restart: the number of torchrun's restarts."""
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    return f"\0ascend-video/{os.getuid()}/{namespace}/{parent}/{restart}"
+
+
+def peer_of(connection: socket.socket) -> tuple[int, int]:
+    """(process, user) at the other end of a local connection: of who connected, or who opened the listening socket."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(data)
+    return process, user

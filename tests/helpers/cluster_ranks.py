@@ -1,0 +1,123 @@
+"""Ranks that torchrun starts on hosts (see hosts.py), for a client of the test."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from ascend_runtime import ParallelSpec, Runtime
+from ascend_runtime.specs.cluster import Cluster
+from ascend_runtime.wire.tls import make_key
+from rank_processes import environment_of
+
+ROOT = Path(__file__).resolve().parents[2]
+PORT, RENDEZVOUS = 29600, 29500
+WORKER = "ascend_runtime.engine.worker"
+RELAY = "ascend_runtime.engine.relay"
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "MKL_CBWR": "AUTO,STRICT"}
+
+
+class ClusterRanks:
+    """A number of ranks on each host, and the cluster that they belong to: a context manager.
+
+    The client is on the first host, where torchrun's rendezvous is too. folder: gets the key, and the output of each
+    torchrun, `host1.log` and so on. options: of the worker, after --client, --key, --device.
+    """
+
+    def __init__(self, hosts, ranks_of_each, folder, *, options=(), environment=None):
+        self.hosts, self.ranks_of_each, self.folder = hosts, ranks_of_each, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.key = self.folder / "two_hosts.key"
+        make_key(self.key, "two_hosts")
+        listen = f"{hosts[0].address}:{PORT}"
+        self.cluster = Cluster(name="two_hosts", listen=listen, key=str(self.key), ranks=ranks_of_each * len(hosts))
+        self.clients = dict.fromkeys(hosts, listen)  # where each host finds the client
+        self.processes = {}  # of torchrun, by host
+        self._options = list(options)
+        self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+
+    def __enter__(self):
+        for host in self.hosts:
+            self.start(host)
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    # torchrun
+
+    def command(self, host):
+        """torchrun's on a host, as docs/machines.md has it."""
+        return [
+            sys.executable, "-m", "torch.distributed.run",
+            f"--nnodes={len(self.hosts)}", f"--nproc-per-node={self.ranks_of_each}", "--max-restarts=100",
+            "--rdzv-backend=c10d", f"--rdzv-endpoint={self.hosts[0].address}:{RENDEZVOUS}",
+            "-m", WORKER, "--client", self.clients[host], "--key", str(self.key), "--device", "cpu", *self._options,
+        ]  # fmt: skip
+
+    def start(self, host):
+        """Starts torchrun on a host."""
+        with open(self.log(host), "ab") as log:
+            self.processes[host] = host.start(
+                self.command(host), cwd=ROOT, env=self._environment, stdin=-3, stdout=log, stderr=log
+            )
+
+    def stop(self):
+        """Kills torchrun on each host, and whatever it may have left."""
+        for process in self.processes.values():
+            process.kill()
+        self.hosts.end(self.hosts)
+        for process in self.processes.values():
+            process.wait()
+
+    def log(self, host):
+        return self.folder / f"{host.name}.log"
+
+    @property
+    def output(self):
+        """What all torchruns have printed."""
+        return "\n".join(self.log(host).read_text(errors="replace") for host in self.hosts if self.log(host).exists())
+
+    # Processes
+
+    def ranks(self, host):
+        """Process ids by rank of the ranks proper on a host."""
+        found = {}
+        for pid in host.pids:
+            environment = environment_of(pid)
+            if "ASCEND_RUNTIME_CONTROL_FD" in environment and module_of(pid) == WORKER:
+                found[int(environment["RANK"])] = pid
+        return found
+
+    def relays(self, host):
+        return [pid for pid in host.pids if module_of(pid) == RELAY]
+
+    def ours(self, host):
+        """The processes of ours on a host: ranks, also those that are joining, and the relay."""
+        return [pid for pid in host.pids if module_of(pid) in (WORKER, RELAY)]
+
+    # The client
+
+    def runtime(self, **parallel):
+        """A client of these ranks; to be used within `hosts[0].entered()`, or `client()`."""
+        return Runtime(ParallelSpec(**parallel), device="cpu", cluster=self.cluster)
+
+
+def module_of(pid):
+    """The module that a Python process runs (-m), or None."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return None
+    if "torch.distributed.run" in words:
+        return "torch.distributed.run"
+    return words[words.index("-m") + 1] if "-m" in words[:-1] else None
+
+
+def seconds_until_none(pids_of, timeout):
+    """How long it took until `pids_of()` was empty."""
+    began = time.monotonic()
+    while pids := pids_of():
+        assert time.monotonic() - began < timeout, f"processes {pids} are still there after {timeout} s"
+        time.sleep(0.05)
+    return time.monotonic() - began
