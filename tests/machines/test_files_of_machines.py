@@ -5,8 +5,10 @@ from pathlib import Path
 
 import cluster_ranks
 import hosts
+import msgspec
 import pytest
-from ascend_runtime import DiffusionModelSpec, VaeSpec
+import torch
+from ascend_runtime import DiffusionModelSpec, SampleSpec
 from msgspec.structs import replace
 
 MODEL = Path(__file__).resolve().parents[2] / "assets" / "tiny_wan"
@@ -35,7 +37,10 @@ def test_a_file_that_differs_on_one_host_is_refused_by_name_and_the_next_job_run
             other.unlink()
             assert refused(runtime).startswith(f"AV-1907: On host2: {other.parent} has no ")
             other.write_bytes(content)
-            runtime.load(SPEC, vae=VaeSpec(path="/models/wan"))
+            latent = torch.zeros(1, 16, 2, 8, 8)
+            result = runtime.sample(SPEC, SampleSpec(steps=1, guidance_scale=1.0), latent, torch.ones(1, 4, 128))
+            assert result.tensor.shape == latent.shape and len(result.record.parts) == 1
+            assert str(tmp_path).encode() not in msgspec.json.encode(result.record)  # no path of a machine
             assert ranks.ranks(two[1]) == started
         finally:
             runtime.stop()
