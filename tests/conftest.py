@@ -55,7 +55,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(text)
 
 
-LANES = ("ranks", "comfyui")  # folders of tests
+LANES = ("ranks", "comfyui", "machines")  # folders of tests
 APART = ("test_contract.py",)  # files of tests
 
 
