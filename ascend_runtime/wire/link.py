@@ -127,7 +127,7 @@ class Link:
         self._turn = _TURN
         try:
             while self._fill():
-                envelope = self._next()
+                envelope = self._next(self)
                 if envelope is not None:
                     return envelope
         except BaseException:
@@ -140,6 +140,10 @@ class Link:
         self._drop()
         self._blocked = False
         self._expect_header()  # lets the payload's memory go
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)  # a process that was forked meanwhile has the descriptor too
+        except OSError:
+            pass  # the connection has ended already
         self._socket.close()
 
     def _drop(self) -> None:
@@ -185,7 +189,7 @@ class Link:
     def _expect_header(self) -> None:
         self._buffer = bytearray(_HEADER.size)
         self._missing = deque([memoryview(self._buffer)])
-        self._next: Callable[[], Envelope | None] = self._read_header
+        self._next = Link._read_header  # not bound, which would make a cycle that keeps the payload's memory
 
     def _read_header(self) -> None:
         magic, size = _HEADER.unpack(self._buffer)
@@ -193,7 +197,7 @@ class Link:
             raise Undecodable("The other side of the connection sent an invalid header.")
         self._buffer = bytearray(size)
         self._missing.append(memoryview(self._buffer))
-        self._next = self._read_envelope
+        self._next = Link._read_envelope
 
     def _read_envelope(self) -> Envelope | None:
         try:
@@ -207,7 +211,8 @@ class Link:
         if not size:
             return envelope
         self._missing = deque(self._places(envelope, size))
-        self._next = lambda: self._arrived(envelope)
+        self._envelope = envelope
+        self._next = Link._arrived
         return None
 
     def _places(self, envelope: Envelope, size: int) -> list[memoryview]:
@@ -217,9 +222,9 @@ class Link:
         nowhere = memoryview(bytearray(min(size, _PIECE)))
         return [nowhere] * (size // _PIECE) + [nowhere[: size % _PIECE]] * (size % _PIECE > 0)
 
-    def _arrived(self, envelope: Envelope) -> Envelope:
+    def _arrived(self) -> Envelope:
         self._expect_header()
-        return envelope
+        return self._envelope
 
 
 def _parts(payload: Iterable, size: int, envelope: Envelope) -> list[memoryview]:

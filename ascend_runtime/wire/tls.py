@@ -168,18 +168,24 @@ def _content(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
     except OSError as error:
         raise _unusable(path, f"it cannot be opened ({error.strerror})") from None
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _unusable(path, "it is not a file")
-        if status.st_uid != os.geteuid():
-            raise _unusable(path, f"it belongs to user {status.st_uid}, and this process to user {os.geteuid()}")
-        if status.st_mode & 0o077:
-            raise _unusable(path, f"others can read or write it; run: chmod 600 {path}")
-        content = file.read(_MAX_FILE + 1)
-    if len(content) > _MAX_FILE:
+    try:
+        _check(path, os.fstat(descriptor))  # of the file that is open, whatever the path leads to by now
+        return os.read(descriptor, _MAX_FILE)
+    except OSError as error:
+        raise _unusable(path, f"it cannot be read ({error.strerror})") from None
+    finally:
+        os.close(descriptor)
+
+
+def _check(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _unusable(path, "it is not a file")
+    if status.st_uid != os.geteuid():
+        raise _unusable(path, f"it belongs to user {status.st_uid}, and this process to user {os.geteuid()}")
+    if status.st_mode & 0o077:
+        raise _unusable(path, f"others can read or write it; run: chmod 600 {path}")
+    if status.st_size > _MAX_FILE:
         raise _unusable(path, f"it is larger than {_MAX_FILE} bytes")
-    return content
 
 
 def _context(protocol: int, certificate: bytes, content: bytes) -> ssl.SSLContext:

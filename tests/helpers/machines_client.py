@@ -5,7 +5,7 @@ import socket
 import time
 
 import msgspec
-from ascend_runtime.wire.envelopes import Deliver, FromRank, Here, Region, Rejected, Welcome
+from ascend_runtime.wire.envelopes import Deliver, FromRank, Here, Region, Welcome
 from ascend_runtime.wire.link import Link, keep_alive
 from ascend_runtime.wire.tls import Handshake, read_key
 
@@ -13,10 +13,10 @@ DEADLINE = 60.0  # seconds
 
 
 class MachinesClient:
-    """A context manager. address: HOST:PORT that it listens at; port 0: any."""
+    """A context manager. port: to listen at; 0: any. answer: to each Hello."""
 
     def __init__(self, key, port=0, answer=Welcome()):
-        self.key, self.answer = read_key(key), answer
+        self.key_file, self.key, self.answer = key, read_key(key), answer
         self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"

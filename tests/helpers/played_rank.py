@@ -1,8 +1,8 @@
 """A rank that enters as torchrun's do, and then does what messages say, without torch: `python played_rank.py OPTIONS`.
 
 Messages are dictionaries: {"type": "Play", "job": n, "do": ...} with "answer", "hang" (answers nothing, not even a
-Cancel), "wait" (answers a Cancel), "flood" (reports parts of the lent memory as fast as it can, then answers), "fill"
-(fills its part of the lent memory [ranks, bytes] with its number + 1, then answers).
+Cancel), "wait" (answers a Cancel), "fill" (fills its row of the lent memory [ranks, bytes] with its number + 1, then
+answers), "flood" (reports half of each row of the lent memory several times, then answers).
 """
 
 import mmap
@@ -58,15 +58,21 @@ class PlayedRank:
                 pass
             return self.say(type="Failed", job=job, kind="cancelled", error="", traceback="")
         block = packet.map_block()
-        for repeated in range(message.get("times", 1) if what in ("fill", "flood") else 0):
+        if what == "fill":
             self.fill(job, message["shape"], packet.descriptors[0])
+        for _ in range(message.get("times", 0)):
+            rows, columns = message["shape"]
+            self.wrote(job, message["shape"], [0, 0], [rows, columns // 2])
         self.say(type="Done", job=job, got=bytes(block or b"")[:100])
 
     def fill(self, job, shape, descriptor):
         ranks, size = shape
-        memory = mmap.mmap(descriptor, ranks * size)
+        memory = mmap.mmap(descriptor, 0)
         memory[self.number * size : (self.number + 1) * size] = bytes([self.number + 1]) * size
-        self.say(type="Wrote", job=job, lent=0, shape=shape, starts=[self.number, 0], sizes=[1, size], itemsize=1)
+        self.wrote(job, shape, [self.number, 0], [1, size])
+
+    def wrote(self, job, shape, starts, sizes):
+        self.say(type="Wrote", job=job, lent=0, shape=shape, starts=starts, sizes=sizes, itemsize=1)
 
 
 def start(address, key, rank=0, ranks=1, first=0, world_size=None, restart=0, **options):

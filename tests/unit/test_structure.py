@@ -124,6 +124,7 @@ def test_layers_name_modules_that_exist():
     ("ascend_runtime.commands.progress", "torch"),
     *((f"ascend_runtime.commands.doctor.{part}", package)
       for part, package in (("command", "torch"), ("command", "msgspec"), ("command", "psutil"), ("command", "tqdm"))),
+    *((f"ascend_runtime.wire.{part}", "torch") for part in ("packets", "memory", "tls", "link", "control")),
     ("ascend_runtime.engine.entering", "torch"),
     ("ascend_runtime.engine.relay.relay", "torch"),
     ("ascend_runtime.client.runtime", "diffusers"),
