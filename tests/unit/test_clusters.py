@@ -162,7 +162,7 @@ def test_what_is_printed_can_be_run_on_each_machine(folder, capsys):
     assert f"scp -p {folder / 'atlas.key'} MACHINE:.config/ascend-video/clusters/atlas.key" in said
     first, other = (shlex.split("torchrun" + text.split("\n\n")[0]) for text in said.split("torchrun")[1:])
     assert first[:5] == ["torchrun", "--nnodes", "4", "--nproc-per-node", "4"]
-    assert first[first.index("--rdzv-endpoint") + 1] == "127.0.0.1:29400"
+    assert first[first.index("--rdzv-endpoint") + 1] == "127.0.0.1:29500"
     assert first[-6:] == ["-m", "ascend_runtime.engine.worker", "--client", "127.0.0.1:29600", "--key",
                           str(folder / "atlas.key")]  # fmt: skip
     changed = [pair for pair in zip(first, other, strict=True) if pair[0] != pair[1]]
@@ -171,10 +171,10 @@ def test_what_is_printed_can_be_run_on_each_machine(folder, capsys):
 
 
 def test_an_open_address_is_warned_of_and_not_given_to_the_machines(folder, capsys):
-    assert run("new", "any", "--listen", "0.0.0.0:29400", "--ranks", "2") == 0
+    assert run("new", "any", "--listen", "0.0.0.0:29500", "--ranks", "2") == 0
     said = capsys.readouterr()
     assert "warning: 0.0.0.0 is every interface of this host" in said.err
-    assert "--client HOST:29400" in said.out and "--rdzv-endpoint HOST:29401" in said.out
+    assert "--client HOST:29500" in said.out and "--rdzv-endpoint HOST:29501" in said.out
 
 
 @pytest.mark.parametrize("arguments, says", [

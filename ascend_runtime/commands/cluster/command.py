@@ -14,7 +14,7 @@ from ...wire import tls
 from ..progress import ProgressDisplay
 from .options import described
 
-RENDEZVOUS_PORT = 29400  # torchrun's own default
+RENDEZVOUS_PORT = 29500  # as in torchrun's examples
 _REMOTE = ".config/ascend-video/clusters"  # in the home of a machine's user
 _WORKER = "ascend_runtime.engine.worker"
 # What stands for the address of the first machine, if a cluster's is every interface, and for that of another one.
