@@ -1,5 +1,6 @@
 """Machines whose files differ: which, on which machines, and what to do, before anything is loaded."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from ascend_runtime.engine.same_files.differences import MAX_DIFFERENCES, differ
 from ascend_runtime.engine.same_files.listing import HeldFile, Listing, files_by_part, listing
 from ascend_runtime.specs.paths import without_paths
 from msgspec.structs import force_setattr
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 MODEL = Path(__file__).resolve().parents[2] / "assets" / "tiny_wan"
 LORA = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.full((2, 192), 0.01),
@@ -22,9 +23,23 @@ LORA = {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.full((2, 192), 0.
 
 def test_machines_with_other_files_are_refused_by_name_and_go_on_when_they_are_mended(tmp_path):
     for models in ("atlas1/models", "atlas2/disk/models"):
-        shutil.copytree(MODEL, tmp_path / models / "wan")
+        for name in ("wan", "other", "sharded"):
+            shutil.copytree(MODEL, tmp_path / models / name)
+        in_shards(tmp_path / models / "sharded" / "transformer")
         save_file(LORA, tmp_path / models / "lora.safetensors")
     gloo_ranks.run("machines_files_rank.py", tmp_path, 3)
+
+
+def in_shards(folder):
+    stem = "diffusion_pytorch_model"
+    whole = folder / f"{stem}.safetensors"
+    tensors = list(load_file(whole).items())
+    names = [f"{stem}-{number:05}-of-00002.safetensors" for number in (1, 2)]
+    for number, name in enumerate(names):
+        save_file(dict(tensors[number::2]), folder / name)
+    weight_map = {key: names[number % 2] for number, (key, _) in enumerate(tensors)}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    whole.unlink()
 
 
 def held(name, size=1000, digest="one", root="/m"):

@@ -36,7 +36,9 @@ class ClusterRanks:
         self.clients = dict.fromkeys(hosts, listen)  # where each host finds the client
         self.processes = {}  # of torchrun, by host
         self._options = list(options)
-        self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        temporary = self.folder / "tmp"  # torchrun leaves a folder there when it is killed
+        temporary.mkdir()
+        self._environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(temporary), **(environment or {})}
 
     def __enter__(self):
         for host in self.hosts:

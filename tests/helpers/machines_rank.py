@@ -3,12 +3,13 @@
 `main()` by gloo_ranks, in FOLDER, which holds a checkpoint ("model"). The rank writes what it found to found-RANK.json.
 """
 
+import importlib
 import json
 
 import gloo_ranks
 import torch
 import torch.distributed as dist
-from ascend_runtime import DiffusionModelSpec, ParallelSpec
+from ascend_runtime import AccelerationSpec, DiffusionModelSpec, ParallelSpec
 from ascend_runtime.components import HostMemory
 from ascend_runtime.components.standby import DiffusionModels
 from ascend_runtime.engine.guard import frames
@@ -20,6 +21,10 @@ from ascend_runtime.wire import messages
 from ascend_runtime.wire.channel import channel_pair
 from ascend_runtime.wire.plans import PlannedJob
 from generation_rank import SHAPE, message_of
+from msgspec.structs import replace
+
+for name in ("models.wan.networks", "models.hunyuan_video.family", "engine.sampling"):
+    importlib.import_module(f"ascend_runtime.{name}")  # once, before the ranks are forked
 
 NAMES = ("atlas1", "atlas1", "atlas1", "atlas2")
 GB = 10**9
@@ -86,7 +91,8 @@ def plans(pipeline, channel, folder):
     job = {"guidance_scale": 1.0, "solver": "euler", "known": False}
     made = {}
     for name, degrees in {"joined": plan, "whole": {"cfg_degree": 1, "ulysses_degree": 4}}.items():
-        done = pipeline.sample(Job(message_of(job | {"plan": degrees}, folder), channel, pipeline.device))
+        message = replace(message_of(job | {"plan": degrees}, folder), acceleration=AccelerationSpec())
+        done = pipeline.sample(Job(message, channel, pipeline.device))
         made[name] = {axis: done.info[f"{axis}_degree"] for axis in ("cfg", "ring", "ulysses")}, done.tensor
     if dist.get_rank() == 0:
         assert (made["joined"][1] - made["whole"][1]).abs().max() < 1e-4 and made["whole"][1].std() > 0.1

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from ascend_runtime.engine import entering
 from ascend_runtime.engine.joining import agreed_name
 from ascend_runtime.engine.relay.regions import content_of, region_of
+from ascend_runtime.engine.relay.settings import pause_before_failing
 from ascend_runtime.hardware import interfaces
 from ascend_runtime.wire import messages
 from ascend_runtime.wire.control import Wrote
@@ -102,12 +102,18 @@ def test_wrong_options_are_refused(options, said, capsys):
     assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
-def test_a_worker_with_options_and_without_torchrun_says_how_to_start_it(monkeypatch):
+def test_a_worker_with_options_and_without_torchrun_says_how_to_start_it(monkeypatch, capsys):
     monkeypatch.setattr(entering, "die_with", lambda parent: None)
     for name in entering.OF_TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit, match="torchrun --nnodes"):
+    with pytest.raises(SystemExit) as ended:
         entering.enter(["--client", "127.0.0.1:1", "--key", "k"])
+    assert ended.value.code == 1 and "torchrun --nnodes" in capsys.readouterr().err
+
+
+def test_a_fault_that_stays_is_reported_ever_more_rarely():
+    """torchrun starts ranks again at once, up to as many times as --max-restarts says."""
+    assert [pause_before_failing(restart) for restart in (0, 1, 4, 5, 99)] == [0, 2, 16, 30, 30]
 
 
 # Joining
@@ -282,22 +288,22 @@ def test_two_torchruns_on_one_machine_have_a_relay_each(client, torchrun):
 def test_the_slurm_script_starts_torchrun_on_each_node_and_again_where_it_failed(tmp_path):
     """srun, scontrol and torchrun are played: a loop over two nodes, which writes what it would run."""
     played = {
-        "scontrol": 'echo node1; echo node2',
-        "srun": 'shift 2; for node in node1 node2; do SLURMD_NODENAME=$node "$@" || exit; done',
-        "torchrun": f'echo "$@" >> {tmp_path}/commands; [ $(wc -l < {tmp_path}/commands) -ge 2 ]',
+        "scontrol": "echo node1; echo node2",
+        "srun": 'shift 2; for id in 0 1; do SLURM_NODEID=$id SLURMD_NODENAME=node$((id + 1)) "$@" || exit; done',
+        "torchrun": f'printf "%s|" "$@" >> {tmp_path}/run; echo >> {tmp_path}/run; [ $(wc -l < {tmp_path}/run) -ge 2 ]',
         "sleep": "",
+        "ip": "echo 7: $6 inet $6.1/24 brd 10.0.0.255",
     }
     for name, text in played.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2",
-                 "SLURM_JOB_ID": "77", "CLIENT": "192.0.2.1:29600", "KEY": "/keys/a b.key"}  # fmt: skip
+                 "SLURM_JOB_ID": "77", "INTERFACE": "eth1"}  # fmt: skip
     script = ROOT / "scripts" / "ranks.slurm"
-    assert script.stat().st_mode & stat.S_IXUSR
-    subprocess.run(["bash", script], env=variables, check=True, timeout=30)
-    first, again, second = (tmp_path / "commands").read_text().splitlines()
-    assert first == again and "--machine node1" in first and "--machine node2" in second
-    assert "--nnodes 2 --nproc-per-node 8" in first and "--rdzv-endpoint node1:29500" in second
-    assert "--client 192.0.2.1:29600 --key /keys/a b.key" in first and "--rdzv-id 77" in first
-    missing = subprocess.run(["bash", script], env={"PATH": variables["PATH"]}, capture_output=True, check=False)
-    assert missing.returncode and b"CLIENT" in missing.stderr
+    command = ["bash", script, "--client", "192.0.2.1:29600", "--key", "/keys/a b.key"]
+    subprocess.run(command, env=variables, check=True, timeout=30)
+    first, again, second = (tmp_path / "run").read_text().splitlines()
+    assert first == again and "|is_host=1|" in first and "|is_host=0|" in second
+    assert "--machine|node1|--client|192.0.2.1:29600|--key|/keys/a b.key|" in first and "--machine|node2|" in second
+    assert "--nnodes|2|--nproc-per-node|8|" in first and "--rdzv-endpoint|node1:29400|" in second
+    assert "--rdzv-id|77|" in first and "|--local-addr|eth1.1|" in first
