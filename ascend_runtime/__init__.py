@@ -18,6 +18,8 @@ _HOMES = {
     "TextEncoderSpec": "specs",
     "VaeSpec": "specs",
     "ParallelSpec": "specs",
+    "Cluster": "specs",
+    "read_cluster": "specs.cluster",
     "SampleSpec": "specs",
     "OperatorSpec": "specs",
     "ProfileSpec": "specs",

@@ -14,6 +14,7 @@ import random_wan
 import tiny_models
 import torch
 from ascend_runtime import DiffusionModelSpec, ParallelSpec, Runtime, TextEncoderSpec, VaeSpec
+from ascend_runtime.specs.cluster import FOLDER_VARIABLE
 from scripts.lib.comfy_server import ComfyServer
 from rank_processes import processes_with
 from xdist.scheduler import LoadScopeScheduling
@@ -54,7 +55,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(text)
 
 
-LANES = ("ranks", "comfyui")  # folders of tests
+LANES = ("ranks", "comfyui", "machines")  # folders of tests
 APART = ("test_contract.py",)  # files of tests
 
 
@@ -201,5 +202,7 @@ def comfyui(tmp_path_factory, checkpoint):
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "test_nodes").symlink_to(Path(__file__).parent / "helpers" / "comfy_nodes")
     random_wan.single_files(base / "models")
-    with ComfyServer(base=base, env={"OMP_WAIT_POLICY": "PASSIVE"}) as server:  # as for the ranks
+    # OpenMP as for the ranks; and no clusters but those that tests make.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", FOLDER_VARIABLE: str(base / "clusters")}
+    with ComfyServer(base=base, env=environment) as server:
         yield server

@@ -25,7 +25,7 @@ from ..hardware.processes import die_with, parent_of
 from ..hardware.ranks import variables_of_ranks
 from ..specs.cluster import address_of, require_name
 from ..wire.packets import ChannelClosed, Packets, header
-from .relay.settings import Arrival, RelaySettings, encoded, name_of_socket, peer_of
+from .relay.settings import Arrival, RelaySettings, encoded, name_of_socket, pause_before_failing, peer_of
 
 DEFAULT_WAIT = 3600  # seconds
 NAME_DEADLINE = 15.0  # seconds until the relay of ranks that were ended has gone
@@ -47,7 +47,9 @@ def enter(arguments: Sequence[str]) -> None:
         environment = environment_of_rank(kind, parent)
         control = _connected(options, kind, parent)
     except ValueError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr, flush=True)
+        time.sleep(pause_before_failing(_restart()))
+        sys.exit(1)
     os.set_inheritable(control, True)
     environment |= {
         "ASCEND_RUNTIME_DEVICE": kind,
@@ -153,7 +155,7 @@ def first_environment_of(process: int) -> Mapping[str, str]:
 
 def _connected(options: argparse.Namespace, kind: str, parent: int) -> int:
     """The descriptor of this rank's connection to its machine's relay, which the first rank starts."""
-    name = name_of_socket(parent, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    name = name_of_socket(parent, _restart())
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if local_rank == 0:
         with _listener(name) as listener:
@@ -185,6 +187,11 @@ def _listener(name: str) -> socket.socket:
         time.sleep(RETRY)
 
 
+def _restart() -> int:
+    """How often torchrun has started these ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _start_relay(options: argparse.Namespace, kind: str, first: int, listener: socket.socket) -> None:
     settings = RelaySettings(
         client=options.client,
@@ -197,6 +204,7 @@ def _start_relay(options: argparse.Namespace, kind: str, first: int, listener: s
         world_size=int(os.environ["WORLD_SIZE"]),
         listener=listener.fileno(),
         parent=os.getpid(),
+        restart=_restart(),
     )
     subprocess.Popen(
         [sys.executable, "-m", "ascend_runtime.engine.relay", encoded(settings, text=True)],

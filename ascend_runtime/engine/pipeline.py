@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,7 +26,7 @@ from ..models.shared.tiling import bytes_whole
 from ..ops.finite import check_finite
 from ..ops.precision import strict_float32
 from ..parallel.fsdp import Sharding, sharding_of
-from ..parallel.machines import machines, sums_of_machines
+from ..parallel.machines import gathered_texts, machines, sums_of_machines
 from ..parallel.measured_link import measured_link
 from ..parallel.mesh import all_alike, all_reduce_max, communicators
 from ..planner.facts import Machine
@@ -58,6 +59,7 @@ from .prompts import (
 from .same_files.comparison import SameFiles
 from .video import decode_video, encode_video
 
+logger = logging.getLogger(__name__)
 
 MOST_WIDENED = 2  # how many bytes a VAE's weights take for each byte on disk: bfloat16 that becomes float32
 
@@ -65,8 +67,8 @@ MOST_WIDENED = 2  # how many bytes a VAE's weights take for each byte on disk: b
 class RankPipeline:
     """Runs jobs on one rank; every public method takes a job (see job.py) and returns its `Done`.
 
-    With the text encoder's placement "cpu", only rank 0 encodes; the others reply at once, and it uses their cores.
-    All ranks work on all other jobs. link: between machines, if there are several.
+    With the text encoder's placement "cpu", only rank 0 encodes; the others reply at once, and it uses the cores of
+    those on its machine. All ranks work on all other jobs. link: between machines, if there are several.
     """
 
     def __init__(self, device: torch.device):
@@ -74,7 +76,7 @@ class RankPipeline:
         self.rank = dist.get_rank()
         self.folders: dict[str, str] = {}  # of specs, as a client has them -> on this machine
         self.components = Components(device)
-        self._variables = original(device.type, os.environ)
+        self._variables = _of_first_rank(original(device.type, os.environ))
         self.prompts = KnownPrompts()  # on rank 0; kept when the encoder is freed, as it is small
         self.calls = ModelCalls(self._variables)
         self._facts = planning.KnownModels(self.components.state)  # used on rank 0
@@ -450,6 +452,17 @@ class RankPipeline:
 
         with job.stage("load"):
             return self.components.get(spec, on_bytes, sharding, host_memory, computing)
+
+
+def _of_first_rank(variables: dict[str, str]) -> dict[str, str]:
+    """The original systems' variables of the first rank, as another machine's environment may have others: ranks that
+    decide by different ones would wait for each other. Collective."""
+    if machines().count == 1:
+        return variables
+    first = msgspec.json.decode(gathered_texts(msgspec.json.encode(variables).decode())[0], type=dict[str, str])
+    if first != variables:
+        logger.warning("The first machine's variables hold on all machines: %s instead of %s.", first, variables)
+    return first
 
 
 def _request(message: Sample, spec: SampleSpec) -> Request:

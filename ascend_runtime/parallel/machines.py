@@ -124,14 +124,14 @@ def _one_machine() -> Machines:
 
 
 def _gathered(name: str) -> Machines:
-    """By an all-gather of the names' bytes on the CPU."""
-    encoded = name.encode()
+    return Machines(tuple(gathered_texts(name)), dist.get_rank())
+
+
+def gathered_texts(text: str) -> list[str]:
+    """Every rank's text, by an all-gather of its bytes on the CPU. All ranks must call it."""
+    encoded = text.encode()
     padded = torch.zeros(all_reduce_max(len(encoded)), dtype=torch.uint8)
     padded[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     found = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
     dist.all_gather(found, padded)
-    return Machines(tuple(map(_text, found)), dist.get_rank())
-
-
-def _text(padded: Tensor) -> str:
-    return bytes(padded.tolist()).rstrip(b"\0").decode()
+    return [bytes(one.tolist()).rstrip(b"\0").decode() for one in found]

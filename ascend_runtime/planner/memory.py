@@ -105,7 +105,8 @@ class _Rank:
         """Of all ranks of a host together. On a CPU, without what is counted as a device's. Each host has memory for all
         frames, as a page of it has pixels of several tiles."""
         batch, _, frames, height, width = self.video.shape
-        form, ranks = self.model.family.form(self.model.experts[0].config), self.machine.host_ranks
+        form = self.model.family.form(self.model.experts[0].config)
+        ranks = self.machine.host_ranks
         pixels = form.spatial**2 * height * width * (form.temporal * (frames - 1) + 1)
         host = {"frames": 3 * 4 * batch * pixels}
         if not self.on_cpu:

@@ -144,7 +144,7 @@ def read_cluster(name: str, environ: Mapping[str, str] = os.environ) -> Cluster:
         raise coded_error(
             "AV-1901",
             f"There is no cluster {name!r} on this host; the clusters of {file.parent} are: {known}. Choose one of "
-            "these or \"this machine\", or make it: ascend-video cluster new.",
+            "these or \"this machine\", or make it: python -m ascend_runtime cluster new.",
         ) from None
     except OSError as error:
         raise coded_error("AV-1901", f"{file} cannot be read ({error.strerror}).") from None

@@ -25,4 +25,5 @@ class MachineLink:
         return max(of_rank * self.rank_byte, of_machine * self.machine_byte) + exchanges * self.exchange
 
     def __str__(self) -> str:
-        return f"the {self.source} {self.gigabits:.3g} Gbit/s"
+        rate = f"{self.gigabits:.0f}" if self.gigabits >= 10 else f"{self.gigabits:.2g}"
+        return f"the {self.source} {rate} Gbit/s"

@@ -38,10 +38,10 @@ class Chosen(Struct, frozen=True, kw_only=True):
     parallel, experts, packed, encoder, tiles: as in specs, with what they left open filled in.
     line: what was chosen, why, and what it is predicted to take, for the user.
     seconds: by stage. sent: bytes of a rank in a step, by mesh axis. device, host: bytes at the peak, of the rank that
-    takes the most of its device, and of all ranks of a host. device_free, host_free: what there is. computing: the bytes of
-    `device` that denoising takes besides the model's weights; None: not predicted.
-    short: whether it takes more than there is: the user has left nothing to choose. warning: of what it costs, if it
-    sends much between machines.
+    takes the most of its device, and of all ranks of a host. device_free, host_free: what there is. computing: the
+    bytes of `device` that denoising takes besides the model's weights; None: not predicted.
+    short: whether it takes more than there is: the user has left nothing to choose.
+    warning: of what it costs, if it sends much between machines.
     """
 
     parallel: ParallelSpec

@@ -1,6 +1,7 @@
 """Ranks that torchrun starts on hosts (see hosts.py), for a client of the test."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from ascend_runtime import ParallelSpec, Runtime
 from ascend_runtime.specs.cluster import Cluster
 from ascend_runtime.wire.tls import make_key
+from hosts import end
 from rank_processes import environment_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +36,9 @@ class ClusterRanks:
         self.clients = dict.fromkeys(hosts, listen)  # where each host finds the client
         self.processes = {}  # of torchrun, by host
         self._options = list(options)
-        self._environment = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        temporary = self.folder / "tmp"  # torchrun leaves a folder there when it is killed
+        temporary.mkdir()
+        self._environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(temporary), **(environment or {})}
 
     def __enter__(self):
         for host in self.hosts:
@@ -59,14 +63,20 @@ class ClusterRanks:
         """Starts torchrun on a host."""
         with open(self.log(host), "ab") as log:
             self.processes[host] = host.start(
-                self.command(host), cwd=ROOT, env=self._environment, stdin=-3, stdout=log, stderr=log
+                self.command(host), cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
+
+    def revive(self):
+        """Starts torchrun again where it has ended, as a supervisor does."""
+        for host, process in self.processes.items():
+            if process.poll() is not None:
+                self.start(host)
 
     def stop(self):
         """Kills torchrun on each host, and whatever it may have left."""
         for process in self.processes.values():
             process.kill()
-        self.hosts.end(self.hosts)
+        end(self.hosts)
         for process in self.processes.values():
             process.wait()
 
@@ -96,11 +106,27 @@ class ClusterRanks:
         """The processes of ours on a host: ranks, also those that are joining, and the relay."""
         return [pid for pid in host.pids if module_of(pid) in (WORKER, RELAY)]
 
-    # The client
+    def client(self, **parallel):
+        """A client of these ranks, on the first host."""
+        return ClientOn(self.hosts[0], Runtime(ParallelSpec(**parallel), device="cpu", cluster=self.cluster))
 
-    def runtime(self, **parallel):
-        """A client of these ranks; to be used within `hosts[0].entered()`, or `client()`."""
-        return Runtime(ParallelSpec(**parallel), device="cpu", cluster=self.cluster)
+
+class ClientOn:
+    """A Runtime on a host: its methods run there."""
+
+    def __init__(self, host, runtime):
+        self._host, self._runtime = host, runtime
+
+    def __getattr__(self, name):
+        found = getattr(self._runtime, name)
+        if not callable(found):
+            return found
+
+        def called(*given, **named):
+            with self._host.entered():
+                return found(*given, **named)
+
+        return called
 
 
 def module_of(pid):

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ascend_runtime.parallel import machines
 
 TESTS = Path(__file__).resolve().parent
+PRETENDED = "TESTS_PRETENDED_MACHINES"
 
 
 def join():
@@ -25,13 +27,20 @@ def join():
     torch.set_num_threads(1)
     meeting = f"file://{folder}/rendezvous-{ranks}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    if PRETENDED in os.environ:
+        machines.know_machines(os.environ[machines.MACHINE])
     return folder, rank, ranks
 
 
-def run(script, folder, *groups, timeout=120):
-    """Runs `main()` of tests/`script` for FOLDER in so many processes, for each of `groups`; all must succeed."""
+def run(script, folder, *groups, timeout=120, pretended_machines=()):
+    """Runs `main()` of tests/`script` for FOLDER in so many processes, for each of `groups`; all must succeed.
+
+    pretended_machines: the name of each rank's machine, though all are on this one; of one group.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo",
                    "OMP_NUM_THREADS": "1"}  # fmt: skip
+    if pretended_machines:
+        environment[PRETENDED] = ",".join(pretended_machines)
     command = [sys.executable, __file__, str(folder), script.removesuffix(".py"), *map(str, groups)]
     parent = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
@@ -47,6 +56,9 @@ def _fork(main, rank):
     if child := os.fork():
         return child
     os.environ["RANK"] = str(rank)
+    if PRETENDED in os.environ:
+        names = os.environ[PRETENDED].split(",")
+        os.environ |= {machines.MACHINE: names[rank], "LOCAL_WORLD_SIZE": str(names.count(names[rank]))}
     status = 1
     try:
         main()

@@ -141,7 +141,7 @@ class Host(Namespace):
 
     def kill(self):
         """Ends all processes of this host at once, as when it loses power, but for the silence on its links."""
-        self._hosts.end([self])
+        end([self])
 
     # Links
 
@@ -222,23 +222,24 @@ class Hosts(list):
             "link set lo up\n"
         ))  # fmt: skip
 
-    def end(self, hosts):
-        """Kills all processes on these hosts, and waits for their end."""
-        since = time.monotonic()
-        while pids := [pid for host in hosts for pid in host.pids]:
-            for pid in pids:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # it ended meanwhile
-            assert time.monotonic() - since < END, f"processes {pids} do not end"
-            time.sleep(0.01)
-
     def close(self):
         """Ends what runs on the hosts, and removes them."""
-        self.end(self)
+        end(self)
         for process in self.started:
             process.wait()
         for namespace in [*self, self.switch]:
             os.close(namespace.descriptor)
         self.clear()
+
+
+def end(hosts):
+    """Kills all processes on these hosts, and waits for their end."""
+    since = time.monotonic()
+    while pids := [pid for host in hosts for pid in host.pids]:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it ended meanwhile
+        assert time.monotonic() - since < END, f"processes {pids} do not end"
+        time.sleep(0.01)

@@ -1,6 +1,8 @@
-"""A process that uses the runtime as ComfyUI does, for tests that kill it: `killed_client.py CHECKPOINT LATENT PLAN`.
+"""A process that uses the runtime as ComfyUI does, for tests that kill it: `killed_client.py CHECKPOINT LATENT PLAN
+[CLUSTER]`.
 
-Makes one video from nothing, by the plan (JSON, the fields of ParallelSpec), says on standard output which phase it has
+Makes one video from nothing, by the plan (JSON, the fields of ParallelSpec), on the ranks of a cluster (the same, of
+Cluster) if one is given, says on standard output which phase it has
 come to, writes the latent to the file LATENT and then idles. What the job is, is known to the tests by `latent_of`.
 """
 
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import torch
 from ascend_runtime import (
+    Cluster,
     DiffusionModelSpec,
     ParallelSpec,
     Runtime,
@@ -49,7 +52,8 @@ def latent_of(runtime, folder, on_phase=lambda phase: None, parallel=None, and_b
 
 def main():
     folder, latent_file = map(Path, sys.argv[1:3])
-    runtime = Runtime(ParallelSpec(**json.loads(sys.argv[3])), device="cpu")
+    cluster = Cluster(**json.loads(sys.argv[4])) if sys.argv[4:] else None
+    runtime = Runtime(ParallelSpec(**json.loads(sys.argv[3])), device="cpu", cluster=cluster)
     said = set()
 
     def say(phase):

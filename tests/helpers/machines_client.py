@@ -5,7 +5,7 @@ import socket
 import time
 
 import msgspec
-from ascend_runtime.wire.envelopes import Deliver, FromRank, Here, Region, Rejected, Welcome
+from ascend_runtime.wire.envelopes import Deliver, FromRank, Here, Region, Welcome
 from ascend_runtime.wire.link import Link, keep_alive
 from ascend_runtime.wire.tls import Handshake, read_key
 

@@ -1,6 +1,6 @@
 """Ranks that pretend to be on two machines, each with its own folder (see tests/files/test_machines_files.py).
 
-FOLDER has atlas1/models and atlas2/disk/models: two copies of a model and a LoRA, which a client has in /models. Ranks
+FOLDER has atlas1/models and atlas2/disk/models: two copies of models and a LoRA, which a client has in /models. Ranks
 0 and 1 are on atlas1, rank 2 on atlas2, and all serve jobs as a client's ranks do.
 """
 
@@ -14,28 +14,32 @@ import torch.distributed as dist
 from ascend_runtime import DiffusionModelSpec, LoraSpec, ParallelSpec, TextEncoderSpec, VaeSpec
 from ascend_runtime.checkpoints import digest
 from ascend_runtime.engine import serve
+from ascend_runtime.engine.job import Job
 from ascend_runtime.engine.pipeline import RankPipeline
 from ascend_runtime.engine.same_files import comparison
+from ascend_runtime.models.wan.transformer import WanTransformer
 from ascend_runtime.parallel.machines import know_machines, machines
 from ascend_runtime.parallel.mesh import all_alike
+from ascend_runtime.specs.paths import with_paths
 from ascend_runtime.wire import messages
 
 HERE = {"atlas1": "atlas1/models", "atlas2": "atlas2/disk/models"}
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-LATENT = torch.zeros(1, 16, 2, 4, 6)
+SHARD = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
 
 
 class Client:
     """A channel to a client that sends one message, and keeps the answers."""
 
     def __init__(self):
-        self.answers = []
+        self.answers, self.taken = [], None
 
     def receive(self):
         return self.message
 
     def take(self):
-        return None
+        taken, self.taken = self.taken, None
+        return taken
 
     def send(self, message):
         if isinstance(message, (messages.Done, messages.Failed)):
@@ -93,6 +97,9 @@ def load(**what):
 MODEL = DiffusionModelSpec(path="/models/wan")
 VAE = VaeSpec(path="/models/wan")
 ENCODER = TextEncoderSpec(path="/models/wan", placement="ranks")
+OTHER = DiffusionModelSpec(path="/models/other")
+EXPERTS = DiffusionModelSpec(path="/models/wan", low_noise_path="/models/other", boundary=0.9)
+SHARDED = DiffusionModelSpec(path="/models/sharded")
 LORA = LoraSpec(path="/models/lora.safetensors", strength=0.5)
 
 
@@ -110,6 +117,7 @@ def main():
     changed_while_it_was_read(rank)
     names_that_decide(rank)
     two_models_by_turns(rank)
+    what_ends_a_comparison(rank)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -118,31 +126,34 @@ def equal_files(rank):
     """Pass, whatever the folders are called, and are read once."""
     sampled, pread = [], os.pread
     digest.os.pread = lambda *given: sampled.append(given) or pread(*given)
-    everything = load(model=MODEL.with_lora(LORA), encoder=ENCODER, vae=VAE)
-    rank.runs(everything)
+    job = Job(load(), rank.client, rank.pipeline.device)
+    specs = with_paths([MODEL.with_lora(LORA), ENCODER, ENCODER.vision, VAE], rank.pipeline.folders)
+    rank.pipeline.same_files.require(job, specs)
     assert bool(sampled) == machines().is_first
     sampled.clear()
-    rank.runs(everything)
+    rank.pipeline.same_files.require(job, specs)
     assert not sampled
     digest.os.pread = pread
+    rank.runs(load(model=MODEL.with_lora(LORA)))
 
 
 def other_files(rank):
     """Each is refused by its names, on all ranks alike, and nothing of it is loaded."""
     held = rank.pipeline.components.models.in_use.model
     cases = [
-        (WEIGHTS, header, load(model=MODEL), "content differs"),
-        (WEIGHTS, last_byte, load(model=MODEL), "content differs"),
-        ("transformer/config.json", longer, load(model=MODEL), " bytes"),
-        ("lora.safetensors", last_byte, load(model=MODEL.with_lora(LORA)), "content differs"),
-        ("vae/config.json", longer, load(vae=VAE), " bytes"),
-        ("vae/diffusion_pytorch_model.safetensors", last_byte, load(vae=VAE), "content differs"),
-        ("tokenizer/tokenizer.json", longer, load(encoder=ENCODER), " bytes"),
-        ("text_encoder/model.safetensors", last_byte, load(encoder=ENCODER), "content differs"),
-        ("ascend_defaults.json", longer, load(model=MODEL), " bytes"),
+        (f"wan/{WEIGHTS}", header, load(model=MODEL), "The content of "),
+        (f"wan/{WEIGHTS}", last_byte, load(model=MODEL), "The content of "),
+        (f"other/{WEIGHTS}", last_byte, load(model=EXPERTS), "The content of "),
+        (f"sharded/{SHARD}", last_byte, load(model=SHARDED), "The content of "),
+        ("wan/transformer/config.json", longer, load(model=MODEL), " bytes"),
+        ("lora.safetensors", last_byte, load(model=MODEL.with_lora(LORA)), "The content of "),
+        ("wan/vae/config.json", longer, load(vae=VAE), " bytes"),
+        ("wan/vae/diffusion_pytorch_model.safetensors", last_byte, load(vae=VAE), "The content of "),
+        ("wan/tokenizer/tokenizer.json", longer, load(encoder=ENCODER), " bytes"),
+        ("wan/text_encoder/model.safetensors", last_byte, load(encoder=ENCODER), "The content of "),
+        ("wan/ascend_defaults.json", longer, load(model=MODEL), " bytes"),
     ]
     for number, (file, change, message, said) in enumerate(cases):
-        file = file if file.startswith("lora") else f"wan/{file}"
         with rank.on(("atlas1", "atlas2")[number % 2], file) as changed:
             if changed:
                 change(changed)
@@ -150,13 +161,14 @@ def other_files(rank):
         assert error.startswith("AV-1907: ") and said in error, error
         for machine, root in HERE.items():
             assert f"{rank.folder / root / file} on {machine}" in error, error
-    assert rank.pipeline.components.models.in_use.model is held
+    assert rank.pipeline.components.models.in_use.model is held and isinstance(held.high_noise, WanTransformer)
     rank.runs(load(model=MODEL.with_lora(LORA)))  # mended
 
 
 def missing_files(rank):
     for machine, file, message, said in [
         ("atlas2", f"wan/{WEIGHTS}", load(model=MODEL), f"On atlas2: {rank.folder / HERE['atlas2']}"),
+        ("atlas2", f"sharded/{SHARD}", load(model=SHARDED), f"lacks {SHARD.rpartition('/')[2]}, see "),
         ("atlas2", "wan/tokenizer/tokenizer_config.json", load(encoder=ENCODER), "atlas2 lacks "),
         ("atlas1", "wan/tokenizer/tokenizer_config.json", load(encoder=ENCODER), "atlas1 lacks "),
         ("atlas1", "lora.safetensors", load(model=MODEL.with_lora(LORA)), "On atlas1: There is no LoRA "),
@@ -174,7 +186,7 @@ def missing_files(rank):
     answer = rank.answer(load(model=MODEL))
     assert answer.error.startswith("AV-1301: ") and "/models/wan does not exist" in answer.error, answer
     rank.place({"/models": str(rank.root)})
-    rank.runs(load(model=MODEL, vae=VAE))
+    rank.runs(load(model=MODEL))
 
 
 def changed_while_it_was_read(rank):
@@ -209,11 +221,23 @@ def names_that_decide(rank):
 
 def two_models_by_turns(rank):
     """A model waits on all ranks, though its paths differ."""
-    if machines().is_first:
-        shutil.copytree(rank.root / "wan", rank.root / "other")
     rank.runs(load(model=MODEL))
-    rank.runs(load(model=DiffusionModelSpec(path="/models/other")))
+    rank.runs(load(model=OTHER))
     assert rank.pipeline.components.models.waiting.key.spec.path == str(rank.root / "wan")
+
+
+def what_ends_a_comparison(rank):
+    """A fault of the code, or a cancel, on one rank: no other waits for it."""
+    listed = comparison.listing
+    if rank.name == "atlas2":
+        comparison.listing = None
+    answer = rank.answer(load(model=MODEL))
+    assert answer.kind == ("internal" if rank.name == "atlas2" else "peer"), answer
+    comparison.listing = listed
+    if rank.name == "atlas2":
+        rank.client.taken = messages.Cancel(job=1)
+    assert rank.answer(load(model=MODEL)).kind == "cancelled"
+    rank.runs(load(model=MODEL))
 
 
 def last_byte(file):

@@ -25,8 +25,8 @@ from ascend_runtime import (
     StepCacheSpec,
     VaeSpec,
 )
-from ascend_runtime.planner import memory, models
-from ascend_runtime.planner.facts import Arrangement, Machine, Video
+from ascend_runtime.planner import exchange, memory, models
+from ascend_runtime.planner.facts import Arrangement, Machine, Model, Video
 from ascend_runtime.specs import Plan
 from ascend_runtime.specs.plans import AXES
 from benchmarks.memory import highest_rss, rss
@@ -179,16 +179,31 @@ def _prompt(job: Job) -> Conditioning:
     return Conditioning(text=text, pooled=torch.randn(1, random_hunyuan.POOLED_DIM))
 
 
-def predicted(job: Job, models_on_disk: Models, rank: int) -> dict[str, int]:
-    """The parts that the job takes of a rank above an idle one."""
+def facts(job: Job, models_on_disk: Models) -> tuple[Model, Video, Arrangement]:
+    """What predictions for the job are about."""
     spec = model_spec(job, models_on_disk)
     model = models.read(spec, vae=VaeSpec(path=spec.path), kind="cpu")
     passes = ((0, 2 if job.guidance != 1.0 else 1),) * job.steps
     video = Video(job.shape, passes, TEXT_TOKENS, acceleration=job.acceleration)
-    arrangement = Arrangement(
-        job.plan, experts=spec.experts if len(model.experts) == 2 else "resident", tiles=job.tiles,
-        **{"fsdp": False, **job.parallel},
-    )  # fmt: skip
+    experts = spec.experts if len(model.experts) == 2 else "resident"
+    parallel = {"fsdp": False, **job.parallel}
+    return model, video, Arrangement(job.plan, experts=experts, tiles=job.tiles, **parallel)
+
+
+def by_chance(job: Job, models_on_disk: Models) -> int:
+    """Bytes of the prediction that a rank takes in some runs only. A gathered ring gathers keys and values in two
+    threads, each with a buffer of Gloo's that is filled, copied and freed. Their messages go over one connection: the
+    keys arrive first. Their buffer is free before the values are copied, unless its thread has to wait for a core."""
+    if job.parallel.get("ring_exchange") != "gather":
+        return 0
+    found = exchange.exchanges(exchange.step_of(*facts(job, models_on_disk)))
+    (gathers,) = (one for one in found if (one.axis, one.operation) == ("ring", "all_gather"))
+    return gathers.sent // gathers.times * job.plan.ring // (job.plan.ring - 1)
+
+
+def predicted(job: Job, models_on_disk: Models, rank: int) -> dict[str, int]:
+    """The parts that the job takes of a rank above an idle one, at most."""
+    model, video, arrangement = facts(job, models_on_disk)
     found = memory.predicted(model, video, arrangement, Machine("cpu", "cpu", job.ranks, 2**40, 2**40), rank)
     if job.kind != "sample":  # no transformer is loaded
         return {"tiles": memory.vae_bytes(model, video, arrangement, "cpu", job.kind)}

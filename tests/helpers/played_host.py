@@ -16,6 +16,7 @@ from ascend_runtime.commands.doctor import command
 from ascend_runtime.commands.doctor.findings import OK
 from ascend_runtime.commands.doctor.surroundings import PACK_FOLDER, Space, Surroundings
 from ascend_runtime.hardware import host
+from ascend_runtime.wire import tls
 
 GB = 10**9
 PACKAGES = {
@@ -37,6 +38,7 @@ class PlayedHost:
         self.libraries = set(host.LIBRARIES)
         self.affinity, self.space, self.seconds = 64, Space(500 * GB, 400 * GB), 0.0
         self.limits, self.version, self.time = {}, (3, 11), 0.0
+        self.fails_to_bind = 0  # errno
         self.environ = {"PATH": str(self.bin), "HOME": str(folder), "COMFYUI_DIR": str(self.comfyui)}
         self._kernel()
         self._python()
@@ -176,14 +178,25 @@ class PlayedHost:
         show = 'while IFS= read -r line; do printf "%s\\n" "$line"; done <'
         self.script("nvidia-smi", f'case "$1" in --query-gpu*) {show} "{gpus}";; *) {show} "{own}";; esac')
 
+    def cluster(self, listen="192.168.10.1:29600"):
+        """A cluster of two machines; returns its key file."""
+        folder = self.root / ".config" / "ascend-video" / "clusters"
+        self.write(folder / "atlas.json", json.dumps({"listen": listen, "key": "atlas.key", "ranks": 16}))
+        tls.make_key(folder / "atlas.key", "atlas")
+        return folder / "atlas.key"
+
     # The doctor on it
 
     def around(self, **changes) -> Surroundings:
         return replace(
             Surroundings(self.kind), environ=self.environ, root=self.root, python=str(self.bin / "python"),
             version=self.version, pack=PACK_FOLDER, folder=self.root, size_of=lambda path: self.space,
-            limit=lambda which: self.limits.get(which), clock=self.clock, **changes,
+            limit=lambda which: self.limits.get(which), clock=self.clock, bind=self.bind, **changes,
         )  # fmt: skip
+
+    def bind(self, host, port):
+        if self.fails_to_bind:
+            raise OSError(self.fails_to_bind, os.strerror(self.fails_to_bind))
 
     def clock(self):
         self.time += self.seconds

@@ -16,20 +16,10 @@ from ascend_runtime.wire.tls import Handshake, read_key
 PATIENCE = 10.0  # seconds
 
 
-def connected(cluster, seconds=PATIENCE):
-    """A TCP connection to the client of a cluster, which may not listen yet."""
-    until = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection(cluster.address, timeout=seconds)
-        except ConnectionRefusedError:
-            assert time.monotonic() < until, "the client does not listen"
-            time.sleep(0.005)
-
-
 def established(cluster, key=None):
-    """The same with TLS, by this key."""
-    handshake = Handshake(connected(cluster), read_key(key or cluster.key), server=False)
+    """A connection to the client of a cluster, with TLS by this key."""
+    connection = socket.create_connection(cluster.address, timeout=PATIENCE)
+    handshake = Handshake(connection, read_key(key or cluster.key), server=False)
     while (sock := handshake.step()) is None:
         wait(handshake.fileno(), handshake.events)
     return sock
@@ -106,6 +96,9 @@ class PlayedMachine:
 
     def bury(self, rank, by_kernel=False):
         self.link.post(Gone(rank=rank, by_kernel=by_kernel))
+
+    def hang_up(self):
+        raise LinkClosed("it hangs up")
 
     # Its thread
 

@@ -5,10 +5,11 @@ FOLDER holds the VAEs (diffusers folders), cases.json with what each is to do, a
 (result-NUMBER, in a folder named as the number of ranks if there is one), and what it sent in each case, a list of
 [operation, bytes], to sent-RANK.json. Where a case names the bytes that are free on each rank, it is to be refused, and
 the rank writes the words to refused-RANK.json. A case may name how the VAE works ("tiles"), and "small" tiles of
-HunyuanVideo's.
+HunyuanVideo's. Ranks that pretend to be on several machines work in memory of their machine (a folder of its name).
 """
 
 import json
+from functools import partial
 
 import diffusers
 import gloo_ranks
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from ascend_runtime.hardware import devices
 from ascend_runtime.parallel import tiles
+from ascend_runtime.parallel.machines import machines
 from ascend_runtime.engine.video import decode_video, encode_video
 from counting_rank import Sent
 from safetensors.torch import load_file
@@ -42,6 +44,9 @@ def main():
         if case.get("small"):
             small_tiles.use()
         result, options = shared(results, number, case["shape"]), {key: case[key] for key in case.keys() & {"tiles"}}
+        if machines().count > 1:
+            options["on_written"] = partial(sent_to, result)
+            result = shared(results / machines().name_of(rank), number, case["shape"])
         with Sent() as counted:
             try:
                 work(vaes[name], inputs[str(number)], result, lambda *_: None, **options)
@@ -54,6 +59,11 @@ def main():
         (folder / f"{what}-{rank}.json").write_text(json.dumps(noted))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def sent_to(result, part):
+    """What a machine sends of its own memory: a part, which goes to the same place of the result."""
+    result.as_strided(part.shape, part.stride(), part.storage_offset()).copy_(part)
 
 
 def shared(folder, number, shape):

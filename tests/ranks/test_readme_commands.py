@@ -32,6 +32,7 @@ LATE = 5.0  # seconds that a line may be late where the machine is busy
 RUN_ELSEWHERE = {
     "queue": "tests/unit/test_queue.py, on a real ComfyUI,", "adopt": "tests/unit/test_adoption.py",
     "explain": "tests/comfyui/test_explained_videos.py", "download": "tests/files/test_downloads.py, on a local hub,",
+    "cluster": "tests/unit/test_clusters.py",
 }  # fmt: skip
 SAMPLE = ("compare",)  # test_inspection.py runs `inspect` in CI as well
 # What the documents name and nobody has here: copies of the embedded model, a random model, and a file of the
@@ -54,7 +55,7 @@ def name_of(command: str) -> str:
 def test_the_documents_show_every_command():
     shown = {name_of(command) for command in commands()}
     assert shown == {"inspect", "convert", "calibrate", "compare", "explain", "queue", "adopt", "plan", "doctor",
-                     "download"}  # fmt: skip
+                     "download", "cluster"}  # fmt: skip
     named = ("assets/tiny_wan", HUNYUAN, *FOLDERS, *FILES)
     assert [name for name in named if name not in "\n".join(commands())] == []
 

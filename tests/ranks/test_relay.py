@@ -209,7 +209,7 @@ def test_a_client_that_does_not_read_stops_the_ranks_and_not_the_relays_memory(c
 def test_strangers_at_the_local_socket_are_turned_away(client, start):
     machine = start(client, ranks=2, restart=9)
     link = client.accept()
-    name = name_of_socket(os.getpid(), "9")
+    name = name_of_socket(os.getpid(), 9)
     for words in (b"", b"x" * 4096):
         with socket.socket(socket.AF_UNIX) as stranger:
             try:

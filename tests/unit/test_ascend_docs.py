@@ -77,7 +77,7 @@ def test_the_message_of_every_failure_that_is_cured_is_quoted(name):
         assert any(re.search(pattern, text) for text in messages), f"{code} does not quote {pattern}"
 
 
-@pytest.mark.parametrize("name", ["ascend", "first-hour", "errors"])
+@pytest.mark.parametrize("name", ["ascend", "first-hour", "errors", "machines"])
 def test_both_languages_have_the_same_commands_links_and_tables(name):
     english, chinese = ((ROOT / "docs" / f"{name}{ending}").read_text() for ending in (".md", ".zh.md"))
     code = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)

@@ -2,8 +2,13 @@
 
 import json
 import os
+import shlex
+import stat
+import sys
 
 import pytest
+from ascend_runtime import __main__
+from ascend_runtime.commands.cluster import command
 from ascend_runtime.specs.cluster import (
     FOLDER_VARIABLE,
     Cluster,
@@ -12,6 +17,7 @@ from ascend_runtime.specs.cluster import (
     folder_of_clusters,
     read_cluster,
 )
+from ascend_runtime.wire import tls
 
 GOOD = {"listen": "127.0.0.1:29600", "key": "atlas.key", "ranks": 16}
 
@@ -120,3 +126,89 @@ def test_an_address_is_taken_as_written_and_an_open_one_is_known(listen, address
     cluster = Cluster(name="x", listen=listen, key="/k", ranks=1)
     assert cluster.address == address_of(listen) == address
     assert cluster.risk is None if risk is None else risk in cluster.risk
+
+
+# The command
+
+
+def run(*arguments) -> int:
+    """The exit status of `cluster` with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ascend-video", "cluster", *arguments])
+        return __main__.main()
+
+
+NEW = ("new", "atlas", "--listen", "127.0.0.1:29600", "--ranks", "16")
+
+
+def test_new_makes_a_cluster_for_this_user_only(folder, capsys):
+    folder.rmdir()
+    assert run(*NEW) == 0
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())}
+    assert modes == {"clusters": 0o700, "atlas.json": 0o600, "atlas.key": 0o600}
+    found = read_cluster("atlas")
+    assert found == Cluster(name="atlas", listen="127.0.0.1:29600", key=str(folder / "atlas.key"), ranks=16)
+    tls.read_key(found.key)
+    assert json.loads((folder / "atlas.json").read_text()) == GOOD  # the folder can be moved
+    said = capsys.readouterr()
+    lines = [line for line in (folder / "atlas.key").read_text().splitlines() if line]
+    assert lines and not [line for line in lines if line in said.out + said.err]
+    assert run("show", "atlas") == 0 and capsys.readouterr().out == said.out
+
+
+def test_what_is_printed_can_be_run_on_each_machine(folder, capsys):
+    assert run(*NEW, "--machines", "4") == 0
+    said = capsys.readouterr().out
+    assert f"scp -p {folder / 'atlas.key'} MACHINE:.config/ascend-video/clusters/atlas.key" in said
+    first, other = (shlex.split("torchrun" + text.split("\n\n")[0]) for text in said.split("torchrun")[1:])
+    assert first[:5] == ["torchrun", "--nnodes", "4", "--nproc-per-node", "4"]
+    assert first[first.index("--rdzv-endpoint") + 1] == "127.0.0.1:29500"
+    assert first[-6:] == ["-m", "ascend_runtime.engine.worker", "--client", "127.0.0.1:29600", "--key",
+                          str(folder / "atlas.key")]  # fmt: skip
+    changed = [pair for pair in zip(first, other, strict=True) if pair[0] != pair[1]]
+    assert changed == [("is_host=1", "is_host=0"), ("127.0.0.1", "ADDRESS"),
+                       (first[-1], "~/.config/ascend-video/clusters/atlas.key")]  # fmt: skip
+
+
+def test_an_open_address_is_warned_of_and_not_given_to_the_machines(folder, capsys):
+    assert run("new", "any", "--listen", "0.0.0.0:29500", "--ranks", "2") == 0
+    said = capsys.readouterr()
+    assert "warning: 0.0.0.0 is every interface of this host" in said.err
+    assert "--client HOST:29500" in said.out and "--rdzv-endpoint HOST:29501" in said.out
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (NEW, "atlas.json exists. Give another name, or delete it."),
+    (("new", "b", *NEW[2:]), "b.key exists. Give another name, or delete it."),
+    (("new", "../c", *NEW[2:]), "AV-1901: The name of the cluster is '../c'"),
+    (("new", "c", "--listen", "atlas1", "--ranks", "2"), "listen is 'atlas1'; give HOST:PORT"),
+    (("new", "c", "--listen", "127.0.0.1:1", "--ranks", "0"), "ranks is 0"),
+    ((*NEW[:1], "c", *NEW[2:], "--machines", "3"), "16 ranks cannot be divided among them equally"),
+    ((*NEW[:1], "c", *NEW[2:], "--machines", "0"), "--machines is 0; it must be between 1 and 1024"),
+    (("show", "c"), "AV-1901: There is no cluster 'c' on this host"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_and_nothing_is_overwritten(folder, capsys, arguments, says):
+    write(folder)
+    (folder / "b.key").write_text("mine")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert run(*arguments) == 2
+    assert says in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(folder):
+    cluster = Cluster(name="atlas", listen="127.0.0.1:1", key=str(folder / "atlas.key"), ranks=2)
+    write(folder)
+    with pytest.raises(ValueError, match="AV-1901: .*atlas.json exists"):
+        command.made(cluster)
+    assert os.listdir(folder) == ["atlas.json"]
+
+
+def test_list_shows_each_cluster_or_why_it_cannot_be_used(folder, capsys):
+    assert run("list") == 0 and "`python -m ascend_runtime cluster new` makes one" in capsys.readouterr().err
+    write(folder)
+    write(folder, "broken", content="{")
+    assert run("list") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "atlas: 16 ranks, 127.0.0.1:29600"
+    assert second.startswith(f"broken: AV-1901: {folder / 'broken.json'}: it is not JSON")

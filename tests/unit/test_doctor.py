@@ -3,12 +3,14 @@
 There is no NPU here and no GPU: the hosts are played (see played_host), except where a test says that it is this one.
 """
 
+import errno
 import io
 import json
 import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ from ascend_runtime.commands.doctor.findings import ERROR, FINDING_LEVELS, OK, W
 from ascend_runtime.commands.doctor.surroundings import MOST_OUTPUT, Space, Surroundings, kind_of
 from ascend_runtime.errors import CODES
 from ascend_runtime.hardware import environment, memory  # noqa: F401, the same
+from ascend_runtime.specs import cluster  # noqa: F401, the same
 from played_host import GB, PACKAGES, PlayedHost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -499,6 +502,61 @@ def a_nearly_full_disk(host):
 def a_slow_disk(host):
     host.safetensors(host.model, 200 * 2**20)
     host.seconds = 0.02  # for each MB that is read, and so 50 MB/s
+
+
+# Clusters
+
+
+@fault("AV-1901", kind="cpu")
+def a_cluster_whose_file_is_broken(host):
+    host.cluster().with_suffix(".json").write_text('{"listen": "192.168.10.1:29600", "port": 1}')
+
+
+@fault("AV-1902", kind="cpu")
+def a_key_that_others_can_read(host):
+    host.cluster().chmod(0o644)
+
+
+@fault("AV-1902", kind="cpu")
+def a_key_that_is_gone(host):
+    host.cluster().unlink()
+
+
+@fault("AV-1908", kind="cpu")
+def an_address_of_another_host(host):
+    host.cluster()
+    host.fails_to_bind = errno.EADDRNOTAVAIL
+
+
+@fault("AV-1908", WARNING, kind="cpu")
+def an_address_that_is_in_use(host):
+    host.cluster()
+    host.fails_to_bind = errno.EADDRINUSE
+
+
+@fault("AV-1908", WARNING, kind="cpu")
+def an_address_that_is_every_interface(host):
+    host.cluster("0.0.0.0:29600")
+
+
+@fault("AV-1908", WARNING, kind="cpu")
+def an_address_of_the_public_internet(host):
+    host.cluster("[2606:4700::1]:29600")
+
+
+def test_a_cluster_without_faults_is_fine_and_an_address_is_taken_for_a_moment_only(tmp_path, monkeypatch):
+    host = PlayedHost(tmp_path, "cpu")
+    host.cluster()
+    assert host.examine(monkeypatch) == []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(OSError) as caught:
+            surroundings.bind(*taken.getsockname())
+        assert caught.value.errno == errno.EADDRINUSE
+        address = taken.getsockname()
+    for _ in range(2):
+        surroundings.bind(*address)
 
 
 def test_there_are_enough_faults():

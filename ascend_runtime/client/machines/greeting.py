@@ -10,7 +10,7 @@ from ...hardware.devices import DEVICE_KINDS
 from ...hardware.versions import OWN_NAME, versions
 from ...specs.cluster import Cluster, require_name
 from ...wire.envelopes import PROTOCOL, Hello, Rejected
-from .machine import RelayLink, spans
+from .machine import RelayLink, in_words
 
 AGAIN = "then start its ranks again"
 
@@ -91,13 +91,13 @@ def _passing(hello: Hello, others: Sequence[RelayLink]) -> Iterator[str]:
         if other.name == hello.machine:
             yield coded(
                 "AV-1904",
-                f"A machine {other.name!r} is connected already, with rank {spans(other.ranks)}. If it is another one, "
+                f"A machine {other.name!r} is connected already, with {in_words(other.ranks)}. If it is another one, "
                 "give each its own name by --machine.",
             )
         if shared := set(other.ranks) & set(hello.ranks):
             yield coded(
                 "AV-1904",
-                f"{_capital(_named(hello))} has rank {spans(shared)}, as {other.name!r} does. Start torchrun once on "
+                f"{_capital(_named(hello))} has {in_words(shared)}, as {other.name!r} does. Start torchrun once on "
                 "each machine, with the same --rdzv-endpoint; two such groups cannot have one key.",
             )
 

@@ -36,8 +36,14 @@ MOST_TENSORS = 1 << 36  # bytes of the tensors of one message of a rank; a long 
 def spans(ranks: Iterable[int]) -> str:
     """Numbers of ranks, such as "0 to 3, 6"."""
     runs = groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
-    lists = [[rank for _, rank in run] for _, run in runs]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in lists)
+    lists = [[str(rank) for _, rank in run] for _, run in runs]
+    return ", ".join(", ".join(run) if len(run) < 3 else f"{run[0]} to {run[-1]}" for run in lists)
+
+
+def in_words(ranks: Iterable[int]) -> str:
+    """Such as "rank 3", or "ranks 0 to 3"."""
+    numbers = list(ranks)
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {spans(numbers)}"
 
 
 class RelayLink:
@@ -269,7 +275,7 @@ class RelayLink:
         raise ChannelClosed(self.loss)
 
     def _lost(self, error: Exception) -> str:
-        return f"The machine {self.name}, with rank {spans(self.ranks)}, was lost: {error}."
+        return f"The machine {self.name}, with {in_words(self.ranks)}, was lost: {error}."
 
 
 class _Lent:

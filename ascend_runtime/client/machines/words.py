@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ...specs.cluster import Cluster
-from .machine import RelayLink, spans
+from .machine import RelayLink, in_words
 
 
 def waiting_text(cluster: Cluster, machines: Sequence[RelayLink]) -> str:
@@ -17,14 +17,14 @@ def waiting_text(cluster: Cluster, machines: Sequence[RelayLink]) -> str:
     missing = set(range(cluster.ranks)) - here
     if not machines:
         return f"{joined}; waiting for the machines of the cluster {cluster.name!r} at {cluster.listen}."
-    return f"{joined}; waiting for {_ranks(missing)}. {_present(machines)}"
+    return f"{joined}; waiting for {in_words(missing)}. {_present(machines)}"
 
 
 def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -> str:
     """Why a job could not begin."""
     missing = set(range(cluster.ranks)).difference(*(machine.here for machine in machines))
     if missing:
-        lack = f"Of the cluster {cluster.name!r}, {_ranks(missing)} of {cluster.ranks} have not joined"
+        lack = f"Of the cluster {cluster.name!r}, {in_words(missing)} of {cluster.ranks} have not joined"
     else:
         lack = f"The ranks of the cluster {cluster.name!r} have not found each other"
     present = _present(machines) if machines else f"No machine has come to {cluster.listen}."
@@ -35,14 +35,8 @@ def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -
 
 
 def _present(machines: Sequence[RelayLink]) -> str:
-    each = [f"{machine.name} ({_ranks(machine.here)})" if machine.here else f"{machine.name} (none yet)"
-            for machine in machines]  # fmt: skip
+    each = [f"{machine.name} ({in_words(machine.here) if machine.here else 'none yet'})" for machine in machines]
     return f"Joined: {', '.join(each)}."
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    numbers = sorted(ranks)
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {spans(numbers)}"
 
 
 def _command(cluster: Cluster) -> str:

@@ -7,16 +7,18 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+from ...checkpoints.faults import printable, printable_lines
 from ...errors import coded_error
 from ...specs.cluster import KEY_SUFFIX, Cluster, cluster_names, file_of_cluster, folder_of_clusters, read_cluster
 from ...wire import tls
 from ..progress import ProgressDisplay
 from .options import described
 
-RENDEZVOUS_PORT = 29400  # torchrun's own default
+RENDEZVOUS_PORT = 29500  # as in torchrun's examples
 _REMOTE = ".config/ascend-video/clusters"  # in the home of a machine's user
 _WORKER = "ascend_runtime.engine.worker"
-_OWN = "ADDRESS"  # stands for this machine's, where a cluster's is every interface
+# What stands for the address of the first machine, if a cluster's is every interface, and for that of another one.
+_FIRST, _OTHER = "HOST", "ADDRESS"
 
 
 def run(arguments: Namespace, progress: ProgressDisplay) -> int:
@@ -29,7 +31,7 @@ def run(arguments: Namespace, progress: ProgressDisplay) -> int:
             f"warning: {cluster.risk}, so strangers may reach it. They cannot join without the key, but torch's own "
             "ports between the machines have no key: give an address in a private network."
         )
-    print(_text(cluster, arguments.machines))
+    print(printable_lines(_text(cluster, arguments.machines)))
     return 0
 
 
@@ -54,13 +56,13 @@ def made(cluster: Cluster) -> Cluster:
 def _list(progress: ProgressDisplay) -> int:
     names = cluster_names()
     if not names:
-        progress.say(f"there is no cluster in {folder_of_clusters()}; `ascend-video cluster new` makes one")
+        progress.say(f"there is no cluster in {folder_of_clusters()}; `python -m ascend_runtime cluster new` makes one")
     for name in names:
         try:
             found = read_cluster(name)
             print(f"{name}: {found.ranks} ranks, {found.listen}")
         except ValueError as error:
-            print(f"{name}: {error}")
+            print(printable(f"{name}: {error}"))
     return 0
 
 
@@ -87,18 +89,22 @@ def _text(cluster: Cluster, machines: int) -> str:
 
 def _starts(cluster: Cluster, machines: int) -> list[str]:
     """The commands for the machine that the others meet at, this one, and for the others."""
-    first = ["", "This machine:", "", *_torchrun(cluster, machines, True, cluster.key)]
-    remote = f"~/{_REMOTE}/{cluster.name}{KEY_SUFFIX}"
-    others = ["", "Each other machine:", "", *_torchrun(cluster, machines, False, remote)]
+    host = _FIRST if cluster.everywhere else cluster.listen.rpartition(":")[0]
+    first = ["", "This machine, at which they meet (if it has no ranks: another one, whose address is then in "
+             "--rdzv-endpoint):", "", *_torchrun(cluster, host, machines, first=True)]  # fmt: skip
+    others = ["", f"Each other machine, with its own address for {_OTHER}:", "",
+              *_torchrun(cluster, host, machines, first=False)]  # fmt: skip
     return first + (others if machines > 1 else [])
 
 
-def _torchrun(cluster: Cluster, machines: int, first: bool, key: str) -> list[str]:
-    host, port = _OWN if cluster.everywhere else cluster.listen.rpartition(":")[0], cluster.address[1]
+def _torchrun(cluster: Cluster, host: str, machines: int, *, first: bool) -> list[str]:
+    """host: the first machine's address. Each machine names its own, as torch would give the others its host's name."""
+    port = cluster.address[1]
     meeting = RENDEZVOUS_PORT + (port == RENDEZVOUS_PORT)
+    own, key = (host.strip("[]"), cluster.key) if first else (_OTHER, f"~/{_REMOTE}/{cluster.name}{KEY_SUFFIX}")
     return [
         f"    torchrun --nnodes {machines} --nproc-per-node {cluster.ranks // machines} --max-restarts 100 \\",
         f"        --rdzv-backend c10d --rdzv-id {cluster.name} --rdzv-endpoint {host}:{meeting} \\",
-        f"        --rdzv-conf is_host={int(first)} \\",
+        f"        --rdzv-conf is_host={int(first)} --local-addr {own} \\",
         f"        -m {_WORKER} --client {host}:{port} --key {key}",
     ]

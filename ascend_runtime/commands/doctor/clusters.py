@@ -19,7 +19,7 @@ def _clusters(around: Surroundings) -> Iterator[Finding]:
         return
     names = cluster.cluster_names(around.environ)
     if not names:
-        yield fine("clusters", "none; `ascend-video cluster new` makes one, for several machines")
+        yield fine("clusters", "none; `python -m ascend_runtime cluster new` makes one, for several machines")
     for name in names:
         try:
             found = cluster.read_cluster(name, around.environ)
@@ -38,7 +38,7 @@ def _clusters(around: Surroundings) -> Iterator[Finding]:
 def _address(around: Surroundings, cluster) -> Iterator[Finding]:
     host, port = cluster.address
     check, named = "clusters' addresses", f"The address of the cluster {cluster.name}, {cluster.listen},"
-    cure = f"Correct listen in the cluster's file (`ip addr` lists this host's addresses), or choose another port than {port}."
+    cure = "Correct listen in the cluster's file; `ip addr` lists this host's addresses."
     try:
         around.bind(host, port)
     except OSError as failure:

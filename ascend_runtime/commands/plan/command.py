@@ -32,7 +32,8 @@ def run(arguments: Namespace, progress: ProgressDisplay) -> int:
         _measure(arguments, model, machine, progress)
     progress.begin("predicting")
     fixed = fixed_of(arguments)
-    made = choice.choice_of(model, video, machine, _rates(arguments, model, machine), fixed)
+    known = _rates(arguments, model, machine)
+    made = choice.choice_of(model, video, machine, known, fixed)
     refused, nearest = None, ()
     if not made.fitting:
         refused = str(choice.refusal(model, video, machine, fixed, made.others))
@@ -46,6 +47,8 @@ def run(arguments: Namespace, progress: ProgressDisplay) -> int:
     print(*map(printable, [*missing, *notes]), "", printable_lines(table(made, machine)), "", sep="\n")
     if refused is None:
         print(printable(f"chosen: {made.line}"))
+        if warning := choice.crossing_warning(made.chosen, model, video, machine, known, fixed):
+            print(printable(f"warning: {warning}"))
         return 0
     progress.say(f"error: {refused}")
     return 1

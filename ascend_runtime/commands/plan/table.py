@@ -15,8 +15,9 @@ from ...specs.plans import AXES
 TABLE_FORMAT = 1  # of the JSON; a change of a field's meaning raises it
 STAGES = ("load", "encode", "denoise", "decode")
 SETTINGS_SHOWN = ("fsdp", "experts", "encoder", "tiles")
-SENT = "GB sent: by a rank in a step"
-NUMBERS = (*(f"{stage} s" for stage in STAGES), "GB/card", "GB host", "GB sent")
+SENT, LINK = "GB sent: by a rank in a step", "GB link: by a machine to others in a step"
+FIGURES = (*(f"{stage} s" for stage in STAGES), "GB/card", "GB host", "GB sent")
+NUMBERS = (*FIGURES, "GB link")
 CHOSEN = "->"
 
 
@@ -33,7 +34,7 @@ def table(choice: Choice, machine: Machine) -> str:
         for line in lines
     )  # fmt: skip
     same = ", ".join(f"{name} {rows[0][name]}" for name in alike)
-    return "\n".join([*aligned, *([f"in all: {same}"] if same else []), SENT])
+    return "\n".join([*aligned, *([f"in all: {same}"] if same else []), SENT, *([LINK] if machine.link else [])])
 
 
 def _cells(one: Prediction, choice: Choice, machine: Machine) -> dict[str, str]:
@@ -51,7 +52,8 @@ def _cells(one: Prediction, choice: Choice, machine: Machine) -> dict[str, str]:
         "experts": made.experts,
         "encoder": made.encoder,
         "tiles": made.tiles,
-        **dict(zip(NUMBERS, figures)),
+        **dict(zip(FIGURES, figures)),
+        **({"GB link": f"{one.between.sent / 1e9:.2f}"} if machine.link else {}),
         "fits": "yes" if fits else f"no: {why_not(one, machine)}",
     }
 
@@ -103,6 +105,7 @@ def _facts(one: Prediction, fits: bool) -> dict[str, Any]:
         "host_bytes": dict(one.memory.host),
         "host_total": one.memory.host_total,
         "sent": dict(one.sent),
+        "between": one.between._asdict(),
         "read": one.read,
         "fits": fits,
     }

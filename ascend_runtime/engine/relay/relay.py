@@ -18,7 +18,7 @@ from .arriving import Arriving, LentMemory
 from .line import Line, LastingRefusal
 from .ranks import Delivery, LocalRank, LocalRanks
 from .regions import content_of, region_of
-from .settings import RelaySettings
+from .settings import RelaySettings, pause_before_failing
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,19 @@ class Relay:
                 self._turn()
             except LastingRefusal as error:
                 logger.error("The client at %s refuses this machine: %s", self._settings.client, error)
+                self._line.close()
+                self._pause()
                 return  # the ranks notice, and end with exit code 1
         self._line.close()
 
     def end_soon(self) -> None:
         """To be called when the first rank has ended."""
         self._last_words_until = time.monotonic() + LAST_WORDS
+
+    def _pause(self) -> None:
+        until = time.monotonic() + pause_before_failing(self._settings.restart)
+        while time.monotonic() < until and self._last_words_until is None:
+            time.sleep(LONGEST_POLL)
 
     def _turn(self) -> None:
         ready = self._wait()

@@ -93,12 +93,13 @@ def _link_seconds(one: Prediction) -> str:
 
 
 def crossing(one: Prediction, machine: Machine, within: Prediction | None) -> str:
-    """The warning for a plan whose inner axes cross machines. within: the fastest one that fits whose inner axes do not;
-    None: there is none."""
+    """The warning for a plan whose inner axes cross machines. within: the fastest one that fits and whose inner axes
+    do not; None: there is none."""
     plan = one.arrangement.plan
     axes = [axis for axis in WITHIN_MACHINES if plan.crosses(axis, machine.hosts)]
     named = " and ".join(f"{NAMES[axis]} {getattr(plan, axis)}" for axis in axes)
-    said = f"{named} {'crosses' if len(axes) == 1 else 'cross'} machines: the plan sends {between_machines(one, machine)}."
+    verb = "crosses" if len(axes) == 1 else "cross"
+    said = f"{named} {verb} machines: the plan sends {between_machines(one, machine)}."
     if within is None:
         return said
     other = f"{degrees(within.arrangement.plan)} would send {gigabytes(within.between.sent)}, {_link_seconds(within)}"
