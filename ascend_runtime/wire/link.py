@@ -32,8 +32,8 @@ class LinkClosed(EOFError):
 
 
 def keep_alive(sock: socket.socket, user_timeout_s: float) -> None:
-    """Sets a TCP socket's options, so that small envelopes go at once, and a connection ends on which the other side has
-    not answered for `user_timeout_s` seconds, whether something was sent or not."""
+    """Sets a TCP socket's options, so that small envelopes go at once, and a connection ends on which the other side
+    has not answered for `user_timeout_s` seconds, whether something was sent or not."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
