@@ -30,7 +30,8 @@ def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -
     present = _present(machines) if machines else f"No machine has come to {cluster.listen}."
     return (
         f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks "
-        f"there, by a command such as this one on each machine:\n{_command(cluster)}\nSet ASCEND_RUNTIME_START_DEADLINE to wait longer."
+        f"there, by a command such as this one on each machine:\n{_command(cluster)}\n"
+        "Set ASCEND_RUNTIME_START_DEADLINE to wait longer."
     )
 
 
