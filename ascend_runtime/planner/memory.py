@@ -102,8 +102,8 @@ class _Rank:
         }
 
     def host(self) -> Mapping[str, int]:
-        """Of all ranks of a host together. On a CPU, without what is counted as a device's. Each host has memory for all
-        frames, as a page of it has pixels of several tiles."""
+        """Of all ranks of a host together. On a CPU, without what is counted as a device's. Each host has memory for
+        all frames, as a page of it has pixels of several tiles."""
         batch, _, frames, height, width = self.video.shape
         form = self.model.family.form(self.model.experts[0].config)
         ranks = self.machine.host_ranks

@@ -97,6 +97,7 @@ def plans(pipeline, channel, folder):
     if dist.get_rank() == 0:
         assert (made["joined"][1] - made["whole"][1]).abs().max() < 1e-4 and made["whole"][1].std() > 0.1
     planned = PlannedJob(model=model, parallel=ParallelSpec(ulysses_degree=4), shape=SHAPE)
-    chosen = pipeline.choose(Job(messages.Choose(job=1, planned=planned), channel, pipeline.device)).info.get("plan", {})
+    asked = messages.Choose(job=1, planned=planned)
+    chosen = pipeline.choose(Job(asked, channel, pipeline.device)).info.get("plan", {})
     return {"joined": made["joined"][0], "whole": made["whole"][0], "warning": chosen.get("warning"),
             "line": chosen.get("line")}  # fmt: skip

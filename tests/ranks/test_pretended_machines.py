@@ -39,7 +39,8 @@ def test_tiles_of_a_vae_are_those_of_one_machine(request, tmp_path):
     cases = [{"vae": "vae", "work": work, "shape": FRAMES["encode" if work == "decode" else "decode"], "grid": None,
               "tiles": tiles, "small": True} for work, tiles in product(given, ("whole", "published"))]  # fmt: skip
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    save_file({str(number): given[case["work"]].clone() for number, case in enumerate(cases)}, tmp_path / "inputs.safetensors")
+    inputs = {str(number): given[case["work"]].clone() for number, case in enumerate(cases)}
+    save_file(inputs, tmp_path / "inputs.safetensors")
     for folder in (str(len(NAMES)), "1"):
         for name in ("", *NAMES):
             (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)

@@ -108,8 +108,9 @@ def leaving(operation, plan, axes, hosts):
     ("send", "fsdp", ("cfg", "ring", "ulysses")),
 ])  # fmt: skip
 def test_what_crosses_is_what_ranks_send_to_those_of_other_machines(operation, axis, axes):
-    for hosts, plan in product((EVEN, UNEVEN, THREE), (Plan(cfg=2, ring=3, ulysses=2), Plan(ring=2, ulysses=3, tp=2),
-                                                       Plan(cfg=2, ulysses=8), Plan(ring=4, ulysses=2, tp=2))):  # fmt: skip
+    made = (Plan(cfg=2, ring=3, ulysses=2), Plan(ring=2, ulysses=3, tp=2), Plan(cfg=2, ulysses=8),
+            Plan(ring=4, ulysses=2, tp=2))  # fmt: skip
+    for hosts, plan in product((EVEN, UNEVEN, THREE), made):
         degree = 1
         for one in axes:
             degree *= getattr(plan, one)

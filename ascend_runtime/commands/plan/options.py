@@ -36,7 +36,7 @@ def declare(parser: ArgumentParser) -> None:
     add("--machines", type=int, default=1, metavar="M",
         help="number of machines, with N/M cards each (default: %(default)s)")  # fmt: skip
     add("--link", type=float, metavar="GBIT/S",
-        help="what each machine sends to the others at once, over all its links; needed with several machines")  # fmt: skip
+        help="what each machine sends to the others, over all its links; needed with several machines")  # fmt: skip
     add("--card", choices=tuple(CARD_FIGURES), help="the kind of cards (default: those found)")
     add("--device-memory", type=float, metavar="GB",
         help="free memory of each card (default: what is found, or 95 %% of the card's)")  # fmt: skip
