@@ -12,7 +12,6 @@ _HOMES = {
     "RankError": "client.submission",
     "JobCancelled": "client.submission",
     "Conditioning": "wire.messages",
-    "Cluster": "specs",
     "DiffusionModelSpec": "specs",
     "LoraSpec": "specs",
     "TextEncoderSpec": "specs",

@@ -9,7 +9,18 @@ import time
 import msgspec
 import torch
 from ascend_runtime.hardware.versions import OWN_NAME, package_versions, versions
-from ascend_runtime.wire.envelopes import PROTOCOL, Deliver, FromRank, Gone, Hello, Here, Leave, Region, Rejected, Welcome
+from ascend_runtime.wire.envelopes import (
+    PROTOCOL,
+    Deliver,
+    FromRank,
+    Gone,
+    Hello,
+    Here,
+    Leave,
+    Region,
+    Rejected,
+    Welcome,
+)
 from ascend_runtime.wire.link import Link, LinkClosed
 from ascend_runtime.wire.messages import Done, Ready, encode
 from ascend_runtime.wire.tls import Handshake, read_key
@@ -49,7 +60,7 @@ def wait(descriptor, events, seconds=PATIENCE):
 
 
 class PlayedMachine:
-    """A machine with these ranks, which join at once. A context manager; its thread comes again when the client goes.
+    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes.
 
     answer(machine, deliver, message): answers a job, whose message is a dictionary; by default, all its ranks are done.
     seen: what the client sent: envelopes. ended: why the last connection did.

@@ -1,4 +1,4 @@
-"""Strangers at a cluster's address, while a job of played machines runs: they are refused, cost little, and change nothing.
+"""Strangers at a cluster's address, while jobs of played machines run: they are refused, cost little, change nothing.
 
 60 connections; 1,000 with --all-machines.
 """
