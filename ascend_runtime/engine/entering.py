@@ -16,6 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
 from ..errors import coded_error
 from ..hardware import host
 from ..hardware.cores import THREADS_VARIABLE
@@ -25,7 +27,7 @@ from ..hardware.processes import die_with, parent_of
 from ..hardware.ranks import variables_of_ranks
 from ..specs.cluster import address_of, require_name
 from ..wire.packets import ChannelClosed, Packets, header
-from .relay.settings import Arrival, RelaySettings, encoded, name_of_socket, pause_before_failing, peer_of
+from .relay.settings import Arrival, RelaySettings, name_of_socket, pause_before_failing, peer_of
 
 DEFAULT_WAIT = 3600  # seconds
 NAME_DEADLINE = 15.0  # seconds until the relay of ranks that were ended has gone
@@ -68,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--client", required=True, type=_address, metavar="HOST:PORT", help="where ComfyUI listens")
     made.add_argument("--key", required=True, help="the cluster's key file")
-    made.add_argument("--machine", type=_machine, default=socket.gethostname(), help="this machine's name in messages and in the "
-                      "cluster's file (default: the host's name)")  # fmt: skip
+    made.add_argument("--machine", type=_machine, default=socket.gethostname(), help="this machine's name in messages "
+                      "and in the cluster's file (default: the host's name)")  # fmt: skip
     made.add_argument("--device", choices=("auto", "npu", "cuda", "cpu"), default="auto")
     made.add_argument("--wait", type=_seconds, default=DEFAULT_WAIT, metavar="SECONDS", help="how long ranks wait "
                       f"without a client before they end; 0: for ever (default: {DEFAULT_WAIT})")  # fmt: skip
@@ -161,7 +163,7 @@ def _connected(options: argparse.Namespace, kind: str, parent: int) -> int:
         with _listener(name) as listener:
             _start_relay(options, kind, rank, listener)
     connection = _connection(name, parent)
-    packets, body = Packets(connection), encoded(Arrival(rank=rank))
+    packets, body = Packets(connection), msgspec.msgpack.encode(Arrival(rank=rank))
     try:
         packets.post(header(body, 0, 0) + body, [])
         packets.wait(select.POLLIN, time.monotonic() + RELAY_DEADLINE)
@@ -207,7 +209,7 @@ def _start_relay(options: argparse.Namespace, kind: str, first: int, listener: s
         restart=_restart(),
     )
     subprocess.Popen(
-        [sys.executable, "-m", "ascend_runtime.engine.relay", encoded(settings, text=True)],
+        [sys.executable, "-m", "ascend_runtime.engine.relay", msgspec.json.encode(settings).decode()],
         pass_fds=(listener.fileno(),),
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # a signal to torchrun's processes reaches it through its first rank only

@@ -52,8 +52,8 @@ def agreed_name(store: dist.Store, rank: int, world_size: int, seconds: float) -
     """A random name that all ranks agree on. Raises TimeoutError.
 
     The store may hold what earlier ranks have written. So each rank writes a random word of its own; rank 0 proposes a
-    name for the words that it sees; each rank accepts a proposal with its own word in it; and the name is taken once all
-    have accepted.
+    name for the words that it sees; each rank accepts a proposal with its own word in it; and the name is taken once
+    all have accepted.
     """
     deadline = time.monotonic() + seconds
     word = uuid.uuid4().hex
@@ -64,7 +64,7 @@ def agreed_name(store: dist.Store, rank: int, world_size: int, seconds: float) -
     while True:
         _wait_for(lambda: store.check([_key("proposal")]), "rank 0", deadline)
         proposal = json.loads(store.get(_key("proposal")))
-        if proposal["words"][rank] == word and proposal["name"] != name:
+        if proposal["words"][rank : rank + 1] == [word] and proposal["name"] != name:
             name = proposal["name"]
             store.set(_key("accepted", name, rank), "")
         if name and store.check([_key("taken", name)]):

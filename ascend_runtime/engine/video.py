@@ -33,8 +33,8 @@ def encode_video(
 
     The latent is the mean of the VAE's distribution, as in the original and in ComfyUI. on_step: called before each
     step, such as a chunk of frames. tiles: see `tiling_for`. on_written: called with finished parts of `latent`, by
-    the rank that wrote them. Raises ValueError, on all ranks alike, if the free memory is not sufficient, or values are not
-    finite.
+    the rank that wrote them. Raises ValueError, on all ranks alike, if the free memory is not sufficient, or values
+    are not finite.
     """
     tiling = tiling_for(vae, "encode", *latent.shape[2:], tiles)
     own = tiling.own(frames)
@@ -64,8 +64,8 @@ def decode_video(
     """Decodes latent [B,C,T,H,W], not normalised, into `frames` [B*T',H',W',3] in 0..1. Each rank writes its own tiles.
 
     on_step: called before each step, such as a chunk of frames. tiles: see `tiling_for`. on_written: called with
-    finished parts of `frames`, by the rank that wrote them. Raises ValueError, on all ranks alike, if the free memory is
-    not sufficient, the latent is not valid for this VAE, or frames are not finite.
+    finished parts of `frames`, by the rank that wrote them. Raises ValueError, on all ranks alike, if the free memory
+    is not sufficient, the latent is not valid for this VAE, or frames are not finite.
     """
     _check_latent(latent, vae.form.channels)
     _check_host_holds(frames)

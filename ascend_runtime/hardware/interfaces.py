@@ -42,8 +42,8 @@ def source_towards(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     except OSError as error:
         raise coded_error(
             "AV-1912",
-            f"This host does not reach {host}, where the first of the machines is ({error}). Check the network, and that "
-            "each machine knows the others' names; or give torchrun `--local-addr` with an address there.",
+            f"This host does not reach {host}, where the first of the machines is ({error}). Check the network, and "
+            "that each machine knows the others' names; or give torchrun `--local-addr` with an address there.",
         ) from None
 
 

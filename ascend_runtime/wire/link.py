@@ -33,12 +33,12 @@ class LinkClosed(EOFError):
 
 def keep_alive(sock: socket.socket, user_timeout_s: float) -> None:
     """Sets a TCP socket's options, so that small envelopes go at once, and a connection ends on which the other side
-    has not answered for 7 s, or has not confirmed for `user_timeout_s` seconds what was sent."""
+    has not answered for `user_timeout_s` seconds, whether something was sent or not."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    # In place of a number of probes; also the limit for data that the other side does not take.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(user_timeout_s * 1000))
 
 

@@ -44,7 +44,8 @@ def on(name, make=graphs.latent, ranks=0, **changes):
 
 def test_the_page_lists_the_clusters_that_are_there_now(comfyui, cluster):
     def options():
-        (_, more) = comfyui.get("/object_info/AscendParallelConfig")["AscendParallelConfig"]["input"]["optional"]["cluster"]
+        node = comfyui.get("/object_info/AscendParallelConfig")["AscendParallelConfig"]
+        _, more = node["input"]["optional"]["cluster"]
         return more["options"], more["default"]
 
     assert options() == (["this machine", NAME], "this machine")
@@ -65,7 +66,8 @@ def test_a_cluster_that_is_not_there_is_refused_with_those_that_are(comfyui, clu
 
 def test_another_number_of_ranks_is_refused(comfyui, cluster):
     text = graphs.refusal(comfyui, on(NAME, ranks=4), graphs.PARALLEL)
-    assert f"AV-1904: ranks is 4, but the cluster '{NAME}' has {cluster.ranks}," in text and "Set ranks to 0 (auto)" in text
+    assert f"AV-1904: ranks is 4, but the cluster '{NAME}' has {cluster.ranks}," in text
+    assert "Set ranks to 0 (auto)" in text
 
 
 def test_a_file_that_cannot_be_used_is_refused_by_its_field(comfyui, cluster):
@@ -86,6 +88,17 @@ def test_a_key_that_others_can_read_is_refused_when_the_job_begins(comfyui, clus
         cluster.key.chmod(0o600)
 
 
+def test_a_job_that_waits_for_ranks_shows_how_many_have_joined_and_can_be_cancelled(comfyui, cluster, listener):
+    nobody = LocalCluster(cluster.folder, "nobody", ranks=16)
+    run = listener.queue(on(nobody.name, seed=37))
+    said = "0 of 16 ranks have joined; waiting for the machines of the cluster 'nobody'"
+    run.wait_for(lambda _: any(said in event.data["text"] for event in listener.events if event.kind == "text"))
+    assert said in comfyui.log
+    comfyui.post("/interrupt")
+    assert run.end().kind == "execution_interrupted"
+    nobody.remove()
+
+
 # Using
 
 
@@ -93,9 +106,11 @@ def test_a_video_by_a_cluster_shows_who_made_it_and_no_key(comfyui, cluster, lis
     run = listener.run(on(NAME, graphs.video, seed=31), timeout=240)
     print([event.data["text"] for event in listener.events if event.kind == "text"])
     file = graphs.saved(comfyui, run.prompt_id)
-    assert len(cluster.pids) == cluster.ranks and not set(cluster.pids.values()) & set(ranks_of(comfyui.process.pid).values())
+    own = ranks_of(comfyui.process.pid)
+    assert len(cluster.pids) == cluster.ranks and not set(cluster.pids.values()) & set(own.values())
     history = json.dumps(comfyui.history(run.prompt_id), ensure_ascii=False)
-    assert f"The ranks were on these machines: {MACHINE}." in history and f"参与计算的机器：{MACHINE}。" in history
+    assert f"The ranks were on these machines: {MACHINE}." in history
+    assert f"参与计算的机器：{MACHINE}。" in history
     assert f"rank(s) on cpu, machine {MACHINE}: " in comfyui.log
     for text in (history, file.read_bytes().decode("latin-1")):
         assert NAME in text and cluster.address not in text and cluster.key.name not in text

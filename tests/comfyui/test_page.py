@@ -226,7 +226,7 @@ def test_values_stay_numbers_and_inputs_take_links(pages):
     assert "cfg_low_noise" in names(browser.page, sampler)
     values = {node["id"]: node.get("widgets_values") for node in saved["nodes"]}
     assert {node["id"]: node.get("widgets_values") for node in browser.graph()["nodes"]} == values
-    assert values[parallel] == [0, 0, 0, "auto", 0, 1, False, "rotate", False]
+    assert values[parallel] == [0, 0, 0, "auto", 0, 1, False, "rotate", False, "this machine"]
     prompt = browser.prompt()
     inputs = prompt[str(sampler)]["inputs"]
     assert (inputs["steps"], inputs["cfg_low_noise"]) == ([str(count), 0], [str(fraction), 0])

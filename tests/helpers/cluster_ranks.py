@@ -1,6 +1,7 @@
 """Ranks that torchrun starts on hosts (see hosts.py), for a client of the test."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -55,7 +56,8 @@ class ClusterRanks:
         return [
             sys.executable, "-m", "torch.distributed.run",
             f"--nnodes={len(self.hosts)}", f"--nproc-per-node={self.ranks_of_each}", "--max-restarts=100",
-            "--rdzv-backend=c10d", f"--rdzv-endpoint={self.hosts[0].address}:{RENDEZVOUS}",
+            "--rdzv-backend=c10d", "--rdzv-id=two_hosts", f"--rdzv-endpoint={self.hosts[0].address}:{RENDEZVOUS}",
+            f"--rdzv-conf=is_host={int(host is self.hosts[0])}", f"--local-addr={host.address}",
             "-m", WORKER, "--client", self.clients[host], "--key", str(self.key), "--device", "cpu", *self._options,
         ]  # fmt: skip
 
@@ -109,6 +111,41 @@ class ClusterRanks:
     def client(self, **parallel):
         """A client of these ranks, on the first host."""
         return ClientOn(self.hosts[0], Runtime(ParallelSpec(**parallel), device="cpu", cluster=self.cluster))
+
+
+class SlurmRanks(ClusterRanks):
+    """The same, started by scripts/ranks.slurm, with `srun` replaced by a local loop over the hosts."""
+
+    def __enter__(self):
+        programs = self.folder / "programs"
+        programs.mkdir()
+        commands = [f"SLURM_NODEID={number} SLURMD_NODENAME={host.name} {shlex.join(host.prefix)}"
+                    for number, host in enumerate(self.hosts)]  # fmt: skip
+        skip = 'while [ "${1#--}" != "$1" ]; do shift; done'  # its own options
+        loop = "\n".join([skip, *(f'{command} "$@" &' for command in commands), "wait"])
+        self._write(programs / "srun", f"# A local loop in place of SLURM's.\n{loop}\n")
+        self._write(programs / "scontrol", "\n".join(f"echo {host.name}" for host in self.hosts))
+        self._write(programs / "torchrun", f'exec {sys.executable} -m torch.distributed.run "$@"\n')
+        environment = {
+            **self._environment, "PATH": f"{programs}:{os.environ['PATH']}", "RANKS": str(self.ranks_of_each),
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[1-2]", "SLURM_NNODES": str(len(self.hosts)),
+        }  # fmt: skip
+        command = ["setpriv", "--pdeathsig", "KILL", "bash", "scripts/ranks.slurm", "--client", self.cluster.listen,
+                   "--key", str(self.key), "--device", "cpu", *self._options]  # fmt: skip
+        with open(self.log(self.hosts[0]), "ab") as log:
+            self._job = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                                         stderr=log)  # fmt: skip
+        return self
+
+    @staticmethod
+    def _write(file, text):
+        file.write_text(f"#!/bin/bash\n{text}")
+        file.chmod(0o755)
+
+    def stop(self):
+        self._job.kill()
+        self._job.wait()
+        super().stop()
 
 
 class ClientOn:

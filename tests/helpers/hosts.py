@@ -133,11 +133,15 @@ class Host(Namespace):
 
     def start(self, command, **options):
         """Starts a command on this host, as subprocess.Popen does. The kernel kills it with the calling thread."""
-        inside = ["sh", "-c", INSIDE, "sh", self.name, self._hosts.names, *map(str, command)]
-        namespaces = ["nsenter", f"--net={self.path}", "unshare", "--mount", "--uts"]
-        process = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *namespaces, *inside], **options)
+        process = subprocess.Popen([*self.prefix, *map(str, command)], **options)
         self._hosts.started.append(process)
         return process
+
+    @property
+    def prefix(self):
+        """Words that make a command one of this host, which ends with the thread that starts it."""
+        namespaces = ["nsenter", f"--net={self.path}", "unshare", "--mount", "--uts"]
+        return ["setpriv", "--pdeathsig", "KILL", *namespaces, "sh", "-c", INSIDE, "sh", self.name, self._hosts.names]
 
     def kill(self):
         """Ends all processes of this host at once, as when it loses power, but for the silence on its links."""

@@ -33,6 +33,11 @@ class LocalCluster:
         content = {"listen": self.address, "key": self.key.name, "ranks": self.ranks} | changes
         (self.folder / f"{self.name}.json").write_text(json.dumps(content))
 
+    def remove(self) -> None:
+        """Its files."""
+        for file in (self.folder / f"{self.name}.json", self.key):
+            file.unlink()
+
     def start(self, environment: dict[str, str]) -> None:
         """Starts torchrun, as `cluster new` prints it."""
         command = [

@@ -1,5 +1,6 @@
 """Played machines: threads that speak with a client as a machine's relay does, over TLS on 127.0.0.1. No ranks work."""
 
+import random
 import select
 import socket
 import threading
@@ -14,6 +15,22 @@ from ascend_runtime.wire.messages import Done, Ready, encode
 from ascend_runtime.wire.tls import Handshake, read_key
 
 PATIENCE = 10.0  # seconds
+
+
+def free_port():
+    """Below those that the kernel gives to connections: an attempt to connect to such a one can meet itself."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+def until(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def established(cluster, key=None):

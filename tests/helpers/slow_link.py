@@ -6,11 +6,18 @@ for each direction of each connection: 0-to, 0-from, 1-to.
 
 import asyncio
 import itertools
+import socket
 import sys
 from pathlib import Path
 
 MOST = 2**18  # bytes read at once
 WAITING = 512  # such pieces on their way, at most
+
+
+# As on a connection without this process in between: a side that has fallen silent is noticed after 7 or 8 s.
+ALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2),
+         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1), (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5),
+         (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 8000), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1))  # fmt: skip
 
 
 async def pump(reader, writer, delay, record):
@@ -44,6 +51,9 @@ async def passed_on(near, to, delay, records):
         far = await asyncio.open_connection(host, int(port), limit=MOST)
     except OSError:
         return near[1].transport.abort()
+    for _, writer in (near, far):
+        for option in ALIVE:
+            writer.get_extra_info("socket").setsockopt(*option)
     sides = ((near[0], far[1]), (far[0], near[1]))
     pumps = [asyncio.create_task(pump(*side, delay, record)) for side, record in zip(sides, records)]
     done, rest = await asyncio.wait(pumps, return_when=asyncio.FIRST_EXCEPTION)

@@ -10,16 +10,18 @@ DELAY = 0.02  # seconds each way
 class Pair:
     """Two hosts with the same number of ranks, and a client on the first.
 
-    far: the second host reaches the client through a process on a third, which delays and records.
+    With one rank each, torchrun is started as docs/machines.md says, and the second host reaches the client through a
+    process on a third, which delays and records. With more, SLURM's script starts them.
     """
 
-    def __init__(self, ranks_of_each, folder, far):
+    def __init__(self, ranks_of_each, folder):
         self.all = hosts.Hosts(3)
         self.hosts, self.between = self.all[:2], self.all[2]
-        self.ranks = cluster_ranks.ClusterRanks(self.hosts, ranks_of_each, folder)
+        kind = cluster_ranks.ClusterRanks if ranks_of_each == 1 else cluster_ranks.SlurmRanks
+        self.ranks = kind(self.hosts, ranks_of_each, folder)
         self.recorded = folder / "recorded"
         self.recorded.mkdir()
-        if far:
+        if ranks_of_each == 1:
             port = cluster_ranks.PORT
             self.between.slow_link(port, self.ranks.cluster.listen, DELAY, self.recorded)
             self.ranks.clients[self.hosts[1]] = f"{self.between.address}:{port}"
@@ -34,8 +36,7 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory):
-    """`pairs(n)`: the pair of hosts with n ranks each, with its client's group ready. One at a time; with one rank each,
-    they are far apart."""
+    """`pairs(n)`: the pair of hosts with n ranks each, with its client's group ready. One at a time."""
     hosts.require()
     made = {}
 
@@ -43,7 +44,7 @@ def pairs(tmp_path_factory):
         if ranks_of_each not in made:
             while made:
                 made.popitem()[1].close()
-            made[ranks_of_each] = Pair(ranks_of_each, tmp_path_factory.mktemp("two_hosts"), far=ranks_of_each == 1)
+            made[ranks_of_each] = Pair(ranks_of_each, tmp_path_factory.mktemp("two_hosts"))
         made[ranks_of_each].client.start()
         return made[ranks_of_each]
 

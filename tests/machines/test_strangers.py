@@ -3,6 +3,8 @@
 What was sent between the hosts shows neither a prompt nor a tensor.
 """
 
+import os
+import signal
 import socket
 import ssl
 import threading
@@ -11,6 +13,7 @@ import time
 import pytest
 import torch
 from ascend_runtime import ParallelSpec, SampleSpec
+from ascend_runtime.hardware.versions import OWN_NAME, package_versions, versions
 from ascend_runtime.wire.envelopes import PROTOCOL, Hello, Rejected
 from ascend_runtime.wire.link import Link
 from ascend_runtime.wire.tls import client_context, make_key, read_key
@@ -80,11 +83,13 @@ def assert_undisturbed(pair):
 # One of them
 
 
-@pytest.mark.parametrize("text", [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 300, b"\x16\x03\x01\x00\x10ASL1"])
-def test_one_who_does_not_speak_tls(pair, stranger, text):
-    connection = stranger()
-    connection.sendall(text)
-    assert len(said_to(connection)) <= 16  # an alert of TLS at most
+def test_those_who_do_not_speak_tls(pair, stranger):
+    texts = [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 300, b"\x16\x03\x01\x00\x10ASL1"]
+    connections = [stranger() for _ in texts]
+    for connection, text in zip(connections, texts):
+        connection.sendall(text)
+    for connection in connections:
+        assert len(said_to(connection)) <= 16  # an alert of TLS at most
     assert_undisturbed(pair)
 
 
@@ -130,7 +135,8 @@ def answer_to(pair, stranger, **hello):
     """What the client answers to a machine's Hello, with the right key."""
     key = read_key(pair.ranks.key)
     link = Link(client_context(key).wrap_socket(stranger()), lambda envelope: None)
-    given = {"pack": "0.2.0", "protocol": PROTOCOL, "machine": "host9", "ranks": (0,), "world_size": 2, "device": "cpu"}
+    given = {"pack": versions()[OWN_NAME], "protocol": PROTOCOL, "machine": "host9", "ranks": (0,), "world_size": 2,
+             "device": "cpu", "packages": package_versions()}  # fmt: skip
     link.post(Hello(**{**given, **hello}))
     answers = []
     seconds_until(lambda: answers.append(link.take()) or answers[-1] is not None, REFUSED)
@@ -187,15 +193,16 @@ class Crowd(threading.Thread):
 
     def __init__(self, pair, way, number=1000):
         super().__init__(daemon=True)
-        self._pair, self._way, self._number = pair, way, number
+        self._pair, self._way, self.number = pair, way, number
         self.connections, self.came = [], 0
         self.start()
 
     def run(self):
         with self._pair.between.entered():
-            for _ in range(self._number):
+            while self.came < self.number:
                 try:
                     self._way(self.connections, self._connect)
+                    del self.connections[:-1000]
                 except OSError:
                     pass  # refused
                 self.came += 1
@@ -229,6 +236,21 @@ def test_1000_connections_during_a_job(request, rng, pair, slow_specs, expected)
         assert_close(latent, expected, atol=1e-4, rtol=0.0)
         assert seconds < 4 * usual + 3
         assert_undisturbed(pair)
+
+
+def test_machines_join_despite_a_crowd(request, pair, slow_specs, expected):
+    """Whose connections come all the time, and stay."""
+    if not request.config.getoption("--all-machines"):
+        pytest.skip("only with --all-machines")
+    for way in WAYS:
+        crowd = Crowd(pair, way, 20_000)
+        os.kill(next(iter(pair.ranks.ranks(pair.hosts[1]).values())), signal.SIGKILL)
+        seconds_until(lambda: not pair.client.alive, 10)
+        latent = job(pair.client, slow_specs)
+        print(f"{crowd.came} came")
+        crowd.number = 0
+        crowd.disperse()
+        assert_close(latent, expected, atol=1e-4, rtol=0.0)
 
 
 # What is seen on the wire

@@ -154,9 +154,10 @@ def test_ranks_agree_on_a_name_that_earlier_ranks_did_not_have(stores):
     second = names_of(stores(3), [0, 1, 2], [0, 0.1, 0.2])  # rank 0 sees the words of earlier ranks at first
     third = names_of(stores(3), [0, 1, 2], [0.2, 0.1, 0])  # others see the proposal of an earlier rank 0
     fewer = names_of(stores(2), [0, 1])
-    alone = names_of(stores(1), [0])
-    assert all(len(set(names)) == 1 and names[0] for names in (first, second, third, fewer, alone))
-    assert len({names[0] for names in (first, second, third, fewer, alone)}) == 5
+    one = names_of(stores(1), [0])
+    more = names_of(stores(3), [0, 1, 2], [0.1, 0, 0])
+    assert all(len(set(names)) == 1 and names[0] for names in (first, second, third, fewer, one, more))
+    assert len({names[0] for names in (first, second, third, fewer, one, more)}) == 6
 
 
 def test_a_rank_does_not_wait_for_ever_for_the_others(stores):

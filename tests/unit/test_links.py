@@ -172,7 +172,7 @@ def test_envelopes_wait_for_a_receiver_that_does_not_read(key):
     before = time.monotonic()
     for payload in payloads:
         sender.post(FromRank(rank=0, body=len(payload)), payload)
-    assert time.monotonic() - before < 1 and sender.unsent
+    assert time.monotonic() - before < 5 and sender.unsent
     assert sender.unsent_bytes > sum(map(len, payloads)) - 8_000_000
     sender.post(Here(rank=1))
     assert [taken(receiver, sender).body for _ in payloads] == [len(payload) for payload in payloads]
@@ -379,9 +379,8 @@ def test_a_connection_ends_when_the_other_side_no_longer_confirms():
     ours, theirs = connected()
     link.keep_alive(ours, 8.5)
     options = {name: ours.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in (
-        "TCP_NODELAY", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")}  # fmt: skip
-    assert options == {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 5,
-                       "TCP_USER_TIMEOUT": 8500}  # fmt: skip
+        "TCP_NODELAY", "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_USER_TIMEOUT")}  # fmt: skip
+    assert options == {"TCP_NODELAY": 1, "TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 1, "TCP_USER_TIMEOUT": 8500}
     assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     ours.close()
     theirs.close()
@@ -401,15 +400,18 @@ def test_new_keys_of_tls_change_nothing(key, key_file):
     while (sock := handshake.step()) is None:
         assert ready(handshake, handshake.events)
     receiver = Link(sock, lambda envelope: None)
-    for line in (packed(Here(rank=1)) + b"\n", b"K\n"):
+
+    def write(line: bytes):
         client.stdin.write(line)
         client.stdin.flush()
-        time.sleep(0.2)  # the program looks for commands at the beginning of what it reads at once
-    assert taken(receiver) == Here(rank=1)
-    receiver.post(Here(rank=2))  # the update's answer goes first
-    with pytest.raises(Undecodable):  # the line's end
-        client.stdin.write(b"x" * 8)
-        client.stdin.flush()
+
+    write(packed(Here(rank=1)) + b"\n")
+    assert taken(receiver) == Here(rank=1) and receiver.take() is None
+    write(b"K\n")  # a command, as it is at the beginning of what the program reads at once
+    assert ready(receiver) and receiver.take() is None
+    receiver.post(Here(rank=2))  # goes after the update's answer
+    write(b"x" * 8)
+    with pytest.raises(Undecodable):
         taken(receiver)
     output = client.communicate(timeout=DEADLINE)[0]
     assert b"KEYUPDATE" in output and packed(Here(rank=2)) in output, output

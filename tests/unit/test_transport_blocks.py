@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 from ascend_runtime.wire.messages import Done
 from ascend_runtime.wire.channel import Channel, SealedMessage, channel_pair
+from ascend_runtime.wire.memory import blocks
 
 LARGE = 3 << 18  # floats: 3 MiB
 
@@ -45,6 +47,26 @@ def test_memory_is_used_again_once_it_is_let_go():
     busy = {block_of_next_message() for _ in range(5)}
     assert len(busy) == 1
     del held
+
+
+def test_a_block_belongs_to_one_until_its_descriptors_are_closed():
+    size = 12_345  # that no other test uses
+    first, second = blocks.of(size), blocks.of(size)
+    first.memory[:5] = b"first"
+    second.memory[:5] = b"other"
+    assert [os.pread(block.descriptor, 5, 0) for block in (first, second)] == [b"first", b"other"]
+    with pytest.raises(OSError):
+        os.pwrite(first.descriptor, b"by a receiver", 0)
+    of_a_receiver = os.dup(first.descriptor)
+    os.close(first.descriptor)
+    third = blocks.of(size)
+    assert third.memory is not first.memory
+    os.close(of_a_receiver)
+    os.close(second.descriptor)
+    fourth = blocks.of(size)
+    assert fourth.memory in (first.memory, second.memory)
+    for block in (third, fourth):
+        os.close(block.descriptor)
 
 
 def test_what_is_held_never_changes():

@@ -18,7 +18,7 @@ from .words import late_text, waiting_text
 logger = logging.getLogger(__name__)
 
 JOIN_DEADLINE = 600  # seconds; torchrun may have to start the ranks, and each loads torch
-JOIN_POLL = 0.05  # seconds between looks at what machines have sent
+JOIN_POLL = 0.02  # seconds between looks at what machines have sent
 FIRST_NOTICE = 0.5  # seconds; ranks that are ready already need less
 LEAVE_DEADLINE = 1.0  # seconds for machines to end their ranks
 

@@ -13,7 +13,7 @@ import msgspec
 
 from ...wire.control import Heading, Message
 from ...wire.packets import ChannelClosed, Packet, Packets, Undecodable, header
-from .settings import Arrival, RelaySettings, encoded, peer_of
+from .settings import Arrival, RelaySettings, peer_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class LocalRank:
 
     def say(self, message: Message) -> None:
         """Posts a message without tensors. Raises ChannelClosed."""
-        self.post(Delivery(encoded(message)))
+        self.post(Delivery(msgspec.msgpack.encode(message)))
 
     def flush(self) -> None:
         self.packets.flush()

@@ -15,7 +15,7 @@ from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Here, Leave, We
 from ...wire.packets import ChannelClosed, Packet, Undecodable
 from ...wire.tls import Key
 from .arriving import Arriving, LentMemory
-from .line import Line, LastingRefusal
+from .connection import ClientConnection, LastingRefusal
 from .ranks import Delivery, LocalRank, LocalRanks
 from .regions import content_of, region_of
 from .settings import RelaySettings, pause_before_failing
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 LONGEST_POLL = 0.5  # seconds
 MOST_UNSENT = 1 << 26  # bytes for the client that wait to be sent, from which on ranks wait too
-CANCEL_DEADLINE = 30.0  # seconds for ranks to end a job whose client is gone
+ABANDONED_DEADLINE = 30.0  # seconds for ranks to end a job whose client is gone
 LAST_WORDS = 1.0  # seconds in which the relay reports the death of the rank that it ends with
 _wrote = msgspec.msgpack.Decoder(Wrote)
 
@@ -35,12 +35,12 @@ class Relay:
     def __init__(self, settings: RelaySettings, key: Key):
         self._settings = settings
         self._ranks = LocalRanks(settings)
-        self._line = Line(settings, key, self._place)
+        self._client = ClientConnection(settings, key, self._place)
         self._arriving: Arriving | None = None
         self._lent: list[LentMemory] = []  # of the job that runs
         self._kills_before = 0  # by the kernel, when that job began
         self._cancel_until: float | None = None  # when ranks must have ended the job of a client that is gone
-        self._alone_since = time.monotonic()
+        self._without_client_since = time.monotonic()
         self._paths: dict[str, str] = {}
         self._last_words_until: float | None = None
         self._ended = False
@@ -52,10 +52,10 @@ class Relay:
                 self._turn()
             except LastingRefusal as error:
                 logger.error("The client at %s refuses this machine: %s", self._settings.client, error)
-                self._line.close()
+                self._client.close()
                 self._pause()
                 return  # the ranks notice, and end with exit code 1
-        self._line.close()
+        self._client.close()
 
     def end_soon(self) -> None:
         """To be called when the first rank has ended."""
@@ -73,27 +73,27 @@ class Relay:
         for rank in [*self._ranks.here.values()]:
             if events := ready.get(rank.packets.fileno()):
                 self._serve(rank, events)
-        for envelope in self._line.advance(may_open=self._ranks.idle and not self._ranks.first_has_gone):
+        for envelope in self._client.advance(may_open=self._ranks.idle and not self._ranks.first_has_gone):
             self._of_client(envelope)
         self._look_at_the_clock()
 
     def _wait(self) -> dict[int, int]:
         poll = select.poll()
-        for descriptor, events in (*self._ranks.watched(read=self._reads), *self._line.watched()):
+        for descriptor, events in (*self._ranks.watched(read=self._reads), *self._client.watched()):
             poll.register(descriptor, events)
-        return dict(poll.poll(0 if self._line.waiting else 1000 * LONGEST_POLL))
+        return dict(poll.poll(0 if self._client.waiting else 1000 * LONGEST_POLL))
 
     @property
     def _reads(self) -> bool:
         """Whether messages of ranks are read now. Otherwise they wait in their sockets: so memory stays bounded when
         ranks make results faster than the client takes them."""
-        return self._line.unsent_bytes < MOST_UNSENT
+        return self._client.unsent_bytes < MOST_UNSENT
 
     # Ranks
 
     def _greet(self, rank: LocalRank) -> None:
         logger.info("Rank %d has connected; %d of %d.", rank.number, len(self._ranks.here), self._settings.ranks)
-        if self._line.welcomed:
+        if self._client.welcomed:
             self._introduce(rank)
 
     def _introduce(self, rank: LocalRank) -> None:
@@ -102,9 +102,9 @@ class Relay:
             rank.say(Located(machine=self._settings.machine, paths=self._paths))
         except ChannelClosed:
             return self._lose(rank)
-        self._line.post(Here(rank=rank.number))
+        self._client.post(Here(rank=rank.number))
         if rank.ready is not None:
-            self._line.post(FromRank(rank=rank.number, body=len(rank.ready)), rank.ready)
+            self._client.post(FromRank(rank=rank.number, body=len(rank.ready)), rank.ready)
 
     def _serve(self, rank: LocalRank, events: int) -> None:
         try:
@@ -122,19 +122,20 @@ class Relay:
             return self._pass_region(rank, packet)
         block = packet.map_block()
         packet.close()
-        if self._line.welcomed:
+        if self._client.welcomed:
             tensors = memoryview(block) if block is not None else b""
-            self._line.post(FromRank(rank=rank.number, body=len(packet.body), block=len(tensors)), packet.body, tensors)
+            envelope = FromRank(rank=rank.number, body=len(packet.body), block=len(tensors))
+            self._client.post(envelope, packet.body, tensors)
         if self._ranks.idle:
             self._lent, self._cancel_until = [], None
 
     def _pass_region(self, rank: LocalRank, packet: Packet) -> None:
         try:
             wrote = _wrote.decode(packet.body)
-            if not self._line.welcomed:
+            if not self._client.welcomed:
                 return
             region = region_of(wrote)
-            self._line.post(region, *content_of(region, self._lent[wrote.lent].view))
+            self._client.post(region, *content_of(region, self._lent[wrote.lent].view))
         except (msgspec.MsgspecError, ValueError, IndexError) as error:
             logger.error("Rank %d reports a part of a result that cannot be: %s", rank.number, error)
             rank.kill()
@@ -142,7 +143,7 @@ class Relay:
     def _lose(self, rank: LocalRank) -> None:
         logger.warning("Rank %d is gone.", rank.number)
         self._ranks.remove(rank)
-        self._line.post(Gone(rank=rank.number, by_kernel=memory.kills() > self._kills_before))
+        self._client.post(Gone(rank=rank.number, by_kernel=memory.kills() > self._kills_before))
 
     # The client
 
@@ -160,8 +161,8 @@ class Relay:
             self._kill()
 
     def _place(self, envelope: Envelope) -> list[memoryview] | None:
-        """Where the payload of an envelope is to be received: tensors in memory that the ranks can map. None if there is
-        not enough memory."""
+        """Where the payload of an envelope is to be received: tensors in memory that the ranks can map. None if there
+        is not enough memory."""
         if not isinstance(envelope, Deliver):
             raise Undecodable(f"It sends {type(envelope).__name__} with a payload.")
         try:
@@ -190,7 +191,7 @@ class Relay:
         failed = {"type": "Failed", "job": envelope.job, "kind": "user", "error": text, "traceback": ""}
         body = msgspec.msgpack.encode(failed)
         for rank in ranks:
-            self._line.post(FromRank(rank=rank.number, body=len(body)), body)
+            self._client.post(FromRank(rank=rank.number, body=len(body)), body)
 
     def _say(self, rank: LocalRank, delivery: Delivery) -> None:
         try:
@@ -199,10 +200,10 @@ class Relay:
             self._lose(rank)
 
     def _lose_client(self) -> None:
-        self._alone_since = time.monotonic()
+        self._without_client_since = time.monotonic()
         self._arriving = None
         for rank in [rank for rank in self._ranks.here.values() if rank.job]:
-            self._cancel_until = time.monotonic() + CANCEL_DEADLINE
+            self._cancel_until = time.monotonic() + ABANDONED_DEADLINE
             self._say(rank, Delivery(msgspec.msgpack.encode(Cancel(job=rank.job))))
 
     # Time
@@ -212,14 +213,14 @@ class Relay:
         if self._last_words_until is not None and (now > self._last_words_until or self._has_said_all):
             self._ended = True
         elif self._cancel_until is not None and now > self._cancel_until:
-            logger.error("Ranks have not ended the job of a client that is gone, within %.0f s.", CANCEL_DEADLINE)
+            logger.error("Ranks have not ended the job of a client that is gone, within %.0f s.", ABANDONED_DEADLINE)
             self._kill()
-        elif wait and not self._line.welcomed and now - self._alone_since > wait and self._ranks.settled:
+        elif wait and not self._client.welcomed and now - self._without_client_since > wait and self._ranks.settled:
             self._end_quietly()
 
     @property
     def _has_said_all(self) -> bool:
-        return self._ranks.first_has_gone and not self._line.unsent_bytes
+        return self._ranks.first_has_gone and not self._client.unsent_bytes
 
     def _kill(self) -> None:
         self._ranks.kill()

@@ -6,7 +6,6 @@ import os
 import socket
 import struct
 
-import msgspec
 from msgspec import Struct
 
 LONGEST_PAUSE = 30.0  # seconds
@@ -36,11 +35,6 @@ class Arrival(Struct, kw_only=True):
     """A rank's first words to its relay."""
 
     rank: int
-
-
-def encoded(value: Struct, text: bool = False):
-    """As MessagePack; or as text, for a command line."""
-    return msgspec.json.encode(value).decode() if text else msgspec.msgpack.encode(value)
 
 
 def name_of_socket(parent: int, restart: int) -> str:

@@ -95,4 +95,4 @@ def _first_difference(known: Machines, gathered: list[bytes]) -> str:
     listings = {known.name_of(rank): msgspec.msgpack.decode(gathered[rank], type=list[Listing])
                 for rank in known.firsts}  # fmt: skip
     of_specs = (dict(zip(listings, one)) for one in zip(*listings.values()))
-    return difference(next(one for one in of_specs if len({listing.digest for listing in one.values()}) > 1))
+    return difference(next(one for one in of_specs if len({held.digest for held in one.values()}) > 1))

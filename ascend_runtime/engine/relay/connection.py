@@ -30,7 +30,7 @@ class LastingRefusal(Exception):
     """The client has refused this machine, and will refuse it again."""
 
 
-class Line:
+class ClientConnection:
     """States: no connection; one that is being opened (`_opening`): TCP, then TLS; one that waits for an answer to
     Hello; welcomed.
 
