@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few runs and small sizes, to show that it works")
     parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0],
                         help="accelerate: the models' family (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--hosts", action="store_true",
+                        help="transport: to ranks on other hosts, which are network namespaces")  # fmt: skip
     parser.add_argument("--published", action="store_true",
                         help="plan: predict published tables instead of jobs on this machine")  # fmt: skip
     ascend = parser.add_argument_group("ascend")
@@ -39,6 +41,8 @@ def main() -> None:
         parser.error("only accelerate has --family")
     if "plan" not in arguments.names and arguments.published:
         parser.error("only plan has --published")
+    if "transport" not in arguments.names and arguments.hosts:
+        parser.error("only transport has --hosts")
     rows = []
     try:
         with arguments.json.open("w") if arguments.json else nullcontext() as file:
@@ -54,8 +58,13 @@ def main() -> None:
 def _measure(arguments: argparse.Namespace) -> Iterator[Row]:
     for name in arguments.names:
         options = {key: getattr(arguments, key) for key in OPTIONS.get(name, ())}
-        module = "published_plans" if name == "plan" and arguments.published else name
-        yield from import_module(f".{module}", __package__).run(arguments.quick, **options)
+        yield from import_module(f".{_module(name, arguments)}", __package__).run(arguments.quick, **options)
+
+
+def _module(name: str, arguments: argparse.Namespace) -> str:
+    if name == "plan" and arguments.published:
+        return "published_plans"
+    return "transport_hosts" if name == "transport" and arguments.hosts else name
 
 
 if __name__ == "__main__":

@@ -208,12 +208,15 @@ def _start_relay(options: argparse.Namespace, kind: str, first: int, listener: s
         parent=os.getpid(),
         restart=_restart(),
     )
-    subprocess.Popen(
-        [sys.executable, "-m", "ascend_runtime.engine.relay", msgspec.json.encode(settings).decode()],
-        pass_fds=(listener.fileno(),),
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # a signal to torchrun's processes reaches it through its first rank only
-    )
+    try:
+        subprocess.Popen(
+            [sys.executable, "-m", "ascend_runtime.engine.relay", msgspec.json.encode(settings).decode()],
+            pass_fds=(listener.fileno(),),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a signal to torchrun's processes reaches it through its first rank only
+        )
+    except OSError as error:
+        raise coded_error("AV-1911", f"This machine's relay cannot be started ({error}).") from None
 
 
 def _connection(name: str, parent: int) -> socket.socket:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import contextmanager
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..hardware import devices
-from ..parallel.machines import MACHINE
+from ..parallel.machines import machines
 from ..parallel.mesh import all_reduce_max
 from ..wire.channel import Channel
 from ..wire.messages import Cancel, Message, Preview, Progress, SharedTensor, Wrote
@@ -35,7 +34,7 @@ class Job:
         self._channel = channel
         self._device = device
         self._reports = dist.get_rank() == 0
-        self._reports_parts = bool(os.environ.get(MACHINE))
+        self._reports_parts = bool(machines().name_of(dist.get_rank()))  # to a client on another machine
         self._cancelled = False
 
     @contextmanager

@@ -46,7 +46,7 @@ def serve(channel: Channel) -> None:
     kind = os.environ["ASCEND_RUNTIME_DEVICE"]
     device = devices.take(kind, int(os.environ["LOCAL_RANK"]))
     group = join_group(kind)
-    machine = os.environ.get(MACHINE, "")
+    machine = os.environ.get(MACHINE, "") if group else ""
     know_machines(machine)
     pipeline = RankPipeline(device)
     # Disconnected without a Shutdown: by a client, which ended so; by a relay, which failed, so torchrun is to start

@@ -12,11 +12,11 @@ from ..hardware.processes import die_with
 
 
 def main() -> None:
-    if sys.argv[1:]:
+    if sys.argv[1:] or _PARENT not in os.environ:
         from .entering import enter
 
         enter(sys.argv[1:])
-    die_with(int(os.environ["ASCEND_RUNTIME_PARENT"]))
+    die_with(int(os.environ[_PARENT]))
     gc.disable()  # imports create a million objects and no garbage, and the collector took a fifth of the start
     # Imported after die_with: a death of the parent during the imports would go unnoticed.
     import socket
@@ -32,6 +32,7 @@ def main() -> None:
     serve(Channel(socket.socket(fileno=inherited[0])))
 
 
+_PARENT = "ASCEND_RUNTIME_PARENT"
 _DESCRIPTORS = ("ASCEND_RUNTIME_CONTROL_FD", "ASCEND_RUNTIME_STORE_FD")
 
 if __name__ == "__main__":

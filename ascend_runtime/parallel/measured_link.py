@@ -19,16 +19,16 @@ from .mesh import all_reduce_max, group_of
 logger = logging.getLogger(__name__)
 
 LEAST, MOST = 2**16, 2**26  # bytes that a machine sends in an exchange
-GROWTH = 4
-LONG_ENOUGH = 0.1  # seconds of an exchange that shows the rate; a smaller one is mostly its beginning
-SMALL_EXCHANGES = 5  # whose shortest is the time until the first byte
+GROWTH = 2
+LONG_ENOUGH = 0.06  # seconds of an exchange that shows the rate; a smaller one is mostly its beginning
+REPEATS = 3  # of an exchange, whose shortest counts: others meet what else runs
 
 Route = tuple[int, int]  # (the rank that sends, the one that receives)
 
 
 def measured_link(kind: str) -> MachineLink | None:
     """What it costs to send between machines, for tensors on `kind` devices, alike on all ranks; None: there is one
-    machine. Takes about a second at most. Collective."""
+    machine. Takes about a second. Collective."""
     here = machines()
     if here.count == 1:
         return None
@@ -62,20 +62,17 @@ class _Exchange:
     def shortest(self, routes: Sequence[Route]) -> float:
         """Seconds of an exchange of a byte."""
         self._seconds(routes, 1)  # connects
-        return min(self._seconds(routes, 1) for _ in range(SMALL_EXCHANGES))
+        return min(self._seconds(routes, 1) for _ in range(REPEATS))
 
     def byte(self, routes: Sequence[Route], first: float) -> float:
         """Seconds for each byte that a machine sends, of an exchange that is long enough. first: what it takes until
         the first byte arrives."""
-        senders = len(routes) // self._here.count
+        most = max(sum(source in line for source, _ in routes) for line in self._here.members)
         size = LEAST
-        while True:
-            each = max(1, size // max(1, senders))
-            took = self._seconds(routes, each)
-            if took >= LONG_ENOUGH or size >= MOST:
-                most = max(sum(source in line for source, _ in routes) for line in self._here.members)
-                return max(took - first, took / 2) / (most * each)
+        while (took := self._seconds(routes, size // most)) < LONG_ENOUGH and size < MOST:
             size *= GROWTH
+        took = min(took, *(self._seconds(routes, size // most) for _ in range(REPEATS - 1)))
+        return max(took - first, took / 2) / (size // most * most)
 
     def _seconds(self, routes: Sequence[Route], nbytes: int) -> float:
         """Of the slowest rank, from when all are ready."""

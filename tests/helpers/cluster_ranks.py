@@ -23,16 +23,17 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", 
 class ClusterRanks:
     """A number of ranks on each host, and the cluster that they belong to: a context manager.
 
-    The client is on the first host, where torchrun's rendezvous is too. folder: gets the key, and the output of each
-    torchrun, `host1.log` and so on. options: of the worker, after --client, --key, --device.
+    client: the client's host; by default the first, where torchrun's rendezvous is too. folder: gets the key, and the
+    output of each torchrun, `host1.log` and so on. options: of the worker, after --client, --key, --device.
     """
 
-    def __init__(self, hosts, ranks_of_each, folder, *, options=(), environment=None):
+    def __init__(self, hosts, ranks_of_each, folder, *, options=(), environment=None, client=None):
         self.hosts, self.ranks_of_each, self.folder = hosts, ranks_of_each, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.key = self.folder / "two_hosts.key"
         make_key(self.key, "two_hosts")
-        listen = f"{hosts[0].address}:{PORT}"
+        self.host_of_client = client or hosts[0]
+        listen = f"{self.host_of_client.address}:{PORT}"
         self.cluster = Cluster(name="two_hosts", listen=listen, key=str(self.key), ranks=ranks_of_each * len(hosts))
         self.clients = dict.fromkeys(hosts, listen)  # where each host finds the client
         self.processes = {}  # of torchrun, by host
@@ -108,9 +109,13 @@ class ClusterRanks:
         """The processes of ours on a host: ranks, also those that are joining, and the relay."""
         return [pid for pid in host.pids if module_of(pid) in (WORKER, RELAY)]
 
+    def runtime(self, **parallel):
+        """A client of these ranks; to be used by a thread that is on the client's host."""
+        return Runtime(ParallelSpec(**parallel), device="cpu", cluster=self.cluster)
+
     def client(self, **parallel):
-        """A client of these ranks, on the first host."""
-        return ClientOn(self.hosts[0], Runtime(ParallelSpec(**parallel), device="cpu", cluster=self.cluster))
+        """The same, for any thread."""
+        return ClientOn(self.host_of_client, self.runtime(**parallel))
 
 
 class SlurmRanks(ClusterRanks):

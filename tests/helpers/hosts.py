@@ -17,8 +17,6 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 TOOLS = ("ip", "tc", "nft", "nsenter", "unshare", "setpriv", "mount")
 NETWORK = "10.77.0"
@@ -41,11 +39,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def require():
     """Skips the test, or fails it in CI, where hosts cannot be made."""
-    if (lacking := _lacking()) is not None:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"hosts cannot be made: {lacking}")
+    import pytest
+
+    if (reason := lacking()) is not None:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"hosts cannot be made: {reason}")
 
 
-def _lacking():
+def lacking():
+    """Why hosts cannot be made here, or None."""
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         return f"{', '.join(missing)} missing (Debian and Ubuntu: apt-get install iproute2 nftables)"
     if os.geteuid() != 0:

@@ -234,6 +234,7 @@ def processes_of(torchrun):
     return psutil.Process(torchrun.pid).children(recursive=True)
 
 
+@all_machines  # tests/machines/ starts torchrun without it
 def test_torchrun_starts_ranks_that_join_work_and_end(client, torchrun):
     started = torchrun(client, 2, wait=1)
     machine = client.accept()

@@ -145,11 +145,10 @@ def test_a_client_can_end_the_ranks_although_they_hang(client, start):
 
 def test_a_new_start_finds_its_own_relay_though_another_is_ending(client, start):
     """torchrun counts no restart when it starts ranks again because a machine has come back."""
-    for _ in range(2):
-        machine = start(client)
-        client.accept().ready([0])
-        machine.end()
     machine = start(client)
+    client.accept().ready([0])
+    machine.end()
+    start(client)
     client.accept().ready([0])
 
 
@@ -195,11 +194,15 @@ def test_a_client_that_does_not_read_stops_the_ranks_and_not_the_relays_memory(c
     link.ready([0])
     relay, before = machine.relay, machine.relay.memory_info().rss
     link.say([0], play(1, do="flood", shape=[rows, 2048], times=times), job=1, lent=[rows * 2048])
-    most, until = 0, time.monotonic() + 2
-    while time.monotonic() < until and (most < 60e6 or time.monotonic() < until - 1):
+    most, until = 0, time.monotonic() + 10
+    while most < 60e6 and time.monotonic() < until:
         most = max(most, relay.memory_info().rss - before)
         time.sleep(0.02)
-    assert 30e6 < most < 100e6
+    until = time.monotonic() + 0.4  # whether it grows further
+    while time.monotonic() < until:
+        most = max(most, relay.memory_info().rss - before)
+        time.sleep(0.02)
+    assert 60e6 < most < 100e6
     parts = 0
     while not (isinstance(envelope := link.take(), FromRank) and link.message["type"] == "Done"):
         parts += isinstance(envelope, Region)

@@ -33,6 +33,8 @@ OF_HUNYUAN = [f"hunyuan_{mode}" for mode in ("ulysses2", "ring2", "tp2")]
 HUNYUAN_DENSITIES = ("0.59", "0.66", "0.74")
 NAMES = {
     "transport": {*TRANSPORT, *(f"{name}_vs_{peer}" for name in TRANSPORT for peer in PEERS)},
+    "transport --hosts": {"transport.hosts.null_over_ping_ms", "transport.hosts.frames_share",
+                          "transport.hosts.request_share"},
     "warm": {"warm.cold_start_s", "warm.late_over_early", "warm.rss_slope_mb", "warm.weight_opens"},
     "ascend": {*(f"ascend.{name}_{what}" for name in OPERATORS for what in ("error", "time")),
                *(f"ascend.vae_{dtype}_psnr" for dtype in vae_dtypes.LEAST_PSNR),

@@ -136,7 +136,7 @@ def test_ranks_that_do_not_join_in_time(runtime, cluster, machines, monkeypatch)
         runtime.ping()
     text = str(caught.value)
     assert text.startswith("AV-1905: Of the cluster 'played', rank 2 of 3 have not joined within 0 s. Joined: atlas1 ")
-    assert f"-m ascend_runtime.engine.worker --client {cluster.listen} --key {cluster.key}" in text
+    assert "`python -m ascend_runtime cluster show played` prints the commands" in text and cluster.key not in text
     monkeypatch.delenv("ASCEND_RUNTIME_START_DEADLINE")
     machines()
     runtime.ping()  # the client has listened on

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 JOIN_DEADLINE = 600  # seconds; torchrun may have to start the ranks, and each loads torch
 JOIN_POLL = 0.02  # seconds between looks at what machines have sent
 FIRST_NOTICE = 0.5  # seconds; ranks that are ready already need less
-LEAVE_DEADLINE = 1.0  # seconds for machines to end their ranks
 
 
 class ClusterGroup:
@@ -108,12 +107,7 @@ class ClusterGroup:
         """Asks the machines to end their ranks, after a loss, or as they do not answer."""
         self._stopped = True
         reason = self._losses() or "Ranks did not answer in time."
-        self._meeting.drop(self.machines)
-        for machine in self.machines:
-            machine.leave(reason)
-        deadline = time.monotonic() + LEAVE_DEADLINE
-        for machine in self.machines:
-            machine.farewell(deadline)
+        self._meeting.end(self.machines, reason)
 
     def _losses(self) -> str:
         return " ".join(dict.fromkeys(machine.loss for machine in self.machines if machine.loss is not None))

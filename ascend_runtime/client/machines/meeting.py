@@ -17,6 +17,7 @@ from .machine import RelayLink
 logger = logging.getLogger(__name__)
 
 LATELY = 60.0  # seconds; torchrun starts a refused machine's ranks again in less
+LEAVE_DEADLINE = 1.0  # seconds for machines to end their ranks
 
 
 class Meeting:
@@ -26,6 +27,7 @@ class Meeting:
         self.cluster = cluster
         self._refusal, self._refused_at = "", 0.0
         self._machines: list[RelayLink] = []
+        self._ended: set[str] = set()  # the names of groups that were ended
         self._one_at_a_time = threading.Lock()
         self._listener: Listener | None = None
         self._pid = os.getpid()  # to recognise a forked child, whose connections these are not
@@ -39,11 +41,18 @@ class Meeting:
         """The machines that are connected, in the order of their ranks."""
         with self._one_at_a_time:
             self._look()
-            return sorted(self._machines, key=lambda machine: machine.ranks)
+            late = [machine for machine in self._machines if self._ended.intersection(machine.ready.values())]
+            present = sorted((machine for machine in self._machines if machine not in late), key=lambda one: one.ranks)
+        if late:  # their connections were cut when their group was ended; torchrun there still takes it for whole
+            self.end(late, "its group has lost other ranks.")
+        return present
 
-    def drop(self, machines: list[RelayLink]) -> None:
+    def end(self, machines: list[RelayLink], reason: str) -> None:
+        """Asks machines to end the ranks of their group, for this reason, and closes their connections."""
         with self._one_at_a_time:
             self._machines = [machine for machine in self._machines if machine not in machines]
+            self._ended.update(*(machine.ready.values() for machine in machines))
+        _dismiss(machines, reason)
 
     def close(self) -> None:
         """Closes all connections; the machines' ranks wait for the next client."""
@@ -87,3 +96,11 @@ class Meeting:
             machines, self._machines = self._machines, []
         for machine in machines:
             machine.close()
+
+
+def _dismiss(machines: list[RelayLink], reason: str) -> None:
+    for machine in machines:
+        machine.leave(reason)
+    deadline = time.monotonic() + LEAVE_DEADLINE
+    for machine in machines:
+        machine.farewell(deadline)

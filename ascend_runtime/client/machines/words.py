@@ -29,22 +29,12 @@ def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -
         lack = f"The ranks of the cluster {cluster.name!r} have not found each other"
     present = _present(machines) if machines else f"No machine has come to {cluster.listen}."
     return (
-        f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks "
-        f"there, by a command such as this one on each machine:\n{_command(cluster)}\n"
-        "Set ASCEND_RUNTIME_START_DEADLINE to wait longer."
+        f"{lack} within {seconds:.0f} s. {present} See torchrun's output on the other machines, or start the ranks on "
+        f"each machine: `python -m ascend_runtime cluster show {cluster.name}` prints the commands. Set "
+        "ASCEND_RUNTIME_START_DEADLINE to wait longer."
     )
 
 
 def _present(machines: Sequence[RelayLink]) -> str:
     each = [f"{machine.name} ({in_words(machine.here) if machine.here else 'none yet'})" for machine in machines]
     return f"Joined: {', '.join(each)}."
-
-
-def _command(cluster: Cluster) -> str:
-    """For each machine, as far as it is known here: neither their number nor their addresses are."""
-    return (
-        "torchrun --nnodes MACHINES --nproc-per-node RANKS_OF_EACH --max-restarts 100 --rdzv-backend c10d "
-        f"--rdzv-id {cluster.name} --rdzv-endpoint FIRST_MACHINE:29500 -m ascend_runtime.engine.worker "
-        f"--client {cluster.listen} --key {cluster.key}\n"
-        f"`python -m ascend_runtime cluster show {cluster.name}` prints it with the addresses."
-    )

@@ -133,7 +133,7 @@ class ClientConnection:
         self._opening = socket.socket(family, kind, protocol)
         self._opening.setblocking(False)
         keep_alive(self._opening, USER_TIMEOUT)
-        self._opening.connect_ex(address)
+        _require_possible(self._opening.connect_ex(address))
 
     def _open_further(self) -> None:
         if not isinstance(self._opening, Handshake):
@@ -160,10 +160,14 @@ class ClientConnection:
         self._said = text
 
 
+def _require_possible(error: int) -> None:
+    if error not in (0, errno.EINPROGRESS):
+        raise OSError(error, os.strerror(error))
+
+
 def _is_connected(plain: socket.socket) -> bool:
     """Raises OSError if it cannot be."""
-    if error := plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-        raise OSError(error, os.strerror(error))
+    _require_possible(plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
     try:
         plain.getpeername()
     except OSError as error:

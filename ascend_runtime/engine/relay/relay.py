@@ -12,6 +12,7 @@ from ...errors import coded
 from ...hardware import memory
 from ...wire.control import Cancel, Located, Shutdown, Wrote
 from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Here, Leave, Welcome
+from ...wire.memory import blocks
 from ...wire.packets import ChannelClosed, Packet, Undecodable
 from ...wire.tls import Key
 from .arriving import Arriving, LentMemory
@@ -127,7 +128,7 @@ class Relay:
             envelope = FromRank(rank=rank.number, body=len(packet.body), block=len(tensors))
             self._client.post(envelope, packet.body, tensors)
         if self._ranks.idle:
-            self._lent, self._cancel_until = [], None
+            self._lent = []
 
     def _pass_region(self, rank: LocalRank, packet: Packet) -> None:
         try:
@@ -202,6 +203,7 @@ class Relay:
     def _lose_client(self) -> None:
         self._without_client_since = time.monotonic()
         self._arriving = None
+        blocks.forget()
         for rank in [rank for rank in self._ranks.here.values() if rank.job]:
             self._cancel_until = time.monotonic() + ABANDONED_DEADLINE
             self._say(rank, Delivery(msgspec.msgpack.encode(Cancel(job=rank.job))))
@@ -212,11 +214,13 @@ class Relay:
         now, wait = time.monotonic(), self._settings.wait
         if self._last_words_until is not None and (now > self._last_words_until or self._has_said_all):
             self._ended = True
+        elif self._ranks.idle:
+            self._cancel_until = None
+            if wait and not self._client.welcomed and now - self._without_client_since > wait and self._ranks.settled:
+                self._end_quietly()
         elif self._cancel_until is not None and now > self._cancel_until:
             logger.error("Ranks have not ended the job of a client that is gone, within %.0f s.", ABANDONED_DEADLINE)
             self._kill()
-        elif wait and not self._client.welcomed and now - self._without_client_since > wait and self._ranks.settled:
-            self._end_quietly()
 
     @property
     def _has_said_all(self) -> bool:

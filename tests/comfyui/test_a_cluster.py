@@ -1,4 +1,7 @@
-"""A cluster in a real ComfyUI: chosen by its name, refused with the reason, and used for a video that shows no key."""
+"""A cluster in a real ComfyUI: chosen by its name, refused with the reason, and used for a video that shows no key.
+
+The first file of its folder, as a cluster's job ends ranks of this machine, which then have to start once more.
+"""
 
 import json
 import os
