@@ -60,7 +60,8 @@ def wait(descriptor, events, seconds=PATIENCE):
 
 
 class PlayedMachine:
-    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes.
+    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes,
+    and in another group when it was asked to leave.
 
     answer(machine, deliver, message): answers a job, whose message is a dictionary; by default, all its ranks are done.
     hello: what it says of itself besides. seen: what the client sent: envelopes. ended: why the last connection did.
@@ -160,7 +161,7 @@ class PlayedMachine:
             self.welcomes += 1
             for rank in self.ranks:
                 self.link.post(Here(rank=rank))
-                self.say(rank, Ready(rank=rank, group=self.group))
+                self.say(rank, Ready(rank=rank, group=f"{self.group} {len(self.seen_of(Leave))}"))
         elif isinstance(envelope, Deliver) and envelope.job:
             self.answer(self, envelope, msgspec.msgpack.decode(self._body))
         elif isinstance(envelope, (Rejected, Leave)):
