@@ -60,16 +60,17 @@ def wait(descriptor, events, seconds=PATIENCE):
 
 
 class PlayedMachine:
-    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes.
+    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes,
+    and in another group when it was asked to leave.
 
     answer(machine, deliver, message): answers a job, whose message is a dictionary; by default, all its ranks are done.
-    seen: what the client sent: envelopes. ended: why the last connection did.
+    hello: what it says of itself besides. seen: what the client sent: envelopes. ended: why the last connection did.
     """
 
-    def __init__(self, cluster, name, ranks, *, group="a group", answer=None, joins=True, comes_again=True, **hello):
+    def __init__(self, cluster, name, ranks, *, group="a group", answer=None, comes_again=True, **hello):
         self.cluster, self.name, self.ranks, self.group = cluster, name, tuple(ranks), group
         self.answer = answer or (lambda machine, deliver, message: machine.done(deliver))
-        self.joins, self.comes_again = joins, comes_again
+        self.comes_again = comes_again
         self.hello = {"pack": versions()[OWN_NAME], "protocol": PROTOCOL, "machine": name, "ranks": self.ranks,
                       "world_size": cluster.ranks, "device": "cpu", "packages": package_versions(), **hello}  # fmt: skip
         self.seen, self.ended, self.welcomes = [], "", 0
@@ -160,8 +161,7 @@ class PlayedMachine:
             self.welcomes += 1
             for rank in self.ranks:
                 self.link.post(Here(rank=rank))
-                if self.joins:
-                    self.say(rank, Ready(rank=rank, group=self.group))
+                self.say(rank, Ready(rank=rank, group=f"{self.group} {len(self.seen_of(Leave))}"))
         elif isinstance(envelope, Deliver) and envelope.job:
             self.answer(self, envelope, msgspec.msgpack.decode(self._body))
         elif isinstance(envelope, (Rejected, Leave)):

@@ -12,15 +12,26 @@ import socket
 import threading
 import time
 
+import msgspec
 import pytest
 import torch
-from ascend_runtime import Cluster, JobCancelled, ParallelSpec, RankDied, RankError, Runtime
+from ascend_runtime import (
+    Cluster,
+    DiffusionModelSpec,
+    JobCancelled,
+    ParallelSpec,
+    RankDied,
+    RankError,
+    Runtime,
+    SampleSpec,
+)
 from ascend_runtime.client.machines import group as cluster_group
 from ascend_runtime.client.machines import machine as machine_module
 from ascend_runtime.client.machines.machine import spans
 from ascend_runtime.hardware import host
 from ascend_runtime.wire.envelopes import Deliver, FromRank, Leave, Region, Rejected
 from ascend_runtime.wire.messages import Done, Failed
+from ascend_runtime.wire.plans import Chosen
 from ascend_runtime.wire.tls import make_key
 from played_machines import PlayedMachine, free_port, until
 
@@ -324,11 +335,12 @@ def test_ranks_that_do_not_answer_a_cancel_are_asked_to_leave(runtime, machines,
 # Losses
 
 
-@pytest.mark.parametrize("loss, text", [
-    (lambda machine: machine.bury(2), "AV-1906: Rank 2 of 3, on the machine atlas2, has ended"),
-    (lambda machine: machine.hang_up(), "AV-1906: The machine atlas2, with rank 2, was lost: the other side"),
+@pytest.mark.parametrize("loss, text, came", [
+    (lambda machine: machine.bury(2), "AV-1906: Rank 2 of 3, on the machine atlas2, has ended", 2),
+    (lambda machine: machine.hang_up(), "AV-1906: The machine atlas2, with rank 2, was lost: the other side", 3),
 ])  # fmt: skip
-def test_a_loss_ends_the_job_and_the_next_one_runs(runtime, machines, loss, text):
+def test_a_loss_ends_the_job_and_the_next_one_runs(runtime, machines, loss, text, came):
+    """A machine whose connection was cut comes first with ranks of the group that was ended, and is asked to leave."""
     lost = []
 
     def answer(machine, deliver, message):
@@ -346,7 +358,7 @@ def test_a_loss_ends_the_job_and_the_next_one_runs(runtime, machines, loss, text
     first.until(lambda one: one.seen_of(Leave))
     assert "atlas2" in first.seen_of(Leave)[0].reason
     runtime.ping()
-    assert first.welcomes == second.welcomes == 2
+    assert first.welcomes == 2 and second.welcomes == came and len(second.seen_of(Leave)) == 1
 
 
 def test_a_death_by_the_kernel_is_one_for_want_of_memory(runtime, machines):
@@ -354,6 +366,30 @@ def test_a_death_by_the_kernel_is_one_for_want_of_memory(runtime, machines):
     with pytest.raises(RankDied, match="AV-1501: Rank 2 of 3, on the machine atlas2, was killed by SIGKILL") as caught:
         runtime.ping()
     assert host.out_of_memory(str(caught.value)) and "What helps" in str(caught.value)
+
+
+def test_a_death_for_want_of_memory_gives_the_job_one_more_try(runtime, machines):
+    """With a plan that takes less, when torchrun has started the ranks again."""
+    plans = [Chosen(parallel=ParallelSpec(), line=f"plan {size}", device=size) for size in (1000, 800)]
+    kinds = []
+
+    def answer(machine, deliver, message):
+        kind = message["type"]
+        kinds.append((machine.name, kind))
+        if kind == "Choose":
+            machine.done(deliver, info={"plan": msgspec.to_builtins(plans[message["below"] > 0])})
+        elif kind == "Sample" and machine.name == "atlas2" and machine.welcomes == 1:
+            machine.bury(2, by_kernel=True)
+        elif not (kind == "Sample" and machine.welcomes == 1):
+            machine.done(deliver, tensor=torch.ones(1))
+
+    machines(*({"answer": answer},) * 2)
+    said = []
+    result = runtime.sample(DiffusionModelSpec(path="/m"), SampleSpec(steps=1), torch.zeros(1, 16, 1, 8, 8),
+                            torch.zeros(1, 8, 4), on_notice=said.append)  # fmt: skip
+    assert result.tensor.item() == 1 and result.info["plan"]["line"] == "plan 800"
+    assert "ran out of memory" in said[-1] and "plan 800" in said[-1]
+    assert [kind for name, kind in kinds if name == "atlas1"] == ["Choose", "Sample", "Free", "Choose", "Sample"]
 
 
 def test_a_machine_that_was_lost_between_jobs_is_waited_for(runtime, machines, cluster):

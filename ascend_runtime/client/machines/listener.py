@@ -132,12 +132,11 @@ class Listener:
     def _advance(self, newcomer: _Newcomer) -> None:
         try:
             hello = newcomer.advance(self._key)
+            if hello is not None:
+                self._admit(newcomer.machine, hello)
+                self._pending.remove(newcomer)
         except (OSError, ValueError, ChannelClosed) as error:
             self._drop(newcomer, str(error))
-            return
-        if hello is not None:
-            self._pending.remove(newcomer)
-            self._admit(newcomer.machine, hello)
 
     def _drop(self, newcomer: _Newcomer, reason: str) -> None:
         self._pending.remove(newcomer)
