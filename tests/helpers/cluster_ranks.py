@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PORT, RENDEZVOUS = 29600, 29500
 WORKER = "ascend_runtime.engine.worker"
 RELAY = "ascend_runtime.engine.relay"
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "MKL_CBWR": "AUTO,STRICT"}
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "MKL_CBWR": "AUTO,STRICT",
+               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # fmt: skip
 
 
 class ClusterRanks:
