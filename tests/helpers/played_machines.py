@@ -60,8 +60,7 @@ def wait(descriptor, events, seconds=PATIENCE):
 
 
 class PlayedMachine:
-    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes,
-    and in another group when it was asked to leave.
+    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes.
 
     answer(machine, deliver, message): answers a job, whose message is a dictionary; by default, all its ranks are done.
     hello: what it says of itself besides. seen: what the client sent: envelopes. ended: why the last connection did.

@@ -341,7 +341,6 @@ def test_ranks_that_do_not_answer_a_cancel_are_asked_to_leave(runtime, machines,
     (lambda machine: machine.hang_up(ranks_end=False), "AV-1906: The machine atlas2, with rank 2, was lost"),
 ])  # fmt: skip
 def test_a_loss_ends_the_job_and_the_next_one_runs(runtime, machines, loss, text):
-    """A machine whose connection was cut comes first with ranks of the group that was ended, and is asked to leave."""
     lost = []
 
     def answer(machine, deliver, message):
