@@ -60,7 +60,7 @@ def relay_killed(pair, host):
 
 STRIKES = (cut, powered_off, killed, torchrun_killed, rank_killed, relay_killed)
 FIRST_TOO = (torchrun_killed, killed, rank_killed)  # also on the host with torchrun's rendezvous, and the client
-SAMPLE = {("torchrun_killed", 1, "step")}
+SAMPLE = {("rank_killed", 1, "step")}
 
 
 def sweep():

@@ -227,14 +227,15 @@ def test_1000_connections_during_a_job(request, rng, pair, slow_specs, expected)
     usual = time.monotonic() - began
     for way in WAYS if request.config.getoption("--all-machines") else [rng.choice(WAYS)]:
         crowd = Crowd(pair, way)
-        began = time.monotonic()
-        latent = job(pair.client, slow_specs)
-        seconds = time.monotonic() - began
+        longest = 0.0
+        while crowd.is_alive():
+            began = time.monotonic()
+            latent = job(pair.client, slow_specs)
+            longest = max(longest, time.monotonic() - began)
+            assert_close(latent, expected, atol=1e-4, rtol=0.0)
         crowd.disperse()
-        print(f"{way.__name__}: {seconds:.1f} s, usually {usual:.1f} s")
-        assert crowd.came == 1000
-        assert_close(latent, expected, atol=1e-4, rtol=0.0)
-        assert seconds < 4 * usual + 3
+        print(f"{way.__name__}: {longest:.1f} s, usually {usual:.1f} s")
+        assert crowd.came == 1000 and 0 < longest < 4 * usual + 3
         assert_undisturbed(pair)
 
 

@@ -103,14 +103,16 @@ def test_a_latent_on_every_plan(pair, one_rank, specs, hunyuan, once, family, ra
 def test_frames_and_back(pair, one_rank, specs, hunyuan, once, family):
     """VAE tiles on all hosts, whose frames come back to the client while later ones are made."""
     vae = specs.vae if family == "wan" else VaeSpec(path=str(hunyuan.folder))
-    latent = torch.randn(1, 16, 3, 9, 7, generator=torch.Generator().manual_seed(5))
+    latent = torch.randn(1, 16, 2, 7, 5, generator=torch.Generator().manual_seed(5))
     frames = once((family, "frames"), lambda: one_rank.decode(vae, latent).tensor)
     again = once((family, "again"), lambda: one_rank.encode_video(vae, frames).tensor)
     assert_same(pair.client.decode(vae, latent).tensor, frames)
     assert_same(pair.client.encode_video(vae, frames).tensor, again)
 
 
-def test_a_batch_of_frames(pair, one_rank, specs, once):
+def test_a_batch_of_frames(request, pair, one_rank, specs, once):
+    if not request.config.getoption("--all-machines"):
+        pytest.skip("only with --all-machines")
     latent = torch.randn(2, 16, 2, 5, 6, generator=torch.Generator().manual_seed(6))
     expected = once("batch", lambda: one_rank.decode(specs.vae, latent).tensor)
     assert_same(pair.client.decode(specs.vae, latent).tensor, expected)
