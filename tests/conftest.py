@@ -72,6 +72,15 @@ class Lanes(LoadScopeScheduling):
         return folder if folder in LANES else file
 
 
+def pytest_collection_modifyitems(items):
+    """The longest work begins first: at the end, no worker waits for another one's minutes."""
+
+    def place(item) -> int:
+        return 0 if item.path.parent.name in LANES else 1 if item.path.name in APART else 2
+
+    items.sort(key=place)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return Lanes(config, log)

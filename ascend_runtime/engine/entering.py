@@ -35,6 +35,10 @@ RELAY_DEADLINE = 60.0  # seconds until the machine's first rank has come as far 
 RETRY = 0.02  # seconds
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = [sys.executable, "-u", "-m", "ascend_runtime.engine.worker"]  # the rank proper
+SHARED_STORE = (
+    "torchrun shares its store between starts of the ranks. When it is itself started again on one machine, ranks may "
+    "take minutes to come back. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on all machines."
+)
 CUDA_DRIVER = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 
 
@@ -160,6 +164,8 @@ def _connected(options: argparse.Namespace, kind: str, parent: int) -> int:
     name = name_of_socket(parent, _restart())
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if local_rank == 0:
+        if os.environ.get("GROUP_WORLD_SIZE") != "1" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            print(SHARED_STORE, file=sys.stderr, flush=True)
         with _listener(name) as listener:
             _start_relay(options, kind, rank, listener)
     connection = _connection(name, parent)

@@ -130,7 +130,7 @@ def crossing_warning(
     )
     others = choice_of(model, video, machine, rates, replace(fixed, parallel=left_open), held).fitting
     within = (other for other in others if other.arrangement.plan.is_within(hosts))
-    return words.crossing(one, machine, next(within, None))
+    return words.cost_of_crossing(one, machine, next(within, None))
 
 
 def nearest_size(model: Model, video: Video, machine: Machine, fixed: Fixed = Fixed()) -> VideoSize | None:

@@ -108,7 +108,11 @@ def test_page_shows_chinese_help(chinese):
     """A node's info button opens its Chinese help page."""
     # Newer pages say over the button that the workflow's models are missing.
     chinese.page.add_style_tag(content="[data-testid=error-overlay] { display: none }")
-    chinese.page.evaluate(f"app.canvas.selectNode({SAMPLER})")
+    # A workflow that the page is still laying out takes the selection away again.
+    chinese.page.wait_for_function(f"""() => {{
+        if (document.querySelector('[data-testid=info-button]')) return true
+        app.canvas.selectNode({SAMPLER})
+    }}""", polling=500)
     chinese.page.get_by_test_id("info-button").click()
     chinese.page.get_by_role("heading", name="官方设置").wait_for()
     screenshot(chinese, "help_zh")

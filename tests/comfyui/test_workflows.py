@@ -45,8 +45,8 @@ def without_titles(prompt) -> dict:
 
 
 def as_saved(prompt, saved) -> dict:
-    """A page's prompt, without inputs that core nodes of newer ComfyUIs have and the `saved` prompt has not, and without
-    the choice of this machine, as clusters belong to a host."""
+    """A page's prompt, without inputs that core nodes of newer ComfyUIs have and the `saved` prompt has not. The choice
+    of this machine is left out too, as clusters belong to a host."""
     prompt = without_titles(prompt)
     for number, node in prompt.items():
         if node["class_type"] == "AscendParallelConfig" and node["inputs"].get("cluster") == "this machine":

@@ -1,6 +1,7 @@
-"""A rank that measures the link between hosts, for a test: `link_rank.py STORE FILE`, with torchrun's RANK and WORLD_SIZE.
+"""A rank that measures the link between hosts, for a test: `link_rank.py STORE FILE`.
 
-STORE: HOST:PORT of the first host. The rank writes the link's costs, and the seconds of measuring, to FILE.
+RANK and WORLD_SIZE say which of how many. STORE: HOST:PORT of the first host. The rank writes the link's costs, and
+the seconds of measuring, to FILE.
 """
 
 import json

@@ -60,19 +60,21 @@ def wait(descriptor, events, seconds=PATIENCE):
 
 
 class PlayedMachine:
-    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes,
-    and in another group when it was asked to leave.
+    """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes.
 
     answer(machine, deliver, message): answers a job, whose message is a dictionary; by default, all its ranks are done.
     hello: what it says of itself besides. seen: what the client sent: envelopes. ended: why the last connection did.
     """
 
-    def __init__(self, cluster, name, ranks, *, group="a group", answer=None, comes_again=True, **hello):
-        self.cluster, self.name, self.ranks, self.group = cluster, name, tuple(ranks), group
+    def __init__(self, cluster, name, ranks, *, group="group", answer=None, comes_again=True, **hello):
+        self.cluster, self.name, self.ranks = cluster, name, tuple(ranks)
+        self.group, self.restarts = group, 0  # torchrun's restarts; each gives the ranks another group
         self.answer = answer or (lambda machine, deliver, message: machine.done(deliver))
         self.comes_again = comes_again
-        self.hello = {"pack": versions()[OWN_NAME], "protocol": PROTOCOL, "machine": name, "ranks": self.ranks,
-                      "world_size": cluster.ranks, "device": "cpu", "packages": package_versions(), **hello}  # fmt: skip
+        self.hello = {
+            "pack": versions()[OWN_NAME], "protocol": PROTOCOL, "machine": name, "ranks": self.ranks,
+            "world_size": cluster.ranks, "device": "cpu", "packages": package_versions(), **hello,
+        }  # fmt: skip
         self.seen, self.ended, self.welcomes = [], "", 0
         self.block = b""
         self._left = threading.Event()
@@ -90,6 +92,10 @@ class PlayedMachine:
         self._left.set()
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
+
+    @property
+    def group_now(self):
+        return f"{self.group} {self.restarts}"
 
     def seen_of(self, kind):
         return [envelope for envelope in self.seen if isinstance(envelope, kind)]
@@ -126,7 +132,9 @@ class PlayedMachine:
     def bury(self, rank, by_kernel=False):
         self.link.post(Gone(rank=rank, by_kernel=by_kernel))
 
-    def hang_up(self):
+    def hang_up(self, ranks_end=True):
+        """ranks_end: whether its ranks have ended, and not only its connection."""
+        self.restarts += ranks_end
         raise LinkClosed("it hangs up")
 
     # Its thread
@@ -161,10 +169,11 @@ class PlayedMachine:
             self.welcomes += 1
             for rank in self.ranks:
                 self.link.post(Here(rank=rank))
-                self.say(rank, Ready(rank=rank, group=f"{self.group} {len(self.seen_of(Leave))}"))
+                self.say(rank, Ready(rank=rank, group=self.group_now))
         elif isinstance(envelope, Deliver) and envelope.job:
             self.answer(self, envelope, msgspec.msgpack.decode(self._body))
         elif isinstance(envelope, (Rejected, Leave)):
+            self.restarts += isinstance(envelope, Leave)
             raise LinkClosed(envelope.reason)
 
     def _place(self, envelope):

@@ -307,5 +307,5 @@ def test_the_slurm_script_starts_torchrun_on_each_node_and_again_where_it_failed
     first, again, second = (tmp_path / "run").read_text().splitlines()
     assert first == again and "|is_host=1|" in first and "|is_host=0|" in second
     assert "--machine|node1|--client|192.0.2.1:29600|--key|/keys/a b.key|" in first and "--machine|node2|" in second
-    assert "--nnodes|2|--nproc-per-node|8|" in first and "--rdzv-endpoint|node1:29400|" in second
+    assert "--nnodes|2|--nproc-per-node|8|" in first and "--rdzv-endpoint|node1:29500|" in second
     assert "--rdzv-id|77|" in first and "|--local-addr|eth1.1|" in first

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ TABLES = {"define_schema"}  # a node's inputs, one after the other: data, that h
 LONGEST_LINE = 120
 
 
+@cache
 def modules():
     """All our modules that ship: dotted name -> file."""
     files = [path for package in (RUNTIME, "nodes") for path in (ROOT / package).rglob("*.py")]
@@ -50,10 +52,15 @@ def dotted(path):
     return name.removesuffix(".__init__")
 
 
+@cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
 def imports(name, path):
     """(imported module's absolute name, line) of every import in a module, also those inside functions."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -138,8 +145,7 @@ def test_light_modules_stay_light(module, unwanted):
 
 @pytest.mark.parametrize("name", modules())
 def test_functions_fit_a_screen(name):
-    tree = ast.parse(modules()[name].read_text())
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(modules()[name])):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name not in TABLES:
             lines = node.end_lineno - node.lineno + 1
             assert lines <= LONGEST_FUNCTION, f"{name}.{node.name} has {lines} lines"
@@ -159,8 +165,8 @@ def test_no_syntax_that_python_3_10_lacks(name):
 
 @pytest.mark.parametrize("name", modules())
 def test_modules_say_what_they_are(name):
-    text = modules()[name].read_text()
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{name} has no docstring"
+    tree = tree_of(modules()[name])
+    assert not tree.body or ast.get_docstring(tree), f"{name} has no docstring"
 
 
 @pytest.mark.parametrize("folder", [RUNTIME, "nodes", "tests", "scripts", "benchmarks"])
@@ -189,7 +195,7 @@ MAKE_GROUPS = re.compile("new_(sub)?group|split_group|init_device_mesh|_flatten$
 
 @pytest.mark.parametrize("name", modules())
 def test_groups_of_ranks_are_made_in_one_place(name):
-    nodes = ast.walk(ast.parse(modules()[name].read_text()))
+    nodes = ast.walk(tree_of(modules()[name]))
     used = {getattr(node, "attr", getattr(node, "id", getattr(node, "name", None))) for node in nodes}
     made = [word for word in used if isinstance(word, str) and MAKE_GROUPS.match(word)]
     assert bool(made) == (name == f"{RUNTIME}.parallel.mesh"), made
@@ -249,7 +255,7 @@ def _strings(nodes):
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_families_are_known_behind_their_door_only(name):
-    found = list(names_of_families(ast.parse(modules()[name].read_text())))
+    found = list(names_of_families(tree_of(modules()[name])))
     assert not found, f"{name} names a family: {found}"
 
 
@@ -280,7 +286,7 @@ SAME_IN_SEVERAL = {
 def test_a_name_means_one_thing():
     homes = defaultdict(list)
     for name, path in modules().items():
-        for node in ast.parse(path.read_text()).body:
+        for node in tree_of(path).body:
             targets = node.targets if isinstance(node, ast.Assign) else [node]
             for defined in (getattr(target, "id", getattr(target, "name", "_")) for target in targets):
                 if isinstance(defined, str) and not defined.startswith("_") and inside(name, RUNTIME):

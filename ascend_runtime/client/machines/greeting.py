@@ -103,7 +103,7 @@ def _passing(hello: Hello, others: Sequence[RelayLink]) -> Iterator[str]:
 
 
 def _release(version: str) -> str:
-    """Without what tells builds of a release apart, such as +cpu, which differs between processors."""
+    """Without what distinguishes builds of a release, such as +cpu, which differs between processors."""
     return version.partition("+")[0]
 
 

@@ -17,6 +17,10 @@ from .options import described
 RENDEZVOUS_PORT = 29500  # as in torchrun's examples
 _REMOTE = ".config/ascend-video/clusters"  # in the home of a machine's user
 _WORKER = "ascend_runtime.engine.worker"
+# torch's default shares a store of torchrun's between starts of the ranks. A torchrun that was started again then waits
+# a minute or more for the address of the store, which the others do not publish again (torch 2.13,
+# DynamicRendezvousHandler.next_rendezvous).
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 # What stands for the address of the first machine, if a cluster's is every interface, and for that of another one.
 _FIRST, _OTHER = "HOST", "ADDRESS"
 
@@ -103,7 +107,8 @@ def _torchrun(cluster: Cluster, host: str, machines: int, *, first: bool) -> lis
     meeting = RENDEZVOUS_PORT + (port == RENDEZVOUS_PORT)
     own, key = (host.strip("[]"), cluster.key) if first else (_OTHER, f"~/{_REMOTE}/{cluster.name}{KEY_SUFFIX}")
     return [
-        f"    torchrun --nnodes {machines} --nproc-per-node {cluster.ranks // machines} --max-restarts 100 \\",
+        f"    {_OWN_STORE} torchrun --nnodes {machines} --nproc-per-node {cluster.ranks // machines} \\",
+        "        --max-restarts 100 \\",
         f"        --rdzv-backend c10d --rdzv-id {cluster.name} --rdzv-endpoint {host}:{meeting} \\",
         f"        --rdzv-conf is_host={int(first)} --local-addr {own} \\",
         f"        -m {_WORKER} --client {host}:{port} --key {key}",

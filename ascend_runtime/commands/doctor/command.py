@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...checkpoints.faults import printable
-from . import cards, clusters, comfyui, disks, limits, model_files, network, npu, packages, processes, table
+from ..cluster.checks import CLUSTER_CHECKS
+from . import cards, comfyui, disks, limits, model_files, network, npu, packages, processes, table
 from .findings import ERROR, Finding, worst
 from .surroundings import Surroundings, kind_of
 
@@ -65,7 +66,7 @@ def examine(around: Surroundings) -> dict[str, list[Finding]]:
         ("Host", (*limits.LIMIT_CHECKS, *processes.PROCESS_CHECKS)),
         ("ComfyUI and models", (*comfyui.COMFYUI_CHECKS, *model_files.MODEL_CHECKS)),
         ("Disks", disks.DISK_CHECKS),
-        ("Several machines", clusters.CLUSTER_CHECKS),
+        ("Several machines", CLUSTER_CHECKS),
         ("Python", (*packages.PACKAGE_CHECKS, imports.findings)),
     )
     return {name: [finding for check in checks for finding in check(around)] for name, checks in groups}

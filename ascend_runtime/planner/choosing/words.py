@@ -92,7 +92,7 @@ def _link_seconds(one: Prediction) -> str:
     return duration(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def crossing(one: Prediction, machine: Machine, within: Prediction | None) -> str:
+def cost_of_crossing(one: Prediction, machine: Machine, within: Prediction | None) -> str:
     """The warning for a plan whose inner axes cross machines. within: the fastest one that fits and whose inner axes
     do not; None: there is none."""
     plan = one.arrangement.plan

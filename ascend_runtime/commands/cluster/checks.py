@@ -1,4 +1,7 @@
-"""Checks of the clusters that have a file on this host: the file, the key, and the address to listen at."""
+"""What `doctor` checks of the clusters that have a file on this host: the file, the key, the address to listen at.
+
+Imports nothing that is not there before the pack's requirements are installed.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import errno
 from collections.abc import Iterator
 
 from ...hardware.host import HostFault
-from .findings import Finding, error, fine, warning
-from .surroundings import Surroundings
+from ..doctor.findings import Finding, error, fine, warning
+from ..doctor.surroundings import Surroundings
 
 
 def _clusters(around: Surroundings) -> Iterator[Finding]:
