@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 LONGEST_POLL = 0.5  # seconds
 MOST_UNSENT = 1 << 26  # bytes for the client that wait to be sent, from which on ranks wait too
-# Seconds for ranks to end a job whose client is gone. A link that is cut shows after 30 s (USER_TIMEOUT), and ranks that
-# wait for ranks beyond it are gone within a minute.
+# Seconds for ranks to end a job whose client is gone. A link that is cut shows after 30 s (USER_TIMEOUT), and ranks
+# that wait for others beyond it are gone within a minute.
 ABANDONED_DEADLINE = 20.0
 LAST_WORDS = 1.0  # seconds in which the relay reports the death of the rank that it ends with
 _wrote = msgspec.msgpack.Decoder(Wrote)
