@@ -36,7 +36,7 @@ from ..wire.messages import (
     Velocity,
 )
 from .job import Cancelled, Job, PeerFailed
-from .joining import join_group
+from .machine.joining import join_group
 from .pipeline import RankPipeline
 
 

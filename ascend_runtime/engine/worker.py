@@ -13,7 +13,7 @@ from ..hardware.processes import die_with
 
 def main() -> None:
     if sys.argv[1:] or _PARENT not in os.environ:
-        from .entering import enter
+        from .machine.entering import enter
 
         enter(sys.argv[1:])
     die_with(int(os.environ[_PARENT]))

@@ -1,7 +1,7 @@
 """What a client and a machine of a cluster send each other, around the messages of the machine's ranks.
 
-A machine has one connection to the client, that of its relay (engine/relay/). An envelope says what its payload is, so
-that the payload can be received where it belongs, without a copy. Does not import torch.
+A machine has one connection to the client, that of its relay (engine/machine/relay/). An envelope says what its payload
+is, so that the payload can be received where it belongs, without a copy. Does not import torch.
 """
 
 from __future__ import annotations

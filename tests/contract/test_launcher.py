@@ -117,10 +117,10 @@ def test_the_backend_of_npus_is_hccl():
 
 
 def test_a_group_of_both_backends_is_joined(clean, python_on):
-    """As engine/joining.py joins it. HCCL itself comes with the first exchange of a card's tensors: not here."""
+    """As engine/machine/joining.py joins it. HCCL itself comes with a card's first exchange: not here."""
     code = """
         import os, torch, torch.distributed as dist
-        from ascend_runtime.engine.joining import join_group
+        from ascend_runtime.engine.machine.joining import join_group
         from ascend_runtime.hardware import devices
         store = os.memfd_create("ascend-store")
         os.environ.update(RANK="0", WORLD_SIZE="1", ASCEND_RUNTIME_STORE_FD=str(store))

@@ -16,7 +16,7 @@ from rank_processes import environment_of
 ROOT = Path(__file__).resolve().parents[2]
 PORT, RENDEZVOUS = 29600, 29500
 WORKER = "ascend_runtime.engine.worker"
-RELAY = "ascend_runtime.engine.relay"
+RELAY = "ascend_runtime.engine.machine.relay"
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "MKL_CBWR": "AUTO,STRICT",
     # As docs/machines.md says: else a torchrun that is started again waits for a minute in vain for the first one's.

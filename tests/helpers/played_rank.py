@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import msgspec
-from ascend_runtime.engine import entering
+from ascend_runtime.engine.machine import entering
 from ascend_runtime.wire.packets import ChannelClosed, Packets, header
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from ascend_runtime.engine import entering
-from ascend_runtime.engine.joining import agreed_name
-from ascend_runtime.engine.relay.regions import content_of, region_of
-from ascend_runtime.engine.relay.settings import pause_before_failing
+from ascend_runtime.engine.machine import entering
+from ascend_runtime.engine.machine.joining import agreed_name
+from ascend_runtime.engine.machine.relay.regions import content_of, region_of
+from ascend_runtime.engine.machine.relay.settings import pause_before_failing
 from ascend_runtime.hardware import interfaces
 from ascend_runtime.wire import messages
 from ascend_runtime.wire.control import Wrote

@@ -10,8 +10,8 @@ from pathlib import Path
 import played_rank
 import psutil
 import pytest
-from ascend_runtime.engine.relay.ranks import may_connect
-from ascend_runtime.engine.relay.settings import name_of_socket
+from ascend_runtime.engine.machine.relay.ranks import may_connect
+from ascend_runtime.engine.machine.relay.settings import name_of_socket
 from ascend_runtime.wire.envelopes import FromRank, Gone, Leave, Region, Rejected
 from ascend_runtime.wire.link import LinkClosed
 from ascend_runtime.wire.tls import make_key
@@ -77,7 +77,7 @@ class PlayedMachine:
     @property
     def relay(self):
         first = psutil.Process(self.processes[0].pid)
-        return next(one for one in first.children() if "ascend_runtime.engine.relay" in one.cmdline())
+        return next(one for one in first.children() if "ascend_runtime.engine.machine.relay" in one.cmdline())
 
 
 def play(job, **what):
@@ -233,7 +233,7 @@ def test_a_wrong_report_of_a_rank_ends_it(client, start):
     assert isinstance(link.take(), Gone)
 
 
-@pytest.mark.skipif("not config.getoption('--all-machines')", reason="takes 30 s; --all-machines runs it")
+@pytest.mark.skipif("not config.getoption('--all-machines')", reason="takes 20 s; --all-machines runs it")
 def test_ranks_that_do_not_end_the_job_of_a_client_that_is_gone_are_ended(client, start):
     machine = start(client)
     link = client.accept()
@@ -242,4 +242,4 @@ def test_ranks_that_do_not_end_the_job_of_a_client_that_is_gone_are_ended(client
     time.sleep(0.1)
     link.link.close()
     began = time.monotonic()
-    assert machine.processes[0].wait(45) == -signal.SIGKILL and time.monotonic() - began > 25
+    assert machine.processes[0].wait(45) == -signal.SIGKILL and time.monotonic() - began > 15

@@ -21,10 +21,10 @@ RESERVED = {
     "torch_npu": ("ascend_runtime.ops.libraries",),
     "mindiesd": ("ascend_runtime.ops.libraries",),
     "socket": tuple(f"ascend_runtime.{name}" for name in (
-        "wire", "client.group", "client.machines", "engine.worker", "engine.entering", "engine.relay",
+        "wire", "client.group", "client.machines", "engine.worker", "engine.machine",
         "hardware.interfaces", "commands.queue", "commands.doctor")),
     "subprocess": tuple(f"ascend_runtime.{name}" for name in (
-        "client.group", "commands.queue", "commands.doctor", "wire.tls", "engine.entering")),
+        "client.group", "commands.queue", "commands.doctor", "wire.tls", "engine.machine.entering")),
     "ssl": ("ascend_runtime.wire", "ascend_runtime.commands.queue"),
     "safetensors": ("ascend_runtime.checkpoints",),
     "transformers": ("ascend_runtime.components", "ascend_runtime.models"),
@@ -132,8 +132,8 @@ def test_layers_name_modules_that_exist():
     *((f"ascend_runtime.commands.doctor.{part}", package)
       for part, package in (("command", "torch"), ("command", "msgspec"), ("command", "psutil"), ("command", "tqdm"))),
     *((f"ascend_runtime.wire.{part}", "torch") for part in ("packets", "memory", "tls", "link", "control")),
-    ("ascend_runtime.engine.entering", "torch"),
-    ("ascend_runtime.engine.relay.relay", "torch"),
+    ("ascend_runtime.engine.machine.entering", "torch"),
+    ("ascend_runtime.engine.machine.relay.relay", "torch"),
     ("ascend_runtime.client.runtime", "diffusers"),
     ("ascend_runtime.client.runtime", "transformers"),
 ])  # fmt: skip

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from ...wire.control import Heading, Message
-from ...wire.packets import ChannelClosed, Packet, Packets, Undecodable, header
+from ....wire.control import Heading, Message
+from ....wire.packets import ChannelClosed, Packet, Packets, Undecodable, header
 from .settings import Arrival, RelaySettings, peer_of
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
-from ...errors import code_of, coded
-from ...hardware.versions import OWN_NAME, package_versions, versions
-from ...specs.cluster import address_of
-from ...wire.envelopes import PROTOCOL, Envelope, Hello, Rejected, Welcome
-from ...wire.link import Link, LinkClosed, keep_alive
-from ...wire.tls import Handshake, Key
+from ....errors import code_of, coded
+from ....hardware.versions import OWN_NAME, package_versions, versions
+from ....specs.cluster import address_of
+from ....wire.envelopes import PROTOCOL, Envelope, Hello, Rejected, Welcome
+from ....wire.link import Link, LinkClosed, keep_alive
+from ....wire.tls import Handshake, Key
 from .settings import RelaySettings
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class ClientConnection:
         client = self._settings.client
         if self._welcomed:
             text = f"The client at {client} is gone ({error}). Ranks wait for the next one."
-        elif code_of(error) or getattr(error, "refused", False):
+        elif code_of(error):
             key = f"The key file {self._settings.key} is not the one of the client at {client}"
             text = coded("AV-1909", f"{key}: {error} Ranks wait for a client with the same one.")
         else:
@@ -169,11 +169,13 @@ def _is_connected(plain: socket.socket) -> bool:
     """Raises OSError if it cannot be."""
     _require_possible(plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
     try:
-        plain.getpeername()
+        peer = plain.getpeername()
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             return False
         raise
+    if peer == plain.getsockname():  # TCP connects a port to itself if it is chosen for both sides
+        raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
     return True
 
 

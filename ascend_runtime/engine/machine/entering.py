@@ -18,15 +18,15 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import coded_error
-from ..hardware import host
-from ..hardware.cores import THREADS_VARIABLE
-from ..hardware.environment import rank_environment
-from ..hardware.interfaces import interfaces_towards
-from ..hardware.processes import die_with, parent_of
-from ..hardware.ranks import variables_of_ranks
-from ..specs.cluster import address_of, require_name
-from ..wire.packets import ChannelClosed, Packets, header
+from ...errors import coded_error
+from ...hardware import host
+from ...hardware.cores import THREADS_VARIABLE
+from ...hardware.environment import rank_environment
+from ...hardware.interfaces import interfaces_towards
+from ...hardware.processes import die_with, parent_of
+from ...hardware.ranks import variables_of_ranks
+from ...specs.cluster import address_of, require_name
+from ...wire.packets import ChannelClosed, Packets, header
 from .relay.settings import Arrival, RelaySettings, name_of_socket, pause_before_failing, peer_of
 
 DEFAULT_WAIT = 3600  # seconds
@@ -130,7 +130,7 @@ def _has_cuda() -> bool:
     """Whether torch sees CUDA devices. Asks it, which takes seconds, only where a driver is."""
     if not any(file.exists() for file in CUDA_DRIVER):
         return False
-    from ..hardware import devices
+    from ...hardware import devices
 
     return devices.count_visible("cuda") > 0
 
@@ -216,7 +216,7 @@ def _start_relay(options: argparse.Namespace, kind: str, first: int, listener: s
     )
     try:
         subprocess.Popen(
-            [sys.executable, "-m", "ascend_runtime.engine.relay", msgspec.json.encode(settings).decode()],
+            [sys.executable, "-m", "ascend_runtime.engine.machine.relay", msgspec.json.encode(settings).decode()],
             pass_fds=(listener.fileno(),),
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # a signal to torchrun's processes reaches it through its first rank only

@@ -8,13 +8,13 @@ import time
 
 import msgspec
 
-from ...errors import coded
-from ...hardware import memory
-from ...wire.control import Cancel, Located, Shutdown, Wrote
-from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Here, Leave, Welcome
-from ...wire.memory import blocks
-from ...wire.packets import ChannelClosed, Packet, Undecodable
-from ...wire.tls import Key
+from ....errors import coded
+from ....hardware import memory
+from ....wire.control import Cancel, Located, Shutdown, Wrote
+from ....wire.envelopes import Deliver, Envelope, FromRank, Gone, Here, Leave, Welcome
+from ....wire.memory import blocks
+from ....wire.packets import ChannelClosed, Packet, Undecodable
+from ....wire.tls import Key
 from .arriving import Arriving, LentMemory
 from .connection import ClientConnection, LastingRefusal
 from .ranks import Delivery, LocalRank, LocalRanks
@@ -25,7 +25,9 @@ logger = logging.getLogger(__name__)
 
 LONGEST_POLL = 0.5  # seconds
 MOST_UNSENT = 1 << 26  # bytes for the client that wait to be sent, from which on ranks wait too
-ABANDONED_DEADLINE = 30.0  # seconds for ranks to end a job whose client is gone
+# Seconds for ranks to end a job whose client is gone. A link that is cut shows after 30 s (USER_TIMEOUT), and ranks
+# that wait for others beyond it are gone within a minute.
+ABANDONED_DEADLINE = 20.0
 LAST_WORDS = 1.0  # seconds in which the relay reports the death of the rank that it ends with
 _wrote = msgspec.msgpack.Decoder(Wrote)
 

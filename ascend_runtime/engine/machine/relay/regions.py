@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ...wire.control import Wrote
-from ...wire.envelopes import Region
-from ...wire.regions import SHORTEST_STRETCH, stretches_of
+from ....wire.control import Wrote
+from ....wire.envelopes import Region
+from ....wire.regions import SHORTEST_STRETCH, stretches_of
 
 
 def region_of(wrote: Wrote) -> Region:

@@ -1,4 +1,4 @@
-"""The main program of a machine's relay. The machine's first rank starts it (engine/entering.py)."""
+"""The main program of a machine's relay. The machine's first rank starts it (engine/machine/entering.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 
 import msgspec
 
-from ...hardware.processes import die_with
-from ...wire.tls import read_key
+from ....hardware.processes import die_with
+from ....wire.tls import read_key
 from .relay import Relay
 from .settings import RelaySettings
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import mmap
 import os
 
-from ...wire.envelopes import Deliver
-from ...wire.memory import Block, blocks
+from ....wire.envelopes import Deliver
+from ....wire.memory import Block, blocks
 from .ranks import Delivery
 
 

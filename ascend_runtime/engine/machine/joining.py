@@ -11,9 +11,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..errors import coded
-from ..hardware import devices
-from ..hardware.environment import start_deadline
+from ...errors import coded
+from ...hardware import devices
+from ...hardware.environment import start_deadline
 
 POLL = 0.02  # seconds between looks into torchrun's store
 STORE = "ASCEND_RUNTIME_STORE_FD"  # the variable of a group that a client started
