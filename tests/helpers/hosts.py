@@ -1,5 +1,5 @@
-"""Network namespaces as hosts: each has its own interface, address, host name and abstract sockets; files and the kernel
-are shared. They are joined by a switch, a namespace with a bridge.
+"""Network namespaces as hosts: each has its own interface, address, host name and abstract sockets; files and the
+kernel are shared. They are joined by a switch, a namespace with a bridge.
 
 Namespaces have no names: they exist as long as this process holds them open, or a process is in them. The kernel kills
 what was started in them when this process dies, so nothing remains, however it ends.
