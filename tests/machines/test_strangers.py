@@ -36,7 +36,7 @@ def slow_specs(specs_of, checkpoints):
     return specs_of(checkpoints(layers=24, text_layers=24))
 
 
-def job(runtime, specs, steps=8):
+def job(runtime, specs, steps=4):
     spec = SampleSpec(seed=3, steps=steps, guidance_scale=3.0)
     parallel = ParallelSpec(ranks=runtime.world_size)
     return runtime.sample(
