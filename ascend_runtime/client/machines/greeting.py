@@ -102,8 +102,8 @@ def _passing(hello: Hello, others: Sequence[RelayLink]) -> Iterator[str]:
         if shared := set(other.ranks) & set(hello.ranks):
             yield coded(
                 "AV-1904",
-                f"{_capital(_named(hello))} has {ranks_in_words(shared)}, as {other.name!r} does. Start torchrun once on "
-                "each machine, with the same --rdzv-endpoint; two such groups cannot have one key.",
+                f"{_capital(_named(hello))} has {ranks_in_words(shared)}, as {other.name!r} does. Start torchrun once "
+                "on each machine, with the same --rdzv-endpoint; two such groups cannot have one key.",
             )
 
 
