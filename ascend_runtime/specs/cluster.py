@@ -98,12 +98,12 @@ def require_name(text: str, what: str) -> None:
         )
 
 
-def address_of(text: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT; an IPv6 address is in brackets. Raises ValueError."""
+def address_of(text: str, what: str = "listen") -> tuple[str, int]:
+    """(host, port) of HOST:PORT; an IPv6 address is in brackets. Raises ValueError, with the name `what`."""
     found = _ADDRESS.fullmatch(text)
     if found is None or not 0 < int(found[2]) < 65536:
         raise ValueError(
-            f"listen is {text[:300]!r}; give HOST:PORT, such as 192.168.10.1:29600 or [fd00::1]:29600, with a port "
+            f"{what} is {text[:300]!r}; give HOST:PORT, such as 192.168.10.1:29600 or [fd00::1]:29600, with a port "
             "from 1 to 65535."
         )
     return found[1].strip("[]"), int(found[2])

@@ -63,7 +63,8 @@ class PlayedMachine:
     """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes.
 
     answer(machine, deliver, message): answers a job, whose message is a dictionary; by default, all its ranks are done.
-    hello: what it says of itself besides. seen: what the client sent: envelopes. ended: why the last connection did.
+    hello: what it says of itself besides. seen: envelopes from the client. ended: why the last connection did; empty
+    once a client has welcomed it.
     """
 
     def __init__(self, cluster, name, ranks, *, group="group", answer=None, comes_again=True, **hello):
@@ -166,7 +167,7 @@ class PlayedMachine:
     def _heard(self, envelope):
         self.seen.append(envelope)
         if isinstance(envelope, Welcome):
-            self.welcomes += 1
+            self.welcomes, self.ended = self.welcomes + 1, ""
             for rank in self.ranks:
                 self.link.post(Here(rank=rank))
                 self.say(rank, Ready(rank=rank, group=self.group_now))

@@ -93,7 +93,9 @@ def test_a_host_that_cannot_be_reached_or_an_address_without_an_interface_is_nam
 
 @pytest.mark.parametrize("options, said", [
     ([], "--client"), (["--client", "x", "--key", "k"], "HOST:PORT"),
-    (["--client", "127.0.0.1:1", "--key", "k", "--wait", "-1"], "seconds from 0 on"),
+    (["--client", "127.0.0.1:1", "--key", "k", "--wait", "-1"], "'-1' is not a number of seconds"),
+    (["--client", "127.0.0.1:1", "--key", "k", "--wait", "long"], "'long' is not a number of seconds"),
+    (["--client", "127.0.0.1", "--key", "k"], "--client is '127.0.0.1'; give HOST:PORT"),
     (["--client", "127.0.0.1:1", "--key", "k", "--machine", "a b"], "--machine"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(options, said, capsys):

@@ -27,7 +27,7 @@ from ascend_runtime import (
 )
 from ascend_runtime.client.machines import group as cluster_group
 from ascend_runtime.client.machines import machine as machine_module
-from ascend_runtime.client.machines.machine import spans
+from ascend_runtime.client.rank_words import ranks_in_words
 from ascend_runtime.hardware import host
 from ascend_runtime.wire.envelopes import Deliver, FromRank, Leave, Region, Rejected
 from ascend_runtime.wire.messages import Done, Failed
@@ -135,7 +135,8 @@ def test_ranks_that_do_not_join_in_time(runtime, cluster, machines, monkeypatch)
     with PlayedMachine(cluster, "atlas1", (0, 1)), pytest.raises(TimeoutError) as caught:
         runtime.ping()
     text = str(caught.value)
-    assert text.startswith("AV-1905: Of the cluster 'played', rank 2 of 3 have not joined within 0 s. Joined: atlas1 ")
+    assert text.startswith("AV-1905: Only 2 of the 3 ranks of the cluster 'played' have joined within 0 s; missing: ")
+    assert "missing: rank 2. Joined: atlas1 " in text
     assert "`python -m ascend_runtime cluster show played` prints the commands" in text and cluster.key not in text
     monkeypatch.delenv("ASCEND_RUNTIME_START_DEADLINE")
     machines()
@@ -154,8 +155,8 @@ def test_ranks_of_different_groups_are_not_one(runtime, machines, monkeypatch):
     ({"protocol": 0}, "AV-1903: The machine 'atlas2' speaks version 0 of the protocol"),
     ({"packages": {"torch": "1.0"}}, r"AV-1903: The machine 'atlas2' has another \w+ \(.*\) than 'atlas1'"),
     ({"world_size": 8}, "AV-1904: The ranks of the machine 'atlas2' were started as part of 8, .* \"ranks\": 3"),
-    ({"ranks": (2, 3)}, "AV-1904: The machine 'atlas2' has ranks that cannot be"),
-    ({"ranks": ()}, "AV-1904: The machine 'atlas2' has ranks that cannot be"),
+    ({"ranks": (2, 3)}, "AV-1904: The machine 'atlas2' reports the ranks \\(2, 3\\); they must be"),
+    ({"ranks": ()}, "AV-1904: The machine 'atlas2' reports the ranks \\(\\); they must be"),
     ({"ranks": (1, 2)}, "AV-1904: The machine 'atlas2' has rank 1, as 'atlas1' does"),
     ({"machine": "atlas1"}, "AV-1904: A machine 'atlas1' is connected already, with ranks 0, 1"),
     ({"machine": "../x"}, "AV-1904: --machine is '../x'"),
@@ -485,4 +486,5 @@ def test_nothing_is_left(cluster, machines):
 
 
 def test_words():
-    assert [spans(ranks) for ranks in ([0], [3, 1, 0, 5], range(8, 16))] == ["0", "0, 1, 3, 5", "8 to 15"]
+    named = [ranks_in_words(ranks) for ranks in ([0], [3, 1, 0, 5], range(8, 16))]
+    assert named == ["rank 0", "ranks 0, 1, 3, 5", "ranks 8 to 15"]

@@ -1,5 +1,4 @@
-"""The link to one machine: messages of a job go there once for all its ranks, and what they write to lent memory is
-received where it belongs.
+"""The link to one machine: messages of a job go there once for all its ranks, and their answers come back.
 
 A machine has the cluster's key. What it sends is checked nevertheless, as it may be of another release, or broken.
 """
@@ -7,43 +6,26 @@ A machine has the cluster's key. What it sends is checked nevertheless, as it ma
 from __future__ import annotations
 
 import logging
-import math
 import mmap
 import select
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterable
-from itertools import groupby
-
-import torch
-from torch import Tensor
+from collections.abc import Collection
 
 from ...hardware import host
 from ...wire import messages
 from ...wire.channel import ChannelClosed, SealedMessage
 from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Hello, Here, Leave, Region, Rejected, Welcome
 from ...wire.link import Link, LinkClosed
-from ...wire.messages import Done, Failed, Message, Ready, SharedTensor, Undecodable
+from ...wire.messages import Done, Failed, Message, Ready, Undecodable
 from ...wire.packets import MAX_BODY
-from ...wire.regions import SHORTEST_STRETCH, stretches_of
+from ..rank_words import ranks_in_words
+from .lent import LentForResult
 
 logger = logging.getLogger(__name__)
 
 MOST_TENSORS = 1 << 36  # bytes of the tensors of one message of a rank; a long video's latent has 1,000 times fewer
-
-
-def spans(ranks: Iterable[int]) -> str:
-    """Numbers of ranks, such as "0 to 3, 6"."""
-    runs = groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
-    lists = [[str(rank) for _, rank in run] for _, run in runs]
-    return ", ".join(", ".join(run) if len(run) < 3 else f"{run[0]} to {run[-1]}" for run in lists)
-
-
-def in_words(ranks: Iterable[int]) -> str:
-    """Such as "rank 3", or "ranks 0 to 3"."""
-    numbers = list(ranks)
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {spans(numbers)}"
 
 
 class RelayLink:
@@ -67,7 +49,7 @@ class RelayLink:
         self.loss: str | None = None
         self._job = 0  # that its ranks have not all answered
         self._unanswered: set[int] = set()
-        self._lent: list[_Lent] = []
+        self._lent: list[LentForResult] = []
         self._body = self._block = b""  # the payload of the message that arrives
         self._leaves = False
 
@@ -143,7 +125,7 @@ class RelayLink:
                 raise ChannelClosed(self.loss)
             if job:
                 self._job, self._unanswered = job, set(receivers)
-                self._lent = [_Lent(shared) for shared in sealed.lent]
+                self._lent = [LentForResult(shared) for shared in sealed.lent]
             sizes = {"body": len(sealed.body), "block": len(sealed.block)}
             lent = tuple(shared.nbytes for shared in sealed.lent)
             self._link.post(Deliver(ranks=receivers, job=job, lent=lent, **sizes), sealed.body, sealed.block)
@@ -275,46 +257,4 @@ class RelayLink:
         raise ChannelClosed(self.loss)
 
     def _lost(self, error: Exception) -> str:
-        return f"The machine {self.name}, with {in_words(self.ranks)}, was lost: {error}."
-
-
-class _Lent:
-    """Memory that the client lends for a result."""
-
-    def __init__(self, shared: SharedTensor):
-        self._memory = memoryview(mmap.mmap(shared.fd, shared.nbytes)) if shared.nbytes else memoryview(bytearray())
-        self._shape, self._dtype = tuple(shared.shape), shared.dtype
-        self._aside: tuple[Region, bytearray] | None = None  # a part of many short pieces, on its way
-
-    def place(self, region: Region) -> list[memoryview]:
-        """Where a part's content belongs. Raises Undecodable if it is no part of this result."""
-        self._check(region)
-        pieces = stretches_of(region)
-        first, last = next(pieces)
-        if last - first >= SHORTEST_STRETCH:
-            return [self._memory[start:stop] for start, stop in ((first, last), *pieces)]
-        self._aside = region, bytearray(region.itemsize * math.prod(region.sizes))
-        return [memoryview(self._aside[1])]
-
-    def settle(self) -> None:
-        """Copies a part that has arrived elsewhere to where it belongs."""
-        if self._aside is None:
-            return
-        (region, content), self._aside = self._aside, None
-        place = tuple(slice(start, start + size) for start, size in zip(region.starts, region.sizes))
-        part = torch.frombuffer(content, dtype=self._dtype).view(region.sizes)
-        self._tensor[place].copy_(part)
-
-    @property
-    def _tensor(self) -> Tensor:
-        return torch.frombuffer(self._memory, dtype=self._dtype).view(self._shape)
-
-    def _check(self, region: Region) -> None:
-        sides = list(zip(region.starts, region.sizes, self._shape))
-        inside = all(start >= 0 and size > 0 and start + size <= whole for start, size, whole in sides)
-        dims = len(self._shape) == len(region.starts) == len(region.sizes)
-        if region.shape != self._shape or region.itemsize != self._dtype.itemsize or not dims or not inside:
-            raise Undecodable(
-                f"A part at {region.starts[:8]} of {region.sizes[:8]}, with {region.itemsize} bytes an element, is not "
-                f"in a result {list(self._shape)} of {self._dtype}."
-            )
+        return f"The machine {self.name}, with {ranks_in_words(self.ranks)}, was lost: {error}."

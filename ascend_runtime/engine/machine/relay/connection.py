@@ -31,8 +31,8 @@ class LastingRefusal(Exception):
 
 
 class ClientConnection:
-    """States: no connection; one that is being opened (`_opening`): TCP, then TLS; one that waits for an answer to
-    Hello; welcomed.
+    """The connection to the client, if there is one. Its states, in order: none; being opened (`_opening`): TCP, then
+    TLS; waiting for the answer to Hello; welcomed.
 
     place: see `wire.link.Link`.
     """
