@@ -35,13 +35,16 @@ async def pump(reader, writer, delay, record):
 
     writing = asyncio.create_task(write())
     piece = b"-"
-    while piece:
-        piece = await reader.read(MOST)
-        if record is not None:
-            record.write(piece)
-            record.flush()
-        await pieces.put((loop.time() + delay, piece))
-    await writing
+    try:
+        while piece:
+            piece = await reader.read(MOST)
+            if record is not None:
+                record.write(piece)
+                record.flush()
+            await pieces.put((loop.time() + delay, piece))
+        await writing
+    finally:
+        writing.cancel()
 
 
 async def passed_on(near, to, delay, records):

@@ -35,25 +35,40 @@ class Pair:
 
 
 @pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """`pairs(n)`: the pair of hosts with n ranks each, with its client's group ready. One at a time."""
+def pairs(request, tmp_path_factory):
+    """`pairs(n)`: the pair of hosts with n ranks each, with its client's group ready. All pairs that the tests of this
+    run use start together."""
     hosts.require()
     made = {}
+    try:
+        for number in sorted({ranks_of_each(item) for item in request.session.items if uses_pairs(item)}):
+            made[number] = Pair(number, tmp_path_factory.mktemp("two_hosts"))
 
-    def pair(ranks_of_each):
-        if ranks_of_each not in made:
-            while made:
-                made.popitem()[1].close()
-            made[ranks_of_each] = Pair(ranks_of_each, tmp_path_factory.mktemp("two_hosts"))
-        made[ranks_of_each].client.start()
-        return made[ranks_of_each]
+        def pair(number):
+            made[number].client.start()
+            return made[number]
 
-    yield pair
-    while made:
-        made.popitem()[1].close()
+        yield pair
+    finally:
+        while made:
+            made.popitem()[1].close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_early(request):
+    """Pairs start while the first tests run, which need none."""
+    if any(map(uses_pairs, request.session.items)):
+        request.getfixturevalue("pairs")
+
+
+def uses_pairs(item):
+    return "pairs" in item.fixturenames
+
+
+def ranks_of_each(item):
+    return item.callspec.params.get("ranks_of_each", 1) if hasattr(item, "callspec") else 1
 
 
 def pytest_collection_modifyitems(items):
-    """Tests with two ranks on each host come last, so that hosts are made once for each number."""
-    items.sort(key=lambda item: getattr(item, "callspec", None) is not None
-               and item.callspec.params.get("ranks_of_each") == 2)  # fmt: skip
+    """Tests of hosts only come first, and those with two ranks on each host last: so pairs have time to start."""
+    items.sort(key=lambda item: 0 if item.path.name == "test_hosts.py" else ranks_of_each(item))

@@ -173,10 +173,11 @@ def test_a_machine_goes(pairs, slow_checkpoint, expected, strike, number, phase)
 
 def while_joining(pair, blow, checkpoint, expected):
     """The ranks are starting again, and a job waits for them. It goes on to wait, or ends with the machine's name."""
+    before = set(pair.ranks.ours(blow.host))
     rank_killed(pair, pair.hosts[1])
     seconds_until(lambda: not pair.client.alive, HEARD)
     job = Job(pair.client, checkpoint)
-    seconds_until(lambda: len(pair.ranks.ranks(blow.host)) > 0 and pair.ranks.relays(blow.host), GONE)
+    seconds_until(lambda: all(found and not before & set(found) for found in started_on(pair, blow.host)), GONE)
     blow.fall()
     time.sleep(1)
     blow.host.mend()
@@ -190,6 +191,11 @@ def while_joining(pair, blow, checkpoint, expected):
     else:
         assert_close(job.latent, expected, **NEAR)
     next_job_is_right(pair, checkpoint, expected)
+
+
+def started_on(pair, host):
+    """Its ranks proper, and its relays."""
+    return pair.ranks.ranks(host).values(), pair.ranks.relays(host)
 
 
 # The client

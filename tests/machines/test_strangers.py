@@ -49,17 +49,33 @@ def expected(one_rank, slow_specs):
     return job(one_rank, slow_specs)
 
 
+def connected(pair):
+    """A TCP connection to the client from another host."""
+    with pair.between.entered():
+        return socket.create_connection((pair.hosts[0].address, PORT), timeout=REFUSED)
+
+
 @pytest.fixture
 def stranger(pair):
-    """`stranger()`: a TCP connection to the client from another host."""
+    """`stranger()`: such a connection."""
     made = []
 
     def connect():
-        with pair.between.entered():
-            made.append(socket.create_connection((pair.hosts[0].address, PORT), timeout=REFUSED))
+        made.append(connected(pair))
         return made[-1]
 
     yield connect
+    for connection in made:
+        connection.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silent(pair):
+    """Connections that send nothing, and the beginning of a handshake. They have a deadline, which passes while other
+    tests run."""
+    made = [connected(pair), connected(pair)]
+    made[1].sendall(b"\x16\x03\x01\x00\x10ASL1")
+    yield made
     for connection in made:
         connection.close()
 
@@ -84,7 +100,7 @@ def assert_undisturbed(pair):
 
 
 def test_those_who_do_not_speak_tls(pair, stranger):
-    texts = [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 300, b"\x16\x03\x01\x00\x10ASL1"]
+    texts = [b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 300]
     connections = [stranger() for _ in texts]
     for connection, text in zip(connections, texts):
         connection.sendall(text)
@@ -252,6 +268,12 @@ def test_machines_join_despite_a_crowd(request, pair, slow_specs, expected):
         crowd.number = 0
         crowd.disperse()
         assert_close(latent, expected, atol=1e-4, rtol=0.0)
+
+
+def test_those_who_do_not_go_on(pair, silent):
+    for connection in silent:
+        assert said_to(connection) == b""
+    assert_undisturbed(pair)
 
 
 # What is seen on the wire
