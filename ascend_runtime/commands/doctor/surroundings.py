@@ -43,8 +43,8 @@ def soft_limit(which: int) -> int | None:
 
 
 def bind(host: str, port: int) -> str:
-    """Takes a TCP address of this host, and leaves it. Returns its number, as a name may lead anywhere. Raises OSError if
-    that cannot be."""
+    """Takes a TCP address of this host, and leaves it. Returns its number, as a name may lead anywhere. Raises OSError
+    if that cannot be."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not keep it
