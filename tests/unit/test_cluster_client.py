@@ -136,7 +136,7 @@ def test_ranks_that_do_not_join_in_time(runtime, cluster, machines, monkeypatch)
     with PlayedMachine(cluster, "atlas1", (0, 1)), pytest.raises(TimeoutError) as caught:
         runtime.ping()
     text = str(caught.value)
-    assert text.startswith("AV-1905: Of the cluster 'played', rank 2 of 3 have not joined within 0 s. Joined: atlas1 ")
+    assert text.startswith("AV-1905: Of the cluster 'played', rank 2 of 3 has not joined within 0 s. Joined: atlas1 ")
     assert "`python -m ascend_runtime cluster show played` prints the commands" in text and cluster.key not in text
     monkeypatch.delenv("ASCEND_RUNTIME_START_DEADLINE")
     machines()

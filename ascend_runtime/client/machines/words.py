@@ -24,7 +24,8 @@ def late_text(cluster: Cluster, machines: Sequence[RelayLink], seconds: float) -
     """Why a job could not begin."""
     missing = set(range(cluster.ranks)).difference(*(machine.here for machine in machines))
     if missing:
-        lack = f"Of the cluster {cluster.name!r}, {in_words(missing)} of {cluster.ranks} have not joined"
+        have = "has" if len(missing) == 1 else "have"
+        lack = f"Of the cluster {cluster.name!r}, {in_words(missing)} of {cluster.ranks} {have} not joined"
     else:
         lack = f"The ranks of the cluster {cluster.name!r} have not found each other"
     present = _present(machines) if machines else f"No machine has come to {cluster.listen}."

@@ -35,7 +35,8 @@ def _clusters(around: Surroundings) -> Iterator[Finding]:
             tls.read_key(found.key)
             yield fine("clusters' keys", f"{name}: {found.key}, for this user only")
         except ValueError as failure:
-            yield error("clusters' keys", _fault(failure, "Copy it from the client's host once more."))
+            yield error("clusters' keys", _fault(failure, "If it is lost or damaged: copy it from another of "
+                         "the machines, or make the cluster again (docs/machines.md)."))
         yield from _address(around, found)
 
 
