@@ -21,6 +21,7 @@ MAX_FILE = 2**16  # bytes
 FILE_FIELDS = ("listen", "key", "ranks", "paths")  # of a file
 REQUIRED_FIELDS = FILE_FIELDS[:3]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ZEROS = re.compile(r"0[0xX.]*")  # of which systems make 0.0.0.0
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 
@@ -70,7 +71,7 @@ class Cluster(Spec, frozen=True, kw_only=True):
     def everywhere(self) -> bool:
         """Whether the address is every interface of the host."""
         given = _parsed(self.address[0])
-        return given is not None and given.is_unspecified
+        return given is not None and given.is_unspecified or _ZEROS.fullmatch(self.address[0]) is not None
 
     @property
     def risk(self) -> str | None:

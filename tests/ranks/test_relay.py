@@ -159,13 +159,15 @@ def test_ranks_end_quietly_when_no_client_comes(client, start):
 
 
 def test_a_refusal_for_now_is_followed_by_another_attempt_and_a_lasting_one_by_the_end(key, start):
-    with MachinesClient(key, answer=Rejected(reason="another group is still ending", lasting=False)) as client:
+    with MachinesClient(key, answer=Rejected(reason="AV-1904: It is connected already.", lasting=False)) as client:
         machine = start(client, ranks=2)
         client.accept()
         client.answer = Rejected(reason="AV-1903: This machine has Ascend Video 0.1.")
         client.accept()
         assert machine.codes == [1, 1]
-    assert machine.output.count("AV-1903") == 1 and "another group is still ending" in machine.output
+    assert machine.output.count("AV-1903") == 1
+    assert "cannot take this machine now: AV-1904: It is connected already." in machine.output
+    assert "key file" not in machine.output
 
 
 def test_another_key_is_named_and_ranks_wait_for_the_right_one(client, start, tmp_path):

@@ -3,6 +3,7 @@
 Real ranks are in tests/ranks/test_cluster_clients.py, on one host, and in tests/machines/, on several.
 """
 
+import errno
 import gc
 import logging
 import math
@@ -274,6 +275,27 @@ def test_what_a_machine_must_not_send(runtime, machines, monkeypatch, says, expe
     machines(None, {"answer": lambda machine, deliver, message: says(machine, deliver.job)})
     with pytest.raises(RankError, match=f"AV-1507: .*{expected}"):
         runtime.ping()
+
+
+def beyond_memory(machine):
+    machine.link.post(FromRank(rank=2, body=1, block=9), b"a", bytes(9))
+
+
+@pytest.mark.parametrize("says", [beyond_memory, lambda machine: machine.link._socket.send(b"GET / HTTP/1.1\r\n")])
+def test_a_machine_that_breaks_the_rules_between_jobs_can_come_again(runtime, machines, monkeypatch, says):
+    class Unmappable:
+        @staticmethod
+        def mmap(*_):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    first, second = machines()
+    runtime.ping()
+    with monkeypatch.context() as patched:
+        patched.setattr(machine_module, "mmap", Unmappable)
+        second.restarts = 1  # as the first machine's, once it has been asked to leave
+        says(second)
+        until(lambda: not runtime.alive)
+    runtime.ping()
 
 
 def test_an_answer_too_many_is_no_answer(runtime, machines):

@@ -25,6 +25,7 @@ from .lent import LentForResult
 
 logger = logging.getLogger(__name__)
 
+MOST_AT_ONCE = 1000  # envelopes that one look reads, so that a machine which never ends does not hold up the client
 MOST_TENSORS = 1 << 36  # bytes of the tensors of one message of a rank; a long video's latent has 1,000 times fewer
 
 
@@ -89,7 +90,9 @@ class RelayLink:
         if not self._one_at_a_time.acquire(blocking=False):
             return  # somebody else reads it
         try:
-            while not self._job and self.loss is None and self._readable():
+            for _ in range(MOST_AT_ONCE):
+                if self._job or self.loss is not None or not self._readable():
+                    return
                 self.take()
         except ChannelClosed:
             pass  # `loss` says why
@@ -153,6 +156,9 @@ class RelayLink:
         except LinkClosed as error:
             self._lose(self._lost(error))
             raise ChannelClosed(str(error)) from None
+        except BaseException as error:  # it has closed the connection, so that nothing more can come
+            self._lose(self._lost(error))
+            raise
 
     def _read(self, envelope: Envelope) -> tuple[int, Message] | None:
         if isinstance(envelope, FromRank):
@@ -201,8 +207,7 @@ class RelayLink:
         if not (0 < envelope.body <= MAX_BODY and 0 <= envelope.block <= MOST_TENSORS):
             raise Undecodable(f"No message has {envelope.body} bytes, and tensors of {envelope.block} bytes.")
         self._body = bytearray(envelope.body)
-        # The kernel gives pages only to what arrives, and at an address that suits every dtype.
-        self._block = mmap.mmap(-1, envelope.block) if envelope.block else b""
+        self._block = _memory(envelope.block) if envelope.block else b""
         return [memoryview(self._body), memoryview(self._block)]
 
     def _place_region(self, region: Region) -> list[memoryview]:
@@ -257,4 +262,4 @@ class RelayLink:
         raise ChannelClosed(self.loss)
 
     def _lost(self, error: Exception) -> str:
-        return f"The machine {self.name}, with {ranks_in_words(self.ranks)}, was lost: {error}."
+        return f"The machine {self.name}, with {ranks_in_words(self.ranks)}, was lost: {str(error).rstrip('.')}."
