@@ -392,7 +392,43 @@ def test_a_death_for_want_of_memory_gives_the_job_one_more_try(runtime, machines
     assert [kind for name, kind in kinds if name == "atlas1"] == ["Choose", "Sample", "Free", "Choose", "Sample"]
 
 
-def test_a_machine_that_was_lost_between_jobs_is_waited_for(runtime, machines, cluster):
+def test_a_connection_that_was_cut_between_jobs_costs_no_ranks(runtime, machines):
+    """They have kept their weights, and whoever comes again with the same group is the same."""
+    first, second = machines()
+    runtime.ping()
+    second.later.append(lambda one: one.hang_up(ranks_end=False))
+    second.until(lambda one: one.welcomes == 2)
+    runtime.ping()
+    assert not first.seen_of(Leave) + second.seen_of(Leave) and first.welcomes == 1
+    second.delay = 0.3  # it comes while the job waits for it
+    second.later.append(lambda one: one.hang_up(ranks_end=False))
+    until(lambda: not runtime.alive)
+    runtime.ping()
+    assert not first.seen_of(Leave) + second.seen_of(Leave) and first.welcomes == 1
+
+
+def test_a_machine_that_comes_again_with_other_ranks_is_not_taken_for_the_same(runtime, machines):
+    first, second = machines()
+    runtime.ping()
+    second.later.append(PlayedMachine.hang_up)
+    second.until(lambda one: one.welcomes == 2)
+    result = in_background(runtime.ping)
+    first.until(lambda one: one.seen_of(Leave))  # after which torchrun there starts the others too
+    assert not isinstance(result(), Exception) and first.group_now == second.group_now
+
+
+def test_a_rank_that_ended_between_jobs_is_not_waited_for(runtime, machines, monkeypatch):
+    monkeypatch.setattr(cluster_group, "AGAIN_DEADLINE", 60)
+    first, second = machines()
+    runtime.ping()
+    second.later.append(lambda one: one.bury(2))
+    until(lambda: not runtime.alive)
+    runtime.ping()
+    assert first.seen_of(Leave) and second.seen_of(Leave)
+
+
+def test_a_machine_that_was_lost_between_jobs_is_waited_for(runtime, machines, cluster, monkeypatch):
+    monkeypatch.setattr(cluster_group, "AGAIN_DEADLINE", 0.1)
     first, second = machines()
     runtime.ping()
     second.vanish()

@@ -79,6 +79,16 @@ class RelayLink:
     def device(self) -> str:
         return self.hello.device
 
+    @property
+    def groups(self) -> set[str]:
+        """The names of its ranks' groups; one, if all are ready and belong together."""
+        return {*self.ready.values()}
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its connection was lost, but none of its ranks as far as is known."""
+        return self.loss is not None and not self._is_open
+
     # The first words
 
     def greet(self) -> Hello | None:
