@@ -111,6 +111,17 @@ def test_a_worker_with_options_and_without_torchrun_says_how_to_start_it(monkeyp
     assert ended.value.code == 1 and "torchrun --nnodes" in capsys.readouterr().err
 
 
+def test_a_relay_that_accepts_nobody_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(entering, "RELAY_DEADLINE", 0.3)
+    name = f"\0ascend-video/test/{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as relay, socket.socket(socket.AF_UNIX) as other:
+        relay.bind(name)
+        relay.listen(0)
+        other.connect(name)  # all that may wait there
+        with pytest.raises(ValueError, match="AV-1911"):
+            entering._connection(name, os.getppid())
+
+
 def test_a_fault_that_stays_is_reported_ever_more_rarely():
     """torchrun starts ranks again at once, up to as many times as --max-restarts says."""
     assert [pause_before_failing(restart) for restart in (0, 1, 4, 5, 99)] == [0, 2, 16, 30, 30]

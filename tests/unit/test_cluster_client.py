@@ -26,6 +26,7 @@ from ascend_runtime import (
     SampleSpec,
 )
 from ascend_runtime.client.machines import group as cluster_group
+from ascend_runtime.client.machines import listener
 from ascend_runtime.client.machines import machine as machine_module
 from ascend_runtime.client.machines.machine import spans
 from ascend_runtime.hardware import host
@@ -407,6 +408,15 @@ def test_a_connection_that_was_cut_between_jobs_costs_no_ranks(runtime, machines
     assert not first.seen_of(Leave) + second.seen_of(Leave) and first.welcomes == 1
 
 
+def test_an_interrupt_that_closes_a_connection_is_a_cut(runtime, machines):
+    """As Ctrl+C does in the middle of reading it."""
+    machines()
+    runtime.ping()
+    runtime._group.machines[1]._link.close()
+    assert not runtime.alive and runtime.machines[0] == "atlas1"
+    runtime.ping()
+
+
 def test_a_machine_that_comes_again_with_other_ranks_is_not_taken_for_the_same(runtime, machines):
     first, second = machines()
     runtime.ping()
@@ -483,6 +493,17 @@ def test_a_runtime_that_nobody_holds_closes_its_connections(cluster, machines):
     with Runtime(cluster=cluster) as other:
         other.ping()
     assert not first.seen_of(Leave)
+
+
+def test_a_runtime_can_follow_at_once_on_one_that_nobody_holds(cluster, machines, monkeypatch):
+    machines()
+    runtime = Runtime(cluster=cluster)
+    runtime.ping()
+    monkeypatch.setattr(listener, "PACE", 0.2)  # the thread is slow to close its socket
+    del runtime
+    gc.collect()
+    with Runtime(cluster=cluster) as other:
+        other.ping()
 
 
 def test_a_forked_child_neither_uses_nor_keeps_the_connections(runtime, machines, cluster):

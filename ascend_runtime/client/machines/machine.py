@@ -127,6 +127,8 @@ class RelayLink:
             self._one_at_a_time.release()
 
     def _readable(self) -> bool:
+        if not self._is_open:
+            return True  # `take` says so
         poll = select.poll()
         poll.register(self._link.fileno(), select.POLLIN)
         return self._link.waiting or bool(poll.poll(0))
@@ -174,7 +176,8 @@ class RelayLink:
                 raise Undecodable(f"The machine {self.name} sent invalid data. {error}") from None
 
     def _envelope(self) -> Envelope | None:
-        if not self._is_open:
+        if not self._is_open:  # also after an interrupt, Ctrl+C, while it was read
+            self._lose(f"The connection to the machine {self.name} was closed.")
             raise ChannelClosed(self.loss)
         try:
             return self._link.take()
