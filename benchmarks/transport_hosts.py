@@ -52,7 +52,8 @@ def _null(runtime, client, machine, quick: bool) -> Row:
             pings += _ping(client, machine.address, 50)
     request, ping = (1e3 * median(times) for times in (requests, pings))
     p10, p90 = (round(1e3 * sorted(requests)[int(share * (len(requests) - 1))], 4) for share in (0.1, 0.9))
-    context = _context(quick, len(requests), request_ms=round(request, 4), icmp_ping_ms=round(ping, 4), p10=p10, p90=p90)
+    figures = {"request_ms": round(request, 4), "icmp_ping_ms": round(ping, 4), "p10": p10, "p90": p90}
+    context = _context(quick, len(requests), **figures)
     return Row(name="transport.hosts.null_over_ping_ms", value=request - ping, unit="ms", better="lower",
                baseline=MOST_OVER_PING, context=context)  # fmt: skip
 
@@ -70,8 +71,8 @@ def _shares(runtime, quick: bool) -> Iterator[Row]:
         times = [_seconds(call, touched=True) for _ in range(2 if quick else 11)][1:]
         seconds = median(times)
         context = _context(quick, len(times), mb=round(count / 1e6, 1), seconds=round(seconds, 4), rate=LIMIT)
-        yield Row(name=f"transport.hosts.{name}_share", value=8 * count / seconds / RATE, unit="of rate", better="higher",
-                  baseline=LEAST_SHARE, context=context)  # fmt: skip
+        yield Row(name=f"transport.hosts.{name}_share", value=8 * count / seconds / RATE, unit="of rate",
+                  better="higher", baseline=LEAST_SHARE, context=context)  # fmt: skip
 
 
 def _seconds(call, touched: bool = False) -> float:

@@ -17,8 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PORT, RENDEZVOUS = 29600, 29500
 WORKER = "ascend_runtime.engine.worker"
 RELAY = "ascend_runtime.engine.machine.relay"
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "MKL_CBWR": "AUTO,STRICT",
-               "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # fmt: skip
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "MKL_CBWR": "AUTO,STRICT",
+    # As docs/machines.md says: else a torchrun that is started again waits for a minute in vain for the first one's.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}  # fmt: skip
 
 
 class ClusterRanks:

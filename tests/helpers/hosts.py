@@ -1,11 +1,12 @@
-"""Network namespaces as hosts: each has its own interface, address, host name and abstract sockets; files and the kernel
-are shared. They are joined by a switch, a namespace with a bridge.
+"""Network namespaces as hosts: each has its own interface, address, host name and abstract sockets; files and the
+kernel are shared. They are joined by a switch, a namespace with a bridge.
 
 Namespaces have no names: they exist as long as this process holds them open, or a process is in them. The kernel kills
 what was started in them when this process dies, so nothing remains, however it ends.
 """
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -178,6 +179,11 @@ class Host(Namespace):
     def lost(self):
         """The number of packets dropped by `lose`."""
         return int(re.search(r"counter packets (\d+)", self.tool("nft", "list", "table", "inet", "loss"))[1])
+
+    def passed(self, interface="eth0"):
+        """The bytes that have come to an interface of this host, and those that it has sent, with their headers."""
+        found = json.loads(self.tool("ip", "-j", "-s", "link", "show", interface))[0]["stats64"]
+        return found["rx"]["bytes"], found["tx"]["bytes"]
 
     def slow_link(self, port, to, delay=0.0, record=None):
         """A process on this host that passes TCP connections at `port` on to HOST:PORT.

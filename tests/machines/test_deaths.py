@@ -164,7 +164,8 @@ def test_a_machine_goes(pairs, slow_checkpoint, expected, strike, number, phase)
     silent = strike in (cut, powered_off)
     if phase != "idle":
         for one in [other] if silent else pair.hosts:
-            seconds_until_none(lambda: blow.before[one] & set(pair.ranks.ours(one)), GONE - (time.monotonic() - blow.at))
+            left = GONE - (time.monotonic() - blow.at)
+            seconds_until_none(lambda: blow.before[one] & set(pair.ranks.ours(one)), left)
     host.mend()
     next_job_is_right(pair, slow_checkpoint, expected)
     assert not any(blow.before[one] & set(pair.ranks.ours(one)) for one in pair.hosts), "some have survived the group"

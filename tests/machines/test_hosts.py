@@ -32,7 +32,8 @@ def pings(host, other, count=3):
 def echo(host, port):
     """A server on a host: answers each byte with itself."""
     code = (f"import socket\nserver = socket.create_server(({host.address!r}, {port}))\nprint(flush=True)\n"
-            "while True:\n  peer, _ = server.accept()\n  while data := peer.recv(65536): peer.sendall(data)\n  peer.close()\n")  # fmt: skip
+            "while True:\n  peer, _ = server.accept()\n  while data := peer.recv(65536): peer.sendall(data)\n"
+            "  peer.close()\n")  # fmt: skip
     process = host.start([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "\n"
     return process

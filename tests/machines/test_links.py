@@ -1,4 +1,4 @@
-"""A slow link, which loses packets: the same video."""
+"""What links between hosts carry, and a slow one that loses packets: the same video."""
 
 import pytest
 import torch
@@ -34,3 +34,23 @@ def test_a_video_over_a_link_that_is_slow_and_loses_packets(request, pairs, one_
     finally:
         for host in pair.hosts:
             host.lose(0)
+
+
+@pytest.mark.parametrize("ranks_of_each", [2])
+def test_tensors_go_to_each_machine_once_and_frames_come_back_once(pairs, ranks_of_each):
+    """Counted at host2, and between the client and the relay of its own host."""
+    pair = pairs(ranks_of_each)
+    tensor, frames = torch.rand(2**21), torch.Size((8, 256, 256, 3))
+    sent, _ = passed(pair, lambda: pair.client.ping(tensor))
+    _, came = passed(pair, lambda: pair.client.ping(frames=frames))
+    assert [count / tensor.nbytes for count in sent] == pytest.approx([1, 1], abs=0.05)
+    assert [count / 4 / frames.numel() for count in came] == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+def passed(pair, call):
+    """The bytes that each machine receives meanwhile, and those that it sends."""
+    interfaces = (pair.hosts[0], "lo"), (pair.hosts[1], "eth0")
+    before = [host.passed(interface) for host, interface in interfaces]
+    call()
+    after = [host.passed(interface) for host, interface in interfaces]
+    return [[new[way] - old[way] for old, new in zip(before, after)] for way in (0, 1)]

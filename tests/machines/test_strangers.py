@@ -267,5 +267,6 @@ def test_nothing_readable_was_sent(pair, specs):
     sent = b"".join(file.read_bytes()[before.get(file.name, 0) :] for file in pair.recorded.iterdir())
     assert len(sent) > latent.nbytes + frames.nbytes // 2
     marks = [PROMPT.encode(), b"red ball", latent.numpy().tobytes()[:16], torch.ones(4).numpy().tobytes(),
-             frames[0, :1, :4].numpy().tobytes(), b"Deliver", b"FromRank", b"PRIVATE", str(specs.folder).encode()]  # fmt: skip
+             frames[0, :1, :4].numpy().tobytes(), b"Deliver", b"FromRank", b"PRIVATE",
+             str(specs.folder).encode()]  # fmt: skip
     assert not [mark for mark in marks if mark in sent]
