@@ -72,12 +72,14 @@ class PlayedMachine:
         self.group, self.restarts = group, 0  # torchrun's restarts; each gives the ranks another group
         self.answer = answer or (lambda machine, deliver, message: machine.done(deliver))
         self.comes_again = comes_again
+        self.delay = 0.02  # seconds until it does
         self.hello = {
             "pack": versions()[OWN_NAME], "protocol": PROTOCOL, "machine": name, "ranks": self.ranks,
             "world_size": cluster.ranks, "device": "cpu", "packages": package_versions(), **hello,
         }  # fmt: skip
         self.seen, self.ended, self.welcomes = [], "", 0
         self.block = b""
+        self.later = []  # calls for its own thread, with itself
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"played {name}", daemon=True)
 
@@ -148,7 +150,7 @@ class PlayedMachine:
                 self.ended = str(error)
             if not self.comes_again:
                 return
-            self._left.wait(0.02)
+            self._left.wait(self.delay)
 
     def _serve(self, sock):
         self.link = Link(sock, self._place)
@@ -158,6 +160,8 @@ class PlayedMachine:
                 poll = select.poll()
                 poll.register(self.link.fileno(), select.POLLIN | (select.POLLOUT if self.link.unsent else 0))
                 poll.poll(0 if self.link.waiting else 20)
+                while self.later:
+                    self.later.pop(0)(self)
                 self.link.flush()
                 if (envelope := self.link.take()) is not None:
                     self._heard(envelope)

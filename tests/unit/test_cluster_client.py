@@ -27,6 +27,7 @@ from ascend_runtime import (
     SampleSpec,
 )
 from ascend_runtime.client.machines import group as cluster_group
+from ascend_runtime.client.machines import listener
 from ascend_runtime.client.machines import machine as machine_module
 from ascend_runtime.client.rank_words import ranks_in_words
 from ascend_runtime.hardware import host
@@ -415,7 +416,52 @@ def test_a_death_for_want_of_memory_gives_the_job_one_more_try(runtime, machines
     assert [kind for name, kind in kinds if name == "atlas1"] == ["Choose", "Sample", "Free", "Choose", "Sample"]
 
 
-def test_a_machine_that_was_lost_between_jobs_is_waited_for(runtime, machines, cluster):
+def test_a_connection_that_was_cut_between_jobs_costs_no_ranks(runtime, machines):
+    """They have kept their weights, and whoever comes again with the same group is the same."""
+    first, second = machines()
+    runtime.ping()
+    second.later.append(lambda one: one.hang_up(ranks_end=False))
+    second.until(lambda one: one.welcomes == 2)
+    runtime.ping()
+    assert not first.seen_of(Leave) + second.seen_of(Leave) and first.welcomes == 1
+    second.delay = 0.3  # it comes while the job waits for it
+    second.later.append(lambda one: one.hang_up(ranks_end=False))
+    until(lambda: not runtime.alive)
+    runtime.ping()
+    assert not first.seen_of(Leave) + second.seen_of(Leave) and first.welcomes == 1
+
+
+def test_an_interrupt_that_closes_a_connection_is_a_cut(runtime, machines):
+    """As Ctrl+C does in the middle of reading it."""
+    machines()
+    runtime.ping()
+    runtime._group.machines[1]._link.close()
+    assert not runtime.alive and runtime.machines[0] == "atlas1"
+    runtime.ping()
+
+
+def test_a_machine_that_comes_again_with_other_ranks_is_not_taken_for_the_same(runtime, machines):
+    first, second = machines()
+    runtime.ping()
+    second.later.append(PlayedMachine.hang_up)
+    second.until(lambda one: one.welcomes == 2)
+    result = in_background(runtime.ping)
+    first.until(lambda one: one.seen_of(Leave))  # after which torchrun there starts the others too
+    assert not isinstance(result(), Exception) and first.group_now == second.group_now
+
+
+def test_a_rank_that_ended_between_jobs_is_not_waited_for(runtime, machines, monkeypatch):
+    monkeypatch.setattr(cluster_group, "AGAIN_DEADLINE", 60)
+    first, second = machines()
+    runtime.ping()
+    second.later.append(lambda one: one.bury(2))
+    until(lambda: not runtime.alive)
+    runtime.ping()
+    assert first.seen_of(Leave) and second.seen_of(Leave)
+
+
+def test_a_machine_that_was_lost_between_jobs_is_waited_for(runtime, machines, cluster, monkeypatch):
+    monkeypatch.setattr(cluster_group, "AGAIN_DEADLINE", 0.1)
     first, second = machines()
     runtime.ping()
     second.vanish()
@@ -470,6 +516,17 @@ def test_a_runtime_that_nobody_holds_closes_its_connections(cluster, machines):
     with Runtime(cluster=cluster) as other:
         other.ping()
     assert not first.seen_of(Leave)
+
+
+def test_a_runtime_can_follow_at_once_on_one_that_nobody_holds(cluster, machines, monkeypatch):
+    machines()
+    runtime = Runtime(cluster=cluster)
+    runtime.ping()
+    monkeypatch.setattr(listener, "PACE", 0.2)  # the thread is slow to close its socket
+    del runtime
+    gc.collect()
+    with Runtime(cluster=cluster) as other:
+        other.ping()
 
 
 def test_a_forked_child_neither_uses_nor_keeps_the_connections(runtime, machines, cluster):

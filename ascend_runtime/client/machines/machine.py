@@ -62,6 +62,16 @@ class RelayLink:
     def device(self) -> str:
         return self.hello.device
 
+    @property
+    def groups(self) -> set[str]:
+        """The names of its ranks' groups; one, if all are ready and belong together."""
+        return {*self.ready.values()}
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its connection was lost, but none of its ranks as far as is known."""
+        return self.loss is not None and not self._is_open
+
     # The first words
 
     def greet(self) -> Hello | None:
@@ -102,6 +112,8 @@ class RelayLink:
             self._one_at_a_time.release()
 
     def _readable(self) -> bool:
+        if not self._is_open:
+            return True  # `take` says so
         poll = select.poll()
         poll.register(self._link.fileno(), select.POLLIN)
         return self._link.waiting or bool(poll.poll(0))
@@ -149,7 +161,8 @@ class RelayLink:
                 raise Undecodable(f"The machine {self.name} sent invalid data. {error}") from None
 
     def _envelope(self) -> Envelope | None:
-        if not self._is_open:
+        if not self._is_open:  # also after an interrupt, Ctrl+C, while it was read
+            self._lose(f"The connection to the machine {self.name} was closed.")
             raise ChannelClosed(self.loss)
         try:
             return self._link.take()

@@ -233,6 +233,7 @@ def _connection(name: str, parent: int) -> socket.socket:
     deadline = time.monotonic() + RELAY_DEADLINE
     while time.monotonic() < deadline:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)  # the relay of ranks that have ended may not accept any more
         try:
             connection.connect(name)
         except (ConnectionRefusedError, BlockingIOError):
