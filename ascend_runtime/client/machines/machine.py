@@ -276,3 +276,11 @@ class RelayLink:
 
     def _lost(self, error: Exception) -> str:
         return f"The machine {self.name}, with {ranks_in_words(self.ranks)}, was lost: {str(error).rstrip('.')}."
+
+
+def _memory(size: int) -> mmap.mmap:
+    """The kernel gives pages only to what arrives, and at an address that suits every dtype."""
+    try:
+        return mmap.mmap(-1, size)
+    except OSError as error:
+        raise Undecodable(f"There is no memory for tensors of {size} bytes ({error.strerror}).") from None
