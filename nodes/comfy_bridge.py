@@ -41,7 +41,6 @@ PREVIEW_SCALE = 8  # pixels of the video per pixel of a latent
 PREVIEW_SIZE = 512  # pixels: the longest side of a preview that ComfyUI sends
 
 
-
 class _Group(NamedTuple):
     """A group of ranks that a graph asks for. device: with a cluster, as the user gives it."""
 

@@ -115,7 +115,8 @@ class ParallelConfig(io.ComfyNode):
                     default=THIS_MACHINE,
                     optional=True,
                     tooltip="Several machines whose ranks torchrun has started, by the name of the cluster's file on "
-                    "this host (docs/machines.md). The graph contains only the name.",
+                    "this host (docs/machines.md). this machine: only the ranks of this host. The graph contains only "
+                    "the name.",
                 ),
             ],
             outputs=[

@@ -30,8 +30,7 @@ from ..wire.channel import Channel, ChannelClosed, channel_pair
 from ..wire.messages import Ready, Shutdown, Undecodable
 from ..wire.shared_memory import blocks
 from . import restarts
-from .links import ChannelLink
-from .submission import COMPUTING
+from .links import COMPUTING, ChannelLink
 
 logger = logging.getLogger(__name__)
 restarts.reap()

@@ -166,6 +166,8 @@ class KeptRanks:
     def _start(self, hooks: Hooks, sharded: bool) -> None:
         """Starts the ranks unless they are alive and can run the job. sharded: whether it shards weights by FSDP2."""
         sharded = (sharded or bool(self.parallel.fsdp)) and self.world_size > 1
+        if isinstance(self._group, ClusterGroup):
+            self._group.take_again(lambda: self._raise_if_cancelled(hooks))
         if self.alive and (self._group.may_shard or not sharded):
             return
         if self.alive:

@@ -9,6 +9,8 @@ from typing import Protocol
 from ..wire.channel import Channel, SealedMessage
 from ..wire.messages import Message, Undecodable
 
+COMPUTING = "is computing"  # what `GroupOfRanks.doing` says of a rank that has a reason to be silent
+
 
 class RankLink(Protocol):
     """A connection to some ranks of a group. Nothing of it blocks.

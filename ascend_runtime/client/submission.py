@@ -7,7 +7,6 @@ import logging
 import select
 import threading
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -20,7 +19,8 @@ from ..specs.record import JobRecord
 from ..wire.channel import ChannelClosed, SealedMessage
 from ..wire.messages import UNREAD, Cancel, Conditioning, Done, Failed, Message, Preview, Progress, Undecodable
 from ..wire.plans import Chosen
-from .links import GroupOfRanks, RankLink
+from .links import COMPUTING, GroupOfRanks, RankLink
+from .rank_words import ranks_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,6 @@ PEER_DEADLINE = 10.0  # seconds for other ranks to answer after one has failed, 
 CANCEL_DEADLINE = 60.0  # seconds to answer a cancel; at least three times the longest pause between reports
 SILENCE = 60.0  # minimum seconds without a report before a notice; see LONGER
 LONGER = 5  # a notice needs a pause this many times as long as the job's longest one
-COMPUTING = "is computing"  # what a group says of a rank that is not silent without reason
 
 OnProgress = Callable[[str, int, int], None]  # (stage, step, total); bytes for "load"
 OnPreview = Callable[[int, int, Tensor], None]  # (step, total, uint8 [H,W,3])
@@ -231,7 +230,7 @@ class Submission:
         self._give_up_at = at if self._give_up_at is None else min(self._give_up_at, at)
 
     def _give_up(self) -> None:
-        silent = ranks_in_words(self.unanswered)
+        silent = ranks_in_words(self.unanswered).capitalize()
         text = f"{silent} did not answer in time, so the group was ended. The next job starts a new one."
         self._notice(f"{text} Last state: {self._states()}.")
         if self._caller_error is not None:
@@ -314,9 +313,3 @@ class _Silence:
             return False
         self._noticed_at = self.seconds
         return True
-
-
-def ranks_in_words(ranks: Iterable[int]) -> str:
-    """Such as "Rank 3", or "Ranks 0, 1"."""
-    numbers = [str(rank) for rank in sorted(ranks)]
-    return f"Rank {numbers[0]}" if len(numbers) == 1 else f"Ranks {', '.join(numbers)}"

@@ -49,16 +49,14 @@ def serve(channel: Channel) -> None:
     machine = os.environ.get(MACHINE, "") if group else ""
     know_machines(machine)
     pipeline = RankPipeline(device)
-    # Disconnected without a Shutdown: by a client, which ended so; by a relay, which failed, so torchrun is to start
-    # this rank again.
-    code = 1 if machine else 0
+    code = 0
     try:
         channel.send(Ready(rank=dist.get_rank(), group=group))
         while _serve_one(channel, pipeline):
             pass
-        code = 0
     except ChannelClosed:
-        pass
+        # A client may end without a Shutdown. A relay that does has failed, and torchrun is to start this rank again.
+        code = 1 if machine else 0
     os._exit(code)  # destroying a process group can wait for peers that have left already
 
 

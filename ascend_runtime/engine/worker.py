@@ -1,7 +1,7 @@
 """The main program of a rank: joins the others, then serves jobs until its control connection closes.
 
 client/group.py starts it with torchrun's environment variables: RANK, LOCAL_RANK, WORLD_SIZE. torchrun itself starts it
-with options (see entering.py).
+with options (see machine/entering.py).
 """
 
 import gc
@@ -9,6 +9,9 @@ import os
 import sys
 
 from ..hardware.processes import die_with
+
+_PARENT = "ASCEND_RUNTIME_PARENT"
+_DESCRIPTORS = ("ASCEND_RUNTIME_CONTROL_FD", "ASCEND_RUNTIME_STORE_FD")
 
 
 def main() -> None:
@@ -31,9 +34,6 @@ def main() -> None:
         os.set_inheritable(descriptor, False)  # so the connection closes when this rank ends
     serve(Channel(socket.socket(fileno=inherited[0])))
 
-
-_PARENT = "ASCEND_RUNTIME_PARENT"
-_DESCRIPTORS = ("ASCEND_RUNTIME_CONTROL_FD", "ASCEND_RUNTIME_STORE_FD")
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..specs.plans import Line
-from .mesh import all_reduce_max, all_reduce_sum
+from .mesh import all_reduce_sum, gather_bytes
 
 MACHINE = "ASCEND_RUNTIME_MACHINE"  # the variable with the name of a rank's machine, if a client did not start it
 
@@ -50,11 +50,6 @@ class Machines:
         return list(dict.fromkeys(self.names)).index(self.names[self.rank])
 
     @property
-    def local(self) -> int:
-        """The number of ranks on this rank's machine."""
-        return self.names.count(self.names[self.rank])
-
-    @property
     def is_first(self) -> bool:
         """Whether this rank is the first of its machine."""
         return self.rank in self.firsts
@@ -62,10 +57,6 @@ class Machines:
     def name_of(self, rank: int) -> str:
         """The name of the machine that a rank is on; empty for ranks that a client started."""
         return self.names[rank]
-
-    def crosses(self, line: Iterable[int]) -> bool:
-        """Whether these ranks are on more than one machine."""
-        return len({self.names[rank] for rank in line}) > 1
 
 
 _known: Machines | None = None
@@ -82,7 +73,7 @@ def know_machines(name: str = "") -> Machines:
     """Learns the machines of all ranks, each of which gives its own one's name. All ranks must call it, once they have
     joined. An empty name, which all ranks give then: all are on one machine, and no rank is asked."""
     global _known
-    _known = _gathered(name) if name else _one_machine()
+    _known = Machines(tuple(gathered_texts(name)), dist.get_rank()) if name else _one_machine()
     return _known
 
 
@@ -123,15 +114,6 @@ def _one_machine() -> Machines:
     return Machines(("",) * dist.get_world_size(), dist.get_rank())
 
 
-def _gathered(name: str) -> Machines:
-    return Machines(tuple(gathered_texts(name)), dist.get_rank())
-
-
 def gathered_texts(text: str) -> list[str]:
-    """Every rank's text, by an all-gather of its bytes on the CPU. All ranks must call it."""
-    encoded = text.encode()
-    padded = torch.zeros(all_reduce_max(len(encoded)), dtype=torch.uint8)
-    padded[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    found = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, padded)
-    return [bytes(one.tolist()).rstrip(b"\0").decode() for one in found]
+    """Every rank's text, as `mesh.gather_bytes`. All ranks must call it."""
+    return [one.decode() for one in gather_bytes(text.encode())]

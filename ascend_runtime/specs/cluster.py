@@ -21,6 +21,7 @@ MAX_FILE = 2**16  # bytes
 FILE_FIELDS = ("listen", "key", "ranks", "paths")  # of a file
 REQUIRED_FIELDS = FILE_FIELDS[:3]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ZEROS = re.compile(r"0[0xX.]*")  # of which systems make 0.0.0.0
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 
 
@@ -70,7 +71,7 @@ class Cluster(Spec, frozen=True, kw_only=True):
     def everywhere(self) -> bool:
         """Whether the address is every interface of the host."""
         given = _parsed(self.address[0])
-        return given is not None and given.is_unspecified
+        return given is not None and given.is_unspecified or _ZEROS.fullmatch(self.address[0]) is not None
 
     @property
     def risk(self) -> str | None:
@@ -98,12 +99,12 @@ def require_name(text: str, what: str) -> None:
         )
 
 
-def address_of(text: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT; an IPv6 address is in brackets. Raises ValueError."""
+def address_of(text: str, what: str = "listen") -> tuple[str, int]:
+    """(host, port) of HOST:PORT; an IPv6 address is in brackets. Raises ValueError, with the name `what`."""
     found = _ADDRESS.fullmatch(text)
     if found is None or not 0 < int(found[2]) < 65536:
         raise ValueError(
-            f"listen is {text[:300]!r}; give HOST:PORT, such as 192.168.10.1:29600 or [fd00::1]:29600, with a port "
+            f"{what} is {text[:300]!r}; give HOST:PORT, such as 192.168.10.1:29600 or [fd00::1]:29600, with a port "
             "from 1 to 65535."
         )
     return found[1].strip("[]"), int(found[2])

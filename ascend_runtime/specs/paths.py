@@ -74,4 +74,3 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
             copied = copied or copy.copy(value)
             force_setattr(copied, name, made)
     return value if copied is None else copied
-

@@ -206,7 +206,7 @@ class Link:
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise Undecodable(f"An envelope cannot be decoded ({error}).") from None
         if not 0 <= size <= MAX_PAYLOAD:
-            raise Undecodable(f"{type(envelope).__name__} announces {size} bytes.")
+            raise Undecodable(f"{type(envelope).__name__} announces a payload that cannot be.")
         self._expect_header()
         if not size:
             return envelope

@@ -29,7 +29,7 @@ from ..specs import (
     VaeSpec,
 )
 from ..specs.record import JobRecord
-from .control import Cancel, Message, Located, Shutdown, Wrote
+from .control import Cancel, Located, Message, Shutdown, Wrote
 from .packets import Undecodable
 from .plans import PlannedJob
 

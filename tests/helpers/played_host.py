@@ -39,6 +39,7 @@ class PlayedHost:
         self.affinity, self.space, self.seconds = 64, Space(500 * GB, 400 * GB), 0.0
         self.limits, self.version, self.time = {}, (3, 11), 0.0
         self.fails_to_bind = 0  # errno
+        self.leads_to = "192.168.10.1"  # where the address of a cluster does
         self.environ = {"PATH": str(self.bin), "HOME": str(folder), "COMFYUI_DIR": str(self.comfyui)}
         self._kernel()
         self._python()
@@ -197,6 +198,7 @@ class PlayedHost:
     def bind(self, host, port):
         if self.fails_to_bind:
             raise OSError(self.fails_to_bind, os.strerror(self.fails_to_bind))
+        return self.leads_to
 
     def clock(self):
         self.time += self.seconds

@@ -63,7 +63,8 @@ class PlayedMachine:
     """A machine with these ranks, which join at once. A context manager. Its thread comes again when the client goes.
 
     answer(machine, deliver, message): answers a job, whose message is a dictionary; by default, all its ranks are done.
-    hello: what it says of itself besides. seen: what the client sent: envelopes. ended: why the last connection did.
+    hello: what it says of itself besides. seen: envelopes from the client. ended: why the last connection did; empty
+    once a client has welcomed it.
     """
 
     def __init__(self, cluster, name, ranks, *, group="group", answer=None, comes_again=True, **hello):
@@ -71,12 +72,14 @@ class PlayedMachine:
         self.group, self.restarts = group, 0  # torchrun's restarts; each gives the ranks another group
         self.answer = answer or (lambda machine, deliver, message: machine.done(deliver))
         self.comes_again = comes_again
+        self.delay = 0.02  # seconds until it does
         self.hello = {
             "pack": versions()[OWN_NAME], "protocol": PROTOCOL, "machine": name, "ranks": self.ranks,
             "world_size": cluster.ranks, "device": "cpu", "packages": package_versions(), **hello,
         }  # fmt: skip
         self.seen, self.ended, self.welcomes = [], "", 0
         self.block = b""
+        self.later = []  # calls for its own thread, with itself
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"played {name}", daemon=True)
 
@@ -147,7 +150,7 @@ class PlayedMachine:
                 self.ended = str(error)
             if not self.comes_again:
                 return
-            self._left.wait(0.02)
+            self._left.wait(self.delay)
 
     def _serve(self, sock):
         self.link = Link(sock, self._place)
@@ -157,6 +160,8 @@ class PlayedMachine:
                 poll = select.poll()
                 poll.register(self.link.fileno(), select.POLLIN | (select.POLLOUT if self.link.unsent else 0))
                 poll.poll(0 if self.link.waiting else 20)
+                while self.later:
+                    self.later.pop(0)(self)
                 self.link.flush()
                 if (envelope := self.link.take()) is not None:
                     self._heard(envelope)
@@ -166,7 +171,7 @@ class PlayedMachine:
     def _heard(self, envelope):
         self.seen.append(envelope)
         if isinstance(envelope, Welcome):
-            self.welcomes += 1
+            self.welcomes, self.ended = self.welcomes + 1, ""
             for rank in self.ranks:
                 self.link.post(Here(rank=rank))
                 self.say(rank, Ready(rank=rank, group=self.group_now))

@@ -18,7 +18,7 @@ from ascend_runtime.engine.machine import entering
 from ascend_runtime.engine.machine.joining import agreed_name
 from ascend_runtime.engine.machine.relay.regions import content_of, region_of
 from ascend_runtime.engine.machine.relay.settings import pause_before_failing
-from ascend_runtime.hardware import interfaces
+from ascend_runtime.hardware import host, interfaces
 from ascend_runtime.wire import messages
 from ascend_runtime.wire.control import Wrote
 from ascend_runtime.wire.envelopes import Leave
@@ -67,6 +67,45 @@ def test_ranks_on_npus_can_always_shard_weights(torchrun_variables):
     assert entering.environment_of_rank("npu", 1)["MULTI_STREAM_MEMORY_REUSE"] == "2"
 
 
+@pytest.fixture
+def host_with_npus(monkeypatch, tmp_path):
+    """Two cards and torch_npu, as far as the entering step looks."""
+    for name in ("davinci0", "davinci1", "davinci_manager"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(host, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(host, "find_spec", lambda name: name == "torch_npu")
+    monkeypatch.setattr(host, "problems", lambda environ: [])
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_rank_on_a_host_with_npus_enters_with_its_environment(torchrun_variables, host_with_npus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
+    entered, control = [], os.memfd_create("control")
+    monkeypatch.setattr(entering, "die_with", lambda parent: None)
+    monkeypatch.setattr(entering, "_connected", lambda options, kind, parent: control)
+    monkeypatch.setattr(os, "execve", lambda *what: entered.append(what))
+    entering.enter(["--client", "192.0.2.1:29600", "--key", "k", "--machine", "atlas1"])
+    [(program, command, environment)] = entered
+    assert program == sys.executable and command[-2:] == ["-m", "ascend_runtime.engine.worker"]
+    assert os.get_inheritable(control)
+    os.close(control)
+    own = {"DEVICE": "npu", "CONTROL_FD": str(control), "PARENT": str(os.getppid()), "MACHINE": "atlas1"}
+    assert own.items() <= {name.removeprefix("ASCEND_RUNTIME_"): text for name, text in environment.items()}.items()
+    # All ranks see the same cards, and each takes that of its LOCAL_RANK.
+    assert environment["LOCAL_RANK"] == "1" and environment["ASCEND_RT_VISIBLE_DEVICES"] == "0,1"
+    assert environment["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "1" and environment["HCCL_SOCKET_IFNAME"] == "=lo"
+    assert environment["MULTI_STREAM_MEMORY_REUSE"] == "2" and "MALLOC_MMAP_MAX_" not in environment
+
+
+def test_more_ranks_than_npus_are_refused(torchrun_variables, host_with_npus, monkeypatch):
+    assert entering.kind_of_device("auto") == "npu"
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "1")
+    with pytest.raises(ValueError, match="AV-1904.*--nproc-per-node is 2.*1 visible"):
+        entering.kind_of_device("auto")
+
+
 def test_an_interface_is_the_one_with_the_address_that_leads_to_the_first_machine():
     outer = [(name, entry.address) for name, entries in psutil.net_if_addrs().items() for entry in entries
              if entry.family == socket.AF_INET]  # fmt: skip
@@ -93,7 +132,9 @@ def test_a_host_that_cannot_be_reached_or_an_address_without_an_interface_is_nam
 
 @pytest.mark.parametrize("options, said", [
     ([], "--client"), (["--client", "x", "--key", "k"], "HOST:PORT"),
-    (["--client", "127.0.0.1:1", "--key", "k", "--wait", "-1"], "seconds from 0 on"),
+    (["--client", "127.0.0.1:1", "--key", "k", "--wait", "-1"], "'-1' is not a number of seconds"),
+    (["--client", "127.0.0.1:1", "--key", "k", "--wait", "long"], "'long' is not a number of seconds"),
+    (["--client", "127.0.0.1", "--key", "k"], "--client is '127.0.0.1'; give HOST:PORT"),
     (["--client", "127.0.0.1:1", "--key", "k", "--machine", "a b"], "--machine"),
 ])  # fmt: skip
 def test_wrong_options_are_refused(options, said, capsys):
@@ -109,6 +150,17 @@ def test_a_worker_with_options_and_without_torchrun_says_how_to_start_it(monkeyp
     with pytest.raises(SystemExit) as ended:
         entering.enter(["--client", "127.0.0.1:1", "--key", "k"])
     assert ended.value.code == 1 and "torchrun --nnodes" in capsys.readouterr().err
+
+
+def test_a_relay_that_accepts_nobody_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(entering, "RELAY_DEADLINE", 0.3)
+    name = f"\0ascend-video/test/{os.getpid()}"
+    with socket.socket(socket.AF_UNIX) as relay, socket.socket(socket.AF_UNIX) as other:
+        relay.bind(name)
+        relay.listen(0)
+        other.connect(name)  # all that may wait there
+        with pytest.raises(ValueError, match="AV-1911"):
+            entering._connection(name, os.getppid())
 
 
 def test_a_fault_that_stays_is_reported_ever_more_rarely():

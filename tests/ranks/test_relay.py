@@ -4,16 +4,20 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
 import played_rank
 import psutil
 import pytest
-from ascend_runtime.engine.machine.relay.ranks import may_connect
+from ascend_runtime.engine.machine.relay import ranks
+from ascend_runtime.engine.machine.relay.ranks import LocalRank, may_connect
 from ascend_runtime.engine.machine.relay.settings import name_of_socket
 from ascend_runtime.wire.envelopes import FromRank, Gone, Leave, Region, Rejected
+from ascend_runtime.hardware.processes import start_of
 from ascend_runtime.wire.link import LinkClosed
+from ascend_runtime.wire.packets import Packets
 from ascend_runtime.wire.tls import make_key
 from machines_client import MachinesClient
 
@@ -159,13 +163,15 @@ def test_ranks_end_quietly_when_no_client_comes(client, start):
 
 
 def test_a_refusal_for_now_is_followed_by_another_attempt_and_a_lasting_one_by_the_end(key, start):
-    with MachinesClient(key, answer=Rejected(reason="another group is still ending", lasting=False)) as client:
+    with MachinesClient(key, answer=Rejected(reason="AV-1904: It is connected already.", lasting=False)) as client:
         machine = start(client, ranks=2)
         client.accept()
         client.answer = Rejected(reason="AV-1903: This machine has Ascend Video 0.1.")
         client.accept()
         assert machine.codes == [1, 1]
-    assert machine.output.count("AV-1903") == 1 and "another group is still ending" in machine.output
+    assert machine.output.count("AV-1903") == 1
+    assert "cannot take this machine now: AV-1904: It is connected already." in machine.output
+    assert "key file" not in machine.output
 
 
 def test_another_key_is_named_and_ranks_wait_for_the_right_one(client, start, tmp_path):
@@ -223,6 +229,19 @@ def test_strangers_at_the_local_socket_are_turned_away(client, start):
     link.ready([0, 1])
     assert may_connect(os.getuid()) and not may_connect(os.getuid() + 1)
     assert len(re.findall("has connected", machine.output)) == 2
+
+
+def test_a_process_that_has_the_number_of_a_rank_that_ended_is_not_killed(monkeypatch):
+    mine, theirs = socket.socketpair()
+    with mine, theirs, subprocess.Popen(["sleep", "60"]) as process:
+        rank = LocalRank(0, process.pid, Packets(mine))
+        monkeypatch.setattr(ranks, "start_of", lambda number: start_of(number) + 1)
+        rank.kill()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        monkeypatch.undo()
+        rank.kill()
+        assert process.wait(10) == -signal.SIGKILL
 
 
 def test_a_wrong_report_of_a_rank_ends_it(client, start):

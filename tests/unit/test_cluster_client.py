@@ -3,6 +3,7 @@
 Real ranks are in tests/ranks/test_cluster_clients.py, on one host, and in tests/machines/, on several.
 """
 
+import errno
 import gc
 import logging
 import math
@@ -26,8 +27,9 @@ from ascend_runtime import (
     SampleSpec,
 )
 from ascend_runtime.client.machines import group as cluster_group
+from ascend_runtime.client.machines import listener
 from ascend_runtime.client.machines import machine as machine_module
-from ascend_runtime.client.machines.machine import spans
+from ascend_runtime.client.rank_words import ranks_in_words
 from ascend_runtime.hardware import host
 from ascend_runtime.wire.envelopes import Deliver, FromRank, Leave, Region, Rejected
 from ascend_runtime.wire.messages import Done, Failed
@@ -135,7 +137,8 @@ def test_ranks_that_do_not_join_in_time(runtime, cluster, machines, monkeypatch)
     with PlayedMachine(cluster, "atlas1", (0, 1)), pytest.raises(TimeoutError) as caught:
         runtime.ping()
     text = str(caught.value)
-    assert text.startswith("AV-1905: Of the cluster 'played', rank 2 of 3 have not joined within 0 s. Joined: atlas1 ")
+    assert text.startswith("AV-1905: Only 2 of the 3 ranks of the cluster 'played' have joined within 0 s; missing: ")
+    assert "missing: rank 2. Joined: atlas1 " in text
     assert "`python -m ascend_runtime cluster show played` prints the commands" in text and cluster.key not in text
     monkeypatch.delenv("ASCEND_RUNTIME_START_DEADLINE")
     machines()
@@ -154,8 +157,8 @@ def test_ranks_of_different_groups_are_not_one(runtime, machines, monkeypatch):
     ({"protocol": 0}, "AV-1903: The machine 'atlas2' speaks version 0 of the protocol"),
     ({"packages": {"torch": "1.0"}}, r"AV-1903: The machine 'atlas2' has another \w+ \(.*\) than 'atlas1'"),
     ({"world_size": 8}, "AV-1904: The ranks of the machine 'atlas2' were started as part of 8, .* \"ranks\": 3"),
-    ({"ranks": (2, 3)}, "AV-1904: The machine 'atlas2' has ranks that cannot be"),
-    ({"ranks": ()}, "AV-1904: The machine 'atlas2' has ranks that cannot be"),
+    ({"ranks": (2, 3)}, "AV-1904: The machine 'atlas2' reports the ranks \\(2, 3\\); they must be"),
+    ({"ranks": ()}, "AV-1904: The machine 'atlas2' reports the ranks \\(\\); they must be"),
     ({"ranks": (1, 2)}, "AV-1904: The machine 'atlas2' has rank 1, as 'atlas1' does"),
     ({"machine": "atlas1"}, "AV-1904: A machine 'atlas1' is connected already, with ranks 0, 1"),
     ({"machine": "../x"}, "AV-1904: --machine is '../x'"),
@@ -275,6 +278,27 @@ def test_what_a_machine_must_not_send(runtime, machines, monkeypatch, says, expe
         runtime.ping()
 
 
+def beyond_memory(machine):
+    machine.link.post(FromRank(rank=2, body=1, block=9), b"a", bytes(9))
+
+
+@pytest.mark.parametrize("says", [beyond_memory, lambda machine: machine.link._socket.send(b"GET / HTTP/1.1\r\n")])
+def test_a_machine_that_breaks_the_rules_between_jobs_can_come_again(runtime, machines, monkeypatch, says):
+    class Unmappable:
+        @staticmethod
+        def mmap(*_):
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    first, second = machines()
+    runtime.ping()
+    with monkeypatch.context() as patched:
+        patched.setattr(machine_module, "mmap", Unmappable)
+        second.restarts = 1  # as the first machine's, once it has been asked to leave
+        says(second)
+        until(lambda: not runtime.alive)
+    runtime.ping()
+
+
 def test_an_answer_too_many_is_no_answer(runtime, machines):
     def twice(machine, deliver, message):
         machine.say(0, Done(job=deliver.job))
@@ -392,7 +416,52 @@ def test_a_death_for_want_of_memory_gives_the_job_one_more_try(runtime, machines
     assert [kind for name, kind in kinds if name == "atlas1"] == ["Choose", "Sample", "Free", "Choose", "Sample"]
 
 
-def test_a_machine_that_was_lost_between_jobs_is_waited_for(runtime, machines, cluster):
+def test_a_connection_that_was_cut_between_jobs_costs_no_ranks(runtime, machines):
+    """They have kept their weights, and whoever comes again with the same group is the same."""
+    first, second = machines()
+    runtime.ping()
+    second.later.append(lambda one: one.hang_up(ranks_end=False))
+    second.until(lambda one: one.welcomes == 2)
+    runtime.ping()
+    assert not first.seen_of(Leave) + second.seen_of(Leave) and first.welcomes == 1
+    second.delay = 0.3  # it comes while the job waits for it
+    second.later.append(lambda one: one.hang_up(ranks_end=False))
+    until(lambda: not runtime.alive)
+    runtime.ping()
+    assert not first.seen_of(Leave) + second.seen_of(Leave) and first.welcomes == 1
+
+
+def test_an_interrupt_that_closes_a_connection_is_a_cut(runtime, machines):
+    """As Ctrl+C does in the middle of reading it."""
+    machines()
+    runtime.ping()
+    runtime._group.machines[1]._link.close()
+    assert not runtime.alive and runtime.machines[0] == "atlas1"
+    runtime.ping()
+
+
+def test_a_machine_that_comes_again_with_other_ranks_is_not_taken_for_the_same(runtime, machines):
+    first, second = machines()
+    runtime.ping()
+    second.later.append(PlayedMachine.hang_up)
+    second.until(lambda one: one.welcomes == 2)
+    result = in_background(runtime.ping)
+    first.until(lambda one: one.seen_of(Leave))  # after which torchrun there starts the others too
+    assert not isinstance(result(), Exception) and first.group_now == second.group_now
+
+
+def test_a_rank_that_ended_between_jobs_is_not_waited_for(runtime, machines, monkeypatch):
+    monkeypatch.setattr(cluster_group, "AGAIN_DEADLINE", 60)
+    first, second = machines()
+    runtime.ping()
+    second.later.append(lambda one: one.bury(2))
+    until(lambda: not runtime.alive)
+    runtime.ping()
+    assert first.seen_of(Leave) and second.seen_of(Leave)
+
+
+def test_a_machine_that_was_lost_between_jobs_is_waited_for(runtime, machines, cluster, monkeypatch):
+    monkeypatch.setattr(cluster_group, "AGAIN_DEADLINE", 0.1)
     first, second = machines()
     runtime.ping()
     second.vanish()
@@ -449,6 +518,17 @@ def test_a_runtime_that_nobody_holds_closes_its_connections(cluster, machines):
     assert not first.seen_of(Leave)
 
 
+def test_a_runtime_can_follow_at_once_on_one_that_nobody_holds(cluster, machines, monkeypatch):
+    machines()
+    runtime = Runtime(cluster=cluster)
+    runtime.ping()
+    monkeypatch.setattr(listener, "PACE", 0.2)  # the thread is slow to close its socket
+    del runtime
+    gc.collect()
+    with Runtime(cluster=cluster) as other:
+        other.ping()
+
+
 def test_a_forked_child_neither_uses_nor_keeps_the_connections(runtime, machines, cluster):
     first, _ = machines()
     runtime.ping()
@@ -485,4 +565,5 @@ def test_nothing_is_left(cluster, machines):
 
 
 def test_words():
-    assert [spans(ranks) for ranks in ([0], [3, 1, 0, 5], range(8, 16))] == ["0", "0, 1, 3, 5", "8 to 15"]
+    named = [ranks_in_words(ranks) for ranks in ([0], [3, 1, 0, 5], range(8, 16))]
+    assert named == ["rank 0", "ranks 0, 1, 3, 5", "ranks 8 to 15"]

@@ -120,6 +120,7 @@ def test_without_the_variable_clusters_are_in_the_users_home(tmp_path):
     ("127.0.0.1:1", ("127.0.0.1", 1), None), ("[fd00::1]:65535", ("fd00::1", 65535), None),
     ("[fe80::1%eth0]:2", ("fe80::1%eth0", 2), None), ("atlas-1.local:29600", ("atlas-1.local", 29600), None),
     ("192.168.10.1:29600", ("192.168.10.1", 29600), None), ("8.8.8.8:3", ("8.8.8.8", 3), "of the public internet"),
+    ("0:4", ("0", 4), "every interface"),
     ("0.0.0.0:4", ("0.0.0.0", 4), "every interface"), ("[::]:5", ("::", 5), "every interface"),
 ])  # fmt: skip
 def test_an_address_is_taken_as_written_and_an_open_one_is_known(listen, address, risk):

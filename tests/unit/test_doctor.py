@@ -535,6 +535,12 @@ def an_address_that_is_in_use(host):
 
 
 @fault("AV-1908", WARNING, kind="cpu")
+def a_name_that_leads_to_this_host_only(host):
+    host.cluster("atlas1:29600")
+    host.leads_to = "127.0.1.1"
+
+
+@fault("AV-1908", WARNING, kind="cpu")
 def an_address_that_is_every_interface(host):
     host.cluster("0.0.0.0:29600")
 

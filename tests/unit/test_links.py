@@ -260,6 +260,7 @@ def header(size: int) -> bytes:
     b"ASC1" + packed(Here(rank=1))[4:], header(9) + msgspec.msgpack.encode({"type": "X"}) + b"\0" * 9,
     header(5) + b"\x91" * 5, packed(FromRank(rank=0, body=-5)), packed(FromRank(rank=0, body=1 << 50)),
     packed(Region(job=1, lent=0, shape=(1,), starts=(0,), sizes=(1 << 30, 1 << 30, 1 << 30), itemsize=4)),
+    packed(Region(job=1, lent=0, shape=(1,), starts=(0,), sizes=(1 << 62,) * 300, itemsize=4)),
 ])  # fmt: skip
 def test_what_is_no_envelope_ends_the_link(key, data):
     ours, theirs = established(*connected(), key)

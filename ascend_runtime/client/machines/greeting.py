@@ -10,7 +10,8 @@ from ...hardware.devices import DEVICE_KINDS
 from ...hardware.versions import OWN_NAME, versions
 from ...specs.cluster import Cluster, require_name
 from ...wire.envelopes import PROTOCOL, Hello, Rejected
-from .machine import RelayLink, in_words
+from ..rank_words import ranks_in_words
+from .machine import RelayLink
 
 AGAIN = "then start its ranks again"
 
@@ -70,7 +71,11 @@ def _numbers(hello: Hello, cluster: Cluster) -> Iterator[str]:
         )
     ranks = set(hello.ranks)
     if not ranks or len(ranks) != len(hello.ranks) or not ranks <= set(range(cluster.ranks)):
-        yield coded("AV-1904", f"{_capital(_named(hello))} has ranks that cannot be: {str(hello.ranks)[:80]}.")
+        yield coded(
+            "AV-1904",
+            f"{_capital(_named(hello))} reports the ranks {str(hello.ranks)[:80]}; they must be different numbers from "
+            f"0 to {cluster.ranks - 1}.",
+        )
 
 
 def _packages(hello: Hello, other: RelayLink) -> Iterator[str]:
@@ -91,14 +96,14 @@ def _passing(hello: Hello, others: Sequence[RelayLink]) -> Iterator[str]:
         if other.name == hello.machine:
             yield coded(
                 "AV-1904",
-                f"A machine {other.name!r} is connected already, with {in_words(other.ranks)}. If it is another one, "
-                "give each its own name by --machine.",
+                f"A machine {other.name!r} is connected already, with {ranks_in_words(other.ranks)}. If it is another "
+                "one, give each its own name by --machine.",
             )
         if shared := set(other.ranks) & set(hello.ranks):
             yield coded(
                 "AV-1904",
-                f"{_capital(_named(hello))} has {in_words(shared)}, as {other.name!r} does. Start torchrun once on "
-                "each machine, with the same --rdzv-endpoint; two such groups cannot have one key.",
+                f"{_capital(_named(hello))} has {ranks_in_words(shared)}, as {other.name!r} does. Start torchrun once "
+                "on each machine, with the same --rdzv-endpoint; two such groups cannot have one key.",
             )
 
 

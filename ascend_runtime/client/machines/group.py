@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 JOIN_DEADLINE = 600  # seconds; torchrun may have to start the ranks, and each loads torch
 JOIN_POLL = 0.02  # seconds between looks at what machines have sent
 FIRST_NOTICE = 0.5  # seconds; ranks that are ready already need less
+AGAIN_DEADLINE = 3.0  # seconds for a machine whose connection was cut to come again; it tries every half second
 
 
 class ClusterGroup:
@@ -64,6 +65,28 @@ class ClusterGroup:
             time.sleep(JOIN_POLL)
         self._require_device(machines)
         self.machines = machines
+
+    def take_again(self, check: Callable[[], None]) -> None:
+        """Takes the same ranks again, with what they have loaded, if only connections to them were cut between jobs and
+        all machines are here once more. Returns at the latest when it is clear that they will not be.
+
+        check: called while waiting; it may raise.
+        """
+        until = time.monotonic() + AGAIN_DEADLINE
+        while self._is_only_cut and time.monotonic() < until:
+            machines = self._meeting.present()
+            if self._is_complete(machines) and machines[0].groups == self.machines[0].groups:
+                logger.info("Connections that were cut are there again; the ranks have kept what they had loaded.")
+                self.machines = machines
+                return
+            check()
+            time.sleep(JOIN_POLL)
+
+    @property
+    def _is_only_cut(self) -> bool:
+        """Whether machines were lost, but no rank of them that is known of."""
+        lost = [machine for machine in self.machines if machine.loss is not None] if self.lost else []
+        return not self._stopped and bool(lost) and all(machine.is_cut for machine in lost)
 
     @property
     def links(self) -> list[RelayLink]:

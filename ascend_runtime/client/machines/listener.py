@@ -33,6 +33,7 @@ MOST_STEPS = 64  # times that data of a connection is looked at until it has sai
 PACE = 0.005  # seconds
 MOST_A_TURN = 2
 BACKLOG = 128
+LAST_SECOND = 1.0  # in which a listener that nobody holds any more closes its socket
 CONFIRMED_WITHIN = 8.0  # seconds without an acknowledgement until a machine counts as lost
 MINUTE = 60.0  # seconds in which an address gets one line in the log
 MOST_LINES = 20  # in a minute, from all addresses
@@ -223,7 +224,7 @@ def _listening(cluster: Cluster) -> socket.socket:
     try:
         listening.setblocking(False)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended lately do not matter
-        listening.bind(address)
+        _bind(listening, address)
         listening.listen(BACKLOG)
     except OSError as error:
         listening.close()
@@ -232,6 +233,17 @@ def _listening(cluster: Cluster) -> socket.socket:
         logger.warning("The cluster %s listens at %s: %s. Strangers are refused, but give an address in the machines' "
                        "own network.", cluster.name, cluster.listen, cluster.risk)  # fmt: skip
     return listening
+
+
+def _bind(listening: socket.socket, address: tuple) -> None:
+    until = time.monotonic() + LAST_SECOND
+    while True:
+        try:
+            return listening.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > until:
+                raise
+        time.sleep(PACE)
 
 
 def _unusable(cluster: Cluster, error: OSError) -> str:

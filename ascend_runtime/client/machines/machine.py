@@ -1,5 +1,4 @@
-"""The link to one machine: messages of a job go there once for all its ranks, and what they write to lent memory is
-received where it belongs.
+"""The link to one machine: messages of a job go there once for all its ranks, and their answers come back.
 
 A machine has the cluster's key. What it sends is checked nevertheless, as it may be of another release, or broken.
 """
@@ -7,43 +6,27 @@ A machine has the cluster's key. What it sends is checked nevertheless, as it ma
 from __future__ import annotations
 
 import logging
-import math
 import mmap
 import select
 import socket
 import threading
 import time
-from collections.abc import Collection, Iterable
-from itertools import groupby
-
-import torch
-from torch import Tensor
+from collections.abc import Collection
 
 from ...hardware import host
 from ...wire import messages
 from ...wire.channel import ChannelClosed, SealedMessage
 from ...wire.envelopes import Deliver, Envelope, FromRank, Gone, Hello, Here, Leave, Region, Rejected, Welcome
 from ...wire.link import Link, LinkClosed
-from ...wire.messages import Done, Failed, Message, Ready, SharedTensor, Undecodable
+from ...wire.messages import Done, Failed, Message, Ready, Undecodable
 from ...wire.packets import MAX_BODY
-from ...wire.regions import SHORTEST_STRETCH, stretches_of
+from ..rank_words import ranks_in_words
+from .lent import LentForResult
 
 logger = logging.getLogger(__name__)
 
+MOST_AT_ONCE = 1000  # envelopes that one look reads, so that a machine which never ends does not hold up the client
 MOST_TENSORS = 1 << 36  # bytes of the tensors of one message of a rank; a long video's latent has 1,000 times fewer
-
-
-def spans(ranks: Iterable[int]) -> str:
-    """Numbers of ranks, such as "0 to 3, 6"."""
-    runs = groupby(enumerate(sorted(ranks)), key=lambda pair: pair[1] - pair[0])
-    lists = [[str(rank) for _, rank in run] for _, run in runs]
-    return ", ".join(", ".join(run) if len(run) < 3 else f"{run[0]} to {run[-1]}" for run in lists)
-
-
-def in_words(ranks: Iterable[int]) -> str:
-    """Such as "rank 3", or "ranks 0 to 3"."""
-    numbers = list(ranks)
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {spans(numbers)}"
 
 
 class RelayLink:
@@ -67,7 +50,7 @@ class RelayLink:
         self.loss: str | None = None
         self._job = 0  # that its ranks have not all answered
         self._unanswered: set[int] = set()
-        self._lent: list[_Lent] = []
+        self._lent: list[LentForResult] = []
         self._body = self._block = b""  # the payload of the message that arrives
         self._leaves = False
 
@@ -78,6 +61,16 @@ class RelayLink:
     @property
     def device(self) -> str:
         return self.hello.device
+
+    @property
+    def groups(self) -> set[str]:
+        """The names of its ranks' groups; one, if all are ready and belong together."""
+        return {*self.ready.values()}
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether its connection was lost, but none of its ranks as far as is known."""
+        return self.loss is not None and not self._is_open
 
     # The first words
 
@@ -107,7 +100,9 @@ class RelayLink:
         if not self._one_at_a_time.acquire(blocking=False):
             return  # somebody else reads it
         try:
-            while not self._job and self.loss is None and self._readable():
+            for _ in range(MOST_AT_ONCE):
+                if self._job or self.loss is not None or not self._readable():
+                    return
                 self.take()
         except ChannelClosed:
             pass  # `loss` says why
@@ -117,6 +112,8 @@ class RelayLink:
             self._one_at_a_time.release()
 
     def _readable(self) -> bool:
+        if not self._is_open:
+            return True  # `take` says so
         poll = select.poll()
         poll.register(self._link.fileno(), select.POLLIN)
         return self._link.waiting or bool(poll.poll(0))
@@ -143,7 +140,7 @@ class RelayLink:
                 raise ChannelClosed(self.loss)
             if job:
                 self._job, self._unanswered = job, set(receivers)
-                self._lent = [_Lent(shared) for shared in sealed.lent]
+                self._lent = [LentForResult(shared) for shared in sealed.lent]
             sizes = {"body": len(sealed.body), "block": len(sealed.block)}
             lent = tuple(shared.nbytes for shared in sealed.lent)
             self._link.post(Deliver(ranks=receivers, job=job, lent=lent, **sizes), sealed.body, sealed.block)
@@ -164,13 +161,17 @@ class RelayLink:
                 raise Undecodable(f"The machine {self.name} sent invalid data. {error}") from None
 
     def _envelope(self) -> Envelope | None:
-        if not self._is_open:
+        if not self._is_open:  # also after an interrupt, Ctrl+C, while it was read
+            self._lose(f"The connection to the machine {self.name} was closed.")
             raise ChannelClosed(self.loss)
         try:
             return self._link.take()
         except LinkClosed as error:
             self._lose(self._lost(error))
             raise ChannelClosed(str(error)) from None
+        except BaseException as error:  # it has closed the connection, so that nothing more can come
+            self._lose(self._lost(error))
+            raise
 
     def _read(self, envelope: Envelope) -> tuple[int, Message] | None:
         if isinstance(envelope, FromRank):
@@ -219,8 +220,7 @@ class RelayLink:
         if not (0 < envelope.body <= MAX_BODY and 0 <= envelope.block <= MOST_TENSORS):
             raise Undecodable(f"No message has {envelope.body} bytes, and tensors of {envelope.block} bytes.")
         self._body = bytearray(envelope.body)
-        # The kernel gives pages only to what arrives, and at an address that suits every dtype.
-        self._block = mmap.mmap(-1, envelope.block) if envelope.block else b""
+        self._block = _memory(envelope.block) if envelope.block else b""
         return [memoryview(self._body), memoryview(self._block)]
 
     def _place_region(self, region: Region) -> list[memoryview]:
@@ -275,46 +275,12 @@ class RelayLink:
         raise ChannelClosed(self.loss)
 
     def _lost(self, error: Exception) -> str:
-        return f"The machine {self.name}, with {in_words(self.ranks)}, was lost: {error}."
+        return f"The machine {self.name}, with {ranks_in_words(self.ranks)}, was lost: {str(error).rstrip('.')}."
 
 
-class _Lent:
-    """Memory that the client lends for a result."""
-
-    def __init__(self, shared: SharedTensor):
-        self._memory = memoryview(mmap.mmap(shared.fd, shared.nbytes)) if shared.nbytes else memoryview(bytearray())
-        self._shape, self._dtype = tuple(shared.shape), shared.dtype
-        self._aside: tuple[Region, bytearray] | None = None  # a part of many short pieces, on its way
-
-    def place(self, region: Region) -> list[memoryview]:
-        """Where a part's content belongs. Raises Undecodable if it is no part of this result."""
-        self._check(region)
-        pieces = stretches_of(region)
-        first, last = next(pieces)
-        if last - first >= SHORTEST_STRETCH:
-            return [self._memory[start:stop] for start, stop in ((first, last), *pieces)]
-        self._aside = region, bytearray(region.itemsize * math.prod(region.sizes))
-        return [memoryview(self._aside[1])]
-
-    def settle(self) -> None:
-        """Copies a part that has arrived elsewhere to where it belongs."""
-        if self._aside is None:
-            return
-        (region, content), self._aside = self._aside, None
-        place = tuple(slice(start, start + size) for start, size in zip(region.starts, region.sizes))
-        part = torch.frombuffer(content, dtype=self._dtype).view(region.sizes)
-        self._tensor[place].copy_(part)
-
-    @property
-    def _tensor(self) -> Tensor:
-        return torch.frombuffer(self._memory, dtype=self._dtype).view(self._shape)
-
-    def _check(self, region: Region) -> None:
-        sides = list(zip(region.starts, region.sizes, self._shape))
-        inside = all(start >= 0 and size > 0 and start + size <= whole for start, size, whole in sides)
-        dims = len(self._shape) == len(region.starts) == len(region.sizes)
-        if region.shape != self._shape or region.itemsize != self._dtype.itemsize or not dims or not inside:
-            raise Undecodable(
-                f"A part at {region.starts[:8]} of {region.sizes[:8]}, with {region.itemsize} bytes an element, is not "
-                f"in a result {list(self._shape)} of {self._dtype}."
-            )
+def _memory(size: int) -> mmap.mmap:
+    """The kernel gives pages only to what arrives, and at an address that suits every dtype."""
+    try:
+        return mmap.mmap(-1, size)
+    except OSError as error:
+        raise Undecodable(f"There is no memory for tensors of {size} bytes ({error.strerror}).") from None

@@ -6,6 +6,7 @@ Imports nothing that is not there before the pack's requirements are installed.
 from __future__ import annotations
 
 import errno
+import ipaddress
 from collections.abc import Iterator
 
 from ...hardware.host import HostFault
@@ -34,7 +35,8 @@ def _clusters(around: Surroundings) -> Iterator[Finding]:
             tls.read_key(found.key)
             yield fine("clusters' keys", f"{name}: {found.key}, for this user only")
         except ValueError as failure:
-            yield error("clusters' keys", _fault(failure, "Copy it from the client's host once more."))
+            yield error("clusters' keys", _fault(failure, "If it is lost or damaged: copy it from another of "
+                         "the machines, or make the cluster again (docs/machines.md)."))
         yield from _address(around, found)
 
 
@@ -43,7 +45,7 @@ def _address(around: Surroundings, cluster) -> Iterator[Finding]:
     check, named = "clusters' addresses", f"The address of the cluster {cluster.name}, {cluster.listen},"
     cure = "Correct listen in the cluster's file; `ip addr` lists this host's addresses."
     try:
-        around.bind(host, port)
+        number = around.bind(host, port)
     except OSError as failure:
         if failure.errno == errno.EADDRINUSE:
             yield warning(check, HostFault(
@@ -54,7 +56,11 @@ def _address(around: Surroundings, cluster) -> Iterator[Finding]:
             why = "is not one of this host" if failure.errno == errno.EADDRNOTAVAIL else f"fails ({failure.strerror})"
             yield error(check, HostFault("AV-1908", f"{named} {why}.", cure))
         return
-    if cluster.risk is None:
+    if ipaddress.ip_address(number.partition("%")[0]).is_loopback:
+        yield warning(check, HostFault(
+            "AV-1908", f"{named} leads to {number}, which only this host reaches: no other machine can join.", cure,
+        ))  # fmt: skip
+    elif cluster.risk is None:
         yield fine(check, f"{cluster.name}: {cluster.listen} is free")
     else:
         yield warning(check, HostFault(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ...specs.cluster import KEY_SUFFIX, Cluster, file_of_cluster, folder_of_clusters, read_cluster
 from ...specs.base import require_range
+from ...specs.cluster import KEY_SUFFIX, Cluster, file_of_cluster, folder_of_clusters, read_cluster
 from ...specs.parallel import MAX_RANKS
 
 

@@ -42,12 +42,14 @@ def soft_limit(which: int) -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
-def bind(host: str, port: int) -> None:
-    """Takes a TCP address of this host, and leaves it. Raises OSError if that cannot be."""
+def bind(host: str, port: int) -> str:
+    """Takes a TCP address of this host, and leaves it. Returns its number, as a name may lead anywhere. Raises OSError
+    if that cannot be."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not keep it
         taken.bind(address)
+        return taken.getsockname()[0]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Surroundings:
     folder: Path = field(default_factory=Path.cwd)
     size_of: Callable[[Path], Space] = space_of
     limit: Callable[[int], int | None] = soft_limit
-    bind: Callable[[str, int], None] = bind
+    bind: Callable[[str, int], str] = bind
     clock: Callable[[], float] = time.monotonic
 
     @property

@@ -31,7 +31,7 @@ from .relay.settings import Arrival, RelaySettings, name_of_socket, pause_before
 
 DEFAULT_WAIT = 3600  # seconds
 NAME_DEADLINE = 15.0  # seconds until the relay of ranks that were ended has gone
-RELAY_DEADLINE = 60.0  # seconds until the machine's first rank has come as far as the others
+RELAY_DEADLINE = 60.0  # seconds for the machine's first rank to start the relay, and for the relay to answer
 RETRY = 0.02  # seconds
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = [sys.executable, "-u", "-m", "ascend_runtime.engine.worker"]  # the rank proper
@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _address(text: str) -> str:
     try:
-        address_of(text)
+        address_of(text, "--client")
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
@@ -99,9 +99,12 @@ def _machine(text: str) -> str:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
     if not 0 <= seconds <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
     return seconds
 
 
@@ -230,10 +233,11 @@ def _connection(name: str, parent: int) -> socket.socket:
     deadline = time.monotonic() + RELAY_DEADLINE
     while time.monotonic() < deadline:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)  # the relay of ranks that have ended may not accept any more
         try:
             connection.connect(name)
         except (ConnectionRefusedError, BlockingIOError):
-            connection.close()  # the first rank is not as far yet
+            connection.close()  # the first rank has not opened it yet
         else:
             process, user = peer_of(connection)  # of the rank that opened the socket
             if user != os.getuid():

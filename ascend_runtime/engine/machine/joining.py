@@ -90,7 +90,7 @@ def _proposed(store: dist.Store, world_size: int, deadline: float) -> str:
 def _wait_for(condition: Callable[[], bool], whom: str, deadline: float) -> None:
     while True:
         if time.monotonic() > deadline:
-            raise TimeoutError(coded("AV-1905", f"This rank has waited in vain for {whom} to join the group."))
+            raise TimeoutError(coded("AV-1905", f"This rank has waited too long for {whom} to join the group."))
         time.sleep(POLL)
         if condition():
             return

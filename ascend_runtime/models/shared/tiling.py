@@ -63,7 +63,8 @@ class Tiling(Protocol):
         """Encodes frames [T,H,W,3] in 0..1 to pieces of a latent [C,t,h,w]."""
 
     def sums(self, output: Tensor) -> Tensor:
-        """The part of the output that was added up, and that this rank is to finish. Called when all was added."""
+        """The part of the output that was added up, and that this rank is to finish. All ranks must call it, once all
+        was added."""
 
 
 class TilePerRank:
@@ -143,7 +144,7 @@ class DealtTiles:
     """Tiles that overlap in frames, rows and columns: each rank computes whole tiles, and adds them to the output.
 
     The result has the same bits on any number of ranks of a machine (see overlapping.py). Several machines add up their
-    own tiles, each in its own memory, and then their sums, which rounds otherwise.
+    own tiles, each in its own memory, and then their sums, which rounds differently.
     """
 
     def __init__(self, vae: VideoVae, rounds: list[Sequence[LatentTile]], facts: dict[str, str]):

@@ -30,9 +30,13 @@ class LastingRefusal(Exception):
     """The client has refused this machine, and will refuse it again."""
 
 
+class PassingRefusal(ConnectionRefusedError):
+    """The client has refused this machine, and may take it later."""
+
+
 class ClientConnection:
-    """States: no connection; one that is being opened (`_opening`): TCP, then TLS; one that waits for an answer to
-    Hello; welcomed.
+    """The connection to the client, if there is one. Its states, in order: none; being opened (`_opening`): TCP, then
+    TLS; waiting for the answer to Hello; welcomed.
 
     place: see `wire.link.Link`.
     """
@@ -120,7 +124,7 @@ class ClientConnection:
             elif isinstance(envelope, Rejected):
                 if envelope.lasting:
                     raise LastingRefusal(envelope.reason)
-                raise ConnectionRefusedError(envelope.reason)
+                raise PassingRefusal(envelope.reason)
             else:
                 raise ValueError(f"it answers with {type(envelope).__name__}")
 
@@ -150,6 +154,8 @@ class ClientConnection:
         client = self._settings.client
         if self._welcomed:
             text = f"The client at {client} is gone ({error}). Ranks wait for the next one."
+        elif isinstance(error, PassingRefusal):
+            text = f"The client at {client} cannot take this machine now: {error} Ranks ask again."
         elif code_of(error):
             key = f"The key file {self._settings.key} is not the one of the client at {client}"
             text = coded("AV-1909", f"{key}: {error} Ranks wait for a client with the same one.")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from ....hardware.processes import start_of
 from ....wire.control import Heading, Message
 from ....wire.packets import ChannelClosed, Packet, Packets, Undecodable, header
 from .settings import Arrival, RelaySettings, peer_of
@@ -41,6 +42,7 @@ class LocalRank:
     def __init__(self, number: int, process: int, packets: Packets):
         self.number = number
         self.process = process
+        self._began = start_of(process)
         self.packets = packets
         self.ready: bytes | None = None
         self.job = 0
@@ -77,7 +79,9 @@ class LocalRank:
         return heading
 
     def kill(self) -> None:
-        """Its connection is open, so its process lives, and no other one has its number."""
+        """Ends its process, and no other one that has its number by now, as when a child keeps its connection open."""
+        if self._began is None or start_of(self.process) != self._began:
+            return
         try:
             os.kill(self.process, signal.SIGKILL)
         except ProcessLookupError:

@@ -6,14 +6,12 @@ import math
 
 from ....wire.control import Wrote
 from ....wire.envelopes import Region
-from ....wire.regions import SHORTEST_STRETCH, stretches_of
+from ....wire.regions import SHORTEST_STRETCH, is_inside, stretches_of
 
 
 def region_of(wrote: Wrote) -> Region:
     """What the client gets to know. Raises ValueError if the part is not within its tensor."""
-    sides = list(zip(wrote.starts, wrote.sizes, wrote.shape))
-    inside = all(start >= 0 and size > 0 and start + size <= whole for start, size, whole in sides)
-    if not (len(wrote.starts) == len(wrote.sizes) == len(wrote.shape) and inside and wrote.itemsize > 0):
+    if not is_inside(wrote):
         raise ValueError(f"A part at {wrote.starts} of {wrote.sizes} is not in a tensor of {wrote.shape}.")
     return Region(job=wrote.job, lent=wrote.lent, shape=wrote.shape, starts=wrote.starts, sizes=wrote.sizes,
                   itemsize=wrote.itemsize)  # fmt: skip

@@ -140,7 +140,7 @@ class Relay:
             region = region_of(wrote)
             self._client.post(region, *content_of(region, self._lent[wrote.lent].view))
         except (msgspec.MsgspecError, ValueError, IndexError) as error:
-            logger.error("Rank %d reports a part of a result that cannot be: %s", rank.number, error)
+            logger.error("Rank %d reports an invalid part of a result: %s", rank.number, error)
             rank.kill()
 
     def _lose(self, rank: LocalRank) -> None:
