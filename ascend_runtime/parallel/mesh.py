@@ -161,15 +161,12 @@ def all_alike(value: object) -> bool:
 
 def gather_bytes(content: bytes) -> list[bytes]:
     """What each rank gives, by all-gathers on the CPU. All ranks must call it."""
-    size = torch.tensor([len(content)])
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, size)
-    padded = torch.zeros(max(1, *map(int, sizes)), dtype=torch.uint8)
+    sizes = all_gather(torch.tensor([len(content)]), dist.group.WORLD).flatten().tolist()
+    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
     if content:
         padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    found = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(found, padded)
-    return [one.numpy().tobytes()[: int(length)] for one, length in zip(found, sizes)]
+    found = all_gather(padded, dist.group.WORLD)
+    return [one.numpy().tobytes()[:size] for one, size in zip(found, sizes)]
 
 
 def all_reduce_sum(values: Tensor) -> list[float]:

@@ -41,9 +41,9 @@ def call_sites():
 
 # What of torch.distributed moves no tensors between ranks.
 LOCAL = {
-    "FileStore", "P2POp", "ProcessGroup", "ReduceOp", "Work", "barrier", "destroy_process_group", "get_backend",
-    "get_global_rank", "get_group_rank", "get_process_group_ranks", "get_rank", "get_world_size", "group",
-    "init_process_group", "is_initialized", "new_group",
+    "FileStore", "P2POp", "PrefixStore", "ProcessGroup", "ReduceOp", "Store", "Work", "barrier",
+    "destroy_process_group", "get_backend", "get_global_rank", "get_group_rank", "get_process_group_ranks", "get_rank",
+    "get_world_size", "group", "init_process_group", "is_initialized", "new_group", "rendezvous",
 }  # fmt: skip
 
 
