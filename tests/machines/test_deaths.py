@@ -168,7 +168,9 @@ def test_a_machine_goes(pairs, slow_checkpoint, expected, strike, number, phase)
             seconds_until_none(lambda: blow.before[one] & set(pair.ranks.ours(one)), left)
     host.mend()
     next_job_is_right(pair, slow_checkpoint, expected)
-    assert not any(blow.before[one] & set(pair.ranks.ours(one)) for one in pair.hosts), "some have survived the group"
+    survived = [blow.before[one] & set(pair.ranks.ours(one)) for one in pair.hosts]
+    kept = strike is cut and phase == "idle" and survived == [blow.before[one] for one in pair.hosts]
+    assert kept or not any(survived), "some have survived the group"  # a cut between two jobs may cost no ranks
 
 
 def while_joining(pair, blow, checkpoint, expected):
