@@ -339,7 +339,8 @@ def test_a_cancel_goes_to_ranks_that_have_not_answered(runtime, machines):
     cancel = second.seen_of(Deliver)[1]
     assert cancel.ranks == (2,) and cancel.job == 0
     assert len(first.seen_of(Deliver)) == 1
-    second.say(2, Failed(job=cancelled[0], kind="cancelled", error="The job was cancelled."))
+    answer = Failed(job=cancelled[0], kind="cancelled", error="The job was cancelled.")
+    second.later.append(lambda machine: machine.say(2, answer))
     assert isinstance(result(), JobCancelled) and runtime.alive
 
 
@@ -378,7 +379,7 @@ def test_a_loss_ends_the_job_and_the_next_one_runs(runtime, machines, loss, text
     began = time.monotonic()
     with pytest.raises(RankDied, match=text) as caught:
         runtime.ping()
-    assert "during: the job 'ping'" in str(caught.value) and time.monotonic() - began < 5
+    assert "during: the job 'ping'" in str(caught.value) and time.monotonic() - began < 10
     first.until(lambda one: one.seen_of(Leave))
     assert "atlas2" in first.seen_of(Leave)[0].reason
     runtime.ping()
