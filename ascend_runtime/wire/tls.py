@@ -66,16 +66,6 @@ def read_key(path: str | Path) -> Key:
     return Key(certificate, *contexts)
 
 
-def server_context(key: Key) -> ssl.SSLContext:
-    """TLS for the side that listens."""
-    return key.context(server=True)
-
-
-def client_context(key: Key) -> ssl.SSLContext:
-    """TLS for the side that connects."""
-    return key.context(server=False)
-
-
 def require_pinned(sock: ssl.SSLSocket, key: Key) -> None:
     """Raises ValueError unless TLS 1.3 is established with a side that has this key."""
     if sock.version() != "TLSv1.3" or sock.getpeercert(binary_form=True) != key.certificate:

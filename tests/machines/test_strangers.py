@@ -16,7 +16,7 @@ from ascend_runtime import ParallelSpec, SampleSpec
 from ascend_runtime.hardware.versions import OWN_NAME, package_versions, versions
 from ascend_runtime.wire.envelopes import PROTOCOL, Hello, Rejected
 from ascend_runtime.wire.link import Link
-from ascend_runtime.wire.tls import client_context, make_key, read_key
+from ascend_runtime.wire.tls import make_key, read_key
 from cluster_ranks import PORT
 from rank_processes import seconds_until
 from torch.testing import assert_close
@@ -129,8 +129,8 @@ def test_one_with_another_key(pair, stranger, tmp_path):
     make_key(tmp_path / "other.key", "two_hosts")
     key = read_key(tmp_path / "other.key")
     with pytest.raises(ssl.SSLError, match="(?i)verify"):  # it does not accept the client either
-        handshake(client_context(key), stranger())
-    context = client_context(key)
+        handshake(key.context(server=False), stranger())
+    context = key.context(server=False)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with pytest.raises((ssl.SSLError, ConnectionError)):
         assert handshake(context, stranger()) == b""
@@ -150,7 +150,7 @@ def test_an_older_tls(pair, stranger):
 def answer_to(pair, stranger, **hello):
     """What the client answers to a machine's Hello, with the right key."""
     key = read_key(pair.ranks.key)
-    link = Link(client_context(key).wrap_socket(stranger()), lambda envelope: None)
+    link = Link(key.context(server=False).wrap_socket(stranger()), lambda envelope: None)
     given = {"pack": versions()[OWN_NAME], "protocol": PROTOCOL, "machine": "host9", "ranks": (0,), "world_size": 2,
              "device": "cpu", "packages": package_versions()}  # fmt: skip
     link.post(Hello(**{**given, **hello}))

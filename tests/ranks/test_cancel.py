@@ -16,7 +16,7 @@ from new_prompts import new_prompt
 from torch.testing import assert_close
 
 PATIENCE = 0.1  # seconds beyond a step; asked for with --all-cancels alone, which wants a quiet machine
-STEPS_AFTER = 2  # may still be told of: one that was done when the wish came, and one that had begun
+STEPS_AFTER = 2  # may still be reported: one that was done when the wish came, and one that had begun
 SPEC = SampleSpec(seed=1, steps=8, guidance_scale=3.0)
 SHORT = SampleSpec(seed=1, steps=1, guidance_scale=3.0)
 
@@ -48,33 +48,33 @@ def survivors(two_ranks, specs, expected):
 
 
 class Stopwatch:
-    """Notes when the steps of jobs are told, and how long they take, from an `on_progress`."""
+    """Notes when the steps of jobs are reported, and how long they take, from an `on_progress`."""
 
     def __init__(self):
         self.steps = []
-        self.told = []
+        self.reported = []
 
     def __call__(self, stage, step, total):
         now = time.monotonic()
-        if step > 1 and self.told:
-            self.steps.append(now - self.told[-1])
-        self.told.append(now)
+        if step > 1 and self.reported:
+            self.steps.append(now - self.reported[-1])
+        self.reported.append(now)
 
 
 class Wish:
     """A `should_cancel` that cancels from a moment on, so many seconds after it was made, as soon as the client has
     taken all reports: a client that waits for a core takes reports of many steps later than the ranks made them.
 
-    at: when it cancelled; None: it has not. told: the reports until then.
+    at: when it cancelled; None: it has not. reported: the reports until then.
     """
 
     def __init__(self, runtime, watch, moment):
         self._runtime, self._watch, self._from = runtime, watch, time.monotonic() + moment
-        self.at, self.told = None, 0
+        self.at, self.reported = None, 0
 
     def __call__(self):
         if self.at is None and time.monotonic() >= self._from and not self._waiting():
-            self.at, self.told = time.monotonic(), len(self._watch.told)
+            self.at, self.reported = time.monotonic(), len(self._watch.reported)
             self._runtime.cancel()
         return self.at is not None
 
@@ -158,7 +158,7 @@ def assert_cancels(runtime, long, short, rng, wanted, timed):
             whole = time.monotonic() - began
         except JobCancelled:
             delays.append(time.monotonic() - wish.at)
-            assert len(watch.told) - wish.told <= STEPS_AFTER
+            assert len(watch.reported) - wish.reported <= STEPS_AFTER
         assert_close(short(), expected, atol=1e-6, rtol=0.0)
         assert runtime.pids == pids
         if len(delays) == wanted:
@@ -171,10 +171,10 @@ def assert_cancels(runtime, long, short, rng, wanted, timed):
 @pytest.mark.parametrize("stage", ["load", "encode", "denoise", "decode", "encode video"])
 def test_cancel_in_every_stage(survivors, specs, stage):
     """From a callback of that stage, at its first step; the last one is never reached."""
-    told = []
+    reported = []
 
     def on_progress(at, step, total):
-        told.append((at, step, total))
+        reported.append((at, step, total))
         if at == stage.split()[0]:
             survivors.cancel()
 
@@ -188,8 +188,8 @@ def test_cancel_in_every_stage(survivors, specs, stage):
         "encode video": lambda: survivors.encode_video(specs.vae, torch.zeros(81, 64, 64, 3), on_progress=on_progress),
     }
     pytest.raises(JobCancelled, jobs[stage])
-    steps = [step for at, step, total in told if at == stage.split()[0]]
-    assert steps and max(steps) < told[-1][2]
+    steps = [step for at, step, total in reported if at == stage.split()[0]]
+    assert steps and max(steps) < reported[-1][2]
 
 
 @pytest.mark.parametrize("plan", [{}, {"tp_degree": 2}, {"fsdp": True}], ids=["whole", "slices", "shares"])
@@ -197,9 +197,9 @@ def test_a_cancelled_load_is_begun_anew(survivors, specs, expected, plan):
     plan = ParallelSpec(ranks=2, **plan)
     survivors.free()
     pytest.raises(JobCancelled, survivors.load, specs.model, parallel=plan, on_progress=lambda *_: survivors.cancel())
-    told = []
-    survivors.load(specs.model, parallel=plan, on_progress=lambda *news: told.append(news))
-    assert told and told[-1][1] == told[-1][2]
+    reported = []
+    survivors.load(specs.model, parallel=plan, on_progress=lambda *news: reported.append(news))
+    assert reported and reported[-1][1] == reported[-1][2]
     assert_close(sample(survivors, specs, SHORT, parallel=plan), expected, atol=1e-4, rtol=0.0)
 
 

@@ -77,10 +77,10 @@ def test_a_second_client_finds_the_weights_loaded(cluster, specs, one_rank):
         again = sampled(second, specs, on_progress=lambda stage, step, total: stages.add(stage))
         assert stages == {"denoise"} and again.seconds["load"] < result.seconds["load"] / 5
         assert [rank_of(machine) for machine in MACHINES] == ranks
-    alone = sampled(one_rank, specs)
-    assert_close(result.tensor, alone.tensor, rtol=1e-4, atol=1e-4)
+    single = sampled(one_rank, specs)
+    assert_close(result.tensor, single.tensor, rtol=1e-4, atol=1e-4)
     assert torch.equal(result.tensor, again.tensor)
-    assert_close(frames.tensor, one_rank.decode(specs.vae, alone.tensor).tensor, rtol=1e-4, atol=1e-4)
+    assert_close(frames.tensor, one_rank.decode(specs.vae, single.tensor).tensor, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.timeout(600)

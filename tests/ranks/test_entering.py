@@ -248,7 +248,7 @@ def test_a_part_outside_of_its_tensor_is_refused(starts, sizes):
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """`torchrun(client, ranks, ...)`: its process, on one of several machines if told which; killed afterwards."""
+    """`torchrun(client, ranks, ...)`: its process, on one of several machines if that is given; killed afterwards."""
     started = []
 
     def start(client, ranks, machine="atlas1", nodes=1, **options):

@@ -36,7 +36,7 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 @pytest.fixture(scope="module")
 def slow_checkpoint(checkpoints):
-    """Deep enough that each phase lasts longer than it takes to be told of it."""
+    """Deep enough that each phase lasts longer than it takes to hear of it."""
     return checkpoints(layers=24, text_layers=24)
 
 

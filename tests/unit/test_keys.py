@@ -354,7 +354,7 @@ def test_no_session_can_be_resumed(own):
 
 def test_a_socket_before_its_handshake_is_no_link(own):
     ours, theirs = connected()
-    plain = tls.server_context(tls.read_key(own)).wrap_socket(ours, server_side=True, do_handshake_on_connect=False)
+    plain = tls.read_key(own).context(server=True).wrap_socket(ours, server_side=True, do_handshake_on_connect=False)
     with pytest.raises(ValueError, match="handshake"):
         Link(plain, lambda envelope: None)
     plain.close()
